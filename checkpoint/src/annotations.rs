@@ -1,0 +1,165 @@
+//! The annotations of an OCI spec that Transship reads, and the CRI's that it relies on.
+//!
+//! Under the CRI they reach the specs of the sandbox and of its containers through
+//! `pod_annotations = ["dev.transship/*"]` in containerd's runtime configuration; with ctr through
+//! `--annotation`.
+
+use std::collections::HashMap;
+
+/// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
+pub const RESTORE: &str = "dev.transship/restore";
+/// Which container of the checkpoint, when its name is not the container's own.
+pub const RESTORE_CONTAINER: &str = "dev.transship/restore-container";
+/// Outside of the CRI: the container whose namespaces are joined; its own id makes a sandbox.
+pub const SANDBOX: &str = "dev.transship/sandbox";
+/// `fail` (default) or `new`: what a restore does about a namespace path that is gone.
+pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
+/// The prefix of all annotations of Transship.
+pub const PREFIX: &str = "dev.transship/";
+
+/// runc and crun read a CRIU configuration file from the path in this annotation; see runc's
+/// `docs/checkpoint-restore.md`.
+pub const CRIU_CONFIG: &str = "org.criu.config";
+
+const CRI_CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const CRI_SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const CRI_CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
+
+/// What a container is to its sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// The container whose namespaces others join.
+    Sandbox,
+    /// A container that joins the namespaces of the sandbox with this id.
+    Member {
+        /// Container id of the sandbox.
+        sandbox: String,
+    },
+    /// A container with namespaces of its own.
+    Alone,
+}
+
+/// What to do about a namespace path that no longer exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MissingNamespaces {
+    /// Refuse, and say which choices there are.
+    #[default]
+    Fail,
+    /// Restore into new namespaces.
+    New,
+}
+
+/// An annotation whose value means nothing.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("annotation {annotation} is {value:?}; it can be {allowed}")]
+pub struct AnnotationError {
+    annotation: &'static str,
+    value: String,
+    allowed: &'static str,
+}
+
+/// The annotations of one spec, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Annotations {
+    /// What the container is to its sandbox.
+    pub role: Role,
+    /// The checkpoint that [`RESTORE`] names.
+    pub restore: Option<String>,
+    /// The container's name inside of that checkpoint, when the spec says it.
+    pub container: Option<String>,
+    /// See [`MISSING_NAMESPACES`].
+    pub missing_namespaces: MissingNamespaces,
+    /// Whether any annotation of ours is present. If not, the runtime front stays out of the way.
+    pub ours: bool,
+}
+
+impl Annotations {
+    /// Reads the annotations of the container `id`.
+    ///
+    /// # Errors
+    /// A value that is not one of those allowed.
+    pub fn read(
+        id: &str,
+        annotations: Option<&HashMap<String, String>>,
+    ) -> Result<Self, AnnotationError> {
+        let get = |key: &str| annotations.and_then(|all| all.get(key)).filter(|v| !v.is_empty());
+        let role = match (get(SANDBOX), get(CRI_CONTAINER_TYPE), get(CRI_SANDBOX_ID)) {
+            (_, Some(kind), _) if kind == "sandbox" => Role::Sandbox,
+            (_, Some(kind), Some(sandbox)) if kind == "container" => {
+                Role::Member { sandbox: sandbox.clone() }
+            }
+            (Some(sandbox), ..) if sandbox == id => Role::Sandbox,
+            (Some(sandbox), ..) => Role::Member { sandbox: sandbox.clone() },
+            _ => Role::Alone,
+        };
+        let missing_namespaces = match get(MISSING_NAMESPACES).map(String::as_str) {
+            None | Some("fail") => MissingNamespaces::Fail,
+            Some("new") => MissingNamespaces::New,
+            Some(other) => {
+                return Err(AnnotationError {
+                    annotation: MISSING_NAMESPACES,
+                    value: other.to_owned(),
+                    allowed: "\"fail\" or \"new\"",
+                });
+            }
+        };
+        Ok(Self {
+            role,
+            restore: get(RESTORE).cloned(),
+            container: get(RESTORE_CONTAINER).or_else(|| get(CRI_CONTAINER_NAME)).cloned(),
+            missing_namespaces,
+            ours: annotations
+                .is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(pairs: &[(&str, &str)]) -> Result<Annotations, AnnotationError> {
+        let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Annotations::read("me", Some(&map))
+    }
+
+    #[test]
+    fn role_comes_from_the_cri_first() {
+        let member = Role::Member { sandbox: "s".into() };
+        for (pairs, role) in [
+            (vec![], Role::Alone),
+            (vec![(SANDBOX, "me")], Role::Sandbox),
+            (vec![(SANDBOX, "s")], member.clone()),
+            (vec![(CRI_CONTAINER_TYPE, "sandbox"), (CRI_SANDBOX_ID, "me")], Role::Sandbox),
+            (vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s")], member.clone()),
+            (
+                vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s"), (SANDBOX, "me")],
+                member.clone(),
+            ),
+        ] {
+            assert_eq!(read(&pairs).unwrap().role, role, "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn only_our_prefix_makes_it_ours() {
+        assert!(!read(&[(CRI_CONTAINER_TYPE, "sandbox")]).unwrap().ours);
+        assert!(read(&[(RESTORE, "x")]).unwrap().ours);
+    }
+
+    #[test]
+    fn unknown_value_names_the_choices() {
+        let error = read(&[(MISSING_NAMESPACES, "maybe")]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"annotation dev.transship/missing-namespaces is "maybe"; it can be "fail" or "new""#
+        );
+    }
+
+    #[test]
+    fn container_name_prefers_ours() {
+        let both = [(CRI_CONTAINER_NAME, "cri"), (RESTORE_CONTAINER, "ours")];
+        assert_eq!(read(&both).unwrap().container.as_deref(), Some("ours"));
+        assert_eq!(read(&both[..1]).unwrap().container.as_deref(), Some("cri"));
+    }
+}

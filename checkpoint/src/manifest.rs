@@ -1,0 +1,329 @@
+//! `transship.json`: what a checkpoint is, where it comes from, and the digest of every file.
+//!
+//! ```text
+//! <name>/
+//!   transship.json            this file, written last: a directory without it is not a checkpoint
+//!   <container>/
+//!     spec.dump               OCI runtime spec of the container record
+//!     checkpoint/             CRIU images, descriptors.json of runc
+//!     rootfs-diff.tar         upperdir as an uncompressed OCI layer tar
+//!     dump.log                CRIU's log of the dump
+//! ```
+//!
+//! The format has a version and a list of features. A reader refuses a version above its own and
+//! any feature that it does not know: a feature is listed only when ignoring it would be wrong.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::criu_options::CriuOptions;
+
+/// File name of the manifest inside of a checkpoint.
+pub const MANIFEST_FILE: &str = "transship.json";
+/// Directory of the CRIU images inside of a container's directory.
+pub const IMAGES_DIR: &str = "checkpoint";
+/// The upperdir as an OCI layer, inside of a container's directory.
+pub const ROOTFS_DIFF_FILE: &str = "rootfs-diff.tar";
+/// The OCI spec, inside of a container's directory.
+pub const SPEC_FILE: &str = "spec.dump";
+/// CRIU's log of the dump, inside of a container's directory.
+pub const DUMP_LOG_FILE: &str = "dump.log";
+
+/// Largest manifest that is read, in bytes. A pod of 100 containers with 10 000 image files each
+/// stays below it.
+pub const MANIFEST_LIMIT: u64 = 64 << 20;
+
+/// The version that this code writes.
+pub const FORMAT_VERSION: u32 = 1;
+/// The features that this code understands.
+const KNOWN_FEATURES: &[&str] = &[];
+
+/// A manifest that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// Not JSON, or not this JSON.
+    #[error("the manifest cannot be parsed")]
+    Parse(#[from] serde_json::Error),
+    /// Written by a later program.
+    #[error("the checkpoint has format version {found}; this program reads up to {FORMAT_VERSION}")]
+    Version {
+        /// The version that was found.
+        found: u32,
+    },
+    /// Needs something that this program does not know.
+    #[error("the checkpoint needs {feature:?}, which this program does not know")]
+    Feature {
+        /// The unknown feature.
+        feature: String,
+    },
+    /// A name that could lead out of the checkpoint's directory, or is empty or too long.
+    #[error("{what} {name:?} is not a plain name")]
+    Name {
+        /// What is named.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// No such container.
+    #[error("the checkpoint {checkpoint:?} has no container {container:?}; it has {present}")]
+    NoContainer {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// The container asked for.
+        container: String,
+        /// Those that are there, for the message.
+        present: String,
+    },
+}
+
+/// Version and features of the format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Format {
+    /// See [`FORMAT_VERSION`].
+    pub version: u32,
+    /// What a reader must know to use the checkpoint.
+    #[serde(default)]
+    pub features: Vec<String>,
+}
+
+/// A checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version and features.
+    pub format: Format,
+    /// The checkpoint's name: also the name of its directory.
+    pub name: String,
+    /// Seconds since 1970 at the moment of the dump.
+    pub created: u64,
+    /// The node that it was taken on.
+    pub source: Source,
+    /// The containers, in the order in which they were dumped.
+    pub containers: Vec<Container>,
+}
+
+/// The node that a checkpoint was taken on.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Source {
+    /// Host name.
+    pub hostname: String,
+    /// Machine as in `uname -m`.
+    pub architecture: String,
+    /// Kernel release as in `uname -r`.
+    pub kernel: String,
+    /// containerd's version.
+    pub containerd: String,
+}
+
+/// One container of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    /// Its name, which is also the name of its directory: the CRI's container name, else its id.
+    pub name: String,
+    /// Its id in containerd.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The image that the lower layers come from.
+    pub image: Image,
+    /// Snapshotter of the source.
+    pub snapshotter: String,
+    /// containerd's name of the runtime (`io.containerd.runc.v2`).
+    pub runtime: String,
+    /// The namespaces that it shared with a sandbox, as in the OCI spec (`network`, `ipc`, ...).
+    #[serde(default)]
+    pub joined: Vec<String>,
+    /// The container's streams as containerd knew them.
+    #[serde(default)]
+    pub stdio: Stdio,
+    /// CRIU's options of the dump.
+    #[serde(default)]
+    pub criu: CriuOptions,
+    /// Labels of the container record.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Every file below the container's directory, by its path there.
+    pub files: Vec<File>,
+}
+
+/// The image of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Image {
+    /// Name as in `ctr images ls`.
+    pub name: String,
+    /// Digest of the target (index or manifest).
+    pub digest: String,
+    /// Chain id of the lower layers: what the upperdir is a diff against.
+    pub chain_id: String,
+}
+
+/// The container's streams.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Stdio {
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+    /// FIFO path or URI, empty when there is none.
+    pub stdout: String,
+    /// FIFO path or URI, empty when there is none.
+    pub stderr: String,
+}
+
+/// One file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct File {
+    /// Path below the container's directory, with `/`.
+    pub path: String,
+    /// Length in bytes.
+    pub size: u64,
+    /// SHA-256 of the content, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Parses and checks a manifest. Nothing that it returns leads out of the checkpoint's
+    /// directory.
+    ///
+    /// # Errors
+    /// A later version, an unknown feature, or a name that is not a plain one.
+    pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        // The format comes first: a later version may have other fields.
+        #[derive(Deserialize)]
+        struct OnlyFormat {
+            format: Format,
+        }
+        let OnlyFormat { format } = serde_json::from_slice(json)?;
+        if format.version > FORMAT_VERSION {
+            return Err(ManifestError::Version { found: format.version });
+        }
+        if let Some(feature) = format.features.iter().find(|f| !KNOWN_FEATURES.contains(&f.as_str()))
+        {
+            return Err(ManifestError::Feature { feature: feature.clone() });
+        }
+        let manifest: Self = serde_json::from_slice(json)?;
+        check_name("the checkpoint's name", &manifest.name)?;
+        for container in &manifest.containers {
+            check_name("the container's name", &container.name)?;
+            for file in &container.files {
+                for part in file.path.split('/') {
+                    check_name("the file's path", part)?;
+                }
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// The manifest as JSON.
+    ///
+    /// # Panics
+    /// Never: every field can be written as JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut json =
+            serde_json::to_vec_pretty(self).expect("strings, numbers and lists are always JSON");
+        json.push(b'\n');
+        json
+    }
+
+    /// The container called `name`; without a name the only one.
+    ///
+    /// # Errors
+    /// [`ManifestError::NoContainer`].
+    pub fn container(&self, name: Option<&str>) -> Result<&Container, ManifestError> {
+        let found = match name {
+            Some(name) => self.containers.iter().find(|c| c.name == name),
+            None if self.containers.len() == 1 => self.containers.first(),
+            None => None,
+        };
+        found.ok_or_else(|| ManifestError::NoContainer {
+            checkpoint: self.name.clone(),
+            container: name.unwrap_or_default().to_owned(),
+            present: self.containers.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Bytes of all files.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.containers.iter().flat_map(|c| &c.files).map(|f| f.size).sum()
+    }
+}
+
+/// Checks that a name is one path component that cannot lead anywhere else.
+///
+/// # Errors
+/// [`ManifestError::Name`].
+pub fn check_name(what: &'static str, name: &str) -> Result<(), ManifestError> {
+    let plain = !name.is_empty()
+        && name.len() <= 255
+        && name != "."
+        && name != ".."
+        && !name.chars().any(|c| c == '/' || c == '\0' || c.is_control());
+    if plain { Ok(()) } else { Err(ManifestError::Name { what, name: name.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: Format { version: FORMAT_VERSION, features: vec![] },
+            name: "web".into(),
+            created: 1,
+            source: Source::default(),
+            containers: vec![Container {
+                name: "counter".into(),
+                id: "counter".into(),
+                namespace: "default".into(),
+                image: Image::default(),
+                snapshotter: "transship".into(),
+                runtime: "io.containerd.runc.v2".into(),
+                joined: vec!["network".into()],
+                stdio: Stdio::default(),
+                criu: CriuOptions::default(),
+                labels: BTreeMap::new(),
+                files: vec![File { path: "checkpoint/a.img".into(), size: 3, sha256: "x".into() }],
+            }],
+        }
+    }
+
+    #[test]
+    fn survives_a_round_trip() {
+        assert_eq!(Manifest::parse(&manifest().to_json()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn refuses_a_later_version_before_it_looks_at_the_rest() {
+        let error = Manifest::parse(br#"{"format":{"version":2},"other":1}"#).unwrap_err();
+        assert!(matches!(error, ManifestError::Version { found: 2 }), "{error}");
+        let error =
+            Manifest::parse(br#"{"format":{"version":1,"features":["encrypted"]}}"#).unwrap_err();
+        assert!(matches!(error, ManifestError::Feature { .. }), "{error}");
+    }
+
+    #[test]
+    fn refuses_paths_that_lead_out() {
+        for path in ["../x", "/etc/passwd", "a//b", "a/../b", "", "a/\0"] {
+            let mut hostile = manifest();
+            hostile.containers[0].files[0].path = path.into();
+            let parsed = Manifest::parse(&hostile.to_json());
+            assert!(matches!(parsed, Err(ManifestError::Name { .. })), "{path:?}");
+            let mut hostile = manifest();
+            hostile.containers[0].name = path.into();
+            if path.contains('/') || path.is_empty() {
+                assert!(Manifest::parse(&hostile.to_json()).is_err(), "{path:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_container_names_those_that_are_there() {
+        let error = manifest().container(Some("db")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"the checkpoint "web" has no container "db"; it has counter"#
+        );
+        assert_eq!(manifest().container(None).unwrap().name, "counter");
+    }
+}
