@@ -82,14 +82,20 @@ impl Annotations {
         id: &str,
         annotations: Option<&HashMap<String, String>>,
     ) -> Result<Self, AnnotationError> {
-        let get = |key: &str| annotations.and_then(|all| all.get(key)).filter(|v| !v.is_empty());
+        let get = |key: &str| {
+            annotations
+                .and_then(|all| all.get(key))
+                .filter(|v| !v.is_empty())
+        };
         let role = match (get(SANDBOX), get(CRI_CONTAINER_TYPE), get(CRI_SANDBOX_ID)) {
             (_, Some(kind), _) if kind == "sandbox" => Role::Sandbox,
-            (_, Some(kind), Some(sandbox)) if kind == "container" => {
-                Role::Member { sandbox: sandbox.clone() }
-            }
+            (_, Some(kind), Some(sandbox)) if kind == "container" => Role::Member {
+                sandbox: sandbox.clone(),
+            },
             (Some(sandbox), ..) if sandbox == id => Role::Sandbox,
-            (Some(sandbox), ..) => Role::Member { sandbox: sandbox.clone() },
+            (Some(sandbox), ..) => Role::Member {
+                sandbox: sandbox.clone(),
+            },
             _ => Role::Alone,
         };
         let missing_namespaces = match get(MISSING_NAMESPACES).map(String::as_str) {
@@ -106,10 +112,11 @@ impl Annotations {
         Ok(Self {
             role,
             restore: get(RESTORE).cloned(),
-            container: get(RESTORE_CONTAINER).or_else(|| get(CRI_CONTAINER_NAME)).cloned(),
+            container: get(RESTORE_CONTAINER)
+                .or_else(|| get(CRI_CONTAINER_NAME))
+                .cloned(),
             missing_namespaces,
-            ours: annotations
-                .is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
+            ours: annotations.is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
         })
     }
 }
@@ -119,21 +126,36 @@ mod tests {
     use super::*;
 
     fn read(pairs: &[(&str, &str)]) -> Result<Annotations, AnnotationError> {
-        let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let map = pairs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
         Annotations::read("me", Some(&map))
     }
 
     #[test]
     fn role_comes_from_the_cri_first() {
-        let member = Role::Member { sandbox: "s".into() };
+        let member = Role::Member {
+            sandbox: "s".into(),
+        };
         for (pairs, role) in [
             (vec![], Role::Alone),
             (vec![(SANDBOX, "me")], Role::Sandbox),
             (vec![(SANDBOX, "s")], member.clone()),
-            (vec![(CRI_CONTAINER_TYPE, "sandbox"), (CRI_SANDBOX_ID, "me")], Role::Sandbox),
-            (vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s")], member.clone()),
             (
-                vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s"), (SANDBOX, "me")],
+                vec![(CRI_CONTAINER_TYPE, "sandbox"), (CRI_SANDBOX_ID, "me")],
+                Role::Sandbox,
+            ),
+            (
+                vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s")],
+                member.clone(),
+            ),
+            (
+                vec![
+                    (CRI_CONTAINER_TYPE, "container"),
+                    (CRI_SANDBOX_ID, "s"),
+                    (SANDBOX, "me"),
+                ],
                 member.clone(),
             ),
         ] {

@@ -98,7 +98,10 @@ mod tests {
     #[test]
     fn locks_are_kept_unless_switched_off() {
         assert_eq!(CriuOptions::default().restore_lines(), ["file-locks"]);
-        let none = CriuOptions { file_locks: false, ..CriuOptions::default() };
+        let none = CriuOptions {
+            file_locks: false,
+            ..CriuOptions::default()
+        };
         assert!(none.dump_lines().is_empty());
     }
 
@@ -111,10 +114,19 @@ mod tests {
             ghost_limit: Some(8 << 20),
             ..CriuOptions::default()
         };
-        assert_eq!(options.restore_lines(), ["tcp-close", "file-locks", "ext-unix-sk"]);
+        assert_eq!(
+            options.restore_lines(),
+            ["tcp-close", "file-locks", "ext-unix-sk"]
+        );
         assert_eq!(
             options.dump_lines(),
-            ["tcp-close", "file-locks", "ext-unix-sk", "link-remap", "ghost-limit 8388608"]
+            [
+                "tcp-close",
+                "file-locks",
+                "ext-unix-sk",
+                "link-remap",
+                "ghost-limit 8388608"
+            ]
         );
     }
 }

@@ -19,3 +19,5 @@
 pub mod annotations;
 pub mod criu_options;
 pub mod manifest;
+pub mod store;
+pub mod wire;

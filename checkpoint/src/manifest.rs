@@ -117,7 +117,7 @@ pub struct Source {
 }
 
 /// One container of a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
     /// Its name, which is also the name of its directory: the CRI's container name, else its id.
     pub name: String,
@@ -131,6 +131,9 @@ pub struct Container {
     pub snapshotter: String,
     /// containerd's name of the runtime (`io.containerd.runc.v2`).
     pub runtime: String,
+    /// Options of the runc shim in the container record, when there were any.
+    #[serde(default)]
+    pub runtime_options: Option<RuntimeOptions>,
     /// The namespaces that it shared with a sandbox, as in the OCI spec (`network`, `ipc`, ...).
     #[serde(default)]
     pub joined: Vec<String>,
@@ -169,6 +172,16 @@ pub struct Stdio {
     pub stderr: String,
 }
 
+/// Options of the runc shim that belong to the container; the rest belong to the node.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RuntimeOptions {
+    /// The OCI runtime of the source: a name or a path. Empty: `runc`.
+    pub binary_name: String,
+    /// Whether the OCI runtime asks systemd for cgroups.
+    #[serde(default)]
+    pub systemd_cgroup: bool,
+}
+
 /// One file of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct File {
@@ -194,11 +207,18 @@ impl Manifest {
         }
         let OnlyFormat { format } = serde_json::from_slice(json)?;
         if format.version > FORMAT_VERSION {
-            return Err(ManifestError::Version { found: format.version });
+            return Err(ManifestError::Version {
+                found: format.version,
+            });
         }
-        if let Some(feature) = format.features.iter().find(|f| !KNOWN_FEATURES.contains(&f.as_str()))
+        if let Some(feature) = format
+            .features
+            .iter()
+            .find(|f| !KNOWN_FEATURES.contains(&f.as_str()))
         {
-            return Err(ManifestError::Feature { feature: feature.clone() });
+            return Err(ManifestError::Feature {
+                feature: feature.clone(),
+            });
         }
         let manifest: Self = serde_json::from_slice(json)?;
         check_name("the checkpoint's name", &manifest.name)?;
@@ -238,14 +258,23 @@ impl Manifest {
         found.ok_or_else(|| ManifestError::NoContainer {
             checkpoint: self.name.clone(),
             container: name.unwrap_or_default().to_owned(),
-            present: self.containers.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", "),
+            present: self
+                .containers
+                .iter()
+                .map(|c| c.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", "),
         })
     }
 
     /// Bytes of all files.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.containers.iter().flat_map(|c| &c.files).map(|f| f.size).sum()
+        self.containers
+            .iter()
+            .flat_map(|c| &c.files)
+            .map(|f| f.size)
+            .sum()
     }
 }
 
@@ -258,8 +287,17 @@ pub fn check_name(what: &'static str, name: &str) -> Result<(), ManifestError> {
         && name.len() <= 255
         && name != "."
         && name != ".."
-        && !name.chars().any(|c| c == '/' || c == '\0' || c.is_control());
-    if plain { Ok(()) } else { Err(ManifestError::Name { what, name: name.to_owned() }) }
+        && !name
+            .chars()
+            .any(|c| c == '/' || c == '\0' || c.is_control());
+    if plain {
+        Ok(())
+    } else {
+        Err(ManifestError::Name {
+            what,
+            name: name.to_owned(),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -268,7 +306,10 @@ mod tests {
 
     fn manifest() -> Manifest {
         Manifest {
-            format: Format { version: FORMAT_VERSION, features: vec![] },
+            format: Format {
+                version: FORMAT_VERSION,
+                features: vec![],
+            },
             name: "web".into(),
             created: 1,
             source: Source::default(),
@@ -279,11 +320,16 @@ mod tests {
                 image: Image::default(),
                 snapshotter: "transship".into(),
                 runtime: "io.containerd.runc.v2".into(),
+                runtime_options: None,
                 joined: vec!["network".into()],
                 stdio: Stdio::default(),
                 criu: CriuOptions::default(),
                 labels: BTreeMap::new(),
-                files: vec![File { path: "checkpoint/a.img".into(), size: 3, sha256: "x".into() }],
+                files: vec![File {
+                    path: "checkpoint/a.img".into(),
+                    size: 3,
+                    sha256: "x".into(),
+                }],
             }],
         }
     }
@@ -296,7 +342,10 @@ mod tests {
     #[test]
     fn refuses_a_later_version_before_it_looks_at_the_rest() {
         let error = Manifest::parse(br#"{"format":{"version":2},"other":1}"#).unwrap_err();
-        assert!(matches!(error, ManifestError::Version { found: 2 }), "{error}");
+        assert!(
+            matches!(error, ManifestError::Version { found: 2 }),
+            "{error}"
+        );
         let error =
             Manifest::parse(br#"{"format":{"version":1,"features":["encrypted"]}}"#).unwrap_err();
         assert!(matches!(error, ManifestError::Feature { .. }), "{error}");
@@ -308,7 +357,10 @@ mod tests {
             let mut hostile = manifest();
             hostile.containers[0].files[0].path = path.into();
             let parsed = Manifest::parse(&hostile.to_json());
-            assert!(matches!(parsed, Err(ManifestError::Name { .. })), "{path:?}");
+            assert!(
+                matches!(parsed, Err(ManifestError::Name { .. })),
+                "{path:?}"
+            );
             let mut hostile = manifest();
             hostile.containers[0].name = path.into();
             if path.contains('/') || path.is_empty() {

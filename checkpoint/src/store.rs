@@ -1,0 +1,566 @@
+//! The directory of checkpoints, `/var/lib/transship/checkpoints`.
+//!
+//! ```text
+//! <root>/<name>/             a checkpoint: whole, because it got its name by rename
+//! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
+//! ```
+//!
+//! A draft that nobody holds a lock on was left by a process that died; the next draft removes it.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+
+use crate::manifest::{self, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
+
+/// Where checkpoints are kept unless somebody says otherwise.
+pub const DEFAULT_ROOT: &str = "/var/lib/transship/checkpoints";
+const DRAFT_PREFIX: &str = ".new-";
+
+/// A failure of the checkpoint directory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// There is no checkpoint of this name.
+    #[error("there is no checkpoint {name:?} in {root}")]
+    NotFound {
+        /// The name asked for.
+        name: String,
+        /// The store.
+        root: PathBuf,
+    },
+    /// The name is taken.
+    #[error("a checkpoint {name:?} exists already")]
+    Exists {
+        /// The name asked for.
+        name: String,
+    },
+    /// The manifest cannot be used.
+    #[error("the checkpoint {name:?} cannot be used")]
+    Manifest {
+        /// Name of the checkpoint.
+        name: String,
+        /// Why.
+        source: ManifestError,
+    },
+    /// A file is not what the manifest says.
+    #[error("{path} of the checkpoint is damaged: {what}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// A system call failed.
+    #[error("cannot {act} {path}")]
+    Io {
+        /// The act.
+        act: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+pub(crate) trait IoContext<T> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, StoreError>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for Result<T, E> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, StoreError> {
+        self.map_err(|error| StoreError::Io {
+            act,
+            path: path.as_ref().to_path_buf(),
+            source: error.into(),
+        })
+    }
+}
+
+/// The directory of checkpoints.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// A checkpoint's name, and the checkpoint or why it cannot be read.
+pub type Listed = (String, Result<Checkpoint, StoreError>);
+
+/// A whole checkpoint.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+/// A checkpoint in the making; removed when it is dropped without [`Draft::commit`].
+#[derive(Debug)]
+pub struct Draft {
+    dir: PathBuf,
+    target: PathBuf,
+    name: String,
+    // Shows other processes that the draft has a maker.
+    _lock: Flock<File>,
+    committed: bool,
+}
+
+/// Whether a checkpoint has to survive a power failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Everything is on the disk before the checkpoint gets its name.
+    Synced,
+    /// The checkpoint lives for one migration only.
+    Ephemeral,
+}
+
+impl Store {
+    /// The store at `root`, which is made when the first checkpoint is.
+    #[must_use]
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Opens the checkpoint called `name`.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or a manifest that cannot be read.
+    pub fn open(&self, name: &str) -> Result<Checkpoint, StoreError> {
+        check_name("the checkpoint's name", name).map_err(|source| StoreError::Manifest {
+            name: name.to_owned(),
+            source,
+        })?;
+        let dir = self.root.join(name);
+        let path = dir.join(MANIFEST_FILE);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NotFound {
+                    name: name.to_owned(),
+                    root: self.root.clone(),
+                });
+            }
+            Err(error) => return Err(error).during("open", &path),
+        };
+        let mut json = Vec::new();
+        file.take(MANIFEST_LIMIT)
+            .read_to_end(&mut json)
+            .during("read", &path)?;
+        let manifest = Manifest::parse(&json).map_err(|source| StoreError::Manifest {
+            name: name.to_owned(),
+            source,
+        })?;
+        Ok(Checkpoint { dir, manifest })
+    }
+
+    /// All checkpoints by name; one that cannot be read is there with its error.
+    ///
+    /// # Errors
+    /// The directory cannot be read. A directory that does not exist holds no checkpoint.
+    pub fn list(&self) -> Result<Vec<Listed>, StoreError> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error).during("list", &self.root),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.during("list", &self.root)?.file_name();
+            if let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort_unstable();
+        Ok(names
+            .into_iter()
+            .map(|name| {
+                let opened = self.open(&name);
+                (name, opened)
+            })
+            .collect())
+    }
+
+    /// Begins a checkpoint.
+    ///
+    /// # Errors
+    /// [`StoreError::Exists`], a name that is not a plain one, or a failing system call.
+    pub fn draft(&self, name: &str) -> Result<Draft, StoreError> {
+        check_name("the checkpoint's name", name)
+            .and_then(|()| match name.starts_with('.') {
+                true => Err(ManifestError::Name {
+                    what: "the checkpoint's name",
+                    name: name.to_owned(),
+                }),
+                false => Ok(()),
+            })
+            .map_err(|source| StoreError::Manifest {
+                name: name.to_owned(),
+                source,
+            })?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.root)
+            .during("make the directory", &self.root)?;
+        self.remove_orphaned_drafts()?;
+        let target = self.root.join(name);
+        if target.symlink_metadata().is_ok() {
+            return Err(StoreError::Exists {
+                name: name.to_owned(),
+            });
+        }
+        let dir = self
+            .root
+            .join(format!("{DRAFT_PREFIX}{name}.{}", std::process::id()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .during("make the directory", &dir)?;
+        let lock = File::open(&dir).during("open", &dir)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| errno)
+            .during("lock", &dir)?;
+        Ok(Draft {
+            dir,
+            target,
+            name: name.to_owned(),
+            _lock: lock,
+            committed: false,
+        })
+    }
+
+    /// Removes a checkpoint.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or a failing system call.
+    pub fn remove(&self, name: &str) -> Result<(), StoreError> {
+        check_name("the checkpoint's name", name).map_err(|source| StoreError::Manifest {
+            name: name.to_owned(),
+            source,
+        })?;
+        let dir = self.root.join(name);
+        // A rename first: a half removed checkpoint must not look like a whole one.
+        let gone = self
+            .root
+            .join(format!("{DRAFT_PREFIX}gone-{name}.{}", std::process::id()));
+        match fs::rename(&dir, &gone) {
+            Ok(()) => fs::remove_dir_all(&gone).during("remove", &gone),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::NotFound {
+                name: name.to_owned(),
+                root: self.root.clone(),
+            }),
+            Err(error) => Err(error).during("remove", &dir),
+        }
+    }
+
+    fn remove_orphaned_drafts(&self) -> Result<(), StoreError> {
+        for entry in fs::read_dir(&self.root).during("list", &self.root)? {
+            let entry = entry.during("list", &self.root)?;
+            if !entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(DRAFT_PREFIX)
+            {
+                continue;
+            }
+            // Another process may be faster; then there is nothing left to do.
+            let Ok(dir) = File::open(entry.path()) else {
+                continue;
+            };
+            if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+                match fs::remove_dir_all(entry.path()) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(error).during("remove", entry.path());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Draft {
+    /// Where the files go.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The name that the checkpoint will have.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Writes the manifest and gives the checkpoint its name.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit(
+        mut self,
+        manifest: Manifest,
+        durability: Durability,
+    ) -> Result<Checkpoint, StoreError> {
+        let path = self.dir.join(MANIFEST_FILE);
+        fs::write(&path, manifest.to_json()).during("write", &path)?;
+        if durability == Durability::Synced {
+            let dir = File::open(&self.dir).during("open", &self.dir)?;
+            nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
+        }
+        fs::rename(&self.dir, &self.target).during("rename", &self.dir)?;
+        self.committed = true;
+        if durability == Durability::Synced {
+            let root = self.target.parent().unwrap_or(Path::new("/"));
+            File::open(root)
+                .and_then(|dir| dir.sync_all())
+                .during("sync", root)?;
+        }
+        Ok(Checkpoint {
+            dir: self.target.clone(),
+            manifest,
+        })
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What cannot be removed now is removed by the next draft.
+            drop(fs::remove_dir_all(&self.dir));
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Directory of one container.
+    #[must_use]
+    pub fn container_dir(&self, container: &manifest::Container) -> PathBuf {
+        self.dir.join(&container.name)
+    }
+
+    /// Compares every file with the manifest.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] names the first file that is missing, more, or different.
+    pub fn verify(&self) -> Result<(), StoreError> {
+        for container in &self.manifest.containers {
+            let dir = self.container_dir(container);
+            let found = list_files(&dir)?;
+            let damaged = |path: &str, what: &str| StoreError::Damaged {
+                path: dir.join(path),
+                what: what.to_owned(),
+            };
+            if let Some(file) = container
+                .files
+                .iter()
+                .find(|f| !found.iter().any(|path| *path == f.path))
+            {
+                return Err(damaged(&file.path, "it is missing"));
+            }
+            for path in &found {
+                let Some(file) = container.files.iter().find(|f| f.path == *path) else {
+                    return Err(damaged(path, "the manifest does not know it"));
+                };
+                if digest_file(&dir, path)? != *file {
+                    return Err(damaged(path, "its digest differs from the manifest's"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Digests of all regular files below `dir`, sorted by path.
+///
+/// # Errors
+/// A failing system call, or a file name that is not UTF-8 (CRIU and runc write none).
+pub fn digest_files(dir: &Path) -> Result<Vec<manifest::File>, StoreError> {
+    list_files(dir)?
+        .iter()
+        .map(|path| digest_file(dir, path))
+        .collect()
+}
+
+/// Paths of all regular files below `dir`, relative to it, sorted.
+///
+/// # Errors
+/// A failing system call, or a file name that is not UTF-8 (CRIU and runc write none).
+pub fn list_files(dir: &Path) -> Result<Vec<String>, StoreError> {
+    fn collect(dir: &Path, prefix: &str, into: &mut Vec<String>) -> Result<(), StoreError> {
+        for entry in fs::read_dir(dir).during("list", dir)? {
+            let entry = entry.during("list", dir)?;
+            let name = entry
+                .file_name()
+                .into_string()
+                .map_err(|name| StoreError::Damaged {
+                    path: dir.join(name),
+                    what: "its name is not UTF-8".to_owned(),
+                })?;
+            let kind = entry.file_type().during("stat", entry.path())?;
+            if kind.is_dir() {
+                collect(&entry.path(), &format!("{prefix}{name}/"), into)?;
+            } else if kind.is_file() {
+                into.push(format!("{prefix}{name}"));
+            }
+        }
+        Ok(())
+    }
+    let mut paths = Vec::new();
+    collect(dir, "", &mut paths)?;
+    paths.sort_unstable();
+    Ok(paths)
+}
+
+fn digest_file(dir: &Path, path: &str) -> Result<manifest::File, StoreError> {
+    let full = dir.join(path);
+    let mut file = File::open(&full).during("open", &full)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut size = 0;
+    loop {
+        let read = file.read(&mut buffer).during("read", &full)?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&buffer[..read]);
+        size += read as u64;
+    }
+    Ok(manifest::File {
+        path: path.to_owned(),
+        size,
+        sha256: hex(&hasher.finalize()),
+    })
+}
+
+/// Lower-case hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Container, FORMAT_VERSION, Format, Source};
+
+    fn manifest(name: &str, dir: &Path) -> Manifest {
+        let files = digest_files(&dir.join("c")).unwrap();
+        Manifest {
+            format: Format {
+                version: FORMAT_VERSION,
+                features: vec![],
+            },
+            name: name.into(),
+            created: 0,
+            source: Source::default(),
+            containers: vec![Container {
+                name: "c".into(),
+                files,
+                ..Container::default()
+            }],
+        }
+    }
+
+    fn fill(draft: &Draft) {
+        fs::create_dir_all(draft.dir().join("c/checkpoint")).unwrap();
+        fs::write(draft.dir().join("c/checkpoint/pages-1.img"), b"memory").unwrap();
+        fs::write(draft.dir().join("c/spec.dump"), b"{}").unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_appears_whole_or_not_at_all() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path().join("checkpoints"));
+        assert!(store.list().unwrap().is_empty());
+
+        let draft = store.draft("web").unwrap();
+        fill(&draft);
+        assert!(store.list().unwrap().is_empty());
+        assert!(matches!(
+            store.open("web"),
+            Err(StoreError::NotFound { .. })
+        ));
+        let manifest = manifest("web", draft.dir());
+        draft.commit(manifest.clone(), Durability::Synced).unwrap();
+
+        let opened = store.open("web").unwrap();
+        assert_eq!(opened.manifest, manifest);
+        opened.verify().unwrap();
+        assert!(matches!(store.draft("web"), Err(StoreError::Exists { .. })));
+        store.remove("web").unwrap();
+        assert_eq!(fs::read_dir(store.root()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_dropped_draft_and_one_of_a_dead_process_go_away() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        drop(store.draft("a").unwrap());
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+        fs::create_dir(temp.path().join(".new-b.1")).unwrap();
+        let held = store.draft("c").unwrap();
+        let other = store.draft("d").unwrap();
+        let left = fs::read_dir(temp.path()).unwrap().count();
+        assert_eq!(left, 2, "the orphan is gone, both live drafts are there");
+        drop((held, other));
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        let draft = store.draft("web").unwrap();
+        fill(&draft);
+        let manifest = manifest("web", draft.dir());
+        let checkpoint = draft.commit(manifest, Durability::Ephemeral).unwrap();
+        fs::write(checkpoint.dir.join("c/checkpoint/pages-1.img"), b"mem0ry").unwrap();
+        let error = checkpoint.verify().unwrap_err().to_string();
+        assert!(
+            error.contains("pages-1.img") && error.contains("digest"),
+            "{error}"
+        );
+        fs::remove_file(checkpoint.dir.join("c/checkpoint/pages-1.img")).unwrap();
+        assert!(
+            checkpoint
+                .verify()
+                .unwrap_err()
+                .to_string()
+                .contains("missing")
+        );
+    }
+
+    #[test]
+    fn names_do_not_lead_out() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path().join("in"));
+        for name in ["../x", "", ".hidden", "a/b", ".."] {
+            assert!(store.draft(name).is_err(), "{name:?}");
+        }
+        for name in ["../x", "", "a/b", ".."] {
+            assert!(
+                matches!(store.open(name), Err(StoreError::Manifest { .. })),
+                "{name:?}"
+            );
+            assert!(store.remove(name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+use std::fs;
+
+use super::*;
+use crate::manifest::{FORMAT_VERSION, Format, Source};
+
+fn checkpoint_stream(dir: &Path) -> Vec<u8> {
+    let mut stream = Vec::new();
+    let mut sender = Sender::new(&mut stream);
+    sender.send(&Message::Begin { name: "web".into() }).unwrap();
+    let mut files = Vec::new();
+    for path in ["checkpoint/pages-1.img", "spec.dump"] {
+        files.push(sender.send_file("c", dir, path, &mut |_| {}).unwrap());
+    }
+    let manifest = Manifest {
+        format: Format {
+            version: FORMAT_VERSION,
+            features: vec![],
+        },
+        name: "web".into(),
+        created: 0,
+        source: Source::default(),
+        containers: vec![Container {
+            name: "c".into(),
+            files,
+            ..Container::default()
+        }],
+    };
+    sender
+        .send(&Message::End {
+            manifest: Box::new(manifest),
+        })
+        .unwrap();
+    stream
+}
+
+fn source_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("checkpoint")).unwrap();
+    let pages: Vec<u8> = (0..2_500_000u32).map(|i| i.to_le_bytes()[0]).collect();
+    fs::write(dir.path().join("checkpoint/pages-1.img"), pages).unwrap();
+    fs::write(dir.path().join("spec.dump"), b"{}").unwrap();
+    dir
+}
+
+fn receive(stream: &[u8]) -> (tempfile::TempDir, Result<Manifest, WireError>) {
+    let target = tempfile::tempdir().unwrap();
+    let mut receiver = Receiver::new(stream);
+    let received = receiver
+        .receive("a checkpoint")
+        .and_then(|_| receiver.receive_files(target.path(), &mut |_| {}));
+    (target, received)
+}
+
+#[test]
+fn a_checkpoint_survives_the_stream() {
+    let source = source_dir();
+    let (target, manifest) = receive(&checkpoint_stream(source.path()));
+    assert_eq!(manifest.unwrap().containers[0].files.len(), 2);
+    for path in ["checkpoint/pages-1.img", "spec.dump"] {
+        let (a, b) = (source.path().join(path), target.path().join("c").join(path));
+        assert_eq!(fs::read(a).unwrap(), fs::read(b).unwrap());
+    }
+}
+
+#[test]
+fn every_truncation_is_an_end_and_no_success() {
+    let source = tempfile::tempdir().unwrap();
+    fs::create_dir(source.path().join("checkpoint")).unwrap();
+    fs::write(source.path().join("checkpoint/pages-1.img"), b"pages").unwrap();
+    fs::write(source.path().join("spec.dump"), b"{}").unwrap();
+    let stream = checkpoint_stream(source.path());
+    for length in 0..stream.len() {
+        let error = receive(&stream[..length]).1.unwrap_err();
+        assert!(
+            matches!(error, WireError::Ended { .. }),
+            "{length}: {error}"
+        );
+    }
+}
+
+#[test]
+fn a_flipped_byte_of_a_file_is_found() {
+    let source = source_dir();
+    let mut stream = checkpoint_stream(source.path());
+    let middle = stream.len() / 2;
+    stream[middle] ^= 1;
+    let error = receive(&stream).1.unwrap_err();
+    assert!(matches!(error, WireError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn hostile_paths_and_lengths_are_refused() {
+    for path in ["../../etc/passwd", "/etc/passwd", "c/../../x", "c//x", ""] {
+        let mut stream = Vec::new();
+        let mut sender = Sender::new(&mut stream);
+        sender.send(&Message::Begin { name: "x".into() }).unwrap();
+        sender
+            .send(&Message::File {
+                path: path.into(),
+                size: 1,
+            })
+            .unwrap();
+        sender.send_data(b"x").unwrap();
+        let error = receive(&stream).1.unwrap_err();
+        assert!(matches!(error, WireError::Name(_)), "{path:?}: {error}");
+    }
+    let mut stream = MAGIC.to_vec();
+    stream.extend_from_slice(&[MESSAGE, 0xff, 0xff, 0xff, 0xff]);
+    let error = receive(&stream).1.unwrap_err();
+    assert!(matches!(error, WireError::Protocol { .. }), "{error}");
+}
+
+#[test]
+fn the_same_file_twice_is_refused() {
+    let mut stream = Vec::new();
+    let mut sender = Sender::new(&mut stream);
+    sender.send(&Message::Begin { name: "x".into() }).unwrap();
+    for _ in 0..2 {
+        sender
+            .send(&Message::File {
+                path: "c/f".into(),
+                size: 1,
+            })
+            .unwrap();
+        sender.send_data(b"x").unwrap();
+    }
+    let error = receive(&stream).1.unwrap_err();
+    assert!(
+        matches!(error, WireError::File { act: "make", .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_failure_is_heard_even_where_data_should_come() {
+    let mut stream = Vec::new();
+    let mut sender = Sender::new(&mut stream);
+    sender.send(&Message::Begin { name: "x".into() }).unwrap();
+    sender
+        .send(&Message::File {
+            path: "c/f".into(),
+            size: 9,
+        })
+        .unwrap();
+    sender
+        .send(&Message::Failed {
+            reason: "the dump failed".into(),
+        })
+        .unwrap();
+    let error = receive(&stream).1.unwrap_err();
+    assert_eq!(error.to_string(), "the other side failed: the dump failed");
+}
+
+#[test]
+fn a_banner_before_the_stream_is_shown() {
+    let error = receive(b"Welcome to node-b! Last login: today")
+        .1
+        .unwrap_err();
+    assert!(error.to_string().contains("Welcome to node-b"), "{error}");
+}
