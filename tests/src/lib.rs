@@ -1,1 +1,75 @@
-//! placeholder
+//! Throwaway containerd nodes on one machine: the ground on which the real-node tests, the demo and the benchmarks stand.
+//!
+//! ```text
+//!  mmdebstrap ──> tree.rs ──> cached Debian tree (containerd, runc, CRIU)
+//!                               │ lowerdir
+//!  settings.rs ─> bed.rs ───> node.rs ── unshare ──> init.rs   PID 1 of the node: mounts, pivot_root, reaps
+//!  (paths)      run dir, lock   │  │ nsenter         ▲
+//!                 │             │  └─ command() ─────┤ enter.rs: joins the node's cgroups.rs, then becomes nsenter
+//!                 │             ├─ containerd.rs     config.toml, CNI, start and wait
+//!                 │             ├─ network.rs        veth pairs, routes, names;  ssh.rs: `ssh node-b` from node a
+//!                 │             └─ logs.rs           tails of what containerd, the snapshotter and CRIU wrote
+//!                 ├─ image.rs <── workload.rs        OCI image of busybox and our static programs, for `ctr images import`
+//!                 └─ interrupt.rs, footprint.rs      teardown on signals; proof that nothing is left
+//! ```
+//!
+//! The program that uses this library is started again by itself as the node's PID 1 and as the
+//! door into a node, so its `main` begins with [`node_role`].
+//!
+//! Whatever happens to that program, the nodes end with it: PID 1 of a node reads a pipe that only
+//! the program holds, and leaves at its end; the kernel then kills the PID namespace, and mounts,
+//! network and System V objects go with their namespaces. Directories and cgroups are removed by
+//! `Drop`, by the signal thread, or (after a SIGKILL) by the next [`Testbed::new`].
+
+mod bed;
+mod cgroups;
+mod containerd;
+mod enter;
+mod error;
+mod footprint;
+mod image;
+mod init;
+mod interrupt;
+mod logs;
+mod needs;
+mod network;
+mod node;
+mod poll;
+mod run;
+mod settings;
+mod ssh;
+mod tree;
+mod workload;
+
+pub use bed::Testbed;
+pub use containerd::{Containerd, ContainerdConfig};
+pub use error::TestbedError;
+pub use footprint::Footprint;
+pub use image::Image;
+pub use needs::{Need, Needs};
+pub use network::Link;
+pub use node::{Node, NodeOptions, Storage};
+pub use poll::poll_until;
+pub use run::CommandRun;
+pub use settings::Settings;
+pub use tree::Tree;
+pub use workload::{CounterReply, Workload};
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Plays the part of a node's PID 1, or of the door into a node, when the arguments ask for it.
+///
+/// Returns `None` for every other call of the program, which then goes on. Call it first in `main`:
+/// the library starts the current executable again with these arguments.
+pub fn node_role(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode> {
+    let mut arguments = arguments.skip(1);
+    let role = arguments.next()?;
+    if role == init::ROLE {
+        Some(init::serve(arguments))
+    } else if role == enter::ROLE {
+        Some(enter::become_command(arguments))
+    } else {
+        None
+    }
+}

@@ -1,0 +1,83 @@
+//! Tests on real nodes, one case per tree: `node_<tree>_<what>`.
+//!
+//! ```text
+//! <case file>::cases() ─> Case ─> libtest-mimic Trial ─> Testbed on the case's tree ─> the case
+//! ```
+//!
+//! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
+//! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
+
+mod starts;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use transship_testbed::{Need, Needs, Settings, Testbed, Tree};
+
+/// One test on one tree.
+struct Case {
+    /// What comes after `node_<tree>_`.
+    what: &'static str,
+    tree: Tree,
+    run: fn(&Testbed) -> anyhow::Result<()>,
+}
+
+impl Case {
+    /// The same test on each of the trees.
+    fn on_all_trees(
+        what: &'static str,
+        run: fn(&Testbed) -> anyhow::Result<()>,
+    ) -> impl Iterator<Item = Case> {
+        Tree::ALL
+            .into_iter()
+            .map(move |tree| Case { what, tree, run })
+    }
+
+    fn into_trial(self, settings: &Settings, needs: &Needs) -> Trial {
+        let (settings, needs) = (settings.clone(), needs.clone());
+        Trial::ignorable_test(format!("node_{}_{}", self.tree, self.what), move || {
+            let need = Need::Node(self.tree);
+            match need.missing(&settings) {
+                Some(reason) if needs.requires(need) => return Err(reason.into()),
+                Some(reason) => return Ok(Completion::ignored_with(reason)),
+                None => {}
+            }
+            let bed = Testbed::new(self.tree, &settings).map_err(|error| failed(&error.into()))?;
+            let result = (self.run)(&bed);
+            if result.is_err() {
+                for node in bed.nodes() {
+                    eprintln!("{}", node.logs());
+                }
+            }
+            bed.stop().map_err(|error| failed(&error.into()))?;
+            result
+                .map(|()| Completion::Completed)
+                .map_err(|error| failed(&error))
+        })
+    }
+}
+
+fn failed(error: &anyhow::Error) -> Failed {
+    format!("{error:?}").into()
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = transship_testbed::node_role(std::env::args_os()) {
+        return code;
+    }
+    let arguments = Arguments::from_args();
+    let executable = match std::env::current_exe() {
+        Ok(executable) => executable,
+        Err(error) => {
+            eprintln!("cannot find this program: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
+    let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
+    let cases = starts::cases();
+    let trials = cases
+        .map(|case| case.into_trial(&settings, &needs))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,87 @@
+//! What can go wrong with a testbed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// An error of the testbed; its `Display` leaves the cause to the chain.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TestbedError {
+    /// A file or directory could not be used.
+    #[error("cannot {act} {path}")]
+    Io {
+        /// The act, as in "create".
+        act: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A command could not be started.
+    #[error("cannot start `{line}`")]
+    Start {
+        /// The command line.
+        line: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A command ended with another status than 0.
+    #[error("`{line}` ended with {status}: {stderr}")]
+    Failed {
+        /// The command line.
+        line: String,
+        /// Exit code or signal.
+        status: std::process::ExitStatus,
+        /// The last bytes that it wrote to stderr.
+        stderr: String,
+    },
+    /// Something did not come about before its deadline.
+    #[error("{what} did not happen within {waited:?}: {last}")]
+    Deadline {
+        /// What was waited for.
+        what: String,
+        /// For how long.
+        waited: Duration,
+        /// What was seen last.
+        last: String,
+    },
+    /// A node's PID 1 could not build its world.
+    #[error("node {node} did not come up: {reason}")]
+    NodeStart {
+        /// The node's name.
+        node: String,
+        /// What its PID 1 said.
+        reason: String,
+    },
+    /// The machine or the build lacks something.
+    #[error("{what} is missing: {remedy}")]
+    Missing {
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// Something answered in an unexpected form.
+    #[error("{what} is not understood: {text:?}")]
+    Unexpected {
+        /// What was read.
+        what: &'static str,
+        /// The text itself.
+        text: String,
+    },
+}
+
+/// Adds the act and the path to an I/O error.
+pub(crate) trait IoContext<T> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, TestbedError>;
+}
+
+impl<T, E: Into<std::io::Error>> IoContext<T> for Result<T, E> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, TestbedError> {
+        self.map_err(|source| TestbedError::Io {
+            act,
+            path: path.as_ref().to_owned(),
+            source: source.into(),
+        })
+    }
+}

@@ -1,0 +1,282 @@
+//! OCI images of our container programs, as archives for `ctr images import`.
+//!
+//! OCI image layout in a tar (image-spec, image-layout.md):
+//!
+//! ```text
+//! oci-layout                 {"imageLayoutVersion":"1.0.0"}
+//! index.json                 one manifest, annotated io.containerd.image.name = reference
+//! blobs/sha256/<digest>      manifest, config, layers (tar, not compressed)
+//! ```
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use crate::containerd::PAUSE_IMAGE;
+use crate::error::IoContext as _;
+use crate::run::CommandRun as _;
+use crate::{Node, Settings, TestbedError, Workload};
+
+/// Applets of busybox that tests use inside of containers.
+const APPLETS: [&str; 30] = [
+    "cat",
+    "chmod",
+    "cp",
+    "cut",
+    "date",
+    "dd",
+    "df",
+    "echo",
+    "env",
+    "find",
+    "grep",
+    "head",
+    "hostname",
+    "id",
+    "ip",
+    "kill",
+    "ln",
+    "ls",
+    "mkdir",
+    "mv",
+    "nc",
+    "ps",
+    "rm",
+    "sh",
+    "sha256sum",
+    "stat",
+    "tail",
+    "touch",
+    "true",
+    "wc",
+];
+
+/// Port on which the counter listens unless told otherwise.
+const COUNTER_PORT: u16 = 7000;
+
+/// An image that is made here.
+#[derive(Debug, Clone)]
+pub struct Image {
+    reference: String,
+    /// Tar files, lowest first.
+    layers: Vec<Vec<u8>>,
+    entrypoint: Vec<String>,
+}
+
+impl Image {
+    /// `transship.test/counter:1`: busybox, some files, and the counter as its entrypoint.
+    ///
+    /// | path | what for |
+    /// |---|---|
+    /// | /data/counts | empty; the counter appends each value |
+    /// | /data/delete-me | the counter deletes it at its start |
+    /// | /data/keep/{a,b} | nobody touches them |
+    /// | /data/made/ | not in the image: the counter makes it |
+    ///
+    /// `busybox` is a static busybox, for instance of the node's tree.
+    pub fn counter(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
+        let program = read(&Workload::Counter.build(settings)?)?;
+        let mut data = Layer::default();
+        data.dir("data")?.dir("data/keep")?;
+        data.file("data/counts", b"", 0o644)?
+            .file("data/delete-me", b"delete me\n", 0o644)?;
+        data.file("data/keep/a", b"a\n", 0o644)?
+            .file("data/keep/b", b"b\n", 0o600)?;
+        let mut bin = Layer::default();
+        bin.dir("usr")?
+            .dir("usr/bin")?
+            .file("usr/bin/counter", &program, 0o755)?;
+        Ok(Image {
+            reference: "transship.test/counter:1".to_owned(),
+            layers: vec![base_layer(busybox)?, data.finish()?, bin.finish()?],
+            entrypoint: vec!["/usr/bin/counter".to_owned()],
+        })
+    }
+
+    /// `transship.test/pause:1`: a static program that sleeps until SIGTERM, and nothing else; the
+    /// CRI's sandbox image, and the sandbox of a `ctr run` pod.
+    pub fn pause(settings: &Settings) -> Result<Image, TestbedError> {
+        let program = read(&Workload::Sandbox.build(settings)?)?;
+        let mut layer = Layer::default();
+        layer.file("pause", &program, 0o755)?;
+        Ok(Image {
+            reference: PAUSE_IMAGE.to_owned(),
+            layers: vec![layer.finish()?],
+            entrypoint: vec!["/pause".to_owned()],
+        })
+    }
+
+    /// The image's name in containerd.
+    pub fn reference(&self) -> &str {
+        &self.reference
+    }
+
+    /// The archive in memory.
+    pub fn to_archive(&self) -> Result<Vec<u8>, TestbedError> {
+        let mut archive = Layer::default();
+        archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
+        archive.dir("blobs")?.dir("blobs/sha256")?;
+        let layers: Vec<_> = self.layers.iter().map(|layer| blob(LAYER, layer)).collect();
+        let config = json!({
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {
+                "Env": ["PATH=/usr/bin:/bin"],
+                "Entrypoint": self.entrypoint,
+                "ExposedPorts": { format!("{COUNTER_PORT}/tcp"): {} },
+            },
+            "rootfs": {
+                "type": "layers",
+                "diff_ids": layers.iter().map(|layer| &layer["digest"]).collect::<Vec<_>>(),
+            },
+        })
+        .to_string();
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": blob("application/vnd.oci.image.config.v1+json", config.as_bytes()),
+            "layers": layers,
+        })
+        .to_string();
+        let mut described = blob(MANIFEST, manifest.as_bytes());
+        described["annotations"] = json!({
+            "io.containerd.image.name": self.reference,
+            "org.opencontainers.image.ref.name": self.reference,
+        });
+        let index = json!({ "schemaVersion": 2, "manifests": [described] }).to_string();
+        let blobs = [config.as_bytes(), manifest.as_bytes()];
+        for content in self.layers.iter().map(Vec::as_slice).chain(blobs) {
+            archive.file(&format!("blobs/sha256/{}", sha256(content)), content, 0o644)?;
+        }
+        archive.file("index.json", index.as_bytes(), 0o644)?;
+        archive.finish()
+    }
+}
+
+impl Node {
+    /// Imports the image into containerd, unpacked for `snapshotter`.
+    pub fn import_image(&self, image: &Image, snapshotter: &str) -> Result<(), TestbedError> {
+        self.import_image_into("default", image, snapshotter)
+    }
+
+    /// Imports the image into another containerd namespace, such as the CRI's "k8s.io".
+    pub fn import_image_into(
+        &self,
+        namespace: &str,
+        image: &Image,
+        snapshotter: &str,
+    ) -> Result<(), TestbedError> {
+        self.command("ctr")
+            .args([
+                "-n",
+                namespace,
+                "images",
+                "import",
+                "--snapshotter",
+                snapshotter,
+                "-",
+            ])
+            .feed(&image.to_archive()?)
+            .map(drop)
+    }
+}
+
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+fn blob(media_type: &str, content: &[u8]) -> serde_json::Value {
+    json!({
+        "mediaType": media_type,
+        "digest": format!("sha256:{}", sha256(content)),
+        "size": content.len(),
+    })
+}
+
+fn sha256(content: &[u8]) -> String {
+    Sha256::digest(content)
+        .iter()
+        .fold(String::new(), |mut text, byte| {
+            write!(text, "{byte:02x}").expect("writing to a String does not fail");
+            text
+        })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TestbedError> {
+    fs::read(path).during("read", path)
+}
+
+fn base_layer(busybox: &Path) -> Result<Vec<u8>, TestbedError> {
+    let mut layer = Layer::default();
+    layer
+        .dir("bin")?
+        .file("bin/busybox", &read(busybox)?, 0o755)?;
+    for applet in APPLETS {
+        layer.link(&format!("bin/{applet}"), "busybox")?;
+    }
+    for dir in ["dev", "proc", "sys", "run", "tmp", "etc", "root"] {
+        layer.dir(dir)?;
+    }
+    layer.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n", 0o644)?;
+    layer.file("etc/group", b"root:x:0:\n", 0o644)?;
+    layer.finish()
+}
+
+/// A tar being written in memory.
+struct Layer(tar::Builder<Vec<u8>>);
+
+impl Default for Layer {
+    fn default() -> Layer {
+        Layer(tar::Builder::new(Vec::new()))
+    }
+}
+
+impl Layer {
+    fn dir(&mut self, path: &str) -> Result<&mut Layer, TestbedError> {
+        self.entry(path, tar::EntryType::Directory, b"", 0o755)
+    }
+
+    fn file(&mut self, path: &str, content: &[u8], mode: u32) -> Result<&mut Layer, TestbedError> {
+        self.entry(path, tar::EntryType::Regular, content, mode)
+    }
+
+    fn link(&mut self, path: &str, target: &str) -> Result<&mut Layer, TestbedError> {
+        let mut header = header(tar::EntryType::Symlink, 0, 0o777);
+        self.0
+            .append_link(&mut header, path, target)
+            .during("pack", path)?;
+        Ok(self)
+    }
+
+    fn entry(
+        &mut self,
+        path: &str,
+        kind: tar::EntryType,
+        content: &[u8],
+        mode: u32,
+    ) -> Result<&mut Layer, TestbedError> {
+        let mut header = header(kind, content.len() as u64, mode);
+        self.0
+            .append_data(&mut header, path, content)
+            .during("pack", path)?;
+        Ok(self)
+    }
+
+    fn finish(self) -> Result<Vec<u8>, TestbedError> {
+        self.0.into_inner().during("finish", "image archive")
+    }
+}
+
+/// A fixed time: the same content gives the same digest.
+fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
+    let mut header = tar::Header::new_ustar();
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_mode(mode);
+    header.set_mtime(1_600_000_000);
+    header.set_uid(0);
+    header.set_gid(0);
+    header
+}

@@ -1,0 +1,45 @@
+//! Teardown on Ctrl-C and its kin.
+//!
+//! The nodes die with the process in any case; this thread exists for the directories and cgroups.
+
+use std::sync::{Arc, Mutex, Once, Weak};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::bed::BedInner;
+use crate::node::lock;
+
+static LIVE: Mutex<Vec<Weak<BedInner>>> = Mutex::new(Vec::new());
+
+/// Makes SIGINT, SIGTERM and SIGHUP tear this testbed down before they end the process.
+pub(crate) fn register(bed: &Arc<BedInner>) {
+    static THREAD: Once = Once::new();
+    THREAD.call_once(|| match Signals::new([SIGINT, SIGTERM, SIGHUP]) {
+        Ok(mut signals) => {
+            std::thread::spawn(move || {
+                if let Some(signal) = signals.forever().next() {
+                    tear_down_all();
+                    // Ends the process in the way that the signal would have.
+                    if let Err(error) = signal_hook::low_level::emulate_default_handler(signal) {
+                        eprintln!("testbed: signal {signal}: {error}");
+                    }
+                }
+            });
+        }
+        Err(error) => eprintln!("testbed: no teardown on signals: {error}"),
+    });
+    let mut live = lock(&LIVE);
+    live.retain(|bed| bed.strong_count() > 0);
+    live.push(Arc::downgrade(bed));
+}
+
+fn tear_down_all() {
+    // Kept locked: no testbed may begin between the teardown and the end of the process.
+    let live = lock(&LIVE);
+    for bed in live.iter().filter_map(Weak::upgrade) {
+        if let Err(error) = bed.tear_down() {
+            eprintln!("testbed: {error}");
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! One node: a PID 1 in namespaces of its own over a cached tree, and ways to act in it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cgroups::NodeCgroups;
+use crate::error::IoContext as _;
+use crate::init::{self, InitPlan, Report};
+use crate::run::CommandRun as _;
+use crate::{Settings, TestbedError, Tree, enter};
+
+/// Our binaries, shown in a node as far as they have been built.
+const BINARIES: [&str; 4] = [
+    "transship",
+    "transship-snapshotter",
+    "transship-runc",
+    "transship-hook",
+];
+
+/// Where a node keeps what it writes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Storage {
+    /// On the disk below the work directory.
+    #[default]
+    Disk,
+    /// On a tmpfs of this size ("64m"): for a disk that fills up, or one that must not slow a test.
+    Tmpfs(String),
+}
+
+/// How a node differs from the plain one.
+#[derive(Debug, Clone, Default)]
+pub struct NodeOptions {
+    /// Where the root's upperdir, containerd's root and the checkpoints lie.
+    pub storage: Storage,
+    /// Leaves the v2 "unified" hierarchy out: crun refuses a hybrid of v1 and v2.
+    pub without_unified_cgroup: bool,
+}
+
+/// A running node; clones are handles to the same node, which lives as long as its testbed.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<NodeInner>,
+}
+
+#[derive(Debug)]
+struct NodeInner {
+    name: String,
+    index: usize,
+    tree: Tree,
+    dir: PathBuf,
+    pid: Pid,
+    cgroups: NodeCgroups,
+    executable: PathBuf,
+    process: Mutex<Option<NodeProcess>>,
+    /// Daemons started in the node, by name: kept so that they are waited for.
+    daemons: Mutex<BTreeMap<String, Child>>,
+}
+
+#[derive(Debug)]
+struct NodeProcess {
+    unshare: Child,
+    /// Its end is what PID 1 waits for.
+    _lifeline: ChildStdin,
+}
+
+impl Node {
+    /// Starts a node; `dir` is its own empty directory, `index` its number in the testbed.
+    pub(crate) fn start(
+        settings: &Settings,
+        tree: Tree,
+        tree_dir: &Path,
+        dir: &Path,
+        run: &str,
+        (name, index): (&str, usize),
+        options: &NodeOptions,
+    ) -> Result<Node, TestbedError> {
+        let hostname = format!("node-{name}");
+        let (data, root) = (dir.join("data"), dir.join("root"));
+        for path in [dir, &data, &root] {
+            fs::create_dir(path).during("create", path)?;
+        }
+        let mut cgroups = NodeCgroups::plan(
+            &fs::read_to_string("/proc/self/mountinfo").during("read", "/proc/self/mountinfo")?,
+            &fs::read_to_string("/proc/self/cgroup").during("read", "/proc/self/cgroup")?,
+            &format!("transship-{run}-{name}"),
+        );
+        if options.without_unified_cgroup {
+            cgroups
+                .hierarchies
+                .retain(|hierarchy| hierarchy.v1_options.is_some());
+        }
+        let files = BINARIES
+            .iter()
+            .map(|binary| {
+                (
+                    settings.binaries_dir.join(binary),
+                    Path::new(BIN_DIR).join(binary),
+                )
+            })
+            .filter(|(source, _)| source.is_file())
+            .collect();
+        let plan = InitPlan {
+            hostname: hostname.clone(),
+            tree: tree_dir.to_owned(),
+            data,
+            tmpfs_size: match &options.storage {
+                Storage::Disk => None,
+                Storage::Tmpfs(size) => Some(size.clone()),
+            },
+            root,
+            files,
+            cgroups: cgroups.hierarchies.clone(),
+        };
+        let plan_file = write_json(&dir.join("init.json"), &plan)?;
+        // Written before the first cgroup exists, for the sweep after a SIGKILL.
+        write_json(&dir.join(CGROUPS_FILE), &cgroups)?;
+        if let Err(error) = cgroups.create() {
+            return cgroups.remove().and(Err(error));
+        }
+
+        let mut command = Command::new(&settings.executable);
+        command
+            .arg(enter::ROLE)
+            .args(cgroups.first_procs())
+            .arg("--");
+        command.args([
+            "unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup",
+        ]);
+        command.args(["--fork", "--kill-child", "--propagation", "private", "--"]);
+        command
+            .arg(&settings.executable)
+            .arg(init::ROLE)
+            .arg(&plan_file);
+        let log = dir.join("init.log");
+        let started = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log).during("create", &log)?)
+            .spawn();
+        let mut unshare = started.map_err(|source| TestbedError::Start {
+            line: "unshare (node init)".to_owned(),
+            source,
+        })?;
+        let lifeline = unshare.stdin.take().expect("stdin was asked for as a pipe");
+        let stdout = unshare
+            .stdout
+            .take()
+            .expect("stdout was asked for as a pipe");
+        let pid = match read_report(stdout, &log) {
+            Ok(pid) => pid,
+            Err(reason) => {
+                drop(lifeline);
+                unshare.wait().during("wait for", "unshare")?;
+                cgroups.remove()?;
+                return Err(TestbedError::NodeStart {
+                    node: name.to_owned(),
+                    reason,
+                });
+            }
+        };
+        let node = Node {
+            inner: Arc::new(NodeInner {
+                name: name.to_owned(),
+                index,
+                tree,
+                dir: dir.to_owned(),
+                pid,
+                cgroups,
+                executable: settings.executable.clone(),
+                process: Mutex::new(Some(NodeProcess {
+                    unshare,
+                    _lifeline: lifeline,
+                })),
+                daemons: Mutex::default(),
+            }),
+        };
+        match node
+            .inner
+            .cgroups
+            .delegate()
+            .and_then(|()| node.set_up(&hostname))
+        {
+            Ok(()) => Ok(node),
+            Err(error) => node.stop().and(Err(error)),
+        }
+    }
+
+    fn set_up(&self, hostname: &str) -> Result<(), TestbedError> {
+        self.shell(&format!(
+            "ip link set lo up
+             echo {hostname} >/etc/hostname
+             printf '127.0.0.1 localhost\\n127.0.1.1 {hostname}\\n' >/etc/hosts
+             echo 1 >/proc/sys/net/ipv4/ip_forward
+             mkdir -p /opt/cni && ln -sfn /usr/lib/cni /opt/cni/bin"
+        ))
+        .run()
+    }
+
+    /// The name given to [`crate::Testbed::node`]; the hostname is `node-<name>`.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Number of the node in its testbed, from 0.
+    pub fn index(&self) -> usize {
+        self.inner.index
+    }
+
+    /// The tree that the node runs on.
+    pub fn tree(&self) -> Tree {
+        self.inner.tree
+    }
+
+    /// PID 1 of the node, as the caller sees it.
+    pub fn pid(&self) -> i32 {
+        self.inner.pid.as_raw()
+    }
+
+    /// A command that runs in the node: all its namespaces, its root, its cgroups.
+    ///
+    /// The child is `nsenter`, which passes the exit status on; killing the child does not reach
+    /// the command.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(&self.inner.executable);
+        command.arg(enter::ROLE).args(self.inner.cgroups.procs());
+        command.args([
+            "--",
+            "nsenter",
+            "--target",
+            &self.pid().to_string(),
+            "--all",
+            "--",
+        ]);
+        command.arg(program);
+        command
+            .env_clear()
+            .env("PATH", PATH)
+            .env("HOME", "/root")
+            .env("LANG", "C.UTF-8");
+        command
+    }
+
+    /// A shell script that runs in the node and ends at its first failure.
+    pub fn shell(&self, script: &str) -> Command {
+        let mut command = self.command("sh");
+        command.args(["-eu", "-c", script]);
+        command
+    }
+
+    /// Reads a file of the node.
+    pub fn read_file(&self, path: &str) -> Result<Vec<u8>, TestbedError> {
+        self.command("cat").args(["--", path]).feed(b"")
+    }
+
+    /// Writes a file of the node; makes its directory when it is not there.
+    pub fn write_file(&self, path: &str, content: impl AsRef<[u8]>) -> Result<(), TestbedError> {
+        let script = "mkdir -p -- \"${0%/*}\"; cat >\"$0\"";
+        self.command("sh")
+            .args(["-eu", "-c", script, path])
+            .feed(content.as_ref())
+            .map(drop)
+    }
+
+    /// True if one of our binaries is in the node.
+    pub fn has_binary(&self, name: &str) -> bool {
+        self.command("test")
+            .args(["-x", &format!("{BIN_DIR}/{name}")])
+            .run()
+            .is_ok()
+    }
+
+    /// Starts a daemon in the node with its output in `/var/log/<name>.log`.
+    pub fn start_daemon(&self, name: &str, program: &[&str]) -> Result<(), TestbedError> {
+        // The PID file holds the daemon's PID inside the node: what the caller sees is nsenter's.
+        let script = "echo $$ >\"/run/$0.pid\"; exec \"$@\" >>\"/var/log/$0.log\" 2>&1";
+        let child = self
+            .command("sh")
+            .args(["-eu", "-c", script, name])
+            .args(program)
+            .stdin(Stdio::null())
+            .spawn()
+            .map_err(|source| TestbedError::Start {
+                line: program.join(" "),
+                source,
+            })?;
+        let before = lock(&self.inner.daemons).insert(name.to_owned(), child);
+        if let Some(mut before) = before {
+            before.wait().during("wait for", name)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a signal ("TERM", "KILL") to a daemon of [`Node::start_daemon`] and waits for its end.
+    pub fn stop_daemon(&self, name: &str, signal: &str) -> Result<(), TestbedError> {
+        let Some(mut child) = lock(&self.inner.daemons).remove(name) else {
+            return Err(TestbedError::Missing {
+                what: format!("daemon {name} on node {}", self.name()),
+                remedy: "start it first".to_owned(),
+            });
+        };
+        self.shell(&format!("kill -{signal} \"$(cat /run/{name}.pid)\""))
+            .run()?;
+        child.wait().during("wait for", name).map(drop)
+    }
+
+    /// True if a daemon of that name was started and not stopped.
+    pub(crate) fn has_daemon(&self, name: &str) -> bool {
+        lock(&self.inner.daemons).contains_key(name)
+    }
+
+    /// `Some(status)` if a daemon of [`Node::start_daemon`] has ended by itself.
+    pub(crate) fn daemon_end(&self, name: &str) -> Option<std::process::ExitStatus> {
+        lock(&self.inner.daemons)
+            .get_mut(name)?
+            .try_wait()
+            .ok()
+            .flatten()
+    }
+
+    /// Kills everything in the node and removes its cgroups and its directory; idempotent.
+    pub fn stop(&self) -> Result<(), TestbedError> {
+        let Some(mut process) = lock(&self.inner.process).take() else {
+            return Ok(());
+        };
+        // PID 1 cannot have been reaped: its parent `unshare` has not been waited for, and waits
+        // itself until the kernel has killed the whole PID namespace.
+        kill(self.inner.pid, Signal::SIGKILL).during("kill node", self.name())?;
+        process.unshare.wait().during("wait for", "unshare")?;
+        for daemon in std::mem::take(&mut *lock(&self.inner.daemons)).values_mut() {
+            daemon.wait().during("wait for", self.name())?;
+        }
+        self.inner.cgroups.remove()?;
+        fs::remove_dir_all(&self.inner.dir).during("remove", &self.inner.dir)
+    }
+
+    pub(crate) fn cgroups(&self) -> &NodeCgroups {
+        &self.inner.cgroups
+    }
+}
+
+/// Where our binaries lie in a node.
+pub(crate) const BIN_DIR: &str = "/usr/local/bin";
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// In a node's directory: which cgroups it has.
+pub(crate) const CGROUPS_FILE: &str = "cgroups.json";
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<PathBuf, TestbedError> {
+    let text = serde_json::to_vec(value)
+        .map_err(std::io::Error::from)
+        .during("write", path)?;
+    fs::write(path, text).during("write", path)?;
+    Ok(path.to_owned())
+}
+
+fn read_report(stdout: impl std::io::Read, log: &Path) -> Result<Pid, String> {
+    let mut line = String::new();
+    BufReader::new(stdout)
+        .read_line(&mut line)
+        .map_err(|error| error.to_string())?;
+    match serde_json::from_str(&line) {
+        Ok(Report::Ready { pid }) => Ok(Pid::from_raw(pid)),
+        Ok(Report::Failed(reason)) => Err(reason),
+        Err(_) => {
+            let said = fs::read_to_string(log).unwrap_or_default();
+            Err(format!(
+                "its PID 1 said {line:?} ({}); does main() begin with node_role?",
+                said.trim()
+            ))
+        }
+    }
+}
+
+/// Nodes are torn down after a panic too, whose thread may have held the lock.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
