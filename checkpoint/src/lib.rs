@@ -17,7 +17,13 @@
 //! checkpoint is hostile input: names are checked when the manifest is parsed, digests before use.
 
 pub mod annotations;
+pub mod criu_images;
+pub mod criu_log;
 pub mod criu_options;
+mod loopback;
 pub mod manifest;
+pub mod namespaces;
+pub mod spec;
+pub mod stage;
 pub mod store;
 pub mod wire;

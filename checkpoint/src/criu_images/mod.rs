@@ -1,0 +1,358 @@
+//! The few images of CRIU that are read or edited before a restore.
+//!
+//! ```text
+//! <name>.img
+//!   u32 LE   0x54564319                 head of every image but the inventory (since CRIU 2.0)
+//!   u32 LE   magic of this kind of image
+//!   repeated:
+//!     u32 LE   n
+//!     n bytes  protobuf message
+//!     [raw]    bytes that only the kind of image explains (System V messages and semaphores)
+//! ```
+//!
+//! Magic numbers: `criu/include/magic.h`; fields: `images/*.proto` of CRIU 3.17 to 4.2, between
+//! which the messages below did not change.
+
+pub mod ipcns;
+pub mod tasks;
+pub mod utsns;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Largest image that is read here, in bytes. Those with memory pages are never read.
+const IMAGE_LIMIT: u64 = 64 << 20;
+const HEAD_MAGIC: u32 = 0x5456_4319;
+const HEADER_LEN: usize = 8;
+
+/// An image that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// Not an image, or one of another kind.
+    #[error("{path} is not a CRIU image of the expected kind")]
+    Magic {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Longer than any real one.
+    #[error("{path} is larger than {IMAGE_LIMIT} bytes")]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Ends in the middle of an entry.
+    #[error("{path} is cut off")]
+    CutOff {
+        /// The image.
+        path: PathBuf,
+    },
+    /// An entry that is not the expected message.
+    #[error("{path} cannot be decoded")]
+    Decode {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: prost::DecodeError,
+    },
+    /// A system call failed.
+    #[error("cannot {act} {path}")]
+    Io {
+        /// The act.
+        act: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The kinds of image that are understood here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Core,
+    Utsns,
+    IpcShm,
+    IpcMsg,
+    IpcSem,
+}
+
+impl Kind {
+    /// What the file's name starts with; a number and `.img` follow.
+    pub(crate) fn prefix(self) -> &'static str {
+        match self {
+            Self::Core => "core-",
+            Self::Utsns => "utsns-",
+            Self::IpcShm => "ipcns-shm-",
+            Self::IpcMsg => "ipcns-msg-",
+            Self::IpcSem => "ipcns-sem-",
+        }
+    }
+
+    fn magic(self) -> u32 {
+        match self {
+            Self::Core => 0x5505_3847,
+            Self::Utsns => 0x5447_3203,
+            Self::IpcShm => 0x4628_3044,
+            Self::IpcMsg => 0x5545_3737,
+            Self::IpcSem => 0x5957_3019,
+        }
+    }
+}
+
+/// An image in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Image {
+    path: PathBuf,
+    kind: Kind,
+    body: Vec<u8>,
+}
+
+impl Image {
+    /// Reads an image of a known kind.
+    pub(crate) fn read(path: &Path, kind: Kind) -> Result<Self, ImageError> {
+        let io = |act, source| ImageError::Io {
+            act,
+            path: path.to_path_buf(),
+            source,
+        };
+        let file = File::open(path).map_err(|e| io("open", e))?;
+        let mut bytes = Vec::new();
+        file.take(IMAGE_LIMIT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|e| io("read", e))?;
+        if bytes.len() as u64 > IMAGE_LIMIT {
+            return Err(ImageError::TooLarge {
+                path: path.to_path_buf(),
+            });
+        }
+        Self::parse(path, kind, &bytes)
+    }
+
+    fn parse(path: &Path, kind: Kind, bytes: &[u8]) -> Result<Self, ImageError> {
+        let head = u32_at(bytes, 0).zip(u32_at(bytes, 4));
+        if head != Some((HEAD_MAGIC, kind.magic())) {
+            return Err(ImageError::Magic {
+                path: path.to_path_buf(),
+            });
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            kind,
+            body: bytes[HEADER_LEN..].to_vec(),
+        })
+    }
+
+    /// The same image with other entries.
+    pub(crate) fn with_body(&self, body: Vec<u8>) -> Self {
+        Self {
+            path: self.path.clone(),
+            kind: self.kind,
+            body,
+        }
+    }
+
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    pub(crate) fn entries(&self) -> Entries<'_> {
+        Entries { image: self, at: 0 }
+    }
+
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER_LEN + self.body.len());
+        bytes.extend(HEAD_MAGIC.to_le_bytes());
+        bytes.extend(self.kind.magic().to_le_bytes());
+        bytes.extend(&self.body);
+        bytes
+    }
+
+    /// Puts this image in the place of `path`, which may be a link into a checkpoint: the link is
+    /// replaced, what it leads to is left as it is.
+    pub(crate) fn replace(&self, path: &Path) -> Result<(), ImageError> {
+        let io = |act, source| ImageError::Io {
+            act,
+            path: path.to_path_buf(),
+            source,
+        };
+        let new = path.with_extension("img.new");
+        fs::write(&new, self.to_bytes()).map_err(|e| io("write", e))?;
+        fs::rename(&new, path).map_err(|e| io("replace", e))
+    }
+}
+
+/// Walks over the entries of an image.
+#[derive(Debug)]
+pub(crate) struct Entries<'a> {
+    image: &'a Image,
+    at: usize,
+}
+
+impl Entries<'_> {
+    /// Where the next entry starts.
+    pub(crate) fn position(&self) -> usize {
+        self.at
+    }
+
+    /// The next message, `None` at the end of the image.
+    pub(crate) fn next<M: prost::Message + Default>(&mut self) -> Result<Option<M>, ImageError> {
+        let body = &self.image.body;
+        if self.at == body.len() {
+            return Ok(None);
+        }
+        let start = self.at + 4;
+        let len = u32_at(body, self.at).ok_or_else(|| self.cut_off())? as usize;
+        let bytes = start.checked_add(len).and_then(|end| body.get(start..end));
+        let bytes = bytes.ok_or_else(|| self.cut_off())?;
+        self.at = start + len;
+        M::decode(bytes)
+            .map(Some)
+            .map_err(|source| ImageError::Decode {
+                path: self.image.path.clone(),
+                source,
+            })
+    }
+
+    /// Steps over raw bytes that belong to the entry before.
+    pub(crate) fn skip(&mut self, len: u64) -> Result<(), ImageError> {
+        let end = usize::try_from(len)
+            .ok()
+            .and_then(|len| self.at.checked_add(len));
+        match end {
+            Some(end) if end <= self.image.body.len() => self.at = end,
+            _ => return Err(self.cut_off()),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn cut_off(&self) -> ImageError {
+        ImageError::CutOff {
+            path: self.image.path.clone(),
+        }
+    }
+}
+
+/// Adds one entry to the body of an image.
+pub(crate) fn push_entry(body: &mut Vec<u8>, message: &impl prost::Message) {
+    let bytes = message.encode_to_vec();
+    let len = u32::try_from(bytes.len()).expect("messages written here are a few hundred bytes");
+    body.extend(len.to_le_bytes());
+    body.extend(bytes);
+}
+
+/// The images of one kind in a directory, with the number in their name, in order of the numbers.
+pub(crate) fn list(dir: &Path, kind: Kind) -> Result<Vec<(u32, PathBuf)>, ImageError> {
+    let io = |source| ImageError::Io {
+        act: "list",
+        path: dir.to_path_buf(),
+        source,
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| {
+            name.strip_prefix(kind.prefix())?
+                .strip_suffix(".img")?
+                .parse()
+                .ok()
+        });
+        if let Some(number) = number {
+            found.push((number, entry.path()));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Copies ranges of a body, in order.
+pub(crate) fn gather(body: &[u8], ranges: &[Range<usize>]) -> Vec<u8> {
+    ranges
+        .iter()
+        .flat_map(|range| &body[range.clone()])
+        .copied()
+        .collect()
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(
+        bytes.try_into().expect("four bytes were asked for"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `comm` alone: enough to tell an entry from noise.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Word {
+        #[prost(string, required, tag = "1")]
+        word: String,
+    }
+
+    fn image(body: Vec<u8>) -> Image {
+        Image {
+            path: "x.img".into(),
+            kind: Kind::Utsns,
+            body,
+        }
+    }
+
+    #[test]
+    fn entries_come_back_in_order() {
+        let mut body = Vec::new();
+        push_entry(&mut body, &Word { word: "a".into() });
+        body.extend([0; 8]);
+        push_entry(&mut body, &Word { word: "b".into() });
+        let image = Image::parse(Path::new("x.img"), Kind::Utsns, &image(body).to_bytes()).unwrap();
+        let mut entries = image.entries();
+        assert_eq!(entries.next::<Word>().unwrap().unwrap().word, "a");
+        entries.skip(8).unwrap();
+        assert_eq!(entries.next::<Word>().unwrap().unwrap().word, "b");
+        assert!(entries.next::<Word>().unwrap().is_none());
+    }
+
+    #[test]
+    fn hostile_bytes_are_errors() {
+        let path = Path::new("x.img");
+        for bytes in [&b""[..], b"\x19\x43\x56\x54", &[0; 64]] {
+            assert!(matches!(
+                Image::parse(path, Kind::Core, bytes),
+                Err(ImageError::Magic { .. })
+            ));
+        }
+        for body in [vec![1], vec![0xff; 4], vec![9, 0, 0, 0, 1], vec![0xff; 64]] {
+            let image = image(body);
+            assert!(
+                matches!(
+                    image.entries().next::<Word>(),
+                    Err(ImageError::CutOff { .. })
+                ),
+                "{image:?}"
+            );
+        }
+        let image = image(vec![2, 0, 0, 0, 0xff, 0xff]);
+        assert!(matches!(
+            image.entries().next::<Word>(),
+            Err(ImageError::Decode { .. })
+        ));
+        assert!(image.entries().skip(u64::MAX).is_err());
+    }
+
+    #[test]
+    fn replacing_a_link_leaves_its_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("original");
+        fs::write(&target, b"untouched").unwrap();
+        let link = dir.path().join("utsns-11.img");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        image(vec![]).replace(&link).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"untouched");
+        assert_eq!(fs::read(&link).unwrap().len(), HEADER_LEN);
+    }
+}

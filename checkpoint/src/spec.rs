@@ -1,0 +1,195 @@
+//! A bundle's `config.json`, edited without losing what this program does not know.
+//!
+//! The specs come from containerd, from runc's and crun's own extensions and from NRI plugins:
+//! typed structs would drop every field that is younger than they are. So the JSON tree is edited
+//! in place, and only the few parts that matter here are looked at:
+//!
+//! ```text
+//! { "annotations": { KEY: VALUE },
+//!   "hooks": { "createRuntime": [ { "path", "args", ... } ], "poststop": [ ... ] },
+//!   "hostname": NAME,
+//!   "linux": { "namespaces": [ { "type": "network", "path": "/proc/7/ns/net" }, ... ] } }
+//! ```
+
+use std::collections::HashMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+/// File name of the spec in a bundle.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// An OCI runtime spec.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec(Value);
+
+/// The points of a container's life at which a hook runs that are used here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HookPoint {
+    /// The namespaces exist, the program does not run yet; in the runtime's mount namespace.
+    CreateRuntime,
+    /// The container has been deleted.
+    Poststop,
+}
+
+impl HookPoint {
+    fn key(self) -> &'static str {
+        match self {
+            Self::CreateRuntime => "createRuntime",
+            Self::Poststop => "poststop",
+        }
+    }
+}
+
+impl Spec {
+    /// Parses a spec.
+    ///
+    /// # Errors
+    /// Not a JSON object.
+    pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice::<Map<String, Value>>(json).map(|map| Self(Value::Object(map)))
+    }
+
+    /// The spec as JSON.
+    ///
+    /// # Panics
+    /// Never: it was parsed from JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.0).expect("a JSON value can always be written")
+    }
+
+    /// Its annotations.
+    #[must_use]
+    pub fn annotations(&self) -> HashMap<String, String> {
+        self.0["annotations"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+            .collect()
+    }
+
+    /// Sets an annotation.
+    pub fn set_annotation(&mut self, key: &str, value: &str) {
+        self.object("annotations")
+            .insert(key.to_owned(), json!(value));
+    }
+
+    /// Adds a hook, unless one with this path is there.
+    pub fn add_hook(&mut self, point: HookPoint, path: &str, args: &[&str]) {
+        let hooks = self
+            .object("hooks")
+            .entry(point.key())
+            .or_insert_with(|| json!([]));
+        if !hooks.is_array() {
+            // Go writes an absent list as null.
+            *hooks = json!([]);
+        }
+        let hooks = hooks.as_array_mut().expect("it was made an array above");
+        if !hooks.iter().any(|hook| hook["path"] == path) {
+            hooks.push(json!({ "path": path, "args": args }));
+        }
+    }
+
+    pub(crate) fn namespaces_mut(&mut self) -> &mut [Value] {
+        match self.0.pointer_mut("/linux/namespaces") {
+            Some(Value::Array(namespaces)) => namespaces,
+            _ => &mut [],
+        }
+    }
+
+    pub(crate) fn namespaces(&self) -> &[Value] {
+        match self.0.pointer("/linux/namespaces") {
+            Some(Value::Array(namespaces)) => namespaces,
+            _ => &[],
+        }
+    }
+
+    fn object(&mut self, key: &str) -> &mut Map<String, Value> {
+        let root = self.0.as_object_mut().expect("parse accepts objects only");
+        let value = root.entry(key).or_insert_with(|| json!({}));
+        if !value.is_object() {
+            *value = json!({});
+        }
+        value.as_object_mut().expect("it was made an object above")
+    }
+}
+
+/// Replaces `path` by the spec, in one step, with the mode and owner that the file has.
+///
+/// # Errors
+/// A system call failed; the file is as it was.
+pub fn replace_file(path: &Path, spec: &Spec) -> io::Result<()> {
+    let old = fs::metadata(path)?;
+    let new = path.with_extension("json.transship");
+    let write = || {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(&spec.to_json())?;
+        fchown(&file, Some(old.uid()), Some(old.gid()))?;
+        file.set_permissions(fs::Permissions::from_mode(old.mode() & 0o7777))?;
+        fs::rename(&new, path)
+    };
+    write().inspect_err(|_| {
+        // The first error is the one to tell; a leftover has a name that nobody reads.
+        drop(fs::remove_file(&new));
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_fields_survive() {
+        let json = br#"{"ociVersion":"1.2.1","linux":{"netDevices":{"eth0":{"name":"e"}},"x":18446744073709551615},"hooks":null}"#;
+        let mut spec = Spec::parse(json).unwrap();
+        spec.set_annotation("a", "b");
+        spec.add_hook(HookPoint::Poststop, "/bin/h", &["h", "poststop"]);
+        let value: Value = serde_json::from_slice(&spec.to_json()).unwrap();
+        assert_eq!(
+            value,
+            json!({
+                "ociVersion": "1.2.1",
+                "linux": { "netDevices": { "eth0": { "name": "e" } }, "x": u64::MAX },
+                "hooks": { "poststop": [{ "path": "/bin/h", "args": ["h", "poststop"] }] },
+                "annotations": { "a": "b" },
+            })
+        );
+    }
+
+    #[test]
+    fn a_hook_is_added_once_and_last() {
+        let mut spec = Spec::parse(br#"{"hooks":{"createRuntime":[{"path":"/other"}]}}"#).unwrap();
+        for _ in 0..2 {
+            spec.add_hook(HookPoint::CreateRuntime, "/h", &["h"]);
+        }
+        let hooks = &spec.0["hooks"]["createRuntime"];
+        assert_eq!(
+            hooks,
+            &json!([{ "path": "/other" }, { "path": "/h", "args": ["h"] }])
+        );
+    }
+
+    #[test]
+    fn replacing_keeps_the_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CONFIG_FILE);
+        fs::write(&path, "{}").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o604)).unwrap();
+        let mut spec = Spec::parse(b"{}").unwrap();
+        spec.set_annotation("a", "b");
+        replace_file(&path, &spec).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o604);
+        assert_eq!(Spec::parse(&fs::read(&path).unwrap()).unwrap(), spec);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
