@@ -1,2 +1,86 @@
-//! placeholder
-fn main() {}
+//! `transship-snapshotter`: parses, builds, serves; see the library for the map.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow};
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use transship_snapshotter::cli::{Arguments, Command};
+use transship_snapshotter::daemon;
+use transship_snapshotter::fault::Faults;
+use transship_snapshotter::logging::{self, LogLevel};
+
+fn main() -> anyhow::Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let config = arguments.configuration()?;
+    // The modes of snapshot directories are meant exactly as they are written.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let log_level =
+        logging::start(config.log_format, &config.log_level).map_err(|error| anyhow!(error))?;
+    if let Some(Command::Fsck { repair }) = arguments.command {
+        let _ = repair;
+        anyhow::bail!("fsck is not there yet");
+    }
+    let notify_socket = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
+    let notify = |state: &str| match &notify_socket {
+        Some(socket) => daemon::notify_systemd(socket, state).context("cannot notify systemd"),
+        None => Ok(()),
+    };
+    #[cfg(debug_assertions)]
+    let faults = Faults::kill_at(arguments.kill_at.clone());
+    #[cfg(not(debug_assertions))]
+    let faults = Faults::default();
+
+    let (_lock, snapshots) = daemon::open_snapshots(&config, faults)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let socket = daemon::Socket::listen(&config.address)?;
+        tokio::spawn(reload_log_level(
+            arguments,
+            log_level,
+            signal(SignalKind::hangup())?,
+        ));
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
+        let stop = async {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::info!("stopping");
+            if let Err(error) = notify("STOPPING=1") {
+                tracing::warn!("{error:#}");
+            }
+        };
+        tracing::info!(address = %config.address.display(), "ready");
+        notify("READY=1")?;
+        daemon::serve(snapshots, socket, stop)
+            .await
+            .map_err(|error| anyhow!(error))
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn reload_log_level(
+    arguments: Arguments,
+    level: LogLevel,
+    mut hangup: tokio::signal::unix::Signal,
+) {
+    while hangup.recv().await.is_some() {
+        let changed = arguments
+            .configuration()
+            .map_err(Into::into)
+            .and_then(|config| {
+                level
+                    .change(&config.log_level)
+                    .map(|()| tracing::info!(config.log_level, "log level"))
+            });
+        if let Err(error) = changed {
+            tracing::warn!(error, "the log level stays");
+        }
+    }
+}

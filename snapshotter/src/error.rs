@@ -1,0 +1,164 @@
+//! What can go wrong with a snapshot, told so that a caller can act on it.
+//!
+//! The domain code returns these; `service.rs` turns them into gRPC codes in one place. Display
+//! never prints the source: whoever shows an error walks the chain with [`chain`].
+
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// An act on a snapshot that was refused or failed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// No snapshot has this key.
+    #[error("snapshot {key:?} does not exist")]
+    NotFound {
+        /// The key that was asked for.
+        key: String,
+    },
+    /// The parent named by a Prepare or View is not there.
+    #[error("parent snapshot {parent:?} does not exist")]
+    ParentNotFound {
+        /// The name that was asked for.
+        parent: String,
+    },
+    /// Only committed snapshots can be parents.
+    #[error("parent snapshot {parent:?} is not committed")]
+    ParentNotCommitted {
+        /// The name that was asked for.
+        parent: String,
+    },
+    /// The key or name is taken.
+    #[error("snapshot {key:?} already exists")]
+    AlreadyExists {
+        /// The key or name.
+        key: String,
+    },
+    /// Commit of a view or of a committed snapshot.
+    #[error("cannot commit snapshot {key:?}: it is not active")]
+    NotActive {
+        /// The key that was asked for.
+        key: String,
+    },
+    /// Mounts of a committed snapshot.
+    #[error("snapshot {key:?} is committed: only active snapshots and views have mounts")]
+    NoMounts {
+        /// The key that was asked for.
+        key: String,
+    },
+    /// Remove of a snapshot that others are built on.
+    #[error("cannot remove snapshot {key:?}: it has children")]
+    HasChildren {
+        /// The key that was asked for.
+        key: String,
+    },
+    /// Update of something that is fixed once a snapshot exists.
+    #[error("cannot update field {field:?} of snapshot {key:?}: only labels can change")]
+    ImmutableField {
+        /// The field path as it was sent.
+        field: String,
+        /// The key that was asked for.
+        key: String,
+    },
+    /// A request that can never succeed as it is.
+    #[error("{reason}")]
+    Invalid {
+        /// What is wrong with the request.
+        reason: String,
+    },
+    /// A file system call failed.
+    #[error("cannot {act} {}", path.display())]
+    Io {
+        /// What was being done, as in "create directory".
+        act: &'static str,
+        /// The path it was done to.
+        path: PathBuf,
+        /// Why it failed.
+        source: Arc<io::Error>,
+    },
+    /// The metadata database failed.
+    #[error("cannot {act} the snapshot metadata")]
+    Database {
+        /// What was being done, as in "read".
+        act: &'static str,
+        /// Why it failed.
+        source: Arc<redb::Error>,
+    },
+    /// A write may or may not have reached the disk and the database cannot be asked.
+    #[error("cannot tell whether the snapshot metadata was written: it cannot be opened again")]
+    UnknownOutcome {
+        /// Why the write failed.
+        source: Arc<redb::Error>,
+    },
+    /// What is stored cannot be understood.
+    #[error("the stored record of snapshot {key:?} is damaged: {reason}")]
+    Damaged {
+        /// The key of the record.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The daemon is going down.
+    #[error("the snapshotter is stopping")]
+    Stopping,
+}
+
+/// The result of an act on a snapshot.
+pub type Result<T, E = SnapshotError> = std::result::Result<T, E>;
+
+/// Says during which act on which path an I/O error happened.
+pub trait IoContext<T> {
+    /// Wraps the error with the act ("create directory") and the path.
+    ///
+    /// # Errors
+    /// The wrapped error.
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| SnapshotError::Io {
+            act,
+            path: path.as_ref().to_path_buf(),
+            source: Arc::new(source.into()),
+        })
+    }
+}
+
+impl SnapshotError {
+    /// Wraps a database error with the act during which it happened.
+    pub(crate) fn database(act: &'static str, source: impl Into<redb::Error>) -> Self {
+        Self::Database {
+            act,
+            source: Arc::new(source.into()),
+        }
+    }
+
+    /// The I/O error at the root of this error, when there is one.
+    #[must_use]
+    pub fn io_source(&self) -> Option<&io::Error> {
+        match self {
+            Self::Io { source, .. } => Some(source),
+            Self::Database { source, .. } => match source.as_ref() {
+                redb::Error::Io(source) => Some(source),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+/// Joins an error and its sources into one line: "cannot read /x: No such file or directory".
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        line.push_str(": ");
+        line.push_str(&source.to_string());
+        next = source.source();
+    }
+    line
+}

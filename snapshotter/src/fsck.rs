@@ -1,0 +1,1 @@
+//! Checks that database and directories agree, and mends what can be mended.

@@ -1,0 +1,36 @@
+//! Overlayfs snapshots for containerd, served as a proxy plugin.
+//!
+//! ```text
+//!  containerd --- snapshots API over a Unix socket ---> service.rs   the only module that knows gRPC
+//!                                                           |        one log line per call
+//!                                                           v
+//!                      filter.rs (List) ------------> snapshots.rs   the order of all steps
+//!                      labels.rs, mounts.rs (pure) ---/  |      \
+//!                                                        v       v
+//!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
+//!            record.rs:  how it is stored    redb, group commit  usage.rs     removal.rs (background)
+//! ```
+//!
+//! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `probe.rs` (what this kernel
+//! needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs` (where
+//! crash tests kill the process).
+
+pub mod changes;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod disk;
+pub mod error;
+pub mod fault;
+pub mod filter;
+pub mod fsck;
+pub mod labels;
+pub mod logging;
+pub mod metadata;
+pub mod mounts;
+pub mod probe;
+pub mod record;
+pub mod removal;
+pub mod service;
+pub mod snapshots;
+pub mod usage;

@@ -1,0 +1,50 @@
+//! Log lines on stderr, with a level that can change while the daemon runs.
+
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::Registry;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt, reload};
+
+use crate::config::LogFormat;
+
+/// Changes the log level.
+#[derive(Debug, Clone)]
+pub struct LogLevel(reload::Handle<EnvFilter, Registry>);
+
+impl LogLevel {
+    /// Logs at `level` from now on.
+    ///
+    /// # Errors
+    /// A level that is not understood; the old one stays.
+    pub fn change(&self, level: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.0.reload(EnvFilter::try_new(level)?)?;
+        Ok(())
+    }
+}
+
+/// Starts logging to stderr. To be called once, by `main`.
+///
+/// # Errors
+/// A level that is not understood, or logging that was started before.
+pub fn start(
+    format: LogFormat,
+    level: &str,
+) -> Result<LogLevel, Box<dyn std::error::Error + Send + Sync>> {
+    let (filter, handle) = reload::Layer::new(EnvFilter::try_new(level)?);
+    let lines = match format {
+        LogFormat::Text => fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_target(false)
+            .boxed(),
+        LogFormat::Json => fmt::layer()
+            .with_writer(std::io::stderr)
+            .json()
+            .flatten_event(true)
+            .boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(lines)
+        .try_init()?;
+    Ok(LogLevel(handle))
+}

@@ -1,0 +1,540 @@
+//! The snapshots: Prepare, View, Commit, Remove and the rest, with the order of their steps.
+//!
+//! Two things must agree, the database and the directories. The order of the steps is chosen so that
+//! the process can die between any two of them:
+//!
+//! ```text
+//! Prepare, View    1 allocate an id (never given out before, so nothing of it is on disk)
+//! (data first)     2 make new-<id>: fs, work, owner; 3 describe it (copy of the record)
+//!                  4 rename new-<id> to <id>
+//!                  5 record it in the database, durable             <- from here on it exists
+//!
+//! Commit           1 count its disk use, 2 (durable_commit) syncfs
+//!                  3 record it under its name, durable              <- from here on it is committed
+//!                  4 describe it anew
+//!
+//! Remove           1 delete its record, durable                     <- from here on it does not exist
+//! (metadata first) 2 rename <id> to gone-<id>
+//!                  3 delete gone-<id> (in the background unless sync_remove)
+//!
+//! Update           1 record the labels, durable; 2 describe it anew
+//! ```
+//!
+//! So: what the database knows has its directory, and a directory that the database does not know
+//! never was or no longer is a snapshot. At start ([`Snapshots::open`]) everything that the database
+//! does not know is retired to gone-* and deleted, with new-* and older gone-*. The database alone
+//! decides; the description on a directory may lag behind by one step and is used only by
+//! `fsck --repair` when the database is lost.
+//!
+//! A power failure may in addition lose directories whose record survived, as file systems order the
+//! two as they like: an active snapshot or view gets its (empty) directory again at start; a committed
+//! layer that is missing is reported. `durable_commit` prevents that for layers.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::disk::{self, Entry};
+use crate::error::{IoContext, Result, SnapshotError, chain};
+use crate::fault::{Faults, Step};
+use crate::filter::Filter;
+use crate::labels;
+use crate::metadata::{Metadata, Walk};
+use crate::mounts::{self, Mount, SnapshotPaths};
+use crate::record::{Info, Kind, Record, Usage};
+use crate::removal::Removal;
+use crate::usage;
+
+/// How snapshots behave; the configuration file's part of it is documented in `config.rs`.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Options of every overlay mount, as configured and probed (`probe.rs`).
+    pub overlay_options: Vec<String>,
+    /// Pass the id mapping labels on as mount options.
+    pub remap_ids: bool,
+    /// Show the label with the upperdir's path.
+    pub upperdir_label: bool,
+    /// Delete directories before Remove answers.
+    pub sync_remove: bool,
+    /// Sync the file system before Commit answers.
+    pub durable_commit: bool,
+}
+
+/// All snapshots of one root directory. Every call blocks until its work is done and durable.
+#[derive(Debug)]
+pub struct Snapshots {
+    paths: SnapshotPaths,
+    metadata: Metadata,
+    options: Options,
+    removal: Removal,
+    faults: Arc<Faults>,
+}
+
+/// Commit counts at most this many entries itself (some milliseconds); containerd holds its own
+/// database's write lock meanwhile. Larger layers are counted after the answer.
+const COMMIT_COUNT_LIMIT: usize = 2000;
+
+impl Snapshots {
+    /// Takes over what is on disk below `paths` and mends what a crash left.
+    ///
+    /// # Errors
+    /// I/O errors, and snapshot directories without a database that knows them.
+    pub fn open(
+        paths: SnapshotPaths,
+        metadata: Metadata,
+        options: Options,
+        faults: Faults,
+    ) -> Result<Self> {
+        disk::create_private_dir(paths.snapshots())?;
+        let removal = Removal::start(paths.clone())?;
+        let snapshots = Self {
+            paths,
+            metadata,
+            options,
+            removal,
+            faults: Arc::new(faults),
+        };
+        snapshots.mend()?;
+        Ok(snapshots)
+    }
+
+    fn mend(&self) -> Result<()> {
+        let mut known = BTreeMap::new();
+        for entry in self.metadata.walk()? {
+            let (key, record) = entry?;
+            known.insert(
+                record.id,
+                (key, record.kind(), record.ancestors.first().copied()),
+            );
+        }
+        let mut present = HashSet::new();
+        let mut unknown = Vec::new();
+        let mut leftovers = Vec::new();
+        for (name, entry) in disk::list(&self.paths)? {
+            match entry {
+                Entry::Snapshot(id) if known.contains_key(&id) => drop(present.insert(id)),
+                Entry::Snapshot(id) => unknown.push(id),
+                Entry::New(id) => leftovers.push((self.paths.new_dir(id), id)),
+                Entry::Gone(id) => self.removal.enqueue(id),
+                Entry::Foreign => tracing::warn!(name, "not a snapshot directory, left alone"),
+            }
+        }
+        if !unknown.is_empty() && self.metadata.is_fresh() {
+            return Err(SnapshotError::Invalid {
+                reason: format!(
+                    "{} holds {} snapshots but the metadata database is new: run `transship-snapshotter \
+                     fsck --repair` to rebuild it from them, or move them away",
+                    self.paths.snapshots().display(),
+                    unknown.len()
+                ),
+            });
+        }
+        self.metadata.mark_used()?;
+        for id in &unknown {
+            tracing::info!(
+                id,
+                "retiring the directory of a snapshot that does not exist"
+            );
+            disk::retire(&self.paths, *id)?;
+            self.removal.enqueue(*id);
+        }
+        for (dir, id) in leftovers {
+            tracing::info!(id, "retiring a half made snapshot");
+            fs::rename(&dir, self.paths.gone_dir(id)).during("rename", &dir)?;
+            self.removal.enqueue(id);
+        }
+        for (id, (key, kind, parent)) in &known {
+            if present.contains(id) {
+                continue;
+            }
+            match kind {
+                Some(Kind::Active | Kind::View) => {
+                    tracing::warn!(key, id, "the directory was lost: making an empty one");
+                    let owner = parent.map_or(Ok((0, 0)), |id| disk::owner(&self.paths, id));
+                    disk::create_new(
+                        &self.paths,
+                        *id,
+                        *kind == Some(Kind::Active),
+                        owner.unwrap_or((0, 0)),
+                    )?;
+                    disk::publish(&self.paths, *id)?;
+                }
+                _ => tracing::error!(key, id, "the directory of this layer is lost; see fsck"),
+            }
+        }
+        let highest = known.keys().chain(&unknown).max().copied().unwrap_or(0);
+        self.metadata.skip_ids_through(highest)
+    }
+
+    /// Makes a writable snapshot on top of `parent` (empty: on nothing).
+    ///
+    /// # Errors
+    /// A missing or uncommitted parent, a key that is taken, I/O errors.
+    pub fn prepare(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>> {
+        self.create(Kind::Active, key, parent, labels)
+    }
+
+    /// Makes a read-only look at `parent` (empty: at nothing).
+    ///
+    /// # Errors
+    /// As [`Snapshots::prepare`].
+    pub fn view(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>> {
+        self.create(Kind::View, key, parent, labels)
+    }
+
+    fn create(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>> {
+        require_key(key)?;
+        let labels = labels::without_empty(labels);
+        // Asked again inside the transaction; here it spares the disk a doomed request.
+        let parent_record = self.usable_parent(parent)?;
+        if self.metadata.get(key)?.is_some() {
+            return Err(SnapshotError::AlreadyExists {
+                key: key.to_owned(),
+            });
+        }
+        let ancestors = parent_record.as_ref().map_or_else(Vec::new, |parent| {
+            let mut ids = Vec::with_capacity(parent.ancestors.len() + 1);
+            ids.push(parent.id);
+            ids.extend_from_slice(&parent.ancestors);
+            ids
+        });
+        let owner = match (labels::mapped_root(&labels)?, ancestors.first()) {
+            (Some(owner), _) => owner,
+            (None, Some(parent)) => disk::owner(&self.paths, *parent)?,
+            (None, None) => (0, 0),
+        };
+        let now = now();
+        let record = Record {
+            id: self.metadata.allocate_id()?,
+            kind_number: kind as u32,
+            parent: parent.to_owned(),
+            ancestors,
+            created: now,
+            updated: now,
+            labels,
+            usage: None,
+            key: String::new(),
+        };
+        let id = record.id;
+        self.faults.reach(Step("prepare:id-allocated"));
+        disk::create_new(&self.paths, id, kind == Kind::Active, owner)?;
+        self.faults.reach(Step("prepare:directory-made"));
+        disk::write_copy(&self.paths.new_dir(id), key, &record)
+            .inspect_err(|_| disk::discard_new(&self.paths, id))?;
+        self.faults.reach(Step("prepare:described"));
+        disk::publish(&self.paths, id).inspect_err(|_| disk::discard_new(&self.paths, id))?;
+        self.faults.reach(Step("prepare:published"));
+        if let Err(error) = self.metadata.create(key, record.clone()) {
+            // With an unknown outcome the directory may be needed; the next start decides.
+            if !matches!(error, SnapshotError::UnknownOutcome { .. }) {
+                self.retire(id);
+            }
+            return Err(error);
+        }
+        self.faults.reach(Step("prepare:recorded"));
+        Ok(vec![self.plan_mount(&record, kind)])
+    }
+
+    fn usable_parent(&self, parent: &str) -> Result<Option<Record>> {
+        if parent.is_empty() {
+            return Ok(None);
+        }
+        let record = self
+            .metadata
+            .get(parent)?
+            .ok_or_else(|| SnapshotError::ParentNotFound {
+                parent: parent.to_owned(),
+            })?;
+        if record.kind() != Some(Kind::Committed) {
+            return Err(SnapshotError::ParentNotCommitted {
+                parent: parent.to_owned(),
+            });
+        }
+        Ok(Some(record))
+    }
+
+    /// The mounts of an active snapshot or view.
+    ///
+    /// # Errors
+    /// A missing or committed snapshot, I/O errors.
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        let (record, kind) = self.existing(key)?;
+        if kind == Kind::Committed {
+            return Err(SnapshotError::NoMounts {
+                key: key.to_owned(),
+            });
+        }
+        Ok(vec![self.plan_mount(&record, kind)])
+    }
+
+    /// Finishes the active snapshot `key` as the layer `name`; its labels are replaced.
+    ///
+    /// # Errors
+    /// A missing or not active snapshot, a name that is taken, I/O errors.
+    pub fn commit(
+        self: &Arc<Self>,
+        name: &str,
+        key: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<()> {
+        require_key(name)?;
+        let (record, kind) = self.existing(key)?;
+        if self.metadata.get(name)?.is_some() {
+            return Err(SnapshotError::AlreadyExists {
+                key: name.to_owned(),
+            });
+        }
+        if kind != Kind::Active {
+            return Err(SnapshotError::NotActive {
+                key: key.to_owned(),
+            });
+        }
+        let fs = self.paths.fs(record.id);
+        let usage = usage::count(Path::new(&fs), COMMIT_COUNT_LIMIT)?;
+        self.faults.reach(Step("commit:counted"));
+        if self.options.durable_commit {
+            let dir = File::open(&fs).during("open", &fs)?;
+            nix::unistd::syncfs(&dir).during("sync", &fs)?;
+        }
+        self.faults.reach(Step("commit:synced"));
+        let labels = labels::without_empty(labels);
+        let committed = self
+            .metadata
+            .commit(key, name, record.id, usage, labels, now())?;
+        self.faults.reach(Step("commit:recorded"));
+        self.describe(name, &committed);
+        self.faults.reach(Step("commit:described"));
+        Ok(())
+    }
+
+    /// Takes a snapshot away.
+    ///
+    /// # Errors
+    /// A missing snapshot, one with children, I/O errors.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        let id = self.metadata.remove(key)?;
+        self.faults.reach(Step("remove:recorded"));
+        self.retire(id);
+        self.faults.reach(Step("remove:deleted"));
+        Ok(())
+    }
+
+    /// Moves a directory out of the way and has it deleted. Failing that it stays an orphan until the
+    /// next start: the snapshot itself is gone already, so nobody can be told.
+    fn retire(&self, id: u64) {
+        let outcome = disk::retire(&self.paths, id).and_then(|()| {
+            self.faults.reach(Step("remove:retired"));
+            if self.options.sync_remove {
+                return disk::delete_tree(&self.paths.gone_dir(id));
+            }
+            self.removal.enqueue(id);
+            Ok(())
+        });
+        if let Err(error) = outcome {
+            tracing::warn!(
+                error = chain(&error),
+                "a removed snapshot still takes space"
+            );
+        }
+    }
+
+    /// What is known about a snapshot.
+    ///
+    /// # Errors
+    /// A missing snapshot, I/O errors.
+    pub fn stat(&self, key: &str) -> Result<Info> {
+        let (record, kind) = self.existing(key)?;
+        Ok(self.show(key, record, kind))
+    }
+
+    /// Replaces labels: all of them without `fields`, else those named by `labels` (all) and
+    /// `labels.<key>` (one; an empty or missing value deletes it).
+    ///
+    /// # Errors
+    /// A missing snapshot, a field that cannot change, I/O errors.
+    pub fn update(
+        &self,
+        key: &str,
+        labels: BTreeMap<String, String>,
+        fields: &[String],
+    ) -> Result<Info> {
+        let record = self.metadata.update(key, labels, fields.to_vec(), now())?;
+        self.faults.reach(Step("update:recorded"));
+        self.describe(key, &record);
+        let kind = known_kind(key, &record)?;
+        Ok(self.show(key, record, kind))
+    }
+
+    /// Disk use of a snapshot without its parents.
+    ///
+    /// # Errors
+    /// A missing snapshot, I/O errors.
+    pub fn usage(&self, key: &str) -> Result<Usage> {
+        let (record, kind) = self.existing(key)?;
+        match (kind, record.usage) {
+            (Kind::View, _) => Ok(Usage::default()),
+            (Kind::Committed, Some(usage)) => Ok(usage),
+            (Kind::Committed, None) => {
+                let usage = self.count_all(record.id)?;
+                self.metadata.set_usage(key, record.id, usage)?;
+                Ok(usage)
+            }
+            (Kind::Active, _) => self.count_all(record.id),
+        }
+    }
+
+    fn count_all(&self, id: u64) -> Result<Usage> {
+        Ok(usage::count(Path::new(&self.paths.fs(id)), usize::MAX)?.unwrap_or_default())
+    }
+
+    /// The snapshots that `filter` lets through, as they are now; no lock is held while the iterator
+    /// lives.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn list(self: &Arc<Self>, filter: Filter) -> Result<impl Iterator<Item = Result<Info>>> {
+        let this = Arc::clone(self);
+        let walk: Walk = self.metadata.walk()?;
+        Ok(walk.filter_map(move |entry| {
+            let shown = entry.and_then(|(key, record)| {
+                let kind = known_kind(&key, &record)?;
+                // Filters do not see the upperdir label, as in containerd.
+                let matches = filter.matches(&key, kind, &record);
+                Ok(matches.then(|| this.show(&key, record, kind)))
+            });
+            shown.transpose()
+        }))
+    }
+
+    /// Deletes every directory that waits for it, before returning.
+    ///
+    /// # Errors
+    /// When `snapshots/` cannot be read. What resists deletion is logged and stays.
+    pub fn cleanup(&self) -> Result<()> {
+        let entries = disk::list(&self.paths)?;
+        self.faults.reach(Step("cleanup:listed"));
+        for (_, entry) in entries {
+            if let Entry::Gone(id) = entry
+                && let Err(error) = disk::delete_tree(&self.paths.gone_dir(id))
+            {
+                tracing::warn!(error = chain(&error), "will be deleted later");
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of snapshots.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn len(&self) -> Result<u64> {
+        self.metadata.len()
+    }
+
+    /// Whether there is no snapshot.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn is_empty(&self) -> Result<bool> {
+        self.metadata.is_empty()
+    }
+
+    /// Finishes the background work before the process ends.
+    pub fn stop(&self) {
+        self.removal.stop();
+        if let Err(error) = self.metadata.return_unused_ids() {
+            tracing::warn!(
+                error = chain(&error),
+                "ids will be skipped at the next start"
+            );
+        }
+    }
+
+    fn existing(&self, key: &str) -> Result<(Record, Kind)> {
+        let record = self
+            .metadata
+            .get(key)?
+            .ok_or_else(|| SnapshotError::NotFound {
+                key: key.to_owned(),
+            })?;
+        let kind = known_kind(key, &record)?;
+        Ok((record, kind))
+    }
+
+    fn plan_mount(&self, record: &Record, kind: Kind) -> Mount {
+        let Options {
+            overlay_options,
+            remap_ids,
+            ..
+        } = &self.options;
+        mounts::plan(&self.paths, record, kind, overlay_options, *remap_ids)
+    }
+
+    fn show(&self, key: &str, record: Record, kind: Kind) -> Info {
+        let mut labels = record.labels;
+        if self.options.upperdir_label {
+            labels.insert(labels::UPPERDIR.to_owned(), self.paths.fs(record.id));
+        }
+        Info {
+            name: key.to_owned(),
+            kind,
+            parent: record.parent,
+            labels,
+            created: record.created,
+            updated: record.updated,
+        }
+    }
+
+    /// Brings the copy of the record up to date. It only matters if the database gets lost, so a
+    /// failure is no reason to fail what is already durable.
+    fn describe(&self, key: &str, record: &Record) {
+        if let Err(error) = disk::write_copy(&self.paths.dir(record.id), key, record) {
+            tracing::warn!(
+                key,
+                error = chain(&error),
+                "fsck could not rebuild this snapshot"
+            );
+        }
+    }
+}
+
+fn known_kind(key: &str, record: &Record) -> Result<Kind> {
+    record.kind().ok_or_else(|| SnapshotError::Damaged {
+        key: key.to_owned(),
+        reason: format!("unknown kind {}", record.kind_number),
+    })
+}
+
+fn require_key(key: &str) -> Result<()> {
+    if key.is_empty() {
+        return Err(SnapshotError::Invalid {
+            reason: "the snapshot key is empty".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn now() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
