@@ -109,7 +109,7 @@ impl Socket {
                 });
             }
             Ok(_) => {
-                tracing::info!(path = %path.display(), "replacing the socket of a dead daemon")
+                tracing::info!(path = %path.display(), "replacing the socket of a dead daemon");
             }
         }
         // Made under another name and moved: whoever sees the socket finds its mode right and somebody

@@ -1,5 +1,6 @@
 //! Log lines on stderr, with a level that can change while the daemon runs.
 
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::Registry;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -17,20 +18,29 @@ impl LogLevel {
     /// # Errors
     /// A level that is not understood; the old one stays.
     pub fn change(&self, level: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.0.reload(EnvFilter::try_new(level)?)?;
+        self.0.reload(filter(level)?)?;
         Ok(())
     }
 }
 
-/// Starts logging to stderr. To be called once, by `main`.
+/// A bare level is about this daemon; its libraries speak up from `warn` on.
+fn filter(level: &str) -> Result<EnvFilter, Box<dyn std::error::Error + Send + Sync>> {
+    Ok(match level.parse::<LevelFilter>() {
+        Ok(level) => EnvFilter::try_new(format!("warn,transship_snapshotter={level}"))?,
+        Err(_) => EnvFilter::try_new(level)?,
+    })
+}
+
+/// Starts logging to stderr, with colours if `colours` says so. To be called once, by `main`.
 ///
 /// # Errors
 /// A level that is not understood, or logging that was started before.
 pub fn start(
     format: LogFormat,
     level: &str,
+    colours: bool,
 ) -> Result<LogLevel, Box<dyn std::error::Error + Send + Sync>> {
-    let (filter, handle) = reload::Layer::new(EnvFilter::try_new(level)?);
+    let (filter, handle) = reload::Layer::new(filter(level)?);
     let lines = match format {
         LogFormat::Text => fmt::layer()
             .with_writer(std::io::stderr)

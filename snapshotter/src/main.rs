@@ -1,5 +1,6 @@
 //! `transship-snapshotter`: parses, builds, serves; see the library for the map.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -16,8 +17,9 @@ fn main() -> anyhow::Result<ExitCode> {
     let config = arguments.configuration()?;
     // The modes of snapshot directories are meant exactly as they are written.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-    let log_level =
-        logging::start(config.log_format, &config.log_level).map_err(|error| anyhow!(error))?;
+    let colours = std::io::stderr().is_terminal();
+    let log_level = logging::start(config.log_format, &config.log_level, colours)
+        .map_err(|error| anyhow!(error))?;
     if let Some(Command::Fsck { repair }) = arguments.command {
         let _ = repair;
         anyhow::bail!("fsck is not there yet");

@@ -67,10 +67,13 @@ struct Queue {
 
 /// A change waiting for its transaction.
 struct Job {
-    apply: Box<dyn FnOnce(&mut Batch<'_>) -> Result<Deliver, redb::Error> + Send>,
+    apply: Apply,
     promote: Box<dyn Fn() + Send>,
     fail: Box<dyn Fn(SnapshotError) + Send>,
 }
+
+/// Makes the change inside the transaction.
+type Apply = Box<dyn FnOnce(&mut Batch<'_>) -> Result<Deliver, redb::Error> + Send>;
 
 /// Tells a caller how its transaction ended.
 type Deliver = Box<dyn FnOnce() + Send>;
@@ -369,12 +372,7 @@ impl Metadata {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "the parts of a Job, taken apart")]
-    fn run_batch(
-        &self,
-        applies: Vec<Box<dyn FnOnce(&mut Batch<'_>) -> Result<Deliver, redb::Error> + Send>>,
-        number: u64,
-    ) -> Result<Vec<Deliver>> {
+    fn run_batch(&self, applies: Vec<Apply>, number: u64) -> Result<Vec<Deliver>> {
         if self
             .database
             .read()

@@ -172,6 +172,15 @@ mod tests {
         }
     }
 
+    type Case = (
+        Kind,
+        &'static [u64],
+        &'static [(&'static str, &'static str)],
+        &'static str,
+        &'static str,
+        &'static str,
+    );
+
     #[test]
     fn mount_follows_kind_and_chain() {
         let paths = SnapshotPaths::below(Path::new("/r")).unwrap();
@@ -180,7 +189,7 @@ mod tests {
             (labels::UID_MAPPING, "0:1000:10"),
             (labels::GID_MAPPING, "0:2000:10"),
         ];
-        let cases: &[(Kind, &[u64], &[(&str, &str)], &str, &str, &str)] = &[
+        let cases: &[Case] = &[
             (
                 Kind::Active,
                 &[],
