@@ -1,1 +1,59 @@
-//! placeholder
+//! Overlay upperdir <-> OCI layer tar, exact both ways, in time proportional to the changes.
+//!
+//! ```text
+//!  upperdir ──> upper_walk ──> export ──────────────> tar_write ──> any Write
+//!               sorted, by     types, hard links,     ustar + PAX (pax), holes (sparse)
+//!               descriptors    marks -> `.wh.` names
+//!                   │              │
+//!                xattrs <── overlay_marks          lower_view: the lowerdirs as one tree,
+//!                   │              │               asked by name only
+//!  upperdir <── upper_tree <── import <───────────── tar_read <── decompress <── any BufRead
+//!               stack of       `.wh.` names ->       hostile input: bounded before memory
+//!               descriptors    marks, entries        is taken
+//! ```
+//!
+//! The layer is what <https://github.com/opencontainers/image-spec/blob/main/layer.md> describes:
+//!
+//! ```text
+//! ./                     the root's own attributes (containerd skips it, others take it)
+//! a/                     directory; changed ones only, with all their attributes
+//! a/.wh..wh..opq         nothing of the lower layers shows in a
+//! a/.wh.b                b of a lower layer is deleted in a
+//! a/c                    file, symlink, device, FIFO, or hard link to an earlier entry
+//! ```
+//!
+//! Entries come depth first, in each directory ordered by the bytes of the names, so equal trees give
+//! equal tars. What a layer cannot say is refused with the reason ([`ExportError`]) or, where leaving
+//! it out is what every reader expects (sockets), counted in [`ExportStats`]. Both directions hold one
+//! buffer of 1 MiB, the names of the directories on the way down, and the first names of hard links
+//! whose other names are still to come; nothing grows with sizes or with the number of files.
+//!
+//! The library is synchronous, prints nothing and reads no environment.
+
+mod decompress;
+mod directory_listing;
+mod export;
+mod export_error;
+mod import;
+mod import_error;
+mod inode_attributes;
+mod lower_view;
+mod overlay_marks;
+mod path_bytes;
+mod pax;
+mod remove_tree;
+mod sparse;
+mod tar_read;
+mod tar_write;
+mod upper_tree;
+mod upper_walk;
+mod usage;
+mod xattrs;
+
+pub use decompress::{Compression, Decompressed, decompress};
+pub use export::{ExportError, ExportOptions, ExportStats, export_upperdir};
+pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
+pub use lower_view::LowerError;
+pub use overlay_marks::OverlayXattrs;
+pub use remove_tree::remove_tree;
+pub use usage::{Usage, UsageError, upperdir_usage};

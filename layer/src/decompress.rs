@@ -1,0 +1,175 @@
+//! Layers come plain, gzipped or as zstd; the first bytes tell which.
+//!
+//! ```text
+//! 1f 8b              gzip (RFC 1952), one or more members
+//! 28 b5 2f fd        zstd frame (RFC 8878)
+//! 5x 2a 4d 18        zstd skippable frame, x any digit; what `zstd:chunked` and pzstd begin with
+//! anything else      a plain tar
+//! ```
+
+use std::io::{self, BufRead, Chain, Cursor, Read};
+
+use flate2::bufread::MultiGzDecoder;
+
+/// How a layer is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip, media type suffix `+gzip`.
+    Gzip,
+    /// zstd, media type suffix `+zstd`.
+    Zstd,
+}
+
+/// Longest of the signatures.
+const SIGNATURE_BYTES: usize = 4;
+
+/// Largest zstd window that is accepted, as a power of two: 128 MiB, zstd's own default and the most
+/// that `zstd -22 --ultra` uses. The window is memory that the layer decides about.
+const MAX_WINDOW_LOG: u32 = 27;
+
+type Sniffed<R> = Chain<Cursor<Vec<u8>>, R>;
+
+/// A reader of the uncompressed bytes; see [`decompress`].
+pub struct Decompressed<R: BufRead> {
+    decoder: Decoder<R>,
+}
+
+enum Decoder<R: BufRead> {
+    None(Sniffed<R>),
+    Gzip(Box<MultiGzDecoder<Sniffed<R>>>),
+    Zstd(Box<zstd::stream::read::Decoder<'static, Sniffed<R>>>),
+}
+
+impl<R: BufRead> std::fmt::Debug for Decompressed<R> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Decompressed")
+            .field("compression", &self.compression())
+            .finish()
+    }
+}
+
+impl<R: BufRead> Decompressed<R> {
+    /// What the bytes were found to be compressed with.
+    pub fn compression(&self) -> Compression {
+        match &self.decoder {
+            Decoder::None(_) => Compression::None,
+            Decoder::Gzip(_) => Compression::Gzip,
+            Decoder::Zstd(_) => Compression::Zstd,
+        }
+    }
+}
+
+impl<R: BufRead> Read for Decompressed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.decoder {
+            Decoder::None(reader) => reader.read(buffer),
+            Decoder::Gzip(reader) => reader.read(buffer),
+            Decoder::Zstd(reader) => reader.read(buffer),
+        }
+    }
+}
+
+/// Reads the first bytes to see how the rest is compressed, and decompresses it as it is read.
+///
+/// # Errors
+/// When the first bytes cannot be read, or zstd cannot be set up. Damaged data is an error of the
+/// `read` that comes to it.
+pub fn decompress<R: BufRead>(mut reader: R) -> io::Result<Decompressed<R>> {
+    let mut start = Vec::with_capacity(SIGNATURE_BYTES);
+    (&mut reader)
+        .take(SIGNATURE_BYTES as u64)
+        .read_to_end(&mut start)?;
+    let compression = compression_of(&start);
+    let whole = Cursor::new(start).chain(reader);
+    let decoder = match compression {
+        Compression::None => Decoder::None(whole),
+        Compression::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(whole))),
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(whole)?;
+            decoder.window_log_max(MAX_WINDOW_LOG)?;
+            Decoder::Zstd(Box::new(decoder))
+        }
+    };
+    Ok(Decompressed { decoder })
+}
+
+fn compression_of(start: &[u8]) -> Compression {
+    match start {
+        [0x1f, 0x8b, ..] => Compression::Gzip,
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Compression::Zstd,
+        _ => Compression::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufReader, Write};
+
+    /// Hands out one byte at a time, as a slow pipe may.
+    struct OneByte<'a>(&'a [u8]);
+
+    impl Read for OneByte<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let len = buffer.len().min(1).min(self.0.len());
+            buffer[..len].copy_from_slice(&self.0[..len]);
+            self.0 = &self.0[len..];
+            Ok(len)
+        }
+    }
+
+    fn gzip(data: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn each_compression_is_recognised_and_undone() {
+        let data: Vec<u8> = (0..100_000u32).flat_map(u32::to_le_bytes).collect();
+        let zstd = zstd::encode_all(&data[..], 1).unwrap();
+        let skippable = [&[0x51, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3][..], &zstd].concat();
+        let table = [
+            (data.clone(), Compression::None, data.clone()),
+            (gzip(&data), Compression::Gzip, data.clone()),
+            (
+                [gzip(&data), gzip(b"more")].concat(),
+                Compression::Gzip,
+                [&data[..], b"more"].concat(),
+            ),
+            (zstd.clone(), Compression::Zstd, data.clone()),
+            (
+                [&zstd[..], &zstd].concat(),
+                Compression::Zstd,
+                [&data[..], &data].concat(),
+            ),
+            (skippable, Compression::Zstd, data.clone()),
+            (Vec::new(), Compression::None, Vec::new()),
+            (vec![0x1f], Compression::None, vec![0x1f]),
+        ];
+        for (packed, compression, plain) in table {
+            let mut reader = decompress(BufReader::with_capacity(3, OneByte(&packed))).unwrap();
+            assert_eq!(reader.compression(), compression);
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).unwrap();
+            assert!(read == plain);
+        }
+    }
+
+    #[test]
+    fn damage_is_an_error() {
+        let data = vec![7; 50_000];
+        for packed in [gzip(&data), zstd::encode_all(&data[..], 1).unwrap()] {
+            let cut = &packed[..packed.len() - 5];
+            assert!(
+                decompress(cut)
+                    .unwrap()
+                    .read_to_end(&mut Vec::new())
+                    .is_err()
+            );
+        }
+    }
+}

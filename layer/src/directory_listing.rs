@@ -1,0 +1,85 @@
+//! The names of one directory, sorted, in one piece of memory.
+//!
+//! Read with `getdents64` on the descriptor that the walk holds anyway; nix's `Dir` would take the
+//! descriptor away and allocate for each name.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{FileType, RawDir};
+
+use crate::inode_attributes::InodeType;
+
+/// Room for one `getdents64` call: some 1 000 names.
+const READ_BYTES: usize = 32 * 1024;
+
+#[derive(Debug, Default)]
+struct ListedName {
+    start: usize,
+    /// NAME_MAX is 255.
+    len: usize,
+    inode_type: Option<InodeType>,
+}
+
+/// Names of a directory, ordered by their bytes.
+#[derive(Debug, Default)]
+pub(crate) struct DirectoryListing {
+    names: Vec<u8>,
+    entries: Vec<ListedName>,
+}
+
+impl DirectoryListing {
+    /// Reads the directory; what was listed before is forgotten.
+    pub(crate) fn read(&mut self, directory: BorrowedFd<'_>) -> io::Result<()> {
+        self.names.clear();
+        self.entries.clear();
+        rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(0))?;
+        let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES);
+        let mut stream = RawDir::new(directory, buffer.spare_capacity_mut());
+        while let Some(entry) = stream.next() {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            let start = self.names.len();
+            self.names.extend_from_slice(name);
+            let inode_type = inode_type(entry.file_type());
+            self.entries.push(ListedName {
+                start,
+                len: name.len(),
+                inode_type,
+            });
+        }
+        let names = &self.names;
+        self.entries
+            .sort_unstable_by_key(|entry| &names[entry.start..entry.start + entry.len]);
+        Ok(())
+    }
+
+    /// Name and type by position; the type is None where the file system does not tell it.
+    pub(crate) fn get(&self, position: usize) -> Option<(&[u8], Option<InodeType>)> {
+        let entry = self.entries.get(position)?;
+        Some((
+            &self.names[entry.start..entry.start + entry.len],
+            entry.inode_type,
+        ))
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], Option<InodeType>)> {
+        (0..self.entries.len()).filter_map(|position| self.get(position))
+    }
+}
+
+fn inode_type(file_type: FileType) -> Option<InodeType> {
+    Some(match file_type {
+        FileType::RegularFile => InodeType::Regular,
+        FileType::Directory => InodeType::Directory,
+        FileType::Symlink => InodeType::Symlink,
+        FileType::CharacterDevice => InodeType::CharDevice,
+        FileType::BlockDevice => InodeType::BlockDevice,
+        FileType::Fifo => InodeType::Fifo,
+        FileType::Socket => InodeType::Socket,
+        FileType::Unknown => return None,
+    })
+}

@@ -1,0 +1,521 @@
+//! Export: an overlay upperdir becomes an OCI layer tar.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, PosixFadviseAdvice, open, posix_fadvise, readlinkat};
+use nix::sys::stat::{Mode, fstat, fstatat};
+use std::os::unix::ffi::OsStrExt;
+use tar::EntryType;
+
+pub use crate::export_error::ExportError;
+use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
+use crate::lower_view::LowerView;
+use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
+use crate::path_bytes::{push_component, split_last, to_path_buf};
+use crate::sparse::{Segment, find_segments};
+use crate::tar_write::{EntryHead, TarWriter};
+use crate::upper_walk::{NextName, UpperWalk, open_for_export};
+use crate::xattrs::{Xattr, XattrHolder, XattrReader};
+
+/// Prefix by which an OCI layer says that a name of a lower layer is deleted.
+pub(crate) const WHITEOUT_PREFIX: &[u8] = b".wh.";
+/// Name by which an OCI layer says that a directory hides all of the lower layers.
+pub(crate) const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
+
+/// Paths that `ExportStats` names as examples, so that it stays small whatever the layer.
+const MAX_NOTED_PATHS: usize = 16;
+/// From this size on the kernel is told that a file is read from front to end.
+const SEQUENTIAL_READ_BYTES: u64 = 1 << 20;
+
+/// How to export.
+#[derive(Debug, Clone, Default)]
+pub struct ExportOptions {
+    /// Times later than this (seconds since 1970) are written as this, as the `SOURCE_DATE_EPOCH`
+    /// specification asks for reproducible builds.
+    pub source_date_epoch: Option<u64>,
+    /// Where the overlay keeps its marks: how it is mounted.
+    pub overlay_xattrs: OverlayXattrs,
+    /// Also writes access times (PAX `atime`); off, because a read changes them.
+    pub access_times: bool,
+    /// Writes files with holes in full, for readers that know no sparse entries.
+    pub fill_holes: bool,
+}
+
+/// What an export wrote, and what it could not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportStats {
+    /// Entries of the tar, whiteouts and opaque markers included.
+    pub entries: u64,
+    /// Bytes of the tar.
+    pub bytes: u64,
+    /// Whiteouts (`.wh.x`) written.
+    pub whiteouts: u64,
+    /// Opaque markers (`.wh..wh..opq`) written.
+    pub opaque_directories: u64,
+    /// Entries that are links to an earlier one.
+    pub hard_links: u64,
+    /// Regular files written with their holes left out.
+    pub sparse_files: u64,
+    /// Files whose data came from a lower layer, because the upperdir has only their attributes.
+    pub metacopy_files: u64,
+    /// Sockets left out, as containerd does: tar has no type for them, and who listens makes them.
+    /// Where one hides a file of a lower layer, a whiteout stands for it.
+    pub sockets: u64,
+    /// Changed files that had further hard links in the lower layer. The container sees these as
+    /// separate files since the change, and so will the importer.
+    pub broken_lower_links: u64,
+    /// Files with inode flags such as `chattr +i`, which a tar cannot carry.
+    pub lost_inode_flags: u64,
+    /// Attributes named like overlay's own that a program had set; they cannot be carried.
+    pub lost_xattrs: u64,
+    /// Examples of the paths counted in `broken_lower_links`, `lost_inode_flags`, `lost_xattrs`.
+    pub noted_paths: Vec<PathBuf>,
+}
+
+/// Writes the OCI layer tar, uncompressed, of an overlay upperdir.
+///
+/// `lowerdirs`, nearest first, are asked only by name and only where that makes the layer exact or
+/// smaller: whether an opaque directory or a socket hides anything, for the data of `metacopy`
+/// files, and for notes about hard links. They may be left out (empty): markers are then written
+/// without asking, and `metacopy` files are refused. The cost is O(changes), never O(image).
+///
+/// The upperdir must not change meanwhile. When it does, the export fails with
+/// [`ExportError::Changed`]; it never writes a torn file without a word.
+///
+/// # Errors
+/// See [`ExportError`]. What was written to `out` before it is not a layer.
+pub fn export_upperdir<W: Write>(
+    upperdir: &Path,
+    lowerdirs: &[PathBuf],
+    out: W,
+    options: &ExportOptions,
+) -> Result<ExportStats, ExportError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(upperdir, flags, Mode::empty()).map_err(|errno| ExportError::Io {
+        act: "open",
+        path: upperdir.to_path_buf(),
+        source: errno.into(),
+    })?;
+    let mut export = Export {
+        tar: TarWriter::new(out),
+        lower: LowerView::open(lowerdirs, options.overlay_xattrs)?,
+        options,
+        stats: ExportStats::default(),
+        links: HashMap::new(),
+        xattr_reader: XattrReader::new(),
+        xattrs: Vec::new(),
+    };
+    let mut walk = UpperWalk::default();
+    export.write_directory(&mut walk, root)?;
+    while let Some(next) = walk.next_name()? {
+        export.write_name(&mut walk, next)?;
+    }
+    export.stats.bytes = export.tar.finish()?;
+    Ok(export.stats)
+}
+
+/// The first name of an inode with several, and how many names are still to come.
+struct FirstLink {
+    path: Vec<u8>,
+    left: u64,
+}
+
+struct Export<'o, W> {
+    tar: TarWriter<W>,
+    lower: LowerView,
+    options: &'o ExportOptions,
+    stats: ExportStats,
+    /// Inodes with more names than were met yet. An entry goes when its last name is written.
+    links: HashMap<(u64, u64), FirstLink>,
+    xattr_reader: XattrReader,
+    /// Attributes of the current inode.
+    xattrs: Vec<Xattr>,
+}
+
+impl<W: Write> Export<'_, W> {
+    fn write_name(&mut self, walk: &mut UpperWalk, next: NextName) -> Result<(), ExportError> {
+        let path = walk.path();
+        let name = &path[path.len() - next.name_len..];
+        if name.starts_with(WHITEOUT_PREFIX) {
+            return Err(ExportError::ReservedName {
+                path: to_path_buf(path),
+            });
+        }
+        let inode_type = match next.inode_type {
+            Some(inode_type) => inode_type,
+            None => stat_name(walk, name)?.inode_type,
+        };
+        match inode_type {
+            InodeType::Directory => {
+                let fd = open_for_export(walk.directory(), name, path, OFlag::O_DIRECTORY)?;
+                self.write_directory(walk, fd)
+            }
+            InodeType::Regular => {
+                let fd = open_for_export(walk.directory(), name, path, OFlag::empty())?;
+                self.write_regular(walk, path, File::from(fd))
+            }
+            InodeType::Socket => self.write_socket(path),
+            InodeType::Symlink
+            | InodeType::CharDevice
+            | InodeType::BlockDevice
+            | InodeType::Fifo => self.write_special(walk, path, name),
+        }
+    }
+
+    /// Writes the entry of a directory and its opaque marker, and walks on inside it.
+    fn write_directory(&mut self, walk: &mut UpperWalk, fd: OwnedFd) -> Result<(), ExportError> {
+        let path = walk.path();
+        let attributes = stat_open(&fd, path)?;
+        let marks = self.read_marks(XattrHolder::Open(fd.as_fd()), path)?;
+        if marks.redirect.is_some() {
+            return Err(ExportError::inexact(
+                path,
+                "the directory was renamed with redirect_dir=on and its content lies in a lower layer",
+            ));
+        }
+        let is_root = path.is_empty();
+        let mut entry_path = if is_root {
+            b"./".to_vec()
+        } else {
+            path.to_vec()
+        };
+        if !is_root {
+            entry_path.push(b'/');
+        }
+        self.write_entry(&entry_path, EntryType::Directory, &attributes, b"", None)?;
+        // Overlay never looks at `opaque` on the root: the root is always merged.
+        if marks.opaque && !is_root && self.hides_directory(path)? {
+            let mut marker = path.to_vec();
+            push_component(&mut marker, OPAQUE_NAME);
+            self.write_marker(&marker)?;
+            self.stats.opaque_directories += 1;
+        }
+        walk.enter(fd, attributes, marks.holds_xattr_whiteouts)
+    }
+
+    /// Whether an opaque directory hides one of the lower layers. Overlay marks every new directory
+    /// in a merged one as opaque, to save itself look-ups; most hide nothing.
+    fn hides_directory(&mut self, path: &[u8]) -> Result<bool, ExportError> {
+        if self.lower.is_empty() {
+            return Ok(true);
+        }
+        let below = self.lower.look_up(path)?;
+        Ok(below.is_some_and(|inode| inode.attributes.is_directory()))
+    }
+
+    fn write_regular(
+        &mut self,
+        walk: &UpperWalk,
+        path: &[u8],
+        file: File,
+    ) -> Result<(), ExportError> {
+        let attributes = stat_open(&file, path)?;
+        if attributes.inode_type != InodeType::Regular {
+            return Err(ExportError::changed(path));
+        }
+        let marks = self.read_marks(XattrHolder::Open(file.as_fd()), path)?;
+        if marks.xattr_whiteout && attributes.size == 0 && walk.holds_xattr_whiteouts() {
+            return self.write_whiteout(path);
+        }
+        if self.write_hard_link(path, &attributes, &marks)? {
+            return Ok(());
+        }
+        if marks.metacopy {
+            return self.write_metacopy(path, &attributes, &marks);
+        }
+        self.write_data(path, &attributes, &file)?;
+        if attributes.unchanged_in(&stat_open(&file, path)?) {
+            Ok(())
+        } else {
+            Err(ExportError::changed(path))
+        }
+    }
+
+    /// Writes a file whose attributes are in the upperdir and whose data is in a lower layer
+    /// (`metacopy=on`): for a layer it is an ordinary changed file.
+    fn write_metacopy(
+        &mut self,
+        path: &[u8],
+        attributes: &InodeAttributes,
+        marks: &OverlayMarks,
+    ) -> Result<(), ExportError> {
+        let data_path = match &marks.redirect {
+            None => path.to_vec(),
+            // Absolute from the root of the overlay, or a name in the same directory.
+            Some(redirect) => match redirect.strip_prefix(b"/") {
+                Some(absolute) => absolute.to_vec(),
+                None => {
+                    let mut sibling = split_last(path).0.to_vec();
+                    push_component(&mut sibling, redirect);
+                    sibling
+                }
+            },
+        };
+        let Some(file) = self.lower.open_data(&data_path)? else {
+            return Err(ExportError::inexact(
+                path,
+                "metacopy=on: its data is in a lower layer that was not given or does not have it",
+            ));
+        };
+        let data = stat_open(&file, path)?;
+        if data.size != attributes.size {
+            return Err(ExportError::inexact(
+                path,
+                "metacopy=on: its data has another size",
+            ));
+        }
+        self.stats.metacopy_files += 1;
+        self.write_data(path, attributes, &file)?;
+        if data.unchanged_in(&stat_open(&file, path)?) {
+            Ok(())
+        } else {
+            Err(ExportError::changed(path))
+        }
+    }
+
+    fn write_data(
+        &mut self,
+        path: &[u8],
+        attributes: &InodeAttributes,
+        file: &File,
+    ) -> Result<(), ExportError> {
+        let size = attributes.size;
+        if size >= SEQUENTIAL_READ_BYTES {
+            // Only advice: a file system without it reads as before.
+            let _advised = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+        }
+        let segments = if self.options.fill_holes {
+            None
+        } else {
+            find_segments(file, size)
+                .map_err(|error| ExportError::io("find the holes of", path, error))?
+        };
+        self.write_entry(
+            path,
+            EntryType::Regular,
+            attributes,
+            b"",
+            segments.as_deref(),
+        )?;
+        let whole = [Segment {
+            offset: 0,
+            len: size,
+        }];
+        for segment in segments.as_deref().unwrap_or(&whole) {
+            if !self
+                .tar
+                .write_segment(file, path, segment.offset, segment.len)?
+            {
+                return Err(ExportError::changed(path));
+            }
+        }
+        self.tar.pad()
+    }
+
+    /// Writes what has no data: symlinks, device nodes, FIFOs; and whiteouts, which are devices.
+    fn write_special(
+        &mut self,
+        walk: &UpperWalk,
+        path: &[u8],
+        name: &[u8],
+    ) -> Result<(), ExportError> {
+        let attributes = stat_name(walk, name)?;
+        if attributes.is_whiteout_device() {
+            return self.write_whiteout(path);
+        }
+        let directory = walk.directory();
+        let marks = self.read_marks(XattrHolder::Named { directory, name }, path)?;
+        if self.write_hard_link(path, &attributes, &marks)? {
+            return Ok(());
+        }
+        let entry_type = match attributes.inode_type {
+            InodeType::Symlink => {
+                let target = readlinkat(directory, name)
+                    .map_err(|errno| ExportError::io("read the symlink", path, errno))?;
+                let target = target.as_bytes();
+                return self.write_entry(path, EntryType::Symlink, &attributes, target, None);
+            }
+            InodeType::CharDevice => EntryType::Char,
+            InodeType::BlockDevice => EntryType::Block,
+            InodeType::Fifo => EntryType::Fifo,
+            InodeType::Regular | InodeType::Directory | InodeType::Socket => {
+                return Err(ExportError::changed(path));
+            }
+        };
+        self.write_entry(path, entry_type, &attributes, b"", None)
+    }
+
+    fn write_socket(&mut self, path: &[u8]) -> Result<(), ExportError> {
+        self.stats.sockets += 1;
+        // Without lower layers to ask, the whiteout is the safe side: it does no harm.
+        if self.lower.is_empty() || self.lower.look_up(path)?.is_some() {
+            return self.write_whiteout(path);
+        }
+        Ok(())
+    }
+
+    fn write_whiteout(&mut self, path: &[u8]) -> Result<(), ExportError> {
+        let (parent, name) = split_last(path);
+        let mut whiteout = parent.to_vec();
+        push_component(&mut whiteout, &[WHITEOUT_PREFIX, name].concat());
+        self.stats.whiteouts += 1;
+        self.write_marker(&whiteout)
+    }
+
+    /// Writes an empty file that means something by its name. Its attributes mean nothing and are
+    /// constant, so that equal trees give equal bytes.
+    fn write_marker(&mut self, path: &[u8]) -> Result<(), ExportError> {
+        self.stats.entries += 1;
+        self.tar.write_head(&EntryHead {
+            path,
+            entry_type: EntryType::Regular,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            mtime: Timestamp::default(),
+            atime: None,
+            link: b"",
+            device: (0, 0),
+            xattrs: &[],
+            segments: None,
+        })
+    }
+
+    /// Writes a link if the inode was written under another name before. Otherwise, when it has
+    /// more names, remembers this one as the first.
+    fn write_hard_link(
+        &mut self,
+        path: &[u8],
+        attributes: &InodeAttributes,
+        marks: &OverlayMarks,
+    ) -> Result<bool, ExportError> {
+        if marks.indexed_links {
+            return Err(ExportError::inexact(
+                path,
+                "index=on: hard links in a lower layer show this file under names that the upperdir \
+                 does not have; mount with index=off, as containerd does",
+            ));
+        }
+        if let Some(first) = self.links.get_mut(&attributes.identity) {
+            first.left = first.left.saturating_sub(1);
+            let (target, is_last) = (first.path.clone(), first.left == 0);
+            if is_last {
+                self.links.remove(&attributes.identity);
+            }
+            self.xattrs.clear();
+            self.write_entry(path, EntryType::Link, attributes, &target, None)?;
+            self.stats.hard_links += 1;
+            return Ok(true);
+        }
+        if attributes.links > 1 {
+            let first = FirstLink {
+                path: path.to_vec(),
+                left: attributes.links - 1,
+            };
+            self.links.insert(attributes.identity, first);
+        }
+        if marks.copied_up {
+            let below = self.lower.look_up(path)?;
+            if below.is_some_and(|inode| inode.attributes.links > 1) {
+                self.stats.broken_lower_links += 1;
+                self.note(path);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Writes the header of an entry with the attributes in `self.xattrs`.
+    fn write_entry(
+        &mut self,
+        path: &[u8],
+        entry_type: EntryType,
+        attributes: &InodeAttributes,
+        link: &[u8],
+        segments: Option<&[Segment]>,
+    ) -> Result<(), ExportError> {
+        let is_device = matches!(entry_type, EntryType::Char | EntryType::Block);
+        self.stats.entries += 1;
+        self.stats.sparse_files += u64::from(segments.is_some());
+        self.tar.write_head(&EntryHead {
+            path,
+            entry_type,
+            mode: attributes.mode,
+            uid: attributes.uid,
+            gid: attributes.gid,
+            size: if entry_type == EntryType::Regular {
+                attributes.size
+            } else {
+                0
+            },
+            mtime: self.clamp(attributes.mtime),
+            atime: self
+                .options
+                .access_times
+                .then(|| self.clamp(attributes.atime)),
+            link,
+            device: if is_device { attributes.device } else { (0, 0) },
+            xattrs: &self.xattrs,
+            segments,
+        })
+    }
+
+    fn clamp(&self, time: Timestamp) -> Timestamp {
+        let epoch = self
+            .options
+            .source_date_epoch
+            .and_then(|epoch| i64::try_from(epoch).ok());
+        epoch.map_or(time, |secs| time.min(Timestamp { secs, nanos: 0 }))
+    }
+
+    /// Reads the attributes of the current inode into `self.xattrs` and returns overlay's marks.
+    fn read_marks(
+        &mut self,
+        holder: XattrHolder<'_>,
+        path: &[u8],
+    ) -> Result<OverlayMarks, ExportError> {
+        let namespace = self.options.overlay_xattrs;
+        let marks =
+            read_marks_and_xattrs(&mut self.xattr_reader, holder, namespace, &mut self.xattrs)
+                .map_err(|error| ExportError::io("read the attributes of", path, error))?;
+        if marks.foreign.is_some() {
+            return Err(ExportError::inexact(
+                path,
+                "it has overlay marks of the other kind (trusted.overlay, user.overlay) than the \
+                 overlay was said to be mounted with",
+            ));
+        }
+        if marks.inode_flags || marks.uncarried > 0 {
+            self.stats.lost_inode_flags += u64::from(marks.inode_flags);
+            self.stats.lost_xattrs += marks.uncarried;
+            self.note(path);
+        }
+        Ok(marks)
+    }
+
+    fn note(&mut self, path: &[u8]) {
+        if self.stats.noted_paths.len() < MAX_NOTED_PATHS {
+            self.stats.noted_paths.push(to_path_buf(path));
+        }
+    }
+}
+
+fn stat_open(fd: impl AsFd, path: &[u8]) -> Result<InodeAttributes, ExportError> {
+    Ok(fstat(fd)
+        .map_err(|errno| ExportError::io("stat", path, errno))?
+        .into())
+}
+
+fn stat_name(walk: &UpperWalk, name: &[u8]) -> Result<InodeAttributes, ExportError> {
+    match fstatat(walk.directory(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(stat.into()),
+        Err(Errno::ENOENT) => Err(ExportError::changed(walk.path())),
+        Err(errno) => Err(ExportError::io("stat", walk.path(), errno)),
+    }
+}

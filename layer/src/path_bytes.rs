@@ -1,0 +1,37 @@
+//! Paths as the bytes they are: relative to the root of a layer, components joined by `/`, no `.`,
+//! no `..`, no empty component; the root itself is the empty path.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// For messages; the root is shown as `/`.
+pub(crate) fn to_path_buf(path: &[u8]) -> PathBuf {
+    if path.is_empty() {
+        PathBuf::from("/")
+    } else {
+        PathBuf::from(OsStr::from_bytes(path))
+    }
+}
+
+/// The components of a path.
+pub(crate) fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    path.split(|byte| *byte == b'/')
+        .filter(|component| !component.is_empty())
+}
+
+/// Parent and last component.
+pub(crate) fn split_last(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|byte| *byte == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (&[], path),
+    }
+}
+
+/// Appends a component.
+pub(crate) fn push_component(path: &mut Vec<u8>, name: &[u8]) {
+    if !path.is_empty() {
+        path.push(b'/');
+    }
+    path.extend_from_slice(name);
+}

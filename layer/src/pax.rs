@@ -1,0 +1,266 @@
+//! The records of a PAX extended header (POSIX.1-2001, pax Interchange Format), written and read.
+//!
+//! ```text
+//! "<len> <key>=<value>\n" ...     len is decimal and counts the whole record, itself included
+//!
+//! path linkpath        name and link target, any bytes but NUL
+//! size uid gid         decimal, where the header's octal field is too small
+//! mtime atime          decimal seconds with a fraction, may be negative
+//! hdrcharset           BINARY: names here are bytes, not UTF-8
+//! GNU.sparse.*         see sparse.rs
+//! SCHILY.xattr.<name>  extended attribute, raw value; what GNU tar, libarchive, Go and containerd use
+//! ```
+//!
+//! The key ends at the first `=`, so GNU tar writes `=` in an attribute's name as `%3D` and `%` as
+//! `%25`. Go (and with it containerd) writes and reads names as they are and cannot have a `=`. We
+//! encode only where a plain name would be misread, so that both agree on every usual name.
+
+use crate::inode_attributes::Timestamp;
+
+/// Prefix of the records that carry extended attributes.
+pub(crate) const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
+
+/// Largest PAX header that is written or read. Go's archive/tar, which containerd, Docker, podman
+/// and umoci read layers with, refuses more than this (`maxSpecialFileSize`).
+pub(crate) const MAX_PAX_BYTES: usize = 1 << 20;
+
+fn decimal_digits(mut number: usize) -> usize {
+    let mut digits = 1;
+    while number >= 10 {
+        number /= 10;
+        digits += 1;
+    }
+    digits
+}
+
+/// Appends one record.
+pub(crate) fn push_record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
+    let rest = key.len() + value.len() + 3;
+    let mut len = rest + decimal_digits(rest);
+    if decimal_digits(len) != decimal_digits(rest) {
+        len = rest + decimal_digits(len);
+    }
+    records.extend_from_slice(len.to_string().as_bytes());
+    records.push(b' ');
+    records.extend_from_slice(key);
+    records.push(b'=');
+    records.extend_from_slice(value);
+    records.push(b'\n');
+}
+
+/// Appends an extended attribute.
+pub(crate) fn push_xattr(records: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    let mut key = XATTR_PREFIX.to_vec();
+    let ambiguous = name.contains(&b'=')
+        || name
+            .windows(3)
+            .any(|window| window == b"%3D" || window == b"%25");
+    for byte in name {
+        match byte {
+            b'=' if ambiguous => key.extend_from_slice(b"%3D"),
+            b'%' if ambiguous => key.extend_from_slice(b"%25"),
+            byte => key.push(*byte),
+        }
+    }
+    push_record(records, &key, value);
+}
+
+/// Name of an extended attribute from the part of the key behind the prefix.
+pub(crate) fn decode_xattr_name(encoded: &[u8]) -> Vec<u8> {
+    let mut name = Vec::with_capacity(encoded.len());
+    let mut rest = encoded;
+    while let Some((&byte, tail)) = rest.split_first() {
+        if rest.starts_with(b"%3D") {
+            name.push(b'=');
+            rest = &rest[3..];
+        } else if rest.starts_with(b"%25") {
+            name.push(b'%');
+            rest = &rest[3..];
+        } else {
+            name.push(byte);
+            rest = tail;
+        }
+    }
+    name
+}
+
+/// A time as decimal seconds: `-1.5` is one and a half seconds before 1970.
+pub(crate) fn format_time(time: Timestamp) -> String {
+    let (sign, whole, nanos) = if time.secs < 0 && time.nanos > 0 {
+        (
+            "-",
+            (time.secs + 1).unsigned_abs(),
+            1_000_000_000 - time.nanos,
+        )
+    } else if time.secs < 0 {
+        ("-", time.secs.unsigned_abs(), 0)
+    } else {
+        ("", time.secs.unsigned_abs(), time.nanos)
+    };
+    if nanos == 0 {
+        return format!("{sign}{whole}");
+    }
+    let fraction = format!("{nanos:09}");
+    format!("{sign}{whole}.{}", fraction.trim_end_matches('0'))
+}
+
+/// Reads a decimal time; digits beyond nanoseconds are cut off. None when it is none.
+pub(crate) fn parse_time(text: &[u8]) -> Option<Timestamp> {
+    let (negative, text) = match text.strip_prefix(b"-") {
+        Some(rest) => (true, rest),
+        None => (false, text),
+    };
+    let (whole, fraction) = match text.iter().position(|byte| *byte == b'.') {
+        Some(dot) => (&text[..dot], &text[dot + 1..]),
+        None => (text, &text[..0]),
+    };
+    let whole = i64::try_from(parse_decimal(whole)?).ok()?;
+    if !fraction.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let mut nanos = 0u32;
+    for position in 0..9 {
+        nanos = nanos * 10 + u32::from(fraction.get(position).map_or(0, |digit| digit - b'0'));
+    }
+    Some(match (negative, nanos) {
+        (false, _) => Timestamp { secs: whole, nanos },
+        (true, 0) => Timestamp {
+            secs: -whole,
+            nanos: 0,
+        },
+        (true, _) => Timestamp {
+            secs: -whole - 1,
+            nanos: 1_000_000_000 - nanos,
+        },
+    })
+}
+
+/// Reads decimal digits and nothing else.
+pub(crate) fn parse_decimal(text: &[u8]) -> Option<u64> {
+    if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// Splits the body of a PAX header into (key, value); an item is None where the body is malformed,
+/// after which the iteration ends.
+pub(crate) fn records(body: &[u8]) -> impl Iterator<Item = Option<(&[u8], &[u8])>> {
+    let mut rest = body;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let record = split_record(rest);
+        rest = match record {
+            Some((_, _, tail)) => tail,
+            None => &[],
+        };
+        Some(record.map(|(key, value, _)| (key, value)))
+    })
+}
+
+fn split_record(body: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let space = body.iter().take(20).position(|byte| *byte == b' ')?;
+    let len = usize::try_from(parse_decimal(&body[..space])?).ok()?;
+    if len <= space + 2 || len > body.len() {
+        return None;
+    }
+    let record = body[space + 1..len].strip_suffix(b"\n")?;
+    let equals = record.iter().position(|byte| *byte == b'=')?;
+    if equals == 0 {
+        return None;
+    }
+    Some((&record[..equals], &record[equals + 1..], &body[len..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn record_length_counts_itself_across_a_digit_boundary() {
+        for value_len in 0..1200 {
+            let mut body = Vec::new();
+            push_record(&mut body, b"k", &vec![b'v'; value_len]);
+            let space = body.iter().position(|byte| *byte == b' ').unwrap();
+            let told: usize = std::str::from_utf8(&body[..space])
+                .unwrap()
+                .parse()
+                .unwrap();
+            assert_eq!(told, body.len());
+        }
+    }
+
+    #[test]
+    fn times_are_decimal_also_before_1970() {
+        let table = [
+            (0, 0, "0"),
+            (1, 0, "1"),
+            (1, 500_000_000, "1.5"),
+            (0, 1, "0.000000001"),
+            (-1, 0, "-1"),
+            (-1, 999_999_999, "-0.000000001"),
+            (-2, 500_000_000, "-1.5"),
+            (i64::MAX, 999_999_999, "9223372036854775807.999999999"),
+        ];
+        for (secs, nanos, text) in table {
+            let time = Timestamp { secs, nanos };
+            assert_eq!(format_time(time), text);
+            assert_eq!(parse_time(text.as_bytes()), Some(time), "{text}");
+        }
+        for wrong in ["", "-", "1.x", "+1", "1e3", " 1", "99999999999999999999"] {
+            assert_eq!(parse_time(wrong.as_bytes()), None, "{wrong}");
+        }
+        assert_eq!(parse_time(b"1.5000000009"), parse_time(b"1.5"));
+    }
+
+    #[test]
+    fn malformed_bodies_are_told_apart() {
+        for wrong in [
+            &b"x"[..],
+            b"5 a=b",
+            b"6 a=b\n!",
+            b"99 a=b\n",
+            b"5 a=\n",
+            b"0 a=b\n",
+            b"6 a.b\n",
+            b"6 =ab\n",
+            b"99999999999999999999999 a=b\n",
+            b"-6 a=b\n",
+        ] {
+            assert!(records(wrong).any(|record| record.is_none()), "{wrong:?}");
+        }
+        assert_eq!(records(b"6 a=b\n5 c=\n").count(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn records_read_back(pairs in proptest::collection::vec(
+            (proptest::collection::vec(any::<u8>(), 1..40), proptest::collection::vec(any::<u8>(), 0..300)), 0..8)) {
+            let mut body = Vec::new();
+            for (name, value) in &pairs {
+                push_xattr(&mut body, name, value);
+            }
+            let read: Vec<_> = records(&body)
+                .map(|record| {
+                    let (key, value) = record.unwrap();
+                    (decode_xattr_name(key.strip_prefix(XATTR_PREFIX).unwrap()), value.to_vec())
+                })
+                .collect();
+            prop_assert_eq!(read, pairs);
+        }
+
+        #[test]
+        fn times_read_back(secs in i64::MIN + 2..i64::MAX, nanos in 0u32..1_000_000_000) {
+            let time = Timestamp { secs, nanos };
+            prop_assert_eq!(parse_time(format_time(time).as_bytes()), Some(time));
+        }
+
+        #[test]
+        fn any_bytes_end(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(records(&body).count() <= body.len());
+        }
+    }
+}

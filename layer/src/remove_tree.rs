@@ -1,0 +1,171 @@
+//! Removes a directory tree however deep it is.
+//!
+//! `std::fs::remove_dir_all` holds one descriptor per level, so a container that nests a few
+//! thousand directories makes its upperdir impossible to delete that way. Here one directory is open
+//! at a time: down by name, up by `..`.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::sys::stat::{Mode, fstat, fstatat, futimens};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use crate::directory_listing::DirectoryListing;
+use crate::inode_attributes::InodeAttributes;
+
+/// Removes the directory `tree` and all that is in it, following no symlink; one that does not
+/// exist is no error.
+///
+/// # Errors
+/// The first system call that fails, as the kernel said it.
+pub fn remove_tree(tree: &Path) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (tree.parent(), tree.file_name()) else {
+        return Err(io::Error::other("the root directory cannot be removed"));
+    };
+    let parent = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let parent = open(parent, flags, Mode::empty())?;
+    match remove_name(parent.as_fd(), name.as_encoded_bytes()) {
+        Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Removes a name of a directory: a file, or a directory with all that is in it.
+pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
+    match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) => return Ok(()),
+        Err(Errno::EISDIR | Errno::EPERM) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let tree = open_directory(directory, name)?;
+    visit(tree, false, |directory, name| {
+        unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)
+    })?;
+    Ok(unlinkat(directory, name, UnlinkatFlags::RemoveDir)?)
+}
+
+/// Removes all overlay whiteouts from a tree and leaves the rest as it is, times included.
+pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>) -> io::Result<()> {
+    let tree = open_directory(directory, b".")?;
+    visit(tree, true, |directory, name| {
+        let attributes: InodeAttributes =
+            fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?.into();
+        if attributes.is_whiteout_device() {
+            unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        Ok(())
+    })
+}
+
+struct Level {
+    listing: DirectoryListing,
+    next: usize,
+    attributes: InodeAttributes,
+}
+
+/// Calls `each` on all that is no directory, depth first. Directories below the first are kept with
+/// their times, or removed when they are left.
+fn visit(
+    tree: OwnedFd,
+    keep_directories: bool,
+    mut each: impl FnMut(BorrowedFd<'_>, &[u8]) -> nix::Result<()>,
+) -> io::Result<()> {
+    let mut current = tree;
+    let mut levels = vec![Level::open(&current)?];
+    while let Some(level) = levels.last_mut() {
+        if let Some((name, inode_type)) = level.listing.get(level.next) {
+            level.next += 1;
+            let is_directory = match inode_type {
+                Some(inode_type) => inode_type == crate::inode_attributes::InodeType::Directory,
+                None => {
+                    let stat = fstatat(&current, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                    InodeAttributes::from(stat).is_directory()
+                }
+            };
+            if is_directory {
+                current = open_directory(current.as_fd(), name)?;
+                levels.push(Level::open(&current)?);
+            } else {
+                each(current.as_fd(), name)?;
+            }
+            continue;
+        }
+        if keep_directories {
+            let (atime, mtime) = (level.attributes.atime, level.attributes.mtime);
+            futimens(
+                &current,
+                &TimeSpec::new(atime.secs, atime.nanos.into()),
+                &TimeSpec::new(mtime.secs, mtime.nanos.into()),
+            )?;
+        }
+        levels.pop();
+        let Some(parent) = levels.last() else { break };
+        current = open_directory(current.as_fd(), b"..")?;
+        if InodeAttributes::from(fstat(&current)?).identity != parent.attributes.identity {
+            return Err(io::Error::other("a directory was moved away meanwhile"));
+        }
+        if !keep_directories {
+            let name = parent
+                .listing
+                .get(parent.next - 1)
+                .map_or(&b""[..], |(name, _)| name);
+            unlinkat(&current, name, UnlinkatFlags::RemoveDir)?;
+        }
+    }
+    Ok(())
+}
+
+impl Level {
+    fn open(directory: &OwnedFd) -> io::Result<Self> {
+        let attributes = fstat(directory)?.into();
+        let mut listing = DirectoryListing::default();
+        listing.read(directory.as_fd())?;
+        Ok(Level {
+            listing,
+            next: 0,
+            attributes,
+        })
+    }
+}
+
+fn open_directory(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(directory, name, flags, Mode::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_deeper_than_the_descriptor_limit_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        std::fs::create_dir(&tree).unwrap();
+        let mut current = open_directory(
+            open(dir.path(), OFlag::O_RDONLY, Mode::empty())
+                .unwrap()
+                .as_fd(),
+            b"tree",
+        )
+        .unwrap();
+        for _ in 0..3000 {
+            nix::sys::stat::mkdirat(&current, c"d", Mode::S_IRWXU).unwrap();
+            current = open_directory(current.as_fd(), b"d").unwrap();
+        }
+        drop(current);
+        std::os::unix::fs::symlink("/", tree.join("link")).unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.try_exists().unwrap());
+        remove_tree(&tree).unwrap();
+    }
+}

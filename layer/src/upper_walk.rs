@@ -1,0 +1,170 @@
+//! A walk of an upperdir by directory descriptors, in the order of the tar.
+//!
+//! Not walkdir: it works with whole paths, which the kernel refuses beyond 4 096 bytes and resolves
+//! again for every file, and it would leave no descriptor for `fstatat` and the xattr calls. Paths
+//! here are only text for the tar; each system call names one component below an open directory, so
+//! nothing that a running container does to its tree leads the walk out of it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, fstat};
+
+use crate::directory_listing::DirectoryListing;
+use crate::export_error::ExportError;
+use crate::inode_attributes::{InodeAttributes, InodeType};
+
+/// Directories that are kept open at most; in a deeper tree the outer ones are closed and found
+/// again through `..`.
+const MAX_OPEN_DIRECTORIES: usize = 256;
+
+/// A directory that is being walked.
+#[derive(Debug)]
+struct WalkedDirectory {
+    fd: Option<OwnedFd>,
+    listing: DirectoryListing,
+    next: usize,
+    /// Length of its path in the walk's current path.
+    path_len: usize,
+    attributes: InodeAttributes,
+    holds_xattr_whiteouts: bool,
+}
+
+/// Where the walk stands. Depth first; `path` is that of the name handed out last.
+#[derive(Debug, Default)]
+pub(crate) struct UpperWalk {
+    directories: Vec<WalkedDirectory>,
+    path: Vec<u8>,
+}
+
+impl UpperWalk {
+    /// Path of the name handed out last; empty for the root.
+    pub(crate) fn path(&self) -> &[u8] {
+        &self.path
+    }
+
+    /// The directory that holds that name. Present between `next_name` and `enter`.
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        let innermost = self
+            .directories
+            .last()
+            .and_then(|directory| directory.fd.as_ref());
+        innermost
+            .expect("the innermost directory is open while its names are handed out")
+            .as_fd()
+    }
+
+    pub(crate) fn holds_xattr_whiteouts(&self) -> bool {
+        self.directories
+            .last()
+            .is_some_and(|directory| directory.holds_xattr_whiteouts)
+    }
+
+    /// Goes on with the names in a directory: the root, or the one named last.
+    pub(crate) fn enter(
+        &mut self,
+        fd: OwnedFd,
+        attributes: InodeAttributes,
+        holds_xattr_whiteouts: bool,
+    ) -> Result<(), ExportError> {
+        let mut listing = DirectoryListing::default();
+        listing
+            .read(fd.as_fd())
+            .map_err(|error| ExportError::io("list", &self.path, error))?;
+        if self.directories.len() >= MAX_OPEN_DIRECTORIES {
+            let outer = self.directories.len() - MAX_OPEN_DIRECTORIES;
+            self.directories[outer].fd = None;
+        }
+        self.directories.push(WalkedDirectory {
+            fd: Some(fd),
+            listing,
+            next: 0,
+            path_len: self.path.len(),
+            attributes,
+            holds_xattr_whiteouts,
+        });
+        Ok(())
+    }
+
+    /// Steps to the next name and returns its type as the directory tells it. None at the end.
+    pub(crate) fn next_name(&mut self) -> Result<Option<NextName>, ExportError> {
+        while let Some(innermost) = self.directories.last_mut() {
+            self.path.truncate(innermost.path_len);
+            if let Some((name, inode_type)) = innermost.listing.get(innermost.next) {
+                innermost.next += 1;
+                crate::path_bytes::push_component(&mut self.path, name);
+                return Ok(Some(NextName {
+                    name_len: name.len(),
+                    inode_type,
+                }));
+            }
+            self.leave()?;
+        }
+        Ok(None)
+    }
+
+    /// Leaves the innermost directory, which must be what it was when its names were read.
+    fn leave(&mut self) -> Result<(), ExportError> {
+        let Some(left) = self.directories.pop() else {
+            return Ok(());
+        };
+        let fd = left.fd.expect("the innermost directory is open");
+        let now = fstat(&fd).map_err(|errno| ExportError::io("stat", &self.path, errno))?;
+        if !left.attributes.unchanged_in(&now.into()) {
+            return Err(ExportError::changed(&self.path));
+        }
+        if let Some(parent) = self
+            .directories
+            .last_mut()
+            .filter(|parent| parent.fd.is_none())
+        {
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let reopened = openat(&fd, c"..", flags, Mode::empty())
+                .map_err(|errno| ExportError::io("open the parent of", &self.path, errno))?;
+            let now: InodeAttributes = fstat(&reopened)
+                .map_err(|errno| ExportError::io("stat", &self.path, errno))?
+                .into();
+            if now.identity != parent.attributes.identity {
+                return Err(ExportError::changed(&self.path));
+            }
+            parent.fd = Some(reopened);
+        }
+        Ok(())
+    }
+}
+
+/// A step of the walk.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NextName {
+    /// The name is that many last bytes of the path.
+    pub(crate) name_len: usize,
+    pub(crate) inode_type: Option<InodeType>,
+}
+
+/// Opens a name of the upperdir for reading without following it or waiting for it.
+///
+/// `O_NOATIME` keeps the export from changing what it reads; the kernel grants it to the owner and to
+/// root in the file system's user namespace, others do without.
+pub(crate) fn open_for_export(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    path: &[u8],
+    extra: OFlag,
+) -> Result<OwnedFd, ExportError> {
+    let flags = OFlag::O_RDONLY
+        | OFlag::O_NOFOLLOW
+        | OFlag::O_NONBLOCK
+        | OFlag::O_NOCTTY
+        | OFlag::O_CLOEXEC
+        | extra;
+    let opened = match openat(directory, name, flags | OFlag::O_NOATIME, Mode::empty()) {
+        Err(Errno::EPERM) => openat(directory, name, flags, Mode::empty()),
+        opened => opened,
+    };
+    opened.map_err(|errno| match errno {
+        // The directory told another type a moment ago.
+        Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR | Errno::ENXIO => ExportError::changed(path),
+        errno => ExportError::io("open", path, errno),
+    })
+}

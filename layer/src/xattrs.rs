@@ -1,0 +1,134 @@
+//! Extended attributes, read and written without ever naming a whole path.
+//!
+//! nix has no xattr calls, hence rustix. Regular files and directories are reached by their
+//! descriptor. A symlink, device node or FIFO cannot be opened without an effect, and the `*xattrat`
+//! calls came only with Linux 6.13, so those are named as `/proc/self/fd/<directory>/<name>` with the
+//! `l*xattr` calls: never longer than 300 bytes, and the last component is not followed.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::fs::{
+    XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr, lgetxattr, llistxattr, lsetxattr,
+};
+use rustix::io::Errno;
+
+/// Longest list of names and longest value that Linux allows: `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`.
+pub(crate) const XATTR_MAX: usize = 64 * 1024;
+
+/// One extended attribute: full name (`user.origin`) and value, both any bytes.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Xattr {
+    pub(crate) name: Vec<u8>,
+    pub(crate) value: Vec<u8>,
+}
+
+/// The inode whose attributes are meant.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum XattrHolder<'a> {
+    /// A regular file or directory open for reading or writing (not `O_PATH`).
+    Open(BorrowedFd<'a>),
+    /// Any inode, by the directory that holds it and its name there.
+    Named {
+        directory: BorrowedFd<'a>,
+        name: &'a [u8],
+    },
+}
+
+fn proc_path(directory: BorrowedFd<'_>, name: &[u8]) -> Vec<u8> {
+    let mut path = format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name);
+    path
+}
+
+/// Buffers for the list of names and one value, kept so that a file without attributes costs one
+/// system call and no allocation.
+#[derive(Debug)]
+pub(crate) struct XattrReader {
+    names: Box<[u8]>,
+    value: Box<[u8]>,
+}
+
+impl XattrReader {
+    pub(crate) fn new() -> Self {
+        XattrReader {
+            names: vec![0; XATTR_MAX].into_boxed_slice(),
+            value: vec![0; XATTR_MAX].into_boxed_slice(),
+        }
+    }
+
+    /// Calls `each` with name and value of every attribute, in the order of the file system.
+    pub(crate) fn for_each(
+        &mut self,
+        holder: XattrHolder<'_>,
+        mut each: impl FnMut(&[u8], &[u8]),
+    ) -> io::Result<()> {
+        let listed = match holder {
+            XattrHolder::Open(fd) => flistxattr(fd, &mut self.names[..]),
+            XattrHolder::Named { directory, name } => {
+                llistxattr(proc_path(directory, name), &mut self.names[..])
+            }
+        };
+        let len = match listed {
+            Ok(len) => len,
+            // The file system has no extended attributes at all.
+            Err(Errno::NOTSUP) => 0,
+            Err(errno) => return Err(errno.into()),
+        };
+        for name in self.names[..len]
+            .split(|byte| *byte == 0)
+            .filter(|name| !name.is_empty())
+        {
+            if let Some(len) = get(holder, name, &mut self.value)? {
+                each(name, &self.value[..len]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Value of one attribute, None when the inode does not have it.
+    pub(crate) fn value(
+        &mut self,
+        holder: XattrHolder<'_>,
+        name: &[u8],
+    ) -> io::Result<Option<&[u8]>> {
+        Ok(get(holder, name, &mut self.value)?.map(|len| &self.value[..len]))
+    }
+}
+
+fn get(holder: XattrHolder<'_>, name: &[u8], value: &mut [u8]) -> io::Result<Option<usize>> {
+    let got = match holder {
+        XattrHolder::Open(fd) => fgetxattr(fd, name, value),
+        XattrHolder::Named {
+            directory,
+            name: file,
+        } => lgetxattr(proc_path(directory, file), name, value),
+    };
+    match got {
+        Ok(len) => Ok(Some(len)),
+        Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Sets one attribute, replacing an earlier value.
+pub(crate) fn set_xattr(holder: XattrHolder<'_>, name: &[u8], value: &[u8]) -> io::Result<()> {
+    match holder {
+        XattrHolder::Open(fd) => fsetxattr(fd, name, value, XattrFlags::empty())?,
+        XattrHolder::Named {
+            directory,
+            name: file,
+        } => {
+            lsetxattr(proc_path(directory, file), name, value, XattrFlags::empty())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes one attribute of an open inode; one that is not there is no error.
+pub(crate) fn remove_xattr(fd: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
+    match fremovexattr(fd, name) {
+        Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
