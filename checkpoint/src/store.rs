@@ -362,11 +362,7 @@ impl Checkpoint {
                 path: dir.join(path),
                 what: what.to_owned(),
             };
-            if let Some(file) = container
-                .files
-                .iter()
-                .find(|f| !found.iter().any(|path| *path == f.path))
-            {
+            if let Some(file) = container.files.iter().find(|f| !found.contains(&f.path)) {
                 return Err(damaged(&file.path, "it is missing"));
             }
             for path in &found {

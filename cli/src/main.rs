@@ -1,2 +1,47 @@
-//! placeholder
-fn main() {}
+//! `transship`: moves running containers from one containerd node to another.
+//!
+//! ```text
+//!  args --> commands/checkpoint --> source (freeze, dump, export) --> checkpoint directory
+//!           commands/restore    --> restore_container              <--'
+//!           commands/migrate    --> source --> conversation ==pipe==> commands/receive
+//!           commands/send, receive        --> checkpoint stream
+//!           commands/{inspect,ls,rm}      --> checkpoint directory
+//!                       \--> node: containerd's services
+//!  problem: errors --> one line, what to do next, exit code
+//! ```
+
+mod args;
+mod commands;
+mod conversation;
+mod interrupt;
+mod node;
+mod problem;
+mod progress;
+mod restore_container;
+mod source;
+mod timeline;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => {
+            let result = runtime.block_on(commands::run(cli));
+            // A step that was given up may still sit in a read.
+            runtime.shutdown_background();
+            result
+        }
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => problem::report(&error),
+    }
+}

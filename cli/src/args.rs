@@ -1,0 +1,246 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use transship_checkpoint::criu_options::{CriuOptions, Tcp};
+use transship_checkpoint::wire::Target;
+
+/// Moves running containers from one containerd node to another: memory, writable layer, namespaces.
+#[derive(Debug, Parser)]
+#[command(name = "transship", version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Which containerd, which of its namespaces, and how to print.
+    #[command(flatten)]
+    pub(crate) global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; what was there before is there now
+  2  the command line is wrong
+  3  the container, checkpoint or node does not exist
+  4  refused before anything was touched; the reasons are printed
+  5  the other node failed or cannot be reached; the source runs on
+  6  the connection broke in the moment of commitment; the source is left paused";
+
+/// Which containerd, which of its namespaces, and how to print.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// containerd's namespace
+    #[arg(
+        short,
+        long,
+        global = true,
+        default_value = "default",
+        env = "CONTAINERD_NAMESPACE"
+    )]
+    pub(crate) namespace: String,
+    /// containerd's socket
+    #[arg(
+        short,
+        long,
+        global = true,
+        default_value = "/run/containerd/containerd.sock",
+        env = "CONTAINERD_ADDRESS"
+    )]
+    pub(crate) address: PathBuf,
+    /// Print the result as JSON on stdout
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Take a checkpoint of a running container; it goes on running
+    Checkpoint(CheckpointArgs),
+    /// Make a running container of a checkpoint
+    Restore(RestoreArgs),
+    /// Move a running container to another node
+    Migrate(MigrateArgs),
+    /// Write a checkpoint to stdout
+    Send(SendArgs),
+    /// Read a checkpoint, or a migration, from stdin
+    Receive(ReceiveArgs),
+    /// Show what is in a checkpoint
+    Inspect(NameArgs),
+    /// List the checkpoints of this node
+    Ls,
+    /// Remove checkpoints
+    Rm(RmArgs),
+}
+
+/// `transship checkpoint`
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointArgs {
+    /// Container id
+    pub(crate) container: String,
+    /// Name of the checkpoint [default: <container>-<date>]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Leave the container paused
+    #[arg(long)]
+    pub(crate) leave_paused: bool,
+    /// What CRIU is told.
+    #[command(flatten)]
+    pub(crate) dump: DumpArgs,
+}
+
+/// What CRIU is told at the dump, and again at the restore.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DumpArgs {
+    /// Established TCP connections: refuse the dump, keep them, or close them at the restore
+    #[arg(long, value_enum, default_value_t = TcpArg::Refuse)]
+    pub(crate) tcp: TcpArg,
+    /// Do not keep file locks
+    #[arg(long)]
+    pub(crate) no_file_locks: bool,
+    /// Dump unix sockets that are connected to a process outside
+    #[arg(long)]
+    pub(crate) ext_unix_sk: bool,
+    /// Dump a process whose session leader or terminal is outside
+    #[arg(long)]
+    pub(crate) shell_job: bool,
+}
+
+/// Established TCP connections.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum TcpArg {
+    /// A container with an established connection is not dumped
+    Refuse,
+    /// Connections come along; the address must, too
+    Established,
+    /// Connections are closed at the restore
+    Close,
+}
+
+impl DumpArgs {
+    pub(crate) fn options(&self) -> CriuOptions {
+        CriuOptions {
+            tcp: match self.tcp {
+                TcpArg::Refuse => Tcp::Refuse,
+                TcpArg::Established => Tcp::Established,
+                TcpArg::Close => Tcp::Close,
+            },
+            file_locks: !self.no_file_locks,
+            ext_unix_sk: self.ext_unix_sk,
+            shell_job: self.shell_job,
+            ..CriuOptions::default()
+        }
+    }
+}
+
+/// What becomes of the container.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TargetArgs {
+    /// Container whose namespaces are joined in place of those shared before
+    #[arg(long, value_name = "CONTAINER", conflicts_with = "new_namespaces")]
+    pub(crate) sandbox: Option<String>,
+    /// Make namespaces that were shared before the container's own
+    #[arg(long)]
+    pub(crate) new_namespaces: bool,
+    /// Container id [default: the one it had]
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+    /// Snapshotter [default: transship where the node has it, else the one it had]
+    #[arg(long)]
+    pub(crate) snapshotter: Option<String>,
+    /// OCI runtime front of the restored container [default: transship-runc beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) runtime_binary: Option<String>,
+    /// Where its output goes: file:///path or binary:///path, as in ctr [default: as before, if it
+    /// was a URI]
+    #[arg(long)]
+    pub(crate) log_uri: Option<String>,
+}
+
+impl TargetArgs {
+    pub(crate) fn target(&self, namespace: Option<String>) -> Target {
+        Target {
+            id: self.id.clone(),
+            namespace,
+            sandbox: self.sandbox.clone(),
+            new_namespaces: self.new_namespaces,
+            snapshotter: self.snapshotter.clone(),
+            runtime_binary: self.runtime_binary.clone(),
+            log_uri: self.log_uri.clone(),
+        }
+    }
+}
+
+/// `transship restore`
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// Name of the checkpoint
+    pub(crate) name: String,
+    /// Which of its containers, when it has several
+    #[arg(long)]
+    pub(crate) container: Option<String>,
+    /// What becomes of it.
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+}
+
+/// `transship migrate`
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// Container id
+    pub(crate) container: String,
+    /// Command that runs its arguments on the other node, such as 'ssh node-b'
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) to: String,
+    /// The program's path on the other node
+    #[arg(long, value_name = "PATH", default_value = "transship")]
+    pub(crate) remote_program: String,
+    /// Command to run here while neither copy runs: after the checkpoint has arrived, before the
+    /// restore (detach a volume, move an address). If it fails, the migration is undone.
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) before_restore: Option<String>,
+    /// Keep the container's record and snapshot on this node, stopped
+    #[arg(long)]
+    pub(crate) keep_source: bool,
+    /// What becomes of it.
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// What CRIU is told.
+    #[command(flatten)]
+    pub(crate) dump: DumpArgs,
+}
+
+/// `transship send`
+#[derive(Debug, Args)]
+pub(crate) struct SendArgs {
+    /// Name of the checkpoint
+    pub(crate) name: String,
+}
+
+/// `transship receive`
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// Name under which a checkpoint is kept [default: the one it has]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+}
+
+/// A checkpoint.
+#[derive(Debug, Args)]
+pub(crate) struct NameArgs {
+    /// Name of the checkpoint
+    pub(crate) name: String,
+    /// Compare every file with its digest
+    #[arg(long)]
+    pub(crate) verify: bool,
+}
+
+/// `transship rm`
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Names of the checkpoints
+    #[arg(required = true)]
+    pub(crate) names: Vec<String>,
+}

@@ -1,0 +1,50 @@
+//! One file a command.
+
+use anyhow::Result;
+use serde::Serialize;
+use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+
+use crate::args::{Cli, Command, Global};
+use crate::node::Node;
+
+mod checkpoint;
+mod inspect;
+mod ls;
+mod migrate;
+mod receive;
+mod restore;
+mod rm;
+mod send;
+
+/// Runs the command.
+pub(crate) async fn run(cli: Cli) -> Result<()> {
+    let global = cli.global;
+    match cli.command {
+        Command::Checkpoint(args) => checkpoint::run(&global, args).await,
+        Command::Restore(args) => restore::run(&global, args).await,
+        Command::Migrate(args) => migrate::run(&global, args).await,
+        Command::Send(args) => send::run(&args),
+        Command::Receive(args) => receive::run(&global, args).await,
+        Command::Inspect(args) => inspect::run(&global, &args),
+        Command::Ls => ls::run(&global),
+        Command::Rm(args) => rm::run(&args),
+    }
+}
+
+fn store() -> Store {
+    Store::at(DEFAULT_ROOT)
+}
+
+async fn connect(global: &Global) -> Result<Node> {
+    Ok(Node::connect(&global.address, &global.namespace).await?)
+}
+
+/// Prints a result for programs, or calls `text` for people.
+fn print<T: Serialize>(global: &Global, result: &T, text: impl FnOnce() -> String) -> Result<()> {
+    if global.json {
+        println!("{}", serde_json::to_string_pretty(result)?);
+    } else {
+        print!("{}", text());
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! What a person sees while it goes on: bars on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// The current step.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    lines: bool,
+}
+
+impl Progress {
+    /// Bars when stderr is a terminal, lines when it is not, nothing when `quiet`.
+    pub(crate) fn new(quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if quiet || !terminal {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::no_length()
+        };
+        if !quiet && terminal {
+            bar.enable_steady_tick(Duration::from_millis(100));
+        }
+        Self {
+            bar,
+            lines: !quiet && !terminal,
+        }
+    }
+
+    /// A step without a known length.
+    pub(crate) fn step(&self, what: &str) {
+        self.show(what, "{spinner} {msg}", None);
+    }
+
+    /// A step that moves bytes.
+    pub(crate) fn bytes(&self, what: &str, total: u64) {
+        let style = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} {decimal_bytes_per_sec}";
+        self.show(what, style, Some(total));
+    }
+
+    fn show(&self, what: &str, style: &str, total: Option<u64>) {
+        if self.lines {
+            eprintln!("transship: {what}");
+        }
+        self.bar.set_position(0);
+        self.bar.set_length(total.unwrap_or(0));
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            self.bar.set_style(style);
+        }
+        self.bar.set_message(what.to_owned());
+    }
+
+    /// Something that counts bytes from another thread.
+    pub(crate) fn counter(&self) -> impl FnMut(u64) + Send + 'static + use<> {
+        let bar = self.bar.clone();
+        move |bytes| bar.inc(bytes)
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

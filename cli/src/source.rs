@@ -1,0 +1,332 @@
+//! The container on the source: found, looked at, frozen, dumped.
+//!
+//! ```text
+//!  find --> preflight --> freeze --> dump (CRIU)        --> <draft>/<container>/checkpoint
+//!                               `--> export (upperdir)  --> <draft>/<container>/rootfs-diff.tar
+//!                               thaw
+//! ```
+//!
+//! The dump and the export run side by side: both only need the container to stand still.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use containerd_client::services::v1::Container as Record;
+use containerd_client::types::v1::{Process, Status};
+use oci_spec::runtime::Spec;
+use prost::Message;
+use transship_checkpoint::criu_log;
+use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::manifest::{
+    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest,
+    ROOTFS_DIFF_FILE, RuntimeOptions, SPEC_FILE, Source, Stdio,
+};
+use transship_layer::ExportOptions;
+use transship_proto::runc_options::Options;
+
+use crate::node::Node;
+use crate::node::images::ResolvedImage;
+use crate::node::snapshots::OverlayDirs;
+use crate::problem::{Kind, Problem};
+
+/// A running container and everything that a checkpoint of it needs to know.
+#[derive(Debug)]
+pub(crate) struct SourceContainer {
+    /// What the manifest will say, still without files.
+    pub(crate) container: Container,
+    /// The record's OCI spec, as JSON.
+    pub(crate) spec: Vec<u8>,
+    /// Its snapshot's key.
+    pub(crate) snapshot_key: String,
+    /// Where its files are.
+    pub(crate) dirs: OverlayDirs,
+    /// The image below them, when the content store has it.
+    pub(crate) image: Option<(containerd_client::types::Descriptor, ResolvedImage)>,
+    /// Whether somebody had paused it before.
+    pub(crate) was_paused: bool,
+}
+
+/// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
+pub(crate) async fn find(node: &Node, id: &str, criu: &CriuOptions) -> Result<SourceContainer> {
+    let record = match node.container(id).await {
+        Err(error) if error.is_not_found() => {
+            return Err(Problem::new(
+                Kind::NotFound,
+                format!(
+                    "there is no container {id:?} in the namespace {:?}",
+                    node.namespace()
+                ),
+            )
+            .hint(format!("ctr -n {} containers ls", node.namespace()))
+            .into());
+        }
+        record => record?,
+    };
+    let task = match node.task(id).await {
+        Err(error) if error.is_not_found() => return Err(not_running(node, id, "has no task")),
+        task => task?,
+    };
+    if !matches!(task.status(), Status::Running | Status::Paused) {
+        let state = format!("is {}", task.status().as_str_name().to_lowercase());
+        return Err(not_running(node, id, &state));
+    }
+    inspect(node, &record, &task, criu).await
+}
+
+fn not_running(node: &Node, id: &str, state: &str) -> anyhow::Error {
+    Problem::new(
+        Kind::Refused,
+        format!("the container {id:?} {state}: only a running one has memory to move"),
+    )
+    .hint(format!("ctr -n {} tasks start -d {id}", node.namespace()))
+    .into()
+}
+
+async fn inspect(
+    node: &Node,
+    record: &Record,
+    task: &Process,
+    criu: &CriuOptions,
+) -> Result<SourceContainer> {
+    let id = &record.id;
+    let mut reasons = Vec::new();
+    let runtime = record.runtime.clone().unwrap_or_default();
+    if runtime.name != "io.containerd.runc.v2" {
+        reasons.push(format!(
+            "its runtime is {}; only io.containerd.runc.v2 (runc, crun) can dump",
+            runtime.name
+        ));
+    }
+    if task.terminal {
+        reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
+    }
+    let spec = record.spec.clone().unwrap_or_default().value;
+    let parsed: Spec = serde_json::from_slice(&spec)
+        .with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
+    let mounts = node
+        .mounts(&record.snapshotter, &record.snapshot_key)
+        .await?;
+    let dirs = OverlayDirs::of(&mounts);
+    if dirs.is_none() {
+        reasons.push(format!(
+            "its snapshotter {:?} does not mount an overlay, so there is no upperdir to export",
+            record.snapshotter
+        ));
+    }
+    let Some(dirs) = dirs.filter(|_| reasons.is_empty()) else {
+        let reasons = reasons.join("; ");
+        return Err(
+            Problem::new(Kind::Refused, format!("{id:?} cannot be dumped: {reasons}")).into(),
+        );
+    };
+    let snapshot = node
+        .snapshot(&record.snapshotter, &record.snapshot_key)
+        .await?;
+    let target = node
+        .image(&record.image)
+        .await?
+        .and_then(|image| image.target);
+    let image = match &target {
+        Some(target) => node.resolve_image(target, &snapshot.parent).await?,
+        None => None,
+    };
+    let options = runtime
+        .options
+        .as_ref()
+        .and_then(|any| Options::decode(&*any.value).ok());
+    let container = Container {
+        name: id.clone(),
+        id: id.clone(),
+        namespace: node.namespace().to_owned(),
+        image: Image {
+            name: record.image.clone(),
+            digest: target
+                .as_ref()
+                .map(|target| target.digest.clone())
+                .unwrap_or_default(),
+            chain_id: snapshot.parent,
+        },
+        snapshotter: record.snapshotter.clone(),
+        runtime: runtime.name,
+        runtime_options: options.map(|options| RuntimeOptions {
+            binary_name: options.binary_name,
+            systemd_cgroup: options.systemd_cgroup,
+        }),
+        joined: joined_namespaces(&parsed),
+        stdio: Stdio {
+            terminal: task.terminal,
+            stdout: task.stdout.clone(),
+            stderr: task.stderr.clone(),
+        },
+        criu: criu.clone(),
+        labels: record.labels.clone().into_iter().collect(),
+        files: Vec::new(),
+    };
+    Ok(SourceContainer {
+        container,
+        spec,
+        snapshot_key: record.snapshot_key.clone(),
+        dirs,
+        image: target.zip(image),
+        was_paused: task.status() == Status::Paused,
+    })
+}
+
+/// The namespaces that a spec takes from elsewhere.
+pub(crate) fn joined_namespaces(spec: &Spec) -> Vec<String> {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().clone());
+    namespaces
+        .unwrap_or_default()
+        .iter()
+        .filter(|namespace| {
+            namespace
+                .path()
+                .as_ref()
+                .is_some_and(|p| !p.as_os_str().is_empty())
+        })
+        .map(|namespace| namespace.typ().to_string())
+        .collect()
+}
+
+impl SourceContainer {
+    /// Id of the container.
+    pub(crate) fn id(&self) -> &str {
+        &self.container.id
+    }
+
+    /// Bytes that a dump will roughly have: resident memory and upperdir.
+    pub(crate) async fn estimate(&self, node: &Node) -> Result<u64> {
+        let memory: u64 = node
+            .pids(self.id())
+            .await?
+            .into_iter()
+            .map(resident_bytes)
+            .sum();
+        let usage = transship_layer::upperdir_usage(&self.dirs.upperdir)?;
+        Ok(memory + usage.size)
+    }
+
+    /// Freezes the container, unless somebody else has.
+    pub(crate) async fn freeze(&self, node: &Node) -> Result<()> {
+        if !self.was_paused {
+            node.pause(self.id()).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets it run again, unless somebody else had frozen it.
+    pub(crate) async fn thaw(&self, node: &Node) -> Result<()> {
+        if !self.was_paused {
+            node.resume(self.id()).await?;
+        }
+        Ok(())
+    }
+
+    /// Dumps the frozen container into its directory below `draft`.
+    pub(crate) async fn dump(&self, node: &Node, draft: &Path) -> Result<Dumped> {
+        let dir = draft.join(&self.container.name);
+        let images = dir.join(IMAGES_DIR);
+        let work = dir.join("work");
+        for path in [&images, &work] {
+            fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+        }
+        let spec = dir.join(SPEC_FILE);
+        fs::write(&spec, &self.spec).with_context(|| format!("cannot write {}", spec.display()))?;
+        let diff = dir.join(ROOTFS_DIFF_FILE);
+        let export = tokio::task::spawn_blocking({
+            let dirs = self.dirs.clone();
+            move || export(&dirs, &diff)
+        });
+        let started = std::time::Instant::now();
+        let dumped = node
+            .dump(self.id(), &self.container.criu, &images, &work)
+            .await;
+        let criu = started.elapsed();
+        let exported = export
+            .await
+            .context("the export of the upperdir panicked")?;
+        let log = work.join(DUMP_LOG_FILE);
+        if let Err(error) = dumped {
+            let reason = criu_log::first_error_of(&log).ok().flatten();
+            let error = anyhow::Error::from(error);
+            return Err(match reason {
+                Some(reason) => {
+                    error.context(format!("CRIU cannot dump {:?}: {reason}", self.id()))
+                }
+                None => error,
+            });
+        }
+        let upperdir = exported?;
+        // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
+        if log.try_exists().unwrap_or(false) {
+            fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
+        }
+        fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
+        Ok(Dumped {
+            dir,
+            criu,
+            upperdir,
+        })
+    }
+}
+
+/// What a dump has left in the draft.
+#[derive(Debug)]
+pub(crate) struct Dumped {
+    /// The container's directory.
+    pub(crate) dir: PathBuf,
+    /// How long CRIU took.
+    pub(crate) criu: std::time::Duration,
+    /// Bytes of the layer.
+    pub(crate) upperdir: u64,
+}
+
+fn export(dirs: &OverlayDirs, to: &Path) -> Result<u64> {
+    let file = fs::File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let options = ExportOptions::default();
+    let stats =
+        transship_layer::export_upperdir(&dirs.upperdir, &dirs.lowerdirs, &mut out, &options)
+            .with_context(|| format!("cannot export the upperdir {}", dirs.upperdir.display()))?;
+    out.flush()
+        .with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(stats.bytes)
+}
+
+/// Resident bytes of a process; a process that has ended has none.
+fn resident_bytes(pid: u32) -> u64 {
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
+        .ok()
+        .and_then(|line| {
+            line.split(' ')
+                .nth(1)
+                .and_then(|field| field.parse::<u64>().ok())
+        });
+    pages.unwrap_or_default() * 4096
+}
+
+/// The manifest of a checkpoint with one container.
+pub(crate) async fn manifest(node: &Node, name: &str, container: Container) -> Result<Manifest> {
+    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+    let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(Manifest {
+        format: Format {
+            version: FORMAT_VERSION,
+            features: Vec::new(),
+        },
+        name: name.to_owned(),
+        created: created.map_or(0, |since| since.as_secs()),
+        source: Source {
+            hostname: uname.nodename().to_string_lossy().into_owned(),
+            architecture: uname.machine().to_string_lossy().into_owned(),
+            kernel: uname.release().to_string_lossy().into_owned(),
+            containerd: node.version().await?,
+        },
+        containers: vec![container],
+    })
+}
