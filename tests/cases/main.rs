@@ -8,6 +8,8 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
 mod starts;
+mod stock;
+mod teardown;
 
 use std::process::ExitCode;
 
@@ -58,7 +60,7 @@ impl Case {
 }
 
 fn failed(error: &anyhow::Error) -> Failed {
-    format!("{error:?}").into()
+    format!("{error:#}").into()
 }
 
 fn main() -> ExitCode {
@@ -75,7 +77,9 @@ fn main() -> ExitCode {
     };
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
-    let cases = starts::cases();
+    let cases = starts::cases()
+        .chain(stock::cases())
+        .chain(teardown::cases());
     let trials = cases
         .map(|case| case.into_trial(&settings, &needs))
         .collect();

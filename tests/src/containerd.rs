@@ -49,7 +49,7 @@ impl ContainerdConfig {
     /// Writes config.toml for the containerd of this tree.
     pub fn to_toml(&self, tree: Tree) -> String {
         let mut toml = if tree.has_containerd_2() {
-            self.cri_of_2(tree)
+            self.cri_of_2()
         } else {
             self.cri_of_1()
         };
@@ -83,7 +83,7 @@ impl ContainerdConfig {
         )
     }
 
-    fn cri_of_2(&self, _tree: Tree) -> String {
+    fn cri_of_2(&self) -> String {
         let images = "plugins.\"io.containerd.cri.v1.images\"";
         let cri = "plugins.\"io.containerd.cri.v1.runtime\"";
         // With a proxy snapshotter the transfer service refuses CRI pulls ("no unpack platforms
@@ -93,7 +93,7 @@ impl ContainerdConfig {
              [{images}]\n  snapshotter = \"{snapshotter}\"\n  use_local_image_pull = true\n\
              [{images}.pinned_images]\n  sandbox = \"{PAUSE_IMAGE}\"\n\
              [{cri}]\n  restrict_oom_score_adj = true\n\
-             [{cri}.cni]\n  bin_dir = \"/usr/lib/cni\"\n\
+             [{cri}.cni]\n  bin_dirs = [\"/usr/lib/cni\"]\n\
              {runtime}",
             snapshotter = self.snapshotter(),
             runtime = self.runtime(cri),
@@ -153,7 +153,7 @@ impl Node {
                 remedy: "build it: `cargo build --workspace --bins`".to_owned(),
             });
         }
-        self.shell("mkdir -p -m 0711 /run/transship").run()?;
+        self.shell("mkdir -p -m 0700 /run/transship").run()?;
         let mut program = vec![
             binary,
             "--root",

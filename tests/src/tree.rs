@@ -40,13 +40,17 @@ const PACKAGES: [&str; 16] = [
     "zstd",
 ];
 
+/// CRIU and those of its libraries that trixie does not have, or not in this version.
+const CRIU_PACKAGES: [&str; 4] = ["criu", "libcompel1", "libnet9", "libnl-3-200"];
+
 /// A Debian tree, named after the suite that its containerd comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tree {
-    /// containerd 1.6.20 and runc 1.1.5 in trixie's tree: bookworm's own CRIU 3.17.1 does not run
-    /// on kernel 6.18 ("Unexpected rt vDSO area bounds").
+    /// containerd 1.6.20, runc 1.1.5 in trixie's tree, with its CRIU: bookworm's own CRIU 3.17.1
+    /// does not run on kernel 6.18 ("Unexpected rt vDSO area bounds").
     Bookworm,
-    /// containerd 1.7.24, runc 1.1.15, CRIU 4.1.1.
+    /// containerd 1.7.24, runc 1.1.15, and CRIU 4.2.1 from forky: trixie's own CRIU 4.1.1 cannot
+    /// dump a TCP socket on kernels from 6.16 on ("Can't get 1:16 opt", CRIU issue 2705).
     Trixie,
     /// containerd 2.1.9, runc 1.3.6, CRIU 4.2.1.
     Forky,
@@ -105,69 +109,116 @@ impl Tree {
         Ok(path)
     }
 
-    fn build(self, new: &Path, cache_dir: &Path) -> Result<(), TestbedError> {
+    /// The parts of the tree, in the order in which they are put in.
+    fn recipe(self) -> Vec<Part> {
+        let base = |suite| Part::Base { suite };
+        let packages = |suite, names| Part::Packages { suite, names };
         match self {
-            Tree::Trixie | Tree::Forky => self.bootstrap().arg(new).run(),
+            Tree::Forky => vec![base("forky")],
+            Tree::Trixie => vec![base("trixie"), packages("forky", &CRIU_PACKAGES)],
             Tree::Bookworm => {
-                let base = Tree::Trixie.ensure(cache_dir)?;
-                Command::new("cp")
-                    .args(["-a", "--reflink=auto"])
-                    .arg(base)
-                    .arg(new)
-                    .run()?;
-                let packages = new.with_extension("new-packages");
-                remove_if_there(&packages)?;
-                self.bootstrap().arg(&packages).run()?;
-                install_packages(&packages.join("var/cache/apt/archives"), new)?;
-                remove_if_there(&packages)
+                vec![
+                    Part::Tree(Tree::Trixie),
+                    packages("bookworm", &["containerd", "runc"]),
+                ]
             }
         }
     }
 
-    /// The mmdebstrap command without its target. Only the suite is named: the mirror is
-    /// mmdebstrap's default.
-    fn bootstrap(self) -> Command {
-        let mut command = Command::new("mmdebstrap");
-        command.args(["--quiet", "--format=directory"]);
-        match self {
-            Tree::Bookworm => {
-                // Only for its two packages: "extract" fetches them and skips all installation.
-                command.args(["--variant=extract", "--include=containerd,runc"]);
-                command.arg("--skip=cleanup/apt");
-            }
-            Tree::Trixie | Tree::Forky => {
-                command.args([
-                    "--variant=minbase",
-                    &format!("--include={}", PACKAGES.join(",")),
-                ]);
-                command.arg("--customize-hook=rm -rf \"$1\"/usr/share/{doc,man,locale}");
+    fn build(self, new: &Path, cache_dir: &Path) -> Result<(), TestbedError> {
+        for part in self.recipe() {
+            match &part {
+                Part::Base { .. } => part.bootstrap().arg(new).run()?,
+                Part::Tree(base) => {
+                    let base = base.ensure(cache_dir)?;
+                    Command::new("cp")
+                        .args(["-a", "--reflink=auto"])
+                        .arg(base)
+                        .arg(new)
+                        .run()?;
+                }
+                Part::Packages { names, .. } => {
+                    let packages = new.with_extension("new-packages");
+                    remove_if_there(&packages)?;
+                    part.bootstrap().arg(&packages).run()?;
+                    install_packages(&packages.join("var/cache/apt/archives"), names, new)?;
+                    remove_if_there(&packages)?;
+                }
             }
         }
-        if self == Tree::Forky {
-            // A testing suite's Release file may have run out on a mirror that follows slowly.
-            command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
-        }
-        command.arg(self.to_string());
-        command
+        Ok(())
     }
 
     fn path(self, cache_dir: &Path) -> PathBuf {
         cache_dir.join(format!("{self}-{}", self.recipe_hash()))
     }
 
-    /// First digits of the SHA-256 of all command lines that make the tree.
+    /// First digits of the SHA-256 of all that the tree is made of.
     fn recipe_hash(self) -> String {
-        let mut recipe = format!("{:?}", self.bootstrap());
-        if self == Tree::Bookworm {
-            recipe += &format!("{:?}", Tree::Trixie.bootstrap());
-        }
-        Sha256::digest(recipe)
+        Sha256::digest(self.recipe_text())
             .iter()
             .take(6)
             .fold(String::new(), |mut text, byte| {
                 write!(text, "{byte:02x}").expect("writing to a String does not fail");
                 text
             })
+    }
+
+    fn recipe_text(self) -> String {
+        let part_text = |part: Part| match part {
+            Part::Tree(tree) => tree.recipe_text(),
+            Part::Base { .. } | Part::Packages { .. } => format!("{:?}", part.bootstrap()),
+        };
+        self.recipe().into_iter().map(part_text).collect()
+    }
+}
+
+/// What a tree is put together from.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// A minimal Debian with [`PACKAGES`].
+    Base { suite: &'static str },
+    /// A copy of another tree.
+    Tree(Tree),
+    /// Packages of another suite, installed over those that are there.
+    Packages {
+        suite: &'static str,
+        names: &'static [&'static str],
+    },
+}
+
+impl Part {
+    /// The mmdebstrap command without its target. Only the suite is named: the mirror is
+    /// mmdebstrap's default.
+    fn bootstrap(self) -> Command {
+        let mut command = Command::new("mmdebstrap");
+        command.args(["--quiet", "--format=directory"]);
+        let suite = match self {
+            Part::Base { suite } => {
+                command.args([
+                    "--variant=minbase",
+                    &format!("--include={}", PACKAGES.join(",")),
+                ]);
+                command.arg("--customize-hook=rm -rf \"$1\"/usr/share/{doc,man,locale}");
+                suite
+            }
+            Part::Packages { suite, names } => {
+                // "extract" fetches the packages and skips all installation.
+                command.args([
+                    "--variant=extract",
+                    &format!("--include={}", names.join(",")),
+                ]);
+                command.arg("--skip=cleanup/apt");
+                suite
+            }
+            Part::Tree(_) => unreachable!("a copied tree is not bootstrapped"),
+        };
+        if suite == "forky" {
+            // A testing suite's Release file may have run out on a mirror that follows slowly.
+            command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
+        }
+        command.arg(suite);
+        command
     }
 }
 
@@ -181,25 +232,24 @@ impl fmt::Display for Tree {
     }
 }
 
-/// Installs containerd and runc from `archives` into the tree, over the newer ones.
-fn install_packages(archives: &Path, tree: &Path) -> Result<(), TestbedError> {
+/// Installs the packages of these names from `archives` into the tree, over other versions.
+fn install_packages(archives: &Path, names: &[&str], tree: &Path) -> Result<(), TestbedError> {
     let mut inside = Vec::new();
     for entry in fs::read_dir(archives).during("read", archives)? {
         let entry = entry.during("read", archives)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if ["containerd_", "runc_"]
-            .iter()
-            .any(|start| name.starts_with(start))
-        {
+        // "runc_1.1.5+ds1-1_amd64.deb"
+        let package = name.split('_').next().unwrap_or_default();
+        if names.contains(&package) {
             let target = tree.join("tmp").join(&name);
             fs::copy(entry.path(), &target).during("copy to", &target)?;
             inside.push(format!("/tmp/{name}"));
         }
     }
-    if inside.len() != 2 {
+    if inside.len() != names.len() {
         return Err(TestbedError::Unexpected {
-            what: "set of packages from bookworm",
-            text: format!("{inside:?}"),
+            what: "set of packages from another suite",
+            text: format!("{inside:?} for {names:?}"),
         });
     }
     Command::new("chroot")

@@ -1,0 +1,63 @@
+# The one entry: `make help` lists the targets. Real-node tests and the demo need root; lint and build do not.
+
+PREFIX ?= /usr/local
+PROFILE ?= release
+CARGO ?= cargo
+# Each need listed here fails a test that lacks it; elsewhere such a test is skipped with its reason.
+comma := ,
+export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)criu$(comma)containerd$(comma)node)
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+PACKAGES := build-essential ca-certificates iproute2 mmdebstrap protobuf-compiler util-linux
+BINARIES := transship transship-snapshotter transship-runc transship-hook
+# Tools in the versions that are known to work with the pinned toolchain.
+TOOLS := cargo-nextest@0.9.143 cargo-deny@0.20.2 cargo-machete@0.9.2
+
+.PHONY: help setup build test test-long lint demo bench install clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: ## Install what building and testing need (Debian)
+	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
+	@for tool in $(TOOLS); do \
+	  command -v $${tool%@*} >/dev/null || $(CARGO) install --locked --debug $$tool; \
+	done
+
+build: ## Build all binaries (debug; the tests use these)
+	$(CARGO) build --workspace --bins
+
+test: build ## Run all tests, those on real nodes too
+	$(CARGO) nextest run --workspace
+
+test-long: build ## Run all tests with many more generated cases, and those that take long
+	PROPTEST_CASES=4096 $(CARGO) nextest run --workspace --profile long --run-ignored all
+
+lint: ## Check format, lints, documentation, dependencies
+	$(CARGO) fmt --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --quiet --workspace --no-deps
+	$(CARGO) deny --log-level error check bans licenses sources
+	$(CARGO) machete
+
+demo: setup build ## Watch a running container move between two nodes
+	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-demo
+
+bench: setup ## Measure
+	$(CARGO) build --workspace --bins --release
+	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench
+
+install: ## Install the built release binaries, units and sample configurations to PREFIX
+	$(CARGO) build --profile $(PROFILE) $(BINARIES:%=--bin %)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 $(BINARIES:%=target/$(PROFILE)/%) $(DESTDIR)$(PREFIX)/bin/
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/transship
+	for unit in config/*.service; do \
+	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \
+	done
+	install -m 0644 config/*.toml $(DESTDIR)$(PREFIX)/share/transship/
+
+clean: ## Remove what was built; cached node trees stay in /var/cache/transship-testbed
+	$(CARGO) clean
