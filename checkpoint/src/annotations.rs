@@ -14,6 +14,8 @@ pub const RESTORE_CONTAINER: &str = "dev.transship/restore-container";
 pub const SANDBOX: &str = "dev.transship/sandbox";
 /// `fail` (default) or `new`: what a restore does about a namespace path that is gone.
 pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
+/// `fail` (default) or `cold-start`: what a create does whose restore failed.
+pub const ON_FAILURE: &str = "dev.transship/on-failure";
 /// The prefix of all annotations of Transship.
 pub const PREFIX: &str = "dev.transship/";
 
@@ -49,6 +51,16 @@ pub enum MissingNamespaces {
     New,
 }
 
+/// What a create does whose restore failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnFailure {
+    /// Fails, with CRIU's reason.
+    #[default]
+    Fail,
+    /// Starts the container's own command on its own files.
+    ColdStart,
+}
+
 /// An annotation whose value means nothing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("annotation {annotation} is {value:?}; it can be {allowed}")]
@@ -69,6 +81,8 @@ pub struct Annotations {
     pub container: Option<String>,
     /// See [`MISSING_NAMESPACES`].
     pub missing_namespaces: MissingNamespaces,
+    /// See [`ON_FAILURE`].
+    pub on_failure: OnFailure,
     /// Whether any annotation of ours is present. If not, the runtime front stays out of the way.
     pub ours: bool,
 }
@@ -109,6 +123,17 @@ impl Annotations {
                 });
             }
         };
+        let on_failure = match get(ON_FAILURE).map(String::as_str) {
+            None | Some("fail") => OnFailure::Fail,
+            Some("cold-start") => OnFailure::ColdStart,
+            Some(other) => {
+                return Err(AnnotationError {
+                    annotation: ON_FAILURE,
+                    value: other.to_owned(),
+                    allowed: "\"fail\" or \"cold-start\"",
+                });
+            }
+        };
         Ok(Self {
             role,
             restore: get(RESTORE).cloned(),
@@ -116,6 +141,7 @@ impl Annotations {
                 .or_else(|| get(CRI_CONTAINER_NAME))
                 .cloned(),
             missing_namespaces,
+            on_failure,
             ours: annotations.is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
         })
     }

@@ -104,7 +104,9 @@ pub enum Action {
     /// A new one, made by CRIU as it was dumped.
     OwnFromImages,
     /// A new one that must exist before the restore, because CRIU only takes it as an open file.
-    OwnMadeBefore,
+    MakeBefore,
+    /// The one that has been made and pinned here.
+    JoinMade(PathBuf),
 }
 
 /// What [`apply`] did.
@@ -192,7 +194,7 @@ pub fn replace_missing(
         let action = match (policy, namespace) {
             (MissingNamespaces::Fail, _) => return Err(NamespaceError::Gone { namespace, path }),
             (MissingNamespaces::New, Namespace::Ipc | Namespace::Uts) => Action::OwnFromImages,
-            (MissingNamespaces::New, Namespace::Network) => Action::OwnMadeBefore,
+            (MissingNamespaces::New, Namespace::Network) => Action::MakeBefore,
             (MissingNamespaces::New, _) => {
                 return Err(NamespaceError::NotReplaceable { namespace, path });
             }
@@ -213,13 +215,21 @@ impl Plan {
     pub fn to_make(&self) -> impl Iterator<Item = Namespace> {
         self.0
             .iter()
-            .filter(|(_, action)| **action == Action::OwnMadeBefore)
+            .filter(|(_, action)| **action == Action::MakeBefore)
             .map(|(key, _)| *key)
     }
 
     /// Tells where a namespace is that has been made.
     pub fn made(&mut self, namespace: Namespace, path: PathBuf) {
-        self.0.insert(namespace, Action::Join(path));
+        self.0.insert(namespace, Action::JoinMade(path));
+    }
+
+    /// Whether a namespace was made for this plan; its pin goes with the container.
+    #[must_use]
+    pub fn has_made(&self) -> bool {
+        self.0
+            .values()
+            .any(|action| matches!(action, Action::JoinMade(_)))
     }
 }
 
@@ -238,9 +248,9 @@ pub fn apply(spec: &mut Spec, plan: &Plan) -> Vec<Change> {
         };
         let fields = entry.as_object_mut().expect("it has a type and a path");
         let to = match action {
-            Action::Join(path) => Some(path.clone()),
+            Action::Join(path) | Action::JoinMade(path) => Some(path.clone()),
             Action::OwnFromImages => None,
-            Action::OwnMadeBefore => unreachable!("Plan::made is called before apply"),
+            Action::MakeBefore => unreachable!("Plan::made is called before apply"),
         };
         if to.as_ref() == Some(&from) {
             continue;

@@ -36,7 +36,9 @@ pub enum HookPoint {
 }
 
 impl HookPoint {
-    fn key(self) -> &'static str {
+    /// The name in an OCI spec.
+    #[must_use]
+    pub fn key(self) -> &'static str {
         match self {
             Self::CreateRuntime => "createRuntime",
             Self::Poststop => "poststop",

@@ -1,1 +1,39 @@
-//! placeholder
+//! The OCI runtime front `transship-runc` and the OCI hook `transship-hook`.
+//!
+//! ```text
+//! containerd-shim --argv--> front: argv --> Command
+//!                              create   sandbox: adds the hook to config.json, execs the runtime
+//!                                       staged:  runs `runtime restore`, held
+//!                              start    lets a held restore go
+//!                              restore  repairs namespaces and images, runs the runtime
+//!                              delete   takes away what the restore left
+//!                              else     execs the runtime, untouched
+//!                           config.json, /run/transship <--- transship-checkpoint (spec, stage)
+//!
+//! runtime --state JSON--> hook: createRuntime  pins the sandbox's namespaces, stages its restores
+//!                               poststop       removes both
+//! ```
+//!
+//! The front stands in the way of every container of the node, so it starts in a millisecond and
+//! does nothing to those that carry no annotation of ours, in whatever state it finds them.
+
+pub mod argv;
+pub mod front;
+pub mod hook;
+pub mod runtime;
+pub mod runtime_log;
+
+use std::error::Error;
+
+/// The chain of an error on one line, as logs and shims want it.
+#[must_use]
+pub fn one_line(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text.replace('\n', " ")
+}

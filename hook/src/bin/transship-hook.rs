@@ -1,2 +1,47 @@
-//! placeholder
-fn main() {}
+//! The OCI hook of a sandbox: `transship-hook createRuntime|poststop`, state on stdin.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::ExitCode;
+
+use transship_checkpoint::stage::DEFAULT_RUN_DIR;
+use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+use transship_hook::hook::{HookError, HookState, create_runtime, poststop};
+use transship_hook::one_line;
+
+const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let result = match (args.next().as_deref(), args.next()) {
+        (Some("createRuntime"), None) => read_state().and_then(|state| {
+            create_runtime(&state, Path::new(DEFAULT_RUN_DIR), &Store::at(DEFAULT_ROOT))
+        }),
+        (Some("poststop"), None) => {
+            read_state().and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR)))
+        }
+        (Some("--version"), None) => {
+            println!("transship-hook {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("transship-hook: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn read_state() -> Result<HookState, HookError> {
+    let mut json = Vec::new();
+    io::stdin()
+        .read_to_end(&mut json)
+        .map_err(HookError::Input)?;
+    Ok(serde_json::from_slice(&json)?)
+}

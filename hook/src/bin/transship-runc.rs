@@ -1,2 +1,55 @@
-//! placeholder
-fn main() {}
+//! The OCI runtime front. containerd calls it by `BinaryName`; called as `transship-<runtime>` it
+//! stands for the `<runtime>` on `PATH`.
+
+use std::ffi::{OsStr, OsString};
+use std::process::ExitCode;
+
+use transship_checkpoint::stage::DEFAULT_RUN_DIR;
+use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+use transship_hook::argv::Invocation;
+use transship_hook::front::{Outcome, Surroundings, serve};
+use transship_hook::one_line;
+use transship_hook::runtime::{Runtime, RuntimeError, SUPERVISED, exec_supervised};
+
+/// What execvp(3) searches when there is no `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+fn main() -> ExitCode {
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    let program = if args.is_empty() {
+        "transship-runc".into()
+    } else {
+        args.remove(0)
+    };
+    if args.first().is_some_and(|first| first == SUPERVISED) {
+        return fail(&exec_supervised(&args[1..]));
+    }
+    match run(&program, args) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
+    let own = std::env::current_exe().map_err(|source| RuntimeError::Execute {
+        path: program.into(),
+        source,
+    })?;
+    let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    let around = Surroundings {
+        runtime: Runtime::find(program, &own, &path)?,
+        hook: own.with_file_name("transship-hook"),
+        own,
+        run_dir: DEFAULT_RUN_DIR.into(),
+        store: Store::at(DEFAULT_ROOT),
+    };
+    match serve(&around, Invocation::read(args)) {
+        Outcome::Exec(args) => Err(around.runtime.exec(&args)),
+        Outcome::Exit(code) => Ok(ExitCode::from(code)),
+    }
+}
+
+fn fail(error: &RuntimeError) -> ExitCode {
+    eprintln!("{}", one_line(error));
+    ExitCode::FAILURE
+}

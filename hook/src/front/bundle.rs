@@ -1,0 +1,300 @@
+//! A bundle: its `config.json`, and the marker of a restore.
+//!
+//! ```text
+//! <bundle>/
+//!   config.json         OCI spec, written by containerd
+//!   transship.json      { "version": 1, "held": true, "pid": 7, "start_time": 123,
+//!                         "stopped": [9], "staged": "/run/transship/pods/s/restore/web",
+//!                         "own_pod": "web" }
+//! ```
+//!
+//! The marker goes with the bundle, which containerd removes when the container is deleted.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use transship_checkpoint::annotations::{Annotations, PREFIX};
+use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
+
+use super::{Front, FrontContext, FrontError};
+use crate::argv::Arguments;
+
+const MARKER_FILE: &str = "transship.json";
+const MARKER_VERSION: u32 = 1;
+
+/// The directory of one container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Bundle {
+    dir: PathBuf,
+}
+
+/// A spec, read and understood.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Config {
+    /// As it came.
+    pub(super) original: Vec<u8>,
+    /// The same, parsed.
+    pub(super) spec: Spec,
+    /// Its annotations.
+    pub(super) annotations: Annotations,
+    /// Whether the CRI made it: then its namespaces are those of a living sandbox.
+    pub(super) cri: bool,
+}
+
+/// What the front remembers of a container that it restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Marker {
+    pub(super) version: u32,
+    /// The tasks have not been let go yet.
+    pub(super) held: bool,
+    /// First process.
+    pub(super) pid: i32,
+    /// When that process started, in clock ticks since boot: tells it from a later one.
+    pub(super) start_time: u64,
+    /// Tasks that were stopped when they were dumped, by their pid in the container.
+    pub(super) stopped: Vec<u32>,
+    /// The staged restore.
+    pub(super) staged: Option<PathBuf>,
+    /// The container's own directory below `pods`, when it pinned a namespace there.
+    pub(super) own_pod: Option<String>,
+}
+
+impl Marker {
+    pub(super) fn new(held: bool, pid: i32, start_time: u64) -> Self {
+        let (stopped, staged, own_pod) = (Vec::new(), None, None);
+        Self {
+            version: MARKER_VERSION,
+            held,
+            pid,
+            start_time,
+            stopped,
+            staged,
+            own_pod,
+        }
+    }
+}
+
+impl Bundle {
+    pub(super) fn of(arguments: &Arguments) -> Self {
+        // Without --bundle it is the working directory, as for the runtime.
+        Self {
+            dir: arguments.bundle().unwrap_or_else(|| PathBuf::from(".")),
+        }
+    }
+
+    pub(super) fn path(&self, file: impl AsRef<Path>) -> PathBuf {
+        self.dir.join(file)
+    }
+
+    /// The spec if it carries an annotation of ours; `None` also for one that cannot be read: the
+    /// runtime tells its user what is wrong with it.
+    pub(super) fn our_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
+        let Ok(json) = fs::read(self.path(CONFIG_FILE)) else {
+            return Ok(None);
+        };
+        // Most containers are not ours, and a spec takes 50 times longer to parse than to search.
+        // JSON may write a slash as "\/".
+        let needle = PREFIX.trim_end_matches('/').as_bytes();
+        if !json.windows(needle.len()).any(|window| window == needle) {
+            return Ok(None);
+        }
+        Ok(Self::config(id, json)?.filter(|config| config.annotations.ours))
+    }
+
+    /// The spec; `None` when it cannot be read.
+    pub(super) fn any_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
+        let Ok(json) = fs::read(self.path(CONFIG_FILE)) else {
+            return Ok(None);
+        };
+        Self::config(id, json)
+    }
+
+    fn config(id: &str, original: Vec<u8>) -> Result<Option<Config>, FrontError> {
+        let Ok(spec) = Spec::parse(&original) else {
+            return Ok(None);
+        };
+        let all = spec.annotations();
+        let annotations = Annotations::read(id, Some(&all))?;
+        let cri = all.contains_key("io.kubernetes.cri.container-type");
+        Ok(Some(Config {
+            original,
+            spec,
+            annotations,
+            cri,
+        }))
+    }
+
+    pub(super) fn replace_config(&self, spec: &Spec) -> Result<(), FrontError> {
+        let path = self.path(CONFIG_FILE);
+        replace_file(&path, spec).during("rewrite", &path)
+    }
+
+    pub(super) fn write_marker(&self, marker: &Marker) -> Result<(), FrontError> {
+        let path = self.path(MARKER_FILE);
+        let new = self.path("transship.json.new");
+        let json = serde_json::to_vec(marker).expect("numbers and strings are JSON");
+        fs::write(&new, json).during("write", &new)?;
+        fs::rename(&new, &path).during("write", &path)
+    }
+
+    pub(super) fn marker(&self) -> Result<Option<Marker>, FrontError> {
+        let path = self.path(MARKER_FILE);
+        let json = match fs::read(&path) {
+            Ok(json) => json,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).during("read", &path),
+        };
+        serde_json::from_slice(&json)
+            .map(Some)
+            .map_err(io::Error::from)
+            .during("read", &path)
+    }
+
+    /// Removes the marker of an earlier container in the same bundle.
+    pub(super) fn remove_marker(&self) {
+        drop(fs::remove_file(self.path(MARKER_FILE)));
+    }
+
+    /// The upperdir under the container's root, which tells one container from a later one with
+    /// the same id. `None` for a root that is no overlay.
+    pub(super) fn layer(&self) -> Option<String> {
+        let root = self.path("rootfs").canonicalize().ok()?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        upperdir(&mounts, root.to_str()?).map(ToOwned::to_owned)
+    }
+}
+
+/// The upperdir of the last mount on `root`.
+fn upperdir<'a>(mountinfo: &'a str, root: &str) -> Option<&'a str> {
+    // id parent major:minor root mount-point options... - type source super-options
+    let mount = mountinfo
+        .lines()
+        .rfind(|line| line.split(' ').nth(4) == Some(root))?;
+    let options = mount.split_once(" - ")?.1.split(' ').nth(2)?;
+    options
+        .split(',')
+        .find_map(|option| option.strip_prefix("upperdir="))
+}
+
+impl Front<'_> {
+    /// The bundle of a container whose id alone is given: the shim keeps its log in it, and the
+    /// runtime keeps its path in the container's state.
+    pub(super) fn bundle_of(&self, id: &str) -> Option<Bundle> {
+        let beside_log = self
+            .globals
+            .log
+            .as_deref()
+            .and_then(Path::parent)
+            .map(Path::to_path_buf);
+        if let Some(dir) = beside_log
+            && fs::symlink_metadata(dir.join(CONFIG_FILE)).is_ok()
+        {
+            return Some(Bundle { dir });
+        }
+        let root = self
+            .globals
+            .root
+            .as_deref()
+            .unwrap_or(Path::new(self.default_root()));
+        if Path::new(id).file_name() != Some(OsStr::new(id)) {
+            return None;
+        }
+        bundle_in_state(&root.join(id)).map(|dir| Bundle { dir })
+    }
+
+    fn default_root(&self) -> &'static str {
+        if self.around.runtime.name() == "crun" {
+            "/run/crun"
+        } else {
+            "/run/runc"
+        }
+    }
+}
+
+/// runc: `state.json`, the label `bundle=...`; crun: `status`, the field `bundle`.
+fn bundle_in_state(dir: &Path) -> Option<PathBuf> {
+    #[derive(Deserialize)]
+    struct RuncState {
+        config: RuncConfig,
+    }
+    #[derive(Deserialize)]
+    struct RuncConfig {
+        labels: Option<Vec<String>>,
+    }
+    #[derive(Deserialize)]
+    struct CrunStatus {
+        bundle: PathBuf,
+    }
+    if let Ok(json) = fs::read(dir.join("state.json")) {
+        let state: RuncState = serde_json::from_slice(&json).ok()?;
+        let labels = state.config.labels.unwrap_or_default();
+        return labels
+            .iter()
+            .find_map(|label| label.strip_prefix("bundle=").map(PathBuf::from));
+    }
+    let json = fs::read(dir.join("status")).ok()?;
+    serde_json::from_slice::<CrunStatus>(&json)
+        .ok()
+        .map(|status| status.bundle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_mount_on_the_root_counts() {
+        let mountinfo = "\
+22 1 0:20 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/host,workdir=/w\n\
+40 22 0:41 / /b/rootfs rw,relatime shared:2 - overlay overlay rw,lowerdir=/l,upperdir=/s/1/fs,workdir=/w\n\
+41 22 0:42 / /b/rootfs rw - overlay overlay rw,lowerdir=/l,upperdir=/s/2/fs,workdir=/w\n\
+42 22 0:43 / /c/rootfs rw - tmpfs tmpfs rw\n";
+        assert_eq!(upperdir(mountinfo, "/b/rootfs"), Some("/s/2/fs"));
+        assert_eq!(upperdir(mountinfo, "/c/rootfs"), None);
+        assert_eq!(upperdir(mountinfo, "/d/rootfs"), None);
+    }
+
+    #[test]
+    fn states_of_both_runtimes_name_the_bundle() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(bundle_in_state(dir.path()), None);
+        fs::write(dir.path().join("status"), r#"{"pid":1,"bundle":"/b"}"#).unwrap();
+        assert_eq!(bundle_in_state(dir.path()), Some("/b".into()));
+        let state = r#"{"id":"x","config":{"labels":["org.x=1","bundle=/c"],"rootfs":"/r"}}"#;
+        fs::write(dir.path().join("state.json"), state).unwrap();
+        assert_eq!(bundle_in_state(dir.path()), Some("/c".into()));
+    }
+
+    #[test]
+    fn only_our_annotations_make_it_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = Bundle {
+            dir: dir.path().to_path_buf(),
+        };
+        for (json, ours) in [
+            (None, false),
+            (Some("{"), false),
+            (Some("{ dev.transship/"), false),
+            (
+                Some(r#"{"process":{"args":["dev.transship/restore"]}}"#),
+                false,
+            ),
+            (
+                Some(r#"{"annotations":{"dev.transship/restore":"x"}}"#),
+                true,
+            ),
+            (
+                Some(r#"{"annotations":{"dev.transship\/restore":"x"}}"#),
+                true,
+            ),
+        ] {
+            if let Some(json) = json {
+                fs::write(bundle.path(CONFIG_FILE), json).unwrap();
+            }
+            assert_eq!(bundle.our_config("me").unwrap().is_some(), ours, "{json:?}");
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! `delete ID`: takes away what a restore left, after the runtime has deleted the container.
+
+use std::ffi::OsString;
+
+use transship_checkpoint::stage::{PodDir, Staged};
+
+use super::{Front, FrontError, Outcome};
+use crate::runtime::exit_code;
+
+impl Front<'_> {
+    pub(super) fn delete(&self, id: &str, force: bool) -> Result<Option<Outcome>, FrontError> {
+        let Some(bundle) = self.bundle_of(id) else {
+            return Ok(None);
+        };
+        let Some(marker) = bundle.marker()? else {
+            return Ok(None);
+        };
+        let mut args: Vec<OsString> = Vec::new();
+        if force || marker.held {
+            // To its caller a held container is a created one, which may be deleted; the runtime
+            // takes it for a running one, which may not.
+            args.push("--force".into());
+        }
+        args.push(id.into());
+        let args = self.with_globals("delete", args);
+        let status = self.around.runtime.run(&self.around.own, &args)?;
+        if status.success() {
+            bundle.remove_marker();
+            if let Some(staged) = marker.staged {
+                // What says that the checkpoint is consumed stays: the next attempt starts cold.
+                Staged::at(staged).drop_images()?;
+            }
+            if let Some(pod) = marker.own_pod {
+                PodDir::at(&self.around.run_dir, &pod)?.remove()?;
+            }
+        }
+        Ok(Some(Outcome::Exit(exit_code(status))))
+    }
+}

@@ -1,0 +1,150 @@
+//! The tasks of a held restore.
+//!
+//! CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction;
+//! SIGCONT lets it go. Tasks are found as the tree below the first process: that is what CRIU
+//! restored, whatever cgroup it ended up in (runc 1.1 on cgroup v2 may leave it in the old one).
+
+use std::fs;
+use std::io;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// When a process started, in clock ticks since boot.
+pub(super) fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    start_time_of(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+fn start_time_of(stat: &str) -> Option<u64> {
+    // Field 22; the second, the program's name in parentheses, may hold anything.
+    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+}
+
+/// Lets all tasks below `root` and itself go on, but those whose pid in the container is in
+/// `stopped`.
+///
+/// Children first: a parent that waits for stopped children (a shell) must never see them so.
+pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
+    let mut tasks = vec![root];
+    let mut seen = 0;
+    while let Some(pid) = tasks.get(seen).copied() {
+        seen += 1;
+        tasks.extend(children(pid)?);
+    }
+    for pid in tasks.into_iter().rev() {
+        if pid_in_container(pid).is_some_and(|inner| stopped.contains(&inner)) {
+            continue;
+        }
+        match kill(Pid::from_raw(pid), Signal::SIGCONT) {
+            // Killed meanwhile: nothing to let go.
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The children of all threads of a process; none when it is gone.
+fn children(pid: i32) -> io::Result<Vec<i32>> {
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+    };
+    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if gone(&error) => return Ok(Vec::new()),
+        threads => threads?,
+    };
+    let mut children = Vec::new();
+    for thread in threads {
+        // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
+        match fs::read_to_string(thread?.path().join("children")) {
+            Err(error) if gone(&error) => {}
+            text => children.extend(
+                text?
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            ),
+        }
+    }
+    Ok(children)
+}
+
+fn pid_in_container(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    // One number for each pid namespace, the innermost last.
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?
+        .split_whitespace()
+        .last()?
+        .parse()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn start_time_is_read_past_any_name() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 10";
+        assert_eq!(start_time_of(stat), Some(4242));
+        assert_eq!(start_time_of("7 (a"), None);
+        assert!(start_time(std::process::id().try_into().unwrap()).unwrap() > 0);
+    }
+
+    fn state(pid: i32) -> Option<char> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    }
+
+    fn wait_for(what: &str, mut reached: impl FnMut() -> bool) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !reached() {
+            assert!(std::time::Instant::now() < deadline, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// A real process tree, stopped as CRIU stops it.
+    #[test]
+    fn a_tree_is_released_but_for_those_that_were_stopped() {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sleep 100 & sh -c 'sleep 100; :' & wait"])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let root = i32::try_from(shell.id()).unwrap();
+        let tree = || {
+            let mut all = vec![root];
+            let mut seen = 0;
+            while seen < all.len() {
+                all.extend(children(all[seen]).unwrap());
+                seen += 1;
+            }
+            all
+        };
+        wait_for("four processes", || tree().len() == 4);
+        let all = tree();
+        for pid in &all {
+            kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap();
+        }
+        wait_for("all stopped", || {
+            all.iter().all(|pid| state(*pid) == Some('T'))
+        });
+        let keep = all[3];
+        release(root, &[keep.try_into().unwrap()]).unwrap();
+        wait_for("the others run", || {
+            all.iter()
+                .all(|pid| (state(*pid) == Some('T')) == (*pid == keep))
+        });
+        for pid in all.into_iter().rev() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        shell.wait().unwrap();
+        assert!(children(root).unwrap().is_empty());
+    }
+}

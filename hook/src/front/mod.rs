@@ -1,0 +1,201 @@
+//! The runtime front: one call of the OCI runtime, from argv to its end.
+//!
+//! Each command has a file; what they share: [`bundle`] (config.json, the marker), [`sandbox`]
+//! (which namespaces a container joins), [`held`] (the tasks of a held restore).
+
+mod bundle;
+mod create;
+mod delete;
+mod held;
+mod native_restore;
+mod reason;
+mod sandbox;
+mod start;
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::annotations::AnnotationError;
+use transship_checkpoint::criu_images::ImageError;
+use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::namespaces::NamespaceError;
+use transship_checkpoint::stage::StageError;
+use transship_checkpoint::store::{Store, StoreError};
+
+use crate::argv::{Command, Globals, Invocation};
+use crate::one_line;
+use crate::runtime::{Runtime, RuntimeError};
+use crate::runtime_log::append_error;
+
+/// Where the front finds things.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// The real runtime.
+    pub runtime: Runtime,
+    /// This program.
+    pub own: PathBuf,
+    /// The hook's program.
+    pub hook: PathBuf,
+    /// `/run/transship`.
+    pub run_dir: PathBuf,
+    /// The checkpoints of this node.
+    pub store: Store,
+}
+
+/// How a call goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The real runtime does it, with these arguments.
+    Exec(Vec<OsString>),
+    /// It is done, with this exit code.
+    Exit(u8),
+}
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrontError {
+    /// An annotation that means nothing.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    /// A namespace that is gone.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// Something staged that cannot be used.
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    /// A checkpoint that cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A container that the checkpoint does not have.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// An image that cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The real runtime cannot be run.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// The sandbox that an annotation names.
+    #[error("the sandbox {id:?}, whose namespaces the container joins, is not running")]
+    NoSandbox {
+        /// Its id.
+        id: String,
+    },
+    /// The hook's program is not where it belongs.
+    #[error("{path} is missing: it belongs beside the runtime front")]
+    NoHook {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// The restore failed.
+    #[error("cannot restore {container:?} from the checkpoint {checkpoint:?}: {reason}")]
+    Restore {
+        /// The container in the checkpoint.
+        container: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// What CRIU or the runtime said.
+        reason: String,
+    },
+    /// A restore that containerd asked for failed.
+    #[error("cannot restore {id:?}: {reason}")]
+    NativeRestore {
+        /// The container.
+        id: String,
+        /// What CRIU or the runtime said.
+        reason: String,
+    },
+    /// A held task has gone.
+    #[error("the restored process {pid} of {id:?} is gone")]
+    Gone {
+        /// The container.
+        id: String,
+        /// Its first process.
+        pid: i32,
+    },
+    /// A system call failed.
+    #[error("cannot {act} {path}")]
+    Io {
+        /// The act.
+        act: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+trait FrontContext<T> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError>;
+}
+
+impl<T, E: Into<io::Error>> FrontContext<T> for Result<T, E> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError> {
+        self.map_err(|error| FrontError::Io {
+            act,
+            path: path.as_ref().to_path_buf(),
+            source: error.into(),
+        })
+    }
+}
+
+/// One call.
+#[derive(Debug)]
+struct Front<'a> {
+    around: &'a Surroundings,
+    globals: &'a Globals,
+}
+
+/// Does what the arguments say, up to the point where the real runtime takes over.
+#[must_use]
+pub fn serve(around: &Surroundings, call: Invocation) -> Outcome {
+    let front = Front {
+        around,
+        globals: &call.globals,
+    };
+    // The streams of create and restore are the container's own.
+    let mut streams_are_ours = true;
+    let outcome = match &call.command {
+        Command::Other => Ok(None),
+        Command::Create(create) => {
+            streams_are_ours = false;
+            front.create(create)
+        }
+        Command::Restore(restore) => {
+            streams_are_ours = false;
+            front.native_restore(restore)
+        }
+        Command::Start { id } => front.start(id),
+        Command::Delete { id, force } => front.delete(id, *force),
+    };
+    match outcome {
+        Ok(None) => Outcome::Exec(call.args),
+        Ok(Some(outcome)) => outcome,
+        Err(error) => {
+            front.report(&one_line(&error), streams_are_ours);
+            Outcome::Exit(1)
+        }
+    }
+}
+
+impl Front<'_> {
+    /// Tells a failure where the caller looks for it.
+    fn report(&self, message: &str, streams_are_ours: bool) {
+        let logged = match &self.globals.log {
+            Some(log) => append_error(log, self.globals.json, message).is_ok(),
+            None => false,
+        };
+        if streams_are_ours || !logged {
+            eprintln!("{message}");
+        }
+    }
+
+    fn with_globals(&self, command: &str, args: Vec<OsString>) -> Vec<OsString> {
+        let mut all = self.globals.args.clone();
+        all.push(command.into());
+        all.extend(args);
+        all
+    }
+}

@@ -1,0 +1,72 @@
+//! Why a restore failed, in one line.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use serde::Deserialize;
+use transship_checkpoint::criu_log;
+
+/// CRIU's log of a restore, in the work directory.
+const RESTORE_LOG: &str = "restore.log";
+const LAST_ENTRIES: u64 = 64 << 10;
+
+/// The cause: CRIU's first error, else what the runtime wrote into its own log from `log_start` on.
+pub(super) fn of_restore(work: &Path, log: Option<&Path>, log_start: u64) -> String {
+    let criu_log = work.join(RESTORE_LOG);
+    if let Ok(Some(error)) = criu_log::first_error_of(&criu_log) {
+        return format!("CRIU: {error} (all of it in {})", criu_log.display());
+    }
+    log.and_then(|log| last_entry(log, log_start))
+        .unwrap_or_else(|| "the runtime gives no reason".to_owned())
+}
+
+fn last_entry(log: &Path, start: u64) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Entry {
+        level: String,
+        msg: String,
+    }
+    let mut file = File::open(log).ok()?;
+    let start = start.max(file.metadata().ok()?.len().saturating_sub(LAST_ENTRIES));
+    file.seek(SeekFrom::Start(start)).ok()?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let mut entries = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Entry>(line).ok());
+    entries
+        .rfind(|entry| entry.level == "error")
+        .map(|entry| entry.msg.replace('\n', " "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn criu_knows_better_than_the_runtime() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log.json");
+        assert_eq!(
+            of_restore(dir.path(), Some(&log), 0),
+            "the runtime gives no reason"
+        );
+        let old = "{\"level\":\"error\",\"msg\":\"of an earlier call\"}\n";
+        std::fs::write(
+            &log,
+            format!("{old}{{\"level\":\"error\",\"msg\":\"criu failed\"}}\n"),
+        )
+        .unwrap();
+        let start = u64::try_from(old.len()).unwrap();
+        assert_eq!(of_restore(dir.path(), Some(&log), start), "criu failed");
+        let criu = "(00.1)  3: Error (criu/x.c:1): Can't open file /x\n";
+        std::fs::write(dir.path().join("restore.log"), criu).unwrap();
+        let reason = of_restore(dir.path(), Some(&log), start);
+        assert!(
+            reason.starts_with("CRIU: Can't open file /x (all of it in /"),
+            "{reason}"
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! Which living namespaces a container joins.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::annotations::Role;
+use transship_checkpoint::criu_images::ipcns::IpcObject;
+use transship_checkpoint::criu_images::utsns;
+use transship_checkpoint::namespaces::{self, Namespace, Plan};
+use transship_checkpoint::stage::{
+    PodDir, live_network_namespace, live_uts_names, paths_of_process,
+};
+
+use super::bundle::Config;
+use super::{Front, FrontError};
+
+/// What a restore does to the sandbox's namespaces, told when it has succeeded.
+#[derive(Debug, Default)]
+pub(super) struct Joining {
+    ipc: Option<(PathBuf, Vec<IpcObject>)>,
+}
+
+impl Front<'_> {
+    /// The directory of the sandbox that a container belongs to, or its own.
+    pub(super) fn pod_of(&self, id: &str, config: &Config) -> Result<PodDir, FrontError> {
+        let pod = match &config.annotations.role {
+            Role::Member { sandbox } => sandbox,
+            Role::Sandbox | Role::Alone => id,
+        };
+        Ok(PodDir::at(&self.around.run_dir, pod)?)
+    }
+
+    /// What to do about the namespaces of a container that is restored, or made anew in a sandbox
+    /// that was named by our own annotation. `fresh`: the caller has just written the paths.
+    pub(super) fn plan_namespaces(
+        &self,
+        id: &str,
+        config: &Config,
+        fresh: bool,
+    ) -> Result<Plan, FrontError> {
+        let joined = namespaces::joined(&config.spec);
+        if joined.is_empty() {
+            return Ok(Plan::default());
+        }
+        let missing = |path: &Path| std::fs::symlink_metadata(path).is_err();
+        if let Role::Member { sandbox } = &config.annotations.role {
+            let trusted = config.cri && fresh || !config.annotations.ours;
+            if trusted && !joined.values().any(|path| missing(path)) {
+                return Ok(Plan::default());
+            }
+            match self.sandbox_namespaces(sandbox)? {
+                Some(paths) => return Ok(namespaces::join_sandbox(&joined, &paths)),
+                // Of a sandbox that the CRI named long ago the user need not know.
+                None if config.cri => {}
+                None => {
+                    return Err(FrontError::NoSandbox {
+                        id: sandbox.clone(),
+                    });
+                }
+            }
+        }
+        let policy = config.annotations.missing_namespaces;
+        let mut plan = namespaces::replace_missing(&joined, missing, policy)?;
+        for namespace in plan.to_make().collect::<Vec<_>>() {
+            let pod = PodDir::at(&self.around.run_dir, id)?;
+            plan.made(namespace, live_network_namespace(&pod)?);
+        }
+        Ok(plan)
+    }
+
+    /// The namespaces of a living sandbox: its pins, else those of its first process.
+    fn sandbox_namespaces(
+        &self,
+        sandbox: &str,
+    ) -> Result<Option<BTreeMap<Namespace, PathBuf>>, FrontError> {
+        let pins = PodDir::at(&self.around.run_dir, sandbox)?.pins();
+        if !pins.is_empty() {
+            return Ok(Some(pins));
+        }
+        let state = self
+            .around
+            .runtime
+            .state(self.globals.root.as_deref(), sandbox)?;
+        let alive = state.filter(|state| state.pid > 0 && state.status != "stopped");
+        Ok(alive
+            .map(|state| paths_of_process(state.pid))
+            .filter(|paths| !paths.is_empty()))
+    }
+
+    /// Makes the images in `dir` fit the namespaces that the spec joins: the sandbox keeps its
+    /// name, and its System V objects are made once.
+    pub(super) fn fit_images(
+        &self,
+        dir: &Path,
+        config: &Config,
+        pod: &PodDir,
+    ) -> Result<Joining, FrontError> {
+        let joined = namespaces::joined(&config.spec);
+        let mut joining = Joining::default();
+        if let Some(uts) = joined.get(&Namespace::Uts) {
+            utsns::set_names(dir, &live_uts_names(uts)?)?;
+        }
+        if let Some(ipc) = joined.get(&Namespace::Ipc) {
+            joining.ipc = Some((ipc.clone(), pod.remove_present_ipc(dir, ipc)?));
+        }
+        Ok(joining)
+    }
+}
+
+impl Joining {
+    /// Remembers what is in the sandbox's namespaces now.
+    pub(super) fn record(&self, pod: &PodDir) -> Result<(), FrontError> {
+        if let Some((namespace, objects)) = &self.ipc {
+            pod.record_ipc(namespace, objects)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! The real runtime: found, exec'ed, or run under supervision.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::{AccessFlags, access, getppid};
+use serde::Deserialize;
+
+/// First argument of the front's own child; see [`Runtime::run`].
+pub const SUPERVISED: &str = "transship-supervised";
+const FRONT_PREFIX: &str = "transship-";
+
+/// The real runtime cannot be found or started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuntimeError {
+    /// Nothing of this name on `PATH` but the front itself.
+    #[error("there is no OCI runtime {name:?} on PATH ({path:?})")]
+    NotFound {
+        /// What was looked for.
+        name: String,
+        /// Where.
+        path: OsString,
+    },
+    /// It cannot be executed.
+    #[error("cannot execute {path}")]
+    Execute {
+        /// The runtime.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The real runtime.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runtime {
+    path: PathBuf,
+}
+
+/// The part of `runtime state` that matters.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ContainerState {
+    /// `created`, `running`, `paused`, `stopped`.
+    pub status: String,
+    /// First process, in the caller's pid namespace; 0 when it is stopped.
+    #[serde(default)]
+    pub pid: i32,
+}
+
+impl Runtime {
+    /// Finds the runtime that a front called `program` stands for: `transship-crun` is `crun`.
+    /// A front that was put in the runtime's place, under its name, does not find itself.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotFound`].
+    pub fn find(program: &OsStr, own: &Path, path: &OsStr) -> Result<Self, RuntimeError> {
+        let name = Path::new(program)
+            .file_name()
+            .unwrap_or(program)
+            .to_string_lossy();
+        let name = name.strip_prefix(FRONT_PREFIX).unwrap_or(&name).to_owned();
+        let identity = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        let own = identity(own);
+        std::env::split_paths(path)
+            .map(|dir| dir.join(&name))
+            .find(|file| {
+                file.is_file() && access(file, AccessFlags::X_OK).is_ok() && identity(file) != own
+            })
+            .map(|path| Self { path })
+            .ok_or_else(|| RuntimeError::NotFound {
+                name,
+                path: path.to_owned(),
+            })
+    }
+
+    /// Its name, without directories.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.path
+            .file_name()
+            .and_then(OsStr::to_str)
+            .unwrap_or_default()
+    }
+
+    /// Becomes the runtime. Returns only if that fails.
+    pub fn exec(&self, args: &[OsString]) -> RuntimeError {
+        let source = Command::new(&self.path).args(args).exec();
+        RuntimeError::Execute {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    /// Runs the runtime with the caller's streams and waits for it.
+    ///
+    /// It must die with the caller: a shim that gives up kills the front, and a restore that goes
+    /// on behind its back would make a second copy. The kernel's parent-death signal is set in the
+    /// child, so the child is this program again (`front`, with [`SUPERVISED`] as its first
+    /// argument), which sets it and becomes the runtime.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn run(&self, front: &Path, args: &[OsString]) -> Result<ExitStatus, RuntimeError> {
+        Command::new(front)
+            .arg(SUPERVISED)
+            .arg(std::process::id().to_string())
+            .arg(&self.path)
+            .args(args)
+            .status()
+            .map_err(|source| RuntimeError::Execute {
+                path: front.to_path_buf(),
+                source,
+            })
+    }
+
+    /// The state of a container, `None` when the runtime does not know it.
+    ///
+    /// # Errors
+    /// The runtime cannot be started.
+    pub fn state(
+        &self,
+        root: Option<&Path>,
+        id: &str,
+    ) -> Result<Option<ContainerState>, RuntimeError> {
+        let mut command = Command::new(&self.path);
+        if let Some(root) = root {
+            command.arg("--root").arg(root);
+        }
+        // Without the caller's --log: what is asked for in passing is no error of this call.
+        let output = command.args(["state", id]).stdin(Stdio::null()).output();
+        let output = output.map_err(|source| RuntimeError::Execute {
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok(serde_json::from_slice(&output.stdout)
+            .ok()
+            .filter(|_| output.status.success()))
+    }
+}
+
+/// The other side of [`Runtime::run`]: `args` are the parent's pid, the runtime, its arguments.
+/// Returns only on failure.
+pub fn exec_supervised(args: &[OsString]) -> RuntimeError {
+    let [parent, runtime, args @ ..] = args else {
+        return RuntimeError::NotFound {
+            name: SUPERVISED.to_owned(),
+            path: OsString::new(),
+        };
+    };
+    let runtime = Runtime {
+        path: runtime.into(),
+    };
+    if let Err(errno) = set_pdeathsig(Signal::SIGKILL) {
+        return RuntimeError::Execute {
+            path: runtime.path,
+            source: errno.into(),
+        };
+    }
+    // The parent may have died before the signal was set.
+    if parent.to_str() != Some(getppid().to_string().as_str()) {
+        let source = io::Error::other("the caller is gone");
+        return RuntimeError::Execute {
+            path: runtime.path,
+            source,
+        };
+    }
+    runtime.exec(args)
+}
+
+/// The exit code to pass on: that of the child, or 128 + the signal that killed it.
+#[must_use]
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn finds_the_runtime_behind_the_front() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |path: &str, mode| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "").unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        let front = make("front/transship-runc", 0o755);
+        fs::hard_link(&front, dir.path().join("front/runc")).unwrap();
+        make("data/runc", 0o644);
+        let runc = make("bin/runc", 0o755);
+        let crun = make("bin/crun", 0o755);
+        let path = ["front", "data", "missing", "bin"].map(|name| dir.path().join(name));
+        let path = std::env::join_paths(path).unwrap();
+        let find = |program: &str| Runtime::find(OsStr::new(program), &front, &path);
+        assert_eq!(find("/usr/bin/transship-runc").unwrap().path, runc);
+        assert_eq!(
+            find("runc").unwrap().path,
+            runc,
+            "in the place of the runtime"
+        );
+        assert_eq!(find("transship-crun").unwrap().path, crun);
+        let error = find("transship-youki").unwrap_err();
+        assert!(error.to_string().contains("youki"), "{error}");
+    }
+}
