@@ -3,12 +3,24 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, ContainerdConfig, Image, Testbed, poll_until};
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Image, NodeOptions, Storage, Testbed, Tree, poll_until,
+};
 
 use crate::Case;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("starts", nodes_start_and_run_a_container)
+    let run: [(_, fn(&Testbed) -> _); 2] = [
+        ("disk_fills_up_at_its_size", disk_fills_up_at_its_size),
+        ("runs_crun", runs_crun),
+    ];
+    Case::on_all_trees("starts", nodes_start_and_run_a_container).chain(run.map(|(what, run)| {
+        Case {
+            what,
+            tree: Tree::Trixie,
+            run,
+        }
+    }))
 }
 
 fn nodes_start_and_run_a_container(bed: &Testbed) -> anyhow::Result<()> {
@@ -68,5 +80,43 @@ fn nodes_start_and_run_a_container(bed: &Testbed) -> anyhow::Result<()> {
     ensure!(reply.memory_ok && reply.memory_mb == 16 && reply.local_ip == address_of_b);
     ensure!(bed.ssh(&a, &b)? == "ssh node-b");
     ensure!(a.shell("ssh node-b hostname").read()? == "node-b\n");
+    Ok(())
+}
+
+fn disk_fills_up_at_its_size(bed: &Testbed) -> anyhow::Result<()> {
+    let options = NodeOptions {
+        storage: Storage::Tmpfs("32m".to_owned()),
+        ..Default::default()
+    };
+    let node = bed.node_with("a", &options)?;
+    for dir in ["/var/lib/containerd", "/var/lib/transship", "/root"] {
+        let fill = format!("head -c 64M /dev/zero >{dir}/full");
+        let error = node.shell(&fill).read_failure()?;
+        ensure!(error.contains("No space left on device"), "{dir}: {error}");
+        node.shell(&format!("rm {dir}/full")).run()?;
+    }
+    Ok(())
+}
+
+fn runs_crun(bed: &Testbed) -> anyhow::Result<()> {
+    let options = NodeOptions {
+        without_unified_cgroup: true,
+        ..Default::default()
+    };
+    let node = bed.node_with("a", &options)?;
+    node.start_containerd(&ContainerdConfig::default())?;
+    let image = Image::counter(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    node.import_image(&image, "overlayfs")?;
+    let run = [
+        "run",
+        "--rm",
+        "--runc-binary",
+        "crun",
+        image.reference(),
+        "one",
+        "echo",
+        "done",
+    ];
+    ensure!(node.ctr(&run)? == "done\n");
     Ok(())
 }

@@ -37,6 +37,8 @@ pub(crate) struct BedInner {
     name: String,
     dir: PathBuf,
     nodes: Mutex<Vec<Node>>,
+    /// Held for the whole of a teardown: who comes second must not end the process before it is done.
+    teardown: Mutex<()>,
     links: AtomicUsize,
     _lock: Flock<File>,
 }
@@ -62,6 +64,7 @@ impl Testbed {
             name,
             dir,
             nodes: Mutex::default(),
+            teardown: Mutex::default(),
             links: AtomicUsize::new(0),
             _lock: lock,
         });
@@ -123,7 +126,9 @@ impl Testbed {
 
     /// Ends all nodes and removes what they had; what `Drop` does, with errors.
     pub fn stop(self) -> Result<(), TestbedError> {
-        self.inner.tear_down()
+        let result = self.inner.tear_down();
+        interrupt::stay_if_ending();
+        result
     }
 }
 
@@ -137,12 +142,14 @@ impl Drop for Testbed {
         if let Err(error) = self.inner.tear_down() {
             eprintln!("testbed {}: {error}", self.inner.name);
         }
+        interrupt::stay_if_ending();
     }
 }
 
 impl BedInner {
     /// Ends all nodes, the later ones too when one fails; idempotent.
     pub(crate) fn tear_down(&self) -> Result<(), TestbedError> {
+        let _alone = lock(&self.teardown);
         let nodes = std::mem::take(&mut *lock(&self.nodes));
         let mut result = Ok(());
         for node in nodes {

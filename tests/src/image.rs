@@ -69,6 +69,8 @@ pub struct Image {
 impl Image {
     /// `transship.test/counter:1`: busybox, some files, and the counter as its entrypoint.
     ///
+    /// Import it with [`Node::import_image`]; see src/bin/counter.rs for its options.
+    ///
     /// | path | what for |
     /// |---|---|
     /// | /data/counts | empty; the counter appends each value |

@@ -2,6 +2,7 @@
 //!
 //! The nodes die with the process in any case; this thread exists for the directories and cgroups.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once, Weak};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -9,6 +10,9 @@ use signal_hook::iterator::Signals;
 
 use crate::bed::BedInner;
 use crate::node::lock;
+
+/// Set when a signal has come; the process ends soon.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 static LIVE: Mutex<Vec<Weak<BedInner>>> = Mutex::new(Vec::new());
 
@@ -19,10 +23,12 @@ pub(crate) fn register(bed: &Arc<BedInner>) {
         Ok(mut signals) => {
             std::thread::spawn(move || {
                 if let Some(signal) = signals.forever().next() {
+                    ENDING.store(true, Ordering::SeqCst);
                     tear_down_all();
                     // Ends the process in the way that the signal would have.
                     if let Err(error) = signal_hook::low_level::emulate_default_handler(signal) {
                         eprintln!("testbed: signal {signal}: {error}");
+                        std::process::abort();
                     }
                 }
             });
@@ -32,6 +38,14 @@ pub(crate) fn register(bed: &Arc<BedInner>) {
     let mut live = lock(&LIVE);
     live.retain(|bed| bed.strong_count() > 0);
     live.push(Arc::downgrade(bed));
+}
+
+/// Keeps the caller, whose testbed was taken from under it, from ending the process in its own way
+/// while other testbeds are being torn down.
+pub(crate) fn stay_if_ending() {
+    while ENDING.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
 }
 
 fn tear_down_all() {

@@ -27,7 +27,7 @@ const BINARIES: [&str; 4] = [
 /// Where a node keeps what it writes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Storage {
-    /// On the disk below the work directory.
+    /// On the disk below the work directory (on a tmpfs if that is an overlay).
     #[default]
     Disk,
     /// On a tmpfs of this size ("64m"): for a disk that fills up, or one that must not slow a test.
@@ -111,6 +111,8 @@ impl Node {
             tree: tree_dir.to_owned(),
             data,
             tmpfs_size: match &options.storage {
+                // No overlay on an overlay: inside of a container the work directory may be one.
+                Storage::Disk if lies_on_overlay(dir)? => Some(TMPFS_FOR_OVERLAY.to_owned()),
                 Storage::Disk => None,
                 Storage::Tmpfs(size) => Some(size.clone()),
             },
@@ -350,6 +352,14 @@ pub(crate) const BIN_DIR: &str = "/usr/local/bin";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// In a node's directory: which cgroups it has.
 pub(crate) const CGROUPS_FILE: &str = "cgroups.json";
+
+/// Size of the tmpfs that stands in for a disk that cannot be used: a limit, not a reservation.
+const TMPFS_FOR_OVERLAY: &str = "8g";
+
+fn lies_on_overlay(dir: &Path) -> Result<bool, TestbedError> {
+    let kind = nix::sys::statfs::statfs(dir).during("ask for the file system of", dir)?;
+    Ok(kind.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC)
+}
 
 fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<PathBuf, TestbedError> {
     let text = serde_json::to_vec(value)

@@ -48,10 +48,8 @@ impl Workload {
             ])
             .args(["--manifest-path", manifest, "--target-dir"])
             .arg(&settings.workload_target_dir)
-            .args([
-                "--config",
-                "target.x86_64-unknown-linux-gnu.rustflags=['-Ctarget-feature=+crt-static']",
-            ])
+            // Above all other sources of flags; with --target it leaves build scripts alone.
+            .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static")
             .run()?;
         Ok(settings
             .workload_target_dir
