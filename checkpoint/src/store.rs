@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
+use crate::stage::LINKED_PREFIX;
 use crate::manifest::{self, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
 
 /// Where checkpoints are kept unless somebody says otherwise.
@@ -404,6 +405,9 @@ pub fn list_files(dir: &Path) -> Result<Vec<String>, StoreError> {
                     path: dir.join(name),
                     what: "its name is not UTF-8".to_owned(),
                 })?;
+            if name.starts_with(LINKED_PREFIX) {
+                continue;
+            }
             let kind = entry.file_type().during("stat", entry.path())?;
             if kind.is_dir() {
                 collect(&entry.path(), &format!("{prefix}{name}/"), into)?;

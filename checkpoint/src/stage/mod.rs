@@ -8,7 +8,6 @@
 //!     restore/<container>/               Staged; locked (flock) while it is being restored
 //!         state                          staged | restored | failed; a second line says why
 //!         restore.json                   Request
-//!         checkpoint/                    images: links into the checkpoint, edited ones beside
 //!         criu.conf                      CRIU options of this one restore
 //! ```
 //!
@@ -27,7 +26,8 @@ mod images;
 mod ipc_record;
 mod pins;
 
-pub use images::link_images;
+pub use images::LinkedImages;
+pub(crate) use images::LINKED_PREFIX;
 pub use pins::{live_network_namespace, live_uts_names, paths_of_process};
 
 use std::fs::{self, DirBuilder, File};
@@ -199,14 +199,13 @@ impl PodDir {
         let request = Request {
             checkpoint: checkpoint.manifest.name.clone(),
             container: container.name.clone(),
-            images: images.clone(),
+            images,
             criu: container.criu.clone(),
             layer: None,
         };
         let draft = Staged { dir: new.clone() };
         let fill = || {
             make_dir(&new)?;
-            link_images(&images, &draft.images())?;
             draft.write_request(&request)?;
             draft.set_state(&State::Staged)
         };
@@ -277,11 +276,6 @@ impl Staged {
         &self.dir
     }
 
-    /// The image directory for the runtime.
-    #[must_use]
-    pub fn images(&self) -> PathBuf {
-        self.dir.join(IMAGES_DIR)
-    }
 
     /// The CRIU configuration for the runtime.
     #[must_use]
@@ -387,15 +381,6 @@ impl Staged {
         };
         self.write_request(&request)?;
         self.set_state(&State::Restored)
-    }
-
-    /// Removes the images, and keeps what says that the checkpoint was consumed.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn drop_images(&self) -> Result<(), StageError> {
-        remove_tree(&self.images())?;
-        remove_file(&self.criu_config())
     }
 
     /// Removes it.

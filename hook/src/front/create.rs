@@ -9,7 +9,7 @@ use transship_checkpoint::annotations::{self, OnFailure, Role};
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
-use transship_checkpoint::stage::{PodDir, Staged, State, link_images};
+use transship_checkpoint::stage::{PodDir, Staged, State, LinkedImages};
 
 use super::bundle::{Bundle, Config, Marker};
 use super::{Front, FrontContext, FrontError, Outcome, held, reason};
@@ -134,8 +134,8 @@ impl Front<'_> {
 
         // From here on other restores into the sandbox wait: its System V objects are made once.
         let _lock = pod.lock()?;
-        link_images(&request.images, &staged.images())?;
-        let joining = self.fit_images(&staged.images(), &config, pod)?;
+        let images = LinkedImages::of(&request.images)?;
+        let joining = self.fit_images(images.path(), &config, pod)?;
         staged.write_criu_config(&own_criu_config(&config.spec)?, &request.criu)?;
         config
             .spec
@@ -153,10 +153,11 @@ impl Front<'_> {
         let log_start = log
             .and_then(|log| fs::metadata(log).ok())
             .map_or(0, |meta| meta.len());
-        let args = self.with_globals("restore", restore_args(create, &staged.images(), &work));
+        let args = self.with_globals("restore", restore_args(create, images.path(), &work));
         let status = self.around.runtime.run(&self.around.own, &args)?;
         if !status.success() {
-            let reason = reason::of_restore(&work, log, log_start);
+            let kept = reason::kept_log(&create.id);
+            let reason = reason::of_restore(&work, log, log_start, &kept);
             staged.set_state(&State::Failed(reason.clone()))?;
             let error = FrontError::Restore {
                 container: request.container,
@@ -182,7 +183,7 @@ impl Front<'_> {
             let pid = read_pid(create)?;
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             bundle.write_marker(&Marker {
-                stopped: tasks::stopped(&staged.images())?,
+                stopped: tasks::stopped(images.path())?,
                 staged: Some(staged.path().to_path_buf()),
                 own_pod,
                 ..Marker::new(true, pid, start_time)

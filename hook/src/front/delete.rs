@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use transship_checkpoint::stage::{PodDir, Staged};
+use transship_checkpoint::stage::PodDir;
 
 use super::{Front, FrontError, Outcome};
 use crate::runtime::exit_code;
@@ -26,10 +26,8 @@ impl Front<'_> {
         let status = self.around.runtime.run(&self.around.own, &args)?;
         if status.success() {
             bundle.remove_marker();
-            if let Some(staged) = marker.staged {
-                // What says that the checkpoint is consumed stays: the next attempt starts cold.
-                Staged::at(staged).drop_images()?;
-            }
+            // What is staged stays: it says that the checkpoint is consumed, and the next attempt
+            // starts cold. It goes away with the sandbox.
             if let Some(pod) = marker.own_pod {
                 PodDir::at(&self.around.run_dir, &pod)?.remove()?;
             }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
-use transship_checkpoint::stage::{PodDir, link_images};
+use transship_checkpoint::stage::{LinkedImages, PodDir};
 
 use super::bundle::{Bundle, Config, Marker};
 use super::{Front, FrontContext, FrontError, Outcome, held, reason};
@@ -18,8 +18,6 @@ use crate::runtime::exit_code;
 
 /// Where runc looks for images without `--image-path`.
 const DEFAULT_IMAGES: &str = "checkpoint";
-/// The images with those that were edited, in the bundle, which goes with the container.
-const FITTED_IMAGES: &str = "transship-images";
 
 impl Front<'_> {
     pub(super) fn native_restore(
@@ -60,12 +58,11 @@ impl Front<'_> {
         // Restores into one IPC namespace wait for each other: its objects are made once.
         let joins_ipc = namespaces::joined(&config.spec).contains_key(&Namespace::Ipc);
         let _lock = joins_ipc.then(|| pod.lock()).transpose()?;
-        let images = bundle.path(FITTED_IMAGES);
         let from = restore
             .value("image-path")
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
-        link_images(&from, &images)?;
-        let joining = self.fit_images(&images, config, pod)?;
+        let images = LinkedImages::of(&from)?;
+        let joining = self.fit_images(images.path(), config, pod)?;
         bundle.replace_config(&config.spec)?;
         bundle.remove_marker();
 
@@ -73,14 +70,14 @@ impl Front<'_> {
         let log_start = log
             .and_then(|log| fs::metadata(log).ok())
             .map_or(0, |meta| meta.len());
-        let args = restore.clone().with("image-path", images).to_args();
+        let args = restore.clone().with("image-path", images.path()).to_args();
         let args = self.with_globals("restore", args);
         let status = self.around.runtime.run(&self.around.own, &args)?;
         if !status.success() {
             let work = restore
                 .value("work-path")
                 .map_or(PathBuf::from("."), PathBuf::from);
-            let reason = reason::of_restore(&work, log, log_start);
+            let reason = reason::of_restore(&work, log, log_start, &reason::kept_log(&restore.id));
             return Err(FrontError::NativeRestore {
                 id: restore.id.clone(),
                 reason,
