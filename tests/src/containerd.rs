@@ -67,6 +67,16 @@ impl ContainerdConfig {
             );
             toml += "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"transship-diff\", \"walking\"]\n";
         }
+        if self.transship_snapshotter && tree.has_containerd_2() {
+            // The transfer service unpacks only for snapshotters that are listed; a list replaces
+            // its default, which is the built-in overlayfs.
+            for snapshotter in ["transship", "overlayfs"] {
+                toml += &format!(
+                    "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  \
+                     platform = \"linux/amd64\"\n  snapshotter = \"{snapshotter}\"\n"
+                );
+            }
+        }
         toml + &self.extra
     }
 

@@ -30,6 +30,7 @@ mod footprint;
 mod image;
 mod init;
 mod interrupt;
+pub mod journey;
 mod logs;
 mod needs;
 mod network;

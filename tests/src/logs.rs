@@ -12,7 +12,7 @@ impl Node {
     /// Tells why when the node no longer answers; a report must not hide the failure behind its own.
     pub fn logs(&self) -> String {
         let script = format!(
-            "for log in /var/log/*.log $(find /run/containerd /run/transship /var/lib/containerd \
+            "for log in /var/log/*.log /var/log/transship/*.log $(find /run/containerd /run/transship /var/lib/containerd \
                /var/lib/transship -xdev \\( -name '*.log' -o -name log.json \\) \
                -not -path '*/rootfs/*' -not -path '*/snapshots/*' 2>/dev/null)
              do [ -s \"$log\" ] || continue

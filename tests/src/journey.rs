@@ -1,0 +1,274 @@
+//! The journey that the demo shows and the tests check: a container leaves node a in mid-count and
+//! counts on in node b.
+//!
+//! ```text
+//!   node a                                        node b
+//!   ┌ sandbox ─────────────┐                      ┌ sandbox-b ───────────┐
+//!   │ net, ipc, uts        │   transship migrate  │ net, ipc, uts (new)  │
+//!   │   ┌ counter ───────┐ │ ───────────────────> │   ┌ counter ───────┐ │
+//!   │   │ 200 MB, files, │ │       ssh node-b     │   │ the same one   │ │
+//!   │   │ TCP socket     │ │                      │   │                │ │
+//!   └───┴────────────────┴─┘                      └───┴────────────────┴─┘
+//! ```
+
+use std::time::Duration;
+
+use crate::run::CommandRun as _;
+use crate::{ContainerdConfig, CounterReply, Image, Node, Testbed, TestbedError, poll_until};
+
+/// The OCI runtime front in a node.
+pub const FRONT: &str = "/usr/local/bin/transship-runc";
+const COUNTER: &str = "/usr/bin/counter";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Starts the snapshotter and containerd in `node`, both as the README says.
+///
+/// # Errors
+/// When one of them does not come up.
+pub fn start_services(node: &Node) -> Result<(), TestbedError> {
+    node.start_snapshotter()?;
+    let config = ContainerdConfig {
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    };
+    node.start_containerd(&config)?;
+    Ok(())
+}
+
+/// Two linked nodes with everything running and the images that the journey begins with: node b
+/// has no image of the counter.
+///
+/// # Errors
+/// When a node does not come up.
+pub fn start_nodes(bed: &Testbed) -> Result<(Node, Node), TestbedError> {
+    let (a, b) = (bed.node("a")?, bed.node("b")?);
+    bed.link(&a, &b)?;
+    let pause = Image::pause(bed.settings())?;
+    for node in [&a, &b] {
+        start_services(node)?;
+        node.import_image(&pause, "transship")?;
+    }
+    a.import_image(&counter_image(bed)?, "transship")?;
+    Ok((a, b))
+}
+
+/// The counter's image.
+///
+/// # Errors
+/// When the counter cannot be built.
+pub fn counter_image(bed: &Testbed) -> Result<Image, TestbedError> {
+    Image::counter(bed.settings(), &bed.tree_dir().join("bin/busybox"))
+}
+
+/// Runs a sandbox that others can join by its name, with an address of its own.
+///
+/// # Errors
+/// When ctr fails.
+pub fn run_sandbox(node: &Node, id: &str) -> Result<(), TestbedError> {
+    let itself = format!("dev.transship/sandbox={id}");
+    node.ctr(&[
+        "run",
+        "--detach",
+        "--cni",
+        "--snapshotter",
+        "transship",
+        "--runc-binary",
+        FRONT,
+        "--annotation",
+        &itself,
+        "transship.test/pause:1",
+        id,
+    ])?;
+    Ok(())
+}
+
+/// Runs the counter in the network, IPC and UTS namespaces of the sandbox, as ctr does it.
+///
+/// # Errors
+/// When ctr fails.
+pub fn run_counter(
+    node: &Node,
+    id: &str,
+    sandbox: &str,
+    memory_mb: u32,
+    more: &[&str],
+) -> Result<(), TestbedError> {
+    let pid = task_pid(node, sandbox)?;
+    let namespaces: Vec<String> = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")]
+        .iter()
+        .map(|(kind, file)| format!("{kind}:/proc/{pid}/ns/{file}"))
+        .collect();
+    let memory = memory_mb.to_string();
+    let mut arguments = vec!["run", "--detach", "--snapshotter", "transship"];
+    arguments.extend(
+        namespaces
+            .iter()
+            .flat_map(|path| ["--with-ns", path.as_str()]),
+    );
+    arguments.extend(more);
+    arguments.extend([
+        "transship.test/counter:1",
+        id,
+        COUNTER,
+        "--memory-mb",
+        &memory,
+    ]);
+    node.ctr(&arguments)?;
+    Ok(())
+}
+
+/// Process id of the container's first process, as its node sees it.
+///
+/// # Errors
+/// When it has no task.
+pub fn task_pid(node: &Node, id: &str) -> Result<u32, TestbedError> {
+    poll_until("the task's process id", Duration::from_secs(5), || {
+        let tasks = node
+            .ctr(&["tasks", "ls"])
+            .map_err(|error| error.to_string())?;
+        let row = tasks
+            .lines()
+            .map(str::split_whitespace)
+            .map(Iterator::collect::<Vec<_>>);
+        row.filter(|row| row.first() == Some(&id))
+            .find_map(|row| row.get(1)?.parse().ok())
+            .ok_or_else(|| format!("no task {id} in {tasks}"))
+    })
+}
+
+/// The address of the sandbox's network.
+///
+/// # Errors
+/// When it has none.
+pub fn sandbox_address(node: &Node, sandbox: &str) -> Result<String, TestbedError> {
+    let pid = task_pid(node, sandbox)?.to_string();
+    poll_until("the sandbox's address", PATIENCE, || {
+        let text = node
+            .command("nsenter")
+            .args([
+                "-t", &pid, "-n", "ip", "-4", "-o", "address", "show", "eth0",
+            ])
+            .read()
+            .map_err(|error| error.to_string())?;
+        let net = text.split_whitespace().nth(3).unwrap_or_default();
+        net.split_once('/')
+            .map(|(address, _)| address.to_owned())
+            .ok_or(text)
+    })
+}
+
+/// Asks a counter, waiting for it to listen.
+///
+/// # Errors
+/// When it does not answer.
+pub fn ask(node: &Node, address: &str) -> Result<CounterReply, TestbedError> {
+    poll_until("an answer of the counter", PATIENCE, || {
+        node.ask_counter(&format!("{address}:7000"))
+    })
+}
+
+/// The values that the counter in container `id` has written so far: all that it ever counted.
+///
+/// # Errors
+/// When a value is missing or repeated, or the file cannot be read.
+pub fn read_counts(node: &Node, id: &str) -> Result<u64, String> {
+    let text = read_in_container(node, id, "/data/counts")?;
+    let mut last = 0;
+    for line in text.lines() {
+        let value: u64 = line
+            .parse()
+            .map_err(|error| format!("{error} in {line:?}"))?;
+        if value != last + 1 {
+            return Err(format!(
+                "{value} follows {last}: a value is missing or repeated"
+            ));
+        }
+        last = value;
+    }
+    Ok(last)
+}
+
+/// Waits until the counter has counted beyond `count`, with no value missing or repeated.
+///
+/// # Errors
+/// When it has not after a while.
+pub fn wait_for_count(node: &Node, id: &str, count: u64) -> Result<u64, TestbedError> {
+    poll_until("the counter to count on", PATIENCE, || {
+        match read_counts(node, id)? {
+            now if now > count => Ok(now),
+            now => Err(format!("it is at {now}")),
+        }
+    })
+}
+
+/// A file as the container sees it.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read_in_container(node: &Node, id: &str, path: &str) -> Result<String, String> {
+    // Through the root of its process: also where `runc exec` cannot follow into a restored
+    // container (runc before 1.2.7 does not join its time namespace).
+    let pid = task_pid(node, id).map_err(|error| error.to_string())?;
+    let bytes = node
+        .command("cat")
+        .arg(format!("/proc/{pid}/root{path}"))
+        .read()
+        .map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+/// Checks the files that the counter has made, deleted and left alone.
+///
+/// # Errors
+/// Names the first that is not as it was left.
+pub fn check_files(node: &Node, id: &str) -> Result<(), String> {
+    for (path, content) in [
+        ("/data/made/note", "made at the start\n"),
+        ("/data/keep/a", "a\n"),
+        ("/data/keep/b", "b\n"),
+    ] {
+        let found = read_in_container(node, id, path)?;
+        if found != content {
+            return Err(format!("{path} holds {found:?}"));
+        }
+    }
+    match read_in_container(node, id, "/data/delete-me") {
+        Ok(_) => Err("/data/delete-me is back".to_owned()),
+        Err(_) => Ok(()),
+    }
+}
+
+/// What a node still has of containers, checkpoints and pins; empty when nothing is left.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn leftovers(node: &Node) -> Result<Vec<String>, TestbedError> {
+    let mut left = Vec::new();
+    for (what, arguments) in [
+        ("container", ["containers", "ls", "-q"].as_slice()),
+        ("task", &["tasks", "ls", "-q"]),
+        ("lease", &["leases", "ls", "-q"]),
+    ] {
+        let names = node.ctr(arguments)?;
+        left.extend(names.lines().map(|name| format!("{what} {name}")));
+    }
+    let snapshots = node.ctr(&["snapshots", "--snapshotter", "transship", "ls"])?;
+    left.extend(
+        snapshots
+            .lines()
+            .skip(1)
+            .filter(|line| !line.trim_end().ends_with("Committed"))
+            .map(|line| format!("snapshot {line}")),
+    );
+    let files = node
+        .shell(
+            "find /run/transship/pods /var/lib/transship/checkpoints -mindepth 1 2>/dev/null
+             awk '$2 ~ \"^/run/transship\" {print \"mount \" $2}' /proc/mounts
+             iptables-save 2>/dev/null | grep -i criu
+             nft list tables 2>/dev/null | grep -i criu
+             true",
+        )
+        .read()?;
+    left.extend(files.lines().map(str::to_owned));
+    Ok(left)
+}
