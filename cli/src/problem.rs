@@ -33,6 +33,14 @@ impl Problem {
         }
     }
 
+    /// The problem that an error is, has as its context, or comes from.
+    pub(crate) fn in_chain(error: &anyhow::Error) -> Option<&Self> {
+        // A context can be had from the error only, not from its chain.
+        error
+            .downcast_ref::<Self>()
+            .or_else(|| error.chain().find_map(|cause| cause.downcast_ref::<Self>()))
+    }
+
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hints.push(hint.into());
         self
@@ -50,9 +58,7 @@ impl std::error::Error for Problem {}
 /// Prints the error with its causes and hints, and gives the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     eprintln!("transship: {}", one_line(error));
-    let problem = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Problem>());
+    let problem = Problem::in_chain(error);
     for hint in problem.iter().flat_map(|p| &p.hints) {
         eprintln!("  {hint}");
     }
@@ -76,7 +82,6 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use anyhow::Context;
 
     #[test]
     fn a_cause_is_told_once() {
@@ -90,10 +95,13 @@ mod tests {
     }
 
     #[test]
-    fn the_kind_is_found_below_contexts() {
-        let error = Err::<(), _>(Problem::new(Kind::NotFound, "no container \"x\""))
-            .context("cannot migrate")
-            .unwrap_err();
-        assert_eq!(report(&error), ExitCode::from(3));
+    fn the_kind_is_found_at_any_depth() {
+        let problem = || Problem::new(Kind::NotFound, "no container \"x\"");
+        let below = anyhow::Error::from(problem()).context("cannot migrate");
+        assert_eq!(report(&below), ExitCode::from(3));
+        let above = anyhow::anyhow!("broken pipe")
+            .context(problem())
+            .context("cannot migrate");
+        assert_eq!(report(&above), ExitCode::from(3));
     }
 }

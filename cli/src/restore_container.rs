@@ -42,6 +42,11 @@ use crate::problem::{Kind, Problem};
 /// How long the garbage collector keeps its hands off a restore.
 const LEASE: Duration = Duration::from_secs(3600);
 
+/// The path of a shared namespace that is to become the container's own: with
+/// `missing-namespaces: new` the runtime front replaces what does not exist, while the old path may
+/// by chance be that of another process on this node.
+const NOWHERE: &str = "/run/transship/nowhere";
+
 /// What a restore on this node will look like; made by [`plan`], which has checked it.
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -379,6 +384,11 @@ fn spec_for_restore(
         // Those of an earlier restore, and of the sandbox that it had.
         annotations.retain(|key, _| !key.starts_with(PREFIX));
     }
+    if plan.new_namespaces {
+        for namespace in joined_namespaces(&mut spec) {
+            namespace["path"] = json!(NOWHERE);
+        }
+    }
     let mut spec = Spec::parse(&serde_json::to_vec(&spec)?)?;
     spec.set_annotation(RESTORE, checkpoint);
     spec.set_annotation(RESTORE_CONTAINER, &container.name);
@@ -392,6 +402,15 @@ fn spec_for_restore(
         namespaces::apply(&mut spec, &join);
     }
     Ok(spec.to_json())
+}
+
+/// The namespaces of a spec that have a path.
+fn joined_namespaces(spec: &mut Value) -> impl Iterator<Item = &mut Value> {
+    let namespaces = spec
+        .pointer_mut("/linux/namespaces")
+        .and_then(Value::as_array_mut);
+    let joined = |namespace: &&mut Value| namespace["path"].as_str().is_some_and(|p| !p.is_empty());
+    namespaces.into_iter().flatten().filter(joined)
 }
 
 /// A cgroup path that names the container or its namespace names the new one: containerd's
@@ -419,6 +438,11 @@ impl Restored {
         let mut spec: Value = serde_json::from_slice(&self.spec)?;
         if let Some(annotations) = spec["annotations"].as_object_mut() {
             annotations.retain(|key, _| !key.starts_with(PREFIX) || key == SANDBOX);
+        }
+        for namespace in joined_namespaces(&mut spec).filter(|found| found["path"] == NOWHERE) {
+            if let Some(fields) = namespace.as_object_mut() {
+                fields.remove("path");
+            }
         }
         self.node
             .update_spec(&self.plan.id, serde_json::to_vec(&spec)?)

@@ -11,11 +11,11 @@
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
-use oci_spec::runtime::Spec;
 use prost::Message;
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::CriuOptions;
@@ -23,6 +23,8 @@ use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest,
     ROOTFS_DIFF_FILE, RuntimeOptions, SPEC_FILE, Source, Stdio,
 };
+use transship_checkpoint::namespaces;
+use transship_checkpoint::spec::Spec;
 use transship_layer::ExportOptions;
 use transship_proto::runc_options::Options;
 
@@ -103,8 +105,8 @@ async fn inspect(
         reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
     }
     let spec = record.spec.clone().unwrap_or_default().value;
-    let parsed: Spec = serde_json::from_slice(&spec)
-        .with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
+    let parsed =
+        Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
     let mounts = node
         .mounts(&record.snapshotter, &record.snapshot_key)
         .await?;
@@ -154,7 +156,10 @@ async fn inspect(
             binary_name: options.binary_name,
             systemd_cgroup: options.systemd_cgroup,
         }),
-        joined: joined_namespaces(&parsed),
+        joined: namespaces::joined(&parsed)
+            .keys()
+            .map(|kind| kind.oci_name().to_owned())
+            .collect(),
         stdio: Stdio {
             terminal: task.terminal,
             stdout: task.stdout.clone(),
@@ -172,25 +177,6 @@ async fn inspect(
         image: target.zip(image),
         was_paused: task.status() == Status::Paused,
     })
-}
-
-/// The namespaces that a spec takes from elsewhere.
-pub(crate) fn joined_namespaces(spec: &Spec) -> Vec<String> {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().clone());
-    namespaces
-        .unwrap_or_default()
-        .iter()
-        .filter(|namespace| {
-            namespace
-                .path()
-                .as_ref()
-                .is_some_and(|p| !p.as_os_str().is_empty())
-        })
-        .map(|namespace| namespace.typ().to_string())
-        .collect()
 }
 
 impl SourceContainer {
@@ -240,9 +226,12 @@ impl SourceContainer {
         let diff = dir.join(ROOTFS_DIFF_FILE);
         let export = tokio::task::spawn_blocking({
             let dirs = self.dirs.clone();
-            move || export(&dirs, &diff)
+            move || {
+                let began = Instant::now();
+                export(&dirs, &diff).map(|bytes| (bytes, began.elapsed()))
+            }
         });
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let dumped = node
             .dump(self.id(), &self.container.criu, &images, &work)
             .await;
@@ -281,9 +270,9 @@ pub(crate) struct Dumped {
     /// The container's directory.
     pub(crate) dir: PathBuf,
     /// How long CRIU took.
-    pub(crate) criu: std::time::Duration,
-    /// Bytes of the layer.
-    pub(crate) upperdir: u64,
+    pub(crate) criu: Duration,
+    /// Bytes of the layer, and how long its export took.
+    pub(crate) upperdir: (u64, Duration),
 }
 
 fn export(dirs: &OverlayDirs, to: &Path) -> Result<u64> {

@@ -7,6 +7,8 @@
 //! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
+mod journey;
+mod stale_namespaces;
 mod starts;
 mod stock;
 mod teardown;
@@ -78,6 +80,8 @@ fn main() -> ExitCode {
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
     let cases = starts::cases()
+        .chain(journey::cases())
+        .chain(stale_namespaces::cases())
         .chain(stock::cases())
         .chain(teardown::cases());
     let trials = cases

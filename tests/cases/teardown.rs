@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use transship_testbed::{ContainerdConfig, Footprint, Image, Testbed, Tree, poll_until};
+use transship_testbed::{ContainerdConfig, Footprint, Image, Testbed, Traces, Tree, poll_until};
 
 use crate::Case;
 
@@ -52,7 +52,7 @@ fn fill(bed: &Testbed) -> anyhow::Result<Footprint> {
             "trap '' TERM INT HUP; while :; do sleep 1; done",
         ],
     )?;
-    let footprint = Footprint::of(bed)?;
+    let footprint = Footprint::follow(Traces::of(bed))?;
     let remains = footprint.remains()?.join("\n");
     // What is looked for afterwards must be there to be found.
     for sign in [
@@ -137,7 +137,8 @@ fn hold(bed: &Testbed) -> anyhow::Result<(Child, Footprint)> {
         .spawn()?;
     let mut line = String::new();
     BufReader::new(holder.stdout.take().context("no stdout")?).read_line(&mut line)?;
-    let footprint: Footprint = serde_json::from_str(&line).with_context(|| format!("{line:?}"))?;
+    let traces: Traces = serde_json::from_str(&line).with_context(|| format!("{line:?}"))?;
+    let footprint = Footprint::follow(traces)?;
     ensure!(!footprint.remains()?.is_empty());
     Ok((holder, footprint))
 }

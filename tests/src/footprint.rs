@@ -1,7 +1,11 @@
 //! What a testbed is on the machine, and what of it is still there.
+//!
+//! ```text
+//! Traces::of(bed) ─ (as JSON to another process) ─> Footprint::follow ─ teardown ─> remains()
+//! ```
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -9,84 +13,72 @@ use serde::{Deserialize, Serialize};
 use crate::error::IoContext as _;
 use crate::{Testbed, TestbedError};
 
-/// The traces of a testbed: taken while it lives, looked for when it is gone.
+/// Kinds of namespaces that each node has of its own, as in /proc/PID/ns.
+const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "uts", "ipc", "cgroup"];
+
+/// Where a living testbed is to be found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Footprint {
+pub struct Traces {
     /// Its directory; mounts are looked for by this path too.
     dir: PathBuf,
     cgroups: Vec<PathBuf>,
-    /// Namespaces of its nodes as /proc names them ("net:[4026531840]"), with the node.
-    namespaces: BTreeMap<String, String>,
+    /// PID 1 of each node by the node's name.
+    pids: BTreeMap<String, i32>,
+}
+
+impl Traces {
+    /// Takes the traces of a living testbed.
+    pub fn of(bed: &Testbed) -> Traces {
+        let nodes = bed.nodes();
+        let cgroups = nodes.iter().flat_map(|node| &node.cgroups().hierarchies);
+        Traces {
+            dir: bed.dir().to_owned(),
+            cgroups: cgroups
+                .map(|hierarchy| hierarchy.node_dir.clone())
+                .collect(),
+            pids: nodes
+                .iter()
+                .map(|node| (node.name().to_owned(), node.pid()))
+                .collect(),
+        }
+    }
+}
+
+/// The means to find out what is left of a testbed.
+///
+/// It holds the nodes' namespaces open: the number of one that has gone is given to the next that
+/// is made, which may be that of a testbed in another process.
+#[derive(Debug)]
+pub struct Footprint {
+    traces: Traces,
+    /// By name ("net:[4026531840]"): the node, and the descriptor that keeps the name taken.
+    namespaces: BTreeMap<String, (String, File)>,
 }
 
 impl Footprint {
-    /// Takes the traces of a living testbed.
-    pub fn of(bed: &Testbed) -> Result<Footprint, TestbedError> {
-        let mut print = Footprint {
-            dir: bed.dir().to_owned(),
-            cgroups: Vec::new(),
-            namespaces: BTreeMap::new(),
-        };
-        for node in bed.nodes() {
-            print.cgroups.extend(
-                node.cgroups()
-                    .hierarchies
-                    .iter()
-                    .map(|h| h.node_dir.clone()),
-            );
-            let dir = PathBuf::from(format!("/proc/{}/ns", node.pid()));
-            for kind in ["mnt", "pid", "net", "uts", "ipc", "cgroup"] {
-                let path = dir.join(kind);
-                let namespace = fs::read_link(&path).during("read", &path)?;
-                let namespace = namespace.to_string_lossy().into_owned();
-                print.namespaces.insert(namespace, node.name().to_owned());
+    /// Takes hold of the namespaces of a testbed that still lives.
+    pub fn follow(traces: Traces) -> Result<Footprint, TestbedError> {
+        let mut namespaces = BTreeMap::new();
+        for (node, pid) in &traces.pids {
+            for kind in NAMESPACES {
+                let path = PathBuf::from(format!("/proc/{pid}/ns/{kind}"));
+                let file = File::open(&path).during("open", &path)?;
+                let name = fs::read_link(&path).during("read", &path)?;
+                namespaces.insert(name.to_string_lossy().into_owned(), (node.clone(), file));
             }
         }
-        Ok(print)
+        Ok(Footprint { traces, namespaces })
     }
 
     /// Names everything that still exists; empty when nothing is left.
     ///
     /// A namespace lives by a process in it, an open descriptor or a bind mount: all three are
     /// looked for. An interface lives in a namespace; that none came into the caller's is looked
-    /// for by its name, which ends in no other program's.
+    /// for by its name.
     pub fn remains(&self) -> Result<Vec<String>, TestbedError> {
-        let mut remains = Vec::new();
-        for path in std::iter::once(&self.dir).chain(&self.cgroups) {
-            if path.try_exists().during("look for", path)? {
-                remains.push(path.display().to_string());
-            }
-        }
-        for process in fs::read_dir("/proc").during("read", "/proc")?.flatten() {
-            let path = process.path();
-            if !process.file_name().as_encoded_bytes()[0].is_ascii_digit() {
-                continue;
-            }
-            for place in ["ns", "fd"] {
-                // A process may end while it is looked at.
-                let Ok(links) = fs::read_dir(path.join(place)) else {
-                    continue;
-                };
-                for link in links.flatten() {
-                    let Ok(target) = fs::read_link(link.path()) else {
-                        continue;
-                    };
-                    if let Some(node) = self.namespaces.get(&*target.to_string_lossy()) {
-                        let link = link.path();
-                        remains.push(format!("{} of node {node}", link.display()));
-                    }
-                }
-            }
-        }
-        let mounts = "/proc/self/mountinfo";
-        for line in fs::read_to_string(mounts).during("read", mounts)?.lines() {
-            let of_node = line
-                .split(' ')
-                .any(|word| self.namespaces.contains_key(word));
-            if of_node || line.contains(&*self.dir.to_string_lossy()) {
-                remains.push(format!("mount {line}"));
-            }
-        }
+        let mut remains = self.paths()?;
+        remains.extend(self.processes()?);
+        remains.extend(self.mounts()?);
         let interfaces = "/sys/class/net";
         for interface in fs::read_dir(interfaces)
             .during("read", interfaces)?
@@ -99,5 +91,56 @@ impl Footprint {
             }
         }
         Ok(remains)
+    }
+
+    /// What needs someone to remove it: the testbed's directory and its cgroups.
+    pub fn paths(&self) -> Result<Vec<String>, TestbedError> {
+        let mut left = Vec::new();
+        for path in std::iter::once(&self.traces.dir).chain(&self.traces.cgroups) {
+            if path.try_exists().during("look for", path)? {
+                left.push(path.display().to_string());
+            }
+        }
+        Ok(left)
+    }
+
+    /// Processes in a node's namespace or with a descriptor of one, other than this one's.
+    pub fn processes(&self) -> Result<Vec<String>, TestbedError> {
+        let own = std::process::id().to_string();
+        let mut left = Vec::new();
+        for process in fs::read_dir("/proc").during("read", "/proc")?.flatten() {
+            let name = process.file_name();
+            if !name.as_encoded_bytes()[0].is_ascii_digit() || name == *own {
+                continue;
+            }
+            for place in ["ns", "fd"] {
+                // A process may end while it is looked at.
+                let Ok(links) = fs::read_dir(process.path().join(place)) else {
+                    continue;
+                };
+                for link in links.flatten() {
+                    let Ok(target) = fs::read_link(link.path()) else {
+                        continue;
+                    };
+                    if let Some((node, _)) = self.namespaces.get(&*target.to_string_lossy()) {
+                        left.push(format!("{} of node {node}", link.path().display()));
+                    }
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    fn mounts(&self) -> Result<Vec<String>, TestbedError> {
+        let path = "/proc/self/mountinfo";
+        let dir = self.traces.dir.to_string_lossy();
+        let mounts = fs::read_to_string(path).during("read", path)?;
+        let ours = mounts.lines().filter(|line| {
+            line.contains(&*dir)
+                || line
+                    .split(' ')
+                    .any(|word| self.namespaces.contains_key(word))
+        });
+        Ok(ours.map(|line| format!("mount {line}")).collect())
     }
 }

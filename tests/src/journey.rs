@@ -262,7 +262,8 @@ pub fn leftovers(node: &Node) -> Result<Vec<String>, TestbedError> {
     );
     let files = node
         .shell(
-            "find /run/transship/pods /var/lib/transship/checkpoints -mindepth 1 2>/dev/null
+            "set +e
+             find /run/transship/pods /var/lib/transship -mindepth 2 2>/dev/null
              awk '$2 ~ \"^/run/transship\" {print \"mount \" $2}' /proc/mounts
              iptables-save 2>/dev/null | grep -i criu
              nft list tables 2>/dev/null | grep -i criu

@@ -45,7 +45,7 @@ mod workload;
 pub use bed::Testbed;
 pub use containerd::{Containerd, ContainerdConfig};
 pub use error::TestbedError;
-pub use footprint::Footprint;
+pub use footprint::{Footprint, Traces};
 pub use image::Image;
 pub use needs::{Need, Needs};
 pub use network::Link;

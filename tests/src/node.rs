@@ -281,17 +281,31 @@ impl Node {
     /// Starts a daemon in the node with its output in `/var/log/<name>.log`.
     pub fn start_daemon(&self, name: &str, program: &[&str]) -> Result<(), TestbedError> {
         // The PID file holds the daemon's PID inside the node: what the caller sees is nsenter's.
-        let script = "echo $$ >\"/run/$0.pid\"; exec \"$@\" >>\"/var/log/$0.log\" 2>&1";
-        let child = self
+        // The line on stdout says that it is written; after it stdout is the log.
+        let script = "echo $$ >\"/run/$0.pid\"; echo up; exec \"$@\" >>\"/var/log/$0.log\" 2>&1";
+        let mut child = self
             .command("sh")
             .args(["-eu", "-c", script, name])
             .args(program)
             .stdin(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()
             .map_err(|source| TestbedError::Start {
                 line: program.join(" "),
                 source,
             })?;
+        let mut up = String::new();
+        let stdout = child.stdout.take().expect("stdout was asked for as a pipe");
+        BufReader::new(stdout)
+            .read_line(&mut up)
+            .during("read from daemon", name)?;
+        if up.is_empty() {
+            let status = child.wait().during("wait for", name)?;
+            return Err(TestbedError::NodeStart {
+                node: self.name().to_owned(),
+                reason: format!("daemon {name} ended with {status} before it began"),
+            });
+        }
         let before = lock(&self.inner.daemons).insert(name.to_owned(), child);
         if let Some(mut before) = before {
             before.wait().during("wait for", name)?;

@@ -51,7 +51,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         upperdir,
     } = dumped?;
     timeline.step_of("dump", from, criu, None);
-    timeline.step("upperdir", from, Some(upperdir));
+    timeline.step_of("upperdir", from, upperdir.1, Some(upperdir.0));
     interrupt.check()?;
 
     progress.step("digests");

@@ -132,7 +132,7 @@ async fn end_target(mut child: Child, cut_short: bool) {
 
 /// Gives failures of the other side their kind.
 fn blame_target(error: anyhow::Error, command: &str) -> anyhow::Error {
-    if error.chain().any(|cause| cause.is::<Problem>()) {
+    if Problem::in_chain(&error).is_some() {
         return error;
     }
     match error
@@ -248,7 +248,8 @@ impl Migration<'_> {
             upperdir,
         } = self.container.dump(self.node, draft.dir()).await?;
         self.timeline.step_of("dump", from, criu, None);
-        self.timeline.step("upperdir", from, Some(upperdir));
+        self.timeline
+            .step_of("upperdir", from, upperdir.1, Some(upperdir.0));
         self.interrupt.check()?;
 
         let from = self.timeline.now();

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! testbed trixie|forky|bookworm
-//!   stdout  one line of JSON, the testbed's footprint, once all is up
+//!   stdout  one line of JSON, the testbed's traces, once all is up
 //!   stderr  how to enter the nodes
 //! ```
 
@@ -11,7 +11,7 @@ use std::io::Read as _;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use transship_testbed::{ContainerdConfig, Footprint, Image, Settings, Testbed, Tree};
+use transship_testbed::{ContainerdConfig, Image, Settings, Testbed, Traces, Tree};
 
 fn main() -> ExitCode {
     if let Some(code) = transship_testbed::node_role(std::env::args_os()) {
@@ -48,7 +48,7 @@ fn hold() -> anyhow::Result<()> {
             node.pid()
         );
     }
-    println!("{}", serde_json::to_string(&Footprint::of(&bed)?)?);
+    println!("{}", serde_json::to_string(&Traces::of(&bed))?);
     std::io::stdin().read_to_end(&mut Vec::new())?;
     bed.stop()?;
     Ok(())
