@@ -111,17 +111,15 @@ fn nothing_left_after_sigkill(bed: &Testbed) -> anyhow::Result<()> {
     holder.kill()?;
     holder.wait()?;
     // Processes and mounts go at once and by themselves; nobody was there for the files.
-    poll_until(
-        "end of the killed testbed's processes",
-        Duration::from_secs(20),
-        || {
-            let remains = footprint.remains().map_err(|error| error.to_string())?;
-            let alive = remains
-                .iter()
-                .find(|remain| !remain.starts_with('/') || remain.starts_with("/proc"));
-            alive.map_or(Ok(()), |remain| Err(remain.clone()))
-        },
-    )?;
+    let end = "end of the killed testbed's processes";
+    poll_until(end, Duration::from_secs(20), || {
+        let alive = footprint.processes().map_err(|error| error.to_string())?;
+        if alive.is_empty() {
+            Ok(())
+        } else {
+            Err(alive.join(", "))
+        }
+    })?;
     let next = Testbed::new(bed.tree(), bed.settings())?;
     ensure_nothing_remains(&footprint)?;
     next.stop()?;
