@@ -39,6 +39,8 @@ mod import_error;
 mod inode_attributes;
 mod lower_view;
 mod overlay_marks;
+#[cfg(test)]
+mod overlay_tests;
 mod path_bytes;
 mod pax;
 mod remove_tree;

@@ -223,7 +223,7 @@ mod tests {
             b"5 a=b",
             b"6 a=b\n!",
             b"99 a=b\n",
-            b"5 a=\n",
+            b"4 a\n",
             b"0 a=b\n",
             b"6 a.b\n",
             b"6 =ab\n",

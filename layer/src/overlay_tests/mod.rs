@@ -1,0 +1,20 @@
+//! Tests on real overlay mounts. They need root.
+
+mod mounted_overlay;
+mod random_operations;
+mod round_trip;
+mod tree_state;
+
+/// Whether the test can run; when not, says why, or fails where CI says that it must run.
+pub(crate) fn have_root() -> bool {
+    if nix::unistd::Uid::effective().is_root() {
+        return true;
+    }
+    let required = std::env::var("REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|need| need == "root"),
+        "REQUIRE=root, but this is not root"
+    );
+    eprintln!("skipped: mounting an overlay needs root");
+    false
+}
