@@ -1,7 +1,6 @@
 # The one entry: `make help` lists the targets. Real-node tests and the demo need root; lint and build do not.
 
 PREFIX ?= /usr/local
-PROFILE ?= release
 CARGO ?= cargo
 # Each need listed here fails a test that lacks it; elsewhere such a test is skipped with its reason.
 comma := ,
@@ -50,9 +49,9 @@ bench: setup ## Measure
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench
 
 install: ## Install the built release binaries, units and sample configurations to PREFIX
-	$(CARGO) build --profile $(PROFILE) $(BINARIES:%=--bin %)
+	$(CARGO) build --release $(BINARIES:%=--bin %)
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 0755 $(BINARIES:%=target/$(PROFILE)/%) $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BINARIES:%=target/release/%) $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/transship
 	for unit in config/*.service; do \
 	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \
