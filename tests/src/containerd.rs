@@ -255,6 +255,40 @@ mod tests {
         assert!(new.contains("BinaryName = \"/usr/local/bin/transship-runc\""));
     }
 
+    /// The samples say nothing that the nodes of the tests do not run with.
+    #[test]
+    fn samples_are_what_the_nodes_run_with() {
+        for (tree, sample) in [
+            (Tree::Bookworm, "containerd-1.6.toml"),
+            (Tree::Trixie, "containerd-1.7.toml"),
+            (Tree::Forky, "containerd-2.toml"),
+        ] {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/").to_owned() + sample;
+            let text = std::fs::read_to_string(&path).unwrap();
+            let sample: toml::Value = toml::from_str(&text).unwrap();
+            let node = toml::from_str(&ContainerdConfig::transship().to_toml(tree)).unwrap();
+            missing(&sample, &node, &mut vec![path]);
+        }
+    }
+
+    fn missing(sample: &toml::Value, node: &toml::Value, way: &mut Vec<String>) {
+        match (sample, node) {
+            (toml::Value::Table(sample), toml::Value::Table(node)) => {
+                for (key, value) in sample {
+                    way.push(key.clone());
+                    let found = node.get(key);
+                    missing(
+                        value,
+                        found.unwrap_or_else(|| panic!("{way:?} is not there")),
+                        way,
+                    );
+                    way.pop();
+                }
+            }
+            (sample, node) => assert_eq!(sample, node, "{way:?}"),
+        }
+    }
+
     #[test]
     fn the_plain_configuration_knows_nothing_of_us() {
         for tree in Tree::ALL {
