@@ -21,7 +21,24 @@ const HARMLESS: &[&str] = &[
 ];
 
 /// What follows from an earlier error and explains nothing.
-const CONSEQUENCES: &[&str] = &["Restoring FAILED", "exited, status=", "killed by signal"];
+const CONSEQUENCES: &[&str] = &[
+    "Restoring FAILED",
+    "exited, status=",
+    "killed by signal",
+    "cgroupd: recv req error",
+];
+
+/// Errors that name no cause, and what is known of it.
+const EXPLANATIONS: &[(&str, &str)] = &[
+    (
+        "Can't get 1:16 opt",
+        "CRIU before 4.2 cannot dump TCP sockets on Linux 6.16 and later (checkpoint-restore/criu#2705)",
+    ),
+    (
+        "Connected TCP socket",
+        "--tcp established or --tcp close says what becomes of it",
+    ),
+];
 
 /// The first line of `log` that tells why CRIU gave up, without time and place; with a second one
 /// when that adds to it.
@@ -36,7 +53,11 @@ pub fn first_error(log: &str) -> Option<String> {
         .iter()
         .find(|text| !CONSEQUENCES.iter().any(|known| text.contains(known)))
         .or(errors.first())?;
-    Some((*cause).to_owned())
+    let known = EXPLANATIONS.iter().find(|(text, _)| cause.contains(text));
+    Some(known.map_or_else(
+        || (*cause).to_owned(),
+        |(_, explanation)| format!("{cause} ({explanation})"),
+    ))
 }
 
 /// [`first_error`] of a file.
@@ -78,6 +99,16 @@ mod tests {
         assert_eq!(
             first_error(log).as_deref(),
             Some("Can't open file /x on restore: No such file")
+        );
+    }
+
+    #[test]
+    fn what_is_known_of_a_cause_is_said() {
+        let log = "(00.1) Error (criu/sockets.c:1): Can't get 1:16 opt: Protocol not available\n";
+        let text = first_error(log).unwrap();
+        assert!(
+            text.starts_with("Can't get 1:16 opt") && text.contains("CRIU before 4.2"),
+            "{text}"
         );
     }
 

@@ -42,7 +42,10 @@ impl LinkedImages {
         remove_orphans(&from)?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = from.with_file_name(format!("{LINKED_PREFIX}{}-{count}", std::process::id()));
-        DirBuilder::new().mode(0o700).create(&dir).staging("create", &dir)?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .staging("create", &dir)?;
         let lock = File::open(&dir).staging("open", &dir)?;
         let lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, errno)| io::Error::from(errno))
@@ -83,11 +86,17 @@ fn remove_orphans(from: &Path) -> Result<(), StageError> {
     let parent = from.parent().unwrap_or(Path::new("/"));
     for entry in fs::read_dir(parent).staging("list", parent)? {
         let entry = entry.staging("list", parent)?;
-        if !entry.file_name().to_string_lossy().starts_with(LINKED_PREFIX) {
+        if !entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(LINKED_PREFIX)
+        {
             continue;
         }
         // Its maker may be removing it at this moment.
-        let Ok(dir) = File::open(entry.path()) else { continue };
+        let Ok(dir) = File::open(entry.path()) else {
+            continue;
+        };
         if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
             drop(fs::remove_dir_all(entry.path()));
         }

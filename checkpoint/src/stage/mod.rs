@@ -26,8 +26,8 @@ mod images;
 mod ipc_record;
 mod pins;
 
-pub use images::LinkedImages;
 pub(crate) use images::LINKED_PREFIX;
+pub use images::LinkedImages;
 pub use pins::{live_network_namespace, live_uts_names, paths_of_process};
 
 use std::fs::{self, DirBuilder, File};
@@ -275,7 +275,6 @@ impl Staged {
     pub fn path(&self) -> &Path {
         &self.dir
     }
-
 
     /// The CRIU configuration for the runtime.
     #[must_use]
