@@ -21,12 +21,15 @@ use crate::fault::Faults;
 use crate::metadata::Metadata;
 use crate::mounts::SnapshotPaths;
 use crate::probe;
-use crate::service;
+use crate::service::{self, InFlight};
 use crate::snapshots::{Options, Snapshots};
 
 /// How long calls in flight may take after the order to stop; a List of a stuck client must not keep
 /// the node from shutting down.
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
+/// How long connections may take to close once all calls are answered: the last answers have to be
+/// written out, but a client that does not react holds nothing worth waiting for.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Holds a root directory against other daemons, for as long as it lives.
 #[derive(Debug)]
@@ -175,18 +178,28 @@ pub async fn serve(
     let (stop_accepting, accepting_stops) = oneshot::channel::<()>();
     let (stop_serving, serving_stops) = oneshot::channel::<()>();
     let connections = socket.into_connections(async { drop(accepting_stops.await) });
-    let mut server = tokio::spawn(service::serve(Arc::clone(&snapshots), connections, async {
-        drop(serving_stops.await);
-    }));
+    let in_flight = InFlight::default();
+    let stop_server = async { drop(serving_stops.await) };
+    let mut server = tokio::spawn(service::serve(
+        Arc::clone(&snapshots),
+        in_flight.clone(),
+        connections,
+        stop_server,
+    ));
     let outcome = tokio::select! {
         outcome = &mut server => outcome?,
         () = stop => {
             drop(stop_accepting);
             drop(stop_serving);
-            match tokio::time::timeout(STOP_PATIENCE, &mut server).await {
-                Ok(outcome) => outcome?,
-                Err(_) => {
+            let all_closed = async {
+                if tokio::time::timeout(STOP_PATIENCE, in_flight.ended()).await.is_err() {
                     tracing::warn!("some calls did not finish in time");
+                }
+                tokio::time::sleep(CLOSE_PATIENCE).await;
+            };
+            tokio::select! {
+                outcome = &mut server => outcome?,
+                () = all_closed => {
                     server.abort();
                     Ok(())
                 }

@@ -44,6 +44,7 @@ pub fn start(
     let lines = match format {
         LogFormat::Text => fmt::layer()
             .with_writer(std::io::stderr)
+            .with_ansi(colours)
             .with_target(false)
             .boxed(),
         LogFormat::Json => fmt::layer()

@@ -20,12 +20,15 @@
 //! opened one, and "batch" tells whether the transaction that failed had reached the disk.
 
 use std::fmt;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use prost::Message;
+use redb::backends::FileBackend;
 use redb::{
     Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
     Table, TableDefinition,
@@ -112,9 +115,16 @@ impl Metadata {
     pub fn open(path: &Path, cache_bytes: usize) -> Result<Self> {
         let path = path.to_path_buf();
         Self::open_with(move || {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)?;
             Database::builder()
                 .set_cache_size(cache_bytes)
-                .create(&path)
+                .create_with_backend(FileBackend::new(file)?)
         })
     }
 

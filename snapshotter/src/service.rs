@@ -17,7 +17,7 @@ use containerd_snapshots as api;
 use containerd_snapshots::tonic::transport::Server;
 use containerd_snapshots::tonic::{self, Code, Status};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -38,11 +38,15 @@ const LIST_AHEAD: usize = 256;
 /// When the HTTP/2 server fails.
 pub async fn serve(
     snapshots: Arc<Snapshots>,
+    in_flight: InFlight,
     connections: impl Stream<Item = io::Result<UnixStream>>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let service =
-        api::server(Arc::new(Service { snapshots })).max_decoding_message_size(MAX_MESSAGE);
+    let service = api::server(Arc::new(Service {
+        snapshots,
+        in_flight,
+    }))
+    .max_decoding_message_size(MAX_MESSAGE);
     Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(connections, stop)
@@ -50,8 +54,41 @@ pub async fn serve(
     Ok(())
 }
 
+/// The calls that have come in and are not answered yet.
+#[derive(Debug, Clone)]
+pub struct InFlight(watch::Sender<usize>);
+
+impl Default for InFlight {
+    fn default() -> Self {
+        Self(watch::Sender::new(0))
+    }
+}
+
+impl InFlight {
+    /// Resolves when there are none.
+    pub async fn ended(&self) {
+        // Fails only without a sender, and `self` is one.
+        drop(self.0.subscribe().wait_for(|count| *count == 0).await);
+    }
+
+    fn enter(&self) -> InFlightCall {
+        self.0.send_modify(|count| *count += 1);
+        InFlightCall(self.clone())
+    }
+}
+
+/// One call; it ends when this is dropped.
+struct InFlightCall(InFlight);
+
+impl Drop for InFlightCall {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
+    }
+}
+
 struct Service {
     snapshots: Arc<Snapshots>,
+    in_flight: InFlight,
 }
 
 impl Service {
@@ -63,6 +100,7 @@ impl Service {
         act: impl FnOnce(&Arc<Snapshots>) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
         let start = Instant::now();
+        let _call = self.in_flight.enter();
         let snapshots = Arc::clone(&self.snapshots);
         let result = match tokio::task::spawn_blocking(move || act(&snapshots)).await {
             Ok(result) => result.map_err(Status::from),
@@ -189,8 +227,10 @@ impl api::Snapshotter for Service {
             .map_err(Status::from)
             .inspect_err(|status| log_call("list", &asked, Duration::ZERO, Some(status)))?;
         let snapshots = Arc::clone(&self.snapshots);
+        let call = self.in_flight.enter();
         let (sender, receiver) = mpsc::channel(LIST_AHEAD);
         tokio::task::spawn_blocking(move || {
+            let _call = call;
             let start = Instant::now();
             let failure = match snapshots.list(filter) {
                 Ok(mut infos) => infos.find_map(|info| {

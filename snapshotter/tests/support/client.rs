@@ -108,7 +108,6 @@ impl Client {
             name: name.to_owned(),
             key: key.to_owned(),
             labels: owned(labels),
-            ..Default::default()
         });
         self.snapshots.clone().commit(request).await.map(drop)
     }
@@ -161,18 +160,29 @@ impl Client {
         Ok(self.snapshots.clone().usage(request).await?.into_inner())
     }
 
-    /// All that pass the filters, and on the way whatever `at_each_message` does.
+    /// All that pass the filters.
     pub async fn list(&self, filters: &[&str]) -> Result<Vec<Info>, Status> {
+        let mut infos = Vec::new();
+        self.for_each_message(filters, async |message| infos.extend(message))
+            .await?;
+        Ok(infos)
+    }
+
+    /// Does `act` with the snapshots of each message of a List, before the next one is read.
+    pub async fn for_each_message(
+        &self,
+        filters: &[&str],
+        mut act: impl AsyncFnMut(Vec<Info>),
+    ) -> Result<(), Status> {
         let request = self.request(ListSnapshotsRequest {
             snapshotter: self.snapshotter.clone(),
             filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
         });
         let mut stream = self.snapshots.clone().list(request).await?.into_inner();
-        let mut infos = Vec::new();
         while let Some(message) = stream.message().await? {
-            infos.extend(message.info);
+            act(message.info).await;
         }
-        Ok(infos)
+        Ok(())
     }
 
     pub async fn cleanup(&self) -> Result<(), Status> {
