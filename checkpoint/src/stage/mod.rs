@@ -203,6 +203,8 @@ impl PodDir {
             criu: container.criu.clone(),
             layer: None,
         };
+        // A checkpoint that has lost its images is told of when the sandbox comes up.
+        fs::read_dir(&request.images).staging("list", &request.images)?;
         let draft = Staged { dir: new.clone() };
         let fill = || {
             make_dir(&new)?;

@@ -119,7 +119,7 @@ fn removing_is_idempotent() {
     let root = tempfile::tempdir().unwrap();
     let (pod, staged) = staged(root.path());
     pod.remove_if_empty().unwrap();
-    assert!(staged.images().try_exists().unwrap(), "it was not empty");
+    assert!(staged.path().try_exists().unwrap(), "it was not empty");
     staged.remove().unwrap();
     drop(pod.lock().unwrap());
     pod.remove_if_empty().unwrap();

@@ -29,7 +29,9 @@ impl Front<'_> {
             // What is staged stays: it says that the checkpoint is consumed, and the next attempt
             // starts cold. It goes away with the sandbox.
             if let Some(pod) = marker.own_pod {
-                PodDir::at(&self.around.run_dir, &pod)?.remove()?;
+                let pod = PodDir::at(&self.around.run_dir, &pod)?;
+                pod.unpin()?;
+                pod.remove_if_empty()?;
             }
         }
         Ok(Some(Outcome::Exit(exit_code(status))))

@@ -7,6 +7,7 @@ mod bundle;
 mod create;
 mod delete;
 mod held;
+mod held_restore;
 mod native_restore;
 mod reason;
 mod sandbox;
@@ -190,6 +191,33 @@ impl Front<'_> {
         if streams_are_ours || !logged {
             eprintln!("{message}");
         }
+    }
+
+    /// Runs `restore` and waits for it. The inner error is the reason of a failed restore.
+    fn run_restore(
+        &self,
+        args: Vec<OsString>,
+        work: &Path,
+        id: &str,
+    ) -> Result<Result<(), String>, FrontError> {
+        let log = self.globals.log.as_deref();
+        let log_start = log
+            .and_then(|log| std::fs::metadata(log).ok())
+            .map_or(0, |meta| meta.len());
+        let args = self.with_globals("restore", args);
+        let status = self.around.runtime.run(&self.around.own, &args)?;
+        if status.success() {
+            return Ok(Ok(()));
+        }
+        let kept = reason::kept_log(id);
+        Ok(Err(reason::of_restore(work, log, log_start, &kept)))
+    }
+
+    /// Takes back a restore that succeeded, after which something else failed.
+    fn delete_restored(&self, id: &str) {
+        let args = self.with_globals("delete", vec!["--force".into(), id.into()]);
+        // The first failure is the one that is told.
+        drop(self.around.runtime.run(&self.around.own, &args));
     }
 
     fn with_globals(&self, command: &str, args: Vec<OsString>) -> Vec<OsString> {

@@ -3,8 +3,7 @@
 //! It hands over the spec of the dump word for word, with the namespace paths of a sandbox that is
 //! long gone, and starts what it restores at once: there is nothing to hold.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::namespaces::{self, Namespace};
@@ -12,9 +11,9 @@ use transship_checkpoint::spec::HookPoint;
 use transship_checkpoint::stage::{LinkedImages, PodDir};
 
 use super::bundle::{Bundle, Config, Marker};
-use super::{Front, FrontContext, FrontError, Outcome, held, reason};
+use super::held_restore::read_pid;
+use super::{Front, FrontError, Outcome, held};
 use crate::argv::Arguments;
-use crate::runtime::exit_code;
 
 /// Where runc looks for images without `--image-path`.
 const DEFAULT_IMAGES: &str = "checkpoint";
@@ -33,12 +32,16 @@ impl Front<'_> {
             return Ok(None);
         }
         let pod = self.pod_of(&restore.id, &config)?;
-        let own_pod = plan.has_made().then(|| restore.id.clone());
-        let result = self.restore_repaired(restore, &bundle, &mut config, &plan, &pod, own_pod);
-        if !matches!(result, Ok(Outcome::Exit(0))) {
-            drop(pod.remove_if_empty());
-        }
-        result.map(Some)
+        let made = plan.has_made();
+        self.restore_repaired(restore, &bundle, &mut config, &plan, &pod)
+            .inspect_err(|_| {
+                // The error is what failed first; what cannot be removed is in /run.
+                if made {
+                    drop(pod.unpin());
+                }
+                drop(pod.remove_if_empty());
+            })
+            .map(Some)
     }
 
     fn restore_repaired(
@@ -48,7 +51,6 @@ impl Front<'_> {
         config: &mut Config,
         plan: &namespaces::Plan,
         pod: &PodDir,
-        own_pod: Option<String>,
     ) -> Result<Outcome, FrontError> {
         namespaces::apply(&mut config.spec, plan);
         let sandbox = config.annotations.role == Role::Sandbox;
@@ -66,40 +68,28 @@ impl Front<'_> {
         bundle.replace_config(&config.spec)?;
         bundle.remove_marker();
 
-        let log = self.globals.log.as_deref();
-        let log_start = log
-            .and_then(|log| fs::metadata(log).ok())
-            .map_or(0, |meta| meta.len());
+        let work = restore
+            .value("work-path")
+            .map_or(PathBuf::from("."), PathBuf::from);
         let args = restore.clone().with("image-path", images.path()).to_args();
-        let args = self.with_globals("restore", args);
-        let status = self.around.runtime.run(&self.around.own, &args)?;
-        if !status.success() {
-            let work = restore
-                .value("work-path")
-                .map_or(PathBuf::from("."), PathBuf::from);
-            let reason = reason::of_restore(&work, log, log_start, &reason::kept_log(&restore.id));
-            return Err(FrontError::NativeRestore {
+        self.run_restore(args, &work, &restore.id)?
+            .map_err(|reason| FrontError::NativeRestore {
                 id: restore.id.clone(),
                 reason,
-            });
-        }
-        if let Some(path) = restore.value("pid-file").map(Path::new) {
-            let pid = fs::read_to_string(path).during("read", path)?;
-            let pid: i32 = pid
-                .trim()
-                .parse()
-                .map_err(std::io::Error::other)
-                .during("read", path)?;
+            })?;
+        let finish = || {
+            let pid = read_pid(restore)?;
             let start_time = held::start_time(pid).unwrap_or_default();
             bundle.write_marker(&Marker {
-                own_pod,
+                own_pod: plan.has_made().then(|| restore.id.clone()),
                 ..Marker::new(false, pid, start_time)
             })?;
             if sandbox {
                 pod.pin(pid)?;
             }
-        }
-        joining.record(pod)?;
-        Ok(Outcome::Exit(exit_code(status)))
+            joining.record(pod)
+        };
+        finish().inspect_err(|_| self.delete_restored(&restore.id))?;
+        Ok(Outcome::Exit(0))
     }
 }

@@ -76,7 +76,10 @@ mod tests {
         )
         .unwrap();
         let start = u64::try_from(old.len()).unwrap();
-        assert_eq!(of_restore(dir.path(), Some(&log), start, &kept), "criu failed");
+        assert_eq!(
+            of_restore(dir.path(), Some(&log), start, &kept),
+            "criu failed"
+        );
         let criu = "(00.1)  3: Error (criu/x.c:1): Can't open file /x\n";
         std::fs::write(dir.path().join("restore.log"), criu).unwrap();
         let reason = of_restore(dir.path(), Some(&log), start, &kept);
