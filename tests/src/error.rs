@@ -61,6 +61,14 @@ pub enum TestbedError {
         /// What to do about it.
         remedy: String,
     },
+    /// The CRI refused or did not answer.
+    #[error("the CRI cannot {act}: {reason}")]
+    Cri {
+        /// What was asked.
+        act: &'static str,
+        /// Its answer.
+        reason: String,
+    },
     /// Something answered in an unexpected form.
     #[error("{what} is not understood: {text:?}")]
     Unexpected {
@@ -69,6 +77,19 @@ pub enum TestbedError {
         /// The text itself.
         text: String,
     },
+}
+
+impl TestbedError {
+    pub(crate) fn cri(act: &'static str, reason: impl std::error::Error) -> Self {
+        // tonic's errors tell little by themselves and everything in their chain.
+        let mut text = reason.to_string();
+        let mut cause = reason.source();
+        while let Some(next) = cause {
+            text = format!("{text}: {next}");
+            cause = next.source();
+        }
+        Self::Cri { act, reason: text }
+    }
 }
 
 /// Adds the act and the path to an I/O error.

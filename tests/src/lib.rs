@@ -24,6 +24,7 @@
 mod bed;
 mod cgroups;
 mod containerd;
+mod cri;
 mod enter;
 mod error;
 mod footprint;
@@ -44,6 +45,7 @@ mod workload;
 
 pub use bed::Testbed;
 pub use containerd::{Containerd, ContainerdConfig};
+pub use cri::{Cri, Pod, PodContainer};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};
 pub use image::Image;

@@ -1,0 +1,368 @@
+//! A CRI client that drives containerd as kubelet does: pods, containers, their states.
+//!
+//! Labels and annotations are kubelet's (`pkg/kubelet/kuberuntime/labels.go`): containerd and others
+//! find a pod and its containers by them.
+
+use std::collections::HashMap;
+
+use containerd_client::connect;
+use containerd_client::tonic::Status;
+use containerd_client::tonic::transport::Channel;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerConfig,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest,
+};
+use tokio::runtime::Runtime;
+
+use crate::error::TestbedError;
+use crate::node::Node;
+
+/// A connection to the CRI of a node.
+#[derive(Debug)]
+pub struct Cri {
+    client: RuntimeServiceClient<Channel>,
+    runtime: Runtime,
+}
+
+/// A pod that runs.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Id of the sandbox.
+    pub id: String,
+    config: PodSandboxConfig,
+}
+
+/// What a container of a pod is made of.
+#[derive(Debug, Clone, Default)]
+pub struct PodContainer<'a> {
+    /// Its name in the pod.
+    pub name: &'a str,
+    /// Counts the attempts to run it, from 0.
+    pub attempt: u32,
+    /// Reference of the image.
+    pub image: &'a str,
+    /// The whole command line.
+    pub command: &'a [&'a str],
+    /// Directories of the node and where the container sees them.
+    pub mounts: &'a [(&'a str, &'a str)],
+}
+
+impl Node {
+    /// Connects to the CRI of the node's containerd.
+    ///
+    /// # Errors
+    /// When containerd does not answer.
+    pub fn cri(&self) -> Result<Cri, TestbedError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let runtime = runtime.map_err(|source| TestbedError::cri("make a runtime", source))?;
+        let socket = format!("/proc/{}/root/run/containerd/containerd.sock", self.pid());
+        let channel = runtime
+            .block_on(connect(socket))
+            .map_err(|source| TestbedError::cri("connect", source))?;
+        Ok(Cri {
+            client: RuntimeServiceClient::new(channel),
+            runtime,
+        })
+    }
+}
+
+impl Cri {
+    /// Runs a sandbox for the pod `namespace`/`name`. Its containers share network, IPC and host
+    /// name, and the process ids too if `share_processes`.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_pod(
+        &self,
+        (namespace, name): (&str, &str),
+        annotations: &[(&str, &str)],
+        share_processes: bool,
+    ) -> Result<Pod, TestbedError> {
+        let uid = format!("uid-{name}-{}", std::process::id());
+        let namespaces = namespaces(share_processes);
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: uid.clone(),
+                namespace: namespace.to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: format!("/var/log/pods/{namespace}_{name}_{uid}"),
+            labels: kubelet_labels(namespace, name, &uid),
+            annotations: owned(annotations),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("/kubepods/pod{uid}"),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            ..Default::default()
+        };
+        let id = self.call("run the sandbox", |mut client| async move {
+            client.run_pod_sandbox(request).await
+        })?;
+        Ok(Pod {
+            id: id.pod_sandbox_id,
+            config,
+        })
+    }
+
+    /// The pod's address.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn pod_ip(&self, pod: &Pod) -> Result<String, TestbedError> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            ..Default::default()
+        };
+        let answer = self.call("read the sandbox", |mut client| async move {
+            client.pod_sandbox_status(request).await
+        })?;
+        Ok(answer
+            .status
+            .and_then(|status| status.network)
+            .unwrap_or_default()
+            .ip)
+    }
+
+    /// Creates a container of the pod and gives its id.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn create_container(
+        &self,
+        pod: &Pod,
+        container: &PodContainer<'_>,
+    ) -> Result<String, TestbedError> {
+        let mut labels = pod.config.labels.clone();
+        labels.insert(
+            "io.kubernetes.container.name".to_owned(),
+            container.name.to_owned(),
+        );
+        let mount = |(host, inside): &(&str, &str)| Mount {
+            host_path: (*host).to_owned(),
+            container_path: (*inside).to_owned(),
+            ..Default::default()
+        };
+        let sandbox = pod
+            .config
+            .linux
+            .clone()
+            .unwrap_or_default()
+            .security_context;
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: container.name.to_owned(),
+                attempt: container.attempt,
+            }),
+            image: Some(ImageSpec {
+                image: container.image.to_owned(),
+                ..Default::default()
+            }),
+            command: container
+                .command
+                .iter()
+                .map(|word| (*word).to_owned())
+                .collect(),
+            mounts: container.mounts.iter().map(mount).collect(),
+            annotations: owned(&[
+                ("io.kubernetes.container.hash", "c0ffee"),
+                (
+                    "io.kubernetes.container.restartCount",
+                    &container.attempt.to_string(),
+                ),
+            ]),
+            labels,
+            log_path: format!("{}/{}.log", container.name, container.attempt),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: sandbox.and_then(|context| context.namespace_options),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let answer = self.call("create the container", |mut client| async move {
+            client.create_container(request).await
+        })?;
+        Ok(answer.container_id)
+    }
+
+    /// Starts a created container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn start_container(&self, id: &str) -> Result<(), TestbedError> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+        };
+        self.call("start the container", |mut client| async move {
+            client.start_container(request).await
+        })
+        .map(drop)
+    }
+
+    /// Creates and starts a container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_container(
+        &self,
+        pod: &Pod,
+        container: &PodContainer<'_>,
+    ) -> Result<String, TestbedError> {
+        let id = self.create_container(pod, container)?;
+        self.start_container(&id)?;
+        Ok(id)
+    }
+
+    /// Stops a container: SIGTERM, and SIGKILL after `grace` seconds.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn stop_container(&self, id: &str, grace: i64) -> Result<(), TestbedError> {
+        let request = StopContainerRequest {
+            container_id: id.to_owned(),
+            timeout: grace,
+        };
+        self.call("stop the container", |mut client| async move {
+            client.stop_container(request).await
+        })
+        .map(drop)
+    }
+
+    /// Removes a container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn remove_container(&self, id: &str) -> Result<(), TestbedError> {
+        let request = RemoveContainerRequest {
+            container_id: id.to_owned(),
+        };
+        self.call("remove the container", |mut client| async move {
+            client.remove_container(request).await
+        })
+        .map(drop)
+    }
+
+    /// What containerd says of a container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn status(&self, id: &str) -> Result<ContainerStatus, TestbedError> {
+        let request = ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: false,
+        };
+        let answer = self.call("read the container", |mut client| async move {
+            client.container_status(request).await
+        })?;
+        Ok(answer.status.unwrap_or_default())
+    }
+
+    /// Whether a container runs.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn runs(&self, id: &str) -> Result<bool, TestbedError> {
+        Ok(self.status(id)?.state() == ContainerState::ContainerRunning)
+    }
+
+    /// Runs a command in a container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn exec(&self, id: &str, command: &[&str]) -> Result<ExecSyncResponse, TestbedError> {
+        let request = ExecSyncRequest {
+            container_id: id.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            timeout: 20,
+        };
+        self.call("exec in the container", |mut client| async move {
+            client.exec_sync(request).await
+        })
+    }
+
+    /// Stops and removes a pod with all its containers.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn remove_pod(&self, pod: &Pod) -> Result<(), TestbedError> {
+        let pod_sandbox_id = pod.id.clone();
+        let stop = StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
+        self.call("stop the sandbox", |mut client| async move {
+            client.stop_pod_sandbox(stop).await
+        })?;
+        let remove = RemovePodSandboxRequest { pod_sandbox_id };
+        self.call("remove the sandbox", |mut client| async move {
+            client.remove_pod_sandbox(remove).await
+        })
+        .map(drop)
+    }
+
+    fn call<T, F>(
+        &self,
+        act: &'static str,
+        call: impl FnOnce(RuntimeServiceClient<Channel>) -> F,
+    ) -> Result<T, TestbedError>
+    where
+        F: Future<Output = Result<containerd_client::tonic::Response<T>, Status>>,
+    {
+        self.runtime
+            .block_on(call(self.client.clone()))
+            .map(containerd_client::tonic::Response::into_inner)
+            .map_err(|status| TestbedError::cri(act, status))
+    }
+}
+
+fn namespaces(share_processes: bool) -> NamespaceOption {
+    let pid = if share_processes {
+        NamespaceMode::Pod
+    } else {
+        NamespaceMode::Container
+    };
+    NamespaceOption {
+        network: NamespaceMode::Pod.into(),
+        ipc: NamespaceMode::Pod.into(),
+        pid: pid.into(),
+        ..Default::default()
+    }
+}
+
+fn kubelet_labels(namespace: &str, name: &str, uid: &str) -> HashMap<String, String> {
+    owned(&[
+        ("io.kubernetes.pod.name", name),
+        ("io.kubernetes.pod.namespace", namespace),
+        ("io.kubernetes.pod.uid", uid),
+    ])
+}
+
+fn owned(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect()
+}
