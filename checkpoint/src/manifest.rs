@@ -99,8 +99,22 @@ pub struct Manifest {
     pub created: u64,
     /// The node that it was taken on.
     pub source: Source,
+    /// The pod that the containers make up, when it is a checkpoint of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
     /// The containers, in the order in which they were dumped.
     pub containers: Vec<Container>,
+}
+
+/// The pod that a checkpoint was taken of, as kubelet named it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its Kubernetes namespace: the checkpoint is restored into pods of this one only.
+    pub namespace: String,
+    /// Its uid.
+    pub uid: String,
 }
 
 /// The node that a checkpoint was taken on.
@@ -313,6 +327,7 @@ mod tests {
             name: "web".into(),
             created: 1,
             source: Source::default(),
+            pod: None,
             containers: vec![Container {
                 name: "counter".into(),
                 id: "counter".into(),

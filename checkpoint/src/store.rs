@@ -472,6 +472,7 @@ mod tests {
             name: name.into(),
             created: 0,
             source: Source::default(),
+            pod: None,
             containers: vec![Container {
                 name: "c".into(),
                 files,

@@ -57,7 +57,7 @@ pub(crate) struct Global {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Take a checkpoint of a running container; it goes on running
+    /// Take a checkpoint of a running container or pod; it goes on running
     Checkpoint(CheckpointArgs),
     /// Make a running container of a checkpoint
     Restore(RestoreArgs),
@@ -79,7 +79,12 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct CheckpointArgs {
     /// Container id
-    pub(crate) container: String,
+    #[arg(required_unless_present = "pod", conflicts_with = "pod")]
+    pub(crate) container: Option<String>,
+    /// Pod of the CRI instead, by its id or as namespace/name: all its containers, stopped at one
+    /// moment
+    #[arg(long)]
+    pub(crate) pod: Option<String>,
     /// Name of the checkpoint [default: <container>-<date>]
     #[arg(long)]
     pub(crate) name: Option<String>,

@@ -1,7 +1,7 @@
 //! `transship`: moves running containers from one containerd node to another.
 //!
 //! ```text
-//!  args --> commands/checkpoint --> source (freeze, dump, export) --> checkpoint directory
+//!  args --> commands/checkpoint --> source, pod (freeze, dump, export) -> checkpoint directory
 //!           commands/restore    --> restore_container              <--'
 //!           commands/migrate    --> source --> conversation ==pipe==> commands/receive
 //!           commands/send, receive        --> checkpoint stream
@@ -15,6 +15,7 @@ mod commands;
 mod conversation;
 mod interrupt;
 mod node;
+mod pod;
 mod problem;
 mod progress;
 mod restore_container;

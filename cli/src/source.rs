@@ -20,7 +20,7 @@ use prost::Message;
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest::{
-    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest,
+    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest, Pod,
     ROOTFS_DIFF_FILE, RuntimeOptions, SPEC_FILE, Source, Stdio,
 };
 use transship_checkpoint::namespaces;
@@ -32,6 +32,9 @@ use crate::node::Node;
 use crate::node::images::ResolvedImage;
 use crate::node::snapshots::OverlayDirs;
 use crate::problem::{Kind, Problem};
+
+/// Label of a container record of the CRI: what the pod calls the container.
+const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 
 /// A running container and everything that a checkpoint of it needs to know.
 #[derive(Debug)]
@@ -66,15 +69,22 @@ pub(crate) async fn find(node: &Node, id: &str, criu: &CriuOptions) -> Result<So
         }
         record => record?,
     };
+    match running_task(node, id).await? {
+        Ok(task) => inspect(node, &record, &task, criu).await,
+        Err(state) => Err(not_running(node, id, &state)),
+    }
+}
+
+/// The task of a container that runs or is paused; else the words for what it does instead.
+pub(crate) async fn running_task(node: &Node, id: &str) -> Result<Result<Process, String>> {
     let task = match node.task(id).await {
-        Err(error) if error.is_not_found() => return Err(not_running(node, id, "has no task")),
+        Err(error) if error.is_not_found() => return Ok(Err("has no task".to_owned())),
         task => task?,
     };
-    if !matches!(task.status(), Status::Running | Status::Paused) {
-        let state = format!("is {}", task.status().as_str_name().to_lowercase());
-        return Err(not_running(node, id, &state));
-    }
-    inspect(node, &record, &task, criu).await
+    Ok(match task.status() {
+        Status::Running | Status::Paused => Ok(task),
+        other => Err(format!("is {}", other.as_str_name().to_lowercase())),
+    })
 }
 
 fn not_running(node: &Node, id: &str, state: &str) -> anyhow::Error {
@@ -86,7 +96,8 @@ fn not_running(node: &Node, id: &str, state: &str) -> anyhow::Error {
     .into()
 }
 
-async fn inspect(
+/// Checks that a running container can be dumped: all reasons why not, at once.
+pub(crate) async fn inspect(
     node: &Node,
     record: &Record,
     task: &Process,
@@ -139,7 +150,7 @@ async fn inspect(
         .as_ref()
         .and_then(|any| Options::decode(&*any.value).ok());
     let container = Container {
-        name: id.clone(),
+        name: record.labels.get(CONTAINER_NAME).unwrap_or(id).clone(),
         id: id.clone(),
         namespace: node.namespace().to_owned(),
         image: Image {
@@ -299,8 +310,13 @@ fn resident_bytes(pid: u32) -> u64 {
     pages.unwrap_or_default() * 4096
 }
 
-/// The manifest of a checkpoint with one container.
-pub(crate) async fn manifest(node: &Node, name: &str, container: Container) -> Result<Manifest> {
+/// The manifest of a checkpoint.
+pub(crate) async fn manifest(
+    node: &Node,
+    name: &str,
+    pod: Option<Pod>,
+    containers: Vec<Container>,
+) -> Result<Manifest> {
     let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
     let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Ok(Manifest {
@@ -316,6 +332,7 @@ pub(crate) async fn manifest(node: &Node, name: &str, container: Container) -> R
             kernel: uname.release().to_string_lossy().into_owned(),
             containerd: node.version().await?,
         },
-        containers: vec![container],
+        pod,
+        containers,
     })
 }

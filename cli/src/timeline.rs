@@ -63,6 +63,11 @@ impl Timeline {
         self.began.elapsed()
     }
 
+    /// A moment as time since the beginning.
+    pub(crate) fn since(&self, moment: Instant) -> Duration {
+        moment.saturating_duration_since(self.began)
+    }
+
     /// Adds a step that began at `from` and ends now.
     pub(crate) fn step(&mut self, name: &'static str, from: Duration, bytes: Option<u64>) {
         let to = self.now();

@@ -19,6 +19,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
         name: "web".into(),
         created: 0,
         source: Source::default(),
+        pod: None,
         containers: vec![Container {
             name: "c".into(),
             files,

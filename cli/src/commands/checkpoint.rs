@@ -1,12 +1,17 @@
-//! `transship checkpoint CONTAINER`
+//! `transship checkpoint CONTAINER`, `transship checkpoint --pod POD`
 
-use anyhow::{Context, Result};
+use std::path::Path;
+
+use anyhow::Result;
 use serde::Serialize;
+use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::store::{Durability, digest_files};
 
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global};
 use crate::interrupt::Interrupt;
+use crate::node::Node;
+use crate::pod::{self, SourcePod};
 use crate::progress::Progress;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::timeline::{Report, Timeline, human_bytes};
@@ -15,6 +20,9 @@ use crate::timeline::{Report, Timeline, human_bytes};
 struct Taken {
     name: String,
     directory: String,
+    containers: Vec<String>,
+    /// Containers of the pod that did not run.
+    left_out: Vec<String>,
     bytes: u64,
     timeline: Report,
 }
@@ -24,41 +32,35 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let progress = Progress::new(global.json);
     let mut timeline = Timeline::begin();
-    let node = connect(global).await?;
-    let container = source::find(&node, &args.container, &args.dump.options()).await?;
-    let name = args.name.unwrap_or_else(|| default_name(container.id()));
+    let (node, what, pod, sources, left_out) = find(global, &args).await?;
+    let name = args.name.unwrap_or_else(|| default_name(&what));
     let draft = store().draft(&name)?;
 
     progress.step("dump");
     timeline.freeze();
-    container.freeze(&node).await?;
-    let from = timeline.now();
-    let dumped = container.dump(&node, draft.dir()).await;
-    if args.leave_paused && dumped.is_ok() {
-        timeline.thaw();
-    } else {
-        container.thaw(&node).await.with_context(|| {
-            format!(
-                "{:?} is still paused; ctr tasks resume {:?} lets it run",
-                args.container, args.container
-            )
-        })?;
-        timeline.thaw();
+    let dumped = stop_and_dump(&node, &sources, draft.dir(), args.leave_paused).await;
+    timeline.thaw();
+    for (source, (from, Dumped { criu, upperdir, .. })) in sources.iter().zip(&dumped?) {
+        let from = timeline.since(*from);
+        timeline.step_of("dump", from, *criu, None);
+        timeline.note(&source.container.name);
+        timeline.step_of("upperdir", from, upperdir.1, Some(upperdir.0));
     }
-    let Dumped {
-        dir,
-        criu,
-        upperdir,
-    } = dumped?;
-    timeline.step_of("dump", from, criu, None);
-    timeline.step_of("upperdir", from, upperdir.1, Some(upperdir.0));
     interrupt.check()?;
 
     progress.step("digests");
     let from = timeline.now();
-    let SourceContainer { mut container, .. } = container;
-    container.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
-    let manifest = source::manifest(&node, &name, container).await?;
+    let mut containers = Vec::new();
+    for SourceContainer { mut container, .. } in sources {
+        let dir = draft.dir().join(&container.name);
+        container.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
+        containers.push(container);
+    }
+    let names = containers
+        .iter()
+        .map(|container| container.name.clone())
+        .collect();
+    let manifest = source::manifest(&node, &name, pod, containers).await?;
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
@@ -70,12 +72,21 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     let taken = Taken {
         name,
         directory,
+        containers: names,
+        left_out,
         bytes,
         timeline: timeline.report(),
     };
     print(global, &taken, || {
+        let left_out = match taken.left_out.as_slice() {
+            [] => String::new(),
+            stopped => format!(
+                "not in it, because they do not run: {}\n",
+                stopped.join(", ")
+            ),
+        };
         format!(
-            "{} ({})\n{}",
+            "{} ({})\n{left_out}{}",
             taken.directory,
             human_bytes(bytes),
             timeline.draw()
@@ -83,11 +94,82 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     })
 }
 
-/// The container and the moment; a second checkpoint within a second gets an error, not a mix.
-fn default_name(id: &str) -> String {
+type Found = (Node, String, Option<Pod>, Vec<SourceContainer>, Vec<String>);
+
+async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
+    let node = connect(global).await?;
+    let criu = args.dump.options();
+    match (&args.pod, &args.container) {
+        (Some(selector), _) => {
+            // The CRI's containers are in no other namespace.
+            let node = node.in_namespace("k8s.io")?;
+            let SourcePod {
+                pod,
+                containers,
+                stopped,
+            } = pod::find(&node, selector, &criu).await?;
+            let what = format!("{}-{}", pod.namespace, pod.name);
+            Ok((node, what, Some(pod), containers, stopped))
+        }
+        (None, id) => {
+            let source = source::find(&node, id.as_deref().unwrap_or_default(), &criu).await?;
+            Ok((node, source.id().to_owned(), None, vec![source], Vec::new()))
+        }
+    }
+}
+
+/// Freezes all containers, dumps one after the other, and lets all go again, whatever happened.
+async fn stop_and_dump(
+    node: &Node,
+    sources: &[SourceContainer],
+    draft: &Path,
+    leave_paused: bool,
+) -> Result<Vec<(std::time::Instant, Dumped)>> {
+    let mut frozen = Vec::new();
+    let mut result = Ok(Vec::new());
+    for source in sources {
+        if let Err(error) = source.freeze(node).await {
+            result = Err(error);
+            break;
+        }
+        frozen.push(source);
+    }
+    if frozen.len() == sources.len() {
+        result = dump_all(node, sources, draft).await;
+    }
+    if leave_paused && result.is_ok() {
+        return result;
+    }
+    for source in frozen {
+        if let Err(error) = source.thaw(node).await {
+            let (id, namespace) = (source.id(), node.namespace());
+            let still = format!(
+                "{id:?} is still paused; `ctr -n {namespace} tasks resume {id}` lets it run"
+            );
+            result = Err(result.err().unwrap_or(error).context(still));
+        }
+    }
+    result
+}
+
+async fn dump_all(
+    node: &Node,
+    sources: &[SourceContainer],
+    draft: &Path,
+) -> Result<Vec<(std::time::Instant, Dumped)>> {
+    let mut all = Vec::new();
+    for source in sources {
+        let from = std::time::Instant::now();
+        all.push((from, source.dump(node, draft).await?));
+    }
+    Ok(all)
+}
+
+/// What it is of and the moment; a second checkpoint within a second gets an error, not a mix.
+fn default_name(what: &str) -> String {
     let now = crate::node::rfc3339(std::time::SystemTime::now());
     format!(
-        "{id}-{}",
+        "{what}-{}",
         now.replace(['-', ':', 'Z'], "").replace('T', "-")
     )
 }

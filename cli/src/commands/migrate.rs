@@ -274,7 +274,7 @@ impl Migration<'_> {
                 .await?;
             container.files.push(file);
         }
-        let manifest = source::manifest(self.node, draft.name(), container).await?;
+        let manifest = source::manifest(self.node, draft.name(), None, vec![container]).await?;
         let bytes = manifest.size();
         self.conversation
             .send(Message::End {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::{
     Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest,
-    UpdateContainerRequest,
+    ListContainersRequest, UpdateContainerRequest,
 };
 use prost_types::{Any, FieldMask};
 
@@ -41,6 +41,16 @@ impl Node {
             .await
             .during(act)?;
         present(answer.into_inner().container, "container", act)
+    }
+
+    /// The records of all containers of the namespace.
+    pub(crate) async fn all_containers(&self) -> Result<Vec<Container>, NodeError> {
+        let answer = self
+            .containers()
+            .list(self.request(ListContainersRequest::default()))
+            .await
+            .during(|| "list the containers".to_owned())?;
+        Ok(answer.into_inner().containers)
     }
 
     /// Makes a container record.
