@@ -71,6 +71,17 @@ impl CriuOptions {
         self.common_lines()
     }
 
+    /// The CRIU configuration of a restore that is held: `own` lines first, those of the dump, and
+    /// that no task may run before it is let go.
+    #[must_use]
+    pub fn held_restore_config(&self, own: &str) -> String {
+        let own = own.lines().map(ToOwned::to_owned);
+        let lines = own
+            .chain(self.restore_lines())
+            .chain(["leave-stopped".to_owned()]);
+        lines.map(|line| line + "\n").collect()
+    }
+
     fn common_lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         match self.tcp {
@@ -103,6 +114,14 @@ mod tests {
             ..CriuOptions::default()
         };
         assert!(none.dump_lines().is_empty());
+    }
+
+    #[test]
+    fn a_held_restore_keeps_what_the_container_has() {
+        assert_eq!(
+            CriuOptions::default().held_restore_config("# mine\ntcp-established"),
+            "# mine\ntcp-established\nfile-locks\nleave-stopped\n"
+        );
     }
 
     #[test]

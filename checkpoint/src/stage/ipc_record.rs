@@ -58,6 +58,11 @@ impl PodDir {
         replace(&self.path().join(IPC_FILE), &json)
     }
 
+    pub(super) fn has_ipc_record(&self) -> Result<bool, StageError> {
+        let path = self.path().join(IPC_FILE);
+        path.try_exists().staging("look for", &path)
+    }
+
     fn ipc_record(&self, namespace: &Path) -> Result<Record, StageError> {
         let meta = fs::metadata(namespace).staging("look at", namespace)?;
         let identity = (meta.dev(), meta.ino());

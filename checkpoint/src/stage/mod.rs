@@ -8,7 +8,6 @@
 //!     restore/<container>/               Staged; locked (flock) while it is being restored
 //!         state                          staged | restored | failed; a second line says why
 //!         restore.json                   Request
-//!         criu.conf                      CRIU options of this one restore
 //! ```
 //!
 //! ```text
@@ -22,17 +21,19 @@
 //!
 //! `/run` is empty after a boot, as are the sandboxes; nothing here has to survive one.
 
+mod consumed;
 mod images;
 mod ipc_record;
 mod pins;
 
+pub use consumed::{is_consumed_by, mark_consumed_by};
 pub(crate) use images::LINKED_PREFIX;
 pub use images::LinkedImages;
 pub use pins::{live_network_namespace, live_uts_names, paths_of_process};
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -46,8 +47,6 @@ use crate::store::Checkpoint;
 
 /// Where staged restores and pinned namespaces are.
 pub const DEFAULT_RUN_DIR: &str = "/run/transship";
-/// Name of the CRIU configuration of a staged restore.
-pub const CRIU_CONFIG_FILE: &str = "criu.conf";
 const STATE_FILE: &str = "state";
 const REQUEST_FILE: &str = "restore.json";
 
@@ -129,10 +128,6 @@ pub struct Request {
     pub images: PathBuf,
     /// CRIU's options of the dump.
     pub criu: CriuOptions,
-    /// The upperdir of the container that has consumed the checkpoint. Outside of the CRI another
-    /// container may get the same id; it has another layer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layer: Option<String>,
 }
 
 /// One staged restore.
@@ -172,12 +167,18 @@ impl PodDir {
     /// # Errors
     /// A system call failed.
     pub fn lock(&self) -> Result<Flock<File>, StageError> {
-        self.make()?;
         let path = self.dir.join("lock");
-        let file = File::create(&path).staging("create", &path)?;
-        Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| errno)
-            .staging("lock", &path)
+        loop {
+            self.make()?;
+            let file = File::create(&path).staging("create", &path)?;
+            let lock = Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, errno)| errno)
+                .staging("lock", &path)?;
+            // Who had it before may have removed the directory.
+            if lock.metadata().staging("look at", &path)?.nlink() > 0 {
+                return Ok(lock);
+            }
+        }
     }
 
     /// Stages a container of a checkpoint, in the place of what is staged under this name.
@@ -201,7 +202,6 @@ impl PodDir {
             container: container.name.clone(),
             images,
             criu: container.criu.clone(),
-            layer: None,
         };
         // A checkpoint that has lost its images is told of when the sandbox comes up.
         fs::read_dir(&request.images).staging("list", &request.images)?;
@@ -251,6 +251,9 @@ impl PodDir {
     /// # Errors
     /// A system call failed.
     pub fn remove_if_empty(&self) -> Result<(), StageError> {
+        if self.has_ipc_record()? {
+            return Ok(());
+        }
         for entry in ["restore", "ns"] {
             match fs::remove_dir(self.dir.join(entry)) {
                 Ok(()) => {}
@@ -276,12 +279,6 @@ impl Staged {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.dir
-    }
-
-    /// The CRIU configuration for the runtime.
-    #[must_use]
-    pub fn criu_config(&self) -> PathBuf {
-        self.dir.join(CRIU_CONFIG_FILE)
     }
 
     /// How far it is.
@@ -347,41 +344,6 @@ impl Staged {
             }),
             Err((_, errno)) => Err(errno).staging("lock", &self.dir),
         }
-    }
-
-    /// Writes the CRIU configuration: what the container's own has, the options of the dump, and
-    /// that no task may run before it is let go.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn write_criu_config(&self, own: &str, options: &CriuOptions) -> Result<(), StageError> {
-        let mut text = String::from(own);
-        if !text.is_empty() && !text.ends_with('\n') {
-            text.push('\n');
-        }
-        for line in options
-            .restore_lines()
-            .iter()
-            .map(String::as_str)
-            .chain(["leave-stopped"])
-        {
-            text.push_str(line);
-            text.push('\n');
-        }
-        replace(&self.criu_config(), text.as_bytes())
-    }
-
-    /// Remembers that the checkpoint is consumed, and by which layer.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn consume(&self, layer: Option<String>) -> Result<(), StageError> {
-        let request = Request {
-            layer,
-            ..self.request()?
-        };
-        self.write_request(&request)?;
-        self.set_state(&State::Restored)
     }
 
     /// Removes it.

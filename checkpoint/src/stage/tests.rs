@@ -60,22 +60,6 @@ fn states_survive_a_round_trip() {
 }
 
 #[test]
-fn a_consumed_checkpoint_is_remembered() {
-    let root = tempfile::tempdir().unwrap();
-    let (pod, staged) = staged(root.path());
-    staged.consume(Some("/upper/7".into())).unwrap();
-    let again = pod.staged("counter").unwrap().unwrap();
-    assert_eq!(again.state().unwrap(), State::Restored);
-    assert_eq!(again.request().unwrap().layer.as_deref(), Some("/upper/7"));
-    assert!(
-        root.path()
-            .join("web/counter/checkpoint/core-1.img")
-            .try_exists()
-            .unwrap()
-    );
-}
-
-#[test]
 fn only_one_process_restores() {
     let root = tempfile::tempdir().unwrap();
     let (_, staged) = staged(root.path());
@@ -125,17 +109,4 @@ fn removing_is_idempotent() {
     pod.remove_if_empty().unwrap();
     assert!(!pod.path().try_exists().unwrap());
     pod.remove().unwrap();
-}
-
-#[test]
-fn criu_config_keeps_what_the_container_has() {
-    let root = tempfile::tempdir().unwrap();
-    let (_, staged) = staged(root.path());
-    staged
-        .write_criu_config("tcp-established", &CriuOptions::default())
-        .unwrap();
-    assert_eq!(
-        fs::read_to_string(staged.criu_config()).unwrap(),
-        "tcp-established\nfile-locks\nleave-stopped\n"
-    );
 }

@@ -3,14 +3,18 @@
 //! ```text
 //! <bundle>/
 //!   config.json         OCI spec, written by containerd
-//!   transship.json      { "version": 1, "held": true, "pid": 7, "start_time": 123,
-//!                         "stopped": [9], "staged": "/run/transship/pods/s/restore/web",
-//!                         "own_pod": "web" }
+//!   transship.json      { "version": 1, "phase": "held", "pid": 7, "start_time": 123,
+//!                         "stopped": [9], "own_pod": "web" }
 //! ```
 //!
-//! The marker goes with the bundle, which containerd removes when the container is deleted.
+//! ```text
+//!  create: restoring ----> held ----> running     restore: restoring ----> running
+//!          (no pid yet)        start
+//! ```
+//!
+//! The marker goes with the bundle, which containerd removes when the container is deleted. One
+//! that says `restoring` while nobody restores was left by a front that was killed.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -44,34 +48,43 @@ pub(super) struct Config {
     pub(super) cri: bool,
 }
 
-/// What the front remembers of a container that it restored.
+/// How far a restored container is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Phase {
+    /// The runtime restores it now.
+    Restoring,
+    /// Its tasks have not been let go yet.
+    Held,
+    /// They run.
+    Running,
+}
+
+/// What the front remembers of a container that it restores.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Marker {
     pub(super) version: u32,
-    /// The tasks have not been let go yet.
-    pub(super) held: bool,
+    /// How far it is.
+    pub(super) phase: Phase,
     /// First process.
     pub(super) pid: i32,
     /// When that process started, in clock ticks since boot: tells it from a later one.
     pub(super) start_time: u64,
     /// Tasks that were stopped when they were dumped, by their pid in the container.
     pub(super) stopped: Vec<u32>,
-    /// The staged restore.
-    pub(super) staged: Option<PathBuf>,
-    /// The container's own directory below `pods`, when it pinned a namespace there.
+    /// The container's own directory below `pods`, when a namespace was made and pinned there.
     pub(super) own_pod: Option<String>,
 }
 
 impl Marker {
-    pub(super) fn new(held: bool, pid: i32, start_time: u64) -> Self {
-        let (stopped, staged, own_pod) = (Vec::new(), None, None);
+    pub(super) fn restoring(own_pod: Option<String>) -> Self {
+        let (pid, start_time, stopped) = (0, 0, Vec::new());
         Self {
             version: MARKER_VERSION,
-            held,
+            phase: Phase::Restoring,
             pid,
             start_time,
             stopped,
-            staged,
             own_pod,
         }
     }
@@ -82,6 +95,13 @@ impl Bundle {
         // Without --bundle it is the working directory, as for the runtime.
         Self {
             dir: arguments.bundle().unwrap_or_else(|| PathBuf::from(".")),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn at(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_path_buf(),
         }
     }
 
@@ -160,10 +180,10 @@ impl Bundle {
 
     /// The upperdir under the container's root, which tells one container from a later one with
     /// the same id. `None` for a root that is no overlay.
-    pub(super) fn layer(&self) -> Option<String> {
+    pub(super) fn layer(&self) -> Option<PathBuf> {
         let root = self.path("rootfs").canonicalize().ok()?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        upperdir(&mounts, root.to_str()?).map(ToOwned::to_owned)
+        upperdir(&mounts, root.to_str()?).map(PathBuf::from)
     }
 }
 
@@ -194,23 +214,7 @@ impl Front<'_> {
         {
             return Some(Bundle { dir });
         }
-        let root = self
-            .globals
-            .root
-            .as_deref()
-            .unwrap_or(Path::new(self.default_root()));
-        if Path::new(id).file_name() != Some(OsStr::new(id)) {
-            return None;
-        }
-        bundle_in_state(&root.join(id)).map(|dir| Bundle { dir })
-    }
-
-    fn default_root(&self) -> &'static str {
-        if self.around.runtime.name() == "crun" {
-            "/run/crun"
-        } else {
-            "/run/runc"
-        }
+        bundle_in_state(&self.state_dir(id)?).map(|dir| Bundle { dir })
     }
 }
 
@@ -271,9 +275,7 @@ mod tests {
     #[test]
     fn only_our_annotations_make_it_ours() {
         let dir = tempfile::tempdir().unwrap();
-        let bundle = Bundle {
-            dir: dir.path().to_path_buf(),
-        };
+        let bundle = Bundle::at(dir.path());
         for (json, ours) in [
             (None, false),
             (Some("{"), false),

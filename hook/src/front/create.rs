@@ -3,7 +3,7 @@
 use transship_checkpoint::annotations::{OnFailure, Role};
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
-use transship_checkpoint::stage::{PodDir, Staged, State};
+use transship_checkpoint::stage::{PodDir, Staged, State, is_consumed_by};
 
 use super::bundle::{Bundle, Config};
 use super::{Front, FrontError, Outcome};
@@ -71,22 +71,21 @@ impl Front<'_> {
         let wanted = config.annotations.restore.as_deref();
         let name = config.annotations.container.as_deref().unwrap_or(id);
         let pod = self.pod_of(id, config)?;
-        if let Some(staged) = pod.staged(name)? {
-            let request = staged.request()?;
-            let same = wanted.is_none_or(|wanted| wanted == request.checkpoint);
-            match staged.state()? {
-                State::Staged if same => return Ok(Some((pod, staged))),
-                State::Failed(_) if same => {
-                    let retry = config.annotations.on_failure == OnFailure::Fail;
-                    return Ok(retry.then_some((pod, staged)));
-                }
-                // Consumed. In a pod a later container of this name is the next attempt; elsewhere
-                // it may be another container, which has another layer.
-                State::Restored if same && (config.cri || request.layer == bundle.layer()) => {
-                    return Ok(None);
-                }
-                _ => {}
-            }
+        if let (Some(wanted), Some(upperdir)) = (wanted, bundle.layer())
+            && is_consumed_by(&upperdir, wanted)?
+        {
+            return Ok(None);
+        }
+        if let Some(staged) = pod.staged(name)?
+            && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
+        {
+            let again = match staged.state()? {
+                State::Staged => true,
+                // The next attempt starts cold.
+                State::Restored => false,
+                State::Failed(_) => config.annotations.on_failure == OnFailure::Fail,
+            };
+            return Ok(again.then_some((pod, staged)));
         }
         let Some(wanted) = wanted else {
             return Ok(None);

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use transship_checkpoint::stage::PodDir;
 
+use super::bundle::Phase;
 use super::{Front, FrontError, Outcome};
 use crate::runtime::exit_code;
 
@@ -16,7 +17,10 @@ impl Front<'_> {
             return Ok(None);
         };
         let mut args: Vec<OsString> = Vec::new();
-        if force || marker.held {
+        if marker.phase == Phase::Restoring {
+            self.unmount_criu_root(id);
+        }
+        if force || marker.phase != Phase::Running {
             // To its caller a held container is a created one, which may be deleted; the runtime
             // takes it for a running one, which may not.
             args.push("--force".into());

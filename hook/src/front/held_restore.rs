@@ -5,19 +5,17 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use transship_checkpoint::annotations::{self, OnFailure};
+use transship_checkpoint::annotations::OnFailure;
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces::{self, Plan};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State};
+use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State, mark_consumed_by};
 
-use super::bundle::{Bundle, Config, Marker};
+use super::bundle::{Bundle, Config, Marker, Phase};
+use super::criu_config::CriuConfig;
 use super::{Front, FrontContext, FrontError, Outcome, held};
 use crate::argv::Arguments;
 use crate::one_line;
-
-/// Where runc and crun look for CRIU options when no annotation names a file.
-const DEFAULT_CRIU_CONFIG: &str = "/etc/criu/runc.conf";
 
 impl Front<'_> {
     pub(super) fn restore_held(
@@ -31,8 +29,7 @@ impl Front<'_> {
         // Until the checkpoint is consumed nobody else restores it.
         let _claim = staged.claim()?;
         let plan = self.plan_namespaces(&create.id, &config, true)?;
-        let on_failure = config.annotations.on_failure;
-        let original = config.original.clone();
+        let original = Spec::parse(&config.original).expect("it was parsed before");
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {
             return Ok(Some(Outcome::Exit(0)));
@@ -41,14 +38,28 @@ impl Front<'_> {
             // The error is what failed first; what cannot be removed is in /run.
             drop(pod.unpin());
         }
-        staged.set_state(&State::Failed(one_line(&error)))?;
-        if on_failure == OnFailure::Fail {
-            return Err(error);
+        bundle.remove_marker();
+        bundle.replace_config(&original)?;
+        config.spec = original;
+        match config.annotations.on_failure {
+            OnFailure::Fail => {
+                if config.annotations.restore.is_some() && pod.pins().is_empty() {
+                    // Another attempt stages it again; only the sandbox's hook cannot.
+                    drop(staged.remove());
+                    drop(pod.remove_if_empty());
+                } else {
+                    staged.set_state(&State::Failed(one_line(&error)))?;
+                }
+                Err(error)
+            }
+            OnFailure::ColdStart => {
+                self.report(&one_line(&error), false);
+                // The layer goes on without the memory: no later attempt may bring it back.
+                let state = State::Failed(one_line(&error));
+                self.consume(bundle, &config, pod, staged, &state)?;
+                self.create_cold(create, bundle, config)
+            }
         }
-        self.report(&one_line(&error), false);
-        config.spec = Spec::parse(&original).expect("it was parsed before");
-        bundle.replace_config(&config.spec)?;
-        self.create_cold(create, bundle, config)
     }
 
     fn restore_staged(
@@ -66,10 +77,7 @@ impl Front<'_> {
         let _lock = pod.lock()?;
         let images = LinkedImages::of(&request.images)?;
         let joining = self.fit_images(images.path(), config, pod)?;
-        staged.write_criu_config(&own_criu_config(&config.spec)?, &request.criu)?;
-        config
-            .spec
-            .set_annotation(annotations::CRIU_CONFIG, path_text(&staged.criu_config()));
+        let criu_config = CriuConfig::write(bundle, &mut config.spec, &request.criu)?;
         bundle.replace_config(&config.spec)?;
 
         let work = bundle.path("work");
@@ -79,49 +87,56 @@ impl Front<'_> {
             }
             _ => {}
         }
+        self.remove_aborted_restore(&create.id);
+        let restoring = Marker::restoring(plan.has_made().then(|| create.id.clone()));
+        bundle.write_marker(&restoring)?;
         let args = restore_args(create, images.path(), &work);
         self.run_restore(args, &work, &create.id)?
             .map_err(|reason| FrontError::Restore {
-                container: request.container,
-                checkpoint: request.checkpoint,
+                container: request.container.clone(),
+                checkpoint: request.checkpoint.clone(),
                 reason,
             })?;
         let finish = || {
             let pid = read_pid(create)?;
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             bundle.write_marker(&Marker {
+                phase: Phase::Held,
+                pid,
+                start_time,
                 stopped: tasks::stopped(images.path())?,
-                staged: Some(staged.path().to_path_buf()),
-                own_pod: plan.has_made().then(|| create.id.clone()),
-                ..Marker::new(true, pid, start_time)
+                ..restoring
             })?;
             joining.record(pod)?;
-            Ok(staged.consume(bundle.layer())?)
+            criu_config.give_back()?;
+            self.consume(bundle, config, pod, staged, &State::Restored)
         };
         finish().inspect_err(|_| {
             // It has not run, so nothing is lost.
             self.delete_restored(&create.id);
-            bundle.remove_marker();
         })
     }
-}
 
-/// The CRIU options that the runtime would have read.
-fn own_criu_config(spec: &Spec) -> Result<String, FrontError> {
-    let annotations = spec.annotations();
-    let path = match annotations
-        .get(annotations::CRIU_CONFIG)
-        .map(String::as_str)
-    {
-        None => DEFAULT_CRIU_CONFIG,
-        // The way to say: none.
-        Some("") => return Ok(String::new()),
-        Some(path) => path,
-    };
-    match fs::read_to_string(path) {
-        // As the runtime has it.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        text => text.during("read", path),
+    /// Remembers that the checkpoint is consumed. In a pod, where the next attempt is another
+    /// container with another layer, the sandbox knows it; elsewhere the layer does.
+    fn consume(
+        &self,
+        bundle: &Bundle,
+        config: &Config,
+        pod: &PodDir,
+        staged: &Staged,
+        state: &State,
+    ) -> Result<(), FrontError> {
+        let by_sandbox = config.cri || config.annotations.restore.is_none();
+        match bundle.layer() {
+            Some(upperdir) if !by_sandbox => {
+                mark_consumed_by(&upperdir, &staged.request()?.checkpoint)?;
+                staged.remove()?;
+                pod.remove_if_empty()?;
+            }
+            _ => staged.set_state(state)?,
+        }
+        Ok(())
     }
 }
 
@@ -164,11 +179,6 @@ pub(super) fn read_pid(arguments: &Arguments) -> Result<i32, FrontError> {
         .during("read", path)
 }
 
-fn path_text(path: &Path) -> &str {
-    path.to_str()
-        .expect("it is made of /run/transship and names that are text")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,21 +199,5 @@ mod tests {
             "--detach --no-subreaper --image-path /i --work-path /b/work --pid-file /b/init.pid \
              --console-socket /s --no-pivot --bundle /b web"
         );
-    }
-
-    #[test]
-    fn the_containers_own_criu_options_are_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("criu.conf");
-        fs::write(&file, "tcp-established\n").unwrap();
-        let mut spec = Spec::parse(b"{}").unwrap();
-        for (value, text) in [
-            ("", ""),
-            (file.to_str().unwrap(), "tcp-established\n"),
-            ("/no/such/file", ""),
-        ] {
-            spec.set_annotation(annotations::CRIU_CONFIG, value);
-            assert_eq!(own_criu_config(&spec).unwrap(), text);
-        }
     }
 }

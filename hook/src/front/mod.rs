@@ -5,6 +5,7 @@
 
 mod bundle;
 mod create;
+mod criu_config;
 mod delete;
 mod held;
 mod held_restore;
@@ -17,9 +18,10 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MntFlags, umount2};
 use transship_checkpoint::annotations::AnnotationError;
 use transship_checkpoint::criu_images::ImageError;
-use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::manifest::{ManifestError, check_name};
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
@@ -211,6 +213,49 @@ impl Front<'_> {
         }
         let kept = reason::kept_log(id);
         Ok(Err(reason::of_restore(work, log, log_start, &kept)))
+    }
+
+    /// Unmounts what a killed restore has left mounted: runc keeps the container's root file system
+    /// for CRIU at `criu-root` in its state directory. As long as it is there, `delete --force`
+    /// would delete the files in the container's layer with the state, and no container of this id
+    /// can be made.
+    fn unmount_criu_root(&self, id: &str) {
+        let Some(dir) = self.state_dir(id) else {
+            return;
+        };
+        let root = dir.join("criu-root");
+        // Whatever cannot be unmounted makes the runtime say so.
+        while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+    }
+
+    /// Removes what a killed restore has left, unless there is a container.
+    fn remove_aborted_restore(&self, id: &str) {
+        let Some(dir) = self.state_dir(id) else {
+            return;
+        };
+        if dir.join("state.json").try_exists().unwrap_or(true) {
+            return;
+        }
+        self.unmount_criu_root(id);
+        drop(std::fs::remove_dir(dir.join("criu-root")));
+        drop(std::fs::remove_dir(&dir));
+    }
+
+    /// Where the runtime keeps the state of a container; `None` for an id that is no plain name.
+    fn state_dir(&self, id: &str) -> Option<PathBuf> {
+        check_name("the container's id", id).ok()?;
+        let default = if self.around.runtime.name() == "crun" {
+            "/run/crun"
+        } else {
+            "/run/runc"
+        };
+        Some(
+            self.globals
+                .root
+                .as_deref()
+                .unwrap_or(Path::new(default))
+                .join(id),
+        )
     }
 
     /// Takes back a restore that succeeded, after which something else failed.

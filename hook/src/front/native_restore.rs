@@ -10,7 +10,7 @@ use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
 use transship_checkpoint::stage::{LinkedImages, PodDir};
 
-use super::bundle::{Bundle, Config, Marker};
+use super::bundle::{Bundle, Config, Marker, Phase};
 use super::held_restore::read_pid;
 use super::{Front, FrontError, Outcome, held};
 use crate::argv::Arguments;
@@ -40,6 +40,7 @@ impl Front<'_> {
                     drop(pod.unpin());
                 }
                 drop(pod.remove_if_empty());
+                bundle.remove_marker();
             })
             .map(Some)
     }
@@ -66,7 +67,9 @@ impl Front<'_> {
         let images = LinkedImages::of(&from)?;
         let joining = self.fit_images(images.path(), config, pod)?;
         bundle.replace_config(&config.spec)?;
-        bundle.remove_marker();
+        self.remove_aborted_restore(&restore.id);
+        let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()));
+        bundle.write_marker(&restoring)?;
 
         let work = restore
             .value("work-path")
@@ -79,10 +82,11 @@ impl Front<'_> {
             })?;
         let finish = || {
             let pid = read_pid(restore)?;
-            let start_time = held::start_time(pid).unwrap_or_default();
             bundle.write_marker(&Marker {
-                own_pod: plan.has_made().then(|| restore.id.clone()),
-                ..Marker::new(false, pid, start_time)
+                phase: Phase::Running,
+                pid,
+                start_time: held::start_time(pid).unwrap_or_default(),
+                ..restoring
             })?;
             if sandbox {
                 pod.pin(pid)?;

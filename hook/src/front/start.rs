@@ -1,5 +1,6 @@
 //! `start ID`: lets a held restore go. Everything else starts as ever.
 
+use super::bundle::Phase;
 use super::held::{release, start_time};
 use super::{Front, FrontContext, FrontError, Outcome};
 
@@ -11,7 +12,7 @@ impl Front<'_> {
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
         };
-        if !marker.held {
+        if marker.phase != Phase::Held {
             return Ok(None);
         }
         let pid = marker.pid;
@@ -24,7 +25,7 @@ impl Front<'_> {
         }
         release(pid, &marker.stopped).during("let go the tasks of", format!("/proc/{pid}"))?;
         // After the signals: a start that was cut off can be repeated.
-        marker.held = false;
+        marker.phase = Phase::Running;
         bundle.write_marker(&marker)?;
         Ok(Some(Outcome::Exit(0)))
     }

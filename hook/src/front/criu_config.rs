@@ -1,0 +1,115 @@
+//! CRIU's options of one restore, in a file of the bundle.
+//!
+//! The annotation `org.criu.config` of the bundle's spec names the file: to `restore`, which reads
+//! the spec, and later to every `checkpoint`, which reads the annotations that the runtime kept
+//! from it. What holds a restore (`leave-stopped`) would leave a dumped container stopped. So the
+//! file is for the restore alone; afterwards a link to what the container had takes its place.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::annotations;
+use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::spec::Spec;
+
+use super::bundle::Bundle;
+use super::{FrontContext, FrontError};
+
+/// In the bundle.
+const CONFIG_FILE: &str = "transship-criu.conf";
+/// Where runc and crun look for CRIU options when no annotation names a file.
+const DEFAULT_CONFIG: &str = "/etc/criu/runc.conf";
+
+/// The file of one restore.
+#[derive(Debug)]
+pub(super) struct CriuConfig {
+    path: PathBuf,
+    own: Option<PathBuf>,
+}
+
+impl CriuConfig {
+    /// Writes the file and names it in the spec.
+    pub(super) fn write(
+        bundle: &Bundle,
+        spec: &mut Spec,
+        options: &CriuOptions,
+    ) -> Result<Self, FrontError> {
+        let path = bundle.path(CONFIG_FILE);
+        let path = std::path::absolute(&path).during("find", &path)?;
+        let own = match spec.annotations().remove(annotations::CRIU_CONFIG) {
+            // A failed attempt has named it already.
+            Some(named) if Path::new(&named) == path => fs::read_link(&path).ok(),
+            // The way to say: none.
+            Some(named) if named.is_empty() => None,
+            Some(named) => Some(named.into()),
+            None => Some(DEFAULT_CONFIG.into()),
+        };
+        let text = options.held_restore_config(&read(own.as_deref())?);
+        let config = Self { path, own };
+        config.replace(|new| fs::write(new, text))?;
+        spec.set_annotation(annotations::CRIU_CONFIG, &config.path.to_string_lossy());
+        Ok(config)
+    }
+
+    /// Puts in its place what the container had.
+    pub(super) fn give_back(&self) -> Result<(), FrontError> {
+        match &self.own {
+            Some(own) => self.replace(|new| symlink(own, new)),
+            // The runtimes take a file that does not exist for none.
+            None => fs::remove_file(&self.path).during("remove", &self.path),
+        }
+    }
+
+    fn replace(&self, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), FrontError> {
+        let new = self.path.with_extension("new");
+        drop(fs::remove_file(&new));
+        make(&new)
+            .and_then(|()| fs::rename(&new, &self.path))
+            .during("write", &self.path)
+    }
+}
+
+fn read(own: Option<&Path>) -> Result<String, FrontError> {
+    let Some(own) = own else {
+        return Ok(String::new());
+    };
+    match fs::read_to_string(own) {
+        // As the runtimes have it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        text => text.during("read", own),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_containers_own_options_come_first_and_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = Bundle::at(dir.path());
+        let file = dir.path().join("own.conf");
+        fs::write(&file, "tcp-established\n").unwrap();
+        let options = CriuOptions::default();
+        for (value, text, after) in [
+            (
+                file.to_str().unwrap(),
+                "tcp-established\nfile-locks\nleave-stopped\n",
+                true,
+            ),
+            ("", "file-locks\nleave-stopped\n", false),
+            ("/no/such/file", "file-locks\nleave-stopped\n", false),
+        ] {
+            let mut spec = Spec::parse(b"{}").unwrap();
+            spec.set_annotation(annotations::CRIU_CONFIG, value);
+            let config = CriuConfig::write(&bundle, &mut spec, &options).unwrap();
+            let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
+            assert_eq!(fs::read_to_string(&named).unwrap(), text, "{value}");
+            config.give_back().unwrap();
+            assert_eq!(fs::read_to_string(&named).is_ok(), after, "{value}");
+            assert!(read(Some(Path::new(&named))).unwrap() != text, "{value}");
+        }
+    }
+}
