@@ -4,7 +4,7 @@
 //! The order in which reasons to refuse are found is containerd's (core/snapshots/storage/bolt.go of
 //! 2.1.9), so that a request with two faults gets the same answer from both.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Result, SnapshotError};
 use crate::metadata::Metadata;
@@ -140,6 +140,51 @@ impl Metadata {
             record.updated = now;
             batch.put(&key, &record)?;
             Ok(Ok(record))
+        })
+    }
+
+    /// Stores records as they are, with their links to their parents, for `fsck`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn restore(&self, records: Vec<(String, Record)>) -> Result<()> {
+        self.write(move |batch| {
+            for (key, record) in &records {
+                batch.put(key, record)?;
+                if let Some(parent) = record.ancestors.first() {
+                    batch.link(*parent, record.id)?;
+                }
+            }
+            Ok(Ok(()))
+        })
+    }
+
+    /// Drops a record unread, for `fsck`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn forget(&self, key: &str) -> Result<()> {
+        let key = key.to_owned();
+        self.write(move |batch| {
+            batch.delete(&key)?;
+            Ok(Ok(()))
+        })
+    }
+
+    /// Replaces the index of children, for `fsck`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn replace_children(&self, links: BTreeSet<(u64, u64)>) -> Result<()> {
+        let old = self.children()?;
+        self.write(move |batch| {
+            for (parent, child) in old {
+                batch.unlink(parent, child)?;
+            }
+            for (parent, child) in links {
+                batch.link(parent, child)?;
+            }
+            Ok(Ok(()))
         })
     }
 

@@ -31,6 +31,9 @@ pub struct Config {
     pub sync_remove: bool,
     /// Sync the file system before Commit answers, so that layers survive a power failure.
     pub durable_commit: bool,
+    /// Below this directory lie the checkpoints that Prepare may import
+    /// (`containerd.io/snapshot/transship.import`).
+    pub import_dir: PathBuf,
     /// Page cache of the metadata database in MiB.
     pub metadata_cache_mib: usize,
 }
@@ -57,6 +60,7 @@ impl Default for Config {
             upperdir_label: false,
             sync_remove: false,
             durable_commit: false,
+            import_dir: "/var/lib/transship/checkpoints".into(),
             metadata_cache_mib: 4,
         }
     }
@@ -73,6 +77,7 @@ const KEYS: &[&str] = &[
     "upperdir_label",
     "sync_remove",
     "durable_commit",
+    "import_dir",
     "metadata_cache_mib",
 ];
 

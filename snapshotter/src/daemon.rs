@@ -75,6 +75,7 @@ pub fn open_snapshots(config: &Config, faults: Faults) -> Result<(RootLock, Snap
         upperdir_label: config.upperdir_label,
         sync_remove: config.sync_remove,
         durable_commit: config.durable_commit,
+        import_dir: Some(config.import_dir.clone()),
     };
     tracing::info!(root = %root.display(), options = ?options.overlay_options, "overlay options");
     let metadata = Metadata::open(&root.join("metadata.redb"), config.metadata_cache_mib << 20)?;

@@ -19,7 +19,7 @@ use std::path::Path;
 use prost::Message;
 use rustix::fs::XattrFlags;
 
-use crate::error::{IoContext, Result};
+use crate::error::{IoContext, Result, chain};
 use crate::mounts::SnapshotPaths;
 use crate::record::Record;
 
@@ -117,8 +117,11 @@ pub fn create_new(paths: &SnapshotPaths, id: u64, writable: bool, owner: (u32, u
 /// Removes a half made `snapshots/new-<id>`; what resists goes at the next start.
 pub fn discard_new(paths: &SnapshotPaths, id: u64) {
     let dir = paths.new_dir(id);
-    if let Err(error) = fs::remove_dir_all(&dir) {
-        tracing::warn!(path = %dir.display(), %error, "cannot remove a half made snapshot yet");
+    if let Err(error) = delete_tree(&dir) {
+        tracing::warn!(
+            error = chain(&error),
+            "a half made snapshot is left for the next start"
+        );
     }
 }
 
@@ -158,10 +161,7 @@ pub fn retire(paths: &SnapshotPaths, id: u64) -> Result<()> {
 /// # Errors
 /// I/O errors: the first one that stops the deletion.
 pub fn delete_tree(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.during("delete", dir),
-    }
+    transship_layer::remove_tree(dir).during("delete", dir)
 }
 
 /// Writes the copy of the record onto its directory; labels that do not fit are left out.

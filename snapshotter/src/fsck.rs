@@ -1,1 +1,370 @@
 //! Checks that database and directories agree, and mends what can be mended.
+//!
+//! ```text
+//! what                                              with --repair
+//! database missing or unreadable                    moved aside; rebuilt from the directories
+//! record damaged                                    taken from its directory, else dropped
+//! record whose parent or chain is wrong             left: its files are not what it says
+//! index of children wrong                           mended
+//! directory of an active snapshot or view missing   made anew, empty
+//! directory of a layer missing                      left: remove the image and pull it again
+//! copy of the record on a directory out of date     written anew
+//! directory without a record                        deleted (it is the rest of a removal)
+//! directory that a rebuild cannot place             moved to <root>/lost/<id>
+//! ```
+//!
+//! A rebuild takes the records from the extended attributes of `snapshots/<id>` (record.rs). A copy may
+//! be one step behind: when others are built on a snapshot whose copy still says "active", it is the
+//! committed layer that they name. Of two directories with the same key the younger one wins.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use crate::disk::{self, Entry};
+use crate::error::{IoContext, Result, SnapshotError, chain};
+use crate::metadata::Metadata;
+use crate::mounts::SnapshotPaths;
+use crate::record::{Kind, Record};
+
+/// Ids that a rebuild leaves out: how many snapshots were removed after the youngest one that is left
+/// is not known.
+const REBUILD_GAP: u64 = 1 << 20;
+
+/// Something that is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// What is wrong, with the key or path.
+    pub what: String,
+    /// Whether it was mended.
+    pub mended: bool,
+}
+
+/// Checks the root directory of a daemon that is not running (the caller holds its lock).
+///
+/// # Errors
+/// I/O errors that prevent the check itself.
+pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
+    let paths = SnapshotPaths::below(root)?;
+    disk::create_private_dir(paths.snapshots())?;
+    let mut check = Check {
+        paths: &paths,
+        repair,
+        problems: Vec::new(),
+    };
+    let database = root.join("metadata.redb");
+    let entries = disk::list(&paths)?;
+    let ids: BTreeSet<u64> = entries
+        .iter()
+        .filter_map(|(_, entry)| {
+            if let Entry::Snapshot(id) = entry {
+                Some(*id)
+            } else {
+                None
+            }
+        })
+        .collect();
+    let metadata = match open_database(&database) {
+        Ok(metadata) if metadata.is_fresh() && !ids.is_empty() => {
+            check.note(
+                format!("{} is new, but there are snapshots", database.display()),
+                repair,
+            );
+            repair.then_some(metadata)
+        }
+        Ok(metadata) => {
+            check.compare(&metadata, &entries)?;
+            return Ok(check.problems);
+        }
+        Err(why) => {
+            check.note(
+                format!("{} cannot be used: {why}", database.display()),
+                repair,
+            );
+            if repair && database.try_exists().during("look for", &database)? {
+                let aside = root.join("metadata.redb.damaged");
+                fs::rename(&database, &aside).during("rename", &database)?;
+            }
+            repair
+                .then(|| Metadata::open_checked(&database))
+                .transpose()?
+        }
+    };
+    if let Some(metadata) = metadata {
+        check.rebuild(&metadata, &ids, root)?;
+        check.compare(&metadata, &disk::list(&paths)?)?;
+    }
+    Ok(check.problems)
+}
+
+/// Opens the database with all its checksums verified.
+fn open_database(path: &Path) -> Result<Metadata, String> {
+    if !path.try_exists().map_err(|error| error.to_string())? {
+        return Err("it does not exist".to_owned());
+    }
+    // redb promises errors for damaged files only where it checks; a panic says "damaged" as well.
+    match catch_unwind(AssertUnwindSafe(|| Metadata::open_checked(path))) {
+        Ok(Ok(metadata)) => Ok(metadata),
+        Ok(Err(error)) => Err(chain(&error)),
+        Err(_) => Err("its structure is damaged".to_owned()),
+    }
+}
+
+struct Check<'a> {
+    paths: &'a SnapshotPaths,
+    repair: bool,
+    problems: Vec<Problem>,
+}
+
+impl Check<'_> {
+    fn note(&mut self, what: String, mended: bool) {
+        self.problems.push(Problem { what, mended });
+    }
+
+    /// Notes a problem and mends it if that is wanted.
+    fn mend(&mut self, what: String, mend: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.repair {
+            mend()?;
+        }
+        self.note(what, self.repair);
+        Ok(())
+    }
+
+    fn compare(&mut self, metadata: &Metadata, entries: &[(String, Entry)]) -> Result<()> {
+        let records = self.readable_records(metadata, entries)?;
+        let by_id: HashMap<u64, &str> = records
+            .iter()
+            .map(|(key, record)| (record.id, key.as_str()))
+            .collect();
+        let mut links = BTreeSet::new();
+        for (key, record) in &records {
+            if by_id[&record.id] != key {
+                let other = by_id[&record.id];
+                self.note(
+                    format!("{key:?} and {other:?} have the same id {}", record.id),
+                    false,
+                );
+            }
+            let parent = records.get(&record.parent);
+            let chain = parent.map_or_else(Vec::new, |parent| {
+                std::iter::once(parent.id)
+                    .chain(parent.ancestors.iter().copied())
+                    .collect()
+            });
+            if record.kind().is_none() {
+                self.note(
+                    format!("{key:?} has the unknown kind {}", record.kind_number),
+                    false,
+                );
+            }
+            if !record.parent.is_empty()
+                && parent.is_none_or(|parent| parent.kind() != Some(Kind::Committed))
+            {
+                self.note(
+                    format!("{key:?}: no layer {:?} to stand on", record.parent),
+                    false,
+                );
+            } else if chain != record.ancestors {
+                self.note(
+                    format!("{key:?} is not on top of the layers it names"),
+                    false,
+                );
+            }
+            links.extend(record.ancestors.first().map(|parent| (*parent, record.id)));
+            self.compare_directory(key, record)?;
+        }
+        let stored: BTreeSet<_> = metadata.children()?.into_iter().collect();
+        if stored != links {
+            let what = "the index of children does not fit the snapshots".to_owned();
+            self.mend(what, || metadata.replace_children(links))?;
+        }
+        for (name, entry) in entries {
+            let dir = self.paths.snapshots().join(name);
+            match entry {
+                Entry::Snapshot(id) if by_id.contains_key(id) => {}
+                Entry::Snapshot(_) | Entry::New(_) | Entry::Gone(_) => {
+                    let what = format!("{} belongs to no snapshot", dir.display());
+                    self.mend(what, || disk::delete_tree(&dir))?;
+                }
+                Entry::Foreign => {
+                    self.note(
+                        format!("{} was not made by the snapshotter", dir.display()),
+                        false,
+                    );
+                }
+            }
+        }
+        let highest = entries.iter().filter_map(|(_, entry)| match entry {
+            Entry::Snapshot(id) | Entry::New(id) | Entry::Gone(id) => Some(*id),
+            Entry::Foreign => None,
+        });
+        metadata.skip_ids_through(highest.chain(by_id.keys().copied()).max().unwrap_or(0))
+    }
+
+    fn readable_records(
+        &mut self,
+        metadata: &Metadata,
+        entries: &[(String, Entry)],
+    ) -> Result<BTreeMap<String, Record>> {
+        let mut records = BTreeMap::new();
+        for entry in metadata.walk()? {
+            match entry {
+                Ok((key, record)) => drop(records.insert(key, record)),
+                Err(SnapshotError::Damaged { key, reason }) => {
+                    let copy = self.find_copy(entries, &key)?;
+                    let what = match &copy {
+                        Some(_) => format!("the record of {key:?} is damaged: {reason}"),
+                        None => {
+                            format!("the record of {key:?} is damaged and has no copy: {reason}")
+                        }
+                    };
+                    self.mend(what, || match copy.clone() {
+                        Some(copy) => metadata.restore(vec![(key.clone(), copy)]),
+                        None => metadata.forget(&key),
+                    })?;
+                    records.extend(copy.map(|copy| (key, copy)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(records)
+    }
+
+    fn find_copy(&self, entries: &[(String, Entry)], key: &str) -> Result<Option<Record>> {
+        for (_, entry) in entries {
+            if let Entry::Snapshot(id) = entry
+                && let Some(copy) = disk::read_copy(&self.paths.dir(*id))?
+                && copy.key == key
+            {
+                return Ok(Some(Record {
+                    key: String::new(),
+                    ..copy
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn compare_directory(&mut self, key: &str, record: &Record) -> Result<()> {
+        let (dir, id) = (self.paths.dir(record.id), record.id);
+        let is_active = record.kind() == Some(Kind::Active);
+        if !is_dir(&dir.join("fs"))? || (is_active && !is_dir(&dir.join("work"))?) {
+            let what = format!("{key:?} has no directory {}", dir.display());
+            if record.kind() == Some(Kind::Committed) {
+                self.note(what, false);
+                return Ok(());
+            }
+            let paths = self.paths.clone();
+            let parent = record.ancestors.first().copied();
+            self.mend(what, || {
+                disk::delete_tree(&dir)?;
+                disk::delete_tree(&paths.new_dir(id))?;
+                let owner = parent.map_or(Ok((0, 0)), |parent| disk::owner(&paths, parent))?;
+                disk::create_new(&paths, id, is_active, owner)?;
+                disk::write_copy(&paths.new_dir(id), key, record)?;
+                disk::publish(&paths, id)
+            })?;
+            return Ok(());
+        }
+        let copy = disk::read_copy(&dir)?;
+        let same = copy.is_some_and(|copy| {
+            // Labels may have been left out, and usage follows later.
+            let labels_fit = copy.labels == record.labels || copy.labels.is_empty();
+            let without = |record: &Record| Record {
+                labels: BTreeMap::new(),
+                usage: None,
+                key: String::new(),
+                ..record.clone()
+            };
+            labels_fit && copy.key == key && without(&copy) == without(record)
+        });
+        if !same {
+            let what = format!("{} describes itself wrongly, it is {key:?}", dir.display());
+            self.mend(what, || disk::write_copy(&dir, key, record))?;
+        }
+        Ok(())
+    }
+
+    /// Fills the empty database from the copies on the directories `ids`.
+    fn rebuild(&mut self, metadata: &Metadata, ids: &BTreeSet<u64>, root: &Path) -> Result<()> {
+        let mut copies = BTreeMap::new();
+        for id in ids {
+            if let Some(copy) = disk::read_copy(&self.paths.dir(*id))?
+                && copy.id == *id
+                && copy.kind().is_some()
+                && !copy.key.is_empty()
+            {
+                copies.insert(*id, copy);
+            }
+        }
+        let records = place_copies(copies);
+        let placed: BTreeSet<u64> = records.values().map(|record| record.id).collect();
+        for id in ids.difference(&placed) {
+            let (dir, lost) = (self.paths.dir(*id), root.join("lost"));
+            disk::create_private_dir(&lost)?;
+            fs::rename(&dir, lost.join(id.to_string())).during("rename", &dir)?;
+            self.note(
+                format!(
+                    "{} cannot be placed; it is in {}",
+                    dir.display(),
+                    lost.display()
+                ),
+                false,
+            );
+        }
+        let count = records.len();
+        metadata.restore(records.into_iter().collect())?;
+        metadata.skip_ids_through(ids.last().copied().unwrap_or(0) + REBUILD_GAP)?;
+        metadata.mark_used()?;
+        self.note(
+            format!("{count} snapshots of {} were found again", ids.len()),
+            true,
+        );
+        Ok(())
+    }
+}
+
+/// Decides which copies make a consistent set of records, oldest first: a parent is always older.
+fn place_copies(mut copies: BTreeMap<u64, Record>) -> BTreeMap<String, Record> {
+    // Whoever is built upon is the committed layer that its children name.
+    let named: Vec<(u64, String)> = copies
+        .values()
+        .filter_map(|copy| Some((*copy.ancestors.first()?, copy.parent.clone())))
+        .collect();
+    for (id, name) in named {
+        if let Some(parent) = copies.get_mut(&id)
+            && parent.kind() == Some(Kind::Active)
+        {
+            parent.kind_number = Kind::Committed as u32;
+            parent.key = name;
+        }
+    }
+    let mut records: BTreeMap<String, Record> = BTreeMap::new();
+    for copy in copies.into_values() {
+        let parent = records.get(&copy.parent);
+        let chain: Vec<u64> = parent
+            .map(|parent| std::iter::once(parent.id).chain(parent.ancestors.iter().copied()))
+            .map_or_else(Vec::new, Iterator::collect);
+        let stands = copy.parent.is_empty()
+            || parent.is_some_and(|parent| parent.kind() == Some(Kind::Committed));
+        if stands && chain == copy.ancestors {
+            records.insert(
+                copy.key.clone(),
+                Record {
+                    key: String::new(),
+                    ..copy
+                },
+            );
+        }
+    }
+    records
+}
+
+fn is_dir(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(metadata.is_dir()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).during("stat", path),
+    }
+}

@@ -8,13 +8,14 @@
 //!                      labels.rs, mounts.rs (pure) ---/  |      \
 //!                                                        v       v
 //!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
-//!            record.rs:  how it is stored    redb, group commit  usage.rs     removal.rs (background)
+//!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs, import.rs
 //! ```
 //!
 //! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `probe.rs` (what this kernel
 //! needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs` (where
 //! crash tests kill the process).
 
+pub mod background;
 pub mod changes;
 pub mod cli;
 pub mod config;
@@ -24,13 +25,13 @@ pub mod error;
 pub mod fault;
 pub mod filter;
 pub mod fsck;
+pub mod import;
 pub mod labels;
 pub mod logging;
 pub mod metadata;
 pub mod mounts;
 pub mod probe;
 pub mod record;
-pub mod removal;
 pub mod service;
 pub mod snapshots;
 pub mod usage;

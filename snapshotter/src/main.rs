@@ -1,16 +1,16 @@
 //! `transship-snapshotter`: parses, builds, serves; see the library for the map.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use transship_snapshotter::cli::{Arguments, Command};
-use transship_snapshotter::daemon;
 use transship_snapshotter::fault::Faults;
 use transship_snapshotter::logging::{self, LogLevel};
+use transship_snapshotter::{daemon, fsck};
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -21,8 +21,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let log_level = logging::start(config.log_format, &config.log_level, colours)
         .map_err(|error| anyhow!(error))?;
     if let Some(Command::Fsck { repair }) = arguments.command {
-        let _ = repair;
-        anyhow::bail!("fsck is not there yet");
+        return check_root(&config.root, repair);
     }
     let notify_socket = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
     let notify = |state: &str| match &notify_socket {
@@ -65,6 +64,26 @@ fn main() -> anyhow::Result<ExitCode> {
             .map_err(|error| anyhow!(error))
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Exit codes as those of fsck(8): 0 clean, 1 mended, 4 something is left.
+fn check_root(root: &Path, repair: bool) -> anyhow::Result<ExitCode> {
+    let _lock = daemon::RootLock::take(root)?;
+    let problems = fsck::check(&root.canonicalize()?, repair)?;
+    for problem in &problems {
+        println!(
+            "{}: {}",
+            if problem.mended { "mended" } else { "FOUND" },
+            problem.what
+        );
+    }
+    let left = problems.iter().filter(|problem| !problem.mended).count();
+    println!("{} problems, {left} left", problems.len());
+    Ok(ExitCode::from(if left > 0 {
+        4
+    } else {
+        u8::from(!problems.is_empty())
+    }))
 }
 
 async fn reload_log_level(

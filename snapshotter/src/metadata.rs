@@ -30,8 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use prost::Message;
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
-    Table, TableDefinition,
+    Builder, Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable,
+    ReadableTableMetadata, Table, TableDefinition,
 };
 
 use crate::error::{Result, SnapshotError};
@@ -46,6 +46,8 @@ const FORMAT: u64 = 1;
 const ID_RESERVE: u64 = 4096;
 /// Upper bound of a batch, so that its first callers do not wait for a crowd.
 const BATCH_LIMIT: usize = 256;
+/// Page cache while every page is verified.
+const CHECK_CACHE: usize = 64 << 20;
 
 type Opener = dyn Fn() -> std::result::Result<Database, DatabaseError> + Send + Sync;
 
@@ -114,17 +116,23 @@ impl Metadata {
     /// I/O errors, a damaged file, or a layout written by a newer version.
     pub fn open(path: &Path, cache_bytes: usize) -> Result<Self> {
         let path = path.to_path_buf();
+        Self::open_with(move || open_file(&path, Database::builder().set_cache_size(cache_bytes)))
+    }
+
+    /// As [`Metadata::open`], and verifies every checksum of the file.
+    ///
+    /// # Errors
+    /// As [`Metadata::open`].
+    pub fn open_checked(path: &Path) -> Result<Self> {
+        let path = path.to_path_buf();
         Self::open_with(move || {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)?;
-            Database::builder()
-                .set_cache_size(cache_bytes)
-                .create_with_backend(FileBackend::new(file)?)
+            let mut builder = Database::builder();
+            open_file(
+                &path,
+                builder
+                    .set_cache_size(CHECK_CACHE)
+                    .set_check_integrity_on_open(true),
+            )
         })
     }
 
@@ -584,6 +592,17 @@ impl Iterator for Walk {
                 }),
         )
     }
+}
+
+fn open_file(path: &Path, builder: &Builder) -> std::result::Result<Database, DatabaseError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)?;
+    builder.create_with_backend(FileBackend::new(file)?)
 }
 
 fn damaged(key: &str, error: &prost::DecodeError) -> SnapshotError {

@@ -303,9 +303,10 @@ fn code_of(error: &SnapshotError) -> Code {
         E::NotActive { .. } | E::NoMounts { .. } | E::HasChildren { .. } => {
             Code::FailedPrecondition
         }
+        E::Import { .. } if error.io_source().is_none() => Code::InvalidArgument,
         E::Damaged { .. } => Code::DataLoss,
         E::Stopping => Code::Unavailable,
-        E::Io { .. } | E::Database { .. } | E::UnknownOutcome { .. } => {
+        E::Io { .. } | E::Import { .. } | E::Database { .. } | E::UnknownOutcome { .. } => {
             match error.io_source().map(io::Error::kind) {
                 // No space, over quota; EMFILE and ENFILE have no stable kind.
                 Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
@@ -321,7 +322,14 @@ fn code_of(error: &SnapshotError) -> Code {
 
 fn is_out_of_files(error: &io::Error) -> bool {
     use nix::errno::Errno;
-    error
-        .raw_os_error()
-        .is_some_and(|code| matches!(Errno::from_raw(code), Errno::EMFILE | Errno::ENFILE))
+    // The kernel's number may be wrapped by whoever walked the directories.
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        let number = error.downcast_ref().and_then(io::Error::raw_os_error);
+        if let Some(number) = number {
+            return matches!(Errno::from_raw(number), Errno::EMFILE | Errno::ENFILE);
+        }
+        next = error.source();
+    }
+    false
 }

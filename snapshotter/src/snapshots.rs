@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! Prepare, View    1 allocate an id (never given out before, so nothing of it is on disk)
-//! (data first)     2 make new-<id>: fs, work, owner; 3 describe it (copy of the record)
+//! (data first)     2 make new-<id>: fs, work, owner, imported files
+//!                  3 describe it (copy of the record)
 //!                  4 rename new-<id> to <id>
 //!                  5 record it in the database, durable             <- from here on it exists
 //!
@@ -32,19 +33,20 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::background::Background;
 use crate::disk::{self, Entry};
 use crate::error::{IoContext, Result, SnapshotError, chain};
 use crate::fault::{Faults, Step};
 use crate::filter::Filter;
+use crate::import;
 use crate::labels;
 use crate::metadata::{Metadata, Walk};
 use crate::mounts::{self, Mount, SnapshotPaths};
 use crate::record::{Info, Kind, Record, Usage};
-use crate::removal::Removal;
 use crate::usage;
 
 /// How snapshots behave; the configuration file's part of it is documented in `config.rs`.
@@ -60,6 +62,8 @@ pub struct Options {
     pub sync_remove: bool,
     /// Sync the file system before Commit answers.
     pub durable_commit: bool,
+    /// Below this directory are the checkpoints that Prepare may import; `None`: there are none.
+    pub import_dir: Option<PathBuf>,
 }
 
 /// All snapshots of one root directory. Every call blocks until its work is done and durable.
@@ -68,8 +72,8 @@ pub struct Snapshots {
     paths: SnapshotPaths,
     metadata: Metadata,
     options: Options,
-    removal: Removal,
-    faults: Arc<Faults>,
+    background: Background,
+    faults: Faults,
 }
 
 /// Commit counts at most this many entries itself (some milliseconds); containerd holds its own
@@ -88,13 +92,13 @@ impl Snapshots {
         faults: Faults,
     ) -> Result<Self> {
         disk::create_private_dir(paths.snapshots())?;
-        let removal = Removal::start(paths.clone())?;
+        let background = Background::start()?;
         let snapshots = Self {
             paths,
             metadata,
             options,
-            removal,
-            faults: Arc::new(faults),
+            background,
+            faults,
         };
         snapshots.mend()?;
         Ok(snapshots)
@@ -117,7 +121,7 @@ impl Snapshots {
                 Entry::Snapshot(id) if known.contains_key(&id) => drop(present.insert(id)),
                 Entry::Snapshot(id) => unknown.push(id),
                 Entry::New(id) => leftovers.push((self.paths.new_dir(id), id)),
-                Entry::Gone(id) => self.removal.enqueue(id),
+                Entry::Gone(id) => self.delete_gone(id),
                 Entry::Foreign => tracing::warn!(name, "not a snapshot directory, left alone"),
             }
         }
@@ -138,12 +142,12 @@ impl Snapshots {
                 "retiring the directory of a snapshot that does not exist"
             );
             disk::retire(&self.paths, *id)?;
-            self.removal.enqueue(*id);
+            self.delete_gone(*id);
         }
         for (dir, id) in leftovers {
             tracing::info!(id, "retiring a half made snapshot");
             fs::rename(&dir, self.paths.gone_dir(id)).during("rename", &dir)?;
-            self.removal.enqueue(id);
+            self.delete_gone(id);
         }
         for (id, (key, kind, parent)) in &known {
             if present.contains(id) {
@@ -236,6 +240,8 @@ impl Snapshots {
         let id = record.id;
         self.faults.reach(Step("prepare:id-allocated"));
         disk::create_new(&self.paths, id, kind == Kind::Active, owner)?;
+        self.import(kind, &record)
+            .inspect_err(|_| disk::discard_new(&self.paths, id))?;
         self.faults.reach(Step("prepare:directory-made"));
         disk::write_copy(&self.paths.new_dir(id), key, &record)
             .inspect_err(|_| disk::discard_new(&self.paths, id))?;
@@ -251,6 +257,35 @@ impl Snapshots {
         }
         self.faults.reach(Step("prepare:recorded"));
         Ok(vec![self.plan_mount(&record, kind)])
+    }
+
+    /// Fills the upperdir of a snapshot whose labels ask for it.
+    fn import(&self, kind: Kind, record: &Record) -> Result<()> {
+        let Some(source) = record.labels.get(labels::IMPORT) else {
+            return Ok(());
+        };
+        let Some(allowed) = &self.options.import_dir else {
+            return Err(SnapshotError::Invalid {
+                reason: format!("label {}: imports are switched off", labels::IMPORT),
+            });
+        };
+        if kind != Kind::Active {
+            return Err(SnapshotError::Invalid {
+                reason: format!("label {}: a view cannot be filled", labels::IMPORT),
+            });
+        }
+        let fs = self.paths.new_dir(record.id).join("fs");
+        let lowerdirs: Vec<_> = record
+            .ancestors
+            .iter()
+            .map(|id| PathBuf::from(self.paths.fs(*id)))
+            .collect();
+        let userxattr = self
+            .options
+            .overlay_options
+            .iter()
+            .any(|option| option == "userxattr");
+        import::fill_upperdir(source, allowed, &fs, &lowerdirs, userxattr)
     }
 
     fn usable_parent(&self, parent: &str) -> Result<Option<Record>> {
@@ -308,7 +343,7 @@ impl Snapshots {
             });
         }
         let fs = self.paths.fs(record.id);
-        let usage = usage::count(Path::new(&fs), COMMIT_COUNT_LIMIT)?;
+        let usage = usage::count_small(Path::new(&fs), COMMIT_COUNT_LIMIT);
         self.faults.reach(Step("commit:counted"));
         if self.options.durable_commit {
             let dir = File::open(&fs).during("open", &fs)?;
@@ -322,6 +357,12 @@ impl Snapshots {
         self.faults.reach(Step("commit:recorded"));
         self.describe(name, &committed);
         self.faults.reach(Step("commit:described"));
+        if usage.is_none() {
+            // Weak: the thread must not keep the snapshots alive that own it.
+            let (this, name) = (Arc::downgrade(self), name.to_owned());
+            self.background
+                .order(move || this.upgrade().map_or(Ok(()), |s| s.usage(&name).map(drop)));
+        }
         Ok(())
     }
 
@@ -345,7 +386,7 @@ impl Snapshots {
             if self.options.sync_remove {
                 return disk::delete_tree(&self.paths.gone_dir(id));
             }
-            self.removal.enqueue(id);
+            self.delete_gone(id);
             Ok(())
         });
         if let Err(error) = outcome {
@@ -354,6 +395,11 @@ impl Snapshots {
                 "a removed snapshot still takes space"
             );
         }
+    }
+
+    fn delete_gone(&self, id: u64) {
+        let dir = self.paths.gone_dir(id);
+        self.background.order(move || disk::delete_tree(&dir));
     }
 
     /// What is known about a snapshot.
@@ -393,16 +439,12 @@ impl Snapshots {
             (Kind::View, _) => Ok(Usage::default()),
             (Kind::Committed, Some(usage)) => Ok(usage),
             (Kind::Committed, None) => {
-                let usage = self.count_all(record.id)?;
+                let usage = usage::count(Path::new(&self.paths.fs(record.id)))?;
                 self.metadata.set_usage(key, record.id, usage)?;
                 Ok(usage)
             }
-            (Kind::Active, _) => self.count_all(record.id),
+            (Kind::Active, _) => usage::count(Path::new(&self.paths.fs(record.id))),
         }
-    }
-
-    fn count_all(&self, id: u64) -> Result<Usage> {
-        Ok(usage::count(Path::new(&self.paths.fs(id)), usize::MAX)?.unwrap_or_default())
     }
 
     /// The snapshots that `filter` lets through, as they are now; no lock is held while the iterator
@@ -459,7 +501,7 @@ impl Snapshots {
 
     /// Finishes the background work before the process ends.
     pub fn stop(&self) {
-        self.removal.stop();
+        self.background.stop();
         if let Err(error) = self.metadata.return_unused_ids() {
             tracing::warn!(
                 error = chain(&error),

@@ -1,5 +1,8 @@
 //! How much disk a directory tree takes, counted as containerd counts it: every inode once (hard
 //! links by device and inode number), `st_blocks` times 512, the top directory included.
+//!
+//! Commit counts with [`count_small`], because containerd waits with its own database locked; what is
+//! larger is counted by [`count`] afterwards.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
@@ -10,29 +13,32 @@ use walkdir::WalkDir;
 use crate::error::{IoContext, Result};
 use crate::record::Usage;
 
-/// Counts the tree at `dir`; `None` when it has more than `limit` entries.
-///
-/// Entries that vanish during the walk are not counted: an active snapshot is in use meanwhile.
+/// Counts the tree at `dir` however large and deep it is. What vanishes meanwhile is not counted.
 ///
 /// # Errors
-/// A directory that cannot be read, or `dir` itself missing.
-pub fn count(dir: &Path, limit: usize) -> Result<Option<Usage>> {
+/// The first directory that cannot be read, or `dir` itself missing.
+pub fn count(dir: &Path) -> Result<Usage> {
+    let usage = transship_layer::upperdir_usage(dir)
+        .map_err(|error| (error.path, error.source))
+        .or_else(|(path, source)| Err(source).during("count the disk use of", path))?;
+    Ok(Usage {
+        inodes: usage.inodes,
+        size: usage.size,
+    })
+}
+
+/// Counts the tree at `dir` if that is quickly done: `None` when it has more than `limit` entries or
+/// cannot be read without further ado.
+#[must_use]
+pub fn count_small(dir: &Path, limit: usize) -> Option<Usage> {
     let mut usage = Usage::default();
     // Only a file with more links can come along twice; most trees have none, and no set is built.
     let mut linked = HashSet::new();
     for (n, entry) in WalkDir::new(dir).into_iter().enumerate() {
         if n >= limit {
-            return Ok(None);
+            return None;
         }
-        let found = entry.and_then(|entry| Ok((entry.metadata()?, entry.depth())));
-        let metadata = match found {
-            Ok((metadata, _)) => metadata,
-            Err(error) if error.depth() > 0 && is_missing(&error) => continue,
-            Err(error) => {
-                let path = error.path().unwrap_or(dir).to_path_buf();
-                return Err(std::io::Error::from(error)).during("count the disk use of", path);
-            }
-        };
+        let metadata = entry.and_then(|entry| entry.metadata()).ok()?;
         let seen_before = !metadata.is_dir()
             && metadata.nlink() > 1
             && !linked.insert((metadata.dev(), metadata.ino()));
@@ -41,13 +47,7 @@ pub fn count(dir: &Path, limit: usize) -> Result<Option<Usage>> {
             usage.size += metadata.blocks() * 512;
         }
     }
-    Ok(Some(usage))
-}
-
-fn is_missing(error: &walkdir::Error) -> bool {
-    error
-        .io_error()
-        .is_some_and(|io| io.kind() == std::io::ErrorKind::NotFound)
+    Some(usage)
 }
 
 #[cfg(test)]
@@ -62,7 +62,7 @@ mod tests {
         fs::hard_link(dir.path().join("a"), dir.path().join("b")).unwrap();
         fs::create_dir(dir.path().join("d")).unwrap();
         std::os::unix::fs::symlink("nowhere", dir.path().join("d/l")).unwrap();
-        let usage = count(dir.path(), usize::MAX).unwrap().unwrap();
+        let usage = count_small(dir.path(), usize::MAX).unwrap();
         let blocks = |name: &str| {
             fs::symlink_metadata(dir.path().join(name))
                 .unwrap()
@@ -73,22 +73,24 @@ mod tests {
             usage.size,
             (blocks("") + blocks("a") + blocks("d") + blocks("d/l")) * 512
         );
+        assert_eq!(count(dir.path()).unwrap(), usage);
     }
 
     #[test]
-    fn larger_than_the_limit_is_not_counted() {
+    fn larger_than_the_limit_is_left_to_the_other_count() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), "").unwrap();
-        assert_eq!(count(dir.path(), 1).unwrap(), None);
-        assert_eq!(count(dir.path(), 2).unwrap().unwrap().inodes, 2);
+        assert_eq!(count_small(dir.path(), 1), None);
+        assert_eq!(count_small(dir.path(), 2).unwrap().inodes, 2);
     }
 
     #[test]
     fn a_missing_tree_is_an_error_that_names_it() {
-        let error = count(Path::new("/does/not/exist"), 10).unwrap_err();
+        let error = count(Path::new("/does/not/exist")).unwrap_err();
         assert_eq!(
             error.to_string(),
             "cannot count the disk use of /does/not/exist"
         );
+        assert_eq!(count_small(Path::new("/does/not/exist"), 10), None);
     }
 }

@@ -553,7 +553,7 @@ fn root_a_directory_of_a_lower_layer_is_removed_and_made_again() {
             .await;
         bench
             .layer("two", "one", |dir| {
-                fs::remove_dir_all(dir.join("dir")).unwrap()
+                fs::remove_dir_all(dir.join("dir")).unwrap();
             })
             .await;
         bench

@@ -1,0 +1,150 @@
+//! One blob on its way into the content store.
+//!
+//! ```text
+//! Write {WRITE, ref, offset 0, data} ──>
+//! Write {WRITE, ref, offset n, data} ──>      each is answered, nobody waits for the answers
+//!  ...
+//! Write {COMMIT, ref, offset, data, total, expected digest, labels} ──>
+//! ```
+//!
+//! Offset 0 makes containerd throw away what an earlier attempt has left under the reference. The
+//! last data goes with the commit, so a small blob is one message.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::{WriteAction, WriteContentRequest};
+use containerd_client::tonic::{Code, Status};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::chunks::Measured;
+use super::store::{CallError, During, Store};
+
+/// A blob that is being written. Whoever gives it up calls [`Upload::abort`].
+#[derive(Debug)]
+pub(super) struct Upload {
+    store: Store,
+    reference: String,
+    offset: i64,
+    /// The last chunk, until it is known that it is the last.
+    held: Option<Vec<u8>>,
+    stream: Option<Stream>,
+}
+
+#[derive(Debug)]
+struct Stream {
+    requests: mpsc::Sender<WriteContentRequest>,
+    end: JoinHandle<Result<(), Status>>,
+}
+
+impl Upload {
+    /// Nothing is sent yet.
+    pub(super) fn new(store: Store, reference: String) -> Self {
+        Self {
+            store,
+            reference,
+            offset: 0,
+            held: None,
+            stream: None,
+        }
+    }
+
+    /// Adds a chunk.
+    pub(super) async fn write(&mut self, chunk: Vec<u8>) -> Result<(), CallError> {
+        match self.held.replace(chunk) {
+            None => Ok(()),
+            Some(data) => {
+                let request = self.next_request(WriteAction::Write, data);
+                self.send(request).await
+            }
+        }
+    }
+
+    /// Ends the blob. A blob that the store has already is fine.
+    pub(super) async fn commit(
+        &mut self,
+        blob: &Measured,
+        labels: &HashMap<String, String>,
+    ) -> Result<(), CallError> {
+        let data = self.held.take().unwrap_or_default();
+        let request = WriteContentRequest {
+            total: i64::try_from(blob.size).unwrap_or(i64::MAX),
+            expected: blob.digest.clone(),
+            labels: labels.clone(),
+            ..self.next_request(WriteAction::Commit, data)
+        };
+        let committed = match self.send(request).await {
+            Ok(()) => self.end().await,
+            error => error,
+        };
+        match committed {
+            Err(error) if error.code() == Code::AlreadyExists => {
+                // An early answer leaves the reference as it was.
+                self.store.abort(&self.reference).await?;
+                self.store.adopt(&blob.digest, labels).await
+            }
+            other => other,
+        }
+    }
+
+    /// Leaves nothing of the blob behind, unless it was committed.
+    pub(super) async fn abort(&mut self) -> Result<(), CallError> {
+        // Only when the stream has ended can containerd write no more.
+        let sent = self.stream.is_some() || self.offset > 0;
+        drop(self.end().await);
+        if sent {
+            self.store.abort(&self.reference).await?;
+        }
+        Ok(())
+    }
+
+    fn next_request(&mut self, action: WriteAction, data: Vec<u8>) -> WriteContentRequest {
+        let offset = self.offset;
+        self.offset += i64::try_from(data.len()).unwrap_or(i64::MAX);
+        WriteContentRequest {
+            action: action.into(),
+            r#ref: self.reference.clone(),
+            offset,
+            data,
+            ..WriteContentRequest::default()
+        }
+    }
+
+    async fn send(&mut self, request: WriteContentRequest) -> Result<(), CallError> {
+        let stream = self.stream.get_or_insert_with(|| open(&self.store));
+        if stream.requests.send(request).await.is_ok() {
+            return Ok(());
+        }
+        self.end().await?;
+        // containerd has ended the stream without an error and without a commit.
+        Err(Status::aborted("containerd ended the write")).during(|| self.act())
+    }
+
+    /// Sends no more and waits for the end of the answers.
+    async fn end(&mut self) -> Result<(), CallError> {
+        let Some(Stream { requests, end }) = self.stream.take() else {
+            return Ok(());
+        };
+        drop(requests);
+        end.await
+            .unwrap_or_else(|error| Err(Status::internal(error.to_string())))
+            .during(|| self.act())
+    }
+
+    fn act(&self) -> String {
+        format!("write the content {:?}", self.reference)
+    }
+}
+
+fn open(store: &Store) -> Stream {
+    let (requests, queue) = mpsc::channel(1);
+    let mut client = store.content();
+    let request = store.request(ReceiverStream::new(queue));
+    let end = tokio::spawn(async move {
+        let mut answers = client.write(request).await?.into_inner();
+        while answers.message().await?.is_some() {}
+        Ok(())
+    });
+    Stream { requests, end }
+}

@@ -1,0 +1,564 @@
+//! The daemon as an operator meets it: starting twice, stopping, full disks, broken roots, fsck, import.
+#![allow(clippy::tests_outside_test_module, reason = "the whole file is tests")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::process::Output;
+
+use containerd_client::services::v1::snapshots::Kind;
+use containerd_client::tonic::Code;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::Signal;
+
+use support::client::Client;
+use support::daemon::Site;
+use support::mounted::{Mounted, enter_private_mounts};
+
+/// Runs an operator's test if it can be run.
+fn as_root(test: impl AsyncFnOnce()) {
+    if support::is_root() {
+        enter_private_mounts();
+        support::block_on(test());
+    }
+}
+
+/// A layer with one file, on `parent`.
+async fn make_layer(client: &Client, name: &str, parent: &str) {
+    let key = format!("{name}-active");
+    {
+        let mounted = Mounted::new(&client.prepare(&key, parent, &[]).await.unwrap());
+        fs::write(mounted.join(name), name).unwrap();
+    }
+    client
+        .commit(name, &key, &[("containerd.io/snapshot/l", "v")])
+        .await
+        .unwrap();
+}
+
+/// Runs the daemon's binary on the site until it ends.
+fn run(site: &Site, arguments: &[&str]) -> Output {
+    site.command()
+        .stderr(std::process::Stdio::piped())
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn refusal(site: &Site, arguments: &[&str]) -> String {
+    let output = run(site, arguments);
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn root_one_daemon_per_root_and_per_socket() {
+    as_root(async || {
+        let (site, other) = (Site::new(), Site::new());
+        let _daemon = site.start(&[]);
+        let socket = site.socket();
+        let elsewhere = other.socket();
+        let error = refusal(&site, &["--address", elsewhere.to_str().unwrap()]);
+        assert!(
+            error.contains("another transship-snapshotter uses"),
+            "{error}"
+        );
+        let error = refusal(&other, &["--address", socket.to_str().unwrap()]);
+        assert!(error.contains("another daemon listens on"), "{error}");
+        assert!(
+            socket.try_exists().unwrap(),
+            "the socket of the living one stays"
+        );
+    });
+}
+
+#[test]
+fn root_what_is_no_socket_is_left_alone() {
+    as_root(async || {
+        let site = Site::new();
+        let file = site.path().join("file");
+        fs::write(&file, "mine").unwrap();
+        let error = refusal(&site, &["--address", file.to_str().unwrap()]);
+        assert!(error.contains("is not a socket"), "{error}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+        // What a dead daemon left is replaced.
+        fs::create_dir(site.path().join("run")).unwrap();
+        drop(UnixListener::bind(site.socket()).unwrap());
+        let _daemon = site.start(&[]);
+    });
+}
+
+#[test]
+fn root_files_are_private_and_the_socket_goes_at_stop() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        client.prepare("a", "", &[]).await.unwrap();
+        let mode = |path: &Path| fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert!(
+            fs::symlink_metadata(site.socket())
+                .unwrap()
+                .file_type()
+                .is_socket()
+        );
+        for (path, expected) in [
+            (site.socket(), 0o600),
+            (site.socket().parent().unwrap().to_path_buf(), 0o700),
+            (site.root(), 0o700),
+            (site.root().join("metadata.redb"), 0o600),
+            (site.snapshots(), 0o700),
+            (site.snapshots().join("1"), 0o700),
+            (site.snapshots().join("1/fs"), 0o755),
+            (site.snapshots().join("1/work"), 0o711),
+        ] {
+            assert_eq!(mode(&path), expected, "{}", path.display());
+        }
+        assert!(daemon.stop().success());
+        assert!(!site.socket().try_exists().unwrap());
+        // A clean stop gives unused ids back.
+        let daemon = site.start(&[]);
+        daemon.client().await.prepare("b", "", &[]).await.unwrap();
+        assert_eq!(site.directories(), ["1", "2"]);
+    });
+}
+
+#[test]
+fn root_systemd_is_told() {
+    as_root(async || {
+        for abstract_name in [false, true] {
+            let site = Site::new();
+            let path = site.path().join("notify");
+            let name = format!("@transship-test-{}", std::process::id());
+            let socket = if abstract_name {
+                use std::os::linux::net::SocketAddrExt;
+                let address = std::os::unix::net::SocketAddr::from_abstract_name(&name[1..]);
+                UnixDatagram::bind_addr(&address.unwrap()).unwrap()
+            } else {
+                UnixDatagram::bind(&path).unwrap()
+            };
+            let value = if abstract_name {
+                name.clone()
+            } else {
+                path.display().to_string()
+            };
+            let mut command = site.command();
+            command
+                .arg("--address")
+                .arg(site.socket())
+                .env("NOTIFY_SOCKET", value);
+            let mut child = command.spawn().unwrap();
+            let mut message = [0; 64];
+            let length = socket.recv(&mut message).unwrap();
+            assert_eq!(&message[..length], b"READY=1");
+            assert!(
+                site.socket().try_exists().unwrap(),
+                "ready means that it listens"
+            );
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+            nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+            let length = socket.recv(&mut message).unwrap();
+            assert_eq!(&message[..length], b"STOPPING=1");
+            assert!(child.wait().unwrap().success());
+        }
+    });
+}
+
+#[test]
+fn root_the_log_has_each_call_and_its_level_changes() {
+    as_root(async || {
+        let site = Site::new();
+        let config = site.path().join("config.toml");
+        fs::write(&config, "log_format = \"json\"\n").unwrap();
+        let mut command = site.command();
+        command
+            .arg("--address")
+            .arg(site.socket())
+            .arg("--config")
+            .arg(&config);
+        let mut child = command.spawn().unwrap();
+        support::wait_until("it listens", || site.socket().try_exists().unwrap());
+        let client = Client::connect(&site.socket(), "transship").await.unwrap();
+        client.prepare("quiet", "", &[]).await.unwrap();
+        fs::write(&config, "log_format = \"json\"\nlog_level = \"debug\"\n").unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+        nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
+        support::wait_until("the level changed", || site.log().contains("\"log level\""));
+        client.stat("quiet").await.unwrap();
+        client.stat("missing").await.unwrap_err();
+        nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+        child.wait().unwrap();
+        let log = site.log();
+        let calls: Vec<serde_json::Value> = log
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|line: &serde_json::Value| line["rpc"] == "stat")
+            .collect();
+        assert_eq!(calls.len(), 2, "{log}");
+        assert_eq!(
+            (&calls[0]["key"], &calls[0]["message"]),
+            (&"quiet".into(), &"ok".into())
+        );
+        assert!(calls[0]["took_us"].is_u64());
+        assert_eq!(
+            (&calls[1]["key"], &calls[1]["code"]),
+            (&"missing".into(), &"NotFound".into())
+        );
+    });
+}
+
+#[test]
+fn root_a_full_disk_is_said_and_survived() {
+    as_root(async || {
+        let site = Site::new();
+        fs::create_dir(site.root()).unwrap();
+        let none = None::<&str>;
+        let size = Some("size=1m,mode=700");
+        mount(
+            Some("t"),
+            &site.root(),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            size,
+        )
+        .unwrap();
+        {
+            let daemon = site.start(&[]);
+            let client = daemon.client().await;
+            make_layer(&client, "base", "").await;
+            let ballast = site.root().join("ballast");
+            let mut made = 0;
+            let status = loop {
+                if made == 20 {
+                    // All that is left, to the last page.
+                    let mut file = fs::File::create(&ballast).unwrap();
+                    while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+                }
+                match client.prepare(&format!("p{made}"), "base", &[]).await {
+                    Ok(_) => made += 1,
+                    Err(status) => break status,
+                }
+                assert!(made < 10_000, "the disk is never full");
+            };
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+            assert!(status.message().contains("No space left"), "{status:?}");
+            // What is there works, and nothing is half there.
+            client.mounts("p0").await.unwrap();
+            client.stat("base").await.unwrap();
+            client.stat(&format!("p{made}")).await.unwrap_err();
+            assert_eq!(client.list(&[]).await.unwrap().len(), made + 1);
+            fs::remove_file(&ballast).unwrap();
+            client
+                .prepare(&format!("p{made}"), "base", &[])
+                .await
+                .unwrap();
+            for n in 0..=made {
+                client.remove(&format!("p{n}")).await.unwrap();
+            }
+            client.cleanup().await.unwrap();
+            assert_eq!(site.directories().len(), 1);
+            assert!(daemon.stop().success());
+        }
+        assert_eq!(run(&site, &["fsck"]).status.code(), Some(0));
+        mount(
+            none,
+            &site.root(),
+            none,
+            MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+            none,
+        )
+        .unwrap();
+        let error = refusal(&site, &[]);
+        assert!(error.contains("Read-only file system"), "{error}");
+        umount2(&site.root(), MntFlags::empty()).unwrap();
+    });
+}
+
+#[test]
+fn root_out_of_file_descriptors_is_survived() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let limit = |soft: u64| {
+            let pid = daemon.pid().to_string();
+            let status = std::process::Command::new("prlimit")
+                .args(["--pid", &pid, &format!("--nofile={soft}:")])
+                .status();
+            assert!(status.unwrap().success());
+        };
+        let first = daemon.client().await;
+        limit(24);
+        let mut more = Vec::new();
+        for _ in 0..40 {
+            more.push(std::os::unix::net::UnixStream::connect(site.socket()).unwrap());
+        }
+        // The connection that is there goes on: what needs no descriptor works, the rest says so.
+        first.prepare("a", "", &[]).await.unwrap();
+        first.mounts("a").await.unwrap();
+        let status = first.usage("a").await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        drop(more);
+        limit(1024);
+        daemon.client().await.usage("a").await.unwrap();
+    });
+}
+
+#[test]
+fn root_idle_clients_do_not_hold_up_the_stop() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        client.prepare("a", "", &[]).await.unwrap();
+        // This thread drives the client's connection, and while it waits here the client is frozen.
+        assert!(daemon.stop().success());
+        drop(client);
+    });
+}
+
+#[test]
+fn root_a_lost_directory_of_an_active_snapshot_is_made_again() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        make_layer(&client, "base", "").await;
+        std::os::unix::fs::chown(site.snapshots().join("1/fs"), Some(5), Some(6)).unwrap();
+        client.prepare("active", "base", &[]).await.unwrap();
+        daemon.stop();
+        fs::remove_dir_all(site.snapshots().join("2")).unwrap();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        let mounted = Mounted::new(&client.mounts("active").await.unwrap());
+        assert_eq!(fs::read_to_string(mounted.join("base")).unwrap(), "base");
+        let top = fs::metadata(mounted.path()).unwrap();
+        assert_eq!((top.uid(), top.gid(), top.mode() & 0o777), (5, 6, 0o755));
+    });
+}
+
+#[test]
+fn root_large_layers_are_counted_after_the_answer() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        {
+            let mounted = Mounted::new(&client.prepare("big-active", "", &[]).await.unwrap());
+            for n in 0..2500 {
+                fs::write(mounted.join(&n.to_string()), "").unwrap();
+            }
+        }
+        let before = client.usage("big-active").await.unwrap();
+        assert_eq!(before.inodes, 2501);
+        client.commit("big", "big-active", &[]).await.unwrap();
+        assert_eq!(client.usage("big").await.unwrap(), before);
+        // Stored, not counted anew: changing the directory does not change the answer.
+        fs::write(site.snapshots().join("1/fs/later"), "").unwrap();
+        assert_eq!(client.usage("big").await.unwrap(), before);
+    });
+}
+
+/// A site with a few snapshots of every kind, the daemon stopped.
+async fn filled_site() -> Site {
+    let site = Site::new();
+    let daemon = site.start(&[]);
+    let client = daemon.client().await;
+    make_layer(&client, "base", "").await;
+    make_layer(&client, "top", "base").await;
+    client.prepare("active", "top", &[]).await.unwrap();
+    client.view("view", "base", &[]).await.unwrap();
+    client.prepare("gone", "top", &[]).await.unwrap();
+    client.remove("gone").await.unwrap();
+    client.cleanup().await.unwrap();
+    assert!(daemon.stop().success());
+    site
+}
+
+/// Checks that the site of [`filled_site`] is whole.
+async fn check_filled_site(site: &Site) {
+    assert_eq!(
+        run(site, &["fsck"]).status.code(),
+        Some(0),
+        "fsck finds nothing more"
+    );
+    let daemon = site.start(&[]);
+    let client = daemon.client().await;
+    let mut infos = client.list(&[]).await.unwrap();
+    infos.sort_by(|a, b| a.name.cmp(&b.name));
+    let found: Vec<_> = infos
+        .iter()
+        .map(|info| (info.name.as_str(), info.kind(), info.parent.as_str()))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("active", Kind::Active, "top"),
+            ("base", Kind::Committed, ""),
+            ("top", Kind::Committed, "base"),
+            ("view", Kind::View, "base"),
+        ]
+    );
+    assert_eq!(
+        infos[2]
+            .labels
+            .get("containerd.io/snapshot/l")
+            .map(String::as_str),
+        Some("v")
+    );
+    let mounted = Mounted::new(&client.mounts("active").await.unwrap());
+    assert_eq!(fs::read_to_string(mounted.join("top")).unwrap(), "top");
+    assert_eq!(fs::read_to_string(mounted.join("base")).unwrap(), "base");
+    let status = client.remove("top").await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");
+    let mounts = client.prepare("fresh", "top", &[]).await.unwrap();
+    for id in 1..=5 {
+        let used = format!("upperdir={}/{id}/fs", site.snapshots().display());
+        assert!(!mounts[0].options.contains(&used), "id {id} came back");
+    }
+}
+
+#[test]
+fn root_fsck_finds_nothing_on_a_sound_root() {
+    as_root(async || {
+        let site = filled_site().await;
+        check_filled_site(&site).await;
+        let daemon = site.start(&[]);
+        let error = refusal(&site, &["fsck"]);
+        assert!(
+            error.contains("another transship-snapshotter uses"),
+            "{error}"
+        );
+        daemon.stop();
+    });
+}
+
+#[test]
+fn root_fsck_rebuilds_a_lost_or_damaged_database() {
+    as_root(async || {
+        for damage in ["missing", "empty", "garbage", "zeroed"] {
+            let site = filled_site().await;
+            let database = site.root().join("metadata.redb");
+            let mut content = fs::read(&database).unwrap();
+            match damage {
+                "missing" => fs::remove_file(&database).unwrap(),
+                "empty" => fs::write(&database, "").unwrap(),
+                "garbage" => fs::write(&database, "x".repeat(100_000)).unwrap(),
+                _ => {
+                    content[8192..].fill(0);
+                    fs::write(&database, &content).unwrap();
+                }
+            }
+            if damage == "missing" || damage == "empty" {
+                // The daemon does not take a new database for the truth and delete everything.
+                let error = refusal(&site, &["--address", site.socket().to_str().unwrap()]);
+                assert!(error.contains("fsck --repair"), "{error}");
+                assert_eq!(site.directories().len(), 4);
+            }
+            let output = run(&site, &["fsck"]);
+            assert_eq!(output.status.code(), Some(4), "{damage}: {output:?}");
+            assert_eq!(
+                site.directories().len(),
+                4,
+                "nothing is touched without --repair"
+            );
+            let output = run(&site, &["fsck", "--repair"]);
+            assert_eq!(output.status.code(), Some(1), "{damage}: {output:?}");
+            check_filled_site(&site).await;
+        }
+    });
+}
+
+#[test]
+fn root_fsck_mends_directories() {
+    as_root(async || {
+        let site = filled_site().await;
+        let dir = |name: &str| site.snapshots().join(name);
+        fs::create_dir(dir("77")).unwrap();
+        fs::create_dir(dir("new-78")).unwrap();
+        fs::create_dir(dir("gone-79")).unwrap();
+        fs::remove_dir_all(dir("3")).unwrap();
+        rustix::fs::removexattr(dir("1"), "trusted.transship.snapshot").unwrap();
+        let output = run(&site, &["fsck"]);
+        assert_eq!(output.status.code(), Some(4), "{output:?}");
+        assert!(dir("77").try_exists().unwrap());
+        let output = run(&site, &["fsck", "--repair"]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(site.directories(), ["1", "2", "3", "4"]);
+        check_filled_site(&site).await;
+
+        let site = filled_site().await;
+        fs::remove_dir_all(site.snapshots().join("1")).unwrap();
+        let output = run(&site, &["fsck", "--repair"]);
+        assert_eq!(
+            output.status.code(),
+            Some(4),
+            "a lost layer cannot be mended: {output:?}"
+        );
+    });
+}
+
+#[test]
+fn root_prepare_imports_the_files_of_a_checkpoint() {
+    as_root(async || {
+        let site = Site::new();
+        let checkpoints = site.path().join("checkpoints");
+        let config = site.path().join("config.toml");
+        fs::write(&config, format!("import_dir = {checkpoints:?}\n")).unwrap();
+        let daemon = site.start(&["--config", config.to_str().unwrap()]);
+        let client = daemon.client().await;
+        make_layer(&client, "base", "").await;
+        // A container's changes, as an OCI layer: one file more, one of the image deleted.
+        let source = site.path().join("source");
+        fs::create_dir_all(source.join("etc")).unwrap();
+        fs::write(source.join("etc/new"), "from the checkpoint").unwrap();
+        fs::write(source.join(".wh.base"), "").unwrap();
+        let checkpoint = checkpoints.join("one/container");
+        fs::create_dir_all(&checkpoint).unwrap();
+        let tar = checkpoint.join("rootfs-diff.tar");
+        let status = std::process::Command::new("tar")
+            .arg("-cf")
+            .arg(&tar)
+            .arg("-C")
+            .arg(&source)
+            .args([".wh.base", "etc"])
+            .status();
+        assert!(status.unwrap().success());
+
+        let import = |dir: &Path| dir.display().to_string();
+        let label = "containerd.io/snapshot/transship.import";
+        let mounts = client
+            .prepare("restored", "base", &[(label, &import(&checkpoint))])
+            .await
+            .unwrap();
+        {
+            let mounted = Mounted::new(&mounts);
+            let content = fs::read_to_string(mounted.join("etc/new")).unwrap();
+            assert_eq!(content, "from the checkpoint");
+            assert!(!mounted.join("base").try_exists().unwrap());
+        }
+        for (dir, code) in [
+            (site.path().to_path_buf(), Code::InvalidArgument),
+            (checkpoints.join("../source"), Code::InvalidArgument),
+            (checkpoints.join("missing"), Code::Internal),
+        ] {
+            let key = "refused";
+            let status = client
+                .prepare(key, "base", &[(label, &import(&dir))])
+                .await
+                .unwrap_err();
+            assert_eq!(status.code(), code, "{status:?}");
+            assert_eq!(client.stat(key).await.unwrap_err().code(), Code::NotFound);
+        }
+        fs::write(&tar, "not a tar at all").unwrap();
+        let status = client
+            .prepare("refused", "base", &[(label, &import(&checkpoint))])
+            .await
+            .unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert_eq!(site.directories().len(), 2, "nothing half made is left");
+    });
+}
