@@ -66,6 +66,13 @@ impl DirectoryListing {
         ))
     }
 
+    pub(crate) fn has(&self, name: &[u8]) -> bool {
+        let name_of = |entry: &ListedName| &self.names[entry.start..entry.start + entry.len];
+        self.entries
+            .binary_search_by(|entry| name_of(entry).cmp(name))
+            .is_ok()
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], Option<InodeType>)> {
         (0..self.entries.len()).filter_map(|position| self.get(position))
     }

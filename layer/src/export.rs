@@ -126,16 +126,16 @@ struct FirstLink {
     left: u64,
 }
 
-struct Export<'o, W> {
-    tar: TarWriter<W>,
-    lower: LowerView,
-    options: &'o ExportOptions,
-    stats: ExportStats,
+pub(crate) struct Export<'o, W> {
+    pub(crate) tar: TarWriter<W>,
+    pub(crate) lower: LowerView,
+    pub(crate) options: &'o ExportOptions,
+    pub(crate) stats: ExportStats,
     /// Inodes with more names than were met yet. An entry goes when its last name is written.
     links: HashMap<(u64, u64), FirstLink>,
-    xattr_reader: XattrReader,
+    pub(crate) xattr_reader: XattrReader,
     /// Attributes of the current inode.
-    xattrs: Vec<Xattr>,
+    pub(crate) xattrs: Vec<Xattr>,
 }
 
 impl<W: Write> Export<'_, W> {
@@ -160,7 +160,7 @@ impl<W: Write> Export<'_, W> {
                 let fd = open_for_export(walk.directory(), name, path, OFlag::empty())?;
                 self.write_regular(walk, path, File::from(fd))
             }
-            InodeType::Socket => self.write_socket(path),
+            InodeType::Socket => self.write_socket(walk, path),
             InodeType::Symlink
             | InodeType::CharDevice
             | InodeType::BlockDevice
@@ -173,30 +173,39 @@ impl<W: Write> Export<'_, W> {
         let path = walk.path();
         let attributes = stat_open(&fd, path)?;
         let marks = self.read_marks(XattrHolder::Open(fd.as_fd()), path)?;
-        if marks.redirect.is_some() {
-            return Err(ExportError::inexact(
-                path,
-                "the directory was renamed with redirect_dir=on and its content lies in a lower layer",
-            ));
-        }
-        let is_root = path.is_empty();
-        let mut entry_path = if is_root {
-            b"./".to_vec()
-        } else {
-            path.to_vec()
-        };
-        if !is_root {
-            entry_path.push(b'/');
-        }
-        self.write_entry(&entry_path, EntryType::Directory, &attributes, b"", None)?;
+        let lower_path = self.lower_path_of(walk, &marks)?;
+        self.write_directory_entry(path, &attributes)?;
         // Overlay never looks at `opaque` on the root: the root is always merged.
-        if marks.opaque && !is_root && self.hides_directory(path)? {
+        let is_opaque = marks.opaque && !path.is_empty() || marks.redirect.is_some();
+        if is_opaque && self.hides_directory(path)? {
             let mut marker = path.to_vec();
             push_component(&mut marker, OPAQUE_NAME);
             self.write_marker(&marker)?;
             self.stats.opaque_directories += 1;
         }
-        walk.enter(fd, attributes, marks.holds_xattr_whiteouts)
+        let is_renamed = lower_path.is_some();
+        walk.enter(fd, attributes, lower_path)?;
+        if is_renamed {
+            self.write_lower_half(walk)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes the entry of a directory with the attributes in `self.xattrs`.
+    pub(crate) fn write_directory_entry(
+        &mut self,
+        path: &[u8],
+        attributes: &InodeAttributes,
+    ) -> Result<(), ExportError> {
+        let path = if path.is_empty() { &b"."[..] } else { path };
+        self.write_entry(
+            &[path, b"/"].concat(),
+            EntryType::Directory,
+            attributes,
+            b"",
+            None,
+        )
     }
 
     /// Whether an opaque directory hides one of the lower layers. Overlay marks every new directory
@@ -220,14 +229,14 @@ impl<W: Write> Export<'_, W> {
             return Err(ExportError::changed(path));
         }
         let marks = self.read_marks(XattrHolder::Open(file.as_fd()), path)?;
-        if marks.xattr_whiteout && attributes.size == 0 && walk.holds_xattr_whiteouts() {
-            return self.write_whiteout(path);
+        if marks.xattr_whiteout && attributes.size == 0 {
+            return self.write_whiteout(walk, path);
         }
         if self.write_hard_link(path, &attributes, &marks)? {
             return Ok(());
         }
         if marks.metacopy {
-            return self.write_metacopy(path, &attributes, &marks);
+            return self.write_metacopy(walk, path, &attributes, &marks);
         }
         self.write_data(path, &attributes, &file)?;
         if attributes.unchanged_in(&stat_open(&file, path)?) {
@@ -237,49 +246,7 @@ impl<W: Write> Export<'_, W> {
         }
     }
 
-    /// Writes a file whose attributes are in the upperdir and whose data is in a lower layer
-    /// (`metacopy=on`): for a layer it is an ordinary changed file.
-    fn write_metacopy(
-        &mut self,
-        path: &[u8],
-        attributes: &InodeAttributes,
-        marks: &OverlayMarks,
-    ) -> Result<(), ExportError> {
-        let data_path = match &marks.redirect {
-            None => path.to_vec(),
-            // Absolute from the root of the overlay, or a name in the same directory.
-            Some(redirect) => match redirect.strip_prefix(b"/") {
-                Some(absolute) => absolute.to_vec(),
-                None => {
-                    let mut sibling = split_last(path).0.to_vec();
-                    push_component(&mut sibling, redirect);
-                    sibling
-                }
-            },
-        };
-        let Some(file) = self.lower.open_data(&data_path)? else {
-            return Err(ExportError::inexact(
-                path,
-                "metacopy=on: its data is in a lower layer that was not given or does not have it",
-            ));
-        };
-        let data = stat_open(&file, path)?;
-        if data.size != attributes.size {
-            return Err(ExportError::inexact(
-                path,
-                "metacopy=on: its data has another size",
-            ));
-        }
-        self.stats.metacopy_files += 1;
-        self.write_data(path, attributes, &file)?;
-        if data.unchanged_in(&stat_open(&file, path)?) {
-            Ok(())
-        } else {
-            Err(ExportError::changed(path))
-        }
-    }
-
-    fn write_data(
+    pub(crate) fn write_data(
         &mut self,
         path: &[u8],
         attributes: &InodeAttributes,
@@ -327,7 +294,7 @@ impl<W: Write> Export<'_, W> {
     ) -> Result<(), ExportError> {
         let attributes = stat_name(walk, name)?;
         if attributes.is_whiteout_device() {
-            return self.write_whiteout(path);
+            return self.write_whiteout(walk, path);
         }
         let directory = walk.directory();
         let marks = self.read_marks(XattrHolder::Named { directory, name }, path)?;
@@ -351,16 +318,20 @@ impl<W: Write> Export<'_, W> {
         self.write_entry(path, entry_type, &attributes, b"", None)
     }
 
-    fn write_socket(&mut self, path: &[u8]) -> Result<(), ExportError> {
+    fn write_socket(&mut self, walk: &UpperWalk, path: &[u8]) -> Result<(), ExportError> {
         self.stats.sockets += 1;
         // Without lower layers to ask, the whiteout is the safe side: it does no harm.
         if self.lower.is_empty() || self.lower.look_up(path)?.is_some() {
-            return self.write_whiteout(path);
+            return self.write_whiteout(walk, path);
         }
         Ok(())
     }
 
-    fn write_whiteout(&mut self, path: &[u8]) -> Result<(), ExportError> {
+    fn write_whiteout(&mut self, walk: &UpperWalk, path: &[u8]) -> Result<(), ExportError> {
+        if walk.lower_path().is_some() {
+            // In a renamed directory all that is to show is written; what is not, is gone.
+            return Ok(());
+        }
         let (parent, name) = split_last(path);
         let mut whiteout = parent.to_vec();
         push_component(&mut whiteout, &[WHITEOUT_PREFIX, name].concat());
@@ -390,7 +361,7 @@ impl<W: Write> Export<'_, W> {
 
     /// Writes a link if the inode was written under another name before. Otherwise, when it has
     /// more names, remembers this one as the first.
-    fn write_hard_link(
+    pub(crate) fn write_hard_link(
         &mut self,
         path: &[u8],
         attributes: &InodeAttributes,
@@ -432,7 +403,7 @@ impl<W: Write> Export<'_, W> {
     }
 
     /// Writes the header of an entry with the attributes in `self.xattrs`.
-    fn write_entry(
+    pub(crate) fn write_entry(
         &mut self,
         path: &[u8],
         entry_type: EntryType,
@@ -506,7 +477,7 @@ impl<W: Write> Export<'_, W> {
     }
 }
 
-fn stat_open(fd: impl AsFd, path: &[u8]) -> Result<InodeAttributes, ExportError> {
+pub(crate) fn stat_open(fd: impl AsFd, path: &[u8]) -> Result<InodeAttributes, ExportError> {
     Ok(fstat(fd)
         .map_err(|errno| ExportError::io("stat", path, errno))?
         .into())

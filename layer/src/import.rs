@@ -558,7 +558,7 @@ impl<R: Read> Import<R> {
 
     /// Overlay always merges the root, so an opaque one is made of whiteouts.
     fn hide_lower_root(&mut self) -> Result<(), ImportError> {
-        for name in self.tree.lower.root_names()? {
+        for name in self.tree.lower.list(b"")? {
             self.tree.enter(b"")?;
             match self.tree.stat_name(&name, &name)? {
                 None => self.make_whiteout(&name, &name)?,

@@ -34,6 +34,7 @@ mod decompress;
 mod directory_listing;
 mod export;
 mod export_error;
+mod export_renamed;
 mod import;
 mod import_error;
 mod inode_attributes;

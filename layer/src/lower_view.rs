@@ -12,9 +12,10 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{Mode, fstatat};
 
+use crate::directory_listing::DirectoryListing;
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
-use crate::path_bytes::{components, split_last, to_path_buf};
+use crate::path_bytes::{components, push_component, split_last, to_path_buf};
 use crate::xattrs::{Xattr, XattrHolder, XattrReader};
 
 /// Open directories that are kept at most, so that a deep tree over many layers stays far from the
@@ -53,13 +54,6 @@ impl LowerError {
     }
 }
 
-/// A directory of one layer that takes part in a merged directory.
-#[derive(Debug)]
-struct LayerDirectory {
-    fd: OwnedFd,
-    holds_xattr_whiteouts: bool,
-}
-
 /// What the layers below have under a name.
 #[derive(Debug)]
 pub(crate) struct LowerInode<'a> {
@@ -89,7 +83,7 @@ pub(crate) struct LowerView {
     /// The directories on the path looked up last: names, and per depth the layers' directories.
     /// `levels[0]` are the roots; None where they were closed to save descriptors.
     names: Vec<Vec<u8>>,
-    levels: Vec<Option<Vec<LayerDirectory>>>,
+    levels: Vec<Option<Vec<OwnedFd>>>,
     unused_xattrs: Vec<Xattr>,
 }
 
@@ -98,31 +92,16 @@ impl LowerView {
         lowerdirs: &[PathBuf],
         namespace: OverlayXattrs,
     ) -> Result<Self, LowerError> {
-        let mut reader = XattrReader::new();
-        let mut unused_xattrs = Vec::new();
         let mut roots = Vec::with_capacity(lowerdirs.len());
         for lowerdir in lowerdirs {
-            let root = open_root(lowerdir)?;
-            // `opaque` on a root has no meaning to overlay, `x` has.
-            let marks = marks_of(
-                &mut reader,
-                root.as_fd(),
-                namespace,
-                &mut unused_xattrs,
-                b"",
-            )?;
-            let holds_xattr_whiteouts = marks.holds_xattr_whiteouts;
-            roots.push(LayerDirectory {
-                fd: root,
-                holds_xattr_whiteouts,
-            });
+            roots.push(open_root(lowerdir)?);
         }
         Ok(LowerView {
             namespace,
-            reader,
+            reader: XattrReader::new(),
             names: Vec::new(),
             levels: vec![Some(roots)],
-            unused_xattrs,
+            unused_xattrs: Vec::new(),
         })
     }
 
@@ -147,13 +126,13 @@ impl LowerView {
             .and_then(Option::as_ref)
             .map_or(&[][..], |level| level);
         for directory in directories {
-            match examine(&mut self.reader, directory, name, path)? {
+            match examine(&mut self.reader, self.namespace, directory, name, path)? {
                 Examined::Nothing => {}
                 Examined::Whiteout => return Ok(None),
                 Examined::Inode(attributes) => {
                     return Ok(Some(LowerInode {
                         attributes,
-                        directory: directory.fd.as_fd(),
+                        directory: directory.as_fd(),
                         name,
                     }));
                 }
@@ -173,17 +152,12 @@ impl LowerView {
             .and_then(Option::as_ref)
             .map_or(&[][..], |level| level);
         for directory in directories {
-            match examine(&mut self.reader, directory, name, path)? {
+            match examine(&mut self.reader, self.namespace, directory, name, path)? {
                 Examined::Nothing => {}
                 Examined::Inode(attributes) if attributes.inode_type == InodeType::Regular => {
                     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                    let fd = openat(
-                        &directory.fd,
-                        name,
-                        flags | OFlag::O_NONBLOCK,
-                        Mode::empty(),
-                    )
-                    .map_err(|errno| LowerError::io("open", path, errno))?;
+                    let fd = openat(directory, name, flags | OFlag::O_NONBLOCK, Mode::empty())
+                        .map_err(|errno| LowerError::io("open", path, errno))?;
                     let marks = marks_of(
                         &mut self.reader,
                         fd.as_fd(),
@@ -206,21 +180,29 @@ impl LowerView {
         Ok(None)
     }
 
-    /// Names of the merged root directory.
-    pub(crate) fn root_names(&mut self) -> Result<Vec<Vec<u8>>, LowerError> {
-        let mut listing = crate::directory_listing::DirectoryListing::default();
+    /// Names that the merged directory `path` shows, sorted.
+    pub(crate) fn list(&mut self, path: &[u8]) -> Result<Vec<Vec<u8>>, LowerError> {
+        self.enter(path)?;
+        let mut listing = DirectoryListing::default();
         let mut names = Vec::new();
-        for directory in self.levels[0].as_deref().unwrap_or_default() {
+        let level = self
+            .levels
+            .last()
+            .and_then(Option::as_ref)
+            .map_or(&[][..], |level| level);
+        for directory in level {
             listing
-                .read(directory.fd.as_fd())
-                .map_err(|error| LowerError::io("list", b"", error))?;
+                .read(directory.as_fd())
+                .map_err(|error| LowerError::io("list", path, error))?;
             names.extend(listing.iter().map(|(name, _)| name.to_vec()));
         }
         names.sort_unstable();
         names.dedup();
         let mut shown = Vec::with_capacity(names.len());
         for name in names {
-            if self.look_up(&name)?.is_some() {
+            let mut below = path.to_vec();
+            push_component(&mut below, &name);
+            if self.look_up(&below)?.is_some() {
                 shown.push(name);
             }
         }
@@ -255,7 +237,7 @@ impl LowerView {
     }
 
     /// The layers' directories under a name of the last level.
-    fn descend(&mut self, name: &[u8], path: &[u8]) -> Result<Vec<LayerDirectory>, LowerError> {
+    fn descend(&mut self, name: &[u8], path: &[u8]) -> Result<Vec<OwnedFd>, LowerError> {
         let mut level = Vec::new();
         let above = self
             .levels
@@ -263,10 +245,10 @@ impl LowerView {
             .and_then(Option::as_ref)
             .map_or(&[][..], |level| level);
         for directory in above {
-            match examine(&mut self.reader, directory, name, path)? {
+            match examine(&mut self.reader, self.namespace, directory, name, path)? {
                 Examined::Nothing => {}
                 Examined::Inode(attributes) if attributes.is_directory() => {
-                    let fd = openat(&directory.fd, name, directory_flags(), Mode::empty())
+                    let fd = openat(directory, name, directory_flags(), Mode::empty())
                         .map_err(|errno| LowerError::io("open", path, errno))?;
                     let marks = marks_of(
                         &mut self.reader,
@@ -280,11 +262,7 @@ impl LowerView {
                             path: to_path_buf(path),
                         });
                     }
-                    let holds_xattr_whiteouts = marks.holds_xattr_whiteouts;
-                    level.push(LayerDirectory {
-                        fd,
-                        holds_xattr_whiteouts,
-                    });
+                    level.push(fd);
                     if marks.opaque {
                         break;
                     }
@@ -304,34 +282,29 @@ enum Examined {
 
 fn examine(
     reader: &mut XattrReader,
-    directory: &LayerDirectory,
+    namespace: OverlayXattrs,
+    directory: &OwnedFd,
     name: &[u8],
     path: &[u8],
 ) -> Result<Examined, LowerError> {
-    let attributes: InodeAttributes =
-        match fstatat(&directory.fd, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat.into(),
-            Err(Errno::ENOENT) => return Ok(Examined::Nothing),
-            Err(errno) => return Err(LowerError::io("stat", path, errno)),
-        };
+    let attributes: InodeAttributes = match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) => stat.into(),
+        Err(Errno::ENOENT) => return Ok(Examined::Nothing),
+        Err(errno) => return Err(LowerError::io("stat", path, errno)),
+    };
     if attributes.is_whiteout_device() {
         return Ok(Examined::Whiteout);
     }
-    let may_be_xattr_whiteout = directory.holds_xattr_whiteouts
-        && attributes.inode_type == InodeType::Regular
-        && attributes.size == 0;
-    if may_be_xattr_whiteout {
+    if attributes.inode_type == InodeType::Regular && attributes.size == 0 {
         let holder = XattrHolder::Named {
-            directory: directory.fd.as_fd(),
+            directory: directory.as_fd(),
             name,
         };
-        for whiteout in [&b"trusted.overlay.whiteout"[..], b"user.overlay.whiteout"] {
-            let value = reader
-                .value(holder, whiteout)
-                .map_err(|error| LowerError::io("read the attributes of", path, error))?;
-            if value.is_some() {
-                return Ok(Examined::Whiteout);
-            }
+        let mark = reader
+            .value(holder, namespace.whiteout_name())
+            .map_err(|error| LowerError::io("read the attributes of", path, error))?;
+        if mark.is_some() {
+            return Ok(Examined::Whiteout);
         }
     }
     Ok(Examined::Inode(attributes))

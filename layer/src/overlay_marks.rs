@@ -6,9 +6,9 @@
 //! ```text
 //! char device 0:0            whiteout: the name is deleted
 //! P opaque = "y"  on a dir   nothing of the layers below shows through
-//! P opaque = "x"  on a dir   merged as ever, but may hold xattr whiteouts (since 6.7)
-//! P whiteout on an empty     whiteout in a directory with opaque "x" (since 6.7); how a nested
-//!   regular file               overlay's whiteout reaches the disk
+//! P opaque = "x"  on a dir   merged as ever, but listed with care: may hold xattr whiteouts (6.7)
+//! P whiteout on an empty     whiteout (since 6.7); how a nested overlay's whiteout reaches the disk.
+//!   regular file               6.18 takes it as one in every directory, with "x" or without
 //! P redirect = "/a" | "b"    directory was renamed (redirect_dir=on), or file data lies there
 //! P metacopy                 only the attributes were copied up; the data is in a lower layer
 //! P origin                   file handle of the lower inode this one was copied up from
@@ -43,6 +43,14 @@ impl OverlayXattrs {
         }
     }
 
+    /// Name of the attribute that makes an empty file a whiteout.
+    pub(crate) fn whiteout_name(self) -> &'static [u8] {
+        match self {
+            OverlayXattrs::Trusted => b"trusted.overlay.whiteout",
+            OverlayXattrs::User => b"user.overlay.whiteout",
+        }
+    }
+
     /// Name of the attribute that makes a directory opaque with value `y`.
     pub(crate) fn opaque_name(self) -> &'static [u8] {
         match self {
@@ -68,7 +76,6 @@ pub(crate) fn is_host_bound(name: &[u8]) -> bool {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct OverlayMarks {
     pub(crate) opaque: bool,
-    pub(crate) holds_xattr_whiteouts: bool,
     pub(crate) xattr_whiteout: bool,
     pub(crate) redirect: Option<Vec<u8>>,
     pub(crate) metacopy: bool,
@@ -97,10 +104,7 @@ impl OverlayMarks {
             return;
         };
         match mark {
-            b"opaque" => {
-                self.opaque = value == b"y";
-                self.holds_xattr_whiteouts = value == b"x";
-            }
+            b"opaque" => self.opaque = value == b"y",
             b"whiteout" => self.xattr_whiteout = true,
             b"redirect" => self.redirect = Some(value.to_vec()),
             b"metacopy" => self.metacopy = true,

@@ -28,7 +28,9 @@ struct WalkedDirectory {
     /// Length of its path in the walk's current path.
     path_len: usize,
     attributes: InodeAttributes,
-    holds_xattr_whiteouts: bool,
+    /// Where in the lower layers the directory has its lower half, when that is another place than
+    /// its own path: it or one above it was renamed with `redirect_dir=on`.
+    lower_path: Option<Vec<u8>>,
 }
 
 /// Where the walk stands. Depth first; `path` is that of the name handed out last.
@@ -55,10 +57,18 @@ impl UpperWalk {
             .as_fd()
     }
 
-    pub(crate) fn holds_xattr_whiteouts(&self) -> bool {
+    /// Path of the lower half of the directory that holds that name, when it was renamed.
+    pub(crate) fn lower_path(&self) -> Option<&[u8]> {
         self.directories
             .last()
-            .is_some_and(|directory| directory.holds_xattr_whiteouts)
+            .and_then(|directory| directory.lower_path.as_deref())
+    }
+
+    /// Whether the innermost directory of the upperdir has a name, deleted ones included.
+    pub(crate) fn innermost_has(&self, name: &[u8]) -> bool {
+        self.directories
+            .last()
+            .is_some_and(|directory| directory.listing.has(name))
     }
 
     /// Goes on with the names in a directory: the root, or the one named last.
@@ -66,7 +76,7 @@ impl UpperWalk {
         &mut self,
         fd: OwnedFd,
         attributes: InodeAttributes,
-        holds_xattr_whiteouts: bool,
+        lower_path: Option<Vec<u8>>,
     ) -> Result<(), ExportError> {
         let mut listing = DirectoryListing::default();
         listing
@@ -82,7 +92,7 @@ impl UpperWalk {
             next: 0,
             path_len: self.path.len(),
             attributes,
-            holds_xattr_whiteouts,
+            lower_path,
         });
         Ok(())
     }

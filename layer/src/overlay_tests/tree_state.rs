@@ -142,11 +142,12 @@ pub(crate) fn holes(upperdir: &Path) -> BTreeMap<PathBuf, Vec<Segment>> {
         .collect()
 }
 
-/// Takes out the sockets that are in the upperdir: a layer cannot have them.
-pub(crate) fn without_upper_sockets(mut tree: TreeState, upperdir: &Path) -> TreeState {
-    tree.retain(|path, _| {
-        !fs::symlink_metadata(upperdir.join(path))
-            .is_ok_and(|metadata| metadata.file_type().is_socket())
+/// Takes out the sockets: those that are in the upperdir, because a layer cannot have them, or all.
+pub(crate) fn without_upper_sockets(mut tree: TreeState, upperdir: Option<&PathBuf>) -> TreeState {
+    let is_socket = |mode: u32| mode & 0o170_000 == 0o140_000;
+    tree.retain(|path, state| {
+        !is_socket(state.mode)
+            || upperdir.is_some_and(|dir| fs::symlink_metadata(dir.join(path)).is_err())
     });
     tree
 }
