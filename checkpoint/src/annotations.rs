@@ -16,6 +16,8 @@ pub const SANDBOX: &str = "dev.transship/sandbox";
 pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
 /// `fail` (default) or `cold-start`: what a create does whose restore failed.
 pub const ON_FAILURE: &str = "dev.transship/on-failure";
+/// `filled`: the files of the checkpoint are in the container's upperdir already.
+pub const ROOTFS: &str = "dev.transship/rootfs";
 /// The prefix of all annotations of Transship.
 pub const PREFIX: &str = "dev.transship/";
 
@@ -61,6 +63,16 @@ pub enum OnFailure {
     ColdStart,
 }
 
+/// What is in a container's upperdir before its restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rootfs {
+    /// Nothing: the files of the checkpoint have to be put there.
+    #[default]
+    FromImage,
+    /// The files of the checkpoint.
+    Filled,
+}
+
 /// An annotation whose value means nothing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("annotation {annotation} is {value:?}; it can be {allowed}")]
@@ -83,6 +95,8 @@ pub struct Annotations {
     pub missing_namespaces: MissingNamespaces,
     /// See [`ON_FAILURE`].
     pub on_failure: OnFailure,
+    /// See [`ROOTFS`].
+    pub rootfs: Rootfs,
     /// Whether any annotation of ours is present. If not, the runtime front stays out of the way.
     pub ours: bool,
 }
@@ -142,6 +156,11 @@ impl Annotations {
                 .cloned(),
             missing_namespaces,
             on_failure,
+            // Only our own tool says this.
+            rootfs: match get(ROOTFS).map(String::as_str) {
+                Some("filled") => Rootfs::Filled,
+                _ => Rootfs::FromImage,
+            },
             ours: annotations.is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
         })
     }

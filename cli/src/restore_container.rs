@@ -22,7 +22,7 @@ use prost::Message;
 use prost_types::Any;
 use serde_json::{Value, json};
 use transship_checkpoint::annotations::{
-    MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, SANDBOX,
+    MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX,
 };
 use transship_checkpoint::manifest::{self, ROOTFS_DIFF_FILE, SPEC_FILE};
 use transship_checkpoint::namespaces::{self, Namespace};
@@ -392,6 +392,7 @@ fn spec_for_restore(
     let mut spec = Spec::parse(&serde_json::to_vec(&spec)?)?;
     spec.set_annotation(RESTORE, checkpoint);
     spec.set_annotation(RESTORE_CONTAINER, &container.name);
+    spec.set_annotation(ROOTFS, "filled");
     if plan.new_namespaces {
         spec.set_annotation(MISSING_NAMESPACES, "new");
     }

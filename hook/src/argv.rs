@@ -10,7 +10,7 @@
 //! says what it thinks of it.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Globals that take a value in the next argument.
 const GLOBAL_VALUES: &[&str] = &[
@@ -138,6 +138,51 @@ impl Arguments {
             value: Some(value.into()),
         });
         self
+    }
+
+    /// The arguments with switches that they may have already.
+    #[must_use]
+    pub fn with_switches(mut self, names: &[String]) -> Self {
+        for name in names
+            .iter()
+            .filter(|name| !self.switch(name))
+            .cloned()
+            .collect::<Vec<_>>()
+        {
+            self.flags.push(Flag { name, value: None });
+        }
+        self
+    }
+
+    /// The arguments without some flags.
+    #[must_use]
+    pub fn without(mut self, names: &[&str]) -> Self {
+        self.flags
+            .retain(|flag| !names.contains(&flag.name.as_str()));
+        self
+    }
+
+    /// The arguments of `restore` that do what these of `create` say. `--no-new-keyring` and
+    /// `--preserve-fds` have no meaning for a restored process: its keyring and files come from
+    /// the images.
+    #[must_use]
+    pub fn to_restore(&self, images: &Path, work: &Path) -> Self {
+        let switch = |name: &str| Flag {
+            name: name.to_owned(),
+            value: None,
+        };
+        let mut flags = vec![switch("detach"), switch("no-subreaper")];
+        let kept = ["pid-file", "console-socket", "no-pivot", "bundle", "b"];
+        let kept = self
+            .flags
+            .iter()
+            .filter(|flag| kept.contains(&flag.name.as_str()));
+        flags.extend(kept.cloned());
+        let restore = Self {
+            id: self.id.clone(),
+            flags,
+        };
+        restore.with("image-path", images).with("work-path", work)
     }
 
     /// As arguments of the runtime.

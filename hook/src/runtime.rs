@@ -14,6 +14,8 @@ use serde::Deserialize;
 
 /// First argument of the front's own child; see [`Runtime::run`].
 pub const SUPERVISED: &str = "transship-supervised";
+/// A configuration file that CRIU reads before it hears of options over RPC.
+const CRIU_CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
 const FRONT_PREFIX: &str = "transship-";
 
 /// The real runtime cannot be found or started.
@@ -89,6 +91,35 @@ impl Runtime {
             .unwrap_or_default()
     }
 
+    /// The flags of runc's `restore` that this runtime does not have, and can do without: crun is
+    /// no subreaper unless it waits, and CRIU mounts the root itself.
+    #[must_use]
+    pub fn unknown_restore_flags(&self) -> &'static [&'static str] {
+        if self.name() == "crun" {
+            &["no-subreaper", "no-pivot"]
+        } else {
+            &[]
+        }
+    }
+
+    /// Whether the runtime may not hand CRIU the configuration file in `org.criu.config`: crun does
+    /// with libcriu 4.2 and later only. What it sends over RPC it sends in any case, so it must get
+    /// that as flags; the rest CRIU finds in a file that the environment names.
+    #[must_use]
+    pub fn needs_criu_flags(&self) -> bool {
+        self.name() == "crun"
+    }
+
+    /// Where it keeps the states of containers unless it is told otherwise.
+    #[must_use]
+    pub fn default_root(&self) -> &'static Path {
+        Path::new(if self.name() == "crun" {
+            "/run/crun"
+        } else {
+            "/run/runc"
+        })
+    }
+
     /// Becomes the runtime. Returns only if that fails.
     pub fn exec(&self, args: &[OsString]) -> RuntimeError {
         let source = Command::new(&self.path).args(args).exec();
@@ -108,7 +139,21 @@ impl Runtime {
     /// # Errors
     /// It cannot be started.
     pub fn run(&self, front: &Path, args: &[OsString]) -> Result<ExitStatus, RuntimeError> {
+        self.run_with_criu_config(front, args, None)
+    }
+
+    /// The same, with a CRIU configuration beneath the one that the runtime names to CRIU.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn run_with_criu_config(
+        &self,
+        front: &Path,
+        args: &[OsString],
+        criu_config: Option<&Path>,
+    ) -> Result<ExitStatus, RuntimeError> {
         Command::new(front)
+            .envs(criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
             .arg(SUPERVISED)
             .arg(std::process::id().to_string())
             .arg(&self.path)

@@ -8,6 +8,7 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
 mod journey;
+mod pods;
 mod stale_namespaces;
 mod starts;
 mod stock;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
     let cases = starts::cases()
         .chain(journey::cases())
+        .chain(pods::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
         .chain(teardown::cases());

@@ -62,6 +62,26 @@ fn restore_has_one_dash_where_go_runc_writes_one() {
 }
 
 #[test]
+fn create_becomes_restore() {
+    let line = "create --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot \
+                --no-new-keyring --preserve-fds 2 web";
+    let Command::Create(create) = read(line).command else {
+        panic!()
+    };
+    let restore = create.to_restore(Path::new("/i"), Path::new("/b/work"));
+    assert_eq!(
+        text(&restore.to_args()),
+        "--detach --no-subreaper --bundle /b --pid-file /b/init.pid --console-socket /s \
+         --no-pivot --image-path /i --work-path /b/work web"
+    );
+    assert_eq!(
+        text(&restore.without(&["no-subreaper", "no-pivot"]).to_args()),
+        "--detach --bundle /b --pid-file /b/init.pid --console-socket /s --image-path /i \
+         --work-path /b/work web"
+    );
+}
+
+#[test]
 fn flags_may_follow_the_id() {
     // urfave/cli 1.22 sorts the arguments of a command before it parses them.
     for line in [

@@ -53,6 +53,10 @@ impl CriuConfig {
         Ok(config)
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Puts in its place what the container had.
     pub(super) fn give_back(&self) -> Result<(), FrontError> {
         match &self.own {

@@ -6,10 +6,15 @@
 
 use std::fs;
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// How long a stop signal may take: the task is on its way out of the kernel.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// When a process started, in clock ticks since boot. One that has ended is not found, although it
 /// may not have been waited for.
@@ -27,18 +32,48 @@ fn start_time_of(stat: &str) -> Option<u64> {
     (!matches!(state, "Z" | "X")).then_some(start_time)
 }
 
-/// Lets all tasks below `root` and itself go on, but those whose pid in the container is in
-/// `stopped`.
-///
-/// Children first: a parent that waits for stopped children (a shell) must never see them so.
-pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
+/// Waits until all tasks below `root` and itself are stopped: CRIU sends the signal and is gone
+/// before each of them has taken it.
+pub(super) fn wait_until_stopped(root: i32) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let running = tree(root)?.into_iter().find(|pid| !is_stopped(*pid));
+        match running {
+            None => return Ok(()),
+            Some(pid) if Instant::now() > deadline => {
+                return Err(io::Error::other(format!("process {pid} is not stopped")));
+            }
+            Some(_) => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+/// Stopped, or ended, or gone.
+fn is_stopped(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.split(' ').next());
+    state.is_none_or(|state| matches!(state, "T" | "Z" | "X"))
+}
+
+/// A process and all below it, parents first.
+fn tree(root: i32) -> io::Result<Vec<i32>> {
     let mut tasks = vec![root];
     let mut seen = 0;
     while let Some(pid) = tasks.get(seen).copied() {
         seen += 1;
         tasks.extend(children(pid)?);
     }
-    for pid in tasks.into_iter().rev() {
+    Ok(tasks)
+}
+
+/// Lets all tasks below `root` and itself go on, but those whose pid in the container is in
+/// `stopped`.
+///
+/// Children first: a parent that waits for stopped children (a shell) must never see them so.
+pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
+    for pid in tree(root)?.into_iter().rev() {
         if pid_in_container(pid).is_some_and(|inner| stopped.contains(&inner)) {
             continue;
         }
@@ -124,23 +159,13 @@ mod tests {
             .spawn()
             .unwrap();
         let root = i32::try_from(shell.id()).unwrap();
-        let tree = || {
-            let mut all = vec![root];
-            let mut seen = 0;
-            while seen < all.len() {
-                all.extend(children(all[seen]).unwrap());
-                seen += 1;
-            }
-            all
-        };
-        wait_for("four processes", || tree().len() == 4);
-        let all = tree();
+        wait_for("four processes", || tree(root).unwrap().len() == 4);
+        let all = tree(root).unwrap();
         for pid in &all {
             kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap();
         }
-        wait_for("all stopped", || {
-            all.iter().all(|pid| state(*pid) == Some('T'))
-        });
+        wait_until_stopped(root).unwrap();
+        assert!(all.iter().all(|pid| state(*pid) == Some('T')));
         let keep = all[3];
         release(root, &[keep.try_into().unwrap()]).unwrap();
         wait_for("the others run", || {

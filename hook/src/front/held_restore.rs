@@ -1,12 +1,12 @@
 //! `create` of a staged container: restores it, and holds it until `start`.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use transship_checkpoint::annotations::OnFailure;
+use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::criu_images::tasks;
+use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State, mark_consumed_by};
@@ -54,6 +54,9 @@ impl Front<'_> {
             }
             OnFailure::ColdStart => {
                 self.report(&one_line(&error), false);
+                if config.annotations.rootfs == Rootfs::FromImage {
+                    bundle.empty_upperdir()?;
+                }
                 // The layer goes on without the memory: no later attempt may bring it back.
                 let state = State::Failed(one_line(&error));
                 self.consume(bundle, &config, pod, staged, &state)?;
@@ -75,6 +78,9 @@ impl Front<'_> {
         namespaces::apply(&mut config.spec, plan);
         // Other restores into the sandbox wait: its System V objects are made once.
         let _lock = pod.lock()?;
+        if config.annotations.rootfs == Rootfs::FromImage {
+            bundle.fill_rootfs(&request.images.with_file_name(ROOTFS_DIFF_FILE))?;
+        }
         let images = LinkedImages::of(&request.images)?;
         let joining = self.fit_images(images.path(), config, pod)?;
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &request.criu)?;
@@ -90,8 +96,13 @@ impl Front<'_> {
         self.remove_aborted_restore(&create.id);
         let restoring = Marker::restoring(plan.has_made().then(|| create.id.clone()));
         bundle.write_marker(&restoring)?;
-        let args = restore_args(create, images.path(), &work);
-        self.run_restore(args, &work, &create.id)?
+        let mut restore = create.to_restore(images.path(), &work);
+        let mut beneath = None;
+        if self.around.runtime.needs_criu_flags() {
+            restore = restore.with_switches(&request.criu.restore_flags());
+            beneath = Some(criu_config.path());
+        }
+        self.run_restore(restore, &work, beneath)?
             .map_err(|reason| FrontError::Restore {
                 container: request.container.clone(),
                 checkpoint: request.checkpoint.clone(),
@@ -99,6 +110,10 @@ impl Front<'_> {
             })?;
         let finish = || {
             let pid = read_pid(create)?;
+            held::wait_until_stopped(pid).map_err(|source| FrontError::NotHeld {
+                id: create.id.clone(),
+                source,
+            })?;
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             bundle.write_marker(&Marker {
                 phase: Phase::Held,
@@ -140,35 +155,6 @@ impl Front<'_> {
     }
 }
 
-/// The arguments of `restore` that do what those of `create` say. `--no-new-keyring` and
-/// `--preserve-fds` have no meaning for a restored process: its keyring and files come from the
-/// images.
-fn restore_args(create: &Arguments, images: &Path, work: &Path) -> Vec<OsString> {
-    let mut args: Vec<OsString> = vec![
-        "--detach".into(),
-        "--no-subreaper".into(),
-        "--image-path".into(),
-        images.into(),
-        "--work-path".into(),
-        work.into(),
-    ];
-    for flag in ["pid-file", "console-socket"] {
-        if let Some(value) = create.value(flag) {
-            args.push(format!("--{flag}").into());
-            args.push(value.to_owned());
-        }
-    }
-    if create.switch("no-pivot") {
-        args.push("--no-pivot".into());
-    }
-    if let Some(bundle) = create.bundle() {
-        args.push("--bundle".into());
-        args.push(bundle.into());
-    }
-    args.push((&create.id).into());
-    args
-}
-
 /// The first process of a container that the runtime has just made.
 pub(super) fn read_pid(arguments: &Arguments) -> Result<i32, FrontError> {
     let path = Path::new(arguments.value("pid-file").unwrap_or_default());
@@ -177,27 +163,4 @@ pub(super) fn read_pid(arguments: &Arguments) -> Result<i32, FrontError> {
         .parse()
         .map_err(io::Error::other)
         .during("read", path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::argv::{Command, Invocation};
-
-    #[test]
-    fn create_becomes_restore() {
-        let line = "create --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot \
-                    --no-new-keyring --preserve-fds 2 web";
-        let call = Invocation::read(line.split_whitespace().map(OsString::from).collect());
-        let Command::Create(create) = call.command else {
-            panic!()
-        };
-        let args = restore_args(&create, Path::new("/i"), Path::new("/b/work"));
-        let args: Vec<_> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
-        assert_eq!(
-            args.join(" "),
-            "--detach --no-subreaper --image-path /i --work-path /b/work --pid-file /b/init.pid \
-             --console-socket /s --no-pivot --bundle /b web"
-        );
-    }
 }

@@ -1,7 +1,8 @@
 //! The runtime front: one call of the OCI runtime, from argv to its end.
 //!
 //! Each command has a file; what they share: [`bundle`] (config.json, the marker), [`sandbox`]
-//! (which namespaces a container joins), [`held`] (the tasks of a held restore).
+//! (which namespaces a container joins), [`rootfs`] (its files), [`held`] (the tasks of a held
+//! restore).
 
 mod bundle;
 mod create;
@@ -11,6 +12,7 @@ mod held;
 mod held_restore;
 mod native_restore;
 mod reason;
+mod rootfs;
 mod sandbox;
 mod start;
 
@@ -26,7 +28,9 @@ use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
 
-use crate::argv::{Command, Globals, Invocation};
+pub use rootfs::RootfsError;
+
+use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::one_line;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::runtime_log::append_error;
@@ -77,6 +81,9 @@ pub enum FrontError {
     /// An image that cannot be read.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The files of the checkpoint cannot be put into the container.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     /// The real runtime cannot be run.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -109,6 +116,14 @@ pub enum FrontError {
         id: String,
         /// What CRIU or the runtime said.
         reason: String,
+    },
+    /// A restore that must be held was not: another copy may be running.
+    #[error("{id:?} was restored but not held before its first instruction, and is removed")]
+    NotHeld {
+        /// The container.
+        id: String,
+        /// Which process goes on.
+        source: io::Error,
     },
     /// A held task has gone.
     #[error("the restored process {pid} of {id:?} is gone")]
@@ -198,20 +213,22 @@ impl Front<'_> {
     /// Runs `restore` and waits for it. The inner error is the reason of a failed restore.
     fn run_restore(
         &self,
-        args: Vec<OsString>,
+        restore: Arguments,
         work: &Path,
-        id: &str,
+        criu_config: Option<&Path>,
     ) -> Result<Result<(), String>, FrontError> {
         let log = self.globals.log.as_deref();
         let log_start = log
             .and_then(|log| std::fs::metadata(log).ok())
             .map_or(0, |meta| meta.len());
-        let args = self.with_globals("restore", args);
-        let status = self.around.runtime.run(&self.around.own, &args)?;
+        let kept = reason::kept_log(&restore.id);
+        let restore = restore.without(self.around.runtime.unknown_restore_flags());
+        let args = self.with_globals("restore", restore.to_args());
+        let (runtime, own) = (&self.around.runtime, &self.around.own);
+        let status = runtime.run_with_criu_config(own, &args, criu_config)?;
         if status.success() {
             return Ok(Ok(()));
         }
-        let kept = reason::kept_log(id);
         Ok(Err(reason::of_restore(work, log, log_start, &kept)))
     }
 
@@ -244,18 +261,8 @@ impl Front<'_> {
     /// Where the runtime keeps the state of a container; `None` for an id that is no plain name.
     fn state_dir(&self, id: &str) -> Option<PathBuf> {
         check_name("the container's id", id).ok()?;
-        let default = if self.around.runtime.name() == "crun" {
-            "/run/crun"
-        } else {
-            "/run/runc"
-        };
-        Some(
-            self.globals
-                .root
-                .as_deref()
-                .unwrap_or(Path::new(default))
-                .join(id),
-        )
+        let root = self.globals.root.as_deref();
+        Some(root.unwrap_or(self.around.runtime.default_root()).join(id))
     }
 
     /// Takes back a restore that succeeded, after which something else failed.

@@ -74,8 +74,8 @@ impl Front<'_> {
         let work = restore
             .value("work-path")
             .map_or(PathBuf::from("."), PathBuf::from);
-        let args = restore.clone().with("image-path", images.path()).to_args();
-        self.run_restore(args, &work, &restore.id)?
+        let fitted = restore.clone().with("image-path", images.path());
+        self.run_restore(fitted, &work, None)?
             .map_err(|reason| FrontError::NativeRestore {
                 id: restore.id.clone(),
                 reason,

@@ -66,19 +66,27 @@ impl OverlayMount {
     /// The last mount on `root`, if it is an overlay that can be written to.
     pub(super) fn on(root: &str, mountinfo: &str) -> Option<Self> {
         // id parent major:minor root mount-point options... - type source super-options
-        let line = mountinfo.lines().rfind(|line| line.split(' ').nth(4) == Some(root))?;
+        let line = mountinfo
+            .lines()
+            .rfind(|line| line.split(' ').nth(4) == Some(root))?;
         let (mount, file_system) = line.split_once(" - ")?;
         let mut fields = file_system.split(' ');
         if fields.next()? != "overlay" {
             return None;
         }
         let options = unescape(fields.nth(1)?);
-        let value = |name: &str| options.split(',').find_map(|option| option.strip_prefix(name));
+        let value = |name: &str| {
+            options
+                .split(',')
+                .find_map(|option| option.strip_prefix(name))
+        };
         let upperdir = PathBuf::from(value("upperdir=")?);
         // <snapshots>/<id>/fs: containerd makes lowerdirs relative to <snapshots>.
         let base = upperdir.ancestors().nth(2)?.to_path_buf();
-        let lowerdirs =
-            value("lowerdir=")?.split(':').filter(|dir| !dir.is_empty()).map(|dir| base.join(dir));
+        let lowerdirs = value("lowerdir=")?
+            .split(':')
+            .filter(|dir| !dir.is_empty())
+            .map(|dir| base.join(dir));
         let lowerdirs = lowerdirs.collect();
         let flag = |option: &str| match option {
             "ro" => MsFlags::MS_RDONLY,
@@ -92,7 +100,13 @@ impl OverlayMount {
         let flags = mount.split(' ').nth(5)?.split(',').map(flag).collect();
         let own = |option: &&str| !matches!(*option, "rw" | "ro" | "seclabel");
         let data = options.split(',').filter(own).collect::<Vec<_>>().join(",");
-        Some(Self { flags, data, upperdir, lowerdirs, base })
+        Some(Self {
+            flags,
+            data,
+            upperdir,
+            lowerdirs,
+            base,
+        })
     }
 
     fn mount(&self, root: &Path) -> Result<(), RootfsError> {
@@ -124,13 +138,7 @@ impl Bundle {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file.during("open", diff)?,
         };
-        let path = self.path("rootfs");
-        let root = path.canonicalize().during("find", &path)?;
-        let mountinfo = fs::read_to_string("/proc/self/mountinfo")
-            .during("read", "/proc/self/mountinfo")?;
-        let overlay = root.to_str().and_then(|root| OverlayMount::on(root, &mountinfo));
-        let overlay = overlay.ok_or(RootfsError::NoOverlay { path })?;
-        umount2(&root, MntFlags::UMOUNT_NOFOLLOW).during("unmount", &root)?;
+        let (root, overlay) = self.unmount_rootfs()?;
         let import = || {
             let tar = decompress(BufReader::with_capacity(1 << 20, layer)).during("read", diff)?;
             let options = ImportOptions::default();
@@ -145,6 +153,45 @@ impl Bundle {
         let imported = import();
         overlay.mount(&root)?;
         imported.map(drop)
+    }
+
+    /// Takes everything out of the upperdir again: the container starts from its image.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub(super) fn empty_upperdir(&self) -> Result<(), RootfsError> {
+        let (root, overlay) = self.unmount_rootfs()?;
+        let empty = || {
+            for entry in fs::read_dir(&overlay.upperdir).during("list", &overlay.upperdir)? {
+                let path = entry.during("list", &overlay.upperdir)?.path();
+                let kind = fs::symlink_metadata(&path)
+                    .during("stat", &path)?
+                    .file_type();
+                if kind.is_dir() {
+                    fs::remove_dir_all(&path)
+                } else {
+                    fs::remove_file(&path)
+                }
+                .during("remove", &path)?;
+            }
+            Ok(())
+        };
+        let emptied = empty();
+        overlay.mount(&root)?;
+        emptied
+    }
+
+    fn unmount_rootfs(&self) -> Result<(PathBuf, OverlayMount), RootfsError> {
+        let path = self.path("rootfs");
+        let root = path.canonicalize().during("find", &path)?;
+        let table = "/proc/self/mountinfo";
+        let mountinfo = fs::read_to_string(table).during("read", table)?;
+        let overlay = root
+            .to_str()
+            .and_then(|root| OverlayMount::on(root, &mountinfo));
+        let overlay = overlay.ok_or(RootfsError::NoOverlay { path })?;
+        umount2(&root, MntFlags::UMOUNT_NOFOLLOW).during("unmount", &root)?;
+        Ok((root, overlay))
     }
 }
 
@@ -168,7 +215,9 @@ fn unescape(field: &str) -> String {
     let mut rest = field;
     while let Some((front, back)) = rest.split_once('\\') {
         text.push_str(front);
-        let code = back.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        let code = back
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
         match code {
             Some(code) => {
                 text.push(char::from(code));
@@ -208,7 +257,10 @@ mod tests {
 
     #[test]
     fn blanks_are_unescaped() {
-        assert_eq!(unescape(r"lowerdir=/a\040b:/c\134d,x"), r"lowerdir=/a b:/c\d,x");
+        assert_eq!(
+            unescape(r"lowerdir=/a\040b:/c\134d,x"),
+            r"lowerdir=/a b:/c\d,x"
+        );
         assert_eq!(unescape(r"odd\"), r"odd\");
     }
 }

@@ -1,0 +1,141 @@
+//! Pods through the plain CRI: a checkpoint of all containers, restored by one annotation into a new
+//! pod on another node.
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, Testbed, journey,
+};
+
+use crate::Case;
+
+const POD: (&str, &str) = ("shop", "web");
+const IMAGE: &str = "transship.test/counter:1";
+const FIRST: PodContainer<'static> = PodContainer {
+    name: "first",
+    attempt: 0,
+    image: IMAGE,
+    command: &["/usr/bin/counter", "--memory-mb", "32"],
+    mounts: &[],
+};
+const SECOND: PodContainer<'static> = PodContainer {
+    name: "second",
+    command: &["/usr/bin/counter", "--memory-mb", "16", "--port", "7001"],
+    ..FIRST
+};
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("pod", |bed| a_pod_goes_on_elsewhere(bed, true))
+        .chain(Case::on_all_trees("pod_overlayfs", |bed| {
+            a_pod_goes_on_elsewhere(bed, false)
+        }))
+}
+
+fn a_pod_goes_on_elsewhere(bed: &Testbed, transship_snapshotter: bool) -> anyhow::Result<()> {
+    let (a, b) = (bed.node("a")?, bed.node("b")?);
+    bed.link(&a, &b)?;
+    for node in [&a, &b] {
+        start(bed, node, transship_snapshotter)?;
+    }
+    let cri = a.cri()?;
+    let pod = cri.run_pod(POD, &[], false)?;
+    let first = cri.run_container(&pod, &FIRST)?;
+    let second = cri.run_container(&pod, &SECOND)?;
+    let address = cri.pod_ip(&pod)?;
+    journey::ask(&a, &address)?;
+    let before = [reached(&cri, &first)?, reached(&cri, &second)?];
+
+    a.command("transship")
+        .args(["checkpoint", "--pod", "shop/web", "--name", "web"])
+        .run()?;
+    for (id, before) in [&first, &second].into_iter().zip(before) {
+        ensure!(
+            cri.runs(id)? && reached(&cri, id)? >= before,
+            "a checkpoint stops nothing"
+        );
+    }
+    cri.remove_pod(&pod)?;
+    let ssh = bed.ssh(&a, &b)?;
+    a.shell(&format!("transship send web | {ssh} transship receive"))
+        .run()?;
+
+    let cri = b.cri()?;
+    let annotation = [("dev.transship/restore", "web")];
+    let pod = cri.run_pod(("shop", "web-again"), &annotation, false)?;
+    let first = cri.run_container(&pod, &FIRST)?;
+    let second = cri.run_container(&pod, &SECOND)?;
+    let address = cri.pod_ip(&pod)?;
+    let reply = journey::ask(&b, &address)?;
+    ensure!(
+        reply.count >= before[0] && reply.memory_ok && reply.memory_mb == 32,
+        "{reply:?}"
+    );
+    ensure!(
+        reply.local_ip == address && reply.hostname == "web-again",
+        "{reply:?}"
+    );
+    for (id, before) in [&first, &second].into_iter().zip(before) {
+        ensure!(cri.runs(id)?, "the restored container runs");
+        let now = reached(&cri, id)?;
+        ensure!(now >= before, "{now} is not beyond {before}");
+    }
+    a_checkpoint_is_consumed_once(&cri, &pod, &first)?;
+    cri.remove_pod(&pod)?;
+    let left = b.shell(
+        "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts; true",
+    );
+    let left = { left }.read()?;
+    ensure!(left.is_empty(), "left on b: {left}");
+    Ok(())
+}
+
+/// The next attempt starts from the image, as kubelet expects.
+fn a_checkpoint_is_consumed_once(cri: &Cri, pod: &Pod, first: &str) -> anyhow::Result<()> {
+    cri.stop_container(first, 0)?;
+    ensure!(cri.status(first)?.exit_code == 137, "killed by SIGKILL");
+    cri.remove_container(first)?;
+    let again = cri.run_container(
+        pod,
+        &PodContainer {
+            attempt: 1,
+            ..FIRST
+        },
+    )?;
+    ensure!(cri.runs(&again)?, "the second attempt runs");
+    let count = reached(cri, &again)?;
+    ensure!(count < 40, "the second attempt began at {count}");
+    Ok(())
+}
+
+fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {
+    let config = ContainerdConfig {
+        transship_snapshotter,
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    };
+    if transship_snapshotter {
+        node.start_snapshotter()?;
+    }
+    node.start_containerd(&config)?;
+    let snapshotter = if transship_snapshotter {
+        "transship"
+    } else {
+        "overlayfs"
+    };
+    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
+        node.import_image_into("k8s.io", &image, snapshotter)?;
+    }
+    Ok(())
+}
+
+/// How far a counter has counted; every value once.
+fn reached(cri: &Cri, id: &str) -> anyhow::Result<u64> {
+    let answer = cri.exec(id, &["cat", "/data/counts"])?;
+    let text = String::from_utf8(answer.stdout)?;
+    let mut last = 0;
+    for line in text.lines() {
+        let value: u64 = line.parse()?;
+        ensure!(value == last + 1, "{value} follows {last}");
+        last = value;
+    }
+    Ok(last)
+}
