@@ -208,8 +208,8 @@ impl<W: Write> Export<'_, W> {
         )
     }
 
-    /// Whether an opaque directory hides one of the lower layers. Overlay marks every new directory
-    /// in a merged one as opaque, to save itself look-ups; most hide nothing.
+    /// Whether an opaque directory hides one of the lower layers. With index or metacopy on, overlay
+    /// marks each new directory in a merged one (`ovl_create_upper`), which hides nothing.
     fn hides_directory(&mut self, path: &[u8]) -> Result<bool, ExportError> {
         if self.lower.is_empty() {
             return Ok(true);
@@ -392,7 +392,9 @@ impl<W: Write> Export<'_, W> {
             };
             self.links.insert(attributes.identity, first);
         }
-        if marks.copied_up {
+        // A copy of a file with several names below has no `origin`: overlay breaks the link.
+        let may_break_links = attributes.inode_type == InodeType::Regular && !marks.copied_up;
+        if may_break_links && !self.lower.is_empty() {
             let below = self.lower.look_up(path)?;
             if below.is_some_and(|inode| inode.attributes.links > 1) {
                 self.stats.broken_lower_links += 1;

@@ -1,5 +1,8 @@
 //! Tests on real overlay mounts. They need root.
 
+mod cross_read;
+mod hostile_layers;
+mod kernel_marks;
 mod mounted_overlay;
 mod random_operations;
 mod round_trip;

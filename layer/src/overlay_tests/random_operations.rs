@@ -215,7 +215,7 @@ fn content(value: u32) -> Vec<u8> {
         3 => 5000,
         _ => value as usize % 70_000,
     };
-    (0..len).map(|at| (at as u32 ^ value) as u8).collect()
+    value.to_le_bytes().into_iter().cycle().take(len).collect()
 }
 
 fn remove_all(path: &Path, root: &Path) -> std::io::Result<()> {

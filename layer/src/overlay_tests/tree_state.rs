@@ -19,7 +19,19 @@ pub(crate) struct FileState {
     pub(crate) size: u64,
     /// Data or link target, long ones by their hash.
     content: Vec<u8>,
-    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl FileState {
+    /// Forgets what GNU tar does not write: outside of its PAX format all attributes and the
+    /// nanoseconds; with `--xattrs` what belongs to other options (ACLs, and all but user.*).
+    pub(crate) fn forget_what_tar_lacks(&mut self, is_pax: bool) {
+        self.xattrs
+            .retain(|name, _| is_pax && name.starts_with(b"user."));
+        if !is_pax {
+            self.mtime.1 = 0;
+        }
+    }
 }
 
 pub(crate) type TreeState = BTreeMap<PathBuf, FileState>;
