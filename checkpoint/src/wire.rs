@@ -7,14 +7,14 @@
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
 //!
 //! one way (send | receive):
-//!   Begin  (File data*)*  End
+//!   Begin  (File data* FileEnd)*  End
 //!
 //! migration (source >, target <):
 //!   > Offer            what is coming; the target checks all that it can
 //!   < Need             the blobs of the image that it lacks
 //!   > (Blob data*)*  ImageEnd
 //!   < Ready            the image is unpacked: the source freezes the container
-//!   > Begin (File data*)* End
+//!   > Begin (File data* FileEnd)* End     the first while CRIU still writes it
 //!   < Received         all digests are right
 //!   > Restore
 //!   < Restored         the copy exists and is held before its first instruction
@@ -23,13 +23,14 @@
 //!   either side, instead of its next message: Failed
 //! ```
 //!
-//! Data frames after `File` and `Blob` add up to exactly the announced size; the digests of files
-//! come in the manifest at the end, so that the sender reads each file once.
+//! Data frames after `Blob` add up to exactly the announced size. A file has no size before its end,
+//! because it may still grow; its digest comes in the manifest, so that it is read once.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -42,6 +43,8 @@ const MESSAGE: u8 = b'm';
 const DATA: u8 = b'd';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
+/// How long a file that does not grow at the moment is left alone.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A failure of the stream.
 #[derive(Debug, thiserror::Error)]
@@ -175,9 +178,9 @@ pub enum Message {
     File {
         /// `<container>/<path>`.
         path: String,
-        /// Its length in bytes.
-        size: u64,
     },
+    /// The file is whole.
+    FileEnd,
     /// The checkpoint is whole.
     End {
         /// Its manifest.
@@ -201,6 +204,12 @@ pub enum Message {
         /// Why, for people.
         reason: String,
     },
+}
+
+/// What comes next.
+enum Frame {
+    Message(Message),
+    Data(Vec<u8>),
 }
 
 /// The sending half.
@@ -247,15 +256,17 @@ impl<W: Write> Sender<W> {
     }
 
     /// Sends a file of a checkpoint and returns its entry for the manifest. `path` is its path in
-    /// the container's directory `dir`; `progress` gets the length of each piece.
+    /// the container's directory `dir`; `progress` gets the length of each piece. A file that is
+    /// still being written is followed until `complete` says that it is whole.
     ///
     /// # Errors
-    /// [`WireError::File`] also when the file's length changes meanwhile.
+    /// [`WireError::File`] and [`WireError::Stream`].
     pub fn send_file(
         &mut self,
         container: &str,
         dir: &Path,
         path: &str,
+        complete: &dyn Fn() -> bool,
         progress: &mut dyn FnMut(u64),
     ) -> Result<manifest::File, WireError> {
         let full = dir.join(path);
@@ -265,23 +276,28 @@ impl<W: Write> Sender<W> {
             source,
         };
         let mut file = File::open(&full).map_err(|e| failed("open", e))?;
-        let size = file.metadata().map_err(|e| failed("stat", e))?.len();
         self.send(&Message::File {
             path: format!("{container}/{path}"),
-            size,
         })?;
         let mut hasher = Sha256::new();
         let mut buffer = vec![0; DATA_LIMIT];
-        let mut left = size;
-        while left > 0 {
-            let want = DATA_LIMIT.min(usize::try_from(left).unwrap_or(DATA_LIMIT));
-            file.read_exact(&mut buffer[..want])
-                .map_err(|e| failed("read", e))?;
-            hasher.update(&buffer[..want]);
-            self.frame(DATA, &buffer[..want])?;
-            left -= want as u64;
-            progress(want as u64);
+        let mut size = 0;
+        loop {
+            // Asked before the read: what was written until then is seen by it.
+            let whole = complete();
+            let read = file.read(&mut buffer).map_err(|e| failed("read", e))?;
+            if read > 0 {
+                hasher.update(&buffer[..read]);
+                self.frame(DATA, &buffer[..read])?;
+                size += read as u64;
+                progress(read as u64);
+            } else if whole {
+                break;
+            } else {
+                std::thread::sleep(FOLLOW_INTERVAL);
+            }
         }
+        self.send(&Message::FileEnd)?;
         Ok(manifest::File {
             path: path.to_owned(),
             size,
@@ -336,14 +352,10 @@ impl<R: Read> Receiver<R> {
     /// [`WireError::Failed`] when the other side has given up, [`WireError::Ended`] when it is
     /// gone.
     pub fn receive(&mut self, expected: &'static str) -> Result<Message, WireError> {
-        let json = self.frame(MESSAGE, MESSAGE_LIMIT, expected)?;
-        match serde_json::from_slice(&json) {
-            Ok(Message::Failed { reason }) => Err(WireError::Failed { reason }),
-            Ok(message) => Ok(message),
-            Err(error) => Err(WireError::Protocol {
-                what: format!(
-                    "{expected} was expected, a message came that cannot be read ({error})"
-                ),
+        match self.frame(expected)? {
+            Frame::Message(message) => Ok(message),
+            Frame::Data(_) => Err(WireError::Protocol {
+                what: format!("{expected} was expected, data came"),
             }),
         }
     }
@@ -359,7 +371,10 @@ impl<R: Read> Receiver<R> {
     ) -> Result<(), WireError> {
         let mut left = size;
         while left > 0 {
-            let piece = self.frame(DATA, DATA_LIMIT, "data")?;
+            let piece = match self.frame("data")? {
+                Frame::Data(piece) => piece,
+                Frame::Message(other) => return Err(unexpected("data", &other)),
+            };
             left = left
                 .checked_sub(piece.len() as u64)
                 .ok_or_else(|| WireError::Protocol {
@@ -383,8 +398,8 @@ impl<R: Read> Receiver<R> {
         let mut arrived: Vec<(String, manifest::File)> = Vec::new();
         let manifest = loop {
             match self.receive("a file of the checkpoint")? {
-                Message::File { path, size } => {
-                    let file = self.receive_file(dir, &path, size, progress)?;
+                Message::File { path } => {
+                    let file = self.receive_file(dir, &path, progress)?;
                     arrived.push((path, file));
                 }
                 Message::End { manifest } => break manifest,
@@ -420,7 +435,6 @@ impl<R: Read> Receiver<R> {
         &mut self,
         dir: &Path,
         path: &str,
-        size: u64,
         progress: &mut dyn FnMut(u64),
     ) -> Result<manifest::File, WireError> {
         let mut full = dir.to_path_buf();
@@ -454,12 +468,19 @@ impl<R: Read> Receiver<R> {
             .open(&full)
             .map_err(|e| failed("make", e))?;
         let mut hasher = Sha256::new();
-        self.receive_data(size, &mut |piece| {
-            hasher.update(&piece);
-            file.write_all(&piece).map_err(|e| failed("write", e))?;
-            progress(piece.len() as u64);
-            Ok(())
-        })?;
+        let mut size = 0;
+        loop {
+            match self.frame("the rest of a file")? {
+                Frame::Data(piece) => {
+                    hasher.update(&piece);
+                    file.write_all(&piece).map_err(|e| failed("write", e))?;
+                    size += piece.len() as u64;
+                    progress(piece.len() as u64);
+                }
+                Frame::Message(Message::FileEnd) => break,
+                Frame::Message(other) => return Err(unexpected("the rest of a file", &other)),
+            }
+        }
         Ok(manifest::File {
             path: path.to_owned(),
             size,
@@ -467,12 +488,8 @@ impl<R: Read> Receiver<R> {
         })
     }
 
-    fn frame(
-        &mut self,
-        kind: u8,
-        limit: usize,
-        expected: &'static str,
-    ) -> Result<Vec<u8>, WireError> {
+    /// The next frame; a message that the other side gives up is an error wherever it comes.
+    fn frame(&mut self, expected: &'static str) -> Result<Frame, WireError> {
         if !self.begun {
             let mut magic = [0; MAGIC.len()];
             self.read(&mut magic, expected)?;
@@ -486,6 +503,15 @@ impl<R: Read> Receiver<R> {
         let mut header = [0; 5];
         self.read(&mut header, expected)?;
         let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
+        let limit = match header[0] {
+            MESSAGE => MESSAGE_LIMIT,
+            DATA => DATA_LIMIT,
+            other => {
+                return Err(WireError::Protocol {
+                    what: format!("a frame of kind {other:#x}"),
+                });
+            }
+        };
         if length > limit {
             return Err(WireError::Protocol {
                 what: format!("a frame of {length} bytes"),
@@ -493,18 +519,16 @@ impl<R: Read> Receiver<R> {
         }
         let mut payload = vec![0; length];
         self.read(&mut payload, expected)?;
-        match header[0] {
-            found if found == kind => Ok(payload),
-            // A side that gives up says so even in the middle of data.
-            MESSAGE => match serde_json::from_slice(&payload) {
-                Ok(Message::Failed { reason }) => Err(WireError::Failed { reason }),
-                Ok(other) => Err(unexpected(expected, &other)),
-                Err(error) => Err(WireError::Protocol {
-                    what: error.to_string(),
-                }),
-            },
-            _ => Err(WireError::Protocol {
-                what: format!("{expected} was expected, other data came"),
+        if header[0] == DATA {
+            return Ok(Frame::Data(payload));
+        }
+        match serde_json::from_slice(&payload) {
+            Ok(Message::Failed { reason }) => Err(WireError::Failed { reason }),
+            Ok(message) => Ok(Frame::Message(message)),
+            Err(error) => Err(WireError::Protocol {
+                what: format!(
+                    "{expected} was expected, a message came that cannot be read ({error})"
+                ),
             }),
         }
     }

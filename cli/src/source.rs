@@ -10,7 +10,7 @@
 
 use std::fs;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -267,19 +267,13 @@ impl SourceContainer {
             fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
         }
         fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
-        Ok(Dumped {
-            dir,
-            criu,
-            upperdir,
-        })
+        Ok(Dumped { criu, upperdir })
     }
 }
 
 /// What a dump has left in the draft.
 #[derive(Debug)]
 pub(crate) struct Dumped {
-    /// The container's directory.
-    pub(crate) dir: PathBuf,
     /// How long CRIU took.
     pub(crate) criu: Duration,
     /// Bytes of the layer, and how long its export took.

@@ -97,6 +97,14 @@ impl Timeline {
         });
     }
 
+    /// The last step ends now, not before.
+    pub(crate) fn end_step(&mut self) {
+        let now = self.now();
+        if let Some(step) = self.steps.last_mut() {
+            step.to = now;
+        }
+    }
+
     /// Adds words to the last step.
     pub(crate) fn note(&mut self, note: impl Into<String>) {
         if let Some(step) = self.steps.last_mut() {

@@ -9,7 +9,11 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
     sender.send(&Message::Begin { name: "web".into() }).unwrap();
     let mut files = Vec::new();
     for path in ["checkpoint/pages-1.img", "spec.dump"] {
-        files.push(sender.send_file("c", dir, path, &mut |_| {}).unwrap());
+        files.push(
+            sender
+                .send_file("c", dir, path, &|| true, &mut |_| {})
+                .unwrap(),
+        );
     }
     let manifest = Manifest {
         format: Format {
@@ -95,12 +99,7 @@ fn hostile_paths_and_lengths_are_refused() {
         let mut stream = Vec::new();
         let mut sender = Sender::new(&mut stream);
         sender.send(&Message::Begin { name: "x".into() }).unwrap();
-        sender
-            .send(&Message::File {
-                path: path.into(),
-                size: 1,
-            })
-            .unwrap();
+        sender.send(&Message::File { path: path.into() }).unwrap();
         sender.send_data(b"x").unwrap();
         let error = receive(&stream).1.unwrap_err();
         assert!(matches!(error, WireError::Name(_)), "{path:?}: {error}");
@@ -117,13 +116,9 @@ fn the_same_file_twice_is_refused() {
     let mut sender = Sender::new(&mut stream);
     sender.send(&Message::Begin { name: "x".into() }).unwrap();
     for _ in 0..2 {
-        sender
-            .send(&Message::File {
-                path: "c/f".into(),
-                size: 1,
-            })
-            .unwrap();
+        sender.send(&Message::File { path: "c/f".into() }).unwrap();
         sender.send_data(b"x").unwrap();
+        sender.send(&Message::FileEnd).unwrap();
     }
     let error = receive(&stream).1.unwrap_err();
     assert!(
@@ -137,12 +132,7 @@ fn a_failure_is_heard_even_where_data_should_come() {
     let mut stream = Vec::new();
     let mut sender = Sender::new(&mut stream);
     sender.send(&Message::Begin { name: "x".into() }).unwrap();
-    sender
-        .send(&Message::File {
-            path: "c/f".into(),
-            size: 9,
-        })
-        .unwrap();
+    sender.send(&Message::File { path: "c/f".into() }).unwrap();
     sender
         .send(&Message::Failed {
             reason: "the dump failed".into(),
@@ -158,4 +148,27 @@ fn a_banner_before_the_stream_is_shown() {
         .1
         .unwrap_err();
     assert!(error.to_string().contains("Welcome to node-b"), "{error}");
+}
+
+#[test]
+fn a_file_that_still_grows_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pages-1.img");
+    fs::write(&path, b"begin ").unwrap();
+    let looks = std::cell::Cell::new(0);
+    let complete = || {
+        looks.set(looks.get() + 1);
+        if looks.get() == 5 {
+            let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+            file.write_all(b"end").unwrap();
+        }
+        looks.get() >= 5
+    };
+    let mut stream = Vec::new();
+    let mut sender = Sender::new(&mut stream);
+    let file = sender
+        .send_file("c", dir.path(), "pages-1.img", &complete, &mut |_| {})
+        .unwrap();
+    assert_eq!(file.size, 9);
+    assert_eq!(file.sha256, hex(&Sha256::digest(b"begin end")));
 }

@@ -6,11 +6,16 @@
 //!               removes what it made         | paused         |
 //! ```
 
+use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use transship_checkpoint::manifest::{Container, IMAGES_DIR};
 use transship_checkpoint::store::{Draft, list_files};
 use transship_checkpoint::wire::{Message, Offer, WireError, unexpected};
 
@@ -41,6 +46,8 @@ struct Migration<'a> {
     progress: Progress,
     interrupt: Interrupt,
     bytes: u64,
+    /// Bytes of memory and files, as far as they can be known before.
+    estimate: u64,
 }
 
 pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
@@ -59,6 +66,7 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
         progress: Progress::new(global.json),
         interrupt: interrupt.clone(),
         bytes: 0,
+        estimate: 0,
     };
     let result = migration.carry_out(&args).await;
     if let Err(error) = &result {
@@ -181,6 +189,7 @@ impl Migration<'_> {
             Some((_, image)) => self.node.offer_blobs(image).await?,
             None => Vec::new(),
         };
+        self.estimate = self.container.estimate(self.node).await?;
         let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
         let offer = Offer {
             container: self.container.container.clone(),
@@ -188,7 +197,7 @@ impl Migration<'_> {
             architecture: uname.machine().to_string_lossy().into_owned(),
             target: args.target.target(None),
             blobs: blobs.clone(),
-            estimate: self.container.estimate(self.node).await?,
+            estimate: self.estimate,
         };
         self.conversation
             .send(Message::Offer(Box::new(offer)))
@@ -241,41 +250,8 @@ impl Migration<'_> {
 
     /// Everything that happens while the source stands still and can still go on.
     async fn move_frozen(&mut self, args: &MigrateArgs, draft: &Draft) -> Result<()> {
-        let from = self.timeline.now();
-        let Dumped {
-            dir,
-            criu,
-            upperdir,
-        } = self.container.dump(self.node, draft.dir()).await?;
-        self.timeline.step_of("dump", from, criu, None);
-        self.timeline
-            .step_of("upperdir", from, upperdir.1, Some(upperdir.0));
-        self.interrupt.check()?;
-
-        let from = self.timeline.now();
-        let paths = list_files(&dir)?;
-        let total = paths
-            .iter()
-            .filter_map(|path| dir.join(path).metadata().ok())
-            .map(|m| m.len());
-        self.progress.bytes("transfer", total.sum());
-        self.conversation
-            .send(Message::Begin {
-                name: draft.name().to_owned(),
-            })
-            .await?;
-        let mut container = self.container.container.clone();
-        for path in paths {
-            let (name, dir, mut count) =
-                (container.name.clone(), dir.clone(), self.progress.counter());
-            let file = self
-                .conversation
-                .step(move |(sender, _)| sender.send_file(&name, &dir, &path, &mut count))
-                .await?;
-            container.files.push(file);
-        }
+        let container = self.dump_and_send(draft).await?;
         let manifest = source::manifest(self.node, draft.name(), None, vec![container]).await?;
-        let bytes = manifest.size();
         self.conversation
             .send(Message::End {
                 manifest: Box::new(manifest),
@@ -289,8 +265,7 @@ impl Migration<'_> {
             Message::Received => {}
             other => return Err(unexpected("the target to have the checkpoint", &other).into()),
         }
-        self.timeline.step("transfer", from, Some(bytes));
-        self.bytes += bytes;
+        self.timeline.end_step();
 
         if let Some(command) = &args.before_restore {
             self.run_before_restore(command).await?;
@@ -304,6 +279,66 @@ impl Migration<'_> {
         }
         self.timeline.step("restore", from, None);
         Ok(())
+    }
+
+    /// Dumps the container and sends its files; the pages, which are most of it, while CRIU still
+    /// writes them.
+    async fn dump_and_send(&mut self, draft: &Draft) -> Result<Container> {
+        let from = self.timeline.now();
+        let mut container = self.container.container.clone();
+        let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
+        self.progress.bytes(
+            "dump and transfer",
+            self.container.estimate(self.node).await?,
+        );
+        self.conversation
+            .send(Message::Begin {
+                name: draft.name().to_owned(),
+            })
+            .await?;
+
+        let dumped = Arc::new(AtomicBool::new(false));
+        let follow = {
+            let (name, dir, dumped) = (name.clone(), dir.clone(), Arc::clone(&dumped));
+            let mut count = self.progress.counter();
+            self.conversation.step(move |(sender, _)| {
+                let complete = || dumped.load(Ordering::Acquire);
+                match first_pages(&dir, &complete) {
+                    Some(path) => sender
+                        .send_file(&name, &dir, &path, &complete, &mut count)
+                        .map(Some),
+                    None => Ok(None),
+                }
+            })
+        };
+        let dump = async {
+            let result = self.container.dump(self.node, draft.dir()).await;
+            dumped.store(true, Ordering::Release);
+            result
+        };
+        let (dump, followed) = tokio::join!(dump, follow);
+        let Dumped { criu, upperdir, .. } = dump?;
+        container.files.extend(followed?);
+        self.timeline.step_of("dump", from, criu, None);
+        self.timeline
+            .step_of("upperdir", from, upperdir.1, Some(upperdir.0));
+        self.interrupt.check()?;
+
+        for path in list_files(&dir)? {
+            if container.files.iter().any(|sent| sent.path == path) {
+                continue;
+            }
+            let (name, dir, mut count) = (name.clone(), dir.clone(), self.progress.counter());
+            let file = self
+                .conversation
+                .step(move |(sender, _)| sender.send_file(&name, &dir, &path, &|| true, &mut count))
+                .await?;
+            container.files.push(file);
+        }
+        let bytes = container.files.iter().map(|file| file.size).sum();
+        self.timeline.step("transfer", from, Some(bytes));
+        self.bytes += bytes;
+        Ok(container)
     }
 
     async fn run_before_restore(&mut self, command: &str) -> Result<()> {
@@ -379,6 +414,24 @@ impl Migration<'_> {
             .hint("if it does not, let it go on here:")
             .hint(format!("  ctr -n {namespace} tasks resume {id}")),
         )
+    }
+}
+
+/// Waits for the first file of memory pages and gives its path in the container's directory; none
+/// when the dump ends without one.
+fn first_pages(dir: &Path, complete: &dyn Fn() -> bool) -> Option<String> {
+    loop {
+        let whole = complete();
+        let names = fs::read_dir(dir.join(IMAGES_DIR))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let pages = names.find(|name| name.starts_with("pages-"));
+        if pages.is_some() || whole {
+            return pages.map(|name| format!("{IMAGES_DIR}/{name}"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
