@@ -1,25 +1,90 @@
-//! Benchmarks on real nodes: what is measured, through which parts, in one table.
+//! Measurements on real nodes, beside the stock parts, in the same run: what `make bench` prints.
 //!
 //! ```text
-//! settings from the environment ─> Testbed ─> measure(round) x ROUNDS ─> median, worst ─> stdout
+//!  sizes.rs ─┬─> snapshots/   gRPC load: our socket | soci-snapshotter-grpc (peer.rs) | both through containerd
+//!            ├─> layers/      Diff and Apply: ours | containerd's walking differ | tar | cat
+//!            ├─> migration.rs transship migrate | ctr containers checkpoint
+//!            └─> front.rs     transship-runc | runc
+//!                   │ rows: ours, the peer's, the goal
+//!                   v
+//!               report.rs ──> results.json, results.md       <── why.toml, where a goal is not reached
 //! ```
 //!
-//! Each figure stands beside that of the stock part measured in the same run on the same node:
-//! machines differ, and one machine differs from hour to hour.
+//! Only ratios within one run mean something: machines differ, and one machine differs from hour to
+//! hour. So ours and the peer take turns, on the same disk, and medians are compared. No time is
+//! ever asserted: the exit code tells whether everything was measured, not how fast it was.
 
+mod daemon;
+mod front;
+mod layers;
+mod migration;
+mod node_clock;
+mod peer;
+mod report;
+mod sizes;
+mod snapshots;
+mod snapshots_client;
+mod statistics;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use transship_testbed::{CommandRun as _, ContainerdConfig, Settings, Testbed, Tree};
+use anyhow::{Context as _, Result};
+use clap::{Parser, ValueEnum};
+use transship_testbed::{Settings, Testbed, Tree};
 
-/// Odd, so that the median is one of the measured values.
-const ROUNDS: usize = 5;
+use crate::report::{Results, Row};
+use crate::sizes::Sizes;
+
+/// Measures Transship beside stock tools on throwaway nodes (needs root).
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Measure these parts alone; the results of the others stay as they are
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Small sizes, to try the program itself; writes no results unless --out is given
+    #[arg(long)]
+    quick: bool,
+    /// Where results.json and results.md go [default: the crate's directory]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// What is measured together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Snapshots,
+    Layers,
+    Migration,
+    Front,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Snapshots => "snapshots",
+            Part::Layers => "layers",
+            Part::Migration => "migration",
+            Part::Front => "front",
+        }
+    }
+
+    fn measure(self, bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
+        match self {
+            Part::Snapshots => snapshots::measure(bed, sizes),
+            Part::Layers => layers::measure(bed, sizes),
+            Part::Migration => migration::measure(bed, sizes),
+            Part::Front => front::measure(bed, sizes),
+        }
+    }
+}
 
 fn main() -> ExitCode {
     if let Some(code) = transship_testbed::node_role(std::env::args_os()) {
         return code;
     }
-    match run() {
+    match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -28,38 +93,45 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<()> {
-    let settings =
-        Settings::from_variables(|name| std::env::var_os(name), std::env::current_exe()?);
-    for tree in Tree::ALL {
-        let bed = Testbed::new(tree, &settings)?;
-        let node = bed.node("a")?;
-        node.start_containerd(&ContainerdConfig::default())?;
-        // The floor under every figure that is taken through a command in a node.
-        report(&format!("{tree}: entering a node"), || {
-            Ok(node.command("true").run()?)
-        })?;
-        report(&format!("{tree}: ctr version"), || {
-            Ok(node.command("ctr").arg("version").run()?)
-        })?;
+fn run(arguments: Arguments) -> Result<()> {
+    let executable = std::env::current_exe().context("cannot find this program")?;
+    let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
+    let sizes = if arguments.quick {
+        Sizes::quick()
+    } else {
+        Sizes::full()
+    };
+    let out = match (arguments.out, arguments.quick) {
+        (Some(out), _) => Some(out),
+        (None, true) => None,
+        (None, false) => Some(PathBuf::from(env!("CARGO_MANIFEST_DIR"))),
+    };
+    let mut results = match &out {
+        Some(out) => Results::read(out)?,
+        None => Results::default(),
+    };
+    let parts = match &arguments.only {
+        none if none.is_empty() => Part::value_variants(),
+        only => only,
+    };
+    for part in parts {
+        eprintln!("== {}", part.name());
+        let began = Instant::now();
+        let bed = Testbed::new(Tree::Forky, &settings)?;
+        let rows = part.measure(&bed, &sizes);
+        if rows.is_err() {
+            for node in bed.nodes() {
+                eprintln!("{}", node.logs());
+            }
+        }
         bed.stop()?;
+        let rows = rows.with_context(|| format!("cannot measure {}", part.name()))?;
+        results.replace(part.name(), began.elapsed(), rows)?;
+        println!("{}", results.table(part.name()));
+        // After each part: a later one that fails must not take the earlier ones' figures along.
+        if let Some(out) = &out {
+            results.write(out)?;
+        }
     }
-    Ok(())
-}
-
-/// Takes `ROUNDS` measures of `round` and prints a line.
-fn report(what: &str, mut round: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let mut taken = (0..ROUNDS)
-        .map(|_| {
-            let start = Instant::now();
-            round().map(|()| start.elapsed())
-        })
-        .collect::<anyhow::Result<Vec<Duration>>>()?;
-    taken.sort();
-    println!(
-        "{what:<40} median {:>10.1?}   worst {:>10.1?}",
-        taken[ROUNDS / 2],
-        taken[ROUNDS - 1]
-    );
     Ok(())
 }

@@ -1,0 +1,107 @@
+//! What a daemon in a node uses: memory and processor time, from /proc (proc(5)).
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use transship_testbed::{Node, poll_until};
+
+/// The kernel's unit of `utime` and `stime`: 100 a second on every Linux (`getconf CLK_TCK`).
+const TICK: Duration = Duration::from_millis(10);
+/// How long a daemon must be idle to count as settled, and how long that is waited for.
+const IDLE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A process, by its directory in the node's /proc.
+#[derive(Debug, Clone)]
+pub(crate) struct Process {
+    dir: PathBuf,
+}
+
+/// A path of the node as this program can open it, mounts of the node included.
+pub(crate) fn path_from_outside(node: &Node, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/root{path}", node.pid()))
+}
+
+impl Process {
+    /// The daemon that `Node::start_daemon` started under this name.
+    pub(crate) fn of_daemon(node: &Node, name: &str) -> Result<Process> {
+        let pid = node.read_file(&format!("/run/{name}.pid"))?;
+        let pid = String::from_utf8_lossy(&pid);
+        Ok(Process {
+            dir: path_from_outside(node, &format!("/proc/{}", pid.trim())),
+        })
+    }
+
+    /// This program.
+    pub(crate) fn itself() -> Process {
+        Process {
+            dir: PathBuf::from("/proc/self"),
+        }
+    }
+
+    fn read(&self, file: &str) -> Result<String> {
+        let path = self.dir.join(file);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    /// Bytes that lie in memory now.
+    pub(crate) fn resident_bytes(&self) -> Result<u64> {
+        self.memory("VmRSS:")
+    }
+
+    /// The most bytes that lay in memory since the start or [`Process::reset_peak`].
+    pub(crate) fn peak_bytes(&self) -> Result<u64> {
+        self.memory("VmHWM:")
+    }
+
+    /// Lets the peak begin at what lies in memory now.
+    pub(crate) fn reset_peak(&self) -> Result<()> {
+        let path = self.dir.join("clear_refs");
+        fs::write(&path, "5").with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn memory(&self, field: &str) -> Result<u64> {
+        let status = self.read("status")?;
+        // "VmRSS:\t    5120 kB"
+        let kilobytes = status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.split_whitespace().next())
+            .and_then(|number| number.parse::<u64>().ok());
+        let kilobytes = kilobytes.with_context(|| format!("no {field} in {status:?}"))?;
+        Ok(kilobytes * 1024)
+    }
+
+    /// Processor time of all its threads so far.
+    pub(crate) fn processor_time(&self) -> Result<Duration> {
+        let stat = self.read("stat")?;
+        // The name in parentheses may contain anything; utime and stime are fields 14 and 15.
+        let ticks: Option<u32> = stat.rsplit_once(')').and_then(|(_, rest)| {
+            let mut fields = rest.split_whitespace().skip(11);
+            Some(fields.next()?.parse::<u32>().ok()? + fields.next()?.parse::<u32>().ok()?)
+        });
+        Ok(TICK * ticks.with_context(|| format!("no times in {stat:?}"))?)
+    }
+
+    /// Waits until it has nothing to do, so that the next turn begins on a quiet machine.
+    pub(crate) fn settle(&self) -> Result<()> {
+        let mut last = self.processor_time()?;
+        let mut since = std::time::Instant::now();
+        poll_until("a daemon to be idle", PATIENCE, || {
+            let now = self
+                .processor_time()
+                .map_err(|error| format!("{error:#}"))?;
+            // A tick in that time is the timers of a runtime, not work.
+            if now > last + TICK {
+                (last, since) = (now, std::time::Instant::now());
+            }
+            if since.elapsed() >= IDLE {
+                Ok(())
+            } else {
+                Err(format!("{now:?} of processor time so far"))
+            }
+        })?;
+        Ok(())
+    }
+}
