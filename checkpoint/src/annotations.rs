@@ -27,6 +27,7 @@ pub const CRIU_CONFIG: &str = "org.criu.config";
 
 const CRI_CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const CRI_SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const CRI_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 const CRI_CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 
 /// What a container is to its sandbox.
@@ -91,6 +92,8 @@ pub struct Annotations {
     pub restore: Option<String>,
     /// The container's name inside of that checkpoint, when the spec says it.
     pub container: Option<String>,
+    /// The Kubernetes namespace of the pod, under the CRI.
+    pub kubernetes_namespace: Option<String>,
     /// See [`MISSING_NAMESPACES`].
     pub missing_namespaces: MissingNamespaces,
     /// See [`ON_FAILURE`].
@@ -154,6 +157,8 @@ impl Annotations {
             container: get(RESTORE_CONTAINER)
                 .or_else(|| get(CRI_CONTAINER_NAME))
                 .cloned(),
+            kubernetes_namespace: get(CRI_CONTAINER_TYPE)
+                .map(|_| get(CRI_NAMESPACE).cloned().unwrap_or_default()),
             missing_namespaces,
             on_failure,
             // Only our own tool says this.

@@ -66,6 +66,19 @@ pub enum ManifestError {
         /// The name.
         name: String,
     },
+    /// A pod may not have it.
+    #[error(
+        "the checkpoint {checkpoint:?} is of {owner}; a pod of the Kubernetes namespace {asker:?} \
+         may not restore it"
+    )]
+    Foreign {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// Whose it is.
+        owner: String,
+        /// The namespace of the pod that asks for it.
+        asker: String,
+    },
     /// No such container.
     #[error("the checkpoint {checkpoint:?} has no container {container:?}; it has {present}")]
     NoContainer {
@@ -281,6 +294,26 @@ impl Manifest {
         })
     }
 
+    /// Checks that a pod of the Kubernetes namespace `asker` may restore this. The author of a pod
+    /// chooses its annotations, and a checkpoint holds another process's memory: it goes into pods
+    /// of the namespace that it was taken in. Outside of the CRI (`None`) root asks.
+    ///
+    /// # Errors
+    /// [`ManifestError::Foreign`].
+    pub fn check_asker(&self, asker: Option<&str>) -> Result<(), ManifestError> {
+        let Some(asker) = asker else { return Ok(()) };
+        match &self.pod {
+            Some(pod) if pod.namespace == asker && !asker.is_empty() => Ok(()),
+            owner => Err(ManifestError::Foreign {
+                checkpoint: self.name.clone(),
+                owner: owner.as_ref().map_or("no pod".to_owned(), |pod| {
+                    format!("the Kubernetes namespace {:?}", pod.namespace)
+                }),
+                asker: asker.to_owned(),
+            }),
+        }
+    }
+
     /// Bytes of all files.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -382,6 +415,29 @@ mod tests {
                 assert!(Manifest::parse(&hostile.to_json()).is_err(), "{path:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_pod_restores_what_its_own_namespace_has_taken() {
+        let mut taken = manifest();
+        assert!(taken.check_asker(None).is_ok());
+        assert!(taken.check_asker(Some("shop")).is_err(), "of no pod");
+        let namespace = "shop".to_owned();
+        taken.pod = Some(Pod {
+            namespace,
+            ..Pod::default()
+        });
+        assert!(taken.check_asker(Some("shop")).is_ok());
+        let error = taken.check_asker(Some("bank")).unwrap_err().to_string();
+        assert!(
+            error.contains("\"shop\"") && error.contains("\"bank\""),
+            "{error}"
+        );
+        taken.pod = Some(Pod::default());
+        assert!(
+            taken.check_asker(Some("")).is_err(),
+            "an unknown namespace is nobody's"
+        );
     }
 
     #[test]

@@ -51,12 +51,7 @@ pub(crate) async fn find(node: &Node, selector: &str, criu: &CriuOptions) -> Res
         let message = format!("the pod {selector:?} has no running container");
         return Err(Problem::new(Kind::Refused, message).into());
     }
-    let label = |name: &str| sandbox.labels.get(name).cloned().unwrap_or_default();
-    let pod = Pod {
-        name: label("io.kubernetes.pod.name"),
-        namespace: label("io.kubernetes.pod.namespace"),
-        uid: label("io.kubernetes.pod.uid"),
-    };
+    let pod = source::pod_of(&sandbox.labels).unwrap_or_default();
     Ok(SourcePod {
         pod,
         containers,

@@ -100,7 +100,16 @@ pub(crate) async fn plan(
     let snapshotter = choose_snapshotter(&node, container, target, &mut reasons).await?;
     let runtime_binary = choose_runtime(container, target, &mut reasons);
     let sandbox = find_sandbox(&node, container, target, &mut reasons).await?;
-    missing_mount_sources(spec, &mut reasons)?;
+    let parsed: Value = serde_json::from_slice(spec).context("the spec cannot be parsed")?;
+    if parsed
+        .pointer("/annotations/io.kubernetes.cri.container-type")
+        .is_some()
+    {
+        reasons.push(format!(
+            "it belongs to a pod of the CRI: a pod with the annotation {RESTORE} restores it"
+        ));
+    }
+    missing_mount_sources(&parsed, &mut reasons);
     if !reasons.is_empty() {
         let reasons = reasons.join("; ");
         return Err(Problem::new(
@@ -234,8 +243,7 @@ async fn find_sandbox(
 }
 
 /// Files and directories of the source that the container has mounted must be on this node, too.
-fn missing_mount_sources(spec: &[u8], reasons: &mut Vec<String>) -> Result<()> {
-    let spec: Value = serde_json::from_slice(spec).context("the spec cannot be parsed")?;
+fn missing_mount_sources(spec: &Value, reasons: &mut Vec<String>) {
     for mount in spec["mounts"].as_array().into_iter().flatten() {
         let bind = mount["options"]
             .as_array()
@@ -250,7 +258,6 @@ fn missing_mount_sources(spec: &[u8], reasons: &mut Vec<String>) -> Result<()> {
             ));
         }
     }
-    Ok(())
 }
 
 /// FIFOs belong to a program on the source; URIs mean something on every node.
@@ -505,7 +512,7 @@ mod tests {
             {"destination": "/tmp", "source": "/tmp", "options": ["bind", "ro"]},
         ]});
         let mut reasons = Vec::new();
-        missing_mount_sources(spec.to_string().as_bytes(), &mut reasons).unwrap();
+        missing_mount_sources(&spec, &mut reasons);
         assert_eq!(reasons.len(), 1);
         assert!(reasons[0].contains("/no/such/dir") && reasons[0].contains("/data"));
     }

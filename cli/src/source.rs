@@ -8,6 +8,7 @@
 //!
 //! The dump and the export run side by side: both only need the container to stand still.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -49,8 +50,20 @@ pub(crate) struct SourceContainer {
     pub(crate) dirs: OverlayDirs,
     /// The image below them, when the content store has it.
     pub(crate) image: Option<(containerd_client::types::Descriptor, ResolvedImage)>,
+    /// The pod that it belongs to.
+    pub(crate) pod: Option<Pod>,
     /// Whether somebody had paused it before.
     pub(crate) was_paused: bool,
+}
+
+/// The pod that a record of the CRI belongs to.
+pub(crate) fn pod_of(labels: &HashMap<String, String>) -> Option<Pod> {
+    let label = |name: &str| labels.get(&format!("io.kubernetes.pod.{name}")).cloned();
+    Some(Pod {
+        name: label("name")?,
+        namespace: label("namespace")?,
+        uid: label("uid").unwrap_or_default(),
+    })
 }
 
 /// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
@@ -186,6 +199,7 @@ pub(crate) async fn inspect(
         snapshot_key: record.snapshot_key.clone(),
         dirs,
         image: target.zip(image),
+        pod: pod_of(&record.labels),
         was_paused: task.status() == Status::Paused,
     })
 }

@@ -60,6 +60,15 @@ fn a_pod_goes_on_elsewhere(bed: &Testbed, transship_snapshotter: bool) -> anyhow
 
     let cri = b.cri()?;
     let annotation = [("dev.transship/restore", "web")];
+    let Err(refusal) = cri.run_pod(("bank", "thief"), &annotation, false) else {
+        anyhow::bail!("a pod of another namespace has it");
+    };
+    ensure!(
+        refusal
+            .to_string()
+            .contains("of the Kubernetes namespace \"bank\""),
+        "{refusal}"
+    );
     let pod = cri.run_pod(("shop", "web-again"), &annotation, false)?;
     let first = cri.run_container(&pod, &FIRST)?;
     let second = cri.run_container(&pod, &SECOND)?;

@@ -113,7 +113,13 @@ async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
         }
         (None, id) => {
             let source = source::find(&node, id.as_deref().unwrap_or_default(), &criu).await?;
-            Ok((node, source.id().to_owned(), None, vec![source], Vec::new()))
+            Ok((
+                node,
+                source.id().to_owned(),
+                source.pod.clone(),
+                vec![source],
+                Vec::new(),
+            ))
         }
     }
 }

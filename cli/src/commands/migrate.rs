@@ -168,7 +168,6 @@ impl Migration<'_> {
     async fn carry_out(&mut self, args: &MigrateArgs) -> Result<u32> {
         self.offer(args).await?;
         let draft = store().draft(&format!("migration-{}-{}", self.container.id(), unique()))?;
-        self.progress.step("dump");
         self.interrupt.check()?;
         self.timeline.freeze();
         let frozen = match self.container.freeze(self.node).await {

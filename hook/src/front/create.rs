@@ -92,6 +92,7 @@ impl Front<'_> {
         };
         let checkpoint = self.around.store.open(wanted)?;
         let manifest = &checkpoint.manifest;
+        manifest.check_asker(config.annotations.kubernetes_namespace.as_deref())?;
         let named = manifest
             .containers
             .iter()

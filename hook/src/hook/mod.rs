@@ -15,6 +15,7 @@ use std::path::Path;
 use serde::Deserialize;
 use std::collections::HashMap;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, Role};
+use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::stage::{PodDir, StageError};
 use transship_checkpoint::store::{Store, StoreError};
 
@@ -46,6 +47,9 @@ pub enum HookError {
     /// An annotation that means nothing.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
+    /// The checkpoint is not for this pod.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// The sandbox's directory.
     #[error("cannot prepare the sandbox {id:?}")]
     Stage {
@@ -89,6 +93,8 @@ pub fn create_runtime(state: &HookState, run_dir: &Path, store: &Store) -> Resul
             id: state.id.clone(),
             source,
         })?;
+        let asker = annotations.kubernetes_namespace.as_deref();
+        checkpoint.manifest.check_asker(asker)?;
         for container in &checkpoint.manifest.containers {
             pod.stage(&container.name, &checkpoint, container)
                 .map_err(stage_error)?;
