@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, LogFormat};
@@ -19,6 +20,15 @@ pub struct Arguments {
     /// Unix socket to listen on, made with mode 0600 [default: /run/transship/snapshotter.sock]
     #[arg(long, value_name = "SOCK")]
     pub address: Option<PathBuf>,
+
+    /// Unix socket of the diff service, empty for none [default: /run/transship/diff.sock, none
+    /// with another --address than the default]
+    #[arg(long, value_name = "SOCK", value_parser = OsStringValueParser::new().map(PathBuf::from))]
+    pub diff_address: Option<PathBuf>,
+
+    /// containerd's socket, for the diff service [default: /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCK")]
+    pub containerd_address: Option<PathBuf>,
 
     /// Configuration file (TOML); flags win over it
     #[arg(long, value_name = "FILE", global = true)]
@@ -68,6 +78,17 @@ impl Arguments {
         }
         if let Some(address) = &self.address {
             config.address.clone_from(address);
+        }
+        if let Some(address) = &self.diff_address {
+            config.diff_address.clone_from(address);
+        }
+        if let Some(address) = &self.containerd_address {
+            config.containerd_address.clone_from(address);
+        }
+        // A daemon beside the usual one must not compete with it for the usual socket.
+        let usual = Config::default();
+        if config.address != usual.address && config.diff_address == usual.diff_address {
+            config.diff_address = PathBuf::new();
         }
         if let Some(format) = self.log_format {
             config.log_format = format;

@@ -16,6 +16,10 @@ pub struct Config {
     pub root: PathBuf,
     /// Unix socket of the snapshots service.
     pub address: PathBuf,
+    /// Unix socket of the diff service; empty: none.
+    pub diff_address: PathBuf,
+    /// containerd's socket: the diff service reads and writes layers through it.
+    pub containerd_address: PathBuf,
     /// How log lines look.
     pub log_format: LogFormat,
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives of tracing's EnvFilter. Read again at
@@ -53,6 +57,8 @@ impl Default for Config {
         Self {
             root: "/var/lib/containerd/io.containerd.snapshotter.v1.transship".into(),
             address: "/run/transship/snapshotter.sock".into(),
+            diff_address: "/run/transship/diff.sock".into(),
+            containerd_address: "/run/containerd/containerd.sock".into(),
             log_format: LogFormat::Text,
             log_level: "info".to_owned(),
             mount_options: Vec::new(),
@@ -70,6 +76,8 @@ impl Default for Config {
 const KEYS: &[&str] = &[
     "root",
     "address",
+    "diff_address",
+    "containerd_address",
     "log_format",
     "log_level",
     "mount_options",

@@ -86,7 +86,7 @@ pub fn open_snapshots(config: &Config, faults: Faults) -> Result<(RootLock, Snap
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Socket {
@@ -133,7 +133,7 @@ impl Socket {
 
     /// Accepts until `stop` resolves; then the path is removed *before* anything else, because
     /// containerd waits for a missing socket to appear but fails on one that refuses.
-    fn into_connections(
+    pub(crate) fn into_connections(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> ReceiverStream<io::Result<UnixStream>> {

@@ -11,6 +11,8 @@
 //!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs, import.rs
 //! ```
 //!
+//! Beside it, on a socket of its own, containerd's diff service: see `diff`.
+//!
 //! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `probe.rs` (what this kernel
 //! needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs` (where
 //! crash tests kill the process).
@@ -20,6 +22,7 @@ pub mod changes;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod diff;
 pub mod disk;
 pub mod error;
 pub mod fault;

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use transship_snapshotter::cli::{Arguments, Command};
 use transship_snapshotter::fault::Faults;
 use transship_snapshotter::logging::{self, LogLevel};
-use transship_snapshotter::{daemon, fsck};
+use transship_snapshotter::{daemon, diff, fsck};
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -41,6 +41,12 @@ fn main() -> anyhow::Result<ExitCode> {
         .build()?;
     runtime.block_on(async {
         let socket = daemon::Socket::listen(&config.address)?;
+        let differ = if config.diff_address.as_os_str().is_empty() {
+            None
+        } else {
+            let socket = daemon::Socket::listen(&config.diff_address)?;
+            Some(diff::start(socket, config.containerd_address.clone()))
+        };
         tokio::spawn(reload_log_level(
             arguments,
             log_level,
@@ -59,9 +65,11 @@ fn main() -> anyhow::Result<ExitCode> {
         };
         tracing::info!(address = %config.address.display(), "ready");
         notify("READY=1")?;
-        daemon::serve(snapshots, socket, stop)
-            .await
-            .map_err(|error| anyhow!(error))
+        let served = daemon::serve(snapshots, socket, stop).await;
+        if let Some(differ) = differ {
+            differ.stop().await;
+        }
+        served.map_err(|error| anyhow!(error))
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -12,11 +12,11 @@ pub(super) const QUEUED_CHUNKS: usize = 3;
 
 /// Digest and length of all that has passed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Measured {
+pub(super) struct Measured {
     /// `sha256:<hex>`.
-    pub digest: String,
+    pub(super) digest: String,
     /// In bytes.
-    pub size: u64,
+    pub(super) size: u64,
 }
 
 /// Hashes chunks on their way to `next`.

@@ -13,7 +13,7 @@
 use transship_layer::Compression;
 
 /// A plain layer: what Apply says that it has applied.
-pub const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+pub(super) const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// What containerd's walking differ writes when it is asked for nothing in particular.
 const DEFAULT: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
@@ -25,21 +25,23 @@ const READ: [&str; 2] = [
 
 /// The media type that a Diff has to write, and its compression; `asked` may be empty.
 #[must_use]
-pub fn written(asked: &str) -> Option<(&str, Compression)> {
+pub(super) fn written(asked: &str) -> Option<(&str, Compression)> {
     let media_type = if asked.is_empty() { DEFAULT } else { asked };
     Some((media_type, compression(media_type, &WRITTEN)?))
 }
 
 /// Whether `media_type` is a layer that can be applied.
 #[must_use]
-pub fn is_layer(media_type: &str) -> bool {
+pub(super) fn is_layer(media_type: &str) -> bool {
     compression(media_type, &WRITTEN)
         .or(compression(media_type, &READ))
         .is_some()
 }
 
 fn compression(media_type: &str, known: &[&str]) -> Option<Compression> {
-    let suffix = known.iter().find_map(|base| media_type.strip_prefix(base))?;
+    let suffix = known
+        .iter()
+        .find_map(|base| media_type.strip_prefix(base))?;
     match suffix {
         "" => Some(Compression::None),
         "+gzip" | ".gzip" => Some(Compression::Gzip),

@@ -82,7 +82,11 @@ pub(super) fn pack_layer(
         let exported = match exported {
             // All of the export has been handed on only when the rest of the last chunk is.
             Ok(stats) => out.finish().map(|()| stats).map_err(PackError::Compress),
-            Err(error) => Err(PackError::Export(error)),
+            Err(error) => {
+                // The threads behind it wait for more as long as it is there.
+                drop(out);
+                Err(PackError::Export(error))
+            }
         };
         let measured = joined(hashed).map_err(PackError::Compress);
         match (exported, measured) {

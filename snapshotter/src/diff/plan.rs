@@ -21,9 +21,9 @@ use transship_layer::OverlayXattrs;
 /// The mounts do not say what this differ needs to know; another one has to look at the files.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not for this differ: {reason}")]
-pub struct NotOurs {
+pub(super) struct NotOurs {
     /// Why not.
-    pub reason: String,
+    pub(super) reason: String,
 }
 
 impl NotOurs {
@@ -36,26 +36,26 @@ impl NotOurs {
 
 /// What a Diff exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerSource {
+pub(super) struct LayerSource {
     /// The directory that is the diff.
-    pub dir: PathBuf,
+    pub(super) dir: PathBuf,
     /// What lies below it, nearest first.
-    pub lowerdirs: Vec<PathBuf>,
+    pub(super) lowerdirs: Vec<PathBuf>,
     /// How the overlay is mounted.
-    pub overlay_xattrs: OverlayXattrs,
+    pub(super) overlay_xattrs: OverlayXattrs,
     /// The left side; when there is anything in it, then `dir` is not the diff.
-    pub must_be_empty: Option<PathBuf>,
+    pub(super) must_be_empty: Option<PathBuf>,
 }
 
 /// Where an Apply writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerTarget {
+pub(super) struct LayerTarget {
     /// The directory to fill.
-    pub dir: PathBuf,
+    pub(super) dir: PathBuf,
     /// What lies below it, nearest first.
-    pub lowerdirs: Vec<PathBuf>,
+    pub(super) lowerdirs: Vec<PathBuf>,
     /// How the overlay will be mounted.
-    pub overlay_xattrs: OverlayXattrs,
+    pub(super) overlay_xattrs: OverlayXattrs,
 }
 
 /// The directories that a snapshot's mounts name, topmost first.
@@ -69,7 +69,7 @@ struct Stack {
 ///
 /// # Errors
 /// When the mounts do not tell.
-pub fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, NotOurs> {
+pub(super) fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, NotOurs> {
     // An empty list stands for an empty directory.
     let left = if left.is_empty() {
         None
@@ -106,7 +106,7 @@ pub fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, NotOurs
 ///
 /// # Errors
 /// When the mounts do not tell, or cannot be written to.
-pub fn plan_apply(mounts: &[Mount]) -> Result<LayerTarget, NotOurs> {
+pub(super) fn plan_apply(mounts: &[Mount]) -> Result<LayerTarget, NotOurs> {
     let mut stack = read_stack(mounts)?;
     if !stack.writable {
         return Err(NotOurs::because("the mounts are read-only"));
@@ -288,7 +288,11 @@ mod tests {
             ("bind /u ro", "bind /u rw", no),
             ("overlay overlay lowerdir=/p:/g", "bind /u rw", no),
             // Not told by the mounts.
-            ("bind /p ro", "btrfs /dev/sda subvol=x", "mounts of type \"btrfs\""),
+            (
+                "bind /p ro",
+                "btrfs /dev/sda subvol=x",
+                "mounts of type \"btrfs\"",
+            ),
             ("bind /p ro", "bind /a + bind /b", "2 mounts"),
             ("bind /p ro", "", "0 mounts"),
             (
@@ -334,7 +338,10 @@ mod tests {
                 Ok(("/u", vec!["/p", "/g"])),
             ),
             ("bind /u ro,rbind", Err("the mounts are read-only")),
-            ("overlay overlay lowerdir=/p:/g", Err("the mounts are read-only")),
+            (
+                "overlay overlay lowerdir=/p:/g",
+                Err("the mounts are read-only"),
+            ),
             (
                 "bind /u uidmap=0:1:2,rw",
                 Err("mount option \"uidmap=0:1:2\""),

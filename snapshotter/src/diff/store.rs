@@ -97,10 +97,7 @@ impl Containerd {
     }
 
     /// The store as the namespace sees it.
-    pub(super) async fn store(
-        &self,
-        namespace: MetadataValue<Ascii>,
-    ) -> Result<Store, CallError> {
+    pub(super) async fn store(&self, namespace: MetadataValue<Ascii>) -> Result<Store, CallError> {
         let channel = self
             .channel
             .get_or_try_init(|| containerd_client::connect(&self.address))
@@ -226,7 +223,10 @@ impl Store {
         }
         let request = UpdateRequest {
             update_mask: Some(FieldMask {
-                paths: missing.keys().map(|name| format!("labels.{name}")).collect(),
+                paths: missing
+                    .keys()
+                    .map(|name| format!("labels.{name}"))
+                    .collect(),
             }),
             info: Some(Info {
                 digest: digest.to_owned(),

@@ -56,10 +56,7 @@ pub(super) fn unpack_layer(
     })
 }
 
-fn decompress_into(
-    plain: &SyncSender<io::Result<Vec<u8>>>,
-    blob: impl BufRead,
-) -> io::Result<()> {
+fn decompress_into(plain: &SyncSender<io::Result<Vec<u8>>>, blob: impl BufRead) -> io::Result<()> {
     let mut reader = decompress(blob)?;
     loop {
         let mut chunk = Vec::with_capacity(CHUNK_BYTES);

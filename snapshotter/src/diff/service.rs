@@ -1,0 +1,529 @@
+//! The two calls of the diff service: what is planned, run and answered, in which order.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
+use containerd_client::tonic::metadata::{Ascii, MetadataValue};
+use containerd_client::tonic::{Code, Request, Status};
+use containerd_client::types::Descriptor;
+use nix::unistd::{AccessFlags, access};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use transship_layer::{Compression, ExportError};
+
+use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
+use super::error::DiffError;
+use super::media_type;
+use super::pack::{PackError, Packed, pack_layer};
+use super::plan::{LayerSource, LayerTarget, NotOurs, plan_apply, plan_diff};
+use super::store::{Containerd, During, GC_ROOT, KEEP, Store, UNCOMPRESSED};
+use super::unpack::{Unpacked, unpack_layer};
+use super::upload::Upload;
+use crate::error::chain;
+
+/// Calls that are worked on at a time; each holds some MiB and some threads.
+const JOBS: usize = 8;
+/// How often a layer is exported anew when the snapshot changed meanwhile. A container that writes now
+/// and then lets one through; one that never stops has to be paused.
+const ATTEMPTS: usize = 3;
+
+/// What all calls share.
+#[derive(Debug)]
+pub(super) struct DiffService {
+    containerd: Containerd,
+    jobs: Semaphore,
+    /// Turns true when the daemon can wait no longer.
+    give_up: watch::Receiver<bool>,
+    names: Names,
+    /// Namespaces that have been cleared of what a killed differ left.
+    swept: Mutex<HashSet<MetadataValue<Ascii>>>,
+}
+
+/// References and lease ids: `transship-diff-<which differ>-<which process>-<number>`. The first two
+/// parts tell what a killed process of the same differ has left, from what another one is writing.
+#[derive(Debug)]
+struct Names {
+    differ: String,
+    process: String,
+    count: AtomicU64,
+}
+
+impl Names {
+    fn new(socket: &Path) -> Self {
+        use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+        let mut hasher = DefaultHasher::new();
+        socket.hash(&mut hasher);
+        let differ = format!("transship-diff-{:016x}-", hasher.finish());
+        let started = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_nanos());
+        Self {
+            process: format!("{differ}{started:x}-"),
+            differ,
+            count: AtomicU64::new(0),
+        }
+    }
+
+    fn next(&self) -> String {
+        format!(
+            "{}{}",
+            self.process,
+            self.count.fetch_add(1, Ordering::Relaxed)
+        )
+    }
+}
+
+/// Ends when nobody waits for the answer, or when the daemon gives up.
+struct GivenUp {
+    caller: oneshot::Receiver<()>,
+    daemon: watch::Receiver<bool>,
+}
+
+impl GivenUp {
+    async fn wait(&mut self) {
+        let Self { caller, daemon } = self;
+        tokio::select! {
+            _ = caller => {}
+            _ = daemon.wait_for(|give_up| *give_up) => {}
+        }
+    }
+}
+
+impl DiffService {
+    pub(super) fn new(
+        socket: &Path,
+        containerd: Containerd,
+        give_up: watch::Receiver<bool>,
+    ) -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Self {
+            containerd,
+            jobs: Semaphore::new(JOBS),
+            give_up,
+            names: Names::new(socket),
+            swept: Mutex::default(),
+        })
+    }
+
+    /// The store of the request's namespace, cleared of leftovers at its first use.
+    async fn store(&self, namespace: MetadataValue<Ascii>) -> Result<Store, DiffError> {
+        let store = self.containerd.store(namespace.clone()).await?;
+        let first = self
+            .swept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(namespace);
+        if first {
+            let (differ, process) = (self.names.differ.clone(), self.names.process.clone());
+            let store = store.clone();
+            tokio::spawn(async move { sweep(&store, &differ, &process).await });
+        }
+        Ok(store)
+    }
+
+    async fn write_diff(
+        &self,
+        namespace: MetadataValue<Ascii>,
+        request: DiffRequest,
+        mut given_up: GivenUp,
+    ) -> Result<Descriptor, DiffError> {
+        let source = plan_diff(&request.left, &request.right)?;
+        let (media_type, compression) = media_type::written(&request.media_type)
+            .ok_or_else(|| NotOurs::because(format!("media type {:?}", request.media_type)))?;
+        let job = LayerJob {
+            source,
+            compression,
+            source_date_epoch: request
+                .source_date_epoch
+                .map(|epoch| u64::try_from(epoch.seconds))
+                .transpose()
+                .map_err(|_| DiffError::Invalid("the source date epoch lies before 1970"))?,
+        };
+        let _turn = self.jobs.acquire().await;
+        let store = self.store(namespace).await?;
+        let name = self.names.next();
+        let mut writing = Writing {
+            leased: None,
+            upload: None,
+        };
+        let written = tokio::select! {
+            written = writing.run(&job, &store, &name, &request) => written,
+            () = given_up.wait() => Err(DiffError::GivenUp),
+        };
+        let packed = match written {
+            Ok(packed) => packed,
+            Err(error) => {
+                writing.undo().await;
+                return Err(error);
+            }
+        };
+        writing.release_later();
+        tracing::debug!(
+            dir = %job.source.dir.display(),
+            entries = packed.stats.entries,
+            bytes = packed.blob.size,
+            "layer written"
+        );
+        if !packed.stats.noted_paths.is_empty() {
+            tracing::info!(
+                dir = %job.source.dir.display(),
+                links = packed.stats.broken_lower_links,
+                flags = packed.stats.lost_inode_flags,
+                xattrs = packed.stats.lost_xattrs,
+                paths = ?packed.stats.noted_paths,
+                "not everything fits into a layer"
+            );
+        }
+        Ok(Descriptor {
+            media_type: media_type.to_owned(),
+            digest: packed.blob.digest,
+            size: i64::try_from(packed.blob.size).unwrap_or(i64::MAX),
+            ..Descriptor::default()
+        })
+    }
+
+    async fn apply_layer(
+        &self,
+        namespace: MetadataValue<Ascii>,
+        request: ApplyRequest,
+        mut given_up: GivenUp,
+    ) -> Result<Descriptor, DiffError> {
+        let layer = request
+            .diff
+            .ok_or(DiffError::Invalid("the request names no layer"))?;
+        let target = plan_apply(&request.mounts)?;
+        if !media_type::is_layer(&layer.media_type) || !request.payloads.is_empty() {
+            return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
+        }
+        let _turn = self.jobs.acquire().await;
+        let store = self.store(namespace).await?;
+        let (pieces, queue) = mpsc::channel(QUEUED_CHUNKS);
+        let sync = request.sync_fs;
+        let digest = layer.digest.clone();
+        let unpacking = tokio::task::spawn_blocking(move || {
+            check_target(&target)?;
+            let unpacked = unpack_layer(ChunkReader::new(queue), &target)
+                .map_err(|source| DiffError::Import { digest, source })?;
+            if sync {
+                sync_file_system(&target.dir)?;
+            }
+            Ok((target, unpacked))
+        });
+        let read = tokio::select! {
+            read = read_into(&pieces, &store, &layer) => read,
+            () = given_up.wait() => Err(DiffError::GivenUp),
+        };
+        if read.is_err() {
+            // Else the end of the queue would look like the end of the blob.
+            drop(pieces.send(Err(io::ErrorKind::Interrupted.into())).await);
+        }
+        drop(pieces);
+        // The target is nobody's before the last thread has left it.
+        let unpacked = unpacking
+            .await
+            .unwrap_or_else(|error| Err(DiffError::Internal(error.to_string())));
+        read?;
+        let (target, Unpacked { tar, stats }) = unpacked?;
+        tracing::debug!(
+            dir = %target.dir.display(),
+            layer = layer.digest,
+            entries = stats.entries,
+            bytes = tar.size,
+            "layer applied"
+        );
+        Ok(Descriptor {
+            media_type: media_type::PLAIN_LAYER.to_owned(),
+            digest: tar.digest,
+            size: i64::try_from(tar.size).unwrap_or(i64::MAX),
+            ..Descriptor::default()
+        })
+    }
+}
+
+/// What is exported, and how.
+#[derive(Debug, Clone)]
+struct LayerJob {
+    source: LayerSource,
+    compression: Compression,
+    source_date_epoch: Option<u64>,
+}
+
+/// What a Diff has made so far, for the case that it must be undone.
+struct Writing {
+    leased: Option<Store>,
+    upload: Option<Upload>,
+}
+
+impl Writing {
+    async fn run(
+        &mut self,
+        job: &LayerJob,
+        store: &Store,
+        name: &str,
+        request: &DiffRequest,
+    ) -> Result<Packed, DiffError> {
+        for attempt in 1.. {
+            match self.attempt(job, store, name, request).await {
+                Err(DiffError::Pack(PackError::Export(ExportError::Changed { path })))
+                    if attempt < ATTEMPTS =>
+                {
+                    tracing::debug!(?path, attempt, "changed while it was exported");
+                    if let Some(mut upload) = self.upload.take() {
+                        upload.abort().await?;
+                    }
+                }
+                other => return other,
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    async fn attempt(
+        &mut self,
+        job: &LayerJob,
+        store: &Store,
+        name: &str,
+        request: &DiffRequest,
+    ) -> Result<Packed, DiffError> {
+        let (sink, mut chunks) = mpsc::channel::<Vec<u8>>(QUEUED_CHUNKS);
+        let job = job.clone();
+        // The export begins while the lease is being made.
+        let packing = tokio::task::spawn_blocking(move || {
+            check_source(&job.source)?;
+            let sink = |chunk| sink.blocking_send(chunk).map_err(gone);
+            Ok::<_, DiffError>(pack_layer(
+                &job.source,
+                job.compression,
+                job.source_date_epoch,
+                sink,
+            )?)
+        });
+        let Some(first) = chunks.recv().await else {
+            // Refused before there was anything to write: no trace in containerd.
+            return joined(packing).await;
+        };
+        if self.leased.is_none() && !request.labels.contains_key(GC_ROOT) {
+            self.leased = Some(store.with_lease(name).await?);
+        }
+        let reference = match request.r#ref.as_str() {
+            "" => name,
+            reference => reference,
+        };
+        let store = self.leased.as_ref().unwrap_or(store).clone();
+        let upload = self.upload.insert(Upload::new(store, reference.to_owned()));
+        upload.write(first).await?;
+        while let Some(chunk) = chunks.recv().await {
+            upload.write(chunk).await?;
+        }
+        let packed = joined(packing).await?;
+        let mut labels: HashMap<String, String> = request.labels.clone();
+        labels.insert(UNCOMPRESSED.to_owned(), packed.tar.digest.clone());
+        upload.commit(&packed.blob, &labels).await?;
+        Ok(packed)
+    }
+
+    /// Leaves nothing behind; what fails here is collected when the lease ends by itself.
+    async fn undo(mut self) {
+        if let Some(upload) = &mut self.upload
+            && let Err(error) = upload.abort().await
+        {
+            tracing::warn!(error = chain(&error), "unfinished content stays");
+        }
+        if let Some(store) = self.leased {
+            end_lease(&store).await;
+        }
+    }
+
+    /// Ends the lease when the caller has had time to refer to the layer.
+    fn release_later(self) {
+        if let Some(store) = self.leased {
+            tokio::spawn(async move {
+                tokio::time::sleep(KEEP).await;
+                end_lease(&store).await;
+            });
+        }
+    }
+}
+
+async fn end_lease(store: &Store) {
+    if let Err(error) = store.end_lease().await {
+        tracing::warn!(error = chain(&error), "the lease ends by itself");
+    }
+}
+
+async fn joined<T>(task: tokio::task::JoinHandle<Result<T, DiffError>>) -> Result<T, DiffError> {
+    task.await
+        .unwrap_or_else(|error| Err(DiffError::Internal(error.to_string())))
+}
+
+/// Removes what killed processes of this differ have left unfinished.
+async fn sweep(store: &Store, differ: &str, process: &str) {
+    let swept = async {
+        for reference in store.unfinished(differ).await? {
+            if !reference.starts_with(process) {
+                tracing::info!(reference, "removing what a killed differ left");
+                store.abort(&reference).await?;
+            }
+        }
+        Ok::<_, super::store::CallError>(())
+    };
+    if let Err(error) = swept.await {
+        tracing::warn!(error = chain(&error), "cannot look for leftovers");
+    }
+}
+
+/// Reads the whole blob into the queue. When the other end leaves, it has an error of its own.
+async fn read_into(
+    pieces: &mpsc::Sender<io::Result<Vec<u8>>>,
+    store: &Store,
+    layer: &Descriptor,
+) -> Result<(), DiffError> {
+    let mut stream = store.read(&layer.digest).await?;
+    let mut left = layer.size;
+    while let Some(piece) = stream
+        .message()
+        .await
+        .during(|| format!("read the blob {}", layer.digest))?
+    {
+        left -= i64::try_from(piece.data.len()).unwrap_or(i64::MAX);
+        if pieces.send(Ok(piece.data)).await.is_err() {
+            return Ok(());
+        }
+    }
+    if left == 0 {
+        Ok(())
+    } else {
+        Err(DiffError::Invalid(
+            "the blob is not as long as its descriptor says",
+        ))
+    }
+}
+
+/// The mounts may name directories that this daemon does not see (in another mount namespace, or
+/// hidden by systemd's ProtectHome), and what is not empty is a tree to be compared.
+fn check_source(source: &LayerSource) -> Result<(), DiffError> {
+    is_empty(&source.dir)?;
+    match &source.must_be_empty {
+        Some(base) if !is_empty(base)? => {
+            Err(NotOurs::because(format!("{} is not empty", base.display())).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A layer goes into a fresh directory; whoever applies a second one to the same snapshot wants the two
+/// merged, which another differ does.
+fn check_target(target: &LayerTarget) -> Result<(), DiffError> {
+    if !is_empty(&target.dir)? {
+        return Err(NotOurs::because(format!("{} is not empty", target.dir.display())).into());
+    }
+    access(&target.dir, AccessFlags::W_OK).map_err(|errno| {
+        NotOurs::because(format!("cannot write to {}: {errno}", target.dir.display()))
+    })?;
+    Ok(())
+}
+
+fn is_empty(dir: &Path) -> Result<bool, DiffError> {
+    match fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(NotOurs::because(format!("{} is not there", dir.display())).into())
+        }
+        Err(source) => Err(DiffError::Io {
+            act: "list",
+            path: dir.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn sync_file_system(dir: &Path) -> Result<(), DiffError> {
+    let synced = fs::File::open(dir).and_then(|dir| Ok(nix::unistd::syncfs(dir)?));
+    synced.map_err(|source| DiffError::Io {
+        act: "sync the file system of",
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+/// The service as the gRPC glue wants it: calls go on in tasks of their own, so that one whose caller
+/// has left still cleans up behind itself.
+#[derive(Debug)]
+pub(super) struct Calls(pub(super) std::sync::Arc<DiffService>);
+
+impl Calls {
+    async fn run<T, F>(
+        &self,
+        rpc: &'static str,
+        headers: &containerd_client::tonic::metadata::MetadataMap,
+        job: impl FnOnce(std::sync::Arc<DiffService>, MetadataValue<Ascii>, GivenUp) -> F,
+    ) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, DiffError>> + Send + 'static,
+    {
+        let start = Instant::now();
+        let Some(namespace) = headers.get("containerd-namespace").cloned() else {
+            return Err(Status::failed_precondition(
+                "containerd's namespace is required",
+            ));
+        };
+        let (waiting, caller) = oneshot::channel();
+        let given_up = GivenUp {
+            caller,
+            daemon: self.0.give_up.clone(),
+        };
+        let task = tokio::spawn(job(std::sync::Arc::clone(&self.0), namespace, given_up));
+        let result = joined(task).await;
+        drop::<oneshot::Sender<()>>(waiting);
+        let took_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match &result {
+            Ok(_) => tracing::debug!(rpc, took_us, "ok"),
+            Err(error) if error.code() == Code::Unimplemented => {
+                tracing::debug!(rpc, reason = chain(error), "left to the next differ");
+            }
+            Err(error) => {
+                tracing::warn!(rpc, took_us, code = ?error.code(), error = chain(error), "failed");
+            }
+        }
+        result.map_err(Status::from)
+    }
+}
+
+impl transship_proto::diff_server::Differ for Calls {
+    async fn diff(&self, request: Request<DiffRequest>) -> Result<DiffResponse, Status> {
+        let (headers, _, request) = request.into_parts();
+        let written = self
+            .run(
+                "Diff",
+                &headers,
+                |service, namespace, given_up| async move {
+                    service.write_diff(namespace, request, given_up).await
+                },
+            )
+            .await?;
+        Ok(DiffResponse {
+            diff: Some(written),
+        })
+    }
+
+    async fn apply(&self, request: Request<ApplyRequest>) -> Result<ApplyResponse, Status> {
+        let (headers, _, request) = request.into_parts();
+        let applied = self
+            .run(
+                "Apply",
+                &headers,
+                |service, namespace, given_up| async move {
+                    service.apply_layer(namespace, request, given_up).await
+                },
+            )
+            .await?;
+        Ok(ApplyResponse {
+            applied: Some(applied),
+        })
+    }
+}
