@@ -71,6 +71,16 @@ impl CriuOptions {
         self.common_lines()
     }
 
+    /// Those of [`Self::restore_lines`] that are flags of `restore` in runc and crun, too.
+    #[must_use]
+    pub fn restore_flags(&self) -> Vec<String> {
+        let known = ["tcp-established", "file-locks", "ext-unix-sk", "shell-job"];
+        self.restore_lines()
+            .into_iter()
+            .filter(|line| known.contains(&line.as_str()))
+            .collect()
+    }
+
     /// The CRIU configuration of a restore that is held: `own` lines first, those of the dump, and
     /// that no task may run before it is let go.
     #[must_use]
@@ -137,6 +147,7 @@ mod tests {
             options.restore_lines(),
             ["tcp-close", "file-locks", "ext-unix-sk"]
         );
+        assert_eq!(options.restore_flags(), ["file-locks", "ext-unix-sk"]);
         assert_eq!(
             options.dump_lines(),
             [

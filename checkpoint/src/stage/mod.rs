@@ -192,19 +192,19 @@ impl PodDir {
         container: &Container,
     ) -> Result<Staged, StageError> {
         check_name("the container's name", name)?;
+        let images = checkpoint.dir.join(&container.name).join(IMAGES_DIR);
+        // A checkpoint that has lost its images is told of when the sandbox comes up.
+        fs::read_dir(&images).staging("list", &images)?;
         let parent = self.dir.join("restore");
         make_dir(&parent)?;
         let new = parent.join(format!(".new-{}", std::process::id()));
         remove_tree(&new)?;
-        let images = checkpoint.dir.join(&container.name).join(IMAGES_DIR);
         let request = Request {
             checkpoint: checkpoint.manifest.name.clone(),
             container: container.name.clone(),
             images,
             criu: container.criu.clone(),
         };
-        // A checkpoint that has lost its images is told of when the sandbox comes up.
-        fs::read_dir(&request.images).staging("list", &request.images)?;
         let draft = Staged { dir: new.clone() };
         let fill = || {
             make_dir(&new)?;

@@ -18,7 +18,7 @@ impl Front<'_> {
         };
         let mut args: Vec<OsString> = Vec::new();
         if marker.phase == Phase::Restoring {
-            self.unmount_criu_root(id);
+            self.unmount_criu_root(id, &bundle);
         }
         if force || marker.phase != Phase::Running {
             // To its caller a held container is a created one, which may be deleted; the runtime

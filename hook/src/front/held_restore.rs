@@ -93,7 +93,7 @@ impl Front<'_> {
             }
             _ => {}
         }
-        self.remove_aborted_restore(&create.id);
+        self.remove_aborted_restore(&create.id, bundle);
         let restoring = Marker::restoring(plan.has_made().then(|| create.id.clone()));
         bundle.write_marker(&restoring)?;
         let mut restore = create.to_restore(images.path(), &work);

@@ -30,10 +30,14 @@ use transship_checkpoint::store::{Store, StoreError};
 
 pub use rootfs::RootfsError;
 
+use self::bundle::Bundle;
 use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::one_line;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::runtime_log::append_error;
+
+/// Where runc and crun mount the root file system for CRIU.
+const CRIU_ROOT: &str = "criu-root";
 
 /// Where the front finds things.
 #[derive(Debug, Clone)]
@@ -232,29 +236,28 @@ impl Front<'_> {
         Ok(Err(reason::of_restore(work, log, log_start, &kept)))
     }
 
-    /// Unmounts what a killed restore has left mounted: runc keeps the container's root file system
-    /// for CRIU at `criu-root` in its state directory. As long as it is there, `delete --force`
-    /// would delete the files in the container's layer with the state, and no container of this id
-    /// can be made.
-    fn unmount_criu_root(&self, id: &str) {
-        let Some(dir) = self.state_dir(id) else {
-            return;
-        };
-        let root = dir.join("criu-root");
-        // Whatever cannot be unmounted makes the runtime say so.
-        while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+    /// Unmounts what a killed restore has left mounted: the container's root file system for CRIU,
+    /// which runc has at `criu-root` in its state directory, and crun in the bundle. As long as it
+    /// is there, `delete --force` would delete the files in the container's layer with the state,
+    /// and no container of this id can be made.
+    fn unmount_criu_root(&self, id: &str, bundle: &Bundle) {
+        let state = self.state_dir(id).map(|dir| dir.join(CRIU_ROOT));
+        for root in state.into_iter().chain([bundle.path(CRIU_ROOT)]) {
+            // Whatever cannot be unmounted makes the runtime say so.
+            while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+        }
     }
 
     /// Removes what a killed restore has left, unless there is a container.
-    fn remove_aborted_restore(&self, id: &str) {
+    fn remove_aborted_restore(&self, id: &str, bundle: &Bundle) {
         let Some(dir) = self.state_dir(id) else {
             return;
         };
         if dir.join("state.json").try_exists().unwrap_or(true) {
             return;
         }
-        self.unmount_criu_root(id);
-        drop(std::fs::remove_dir(dir.join("criu-root")));
+        self.unmount_criu_root(id, bundle);
+        drop(std::fs::remove_dir(dir.join(CRIU_ROOT)));
         drop(std::fs::remove_dir(&dir));
     }
 

@@ -67,7 +67,7 @@ impl Front<'_> {
         let images = LinkedImages::of(&from)?;
         let joining = self.fit_images(images.path(), config, pod)?;
         bundle.replace_config(&config.spec)?;
-        self.remove_aborted_restore(&restore.id);
+        self.remove_aborted_restore(&restore.id, bundle);
         let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()));
         bundle.write_marker(&restoring)?;
 

@@ -63,8 +63,8 @@ pub enum HookError {
     Store {
         /// The sandbox.
         id: String,
-        /// Why.
-        source: StoreError,
+        /// Why; in a box, because it is large beside the others.
+        source: Box<StoreError>,
     },
 }
 
@@ -91,7 +91,7 @@ pub fn create_runtime(state: &HookState, run_dir: &Path, store: &Store) -> Resul
         };
         let checkpoint = store.open(name).map_err(|source| HookError::Store {
             id: state.id.clone(),
-            source,
+            source: Box::new(source),
         })?;
         let asker = annotations.kubernetes_namespace.as_deref();
         checkpoint.manifest.check_asker(asker)?;
