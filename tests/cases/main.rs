@@ -9,6 +9,7 @@
 
 mod journey;
 mod pods;
+mod snapshotter;
 mod stale_namespaces;
 mod starts;
 mod stock;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
     let cases = starts::cases()
         .chain(journey::cases())
         .chain(pods::cases())
+        .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
         .chain(teardown::cases());

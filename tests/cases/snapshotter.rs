@@ -1,0 +1,226 @@
+//! The snapshotter under a real containerd: every `ctr snapshots` command, and what happens to it in
+//! the life of a node.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Image, Node, Testbed, journey, poll_until,
+};
+
+use crate::Case;
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("ctr_snapshots", every_ctr_snapshots_command_works)
+        .chain(Case::on_all_trees(
+            "snapshotter_lifecycle",
+            daemon_and_containerd_come_and_go,
+        ))
+        .chain(Case::on_all_trees(
+            "snapshotter_collects",
+            garbage_goes_and_nothing_else,
+        ))
+}
+
+fn snapshots(node: &Node, arguments: &[&str]) -> anyhow::Result<String> {
+    Ok(node.ctr(&[&["snapshots", "--snapshotter", "transship"], arguments].concat())?)
+}
+
+fn start(bed: &Testbed) -> anyhow::Result<Node> {
+    let node = bed.node("a")?;
+    journey::start_services(&node)?;
+    node.import_image(&journey::counter_image(bed)?, "transship")?;
+    Ok(node)
+}
+
+fn every_ctr_snapshots_command_works(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let listed = snapshots(&node, &["ls"])?;
+    let rows: Vec<Vec<&str>> = listed
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    ensure!(
+        rows.len() == 3 && rows.iter().all(|row| row.last() == Some(&"Committed")),
+        "{listed}"
+    );
+    let parents: Vec<&str> = rows
+        .iter()
+        .filter(|row| row.len() == 3)
+        .map(|row| row[1])
+        .collect();
+    let top = rows
+        .iter()
+        .map(|row| row[0])
+        .find(|key| !parents.contains(key))
+        .context("no top")?;
+
+    let mount = snapshots(&node, &["prepare", "--target", "/mnt", "work", top])?;
+    ensure!(
+        mount.contains("mount -t overlay") && mount.contains("index=off"),
+        "{mount}"
+    );
+    let info = snapshots(&node, &["info", "work"])?;
+    ensure!(
+        info.contains("\"Kind\": \"Active\"") && info.contains(top),
+        "{info}"
+    );
+    let mounts = snapshots(&node, &["mounts", "/mnt", "work"])?;
+    node.shell(&format!(
+        "{}; echo new >/mnt/data/new; rm /mnt/data/keep/a; umount /mnt",
+        mounts.trim()
+    ))
+    .run()?;
+    let usage = snapshots(&node, &["usage", "work"])?;
+    ensure!(usage.contains("work") && usage.contains("KiB"), "{usage}");
+    let changed = "tar -tf - 2>/dev/null | sort | tr '\\n' ' '";
+    let diff = "ctr snapshots --snapshotter transship diff work";
+    let names =
+        { node.shell(&format!("{diff} | (zcat 2>/dev/null || cat) | {changed}")) }.read()?;
+    ensure!(
+        names.contains("data/new") && names.contains("data/keep/.wh.a"),
+        "{names}"
+    );
+
+    snapshots(&node, &["commit", "done", "work"])?;
+    let tree = snapshots(&node, &["tree"])?;
+    ensure!(tree.contains("done"), "{tree}");
+    // ctr does not protect a view from garbage collection, so it is looked at in one go. mount(8)
+    // passes at most 255 bytes of an option through the new mount API.
+    let seen = poll_until("a look at a view", Duration::from_secs(10), || {
+        let look = "ctr snapshots --snapshotter transship rm look 2>/dev/null || true
+             export LIBMOUNT_FORCE_MOUNT2=always
+             eval \"$(ctr snapshots --snapshotter transship view -t /mnt look done)\"
+             cat /mnt/data/new; ls /mnt/data/keep; umount /mnt";
+        node.shell(look).read().map_err(|error| error.to_string())
+    })?;
+    ensure!(seen == "new\nb\n", "{seen:?}");
+    snapshots(&node, &["prepare", "child", "done"])?;
+    let error = node
+        .command("ctr")
+        .args(["snapshots", "--snapshotter", "transship", "rm", "done"])
+        .read_failure()?;
+    ensure!(
+        error.contains("cannot remove snapshot with child"),
+        "{error}"
+    );
+    snapshots(&node, &["rm", "child"])?;
+    drop(snapshots(&node, &["rm", "look"]));
+    snapshots(&node, &["rm", "done"])?;
+    ensure!(snapshots(&node, &["ls"])?.lines().count() == 4);
+    Ok(())
+}
+
+/// Containers run on while containerd or the daemon is away, and both find everything again.
+fn daemon_and_containerd_come_and_go(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    node.start_snapshotter()?;
+    let config = ContainerdConfig {
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    };
+    let containerd = node.start_containerd(&config)?;
+    let image = journey::counter_image(bed)?;
+    for namespace in ["default", "k8s.io"] {
+        node.import_image_into(namespace, &image, "transship")?;
+        node.ctr(&[
+            "-n",
+            namespace,
+            "run",
+            "--detach",
+            "--snapshotter",
+            "transship",
+            image.reference(),
+            "web",
+            "/usr/bin/counter",
+            "--memory-mb",
+            "1",
+        ])?;
+    }
+    journey::wait_for_count(&node, "web", 3)?;
+    let before = snapshots(&node, &["ls"])?;
+
+    containerd.stop("TERM")?;
+    let _containerd = node.start_containerd(&config)?;
+    ensure!(snapshots(&node, &["ls"])? == before, "containerd came back");
+    for signal in ["TERM", "KILL"] {
+        node.stop_daemon("snapshotter", signal)?;
+        let reached = journey::read_counts(&node, "web").map_err(anyhow::Error::msg)?;
+        journey::wait_for_count(&node, "web", reached).context("without the daemon")?;
+        node.start_snapshotter()?;
+        // gRPC waits a moment before it connects again.
+        poll_until(
+            "containerd to find the daemon again",
+            Duration::from_secs(30),
+            || match snapshots(&node, &["ls"]) {
+                Ok(now) if now == before => Ok(()),
+                Ok(now) => Err(now),
+                Err(error) => Err(error.to_string()),
+            },
+        )?;
+    }
+    node.ctr(&[
+        "run",
+        "--rm",
+        "--snapshotter",
+        "transship",
+        image.reference(),
+        "short",
+        "/bin/busybox",
+        "true",
+    ])?;
+    Ok(())
+}
+
+/// Removing an image while a container runs on it keeps what the container needs; removing the
+/// container frees the rest, on disk too.
+fn garbage_goes_and_nothing_else(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let image = Image::counter(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    node.ctr(&[
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        image.reference(),
+        "web",
+        "/usr/bin/counter",
+        "--memory-mb",
+        "1",
+    ])?;
+    node.ctr(&["images", "rm", "--sync", image.reference()])?;
+    let reached = journey::wait_for_count(&node, "web", 3)?;
+    ensure!(
+        snapshots(&node, &["ls"])?.contains("web"),
+        "its snapshot stays"
+    );
+    let directories = "ls /var/lib/containerd/io.containerd.snapshotter.v1.transship/snapshots";
+    let count =
+        || -> anyhow::Result<usize> { Ok({ node.shell(directories) }.read()?.lines().count()) };
+    ensure!(count()? == 4, "three layers and the container");
+    journey::wait_for_count(&node, "web", reached)?;
+    node.ctr(&["tasks", "kill", "--signal", "KILL", "web"])?;
+    poll_until("the end of the task", Duration::from_secs(20), || {
+        node.ctr(&["tasks", "delete", "web"])
+            .map_err(|error| error.to_string())
+    })?;
+    node.ctr(&["containers", "delete", "web"])?;
+    // Any synchronous removal collects garbage to its end.
+    node.import_image(&Image::pause(bed.settings())?, "transship")?;
+    node.ctr(&["images", "rm", "--sync", "transship.test/pause:1"])?;
+    poll_until(
+        "the directories to go",
+        Duration::from_secs(20),
+        || match count() {
+            Ok(0) => Ok(()),
+            Ok(left) => Err(format!("{left} are left")),
+            Err(error) => Err(error.to_string()),
+        },
+    )?;
+    ensure!(
+        snapshots(&node, &["ls"])?.lines().count() == 1,
+        "no snapshot is left"
+    );
+    Ok(())
+}
