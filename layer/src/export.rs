@@ -96,6 +96,36 @@ pub fn export_upperdir<W: Write>(
     out: W,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
+    export_to(upperdir, lowerdirs, TarWriter::new(out), options)
+}
+
+/// Writes the same tar as [`export_upperdir`] to a regular file, at its position, and lets the kernel
+/// copy large files into it: half the time, where nobody needs to see the bytes.
+///
+/// # Errors
+/// As [`export_upperdir`].
+pub fn export_upperdir_to_file(
+    upperdir: &Path,
+    lowerdirs: &[PathBuf],
+    out: &File,
+    options: &ExportOptions,
+) -> Result<ExportStats, ExportError> {
+    let mut tar = TarWriter::new(out);
+    // Anything else than a regular file would keep references to the pages of the source.
+    if out.metadata().is_ok_and(|metadata| metadata.is_file())
+        && let Ok(target) = out.try_clone()
+    {
+        tar = tar.with_copy_target(target.into());
+    }
+    export_to(upperdir, lowerdirs, tar, options)
+}
+
+fn export_to<W: Write>(
+    upperdir: &Path,
+    lowerdirs: &[PathBuf],
+    tar: TarWriter<W>,
+    options: &ExportOptions,
+) -> Result<ExportStats, ExportError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root = open(upperdir, flags, Mode::empty()).map_err(|errno| ExportError::Io {
         act: "open",
@@ -103,7 +133,7 @@ pub fn export_upperdir<W: Write>(
         source: errno.into(),
     })?;
     let mut export = Export {
-        tar: TarWriter::new(out),
+        tar,
         lower: LowerView::open(lowerdirs, options.overlay_xattrs)?,
         options,
         stats: ExportStats::default(),

@@ -25,7 +25,7 @@
 //! Entries come depth first, in each directory ordered by the bytes of the names, so equal trees give
 //! equal tars. What a layer cannot say is refused with the reason ([`ExportError`]) or, where leaving
 //! it out is what every reader expects (sockets), counted in [`ExportStats`]. Both directions hold one
-//! buffer of 1 MiB, the names of the directories on the way down, and the first names of hard links
+//! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
 //! The library is synchronous, prints nothing and reads no environment.
@@ -54,7 +54,9 @@ mod usage;
 mod xattrs;
 
 pub use decompress::{Compression, Decompressed, decompress};
-pub use export::{ExportError, ExportOptions, ExportStats, export_upperdir};
+pub use export::{
+    ExportError, ExportOptions, ExportStats, export_upperdir, export_upperdir_to_file,
+};
 pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
 pub use lower_view::LowerError;
 pub use overlay_marks::OverlayXattrs;

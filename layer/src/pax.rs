@@ -24,23 +24,42 @@ pub(crate) const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 /// and umoci read layers with, refuses more than this (`maxSpecialFileSize`).
 pub(crate) const MAX_PAX_BYTES: usize = 1 << 20;
 
-fn decimal_digits(mut number: usize) -> usize {
-    let mut digits = 1;
-    while number >= 10 {
-        number /= 10;
-        digits += 1;
+/// A number as decimal digits, on the stack: every entry has some.
+pub(crate) struct Decimal {
+    digits: [u8; 20],
+    start: usize,
+}
+
+impl Decimal {
+    pub(crate) fn new(mut number: u64) -> Self {
+        let mut decimal = Decimal {
+            digits: [b'0'; 20],
+            start: 20,
+        };
+        loop {
+            decimal.start -= 1;
+            decimal.digits[decimal.start] = b'0' + (number % 10).to_le_bytes()[0];
+            number /= 10;
+            if number == 0 {
+                return decimal;
+            }
+        }
     }
-    digits
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.digits[self.start..]
+    }
 }
 
 /// Appends one record.
 pub(crate) fn push_record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
-    let mut len = rest + decimal_digits(rest);
-    if decimal_digits(len) != decimal_digits(rest) {
-        len = rest + decimal_digits(len);
+    let digits_of = |len: usize| Decimal::new(len as u64).as_bytes().len();
+    let mut len = rest + digits_of(rest);
+    if digits_of(len) != digits_of(rest) {
+        len = rest + digits_of(len);
     }
-    records.extend_from_slice(len.to_string().as_bytes());
+    records.extend_from_slice(Decimal::new(len as u64).as_bytes());
     records.push(b' ');
     records.extend_from_slice(key);
     records.push(b'=');
@@ -85,23 +104,53 @@ pub(crate) fn decode_xattr_name(encoded: &[u8]) -> Vec<u8> {
 }
 
 /// A time as decimal seconds: `-1.5` is one and a half seconds before 1970.
-pub(crate) fn format_time(time: Timestamp) -> String {
-    let (sign, whole, nanos) = if time.secs < 0 && time.nanos > 0 {
+pub(crate) fn format_time(time: Timestamp) -> TimeText {
+    let (is_negative, whole, nanos) = if time.secs < 0 && time.nanos > 0 {
         (
-            "-",
+            true,
             (time.secs + 1).unsigned_abs(),
             1_000_000_000 - time.nanos,
         )
-    } else if time.secs < 0 {
-        ("-", time.secs.unsigned_abs(), 0)
     } else {
-        ("", time.secs.unsigned_abs(), time.nanos)
+        (time.secs < 0, time.secs.unsigned_abs(), time.nanos)
     };
-    if nanos == 0 {
-        return format!("{sign}{whole}");
+    let mut text = TimeText {
+        bytes: [0; 31],
+        len: 0,
+    };
+    if is_negative {
+        text.push(b"-");
     }
-    let fraction = format!("{nanos:09}");
-    format!("{sign}{whole}.{}", fraction.trim_end_matches('0'))
+    text.push(Decimal::new(whole).as_bytes());
+    if nanos > 0 {
+        // A leading one keeps the zeros behind the point.
+        let fraction = Decimal::new(1_000_000_000 + u64::from(nanos));
+        let digits = &fraction.as_bytes()[1..];
+        let len = digits
+            .iter()
+            .rposition(|digit| *digit != b'0')
+            .map_or(0, |last| last + 1);
+        text.push(b".");
+        text.push(&digits[..len]);
+    }
+    text
+}
+
+/// A decimal time, on the stack.
+pub(crate) struct TimeText {
+    bytes: [u8; 31],
+    len: usize,
+}
+
+impl TimeText {
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
 /// Reads a decimal time; digits beyond nanoseconds are cut off. None when it is none.
@@ -207,7 +256,7 @@ mod tests {
         ];
         for (secs, nanos, text) in table {
             let time = Timestamp { secs, nanos };
-            assert_eq!(format_time(time), text);
+            assert_eq!(format_time(time).as_bytes(), text.as_bytes());
             assert_eq!(parse_time(text.as_bytes()), Some(time), "{text}");
         }
         for wrong in ["", "-", "1.x", "+1", "1e3", " 1", "99999999999999999999"] {

@@ -13,22 +13,28 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
+use nix::errno::Errno;
+use nix::fcntl::copy_file_range;
 use tar::{EntryType, Header};
 
 use crate::export_error::ExportError;
 use crate::inode_attributes::Timestamp;
 use crate::path_bytes::{split_last, to_path_buf};
-use crate::pax::{MAX_PAX_BYTES, format_time, push_record, push_xattr};
+use crate::pax::{Decimal, MAX_PAX_BYTES, format_time, push_record, push_xattr};
 use crate::sparse::{Segment, encode_map};
 use crate::xattrs::Xattr;
 
 /// Bytes gathered before the writer is called, and the largest piece read from a file. Files are
 /// read straight into it. splice, sendfile and the like are left alone on purpose: a pipe or socket
 /// filled by them keeps pointing to the file's pages, so a container that runs on after the export
-/// would change what a slow reader has not yet read.
-const BUFFER_BYTES: usize = 1 << 20;
+/// would change what a slow reader has not yet read. Larger buffers gain nothing and leave the cache.
+const BUFFER_BYTES: usize = 256 * 1024;
+
+/// From this size on data is left to the kernel to copy, where the tar goes to a file.
+const KERNEL_COPY_BYTES: u64 = 1 << 20;
 
 /// What the header of one entry says.
 #[derive(Debug)]
@@ -60,6 +66,8 @@ pub(crate) struct TarWriter<W> {
     filled: usize,
     flushed: u64,
     records: Vec<u8>,
+    /// The regular file that `out` writes to, as long as the kernel copies into it.
+    copy_target: Option<OwnedFd>,
 }
 
 impl<W: Write> TarWriter<W> {
@@ -70,7 +78,14 @@ impl<W: Write> TarWriter<W> {
             filled: 0,
             flushed: 0,
             records: Vec::new(),
+            copy_target: None,
         }
+    }
+
+    /// Lets the kernel copy large files into `target`, which must be what the writer writes to.
+    pub(crate) fn with_copy_target(mut self, target: OwnedFd) -> Self {
+        self.copy_target = Some(target);
+        self
     }
 
     /// Bytes of tar so far.
@@ -111,31 +126,41 @@ impl<W: Write> TarWriter<W> {
         } else {
             head.path
         };
+        let fields = header.as_old_mut();
+        put_truncated(&mut fields.name, name);
+        put_truncated(&mut fields.linkname, head.link);
+        put_octal(&mut fields.mode, head.mode.into());
+        put_octal(
+            &mut fields.uid,
+            if fits_7(head.uid.into()) {
+                head.uid.into()
+            } else {
+                0
+            },
+        );
+        put_octal(
+            &mut fields.gid,
+            if fits_7(head.gid.into()) {
+                head.gid.into()
+            } else {
+                0
+            },
+        );
+        put_octal(
+            &mut fields.size,
+            if archived <= MAX_OCTAL_11 {
+                archived
+            } else {
+                0
+            },
+        );
+        put_octal(&mut fields.mtime, octal_time(head.mtime).unwrap_or(0));
         header.set_entry_type(head.entry_type);
-        put_truncated(&mut header.as_old_mut().name, name);
-        put_truncated(&mut header.as_old_mut().linkname, head.link);
-        header.set_mode(head.mode);
-        header.set_uid(if fits_7(head.uid.into()) {
-            head.uid.into()
-        } else {
-            0
-        });
-        header.set_gid(if fits_7(head.gid.into()) {
-            head.gid.into()
-        } else {
-            0
-        });
-        header.set_size(if archived <= MAX_OCTAL_11 {
-            archived
-        } else {
-            0
-        });
-        header.set_mtime(octal_time(head.mtime).unwrap_or(0));
         if let Some(ustar) = header.as_ustar_mut() {
-            put_octal_7(&mut ustar.dev_major, head.device.0);
-            put_octal_7(&mut ustar.dev_minor, head.device.1);
+            put_octal(&mut ustar.dev_major, head.device.0);
+            put_octal(&mut ustar.dev_minor, head.device.1);
         }
-        header.set_cksum();
+        put_checksum(&mut header);
         self.write_bytes(header.as_bytes())?;
         if let Some(map) = map {
             self.write_bytes(&map)?;
@@ -158,7 +183,7 @@ impl<W: Write> TarWriter<W> {
             push_record(
                 records,
                 b"GNU.sparse.realsize",
-                head.size.to_string().as_bytes(),
+                Decimal::new(head.size).as_bytes(),
             );
         } else if head.path.len() > 100 || !head.path.is_ascii() {
             push_record(records, b"path", head.path);
@@ -167,13 +192,13 @@ impl<W: Write> TarWriter<W> {
             push_record(records, b"linkpath", head.link);
         }
         if archived > MAX_OCTAL_11 {
-            push_record(records, b"size", archived.to_string().as_bytes());
+            push_record(records, b"size", Decimal::new(archived).as_bytes());
         }
         if !fits_7(head.uid.into()) {
-            push_record(records, b"uid", head.uid.to_string().as_bytes());
+            push_record(records, b"uid", Decimal::new(head.uid.into()).as_bytes());
         }
         if !fits_7(head.gid.into()) {
-            push_record(records, b"gid", head.gid.to_string().as_bytes());
+            push_record(records, b"gid", Decimal::new(head.gid.into()).as_bytes());
         }
         if octal_time(head.mtime).is_none() {
             push_record(records, b"mtime", format_time(head.mtime).as_bytes());
@@ -189,13 +214,14 @@ impl<W: Write> TarWriter<W> {
     fn write_extended_header(&mut self) -> Result<(), ExportError> {
         let mut header = Header::new_ustar();
         header.set_entry_type(EntryType::XHeader);
-        put_truncated(&mut header.as_old_mut().name, b"PaxHeaders.0/x");
-        header.set_mode(0);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(self.records.len() as u64);
-        header.set_cksum();
+        let fields = header.as_old_mut();
+        put_truncated(&mut fields.name, b"PaxHeaders.0/x");
+        put_octal(&mut fields.mode, 0);
+        put_octal(&mut fields.uid, 0);
+        put_octal(&mut fields.gid, 0);
+        put_octal(&mut fields.mtime, 0);
+        put_octal(&mut fields.size, self.records.len() as u64);
+        put_checksum(&mut header);
         self.write_bytes(header.as_bytes())?;
         let records = std::mem::take(&mut self.records);
         self.write_bytes(&records)?;
@@ -213,6 +239,10 @@ impl<W: Write> TarWriter<W> {
     ) -> Result<bool, ExportError> {
         let mut position = offset;
         let end = offset + len;
+        if len >= KERNEL_COPY_BYTES && self.copy_target.is_some() {
+            self.flush_buffer()?;
+            position += self.copy_in_kernel(file, offset, len);
+        }
         while position < end {
             if self.filled == self.buffer.len() {
                 self.flush_buffer()?;
@@ -230,6 +260,35 @@ impl<W: Write> TarWriter<W> {
             position += got as u64;
         }
         Ok(true)
+    }
+
+    /// Copies with `copy_file_range`, which, unlike splice, leaves no reference to the source's pages.
+    /// Returns how far it came. Where it cannot go on, for whatever reason, reading and writing does,
+    /// or finds out what is wrong and on which side.
+    fn copy_in_kernel(&mut self, file: &File, offset: u64, len: u64) -> u64 {
+        let Some(target) = &self.copy_target else {
+            return 0;
+        };
+        let (Ok(mut position), mut copied) = (i64::try_from(offset), 0) else {
+            return 0;
+        };
+        while copied < len {
+            let wanted = usize::try_from(len - copied)
+                .unwrap_or(usize::MAX)
+                .min(1 << 30);
+            match copy_file_range(file, Some(&mut position), target, None, wanted) {
+                Ok(0) => break,
+                Ok(step) => copied += step as u64,
+                Err(Errno::EINTR) => {}
+                Err(_) => {
+                    // Another file system (before Linux 5.19), O_APPEND, a full disk.
+                    self.copy_target = None;
+                    break;
+                }
+            }
+        }
+        self.flushed += copied;
+        copied
     }
 
     fn write_bytes(&mut self, mut bytes: &[u8]) -> Result<(), ExportError> {
@@ -290,7 +349,22 @@ fn put_truncated(field: &mut [u8; 100], bytes: &[u8]) {
     field[..len].copy_from_slice(&bytes[..len]);
 }
 
-/// Linux has 12 bits of major and 20 bits of minor number: both always fit.
-fn put_octal_7(field: &mut [u8; 8], number: u64) {
-    field[..7].copy_from_slice(format!("{number:07o}").as_bytes());
+/// Writes octal digits and a NUL. The caller has seen to it that the number fits; Linux has 12 bits
+/// of major and 20 bits of minor number, which always do.
+fn put_octal(field: &mut [u8], mut number: u64) {
+    let Some((end, digits)) = field.split_last_mut() else {
+        return;
+    };
+    *end = 0;
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (number & 7).to_le_bytes()[0];
+        number >>= 3;
+    }
+}
+
+/// The sum of all bytes with the field itself taken as spaces, as six digits, NUL, space.
+fn put_checksum(header: &mut Header) {
+    header.as_old_mut().cksum = [b' '; 8];
+    let sum: u32 = header.as_bytes().iter().map(|byte| u32::from(*byte)).sum();
+    put_octal(&mut header.as_old_mut().cksum[..7], sum.into());
 }

@@ -17,7 +17,7 @@ use crate::tar_read::{TarEntry, TarReader};
 use crate::xattrs::{XattrHolder, set_xattr};
 use crate::{
     ExportError, ExportOptions, ExportStats, ImportOptions, OverlayXattrs, export_upperdir,
-    import_into_upperdir, remove_tree, upperdir_usage,
+    export_upperdir_to_file, import_into_upperdir, remove_tree, upperdir_usage,
 };
 
 fn export(dirs: &OverlayDirs) -> Result<(Vec<u8>, ExportStats), ExportError> {
@@ -492,4 +492,37 @@ fn root_holes_cost_nothing_and_stay() {
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut far, 19 << 30).unwrap();
     assert_eq!(&far, b"far");
     assert_eq!(made.file_name().unwrap().as_bytes(), b"disk.img");
+}
+
+#[test]
+fn a_file_gets_the_same_bytes_by_kernel_copy() {
+    let upper = tempfile::tempdir().unwrap();
+    let big: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(upper.path().join("big"), &big).unwrap();
+    let holes = File::create(upper.path().join("holes")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&holes, &big, 1 << 30).unwrap();
+    drop(holes);
+    fs::write(upper.path().join("small"), "x").unwrap();
+    let options = ExportOptions::default();
+    let mut tar = Vec::new();
+    export_upperdir(upper.path(), &[], &mut tar, &options).unwrap();
+    for append in [false, true] {
+        let out = tempfile::NamedTempFile::new().unwrap();
+        let mut file = File::options()
+            .append(append)
+            .write(true)
+            .open(out.path())
+            .unwrap();
+        file.write_all(b"before").unwrap();
+        let stats = export_upperdir_to_file(upper.path(), &[], &file, &options).unwrap();
+        assert_eq!(stats.bytes, tar.len() as u64);
+        let written = fs::read(out.path()).unwrap();
+        assert!(written[..6] == *b"before" && written[6..] == tar);
+    }
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let result = export_upperdir_to_file(upper.path(), &[], &full, &options);
+    assert!(
+        matches!(result, Err(ExportError::Write { .. })),
+        "{result:?}"
+    );
 }
