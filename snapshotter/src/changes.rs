@@ -16,6 +16,7 @@ impl Metadata {
     /// # Errors
     /// A missing, uncommitted or replaced parent; a key that is taken; I/O errors.
     pub fn create(&self, key: &str, record: Record) -> Result<()> {
+        self.require_room()?;
         let key = key.to_owned();
         self.write(move |batch| {
             if !record.parent.is_empty() {
@@ -58,6 +59,7 @@ impl Metadata {
         labels: BTreeMap<String, String>,
         now: i64,
     ) -> Result<Record> {
+        self.require_room()?;
         let (key, name) = (key.to_owned(), name.to_owned());
         self.write(move |batch| {
             if batch.contains(&name)? {
@@ -115,6 +117,7 @@ impl Metadata {
         fields: Vec<String>,
         now: i64,
     ) -> Result<Record> {
+        self.require_room()?;
         let key = key.to_owned();
         self.write(move |batch| {
             let mut record = match batch.get(&key)? {

@@ -3,6 +3,7 @@
 //! Flags of the command line win over the file, the file over the defaults. An unknown key is an error
 //! that names the nearest known one.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -38,6 +39,11 @@ pub struct Config {
     /// Below this directory lie the checkpoints that Prepare may import
     /// (`containerd.io/snapshot/transship.import`).
     pub import_dir: PathBuf,
+    /// Address for Prometheus (`127.0.0.1:9257`); without one there are no metrics.
+    pub metrics_address: Option<SocketAddr>,
+    /// Calls that are worked on at the same time; more wait their turn. Each takes a thread, and those
+    /// that wait for the disk together share one sync.
+    pub concurrent_calls: usize,
     /// Page cache of the metadata database in MiB.
     pub metadata_cache_mib: usize,
 }
@@ -67,6 +73,8 @@ impl Default for Config {
             sync_remove: false,
             durable_commit: false,
             import_dir: "/var/lib/transship/checkpoints".into(),
+            metrics_address: None,
+            concurrent_calls: 16,
             metadata_cache_mib: 4,
         }
     }
@@ -86,6 +94,8 @@ const KEYS: &[&str] = &[
     "sync_remove",
     "durable_commit",
     "import_dir",
+    "metrics_address",
+    "concurrent_calls",
     "metadata_cache_mib",
 ];
 
@@ -174,7 +184,12 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/snapshotter.toml");
         let sample = Config::read(&path).unwrap();
         assert_eq!(sample, Config::default());
-        let table: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+        // A key without a default is shown as a comment.
+        let text = std::fs::read_to_string(&path)
+            .unwrap()
+            .replace("# metrics_", "metrics_");
+        Config::parse(&text, &path).unwrap();
+        let table: toml::Table = text.parse().unwrap();
         let mut keys: Vec<_> = table.keys().map(String::as_str).collect();
         let mut known = KEYS.to_vec();
         keys.sort_unstable();

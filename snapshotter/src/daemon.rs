@@ -12,16 +12,18 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::config::Config;
 use crate::disk;
-use crate::error::{IoContext, Result, SnapshotError};
+use crate::error::{IoContext, Result, SnapshotError, chain};
 use crate::fault::Faults;
 use crate::metadata::Metadata;
+use crate::metrics::{self, Metrics};
 use crate::mounts::SnapshotPaths;
 use crate::probe;
-use crate::service::{self, InFlight};
+use crate::service::{self, Service};
 use crate::snapshots::{Options, Snapshots};
 
 /// How long calls in flight may take after the order to stop; a List of a stuck client must not keep
@@ -60,15 +62,33 @@ impl RootLock {
     }
 }
 
-/// Opens the snapshots that `config` describes; the lock of their root comes along.
+/// Opens the snapshots that `config` describes; the lock of their root comes along. `metrics` are told
+/// about transactions.
 ///
 /// # Errors
 /// I/O errors, a root in use, a damaged database.
-pub fn open_snapshots(config: &Config, faults: Faults) -> Result<(RootLock, Snapshots)> {
+pub fn open_snapshots(
+    config: &Config,
+    metrics: &Arc<Metrics>,
+    faults: Faults,
+) -> Result<(RootLock, Snapshots)> {
     let lock = RootLock::take(&config.root)?;
     let root = fs::canonicalize(&config.root).during("resolve", &config.root)?;
     let paths = SnapshotPaths::below(&root)?;
-    probe::require_entry_types(&root)?;
+    match probe::require_entry_types(&root) {
+        Err(error)
+            if error
+                .io_source()
+                .is_some_and(|io| io.kind() == io::ErrorKind::StorageFull) =>
+        {
+            // Snapshots must be removable on a full disk, and so the daemon must start on it.
+            tracing::warn!(
+                error = chain(&error),
+                "not looking whether directories have types"
+            );
+        }
+        outcome => outcome?,
+    }
     let options = Options {
         overlay_options: probe::overlay_options(&config.mount_options, &root)?,
         remap_ids: config.remap_ids,
@@ -78,7 +98,9 @@ pub fn open_snapshots(config: &Config, faults: Faults) -> Result<(RootLock, Snap
         import_dir: Some(config.import_dir.clone()),
     };
     tracing::info!(root = %root.display(), options = ?options.overlay_options, "overlay options");
-    let metadata = Metadata::open(&root.join("metadata.redb"), config.metadata_cache_mib << 20)?;
+    let batches = Arc::clone(metrics);
+    let metadata = Metadata::open(&root.join("metadata.redb"), config.metadata_cache_mib << 20)?
+        .observed_by(move |changes| batches.note_batch(changes));
     Ok((lock, Snapshots::open(paths, metadata, options, faults)?))
 }
 
@@ -131,14 +153,23 @@ impl Socket {
         })
     }
 
-    /// Accepts until `stop` resolves; then the path is removed *before* anything else, because
-    /// containerd waits for a missing socket to appear but fails on one that refuses.
+    /// The connections until `stop` resolves; see [`Socket::accept_until`].
     pub(crate) fn into_connections(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> ReceiverStream<io::Result<UnixStream>> {
+        self.accept_until(stop).0
+    }
+
+    /// Accepts until `stop` resolves; then the path is removed, and the task ends. To be waited for
+    /// before connections are closed: containerd's dialer waits for a missing socket to appear, but
+    /// its calls fail on one that refuses.
+    fn accept_until(
+        self,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> (ReceiverStream<io::Result<UnixStream>>, JoinHandle<()>) {
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             tokio::pin!(stop);
             loop {
                 let accepted = tokio::select! {
@@ -162,38 +193,41 @@ impl Socket {
                 tracing::warn!(%error, path = %self.path.display(), "cannot remove the socket");
             }
         });
-        ReceiverStream::new(receiver)
+        (ReceiverStream::new(receiver), task)
     }
 }
 
-/// Serves `snapshots` on `socket` until `stop` resolves, then lets calls in flight finish.
+/// Serves `snapshots` on `socket` (and metrics, if `config` says where) until `stop` resolves, then lets
+/// calls in flight finish.
 ///
 /// # Errors
-/// When the server fails.
+/// When the server fails or the address of the metrics cannot be listened on.
 pub async fn serve(
     snapshots: Snapshots,
     socket: Socket,
+    metrics: Arc<Metrics>,
+    config: &Config,
     stop: impl Future<Output = ()>,
 ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let snapshots = Arc::new(snapshots);
+    if let Some(address) = config.metrics_address {
+        metrics::serve(address, Arc::clone(&metrics), Arc::clone(&snapshots)).await?;
+    }
     let (stop_accepting, accepting_stops) = oneshot::channel::<()>();
     let (stop_serving, serving_stops) = oneshot::channel::<()>();
-    let connections = socket.into_connections(async { drop(accepting_stops.await) });
-    let in_flight = InFlight::default();
+    let (connections, socket_gone) = socket.accept_until(async { drop(accepting_stops.await) });
+    let service = Service::new(Arc::clone(&snapshots), metrics, config.concurrent_calls);
+    let calls = service.calls_in_flight();
     let stop_server = async { drop(serving_stops.await) };
-    let mut server = tokio::spawn(service::serve(
-        Arc::clone(&snapshots),
-        in_flight.clone(),
-        connections,
-        stop_server,
-    ));
+    let mut server = tokio::spawn(service::serve(service, connections, stop_server));
     let outcome = tokio::select! {
         outcome = &mut server => outcome?,
         () = stop => {
             drop(stop_accepting);
+            socket_gone.await?;
             drop(stop_serving);
             let all_closed = async {
-                if tokio::time::timeout(STOP_PATIENCE, in_flight.ended()).await.is_err() {
+                if tokio::time::timeout(STOP_PATIENCE, calls.ended()).await.is_err() {
                     tracing::warn!("some calls did not finish in time");
                 }
                 tokio::time::sleep(CLOSE_PATIENCE).await;

@@ -13,9 +13,9 @@
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
 //!
-//! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `probe.rs` (what this kernel
-//! needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs` (where
-//! crash tests kill the process).
+//! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `metrics.rs`, `probe.rs` (what this
+//! kernel needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs`
+//! (where crash tests kill the process).
 
 pub mod background;
 pub mod changes;
@@ -32,9 +32,11 @@ pub mod import;
 pub mod labels;
 pub mod logging;
 pub mod metadata;
+pub mod metrics;
 pub mod mounts;
 pub mod probe;
 pub mod record;
+mod reserve;
 pub mod service;
 pub mod snapshots;
 pub mod usage;

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
@@ -10,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use transship_snapshotter::cli::{Arguments, Command};
 use transship_snapshotter::fault::Faults;
 use transship_snapshotter::logging::{self, LogLevel};
+use transship_snapshotter::metrics::Metrics;
 use transship_snapshotter::{daemon, diff, fsck};
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -33,10 +35,10 @@ fn main() -> anyhow::Result<ExitCode> {
     #[cfg(not(debug_assertions))]
     let faults = Faults::default();
 
-    let (_lock, snapshots) = daemon::open_snapshots(&config, faults)?;
+    let metrics = Arc::new(Metrics::default());
+    let (_lock, snapshots) = daemon::open_snapshots(&config, &metrics, faults)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(64)
         .enable_all()
         .build()?;
     runtime.block_on(async {
@@ -65,7 +67,7 @@ fn main() -> anyhow::Result<ExitCode> {
         };
         tracing::info!(address = %config.address.display(), "ready");
         notify("READY=1")?;
-        let served = daemon::serve(snapshots, socket, stop).await;
+        let served = daemon::serve(snapshots, socket, metrics, &config, stop).await;
         if let Some(differ) = differ {
             differ.stop().await;
         }

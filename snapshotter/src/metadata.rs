@@ -28,14 +28,14 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use prost::Message;
-use redb::backends::FileBackend;
 use redb::{
-    Builder, Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable,
-    ReadableTableMetadata, Table, TableDefinition,
+    Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    Table, TableDefinition,
 };
 
 use crate::error::{Result, SnapshotError};
 use crate::record::Record;
+use crate::reserve::{Reserve, ReservingFile};
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const CHILDREN: TableDefinition<'_, (u64, u64), ()> = TableDefinition::new("children");
@@ -59,6 +59,7 @@ pub struct Metadata {
     queue: Mutex<Queue>,
     next_id: AtomicU64,
     reserved_id: AtomicU64,
+    reserve: Arc<Reserve>,
     fresh: bool,
     batch_observer: Box<dyn Fn(usize) + Send + Sync>,
 }
@@ -115,8 +116,7 @@ impl Metadata {
     /// # Errors
     /// I/O errors, a damaged file, or a layout written by a newer version.
     pub fn open(path: &Path, cache_bytes: usize) -> Result<Self> {
-        let path = path.to_path_buf();
-        Self::open_with(move || open_file(&path, Database::builder().set_cache_size(cache_bytes)))
+        Self::open_path(path, cache_bytes, false)
     }
 
     /// As [`Metadata::open`], and verifies every checksum of the file.
@@ -124,16 +124,40 @@ impl Metadata {
     /// # Errors
     /// As [`Metadata::open`].
     pub fn open_checked(path: &Path) -> Result<Self> {
+        Self::open_path(path, CHECK_CACHE, true)
+    }
+
+    fn open_path(path: &Path, cache_bytes: usize, checked: bool) -> Result<Self> {
         let path = path.to_path_buf();
-        Self::open_with(move || {
-            let mut builder = Database::builder();
-            open_file(
-                &path,
-                builder
-                    .set_cache_size(CHECK_CACHE)
-                    .set_check_integrity_on_open(true),
-            )
+        let reserve = Arc::new(Reserve::default());
+        let of_file = Arc::clone(&reserve);
+        let metadata = Self::open_with(move || {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)?;
+            Database::builder()
+                .set_cache_size(cache_bytes)
+                .set_check_integrity_on_open(checked)
+                .create_with_backend(ReservingFile::new(file, &of_file)?)
+        })?;
+        Ok(Self {
+            reserve,
+            ..metadata
         })
+    }
+
+    /// Refuses when the disk is so full that what is left is kept for removals.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn require_room(&self) -> Result<()> {
+        self.reserve
+            .refill()
+            .map_err(|error| SnapshotError::database("reserve room for", redb::Error::Io(error)))
     }
 
     /// Opens the database that `opener` yields; it is called again after an I/O error. Crash tests
@@ -151,6 +175,7 @@ impl Metadata {
             queue: Mutex::default(),
             next_id: AtomicU64::new(0),
             reserved_id: AtomicU64::new(0),
+            reserve: Arc::default(),
             fresh: false,
             batch_observer: Box::new(|_| {}),
         };
@@ -592,17 +617,6 @@ impl Iterator for Walk {
                 }),
         )
     }
-}
-
-fn open_file(path: &Path, builder: &Builder) -> std::result::Result<Database, DatabaseError> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
-    builder.create_with_backend(FileBackend::new(file)?)
 }
 
 fn damaged(key: &str, error: &prost::DecodeError) -> SnapshotError {

@@ -17,12 +17,13 @@ use containerd_snapshots as api;
 use containerd_snapshots::tonic::transport::Server;
 use containerd_snapshots::tonic::{self, Code, Status};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::error::{SnapshotError, chain};
 use crate::filter::Filter;
+use crate::metrics::Metrics;
 use crate::mounts::Mount;
 use crate::record::{Info, Kind};
 use crate::snapshots::Snapshots;
@@ -31,22 +32,19 @@ use crate::snapshots::Snapshots;
 const MAX_MESSAGE: usize = 16 << 20;
 /// Snapshots that List reads ahead of its client.
 const LIST_AHEAD: usize = 256;
+/// Usage calls that are worked on at the same time.
+const USAGE_TURNS: usize = 4;
 
 /// Serves the snapshots API on `connections` until `stop` resolves; calls in flight are finished.
 ///
 /// # Errors
 /// When the HTTP/2 server fails.
 pub async fn serve(
-    snapshots: Arc<Snapshots>,
-    in_flight: InFlight,
+    service: Service,
     connections: impl Stream<Item = io::Result<UnixStream>>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let service = api::server(Arc::new(Service {
-        snapshots,
-        in_flight,
-    }))
-    .max_decoding_message_size(MAX_MESSAGE);
+    let service = api::server(Arc::new(service)).max_decoding_message_size(MAX_MESSAGE);
     Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(connections, stop)
@@ -86,12 +84,37 @@ impl Drop for InFlightCall {
     }
 }
 
-struct Service {
+/// The snapshots service.
+#[derive(Debug)]
+pub struct Service {
     snapshots: Arc<Snapshots>,
+    metrics: Arc<Metrics>,
     in_flight: InFlight,
+    /// Bounds the threads, and with them the memory, that a crowd of calls takes.
+    turns: Arc<Semaphore>,
+    /// The turns of Usage, which may walk large trees and must not keep the others waiting.
+    usage_turns: Arc<Semaphore>,
 }
 
 impl Service {
+    /// A service that works on `concurrent_calls` at the same time.
+    #[must_use]
+    pub fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>, concurrent_calls: usize) -> Self {
+        Self {
+            snapshots,
+            metrics,
+            in_flight: InFlight::default(),
+            turns: Arc::new(Semaphore::new(concurrent_calls.max(1))),
+            usage_turns: Arc::new(Semaphore::new(USAGE_TURNS)),
+        }
+    }
+
+    /// Tells when the calls that have come in are answered.
+    #[must_use]
+    pub fn calls_in_flight(&self) -> InFlight {
+        self.in_flight.clone()
+    }
+
     /// Runs `act` on a blocking thread and logs how it went.
     async fn call<T: Send + 'static>(
         &self,
@@ -101,17 +124,43 @@ impl Service {
     ) -> Result<T, Status> {
         let start = Instant::now();
         let _call = self.in_flight.enter();
+        let turns = if rpc == "usage" {
+            &self.usage_turns
+        } else {
+            &self.turns
+        };
+        let turn = Arc::clone(turns).acquire_owned().await;
+        let turn = turn.expect("the semaphore is never closed");
         let snapshots = Arc::clone(&self.snapshots);
+        let act = move |snapshots: &Arc<Snapshots>| {
+            // Held by the thread: a call whose client has gone away still works.
+            let _turn = turn;
+            act(snapshots)
+        };
         let result = match tokio::task::spawn_blocking(move || act(&snapshots)).await {
             Ok(result) => result.map_err(Status::from),
             Err(error) => Err(Status::internal(format!("{rpc} panicked: {error}"))),
         };
-        log_call(rpc, key, start.elapsed(), result.as_ref().err());
+        note_call(
+            &self.metrics,
+            rpc,
+            key,
+            start.elapsed(),
+            result.as_ref().err(),
+        );
         result
     }
 }
 
-fn log_call(rpc: &'static str, key: &str, took: Duration, failure: Option<&Status>) {
+/// Logs a call and counts it.
+fn note_call(
+    metrics: &Metrics,
+    rpc: &'static str,
+    key: &str,
+    took: Duration,
+    failure: Option<&Status>,
+) {
+    metrics.note_call(rpc, code_name(failure.map_or(Code::Ok, Status::code)), took);
     let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     match failure {
         None => tracing::debug!(rpc, key, took_us, "ok"),
@@ -225,9 +274,12 @@ impl api::Snapshotter for Service {
         let asked = filters.join(" or ");
         let filter = Filter::parse(&filters)
             .map_err(Status::from)
-            .inspect_err(|status| log_call("list", &asked, Duration::ZERO, Some(status)))?;
+            .inspect_err(|status| {
+                note_call(&self.metrics, "list", &asked, Duration::ZERO, Some(status));
+            })?;
         let snapshots = Arc::clone(&self.snapshots);
         let call = self.in_flight.enter();
+        let metrics = Arc::clone(&self.metrics);
         let (sender, receiver) = mpsc::channel(LIST_AHEAD);
         tokio::task::spawn_blocking(move || {
             let _call = call;
@@ -248,7 +300,13 @@ impl api::Snapshotter for Service {
                     Some(Some(status))
                 }
             };
-            log_call("list", &asked, start.elapsed(), failure.flatten().as_ref());
+            note_call(
+                &metrics,
+                "list",
+                &asked,
+                start.elapsed(),
+                failure.flatten().as_ref(),
+            );
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
@@ -317,6 +375,21 @@ fn code_of(error: &SnapshotError) -> Code {
                 _ => Code::Internal,
             }
         }
+    }
+}
+
+/// The code as metrics show it.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "ok",
+        Code::InvalidArgument => "invalid_argument",
+        Code::NotFound => "not_found",
+        Code::AlreadyExists => "already_exists",
+        Code::FailedPrecondition => "failed_precondition",
+        Code::ResourceExhausted => "resource_exhausted",
+        Code::DataLoss => "data_loss",
+        Code::Internal => "internal",
+        _ => "other",
     }
 }
 

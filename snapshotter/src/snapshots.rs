@@ -32,7 +32,7 @@
 //! layer that is missing is reported. `durable_commit` prevents that for layers.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -74,6 +74,25 @@ pub struct Snapshots {
     options: Options,
     background: Background,
     faults: Faults,
+}
+
+/// How many snapshots there are and what they take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Count {
+    /// Snapshots of each kind.
+    pub by_kind: BTreeMap<Kind, u64>,
+    /// Disk use of the layers that have been counted, each without its parents.
+    pub layer_bytes: u64,
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        let none = [Kind::View, Kind::Active, Kind::Committed].map(|kind| (kind, 0));
+        Self {
+            by_kind: none.into(),
+            layer_bytes: 0,
+        }
+    }
 }
 
 /// Commit counts at most this many entries itself (some milliseconds); containerd holds its own
@@ -120,7 +139,7 @@ impl Snapshots {
             match entry {
                 Entry::Snapshot(id) if known.contains_key(&id) => drop(present.insert(id)),
                 Entry::Snapshot(id) => unknown.push(id),
-                Entry::New(id) => leftovers.push((self.paths.new_dir(id), id)),
+                Entry::New(id) => leftovers.push(self.paths.new_dir(id)),
                 Entry::Gone(id) => self.delete_gone(id),
                 Entry::Foreign => tracing::warn!(name, "not a snapshot directory, left alone"),
             }
@@ -139,15 +158,13 @@ impl Snapshots {
         for id in &unknown {
             tracing::info!(
                 id,
-                "retiring the directory of a snapshot that does not exist"
+                "deleting the directory of a snapshot that does not exist"
             );
-            disk::retire(&self.paths, *id)?;
-            self.delete_gone(*id);
+            self.retire(*id);
         }
-        for (dir, id) in leftovers {
-            tracing::info!(id, "retiring a half made snapshot");
-            fs::rename(&dir, self.paths.gone_dir(id)).during("rename", &dir)?;
-            self.delete_gone(id);
+        for dir in leftovers {
+            tracing::info!(path = %dir.display(), "deleting a half made snapshot");
+            self.background.order(move || disk::delete_tree(&dir));
         }
         for (id, (key, kind, parent)) in &known {
             if present.contains(id) {
@@ -206,6 +223,7 @@ impl Snapshots {
         labels: BTreeMap<String, String>,
     ) -> Result<Vec<Mount>> {
         require_key(key)?;
+        self.metadata.require_room()?;
         let labels = labels::without_empty(labels);
         // Asked again inside the transaction; here it spares the disk a doomed request.
         let parent_record = self.usable_parent(parent)?;
@@ -378,8 +396,8 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Moves a directory out of the way and has it deleted. Failing that it stays an orphan until the
-    /// next start: the snapshot itself is gone already, so nobody can be told.
+    /// Moves a directory out of the way and has it deleted. What fails is not the caller's concern, as
+    /// the snapshot itself is gone already.
     fn retire(&self, id: u64) {
         let outcome = disk::retire(&self.paths, id).and_then(|()| {
             self.faults.reach(Step("remove:retired"));
@@ -390,10 +408,11 @@ impl Snapshots {
             Ok(())
         });
         if let Err(error) = outcome {
-            tracing::warn!(
-                error = chain(&error),
-                "a removed snapshot still takes space"
-            );
+            // On a full disk the directory may have no room for another name. No other snapshot will
+            // ever have this one.
+            tracing::warn!(error = chain(&error), "deleting a snapshot where it is");
+            let dir = self.paths.dir(id);
+            self.background.order(move || disk::delete_tree(&dir));
         }
     }
 
@@ -497,6 +516,26 @@ impl Snapshots {
     /// I/O errors.
     pub fn is_empty(&self) -> Result<bool> {
         self.metadata.is_empty()
+    }
+
+    /// Counts the snapshots, by reading all of them.
+    ///
+    /// # Errors
+    /// I/O errors or a damaged record.
+    pub fn count(&self) -> Result<Count> {
+        let mut count = Count::default();
+        for entry in self.metadata.walk()? {
+            let (key, record) = entry?;
+            *count.by_kind.entry(known_kind(&key, &record)?).or_default() += 1;
+            count.layer_bytes += record.usage.map_or(0, |usage| usage.size);
+        }
+        Ok(count)
+    }
+
+    /// Deletions and counts that are still to be done.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        self.background.backlog()
     }
 
     /// Finishes the background work before the process ends.

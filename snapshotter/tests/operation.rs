@@ -217,7 +217,7 @@ fn root_a_full_disk_is_said_and_survived() {
         let site = Site::new();
         fs::create_dir(site.root()).unwrap();
         let none = None::<&str>;
-        let size = Some("size=1m,mode=700");
+        let size = Some("size=4m,mode=700");
         mount(
             Some("t"),
             &site.root(),
@@ -250,13 +250,22 @@ fn root_a_full_disk_is_said_and_survived() {
             client.mounts("p0").await.unwrap();
             client.stat("base").await.unwrap();
             client.stat(&format!("p{made}")).await.unwrap_err();
-            assert_eq!(client.list(&[]).await.unwrap().len(), made + 1);
+            // What makes room works on a full disk, or there would never be room again.
+            for n in 10..20 {
+                client.remove(&format!("p{n}")).await.unwrap();
+            }
+            assert_eq!(client.list(&[]).await.unwrap().len(), made + 1 - 10);
+            // A daemon that dies now comes back.
+            daemon.kill();
+            let daemon = site.start(&[]);
+            let client = daemon.client().await;
+            client.remove("p9").await.unwrap();
             fs::remove_file(&ballast).unwrap();
             client
                 .prepare(&format!("p{made}"), "base", &[])
                 .await
                 .unwrap();
-            for n in 0..=made {
+            for n in (0..9).chain(20..=made) {
                 client.remove(&format!("p{n}")).await.unwrap();
             }
             client.cleanup().await.unwrap();
@@ -304,6 +313,54 @@ fn root_out_of_file_descriptors_is_survived() {
         drop(more);
         limit(1024);
         daemon.client().await.usage("a").await.unwrap();
+    });
+}
+
+#[test]
+fn root_metrics_tell_what_happened() {
+    as_root(async || {
+        let site = Site::new();
+        let config = site.path().join("config.toml");
+        let free = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        fs::write(&config, format!("metrics_address = \"{free}\"\n")).unwrap();
+        let daemon = site.start(&["--config", config.to_str().unwrap()]);
+        let client = daemon.client().await;
+        make_layer(&client, "base", "").await;
+        client.prepare("a", "base", &[]).await.unwrap();
+        client.view("v", "base", &[]).await.unwrap();
+        client.stat("missing").await.unwrap_err();
+        client.list(&[]).await.unwrap();
+        let get = |path: &str| {
+            use std::io::{Read, Write};
+            let mut connection = std::net::TcpStream::connect(free).unwrap();
+            write!(connection, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).unwrap();
+            answer
+        };
+        let answer = get("/metrics");
+        assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+        for line in [
+            "transship_snapshotter_call_seconds_count{rpc=\"prepare\",code=\"ok\"} 2",
+            "transship_snapshotter_call_seconds_count{rpc=\"commit\",code=\"ok\"} 1",
+            "transship_snapshotter_call_seconds_count{rpc=\"stat\",code=\"not_found\"} 1",
+            "transship_snapshotter_call_seconds_count{rpc=\"list\",code=\"ok\"} 1",
+            "transship_snapshotter_snapshots{kind=\"committed\"} 1",
+            "transship_snapshotter_snapshots{kind=\"active\"} 1",
+            "transship_snapshotter_snapshots{kind=\"view\"} 1",
+            "transship_snapshotter_layer_bytes 8192",
+            "transship_snapshotter_background_tasks 0",
+            "# EOF",
+        ] {
+            assert!(
+                answer.lines().any(|found| found == line),
+                "{line} is not in\n{answer}"
+            );
+        }
+        assert!(get("/").starts_with("HTTP/1.1 404"));
     });
 }
 
