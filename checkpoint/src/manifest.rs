@@ -30,6 +30,10 @@ pub const SPEC_FILE: &str = "spec.dump";
 /// CRIU's log of the dump, inside of a container's directory.
 pub const DUMP_LOG_FILE: &str = "dump.log";
 
+/// What the directories of links are called that stand beside the images during a restore; they
+/// belong to no checkpoint.
+pub(crate) const LINKED_PREFIX: &str = ".staged-";
+
 /// Largest manifest that is read, in bytes. A pod of 100 containers with 10 000 image files each
 /// stays below it.
 pub const MANIFEST_LIMIT: u64 = 64 << 20;

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
-use crate::manifest::{self, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
-use crate::stage::LINKED_PREFIX;
+use crate::manifest::{
+    self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
+};
 
 /// Where checkpoints are kept unless somebody says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/transship/checkpoints";

@@ -1,10 +1,8 @@
 //! The journey of the demo on every tree, and every way in which it is refused or breaks off: the
 //! source runs on each time, and nothing is left on either node.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, Node, Testbed, journey, poll_until};
+use transship_testbed::{CommandRun as _, Node, Testbed, journey};
 
 use crate::Case;
 
@@ -72,28 +70,17 @@ fn a_container_counts_on_in_the_other_node(bed: &Testbed) -> anyhow::Result<()> 
         { name }.read()?.trim() == "node-b",
         "the sandbox keeps its name"
     );
-    nothing_left(&a)?;
+    journey::check_nothing_left(&a)?;
 
     // A restored container is an ordinary one: it stops, and starts anew from its image's program.
-    b.ctr(&["tasks", "kill", "--signal", "KILL", "counter"])?;
-    poll_until("the end of the task", Duration::from_secs(20), || {
-        b.ctr(&["tasks", "delete", "counter"])
-            .map_err(|error| error.to_string())
-    })?;
+    journey::end_task(&b, "counter")?;
     b.ctr(&["tasks", "start", "--detach", "counter"])
         .context("the cold start")?;
     // Its program finds what it has made before and gives up: it did not come from a checkpoint.
-    poll_until(
-        "the end of the second task",
-        Duration::from_secs(20),
-        || {
-            b.ctr(&["tasks", "delete", "counter"])
-                .map_err(|error| error.to_string())
-        },
-    )?;
+    journey::delete_ended_task(&b, "counter")?;
     b.ctr(&["containers", "delete", "counter"])?;
-    remove_container(&b, "sandbox-b")?;
-    nothing_left(&b)
+    journey::remove_container(&b, "sandbox-b")?;
+    journey::check_nothing_left(&b)
 }
 
 fn a_refused_migration_changes_nothing(bed: &Testbed) -> anyhow::Result<()> {
@@ -174,9 +161,9 @@ fn a_refused_migration_changes_nothing(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     let reached = journey::read_counts(&b, "counter").map_err(anyhow::Error::msg)?;
     journey::wait_for_count(&b, "counter", reached)?;
-    remove_container(&b, "counter")?;
-    remove_container(&b, "sandbox-b")?;
-    nothing_left(&b)
+    journey::remove_container(&b, "counter")?;
+    journey::remove_container(&b, "sandbox-b")?;
+    journey::check_nothing_left(&b)
 }
 
 fn migrate<'a>(sandbox: &'a str, to: &'a str) -> Vec<&'a str> {
@@ -252,31 +239,9 @@ fn a_checkpoint_is_restored_later_and_elsewhere(bed: &Testbed) -> anyhow::Result
         (&b, &["counter", "sandbox-b"]),
     ] {
         for id in ids {
-            remove_container(node, id)?;
+            journey::remove_container(node, id)?;
         }
-        nothing_left(node)?;
+        journey::check_nothing_left(node)?;
     }
-    Ok(())
-}
-
-/// Kills and deletes a container as a person does.
-fn remove_container(node: &Node, id: &str) -> anyhow::Result<()> {
-    node.ctr(&["tasks", "kill", "--signal", "KILL", id])?;
-    poll_until("the end of the task", Duration::from_secs(20), || {
-        node.ctr(&["tasks", "delete", id])
-            .map_err(|error| error.to_string())
-    })?;
-    node.ctr(&["containers", "delete", id])?;
-    Ok(())
-}
-
-fn nothing_left(node: &Node) -> anyhow::Result<()> {
-    let left = journey::leftovers(node)?;
-    ensure!(
-        left.is_empty(),
-        "left on {}: {}",
-        node.name(),
-        left.join(", ")
-    );
     Ok(())
 }

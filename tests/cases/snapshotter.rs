@@ -200,12 +200,7 @@ fn garbage_goes_and_nothing_else(bed: &Testbed) -> anyhow::Result<()> {
         || -> anyhow::Result<usize> { Ok({ node.shell(directories) }.read()?.lines().count()) };
     ensure!(count()? == 4, "three layers and the container");
     journey::wait_for_count(&node, "web", reached)?;
-    node.ctr(&["tasks", "kill", "--signal", "KILL", "web"])?;
-    poll_until("the end of the task", Duration::from_secs(20), || {
-        node.ctr(&["tasks", "delete", "web"])
-            .map_err(|error| error.to_string())
-    })?;
-    node.ctr(&["containers", "delete", "web"])?;
+    journey::remove_container(&node, "web")?;
     // Any synchronous removal collects garbage to its end.
     node.import_image(&Image::pause(bed.settings())?, "transship")?;
     node.ctr(&["images", "rm", "--sync", "transship.test/pause:1"])?;

@@ -1,10 +1,8 @@
 //! The failure that the project exists for: containerd's own restore of a container whose sandbox
 //! is gone, with stock parts and with the runtime front.
 
-use std::time::Duration;
-
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, Testbed, journey, poll_until};
+use transship_testbed::{CommandRun as _, Node, Testbed, journey};
 
 use crate::Case;
 
@@ -61,12 +59,7 @@ fn checkpoint_and_remove(
         CHECKPOINT,
     ])?;
     for id in ["counter", SANDBOX_KEY] {
-        node.ctr(&["tasks", "kill", "--signal", "KILL", id])?;
-        poll_until("the end of the task", Duration::from_secs(20), || {
-            node.ctr(&["tasks", "delete", id])
-                .map_err(|error| error.to_string())
-        })?;
-        node.ctr(&["containers", "delete", id])?;
+        journey::remove_container(&node, id)?;
     }
     // ctr of containerd 1.6 gives the address of a deleted task back to nobody.
     node.shell("rm -f /var/lib/cni/networks/transship-test/10.*")
@@ -133,13 +126,6 @@ fn front_makes_new_namespaces(bed: &Testbed) -> anyhow::Result<()> {
         .read()?;
     let distinct: std::collections::HashSet<_> = links.lines().collect();
     ensure!(distinct.len() == 2, "it shares the node's network: {links}");
-    node.ctr(&["tasks", "kill", "--signal", "KILL", "counter"])?;
-    poll_until("the end of the task", Duration::from_secs(20), || {
-        node.ctr(&["tasks", "delete", "counter"])
-            .map_err(|error| error.to_string())
-    })?;
-    node.ctr(&["containers", "delete", "counter"])?;
-    let left = journey::leftovers(&node)?;
-    ensure!(left.is_empty(), "left: {}", left.join(", "));
-    Ok(())
+    journey::remove_container(&node, "counter")?;
+    journey::check_nothing_left(&node)
 }

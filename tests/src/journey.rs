@@ -238,11 +238,57 @@ pub fn check_files(node: &Node, id: &str) -> Result<(), String> {
     }
 }
 
+/// Kills the container's task and waits until it is deleted.
+///
+/// # Errors
+/// When it has no task, or the task does not end.
+pub fn end_task(node: &Node, id: &str) -> Result<(), TestbedError> {
+    node.ctr(&["tasks", "kill", "--signal", "KILL", id])?;
+    delete_ended_task(node, id)
+}
+
+/// Deletes the container's task as soon as it has ended by itself.
+///
+/// # Errors
+/// When it does not end.
+pub fn delete_ended_task(node: &Node, id: &str) -> Result<(), TestbedError> {
+    poll_until("the end of the task", PATIENCE, || {
+        node.ctr(&["tasks", "delete", id])
+            .map(drop)
+            .map_err(|error| error.to_string())
+    })
+}
+
+/// Kills and deletes a container as a person does.
+///
+/// # Errors
+/// When ctr fails.
+pub fn remove_container(node: &Node, id: &str) -> Result<(), TestbedError> {
+    end_task(node, id)?;
+    node.ctr(&["containers", "delete", id])?;
+    Ok(())
+}
+
+/// Checks that a node has nothing of containers, checkpoints and pins.
+///
+/// # Errors
+/// Names what is left.
+pub fn check_nothing_left(node: &Node) -> anyhow::Result<()> {
+    let left = leftovers(node)?;
+    anyhow::ensure!(
+        left.is_empty(),
+        "left on node {}: {}",
+        node.name(),
+        left.join(", ")
+    );
+    Ok(())
+}
+
 /// What a node still has of containers, checkpoints and pins; empty when nothing is left.
 ///
 /// # Errors
 /// When it cannot be asked.
-pub fn leftovers(node: &Node) -> Result<Vec<String>, TestbedError> {
+fn leftovers(node: &Node) -> Result<Vec<String>, TestbedError> {
     let mut left = Vec::new();
     for (what, arguments) in [
         ("container", ["containers", "ls", "-q"].as_slice()),

@@ -19,9 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{StageContext, StageError};
-
-/// What the directories of links are called; they belong to no checkpoint.
-pub(crate) const LINKED_PREFIX: &str = ".staged-";
+use crate::manifest::LINKED_PREFIX;
 
 /// A directory of links to images; it goes away with this.
 #[derive(Debug)]

@@ -27,9 +27,8 @@ mod ipc_record;
 mod pins;
 
 pub use consumed::{is_consumed_by, mark_consumed_by};
-pub(crate) use images::LINKED_PREFIX;
 pub use images::LinkedImages;
-pub use pins::{live_network_namespace, live_uts_names, paths_of_process};
+pub use pins::{live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process};
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};

@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use transship_testbed::{Node, Settings, Testbed, Tree, journey};
+use transship_testbed::{Settings, Testbed, Tree, journey};
 
 const MEMORY_MB: u32 = 200;
 
@@ -102,7 +102,7 @@ fn journey(bed: &Testbed) -> Result<String> {
          and it answers on {address}:7000 as {:?}",
         after.hostname
     );
-    nothing_left(&a)?;
+    journey::check_nothing_left(&a)?;
     println!("  on node-a nothing runs and nothing is left");
     Ok(format!(
         "Proved: one process, counted 1 to {counted} on two nodes without a missing or repeated \
@@ -123,16 +123,5 @@ fn show(command: &mut Command) -> Result<()> {
     if !status.success() {
         bail!("the command failed ({status})");
     }
-    Ok(())
-}
-
-fn nothing_left(node: &Node) -> Result<()> {
-    let left = journey::leftovers(node)?;
-    ensure!(
-        left.is_empty(),
-        "left on {}: {}",
-        node.name(),
-        left.join(", ")
-    );
     Ok(())
 }
