@@ -9,6 +9,7 @@
 
 mod journey;
 mod pods;
+mod reference;
 mod snapshotter;
 mod stale_namespaces;
 mod starts;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
     let cases = starts::cases()
         .chain(journey::cases())
         .chain(pods::cases())
+        .chain(reference::cases())
         .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
