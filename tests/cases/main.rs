@@ -7,6 +7,7 @@
 //! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
+mod differ;
 mod journey;
 mod pods;
 mod reference;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
     let cases = starts::cases()
+        .chain(differ::cases())
         .chain(journey::cases())
         .chain(pods::cases())
         .chain(reference::cases())

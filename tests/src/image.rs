@@ -111,6 +111,19 @@ impl Image {
         })
     }
 
+    /// This image with one more layer (a plain tar) on top, under another name.
+    #[must_use]
+    pub fn with_layer(mut self, reference: &str, layer: Vec<u8>) -> Image {
+        reference.clone_into(&mut self.reference);
+        self.layers.push(layer);
+        self
+    }
+
+    /// How many layers it has.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// The image's name in containerd.
     pub fn reference(&self) -> &str {
         &self.reference

@@ -27,11 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// When one of them does not come up.
 pub fn start_services(node: &Node) -> Result<(), TestbedError> {
     node.start_snapshotter()?;
-    let config = ContainerdConfig {
-        transship_diff: false,
-        ..ContainerdConfig::transship()
-    };
-    node.start_containerd(&config)?;
+    node.start_containerd(&ContainerdConfig::transship())?;
     Ok(())
 }
 

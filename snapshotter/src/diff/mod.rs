@@ -15,6 +15,7 @@ mod chunks;
 mod compress;
 mod error;
 mod media_type;
+mod namespace;
 mod pack;
 mod plan;
 mod service;

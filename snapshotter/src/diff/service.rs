@@ -5,11 +5,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
-use containerd_client::tonic::metadata::{Ascii, MetadataValue};
+use containerd_client::tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types::Descriptor;
 use nix::unistd::{AccessFlags, access};
@@ -19,6 +19,7 @@ use transship_layer::{Compression, ExportError};
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
 use super::error::DiffError;
 use super::media_type;
+use super::namespace;
 use super::pack::{PackError, Packed, pack_layer};
 use super::plan::{LayerSource, LayerTarget, NotOurs, plan_apply, plan_diff};
 use super::store::{Containerd, During, GC_ROOT, KEEP, Store, UNCOMPRESSED};
@@ -99,8 +100,8 @@ impl DiffService {
         socket: &Path,
         containerd: Containerd,
         give_up: watch::Receiver<bool>,
-    ) -> std::sync::Arc<Self> {
-        std::sync::Arc::new(Self {
+    ) -> Arc<Self> {
+        Arc::new(Self {
             containerd,
             jobs: Semaphore::new(JOBS),
             give_up,
@@ -127,7 +128,7 @@ impl DiffService {
 
     async fn write_diff(
         &self,
-        namespace: MetadataValue<Ascii>,
+        namespace: Option<MetadataValue<Ascii>>,
         request: DiffRequest,
         mut given_up: GivenUp,
     ) -> Result<Descriptor, DiffError> {
@@ -144,6 +145,10 @@ impl DiffService {
                 .map_err(|_| DiffError::Invalid("the source date epoch lies before 1970"))?,
         };
         let _turn = self.jobs.acquire().await;
+        let namespace = match namespace {
+            Some(namespace) => namespace,
+            None => namespace::with_mounts(&self.containerd, &request.right).await?,
+        };
         let store = self.store(namespace).await?;
         let name = self.names.next();
         let mut writing = Writing {
@@ -188,7 +193,7 @@ impl DiffService {
 
     async fn apply_layer(
         &self,
-        namespace: MetadataValue<Ascii>,
+        namespace: Option<MetadataValue<Ascii>>,
         request: ApplyRequest,
         mut given_up: GivenUp,
     ) -> Result<Descriptor, DiffError> {
@@ -200,6 +205,10 @@ impl DiffService {
             return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
         }
         let _turn = self.jobs.acquire().await;
+        let namespace = match namespace {
+            Some(namespace) => namespace,
+            None => namespace::with_blob(&self.containerd, &layer.digest).await?,
+        };
         let store = self.store(namespace).await?;
         let (pieces, queue) = mpsc::channel(QUEUED_CHUNKS);
         let sync = request.sync_fs;
@@ -453,31 +462,27 @@ fn sync_file_system(dir: &Path) -> Result<(), DiffError> {
 /// The service as the gRPC glue wants it: calls go on in tasks of their own, so that one whose caller
 /// has left still cleans up behind itself.
 #[derive(Debug)]
-pub(super) struct Calls(pub(super) std::sync::Arc<DiffService>);
+pub(super) struct Calls(pub(super) Arc<DiffService>);
 
 impl Calls {
     async fn run<T, F>(
         &self,
         rpc: &'static str,
-        headers: &containerd_client::tonic::metadata::MetadataMap,
-        job: impl FnOnce(std::sync::Arc<DiffService>, MetadataValue<Ascii>, GivenUp) -> F,
+        headers: &MetadataMap,
+        job: impl FnOnce(Arc<DiffService>, Option<MetadataValue<Ascii>>, GivenUp) -> F,
     ) -> Result<T, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, DiffError>> + Send + 'static,
     {
         let start = Instant::now();
-        let Some(namespace) = headers.get("containerd-namespace").cloned() else {
-            return Err(Status::failed_precondition(
-                "containerd's namespace is required",
-            ));
-        };
+        let namespace = namespace::named(headers);
         let (waiting, caller) = oneshot::channel();
         let given_up = GivenUp {
             caller,
             daemon: self.0.give_up.clone(),
         };
-        let task = tokio::spawn(job(std::sync::Arc::clone(&self.0), namespace, given_up));
+        let task = tokio::spawn(job(Arc::clone(&self.0), namespace, given_up));
         let result = joined(task).await;
         drop::<oneshot::Sender<()>>(waiting);
         let took_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);

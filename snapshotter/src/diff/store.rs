@@ -96,8 +96,7 @@ impl Containerd {
         }
     }
 
-    /// The store as the namespace sees it.
-    pub(super) async fn store(&self, namespace: MetadataValue<Ascii>) -> Result<Store, CallError> {
+    pub(super) async fn channel(&self) -> Result<Channel, CallError> {
         let channel = self
             .channel
             .get_or_try_init(|| containerd_client::connect(&self.address))
@@ -106,8 +105,13 @@ impl Containerd {
                 act: format!("connect to containerd at {}", self.address.display()),
                 source: Box::new(Refusal::Transport(error)),
             })?;
+        Ok(channel.clone())
+    }
+
+    /// The store as the namespace sees it.
+    pub(super) async fn store(&self, namespace: MetadataValue<Ascii>) -> Result<Store, CallError> {
         Ok(Store {
-            channel: channel.clone(),
+            channel: self.channel().await?,
             namespace,
             lease: None,
         })
@@ -131,6 +135,10 @@ impl Store {
             headers.insert("containerd-lease", lease.clone());
         }
         request
+    }
+
+    pub(super) fn channel(&self) -> Channel {
+        self.channel.clone()
     }
 
     pub(super) fn content(&self) -> ContentClient<Channel> {

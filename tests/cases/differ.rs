@@ -1,0 +1,463 @@
+//! Our diff plugin in a real containerd, measured by what containerd's own differ makes of the same
+//! snapshots. containerd 1.6 (bookworm) cannot have a diff plugin.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{
+    CommandRun as _, Containerd, ContainerdConfig, Image, Node, NodeOptions, Storage, Testbed,
+    Tree, journey, poll_until,
+};
+
+use crate::Case;
+
+/// A plain layer: what `ctr snapshots diff` is asked for to look into it.
+const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    let cases: [(_, fn(&Testbed) -> _); 6] = [
+        ("differ_diff", a_diff_applies_as_what_was_changed),
+        ("differ_apply", a_layer_is_applied_as_containerd_does),
+        ("differ_checkpoint", a_checkpoint_of_ctr_goes_through_it),
+        ("differ_fallback", what_is_not_overlay_is_left_to_walking),
+        ("differ_killed", whoever_is_killed_nothing_half_stays),
+        ("differ_disk_full", a_full_disk_leaves_nothing_half),
+    ];
+    cases.into_iter().flat_map(|(what, run)| {
+        [Tree::Trixie, Tree::Forky]
+            .into_iter()
+            .map(move |tree| Case { what, tree, run })
+    })
+}
+
+/// A node with everything of ours, the differ's decisions in its log, and the counter's image
+/// unpacked for containerd's snapshotter and for ours.
+fn start(bed: &Testbed, options: &NodeOptions) -> anyhow::Result<(Node, Containerd, Image)> {
+    let node = bed.node_with("a", options)?;
+    node.start_snapshotter_with(&["--log-level", "debug"])?;
+    let containerd = node.start_containerd(&ContainerdConfig::transship())?;
+    let image = journey::counter_image(bed)?;
+    for snapshotter in ["overlayfs", "transship"] {
+        node.import_image(&image, snapshotter)?;
+    }
+    Ok((node, containerd, image))
+}
+
+/// Restarts containerd without our differ.
+fn restart_stock(node: &Node, containerd: Containerd) -> anyhow::Result<()> {
+    containerd.stop("TERM")?;
+    node.start_containerd(&ContainerdConfig {
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    })?;
+    Ok(())
+}
+
+fn log_counts(node: &Node, line: &str) -> anyhow::Result<usize> {
+    let log = String::from_utf8(node.read_file("/var/log/snapshotter.log")?)?;
+    Ok(log.lines().filter(|found| found.contains(line)).count())
+}
+
+/// The snapshot on which containers of the image are built.
+fn top_of_image(node: &Node, snapshotter: &str) -> anyhow::Result<String> {
+    let snapshots = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
+    let rows = || {
+        snapshots
+            .lines()
+            .skip(1)
+            .filter(|row| row.contains("Committed"))
+            .map(|row| row.split_whitespace().collect::<Vec<_>>())
+    };
+    // KEY [PARENT] KIND
+    let is_parent = |key: &str| rows().any(|row| row.len() == 3 && row[1] == key);
+    rows()
+        .map(|row| row[0].to_owned())
+        .find(|key| !is_parent(key))
+        .with_context(|| format!("no top in {snapshots}"))
+}
+
+/// Mounts the snapshot on /mnt, runs the script there, unmounts it.
+fn in_snapshot(node: &Node, snapshotter: &str, key: &str, script: &str) -> anyhow::Result<String> {
+    let mount = node.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        snapshotter,
+        "mounts",
+        "/mnt",
+        key,
+    ])?;
+    let shell = format!("mkdir -p /mnt; {mount}\n(cd /mnt\n{script}\n)\numount /mnt\n");
+    Ok(node.shell(&shell).read()?)
+}
+
+/// All that a program can see of the files; times in nanoseconds, or in seconds.
+fn list_tree(nanoseconds: bool) -> String {
+    let time = if nanoseconds { "%T@" } else { "%Ts" };
+    format!(
+        "find . -mindepth 1 ! -type d -printf '%p %y %m %U:%G %n {time} %s %l\\n' | sort
+         find . -mindepth 1 -type d -printf '%p %y %m %U:%G {time}\\n' | sort
+         find . -type b,c -exec stat -c '%n %t:%T' {{}} + | sort
+         find . -type f -exec sha256sum {{}} + | sort -k 2"
+    )
+}
+
+/// Every kind of change that a layer can carry.
+const CHANGE: &str = "
+    mkdir -p new/deep/dir; echo new >new/deep/dir/file; : >new/empty
+    echo changed >>data/keep/a
+    rm data/delete-me
+    rm -r data/keep; mkdir data/keep; echo other >data/keep/other
+    mv bin/busybox bin/box; ln -s box bin/busybox
+    ln new/deep/dir/file new/hardlink; ln -s ../../etc/passwd 'new/sym link'
+    chmod 4755 bin/box; chown 12345:54321 new/empty; chmod 0 new/empty
+    chmod 1777 tmp; rmdir root; echo a-file >root
+    mkfifo new/fifo; mknod new/null c 1 3
+    printf 'spaces and \\n newline' >\"new/odd
+name\"
+    truncate -s 1M new/sparse; printf x | dd of=new/sparse bs=1 seek=500000 conv=notrunc status=none
+    head -c 3000000 /dev/urandom >new/random
+    touch -d '2001-02-03 04:05:06.789012345' new/old";
+
+fn a_diff_applies_as_what_was_changed(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, containerd, image) = start(bed, &NodeOptions::default())?;
+    let mut made = Vec::new();
+    for snapshotter in ["overlayfs", "transship"] {
+        let snapshots = |arguments: &[&str]| {
+            node.ctr(&[&["snapshots", "--snapshotter", snapshotter], arguments].concat())
+        };
+        let diff = format!("ctr snapshots --snapshotter {snapshotter} diff --media-type {PLAIN}");
+        let written = log_counts(&node, "layer written")?;
+        snapshots(&["prepare", "active", &top_of_image(&node, snapshotter)?])?;
+        in_snapshot(&node, snapshotter, "active", CHANGE)?;
+        let truth = in_snapshot(&node, snapshotter, "active", &list_tree(true))?;
+        // All three kinds of blob hold the same tar, in the eyes of other people's tools.
+        node.shell(&format!(
+            "{diff} active >/root/plain
+             ctr snapshots --snapshotter {snapshotter} diff active >/root/gzip
+             {diff}+zstd active >/root/zstd
+             gzip -dc /root/gzip | cmp - /root/plain
+             zstd -dc /root/zstd | cmp - /root/plain
+             tar --list --file /root/plain >/dev/null"
+        ))
+        .run()?;
+        // A committed snapshot against its parent.
+        snapshots(&["commit", "committed", "active"])?;
+        node.shell(&format!("{diff} committed | cmp - /root/plain"))
+            .run()?;
+        // And one that has no parent.
+        snapshots(&["prepare", "base", ""])?;
+        in_snapshot(
+            &node,
+            snapshotter,
+            "base",
+            "mkdir d; echo x >d/f; chmod 2750 d",
+        )?;
+        let list = node
+            .shell(&format!(
+                "{diff} base | tar --list --verbose --numeric-owner"
+            ))
+            .read()?;
+        ensure!(
+            list.contains("drwxr-s---") && list.contains(" d/f"),
+            "{list}"
+        );
+        ensure!(log_counts(&node, "layer written")? == written + 5);
+        made.push((snapshotter, node.read_file("/root/plain")?, truth));
+    }
+    ensure!(log_counts(&node, "WARN")? == 0);
+    restart_stock(&node, containerd)?;
+    for (snapshotter, layer, truth) in made {
+        let image = image
+            .clone()
+            .with_layer(&format!("transship.test/{snapshotter}:1"), layer);
+        node.import_image(&image, "overlayfs")?;
+        let tree = list_image(&node, &image, "overlayfs", true)?;
+        ensure!(
+            tree == truth,
+            "{snapshotter}:\n{}",
+            difference(&truth, &tree)
+        );
+    }
+    Ok(())
+}
+
+fn list_image(
+    node: &Node,
+    image: &Image,
+    snapshotter: &str,
+    nanoseconds: bool,
+) -> anyhow::Result<String> {
+    let mount = [
+        "images",
+        "mount",
+        "--snapshotter",
+        snapshotter,
+        image.reference(),
+        "/mnt",
+    ];
+    node.shell("mkdir -p /mnt").run()?;
+    node.ctr(&mount)?;
+    let tree = node
+        .shell(&format!("cd /mnt; {}", list_tree(nanoseconds)))
+        .read()?;
+    node.ctr(&[
+        "images",
+        "unmount",
+        "--rm",
+        "--snapshotter",
+        snapshotter,
+        "/mnt",
+    ])?;
+    Ok(tree)
+}
+
+/// An image whose last layer has deletions, opaque directories and the rest, made by walking, goes
+/// through our Apply into both snapshotters, and through containerd's.
+fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, containerd, image) = start(bed, &NodeOptions::default())?;
+    restart_stock(&node, containerd)?;
+    let applied = log_counts(&node, "layer applied")?;
+    let top = top_of_image(&node, "overlayfs")?;
+    node.ctr(&["snapshots", "prepare", "active", &top])?;
+    in_snapshot(&node, "overlayfs", "active", CHANGE)?;
+    node.shell(&format!(
+        "ctr snapshots diff --media-type {PLAIN} active >/root/walking"
+    ))
+    .run()?;
+    let layer = node.read_file("/root/walking")?;
+    let image = image.with_layer("transship.test/changed:1", layer);
+    node.import_image(&image, "overlayfs")?;
+    let truth = list_image(&node, &image, "overlayfs", true)?;
+    ensure!(log_counts(&node, "layer applied")? == applied);
+
+    for snapshotter in ["overlayfs", "transship"] {
+        // From nothing: a chain that is there would not be applied again.
+        node.stop_daemon("containerd", "TERM")?;
+        node.shell("rm -rf /var/lib/containerd/io.containerd.{metadata,snapshotter}*")
+            .run()?;
+        node.stop_daemon("snapshotter", "TERM")?;
+        node.shell("rm -rf /var/lib/containerd/*").run()?;
+        node.start_snapshotter_with(&["--log-level", "debug"])?;
+        node.start_containerd(&ContainerdConfig::transship())?;
+        let applied = log_counts(&node, "layer applied")?;
+        node.write_file("/root/image.tar", image.to_archive()?)?;
+        // --local: by the client, through the diff service, as the CRI does it.
+        let import = ["images", "import", "--local", "--snapshotter", snapshotter];
+        node.ctr(&[&import[..], &["/root/image.tar"]].concat())?;
+        // containerd has compared the diff ids; all layers went through ours.
+        ensure!(log_counts(&node, "layer applied")? == applied + image.layers());
+        let tree = list_image(&node, &image, snapshotter, true)?;
+        ensure!(
+            tree == truth,
+            "{snapshotter}:\n{}",
+            difference(&truth, &tree)
+        );
+    }
+    ensure!(log_counts(&node, "WARN")? == 0);
+    Ok(())
+}
+
+/// `ctr containers checkpoint --rw` asks for the diff, `restore --rw` applies it, both unchanged.
+fn a_checkpoint_of_ctr_goes_through_it(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _containerd, image) = start(bed, &NodeOptions::default())?;
+    let run = [
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        image.reference(),
+        "web",
+    ];
+    node.ctr(&[&run[..], &["/usr/bin/counter", "--memory-mb", "16"]].concat())?;
+    let before = journey::wait_for_count(&node, "web", 5)?;
+    let checkpoint = "transship.test/checkpoint:1";
+    node.ctr(&[
+        "containers",
+        "checkpoint",
+        "--rw",
+        "--task",
+        "web",
+        checkpoint,
+    ])?;
+    ensure!(log_counts(&node, "layer written")? == 1);
+    journey::remove_container(&node, "web")?;
+    let applied = log_counts(&node, "layer applied")?;
+    node.ctr(&["containers", "restore", "--live", "--rw", "web", checkpoint])?;
+    ensure!(log_counts(&node, "layer applied")? == applied + 1);
+    journey::wait_for_count(&node, "web", before + 5)?;
+    journey::check_files(&node, "web").map_err(anyhow::Error::msg)
+}
+
+/// The built-in native snapshotter copies trees: nothing that the mounts would tell.
+fn what_is_not_overlay_is_left_to_walking(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _containerd, image) = start(bed, &NodeOptions::default())?;
+    // --local: the transfer service of 2.x unpacks for no snapshotter that is not configured there.
+    node.write_file("/root/image.tar", image.to_archive()?)?;
+    node.ctr(&[
+        "images",
+        "import",
+        "--local",
+        "--snapshotter",
+        "native",
+        "/root/image.tar",
+    ])?;
+    let top = top_of_image(&node, "native")?;
+    node.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        "native",
+        "prepare",
+        "active",
+        &top,
+    ])?;
+    in_snapshot(
+        &node,
+        "native",
+        "active",
+        "echo x >etc/new; rm data/delete-me",
+    )?;
+    let list = node
+        .shell("ctr snapshots --snapshotter native diff active | tar --list --gzip")
+        .read()?;
+    for name in ["etc/new", "data/.wh.delete-me"] {
+        ensure!(list.lines().any(|line| line == name), "{list}");
+    }
+    ensure!(log_counts(&node, "left to the next differ")? >= 1);
+    ensure!(log_counts(&node, "layer written")? == 0);
+    Ok(())
+}
+
+/// Makes a snapshot whose layer takes a while to write.
+fn prepare_large(node: &Node, megabytes: u32) -> anyhow::Result<()> {
+    let top = top_of_image(node, "transship")?;
+    node.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        "transship",
+        "prepare",
+        "large",
+        &top,
+    ])?;
+    let fill = format!("head -c {megabytes}M /dev/urandom >large");
+    in_snapshot(node, "transship", "large", &fill)?;
+    Ok(())
+}
+
+/// What containerd is writing, and what only our leases hold.
+fn half_content(node: &Node) -> Result<String, String> {
+    let ask = |arguments: &[&str]| node.ctr(arguments).map_err(|error| error.to_string());
+    let active = ask(&["content", "active"])?;
+    let active = active.lines().skip(1);
+    let leases = ask(&["leases", "ls", "--quiet"])?;
+    let leases = leases.lines().filter(|id| id.contains("transship-diff"));
+    Ok(active.chain(leases).collect::<Vec<_>>().join("\n"))
+}
+
+fn nothing_half_stays(node: &Node) -> anyhow::Result<()> {
+    poll_until(
+        "the end of what was half written",
+        PATIENCE,
+        || match half_content(node)? {
+            left if left.is_empty() => Ok(()),
+            left => Err(left),
+        },
+    )?;
+    Ok(())
+}
+
+fn whoever_is_killed_nothing_half_stays(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _containerd, _image) = start(bed, &NodeOptions::default())?;
+    prepare_large(&node, 600)?;
+    let diff = "ctr snapshots --snapshotter transship diff large";
+    let start_diff = || -> anyhow::Result<()> {
+        node.start_daemon("diff", &["sh", "-c", &format!("exec {diff} >/dev/null")])?;
+        poll_until(
+            "the start of the upload",
+            PATIENCE,
+            || match half_content(&node)?.contains("transship-diff") {
+                true => Ok(()),
+                false => Err("nothing is being written".to_owned()),
+            },
+        )?;
+        Ok(())
+    };
+    start_diff()?;
+    node.stop_daemon("diff", "KILL")?;
+    nothing_half_stays(&node)?;
+
+    // A differ that is killed cannot clean up; the next one of its place does.
+    start_diff()?;
+    node.stop_daemon("snapshotter", "KILL")?;
+    poll_until("the end of the caller", PATIENCE, || {
+        let running = node.shell("kill -0 \"$(cat /run/diff.pid)\"").run();
+        running.map_or(Ok(()), |()| Err("it runs".to_owned()))
+    })?;
+    node.start_snapshotter_with(&["--log-level", "debug"])?;
+    // containerd waits for up to 3 s before it connects anew.
+    let top = poll_until("the snapshotter", PATIENCE, || {
+        top_of_image(&node, "transship").map_err(|error| error.to_string())
+    })?;
+    node.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        "transship",
+        "prepare",
+        "small",
+        &top,
+    ])?;
+    poll_until("a diff by the next differ", PATIENCE, || {
+        node.shell("ctr snapshots --snapshotter transship diff small >/dev/null")
+            .run()
+            .map_err(|error| error.to_string())
+    })?;
+    poll_until("the end of what was half written", PATIENCE, || {
+        let active = node
+            .ctr(&["content", "active"])
+            .map_err(|error| error.to_string())?;
+        match active.lines().count() {
+            1 => Ok(()),
+            _ => Err(active),
+        }
+    })?;
+    Ok(())
+}
+
+fn a_full_disk_leaves_nothing_half(bed: &Testbed) -> anyhow::Result<()> {
+    let options = NodeOptions {
+        storage: Storage::Tmpfs("128m".to_owned()),
+        ..NodeOptions::default()
+    };
+    let (node, _containerd, _image) = start(bed, &options)?;
+    prepare_large(&node, 70)?;
+    let free = "df --output=avail /var/lib/containerd | tail -1";
+    let before = node.shell(free).read()?;
+    let error = node
+        .shell(&format!(
+            "ctr snapshots --snapshotter transship diff --media-type {PLAIN} large >/dev/null"
+        ))
+        .read_failure()?;
+    ensure!(error.contains("no space left on device"), "{error}");
+    nothing_half_stays(&node)?;
+    let free_again = || -> Result<u64, String> {
+        let text = node.shell(free).read().map_err(|error| error.to_string())?;
+        text.trim().parse().map_err(|_| text)
+    };
+    let before: u64 = before.trim().parse()?;
+    poll_until("the room that it took", PATIENCE, || match free_again()? {
+        now if now + 1024 >= before => Ok(()),
+        now => Err(format!("{now} of {before} KiB")),
+    })?;
+    Ok(())
+}
+
+/// The lines that only one of the two has.
+fn difference(truth: &str, tree: &str) -> String {
+    let only = |of: &str, other: &str, mark| {
+        of.lines()
+            .filter(|line| !other.lines().any(|found| found == *line))
+            .map(|line| format!("{mark} {line}\n"))
+            .collect::<String>()
+    };
+    only(truth, tree, '-') + &only(tree, truth, '+')
+}
