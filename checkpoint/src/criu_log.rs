@@ -31,6 +31,11 @@ const CONSEQUENCES: &[&str] = &[
 /// Errors that name no cause, and what is known of it.
 const EXPLANATIONS: &[(&str, &str)] = &[
     (
+        "Can't find sysv shmem",
+        "it is attached to System V shared memory that another container has restored into the \
+         sandbox; CRIU can attach a container only to what it makes itself",
+    ),
+    (
         "Can't get 1:16 opt",
         "CRIU before 4.2 cannot dump TCP sockets on Linux 6.16 and later (checkpoint-restore/criu#2705)",
     ),

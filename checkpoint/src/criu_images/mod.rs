@@ -13,6 +13,7 @@
 //! Magic numbers: `criu/include/magic.h`; fields: `images/*.proto` of CRIU 3.17 to 4.2, between
 //! which the messages below did not change.
 
+pub mod ipc_sysctls;
 pub mod ipcns;
 pub mod tasks;
 pub mod utsns;
@@ -74,6 +75,7 @@ pub enum ImageError {
 pub(crate) enum Kind {
     Core,
     Utsns,
+    IpcVar,
     IpcShm,
     IpcMsg,
     IpcSem,
@@ -85,6 +87,7 @@ impl Kind {
         match self {
             Self::Core => "core-",
             Self::Utsns => "utsns-",
+            Self::IpcVar => "ipcns-var-",
             Self::IpcShm => "ipcns-shm-",
             Self::IpcMsg => "ipcns-msg-",
             Self::IpcSem => "ipcns-sem-",
@@ -95,6 +98,7 @@ impl Kind {
         match self {
             Self::Core => 0x5505_3847,
             Self::Utsns => 0x5447_3203,
+            Self::IpcVar => 0x5311_5007,
             Self::IpcShm => 0x4628_3044,
             Self::IpcMsg => 0x5545_3737,
             Self::IpcSem => 0x5957_3019,
@@ -283,6 +287,9 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
         bytes.try_into().expect("four bytes were asked for"),
     ))
 }
+
+#[cfg(test)]
+mod sample_tests;
 
 #[cfg(test)]
 mod tests {

@@ -17,6 +17,7 @@ use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use nix::sys::utsname::uname;
 
 use super::{PodDir, StageContext, StageError, make_dir, remove_file};
+use crate::criu_images::ipc_sysctls::{self, IpcSysctls};
 use crate::criu_images::utsns::UtsNames;
 use crate::namespaces::Namespace;
 
@@ -129,6 +130,23 @@ pub fn live_uts_names(path: &Path) -> Result<UtsNames, StageError> {
             node: uts.nodename().to_string_lossy().into_owned(),
             domain: uts.domainname().to_string_lossy().into_owned(),
         })
+    })
+}
+
+/// The limits of the IPC namespace at `path`, as far as this kernel has them.
+///
+/// # Errors
+/// It cannot be entered.
+pub fn live_ipc_sysctls(path: &Path) -> Result<IpcSysctls, StageError> {
+    in_thread("enter", path, || {
+        setns(File::open(path)?, CloneFlags::CLONE_NEWIPC)?;
+        // Those files are the reader's namespace's.
+        let read = |name: &'static str| {
+            let text = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
+            let numbers = text.split_whitespace().map(|word| word.parse().ok());
+            Some((name, numbers.collect::<Option<Vec<u64>>>()?))
+        };
+        Ok(ipc_sysctls::NAMES.into_iter().filter_map(read).collect())
     })
 }
 

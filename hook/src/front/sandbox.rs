@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::Role;
+use transship_checkpoint::criu_images::ipc_sysctls::set_sysctls;
 use transship_checkpoint::criu_images::ipcns::IpcObject;
 use transship_checkpoint::criu_images::utsns;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::stage::{
-    PodDir, live_network_namespace, live_uts_names, paths_of_process,
+    PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
 };
 
 use super::bundle::Config;
@@ -88,7 +89,7 @@ impl Front<'_> {
     }
 
     /// Makes the images in `dir` fit the namespaces that the spec joins: the sandbox keeps its
-    /// name, and its System V objects are made once.
+    /// name and its limits, and its System V objects are made once.
     pub(super) fn fit_images(
         &self,
         dir: &Path,
@@ -101,6 +102,7 @@ impl Front<'_> {
             utsns::set_names(dir, &live_uts_names(uts)?)?;
         }
         if let Some(ipc) = joined.get(&Namespace::Ipc) {
+            set_sysctls(dir, &live_ipc_sysctls(ipc)?)?;
             joining.ipc = Some((ipc.clone(), pod.remove_present_ipc(dir, ipc)?));
         }
         Ok(joining)
