@@ -22,7 +22,7 @@ use crate::overlay_marks::{OverlayXattrs, read_marks_and_xattrs};
 use crate::path_bytes::{components, push_component, split_last};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
-use crate::upper_tree::{UpperTree, WantedAttributes, set_open_times, time_spec};
+use crate::upper_tree::{UpperTree, WantedAttributes, creation_mode, set_open_times, time_spec};
 use crate::xattrs::{XattrHolder, XattrReader};
 
 /// Prefix of names that aufs kept for itself and that old Docker layers can contain.
@@ -221,7 +221,7 @@ impl<R: Read> Import<R> {
         entry: &TarEntry,
         wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
-        let file = File::from(create_file(&self.tree, name, path)?);
+        let file = File::from(create_file(&self.tree, name, path, wanted.mode)?);
         match &entry.segments {
             None => self.write_data(&file, path, None)?,
             Some(segments) => {
@@ -340,7 +340,7 @@ impl<R: Read> Import<R> {
     ) -> Result<(), ImportError> {
         let mut target = Vec::new();
         clean_path(link, &mut target)?;
-        let (target_parent, target_name) = split_last(&target);
+        let target_name = split_last(&target).1;
         if target == path || target_name.is_empty() || target_name.starts_with(WHITEOUT_PREFIX) {
             return Err(ImportError::refused(
                 path,
@@ -364,24 +364,24 @@ impl<R: Read> Import<R> {
                 "it is a hard link to what cannot be one",
             ));
         }
-        debug_assert!(target.starts_with(target_parent));
         self.tree.enter(parent)?;
         self.stats.hard_links += 1;
         replacing(&self.tree, name, path, |tree| {
-            let directory = tree.directory();
-            match &target_directory {
-                Some(from) => linkat(from, target_name, directory, name, AtFlags::empty()),
-                None => linkat(directory, target_name, directory, name, AtFlags::empty()),
-            }
+            linkat(
+                &target_directory,
+                target_name,
+                tree.directory(),
+                name,
+                AtFlags::empty(),
+            )
         })
     }
 
-    /// Finds a file of the upperdir, symlinks not followed. With it comes its directory, None when
-    /// that is the current one and stays it.
+    /// Finds a file of the upperdir, symlinks not followed, and the directory that holds it.
     fn find_link_target(
         &self,
         target: &[u8],
-    ) -> Result<Option<(InodeAttributes, Option<OwnedFd>)>, ImportError> {
+    ) -> Result<Option<(InodeAttributes, OwnedFd)>, ImportError> {
         let (parent, name) = split_last(target);
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut directory: Option<OwnedFd> = None;
@@ -408,7 +408,7 @@ impl<R: Read> Import<R> {
                 .map_err(|error| ImportError::io("open", b"", error))?,
         };
         match fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(Some((stat.into(), Some(directory)))),
+            Ok(stat) => Ok(Some((stat.into(), directory))),
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(ImportError::io("stat", target, errno)),
         }
@@ -477,7 +477,7 @@ impl<R: Read> Import<R> {
             .metadata()
             .map_err(|error| ImportError::io("stat", target, error))?
             .len();
-        let file = File::from(create_file(&self.tree, name, target)?);
+        let file = File::from(create_file(&self.tree, name, target, wanted.mode)?);
         let whole = vec![Segment {
             offset: 0,
             len: size,
@@ -603,11 +603,16 @@ fn replacing(
     made.map_err(|errno| ImportError::io("make", path, errno))
 }
 
-fn create_file(tree: &UpperTree, name: &[u8], path: &[u8]) -> Result<OwnedFd, ImportError> {
+fn create_file(
+    tree: &UpperTree,
+    name: &[u8],
+    path: &[u8],
+    mode: u32,
+) -> Result<OwnedFd, ImportError> {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let mut created = None;
     replacing(tree, name, path, |tree| {
-        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let mode = creation_mode(mode);
         created = Some(openat(
             tree.directory(),
             name,

@@ -1,15 +1,21 @@
 //! The property that all is about: what a program sees after export and import over the same lower
 //! layers is what it saw before.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 
 use super::have_root;
 use super::mounted_overlay::OverlayDirs;
 use super::random_operations::{Operation, operations, run};
-use super::tree_state::{differences, holes, link_groups, read_tree, without_upper_sockets};
-use crate::{ExportOptions, ImportOptions, export_upperdir, import_into_upperdir};
+use super::tree_state::{
+    TreeState, differences, holes, link_groups, read_tree, without_upper_sockets,
+};
+use crate::tar_read::{TarEntry, TarReader};
+use crate::{ExportOptions, ExportStats, ImportOptions, export_upperdir, import_into_upperdir};
 
 /// What one case does: operations per lower layer, lowest first, then those of the container.
 #[derive(Debug, Clone)]
@@ -22,8 +28,8 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let layers = proptest::collection::vec(operations(25), 1..4);
-    (layers, operations(40), any::<bool>(), any::<bool>()).prop_map(
+    let layers = proptest::collection::vec(operations(30), 1..4);
+    (layers, operations(70), any::<bool>(), any::<bool>()).prop_map(
         |(layers, changes, tell, renames)| {
             // Without the lower layers, what was renamed cannot be exported.
             Case {
@@ -44,7 +50,8 @@ fn export(dirs: &OverlayDirs, upperdir: &std::path::Path, lowerdirs: &[PathBuf])
     tar
 }
 
-fn check(mut dirs: OverlayDirs, case: &Case) -> Result<(), TestCaseError> {
+/// Makes the lower layers and the upperdir of a case. Returns what the container saw at the end.
+fn make_upper(dirs: &mut OverlayDirs, case: &Case) -> TreeState {
     run(&dirs.lowerdirs[0], &case.layers[0]);
     for layer in &case.layers[1..] {
         let mounted = dirs.mount();
@@ -59,7 +66,11 @@ fn check(mut dirs: OverlayDirs, case: &Case) -> Result<(), TestCaseError> {
     run(&dirs.merged, &case.changes);
     let before = read_tree(&dirs.merged);
     drop(mounted);
+    before
+}
 
+fn check(mut dirs: OverlayDirs, case: &Case) -> Result<(), TestCaseError> {
+    let before = make_upper(&mut dirs, case);
     let told = if case.tell_lowerdirs {
         dirs.lowerdirs.clone()
     } else {
@@ -100,6 +111,57 @@ fn check(mut dirs: OverlayDirs, case: &Case) -> Result<(), TestCaseError> {
     let found = differences(&before, &after);
     prop_assert!(found.is_empty(), "{}", found.join("\n"));
     Ok(())
+}
+
+/// The property is worth what the operations reach.
+#[test]
+fn root_random_operations_reach_every_kind_of_entry() {
+    if !have_root() {
+        return;
+    }
+    let mut runner = TestRunner::deterministic();
+    let mut sum = ExportStats::default();
+    let mut types = BTreeSet::new();
+    let mut with_xattrs = 0;
+    for _ in 0..150 {
+        let case = cases().new_tree(&mut runner).unwrap().current();
+        let mut dirs = OverlayDirs::in_memory();
+        make_upper(&mut dirs, &case);
+        let mut tar = Vec::new();
+        let options = ExportOptions::default();
+        let stats = export_upperdir(&dirs.upperdir, &dirs.lowerdirs, &mut tar, &options).unwrap();
+        sum.whiteouts += stats.whiteouts;
+        sum.opaque_directories += stats.opaque_directories;
+        sum.hard_links += stats.hard_links;
+        sum.sparse_files += stats.sparse_files;
+        sum.metacopy_files += stats.metacopy_files;
+        sum.sockets += stats.sockets;
+        sum.broken_lower_links += stats.broken_lower_links;
+        let mut reader = TarReader::new(&tar[..]);
+        let mut entry = TarEntry::default();
+        while reader.next_entry(&mut entry).unwrap() {
+            types.insert(format!("{:?}", entry.tar_type));
+            with_xattrs += entry.xattrs.len();
+        }
+    }
+    assert!(sum.whiteouts > 50, "{sum:?}");
+    assert!(sum.opaque_directories > 15, "{sum:?}");
+    assert!(sum.hard_links > 15, "{sum:?}");
+    assert!(sum.sparse_files > 20, "{sum:?}");
+    assert!(sum.metacopy_files > 5, "{sum:?}");
+    assert!(sum.sockets > 5, "{sum:?}");
+    assert!(sum.broken_lower_links > 0, "{sum:?}");
+    assert!(with_xattrs > 50);
+    let all = [
+        "BlockDevice",
+        "CharDevice",
+        "Directory",
+        "Fifo",
+        "HardLink",
+        "Regular",
+        "Symlink",
+    ];
+    assert_eq!(types.iter().map(String::as_str).collect::<Vec<_>>(), all);
 }
 
 proptest! {
