@@ -44,9 +44,9 @@ lint: ## Check format, lints, documentation, dependencies
 demo: setup build ## Watch a running container move between two nodes
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-demo
 
-bench: setup ## Measure
+bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|front for a part
 	$(CARGO) build --workspace --bins --release
-	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench
+	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench $(if $(ONLY),--only $(ONLY))
 
 install: ## Install the built release binaries, units and sample configurations to PREFIX
 	$(CARGO) build --release $(BINARIES:%=--bin %)

@@ -34,7 +34,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, ValueEnum};
 use transship_testbed::{Settings, Testbed, Tree};
 
-use crate::report::{Results, Row};
+use crate::report::{Results, Row, Run};
 use crate::sizes::Sizes;
 
 /// Measures Transship beside stock tools on throwaway nodes (needs root).
@@ -116,7 +116,7 @@ fn run(arguments: Arguments) -> Result<()> {
     };
     for part in parts {
         eprintln!("== {}", part.name());
-        let began = Instant::now();
+        let (run, began) = (Run::begin()?, Instant::now());
         let bed = Testbed::new(Tree::Forky, &settings)?;
         let rows = part.measure(&bed, &sizes);
         if rows.is_err() {
@@ -126,7 +126,7 @@ fn run(arguments: Arguments) -> Result<()> {
         }
         bed.stop()?;
         let rows = rows.with_context(|| format!("cannot measure {}", part.name()))?;
-        results.replace(part.name(), began.elapsed(), rows)?;
+        results.replace(part.name(), run.took(began.elapsed()), rows);
         println!("{}", results.table(part.name()));
         // After each part: a later one that fails must not take the earlier ones' figures along.
         if let Some(out) = &out {

@@ -3,7 +3,7 @@
 //! results.json, for programs (the table in results.md says the same):
 //!
 //! ```text
-//! {"runs": {"front": {"machine": "2 CPUs, ...", "seconds": 12}, ...},
+//! {"runs": {"front": {"machine": "2 CPUs, ...", "load_before": "0.12", "seconds": 12}, ...},
 //!  "rows": [{"part": "front", "name": "...", "unit": "ms", "ours": 1.0, "peer": "runc",
 //!            "peer_value": 0.9, "ratio": 0.9, "goal": "<= 3 ms", "met": true, "note": null}, ...]}
 //! ```
@@ -134,9 +134,31 @@ impl Row {
 
 /// How one part was measured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Run {
+pub(crate) struct Run {
     machine: String,
+    /// Load average before: what else the machine was busy with.
+    load_before: String,
     seconds: u64,
+}
+
+impl Run {
+    /// A run that begins now.
+    pub(crate) fn begin() -> Result<Run> {
+        let load = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
+        Ok(Run {
+            machine: machine()?,
+            load_before: load.split(' ').next().unwrap_or_default().to_owned(),
+            seconds: 0,
+        })
+    }
+
+    /// The same run, ended.
+    pub(crate) fn took(self, time: Duration) -> Run {
+        Run {
+            seconds: time.as_secs(),
+            ..self
+        }
+    }
 }
 
 /// All figures, the latest of each part.
@@ -162,18 +184,13 @@ impl Results {
     }
 
     /// Puts the rows of a part in place of those of an earlier run.
-    pub(crate) fn replace(&mut self, part: &str, took: Duration, rows: Vec<Row>) -> Result<()> {
-        let run = Run {
-            machine: machine()?,
-            seconds: took.as_secs(),
-        };
+    pub(crate) fn replace(&mut self, part: &str, run: Run, rows: Vec<Row>) {
         self.runs.insert(part.to_owned(), run);
         self.rows.retain(|row| row.part != part);
         self.rows.extend(rows.into_iter().map(|row| Row {
             part: part.to_owned(),
             ..row
         }));
-        Ok(())
     }
 
     /// Writes both files.
@@ -231,8 +248,8 @@ impl Results {
             // Writing to a String cannot fail.
             let _ = write!(
                 text,
-                "\n## {part}\n\n{}; {} s.\n\n{table}",
-                run.machine, run.seconds
+                "\n## {part}\n\n{}; load average before {}; {} s.\n\n{table}",
+                run.machine, run.load_before, run.seconds
             );
             let why = |row: &Row| {
                 let found = reasons.get(part).and_then(|names| names.get(&row.name));
@@ -288,10 +305,8 @@ fn machine() -> Result<String> {
         .map_or("unknown model", |(_, model)| model);
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = nix::sys::utsname::uname().context("cannot ask for the kernel's version")?;
-    let load = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
-    let load = load.split(' ').next().unwrap_or_default();
     Ok(format!(
-        "{count} CPUs ({model}), Linux {}, load at the end {load}",
+        "{count} CPUs ({model}), Linux {}",
         kernel.release().to_string_lossy()
     ))
 }
@@ -334,7 +349,7 @@ mod tests {
     fn a_missed_goal_stands_in_the_document_with_its_reason() {
         let mut results = Results::default();
         let row = Row::new("slow", "ms", 9.0).goal(Goal::AtMost(3.0));
-        results.replace("front", Duration::ZERO, vec![row]).unwrap();
+        results.replace("front", Run::begin().unwrap(), vec![row]);
         let reasons = toml::from_str("[front]\nslow = \"it waits\"").unwrap();
         let text = results.document(&reasons);
         assert!(text.contains("0 of 1 goals"), "{text}");
