@@ -139,7 +139,7 @@ impl Snapshots {
             match entry {
                 Entry::Snapshot(id) if known.contains_key(&id) => drop(present.insert(id)),
                 Entry::Snapshot(id) => unknown.push(id),
-                Entry::New(id) => leftovers.push(self.paths.new_dir(id)),
+                Entry::New(id) => leftovers.push(id),
                 Entry::Gone(id) => self.delete_gone(id),
                 Entry::Foreign => tracing::warn!(name, "not a snapshot directory, left alone"),
             }
@@ -162,9 +162,15 @@ impl Snapshots {
             );
             self.retire(*id);
         }
-        for dir in leftovers {
-            tracing::info!(path = %dir.display(), "deleting a half made snapshot");
-            self.background.order(move || disk::delete_tree(&dir));
+        for id in leftovers {
+            tracing::info!(id, "deleting a half made snapshot");
+            let dir = self.paths.new_dir(id);
+            if known.contains_key(&id) {
+                // Recorded, but a power failure undid the rename: below it is made anew.
+                disk::delete_tree(&dir)?;
+            } else {
+                self.background.order(move || disk::delete_tree(&dir));
+            }
         }
         for (id, (key, kind, parent)) in &known {
             if present.contains(id) {
@@ -181,6 +187,9 @@ impl Snapshots {
                         owner.unwrap_or((0, 0)),
                     )?;
                     disk::publish(&self.paths, *id)?;
+                    if let Some(record) = self.metadata.get(key)? {
+                        self.describe(key, &record);
+                    }
                 }
                 _ => tracing::error!(key, id, "the directory of this layer is lost; see fsck"),
             }

@@ -380,20 +380,32 @@ fn root_idle_clients_do_not_hold_up_the_stop() {
 #[test]
 fn root_a_lost_directory_of_an_active_snapshot_is_made_again() {
     as_root(async || {
-        let site = Site::new();
-        let daemon = site.start(&[]);
-        let client = daemon.client().await;
-        make_layer(&client, "base", "").await;
-        std::os::unix::fs::chown(site.snapshots().join("1/fs"), Some(5), Some(6)).unwrap();
-        client.prepare("active", "base", &[]).await.unwrap();
-        daemon.stop();
-        fs::remove_dir_all(site.snapshots().join("2")).unwrap();
-        let daemon = site.start(&[]);
-        let client = daemon.client().await;
-        let mounted = Mounted::new(&client.mounts("active").await.unwrap());
-        assert_eq!(fs::read_to_string(mounted.join("base")).unwrap(), "base");
-        let top = fs::metadata(mounted.path()).unwrap();
-        assert_eq!((top.uid(), top.gid(), top.mode() & 0o777), (5, 6, 0o755));
+        for half_made in [false, true] {
+            let site = Site::new();
+            let daemon = site.start(&[]);
+            let client = daemon.client().await;
+            make_layer(&client, "base", "").await;
+            std::os::unix::fs::chown(site.snapshots().join("1/fs"), Some(5), Some(6)).unwrap();
+            client.prepare("active", "base", &[]).await.unwrap();
+            daemon.stop();
+            if half_made {
+                // As a power failure can leave it: recorded, but the rename is undone.
+                fs::rename(site.snapshots().join("2"), site.snapshots().join("new-2")).unwrap();
+            } else {
+                fs::remove_dir_all(site.snapshots().join("2")).unwrap();
+            }
+            let daemon = site.start(&[]);
+            let client = daemon.client().await;
+            let mounted = Mounted::new(&client.mounts("active").await.unwrap());
+            assert_eq!(fs::read_to_string(mounted.join("base")).unwrap(), "base");
+            let top = fs::metadata(mounted.path()).unwrap();
+            assert_eq!((top.uid(), top.gid(), top.mode() & 0o777), (5, 6, 0o755));
+            client.cleanup().await.unwrap();
+            daemon.stop();
+            assert_eq!(site.directories(), ["1", "2"]);
+            drop(mounted);
+            assert_eq!(run(&site, &["fsck"]).status.code(), Some(0));
+        }
     });
 }
 
