@@ -73,6 +73,77 @@ pub(crate) enum Command {
     Ls,
     /// Remove checkpoints
     Rm(RmArgs),
+    /// Write what a snapshot changes as an OCI layer, or read it from one
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+}
+
+/// `transship snapshot`
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Write what a container or snapshot changes as an OCI layer (a plain tar)
+    Export(SnapshotExportArgs),
+    /// Fill a fresh snapshot from an OCI layer (plain, gzip or zstd)
+    Import(SnapshotImportArgs),
+    /// Write what distinguishes one snapshot from another as an OCI layer (a plain tar)
+    Diff(SnapshotDiffArgs),
+}
+
+/// `transship snapshot export`
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotExportArgs {
+    /// Container id, or key of a snapshot
+    #[arg(value_name = "KEY|CONTAINER")]
+    pub(crate) name: String,
+    /// File to write, - for stdout
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub(crate) output: PathBuf,
+    /// Snapshotter [default: the container's; for a key transship where the node has it, else
+    /// overlayfs]
+    #[arg(long)]
+    pub(crate) snapshotter: Option<String>,
+    /// Let a running container run; if it changes what is being read, the export fails
+    #[arg(long)]
+    pub(crate) no_pause: bool,
+}
+
+/// `transship snapshot import`
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotImportArgs {
+    /// Key of an active snapshot without changes of its own, or id of its container, which must not
+    /// run
+    pub(crate) key: String,
+    /// File to read, - for stdin
+    #[arg(default_value = "-")]
+    pub(crate) file: PathBuf,
+    /// Make the snapshot KEY on top of this committed one (\"\" for none)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) parent: Option<String>,
+    /// Snapshotter [default: the container's; for a key transship where the node has it, else
+    /// overlayfs]
+    #[arg(long)]
+    pub(crate) snapshotter: Option<String>,
+}
+
+/// `transship snapshot diff`
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotDiffArgs {
+    /// The older one: key of a snapshot, or container id
+    #[arg(value_name = "A")]
+    pub(crate) old: String,
+    /// The newer one
+    #[arg(value_name = "B")]
+    pub(crate) new: String,
+    /// File to write, - for stdout
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub(crate) output: PathBuf,
+    /// Snapshotter [default: the containers'; for keys transship where the node has it, else
+    /// overlayfs]
+    #[arg(long)]
+    pub(crate) snapshotter: Option<String>,
+    /// Let a running container run; if it changes what is being read, the diff fails or is torn
+    #[arg(long)]
+    pub(crate) no_pause: bool,
 }
 
 /// `transship checkpoint`

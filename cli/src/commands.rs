@@ -15,6 +15,7 @@ mod receive;
 mod restore;
 mod rm;
 mod send;
+mod snapshot;
 
 /// Runs the command.
 pub(crate) async fn run(cli: Cli) -> Result<()> {
@@ -28,6 +29,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
+        Command::Snapshot(command) => snapshot::run(&global, command).await,
     }
 }
 

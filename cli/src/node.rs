@@ -6,6 +6,7 @@
 //!           --> snapshots    prepare, mounts, remove
 //!           --> images       image -> manifest, config, chain id; unpack
 //!           --> content      blobs in and out
+//!           --> diffs        two snapshots compared
 //! ```
 //!
 //! Every call carries containerd's namespace, and the lease that protects new objects from garbage
@@ -24,6 +25,7 @@ use tonic::{Code, Request, Status};
 
 pub(crate) mod containers;
 pub(crate) mod content;
+pub(crate) mod diffs;
 pub(crate) mod images;
 pub(crate) mod plugins;
 pub(crate) mod snapshots;

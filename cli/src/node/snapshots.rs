@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, Info, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-    StatSnapshotRequest,
+    StatSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::types::Mount;
 
@@ -106,6 +106,27 @@ impl Node {
             .prepare(self.request(request))
             .await
             .during(|| format!("prepare the snapshot {key:?} of {snapshotter}"))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// Makes a view of a committed snapshot.
+    pub(crate) async fn view(
+        &self,
+        snapshotter: &str,
+        key: &str,
+        parent: &str,
+    ) -> Result<Vec<Mount>, NodeError> {
+        let request = ViewSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: HashMap::new(),
+        };
+        let answer = self
+            .snapshots()
+            .view(self.request(request))
+            .await
+            .during(|| format!("view the snapshot {parent:?} of {snapshotter}"))?;
         Ok(answer.into_inner().mounts)
     }
 

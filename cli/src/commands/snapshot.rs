@@ -1,0 +1,273 @@
+//! `transship snapshot`: the files that a snapshot changes, as a layer, out and in.
+//!
+//! ```text
+//!  KEY or CONTAINER --find--> Snapshot --open--> Opened { dir, lowerdirs } --> export, diff
+//!                                                                          <-- import
+//! ```
+//!
+//! Any snapshotter whose mounts name its directories will do: ours, containerd's overlayfs, others
+//! that mount overlays.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use containerd_client::services::v1::snapshots::{Info, Kind as SnapshotKind};
+use containerd_client::types::Mount;
+use containerd_client::types::v1::Status;
+use transship_layer::OverlayXattrs;
+
+use crate::args::{Global, SnapshotCommand};
+use crate::node::Node;
+use crate::node::snapshots::OverlayDirs;
+use crate::problem::{Kind, Problem};
+
+mod diff;
+mod export;
+mod import;
+mod sink;
+
+/// How long a view of a committed snapshot is kept should nobody come to remove it.
+const VIEW_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+pub(crate) async fn run(global: &Global, command: SnapshotCommand) -> Result<()> {
+    match command {
+        SnapshotCommand::Export(args) => export::run(global, args).await,
+        SnapshotCommand::Import(args) => import::run(global, args).await,
+        SnapshotCommand::Diff(args) => diff::run(global, args).await,
+    }
+}
+
+/// A snapshot that exists.
+#[derive(Debug)]
+struct Snapshot {
+    snapshotter: String,
+    key: String,
+    info: Info,
+    /// The container of which it is the writable layer.
+    container: Option<String>,
+}
+
+/// The snapshotter that is meant when none is named: ours where the node has it.
+async fn default_snapshotter(node: &Node) -> Result<String> {
+    let names = node.snapshotters().await?;
+    let ours = names.into_iter().find(|name| name == "transship");
+    Ok(ours.unwrap_or_else(|| "overlayfs".to_owned()))
+}
+
+/// Finds a container's snapshot, or a snapshot by its key.
+async fn find(node: &Node, name: &str, snapshotter: Option<&str>) -> Result<Snapshot> {
+    let container = match node.container(name).await {
+        Err(error) if error.is_not_found() => None,
+        container => Some(container?),
+    };
+    let container = container.filter(|container| {
+        snapshotter.is_none_or(|snapshotter| container.snapshotter == snapshotter)
+    });
+    let (snapshotter, key) = match (&container, snapshotter) {
+        (Some(container), _) => (
+            container.snapshotter.clone(),
+            container.snapshot_key.clone(),
+        ),
+        (None, Some(snapshotter)) => (snapshotter.to_owned(), name.to_owned()),
+        (None, None) => (default_snapshotter(node).await?, name.to_owned()),
+    };
+    let info = match node.snapshot(&snapshotter, &key).await {
+        Err(error) if error.is_not_found() => {
+            return Err(Problem::new(
+                Kind::NotFound,
+                format!(
+                    "there is no container and no snapshot {name:?} of {snapshotter} in the \
+                     namespace {:?}",
+                    node.namespace()
+                ),
+            )
+            .hint(format!(
+                "ctr -n {} snapshots --snapshotter {snapshotter} ls",
+                node.namespace()
+            ))
+            .into());
+        }
+        info => info?,
+    };
+    let container = match container {
+        Some(container) => Some(container.id),
+        // A key that is no container's id may still be a container's key.
+        None => node
+            .all_containers()
+            .await?
+            .into_iter()
+            .find(|container| container.snapshotter == snapshotter && container.snapshot_key == key)
+            .map(|container| container.id),
+    };
+    Ok(Snapshot {
+        snapshotter,
+        key,
+        info,
+        container,
+    })
+}
+
+/// A snapshot's mounts; those of a committed one are a view's, which is to be closed.
+struct Opened {
+    mounts: Vec<Mount>,
+    view: Option<(Node, String, String)>,
+}
+
+impl Opened {
+    async fn open(node: &Node, snapshot: &Snapshot) -> Result<Self> {
+        let Snapshot {
+            snapshotter, key, ..
+        } = snapshot;
+        if snapshot.info.kind() != SnapshotKind::Committed {
+            let mounts = node.mounts(snapshotter, key).await?;
+            return Ok(Self { mounts, view: None });
+        }
+        let leased = node.with_lease(VIEW_LIFETIME).await?;
+        let view = format!("transship-view-{}", crate::node::unique());
+        match leased.view(snapshotter, &view, key).await {
+            Ok(mounts) => Ok(Self {
+                mounts,
+                view: Some((leased, snapshotter.clone(), view)),
+            }),
+            Err(error) => {
+                drop(leased.drop_lease().await);
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn close(self) -> Result<()> {
+        if let Some((leased, snapshotter, view)) = self.view {
+            leased.remove_snapshot(&snapshotter, &view).await?;
+            leased.drop_lease().await?;
+        }
+        Ok(())
+    }
+
+    /// The snapshot's own directory, and those below it.
+    fn layer(&self, snapshot: &Snapshot) -> Result<Layer> {
+        layer_of(&self.mounts).ok_or_else(|| {
+            let message = format!(
+                "the snapshotter {:?} does not mount an overlay, so there is no directory with the \
+                 changes of {:?}",
+                snapshot.snapshotter, snapshot.key
+            );
+            Problem::new(Kind::Refused, message)
+                .hint("ctr snapshots diff compares the files of any two snapshots")
+                .into()
+        })
+    }
+}
+
+/// The directories of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Layer {
+    dir: PathBuf,
+    lowerdirs: Vec<PathBuf>,
+    overlay_xattrs: OverlayXattrs,
+}
+
+fn layer_of(mounts: &[Mount]) -> Option<Layer> {
+    let [mount] = mounts else { return None };
+    let overlay_xattrs = if mount.options.iter().any(|option| option == "userxattr") {
+        OverlayXattrs::User
+    } else {
+        OverlayXattrs::Trusted
+    };
+    let (dir, lowerdirs) = match OverlayDirs::of(mounts) {
+        Some(dirs) => (dirs.upperdir, dirs.lowerdirs),
+        // A view: its topmost directory is what the snapshot adds.
+        None => {
+            let mut options = mount.options.iter();
+            let dirs = options.find_map(|option| option.strip_prefix("lowerdir="))?;
+            let mut dirs = dirs.split(':').map(PathBuf::from);
+            (dirs.next()?, dirs.collect())
+        }
+    };
+    Some(Layer {
+        dir,
+        lowerdirs,
+        overlay_xattrs,
+    })
+}
+
+/// A container that stands still, until it is let go; a container that does not run stands still.
+struct Paused<'n>(Option<(&'n Node, String)>);
+
+impl<'n> Paused<'n> {
+    async fn pause(node: &'n Node, container: Option<&str>) -> Result<Self> {
+        let Some(id) = container else {
+            return Ok(Self(None));
+        };
+        match node.task(id).await {
+            Err(error) if error.is_not_found() => Ok(Self(None)),
+            task if task
+                .as_ref()
+                .is_ok_and(|task| task.status() != Status::Running) =>
+            {
+                Ok(Self(None))
+            }
+            task => {
+                task?;
+                node.pause(id).await?;
+                Ok(Self(Some((node, id.to_owned()))))
+            }
+        }
+    }
+
+    async fn resume(self) -> Result<()> {
+        let Some((node, id)) = self.0 else {
+            return Ok(());
+        };
+        node.resume(&id)
+            .await
+            .with_context(|| format!("{id:?} is still paused; ctr tasks resume {id:?} lets it run"))
+    }
+}
+
+/// Labels of a snapshot that is to stay without a container.
+fn kept() -> HashMap<String, String> {
+    let now = crate::node::rfc3339(std::time::SystemTime::now());
+    [("containerd.io/gc.root".to_owned(), now)].into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_topmost_directory_is_the_layer() {
+        let layer = |kind: &str, source: &str, options: &[&str]| {
+            let mount = Mount {
+                r#type: kind.into(),
+                source: source.into(),
+                target: String::new(),
+                options: options.iter().map(|option| (*option).to_owned()).collect(),
+            };
+            layer_of(&[mount]).map(|layer| {
+                let dirs = [vec![layer.dir], layer.lowerdirs].concat();
+                let dirs: Vec<_> = dirs.iter().map(|dir| dir.to_str().unwrap()).collect();
+                (dirs.join(" "), layer.overlay_xattrs)
+            })
+        };
+        let trusted = |dirs: &str| Some((dirs.to_owned(), OverlayXattrs::Trusted));
+        let active = ["workdir=/w", "upperdir=/u", "lowerdir=/b:/a", "index=off"];
+        assert_eq!(layer("overlay", "overlay", &active), trusted("/u /b /a"));
+        assert_eq!(
+            layer("overlay", "overlay", &["lowerdir=/c:/b:/a"]),
+            trusted("/c /b /a")
+        );
+        assert_eq!(layer("bind", "/c", &["ro", "rbind"]), trusted("/c"));
+        assert_eq!(
+            layer(
+                "overlay",
+                "overlay",
+                &["userxattr", "upperdir=/u", "lowerdir=/a"]
+            ),
+            Some(("/u /a".to_owned(), OverlayXattrs::User))
+        );
+        assert_eq!(layer("btrfs", "/dev/sda", &["subvol=1"]), None);
+    }
+}

@@ -1,0 +1,127 @@
+//! `transship snapshot export KEY|CONTAINER`
+
+use std::io::BufWriter;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use transship_layer::{ExportError, ExportOptions, ExportStats, export_upperdir};
+
+use super::sink::Sink;
+use super::{Layer, Opened, Paused, Snapshot, find};
+use crate::args::{Global, SnapshotExportArgs};
+use crate::commands::connect;
+use crate::interrupt::Interrupt;
+use crate::node::Node;
+use crate::problem::{Kind, Problem};
+use crate::timeline::human_bytes;
+
+/// How long an export that was given up may take to notice.
+const GIVE_UP_PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Serialize)]
+struct Exported {
+    entries: u64,
+    bytes: u64,
+    whiteouts: u64,
+    opaque_directories: u64,
+    sockets_left_out: u64,
+}
+
+pub(super) async fn run(global: &Global, args: SnapshotExportArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    let snapshot = find(&node, &args.name, args.snapshotter.as_deref()).await?;
+    let sink = Sink::open(&args.output)?;
+    let stats = export(&node, &snapshot, sink, args.no_pause, &interrupt).await?;
+    report(global, &stats)
+}
+
+/// Exports the snapshot while its container, if one runs on it, stands still.
+pub(super) async fn export(
+    node: &Node,
+    snapshot: &Snapshot,
+    sink: Sink,
+    no_pause: bool,
+    interrupt: &Interrupt,
+) -> Result<ExportStats> {
+    let opened = Opened::open(node, snapshot).await?;
+    let exported = match opened.layer(snapshot) {
+        Ok(layer) => {
+            let container = snapshot.container.as_deref().filter(|_| !no_pause);
+            let paused = Paused::pause(node, container).await?;
+            let exported = write_layer(layer, sink, interrupt).await;
+            paused.resume().await?;
+            exported
+        }
+        Err(error) => Err(error),
+    };
+    opened.close().await?;
+    exported
+}
+
+async fn write_layer(layer: Layer, sink: Sink, interrupt: &Interrupt) -> Result<ExportStats> {
+    let give_up = sink.give_up();
+    let mut export = tokio::task::spawn_blocking(move || -> Result<ExportStats> {
+        let options = ExportOptions {
+            overlay_xattrs: layer.overlay_xattrs,
+            ..ExportOptions::default()
+        };
+        let mut out = BufWriter::with_capacity(1 << 20, sink);
+        let stats = export_upperdir(&layer.dir, &layer.lowerdirs, &mut out, &options)
+            .map_err(|error| with_hint(error, &layer))?;
+        let sink = out
+            .into_inner()
+            .map_err(|error| error.into_error())
+            .context("cannot write the layer")?;
+        sink.finish()?;
+        Ok(stats)
+    });
+    tokio::select! {
+        exported = &mut export => exported?,
+        interrupted = interrupt.wait() => {
+            give_up.now();
+            // So that a file goes; a pipe that nobody reads may hold the thread for ever.
+            drop(tokio::time::timeout(GIVE_UP_PATIENCE, export).await);
+            Err(interrupted.into())
+        }
+    }
+}
+
+fn with_hint(error: ExportError, layer: &Layer) -> anyhow::Error {
+    let context = format!("cannot export {}", layer.dir.display());
+    match error {
+        ExportError::Changed { .. } => anyhow::Error::from(error).context(
+            Problem::new(Kind::Refused, context)
+                .hint("without --no-pause the container stands still meanwhile"),
+        ),
+        error => anyhow::Error::from(error).context(context),
+    }
+}
+
+/// Says on stderr what was written: stdout may be the layer.
+pub(super) fn report(global: &Global, stats: &ExportStats) -> Result<()> {
+    let exported = Exported {
+        entries: stats.entries,
+        bytes: stats.bytes,
+        whiteouts: stats.whiteouts,
+        opaque_directories: stats.opaque_directories,
+        sockets_left_out: stats.sockets,
+    };
+    if global.json {
+        eprintln!("{}", serde_json::to_string_pretty(&exported)?);
+    } else {
+        eprintln!(
+            "{} entries, {}",
+            exported.entries,
+            human_bytes(exported.bytes)
+        );
+    }
+    for path in &stats.noted_paths {
+        eprintln!(
+            "note: {} has hard links in the image, inode flags or attributes that a layer cannot say",
+            path.display()
+        );
+    }
+    Ok(())
+}

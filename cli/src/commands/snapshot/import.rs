@@ -1,0 +1,178 @@
+//! `transship snapshot import KEY [FILE]`
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+use transship_layer::{ImportOptions, ImportStats, decompress, import_into_upperdir, remove_tree};
+
+use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept};
+use crate::args::{Global, SnapshotImportArgs};
+use crate::commands::{connect, print};
+use crate::interrupt::Interrupt;
+use crate::node::Node;
+use crate::problem::{Kind, Problem};
+use crate::timeline::human_bytes;
+
+/// How often a reader that nothing comes to looks whether it is still wanted, in milliseconds.
+const LOOK_UP_MS: u8 = 200;
+
+#[derive(Serialize)]
+struct Imported {
+    snapshotter: String,
+    key: String,
+    entries: u64,
+    bytes: u64,
+}
+
+pub(super) async fn run(global: &Global, args: SnapshotImportArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    let made = match &args.parent {
+        Some(parent) => {
+            let snapshotter = match &args.snapshotter {
+                Some(snapshotter) => snapshotter.clone(),
+                None => default_snapshotter(&node).await?,
+            };
+            node.prepare(&snapshotter, &args.key, parent, kept())
+                .await?;
+            Some(snapshotter)
+        }
+        None => None,
+    };
+    let snapshotter = made.as_deref().or(args.snapshotter.as_deref());
+    let imported = import(&node, &args, snapshotter, made.is_some(), &interrupt).await;
+    if let (Err(_), Some(snapshotter)) = (&imported, &made) {
+        node.remove_snapshot(snapshotter, &args.key).await?;
+    }
+    let (snapshot, stats) = imported?;
+    let imported = Imported {
+        snapshotter: snapshot.snapshotter,
+        key: snapshot.key,
+        entries: stats.entries,
+        bytes: stats.bytes,
+    };
+    print(global, &imported, || {
+        format!(
+            "{} of {}: {} entries, {}\n",
+            imported.key,
+            imported.snapshotter,
+            imported.entries,
+            human_bytes(imported.bytes)
+        )
+    })
+}
+
+async fn import(
+    node: &Node,
+    args: &SnapshotImportArgs,
+    snapshotter: Option<&str>,
+    made: bool,
+    interrupt: &Interrupt,
+) -> Result<(Snapshot, ImportStats)> {
+    let snapshot = find(node, &args.key, snapshotter).await?;
+    if snapshot.info.kind() != SnapshotKind::Active {
+        return Err(refused(
+            &snapshot,
+            "it is not active, so nothing can be written to it",
+        )
+        .into());
+    }
+    if let Some(id) = snapshot.container.as_deref()
+        && node.task(id).await.is_ok()
+    {
+        return Err(refused(&snapshot, &format!("the container {id:?} runs on it")).into());
+    }
+    let layer = Opened::open(node, &snapshot).await?.layer(&snapshot)?;
+    let mut entries =
+        fs::read_dir(&layer.dir).with_context(|| format!("cannot list {}", layer.dir.display()))?;
+    if entries.next().is_some() {
+        let problem = refused(
+            &snapshot,
+            "it has changes of its own, and two layers do not mix",
+        )
+        .hint("--parent NAME makes a new snapshot KEY on top of NAME");
+        return Err(problem.into());
+    }
+    let given_up = Arc::new(AtomicBool::new(false));
+    let input = Input {
+        file: open(&args.file)?,
+        given_up: Arc::clone(&given_up),
+    };
+    let mut filling = tokio::task::spawn_blocking(move || fill(&layer, input, made));
+    let stats = tokio::select! {
+        filled = &mut filling => filled??,
+        interrupted = interrupt.wait() => {
+            given_up.store(true, Ordering::Relaxed);
+            drop(filling.await);
+            return Err(interrupted.into());
+        }
+    };
+    Ok((snapshot, stats))
+}
+
+fn refused(snapshot: &Snapshot, why: &str) -> Problem {
+    Problem::new(
+        Kind::Refused,
+        format!("nothing is imported into {:?}: {why}", snapshot.key),
+    )
+}
+
+fn open(file: &Path) -> Result<File> {
+    let opened = if file == Path::new("-") {
+        io::stdin().as_fd().try_clone_to_owned().map(File::from)
+    } else {
+        File::open(file)
+    };
+    opened.with_context(|| format!("cannot open {}", file.display()))
+}
+
+/// Fails when the import is given up, even while nothing comes.
+struct Input {
+    file: File,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if self.given_up.load(Ordering::Relaxed) {
+                return Err(io::Error::other("given up"));
+            }
+            let mut ready = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, PollTimeout::from(LOOK_UP_MS)) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return self.file.read(buffer),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+fn fill(layer: &Layer, input: Input, made: bool) -> Result<ImportStats> {
+    let options = ImportOptions {
+        overlay_xattrs: layer.overlay_xattrs,
+        ..ImportOptions::default()
+    };
+    let filled = decompress(BufReader::with_capacity(1 << 20, input))
+        .context("cannot read the layer")
+        .and_then(|tar| {
+            import_into_upperdir(tar, &layer.dir, &layer.lowerdirs, &options)
+                .with_context(|| format!("cannot import into {}", layer.dir.display()))
+        });
+    if filled.is_err() && !made {
+        // The snapshot was there before, and empty.
+        for entry in fs::read_dir(&layer.dir)? {
+            remove_tree(&entry?.path())?;
+        }
+    }
+    filled
+}
