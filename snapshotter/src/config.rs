@@ -75,7 +75,7 @@ impl Default for Config {
             import_dir: "/var/lib/transship/checkpoints".into(),
             metrics_address: None,
             concurrent_calls: 16,
-            metadata_cache_mib: 4,
+            metadata_cache_mib: 2,
         }
     }
 }

@@ -216,7 +216,7 @@ pub async fn serve(
     let (stop_accepting, accepting_stops) = oneshot::channel::<()>();
     let (stop_serving, serving_stops) = oneshot::channel::<()>();
     let (connections, socket_gone) = socket.accept_until(async { drop(accepting_stops.await) });
-    let service = Service::new(Arc::clone(&snapshots), metrics, config.concurrent_calls);
+    let service = Service::new(Arc::clone(&snapshots), metrics, config.concurrent_calls)?;
     let calls = service.calls_in_flight();
     let stop_server = async { drop(serving_stops.await) };
     let mut server = tokio::spawn(service::serve(service, connections, stop_server));

@@ -13,8 +13,8 @@
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
 //!
-//! Around it: `cli.rs` and `config.rs` (flags, file), `logging.rs`, `metrics.rs`, `probe.rs` (what this
-//! kernel needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs`
+//! Around it: `cli.rs` and `config.rs` (flags, file), `workers.rs` (the threads that calls run on),
+//! `logging.rs`, `metrics.rs`, `probe.rs` (what this kernel needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs`
 //! (where crash tests kill the process).
 
 pub mod background;
@@ -40,3 +40,4 @@ mod reserve;
 pub mod service;
 pub mod snapshots;
 pub mod usage;
+pub mod workers;

@@ -17,7 +17,7 @@ use containerd_snapshots as api;
 use containerd_snapshots::tonic::transport::Server;
 use containerd_snapshots::tonic::{self, Code, Status};
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -27,13 +27,14 @@ use crate::metrics::Metrics;
 use crate::mounts::Mount;
 use crate::record::{Info, Kind};
 use crate::snapshots::Snapshots;
+use crate::workers::Workers;
 
 /// containerd's own limit for messages.
 const MAX_MESSAGE: usize = 16 << 20;
 /// Snapshots that List reads ahead of its client.
 const LIST_AHEAD: usize = 256;
 /// Usage calls that are worked on at the same time.
-const USAGE_TURNS: usize = 4;
+const USAGE_WORKERS: usize = 2;
 
 /// Serves the snapshots API on `connections` until `stop` resolves; calls in flight are finished.
 ///
@@ -90,23 +91,28 @@ pub struct Service {
     snapshots: Arc<Snapshots>,
     metrics: Arc<Metrics>,
     in_flight: InFlight,
-    /// Bounds the threads, and with them the memory, that a crowd of calls takes.
-    turns: Arc<Semaphore>,
-    /// The turns of Usage, which may walk large trees and must not keep the others waiting.
-    usage_turns: Arc<Semaphore>,
+    workers: Workers,
+    /// Usage has threads of its own: it may walk large trees and must not keep the others waiting.
+    usage_workers: Workers,
 }
 
 impl Service {
     /// A service that works on `concurrent_calls` at the same time.
-    #[must_use]
-    pub fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>, concurrent_calls: usize) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When their threads cannot be started.
+    pub fn new(
+        snapshots: Arc<Snapshots>,
+        metrics: Arc<Metrics>,
+        concurrent_calls: usize,
+    ) -> Result<Self, SnapshotError> {
+        Ok(Self {
             snapshots,
             metrics,
             in_flight: InFlight::default(),
-            turns: Arc::new(Semaphore::new(concurrent_calls.max(1))),
-            usage_turns: Arc::new(Semaphore::new(USAGE_TURNS)),
-        }
+            workers: Workers::start("call", concurrent_calls.max(1))?,
+            usage_workers: Workers::start("usage", USAGE_WORKERS)?,
+        })
     }
 
     /// Tells when the calls that have come in are answered.
@@ -124,22 +130,15 @@ impl Service {
     ) -> Result<T, Status> {
         let start = Instant::now();
         let _call = self.in_flight.enter();
-        let turns = if rpc == "usage" {
-            &self.usage_turns
+        let workers = if rpc == "usage" {
+            &self.usage_workers
         } else {
-            &self.turns
+            &self.workers
         };
-        let turn = Arc::clone(turns).acquire_owned().await;
-        let turn = turn.expect("the semaphore is never closed");
         let snapshots = Arc::clone(&self.snapshots);
-        let act = move |snapshots: &Arc<Snapshots>| {
-            // Held by the thread: a call whose client has gone away still works.
-            let _turn = turn;
-            act(snapshots)
-        };
-        let result = match tokio::task::spawn_blocking(move || act(&snapshots)).await {
-            Ok(result) => result.map_err(Status::from),
-            Err(error) => Err(Status::internal(format!("{rpc} panicked: {error}"))),
+        let result = match workers.run(move || act(&snapshots)).await {
+            Some(result) => result.map_err(Status::from),
+            None => Err(Status::internal(format!("{rpc} panicked"))),
         };
         note_call(
             &self.metrics,
