@@ -16,13 +16,14 @@ const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    let cases: [(_, fn(&Testbed) -> _); 6] = [
+    let cases: [(_, fn(&Testbed) -> _); 7] = [
         ("differ_diff", a_diff_applies_as_what_was_changed),
         ("differ_apply", a_layer_is_applied_as_containerd_does),
         ("differ_checkpoint", a_checkpoint_of_ctr_goes_through_it),
         ("differ_fallback", what_is_not_overlay_is_left_to_walking),
         ("differ_killed", whoever_is_killed_nothing_half_stays),
         ("differ_disk_full", a_full_disk_leaves_nothing_half),
+        ("differ_direct", layers_go_out_and_in_directly),
     ];
     cases.into_iter().flat_map(|(what, run)| {
         [Tree::Trixie, Tree::Forky]
@@ -460,4 +461,121 @@ fn difference(truth: &str, tree: &str) -> String {
             .collect::<String>()
     };
     only(truth, tree, '-') + &only(tree, truth, '+')
+}
+
+/// `transship snapshot export`, `import` and `diff`, on both snapshotters and on a running container.
+fn layers_go_out_and_in_directly(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _containerd, image) = start(bed, &NodeOptions::default())?;
+    for snapshotter in ["overlayfs", "transship"] {
+        let top = top_of_image(&node, snapshotter)?;
+        let in_all = format!("--snapshotter {snapshotter}");
+        node.ctr(&[
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "prepare",
+            "active",
+            &top,
+        ])?;
+        in_snapshot(&node, snapshotter, "active", CHANGE)?;
+        let truth = in_snapshot(&node, snapshotter, "active", &list_tree(true))?;
+        node.shell(&format!(
+            "cd /root
+             transship snapshot export {in_all} active -o out.tar
+             transship snapshot export {in_all} active | cmp - out.tar
+             transship snapshot diff {in_all} {top} active | cmp - out.tar
+             zstd -q -f out.tar
+             transship snapshot import {in_all} --parent {top} copy out.tar.zst
+             transship snapshot export {in_all} copy | cmp - out.tar
+             ctr snapshots --snapshotter {snapshotter} commit committed copy
+             transship snapshot export {in_all} committed | cmp - out.tar
+             ctr snapshots --snapshotter {snapshotter} prepare fresh {top}
+             gzip -c out.tar | transship snapshot import {in_all} fresh
+             # No parent and child: containerd compares them, and they are equal.
+             transship snapshot diff {in_all} active fresh -o equal.tar
+             test -z \"$(tar --list --file equal.tar)\"
+             ctr leases ls -q | grep -v transship-diff | grep . && exit 1 || true"
+        ))
+        .run()?;
+        for key in ["committed", "fresh"] {
+            let key = if key == "committed" {
+                node.ctr(&[
+                    "snapshots",
+                    "--snapshotter",
+                    snapshotter,
+                    "prepare",
+                    "again",
+                    key,
+                ])?;
+                "again"
+            } else {
+                key
+            };
+            let tree = in_snapshot(&node, snapshotter, key, &list_tree(true))?;
+            ensure!(tree == truth, "{key}:\n{}", difference(&truth, &tree));
+        }
+        // Refused, and broken: nothing half made.
+        for (import, reason) in [
+            (format!("{in_all} fresh out.tar"), "has changes of its own"),
+            (format!("{in_all} committed out.tar"), "is not active"),
+            (
+                format!("{in_all} --parent {top} broken half.tar"),
+                "layer is damaged",
+            ),
+        ] {
+            let script = format!(
+                "cd /root; head -c 100000 out.tar >half.tar; transship snapshot import {import}"
+            );
+            let error = node.shell(&script).read_failure()?;
+            ensure!(error.contains(reason), "{error}");
+        }
+        let list = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
+        ensure!(!list.contains("broken"), "{list}");
+    }
+    // A container that writes all the time stands still meanwhile, and goes on.
+    let writing = "while :; do date >>/tmp/log; cat /tmp/log >/tmp/copy; rm /tmp/copy; done";
+    let run = [
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        image.reference(),
+        "busy",
+    ];
+    node.ctr(&[&run[..], &["sh", "-c", writing]].concat())?;
+    let log = || journey::read_in_container(&node, "busy", "/tmp/log").map(|log| log.len());
+    poll_until("the container to write", PATIENCE, || match log()? {
+        0 => Err("nothing yet".to_owned()),
+        _ => Ok(()),
+    })?;
+    for _ in 0..5 {
+        let export =
+            "transship snapshot export busy | tar --list --verbose >/root/list; cat /root/list";
+        let list = node.shell(export).read()?;
+        ensure!(list.contains("tmp/log"), "{list}");
+    }
+    let before = log().map_err(anyhow::Error::msg)?;
+    poll_until("the container to go on", PATIENCE, || match log()? {
+        now if now > before => Ok(()),
+        now => Err(format!("{now} bytes")),
+    })?;
+    // A reader that leaves ends the export, not the container.
+    node.shell("head -c 20000000 /dev/urandom >/proc/$(pgrep -o -f 'while :')/root/tmp/big")
+        .run()?;
+    let error = node
+        .shell(
+            "set +e
+             { transship snapshot export busy; echo $? >/root/status; } 2>/root/error |
+               head -c 10 >/dev/null
+             cat /root/error >&2
+             exit \"$(cat /root/status)\"",
+        )
+        .read_failure()?;
+    ensure!(error.contains("cannot"), "{error}");
+    let before = log().map_err(anyhow::Error::msg)?;
+    poll_until("the container to go on", PATIENCE, || match log()? {
+        now if now > before => Ok(()),
+        now => Err(format!("{now} bytes")),
+    })?;
+    Ok(())
 }
