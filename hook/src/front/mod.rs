@@ -1,7 +1,7 @@
 //! The runtime front: one call of the OCI runtime, from argv to its end.
 //!
-//! Each command has a file; what they share: [`bundle`] (config.json, the marker), [`sandbox`]
-//! (which namespaces a container joins), [`rootfs`] (its files), [`held`] (the tasks of a held
+//! Each command has a file; what they share: `bundle` (config.json, the marker), `sandbox`
+//! (which namespaces a container joins), `rootfs` (its files), `held` (the tasks of a held
 //! restore).
 
 mod bundle;
