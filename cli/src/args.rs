@@ -156,7 +156,7 @@ pub(crate) struct CheckpointArgs {
     /// moment
     #[arg(long)]
     pub(crate) pod: Option<String>,
-    /// Name of the checkpoint [default: <container>-<date>]
+    /// Name of the checkpoint [default: its id and the date]
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Leave the container paused

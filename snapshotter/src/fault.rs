@@ -1,6 +1,6 @@
 //! Named places between the steps of snapshots.rs at which a test kills the daemon.
 //!
-//! In release builds [`KillAt`] cannot be constructed and [`Faults::reach`] is empty.
+//! In release builds [`KillAt`] cannot be constructed and `Faults::reach` is empty.
 
 #[cfg(debug_assertions)]
 use std::sync::atomic::{AtomicU32, Ordering};
