@@ -84,6 +84,11 @@ impl Conversation {
             .await
     }
 
+    /// Ends the conversation: nothing can be taken back after this, so nobody gives up any more.
+    pub(crate) fn close(&mut self) {
+        self.halves = None;
+    }
+
     /// Tells the other side that this one gives up; whether it still listens does not matter.
     pub(crate) async fn give_up(&mut self, reason: String) {
         if let Some((mut sender, receiver)) = self.halves.take() {

@@ -7,8 +7,8 @@
 //!             --> task: started             it runs
 //! ```
 //!
-//! [`Restored`] is the held copy: [`Restored::start`] lets it go, [`Restored::undo`] removes all
-//! that was made.
+//! [`Restored`] is the held copy: [`Restored::start`] lets it go, [`Restored::settle`] makes it an
+//! ordinary container, [`Restored::undo`] removes all that was made.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -439,10 +439,15 @@ impl Restored {
         &self.plan.id
     }
 
-    /// Lets the copy run. From here on it is a container like any other: started again, it starts
-    /// its program, so the annotations that ask for the restore leave its record.
-    pub(crate) async fn start(self) -> Result<u32> {
+    /// Lets the copy run, and gives its process id. If it does not, it is still there to be undone.
+    pub(crate) async fn start(&self) -> Result<u32> {
         self.node.start_task(&self.plan.id).await?;
+        Ok(self.pid)
+    }
+
+    /// Makes the running copy a container like any other: started again, it starts its program, so
+    /// what asked for the restore leaves its record.
+    pub(crate) async fn settle(self) -> Result<()> {
         let mut spec: Value = serde_json::from_slice(&self.spec)?;
         if let Some(annotations) = spec["annotations"].as_object_mut() {
             annotations.retain(|key, _| !key.starts_with(PREFIX) || key == SANDBOX);
@@ -454,8 +459,13 @@ impl Restored {
         }
         self.node
             .update_spec(&self.plan.id, serde_json::to_vec(&spec)?)
-            .await?;
-        Ok(self.pid)
+            .await
+            .with_context(|| {
+                format!(
+                    "{:?} runs, but its record still asks for the restore",
+                    self.plan.id
+                )
+            })
     }
 
     /// Removes all that was made.

@@ -248,13 +248,21 @@ async fn restore(
     }
     let container = checkpoint.manifest.container(None)?;
     let restored = restore_container::restore(node, plan, checkpoint, container).await?;
-    match agree(conversation, interrupt).await {
-        Ok(()) => {}
+    let started = match agree(conversation, interrupt).await {
+        Ok(()) => restored.start().await,
+        Err(error) => Err(error),
+    };
+    let pid = match started {
+        Ok(pid) => pid,
         Err(error) => return undo(restored, error).await,
-    }
-    let pid = restored.start().await?;
-    // From here on the copy runs, whether the source hears it or not.
-    conversation.send(Message::Running { pid }).await
+    };
+    // From here on the copy runs, whether the source hears it or not; nothing takes it back.
+    let told = conversation
+        .step_to_the_end(move |(sender, _)| sender.send(&Message::Running { pid }))
+        .await;
+    conversation.close();
+    restored.settle().await?;
+    told
 }
 
 async fn agree(conversation: &mut Conversation, interrupt: &Interrupt) -> Result<()> {

@@ -50,14 +50,21 @@ pub(crate) async fn run(global: &Global, args: RestoreArgs) -> Result<()> {
     let from = timeline.now();
     let restored = restore_container::restore(&node, plan, &checkpoint, &container).await?;
     timeline.step("restore", from, Some(bytes));
-    if let Err(interrupted) = interrupt.check() {
-        restored.undo().await?;
-        return Err(interrupted.into());
-    }
     let from = timeline.now();
     let id = restored.id().to_owned();
-    let pid = restored.start().await?;
+    let started = match interrupt.check() {
+        Ok(()) => restored.start().await,
+        Err(interrupted) => Err(interrupted.into()),
+    };
+    let pid = match started {
+        Ok(pid) => pid,
+        Err(error) => {
+            restored.undo().await?;
+            return Err(error);
+        }
+    };
     timeline.step("start", from, None);
+    restored.settle().await?;
     drop(progress);
 
     let done = Done {
