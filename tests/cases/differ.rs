@@ -88,7 +88,10 @@ fn in_snapshot(node: &Node, snapshotter: &str, key: &str, script: &str) -> anyho
         "/mnt",
         key,
     ])?;
-    let shell = format!("mkdir -p /mnt; {mount}\n(cd /mnt\n{script}\n)\numount /mnt\n");
+    // mount(8) passes at most 255 bytes of an option through the new mount API.
+    let shell = format!(
+        "export LIBMOUNT_FORCE_MOUNT2=always; mkdir -p /mnt; {mount}\n(cd /mnt\n{script}\n)\numount /mnt\n"
+    );
     Ok(node.shell(&shell).read()?)
 }
 

@@ -69,7 +69,7 @@ pub struct Image {
 impl Image {
     /// `transship.test/counter:1`: busybox, some files, and the counter as its entrypoint.
     ///
-    /// Import it with [`Node::import_image`]; see src/bin/counter.rs for its options.
+    /// Import it with [`Node::import_image`]; see workload/src/bin/counter.rs for its options.
     ///
     /// | path | what for |
     /// |---|---|

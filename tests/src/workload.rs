@@ -19,9 +19,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// One of our container programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
-    /// Counts, holds memory, writes files, answers on TCP: src/bin/counter.rs.
+    /// Counts, holds memory, writes files, answers on TCP: workload/src/bin/counter.rs.
     Counter,
-    /// Sleeps until SIGTERM: src/bin/sandbox.rs.
+    /// Sleeps until SIGTERM: workload/src/bin/sandbox.rs.
     Sandbox,
 }
 
@@ -35,7 +35,7 @@ impl Workload {
 
     /// Builds the program if its source is newer and gives its path.
     pub fn build(self, settings: &Settings) -> Result<PathBuf, TestbedError> {
-        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/workload/Cargo.toml");
         Command::new(&settings.cargo)
             .args([
                 "build",
