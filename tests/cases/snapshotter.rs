@@ -105,6 +105,8 @@ fn every_ctr_snapshots_command_works(bed: &Testbed) -> anyhow::Result<()> {
         error.contains("cannot remove snapshot with child"),
         "{error}"
     );
+    // "done" itself stays: when garbage collection takes the view before ctr does, containerd goes
+    // on counting it as a child (seen with the built-in overlayfs of 1.7.24, too).
     snapshots(&node, &["rm", "child"])?;
     let left = snapshots(&node, &["ls"])?;
     ensure!(left.contains("done") && !left.contains("child"), "{left}");
