@@ -40,7 +40,7 @@ use crate::node::tasks::Output;
 use crate::problem::{Kind, Problem};
 
 /// How long the garbage collector keeps its hands off a restore.
-const LEASE: Duration = Duration::from_secs(3600);
+pub(crate) const LEASE: Duration = Duration::from_secs(3600);
 
 /// The path of a shared namespace that is to become the container's own: with
 /// `missing-namespaces: new` the runtime front replaces what does not exist, while the old path may
@@ -52,7 +52,7 @@ const NOWHERE: &str = "/run/transship/nowhere";
 pub(crate) struct Plan {
     pub(crate) id: String,
     pub(crate) snapshotter: String,
-    namespace: String,
+    pub(crate) namespace: String,
     runtime_binary: PathBuf,
     sandbox: Option<Sandbox>,
     new_namespaces: bool,
@@ -302,8 +302,9 @@ pub(crate) async fn restore(
             })
         }
     };
-    // What was made is referred to by now, or gone.
-    node.drop_lease().await?;
+    // What was made is referred to by now, or gone. A lease that cannot be dropped ends by itself,
+    // and is no reason to leave a held copy to nobody.
+    drop(node.drop_lease().await);
     result
 }
 

@@ -79,7 +79,7 @@ async fn accept(
     let node = connect(global).await?;
     let store = store();
     let plan = check_offer(&node, &store, &offer).await?;
-    let node = node.in_namespace(&namespace(&offer))?;
+    let node = node.in_namespace(&plan.namespace)?;
     receive_image(&node, conversation, &offer, &plan.snapshotter).await?;
     conversation.send(Message::Ready).await?;
 
@@ -94,14 +94,6 @@ async fn accept(
     let removed = store.remove(&name);
     result?;
     Ok(removed?)
-}
-
-fn namespace(offer: &Offer) -> String {
-    offer
-        .target
-        .namespace
-        .clone()
-        .unwrap_or_else(|| offer.container.namespace.clone())
 }
 
 async fn check_offer(node: &Node, store: &Store, offer: &Offer) -> Result<Plan> {
@@ -151,9 +143,19 @@ async fn receive_image(
     offer: &Offer,
     snapshotter: &str,
 ) -> Result<()> {
-    let node = node
-        .with_lease(std::time::Duration::from_secs(3600))
-        .await?;
+    let node = node.with_lease(restore_container::LEASE).await?;
+    let taken = take_image(&node, conversation, offer, snapshotter).await;
+    // Also after a failure; a lease that cannot be dropped ends by itself.
+    drop(node.drop_lease().await);
+    taken
+}
+
+async fn take_image(
+    node: &Node,
+    conversation: &mut Conversation,
+    offer: &Offer,
+    snapshotter: &str,
+) -> Result<()> {
     let image = &offer.container.image;
     let mut missing = Vec::new();
     if node.snapshot(snapshotter, &image.chain_id).await.is_err() {
@@ -169,7 +171,7 @@ async fn receive_image(
     loop {
         match conversation.receive("the image").await? {
             Message::Blob { digest, size } => {
-                receive_blob(&node, conversation, offer, &digest, size).await?;
+                receive_blob(node, conversation, offer, &digest, size).await?;
             }
             Message::ImageEnd => break,
             other => return Err(unexpected("the image", &other).into()),
@@ -201,8 +203,7 @@ async fn receive_image(
         }
     }
     node.ensure_unpacked(&image.name, &image.chain_id, snapshotter)
-        .await?;
-    Ok(node.drop_lease().await?)
+        .await
 }
 
 async fn receive_blob(
