@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{Annotations, PREFIX};
 use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
 
+use super::rootfs::OverlayMount;
 use super::{Front, FrontContext, FrontError};
 use crate::argv::Arguments;
 
@@ -183,20 +184,8 @@ impl Bundle {
     pub(super) fn layer(&self) -> Option<PathBuf> {
         let root = self.path("rootfs").canonicalize().ok()?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        upperdir(&mounts, root.to_str()?).map(PathBuf::from)
+        Some(OverlayMount::on(root.to_str()?, &mounts)?.upperdir)
     }
-}
-
-/// The upperdir of the last mount on `root`.
-fn upperdir<'a>(mountinfo: &'a str, root: &str) -> Option<&'a str> {
-    // id parent major:minor root mount-point options... - type source super-options
-    let mount = mountinfo
-        .lines()
-        .rfind(|line| line.split(' ').nth(4) == Some(root))?;
-    let options = mount.split_once(" - ")?.1.split(' ').nth(2)?;
-    options
-        .split(',')
-        .find_map(|option| option.strip_prefix("upperdir="))
 }
 
 impl Front<'_> {
@@ -256,7 +245,8 @@ mod tests {
 40 22 0:41 / /b/rootfs rw,relatime shared:2 - overlay overlay rw,lowerdir=/l,upperdir=/s/1/fs,workdir=/w\n\
 41 22 0:42 / /b/rootfs rw - overlay overlay rw,lowerdir=/l,upperdir=/s/2/fs,workdir=/w\n\
 42 22 0:43 / /c/rootfs rw - tmpfs tmpfs rw\n";
-        assert_eq!(upperdir(mountinfo, "/b/rootfs"), Some("/s/2/fs"));
+        let upperdir = |mountinfo, root| OverlayMount::on(root, mountinfo).map(|m| m.upperdir);
+        assert_eq!(upperdir(mountinfo, "/b/rootfs"), Some("/s/2/fs".into()));
         assert_eq!(upperdir(mountinfo, "/c/rootfs"), None);
         assert_eq!(upperdir(mountinfo, "/d/rootfs"), None);
     }

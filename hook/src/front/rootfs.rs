@@ -56,7 +56,7 @@ pub enum RootfsError {
 pub(super) struct OverlayMount {
     flags: MsFlags,
     data: String,
-    upperdir: PathBuf,
+    pub(super) upperdir: PathBuf,
     lowerdirs: Vec<PathBuf>,
     /// What relative lowerdirs are relative to: containerd shortens long lists by `chdir`.
     base: PathBuf,
