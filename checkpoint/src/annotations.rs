@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+use crate::criu_options::CriuOverrides;
+
 /// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
 pub const RESTORE: &str = "dev.transship/restore";
 /// Which container of the checkpoint, when its name is not the container's own.
@@ -18,8 +20,19 @@ pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
 pub const ON_FAILURE: &str = "dev.transship/on-failure";
 /// `filled`: the files of the checkpoint are in the container's upperdir already.
 pub const ROOTFS: &str = "dev.transship/rootfs";
-/// The prefix of all annotations of Transship.
+/// The prefix of all annotations of Transship. With a name of [`CriuOverrides::NAMES`] it makes the
+/// annotation of that option of CRIU.
 pub const PREFIX: &str = "dev.transship/";
+
+/// All that are not options of CRIU.
+const KNOWN: [&str; 6] = [
+    RESTORE,
+    RESTORE_CONTAINER,
+    SANDBOX,
+    MISSING_NAMESPACES,
+    ON_FAILURE,
+    ROOTFS,
+];
 
 /// runc and crun read a CRIU configuration file from the path in this annotation; see runc's
 /// `docs/checkpoint-restore.md`.
@@ -74,13 +87,33 @@ pub enum Rootfs {
     Filled,
 }
 
-/// An annotation whose value means nothing.
+/// An annotation that means nothing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("annotation {annotation} is {value:?}; it can be {allowed}")]
-pub struct AnnotationError {
-    annotation: &'static str,
-    value: String,
-    allowed: &'static str,
+#[non_exhaustive]
+pub enum AnnotationError {
+    /// Its value means nothing.
+    #[error("annotation {annotation} is {value:?}; it can be {allowed}")]
+    Value {
+        /// The annotation.
+        annotation: String,
+        /// Its value.
+        value: String,
+        /// What its value can be.
+        allowed: &'static str,
+    },
+    /// None of ours: one that is misspelt must not make a cold start of a restore.
+    #[error("annotation {annotation} means nothing; there are {}", known())]
+    Unknown {
+        /// The annotation.
+        annotation: String,
+    },
+}
+
+fn known() -> String {
+    let ours = KNOWN.iter().map(|key| key.trim_start_matches(PREFIX));
+    ours.chain(CriuOverrides::NAMES)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The annotations of one spec, read.
@@ -92,6 +125,8 @@ pub struct Annotations {
     pub restore: Option<String>,
     /// The container's name inside of that checkpoint, when the spec says it.
     pub container: Option<String>,
+    /// What the pod calls the container, under the CRI.
+    pub pod_container: Option<String>,
     /// The Kubernetes namespace of the pod, under the CRI.
     pub kubernetes_namespace: Option<String>,
     /// See [`MISSING_NAMESPACES`].
@@ -100,6 +135,8 @@ pub struct Annotations {
     pub on_failure: OnFailure,
     /// See [`ROOTFS`].
     pub rootfs: Rootfs,
+    /// Choices about CRIU's options.
+    pub criu: CriuOverrides,
     /// Whether any annotation of ours is present. If not, the runtime front stays out of the way.
     pub ours: bool,
 }
@@ -108,7 +145,8 @@ impl Annotations {
     /// Reads the annotations of the container `id`.
     ///
     /// # Errors
-    /// A value that is not one of those allowed.
+    /// A value that is not one of those allowed, or an annotation with our prefix that is none of
+    /// ours.
     pub fn read(
         id: &str,
         annotations: Option<&HashMap<String, String>>,
@@ -133,8 +171,8 @@ impl Annotations {
             None | Some("fail") => MissingNamespaces::Fail,
             Some("new") => MissingNamespaces::New,
             Some(other) => {
-                return Err(AnnotationError {
-                    annotation: MISSING_NAMESPACES,
+                return Err(AnnotationError::Value {
+                    annotation: MISSING_NAMESPACES.to_owned(),
                     value: other.to_owned(),
                     allowed: "\"fail\" or \"new\"",
                 });
@@ -144,8 +182,8 @@ impl Annotations {
             None | Some("fail") => OnFailure::Fail,
             Some("cold-start") => OnFailure::ColdStart,
             Some(other) => {
-                return Err(AnnotationError {
-                    annotation: ON_FAILURE,
+                return Err(AnnotationError::Value {
+                    annotation: ON_FAILURE.to_owned(),
                     value: other.to_owned(),
                     allowed: "\"fail\" or \"cold-start\"",
                 });
@@ -157,6 +195,7 @@ impl Annotations {
             container: get(RESTORE_CONTAINER)
                 .or_else(|| get(CRI_CONTAINER_NAME))
                 .cloned(),
+            pod_container: get(CRI_CONTAINER_NAME).cloned(),
             kubernetes_namespace: get(CRI_CONTAINER_TYPE)
                 .map(|_| get(CRI_NAMESPACE).cloned().unwrap_or_default()),
             missing_namespaces,
@@ -166,9 +205,46 @@ impl Annotations {
                 Some("filled") => Rootfs::Filled,
                 _ => Rootfs::FromImage,
             },
+            criu: read_criu(annotations)?,
             ours: annotations.is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
         })
     }
+}
+
+/// Whether an annotation is an option of CRIU: those stay with a container, for its next dump.
+#[must_use]
+pub fn is_criu_option(key: &str) -> bool {
+    key.strip_prefix(PREFIX)
+        .is_some_and(|name| CriuOverrides::NAMES.contains(&name))
+}
+
+/// CRIU's options; every key with our prefix is one, or one of [`KNOWN`].
+fn read_criu(
+    annotations: Option<&HashMap<String, String>>,
+) -> Result<CriuOverrides, AnnotationError> {
+    let mut ours: Vec<_> = annotations
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| key.starts_with(PREFIX) && !KNOWN.contains(&key.as_str()))
+        .collect();
+    // Of several that mean nothing always the same one is told.
+    ours.sort();
+    let mut criu = CriuOverrides::default();
+    for (key, value) in ours {
+        let name = &key[PREFIX.len()..];
+        if !CriuOverrides::NAMES.contains(&name) {
+            return Err(AnnotationError::Unknown {
+                annotation: key.clone(),
+            });
+        }
+        criu.set(name, value)
+            .map_err(|error| AnnotationError::Value {
+                annotation: key.clone(),
+                value: value.clone(),
+                allowed: error.allowed,
+            })?;
+    }
+    Ok(criu)
 }
 
 #[cfg(test)]
@@ -225,6 +301,31 @@ mod tests {
         assert_eq!(
             error.to_string(),
             r#"annotation dev.transship/missing-namespaces is "maybe"; it can be "fail" or "new""#
+        );
+    }
+
+    #[test]
+    fn options_of_criu_are_read_and_nothing_is_misspelt_in_silence() {
+        let read_one = |key, value| read(&[(RESTORE, "web"), (key, value)]);
+        let close = read_one("dev.transship/tcp", "close").unwrap();
+        assert_eq!(close.criu.tcp, Some(crate::criu_options::Tcp::Close));
+        let error = read_one("dev.transship/ghost-limit", "much").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "annotation dev.transship/ghost-limit is \"much\"; it can be a number of bytes below \
+             4G, such as \"16M\""
+        );
+        let error = read_one("dev.transship/lazy-pages", "true").unwrap_err();
+        assert!(
+            error.to_string().contains("lost with the source"),
+            "{error}"
+        );
+        let error = read_one("dev.transship/tpc", "close").unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("dev.transship/tpc means nothing; there are restore,"),
+            "{error}"
         );
     }
 

@@ -2,10 +2,21 @@
 //! restore. containerd hands none of them to a restore, whatever the dump was given
 //! (`createCheckpointedState` in its shim), and CRIU then loses file locks in silence.
 //!
-//! They travel as lines of a CRIU configuration file, which runc and crun read from the path in
-//! the annotation `org.criu.config` (and which overrides what they send over RPC).
+//! ```text
+//!  default <- annotations of the container <- flags of `transship checkpoint`   at the dump
+//!      `--> manifest <- annotations of the new container                        at the restore
+//! ```
+//!
+//! They travel as flags of the OCI runtime where it has them (runc 1.1.5 to 1.5.1, crun 1.21 to
+//! 1.28), else as lines of a CRIU configuration file. At a restore runc and crun read that from the
+//! path in the annotation `org.criu.config`, and it overrides what they send over RPC; at a dump
+//! the environment names it, and what they send over RPC overrides it.
+
+mod overrides;
 
 use serde::{Deserialize, Serialize};
+
+pub use overrides::{CriuOverrides, GhostLimit, LazyPages, LsmProfile, OptionError, Switch};
 
 /// What becomes of established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -20,95 +31,186 @@ pub enum Tcp {
     Close,
 }
 
+/// How much of the cgroups of a container CRIU restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CgroupsMode {
+    /// Properties of those cgroups that it makes (the runtime's default).
+    Soft,
+    /// All properties.
+    Full,
+    /// All properties, and none of the cgroups may exist.
+    Strict,
+    /// Nothing.
+    Ignore,
+}
+
+/// A namespace that comes back without its contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EmptyNamespace {
+    /// The only one that the runtimes know.
+    Network,
+}
+
+/// A flag of an OCI runtime, without its dashes, and its value if it takes one.
+pub type RuntimeFlag = (&'static str, Option<String>);
+
 /// CRIU's options of one container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CriuOptions {
     /// Established TCP connections.
     pub tcp: Tcp,
+    /// Connections that nobody has accepted yet are left out; their other end sees a reset.
+    #[serde(skip_serializing_if = "is_off")]
+    pub skip_in_flight: bool,
     /// POSIX and flock locks come along.
     pub file_locks: bool,
     /// Unix sockets whose peer is outside of the container.
     pub ext_unix_sk: bool,
     /// A process whose session leader or terminal is outside of the container.
     pub shell_job: bool,
-    /// Open files that have been unlinked, beyond those that CRIU keeps as ghost files.
+    /// Open files that have lost their name but not their last link.
     pub link_remap: bool,
     /// Largest unlinked file kept inside of the images, in bytes (CRIU's default: 1 MiB).
     pub ghost_limit: Option<u64>,
+    /// A namespace that comes back without its contents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub empty_ns: Option<EmptyNamespace>,
+    /// How much of the cgroups is restored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manage_cgroups_mode: Option<CgroupsMode>,
+    /// The profile that the restored processes get, as `TYPE:NAME`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lsm_profile: Option<String>,
+    /// The SELinux context of the mounts that CRIU makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lsm_mount_context: Option<String>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_off(switch: &bool) -> bool {
+    !switch
 }
 
 impl Default for CriuOptions {
     fn default() -> Self {
         Self {
             tcp: Tcp::Refuse,
+            skip_in_flight: false,
             file_locks: true,
             ext_unix_sk: false,
             shell_job: false,
             link_remap: false,
             ghost_limit: None,
+            empty_ns: None,
+            manage_cgroups_mode: None,
+            lsm_profile: None,
+            lsm_mount_context: None,
         }
     }
 }
 
 impl CriuOptions {
-    /// The lines of a CRIU configuration file for a dump.
+    /// Whether the dump needs options that containerd's `Tasks.Checkpoint` cannot carry: then the
+    /// OCI runtime has to be called past it. (`cgroups_mode` is in its message, and no shim
+    /// forwards it.)
     #[must_use]
-    pub fn dump_lines(&self) -> Vec<String> {
-        let mut lines = self.common_lines();
+    pub fn exceed_containerd(&self) -> bool {
+        self.skip_in_flight
+            || self.link_remap
+            || self.ghost_limit.is_some()
+            || self.manage_cgroups_mode.is_some()
+    }
+
+    /// The flags of `checkpoint` in every runc and crun.
+    #[must_use]
+    pub fn dump_flags(&self) -> Vec<RuntimeFlag> {
+        let mut flags = self.common_flags();
+        if self.tcp == Tcp::Close {
+            // Connections that are closed at the restore must be dumped all the same.
+            flags.push(("tcp-established", None));
+        }
+        flags
+    }
+
+    /// What else the dump needs: the flag of runc 1.3.0 and later, which then overrides the line,
+    /// and the line of a CRIU configuration file for all others.
+    #[must_use]
+    pub fn dump_extras(&self) -> Vec<(Option<&'static str>, String)> {
+        let mut extras = Vec::new();
+        if self.skip_in_flight {
+            extras.push((Some("tcp-skip-in-flight"), "skip-in-flight".to_owned()));
+        }
         if self.link_remap {
-            lines.push("link-remap".to_owned());
+            extras.push((Some("link-remap"), "link-remap".to_owned()));
         }
         if let Some(limit) = self.ghost_limit {
-            lines.push(format!("ghost-limit {limit}"));
+            extras.push((None, format!("ghost-limit {limit}")));
+        }
+        extras
+    }
+
+    /// The flags of `restore`. crun has no `empty-ns`; see [`Self::restore_lines`].
+    #[must_use]
+    pub fn restore_flags(&self) -> Vec<RuntimeFlag> {
+        let mut flags = self.common_flags();
+        if self.empty_ns.is_some() {
+            flags.push(("empty-ns", Some("network".to_owned())));
+        }
+        for (name, value) in [
+            ("lsm-profile", &self.lsm_profile),
+            ("lsm-mount-context", &self.lsm_mount_context),
+        ] {
+            if let Some(value) = value {
+                flags.push((name, Some(value.clone())));
+            }
+        }
+        flags
+    }
+
+    /// What a restore needs that is no flag of every runtime, as lines of a CRIU configuration
+    /// file.
+    #[must_use]
+    pub fn restore_lines(&self) -> Vec<&'static str> {
+        let mut lines = Vec::new();
+        if self.tcp == Tcp::Close {
+            lines.push("tcp-close");
+        }
+        if self.empty_ns.is_some() {
+            lines.push("empty-ns net");
         }
         lines
     }
 
-    /// The lines of a CRIU configuration file for a restore.
+    /// The CRIU configuration of a restore: `own` lines first, then those of the options. One that
+    /// is `held` lets no task run before it is let go.
     #[must_use]
-    pub fn restore_lines(&self) -> Vec<String> {
-        self.common_lines()
-    }
-
-    /// Those of [`Self::restore_lines`] that are flags of `restore` in runc and crun, too.
-    #[must_use]
-    pub fn restore_flags(&self) -> Vec<String> {
-        let known = ["tcp-established", "file-locks", "ext-unix-sk", "shell-job"];
-        self.restore_lines()
-            .into_iter()
-            .filter(|line| known.contains(&line.as_str()))
-            .collect()
-    }
-
-    /// The CRIU configuration of a restore that is held: `own` lines first, those of the dump, and
-    /// that no task may run before it is let go.
-    #[must_use]
-    pub fn held_restore_config(&self, own: &str) -> String {
-        let own = own.lines().map(ToOwned::to_owned);
+    pub fn restore_config(&self, own: &str, held: bool) -> String {
         let lines = own
+            .lines()
             .chain(self.restore_lines())
-            .chain(["leave-stopped".to_owned()]);
-        lines.map(|line| line + "\n").collect()
+            .chain(held.then_some("leave-stopped"));
+        lines.flat_map(|line| [line, "\n"]).collect()
     }
 
-    fn common_lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        match self.tcp {
-            Tcp::Refuse => {}
-            Tcp::Established => lines.push("tcp-established".to_owned()),
-            Tcp::Close => lines.push("tcp-close".to_owned()),
-        }
-        for (on, name) in [
+    fn common_flags(&self) -> Vec<RuntimeFlag> {
+        let switches = [
+            (self.tcp == Tcp::Established, "tcp-established"),
             (self.file_locks, "file-locks"),
             (self.ext_unix_sk, "ext-unix-sk"),
             (self.shell_job, "shell-job"),
-        ] {
-            if on {
-                lines.push(name.to_owned());
-            }
+        ];
+        let on = switches.into_iter().filter(|(on, _)| *on);
+        let mut flags: Vec<RuntimeFlag> = on.map(|(_, name)| (name, None)).collect();
+        if let Some(mode) = self.manage_cgroups_mode {
+            flags.push(("manage-cgroups-mode", Some(mode.to_string())));
         }
-        lines
+        flags
     }
 }
 
@@ -118,45 +220,73 @@ mod tests {
 
     #[test]
     fn locks_are_kept_unless_switched_off() {
-        assert_eq!(CriuOptions::default().restore_lines(), ["file-locks"]);
+        let locks = [("file-locks", None)];
+        assert_eq!(CriuOptions::default().restore_flags(), locks);
+        assert_eq!(CriuOptions::default().dump_flags(), locks);
         let none = CriuOptions {
             file_locks: false,
             ..CriuOptions::default()
         };
-        assert!(none.dump_lines().is_empty());
+        assert!(none.dump_flags().is_empty() && none.restore_flags().is_empty());
+        assert!(!none.exceed_containerd());
     }
 
     #[test]
     fn a_held_restore_keeps_what_the_container_has() {
+        let options = CriuOptions {
+            tcp: Tcp::Close,
+            ..CriuOptions::default()
+        };
         assert_eq!(
-            CriuOptions::default().held_restore_config("# mine\ntcp-established"),
-            "# mine\ntcp-established\nfile-locks\nleave-stopped\n"
+            options.restore_config("# mine\nno-file-locks", true),
+            "# mine\nno-file-locks\ntcp-close\nleave-stopped\n"
         );
+        assert_eq!(options.restore_config("", false), "tcp-close\n");
     }
 
     #[test]
     fn a_restore_gets_what_the_dump_had() {
         let options = CriuOptions {
             tcp: Tcp::Close,
+            skip_in_flight: true,
             ext_unix_sk: true,
             link_remap: true,
             ghost_limit: Some(8 << 20),
+            empty_ns: Some(EmptyNamespace::Network),
+            manage_cgroups_mode: Some(CgroupsMode::Ignore),
+            lsm_profile: Some("apparmor:web".into()),
             ..CriuOptions::default()
         };
+        let common = [
+            ("file-locks", None),
+            ("ext-unix-sk", None),
+            ("manage-cgroups-mode", Some("ignore".to_owned())),
+        ];
+        let mut restore = common.to_vec();
+        restore.push(("empty-ns", Some("network".to_owned())));
+        restore.push(("lsm-profile", Some("apparmor:web".to_owned())));
+        assert_eq!(options.restore_flags(), restore);
+        assert_eq!(options.restore_lines(), ["tcp-close", "empty-ns net"]);
+        let mut dump = common.to_vec();
+        dump.push(("tcp-established", None));
+        assert_eq!(options.dump_flags(), dump);
+        let extras: Vec<String> = options.dump_extras().into_iter().map(|it| it.1).collect();
         assert_eq!(
-            options.restore_lines(),
-            ["tcp-close", "file-locks", "ext-unix-sk"]
+            extras,
+            ["skip-in-flight", "link-remap", "ghost-limit 8388608"]
         );
-        assert_eq!(options.restore_flags(), ["file-locks", "ext-unix-sk"]);
-        assert_eq!(
-            options.dump_lines(),
-            [
-                "tcp-close",
-                "file-locks",
-                "ext-unix-sk",
-                "link-remap",
-                "ghost-limit 8388608"
-            ]
+    }
+
+    #[test]
+    fn what_was_written_before_these_options_is_read() {
+        let old = r#"{"tcp":"close","file_locks":true,"ext_unix_sk":false,"shell_job":false,
+                      "link_remap":false,"ghost_limit":null}"#;
+        let options: CriuOptions = serde_json::from_str(old).unwrap();
+        assert_eq!(options.tcp, Tcp::Close);
+        let written = serde_json::to_string(&options).unwrap();
+        assert!(
+            !written.contains("lsm") && !written.contains("skip"),
+            "{written}"
         );
     }
 }

@@ -23,6 +23,8 @@ pub mod criu_options;
 mod loopback;
 pub mod manifest;
 pub mod namespaces;
+pub mod node_config;
+pub mod service_account;
 pub mod spec;
 pub mod stage;
 pub mod store;

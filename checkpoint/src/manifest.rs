@@ -13,11 +13,12 @@
 //! The format has a version and a list of features. A reader refuses a version above its own and
 //! any feature that it does not know: a feature is listed only when ignoring it would be wrong.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::criu_options::CriuOptions;
+use crate::spec::Spec;
 
 /// File name of the manifest inside of a checkpoint.
 pub const MANIFEST_FILE: &str = "transship.json";
@@ -83,6 +84,53 @@ pub enum ManifestError {
         /// The namespace of the pod that asks for it.
         asker: String,
     },
+    /// A pod of another service account asks, on a node that is strict.
+    #[error(
+        "the checkpoint {checkpoint:?} was taken from the service account {owner}, and the pod's is \
+         {asker}: this node is strict, so it may not restore it"
+    )]
+    ServiceAccount {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// Whose it is.
+        owner: String,
+        /// Who asks for it.
+        asker: String,
+    },
+    /// Two containers of one name.
+    #[error("the checkpoint {checkpoint:?} has the container {container:?} twice")]
+    Twice {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// The container.
+        container: String,
+    },
+    /// Taken on another kind of machine.
+    #[error(
+        "the checkpoint {checkpoint:?} was taken on {found} and cannot be restored on {here}: memory \
+         holds machine code"
+    )]
+    Architecture {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// Machine that it was taken on.
+        found: String,
+        /// Machine of this node.
+        here: String,
+    },
+    /// The new container lacks a mount.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} has something mounted on \
+         {destination}, and the new one does not"
+    )]
+    Mount {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// The mount point.
+        destination: String,
+    },
     /// No such container.
     #[error("the checkpoint {checkpoint:?} has no container {container:?}; it has {present}")]
     NoContainer {
@@ -93,6 +141,14 @@ pub enum ManifestError {
         /// Those that are there, for the message.
         present: String,
     },
+}
+
+impl ManifestError {
+    /// Whether somebody asks for a checkpoint that is not theirs.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Foreign { .. } | Self::ServiceAccount { .. })
+    }
 }
 
 /// Version and features of the format.
@@ -132,6 +188,9 @@ pub struct Pod {
     pub namespace: String,
     /// Its uid.
     pub uid: String,
+    /// Its service account, as far as it was known; see [`crate::service_account`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_account: Option<String>,
 }
 
 /// The node that a checkpoint was taken on.
@@ -253,8 +312,15 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(json)?;
         check_name("the checkpoint's name", &manifest.name)?;
+        let mut names = BTreeSet::new();
         for container in &manifest.containers {
             check_name("the container's name", &container.name)?;
+            if !names.insert(&container.name) {
+                return Err(ManifestError::Twice {
+                    checkpoint: manifest.name.clone(),
+                    container: container.name.clone(),
+                });
+            }
             for file in &container.files {
                 for part in file.path.split('/') {
                     check_name("the file's path", part)?;
@@ -316,6 +382,46 @@ impl Manifest {
                 asker: asker.to_owned(),
             }),
         }
+    }
+
+    /// Checks that this was taken on a machine as `here` (`uname -m`).
+    ///
+    /// # Errors
+    /// [`ManifestError::Architecture`].
+    pub fn check_architecture(&self, here: &str) -> Result<(), ManifestError> {
+        if self.source.architecture == here {
+            return Ok(());
+        }
+        Err(ManifestError::Architecture {
+            checkpoint: self.name.clone(),
+            found: self.source.architecture.clone(),
+            here: here.to_owned(),
+        })
+    }
+
+    /// Checks that the new spec of a container mounts something wherever the `old` one had a bind
+    /// mount: CRIU takes what is mounted there now for what was mounted there then.
+    ///
+    /// # Errors
+    /// [`ManifestError::Mount`].
+    pub fn check_mounts(
+        &self,
+        container: &str,
+        old: &Spec,
+        new: &Spec,
+    ) -> Result<(), ManifestError> {
+        let there = new.mount_destinations();
+        let missing = old
+            .bind_mounts()
+            .into_iter()
+            .find(|(destination, _)| !there.contains(destination));
+        missing.map_or(Ok(()), |(destination, _)| {
+            Err(ManifestError::Mount {
+                checkpoint: self.name.clone(),
+                container: container.to_owned(),
+                destination: destination.display().to_string(),
+            })
+        })
     }
 
     /// Bytes of all files.
@@ -442,6 +548,38 @@ mod tests {
             taken.check_asker(Some("")).is_err(),
             "an unknown namespace is nobody's"
         );
+    }
+
+    #[test]
+    fn a_container_is_there_once() {
+        let mut twice = manifest();
+        twice.containers.push(twice.containers[0].clone());
+        let error = Manifest::parse(&twice.to_json()).unwrap_err();
+        let said = r#"the checkpoint "web" has the container "counter" twice"#;
+        assert_eq!(error.to_string(), said);
+    }
+
+    #[test]
+    fn machine_and_mounts_must_fit() {
+        let mut taken = manifest();
+        taken.source.architecture = "aarch64".into();
+        assert!(taken.check_architecture("aarch64").is_ok());
+        let error = taken.check_architecture("x86_64").unwrap_err().to_string();
+        assert!(
+            error.contains("aarch64") && error.contains("x86_64"),
+            "{error}"
+        );
+        let spec = |json: &str| Spec::parse(json.as_bytes()).unwrap();
+        let old = spec(
+            r#"{"mounts":[{"destination":"/proc","type":"proc","source":"proc"},
+                {"destination":"/cache","type":"bind","source":"/a","options":["rbind"]}]}"#,
+        );
+        let new = spec(r#"{"mounts":[{"destination":"/cache","type":"tmpfs"}]}"#);
+        assert!(taken.check_mounts("counter", &old, &new).is_ok());
+        let error = taken
+            .check_mounts("counter", &old, &spec("{}"))
+            .unwrap_err();
+        assert!(error.to_string().contains("/cache"), "{error}");
     }
 
     #[test]

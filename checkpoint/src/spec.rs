@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -72,6 +72,33 @@ impl Spec {
             .into_iter()
             .flatten()
             .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+            .collect()
+    }
+
+    /// Destination and source of every bind mount.
+    #[must_use]
+    pub fn bind_mounts(&self) -> Vec<(PathBuf, PathBuf)> {
+        let mounts = self.0["mounts"].as_array().into_iter().flatten();
+        let bind = |mount: &&Value| {
+            let options = mount["options"].as_array().into_iter().flatten();
+            mount["type"] == "bind"
+                || options
+                    .filter_map(Value::as_str)
+                    .any(|option| matches!(option, "bind" | "rbind"))
+        };
+        let path = |value: &Value| Some(PathBuf::from(value.as_str()?));
+        mounts
+            .filter(bind)
+            .filter_map(|mount| Some((path(&mount["destination"])?, path(&mount["source"])?)))
+            .collect()
+    }
+
+    /// Where it mounts something.
+    #[must_use]
+    pub fn mount_destinations(&self) -> Vec<PathBuf> {
+        let mounts = self.0["mounts"].as_array().into_iter().flatten();
+        mounts
+            .filter_map(|mount| mount["destination"].as_str().map(PathBuf::from))
             .collect()
     }
 

@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use transship_checkpoint::criu_options::{CriuOptions, Tcp};
+use clap::{Args, Parser, Subcommand};
 use transship_checkpoint::wire::Target;
+
+mod criu;
+
+pub(crate) use criu::CriuArgs;
 
 /// Moves running containers from one containerd node to another: memory, writable layer, namespaces.
 #[derive(Debug, Parser)]
@@ -27,6 +30,16 @@ Exit codes:
   4  refused before anything was touched; the reasons are printed
   5  the other node failed or cannot be reached; the source runs on
   6  the connection broke in the moment of commitment; the source is left paused";
+
+const CHECK_EXIT_CODES: &str = "\
+Each line is one of
+  ok       as it should be
+  note     works, with the limit that is told
+  problem  does not work; what to do is told
+
+Exit codes:
+  0  no problem
+  1  a problem, or several";
 
 /// Which containerd, which of its namespaces, and how to print.
 #[derive(Debug, Clone, Args)]
@@ -76,6 +89,15 @@ pub(crate) enum Command {
     /// Write what a snapshot changes as an OCI layer, or read it from one
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Tell whether this node can checkpoint and restore, and what to do where it cannot
+    #[command(after_help = CHECK_EXIT_CODES)]
+    Check,
+    /// Print which image a container is made of (for the runtime front)
+    #[command(hide = true)]
+    ContainerBase {
+        /// Container id
+        id: String,
+    },
 }
 
 /// `transship snapshot`
@@ -164,51 +186,7 @@ pub(crate) struct CheckpointArgs {
     pub(crate) leave_paused: bool,
     /// What CRIU is told.
     #[command(flatten)]
-    pub(crate) dump: DumpArgs,
-}
-
-/// What CRIU is told at the dump, and again at the restore.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct DumpArgs {
-    /// Established TCP connections: refuse the dump, keep them, or close them at the restore
-    #[arg(long, value_enum, default_value_t = TcpArg::Refuse)]
-    pub(crate) tcp: TcpArg,
-    /// Do not keep file locks
-    #[arg(long)]
-    pub(crate) no_file_locks: bool,
-    /// Dump unix sockets that are connected to a process outside
-    #[arg(long)]
-    pub(crate) ext_unix_sk: bool,
-    /// Dump a process whose session leader or terminal is outside
-    #[arg(long)]
-    pub(crate) shell_job: bool,
-}
-
-/// Established TCP connections.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum TcpArg {
-    /// A container with an established connection is not dumped
-    Refuse,
-    /// Connections come along; the address must, too
-    Established,
-    /// Connections are closed at the restore
-    Close,
-}
-
-impl DumpArgs {
-    pub(crate) fn options(&self) -> CriuOptions {
-        CriuOptions {
-            tcp: match self.tcp {
-                TcpArg::Refuse => Tcp::Refuse,
-                TcpArg::Established => Tcp::Established,
-                TcpArg::Close => Tcp::Close,
-            },
-            file_locks: !self.no_file_locks,
-            ext_unix_sk: self.ext_unix_sk,
-            shell_job: self.shell_job,
-            ..CriuOptions::default()
-        }
-    }
+    pub(crate) criu: CriuArgs,
 }
 
 /// What becomes of the container.
@@ -260,6 +238,9 @@ pub(crate) struct RestoreArgs {
     /// What becomes of it.
     #[command(flatten)]
     pub(crate) target: TargetArgs,
+    /// What CRIU is told, where that is not what it was told at the dump.
+    #[command(flatten)]
+    pub(crate) criu: CriuArgs,
 }
 
 /// `transship migrate`
@@ -285,7 +266,7 @@ pub(crate) struct MigrateArgs {
     pub(crate) target: TargetArgs,
     /// What CRIU is told.
     #[command(flatten)]
-    pub(crate) dump: DumpArgs,
+    pub(crate) criu: CriuArgs,
 }
 
 /// `transship send`

@@ -7,7 +7,9 @@ use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use crate::args::{Cli, Command, Global};
 use crate::node::Node;
 
+mod check;
 mod checkpoint;
+mod container_base;
 mod inspect;
 mod ls;
 mod migrate;
@@ -21,6 +23,7 @@ mod snapshot;
 pub(crate) async fn run(cli: Cli) -> Result<()> {
     let global = cli.global;
     match cli.command {
+        Command::Check => check::run(&global).await,
         Command::Checkpoint(args) => checkpoint::run(&global, args).await,
         Command::Restore(args) => restore::run(&global, args).await,
         Command::Migrate(args) => migrate::run(&global, args).await,
@@ -29,6 +32,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
+        Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,
     }
 }

@@ -5,16 +5,19 @@
 //!           commands/restore    --> restore_container              <--'
 //!           commands/migrate    --> source --> conversation ==pipe==> commands/receive
 //!           commands/send, receive        --> checkpoint stream
+//!           commands/check      --> check (findings about this node)
 //!           commands/{inspect,ls,rm}      --> checkpoint directory
 //!                       \--> node: containerd's services
 //!  problem: errors --> one line, what to do next, exit code
 //! ```
 
 mod args;
+mod check;
 mod commands;
 mod conversation;
 mod interrupt;
 mod node;
+mod oci_runtime;
 mod pod;
 mod problem;
 mod progress;

@@ -12,7 +12,7 @@
 //! Every call carries containerd's namespace, and the lease that protects new objects from garbage
 //! collection while there is one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::services::v1::leases_client::LeasesClient;
@@ -105,6 +105,7 @@ pub(crate) fn present<T>(
 #[derive(Debug, Clone)]
 pub(crate) struct Node {
     channel: Channel,
+    address: PathBuf,
     namespace: MetadataValue<Ascii>,
     lease: Option<MetadataValue<Ascii>>,
 }
@@ -121,6 +122,7 @@ impl Node {
             })?;
         Ok(Self {
             channel,
+            address: address.to_path_buf(),
             namespace: header(namespace)?,
             lease: None,
         })
@@ -139,7 +141,13 @@ impl Node {
         self.namespace.to_str().unwrap_or_default()
     }
 
-    fn channel(&self) -> Channel {
+    /// containerd's socket.
+    pub(crate) fn address(&self) -> &Path {
+        &self.address
+    }
+
+    /// The connection, for services that have a client of their own.
+    pub(crate) fn channel(&self) -> Channel {
         self.channel.clone()
     }
 

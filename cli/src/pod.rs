@@ -10,7 +10,7 @@
 
 use anyhow::{Result, bail};
 use containerd_client::services::v1::Container as Record;
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
@@ -33,7 +33,7 @@ pub(crate) struct SourcePod {
 }
 
 /// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
-pub(crate) async fn find(node: &Node, selector: &str, criu: &CriuOptions) -> Result<SourcePod> {
+pub(crate) async fn find(node: &Node, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
     let records = node.all_containers().await?;
     let sandbox = find_sandbox(&records, selector)?;
     let mut containers = Vec::new();
@@ -51,7 +51,11 @@ pub(crate) async fn find(node: &Node, selector: &str, criu: &CriuOptions) -> Res
         let message = format!("the pod {selector:?} has no running container");
         return Err(Problem::new(Kind::Refused, message).into());
     }
-    let pod = source::pod_of(&sandbox.labels).unwrap_or_default();
+    let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
+    let pod = Pod {
+        service_account: containers.iter().find_map(account),
+        ..source::pod_of(&sandbox.labels).unwrap_or_default()
+    };
     Ok(SourcePod {
         pod,
         containers,

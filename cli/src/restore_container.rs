@@ -22,8 +22,9 @@ use prost::Message;
 use prost_types::Any;
 use serde_json::{Value, json};
 use transship_checkpoint::annotations::{
-    MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX,
+    MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX, is_criu_option,
 };
+use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest::{self, ROOTFS_DIFF_FILE, SPEC_FILE};
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::Spec;
@@ -53,6 +54,8 @@ pub(crate) struct Plan {
     pub(crate) id: String,
     pub(crate) snapshotter: String,
     pub(crate) namespace: String,
+    /// CRIU's options of the restore: those of the dump, unless somebody wants others.
+    pub(crate) criu: CriuOptions,
     runtime_binary: PathBuf,
     sandbox: Option<Sandbox>,
     new_namespaces: bool,
@@ -119,6 +122,7 @@ pub(crate) async fn plan(
         .into());
     }
     Ok(Plan {
+        criu: container.criu.clone(),
         id,
         snapshotter,
         namespace,
@@ -401,6 +405,10 @@ fn spec_for_restore(
     spec.set_annotation(RESTORE, checkpoint);
     spec.set_annotation(RESTORE_CONTAINER, &container.name);
     spec.set_annotation(ROOTFS, "filled");
+    // The next dump has them, too.
+    for (name, value) in plan.criu.choices(&container.criu) {
+        spec.set_annotation(&format!("{PREFIX}{name}"), &value);
+    }
     if plan.new_namespaces {
         spec.set_annotation(MISSING_NAMESPACES, "new");
     }
@@ -451,7 +459,8 @@ impl Restored {
     pub(crate) async fn settle(self) -> Result<()> {
         let mut spec: Value = serde_json::from_slice(&self.spec)?;
         if let Some(annotations) = spec["annotations"].as_object_mut() {
-            annotations.retain(|key, _| !key.starts_with(PREFIX) || key == SANDBOX);
+            annotations
+                .retain(|key, _| !key.starts_with(PREFIX) || key == SANDBOX || is_criu_option(key));
         }
         for namespace in joined_namespaces(&mut spec).filter(|found| found["path"] == NOWHERE) {
             if let Some(fields) = namespace.as_object_mut() {
@@ -497,6 +506,7 @@ mod tests {
             ..manifest::Container::default()
         };
         let plan = Plan {
+            criu: CriuOptions::default(),
             id: "web2".into(),
             snapshotter: String::new(),
             namespace: "moved".into(),

@@ -18,13 +18,15 @@ use anyhow::{Context, Result};
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
 use prost::Message;
+use transship_checkpoint::annotations::Annotations;
 use transship_checkpoint::criu_log;
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest, Pod,
     ROOTFS_DIFF_FILE, RuntimeOptions, SPEC_FILE, Source, Stdio,
 };
 use transship_checkpoint::namespaces;
+use transship_checkpoint::service_account;
 use transship_checkpoint::spec::Spec;
 use transship_layer::ExportOptions;
 use transship_proto::runc_options::Options;
@@ -32,6 +34,7 @@ use transship_proto::runc_options::Options;
 use crate::node::Node;
 use crate::node::images::ResolvedImage;
 use crate::node::snapshots::OverlayDirs;
+use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::problem::{Kind, Problem};
 
 /// Label of a container record of the CRI: what the pod calls the container.
@@ -54,6 +57,8 @@ pub(crate) struct SourceContainer {
     pub(crate) pod: Option<Pod>,
     /// Whether somebody had paused it before.
     pub(crate) was_paused: bool,
+    /// What made it, for dumps that containerd cannot ask for.
+    pub(crate) runtime: OciRuntime,
 }
 
 /// The pod that a record of the CRI belongs to.
@@ -63,11 +68,12 @@ pub(crate) fn pod_of(labels: &HashMap<String, String>) -> Option<Pod> {
         name: label("name")?,
         namespace: label("namespace")?,
         uid: label("uid").unwrap_or_default(),
+        service_account: None,
     })
 }
 
 /// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
-pub(crate) async fn find(node: &Node, id: &str, criu: &CriuOptions) -> Result<SourceContainer> {
+pub(crate) async fn find(node: &Node, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
     let record = match node.container(id).await {
         Err(error) if error.is_not_found() => {
             return Err(Problem::new(
@@ -114,7 +120,7 @@ pub(crate) async fn inspect(
     node: &Node,
     record: &Record,
     task: &Process,
-    criu: &CriuOptions,
+    criu: &CriuOverrides,
 ) -> Result<SourceContainer> {
     let id = &record.id;
     let mut reasons = Vec::new();
@@ -131,6 +137,10 @@ pub(crate) async fn inspect(
     let spec = record.spec.clone().unwrap_or_default().value;
     let parsed =
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
+    let annotations = Annotations::read(id, Some(&parsed.annotations())).map_err(|error| {
+        Problem::new(Kind::Refused, format!("{id:?} cannot be dumped: {error}"))
+    })?;
+    let criu = criu.over(annotations.criu.over(CriuOptions::default()));
     let mounts = node
         .mounts(&record.snapshotter, &record.snapshot_key)
         .await?;
@@ -176,7 +186,7 @@ pub(crate) async fn inspect(
         },
         snapshotter: record.snapshotter.clone(),
         runtime: runtime.name,
-        runtime_options: options.map(|options| RuntimeOptions {
+        runtime_options: options.clone().map(|options| RuntimeOptions {
             binary_name: options.binary_name,
             systemd_cgroup: options.systemd_cgroup,
         }),
@@ -189,7 +199,7 @@ pub(crate) async fn inspect(
             stdout: task.stdout.clone(),
             stderr: task.stderr.clone(),
         },
-        criu: criu.clone(),
+        criu,
         labels: record.labels.clone().into_iter().collect(),
         files: Vec::new(),
     };
@@ -199,8 +209,12 @@ pub(crate) async fn inspect(
         snapshot_key: record.snapshot_key.clone(),
         dirs,
         image: target.zip(image),
-        pod: pod_of(&record.labels),
+        pod: pod_of(&record.labels).map(|pod| Pod {
+            service_account: service_account::of_spec(&parsed, &pod.namespace),
+            ..pod
+        }),
         was_paused: task.status() == Status::Paused,
+        runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
     })
 }
 
@@ -238,6 +252,28 @@ impl SourceContainer {
         Ok(())
     }
 
+    /// The dump itself: by containerd, or past it when it cannot carry the options.
+    async fn run_criu(
+        &self,
+        node: &Node,
+        images: &Path,
+        work: &Path,
+        export_inside: Option<&Path>,
+    ) -> Result<()> {
+        let criu = &self.container.criu;
+        if !criu.exceed_containerd() {
+            return Ok(node.dump(self.id(), criu, images, work).await?);
+        }
+        let export = export_inside.map(|to| ExportInside {
+            address: node.address(),
+            namespace: node.namespace(),
+            to,
+        });
+        self.runtime
+            .dump(self.id(), criu, images, work, export)
+            .await
+    }
+
     /// Dumps the frozen container into its directory below `draft`.
     pub(crate) async fn dump(&self, node: &Node, draft: &Path) -> Result<Dumped> {
         let dir = draft.join(&self.container.name);
@@ -249,25 +285,29 @@ impl SourceContainer {
         let spec = dir.join(SPEC_FILE);
         fs::write(&spec, &self.spec).with_context(|| format!("cannot write {}", spec.display()))?;
         let diff = dir.join(ROOTFS_DIFF_FILE);
-        let export = tokio::task::spawn_blocking({
-            let dirs = self.dirs.clone();
-            move || {
+        // A link that CRIU makes for a file without a name is there during the dump only.
+        let export_inside = self.container.criu.link_remap;
+        let export = (!export_inside).then(|| {
+            let (dirs, diff) = (self.dirs.clone(), diff.clone());
+            tokio::task::spawn_blocking(move || {
                 let began = Instant::now();
                 export(&dirs, &diff).map(|bytes| (bytes, began.elapsed()))
-            }
+            })
         });
         let started = Instant::now();
-        let dumped = node
-            .dump(self.id(), &self.container.criu, &images, &work)
+        let dumped = self
+            .run_criu(node, &images, &work, export_inside.then_some(&*diff))
             .await;
         let criu = started.elapsed();
-        let exported = export
-            .await
-            .context("the export of the upperdir panicked")?;
+        let exported = match export {
+            Some(export) => export
+                .await
+                .context("the export of the upperdir panicked")?,
+            None => diff_size(&diff).map(|bytes| (bytes, criu)),
+        };
         let log = work.join(DUMP_LOG_FILE);
         if let Err(error) = dumped {
             let reason = criu_log::first_error_of(&log).ok().flatten();
-            let error = anyhow::Error::from(error);
             return Err(match reason {
                 Some(reason) => {
                     error.context(format!("CRIU cannot dump {:?}: {reason}", self.id()))
@@ -292,6 +332,11 @@ pub(crate) struct Dumped {
     pub(crate) criu: Duration,
     /// Bytes of the layer, and how long its export took.
     pub(crate) upperdir: (u64, Duration),
+}
+
+fn diff_size(diff: &Path) -> Result<u64> {
+    let metadata = fs::metadata(diff).with_context(|| format!("cannot find {}", diff.display()))?;
+    Ok(metadata.len())
 }
 
 fn export(dirs: &OverlayDirs, to: &Path) -> Result<u64> {

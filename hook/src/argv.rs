@@ -12,6 +12,8 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use transship_checkpoint::criu_options::RuntimeFlag;
+
 /// Globals that take a value in the next argument.
 const GLOBAL_VALUES: &[&str] = &[
     "root",
@@ -140,16 +142,15 @@ impl Arguments {
         self
     }
 
-    /// The arguments with switches that they may have already.
+    /// The arguments with flags in the place of those that they have already.
     #[must_use]
-    pub fn with_switches(mut self, names: &[String]) -> Self {
-        for name in names
-            .iter()
-            .filter(|name| !self.switch(name))
-            .cloned()
-            .collect::<Vec<_>>()
-        {
-            self.flags.push(Flag { name, value: None });
+    pub fn with_flags(mut self, flags: Vec<RuntimeFlag>) -> Self {
+        for (name, value) in flags {
+            self.flags.retain(|flag| flag.name != name);
+            self.flags.push(Flag {
+                name: name.to_owned(),
+                value: value.map(OsString::from),
+            });
         }
         self
     }

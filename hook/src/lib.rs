@@ -20,6 +20,7 @@
 pub mod argv;
 pub mod front;
 pub mod hook;
+pub mod restore_log;
 pub mod runtime;
 pub mod runtime_log;
 

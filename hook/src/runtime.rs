@@ -92,21 +92,22 @@ impl Runtime {
     }
 
     /// The flags of runc's `restore` that this runtime does not have, and can do without: crun is
-    /// no subreaper unless it waits, and CRIU mounts the root itself.
+    /// no subreaper unless it waits, CRIU mounts the root itself, and `empty-ns` stands in the CRIU
+    /// configuration, too.
     #[must_use]
     pub fn unknown_restore_flags(&self) -> &'static [&'static str] {
         if self.name() == "crun" {
-            &["no-subreaper", "no-pivot"]
+            &["no-subreaper", "no-pivot", "empty-ns"]
         } else {
             &[]
         }
     }
 
     /// Whether the runtime may not hand CRIU the configuration file in `org.criu.config`: crun does
-    /// with libcriu 4.2 and later only. What it sends over RPC it sends in any case, so it must get
-    /// that as flags; the rest CRIU finds in a file that the environment names.
+    /// with libcriu 4.2 and later only. Then CRIU finds it by the environment; what the runtime sends
+    /// over RPC comes after that, and must be given as flags.
     #[must_use]
-    pub fn needs_criu_flags(&self) -> bool {
+    pub fn may_ignore_criu_config(&self) -> bool {
         self.name() == "crun"
     }
 

@@ -15,16 +15,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// # Errors
 /// A system call failed.
 pub fn append_error(log: &Path, json: bool, message: &str) -> io::Result<()> {
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs());
-    let mut line = entry(json, message, &rfc3339(seconds));
+    let mut line = entry(json, message, &now());
     line.push('\n');
     OpenOptions::new()
         .append(true)
         .create(true)
         .open(log)?
         .write_all(line.as_bytes())
+}
+
+/// The time, as logs have it.
+pub(crate) fn now() -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    rfc3339(since.map_or(0, |time| time.as_secs()))
 }
 
 fn entry(json: bool, message: &str, time: &str) -> String {

@@ -7,8 +7,10 @@
 //! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
+mod criu_options;
 mod differ;
 mod journey;
+mod pod_refusals;
 mod pods;
 mod reference;
 mod snapshotter;
@@ -84,8 +86,10 @@ fn main() -> ExitCode {
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
     let cases = starts::cases()
+        .chain(criu_options::cases())
         .chain(differ::cases())
         .chain(journey::cases())
+        .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

@@ -9,15 +9,15 @@ use transship_testbed::{
 use crate::Case;
 
 const POD: (&str, &str) = ("shop", "web");
-const IMAGE: &str = "transship.test/counter:1";
-const FIRST: PodContainer<'static> = PodContainer {
+pub(crate) const IMAGE: &str = "transship.test/counter:1";
+pub(crate) const FIRST: PodContainer<'static> = PodContainer {
     name: "first",
     attempt: 0,
     image: IMAGE,
     command: &["/usr/bin/counter", "--memory-mb", "32"],
     mounts: &[],
 };
-const SECOND: PodContainer<'static> = PodContainer {
+pub(crate) const SECOND: PodContainer<'static> = PodContainer {
     name: "second",
     command: &["/usr/bin/counter", "--memory-mb", "16", "--port", "7001"],
     ..FIRST
@@ -113,7 +113,7 @@ fn a_checkpoint_is_consumed_once(cri: &Cri, pod: &Pod, first: &str) -> anyhow::R
     Ok(())
 }
 
-fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {
+pub(crate) fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {
     let config = ContainerdConfig {
         transship_snapshotter,
         transship_diff: false,

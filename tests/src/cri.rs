@@ -52,6 +52,13 @@ pub struct PodContainer<'a> {
     pub mounts: &'a [(&'a str, &'a str)],
 }
 
+impl Pod {
+    /// Where the logs of its containers are, on the node.
+    pub fn log_directory(&self) -> &str {
+        &self.config.log_directory
+    }
+}
+
 impl Node {
     /// Connects to the CRI of the node's containerd.
     ///

@@ -98,6 +98,22 @@ impl Image {
         })
     }
 
+    /// `transship.test/holder:1`: busybox, an empty /data, and workload/src/bin/holder.rs.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
+    pub fn holder(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
+        let program = read(&Workload::Holder.build(settings)?)?;
+        let mut files = Layer::default();
+        files.dir("data")?.dir("usr")?.dir("usr/bin")?;
+        files.file("usr/bin/holder", &program, 0o755)?;
+        Ok(Image {
+            reference: "transship.test/holder:1".to_owned(),
+            layers: vec![base_layer(busybox)?, files.finish()?],
+            entrypoint: vec!["/usr/bin/holder".to_owned()],
+        })
+    }
+
     /// `transship.test/pause:1`: a static program that sleeps until SIGTERM, and nothing else; the
     /// CRI's sandbox image, and the sandbox of a `ctr run` pod.
     pub fn pause(settings: &Settings) -> Result<Image, TestbedError> {

@@ -21,6 +21,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub enum Workload {
     /// Counts, holds memory, writes files, answers on TCP: workload/src/bin/counter.rs.
     Counter,
+    /// Holds what CRIU keeps only if it is told to: workload/src/bin/holder.rs.
+    Holder,
     /// Sleeps until SIGTERM: workload/src/bin/sandbox.rs.
     Sandbox,
 }
@@ -29,6 +31,7 @@ impl Workload {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Workload::Counter => "counter",
+            Workload::Holder => "holder",
             Workload::Sandbox => "sandbox",
         }
     }

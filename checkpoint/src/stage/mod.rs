@@ -8,6 +8,7 @@
 //!     restore/<container>/               Staged; locked (flock) while it is being restored
 //!         state                          staged | restored | failed; a second line says why
 //!         restore.json                   Request
+//!         owner                          name of the pod's container that it is restored for
 //! ```
 //!
 //! ```text
@@ -48,6 +49,7 @@ use crate::store::Checkpoint;
 pub const DEFAULT_RUN_DIR: &str = "/run/transship";
 const STATE_FILE: &str = "state";
 const REQUEST_FILE: &str = "restore.json";
+const OWNER_FILE: &str = "owner";
 
 /// A failure to stage or to find what is staged.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,21 @@ pub enum StageError {
     Busy {
         /// The staged restore.
         path: PathBuf,
+    },
+    /// Two containers of a pod want the same one.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} is restored as {owner:?} of \
+         this pod, so {asker:?} cannot be it, too"
+    )]
+    Twice {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// Who has it.
+        owner: String,
+        /// Who asks for it.
+        asker: String,
     },
     /// A file in the staged restore that this program has not written.
     #[error("{path} is damaged: {what}")]
@@ -310,6 +327,27 @@ impl Staged {
             State::Failed(reason) => format!("failed\n{reason}\n"),
         };
         replace(&self.dir.join(STATE_FILE), text.as_bytes())
+    }
+
+    /// Remembers for which container of the pod it is restored, the first time that one asks.
+    ///
+    /// # Errors
+    /// [`StageError::Twice`] when it is for another one, or a system call failed.
+    pub fn reserve_for(&self, container: &str) -> Result<(), StageError> {
+        let path = self.dir.join(OWNER_FILE);
+        match fs::read_to_string(&path) {
+            Ok(owner) if owner == container => Ok(()),
+            Ok(owner) => Err(StageError::Twice {
+                checkpoint: self.request()?.checkpoint,
+                container: self.request()?.container,
+                owner,
+                asker: container.to_owned(),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                replace(&path, container.as_bytes())
+            }
+            Err(error) => Err(error).staging("read", &path),
+        }
     }
 
     /// What to restore.

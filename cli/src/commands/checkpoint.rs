@@ -98,7 +98,7 @@ type Found = (Node, String, Option<Pod>, Vec<SourceContainer>, Vec<String>);
 
 async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
     let node = connect(global).await?;
-    let criu = args.dump.options();
+    let criu = args.criu.overrides();
     match (&args.pod, &args.container) {
         (Some(selector), _) => {
             // The CRI's containers are in no other namespace.

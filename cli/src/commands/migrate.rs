@@ -53,7 +53,7 @@ struct Migration<'a> {
 pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
-    let container = source::find(&node, &args.container, &args.dump.options()).await?;
+    let container = source::find(&node, &args.container, &args.criu.overrides()).await?;
     let mut child = start_target(&args)?;
     let (Some(input), Some(output)) = (child.stdout.take(), child.stdin.take()) else {
         anyhow::bail!("the command has no pipes");

@@ -33,7 +33,8 @@ pub(crate) async fn run(global: &Global, args: RestoreArgs) -> Result<()> {
     let path = checkpoint.container_dir(&container).join(SPEC_FILE);
     let spec = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let target = args.target.target(Some(global.namespace.clone()));
-    let plan = restore_container::plan(&node, &container, &spec, &target).await?;
+    let mut plan = restore_container::plan(&node, &container, &spec, &target).await?;
+    plan.criu = args.criu.overrides().over(plan.criu);
 
     progress.step("digests");
     let bytes = checkpoint.manifest.size();

@@ -8,13 +8,22 @@ use super::{During, Node, NodeError};
 impl Node {
     /// Names of the snapshotters that work on this node.
     pub(crate) async fn snapshotters(&self) -> Result<Vec<String>, NodeError> {
+        self.plugins("io.containerd.snapshotter.v1").await
+    }
+
+    /// Names of the differs that work on this node.
+    pub(crate) async fn differs(&self) -> Result<Vec<String>, NodeError> {
+        self.plugins("io.containerd.differ.v1").await
+    }
+
+    async fn plugins(&self, kind: &str) -> Result<Vec<String>, NodeError> {
         let request = PluginsRequest {
-            filters: vec!["type==io.containerd.snapshotter.v1".into()],
+            filters: vec![format!("type=={kind}")],
         };
         let answer = IntrospectionClient::new(self.channel())
             .plugins(self.request(request))
             .await
-            .during(|| "list containerd's snapshotters".to_owned())?;
+            .during(|| "list containerd's plugins".to_owned())?;
         let loaded = answer.into_inner().plugins.into_iter();
         Ok(loaded
             .filter(|plugin| plugin.init_err.is_none())

@@ -4,10 +4,12 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::process::ExitCode;
 
+use transship_checkpoint::node_config::NODE_CONFIG;
 use transship_checkpoint::stage::DEFAULT_RUN_DIR;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
-use transship_hook::hook::{HookError, HookState, create_runtime, poststop};
+use transship_hook::hook::{HookError, HookState, Node, create_runtime, poststop};
 use transship_hook::one_line;
+use transship_hook::restore_log::LOG_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
 
@@ -15,7 +17,13 @@ fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let result = match (args.next().as_deref(), args.next()) {
         (Some("createRuntime"), None) => read_state().and_then(|state| {
-            create_runtime(&state, Path::new(DEFAULT_RUN_DIR), &Store::at(DEFAULT_ROOT))
+            let node = Node {
+                run_dir: DEFAULT_RUN_DIR.into(),
+                store: Store::at(DEFAULT_ROOT),
+                config: NODE_CONFIG.into(),
+                log_dir: LOG_DIR.into(),
+            };
+            create_runtime(&state, &node)
         }),
         (Some("poststop"), None) => {
             read_state().and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR)))

@@ -2,8 +2,10 @@
 //! stands for the `<runtime>` on `PATH`.
 
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use transship_checkpoint::node_config::NODE_CONFIG;
 use transship_checkpoint::stage::DEFAULT_RUN_DIR;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::argv::Invocation;
@@ -39,14 +41,26 @@ fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
     let around = Surroundings {
         runtime: Runtime::find(program, &own, &path)?,
         hook: own.with_file_name("transship-hook"),
+        tool: own.with_file_name("transship"),
         own,
         run_dir: DEFAULT_RUN_DIR.into(),
         store: Store::at(DEFAULT_ROOT),
+        containerd: containerd_socket(),
+        node_config: NODE_CONFIG.into(),
     };
     match serve(&around, Invocation::read(args)) {
         Outcome::Exec(args) => Err(around.runtime.exec(&args)),
         Outcome::Exit(code) => Ok(ExitCode::from(code)),
     }
+}
+
+/// The shim's environment names the socket for shims, which lies beside the one for all others.
+fn containerd_socket() -> Option<PathBuf> {
+    if let Some(address) = std::env::var_os("GRPC_ADDRESS") {
+        return Some(address.into());
+    }
+    let address = std::env::var("TTRPC_ADDRESS").ok()?;
+    address.strip_suffix(".ttrpc").map(PathBuf::from)
 }
 
 fn fail(error: &RuntimeError) -> ExitCode {

@@ -1,13 +1,18 @@
 //! `create`: a sandbox gets the hook, a staged container is restored, all others start cold.
 
+use std::path::Path;
+
 use transship_checkpoint::annotations::{OnFailure, Role};
 use transship_checkpoint::namespaces;
+use transship_checkpoint::node_config::NodeConfig;
 use transship_checkpoint::spec::{HookPoint, Spec};
 use transship_checkpoint::stage::{PodDir, Staged, State, is_consumed_by};
 
 use super::bundle::{Bundle, Config};
 use super::{Front, FrontError, Outcome};
 use crate::argv::Arguments;
+use crate::one_line;
+use crate::restore_log::{self, LOG_DIR};
 
 impl Front<'_> {
     pub(super) fn create(&self, create: &Arguments) -> Result<Option<Outcome>, FrontError> {
@@ -24,10 +29,41 @@ impl Front<'_> {
             bundle.replace_config(&config.spec)?;
             return Ok(None);
         }
-        match self.find_restore(&create.id, &config, &bundle)? {
-            Some((pod, staged)) => self.restore_held(create, &bundle, config, &pod, &staged),
-            None => self.create_cold(create, &bundle, config),
+        let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
+        let found = self.find_fitting_restore(&create.id, &config, &bundle);
+        let outcome = match found {
+            Ok(Some((pod, staged))) => self.restore_held(create, &bundle, config, &pod, &staged),
+            Ok(None) => return self.create_cold(create, &bundle, config),
+            Err(error) if cold_start && !error.is_refusal() => {
+                self.tell_cold_start(&create.id, &one_line(&error));
+                return self.create_cold(create, &bundle, config);
+            }
+            Err(error) => Err(error),
+        };
+        outcome.inspect_err(|error| {
+            // The error itself is told by the call that fails.
+            let failed = restore_log::Outcome::Failed;
+            let reason = one_line(error);
+            drop(restore_log::append(
+                Path::new(LOG_DIR),
+                &create.id,
+                failed,
+                &reason,
+            ));
+        })
+    }
+
+    fn find_fitting_restore(
+        &self,
+        id: &str,
+        config: &Config,
+        bundle: &Bundle,
+    ) -> Result<Option<(PodDir, Staged)>, FrontError> {
+        let found = self.find_restore(id, config, bundle)?;
+        if let Some((_, staged)) = &found {
+            self.check_fit(id, config, staged)?;
         }
+        Ok(found)
     }
 
     pub(super) fn add_hooks(
@@ -82,7 +118,12 @@ impl Front<'_> {
             let again = match staged.state()? {
                 State::Staged => true,
                 // The next attempt starts cold.
-                State::Restored => false,
+                State::Restored => {
+                    if let Some(name) = &config.annotations.pod_container {
+                        staged.reserve_for(name)?;
+                    }
+                    false
+                }
                 State::Failed(_) => config.annotations.on_failure == OnFailure::Fail,
             };
             return Ok(again.then_some((pod, staged)));
@@ -92,7 +133,8 @@ impl Front<'_> {
         };
         let checkpoint = self.around.store.open(wanted)?;
         let manifest = &checkpoint.manifest;
-        manifest.check_asker(config.annotations.kubernetes_namespace.as_deref())?;
+        let asker = config.annotations.kubernetes_namespace.as_deref();
+        NodeConfig::read(&self.around.node_config)?.check_namespace(manifest, asker)?;
         let named = manifest
             .containers
             .iter()

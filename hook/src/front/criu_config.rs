@@ -35,6 +35,7 @@ impl CriuConfig {
         bundle: &Bundle,
         spec: &mut Spec,
         options: &CriuOptions,
+        held: bool,
     ) -> Result<Self, FrontError> {
         let path = bundle.path(CONFIG_FILE);
         let path = std::path::absolute(&path).during("find", &path)?;
@@ -46,7 +47,7 @@ impl CriuConfig {
             Some(named) => Some(named.into()),
             None => Some(DEFAULT_CONFIG.into()),
         };
-        let text = options.held_restore_config(&read(own.as_deref())?);
+        let text = options.restore_config(&read(own.as_deref())?, held);
         let config = Self { path, own };
         config.replace(|new| fs::write(new, text))?;
         spec.set_annotation(annotations::CRIU_CONFIG, &config.path.to_string_lossy());
@@ -100,15 +101,15 @@ mod tests {
         for (value, text, after) in [
             (
                 file.to_str().unwrap(),
-                "tcp-established\nfile-locks\nleave-stopped\n",
+                "tcp-established\nleave-stopped\n",
                 true,
             ),
-            ("", "file-locks\nleave-stopped\n", false),
-            ("/no/such/file", "file-locks\nleave-stopped\n", false),
+            ("", "leave-stopped\n", false),
+            ("/no/such/file", "leave-stopped\n", false),
         ] {
             let mut spec = Spec::parse(b"{}").unwrap();
             spec.set_annotation(annotations::CRIU_CONFIG, value);
-            let config = CriuConfig::write(&bundle, &mut spec, &options).unwrap();
+            let config = CriuConfig::write(&bundle, &mut spec, &options, true).unwrap();
             let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
             assert_eq!(fs::read_to_string(&named).unwrap(), text, "{value}");
             config.give_back().unwrap();

@@ -53,7 +53,7 @@ impl Front<'_> {
                 Err(error)
             }
             OnFailure::ColdStart => {
-                self.report(&one_line(&error), false);
+                self.tell_cold_start(&create.id, &one_line(&error));
                 if config.annotations.rootfs == Rootfs::FromImage {
                     bundle.empty_upperdir()?;
                 }
@@ -83,7 +83,8 @@ impl Front<'_> {
         }
         let images = LinkedImages::of(&request.images)?;
         let joining = self.fit_images(images.path(), config, pod)?;
-        let criu_config = CriuConfig::write(bundle, &mut config.spec, &request.criu)?;
+        let criu = config.annotations.criu.over(request.criu);
+        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, true)?;
         bundle.replace_config(&config.spec)?;
 
         let work = bundle.path("work");
@@ -96,13 +97,10 @@ impl Front<'_> {
         self.remove_aborted_restore(&create.id, bundle);
         let restoring = Marker::restoring(plan.has_made().then(|| create.id.clone()));
         bundle.write_marker(&restoring)?;
-        let mut restore = create.to_restore(images.path(), &work);
-        let mut beneath = None;
-        if self.around.runtime.needs_criu_flags() {
-            restore = restore.with_switches(&request.criu.restore_flags());
-            beneath = Some(criu_config.path());
-        }
-        self.run_restore(restore, &work, beneath)?
+        let restore = create
+            .to_restore(images.path(), &work)
+            .with_flags(criu.restore_flags());
+        self.run_restore(restore, &work, Some(criu_config.path()))?
             .map_err(|reason| FrontError::Restore {
                 container: request.container.clone(),
                 checkpoint: request.checkpoint.clone(),

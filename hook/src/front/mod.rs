@@ -8,6 +8,7 @@ mod bundle;
 mod create;
 mod criu_config;
 mod delete;
+mod fit;
 mod held;
 mod held_restore;
 mod native_restore;
@@ -17,7 +18,7 @@ mod sandbox;
 mod start;
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
@@ -25,6 +26,7 @@ use transship_checkpoint::annotations::AnnotationError;
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::manifest::{ManifestError, check_name};
 use transship_checkpoint::namespaces::NamespaceError;
+use transship_checkpoint::node_config::NodeConfigError;
 use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
 
@@ -33,6 +35,7 @@ pub use rootfs::RootfsError;
 use self::bundle::Bundle;
 use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::one_line;
+use crate::restore_log::{self, LOG_DIR};
 use crate::runtime::{Runtime, RuntimeError};
 use crate::runtime_log::append_error;
 
@@ -52,6 +55,12 @@ pub struct Surroundings {
     pub run_dir: PathBuf,
     /// The checkpoints of this node.
     pub store: Store,
+    /// The people's tool, which can ask containerd.
+    pub tool: PathBuf,
+    /// containerd's socket, if it is known.
+    pub containerd: Option<PathBuf>,
+    /// The rules of this node.
+    pub node_config: PathBuf,
 }
 
 /// How a call goes on.
@@ -96,6 +105,24 @@ pub enum FrontError {
     NoSandbox {
         /// Its id.
         id: String,
+    },
+    /// The rules of this node.
+    #[error(transparent)]
+    NodeConfig(#[from] NodeConfigError),
+    /// The container is made of another image.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} was made of the image {had}, \
+         and this one is of {has}: its files belong on other layers"
+    )]
+    Base {
+        /// The container in the checkpoint.
+        container: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// The image that it had.
+        had: String,
+        /// The image of the new one.
+        has: String,
     },
     /// The hook's program is not where it belongs.
     #[error("{path} is missing: it belongs beside the runtime front")]
@@ -147,6 +174,17 @@ pub enum FrontError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl FrontError {
+    /// Whether somebody asks for what is not theirs: then nothing is started, not even cold.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Manifest(error) => error.is_refusal(),
+            Self::NodeConfig(_) | Self::Annotation(_) => true,
+            _ => false,
+        }
+    }
 }
 
 trait FrontContext<T> {
@@ -214,6 +252,23 @@ impl Front<'_> {
         }
     }
 
+    /// Tells that a container starts its own command although a restore was asked for: to the
+    /// runtime's log, to the node's, and on the container's stderr, where its author looks.
+    fn tell_cold_start(&self, id: &str, reason: &str) {
+        self.report(reason, false);
+        // Nobody could be told that nobody can be told.
+        drop(restore_log::append(
+            Path::new(LOG_DIR),
+            id,
+            restore_log::Outcome::StartedCold,
+            reason,
+        ));
+        drop(writeln!(
+            io::stderr(),
+            "transship: not restored, starts cold: {reason}"
+        ));
+    }
+
     /// Runs `restore` and waits for it. The inner error is the reason of a failed restore.
     fn run_restore(
         &self,
@@ -229,7 +284,8 @@ impl Front<'_> {
         let restore = restore.without(self.around.runtime.unknown_restore_flags());
         let args = self.with_globals("restore", restore.to_args());
         let (runtime, own) = (&self.around.runtime, &self.around.own);
-        let status = runtime.run_with_criu_config(own, &args, criu_config)?;
+        let beneath = criu_config.filter(|_| runtime.may_ignore_criu_config());
+        let status = runtime.run_with_criu_config(own, &args, beneath)?;
         if status.success() {
             return Ok(Ok(()));
         }

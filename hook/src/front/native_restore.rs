@@ -6,11 +6,13 @@
 use std::path::PathBuf;
 
 use transship_checkpoint::annotations::Role;
+use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
 use transship_checkpoint::stage::{LinkedImages, PodDir};
 
 use super::bundle::{Bundle, Config, Marker, Phase};
+use super::criu_config::CriuConfig;
 use super::held_restore::read_pid;
 use super::{Front, FrontError, Outcome, held};
 use crate::argv::Arguments;
@@ -66,6 +68,12 @@ impl Front<'_> {
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
         let images = LinkedImages::of(&from)?;
         let joining = self.fit_images(images.path(), config, pod)?;
+        // containerd gives no option of the dump to its restore.
+        let criu = config.annotations.criu.over(CriuOptions::default());
+        let criu_config = match criu.restore_lines().is_empty() {
+            true => None,
+            false => Some(CriuConfig::write(bundle, &mut config.spec, &criu, false)?),
+        };
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);
         let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()));
@@ -74,8 +82,11 @@ impl Front<'_> {
         let work = restore
             .value("work-path")
             .map_or(PathBuf::from("."), PathBuf::from);
-        let fitted = restore.clone().with("image-path", images.path());
-        self.run_restore(fitted, &work, None)?
+        let fitted = restore
+            .clone()
+            .with("image-path", images.path())
+            .with_flags(criu.restore_flags());
+        self.run_restore(fitted, &work, criu_config.as_ref().map(CriuConfig::path))?
             .map_err(|reason| FrontError::NativeRestore {
                 id: restore.id.clone(),
                 reason,
@@ -90,6 +101,9 @@ impl Front<'_> {
             })?;
             if sandbox {
                 pod.pin(pid)?;
+            }
+            if let Some(criu_config) = &criu_config {
+                criu_config.give_back()?;
             }
             joining.record(pod)
         };

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use transship_checkpoint::criu_log;
 
+use crate::restore_log::LOG_DIR;
+
 /// CRIU's log of a restore, in the work directory.
 const RESTORE_LOG: &str = "restore.log";
-/// Where CRIU's log of a failed restore is kept.
-const LOG_DIR: &str = "/var/log/transship";
 const LAST_ENTRIES: u64 = 64 << 10;
 
 /// The kept log of the container `id`: that of its last failed restore.

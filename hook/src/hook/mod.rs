@@ -9,15 +9,19 @@
 //! container is being restored, and that its namespaces are not there yet (runc's notification
 //! `setup-namespaces` comes before CRIU joins them): the front pins those itself.
 
+use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use std::collections::HashMap;
-use transship_checkpoint::annotations::{AnnotationError, Annotations, Role};
+use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
 use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::node_config::{NodeConfig, NodeConfigError};
 use transship_checkpoint::stage::{PodDir, StageError};
 use transship_checkpoint::store::{Store, StoreError};
+
+use crate::one_line;
+use crate::restore_log;
 
 /// The state of the container that a runtime hands to its hooks.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -50,6 +54,9 @@ pub enum HookError {
     /// The checkpoint is not for this pod.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// The rules of this node.
+    #[error(transparent)]
+    NodeConfig(#[from] NodeConfigError),
     /// The sandbox's directory.
     #[error("cannot prepare the sandbox {id:?}")]
     Stage {
@@ -68,11 +75,35 @@ pub enum HookError {
     },
 }
 
+impl HookError {
+    /// Whether a pod may do without the restore: not when it asks for what is not its own.
+    fn may_start_cold(&self) -> bool {
+        match self {
+            Self::Manifest(error) => !error.is_refusal(),
+            Self::Store { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Where the hook finds things.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// `/run/transship`.
+    pub run_dir: PathBuf,
+    /// The checkpoints of this node.
+    pub store: Store,
+    /// The rules of this node.
+    pub config: PathBuf,
+    /// Where failed restores are told of.
+    pub log_dir: PathBuf,
+}
+
 /// Pins the namespaces of a sandbox and stages what is to be restored into it.
 ///
 /// # Errors
 /// See [`HookError`]; nothing is left then.
-pub fn create_runtime(state: &HookState, run_dir: &Path, store: &Store) -> Result<(), HookError> {
+pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
     let annotations = Annotations::read(&state.id, Some(&state.annotations))?;
     if annotations.role != Role::Sandbox || state.status == "stopped" {
         return Ok(());
@@ -81,27 +112,62 @@ pub fn create_runtime(state: &HookState, run_dir: &Path, store: &Store) -> Resul
         id: state.id.clone(),
         source,
     };
-    let pod = PodDir::at(run_dir, &state.id).map_err(stage_error)?;
+    let pod = PodDir::at(&node.run_dir, &state.id).map_err(stage_error)?;
     // What an earlier sandbox of this id left when the node lost it.
     pod.remove().map_err(stage_error)?;
-    let prepare = || {
-        pod.pin(state.pid).map_err(stage_error)?;
-        let Some(name) = &annotations.restore else {
-            return Ok(());
-        };
-        let checkpoint = store.open(name).map_err(|source| HookError::Store {
-            id: state.id.clone(),
-            source: Box::new(source),
-        })?;
-        let asker = annotations.kubernetes_namespace.as_deref();
-        checkpoint.manifest.check_asker(asker)?;
-        for container in &checkpoint.manifest.containers {
-            pod.stage(&container.name, &checkpoint, container)
-                .map_err(stage_error)?;
-        }
-        Ok(())
+    let staged = pod
+        .pin(state.pid)
+        .map_err(stage_error)
+        .and_then(|()| stage_all(state, &annotations, node, &pod));
+    let Err(error) = staged else { return Ok(()) };
+    let cold_start = annotations.on_failure == OnFailure::ColdStart && error.may_start_cold();
+    let outcome = match cold_start {
+        // Its containers find out for themselves.
+        true => restore_log::Outcome::StartedCold,
+        false => restore_log::Outcome::Failed,
     };
-    prepare().inspect_err(|_| drop(pod.remove()))
+    if annotations.restore.is_some() {
+        // The error itself is told by the call that fails.
+        drop(restore_log::append(
+            &node.log_dir,
+            &state.id,
+            outcome,
+            &one_line(&error),
+        ));
+    }
+    if cold_start {
+        return Ok(());
+    }
+    drop(pod.remove());
+    Err(error)
+}
+
+fn stage_all(
+    state: &HookState,
+    annotations: &Annotations,
+    node: &Node,
+    pod: &PodDir,
+) -> Result<(), HookError> {
+    let Some(name) = &annotations.restore else {
+        return Ok(());
+    };
+    let checkpoint = node.store.open(name).map_err(|source| HookError::Store {
+        id: state.id.clone(),
+        source: Box::new(source),
+    })?;
+    let asker = annotations.kubernetes_namespace.as_deref();
+    NodeConfig::read(&node.config)?.check_namespace(&checkpoint.manifest, asker)?;
+    let uname = nix::sys::utsname::uname().map_err(|errno| HookError::Input(errno.into()))?;
+    let here = uname.machine().to_string_lossy();
+    checkpoint.manifest.check_architecture(&here)?;
+    for container in &checkpoint.manifest.containers {
+        pod.stage(&container.name, &checkpoint, container)
+            .map_err(|source| HookError::Stage {
+                id: state.id.clone(),
+                source,
+            })?;
+    }
+    Ok(())
 }
 
 /// Removes what [`create_runtime`] made. It is no error when there is nothing.

@@ -36,7 +36,12 @@ fn poststop_of_nothing_is_no_error() {
 #[test]
 fn a_container_that_is_no_sandbox_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::at(dir.path().join("checkpoints"));
+    let node = Node {
+        run_dir: dir.path().into(),
+        store: Store::at(dir.path().join("checkpoints")),
+        config: dir.path().join("node.toml"),
+        log_dir: dir.path().join("log"),
+    };
     for (status, annotations) in [
         ("creating", vec![("dev.transship/sandbox", "other")]),
         ("creating", vec![("dev.transship/restore", "web")]),
@@ -52,7 +57,7 @@ fn a_container_that_is_no_sandbox_is_left_alone() {
             pid: 1,
             annotations,
         };
-        create_runtime(&state, dir.path(), &store).unwrap();
+        create_runtime(&state, &node).unwrap();
         assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
     }
 }

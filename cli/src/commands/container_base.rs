@@ -1,0 +1,28 @@
+//! `transship container-base ID`: what the runtime front asks before it restores into a container.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::connect;
+use crate::args::Global;
+
+pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
+    let node = connect(global).await?;
+    let record = node.container(id).await?;
+    let snapshot = node
+        .snapshot(&record.snapshotter, &record.snapshot_key)
+        .await?;
+    let target = node
+        .image(&record.image)
+        .await?
+        .and_then(|image| image.target);
+    println!(
+        "{}",
+        json!({
+            "image": record.image,
+            "digest": target.map(|target| target.digest).unwrap_or_default(),
+            "chain_id": snapshot.parent,
+        })
+    );
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! Whether a checkpoint fits the container that asks for it: asked before anything is changed.
+//!
+//! ```text
+//!  architecture     manifest                       uname
+//!  service account  manifest                       the token that kubelet mounts, when strict
+//!  mounts           spec.dump                      config.json
+//!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
+//!  once             staged restore (owner)         the container's name in the pod
+//! ```
+//!
+//! The front has no connection to containerd: the people's tool beside it has, and is run for this
+//! one question, in restores only.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::Deserialize;
+use transship_checkpoint::manifest::{Container, SPEC_FILE};
+use transship_checkpoint::node_config::NodeConfig;
+use transship_checkpoint::service_account;
+use transship_checkpoint::spec::Spec;
+use transship_checkpoint::stage::Staged;
+
+use super::bundle::Config;
+use super::{Front, FrontContext, FrontError};
+
+/// What `transship container-base` prints.
+#[derive(Debug, Deserialize)]
+struct Base {
+    image: String,
+    digest: String,
+    chain_id: String,
+}
+
+impl Front<'_> {
+    /// Checks it; nothing is changed but who the restore is for.
+    pub(super) fn check_fit(
+        &self,
+        id: &str,
+        config: &Config,
+        staged: &Staged,
+    ) -> Result<(), FrontError> {
+        let request = staged.request()?;
+        let checkpoint = self.around.store.open(&request.checkpoint)?;
+        let manifest = &checkpoint.manifest;
+        let container = manifest.container(Some(&request.container))?;
+        let uname = nix::sys::utsname::uname().during("ask for the name of", "this machine")?;
+        manifest.check_architecture(&uname.machine().to_string_lossy())?;
+        // Outside of the CRI our own tool has made the container, after it has checked the rest.
+        if !config.cri {
+            return Ok(());
+        }
+        let rules = NodeConfig::read(&self.around.node_config)?;
+        let asker = config.annotations.kubernetes_namespace.as_deref();
+        let account = asker.and_then(|asker| service_account::of_spec(&config.spec, asker));
+        rules.check_service_account(manifest, asker, account.as_deref())?;
+        let path = checkpoint.container_dir(container).join(SPEC_FILE);
+        let old = std::fs::read(&path).during("read", &path)?;
+        let old = Spec::parse(&old).map_err(std::io::Error::from);
+        manifest.check_mounts(&container.name, &old.during("read", &path)?, &config.spec)?;
+        self.check_base(id, container, &manifest.name)?;
+        if let Some(name) = &config.annotations.pod_container {
+            staged.reserve_for(name)?;
+        }
+        Ok(())
+    }
+
+    /// The upperdir is a diff against the layers of the image that the container had.
+    fn check_base(
+        &self,
+        id: &str,
+        container: &Container,
+        checkpoint: &str,
+    ) -> Result<(), FrontError> {
+        let base = self.ask_for_base(id)?;
+        if base.chain_id == container.image.chain_id {
+            return Ok(());
+        }
+        let named = |name: &str, digest: &str| format!("{name:?} ({digest})");
+        Err(FrontError::Base {
+            container: container.name.clone(),
+            checkpoint: checkpoint.to_owned(),
+            had: named(&container.image.name, &container.image.digest),
+            has: named(&base.image, &base.digest),
+        })
+    }
+
+    fn ask_for_base(&self, id: &str) -> Result<Base, FrontError> {
+        let tool = &self.around.tool;
+        // The shim keeps the states of each of containerd's namespaces in a directory of its own.
+        let root = self.globals.root.as_deref().and_then(Path::file_name);
+        let mut command = Command::new(tool);
+        command.arg("-n").arg(root.unwrap_or("k8s.io".as_ref()));
+        if let Some(address) = &self.around.containerd {
+            command.arg("-a").arg(address);
+        }
+        let output = command
+            .args(["container-base", id])
+            .stdin(Stdio::null())
+            .output()
+            .during("run", tool)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let parsed = match output.status.success() {
+            true => serde_json::from_slice(&output.stdout).map_err(std::io::Error::from),
+            false => Err(std::io::Error::other(said.trim().to_owned())),
+        };
+        parsed.during("ask containerd for the image of", id)
+    }
+}

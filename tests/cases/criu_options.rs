@@ -1,0 +1,237 @@
+//! CRIU's options: for each a process that cannot be dumped, or loses something, without it.
+//!
+//! ```text
+//!   pod a                       needs                 without it
+//!     lock     a flock          file-locks (default)  the lock is gone
+//!     ghost    2 MB, no name    ghost-limit           not dumped
+//!     link     another name     link-remap            not dumped
+//!     tcp      to itself        tcp                   not dumped
+//!     flight   not accepted     skip-in-flight, tcp   not dumped
+//!     listener a socket
+//!     sender   to the listener  ext-unix-sk           not dumped
+//! ```
+//!
+//! The checkpoint is then restored by an annotation that names nothing but the checkpoint.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, Testbed, journey,
+    poll_until,
+};
+
+use crate::Case;
+
+const IMAGE: &str = "transship.test/holder:1";
+const PATIENCE: Duration = Duration::from_secs(20);
+/// What all containers see of the node.
+const SHARED: &[(&str, &str)] = &[("/var/lib/shared", "/shared")];
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("criu_options", options_reach_dump_and_restore)
+}
+
+fn container<'a>(name: &'a str, command: &'a [&'a str]) -> PodContainer<'a> {
+    PodContainer {
+        name,
+        image: IMAGE,
+        command,
+        mounts: SHARED,
+        ..PodContainer::default()
+    }
+}
+
+const HOLDERS: [(&str, &[&str]); 7] = [
+    // CRIU looks for the other end in the network namespace, where it must be: in the same pod.
+    ("listener", &["/usr/bin/holder", "receive=/shared/socket"]),
+    ("lock", &["/usr/bin/holder", "lock"]),
+    ("ghost", &["/usr/bin/holder", "ghost=2097152"]),
+    ("link", &["/usr/bin/holder", "link"]),
+    ("tcp", &["/usr/bin/holder", "tcp=7001"]),
+    ("flight", &["/usr/bin/holder", "in-flight=7002"]),
+    ("sender", &["/usr/bin/holder", "datagrams=/shared/socket"]),
+];
+
+fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node)?;
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "holders"), &[], false)?;
+    let ids = run_holders(&cri, &pod)?;
+    // Each option that is missing is missed by one container, which the refusal names.
+    let mut flags = vec!["--ghost-limit=4M", "--link-remap", "--tcp=close"];
+    flags.extend(["--skip-in-flight", "--ext-unix-sk"]);
+    for (missing, name) in ["ghost", "link", "tcp", "flight", "sender"]
+        .iter()
+        .enumerate()
+    {
+        let some = flags.iter().enumerate().filter(|(at, _)| *at != missing);
+        let some: Vec<&str> = some.map(|(_, flag)| *flag).collect();
+        let error = checkpoint(&node, &some)?;
+        let id = &ids[missing + 2];
+        ensure!(
+            error.contains(&format!("CRIU cannot dump \"{id}\": ")),
+            "without {} {name} is not told of: {error}",
+            flags[missing]
+        );
+        ensure!(cri.runs(id)?, "{name} goes on");
+    }
+    let error = checkpoint(&node, &flags)?;
+    ensure!(error.is_empty(), "{error}");
+    let manifest = node.read_file("/var/lib/transship/checkpoints/holders/transship.json")?;
+    let manifest = String::from_utf8(manifest)?;
+    for line in [
+        "\"tcp\": \"close\"",
+        "\"skip_in_flight\": true",
+        "\"ghost_limit\": 4194304",
+    ] {
+        ensure!(manifest.contains(line), "{manifest}");
+    }
+    cri.remove_pod(&pod)?;
+
+    let pod = cri.run_pod(
+        ("shop", "holders-again"),
+        &[("dev.transship/restore", "holders")],
+        false,
+    )?;
+    let ids = run_holders(&cri, &pod)?;
+    for (id, (name, _)) in ids.iter().zip(HOLDERS) {
+        let state = state_after(&cri, id, 0)?;
+        let good = match name {
+            "tcp" => state.contains("os error") && !state.contains("tcp ok"),
+            _ => !state.contains("os error") && state.contains(" ok\n"),
+        };
+        ensure!(good, "{name} after the restore: {state}");
+    }
+    let locked = node.shell(&format!(
+        "pid=$(ctr -n k8s.io tasks ls | awk '$1 == \"{}\" {{print $2}}')
+         ! flock --nonblock /proc/$pid/root/data/lock true",
+        ids[1]
+    ));
+    { locked }.run()?;
+    let received = || {
+        let text = node.read_file("/var/lib/shared/socket.received");
+        let text = text.map_err(|error| error.to_string())?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        text.parse::<u64>().map_err(|error| error.to_string())
+    };
+    let before = poll_until("the datagrams so far", PATIENCE, received)?;
+    poll_until("more datagrams", PATIENCE, || match received()? {
+        now if now > before => Ok(()),
+        now => Err(format!("{now} bytes")),
+    })?;
+    cri.remove_pod(&pod)?;
+    nonsense_is_refused_before_anything_happens(&node, &cri)?;
+    overrides_win_at_the_restore(&node, &cri)?;
+    node.shell("transship rm holders").run()?;
+    journey::check_nothing_left(&node)
+}
+
+fn nonsense_is_refused_before_anything_happens(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    for (key, value, said) in [
+        (
+            "dev.transship/tcp",
+            "maybe",
+            "\\\"refuse\\\", \\\"established\\\" or \\\"close\\\"",
+        ),
+        ("dev.transship/lazy-pages", "true", "lost with the source"),
+        (
+            "dev.transship/tpc",
+            "close",
+            "dev.transship/tpc means nothing",
+        ),
+    ] {
+        let Err(error) = cri.run_pod(("shop", "nonsense"), &[(key, value)], false) else {
+            anyhow::bail!("{key}={value} is taken");
+        };
+        let (error, said) = (error.to_string(), said.replace("\\\"", "\""));
+        ensure!(error.replace('\\', "").contains(&said), "{key}: {error}");
+    }
+    let output = node
+        .command("transship")
+        .args(["checkpoint", "x", "--manage-cgroups-mode", "maybe"])
+        .output()?;
+    ensure!(output.status.code() == Some(2), "{}", output.status);
+    Ok(())
+}
+
+/// A security profile on a kernel without security modules: CRIU says so, hence it was asked. And
+/// the annotation wins over what was dumped with.
+fn overrides_win_at_the_restore(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let has_lsm = node
+        .shell("grep -qE 'apparmor|selinux' /sys/kernel/security/lsm")
+        .run();
+    if has_lsm.is_ok() {
+        return Ok(());
+    }
+    let annotations = [
+        ("dev.transship/restore", "holders"),
+        ("dev.transship/lsm-profile", "apparmor:web"),
+    ];
+    let pod = cri.run_pod(("shop", "profiled"), &annotations, false)?;
+    let (name, command) = HOLDERS[1];
+    let Err(error) = cri.run_container(&pod, &container(name, command)) else {
+        anyhow::bail!("the profile never reached CRIU");
+    };
+    let error = error.to_string();
+    ensure!(error.to_lowercase().contains("apparmor"), "{error}");
+    cri.remove_pod(&pod)?;
+    Ok(())
+}
+
+fn checkpoint(node: &Node, flags: &[&str]) -> anyhow::Result<String> {
+    let mut command = node.command("transship");
+    command.args(["checkpoint", "--pod", "shop/holders", "--name", "holders"]);
+    let output = command.args(flags).output()?;
+    Ok(match output.status.success() {
+        true => String::new(),
+        false => String::from_utf8(output.stderr)?,
+    })
+}
+
+fn run_holders(cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<String>> {
+    let mut ids = Vec::new();
+    for (name, command) in HOLDERS {
+        let id = cri.run_container(pod, &container(name, command))?;
+        state_after(cri, &id, 0)?;
+        ids.push(id);
+    }
+    Ok(ids)
+}
+
+/// What a holder says, after two more ticks at least.
+fn state_after(cri: &Cri, id: &str, ticks: u64) -> anyhow::Result<String> {
+    let mut first = None;
+    Ok(poll_until("the holder's state", PATIENCE, || {
+        let answer = cri
+            .exec(id, &["cat", "/data/state"])
+            .map_err(|error| error.to_string())?;
+        let state = String::from_utf8_lossy(&answer.stdout).into_owned();
+        let tick = state
+            .rsplit_once("tick ")
+            .and_then(|(_, tick)| tick.trim().parse::<u64>().ok());
+        let tick = tick.ok_or_else(|| state.clone())?;
+        let first = *first.get_or_insert(tick);
+        if tick >= first + 2 && tick >= ticks {
+            Ok(state)
+        } else {
+            Err(state)
+        }
+    })?)
+}
+
+fn start(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
+    node.shell("mkdir -p /var/lib/shared").run()?;
+    node.start_snapshotter()?;
+    let config = ContainerdConfig {
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    };
+    node.start_containerd(&config)?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    for image in [Image::pause(bed.settings())?, holder] {
+        node.import_image_into("k8s.io", &image, "transship")?;
+    }
+    Ok(())
+}
