@@ -43,6 +43,18 @@ const EXPLANATIONS: &[(&str, &str)] = &[
         "Connected TCP socket",
         "--tcp established or --tcp close says what becomes of it",
     ),
+    (
+        "In-flight connection",
+        "--skip-in-flight leaves connections out that have not been accepted",
+    ),
+    (
+        "Can't dump ghost file",
+        "--ghost-limit keeps larger files without a name",
+    ),
+    (
+        "Can't create link remap",
+        "--link-remap keeps open files that have lost their name",
+    ),
 ];
 
 /// The first line of `log` that tells why CRIU gave up, without time and place; with a second one

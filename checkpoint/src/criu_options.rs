@@ -176,13 +176,18 @@ impl CriuOptions {
     /// What a restore needs that is no flag of every runtime, as lines of a CRIU configuration
     /// file.
     #[must_use]
-    pub fn restore_lines(&self) -> Vec<&'static str> {
+    pub fn restore_lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         if self.tcp == Tcp::Close {
-            lines.push("tcp-close");
+            lines.push("tcp-close".to_owned());
         }
         if self.empty_ns.is_some() {
-            lines.push("empty-ns net");
+            lines.push("empty-ns net".to_owned());
+        }
+        if let Some(mode) = self.manage_cgroups_mode {
+            // crun 1.28 has the flag, and CRIU does not hear of it. The value is an optional one, so
+            // it needs the equals sign.
+            lines.push(format!("manage-cgroups={mode}"));
         }
         lines
     }
@@ -191,11 +196,11 @@ impl CriuOptions {
     /// is `held` lets no task run before it is let go.
     #[must_use]
     pub fn restore_config(&self, own: &str, held: bool) -> String {
-        let lines = own
-            .lines()
+        let lines = own.lines().map(ToOwned::to_owned);
+        let lines = lines
             .chain(self.restore_lines())
-            .chain(held.then_some("leave-stopped"));
-        lines.flat_map(|line| [line, "\n"]).collect()
+            .chain(held.then(|| "leave-stopped".to_owned()));
+        lines.map(|line| line + "\n").collect()
     }
 
     fn common_flags(&self) -> Vec<RuntimeFlag> {
@@ -266,7 +271,10 @@ mod tests {
         restore.push(("empty-ns", Some("network".to_owned())));
         restore.push(("lsm-profile", Some("apparmor:web".to_owned())));
         assert_eq!(options.restore_flags(), restore);
-        assert_eq!(options.restore_lines(), ["tcp-close", "empty-ns net"]);
+        assert_eq!(
+            options.restore_lines(),
+            ["tcp-close", "empty-ns net", "manage-cgroups=ignore"]
+        );
         let mut dump = common.to_vec();
         dump.push(("tcp-established", None));
         assert_eq!(options.dump_flags(), dump);

@@ -8,6 +8,7 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
 
 mod criu_options;
+mod crun;
 mod differ;
 mod journey;
 mod pod_refusals;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
     let cases = starts::cases()
         .chain(criu_options::cases())
+        .chain(crun::cases())
         .chain(differ::cases())
         .chain(journey::cases())
         .chain(pod_refusals::cases())

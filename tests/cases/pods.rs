@@ -135,7 +135,7 @@ pub(crate) fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> 
 }
 
 /// How far a counter has counted; every value once.
-fn reached(cri: &Cri, id: &str) -> anyhow::Result<u64> {
+pub(crate) fn reached(cri: &Cri, id: &str) -> anyhow::Result<u64> {
     let answer = cri.exec(id, &["cat", "/data/counts"])?;
     let text = String::from_utf8(answer.stdout)?;
     let mut last = 0;

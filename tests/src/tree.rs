@@ -40,6 +40,9 @@ const PACKAGES: [&str; 16] = [
     "zstd",
 ];
 
+/// crun loads it at run time, so its package does not need it. Only forky's crun is tested with it.
+const LIBCRIU: &str = "libcriu2";
+
 /// CRIU and those of its libraries that trixie does not have, or not in this version.
 const CRIU_PACKAGES: [&str; 4] = ["criu", "libcompel1", "libnet9", "libnl-3-200"];
 
@@ -195,9 +198,13 @@ impl Part {
         command.args(["--quiet", "--format=directory"]);
         let suite = match self {
             Part::Base { suite } => {
+                let mut packages = PACKAGES.to_vec();
+                if suite == "forky" {
+                    packages.push(LIBCRIU);
+                }
                 command.args([
                     "--variant=minbase",
-                    &format!("--include={}", PACKAGES.join(",")),
+                    &format!("--include={}", packages.join(",")),
                 ]);
                 command.arg("--customize-hook=rm -rf \"$1\"/usr/share/{doc,man,locale}");
                 suite

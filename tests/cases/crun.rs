@@ -1,0 +1,77 @@
+//! The runtime crun, behind a front called transship-crun: a pod through the plain CRI.
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Image, NodeOptions, Testbed, Tree, journey,
+};
+
+use crate::Case;
+use crate::pods::{FIRST, SECOND, reached};
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [Case {
+        what: "pod_crun",
+        tree: Tree::Forky,
+        run: a_pod_of_crun_comes_back,
+    }]
+    .into_iter()
+}
+
+fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
+    let options = NodeOptions {
+        without_unified_cgroup: true,
+        ..NodeOptions::default()
+    };
+    let node = bed.node_with("a", &options)?;
+    node.shell("ln -s transship-runc /usr/local/bin/transship-crun")
+        .run()?;
+    node.start_snapshotter()?;
+    node.start_containerd(&ContainerdConfig {
+        transship_diff: false,
+        runtime_binary: Some("/usr/local/bin/transship-crun".to_owned()),
+        ..ContainerdConfig::transship()
+    })?;
+    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
+        node.import_image_into("k8s.io", &image, "transship")?;
+    }
+    let check = node.command("transship").arg("check").output()?;
+    let said = String::from_utf8_lossy(&check.stdout).into_owned();
+    ensure!(
+        said.lines()
+            .any(|line| line.starts_with("ok") && line.contains(" crun ")),
+        "{said}"
+    );
+
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let first = cri.run_container(&pod, &FIRST)?;
+    let second = cri.run_container(&pod, &SECOND)?;
+    journey::ask(&node, &cri.pod_ip(&pod)?)?;
+    let before = [reached(&cri, &first)?, reached(&cri, &second)?];
+    let checkpoint = "transship checkpoint --pod shop/web --name web --tcp close --ghost-limit 2M";
+    node.shell(checkpoint).run()?;
+    cri.remove_pod(&pod)?;
+
+    // On a mix of cgroup v1 and v2 CRIU wants to set up a v2 hierarchy that the node does not show.
+    let restore = [
+        ("dev.transship/restore", "web"),
+        ("dev.transship/manage-cgroups-mode", "ignore"),
+    ];
+    let pod = cri.run_pod(("shop", "web-again"), &restore, false)?;
+    for (container, before) in [FIRST, SECOND].iter().zip(before) {
+        // Held between the two calls, as with runc.
+        let id = cri.create_container(&pod, container)?;
+        cri.start_container(&id)?;
+        ensure!(cri.runs(&id)?, "the restored container runs");
+        let now = reached(&cri, &id)?;
+        ensure!(now >= before, "{now} is not beyond {before}");
+    }
+    let reply = journey::ask(&node, &cri.pod_ip(&pod)?)?;
+    ensure!(
+        reply.memory_ok && reply.hostname == "web-again",
+        "{reply:?}"
+    );
+    cri.remove_pod(&pod)?;
+    node.shell("transship rm web").run()?;
+    journey::check_nothing_left(&node)
+}
