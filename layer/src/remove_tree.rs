@@ -92,6 +92,10 @@ fn visit(
                 }
             };
             if is_directory {
+                // An empty one costs a single call.
+                if !keep_directories && unlinkat(&current, name, UnlinkatFlags::RemoveDir).is_ok() {
+                    continue;
+                }
                 current = open_directory(current.as_fd(), name)?;
                 levels.push(Level::open(&current)?);
             } else {

@@ -1,15 +1,22 @@
 //! Work that no answer waits for: deleting `gone-*` directories, counting large layers.
 //!
-//! One thread does it in the order in which it was ordered. What fails is logged; directories that
-//! cannot be deleted (busy, immutable) stay `gone-*`, and Cleanup and the next start try again.
+//! One thread does it in the order in which it was ordered, [`GATHERING`] after the first order: a
+//! removal seldom comes alone (garbage collection takes many, an ended container makes room for the next)
+//! and each deletion would contend with the call after it for the lock of `snapshots/`. What fails is
+//! logged; directories that cannot be deleted (busy, immutable) stay `gone-*`, and Cleanup and the next
+//! start try again.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use crate::error::{IoContext, Result, SnapshotError, chain};
+
+/// How long orders are gathered before the first is carried out; a stop does not wait for it.
+const GATHERING: Duration = Duration::from_millis(100);
 
 type Task = Box<dyn FnOnce() -> Result<()> + Send>;
 
@@ -38,13 +45,18 @@ impl Background {
         let backlog = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&backlog);
         let run = move || {
-            for task in receiver {
-                match task() {
-                    // Removed before its turn came.
-                    Ok(()) | Err(SnapshotError::NotFound { .. }) => {}
-                    Err(error) => tracing::warn!(error = chain(&error), "left for later"),
+            while let Ok(first) = receiver.recv() {
+                let (mut gathered, end) = (vec![first], Instant::now() + GATHERING);
+                // Ends early when nobody can order any more.
+                while let Ok(task) =
+                    receiver.recv_timeout(end.saturating_duration_since(Instant::now()))
+                {
+                    gathered.push(task);
                 }
-                count.fetch_sub(1, Ordering::Relaxed);
+                for task in gathered {
+                    carry_out(task);
+                    count.fetch_sub(1, Ordering::Relaxed);
+                }
             }
         };
         let thread = thread::Builder::new()
@@ -93,5 +105,12 @@ impl Background {
         {
             tracing::error!("the background thread panicked");
         }
+    }
+}
+fn carry_out(task: Task) {
+    match task() {
+        // Removed before its turn came.
+        Ok(()) | Err(SnapshotError::NotFound { .. }) => {}
+        Err(error) => tracing::warn!(error = chain(&error), "left for later"),
     }
 }

@@ -7,10 +7,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A place between two steps of an RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(
-    not(debug_assertions),
-    expect(dead_code, reason = "only tests ask for the name")
-)]
 pub(crate) struct Step(pub(crate) &'static str);
 
 /// All steps, for tests that go through them.
