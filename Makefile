@@ -53,7 +53,7 @@ install: ## Install the built release binaries, units and sample configurations 
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 0755 $(BINARIES:%=target/release/%) $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/transship
-	for unit in config/*.service; do \
+	for unit in config/*.service config/*.socket; do \
 	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \
 	done
 	install -m 0644 config/*.toml $(DESTDIR)$(PREFIX)/share/transship/

@@ -1,30 +1,29 @@
-//! The daemon around the service: one per root, one per socket, ready when it says so, and out of the
-//! way in an orderly manner.
+//! The daemon around the service: one per root, ready when it says so, and out of the way in an orderly
+//! manner.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixDatagram, UnixStream as StdUnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-use tokio_stream::wrappers::ReceiverStream;
 
 use crate::config::Config;
 use crate::disk;
 use crate::error::{IoContext, Result, SnapshotError, chain};
 use crate::fault::Faults;
+use crate::fsck::{self, Problem};
 use crate::metadata::Metadata;
 use crate::metrics::{self, Metrics};
 use crate::mounts::SnapshotPaths;
 use crate::probe;
 use crate::service::{self, Service};
 use crate::snapshots::{Options, Snapshots};
+use crate::socket::Socket;
 
 /// How long calls in flight may take after the order to stop; a List of a stuck client must not keep
 /// the node from shutting down.
@@ -104,99 +103,6 @@ pub fn open_snapshots(
     Ok((lock, Snapshots::open(paths, metadata, options, faults)?))
 }
 
-/// A listening socket that removes its path when it is told to stop.
-#[derive(Debug)]
-pub struct Socket {
-    listener: UnixListener,
-    pub(crate) path: PathBuf,
-}
-
-impl Socket {
-    /// Listens on `path` (mode 0600, its directory made with 0700 when missing). The socket of a
-    /// daemon that died is replaced.
-    ///
-    /// # Errors
-    /// I/O errors, a live daemon on that socket, something there that is no socket.
-    pub fn listen(path: &Path) -> Result<Self> {
-        if let Some(dir) = path.parent() {
-            disk::create_private_dir(dir)?;
-        }
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).during("stat", path),
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(SnapshotError::Invalid {
-                    reason: format!("{} is there and is not a socket", path.display()),
-                });
-            }
-            Ok(_) if StdUnixStream::connect(path).is_ok() => {
-                return Err(SnapshotError::Invalid {
-                    reason: format!("another daemon listens on {}", path.display()),
-                });
-            }
-            Ok(_) => {
-                tracing::info!(path = %path.display(), "replacing the socket of a dead daemon");
-            }
-        }
-        // Made under another name and moved: whoever sees the socket finds its mode right and somebody
-        // listening.
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(format!(".{}", std::process::id()));
-        let temporary = PathBuf::from(temporary);
-        let listener = UnixListener::bind(&temporary).during("listen on", &temporary)?;
-        fs::set_permissions(&temporary, Permissions::from_mode(0o600))
-            .during("chmod", &temporary)?;
-        fs::rename(&temporary, path).during("rename", temporary)?;
-        Ok(Self {
-            listener,
-            path: path.to_path_buf(),
-        })
-    }
-
-    /// The connections until `stop` resolves; see [`Socket::accept_until`].
-    pub(crate) fn into_connections(
-        self,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> ReceiverStream<io::Result<UnixStream>> {
-        self.accept_until(stop).0
-    }
-
-    /// Accepts until `stop` resolves; then the path is removed, and the task ends. To be waited for
-    /// before connections are closed: containerd's dialer waits for a missing socket to appear, but
-    /// its calls fail on one that refuses.
-    fn accept_until(
-        self,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> (ReceiverStream<io::Result<UnixStream>>, JoinHandle<()>) {
-        let (sender, receiver) = tokio::sync::mpsc::channel(16);
-        let task = tokio::spawn(async move {
-            tokio::pin!(stop);
-            loop {
-                let accepted = tokio::select! {
-                    accepted = self.listener.accept() => accepted,
-                    () = &mut stop => break,
-                };
-                match accepted {
-                    Ok((connection, _)) => {
-                        if sender.send(Ok(connection)).await.is_err() {
-                            break;
-                        }
-                    }
-                    Err(error) => {
-                        // Out of file descriptors, most likely: calls that end will free some.
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                }
-            }
-            if let Err(error) = fs::remove_file(&self.path) {
-                tracing::warn!(%error, path = %self.path.display(), "cannot remove the socket");
-            }
-        });
-        (ReceiverStream::new(receiver), task)
-    }
-}
-
 /// Serves `snapshots` on `socket` (and metrics, if `config` says where) until `stop` resolves, then lets
 /// calls in flight finish.
 ///
@@ -245,23 +151,49 @@ pub async fn serve(
     outcome
 }
 
-/// Tells systemd (`sd_notify`, Type=notify) about the daemon's state. `socket` is the value of
-/// NOTIFY_SOCKET; `state` is for example `READY=1`.
+/// Compares the database below `root` with the directories; the daemon must not be running.
 ///
 /// # Errors
-/// I/O errors.
-pub fn notify_systemd(socket: &Path, state: &str) -> io::Result<()> {
-    use std::os::linux::net::SocketAddrExt;
-    let datagram = UnixDatagram::unbound()?;
-    match socket.as_os_str().as_encoded_bytes() {
-        // A leading @ stands for the abstract namespace.
-        [b'@', name @ ..] => {
-            let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
-            datagram.send_to_addr(state.as_bytes(), &address)?;
-        }
-        _ => {
-            datagram.send_to(state.as_bytes(), socket)?;
-        }
+/// I/O errors, a root in use.
+pub fn check_root(root: &Path, repair: bool) -> Result<Vec<Problem>> {
+    let _lock = RootLock::take(root)?;
+    let root = fs::canonicalize(root).during("resolve", root)?;
+    fsck::check(&root, repair)
+}
+
+/// Where systemd hears of the daemon's state (`sd_notify`, Type=notify).
+#[derive(Debug, Clone)]
+pub struct Systemd {
+    socket: Option<PathBuf>,
+}
+
+impl Systemd {
+    /// `socket` is the value of `NOTIFY_SOCKET`; without one nobody wants to know.
+    #[must_use]
+    pub fn at(socket: Option<PathBuf>) -> Self {
+        Self { socket }
     }
-    Ok(())
+
+    /// Tells a state, for example `READY=1`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn notify(&self, state: &str) -> Result<()> {
+        use std::os::linux::net::SocketAddrExt;
+        let Some(socket) = &self.socket else {
+            return Ok(());
+        };
+        let send = || {
+            let datagram = UnixDatagram::unbound()?;
+            match socket.as_os_str().as_encoded_bytes() {
+                // A leading @ stands for the abstract namespace.
+                [b'@', name @ ..] => {
+                    let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+                    datagram.send_to_addr(state.as_bytes(), &address)
+                }
+                _ => datagram.send_to(state.as_bytes(), socket),
+            }
+        };
+        send().map(drop).during("notify systemd through", socket)
+    }
 }

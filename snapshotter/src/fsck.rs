@@ -41,6 +41,28 @@ pub struct Problem {
     pub mended: bool,
 }
 
+/// What was found, a line each, and how much of it is left.
+#[must_use]
+pub fn report(problems: &[Problem]) -> String {
+    let line = |problem: &Problem| {
+        let act = if problem.mended { "mended" } else { "FOUND" };
+        format!("{act}: {}\n", problem.what)
+    };
+    let left = problems.iter().filter(|problem| !problem.mended).count();
+    let lines: String = problems.iter().map(line).collect();
+    format!("{lines}{} problems, {left} left\n", problems.len())
+}
+
+/// As those of fsck(8): 0 clean, 1 mended, 4 something is left.
+#[must_use]
+pub fn exit_code(problems: &[Problem]) -> u8 {
+    if problems.iter().any(|problem| !problem.mended) {
+        4
+    } else {
+        u8::from(!problems.is_empty())
+    }
+}
+
 /// Checks the root directory of a daemon that is not running (the caller holds its lock).
 ///
 /// # Errors

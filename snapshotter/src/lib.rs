@@ -13,9 +13,10 @@
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
 //!
-//! Around it: `cli.rs` and `config.rs` (flags, file), `workers.rs` (the threads that calls run on),
-//! `logging.rs`, `metrics.rs`, `probe.rs` (what this kernel needs), `daemon.rs` (lock, socket, systemd, stop), `fsck.rs` (check and repair), `fault.rs`
-//! (where crash tests kill the process).
+//! Around it: `cli.rs` and `config.rs` (flags, file), `dispatch.rs` and `workers.rs` (the threads that calls run on),
+//! `logging.rs`, `metrics.rs`, `probe.rs` (what this kernel needs), `daemon.rs` (lock, systemd, stop),
+//! `socket.rs` (made here or handed over), `fsck.rs` (check and repair), `fault.rs` (where crash tests
+//! kill the process).
 
 pub mod background;
 pub mod changes;
@@ -24,6 +25,7 @@ pub mod config;
 pub mod daemon;
 pub mod diff;
 pub mod disk;
+pub mod dispatch;
 pub mod error;
 pub mod fault;
 pub mod filter;
@@ -39,5 +41,6 @@ pub mod record;
 mod reserve;
 pub mod service;
 pub mod snapshots;
+pub mod socket;
 pub mod usage;
 pub mod workers;

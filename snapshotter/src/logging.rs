@@ -1,5 +1,6 @@
 //! Log lines on stderr, with a level that can change while the daemon runs.
 
+use tokio::signal::unix::Signal;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::Registry;
@@ -20,6 +21,23 @@ impl LogLevel {
     pub fn change(&self, level: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.0.reload(filter(level)?)?;
         Ok(())
+    }
+
+    /// At every `order` (a signal) logs at the level that `read` then says.
+    pub async fn follow<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        self,
+        mut order: Signal,
+        read: impl Fn() -> Result<String, E>,
+    ) {
+        while order.recv().await.is_some() {
+            let changed = read()
+                .map_err(Into::into)
+                .and_then(|level| self.change(&level).map(|()| level));
+            match changed {
+                Ok(level) => tracing::info!(level, "log level"),
+                Err(error) => tracing::warn!(error, "the log level stays"),
+            }
+        }
     }
 }
 

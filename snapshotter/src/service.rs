@@ -3,7 +3,7 @@
 //! module and its dependency change).
 //!
 //! A request comes in as the crate's trait call, is logged once with its key, duration and result, and
-//! goes to the blocking threads, where [`Snapshots`] does it. gRPC codes are decided in
+//! goes to the thread where [`Snapshots`] does it (dispatch.rs). gRPC codes are decided in
 //! `From<SnapshotError> for Status` alone.
 
 use std::collections::HashMap;
@@ -17,24 +17,22 @@ use containerd_snapshots as api;
 use containerd_snapshots::tonic::transport::Server;
 use containerd_snapshots::tonic::{self, Code, Status};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::dispatch::{Dispatch, InFlight, Work};
 use crate::error::{SnapshotError, chain};
 use crate::filter::Filter;
 use crate::metrics::Metrics;
 use crate::mounts::Mount;
 use crate::record::{Info, Kind};
 use crate::snapshots::Snapshots;
-use crate::workers::Workers;
 
 /// containerd's own limit for messages.
 const MAX_MESSAGE: usize = 16 << 20;
 /// Snapshots that List reads ahead of its client.
 const LIST_AHEAD: usize = 256;
-/// Usage calls that are worked on at the same time.
-const USAGE_WORKERS: usize = 2;
 
 /// Serves the snapshots API on `connections` until `stop` resolves; calls in flight are finished.
 ///
@@ -53,47 +51,12 @@ pub async fn serve(
     Ok(())
 }
 
-/// The calls that have come in and are not answered yet.
-#[derive(Debug, Clone)]
-pub struct InFlight(watch::Sender<usize>);
-
-impl Default for InFlight {
-    fn default() -> Self {
-        Self(watch::Sender::new(0))
-    }
-}
-
-impl InFlight {
-    /// Resolves when there are none.
-    pub async fn ended(&self) {
-        // Fails only without a sender, and `self` is one.
-        drop(self.0.subscribe().wait_for(|count| *count == 0).await);
-    }
-
-    fn enter(&self) -> InFlightCall {
-        self.0.send_modify(|count| *count += 1);
-        InFlightCall(self.clone())
-    }
-}
-
-/// One call; it ends when this is dropped.
-struct InFlightCall(InFlight);
-
-impl Drop for InFlightCall {
-    fn drop(&mut self) {
-        self.0.0.send_modify(|count| *count -= 1);
-    }
-}
-
 /// The snapshots service.
 #[derive(Debug)]
 pub struct Service {
     snapshots: Arc<Snapshots>,
     metrics: Arc<Metrics>,
-    in_flight: InFlight,
-    workers: Workers,
-    /// Usage has threads of its own: it may walk large trees and must not keep the others waiting.
-    usage_workers: Workers,
+    dispatch: Dispatch,
 }
 
 impl Service {
@@ -109,44 +72,32 @@ impl Service {
         Ok(Self {
             snapshots,
             metrics,
-            in_flight: InFlight::default(),
-            workers: Workers::start("call", concurrent_calls.max(1))?,
-            usage_workers: Workers::start("usage", USAGE_WORKERS)?,
+            dispatch: Dispatch::start(concurrent_calls)?,
         })
     }
 
     /// Tells when the calls that have come in are answered.
     #[must_use]
     pub fn calls_in_flight(&self) -> InFlight {
-        self.in_flight.clone()
+        self.dispatch.in_flight()
     }
 
-    /// Runs `act` on a blocking thread and logs how it went.
+    /// Runs `act` where its `work` belongs and logs how it went.
     async fn call<T: Send + 'static>(
         &self,
         rpc: &'static str,
         key: &str,
+        work: Work,
         act: impl FnOnce(&Arc<Snapshots>) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
         let start = Instant::now();
-        let _call = self.in_flight.enter();
-        let workers = if rpc == "usage" {
-            &self.usage_workers
-        } else {
-            &self.workers
-        };
         let snapshots = Arc::clone(&self.snapshots);
-        let result = match workers.run(move || act(&snapshots)).await {
+        let result = match self.dispatch.run(work, move || act(&snapshots)).await {
             Some(result) => result.map_err(Status::from),
             None => Err(Status::internal(format!("{rpc} panicked"))),
         };
-        note_call(
-            &self.metrics,
-            rpc,
-            key,
-            start.elapsed(),
-            result.as_ref().err(),
-        );
+        let failure = result.as_ref().err();
+        note_call(&self.metrics, rpc, key, start.elapsed(), failure);
         result
     }
 }
@@ -185,7 +136,7 @@ impl api::Snapshotter for Service {
 
     async fn stat(&self, key: String) -> Result<api::Info, Status> {
         let asked = key.clone();
-        self.call("stat", &asked, move |s| s.stat(&key))
+        self.call("stat", &asked, Work::Look, move |s| s.stat(&key))
             .await
             .map(to_wire)
     }
@@ -200,12 +151,16 @@ impl api::Snapshotter for Service {
         let update = move |s: &Arc<Snapshots>| {
             s.update(&info.name, info.labels.into_iter().collect(), &fields)
         };
-        self.call("update", &asked, update).await.map(to_wire)
+        self.call("update", &asked, Work::Write, update)
+            .await
+            .map(to_wire)
     }
 
     async fn usage(&self, key: String) -> Result<api::Usage, Status> {
         let asked = key.clone();
-        let usage = self.call("usage", &asked, move |s| s.usage(&key)).await?;
+        let usage = self
+            .call("usage", &asked, Work::Count, move |s| s.usage(&key))
+            .await?;
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         Ok(api::Usage {
             inodes: number(usage.inodes),
@@ -215,7 +170,7 @@ impl api::Snapshotter for Service {
 
     async fn mounts(&self, key: String) -> Result<Vec<api::api::types::Mount>, Status> {
         let asked = key.clone();
-        self.call("mounts", &asked, move |s| s.mounts(&key))
+        self.call("mounts", &asked, Work::Look, move |s| s.mounts(&key))
             .await
             .map(mounts_to_wire)
     }
@@ -227,9 +182,10 @@ impl api::Snapshotter for Service {
         labels: HashMap<String, String>,
     ) -> Result<Vec<api::api::types::Mount>, Status> {
         let asked = key.clone();
+        let work = Snapshots::work_of_prepare(&labels);
         let prepare =
             move |s: &Arc<Snapshots>| s.prepare(&key, &parent, labels.into_iter().collect());
-        self.call("prepare", &asked, prepare)
+        self.call("prepare", &asked, work, prepare)
             .await
             .map(mounts_to_wire)
     }
@@ -242,7 +198,9 @@ impl api::Snapshotter for Service {
     ) -> Result<Vec<api::api::types::Mount>, Status> {
         let asked = key.clone();
         let view = move |s: &Arc<Snapshots>| s.view(&key, &parent, labels.into_iter().collect());
-        self.call("view", &asked, view).await.map(mounts_to_wire)
+        self.call("view", &asked, Work::Write, view)
+            .await
+            .map(mounts_to_wire)
     }
 
     async fn commit(
@@ -253,16 +211,20 @@ impl api::Snapshotter for Service {
     ) -> Result<(), Status> {
         let asked = key.clone();
         let commit = move |s: &Arc<Snapshots>| s.commit(&name, &key, labels.into_iter().collect());
-        self.call("commit", &asked, commit).await
+        let work = self.snapshots.work_of_commit();
+        self.call("commit", &asked, work, commit).await
     }
 
     async fn remove(&self, key: String) -> Result<(), Status> {
         let asked = key.clone();
-        self.call("remove", &asked, move |s| s.remove(&key)).await
+        let work = self.snapshots.work_of_remove();
+        self.call("remove", &asked, work, move |s| s.remove(&key))
+            .await
     }
 
     async fn clear(&self) -> Result<(), Status> {
-        self.call("cleanup", "", |s| s.cleanup()).await
+        self.call("cleanup", "", Work::LongWrite, |s| s.cleanup())
+            .await
     }
 
     async fn list(
@@ -277,7 +239,7 @@ impl api::Snapshotter for Service {
                 note_call(&self.metrics, "list", &asked, Duration::ZERO, Some(status));
             })?;
         let snapshots = Arc::clone(&self.snapshots);
-        let call = self.in_flight.enter();
+        let call = self.dispatch.enter();
         let metrics = Arc::clone(&self.metrics);
         let (sender, receiver) = mpsc::channel(LIST_AHEAD);
         tokio::task::spawn_blocking(move || {

@@ -31,7 +31,7 @@
 //! two as they like: an active snapshot or view gets its (empty) directory again at start; a committed
 //! layer that is missing is reported. `durable_commit` prevents that for layers.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,6 +39,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::background::Background;
 use crate::disk::{self, Entry};
+use crate::dispatch::Work;
 use crate::error::{IoContext, Result, SnapshotError, chain};
 use crate::fault::{Faults, Step};
 use crate::filter::Filter;
@@ -196,6 +197,24 @@ impl Snapshots {
         }
         let highest = known.keys().chain(&unknown).max().copied().unwrap_or(0);
         self.metadata.skip_ids_through(highest)
+    }
+
+    /// What [`Snapshots::prepare`] with these labels has to do.
+    #[must_use]
+    pub fn work_of_prepare(labels: &HashMap<String, String>) -> Work {
+        long_if(labels.contains_key(labels::IMPORT))
+    }
+
+    /// What [`Snapshots::commit`] has to do.
+    #[must_use]
+    pub fn work_of_commit(&self) -> Work {
+        long_if(self.options.durable_commit)
+    }
+
+    /// What [`Snapshots::remove`] has to do.
+    #[must_use]
+    pub fn work_of_remove(&self) -> Work {
+        long_if(self.options.sync_remove)
     }
 
     /// Makes a writable snapshot on top of `parent` (empty: on nothing).
@@ -603,6 +622,14 @@ impl Snapshots {
                 "fsck could not rebuild this snapshot"
             );
         }
+    }
+}
+
+fn long_if(is_long: bool) -> Work {
+    if is_long {
+        Work::LongWrite
+    } else {
+        Work::Write
     }
 }
 

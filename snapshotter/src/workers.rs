@@ -3,10 +3,10 @@
 //! A fixed number, because each thread costs memory for as long as the daemon runs; tokio's own pool
 //! for blocking work starts a new one whenever none happens to be idle.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use tokio::sync::oneshot;
@@ -16,13 +16,32 @@ use crate::error::{IoContext, Result};
 type Job = Box<dyn FnOnce() + Send>;
 
 /// Some threads that share a queue; they end when this is dropped and the queue is empty.
-pub struct Workers {
-    queue: Sender<Job>,
+pub struct Workers(Arc<Queue>);
+
+/// What the threads share. A condition variable wakes one of them per job; a channel's receiver behind
+/// a lock would wake a second one, to hold the lock.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<State>,
+    job_or_end: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    ended: bool,
 }
 
 impl fmt::Debug for Workers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Workers").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.0.lock().ended = true;
+        self.0.job_or_end.notify_all();
     }
 }
 
@@ -32,16 +51,15 @@ impl Workers {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(name: &str, count: usize) -> Result<Self> {
-        let (queue, jobs) = channel();
-        let jobs = Arc::new(Mutex::new(jobs));
+        let workers = Self(Arc::default());
         for n in 0..count {
-            let jobs = Arc::clone(&jobs);
+            let queue = Arc::clone(&workers.0);
             thread::Builder::new()
                 .name(format!("{name}-{n}"))
-                .spawn(move || work(&jobs))
+                .spawn(move || queue.work())
                 .during("start a thread for", name)?;
         }
-        Ok(Self { queue })
+        Ok(workers)
     }
 
     /// Does `act` on the next free thread; `None` when it panicked.
@@ -55,17 +73,31 @@ impl Workers {
             // Fails when the client has gone away meanwhile; the work is done all the same.
             drop(sender.send(result));
         };
-        self.queue.send(Box::new(job)).ok()?;
+        self.0.lock().jobs.push_back(Box::new(job));
+        self.0.job_or_end.notify_one();
         receiver.await.ok()
     }
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>) {
-    loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = job else { return };
-        // The panic has been printed; one call must not take a thread from the others.
-        drop(catch_unwind(AssertUnwindSafe(job)));
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        while let Some(job) = self.next() {
+            // The panic has been printed; one call must not take a thread from the others.
+            drop(catch_unwind(AssertUnwindSafe(job)));
+        }
+    }
+
+    fn next(&self) -> Option<Job> {
+        let idle = |state: &mut State| state.jobs.is_empty() && !state.ended;
+        let mut state = self
+            .job_or_end
+            .wait_while(self.lock(), idle)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.jobs.pop_front()
     }
 }
 

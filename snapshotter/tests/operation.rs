@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Output;
 
@@ -124,47 +124,6 @@ fn root_files_are_private_and_the_socket_goes_at_stop() {
         let daemon = site.start(&[]);
         daemon.client().await.prepare("b", "", &[]).await.unwrap();
         assert_eq!(site.directories(), ["1", "2"]);
-    });
-}
-
-#[test]
-fn root_systemd_is_told() {
-    as_root(async || {
-        for abstract_name in [false, true] {
-            let site = Site::new();
-            let path = site.path().join("notify");
-            let name = format!("@transship-test-{}", std::process::id());
-            let socket = if abstract_name {
-                use std::os::linux::net::SocketAddrExt;
-                let address = std::os::unix::net::SocketAddr::from_abstract_name(&name[1..]);
-                UnixDatagram::bind_addr(&address.unwrap()).unwrap()
-            } else {
-                UnixDatagram::bind(&path).unwrap()
-            };
-            let value = if abstract_name {
-                name.clone()
-            } else {
-                path.display().to_string()
-            };
-            let mut command = site.command();
-            command
-                .arg("--address")
-                .arg(site.socket())
-                .env("NOTIFY_SOCKET", value);
-            let mut child = command.spawn().unwrap();
-            let mut message = [0; 64];
-            let length = socket.recv(&mut message).unwrap();
-            assert_eq!(&message[..length], b"READY=1");
-            assert!(
-                site.socket().try_exists().unwrap(),
-                "ready means that it listens"
-            );
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-            nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
-            let length = socket.recv(&mut message).unwrap();
-            assert_eq!(&message[..length], b"STOPPING=1");
-            assert!(child.wait().unwrap().success());
-        }
     });
 }
 

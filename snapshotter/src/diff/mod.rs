@@ -31,7 +31,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use transship_proto::diff_server::DiffServer;
 
-use crate::daemon::Socket;
+use crate::socket::Socket;
 use service::{Calls, DiffService};
 use store::Containerd;
 
@@ -52,7 +52,7 @@ pub struct RunningDiffer {
 pub fn start(socket: Socket, containerd: PathBuf) -> RunningDiffer {
     let (give_up, given_up) = watch::channel(false);
     let (stop, stopped) = watch::channel(false);
-    let service = DiffService::new(&socket.path, Containerd::at(containerd), given_up);
+    let service = DiffService::new(socket.path(), Containerd::at(containerd), given_up);
     let connections = socket.into_connections(ordered(stopped.clone()));
     let server = transport::Server::builder()
         .add_service(DiffServer::new(Calls(service)))

@@ -57,19 +57,22 @@ impl Site {
         std::fs::read_to_string(self.path().join("log")).unwrap_or_default()
     }
 
-    /// The daemon's command with its root and socket.
-    pub fn command(&self) -> Command {
-        let log = File::options()
+    pub fn open_log(&self) -> File {
+        File::options()
             .create(true)
             .append(true)
             .open(self.path().join("log"))
-            .unwrap();
+            .unwrap()
+    }
+
+    /// The daemon's command with its root and socket.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_transship-snapshotter"));
         command.arg("--root").arg(self.root());
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log);
+            .stderr(self.open_log());
         command
     }
 
