@@ -1,11 +1,13 @@
 //! The snapshotter under a real containerd: every `ctr snapshots` command, and what happens to it in
 //! the life of a node.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Image, Node, Testbed, journey, poll_until,
+    CommandRun as _, ContainerdConfig, Image, Node, Testbed, Tree, journey, poll_until,
 };
 
 use crate::Case;
@@ -16,6 +18,19 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             "snapshotter_lifecycle",
             daemon_and_containerd_come_and_go,
         ))
+        .chain(Case::on_all_trees(
+            "snapshotter_restarts",
+            containers_start_while_the_daemon_restarts,
+        ))
+        .chain(Case::on_all_trees(
+            "snapshotter_usage",
+            kubelet_learns_what_images_take,
+        ))
+        .chain([Case {
+            what: "snapshotter_remaps_ids",
+            tree: Tree::Forky,
+            run: user_namespaces_share_the_layers,
+        }])
         .chain(Case::on_all_trees(
             "snapshotter_collects",
             garbage_goes_and_nothing_else,
@@ -171,6 +186,120 @@ fn daemon_and_containerd_come_and_go(bed: &Testbed) -> anyhow::Result<()> {
         "/bin/busybox",
         "true",
     ])?;
+    Ok(())
+}
+
+/// The CRI finds the snapshotter's directory: containerd 1.6 by its place, later ones by
+/// `exports.root` of the proxy plugin.
+fn kubelet_learns_what_images_take(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let image = journey::counter_image(bed)?;
+    node.import_image_into("k8s.io", &image, "transship")?;
+    let cri = node.cri()?;
+    poll_until(
+        "the usage of images",
+        Duration::from_secs(40),
+        || match cri.image_usage() {
+            Ok(usage) => {
+                let found = usage.iter().any(|usage| {
+                    let root = "/var/lib/containerd/io.containerd.snapshotter.v1.transship";
+                    let mountpoint = usage.fs_id.as_ref().map(|id| id.mountpoint.as_str());
+                    let used = |value: Option<u64>| value.is_some_and(|value| value > 0);
+                    mountpoint == Some(root)
+                        && used(usage.used_bytes.map(|bytes| bytes.value))
+                        && used(usage.inodes_used.map(|inodes| inodes.value))
+                });
+                if found {
+                    Ok(())
+                } else {
+                    Err(format!("{usage:?}"))
+                }
+            }
+            Err(error) => Err(error.to_string()),
+        },
+    )?;
+    Ok(())
+}
+
+/// A container in a user namespace sees the layers as its own, and they stay as they are: containerd
+/// maps the mount by the labels that Mounts passes on.
+fn user_namespaces_share_the_layers(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let image = journey::counter_image(bed)?;
+    let script = "stat -c %u /bin/busybox; cut -c1-33 /proc/self/uid_map; echo mine > /file";
+    let seen = node.ctr(&[
+        "run",
+        "--snapshotter",
+        "transship",
+        "--uidmap",
+        "0:100000:65536",
+        "--gidmap",
+        "0:200000:65536",
+        "--remap-labels",
+        image.reference(),
+        "mapped",
+        "/bin/busybox",
+        "sh",
+        "-c",
+        script,
+    ])?;
+    let words: Vec<_> = seen.split_whitespace().collect();
+    ensure!(words == ["0", "0", "100000", "65536"], "{seen}");
+    let info = snapshots(&node, &["info", "mapped"])?;
+    ensure!(info.contains("containerd.io/snapshot/uidmapping"), "{info}");
+    let owners = "cd /var/lib/containerd/io.containerd.snapshotter.v1.transship/snapshots; \
+                  stat -c '%u %g' */fs/file; stat -c '%u %g' */fs/bin/busybox";
+    let owners = node.shell(owners).read()?;
+    ensure!(owners == "100000 200000\n0 0\n", "{owners:?}");
+    Ok(())
+}
+
+/// Containers start while the daemon is restarted again and again: containerd waits for it.
+fn containers_start_while_the_daemon_restarts(bed: &Testbed) -> anyhow::Result<()> {
+    const RESTARTS: usize = 5;
+    let node = start(bed)?;
+    let image = journey::counter_image(bed)?;
+    let restarting = AtomicBool::new(true);
+    let run_containers = |starter: usize| {
+        let mut count = 0;
+        while restarting.load(Ordering::Relaxed) {
+            let name = format!("short-{starter}-{count}");
+            node.ctr(&[
+                "run",
+                "--rm",
+                "--snapshotter",
+                "transship",
+                image.reference(),
+                &name,
+                "/bin/busybox",
+                "true",
+            ])
+            .with_context(|| name)?;
+            count += 1;
+        }
+        Ok::<_, anyhow::Error>(count)
+    };
+    let started = thread::scope(|scope| {
+        let run_containers = &run_containers;
+        let starters = [0, 1].map(|n| scope.spawn(move || run_containers(n)));
+        let restart = || {
+            for _ in 0..RESTARTS {
+                node.stop_daemon("snapshotter", "TERM")?;
+                node.start_snapshotter()?;
+                // Some work in between: reconnecting is part of it.
+                snapshots(&node, &["ls"])?;
+            }
+            Ok::<_, anyhow::Error>(())
+        };
+        let restarted = restart();
+        restarting.store(false, Ordering::Relaxed);
+        let mut started = 0;
+        for starter in starters {
+            started += starter.join().expect("a starter does not panic")?;
+        }
+        restarted.map(|()| started)
+    })?;
+    ensure!(started >= RESTARTS, "only {started} containers ran");
     Ok(())
 }
 

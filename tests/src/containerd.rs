@@ -60,6 +60,9 @@ impl ContainerdConfig {
             if tree != Tree::Bookworm {
                 toml += &format!("  exports = {{ root = \"{SNAPSHOTTER_ROOT}\" }}\n");
             }
+            if tree.has_containerd_2() {
+                toml += "  capabilities = [\"remap-ids\"]\n";
+            }
         }
         if self.transship_diff && tree != Tree::Bookworm {
             toml += &format!(

@@ -8,14 +8,15 @@ use std::collections::HashMap;
 use containerd_client::connect;
 use containerd_client::tonic::Status;
 use containerd_client::tonic::transport::Channel;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerConfig,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
-    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest,
+    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, FilesystemUsage, ImageFsInfoRequest,
+    ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
+    PodSandboxMetadata, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
 };
 use tokio::runtime::Runtime;
 
@@ -26,6 +27,7 @@ use crate::node::Node;
 #[derive(Debug)]
 pub struct Cri {
     client: RuntimeServiceClient<Channel>,
+    images: ImageServiceClient<Channel>,
     runtime: Runtime,
 }
 
@@ -74,13 +76,28 @@ impl Node {
             .block_on(connect(socket))
             .map_err(|source| TestbedError::cri("connect", source))?;
         Ok(Cri {
-            client: RuntimeServiceClient::new(channel),
+            client: RuntimeServiceClient::new(channel.clone()),
+            images: ImageServiceClient::new(channel),
             runtime,
         })
     }
 }
 
 impl Cri {
+    /// What images take on disk, as kubelet asks before it collects garbage. containerd counts every
+    /// ten seconds.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn image_usage(&self) -> Result<Vec<FilesystemUsage>, TestbedError> {
+        let mut images = self.images.clone();
+        let answer = self
+            .runtime
+            .block_on(images.image_fs_info(ImageFsInfoRequest {}))
+            .map_err(|source| TestbedError::cri("ask for the usage of images", source))?;
+        Ok(answer.into_inner().image_filesystems)
+    }
+
     /// Runs a sandbox for the pod `namespace`/`name`. Its containers share network, IPC and host
     /// name, and the process ids too if `share_processes`.
     ///

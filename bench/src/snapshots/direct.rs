@@ -7,7 +7,7 @@ use anyhow::Result;
 use tokio::runtime::Runtime;
 use transship_testbed::{Node, Testbed};
 
-use super::load::{CALLS, Target, Turns};
+use super::load::{CALLS, COMMIT, Target, Turns};
 use crate::daemon::{Process, path_from_outside};
 use crate::peer;
 use crate::report::{Better, Goal, Row};
@@ -36,12 +36,12 @@ fn cycles_goal(clients: usize) -> Option<Goal> {
 pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result<Vec<Row>> {
     let node = bed.node("direct")?;
     let peer_program = peer::install(&node, bed.settings())?;
-    let mut ours = start(&node, "ours", OURS)?;
-    let empty = start(&node, "empty", OURS)?;
-    let mut peer = start(&node, "peer", &peer_program)?;
+    let mut ours = start(&node, "ours", &[OURS])?;
+    let empty = start(&node, "empty", &[OURS])?;
+    let mut peer = start(&node, "peer", &[&peer_program])?;
     let last = sizes.levels.last().copied().unwrap_or_default();
 
-    let mut rows = Vec::new();
+    let mut rows = compare_durable(&node, &empty, sizes, runtime)?;
     for &level in &sizes.levels {
         if (ours.present..=level).contains(&sizes.memory_level) {
             runtime.block_on(fill([&mut ours, &mut peer], sizes.memory_level))?;
@@ -68,9 +68,35 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result
     Ok(rows)
 }
 
+/// What `durable_commit` costs: the same daemon with it and without.
+fn compare_durable(
+    node: &Node,
+    plain: &Target,
+    sizes: &Sizes,
+    runtime: &Runtime,
+) -> Result<Vec<Row>> {
+    let config = "/etc/durable.toml";
+    node.write_file(config, "durable_commit = true\n")?;
+    let durable = start(node, "durable", &[OURS, "--config", config])?;
+    let mut rows = Vec::new();
+    for clients in [1, 16] {
+        let (mut with, mut without) = (Turns::default(), Turns::default());
+        for _ in 0..sizes.rounds {
+            take_turn(&mut with, &durable, clients, sizes, runtime)?;
+            take_turn(&mut without, plain, clients, sizes, runtime)?;
+        }
+        let p50 = |turns: &Turns| turns.median(|turn| turn.calls[COMMIT]);
+        let what = format!("Commit p50 with durable_commit, {}", case(0, clients));
+        let row = Row::new(what, "ms", p50(&with));
+        rows.push(row.beside("ours, without", p50(&without), Better::Less));
+    }
+    node.stop_daemon("durable", "TERM")?;
+    Ok(rows)
+}
+
 /// Starts a daemon on a root and a socket of its own; ours and the peer take the same flags, Go's
 /// with one dash or two.
-fn start(node: &Node, name: &str, program: &str) -> Result<Target> {
+fn start(node: &Node, name: &str, program: &[&str]) -> Result<Target> {
     let (root, socket) = (format!("{ROOTS}/{name}"), format!("/run/{name}.sock"));
     let arguments = [
         "--root",
@@ -80,7 +106,7 @@ fn start(node: &Node, name: &str, program: &str) -> Result<Target> {
         "--log-level",
         "error",
     ];
-    node.start_daemon(name, &[&[program], &arguments[..]].concat())?;
+    node.start_daemon(name, &[program, &arguments[..]].concat())?;
     node.wait_for_daemon(name, &["test", "-S", &socket])?;
     Ok(Target {
         socket: path_from_outside(node, &socket),

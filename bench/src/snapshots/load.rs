@@ -12,6 +12,8 @@ use crate::statistics::{median, millis};
 
 /// The calls of a cycle, in their order.
 pub(crate) const CALLS: [&str; 4] = ["Prepare", "Mounts", "Commit", "Remove"];
+/// Which of [`CALLS`] is Commit.
+pub(crate) const COMMIT: usize = 2;
 /// Clients that fill a daemon with snapshots.
 const FILLERS: usize = 32;
 /// Stats in a turn.
