@@ -10,6 +10,7 @@
 //!  createRuntime hook, runtime front --> stage --> /run/transship/pods/<sandbox>/restore/<c>/
 //!      annotations: what is asked for      |-- namespaces: paths of the sandbox into the spec
 //!                                          |-- criu_images: host name and IPC data of the images
+//!                                          |-- shared_dirs: /dev/shm and emptyDirs of the pod
 //!                                          `-- criu_options: CRIU configuration of this restore
 //! ```
 //!
@@ -25,6 +26,7 @@ pub mod manifest;
 pub mod namespaces;
 pub mod node_config;
 pub mod service_account;
+pub mod shared_dirs;
 pub mod spec;
 pub mod stage;
 pub mod store;

@@ -8,6 +8,7 @@
 //!     checkpoint/             CRIU images, descriptors.json of runc
 //!     rootfs-diff.tar         upperdir as an uncompressed OCI layer tar
 //!     dump.log                CRIU's log of the dump
+//!   .shared/                  what the containers of a pod share; see shared_dirs.rs
 //! ```
 //!
 //! The format has a version and a list of features. A reader refuses a version above its own and
@@ -18,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::criu_options::CriuOptions;
+use crate::shared_dirs::{SHARED_DIR, SharedDir};
 use crate::spec::Spec;
 
 /// File name of the manifest inside of a checkpoint.
@@ -42,7 +44,10 @@ pub const MANIFEST_LIMIT: u64 = 64 << 20;
 /// The version that this code writes.
 pub const FORMAT_VERSION: u32 = 1;
 /// The features that this code understands.
-const KNOWN_FEATURES: &[&str] = &[];
+const KNOWN_FEATURES: &[&str] = &[SHARED_FEATURE];
+/// The feature of a checkpoint with [`Shared`] directories: without them the memory would meet
+/// other files than it knows.
+pub const SHARED_FEATURE: &str = "shared";
 
 /// A manifest that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -177,6 +182,50 @@ pub struct Manifest {
     pub pod: Option<Pod>,
     /// The containers, in the order in which they were dumped.
     pub containers: Vec<Container>,
+    /// What they share.
+    #[serde(default, skip_serializing_if = "Shared::is_empty")]
+    pub shared: Shared,
+}
+
+/// The directories that the containers of a pod share.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Shared {
+    /// Names of the containers that have `/dev/shm` of the sandbox.
+    #[serde(default)]
+    pub shm: Vec<String>,
+    /// The emptyDir volumes.
+    #[serde(default)]
+    pub volumes: Vec<Volume>,
+    /// Every file below [`SHARED_DIR`].
+    #[serde(default)]
+    pub files: Vec<File>,
+}
+
+/// One emptyDir volume.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its name in the pod.
+    pub name: String,
+    /// Names of the containers that have it mounted.
+    pub containers: Vec<String>,
+}
+
+impl Shared {
+    /// Whether there is nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The directories that the container `name` has mounted.
+    pub fn of_container<'a>(&'a self, name: &'a str) -> impl Iterator<Item = SharedDir> + 'a {
+        let has = move |containers: &[String]| containers.iter().any(|container| container == name);
+        let volumes = self.volumes.iter().filter(move |it| has(&it.containers));
+        has(&self.shm)
+            .then_some(SharedDir::Shm)
+            .into_iter()
+            .chain(volumes.map(|volume| SharedDir::EmptyDir(volume.name.clone())))
+    }
 }
 
 /// The pod that a checkpoint was taken of, as kubelet named it.
@@ -321,13 +370,25 @@ impl Manifest {
                     container: container.name.clone(),
                 });
             }
-            for file in &container.files {
-                for part in file.path.split('/') {
-                    check_name("the file's path", part)?;
-                }
+        }
+        for volume in &manifest.shared.volumes {
+            check_name("the volume's name", &volume.name)?;
+        }
+        for (_, files) in manifest.directories() {
+            for part in files.iter().flat_map(|file| file.path.split('/')) {
+                check_name("the file's path", part)?;
             }
         }
         Ok(manifest)
+    }
+
+    /// The directories of the checkpoint, each with the files in it.
+    pub fn directories(&self) -> impl Iterator<Item = (&str, &[File])> {
+        let shared = (SHARED_DIR, self.shared.files.as_slice());
+        let containers = self.containers.iter();
+        containers
+            .map(|container| (container.name.as_str(), container.files.as_slice()))
+            .chain((!self.shared.is_empty()).then_some(shared))
     }
 
     /// The manifest as JSON.
@@ -427,10 +488,9 @@ impl Manifest {
     /// Bytes of all files.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.containers
-            .iter()
-            .flat_map(|c| &c.files)
-            .map(|f| f.size)
+        self.directories()
+            .flat_map(|(_, files)| files)
+            .map(|file| file.size)
             .sum()
     }
 }
@@ -471,6 +531,7 @@ mod tests {
             created: 1,
             source: Source::default(),
             pod: None,
+            shared: Shared::default(),
             containers: vec![Container {
                 name: "counter".into(),
                 id: "counter".into(),

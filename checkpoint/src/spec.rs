@@ -8,6 +8,7 @@
 //! { "annotations": { KEY: VALUE },
 //!   "hooks": { "createRuntime": [ { "path", "args", ... } ], "poststop": [ ... ] },
 //!   "hostname": NAME,
+//!   "mounts": [ { "destination", "source", ... } ],
 //!   "linux": { "namespaces": [ { "type": "network", "path": "/proc/7/ns/net" }, ... ] } }
 //! ```
 
@@ -106,6 +107,12 @@ impl Spec {
     pub fn set_annotation(&mut self, key: &str, value: &str) {
         self.object("annotations")
             .insert(key.to_owned(), json!(value));
+    }
+
+    /// Its mounts that have a source, as destination and source, in order.
+    pub fn mounts(&self) -> impl Iterator<Item = (&str, &str)> {
+        let mounts = self.0["mounts"].as_array().into_iter().flatten();
+        mounts.filter_map(|mount| Some((mount["destination"].as_str()?, mount["source"].as_str()?)))
     }
 
     /// Adds a hook, unless one with this path is there.

@@ -357,18 +357,18 @@ impl Checkpoint {
     /// # Errors
     /// [`StoreError::Damaged`] names the first file that is missing, more, or different.
     pub fn verify(&self) -> Result<(), StoreError> {
-        for container in &self.manifest.containers {
-            let dir = self.container_dir(container);
+        for (name, files) in self.manifest.directories() {
+            let dir = self.dir.join(name);
             let found = list_files(&dir)?;
             let damaged = |path: &str, what: &str| StoreError::Damaged {
                 path: dir.join(path),
                 what: what.to_owned(),
             };
-            if let Some(file) = container.files.iter().find(|f| !found.contains(&f.path)) {
+            if let Some(file) = files.iter().find(|f| !found.contains(&f.path)) {
                 return Err(damaged(&file.path, "it is missing"));
             }
             for path in &found {
-                let Some(file) = container.files.iter().find(|f| f.path == *path) else {
+                let Some(file) = files.iter().find(|f| f.path == *path) else {
                     return Err(damaged(path, "the manifest does not know it"));
                 };
                 if digest_file(&dir, path)? != *file {
@@ -474,6 +474,7 @@ mod tests {
             created: 0,
             source: Source::default(),
             pod: None,
+            shared: Default::default(),
             containers: vec![Container {
                 name: "c".into(),
                 files,

@@ -409,9 +409,9 @@ impl<R: Read> Receiver<R> {
         // The names inside were not checked by the generic parser.
         let manifest = Manifest::parse(&manifest.to_json())?;
         let mut expected = Vec::new();
-        for container in &manifest.containers {
-            for file in &container.files {
-                expected.push((format!("{}/{}", container.name, file.path), file.clone()));
+        for (dir, files) in manifest.directories() {
+            for file in files {
+                expected.push((format!("{dir}/{}", file.path), file.clone()));
             }
         }
         for (path, file) in &expected {

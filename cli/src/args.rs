@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::wire::Target;
 
 mod criu;
@@ -178,6 +178,9 @@ pub(crate) struct CheckpointArgs {
     /// moment
     #[arg(long)]
     pub(crate) pod: Option<String>,
+    /// Volumes of the pod whose content comes along; /dev/shm always does
+    #[arg(long, value_enum, value_name = "KIND", requires = "pod")]
+    pub(crate) volumes: Vec<VolumesArg>,
     /// Name of the checkpoint [default: its id and the date]
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -187,6 +190,14 @@ pub(crate) struct CheckpointArgs {
     /// What CRIU is told.
     #[command(flatten)]
     pub(crate) criu: CriuArgs,
+}
+
+/// Kinds of volumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VolumesArg {
+    /// emptyDir volumes, of disk and memory
+    #[value(name = "emptydir")]
+    EmptyDir,
 }
 
 /// What becomes of the container.

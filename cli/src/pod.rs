@@ -26,6 +26,8 @@ const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 pub(crate) struct SourcePod {
     /// What kubelet calls it.
     pub(crate) pod: Pod,
+    /// Id of its sandbox.
+    pub(crate) sandbox: String,
     /// The containers that run.
     pub(crate) containers: Vec<SourceContainer>,
     /// Names of those that do not: the checkpoint does not have them.
@@ -58,6 +60,7 @@ pub(crate) async fn find(node: &Node, selector: &str, criu: &CriuOverrides) -> R
     };
     Ok(SourcePod {
         pod,
+        sandbox: sandbox.id.clone(),
         containers,
         stopped,
     })

@@ -23,7 +23,7 @@ use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest, Pod,
-    ROOTFS_DIFF_FILE, RuntimeOptions, SPEC_FILE, Source, Stdio,
+    ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source, Stdio,
 };
 use transship_checkpoint::namespaces;
 use transship_checkpoint::service_account;
@@ -31,6 +31,7 @@ use transship_checkpoint::spec::Spec;
 use transship_layer::ExportOptions;
 use transship_proto::runc_options::Options;
 
+use crate::message_queues;
 use crate::node::Node;
 use crate::node::images::ResolvedImage;
 use crate::node::snapshots::OverlayDirs;
@@ -39,6 +40,8 @@ use crate::problem::{Kind, Problem};
 
 /// Label of a container record of the CRI: what the pod calls the container.
 const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+/// Label of all records of the CRI.
+const CRI_KIND: &str = "io.cri-containerd.kind";
 
 /// A running container and everything that a checkpoint of it needs to know.
 #[derive(Debug)]
@@ -131,9 +134,11 @@ pub(crate) async fn inspect(
             runtime.name
         ));
     }
-    if task.terminal {
+    if task.terminal && !record.labels.contains_key(CRI_KIND) {
+        // The CRI makes a new one with the new container.
         reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
     }
+    reasons.extend(message_queues::refusal(&node.pids(id).await?));
     let spec = record.spec.clone().unwrap_or_default().value;
     let parsed =
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
@@ -369,13 +374,17 @@ pub(crate) async fn manifest(
     name: &str,
     pod: Option<Pod>,
     containers: Vec<Container>,
+    shared: Shared,
 ) -> Result<Manifest> {
     let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
     let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Ok(Manifest {
         format: Format {
             version: FORMAT_VERSION,
-            features: Vec::new(),
+            features: (!shared.is_empty())
+                .then(|| SHARED_FEATURE.to_owned())
+                .into_iter()
+                .collect(),
         },
         name: name.to_owned(),
         created: created.map_or(0, |since| since.as_secs()),
@@ -387,5 +396,6 @@ pub(crate) async fn manifest(
         },
         pod,
         containers,
+        shared,
     })
 }

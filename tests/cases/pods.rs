@@ -16,6 +16,7 @@ pub(crate) const FIRST: PodContainer<'static> = PodContainer {
     image: IMAGE,
     command: &["/usr/bin/counter", "--memory-mb", "32"],
     mounts: &[],
+    tty: false,
 };
 pub(crate) const SECOND: PodContainer<'static> = PodContainer {
     name: "second",
@@ -128,7 +129,12 @@ pub(crate) fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> 
     } else {
         "overlayfs"
     };
-    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
+    let busybox = bed.tree_dir().join("bin/busybox");
+    for image in [
+        Image::pause(bed.settings())?,
+        journey::counter_image(bed)?,
+        Image::podmate(bed.settings(), &busybox)?,
+    ] {
         node.import_image_into("k8s.io", &image, snapshotter)?;
     }
     Ok(())

@@ -4,6 +4,7 @@
 //! find a pod and its containers by them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use containerd_client::connect;
 use containerd_client::tonic::Status;
@@ -52,6 +53,23 @@ pub struct PodContainer<'a> {
     pub command: &'a [&'a str],
     /// Directories of the node and where the container sees them.
     pub mounts: &'a [(&'a str, &'a str)],
+    /// Whether it has a terminal.
+    pub tty: bool,
+}
+
+impl Pod {
+    /// What kubelet calls this pod and no other.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        self.config.metadata.as_ref().map_or("", |it| &it.uid)
+    }
+
+    /// The log file of a container of the pod.
+    #[must_use]
+    pub fn log_path(&self, container: &PodContainer<'_>) -> String {
+        let (dir, attempt) = (&self.config.log_directory, container.attempt);
+        format!("{dir}/{}/{attempt}.log", container.name)
+    }
 }
 
 impl Pod {
@@ -109,7 +127,10 @@ impl Cri {
         annotations: &[(&str, &str)],
         share_processes: bool,
     ) -> Result<Pod, TestbedError> {
-        let uid = format!("uid-{name}-{}", std::process::id());
+        // One pod after the other may have the same name.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let uid = format!("uid-{name}-{}-{count}", std::process::id());
         let namespaces = namespaces(share_processes);
         let config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
@@ -132,6 +153,23 @@ impl Cri {
             }),
             ..Default::default()
         };
+        self.run_sandbox(config)
+    }
+
+    /// Runs the next sandbox of a pod whose sandbox has ended, as kubelet does it: the same pod,
+    /// one attempt more.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_pod_again(&self, pod: &Pod) -> Result<Pod, TestbedError> {
+        let mut config = pod.config.clone();
+        if let Some(metadata) = &mut config.metadata {
+            metadata.attempt += 1;
+        }
+        self.run_sandbox(config)
+    }
+
+    fn run_sandbox(&self, config: PodSandboxConfig) -> Result<Pod, TestbedError> {
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             ..Default::default()
@@ -204,6 +242,8 @@ impl Cri {
                 .map(|word| (*word).to_owned())
                 .collect(),
             mounts: container.mounts.iter().map(mount).collect(),
+            tty: container.tty,
+            stdin: container.tty,
             annotations: owned(&[
                 ("io.kubernetes.container.hash", "c0ffee"),
                 (

@@ -114,6 +114,20 @@ impl Image {
         })
     }
 
+    /// `transship.test/podmate:1`: busybox and the program of workload/src/bin/podmate.rs.
+    pub fn podmate(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
+        let program = read(&Workload::Podmate.build(settings)?)?;
+        let mut bin = Layer::default();
+        bin.dir("usr")?
+            .dir("usr/bin")?
+            .file("usr/bin/podmate", &program, 0o755)?;
+        Ok(Image {
+            reference: "transship.test/podmate:1".to_owned(),
+            layers: vec![base_layer(busybox)?, bin.finish()?],
+            entrypoint: vec!["/usr/bin/podmate".to_owned()],
+        })
+    }
+
     /// `transship.test/pause:1`: a static program that sleeps until SIGTERM, and nothing else; the
     /// CRI's sandbox image, and the sandbox of a `ctr run` pod.
     pub fn pause(settings: &Settings) -> Result<Image, TestbedError> {

@@ -25,6 +25,8 @@ pub enum Workload {
     Holder,
     /// Sleeps until SIGTERM: workload/src/bin/sandbox.rs.
     Sandbox,
+    /// One of three containers that share all that a pod can share: workload/src/bin/podmate.rs.
+    Podmate,
 }
 
 impl Workload {
@@ -33,6 +35,7 @@ impl Workload {
             Workload::Counter => "counter",
             Workload::Holder => "holder",
             Workload::Sandbox => "sandbox",
+            Workload::Podmate => "podmate",
         }
     }
 

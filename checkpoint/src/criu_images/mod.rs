@@ -13,8 +13,10 @@
 //! Magic numbers: `criu/include/magic.h`; fields: `images/*.proto` of CRIU 3.17 to 4.2, between
 //! which the messages below did not change.
 
+pub mod inet_sockets;
 pub mod ipc_sysctls;
 pub mod ipcns;
+pub mod shm_mappings;
 pub mod tasks;
 pub mod utsns;
 
@@ -74,6 +76,8 @@ pub enum ImageError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Core,
+    Files,
+    Mm,
     Utsns,
     IpcVar,
     IpcShm,
@@ -82,10 +86,12 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// What the file's name starts with; a number and `.img` follow.
+    /// What the file's name starts with; a number, but for `Files`, and `.img` follow.
     pub(crate) fn prefix(self) -> &'static str {
         match self {
             Self::Core => "core-",
+            Self::Files => "files",
+            Self::Mm => "mm-",
             Self::Utsns => "utsns-",
             Self::IpcVar => "ipcns-var-",
             Self::IpcShm => "ipcns-shm-",
@@ -97,6 +103,8 @@ impl Kind {
     fn magic(self) -> u32 {
         match self {
             Self::Core => 0x5505_3847,
+            Self::Files => 0x5630_3138,
+            Self::Mm => 0x5749_2820,
             Self::Utsns => 0x5447_3203,
             Self::IpcVar => 0x5311_5007,
             Self::IpcShm => 0x4628_3044,

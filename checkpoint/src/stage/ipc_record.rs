@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{PodDir, StageContext, StageError, replace};
 use crate::criu_images::ipcns::{IpcObject, objects, remove_objects};
+use crate::criu_images::shm_mappings::{Attachment, detach};
 
 const IPC_FILE: &str = "ipc.json";
 
@@ -26,7 +27,8 @@ struct Record {
 
 impl PodDir {
     /// Takes the objects out of the images in `dir` that an earlier restore has put into the IPC
-    /// namespace at `namespace`, and returns those that this restore will put there.
+    /// namespace at `namespace`, and returns those that this restore will put there, and the
+    /// shared memory that its tasks have attached and that has to be attached again.
     ///
     /// # Errors
     /// An image that cannot be edited, or a failed system call.
@@ -34,14 +36,16 @@ impl PodDir {
         &self,
         dir: &Path,
         namespace: &Path,
-    ) -> Result<Vec<IpcObject>, StageError> {
+    ) -> Result<(Vec<IpcObject>, Vec<Attachment>), StageError> {
         let present = self.ipc_record(namespace)?.objects;
         let mut new = objects(dir)?;
         new.retain(|object| !present.contains(object));
+        let mut attachments = Vec::new();
         if !present.is_empty() {
             remove_objects(dir, &present)?;
+            attachments = detach(dir, &present)?;
         }
-        Ok(new)
+        Ok((new, attachments))
     }
 
     /// Remembers objects that a restore has put into the IPC namespace at `namespace`.

@@ -4,6 +4,7 @@
 //! /run/transship/pods/<sandbox id>/      PodDir; a container without sandbox is its own
 //!     lock                               flock: held while a restore changes the sandbox
 //!     ns/{net,ipc,uts,pid,user,cgroup}   namespaces of the sandbox, bind mounted
+//!     filled-<file>                      a shared directory that has its content, see shared_dirs
 //!     ipc.json                           System V objects that restores have put into ns/ipc
 //!     restore/<container>/               Staged; locked (flock) while it is being restored
 //!         state                          staged | restored | failed; a second line says why
@@ -50,6 +51,7 @@ pub const DEFAULT_RUN_DIR: &str = "/run/transship";
 const STATE_FILE: &str = "state";
 const REQUEST_FILE: &str = "restore.json";
 const OWNER_FILE: &str = "owner";
+const FILLED_PREFIX: &str = "filled-";
 
 /// A failure to stage or to find what is staged.
 #[derive(Debug, thiserror::Error)]
@@ -251,6 +253,43 @@ impl PodDir {
             .try_exists()
             .staging("look for", &dir)?;
         Ok(found.then_some(Staged { dir }))
+    }
+
+    /// Whether the shared directory that is in `file` of the checkpoint has its content.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn is_filled(&self, file: &str) -> Result<bool, StageError> {
+        let path = self.dir.join(format!("{FILLED_PREFIX}{file}"));
+        path.try_exists().staging("look for", &path)
+    }
+
+    /// Remembers that it has.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_filled(&self, file: &str) -> Result<(), StageError> {
+        self.make()?;
+        replace(&self.dir.join(format!("{FILLED_PREFIX}{file}")), b"")
+    }
+
+    /// Names of the restores that no attempt has been made at.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn waiting(&self) -> Result<Vec<String>, StageError> {
+        let dir = self.dir.join("restore");
+        let mut waiting = Vec::new();
+        for entry in fs::read_dir(&dir).staging("list", &dir)? {
+            let name = entry.staging("list", &dir)?.file_name();
+            if let Some(name) = name.to_str().filter(|name| !name.starts_with(".new-"))
+                && let Some(staged) = self.staged(name)?
+                && staged.state()? == State::Staged
+            {
+                waiting.push(name.to_owned());
+            }
+        }
+        Ok(waiting)
     }
 
     /// Removes everything of this sandbox, pins first. It is no error when there is nothing.

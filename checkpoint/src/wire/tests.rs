@@ -24,6 +24,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
         created: 0,
         source: Source::default(),
         pod: None,
+        shared: Default::default(),
         containers: vec![Container {
             name: "c".into(),
             files,

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
-use transship_checkpoint::manifest::Pod;
+use transship_checkpoint::manifest::{Pod, Shared};
+use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Durability, digest_files};
 
 use super::{connect, print, store};
-use crate::args::{CheckpointArgs, Global};
+use crate::args::{CheckpointArgs, Global, VolumesArg};
 use crate::interrupt::Interrupt;
 use crate::node::Node;
 use crate::pod::{self, SourcePod};
+use crate::pod_dirs::{self, SharedDirs};
 use crate::progress::Progress;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::timeline::{Report, Timeline, human_bytes};
@@ -23,6 +25,8 @@ struct Taken {
     containers: Vec<String>,
     /// Containers of the pod that did not run.
     left_out: Vec<String>,
+    /// What the containers share, and which of them.
+    shared: Vec<String>,
     bytes: u64,
     timeline: Report,
 }
@@ -32,15 +36,23 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let progress = Progress::new(global.json);
     let mut timeline = Timeline::begin();
-    let (node, what, pod, sources, left_out) = find(global, &args).await?;
+    let Found {
+        node,
+        what,
+        pod,
+        sources,
+        left_out,
+        dirs,
+    } = find(global, &args).await?;
     let name = args.name.unwrap_or_else(|| default_name(&what));
     let draft = store().draft(&name)?;
 
     progress.step("dump");
     timeline.freeze();
-    let dumped = stop_and_dump(&node, &sources, draft.dir(), args.leave_paused).await;
+    let dumped = stop_and_dump(&node, &sources, &dirs, draft.dir(), args.leave_paused).await;
     timeline.thaw();
-    for (source, (from, Dumped { criu, upperdir, .. })) in sources.iter().zip(&dumped?) {
+    let (dumped, mut shared) = dumped?;
+    for (source, (from, Dumped { criu, upperdir, .. })) in sources.iter().zip(&dumped) {
         let from = timeline.since(*from);
         timeline.step_of("dump", from, *criu, None);
         timeline.note(&source.container.name);
@@ -56,11 +68,21 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         container.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
         containers.push(container);
     }
+    if !shared.is_empty() {
+        let dir = draft.dir().join(SHARED_DIR);
+        shared.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
+    }
+    let volumes = shared.volumes.iter();
+    let shared_names = (!shared.shm.is_empty())
+        .then(|| "/dev/shm".to_owned())
+        .into_iter()
+        .chain(volumes.map(|volume| format!("emptyDir {}", volume.name)))
+        .collect();
     let names = containers
         .iter()
         .map(|container| container.name.clone())
         .collect();
-    let manifest = source::manifest(&node, &name, pod, containers).await?;
+    let manifest = source::manifest(&node, &name, pod, containers, shared).await?;
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
@@ -74,6 +96,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         directory,
         containers: names,
         left_out,
+        shared: shared_names,
         bytes,
         timeline: timeline.report(),
     };
@@ -85,8 +108,12 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
                 stopped.join(", ")
             ),
         };
+        let shared = match taken.shared.as_slice() {
+            [] => String::new(),
+            shared => format!("with {}\n", shared.join(", ")),
+        };
         format!(
-            "{} ({})\n{left_out}{}",
+            "{} ({})\n{left_out}{shared}{}",
             taken.directory,
             human_bytes(bytes),
             timeline.draw()
@@ -94,7 +121,16 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     })
 }
 
-type Found = (Node, String, Option<Pod>, Vec<SourceContainer>, Vec<String>);
+/// What is to be dumped.
+struct Found {
+    node: Node,
+    /// Its name, for that of the checkpoint.
+    what: String,
+    pod: Option<Pod>,
+    sources: Vec<SourceContainer>,
+    left_out: Vec<String>,
+    dirs: SharedDirs,
+}
 
 async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
     let node = connect(global).await?;
@@ -105,34 +141,46 @@ async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
             let node = node.in_namespace("k8s.io")?;
             let SourcePod {
                 pod,
+                sandbox,
                 containers,
                 stopped,
             } = pod::find(&node, selector, &criu).await?;
-            let what = format!("{}-{}", pod.namespace, pod.name);
-            Ok((node, what, Some(pod), containers, stopped))
+            let empty_dirs = args.volumes.contains(&VolumesArg::EmptyDir);
+            Ok(Found {
+                dirs: pod_dirs::find(&containers, &sandbox, empty_dirs)?,
+                node,
+                what: format!("{}-{}", pod.namespace, pod.name),
+                pod: Some(pod),
+                sources: containers,
+                left_out: stopped,
+            })
         }
         (None, id) => {
             let source = source::find(&node, id.as_deref().unwrap_or_default(), &criu).await?;
-            Ok((
+            Ok(Found {
                 node,
-                source.id().to_owned(),
-                source.pod.clone(),
-                vec![source],
-                Vec::new(),
-            ))
+                what: source.id().to_owned(),
+                pod: source.pod.clone(),
+                sources: vec![source],
+                left_out: Vec::new(),
+                dirs: SharedDirs::default(),
+            })
         }
     }
 }
+
+type AllDumped = (Vec<(std::time::Instant, Dumped)>, Shared);
 
 /// Freezes all containers, dumps one after the other, and lets all go again, whatever happened.
 async fn stop_and_dump(
     node: &Node,
     sources: &[SourceContainer],
+    dirs: &SharedDirs,
     draft: &Path,
     leave_paused: bool,
-) -> Result<Vec<(std::time::Instant, Dumped)>> {
+) -> Result<AllDumped> {
     let mut frozen = Vec::new();
-    let mut result = Ok(Vec::new());
+    let mut result = Ok(AllDumped::default());
     for source in sources {
         if let Err(error) = source.freeze(node).await {
             result = Err(error);
@@ -141,7 +189,7 @@ async fn stop_and_dump(
         frozen.push(source);
     }
     if frozen.len() == sources.len() {
-        result = dump_all(node, sources, draft).await;
+        result = dump_all(node, sources, dirs, draft).await;
     }
     if leave_paused && result.is_ok() {
         return result;
@@ -159,6 +207,23 @@ async fn stop_and_dump(
 }
 
 async fn dump_all(
+    node: &Node,
+    sources: &[SourceContainer],
+    dirs: &SharedDirs,
+    draft: &Path,
+) -> Result<AllDumped> {
+    // Beside the dumps: those only read memory.
+    let export = tokio::task::spawn_blocking({
+        let (dirs, draft) = (dirs.clone(), draft.to_path_buf());
+        move || dirs.export(&draft)
+    });
+    let dumped = dump_one_by_one(node, sources, draft).await;
+    // Whatever the dumps did: nobody may thaw while it reads.
+    let shared = export.await.context("the export of volumes panicked")?;
+    Ok((dumped?, shared?))
+}
+
+async fn dump_one_by_one(
     node: &Node,
     sources: &[SourceContainer],
     draft: &Path,

@@ -41,6 +41,17 @@ fn text(manifest: &Manifest, verified: bool) -> String {
     for container in &manifest.containers {
         describe(&mut text, container);
     }
+    for (dir, containers) in (!manifest.shared.shm.is_empty())
+        .then(|| ("/dev/shm".to_owned(), &manifest.shared.shm))
+        .into_iter()
+        .chain(manifest.shared.volumes.iter().map(|volume| {
+            let name = format!("emptyDir {}", volume.name);
+            (name, &volume.containers)
+        }))
+    {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  {dir}, shared by {}", containers.join(", "));
+    }
     text
 }
 

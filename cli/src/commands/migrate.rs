@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use transship_checkpoint::manifest::{Container, IMAGES_DIR};
+use transship_checkpoint::manifest::{Container, IMAGES_DIR, Shared};
 use transship_checkpoint::store::{Draft, list_files};
 use transship_checkpoint::wire::{Message, Offer, WireError, unexpected};
 
@@ -250,7 +250,14 @@ impl Migration<'_> {
     /// Everything that happens while the source stands still and can still go on.
     async fn move_frozen(&mut self, args: &MigrateArgs, draft: &Draft) -> Result<()> {
         let container = self.dump_and_send(draft).await?;
-        let manifest = source::manifest(self.node, draft.name(), None, vec![container]).await?;
+        let manifest = source::manifest(
+            self.node,
+            draft.name(),
+            None,
+            vec![container],
+            Shared::default(),
+        )
+        .await?;
         self.conversation
             .send(Message::End {
                 manifest: Box::new(manifest),

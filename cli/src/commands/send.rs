@@ -24,10 +24,10 @@ pub(crate) fn run(args: &SendArgs) -> Result<()> {
     sender.send(&Message::Begin {
         name: manifest.name.clone(),
     })?;
-    for container in &manifest.containers {
-        let dir = checkpoint.container_dir(container);
-        for file in &container.files {
-            sender.send_file(&container.name, &dir, &file.path, &|| true, &mut count)?;
+    for (name, files) in manifest.directories() {
+        let dir = checkpoint.dir.join(name);
+        for file in files {
+            sender.send_file(name, &dir, &file.path, &|| true, &mut count)?;
         }
     }
     // The receiver compares what arrives with these digests: damage here is found there.

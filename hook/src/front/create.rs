@@ -112,6 +112,13 @@ impl Front<'_> {
         {
             return Ok(None);
         }
+        if let Some(wanted) = wanted
+            && config.cri
+            && self.has_consumed(config, wanted, name)?
+        {
+            // The sandbox has been made again; the container's life has gone on since.
+            return Ok(None);
+        }
         if let Some(staged) = pod.staged(name)?
             && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
         {

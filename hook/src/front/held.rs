@@ -58,7 +58,7 @@ fn is_stopped(pid: i32) -> bool {
 }
 
 /// A process and all below it, parents first.
-fn tree(root: i32) -> io::Result<Vec<i32>> {
+pub(super) fn tree(root: i32) -> io::Result<Vec<i32>> {
     let mut tasks = vec![root];
     let mut seen = 0;
     while let Some(pid) = tasks.get(seen).copied() {
@@ -110,7 +110,8 @@ fn children(pid: i32) -> io::Result<Vec<i32>> {
     Ok(children)
 }
 
-fn pid_in_container(pid: i32) -> Option<u32> {
+/// Its pid in the innermost pid namespace that it is in; none when it is gone.
+pub(super) fn pid_in_container(pid: i32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     // One number for each pid namespace, the innermost last.
     status

@@ -13,6 +13,7 @@ use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State, mark_cons
 
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
+use super::shm_attach::attach;
 use super::{Front, FrontContext, FrontError, Outcome, held};
 use crate::argv::Arguments;
 use crate::one_line;
@@ -76,8 +77,13 @@ impl Front<'_> {
     ) -> Result<(), FrontError> {
         let request = staged.request()?;
         namespaces::apply(&mut config.spec, plan);
-        // Other restores into the sandbox wait: its System V objects are made once.
+        // Other restores into the sandbox wait: what its containers share is made once.
         let _lock = pod.lock()?;
+        if config.cri {
+            self.fill_shared_dirs(config, pod, &request)?;
+        }
+        // Until the end of this restore, or longer.
+        let _connections = self.hold_pod_connections(config, pod, &request)?;
         if config.annotations.rootfs == Rootfs::FromImage {
             bundle.fill_rootfs(&request.images.with_file_name(ROOTFS_DIFF_FILE))?;
         }
@@ -109,6 +115,10 @@ impl Front<'_> {
         let finish = || {
             let pid = read_pid(create)?;
             held::wait_until_stopped(pid).map_err(|source| FrontError::NotHeld {
+                id: create.id.clone(),
+                source,
+            })?;
+            attach(pid, &joining.attachments).map_err(|source| FrontError::NotAttached {
                 id: create.id.clone(),
                 source,
             })?;
@@ -147,7 +157,12 @@ impl Front<'_> {
                 staged.remove()?;
                 pod.remove_if_empty()?;
             }
-            _ => staged.set_state(state)?,
+            _ => {
+                if config.cri {
+                    self.set_consumed(config, &staged.request()?)?;
+                }
+                staged.set_state(state)?;
+            }
         }
         Ok(())
     }

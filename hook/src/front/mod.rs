@@ -12,9 +12,12 @@ mod fit;
 mod held;
 mod held_restore;
 mod native_restore;
+mod pod_connections;
 mod reason;
 mod rootfs;
 mod sandbox;
+mod shared_dirs;
+mod shm_attach;
 mod start;
 
 use std::ffi::OsString;
@@ -155,6 +158,33 @@ pub enum FrontError {
         id: String,
         /// Which process goes on.
         source: io::Error,
+    },
+    /// A directory that the containers of a pod share, missing in the new pod.
+    #[error(
+        "the checkpoint {checkpoint:?} needs {what} in the container {container:?}, which this \
+         pod does not have there"
+    )]
+    NoSharedDir {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// The directory.
+        what: String,
+    },
+    /// Shared memory of the pod that the restored tasks cannot have.
+    #[error("{id:?} was restored without the shared memory of its pod, and is removed")]
+    NotAttached {
+        /// The container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Connections inside of the pod that cannot be kept from the kernel.
+    #[error("cannot hold the TCP connections inside of the pod: {what}")]
+    PodConnections {
+        /// What went wrong.
+        what: String,
     },
     /// A held task has gone.
     #[error("the restored process {pid} of {id:?} is gone")]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::criu_images::ipc_sysctls::set_sysctls;
 use transship_checkpoint::criu_images::ipcns::IpcObject;
+use transship_checkpoint::criu_images::shm_mappings::Attachment;
 use transship_checkpoint::criu_images::utsns;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::stage::{
@@ -19,6 +20,8 @@ use super::{Front, FrontError};
 #[derive(Debug, Default)]
 pub(super) struct Joining {
     ipc: Option<(PathBuf, Vec<IpcObject>)>,
+    /// System V shared memory of earlier restores, for the held tasks to attach.
+    pub(super) attachments: Vec<Attachment>,
 }
 
 impl Front<'_> {
@@ -103,7 +106,9 @@ impl Front<'_> {
         }
         if let Some(ipc) = joined.get(&Namespace::Ipc) {
             set_sysctls(dir, &live_ipc_sysctls(ipc)?)?;
-            joining.ipc = Some((ipc.clone(), pod.remove_present_ipc(dir, ipc)?));
+            let (new, attachments) = pod.remove_present_ipc(dir, ipc)?;
+            joining.ipc = Some((ipc.clone(), new));
+            joining.attachments = attachments;
         }
         Ok(joining)
     }

@@ -1,0 +1,174 @@
+//! TCP connections between two containers of a pod.
+//!
+//! ```text
+//!  restore of the first end ... start ... restore of the second end
+//!  |-- table inet transship-<sandbox>: packets of the connections are dropped --|
+//! ```
+//!
+//! Its ends are restored one after the other, and the kernel answers for an end that is not there
+//! yet: with a reset, which ends the connection (CRIU itself makes the first end send a packet, the
+//! window probe after TCP repair). So the packets of such connections are dropped until no restore
+//! is waiting; what was lost is sent again, as TCP does. nft is what CRIU's own network lock needs.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::sched::{CloneFlags, setns};
+use transship_checkpoint::criu_images::inet_sockets::{Connection, connections};
+use transship_checkpoint::criu_options::Tcp;
+use transship_checkpoint::manifest::IMAGES_DIR;
+use transship_checkpoint::namespaces::{self, Namespace};
+use transship_checkpoint::stage::{PodDir, Request};
+
+use super::bundle::Config;
+use super::{Front, FrontError};
+
+/// Lets the connections go when it is dropped and no restore of the pod waits.
+#[derive(Debug)]
+pub(super) struct HeldConnections<'a> {
+    pod: &'a PodDir,
+    own: String,
+    namespace: Option<PathBuf>,
+    table: String,
+}
+
+impl Front<'_> {
+    /// Drops the packets of the connections between the container and another one of the pod, if
+    /// there are any.
+    pub(super) fn hold_pod_connections<'a>(
+        &self,
+        config: &Config,
+        pod: &'a PodDir,
+        request: &Request,
+    ) -> Result<Option<HeldConnections<'a>>, FrontError> {
+        if request.criu.tcp != Tcp::Established || !config.cri {
+            return Ok(None);
+        }
+        let checkpoint = self.around.store.open(&request.checkpoint)?;
+        let mut ends = Vec::new();
+        for container in &checkpoint.manifest.containers {
+            let images = checkpoint.container_dir(container).join(IMAGES_DIR);
+            let own = connections(&images)?;
+            ends.extend(own.into_iter().map(|end| (container.name.as_str(), end)));
+        }
+        let rules = rules(&ends);
+        if rules.is_empty() {
+            return Ok(None);
+        }
+        let id = pod.path().file_name().unwrap_or_default().to_string_lossy();
+        let held = HeldConnections {
+            pod,
+            own: config.annotations.container.clone().unwrap_or_default(),
+            namespace: namespaces::joined(&config.spec).remove(&Namespace::Network),
+            table: format!("inet transship-{id}"),
+        };
+        // Declared first, a table can be deleted whether it was there or not.
+        held.nft(&format!(
+            "table {0}\ndelete table {0}\ntable {0} {{ chain input {{\n\
+             type filter hook input priority -150; policy accept;\n{rules}}}\n}}\n",
+            held.table
+        ))?;
+        Ok(Some(held))
+    }
+}
+
+/// A rule for each direction of each connection that has its ends in two containers.
+fn rules(ends: &[(&str, Connection)]) -> String {
+    let between = ends.iter().filter(|(container, end)| {
+        let other = end.other_end();
+        ends.iter()
+            .any(|(it, end)| it != container && *end == other)
+    });
+    let rule = |end: &Connection| {
+        let family = if end.local.is_ipv4() { "ip" } else { "ip6" };
+        let (from, to) = (end.peer, end.local);
+        format!(
+            "{family} saddr {} {family} daddr {} tcp sport {} tcp dport {} drop\n",
+            from.ip(),
+            to.ip(),
+            from.port(),
+            to.port(),
+        )
+    };
+    between.map(|(_, end)| rule(end)).collect()
+}
+
+impl HeldConnections<'_> {
+    fn nft(&self, script: &str) -> Result<(), FrontError> {
+        let namespace = self.namespace.as_deref();
+        std::thread::scope(|scope| {
+            // A thread of its own: a process that it starts is in its network namespace.
+            let thread = scope.spawn(|| run_nft(namespace, script));
+            thread.join().expect("it does not panic")
+        })
+        .map_err(|what| FrontError::PodConnections { what })
+    }
+}
+
+impl Drop for HeldConnections<'_> {
+    fn drop(&mut self) {
+        let waiting = self.pod.waiting().unwrap_or_default();
+        if waiting.iter().all(|name| *name == self.own) {
+            // What stays drops packets of connections that nobody restores; it goes with the
+            // network namespace.
+            drop(self.nft(&format!("table {0}\ndelete table {0}\n", self.table)));
+        }
+    }
+}
+
+fn run_nft(namespace: Option<&Path>, script: &str) -> Result<(), String> {
+    let run = || {
+        if let Some(namespace) = namespace {
+            setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
+        }
+        let mut nft = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let mut stdin = nft.stdin.take().expect("it is piped");
+        // One that ends early says why on stderr.
+        drop(stdin.write_all(script.as_bytes()));
+        drop(stdin);
+        nft.wait_with_output()
+    };
+    let output = run().map_err(|error: io::Error| format!("nft: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(format!(
+        "nft: {}",
+        text.lines().next().unwrap_or("no reason given")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_connections_between_two_containers_have_rules() {
+        let end = |local: &str, peer: &str| Connection {
+            local: local.parse().unwrap(),
+            peer: peer.parse().unwrap(),
+        };
+        let there = end("127.0.0.1:7000", "127.0.0.1:40000");
+        let inside = end("[::1]:80", "[::1]:5000");
+        let ends = [
+            ("server", there),
+            ("client", there.other_end()),
+            ("client", inside),
+            ("client", inside.other_end()),
+            ("server", end("10.0.0.2:7000", "10.0.0.9:1234")),
+        ];
+        assert_eq!(
+            rules(&ends),
+            "ip saddr 127.0.0.1 ip daddr 127.0.0.1 tcp sport 40000 tcp dport 7000 drop\n\
+             ip saddr 127.0.0.1 ip daddr 127.0.0.1 tcp sport 7000 tcp dport 40000 drop\n"
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! A pod whose containers share all that a pod can share: a TCP connection over localhost, System V
+//! objects, memory in /dev/shm, a unix socket in an emptyDir. It goes on in another pod on another
+//! node, under another address, and none of the containers has missed anything.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, poll_until};
+
+use crate::Case;
+use crate::pods::start;
+
+const IMAGE: &str = "transship.test/podmate:1";
+const ROLES: [&str; 3] = ["server", "client", "sharer"];
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("pod_shared", a_pod_shares_everything)
+}
+
+/// One line of podmate, see its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Step {
+    n: u64,
+    peer: u64,
+    system5: [u64; 3],
+    posix: [u64; 3],
+}
+
+impl Step {
+    fn parse(line: &str) -> anyhow::Result<Step> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [n, peer, system5, posix] = words.as_slice() else {
+            anyhow::bail!("{line:?}");
+        };
+        let slots = |text: &str, name: &str| -> anyhow::Result<[u64; 3]> {
+            let values = text.strip_prefix(name).with_context(|| line.to_owned())?;
+            let values: Vec<u64> = values
+                .split(',')
+                .map(str::parse)
+                .collect::<Result<_, _>>()?;
+            values.try_into().map_err(|_| anyhow::anyhow!("{line:?}"))
+        };
+        Ok(Step {
+            n: n.parse()?,
+            peer: peer.strip_prefix("peer=").unwrap_or_default().parse()?,
+            system5: slots(system5, "sysv=")?,
+            posix: slots(posix, "posix=")?,
+        })
+    }
+}
+
+fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = (bed.node("a")?, bed.node("b")?);
+    bed.link(&a, &b)?;
+    start(bed, &a, true)?;
+    start(bed, &b, true)?;
+    let cri = a.cri()?;
+    let pod = cri.run_pod(("shop", "mates"), &[], false)?;
+    let containers = run_mates(&a, &cri, &pod)?;
+    let address = cri.pod_ip(&pod)?;
+    fill_scratch(&a, &pod)?;
+    let before = wait_for(&a, &pod, [20; 3])?;
+    a.command("transship")
+        .args(["checkpoint", "--pod", "shop/mates", "--name", "mates"])
+        .args(["--volumes", "emptydir", "--tcp", "established"])
+        .run()?;
+    // The pod goes on, and nobody has missed anything there either.
+    wait_for(&a, &pod, before.map(|step| step.n + 20))?;
+    for id in &containers {
+        ensure!(cri.runs(id)?, "a checkpoint stops nothing");
+    }
+    let old = ROLES.map(|role| steps(&a, &pod, role));
+    cri.remove_pod(&pod)?;
+    let ssh = bed.ssh(&a, &b)?;
+    a.shell(&format!("transship send mates | {ssh} transship receive"))
+        .run()?;
+
+    let cri = b.cri()?;
+    // Another pod first, so that the new one has another address.
+    let other = cri.run_pod(("shop", "other"), &[], false)?;
+    let annotation = [("dev.transship/restore", "mates")];
+    let again = cri.run_pod(("shop", "mates-again"), &annotation, false)?;
+    ensure!(cri.pod_ip(&again)? != address, "it has another address");
+    let containers = run_mates(&b, &cri, &again)?;
+    let first = wait_for(&b, &again, before.map(|step| step.n + 20))?;
+    for ((id, role), old) in containers.iter().zip(ROLES).zip(old) {
+        ensure!(cri.runs(id)?, "{role} runs");
+        let old = old?;
+        let new = steps(&b, &again, role)?;
+        ensure!(
+            new[0].n > 1,
+            "{role} was restored, not started: {:?}",
+            new[0]
+        );
+        // No line is lost: what is not in the new log was in the old one before the checkpoint.
+        ensure!(
+            old.len() as u64 >= new[0].n - 1,
+            "{role}: the log of the old pod ends at {}, the new one's begins with {}",
+            old.len(),
+            new[0].n
+        );
+    }
+    // Each sees the others go on in the memory that they share, and over the connection.
+    let then = wait_for(&b, &again, first.map(|step| step.n + 20))?;
+    for (role, (first, then)) in ROLES.iter().zip(first.iter().zip(&then)) {
+        ensure!(then.peer > first.peer, "{role}: {first:?}, {then:?}");
+        for (old, new) in [(first.system5, then.system5), (first.posix, then.posix)] {
+            let grown = old.iter().zip(new).all(|(old, new)| new > *old);
+            ensure!(grown, "{role}: {first:?}, {then:?}");
+        }
+    }
+    check_scratch(&b, &again)?;
+    let rules = b
+        .shell("ip -all netns exec nft list tables; nft list tables")
+        .read()?;
+    ensure!(!rules.contains("transship"), "left on b: {rules}");
+    cri.remove_pod(&again)?;
+    cri.remove_pod(&other)?;
+    let left = b.shell(
+        "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts; true",
+    );
+    let left = { left }.read()?;
+    ensure!(left.is_empty(), "left on b: {left}");
+    Ok(())
+}
+
+/// Runs the three containers with their volumes, which are made as kubelet makes them.
+fn run_mates(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<String>> {
+    let [work, scratch] = ["work", "scratch"].map(|volume| volume_dir(pod, volume));
+    node.shell(&format!(
+        "mkdir -p {work} {scratch}; mount -t tmpfs tmpfs {scratch}; chmod 0777 {work} {scratch}"
+    ))
+    .run()?;
+    let run = |role| {
+        let container = PodContainer {
+            name: role,
+            image: IMAGE,
+            command: &["/usr/bin/podmate", role],
+            mounts: &[(&work, "/work"), (&scratch, "/scratch")],
+            ..PodContainer::default()
+        };
+        cri.run_container(pod, &container)
+    };
+    Ok(ROLES.into_iter().map(run).collect::<Result<_, _>>()?)
+}
+
+fn volume_dir(pod: &Pod, volume: &str) -> String {
+    let uid = pod.uid();
+    format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/{volume}")
+}
+
+fn fill_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
+    let dir = volume_dir(pod, "scratch");
+    let script = format!(
+        "cd {dir}; mkdir -m 0750 d; echo content >d/file; ln d/file link; ln -s d/file symlink; \
+         mkfifo fifo; chown 12:34 d/file; truncate -s 1M hole"
+    );
+    Ok(node.shell(&script).run()?)
+}
+
+fn check_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
+    let dir = volume_dir(pod, "scratch");
+    let script = format!("cd {dir}; cat symlink; stat -c '%n %F %a %u:%g %h %s' d link fifo hole");
+    let text = node.shell(&script).read()?;
+    let expected = "content\nd directory 750 0:0 2 60\nlink regular file 644 12:34 2 8\n\
+                    fifo fifo 644 0:0 1 0\nhole regular file 644 0:0 1 1048576\n";
+    ensure!(text == expected, "{text}");
+    Ok(())
+}
+
+/// Waits until each container has made so many steps, and gives the last of each.
+fn wait_for(node: &Node, pod: &Pod, counts: [u64; 3]) -> anyhow::Result<[Step; 3]> {
+    let mut last = Vec::new();
+    for (role, count) in ROLES.into_iter().zip(counts) {
+        let step = poll_until("the steps of a container", PATIENCE, || {
+            let steps = steps(node, pod, role).map_err(|error| format!("{error:#}"))?;
+            match steps.last() {
+                Some(step) if step.n >= count => Ok(*step),
+                other => Err(format!("{role} is at {other:?}, not {count}")),
+            }
+        })?;
+        last.push(step);
+    }
+    Ok(last.try_into().expect("there are three roles"))
+}
+
+/// The steps in a container's log, in which every number follows the one before.
+fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>> {
+    let container = PodContainer {
+        name: role,
+        ..PodContainer::default()
+    };
+    let text = String::from_utf8(node.read_file(&pod.log_path(&container))?)?;
+    let mut steps: Vec<Step> = Vec::new();
+    // 2026-01-01T00:00:00.000000000Z stdout F <line>
+    for line in text.lines() {
+        let line = line.splitn(4, ' ').nth(3).unwrap_or_default();
+        ensure!(!line.starts_with("BAD"), "{role}: {line}");
+        let step = Step::parse(line).with_context(|| format!("{role}: {line:?}"))?;
+        if let Some(last) = steps.last() {
+            ensure!(
+                step.n == last.n + 1,
+                "{role}: {} follows {}",
+                step.n,
+                last.n
+            );
+        }
+        steps.push(step);
+    }
+    Ok(steps)
+}
