@@ -13,6 +13,7 @@ mod differ;
 mod journey;
 mod pod_refusals;
 mod pods;
+mod pods_ordinary;
 mod pods_shared;
 mod reference;
 mod snapshotter;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         .chain(journey::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
+        .chain(pods_ordinary::cases())
         .chain(pods_shared::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

@@ -12,12 +12,14 @@ use containerd_client::tonic::transport::Channel;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, FilesystemUsage, ImageFsInfoRequest,
-    ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PodSandboxMetadata, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest, ContainerStatus,
+    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse,
+    FilesystemUsage, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
 
@@ -353,6 +355,59 @@ impl Cri {
         Ok(self.status(id)?.state() == ContainerState::ContainerRunning)
     }
 
+    /// Bytes of memory that the container uses, by its stats.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn memory_usage(&self, id: &str) -> Result<u64, TestbedError> {
+        let request = ContainerStatsRequest {
+            container_id: id.to_owned(),
+        };
+        let answer = self.call("read the stats", |mut client| async move {
+            client.container_stats(request).await
+        })?;
+        let memory = answer.stats.and_then(|stats| stats.memory);
+        Ok(memory
+            .and_then(|memory| memory.usage_bytes.or(memory.working_set_bytes))
+            .map_or(0, |bytes| bytes.value))
+    }
+
+    /// Changes the memory limit of a running container.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn limit_memory(&self, id: &str, bytes: i64) -> Result<(), TestbedError> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(LinuxContainerResources {
+                memory_limit_in_bytes: bytes,
+                memory_swap_limit_in_bytes: bytes,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        self.call("update the container", |mut client| async move {
+            client.update_container_resources(request).await
+        })
+        .map(drop)
+    }
+
+    /// Whether the sandbox runs.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn pod_runs(&self, pod: &Pod) -> Result<bool, TestbedError> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            ..Default::default()
+        };
+        let answer = self.call("read the sandbox", |mut client| async move {
+            client.pod_sandbox_status(request).await
+        })?;
+        let status = answer.status.unwrap_or_default();
+        Ok(status.state() == PodSandboxState::SandboxReady)
+    }
+
     /// Runs a command in a container.
     ///
     /// # Errors
@@ -387,7 +442,7 @@ impl Cri {
         .map(drop)
     }
 
-    fn call<T, F>(
+    pub(crate) fn call<T, F>(
         &self,
         act: &'static str,
         call: impl FnOnce(RuntimeServiceClient<Channel>) -> F,

@@ -21,6 +21,8 @@
 //!
 //! SIGUSR1 makes it take 200 MB, SIGTERM ends it with exit code 7.
 
+#![expect(clippy::exit, reason = "a thread ends the whole program")]
+
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
