@@ -80,7 +80,11 @@ fn link(from: &Path, entry: &fs::DirEntry, link: &Path) -> Result<(), StageError
     fs::hard_link(&path, link).staging("link", &path)
 }
 
-fn remove_orphans(from: &Path) -> Result<(), StageError> {
+/// Removes the directories of links to the images in `from` that a killed process has left.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub(super) fn remove_orphans(from: &Path) -> Result<(), StageError> {
     let parent = from.parent().unwrap_or(Path::new("/"));
     for entry in fs::read_dir(parent).staging("list", parent)? {
         let entry = entry.staging("list", parent)?;

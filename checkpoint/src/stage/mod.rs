@@ -298,6 +298,13 @@ impl PodDir {
     /// A system call failed.
     pub fn remove(&self) -> Result<(), StageError> {
         self.unpin()?;
+        for entry in fs::read_dir(self.dir.join("restore")).into_iter().flatten() {
+            let entry = entry.staging("list", &self.dir)?;
+            // The checkpoint may have gone before the pod.
+            if let Ok(request) = Staged::at(entry.path()).request() {
+                drop(images::remove_orphans(&request.images));
+            }
+        }
         remove_tree(&self.dir)
     }
 
