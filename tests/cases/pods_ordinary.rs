@@ -303,7 +303,10 @@ fn containerd_is_killed_in_a_restore(bed: &Testbed) -> anyhow::Result<()> {
         ..ContainerdConfig::transship()
     })?;
     let cri = node.cri()?;
-    let status = cri.status(&id)?;
+    // The CRI of 1.6 answers later than containerd.
+    let status = poll_until("the CRI", PATIENCE, || {
+        cri.status(&id).map_err(|error| error.to_string())
+    })?;
     poll_until("the end of the pod", PATIENCE, || {
         cri.remove_pod(&pod)
             .map_err(|error| format!("{error}; {status:?}"))
