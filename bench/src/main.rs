@@ -15,6 +15,7 @@
 //! ever asserted: the exit code tells whether everything was measured, not how fast it was.
 
 mod daemon;
+mod disk;
 mod front;
 mod layers;
 mod migration;
@@ -117,6 +118,14 @@ fn run(arguments: Arguments) -> Result<()> {
     for part in parts {
         eprintln!("== {}", part.name());
         let (run, began) = (Run::begin()?, Instant::now());
+        let mut settings = settings.clone();
+        let disk = match part {
+            Part::Layers => Some(disk::Disk::make(&settings.work_dir)?),
+            _ => None,
+        };
+        if let Some(disk) = &disk {
+            disk.path().clone_into(&mut settings.work_dir);
+        }
         let bed = Testbed::new(Tree::Forky, &settings)?;
         let rows = part.measure(&bed, &sizes);
         if rows.is_err() {
@@ -125,6 +134,7 @@ fn run(arguments: Arguments) -> Result<()> {
             }
         }
         bed.stop()?;
+        drop(disk);
         let rows = rows.with_context(|| format!("cannot measure {}", part.name()))?;
         results.replace(part.name(), run.took(began.elapsed()), rows);
         println!("{}", results.table(part.name()));

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest,
 };
-use containerd_client::services::v1::{ApplyRequest, DiffRequest};
+use containerd_client::services::v1::{ApplyRequest, DeleteContentRequest, DiffRequest};
 use containerd_client::tonic::Request;
 use containerd_client::tonic::transport::Channel;
 use containerd_client::types::{Descriptor, Mount};
@@ -29,6 +30,7 @@ const MESSAGE_BYTES: usize = 64 << 20;
 pub(crate) struct Client {
     snapshots: SnapshotsClient<Channel>,
     diff: DiffClient<Channel>,
+    content: ContentClient<Channel>,
     snapshotter: String,
 }
 
@@ -41,7 +43,8 @@ impl Client {
         Ok(Client {
             snapshots: SnapshotsClient::new(channel.clone())
                 .max_decoding_message_size(MESSAGE_BYTES),
-            diff: DiffClient::new(channel),
+            diff: DiffClient::new(channel.clone()),
+            content: ContentClient::new(channel),
             snapshotter: snapshotter.to_owned(),
         })
     }
@@ -143,6 +146,15 @@ impl Client {
         });
         let answer = self.diff.diff(request).await.context("Diff")?;
         answer.into_inner().diff.context("Diff gave no content")
+    }
+
+    /// Removes content from the store.
+    pub(crate) async fn delete_content(&mut self, digest: &str) -> Result<()> {
+        let request = request(DeleteContentRequest {
+            digest: digest.to_owned(),
+        });
+        let deleted = self.content.delete(request).await;
+        deleted.map(drop).context("Delete of the content")
     }
 
     /// Puts the content of a layer into what is mounted so.

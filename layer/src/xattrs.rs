@@ -15,6 +15,8 @@ use rustix::io::Errno;
 
 /// Longest list of names and longest value that Linux allows: `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`.
 pub(crate) const XATTR_MAX: usize = 64 * 1024;
+/// What nearly all lists and values fit into.
+const FIRST_BYTES: usize = 256;
 
 /// One extended attribute: full name (`user.origin`) and value, both any bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,17 +45,20 @@ fn proc_path(directory: BorrowedFd<'_>, name: &[u8]) -> Vec<u8> {
 
 /// Buffers for the list of names and one value, kept so that a file without attributes costs one
 /// system call and no allocation.
+///
+/// They begin small and grow on `ERANGE`: before it asks the file system, the kernel takes (and for
+/// values clears) memory of the size of the caller's buffer, at every call.
 #[derive(Debug)]
 pub(crate) struct XattrReader {
-    names: Box<[u8]>,
-    value: Box<[u8]>,
+    names: Vec<u8>,
+    value: Vec<u8>,
 }
 
 impl XattrReader {
     pub(crate) fn new() -> Self {
         XattrReader {
-            names: vec![0; XATTR_MAX].into_boxed_slice(),
-            value: vec![0; XATTR_MAX].into_boxed_slice(),
+            names: vec![0; FIRST_BYTES],
+            value: vec![0; FIRST_BYTES],
         }
     }
 
@@ -63,12 +68,10 @@ impl XattrReader {
         holder: XattrHolder<'_>,
         mut each: impl FnMut(&[u8], &[u8]),
     ) -> io::Result<()> {
-        let listed = match holder {
-            XattrHolder::Open(fd) => flistxattr(fd, &mut self.names[..]),
-            XattrHolder::Named { directory, name } => {
-                llistxattr(proc_path(directory, name), &mut self.names[..])
-            }
-        };
+        let listed = growing(&mut self.names, |names| match holder {
+            XattrHolder::Open(fd) => flistxattr(fd, names),
+            XattrHolder::Named { directory, name } => llistxattr(proc_path(directory, name), names),
+        });
         let len = match listed {
             Ok(len) => len,
             // The file system has no extended attributes at all.
@@ -96,14 +99,30 @@ impl XattrReader {
     }
 }
 
-fn get(holder: XattrHolder<'_>, name: &[u8], value: &mut [u8]) -> io::Result<Option<usize>> {
-    let got = match holder {
+/// Asks again with a larger buffer as long as the answer does not fit.
+fn growing(
+    buffer: &mut Vec<u8>,
+    mut ask: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>,
+) -> rustix::io::Result<usize> {
+    loop {
+        match ask(buffer) {
+            // What does not fit into the most that Linux allows, no buffer will hold.
+            Err(Errno::RANGE) if buffer.len() < XATTR_MAX => {
+                buffer.resize((buffer.len() * 8).min(XATTR_MAX), 0);
+            }
+            answer => return answer,
+        }
+    }
+}
+
+fn get(holder: XattrHolder<'_>, name: &[u8], value: &mut Vec<u8>) -> io::Result<Option<usize>> {
+    let got = growing(value, |value| match holder {
         XattrHolder::Open(fd) => fgetxattr(fd, name, value),
         XattrHolder::Named {
             directory,
             name: file,
         } => lgetxattr(proc_path(directory, file), name, value),
-    };
+    });
     match got {
         Ok(len) => Ok(Some(len)),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
@@ -130,5 +149,43 @@ pub(crate) fn remove_xattr(fd: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
     match fremovexattr(fd, name) {
         Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => Ok(()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn buffers_grow_with_names_and_values() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create(dir.path().join("file")).unwrap();
+        let holder = XattrHolder::Open(file.as_fd());
+        // Larger than the first buffer, and one that its next size holds too; 3 KiB is what ext4 takes.
+        let value = |n: u8| vec![n; if n == 0 { 3000 } else { usize::from(n) }];
+        let name = |n: u8| format!("user.{}{n:02}", "n".repeat(80)).into_bytes();
+        for n in 0..8 {
+            set_xattr(holder, &name(n), &value(n)).unwrap();
+        }
+        let mut reader = XattrReader::new();
+        for _ in 0..2 {
+            let mut read = Vec::new();
+            reader
+                .for_each(holder, |name, value| {
+                    read.push((name.to_vec(), value.to_vec()))
+                })
+                .unwrap();
+            read.retain(|(name, _)| name.starts_with(b"user."));
+            read.sort();
+            let all: Vec<_> = (0..8).map(|n| (name(n), value(n))).collect();
+            assert_eq!(read, all);
+        }
+        assert_eq!(
+            XattrReader::new().value(holder, &name(0)).unwrap(),
+            Some(&value(0)[..])
+        );
+        assert_eq!(reader.value(holder, b"user.none").unwrap(), None);
     }
 }

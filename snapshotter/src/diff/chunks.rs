@@ -5,8 +5,11 @@ use std::sync::mpsc::{Receiver, SyncSender};
 
 use sha2::{Digest, Sha256};
 
-/// Size of a chunk. Blocks of a compressed layer are chunks, so the same layer gives the same blocks.
+/// Size of a chunk, but for the first ones.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
+/// Size of the first chunk of a layer; each that follows is twice as large, up to [`CHUNK_BYTES`]. A
+/// small layer, too, is to be hashed, compressed and sent while the rest of it is still exported.
+const FIRST_CHUNK_BYTES: usize = 128 << 10;
 /// Chunks that wait between two threads: enough that neither waits for the other's every step.
 pub(super) const QUEUED_CHUNKS: usize = 3;
 
@@ -50,10 +53,12 @@ pub(super) fn gone<T>(_: T) -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
 
-/// Cuts what is written into chunks of exactly [`CHUNK_BYTES`]; `finish` sends the rest.
+/// Cuts what is written into chunks; `finish` sends the rest. Where it cuts depends on the length
+/// alone: the blocks of a compressed layer are chunks, and the same layer is to give the same blocks.
 #[derive(Debug)]
 pub(super) struct ChunkWriter {
     chunk: Vec<u8>,
+    chunk_bytes: usize,
     chunks: SyncSender<Vec<u8>>,
 }
 
@@ -61,6 +66,7 @@ impl ChunkWriter {
     pub(super) fn new(chunks: SyncSender<Vec<u8>>) -> Self {
         Self {
             chunk: Vec::new(),
+            chunk_bytes: FIRST_CHUNK_BYTES,
             chunks,
         }
     }
@@ -76,11 +82,12 @@ impl ChunkWriter {
 impl Write for ChunkWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.chunk.capacity() == 0 {
-            self.chunk.reserve_exact(CHUNK_BYTES);
+            self.chunk.reserve_exact(self.chunk_bytes);
         }
-        let len = bytes.len().min(CHUNK_BYTES - self.chunk.len());
+        let len = bytes.len().min(self.chunk_bytes - self.chunk.len());
         self.chunk.extend_from_slice(&bytes[..len]);
-        if self.chunk.len() == CHUNK_BYTES {
+        if self.chunk.len() == self.chunk_bytes {
+            self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_BYTES);
             let chunk = std::mem::take(&mut self.chunk);
             self.chunks.send(chunk).map_err(gone)?;
         }

@@ -1,7 +1,7 @@
 //! Compresses a layer on several processors.
 //!
 //! ```text
-//! chunk 0   chunk 1   chunk 2        1 MiB each, the last one shorter
+//! chunk 0   chunk 1   chunk 2        up to 1 MiB each (chunks.rs)
 //!    |         |         |
 //! member 0  member 1  member 2       gzip: RFC 1952 section 2.2, a file is a series of members
 //!                                    zstd: RFC 8878 section 3.1, of frames

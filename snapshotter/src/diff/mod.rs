@@ -4,16 +4,18 @@
 //!  containerd ── Diff ───> service ──> plan ──> pack (export, hash, compress) ──> upload ──┐
 //!             ── Apply ──> service ──> plan ──> unpack (decompress, hash, import) <──┐     │
 //!                             │                                                      │     v
-//!             <── content store, leases ───────── store ─────────────────────────────┴──────
+//!             <── content store, leases ───────── store ──── blob_file ──────────────┴──────
 //! ```
 //!
 //! containerd asks its differs in order and goes on to the next after `Unimplemented`. So `plan` takes
 //! only mounts whose directories already are the answer, and everything else (mounts of other kinds,
 //! trees that must be compared) is left to containerd's walking differ.
 
+mod blob_file;
 mod chunks;
 mod compress;
 mod error;
+mod leases;
 mod media_type;
 mod namespace;
 mod pack;

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
+use std::io::{self, BufRead};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,15 +14,18 @@ use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types::Descriptor;
 use nix::unistd::{AccessFlags, access};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use transship_layer::{Compression, ExportError};
 
+use super::blob_file::BlobFile;
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
 use super::error::DiffError;
+use super::leases::{Lease, Leases};
 use super::media_type;
 use super::namespace;
 use super::pack::{PackError, Packed, pack_layer};
 use super::plan::{LayerSource, LayerTarget, NotOurs, plan_apply, plan_diff};
-use super::store::{Containerd, During, GC_ROOT, KEEP, Store, UNCOMPRESSED};
+use super::store::{Containerd, During, GC_ROOT, Store, UNCOMPRESSED};
 use super::unpack::{Unpacked, unpack_layer};
 use super::upload::Upload;
 use crate::error::chain;
@@ -41,6 +44,7 @@ pub(super) struct DiffService {
     /// Turns true when the daemon can wait no longer.
     give_up: watch::Receiver<bool>,
     names: Names,
+    leases: Leases,
     /// Namespaces that have been cleared of what a killed differ left.
     swept: Mutex<HashSet<MetadataValue<Ascii>>>,
 }
@@ -106,6 +110,7 @@ impl DiffService {
             jobs: Semaphore::new(JOBS),
             give_up,
             names: Names::new(socket),
+            leases: Leases::default(),
             swept: Mutex::default(),
         })
     }
@@ -152,21 +157,20 @@ impl DiffService {
         let store = self.store(namespace).await?;
         let name = self.names.next();
         let mut writing = Writing {
-            leased: None,
+            lease: None,
             upload: None,
         };
         let written = tokio::select! {
-            written = writing.run(&job, &store, &name, &request) => written,
+            written = writing.run(&job, &store, &self.leases, &name, &request) => written,
             () = given_up.wait() => Err(DiffError::GivenUp),
         };
-        let packed = match written {
-            Ok(packed) => packed,
-            Err(error) => {
-                writing.undo().await;
-                return Err(error);
-            }
-        };
-        writing.release_later();
+        if written.is_err() {
+            writing.undo().await;
+        }
+        if let Some(lease) = writing.lease {
+            self.leases.keep(lease);
+        }
+        let packed = written?;
         tracing::debug!(
             dir = %job.source.dir.display(),
             entries = packed.stats.entries,
@@ -210,32 +214,48 @@ impl DiffService {
             None => namespace::with_blob(&self.containerd, &layer.digest).await?,
         };
         let store = self.store(namespace).await?;
-        let (pieces, queue) = mpsc::channel(QUEUED_CHUNKS);
         let sync = request.sync_fs;
         let digest = layer.digest.clone();
-        let unpacking = tokio::task::spawn_blocking(move || {
+        let unpack = move |blob: &mut (dyn BufRead + Send)| {
             check_target(&target)?;
-            let unpacked = unpack_layer(ChunkReader::new(queue), &target)
+            let unpacked = unpack_layer(blob, &target)
                 .map_err(|source| DiffError::Import { digest, source })?;
             if sync {
                 sync_file_system(&target.dir)?;
             }
             Ok((target, unpacked))
-        });
-        let read = tokio::select! {
-            read = read_into(&pieces, &store, &layer) => read,
-            () = given_up.wait() => Err(DiffError::GivenUp),
         };
-        if read.is_err() {
-            // Else the end of the queue would look like the end of the blob.
-            drop(pieces.send(Err(io::ErrorKind::Interrupted.into())).await);
-        }
-        drop(pieces);
-        // The target is nobody's before the last thread has left it.
-        let unpacked = unpacking
-            .await
-            .unwrap_or_else(|error| Err(DiffError::Internal(error.to_string())));
-        read?;
+        let unpacked = match self.containerd.open_blob(&store, &layer).await? {
+            Some(file) => {
+                let (mut blob, stop) = BlobFile::new(file);
+                let mut unpacking = tokio::task::spawn_blocking(move || unpack(&mut blob));
+                tokio::select! {
+                    unpacked = joined_with(&mut unpacking) => unpacked,
+                    () = given_up.wait() => {
+                        stop.now();
+                        // The target is nobody's before the last thread has left it.
+                        drop(unpacking.await);
+                        Err(DiffError::GivenUp)
+                    }
+                }
+            }
+            None => {
+                let (pieces, queue) = mpsc::channel(QUEUED_CHUNKS);
+                let unpacking =
+                    tokio::task::spawn_blocking(move || unpack(&mut ChunkReader::new(queue)));
+                let read = tokio::select! {
+                    read = read_into(&pieces, &store, &layer) => read,
+                    () = given_up.wait() => Err(DiffError::GivenUp),
+                };
+                if read.is_err() {
+                    // Else the end of the queue would look like the end of the blob.
+                    drop(pieces.send(Err(io::Error::other("given up"))).await);
+                }
+                drop(pieces);
+                let unpacked = joined(unpacking).await;
+                read.and(unpacked)
+            }
+        };
         let (target, Unpacked { tar, stats }) = unpacked?;
         tracing::debug!(
             dir = %target.dir.display(),
@@ -263,7 +283,7 @@ struct LayerJob {
 
 /// What a Diff has made so far, for the case that it must be undone.
 struct Writing {
-    leased: Option<Store>,
+    lease: Option<Arc<Lease>>,
     upload: Option<Upload>,
 }
 
@@ -272,17 +292,27 @@ impl Writing {
         &mut self,
         job: &LayerJob,
         store: &Store,
+        leases: &Leases,
         name: &str,
         request: &DiffRequest,
     ) -> Result<Packed, DiffError> {
         for attempt in 1.. {
-            match self.attempt(job, store, name, request).await {
+            match self.attempt(job, store, leases, name, request).await {
                 Err(DiffError::Pack(PackError::Export(ExportError::Changed { path })))
                     if attempt < ATTEMPTS =>
                 {
                     tracing::debug!(?path, attempt, "changed while it was exported");
                     if let Some(mut upload) = self.upload.take() {
                         upload.abort().await?;
+                    }
+                }
+                // Somebody has removed the lease that was there.
+                Err(DiffError::Call(error))
+                    if error.code() == Code::NotFound && self.lease.is_some() && attempt == 1 =>
+                {
+                    self.upload = None;
+                    if let Some(lease) = self.lease.take() {
+                        leases.forget(&lease);
                     }
                 }
                 other => return other,
@@ -295,14 +325,17 @@ impl Writing {
         &mut self,
         job: &LayerJob,
         store: &Store,
+        leases: &Leases,
         name: &str,
         request: &DiffRequest,
     ) -> Result<Packed, DiffError> {
         let (sink, mut chunks) = mpsc::channel::<Vec<u8>>(QUEUED_CHUNKS);
+        let (fit, is_fit) = oneshot::channel();
         let job = job.clone();
-        // The export begins while the lease is being made.
         let packing = tokio::task::spawn_blocking(move || {
             check_source(&job.source)?;
+            // Nobody waits when the call was given up.
+            fit.send(()).ok();
             let sink = |chunk| sink.blocking_send(chunk).map_err(gone);
             Ok::<_, DiffError>(pack_layer(
                 &job.source,
@@ -311,20 +344,21 @@ impl Writing {
                 sink,
             )?)
         });
-        let Some(first) = chunks.recv().await else {
-            // Refused before there was anything to write: no trace in containerd.
+        if is_fit.await.is_err() {
+            // For another differ: no trace in containerd.
             return joined(packing).await;
-        };
-        if self.leased.is_none() && !request.labels.contains_key(GC_ROOT) {
-            self.leased = Some(store.with_lease(name).await?);
+        }
+        // The export goes on while the lease is made and the upload begins.
+        if self.lease.is_none() && !request.labels.contains_key(GC_ROOT) {
+            self.lease = Some(leases.current(store, name).await?);
         }
         let reference = match request.r#ref.as_str() {
             "" => name,
             reference => reference,
         };
-        let store = self.leased.as_ref().unwrap_or(store).clone();
-        let upload = self.upload.insert(Upload::new(store, reference.to_owned()));
-        upload.write(first).await?;
+        let store = self.lease.as_ref().map_or(store, |lease| lease.store());
+        let upload = Upload::begin(store.clone(), reference.to_owned()).await?;
+        let upload = self.upload.insert(upload);
         while let Some(chunk) = chunks.recv().await {
             upload.write(chunk).await?;
         }
@@ -335,36 +369,21 @@ impl Writing {
         Ok(packed)
     }
 
-    /// Leaves nothing behind; what fails here is collected when the lease ends by itself.
-    async fn undo(mut self) {
+    /// Leaves nothing behind that is half written; what fails here is collected with the lease.
+    async fn undo(&mut self) {
         if let Some(upload) = &mut self.upload
             && let Err(error) = upload.abort().await
         {
             tracing::warn!(error = chain(&error), "unfinished content stays");
         }
-        if let Some(store) = self.leased {
-            end_lease(&store).await;
-        }
-    }
-
-    /// Ends the lease when the caller has had time to refer to the layer.
-    fn release_later(self) {
-        if let Some(store) = self.leased {
-            tokio::spawn(async move {
-                tokio::time::sleep(KEEP).await;
-                end_lease(&store).await;
-            });
-        }
     }
 }
 
-async fn end_lease(store: &Store) {
-    if let Err(error) = store.end_lease().await {
-        tracing::warn!(error = chain(&error), "the lease ends by itself");
-    }
+async fn joined<T>(mut task: JoinHandle<Result<T, DiffError>>) -> Result<T, DiffError> {
+    joined_with(&mut task).await
 }
 
-async fn joined<T>(task: tokio::task::JoinHandle<Result<T, DiffError>>) -> Result<T, DiffError> {
+async fn joined_with<T>(task: &mut JoinHandle<Result<T, DiffError>>) -> Result<T, DiffError> {
     task.await
         .unwrap_or_else(|error| Err(DiffError::Internal(error.to_string())))
 }

@@ -2,23 +2,29 @@
 //!
 //! The lease of whoever called containerd does not reach a proxied differ (its gRPC header is not
 //! forwarded), so content is written under a lease of our own, which outlives the call for a while:
-//! see [`KEEP`].
+//! see leases.rs.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use containerd_client::services::v1::content_client::ContentClient;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::{
     AbortRequest, AddResourceRequest, CreateRequest, DeleteRequest, Info, InfoRequest,
-    ListStatusesRequest, ReadContentRequest, ReadContentResponse, Resource, UpdateRequest,
+    ListStatusesRequest, PluginsRequest, ReadContentRequest, ReadContentResponse, Resource,
+    UpdateRequest,
 };
 use containerd_client::tonic::metadata::{Ascii, MetadataValue};
 use containerd_client::tonic::transport::{Channel, Error as TransportError};
 use containerd_client::tonic::{Code, Request, Status, Streaming};
+use containerd_client::types::Descriptor;
 use prost_types::{FieldMask, Timestamp};
 use tokio::sync::OnceCell;
+
+use super::blob_file;
 
 /// Label with the digest of a layer's uncompressed tar.
 pub(super) const UNCOMPRESSED: &str = "containerd.io/uncompressed";
@@ -27,9 +33,6 @@ pub(super) const GC_ROOT: &str = "containerd.io/gc.root";
 /// Label of a lease: when it ends by itself.
 const GC_EXPIRE: &str = "containerd.io/gc.expire";
 
-/// How long a finished layer is kept for its caller to refer to it. A checkpoint with `--rw` asks for
-/// the layer first and dumps memory then, which takes its time.
-pub(super) const KEEP: Duration = Duration::from_secs(3600);
 /// When a lease ends whose differ was killed: as containerd's own clients have it.
 const LEASE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
@@ -86,6 +89,8 @@ impl<T> During<T> for Result<T, Status> {
 pub(super) struct Containerd {
     address: PathBuf,
     channel: OnceCell<Channel>,
+    /// Where the content store says that it lies.
+    content_root: OnceCell<Option<PathBuf>>,
 }
 
 impl Containerd {
@@ -93,6 +98,7 @@ impl Containerd {
         Self {
             address,
             channel: OnceCell::new(),
+            content_root: OnceCell::new(),
         }
     }
 
@@ -106,6 +112,29 @@ impl Containerd {
                 source: Box::new(Refusal::Transport(error)),
             })?;
         Ok(channel.clone())
+    }
+
+    /// Opens a blob that the namespace has where it lies; None when it has to be read through
+    /// [`Store::read`].
+    pub(super) async fn open_blob(
+        &self,
+        store: &Store,
+        layer: &Descriptor,
+    ) -> Result<Option<File>, CallError> {
+        let root = self
+            .content_root
+            .get_or_try_init(|| store.content_root())
+            .await?;
+        let Some(root) = root else {
+            return Ok(None);
+        };
+        let info = store.info(&layer.digest).await?;
+        if info.size != layer.size {
+            // Reading it tells what is wrong.
+            return Ok(None);
+        }
+        let size = u64::try_from(layer.size).unwrap_or(0);
+        Ok(blob_file::open_blob(root, &layer.digest, size))
     }
 
     /// The store as the namespace sees it.
@@ -143,6 +172,11 @@ impl Store {
 
     pub(super) fn content(&self) -> ContentClient<Channel> {
         ContentClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Namespace of the requests.
+    pub(super) fn namespace(&self) -> &MetadataValue<Ascii> {
+        &self.namespace
     }
 
     fn leases(&self) -> LeasesClient<Channel> {
@@ -212,15 +246,7 @@ impl Store {
                 .await
                 .during(|| format!("keep the blob {digest}"))?;
         }
-        let request = InfoRequest {
-            digest: digest.to_owned(),
-        };
-        let info = self
-            .content()
-            .info(self.request(request))
-            .await
-            .during(|| format!("look up the blob {digest}"))?;
-        let present = info.into_inner().info.unwrap_or_default().labels;
+        let present = self.info(digest).await?.labels;
         let missing: HashMap<_, _> = labels
             .iter()
             .filter(|(name, _)| !present.contains_key(*name))
@@ -247,6 +273,33 @@ impl Store {
             .await
             .during(|| format!("label the blob {digest}"))?;
         Ok(())
+    }
+
+    async fn info(&self, digest: &str) -> Result<Info, CallError> {
+        let request = InfoRequest {
+            digest: digest.to_owned(),
+        };
+        let answer = self.content().info(self.request(request)).await;
+        let info = answer.during(|| format!("look up the blob {digest}"))?;
+        Ok(info.into_inner().info.unwrap_or_default())
+    }
+
+    /// The root that containerd's own content store exports, when it is the only one.
+    async fn content_root(&self) -> Result<Option<PathBuf>, CallError> {
+        let request = PluginsRequest {
+            filters: vec!["type==io.containerd.content.v1".to_owned()],
+        };
+        let answer = IntrospectionClient::new(self.channel())
+            .plugins(self.request(request))
+            .await
+            .during(|| "list the content stores".to_owned())?;
+        let stores = answer.into_inner().plugins.into_iter();
+        let mut stores = stores.filter(|plugin| plugin.init_err.is_none());
+        let root = match (stores.next(), stores.next()) {
+            (Some(mut only), None) if only.id == "content" => only.exports.remove("root"),
+            _ => None,
+        };
+        Ok(root.map(PathBuf::from).filter(|root| root.is_absolute()))
     }
 
     /// The content of a blob from its start, piece by piece.

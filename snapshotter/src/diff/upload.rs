@@ -1,6 +1,7 @@
 //! One blob on its way into the content store.
 //!
 //! ```text
+//! Write {STAT, ref} ──>                       containerd records the reference meanwhile
 //! Write {WRITE, ref, offset 0, data} ──>
 //! Write {WRITE, ref, offset n, data} ──>      each is answered, nobody waits for the answers
 //!  ...
@@ -39,15 +40,19 @@ struct Stream {
 }
 
 impl Upload {
-    /// Nothing is sent yet.
-    pub(super) fn new(store: Store, reference: String) -> Self {
-        Self {
+    /// Lets containerd prepare for the blob (a synced transaction and a directory), which takes about
+    /// as long as the export of a small layer.
+    pub(super) async fn begin(store: Store, reference: String) -> Result<Self, CallError> {
+        let mut upload = Self {
             store,
             reference,
             offset: 0,
             held: None,
             stream: None,
-        }
+        };
+        let request = upload.next_request(WriteAction::Stat, Vec::new());
+        upload.send(request).await?;
+        Ok(upload)
     }
 
     /// Adds a chunk.
@@ -91,12 +96,8 @@ impl Upload {
     /// Leaves nothing of the blob behind, unless it was committed.
     pub(super) async fn abort(&mut self) -> Result<(), CallError> {
         // Only when the stream has ended can containerd write no more.
-        let sent = self.stream.is_some() || self.offset > 0;
         drop(self.end().await);
-        if sent {
-            self.store.abort(&self.reference).await?;
-        }
-        Ok(())
+        self.store.abort(&self.reference).await
     }
 
     fn next_request(&mut self, action: WriteAction, data: Vec<u8>) -> WriteContentRequest {
