@@ -167,23 +167,37 @@ fn a_diff_applies_as_what_was_changed(bed: &Testbed) -> anyhow::Result<()> {
             "{list}"
         );
         ensure!(log_counts(&node, "layer written")? == written + 5);
-        made.push((snapshotter, node.read_file("/root/plain")?, truth));
+        let blob = |name: &str| node.read_file(&format!("/root/{name}"));
+        let blobs = [
+            ("", blob("plain")?),
+            ("+gzip", blob("gzip")?),
+            ("+zstd", blob("zstd")?),
+        ];
+        made.push((snapshotter, blobs, truth));
     }
     ensure!(log_counts(&node, "WARN")? == 0);
     restart_stock(&node, containerd)?;
-    for (snapshotter, layer, truth) in made {
-        let image = image
-            .clone()
-            .with_layer(&format!("transship.test/{snapshotter}:1"), layer);
-        node.import_image(&image, "overlayfs")?;
-        let tree = list_image(&node, &image, "overlayfs", true)?;
-        ensure!(
-            tree == truth,
-            "{snapshotter}:\n{}",
-            difference(&truth, &tree)
-        );
+    for (snapshotter, blobs, truth) in made {
+        let plain = blobs[0].1.clone();
+        for (suffix, blob) in blobs {
+            // A base of its own for each: a chain that is there would not be applied again.
+            let tag = format!("transship.test/{snapshotter}:1{}", suffix.replace('+', "-"));
+            let own = own_base(&image, &tag)?;
+            let image = own.with_compressed_layer(&tag, &plain, (suffix, blob));
+            node.import_image(&image, "overlayfs")?;
+            let tree = list_image(&node, &image, "overlayfs", true)?;
+            ensure!(tree == truth, "{tag}:\n{}", difference(&truth, &tree));
+        }
     }
     Ok(())
+}
+
+/// The image with an empty layer more, which no other has: only the tar's end, and `tag` behind it.
+fn own_base(image: &Image, tag: &str) -> anyhow::Result<Image> {
+    let mut layer = vec![0; 1024];
+    layer.extend(tag.bytes());
+    layer.resize(2048, 0);
+    Ok(image.clone().with_layer(tag, layer))
 }
 
 fn list_image(
@@ -229,13 +243,30 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
         "ctr snapshots diff --media-type {PLAIN} active >/root/walking"
     ))
     .run()?;
-    let layer = node.read_file("/root/walking")?;
-    let image = image.with_layer("transship.test/changed:1", layer);
-    node.import_image(&image, "overlayfs")?;
-    let truth = list_image(&node, &image, "overlayfs", true)?;
+    let plain = node.read_file("/root/walking")?;
+    let changed = image
+        .clone()
+        .with_layer("transship.test/changed:1", plain.clone());
+    node.import_image(&changed, "overlayfs")?;
+    let truth = list_image(&node, &changed, "overlayfs", true)?;
     ensure!(log_counts(&node, "layer applied")? == applied);
 
-    for snapshotter in ["overlayfs", "transship"] {
+    for (snapshotter, suffix) in [("overlayfs", "+gzip"), ("transship", "+zstd")] {
+        // As containerd's own differ compresses it.
+        let diff = format!("ctr snapshots diff --media-type {PLAIN}{suffix} active >/root/packed");
+        if snapshotter == "overlayfs" {
+            node.shell(&diff).run()?;
+        } else {
+            node.shell("zstd -q -f /root/walking -o /root/packed")
+                .run()?;
+        }
+        let packed = node.read_file("/root/packed")?;
+        let image = |blob: Vec<u8>| {
+            let name = format!("transship.test/changed:1{}", suffix.replace('+', "-"));
+            image
+                .clone()
+                .with_compressed_layer(&name, &plain, (suffix, blob))
+        };
         // From nothing: a chain that is there would not be applied again.
         node.stop_daemon("containerd", "TERM")?;
         node.shell("rm -rf /var/lib/containerd/io.containerd.{metadata,snapshotter}*")
@@ -245,20 +276,42 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
         node.start_snapshotter_with(&["--log-level", "debug"])?;
         node.start_containerd(&ContainerdConfig::transship())?;
         let applied = log_counts(&node, "layer applied")?;
-        node.write_file("/root/image.tar", image.to_archive()?)?;
+        let warned = log_counts(&node, "WARN")?;
         // --local: by the client, through the diff service, as the CRI does it.
-        let import = ["images", "import", "--local", "--snapshotter", snapshotter];
-        node.ctr(&[&import[..], &["/root/image.tar"]].concat())?;
+        let import = |image: &Image| -> anyhow::Result<String> {
+            node.write_file("/root/image.tar", image.to_archive()?)?;
+            Ok(format!(
+                "ctr images import --local --snapshotter {snapshotter} /root/image.tar"
+            ))
+        };
+        // Cut off, and with a wrong checksum at the end (gzip: CRC and length; zstd: XXH64): an
+        // error, and neither a layer nor half of one.
+        let mut wrong = packed.clone();
+        let checksum = wrong.len() - if suffix == "+gzip" { 6 } else { 2 };
+        wrong[checksum] ^= 1;
+        for damaged in [packed[..packed.len() / 2].to_vec(), wrong] {
+            let damaged = image(damaged);
+            let error = node.shell(&import(&damaged)?).read_failure()?;
+            ensure!(error.contains("cannot apply the layer"), "{error}");
+            let list = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
+            ensure!(
+                list.lines().count() == damaged.layers() && !list.contains("Active"),
+                "{list}"
+            );
+        }
+        ensure!(log_counts(&node, "layer applied")? == applied + image(Vec::new()).layers() - 1);
+        ensure!(log_counts(&node, "WARN")? == warned + 2);
+        let whole = image(packed);
         // containerd has compared the diff ids; all layers went through ours.
-        ensure!(log_counts(&node, "layer applied")? == applied + image.layers());
-        let tree = list_image(&node, &image, snapshotter, true)?;
+        node.shell(&import(&whole)?).run()?;
+        ensure!(log_counts(&node, "layer applied")? == applied + whole.layers());
+        let tree = list_image(&node, &whole, snapshotter, true)?;
         ensure!(
             tree == truth,
             "{snapshotter}:\n{}",
             difference(&truth, &tree)
         );
     }
-    ensure!(log_counts(&node, "WARN")? == 0);
     Ok(())
 }
 
@@ -532,6 +585,23 @@ fn layers_go_out_and_in_directly(bed: &Testbed) -> anyhow::Result<()> {
         let list = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
         ensure!(!list.contains("broken"), "{list}");
     }
+    // A client of containerd fills a new container's upperdir by a label.
+    node.shell(&format!(
+        "cd /root
+         ctr snapshots --snapshotter transship prepare imported-truth {top}
+         transship snapshot import --snapshotter transship imported-truth out.tar
+         mkdir -p /var/lib/transship/checkpoints/labelled
+         cp out.tar /var/lib/transship/checkpoints/labelled/rootfs-diff.tar
+         label=containerd.io/snapshot/transship.import
+         dir=/var/lib/transship/checkpoints
+         ctr containers create --snapshotter transship --snapshotter-label $label=$dir/labelled {reference} labelled
+         transship snapshot export labelled | cmp - out.tar
+         ! ctr containers create --snapshotter transship --snapshotter-label $label=$dir/none {reference} none
+         ! ctr snapshots --snapshotter transship info none",
+        top = top_of_image(&node, "transship")?,
+        reference = image.reference(),
+    ))
+    .run()?;
     // A container that writes all the time stands still meanwhile, and goes on.
     let writing = "while :; do date >>/tmp/log; cat /tmp/log >/tmp/copy; rm /tmp/copy; done";
     let run = [

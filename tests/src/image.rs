@@ -57,12 +57,31 @@ const APPLETS: [&str; 30] = [
 /// Port on which the counter listens unless told otherwise.
 const COUNTER_PORT: u16 = 7000;
 
+/// A layer as it lies in the archive.
+#[derive(Debug, Clone)]
+struct LayerBlob {
+    content: Vec<u8>,
+    media_type: String,
+    /// Digest of the uncompressed tar.
+    diff_id: String,
+}
+
+impl LayerBlob {
+    fn plain(content: Vec<u8>) -> LayerBlob {
+        LayerBlob {
+            media_type: LAYER.to_owned(),
+            diff_id: format!("sha256:{}", sha256(&content)),
+            content,
+        }
+    }
+}
+
 /// An image that is made here.
 #[derive(Debug, Clone)]
 pub struct Image {
     reference: String,
     /// Tar files, lowest first.
-    layers: Vec<Vec<u8>>,
+    layers: Vec<LayerBlob>,
     entrypoint: Vec<String>,
 }
 
@@ -93,7 +112,9 @@ impl Image {
             .file("usr/bin/counter", &program, 0o755)?;
         Ok(Image {
             reference: "transship.test/counter:1".to_owned(),
-            layers: vec![base_layer(busybox)?, data.finish()?, bin.finish()?],
+            layers: [base_layer(busybox)?, data.finish()?, bin.finish()?]
+                .map(LayerBlob::plain)
+                .into(),
             entrypoint: vec!["/usr/bin/counter".to_owned()],
         })
     }
@@ -136,7 +157,7 @@ impl Image {
         layer.file("pause", &program, 0o755)?;
         Ok(Image {
             reference: PAUSE_IMAGE.to_owned(),
-            layers: vec![layer.finish()?],
+            layers: vec![LayerBlob::plain(layer.finish()?)],
             entrypoint: vec!["/pause".to_owned()],
         })
     }
@@ -145,7 +166,24 @@ impl Image {
     #[must_use]
     pub fn with_layer(mut self, reference: &str, layer: Vec<u8>) -> Image {
         reference.clone_into(&mut self.reference);
-        self.layers.push(layer);
+        self.layers.push(LayerBlob::plain(layer));
+        self
+    }
+
+    /// This image with one more layer on top, `plain` compressed as the suffix says (`+gzip`).
+    #[must_use]
+    pub fn with_compressed_layer(
+        mut self,
+        reference: &str,
+        plain: &[u8],
+        (suffix, content): (&str, Vec<u8>),
+    ) -> Image {
+        reference.clone_into(&mut self.reference);
+        self.layers.push(LayerBlob {
+            content,
+            media_type: format!("{LAYER}{suffix}"),
+            diff_id: format!("sha256:{}", sha256(plain)),
+        });
         self
     }
 
@@ -164,7 +202,10 @@ impl Image {
         let mut archive = Layer::default();
         archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
         archive.dir("blobs")?.dir("blobs/sha256")?;
-        let layers: Vec<_> = self.layers.iter().map(|layer| blob(LAYER, layer)).collect();
+        let layers = self.layers.iter();
+        let layers: Vec<_> = layers
+            .map(|layer| blob(&layer.media_type, &layer.content))
+            .collect();
         let config = json!({
             "architecture": "amd64",
             "os": "linux",
@@ -175,7 +216,7 @@ impl Image {
             },
             "rootfs": {
                 "type": "layers",
-                "diff_ids": layers.iter().map(|layer| &layer["digest"]).collect::<Vec<_>>(),
+                "diff_ids": self.layers.iter().map(|layer| &layer.diff_id).collect::<Vec<_>>(),
             },
         })
         .to_string();
@@ -193,7 +234,12 @@ impl Image {
         });
         let index = json!({ "schemaVersion": 2, "manifests": [described] }).to_string();
         let blobs = [config.as_bytes(), manifest.as_bytes()];
-        for content in self.layers.iter().map(Vec::as_slice).chain(blobs) {
+        for content in self
+            .layers
+            .iter()
+            .map(|layer| &layer.content[..])
+            .chain(blobs)
+        {
             archive.file(&format!("blobs/sha256/{}", sha256(content)), content, 0o644)?;
         }
         archive.file("index.json", index.as_bytes(), 0o644)?;

@@ -32,6 +32,15 @@ impl FileState {
             self.mtime.1 = 0;
         }
     }
+
+    /// Forgets what libarchive 3.6 (Debian 12) does not take from PAX records: attributes, which it
+    /// knows under a key of its own, and fractions of seconds before 1970, which it adds.
+    pub(crate) fn forget_what_libarchive_lacks(&mut self) {
+        self.xattrs.clear();
+        if self.mtime.0 <= 0 {
+            self.mtime = (0, 0);
+        }
+    }
 }
 
 pub(crate) type TreeState = BTreeMap<PathBuf, FileState>;
