@@ -22,15 +22,15 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Makes and mounts one below `parent`.
+    /// Makes and mounts one beside `work_dir`: in it, another testbed would sweep it away.
     ///
     /// # Errors
     /// Without root, loop devices or `mkfs.ext4`.
-    pub(crate) fn make(parent: &Path) -> Result<Disk> {
-        let name = format!("bench-disk-{}", std::process::id());
+    pub(crate) fn make(work_dir: &Path) -> Result<Disk> {
+        let name = format!("transship-bench-disk-{}", std::process::id());
         let disk = Disk {
-            dir: parent.join(&name),
-            image: parent.join(name + ".img"),
+            dir: work_dir.with_file_name(&name),
+            image: work_dir.with_file_name(name + ".img"),
         };
         let making = || format!("cannot make {}", disk.image.display());
         fs::create_dir_all(&disk.dir).with_context(making)?;
