@@ -243,24 +243,26 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
         "ctr snapshots diff --media-type {PLAIN} active >/root/walking"
     ))
     .run()?;
-    let plain = node.read_file("/root/walking")?;
+    let walking = node.read_file("/root/walking")?;
     let changed = image
         .clone()
-        .with_layer("transship.test/changed:1", plain.clone());
+        .with_layer("transship.test/changed:1", walking);
     node.import_image(&changed, "overlayfs")?;
     let truth = list_image(&node, &changed, "overlayfs", true)?;
     ensure!(log_counts(&node, "layer applied")? == applied);
 
     for (snapshotter, suffix) in [("overlayfs", "+gzip"), ("transship", "+zstd")] {
         // As containerd's own differ compresses it.
-        let diff = format!("ctr snapshots diff --media-type {PLAIN}{suffix} active >/root/packed");
-        if snapshotter == "overlayfs" {
-            node.shell(&diff).run()?;
-        } else {
-            node.shell("zstd -q -f /root/walking -o /root/packed")
-                .run()?;
-        }
+        let pack = match suffix {
+            // Of 1.7 no two are equal: deletions have the time of the diff.
+            "+gzip" => {
+                "ctr snapshots diff active >/root/packed; gzip -dc /root/packed >/root/walking"
+            }
+            _ => "zstd -q -f /root/walking -o /root/packed",
+        };
+        node.shell(pack).run()?;
         let packed = node.read_file("/root/packed")?;
+        let plain = node.read_file("/root/walking")?;
         let image = |blob: Vec<u8>| {
             let name = format!("transship.test/changed:1{}", suffix.replace('+', "-"));
             image
@@ -294,8 +296,9 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
             let error = node.shell(&import(&damaged)?).read_failure()?;
             ensure!(error.contains("cannot apply the layer"), "{error}");
             let list = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
+            // The layers below it may have been collected already; its own is not there.
             ensure!(
-                list.lines().count() == damaged.layers() && !list.contains("Active"),
+                list.lines().count() <= damaged.layers() && !list.contains("Active"),
                 "{list}"
             );
         }
