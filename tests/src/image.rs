@@ -130,7 +130,9 @@ impl Image {
         files.file("usr/bin/holder", &program, 0o755)?;
         Ok(Image {
             reference: "transship.test/holder:1".to_owned(),
-            layers: vec![base_layer(busybox)?, files.finish()?],
+            layers: [base_layer(busybox)?, files.finish()?]
+                .map(LayerBlob::plain)
+                .into(),
             entrypoint: vec!["/usr/bin/holder".to_owned()],
         })
     }
