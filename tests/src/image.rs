@@ -146,7 +146,9 @@ impl Image {
             .file("usr/bin/podmate", &program, 0o755)?;
         Ok(Image {
             reference: "transship.test/podmate:1".to_owned(),
-            layers: vec![base_layer(busybox)?, bin.finish()?],
+            layers: [base_layer(busybox)?, bin.finish()?]
+                .map(LayerBlob::plain)
+                .into(),
             entrypoint: vec!["/usr/bin/podmate".to_owned()],
         })
     }
