@@ -174,7 +174,7 @@ mod tests {
             let mut read = Vec::new();
             reader
                 .for_each(holder, |name, value| {
-                    read.push((name.to_vec(), value.to_vec()))
+                    read.push((name.to_vec(), value.to_vec()));
                 })
                 .unwrap();
             read.retain(|(name, _)| name.starts_with(b"user."));

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::cross_read::{export_to, have, portable, succeed};
 use super::have_root;
 use super::mounted_overlay::OverlayDirs;
-use super::tree_state::{TreeState, differences, read_tree};
+use super::tree_state::{TreeState, differences};
 use crate::{ImportOptions, decompress, import_into_upperdir};
 
 const BASE: &str = "
