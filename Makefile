@@ -57,6 +57,8 @@ install: ## Install the built release binaries, units and sample configurations 
 	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \
 	done
 	install -m 0644 config/*.toml $(DESTDIR)$(PREFIX)/share/transship/
+	install -d $(DESTDIR)/etc/transship
+	@test -e $(DESTDIR)/etc/transship/snapshotter.toml || install -m 0644 config/snapshotter.toml $(DESTDIR)/etc/transship/
 
 clean: ## Remove what was built; cached node trees stay in /var/cache/transship-testbed
 	$(CARGO) clean

@@ -1,10 +1,13 @@
 //! What a daemon in a node uses: memory and processor time, from /proc (proc(5)).
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use transship_testbed::{Node, poll_until};
 
 /// The kernel's unit of `utime` and `stime`: 100 a second on every Linux (`getconf CLK_TCK`).
@@ -31,6 +34,16 @@ impl Process {
         let pid = String::from_utf8_lossy(&pid);
         Ok(Process {
             dir: path_from_outside(node, &format!("/proc/{}", pid.trim())),
+        })
+    }
+
+    /// The process that listens on a Unix socket.
+    pub(crate) fn behind(socket: &Path) -> Result<Process> {
+        let connection = UnixStream::connect(socket)
+            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+        let peer = getsockopt(&connection, PeerCredentials).context("cannot ask for the peer")?;
+        Ok(Process {
+            dir: PathBuf::from(format!("/proc/{}", peer.pid())),
         })
     }
 

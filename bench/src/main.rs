@@ -47,6 +47,13 @@ struct Arguments {
     /// Small sizes, to try the program itself; writes no results unless --out is given
     #[arg(long)]
     quick: bool,
+    /// Only put load on a running snapshots socket for five seconds and print what it took: something
+    /// for a profiler to look at
+    #[arg(long, value_name = "SOCK", conflicts_with_all = ["only", "quick", "out"])]
+    load: Option<PathBuf>,
+    /// Clients of --load
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "load")]
+    clients: usize,
     /// Where results.json and results.md go [default: the crate's directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -95,6 +102,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
+    if let Some(socket) = arguments.load {
+        println!("{}", snapshots::load_socket(socket, arguments.clients)?);
+        return Ok(());
+    }
     let executable = std::env::current_exe().context("cannot find this program")?;
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let sizes = if arguments.quick {

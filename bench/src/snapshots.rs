@@ -10,23 +10,60 @@ mod direct;
 mod load;
 mod through_containerd;
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
+use tokio::runtime::Runtime;
 use transship_testbed::Testbed;
 
+use self::load::{CALLS, Target, Turns};
+use crate::daemon::Process;
 use crate::report::Row;
 use crate::sizes::Sizes;
+
+/// How long [`load_socket`] goes on.
+const LOAD: Duration = Duration::from_secs(5);
+
+/// Two threads make the load: more would take processors from the daemons on a small machine.
+fn start_load_threads() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the load's threads")
+}
+
+/// Puts load on a daemon that runs, for a profiler to look at, and says what came of it.
+///
+/// # Errors
+/// When the daemon fails, or a call of it.
+pub(crate) fn load_socket(socket: PathBuf, clients: usize) -> Result<String> {
+    let target = Target {
+        process: Process::behind(&socket)?,
+        socket,
+        snapshotter: "transship".to_owned(),
+        present: 0,
+    };
+    let turn = start_load_threads()?.block_on(target.run(clients, LOAD))?;
+    let calls: Vec<_> = (CALLS.iter().zip(turn.calls))
+        .map(|(call, took)| format!("{call} {took:.2}"))
+        .collect();
+    let turns = Turns(vec![turn]);
+    Ok(format!(
+        "{:.0} cycles/s; p50 in ms: {}; {}",
+        turns.median(|turn| turn.cycles),
+        calls.join(", "),
+        turns.profile()
+    ))
+}
 
 /// Measures the part.
 ///
 /// # Errors
 /// When a daemon fails, or a call of it.
 pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
-    // Two threads make the load: more would take processors from the daemons on a small machine.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the load's threads")?;
+    let runtime = start_load_threads()?;
     let mut rows = direct::measure(bed, sizes, &runtime)?;
     rows.extend(through_containerd::measure(bed, sizes, &runtime)?);
     Ok(rows)

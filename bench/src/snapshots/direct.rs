@@ -16,7 +16,8 @@ use crate::statistics::{median_millis, megabytes, spaced};
 
 /// All roots lie on the node's disk: this is the directory that is no overlay there.
 const ROOTS: &str = "/var/lib/containerd";
-const OURS: &str = "transship-snapshotter";
+/// With the environment of its systemd unit.
+const OURS: [&str; 3] = ["env", "MALLOC_ARENA_MAX=2", "transship-snapshotter"];
 const EMPTY: &str = "ours, empty";
 /// Each call at the last level beside its value at 0.
 const GROWTH: Goal = Goal::RatioAtMost(1.3);
@@ -36,8 +37,8 @@ fn cycles_goal(clients: usize) -> Option<Goal> {
 pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result<Vec<Row>> {
     let node = bed.node("direct")?;
     let peer_program = peer::install(&node, bed.settings())?;
-    let mut ours = start(&node, "ours", &[OURS])?;
-    let empty = start(&node, "empty", &[OURS])?;
+    let mut ours = start(&node, "ours", &OURS)?;
+    let empty = start(&node, "empty", &OURS)?;
     let mut peer = start(&node, "peer", &[&peer_program])?;
     let last = sizes.levels.last().copied().unwrap_or_default();
 
@@ -77,7 +78,11 @@ fn compare_durable(
 ) -> Result<Vec<Row>> {
     let config = "/etc/durable.toml";
     node.write_file(config, "durable_commit = true\n")?;
-    let durable = start(node, "durable", &[OURS, "--config", config])?;
+    let durable = start(
+        node,
+        "durable",
+        &[&OURS[..], &["--config", config]].concat(),
+    )?;
     let mut rows = Vec::new();
     for clients in [1, 16] {
         let (mut with, mut without) = (Turns::default(), Turns::default());
