@@ -144,13 +144,13 @@ pub fn publish(paths: &SnapshotPaths, id: u64) -> Result<()> {
     fs::rename(&dir, paths.dir(id)).during("rename", dir)
 }
 
-/// `<id>` becomes `gone-<id>`. A directory that is already gone is fine.
+/// `dir`, which is that of the snapshot `id` or was to become it, becomes `gone-<id>`. A directory that
+/// is already gone is fine.
 ///
 /// # Errors
 /// I/O errors.
-pub fn retire(paths: &SnapshotPaths, id: u64) -> Result<()> {
-    let dir = paths.dir(id);
-    match fs::rename(&dir, paths.gone_dir(id)) {
+pub fn retire(paths: &SnapshotPaths, id: u64, dir: &Path) -> Result<()> {
+    match fs::rename(dir, paths.gone_dir(id)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.during("rename", dir),
     }

@@ -161,7 +161,7 @@ impl Snapshots {
                 id,
                 "deleting the directory of a snapshot that does not exist"
             );
-            self.retire(*id);
+            self.retire(*id, self.paths.dir(*id));
         }
         for id in leftovers {
             tracing::info!(id, "deleting a half made snapshot");
@@ -170,7 +170,7 @@ impl Snapshots {
                 // Recorded, but a power failure undid the rename: below it is made anew.
                 disk::delete_tree(&dir)?;
             } else {
-                self.background.order(move || disk::delete_tree(&dir));
+                self.retire(id, dir);
             }
         }
         for (id, (key, kind, parent)) in &known {
@@ -297,7 +297,7 @@ impl Snapshots {
         if let Err(error) = self.metadata.create(key, record.clone()) {
             // With an unknown outcome the directory may be needed; the next start decides.
             if !matches!(error, SnapshotError::UnknownOutcome { .. }) {
-                self.retire(id);
+                self.retire(id, self.paths.dir(id));
             }
             return Err(error);
         }
@@ -419,15 +419,15 @@ impl Snapshots {
     pub fn remove(&self, key: &str) -> Result<()> {
         let id = self.metadata.remove(key)?;
         self.faults.reach(Step("remove:recorded"));
-        self.retire(id);
+        self.retire(id, self.paths.dir(id));
         self.faults.reach(Step("remove:deleted"));
         Ok(())
     }
 
-    /// Moves a directory out of the way and has it deleted. What fails is not the caller's concern, as
+    /// Moves the directory of a snapshot out of the way and has it deleted. What fails is not the caller's concern, as
     /// the snapshot itself is gone already.
-    fn retire(&self, id: u64) {
-        let outcome = disk::retire(&self.paths, id).and_then(|()| {
+    fn retire(&self, id: u64, dir: PathBuf) {
+        let outcome = disk::retire(&self.paths, id, &dir).and_then(|()| {
             self.faults.reach(Step("remove:retired"));
             if self.options.sync_remove {
                 return disk::delete_tree(&self.paths.gone_dir(id));
@@ -439,7 +439,6 @@ impl Snapshots {
             // On a full disk the directory may have no room for another name. No other snapshot will
             // ever have this one.
             tracing::warn!(error = chain(&error), "deleting a snapshot where it is");
-            let dir = self.paths.dir(id);
             self.background.order(move || disk::delete_tree(&dir));
         }
     }
