@@ -92,6 +92,12 @@ pub(crate) enum Command {
     /// Tell whether this node can checkpoint and restore, and what to do where it cannot
     #[command(after_help = CHECK_EXIT_CODES)]
     Check,
+    /// Serve the node's API: checkpoint and restore of pods, export and import of snapshots
+    Serve {
+        /// Unix socket (mode 0600)
+        #[arg(long, value_name = "PATH", default_value = transship_proto::node_api::NODE_SOCKET)]
+        socket: PathBuf,
+    },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {

@@ -8,7 +8,7 @@ use crate::args::{Cli, Command, Global};
 use crate::node::Node;
 
 mod check;
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod container_base;
 mod inspect;
 mod ls;
@@ -17,7 +17,8 @@ mod receive;
 mod restore;
 mod rm;
 mod send;
-mod snapshot;
+mod serve;
+pub(crate) mod snapshot;
 
 /// Runs the command.
 pub(crate) async fn run(cli: Cli) -> Result<()> {
@@ -33,6 +34,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
+        Command::Serve { socket } => serve::run(&global, &socket).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,
     }
 }

@@ -6,6 +6,7 @@
 //!           commands/migrate    --> source --> conversation ==pipe==> commands/receive
 //!           commands/send, receive        --> checkpoint stream
 //!           commands/check      --> check (findings about this node)
+//!           commands/serve      --> node_service (the node's API): the same, and restore_pod (CRI)
 //!           commands/{inspect,ls,rm}      --> checkpoint directory
 //!                       \--> node: containerd's services
 //!  problem: errors --> one line, what to do next, exit code
@@ -18,12 +19,14 @@ mod conversation;
 mod interrupt;
 mod message_queues;
 mod node;
+mod node_service;
 mod oci_runtime;
 mod pod;
 mod pod_dirs;
 mod problem;
 mod progress;
 mod restore_container;
+mod restore_pod;
 mod source;
 mod timeline;
 

@@ -41,6 +41,11 @@ impl Problem {
             .or_else(|| error.chain().find_map(|cause| cause.downcast_ref::<Self>()))
     }
 
+    /// Its kind.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hints.push(hint.into());
         self

@@ -11,6 +11,7 @@ mod criu_options;
 mod crun;
 mod differ;
 mod journey;
+mod node_api;
 mod pod_refusals;
 mod pods;
 mod pods_ordinary;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         .chain(crun::cases())
         .chain(differ::cases())
         .chain(journey::cases())
+        .chain(node_api::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_ordinary::cases())

@@ -75,6 +75,11 @@ impl Pod {
 }
 
 impl Pod {
+    /// A pod that somebody else has run.
+    pub fn of(id: String, config: PodSandboxConfig) -> Self {
+        Self { id, config }
+    }
+
     /// Where the logs of its containers are, on the node.
     pub fn log_directory(&self) -> &str {
         &self.config.log_directory

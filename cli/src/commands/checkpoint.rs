@@ -4,9 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::{Pod, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
-use transship_checkpoint::store::{Durability, digest_files};
+use transship_checkpoint::store::{Durability, Store, digest_files};
 
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
@@ -18,8 +19,31 @@ use crate::progress::Progress;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::timeline::{Report, Timeline, human_bytes};
 
-#[derive(Serialize)]
-struct Taken {
+/// What a checkpoint is to be taken of, and how.
+#[derive(Debug, Default)]
+pub(crate) struct Order<'a> {
+    /// A container, if it is not a pod.
+    pub(crate) container: &'a str,
+    /// A pod, by its id or as namespace/name.
+    pub(crate) pod: Option<&'a str>,
+    /// What CRIU is told.
+    pub(crate) criu: CriuOverrides,
+    /// Whether the content of emptyDir volumes comes along.
+    pub(crate) empty_dirs: bool,
+    /// Whether it stands still afterwards.
+    pub(crate) leave_paused: bool,
+}
+
+/// What to stop after a checkpoint that left it paused.
+#[derive(Debug)]
+pub(crate) struct StopPlan {
+    pub(crate) sandbox: String,
+    pub(crate) containers: Vec<String>,
+}
+
+/// A checkpoint that has been taken.
+#[derive(Debug, Serialize)]
+pub(crate) struct Taken {
     name: String,
     directory: String,
     containers: Vec<String>,
@@ -29,27 +53,82 @@ struct Taken {
     shared: Vec<String>,
     bytes: u64,
     timeline: Report,
+    #[serde(skip)]
+    drawn: String,
 }
 
 pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     // A freeze must end as it should, whatever the terminal sends meanwhile.
     let interrupt = Interrupt::install()?;
     let progress = Progress::new(global.json);
+    let order = Order {
+        container: args.container.as_deref().unwrap_or_default(),
+        pod: args.pod.as_deref(),
+        criu: args.criu.overrides(),
+        empty_dirs: args.volumes.contains(&VolumesArg::EmptyDir),
+        leave_paused: args.leave_paused,
+    };
+    let found = find(&connect(global).await?, &order).await?;
+    let name = args.name.unwrap_or_else(|| default_name(&found.what));
+    let paused = order.leave_paused;
+    let taken = take(found, &name, &store(), paused, &interrupt, &progress).await?;
+    drop(progress);
+    print(global, &taken, || {
+        let left_out = match taken.left_out.as_slice() {
+            [] => String::new(),
+            stopped => format!(
+                "not in it, because they do not run: {}\n",
+                stopped.join(", ")
+            ),
+        };
+        let shared = match taken.shared.as_slice() {
+            [] => String::new(),
+            shared => format!("with {}\n", shared.join(", ")),
+        };
+        format!(
+            "{} ({})\n{left_out}{shared}{}",
+            taken.directory,
+            human_bytes(taken.bytes),
+            taken.drawn
+        )
+    })
+}
+
+/// Takes the checkpoint: what the command and the node's API share. One that fails lets everything
+/// run again, and leaves nothing.
+pub(crate) async fn take(
+    found: Found,
+    name: &str,
+    store: &Store,
+    leave_paused: bool,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Taken> {
+    let taken = dump_and_keep(&found, name, store, leave_paused, interrupt, progress).await;
+    if taken.is_err() && leave_paused {
+        // It may stand still already; whoever runs is not disturbed.
+        for source in &found.sources {
+            drop(source.thaw(&found.node).await);
+        }
+    }
+    taken
+}
+
+async fn dump_and_keep(
+    found: &Found,
+    name: &str,
+    store: &Store,
+    leave_paused: bool,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Taken> {
+    let Found { node, sources, .. } = found;
     let mut timeline = Timeline::begin();
-    let Found {
-        node,
-        what,
-        pod,
-        sources,
-        left_out,
-        dirs,
-    } = find(global, &args).await?;
-    let name = args.name.unwrap_or_else(|| default_name(&what));
-    let draft = store().draft(&name)?;
+    let draft = store.draft(name)?;
 
     progress.step("dump");
     timeline.freeze();
-    let dumped = stop_and_dump(&node, &sources, &dirs, draft.dir(), args.leave_paused).await;
+    let dumped = stop_and_dump(node, sources, &found.dirs, draft.dir(), leave_paused).await;
     timeline.thaw();
     let (dumped, mut shared) = dumped?;
     for (source, (from, Dumped { criu, upperdir, .. })) in sources.iter().zip(&dumped) {
@@ -63,7 +142,8 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     progress.step("digests");
     let from = timeline.now();
     let mut containers = Vec::new();
-    for SourceContainer { mut container, .. } in sources {
+    for source in sources {
+        let mut container = source.container.clone();
         let dir = draft.dir().join(&container.name);
         container.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
         containers.push(container);
@@ -82,47 +162,28 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         .iter()
         .map(|container| container.name.clone())
         .collect();
-    let manifest = source::manifest(&node, &name, pod, containers, shared).await?;
+    let manifest = source::manifest(node, name, found.pod.clone(), containers, shared).await?;
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
     let checkpoint = draft.commit(manifest, Durability::Synced)?;
     timeline.step("sync", from, None);
-    drop(progress);
-
     let directory = checkpoint.dir.display().to_string();
-    let taken = Taken {
-        name,
+    Ok(Taken {
+        name: name.to_owned(),
         directory,
         containers: names,
-        left_out,
+        left_out: found.left_out.clone(),
         shared: shared_names,
         bytes,
+        drawn: timeline.draw(),
         timeline: timeline.report(),
-    };
-    print(global, &taken, || {
-        let left_out = match taken.left_out.as_slice() {
-            [] => String::new(),
-            stopped => format!(
-                "not in it, because they do not run: {}\n",
-                stopped.join(", ")
-            ),
-        };
-        let shared = match taken.shared.as_slice() {
-            [] => String::new(),
-            shared => format!("with {}\n", shared.join(", ")),
-        };
-        format!(
-            "{} ({})\n{left_out}{shared}{}",
-            taken.directory,
-            human_bytes(bytes),
-            timeline.draw()
-        )
     })
 }
 
 /// What is to be dumped.
-struct Found {
+#[derive(Debug)]
+pub(crate) struct Found {
     node: Node,
     /// Its name, for that of the checkpoint.
     what: String,
@@ -130,43 +191,51 @@ struct Found {
     sources: Vec<SourceContainer>,
     left_out: Vec<String>,
     dirs: SharedDirs,
+    /// Id of the pod's sandbox.
+    sandbox: String,
 }
 
-async fn find(global: &Global, args: &CheckpointArgs) -> Result<Found> {
-    let node = connect(global).await?;
-    let criu = args.criu.overrides();
-    match (&args.pod, &args.container) {
-        (Some(selector), _) => {
-            // The CRI's containers are in no other namespace.
-            let node = node.in_namespace("k8s.io")?;
-            let SourcePod {
-                pod,
-                sandbox,
-                containers,
-                stopped,
-            } = pod::find(&node, selector, &criu).await?;
-            let empty_dirs = args.volumes.contains(&VolumesArg::EmptyDir);
-            Ok(Found {
-                dirs: pod_dirs::find(&containers, &sandbox, empty_dirs)?,
-                node,
-                what: format!("{}-{}", pod.namespace, pod.name),
-                pod: Some(pod),
-                sources: containers,
-                left_out: stopped,
-            })
-        }
-        (None, id) => {
-            let source = source::find(&node, id.as_deref().unwrap_or_default(), &criu).await?;
-            Ok(Found {
-                node,
-                what: source.id().to_owned(),
-                pod: source.pod.clone(),
-                sources: vec![source],
-                left_out: Vec::new(),
-                dirs: SharedDirs::default(),
-            })
+impl Found {
+    /// What to stop afterwards.
+    pub(crate) fn stop_plan(&self) -> StopPlan {
+        StopPlan {
+            sandbox: self.sandbox.clone(),
+            containers: self.sources.iter().map(|it| it.id().to_owned()).collect(),
         }
     }
+}
+
+/// Finds it, and checks that it can be dumped.
+pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
+    let Some(selector) = order.pod else {
+        let source = source::find(node, order.container, &order.criu).await?;
+        return Ok(Found {
+            node: node.clone(),
+            what: source.id().to_owned(),
+            pod: source.pod.clone(),
+            sources: vec![source],
+            left_out: Vec::new(),
+            dirs: SharedDirs::default(),
+            sandbox: String::new(),
+        });
+    };
+    // The CRI's containers are in no other namespace.
+    let node = node.in_namespace("k8s.io")?;
+    let SourcePod {
+        pod,
+        sandbox,
+        containers,
+        stopped,
+    } = pod::find(&node, selector, &order.criu).await?;
+    Ok(Found {
+        dirs: pod_dirs::find(&containers, &sandbox, order.empty_dirs)?,
+        node,
+        what: format!("{}-{}", pod.namespace, pod.name),
+        pod: Some(pod),
+        sources: containers,
+        left_out: stopped,
+        sandbox,
+    })
 }
 
 type AllDumped = (Vec<(std::time::Instant, Dumped)>, Shared);

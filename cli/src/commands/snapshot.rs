@@ -9,6 +9,8 @@
 //! that mount overlays.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::PipeWriter;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,9 +18,11 @@ use anyhow::{Context, Result};
 use containerd_client::services::v1::snapshots::{Info, Kind as SnapshotKind};
 use containerd_client::types::Mount;
 use containerd_client::types::v1::Status;
-use transship_layer::OverlayXattrs;
+use transship_layer::{ExportStats, ImportStats, OverlayXattrs};
 
+use self::sink::Sink;
 use crate::args::{Global, SnapshotCommand};
+use crate::interrupt::Interrupt;
 use crate::node::Node;
 use crate::node::snapshots::OverlayDirs;
 use crate::problem::{Kind, Problem};
@@ -39,9 +43,37 @@ pub(crate) async fn run(global: &Global, command: SnapshotCommand) -> Result<()>
     }
 }
 
+/// Writes what a snapshot changes into a pipe; its container, if one runs, stands still meanwhile.
+pub(crate) async fn export_into_pipe(
+    node: &Node,
+    snapshot: &Snapshot,
+    pipe: PipeWriter,
+    interrupt: &Interrupt,
+) -> Result<ExportStats> {
+    export::export(node, snapshot, Sink::pipe(pipe), false, interrupt).await
+}
+
+/// Fills a snapshot from a file; with a parent it is made, and gone if that fails.
+pub(crate) async fn import_from_file(
+    node: &Node,
+    key: &str,
+    parent: Option<&str>,
+    snapshotter: Option<&str>,
+    file: File,
+    interrupt: &Interrupt,
+) -> Result<ImportStats> {
+    let target = import::Target {
+        key,
+        parent,
+        snapshotter,
+    };
+    let imported = import::make_and_fill(node, &target, file, interrupt).await?;
+    Ok(imported.1)
+}
+
 /// A snapshot that exists.
 #[derive(Debug)]
-struct Snapshot {
+pub(crate) struct Snapshot {
     snapshotter: String,
     key: String,
     info: Info,
@@ -57,7 +89,7 @@ async fn default_snapshotter(node: &Node) -> Result<String> {
 }
 
 /// Finds a container's snapshot, or a snapshot by its key.
-async fn find(node: &Node, name: &str, snapshotter: Option<&str>) -> Result<Snapshot> {
+pub(crate) async fn find(node: &Node, name: &str, snapshotter: Option<&str>) -> Result<Snapshot> {
     let container = match node.container(name).await {
         Err(error) if error.is_not_found() => None,
         container => Some(container?),

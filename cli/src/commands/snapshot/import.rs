@@ -36,24 +36,12 @@ struct Imported {
 pub(super) async fn run(global: &Global, args: SnapshotImportArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
-    let made = match &args.parent {
-        Some(parent) => {
-            let snapshotter = match &args.snapshotter {
-                Some(snapshotter) => snapshotter.clone(),
-                None => default_snapshotter(&node).await?,
-            };
-            node.prepare(&snapshotter, &args.key, parent, kept())
-                .await?;
-            Some(snapshotter)
-        }
-        None => None,
+    let target = Target {
+        key: &args.key,
+        parent: args.parent.as_deref(),
+        snapshotter: args.snapshotter.as_deref(),
     };
-    let snapshotter = made.as_deref().or(args.snapshotter.as_deref());
-    let imported = import(&node, &args, snapshotter, made.is_some(), &interrupt).await;
-    if let (Err(_), Some(snapshotter)) = (&imported, &made) {
-        node.remove_snapshot(snapshotter, &args.key).await?;
-    }
-    let (snapshot, stats) = imported?;
+    let (snapshot, stats) = make_and_fill(&node, &target, open(&args.file)?, &interrupt).await?;
     let imported = Imported {
         snapshotter: snapshot.snapshotter,
         key: snapshot.key,
@@ -71,14 +59,59 @@ pub(super) async fn run(global: &Global, args: SnapshotImportArgs) -> Result<()>
     })
 }
 
+/// The snapshot to fill.
+#[derive(Debug)]
+pub(super) struct Target<'a> {
+    pub(super) key: &'a str,
+    /// Makes it on top of this one.
+    pub(super) parent: Option<&'a str>,
+    pub(super) snapshotter: Option<&'a str>,
+}
+
+/// Fills a snapshot, which is made first if the target has a parent.
+pub(super) async fn make_and_fill(
+    node: &Node,
+    target: &Target<'_>,
+    file: File,
+    interrupt: &Interrupt,
+) -> Result<(Snapshot, ImportStats)> {
+    let made = match target.parent {
+        Some(parent) => {
+            let snapshotter = match target.snapshotter {
+                Some(snapshotter) => snapshotter.to_owned(),
+                None => default_snapshotter(node).await?,
+            };
+            node.prepare(&snapshotter, target.key, parent, kept())
+                .await?;
+            Some(snapshotter)
+        }
+        None => None,
+    };
+    let snapshotter = made.as_deref().or(target.snapshotter);
+    let imported = import(
+        node,
+        target.key,
+        snapshotter,
+        file,
+        made.is_some(),
+        interrupt,
+    )
+    .await;
+    if let (Err(_), Some(snapshotter)) = (&imported, &made) {
+        node.remove_snapshot(snapshotter, target.key).await?;
+    }
+    imported
+}
+
 async fn import(
     node: &Node,
-    args: &SnapshotImportArgs,
+    key: &str,
     snapshotter: Option<&str>,
+    file: File,
     made: bool,
     interrupt: &Interrupt,
 ) -> Result<(Snapshot, ImportStats)> {
-    let snapshot = find(node, &args.key, snapshotter).await?;
+    let snapshot = find(node, key, snapshotter).await?;
     if snapshot.info.kind() != SnapshotKind::Active {
         return Err(refused(
             &snapshot,
@@ -104,7 +137,7 @@ async fn import(
     }
     let given_up = Arc::new(AtomicBool::new(false));
     let input = Input {
-        file: open(&args.file)?,
+        file,
         given_up: Arc::clone(&given_up),
     };
     let mut filling = tokio::task::spawn_blocking(move || fill(&layer, input, made));

@@ -20,6 +20,7 @@ pub(super) struct Sink {
 #[derive(Debug)]
 enum Out {
     Stdout(io::Stdout),
+    Pipe(io::PipeWriter),
     File {
         file: File,
         /// None once it has its name.
@@ -76,6 +77,14 @@ impl Sink {
         })
     }
 
+    /// Somebody else reads it.
+    pub(super) fn pipe(pipe: io::PipeWriter) -> Self {
+        Self {
+            out: Out::Pipe(pipe),
+            given_up: Arc::default(),
+        }
+    }
+
     pub(super) fn give_up(&self) -> GiveUp {
         GiveUp(Arc::clone(&self.given_up))
     }
@@ -84,6 +93,7 @@ impl Sink {
     pub(super) fn finish(mut self) -> Result<()> {
         match &mut self.out {
             Out::Stdout(stdout) => stdout.flush().context("cannot write to stdout"),
+            Out::Pipe(_) => Ok(()),
             Out::File {
                 file,
                 temporary,
@@ -121,6 +131,7 @@ impl Write for Sink {
         }
         match &mut self.out {
             Out::Stdout(stdout) => stdout.write(bytes),
+            Out::Pipe(pipe) => pipe.write(bytes),
             Out::File { file, .. } => file.write(bytes),
         }
     }
@@ -128,6 +139,7 @@ impl Write for Sink {
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.out {
             Out::Stdout(stdout) => stdout.flush(),
+            Out::Pipe(pipe) => pipe.flush(),
             Out::File { file, .. } => file.flush(),
         }
     }
