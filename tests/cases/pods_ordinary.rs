@@ -273,6 +273,23 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
     }
     ensure!(pids(&ids[1])? == before, "they have the pids that they had");
     cri.remove_pod(&pod)?;
+
+    // A container of its own that comes first takes the pid away.
+    let pod = cri.run_pod(("shop", "open-late"), &annotation, true)?;
+    let early = PodContainer {
+        name: "early",
+        ..second
+    };
+    cri.run_container(&pod, &early)?;
+    let Err(error) = cri.run_container(&pod, &FIRST) else {
+        anyhow::bail!("it has the pid of another");
+    };
+    let error = error.to_string();
+    ensure!(
+        error.contains("process id") && error.contains("counter"),
+        "{error}"
+    );
+    cri.remove_pod(&pod)?;
     nothing_is_left(&node)
 }
 

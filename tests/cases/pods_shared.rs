@@ -70,8 +70,9 @@ fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
     for id in &containers {
         ensure!(cri.runs(id)?, "a checkpoint stops nothing");
     }
+    a_half_of_a_stream_is_refused(&a, &cri, &pod, &containers)?;
     let old = ROLES.map(|role| steps(&a, &pod, role));
-    cri.remove_pod(&pod)?;
+    remove(&cri, &pod)?;
     let ssh = bed.ssh(&a, &b)?;
     a.shell(&format!("transship send mates | {ssh} transship receive"))
         .run()?;
@@ -115,13 +116,57 @@ fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
         .shell("ip -all netns exec nft list tables; nft list tables")
         .read()?;
     ensure!(!rules.contains("transship"), "left on b: {rules}");
-    cri.remove_pod(&again)?;
+    remove(&cri, &again)?;
     cri.remove_pod(&other)?;
     let left = b.shell(
         "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts; true",
     );
     let left = { left }.read()?;
     ensure!(left.is_empty(), "left on b: {left}");
+    Ok(())
+}
+
+/// Until it succeeds, as kubelet: a container that ends by itself while it is killed (the client,
+/// whose server has gone) can cost containerd the connection to its shim.
+fn remove(cri: &Cri, pod: &Pod) -> anyhow::Result<()> {
+    Ok(poll_until("the end of the pod", PATIENCE, || {
+        cri.remove_pod(pod).map_err(|error| error.to_string())
+    })?)
+}
+
+/// CRIU can dump no stream of a unix socket whose other end is in another container: it says so, and
+/// the pod goes on.
+fn a_half_of_a_stream_is_refused(
+    node: &Node,
+    cri: &Cri,
+    pod: &Pod,
+    containers: &[String],
+) -> anyhow::Result<()> {
+    for (id, role) in containers.iter().zip(["listener", "connector"]) {
+        let program = format!("podmate {role} </dev/null >/dev/null 2>&1 &");
+        cri.exec(id, &["sh", "-c", &program])?;
+    }
+    let connected = volume_dir(pod, "work") + "/connected";
+    poll_until("the stream", PATIENCE, || {
+        let read = node.read_file(&connected);
+        read.map_err(|error| error.to_string())
+    })?;
+    let error = node
+        .command("transship")
+        .args(["checkpoint", "--pod", "shop/mates", "--name", "half"])
+        .args(["--volumes", "emptydir", "--tcp", "established"])
+        .read_failure()?;
+    ensure!(
+        ["server", "client"]
+            .iter()
+            .any(|name| error.contains(&format!("container {name:?}")))
+            && error.contains("unix: "),
+        "{error}"
+    );
+    let list = node.command("transship").args(["ls", "--json"]).read()?;
+    ensure!(!list.contains("half"), "{list}");
+    let now = wait_for(node, pod, [1; 3])?;
+    wait_for(node, pod, now.map(|step| step.n + 10))?;
     Ok(())
 }
 

@@ -22,6 +22,15 @@ struct TaskCoreEntry {
     task_state: u32,
 }
 
+/// The ids of all processes and threads, in the container.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub fn ids(dir: &Path) -> Result<Vec<u32>, ImageError> {
+    let images = list(dir, Kind::Core)?;
+    Ok(images.into_iter().map(|(id, _)| id).collect())
+}
+
 /// The tasks that were stopped when they were dumped, by their pid in the container.
 ///
 /// # Errors

@@ -300,7 +300,18 @@ async fn dump_one_by_one(
     let mut all = Vec::new();
     for source in sources {
         let from = std::time::Instant::now();
-        all.push((from, source.dump(node, draft).await?));
+        let dumped = source.dump(node, draft).await;
+        let name = &source.container.name;
+        let dumped = match dumped {
+            // The pod's name of it says more than its id.
+            Err(error) if name != source.id() => {
+                return Err(
+                    error.context(format!("the pod's container {name:?} stands in the way"))
+                );
+            }
+            dumped => dumped?,
+        };
+        all.push((from, dumped));
     }
     Ok(all)
 }

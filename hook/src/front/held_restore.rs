@@ -13,6 +13,7 @@ use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State, mark_cons
 
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
+use super::shared_pids::check_pids;
 use super::shm_attach::attach;
 use super::{Front, FrontContext, FrontError, Outcome, held};
 use crate::argv::Arguments;
@@ -79,6 +80,7 @@ impl Front<'_> {
         namespaces::apply(&mut config.spec, plan);
         // Other restores into the sandbox wait: what its containers share is made once.
         let _lock = pod.lock()?;
+        check_pids(config, &request)?;
         if config.cri {
             self.fill_shared_dirs(config, pod, &request)?;
         }

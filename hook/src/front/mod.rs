@@ -17,6 +17,7 @@ mod reason;
 mod rootfs;
 mod sandbox;
 mod shared_dirs;
+mod shared_pids;
 mod shm_attach;
 mod start;
 
@@ -158,6 +159,22 @@ pub enum FrontError {
         id: String,
         /// Which process goes on.
         source: io::Error,
+    },
+    /// A process id that somebody else has in the process namespace of the pod.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} needs the process id {id}, \
+         which {taken_by:?} has in the pod's shared process namespace: containers that are \
+         restored must come before those that are not"
+    )]
+    PidTaken {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// The id.
+        id: u32,
+        /// Name of the process that has it.
+        taken_by: String,
     },
     /// A directory that the containers of a pod share, missing in the new pod.
     #[error(

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! podmate server|client|sharer
+//! podmate listener|connector          ends of a unix stream, see `hold_stream`
 //!
 //!           127.0.0.1:7100, one connection for all time: n --> server, n <-- server
 //!  client ------------------------------------------------> server
@@ -25,7 +26,7 @@
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,6 +41,9 @@ const ROLES: [&str; 3] = ["server", "client", "sharer"];
 
 fn main() -> ExitCode {
     let role = std::env::args().nth(1).unwrap_or_default();
+    if let "listener" | "connector" = role.as_str() {
+        hold_stream(role == "listener");
+    }
     let Some(own) = ROLES.iter().position(|known| *known == role) else {
         eprintln!("usage: podmate server|client|sharer");
         return ExitCode::FAILURE;
@@ -58,6 +62,22 @@ fn main() -> ExitCode {
             println!("BAD {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// One end of a stream of /work/stream.sock, which nobody writes to; the one that connects makes
+/// /work/connected.
+fn hold_stream(listens: bool) -> ! {
+    const STREAM: &str = "/work/stream.sock";
+    let held = if listens {
+        UnixListener::bind(STREAM).and_then(|listener| listener.accept().map(|(end, _)| end))
+    } else {
+        let end = retry(|| UnixStream::connect(STREAM));
+        std::fs::write("/work/connected", "").map(|()| end)
+    };
+    loop {
+        std::thread::sleep(TICK);
+        std::hint::black_box(&held);
     }
 }
 

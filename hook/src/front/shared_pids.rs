@@ -1,0 +1,74 @@
+//! A pod that shares its process namespace (`shareProcessNamespace`): a process is restored with the
+//! id that it had, and somebody else may have it by now. CRIU would fail with "File exists".
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use transship_checkpoint::criu_images::tasks;
+use transship_checkpoint::namespaces::{self, Namespace};
+use transship_checkpoint::stage::Request;
+
+use super::bundle::Config;
+use super::{FrontContext, FrontError};
+
+/// Checks that the ids of the container's processes and threads are free in the process namespace
+/// that it joins, if it joins one.
+pub(super) fn check_pids(config: &Config, request: &Request) -> Result<(), FrontError> {
+    let joined = namespaces::joined(&config.spec);
+    let Some(namespace) = joined.get(&Namespace::Pid) else {
+        return Ok(());
+    };
+    let wanted: HashSet<u32> = tasks::ids(&request.images)?.into_iter().collect();
+    match taken(&wanted, namespace).during("look for processes in", namespace)? {
+        None => Ok(()),
+        Some((id, taken_by)) => Err(FrontError::PidTaken {
+            checkpoint: request.checkpoint.clone(),
+            container: request.container.clone(),
+            id,
+            taken_by,
+        }),
+    }
+}
+
+/// One of the ids that a task of the namespace has, and the name of that task.
+fn taken(wanted: &HashSet<u32>, namespace: &Path) -> io::Result<Option<(u32, String)>> {
+    let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    let own = identity(namespace)?;
+    for process in fs::read_dir("/proc")? {
+        let process = process?.path();
+        // What is no process, or has ended, is in no namespace.
+        if identity(&process.join("ns/pid")).ok() != Some(own) {
+            continue;
+        }
+        for task in fs::read_dir(process.join("task")).into_iter().flatten() {
+            let status = fs::read_to_string(task?.path().join("status")).unwrap_or_default();
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+            let id = field("NSpid:")
+                .and_then(|ids| ids.split_whitespace().last()?.parse().ok())
+                .filter(|id| wanted.contains(id));
+            if let Some(id) = id {
+                let name = field("Name:").unwrap_or_default().trim();
+                return Ok(Some((id, name.to_owned())));
+            }
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ids_of_a_namespace_are_found() {
+        let own = Path::new("/proc/self/ns/pid");
+        let wanted = HashSet::from([std::process::id(), u32::MAX]);
+        let (id, name) = taken(&wanted, own).unwrap().unwrap();
+        assert_eq!(id, std::process::id());
+        assert!(!name.is_empty());
+        assert_eq!(taken(&HashSet::from([u32::MAX]), own).unwrap(), None);
+    }
+}
