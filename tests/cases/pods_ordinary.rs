@@ -274,19 +274,26 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
     ensure!(pids(&ids[1])? == before, "they have the pids that they had");
     cri.remove_pod(&pod)?;
 
-    // A container of its own that comes first takes the pid away.
+    // Somebody who comes first takes the pid away.
     let pod = cri.run_pod(("shop", "open-late"), &annotation, true)?;
-    let early = PodContainer {
-        name: "early",
-        ..second
-    };
-    cri.run_container(&pod, &early)?;
+    let ids = before
+        .split('/')
+        .filter_map(|part| part.parse::<u32>().ok());
+    let last = ids.min().unwrap_or_default() - 1;
+    let id = &pod.id;
+    node.shell(&format!(
+        "pause=$(ctr -n k8s.io tasks ls | awk '$1 == \"{id}\" {{print $2}}')
+         nsenter --target $pause --pid sh -c 'echo {last} >/proc/sys/kernel/ns_last_pid'
+         nsenter --target $pause --pid tail -f /dev/null </dev/null >/dev/null 2>&1 &
+         until pidof tail; do :; done"
+    ))
+    .run()?;
     let Err(error) = cri.run_container(&pod, &FIRST) else {
         anyhow::bail!("it has the pid of another");
     };
     let error = error.to_string();
     ensure!(
-        error.contains("process id") && error.contains("counter"),
+        error.contains("process id") && error.contains("tail"),
         "{error}"
     );
     cri.remove_pod(&pod)?;
