@@ -85,8 +85,7 @@ impl NodeService {
         if let Some(plan) = stopped {
             let node = self.node.in_namespace("k8s.io")?;
             for id in &plan.containers {
-                // The CRI finds it gone when it handles the exit.
-                node.kill_task(id).await?;
+                node.kill_frozen(id).await?;
             }
             restore_pod::stop_pod(&node, plan.sandbox).await?;
         }
