@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use containerd_client::connect;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ImageSpec, LinuxPodSandboxConfig, PodSandboxConfig,
-    PodSandboxMetadata,
+    ContainerConfig, ContainerMetadata, ImageSpec, LinuxContainerConfig,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
 };
 use transship_proto::node_api::{
     CheckpointPodRequest, ExportSnapshotRequest, ImportSnapshotRequest, ImportTarget, NodeClient,
@@ -179,9 +180,21 @@ fn sandbox(name: &str) -> PodSandboxConfig {
         log_directory: format!("/var/log/pods/{name}"),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: format!("/kubepods/{name}"),
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(own_processes()),
+                ..LinuxSandboxSecurityContext::default()
+            }),
             ..LinuxPodSandboxConfig::default()
         }),
         ..PodSandboxConfig::default()
+    }
+}
+
+/// The default would be the pod's processes.
+fn own_processes() -> NamespaceOption {
+    NamespaceOption {
+        pid: NamespaceMode::Container.into(),
+        ..NamespaceOption::default()
     }
 }
 
@@ -197,6 +210,13 @@ fn container(name: &str) -> ContainerConfig {
         }),
         command: vec!["/bin/true".to_owned()],
         log_path: format!("{name}.log"),
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(own_processes()),
+                ..LinuxContainerSecurityContext::default()
+            }),
+            ..LinuxContainerConfig::default()
+        }),
         ..ContainerConfig::default()
     }
 }

@@ -116,7 +116,14 @@ impl Front<'_> {
             && config.cri
             && self.has_consumed(config, wanted, name)?
         {
-            // The sandbox has been made again; the container's life has gone on since.
+            // The sandbox has been made again; the container's life has gone on since. Or another
+            // container of the pod has it.
+            if let (Some(staged), Some(asker)) =
+                (pod.staged(name)?, &config.annotations.pod_container)
+                && staged.state()? == State::Restored
+            {
+                staged.reserve_for(asker)?;
+            }
             return Ok(None);
         }
         if let Some(staged) = pod.staged(name)?
