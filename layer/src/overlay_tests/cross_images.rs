@@ -19,6 +19,9 @@ const BASE: &str = "
     echo delete >data/delete-me; echo x:0 >etc/passwd; echo prog >bin/prog; ln -s prog bin/link
     chmod 1777 tmp; touch -d '2001-02-03 04:05:06' etc/passwd";
 
+/// umoci rounds times to seconds, where others cut them off.
+const WHOLE_SECONDS: &str = "find . -depth -newermt 2010-01-01 -exec touch -h -d @$(date +%s) {} +";
+
 /// Every kind of change that the builders can carry, too: they know no sockets.
 const CHANGE: &str = "
     mkdir -p new/deep/dir; echo new >new/deep/dir/file; : >new/empty
@@ -34,7 +37,8 @@ const CHANGE: &str = "
     touch -d '2001-02-03 04:05:06' new/old";
 
 fn in_dir(dir: &Path, script: &str) {
-    succeed(Command::new("sh").args(["-euc", script]).current_dir(dir));
+    let script = format!("{script}\n{WHOLE_SECONDS}");
+    succeed(Command::new("sh").args(["-euc", &script]).current_dir(dir));
 }
 
 /// What both sides of a comparison have: builders write times in seconds, and no attributes here.
