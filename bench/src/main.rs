@@ -15,7 +15,6 @@
 //! ever asserted: the exit code tells whether everything was measured, not how fast it was.
 
 mod daemon;
-mod disk;
 mod front;
 mod layers;
 mod migration;
@@ -33,7 +32,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, ValueEnum};
-use transship_testbed::{Settings, Testbed, Tree};
+use transship_testbed::{Disk, FileSystem, Settings, Testbed, Tree};
 
 use crate::report::{Results, Row, Run};
 use crate::sizes::Sizes;
@@ -131,7 +130,10 @@ fn run(arguments: Arguments) -> Result<()> {
         let (run, began) = (Run::begin()?, Instant::now());
         let mut settings = settings.clone();
         let disk = match part {
-            Part::Layers => Some(disk::Disk::make(&settings.work_dir)?),
+            // These make and remove hundreds of thousands of files.
+            Part::Snapshots | Part::Layers => {
+                Some(Disk::make(&settings.work_dir, FileSystem::Ext4)?)
+            }
             _ => None,
         };
         if let Some(disk) = &disk {

@@ -1,0 +1,93 @@
+//! A disk of its own, in a file, for nodes that need a file system which the machine's disk may not have.
+//!
+//! Disks of virtual machines are often ext4 without a journal. There the kernel passes over every inode
+//! that was deleted within the last minutes, one after the other, each time it makes a file
+//! (`recently_deleted` in fs/ext4/ialloc.c): what runs second takes ten times as long. Nodes have
+//! a journal.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::TestbedError;
+use crate::error::IoContext as _;
+use crate::run::CommandRun as _;
+
+/// Most that it can hold; the file is sparse.
+const BYTES: u64 = 40 << 30;
+
+/// What a disk is formatted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// With a journal.
+    Ext4,
+    /// Copies by reflink.
+    Btrfs,
+}
+
+impl FileSystem {
+    fn make_command(self) -> Command {
+        let (program, arguments): (_, &[&str]) = match self {
+            FileSystem::Ext4 => {
+                let eager = "lazy_itable_init=0,lazy_journal_init=0";
+                ("mkfs.ext4", &["-q", "-F", "-E", eager])
+            }
+            FileSystem::Btrfs => ("mkfs.btrfs", &["-q", "-f"]),
+        };
+        let mut command = Command::new(program);
+        command.args(arguments);
+        command
+    }
+}
+
+/// A mounted file system, gone with this value.
+#[derive(Debug)]
+pub struct Disk {
+    dir: PathBuf,
+    image: PathBuf,
+}
+
+impl Disk {
+    /// Makes and mounts one beside `work_dir`: in it, another testbed would sweep it away.
+    ///
+    /// # Errors
+    /// Without root, loop devices or the program that formats it.
+    pub fn make(work_dir: &Path, file_system: FileSystem) -> Result<Disk, TestbedError> {
+        let name = format!("transship-disk-{}", std::process::id());
+        let disk = Disk {
+            dir: work_dir.with_file_name(&name),
+            image: work_dir.with_file_name(name + ".img"),
+        };
+        fs::create_dir_all(&disk.dir).during("make directory", &disk.dir)?;
+        File::create(&disk.image)
+            .and_then(|file| file.set_len(BYTES))
+            .during("make", &disk.image)?;
+        file_system.make_command().arg(&disk.image).run()?;
+        // Past the page cache: else each sync in it waits for all of the file that is not written yet.
+        let device = Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=on"])
+            .arg(&disk.image)
+            .read()?;
+        let device = device.trim();
+        let mounted = Command::new("mount").arg(device).arg(&disk.dir).run();
+        // While it is mounted, this only says that it goes with the mount.
+        Command::new("losetup").args(["--detach", device]).run()?;
+        mounted?;
+        Ok(disk)
+    }
+
+    /// Where it is mounted: a `work_dir` for a testbed.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // What is not mounted any more, or never was, is removed all the same.
+        drop(Command::new("umount").arg(&self.dir).run());
+        drop(fs::remove_dir(&self.dir));
+        drop(fs::remove_file(&self.image));
+    }
+}
