@@ -7,7 +7,7 @@ comma := ,
 export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)criu$(comma)containerd$(comma)node)
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := buildah build-essential ca-certificates iproute2 libarchive-tools mmdebstrap protobuf-compiler umoci util-linux
+PACKAGES := btrfs-progs buildah build-essential ca-certificates iproute2 libarchive-tools mmdebstrap protobuf-compiler umoci util-linux
 BINARIES := transship transship-snapshotter transship-runc transship-hook
 # Tools in the versions that are known to work with the pinned toolchain.
 TOOLS := cargo-nextest@0.9.143 cargo-deny@0.20.2 cargo-machete@0.9.2

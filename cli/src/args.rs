@@ -126,6 +126,10 @@ pub(crate) struct SnapshotExportArgs {
     /// File to write, - for stdout
     #[arg(short, long, value_name = "FILE", default_value = "-")]
     pub(crate) output: PathBuf,
+    /// Instead of a layer make the directory DIR, a copy of the snapshot's own by reflink: at once and
+    /// without taking room, on XFS and btrfs, for an import --raw over the same parent
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["output", "no_pause"])]
+    pub(crate) raw: Option<PathBuf>,
     /// Snapshotter [default: the container's; for a key transship where the node has it, else
     /// overlayfs]
     #[arg(long)]
@@ -144,6 +148,9 @@ pub(crate) struct SnapshotImportArgs {
     /// File to read, - for stdin
     #[arg(default_value = "-")]
     pub(crate) file: PathBuf,
+    /// Take the files by reflink from a directory that export --raw has made
+    #[arg(long, value_name = "DIR", conflicts_with = "file")]
+    pub(crate) raw: Option<PathBuf>,
     /// Make the snapshot KEY on top of this committed one (\"\" for none)
     #[arg(long, value_name = "NAME")]
     pub(crate) parent: Option<String>,

@@ -30,6 +30,7 @@ use crate::problem::{Kind, Problem};
 mod diff;
 mod export;
 mod import;
+mod raw;
 mod sink;
 
 /// How long a view of a committed snapshot is kept should nobody come to remove it.
@@ -67,8 +68,9 @@ pub(crate) async fn import_from_file(
         parent,
         snapshotter,
     };
-    let imported = import::make_and_fill(node, &target, file, interrupt).await?;
-    Ok(imported.1)
+    let source = import::Source::Layer(file);
+    let imported = import::make_and_fill(node, &target, source, interrupt).await?;
+    Ok(imported.1.unwrap_or_default())
 }
 
 /// A snapshot that exists.

@@ -1,6 +1,8 @@
 //! `transship snapshot export KEY|CONTAINER`
 
+use std::fs;
 use std::io::BufWriter;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,7 +10,7 @@ use serde::Serialize;
 use transship_layer::{ExportError, ExportOptions, ExportStats, export_upperdir};
 
 use super::sink::Sink;
-use super::{Layer, Opened, Paused, Snapshot, find};
+use super::{Layer, Opened, Paused, Snapshot, find, raw};
 use crate::args::{Global, SnapshotExportArgs};
 use crate::commands::connect;
 use crate::interrupt::Interrupt;
@@ -32,6 +34,9 @@ pub(super) async fn run(global: &Global, args: SnapshotExportArgs) -> Result<()>
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
     let snapshot = find(&node, &args.name, args.snapshotter.as_deref()).await?;
+    if let Some(dir) = &args.raw {
+        return export_raw(&node, &snapshot, dir, &interrupt).await;
+    }
     let sink = Sink::open(&args.output)?;
     let stats = export(&node, &snapshot, sink, args.no_pause, &interrupt).await?;
     report(global, &stats)
@@ -58,6 +63,31 @@ pub(super) async fn export(
     };
     opened.close().await?;
     exported
+}
+
+/// Copies the snapshot's directory while its container stands still.
+async fn export_raw(
+    node: &Node,
+    snapshot: &Snapshot,
+    dir: &Path,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    raw::make_directory(dir)?;
+    let opened = Opened::open(node, snapshot).await?;
+    let copied = match opened.layer(snapshot) {
+        Ok(layer) => {
+            let paused = Paused::pause(node, snapshot.container.as_deref()).await?;
+            let copied = raw::copy_tree(&layer.dir, dir, interrupt).await;
+            paused.resume().await?;
+            copied
+        }
+        Err(error) => Err(error),
+    };
+    opened.close().await?;
+    if copied.is_err() {
+        fs::remove_dir(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    copied
 }
 
 async fn write_layer(layer: Layer, sink: Sink, interrupt: &Interrupt) -> Result<ExportStats> {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use transship_layer::{ImportOptions, ImportStats, decompress, import_into_upperdir, remove_tree};
 
-use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept};
+use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept, raw};
 use crate::args::{Global, SnapshotImportArgs};
 use crate::commands::{connect, print};
 use crate::interrupt::Interrupt;
@@ -29,6 +29,12 @@ const LOOK_UP_MS: u8 = 200;
 struct Imported {
     snapshotter: String,
     key: String,
+    #[serde(flatten)]
+    layer: Option<ImportedLayer>,
+}
+
+#[derive(Serialize)]
+struct ImportedLayer {
     entries: u64,
     bytes: u64,
 }
@@ -41,22 +47,35 @@ pub(super) async fn run(global: &Global, args: SnapshotImportArgs) -> Result<()>
         parent: args.parent.as_deref(),
         snapshotter: args.snapshotter.as_deref(),
     };
-    let (snapshot, stats) = make_and_fill(&node, &target, open(&args.file)?, &interrupt).await?;
+    let source = match args.raw {
+        Some(dir) => Source::Raw(dir),
+        None => Source::Layer(open(&args.file)?),
+    };
+    let (snapshot, stats) = make_and_fill(&node, &target, source, &interrupt).await?;
     let imported = Imported {
         snapshotter: snapshot.snapshotter,
         key: snapshot.key,
-        entries: stats.entries,
-        bytes: stats.bytes,
+        layer: stats.map(|stats| ImportedLayer {
+            entries: stats.entries,
+            bytes: stats.bytes,
+        }),
     };
     print(global, &imported, || {
-        format!(
-            "{} of {}: {} entries, {}\n",
-            imported.key,
-            imported.snapshotter,
-            imported.entries,
-            human_bytes(imported.bytes)
-        )
+        let what = match &imported.layer {
+            Some(layer) => format!("{} entries, {}", layer.entries, human_bytes(layer.bytes)),
+            None => "copied".to_owned(),
+        };
+        format!("{} of {}: {what}\n", imported.key, imported.snapshotter)
     })
+}
+
+/// What to fill a snapshot from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// A layer, plain or compressed.
+    Layer(File),
+    /// A directory of `export --raw`.
+    Raw(PathBuf),
 }
 
 /// The snapshot to fill.
@@ -68,13 +87,13 @@ pub(super) struct Target<'a> {
     pub(super) snapshotter: Option<&'a str>,
 }
 
-/// Fills a snapshot, which is made first if the target has a parent.
+/// Fills a snapshot, which is made first if the target has a parent. Only a layer is counted.
 pub(super) async fn make_and_fill(
     node: &Node,
     target: &Target<'_>,
-    file: File,
+    source: Source,
     interrupt: &Interrupt,
-) -> Result<(Snapshot, ImportStats)> {
+) -> Result<(Snapshot, Option<ImportStats>)> {
     let made = match target.parent {
         Some(parent) => {
             let snapshotter = match target.snapshotter {
@@ -92,7 +111,7 @@ pub(super) async fn make_and_fill(
         node,
         target.key,
         snapshotter,
-        file,
+        source,
         made.is_some(),
         interrupt,
     )
@@ -107,10 +126,10 @@ async fn import(
     node: &Node,
     key: &str,
     snapshotter: Option<&str>,
-    file: File,
+    source: Source,
     made: bool,
     interrupt: &Interrupt,
-) -> Result<(Snapshot, ImportStats)> {
+) -> Result<(Snapshot, Option<ImportStats>)> {
     let snapshot = find(node, key, snapshotter).await?;
     if snapshot.info.kind() != SnapshotKind::Active {
         return Err(refused(
@@ -135,6 +154,13 @@ async fn import(
         .hint("--parent NAME makes a new snapshot KEY on top of NAME");
         return Err(problem.into());
     }
+    let file = match source {
+        Source::Layer(file) => file,
+        Source::Raw(dir) => {
+            raw::copy_tree(&dir, &layer.dir, interrupt).await?;
+            return Ok((snapshot, None));
+        }
+    };
     let given_up = Arc::new(AtomicBool::new(false));
     let input = Input {
         file,
@@ -149,7 +175,7 @@ async fn import(
             return Err(interrupted.into());
         }
     };
-    Ok((snapshot, stats))
+    Ok((snapshot, Some(stats)))
 }
 
 fn refused(snapshot: &Snapshot, why: &str) -> Problem {
