@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
-    CommandRun as _, Containerd, ContainerdConfig, Disk, FileSystem, Image, Node, NodeOptions,
-    Storage, Testbed, Tree, journey, poll_until,
+    CommandRun as _, Containerd, ContainerdConfig, Image, Node, NodeOptions, Storage, Testbed,
+    Tree, journey, poll_until,
 };
 
 use crate::Case;
+
+mod disks;
 
 /// A plain layer: what `ctr snapshots diff` is asked for to look into it.
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -25,17 +27,12 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         ("differ_disk_full", a_full_disk_leaves_nothing_half),
         ("differ_direct", layers_go_out_and_in_directly),
     ];
-    let raw = Case {
-        what: "differ_raw",
-        tree: Tree::Forky,
-        run: raw_copies_share_their_blocks,
-    };
     let on_both = cases.into_iter().flat_map(|(what, run)| {
         [Tree::Trixie, Tree::Forky]
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    on_both.chain([raw])
+    on_both.chain(disks::cases())
 }
 
 /// A node with everything of ours, the differ's decisions in its log, and the counter's image
@@ -523,54 +520,6 @@ fn difference(truth: &str, tree: &str) -> String {
             .collect::<String>()
     };
     only(truth, tree, '-') + &only(tree, truth, '+')
-}
-
-/// `transship snapshot export --raw` and `import --raw`: by reflink, or not at all.
-fn raw_copies_share_their_blocks(bed: &Testbed) -> anyhow::Result<()> {
-    let disk = Disk::make(&bed.settings().work_dir, FileSystem::Btrfs)?;
-    let mut settings = bed.settings().clone();
-    disk.path().clone_into(&mut settings.work_dir);
-    let on_btrfs = Testbed::new(bed.tree(), &settings)?;
-    let copied = copy_raw(&on_btrfs);
-    on_btrfs.stop()?;
-    copied?;
-
-    let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
-    let top = top_of_image(&node, "transship")?;
-    let dir = "/var/lib/containerd/raw";
-    let error = node
-        .shell(&format!("transship snapshot export {top} --raw {dir}"))
-        .read_failure()?;
-    ensure!(error.contains("by reflink"), "{error}");
-    node.shell(&format!("test ! -e {dir}")).run()?;
-    Ok(())
-}
-
-fn copy_raw(bed: &Testbed) -> anyhow::Result<()> {
-    let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
-    for snapshotter in ["overlayfs", "transship"] {
-        let top = top_of_image(&node, snapshotter)?;
-        let of = ["snapshots", "--snapshotter", snapshotter];
-        node.ctr(&[&of[..], &["prepare", "active", &top]].concat())?;
-        let change = format!("{CHANGE}\nhead -c 50000000 /dev/urandom >large");
-        in_snapshot(&node, snapshotter, "active", &change)?;
-        let truth = in_snapshot(&node, snapshotter, "active", &list_tree(true))?;
-        let used = "sync; df --output=used -B1 /var/lib/containerd | tail -1";
-        let used = || -> anyhow::Result<u64> { Ok(node.shell(used).read()?.trim().parse()?) };
-        let before = used()?;
-        node.shell(&format!(
-            "dir=/var/lib/containerd/raw
-             transship snapshot export --snapshotter {snapshotter} active --raw $dir
-             transship snapshot import --snapshotter {snapshotter} --parent {top} copy --raw $dir
-             rm -r $dir"
-        ))
-        .run()?;
-        let grown = used()?.saturating_sub(before);
-        ensure!(grown < 20_000_000, "two copies of 50 MB took {grown} bytes");
-        let tree = in_snapshot(&node, snapshotter, "copy", &list_tree(true))?;
-        ensure!(tree == truth, "{}", difference(&truth, &tree));
-    }
-    Ok(())
 }
 
 /// `transship snapshot export`, `import` and `diff`, on both snapshotters and on a running container.

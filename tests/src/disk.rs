@@ -6,13 +6,18 @@
 //! a journal.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use nix::unistd::{Whence, lseek};
 
 use crate::TestbedError;
 use crate::error::IoContext as _;
 use crate::run::CommandRun as _;
 
+/// Block size of all these file systems.
+const BLOCK: usize = 4096;
 /// Most that it can hold; the file is sparse.
 const BYTES: u64 = 40 << 30;
 
@@ -74,6 +79,36 @@ impl Disk {
         Command::new("losetup").args(["--detach", device]).run()?;
         mounted?;
         Ok(disk)
+    }
+
+    /// Destroys every block that holds `text`, behind the back of the file system: one that keeps
+    /// checksums of data (btrfs) answers with EIO when such a block is read. Gives how many there were.
+    /// What is to be read so must be on disk and in no cache.
+    ///
+    /// # Errors
+    /// I/O errors of the image file.
+    pub fn spoil(&self, text: &[u8]) -> Result<usize, TestbedError> {
+        let image = File::options().read(true).write(true).open(&self.image);
+        let image = image.during("open", &self.image)?;
+        let mut spoiled = 0;
+        let mut block = vec![0; BLOCK];
+        let mut at = 0;
+        // The image is sparse: from data to data.
+        while let Ok(data) = lseek(&image, at, Whence::SeekData) {
+            let start = data.cast_unsigned() / BLOCK as u64 * BLOCK as u64;
+            image
+                .read_exact_at(&mut block, start)
+                .during("read", &self.image)?;
+            if block.windows(text.len()).any(|found| found == text) {
+                image
+                    .write_all_at(&[0; BLOCK], start)
+                    .during("write", &self.image)?;
+                spoiled += 1;
+            }
+            at = (start + BLOCK as u64).cast_signed();
+        }
+        image.sync_all().during("sync", &self.image)?;
+        Ok(spoiled)
     }
 
     /// Where it is mounted: a `work_dir` for a testbed.

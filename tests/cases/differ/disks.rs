@@ -1,0 +1,132 @@
+//! Layers on a btrfs: it shares blocks, and tells when one of them does not come back as it was written.
+
+use anyhow::ensure;
+use transship_testbed::{CommandRun as _, Disk, FileSystem, NodeOptions, Testbed, Tree};
+
+use super::{
+    CHANGE, PLAIN, difference, in_snapshot, list_tree, nothing_half_stays, start, top_of_image,
+};
+use crate::Case;
+
+pub(super) fn cases() -> impl Iterator<Item = Case> {
+    let cases: [(_, fn(&Testbed) -> _); 2] = [
+        ("differ_raw", raw_copies_share_their_blocks),
+        ("differ_bad_disk", what_cannot_be_read_becomes_no_layer),
+    ];
+    cases.into_iter().map(|(what, run)| Case {
+        what,
+        tree: Tree::Forky,
+        run,
+    })
+}
+
+fn on_btrfs(
+    bed: &Testbed,
+    test: impl FnOnce(&Disk, &Testbed) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let disk = Disk::make(&bed.settings().work_dir, FileSystem::Btrfs)?;
+    let mut settings = bed.settings().clone();
+    disk.path().clone_into(&mut settings.work_dir);
+    let on_disk = Testbed::new(bed.tree(), &settings)?;
+    let tested = test(&disk, &on_disk);
+    if tested.is_err() {
+        for node in on_disk.nodes() {
+            eprintln!("{}", node.logs());
+        }
+    }
+    on_disk.stop()?;
+    tested
+}
+
+/// A file of the upperdir, and then a layer, that the disk cannot read back: nothing half is made of
+/// either.
+fn what_cannot_be_read_becomes_no_layer(bed: &Testbed) -> anyhow::Result<()> {
+    const TEXT: &str = "a line that this disk will not give back";
+    on_btrfs(bed, |disk, bed| {
+        let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
+        let top = top_of_image(&node, "transship")?;
+        node.ctr(&[
+            "snapshots",
+            "--snapshotter",
+            "transship",
+            "prepare",
+            "active",
+            &top,
+        ])?;
+        let write =
+            format!("head -c 5000000 /dev/urandom >first; yes '{TEXT}' | head -c 9000000 >large");
+        in_snapshot(&node, "transship", "active", &write)?;
+        let layer = "/var/lib/containerd/layer.tar";
+        node.shell(&format!(
+            "transship snapshot export active -o {layer}
+             sync
+             for file in {layer} /var/lib/containerd/*/snapshots/*/fs/large; do
+               dd if=$file iflag=nocache count=0 status=none
+             done"
+        ))
+        .run()?;
+        ensure!(
+            disk.spoil(TEXT.as_bytes())? > 0,
+            "the text lies on the disk"
+        );
+        let contents = || node.ctr(&["content", "ls", "-q"]);
+        let before = contents()?;
+        for command in [
+            format!(
+                "ctr snapshots --snapshotter transship diff --media-type {PLAIN} active >/dev/null"
+            ),
+            "transship snapshot export active -o /root/out.tar".to_owned(),
+            format!("transship snapshot import --parent {top} broken {layer}"),
+        ] {
+            let error = node.shell(&command).read_failure()?.to_lowercase();
+            ensure!(error.contains("input/output error"), "{command}: {error}");
+        }
+        nothing_half_stays(&node)?;
+        ensure!(contents()? == before, "content was left");
+        node.shell("test ! -e /root/out.tar").run()?;
+        let list = node.ctr(&["snapshots", "--snapshotter", "transship", "ls"])?;
+        ensure!(!list.contains("broken"), "{list}");
+        Ok(())
+    })
+}
+
+/// `transship snapshot export --raw` and `import --raw`: by reflink, or not at all.
+fn raw_copies_share_their_blocks(bed: &Testbed) -> anyhow::Result<()> {
+    on_btrfs(bed, |_, bed| copy_raw(bed))?;
+    let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
+    let top = top_of_image(&node, "transship")?;
+    let dir = "/var/lib/containerd/raw";
+    let error = node
+        .shell(&format!("transship snapshot export {top} --raw {dir}"))
+        .read_failure()?;
+    ensure!(error.contains("by reflink"), "{error}");
+    node.shell(&format!("test ! -e {dir}")).run()?;
+    Ok(())
+}
+
+fn copy_raw(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
+    for snapshotter in ["overlayfs", "transship"] {
+        let top = top_of_image(&node, snapshotter)?;
+        let of = ["snapshots", "--snapshotter", snapshotter];
+        node.ctr(&[&of[..], &["prepare", "active", &top]].concat())?;
+        let change = format!("{CHANGE}\nhead -c 50000000 /dev/urandom >large");
+        in_snapshot(&node, snapshotter, "active", &change)?;
+        let truth = in_snapshot(&node, snapshotter, "active", &list_tree(true))?;
+        let used = "sync; df --output=used -B1 /var/lib/containerd | tail -1";
+        let used = || -> anyhow::Result<u64> { Ok(node.shell(used).read()?.trim().parse()?) };
+        let before = used()?;
+        node.shell(&format!(
+            "dir=/var/lib/containerd/raw
+             transship snapshot export --snapshotter {snapshotter} active --raw $dir
+             transship snapshot import --snapshotter {snapshotter} --parent {top} copy --raw $dir
+             rm -r $dir"
+        ))
+        .run()?;
+        let grown = used()?.saturating_sub(before);
+        ensure!(grown < 20_000_000, "two copies of 50 MB took {grown} bytes");
+        let tree = in_snapshot(&node, snapshotter, "copy", &list_tree(true))?;
+        ensure!(tree == truth, "{}", difference(&truth, &tree));
+    }
+    Ok(())
+}
