@@ -1,6 +1,6 @@
 //! Work that no answer waits for: deleting `gone-*` directories, counting large layers.
 //!
-//! One thread does it in the order in which it was ordered, [`GATHERING`] after the first order: a
+//! One thread does it in the order in which it was ordered, `GATHERING` after the first order: a
 //! removal seldom comes alone (garbage collection takes many, an ended container makes room for the next)
 //! and each deletion would contend with the call after it for the lock of `snapshots/`. What fails is
 //! logged; directories that cannot be deleted (busy, immutable) stay `gone-*`, and Cleanup and the next
