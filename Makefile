@@ -32,7 +32,7 @@ test: build ## Run all tests, those on real nodes too
 	$(CARGO) nextest run --workspace
 
 test-long: build ## Run all tests with many more generated cases, and those that take long
-	PROPTEST_CASES=4096 $(CARGO) nextest run --workspace --profile long --run-ignored all
+	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all
 
 lint: ## Check format, lints, documentation, dependencies
 	$(CARGO) fmt --check

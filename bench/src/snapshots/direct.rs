@@ -17,7 +17,7 @@ use crate::statistics::{median_millis, megabytes, spaced};
 /// All roots lie on the node's disk: this is the directory that is no overlay there.
 const ROOTS: &str = "/var/lib/containerd";
 /// With the environment of its systemd unit.
-const OURS: [&str; 3] = ["env", "MALLOC_ARENA_MAX=2", "transship-snapshotter"];
+const OURS: [&str; 3] = ["env", "MALLOC_ARENA_MAX=1", "transship-snapshotter"];
 const EMPTY: &str = "ours, empty";
 /// Each call at the last level beside its value at 0.
 const GROWTH: Goal = Goal::RatioAtMost(1.3);
