@@ -162,15 +162,9 @@ pub(crate) async fn inspect(
             Problem::new(Kind::Refused, format!("{id:?} cannot be dumped: {reasons}")).into(),
         );
     };
-    let snapshot = node
-        .snapshot(&record.snapshotter, &record.snapshot_key)
-        .await?;
-    let target = node
-        .image(&record.image)
-        .await?
-        .and_then(|image| image.target);
+    let (chain_id, target) = node.base_of(record).await?;
     let image = match &target {
-        Some(target) => node.resolve_image(target, &snapshot.parent).await?,
+        Some(target) => node.resolve_image(target, &chain_id).await?,
         None => None,
     };
     let options = runtime
@@ -187,7 +181,7 @@ pub(crate) async fn inspect(
                 .as_ref()
                 .map(|target| target.digest.clone())
                 .unwrap_or_default(),
-            chain_id: snapshot.parent,
+            chain_id,
         },
         snapshotter: record.snapshotter.clone(),
         runtime: runtime.name,

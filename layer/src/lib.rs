@@ -60,5 +60,5 @@ pub use export::{
 pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
 pub use lower_view::LowerError;
 pub use overlay_marks::OverlayXattrs;
-pub use remove_tree::remove_tree;
+pub use remove_tree::{remove_contents, remove_tree};
 pub use usage::{Usage, UsageError, upperdir_usage};

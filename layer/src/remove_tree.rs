@@ -39,6 +39,23 @@ pub fn remove_tree(tree: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes all that is in the directory `dir`, following no symlink below it, and leaves it empty.
+///
+/// # Errors
+/// The first system call that fails, as the kernel said it; `dir` itself missing.
+pub fn remove_contents(dir: &Path) -> io::Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = open(dir, flags, Mode::empty())?;
+    let mut listing = DirectoryListing::default();
+    listing.read(directory.as_fd())?;
+    let mut next = 0;
+    while let Some((name, _)) = listing.get(next) {
+        remove_name(directory.as_fd(), name)?;
+        next += 1;
+    }
+    Ok(())
+}
+
 /// Removes a name of a directory: a file, or a directory with all that is in it.
 pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
     match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
@@ -149,6 +166,23 @@ fn open_directory(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn contents_go_and_the_directory_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        let full = dir.path().join("full");
+        std::fs::create_dir_all(full.join("a/b")).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("kept"), "").unwrap();
+        std::fs::write(full.join("file"), "").unwrap();
+        std::os::unix::fs::symlink(&outside, full.join("link")).unwrap();
+        remove_contents(&full).unwrap();
+        assert_eq!(std::fs::read_dir(&full).unwrap().count(), 0);
+        assert!(outside.join("kept").try_exists().unwrap());
+        remove_contents(&full).unwrap();
+        remove_contents(&dir.path().join("missing")).unwrap_err();
+    }
 
     #[test]
     fn a_tree_deeper_than_the_descriptor_limit_goes() {

@@ -635,17 +635,21 @@ fn layers_go_out_and_in_directly(bed: &Testbed) -> anyhow::Result<()> {
         0 => Err("nothing yet".to_owned()),
         _ => Ok(()),
     })?;
+    let goes_on = || -> anyhow::Result<()> {
+        let before = log().map_err(anyhow::Error::msg)?;
+        poll_until("the container to go on", PATIENCE, || match log()? {
+            now if now > before => Ok(()),
+            now => Err(format!("{now} bytes")),
+        })?;
+        Ok(())
+    };
     for _ in 0..5 {
         let export =
             "transship snapshot export busy | tar --list --verbose >/root/list; cat /root/list";
         let list = node.shell(export).read()?;
         ensure!(list.contains("tmp/log"), "{list}");
     }
-    let before = log().map_err(anyhow::Error::msg)?;
-    poll_until("the container to go on", PATIENCE, || match log()? {
-        now if now > before => Ok(()),
-        now => Err(format!("{now} bytes")),
-    })?;
+    goes_on()?;
     // A reader that leaves ends the export, not the container.
     node.shell("head -c 20000000 /dev/urandom >/proc/$(pgrep -o -f 'while :')/root/tmp/big")
         .run()?;
@@ -659,10 +663,6 @@ fn layers_go_out_and_in_directly(bed: &Testbed) -> anyhow::Result<()> {
         )
         .read_failure()?;
     ensure!(error.contains("cannot"), "{error}");
-    let before = log().map_err(anyhow::Error::msg)?;
-    poll_until("the container to go on", PATIENCE, || match log()? {
-        now if now > before => Ok(()),
-        now => Err(format!("{now} bytes")),
-    })?;
+    goes_on()?;
     Ok(())
 }

@@ -17,8 +17,8 @@ use k8s_cri::v1::{
     FilesystemUsage, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
@@ -195,18 +195,7 @@ impl Cri {
     /// # Errors
     /// What containerd answers.
     pub fn pod_ip(&self, pod: &Pod) -> Result<String, TestbedError> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            ..Default::default()
-        };
-        let answer = self.call("read the sandbox", |mut client| async move {
-            client.pod_sandbox_status(request).await
-        })?;
-        Ok(answer
-            .status
-            .and_then(|status| status.network)
-            .unwrap_or_default()
-            .ip)
+        Ok(self.pod_status(pod)?.network.unwrap_or_default().ip)
     }
 
     /// Creates a container of the pod and gives its id.
@@ -402,6 +391,10 @@ impl Cri {
     /// # Errors
     /// What containerd answers.
     pub fn pod_runs(&self, pod: &Pod) -> Result<bool, TestbedError> {
+        Ok(self.pod_status(pod)?.state() == PodSandboxState::SandboxReady)
+    }
+
+    fn pod_status(&self, pod: &Pod) -> Result<PodSandboxStatus, TestbedError> {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: pod.id.clone(),
             ..Default::default()
@@ -409,8 +402,7 @@ impl Cri {
         let answer = self.call("read the sandbox", |mut client| async move {
             client.pod_sandbox_status(request).await
         })?;
-        let status = answer.status.unwrap_or_default();
-        Ok(status.state() == PodSandboxState::SandboxReady)
+        Ok(answer.status.unwrap_or_default())
     }
 
     /// Runs a command in a container.

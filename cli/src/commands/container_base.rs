@@ -9,19 +9,13 @@ use crate::args::Global;
 pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
     let node = connect(global).await?;
     let record = node.container(id).await?;
-    let snapshot = node
-        .snapshot(&record.snapshotter, &record.snapshot_key)
-        .await?;
-    let target = node
-        .image(&record.image)
-        .await?
-        .and_then(|image| image.target);
+    let (chain_id, target) = node.base_of(&record).await?;
     println!(
         "{}",
         json!({
             "image": record.image,
             "digest": target.map(|target| target.digest).unwrap_or_default(),
-            "chain_id": snapshot.parent,
+            "chain_id": chain_id,
         })
     );
     Ok(())

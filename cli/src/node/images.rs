@@ -13,7 +13,9 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, bail};
 use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::{ApplyRequest, CreateImageRequest, GetImageRequest, Image};
+use containerd_client::services::v1::{
+    ApplyRequest, Container, CreateImageRequest, GetImageRequest, Image,
+};
 use containerd_client::types::Descriptor;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Deserialize;
@@ -107,6 +109,19 @@ impl Node {
             Err(error) if !error.is_already_exists() => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// What a container is made of: the chain id below its snapshot, and its image's target if the
+    /// image is still there.
+    pub(crate) async fn base_of(
+        &self,
+        record: &Container,
+    ) -> Result<(String, Option<Descriptor>), NodeError> {
+        let snapshot = self
+            .snapshot(&record.snapshotter, &record.snapshot_key)
+            .await?;
+        let image = self.image(&record.image).await?;
+        Ok((snapshot.parent, image.and_then(|image| image.target)))
     }
 
     /// Looks below `target` for the manifest whose layers have the chain id `chain`.

@@ -15,7 +15,9 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use transship_layer::{ImportError, ImportOptions, decompress, import_into_upperdir};
+use transship_layer::{
+    ImportError, ImportOptions, decompress, import_into_upperdir, remove_contents,
+};
 
 use super::bundle::Bundle;
 
@@ -161,22 +163,7 @@ impl Bundle {
     /// A system call failed.
     pub(super) fn empty_upperdir(&self) -> Result<(), RootfsError> {
         let (root, overlay) = self.unmount_rootfs()?;
-        let empty = || {
-            for entry in fs::read_dir(&overlay.upperdir).during("list", &overlay.upperdir)? {
-                let path = entry.during("list", &overlay.upperdir)?.path();
-                let kind = fs::symlink_metadata(&path)
-                    .during("stat", &path)?
-                    .file_type();
-                if kind.is_dir() {
-                    fs::remove_dir_all(&path)
-                } else {
-                    fs::remove_file(&path)
-                }
-                .during("remove", &path)?;
-            }
-            Ok(())
-        };
-        let emptied = empty();
+        let emptied = remove_contents(&overlay.upperdir).during("empty", &overlay.upperdir);
         overlay.mount(&root)?;
         emptied
     }

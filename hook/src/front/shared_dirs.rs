@@ -4,15 +4,15 @@
 //! What lies in them by then (init containers run again, and may have filled a volume) gives way:
 //! the memory knows the files of the checkpoint.
 
-use std::fs::{self, File};
-use std::io::{self, BufReader};
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::{Consumed, SHARED_DIR, SharedDir, shared_mounts};
 use transship_checkpoint::stage::{PodDir, Request};
-use transship_layer::{ImportOptions, import_into_upperdir, remove_tree};
+use transship_layer::{ImportOptions, import_into_upperdir, remove_contents};
 
 use super::bundle::Config;
 use super::rootfs::RootfsError;
@@ -97,15 +97,7 @@ impl Front<'_> {
 /// Makes the content of a directory that of a layer without lower layers.
 fn fill(dir: &Path, layer: &Path) -> Result<(), FrontError> {
     let file = File::open(layer).during("open", layer)?;
-    for entry in fs::read_dir(dir).during("list", dir)? {
-        let path = entry.during("list", dir)?.path();
-        match remove_tree(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).during("remove", &path);
-            }
-            _ => {}
-        }
-    }
+    remove_contents(dir).during("empty", dir)?;
     let tar = BufReader::with_capacity(1 << 20, file);
     import_into_upperdir(tar, dir, &[], &ImportOptions::default())
         .map(drop)

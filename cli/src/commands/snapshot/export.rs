@@ -65,14 +65,28 @@ pub(super) async fn export(
     exported
 }
 
-/// Copies the snapshot's directory while its container stands still.
+/// Makes `dir` a copy of the snapshot's directory, or nothing.
 async fn export_raw(
     node: &Node,
     snapshot: &Snapshot,
     dir: &Path,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    raw::make_directory(dir)?;
+    fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let copied = copy_into(node, snapshot, dir, interrupt).await;
+    if copied.is_err() {
+        fs::remove_dir(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    copied
+}
+
+/// Copies the snapshot's directory while its container stands still.
+async fn copy_into(
+    node: &Node,
+    snapshot: &Snapshot,
+    dir: &Path,
+    interrupt: &Interrupt,
+) -> Result<()> {
     let opened = Opened::open(node, snapshot).await?;
     let copied = match opened.layer(snapshot) {
         Ok(layer) => {
@@ -84,9 +98,6 @@ async fn export_raw(
         Err(error) => Err(error),
     };
     opened.close().await?;
-    if copied.is_err() {
-        fs::remove_dir(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-    }
     copied
 }
 

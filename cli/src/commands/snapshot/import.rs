@@ -12,7 +12,9 @@ use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
-use transship_layer::{ImportOptions, ImportStats, decompress, import_into_upperdir, remove_tree};
+use transship_layer::{
+    ImportOptions, ImportStats, decompress, import_into_upperdir, remove_contents,
+};
 
 use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept, raw};
 use crate::args::{Global, SnapshotImportArgs};
@@ -229,9 +231,8 @@ fn fill(layer: &Layer, input: Input, made: bool) -> Result<ImportStats> {
         });
     if filled.is_err() && !made {
         // The snapshot was there before, and empty.
-        for entry in fs::read_dir(&layer.dir)? {
-            remove_tree(&entry?.path())?;
-        }
+        remove_contents(&layer.dir)
+            .with_context(|| format!("cannot empty {}", layer.dir.display()))?;
     }
     filled
 }

@@ -8,12 +8,11 @@
 //! would change with them. `cp` does the walk: it keeps owners, modes, times, links, devices and
 //! attributes, and refuses as a whole with `--reflink=always` where the file system shares no blocks.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use tokio::process::Command;
-use transship_layer::remove_tree;
+use transship_layer::remove_contents;
 
 use crate::interrupt::Interrupt;
 use crate::problem::{Kind, Problem};
@@ -45,21 +44,7 @@ pub(super) async fn copy_tree(from: &Path, to: &Path, interrupt: &Interrupt) -> 
         interrupted = interrupt.wait() => Err(interrupted.into()),
     };
     if copied.is_err() {
-        empty(to)?;
+        remove_contents(to).with_context(|| format!("cannot empty {}", to.display()))?;
     }
     copied
-}
-
-/// Makes the directory that a raw copy goes to.
-pub(super) fn make_directory(dir: &Path) -> Result<()> {
-    fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))
-}
-
-fn empty(dir: &Path) -> Result<()> {
-    let entries = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
-    for entry in entries {
-        let path = entry?.path();
-        remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    }
-    Ok(())
 }
