@@ -160,7 +160,12 @@ mod tests {
             .spawn()
             .unwrap();
         let root = i32::try_from(shell.id()).unwrap();
-        wait_for("four processes", || tree(root).unwrap().len() == 4);
+        // All asleep: who is in vfork waits in a state that no signal stops, until its child, which
+        // would be stopped, has called exec.
+        wait_for("four processes", || {
+            let all = tree(root).unwrap();
+            all.len() == 4 && all.iter().all(|pid| state(*pid) == Some('S'))
+        });
         let all = tree(root).unwrap();
         for pid in &all {
             kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap();
