@@ -30,7 +30,7 @@ use crate::socket::Socket;
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// How long connections may take to close once all calls are answered: the last answers have to be
 /// written out, but a client that does not react holds nothing worth waiting for.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
+const CLOSE_PATIENCE: Duration = Duration::from_millis(250);
 
 /// Holds a root directory against other daemons, for as long as it lives.
 #[derive(Debug)]
@@ -120,23 +120,22 @@ pub async fn serve(
         metrics::serve(address, Arc::clone(&metrics), Arc::clone(&snapshots)).await?;
     }
     let (stop_accepting, accepting_stops) = oneshot::channel::<()>();
-    let (stop_serving, serving_stops) = oneshot::channel::<()>();
-    let (connections, socket_gone) = socket.accept_until(async { drop(accepting_stops.await) });
+    let connections = socket.accept_until(async { drop(accepting_stops.await) });
     let service = Service::new(Arc::clone(&snapshots), metrics, config.concurrent_calls)?;
     let calls = service.calls_in_flight();
-    let stop_server = async { drop(serving_stops.await) };
-    let mut server = tokio::spawn(service::serve(service, connections, stop_server));
+    let mut server = tokio::spawn(service::serve(service, connections));
     let outcome = tokio::select! {
         outcome = &mut server => outcome?,
         () = stop => {
             drop(stop_accepting);
-            socket_gone.await?;
-            drop(stop_serving);
             let all_closed = async {
-                if tokio::time::timeout(STOP_PATIENCE, calls.ended()).await.is_err() {
-                    tracing::warn!("some calls did not finish in time");
+                // Twice: a connection that came late may have begun a call meanwhile.
+                for _ in 0..2 {
+                    if tokio::time::timeout(STOP_PATIENCE, calls.ended()).await.is_err() {
+                        tracing::warn!("some calls did not finish in time");
+                    }
+                    tokio::time::sleep(CLOSE_PATIENCE).await;
                 }
-                tokio::time::sleep(CLOSE_PATIENCE).await;
             };
             tokio::select! {
                 outcome = &mut server => outcome?,

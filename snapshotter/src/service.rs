@@ -7,7 +7,6 @@
 //! `From<SnapshotError> for Status` alone.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -34,19 +33,19 @@ const MAX_MESSAGE: usize = 16 << 20;
 /// Snapshots that List reads ahead of its client.
 const LIST_AHEAD: usize = 256;
 
-/// Serves the snapshots API on `connections` until `stop` resolves; calls in flight are finished.
+/// Serves the snapshots API on `connections` until there are no more to come; calls in flight are
+/// finished.
 ///
 /// # Errors
 /// When the HTTP/2 server fails.
 pub async fn serve(
     service: Service,
     connections: impl Stream<Item = io::Result<UnixStream>>,
-    stop: impl Future<Output = ()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let service = api::server(Arc::new(service)).max_decoding_message_size(MAX_MESSAGE);
     Server::builder()
         .add_service(service)
-        .serve_with_incoming_shutdown(connections, stop)
+        .serve_with_incoming_shutdown(connections, std::future::pending())
         .await?;
     Ok(())
 }

@@ -8,11 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc::Sender;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::disk;
 use crate::error::{IoContext, Result, SnapshotError};
+
+/// How long after its path is gone a socket still takes connections.
+const LATE_CONNECTIONS: Duration = Duration::from_millis(20);
 
 /// Sockets that the service manager listens on for us (systemd's socket activation): they stay when the
 /// daemon goes, and who connects meanwhile waits for the next one.
@@ -127,48 +130,48 @@ impl Socket {
         &self.path
     }
 
-    /// The connections until `stop` resolves; see [`Socket::accept_until`].
-    pub(crate) fn into_connections(
-        self,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> ReceiverStream<io::Result<UnixStream>> {
-        self.accept_until(stop).0
-    }
-
-    /// Accepts until `stop` resolves; then the path is removed if it is ours, and the task ends. To be waited for
-    /// before connections are closed: containerd's dialer waits for a missing socket to appear, but
-    /// its calls fail on one that refuses.
+    /// The connections until `stop` resolves. Then the path is removed if it is ours, and the stream
+    /// ends: who serves it answers each connection that it held, then closes them.
+    ///
+    /// In that order, because containerd's dialer waits for a missing socket to appear, but a call of
+    /// its fails when the socket refuses or the connection breaks before the first frame.
     pub(crate) fn accept_until(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
-    ) -> (ReceiverStream<io::Result<UnixStream>>, JoinHandle<()>) {
+    ) -> ReceiverStream<io::Result<UnixStream>> {
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
-        let task = tokio::spawn(async move {
-            tokio::pin!(stop);
-            loop {
-                let accepted = tokio::select! {
-                    accepted = self.listener.accept() => accepted,
-                    () = &mut stop => break,
-                };
-                match accepted {
-                    Ok((connection, _)) => {
-                        if sender.send(Ok(connection)).await.is_err() {
-                            break;
-                        }
-                    }
-                    Err(error) => {
-                        // Out of file descriptors, most likely: calls that end will free some.
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                }
+        tokio::spawn(async move {
+            tokio::select! {
+                () = self.accept(&sender) => return,
+                () = stop => {}
             }
-            if self.remove_path
-                && let Err(error) = fs::remove_file(&self.path)
-            {
+            if !self.remove_path {
+                return;
+            }
+            if let Err(error) = fs::remove_file(&self.path) {
                 tracing::warn!(%error, path = %self.path.display(), "cannot remove the socket");
             }
+            // Who found the path just before it went is in the queue of the listener, or will be.
+            drop(tokio::time::timeout(LATE_CONNECTIONS, self.accept(&sender)).await);
         });
-        (ReceiverStream::new(receiver), task)
+        ReceiverStream::new(receiver)
+    }
+
+    /// Hands connections on for as long as somebody takes them.
+    async fn accept(&self, connections: &Sender<io::Result<UnixStream>>) {
+        loop {
+            // Room first: a connection that was accepted is never dropped.
+            let Ok(room) = connections.reserve().await else {
+                return;
+            };
+            match self.listener.accept().await {
+                Ok((connection, _)) => room.send(Ok(connection)),
+                Err(error) => {
+                    // Out of file descriptors, most likely: calls that end will free some.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
     }
 }

@@ -4,11 +4,14 @@
 
 mod support;
 
+use std::error::Error;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Output;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::tonic::Code;
@@ -53,6 +56,13 @@ fn refusal(site: &Site, arguments: &[&str]) -> String {
     let output = run(site, arguments);
     assert!(!output.status.success());
     String::from_utf8(output.stderr).unwrap()
+}
+
+/// Whether the cause of an error is that a file is not there.
+fn finds_nothing(error: &(dyn Error + 'static)) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|io| io.kind() == ErrorKind::NotFound)
+        || error.source().is_some_and(finds_nothing)
 }
 
 #[test]
@@ -330,6 +340,48 @@ fn root_metrics_tell_what_happened() {
             );
         }
         assert!(get("/").starts_with("HTTP/1.1 404"));
+    });
+}
+
+/// Whoever finds the socket gets an answer, at every moment of a restart; containerd's dialer waits for
+/// a socket that is not there.
+#[test]
+fn root_no_connection_is_lost_at_a_restart() {
+    as_root(async || {
+        let site = Site::new();
+        let mut daemon = site.start(&[]);
+        daemon
+            .client()
+            .await
+            .prepare("kept", "", &[])
+            .await
+            .unwrap();
+        let restarting = AtomicBool::new(true);
+        let ask = || {
+            support::block_on(async {
+                let mut answers = 0;
+                while restarting.load(Ordering::Relaxed) {
+                    let client = match Client::connect(&site.socket(), "transship").await {
+                        Err(error) if finds_nothing(&error) => continue,
+                        connected => connected.unwrap(),
+                    };
+                    client.stat("kept").await.unwrap();
+                    answers += 1;
+                }
+                answers
+            })
+        };
+        std::thread::scope(|scope| {
+            let clients: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+            for _ in 0..20 {
+                assert!(daemon.stop().success());
+                daemon = site.start(&[]);
+            }
+            restarting.store(false, Ordering::Relaxed);
+            for client in clients {
+                assert!(client.join().unwrap() > 20);
+            }
+        });
     });
 }
 

@@ -19,8 +19,11 @@ const BASE: &str = "
     echo delete >data/delete-me; echo x:0 >etc/passwd; echo prog >bin/prog; ln -s prog bin/link
     chmod 1777 tmp; touch -d '2001-02-03 04:05:06' etc/passwd";
 
-/// umoci rounds times to seconds, where others cut them off.
-const WHOLE_SECONDS: &str = "find . -depth -newermt 2010-01-01 -exec touch -h -d @$(date +%s) {} +";
+/// Gives what a step wrote a time of its own, and leaves the rest: umoci rounds times to seconds, where
+/// others cut them off, and to containers/storage another time alone is no change of a directory.
+fn whole_seconds(year: u16) -> String {
+    format!("find . -depth -newermt 2010-01-01 -exec touch -h -d {year}-01-01 {{}} +")
+}
 
 /// Every kind of change that the builders can carry, too: they know no sockets.
 const CHANGE: &str = "
@@ -36,8 +39,8 @@ const CHANGE: &str = "
     head -c 3000000 /dev/urandom >new/random
     touch -d '2001-02-03 04:05:06' new/old";
 
-fn in_dir(dir: &Path, script: &str) {
-    let script = format!("{script}\n{WHOLE_SECONDS}");
+fn in_dir(dir: &Path, year: u16, script: &str) {
+    let script = format!("{script}\n{}", whole_seconds(year));
     succeed(Command::new("sh").args(["-euc", &script]).current_dir(dir));
 }
 
@@ -98,9 +101,9 @@ fn check_we_read(layers: &[PathBuf], expected: &TreeState) {
 fn our_layers() -> (OverlayDirs, [PathBuf; 2], TreeState) {
     let mut dirs = OverlayDirs::on_disk();
     let mut written = Vec::new();
-    for (name, script) in [("base.tar", BASE), ("change.tar", CHANGE)] {
+    for (name, year, script) in [("base.tar", 2003, BASE), ("change.tar", 2004, CHANGE)] {
         let mounted = dirs.mount();
-        in_dir(&dirs.merged, script);
+        in_dir(&dirs.merged, year, script);
         drop(mounted);
         let layer = dirs.base.path().join(name);
         export_to(&dirs, &layer);
@@ -145,6 +148,7 @@ fn root_umoci_reads_our_layers_and_we_read_its() {
 
     in_dir(
         &rootfs,
+        2005,
         "rm -r new data/keep; mkdir data/keep; echo 3 >data/keep/3; echo more >>etc/passwd",
     );
     let expected = plain(&rootfs);
@@ -172,10 +176,10 @@ fn root_we_read_the_layers_of_buildah() {
     };
     let mut image = "scratch".to_owned();
     let mut expected = TreeState::new();
-    for (name, script) in [("base", BASE), ("changed", CHANGE)] {
+    for (name, year, script) in [("base", 2003, BASE), ("changed", 2004, CHANGE)] {
         let container = buildah(&["from", &image]);
         let rootfs = PathBuf::from(buildah(&["mount", &container]));
-        in_dir(&rootfs, script);
+        in_dir(&rootfs, year, script);
         expected = plain(&rootfs);
         buildah(&["umount", &container]);
         for to in [name.to_owned(), format!("oci:image:{name}")] {

@@ -55,10 +55,10 @@ pub fn start(socket: Socket, containerd: PathBuf) -> RunningDiffer {
     let (give_up, given_up) = watch::channel(false);
     let (stop, stopped) = watch::channel(false);
     let service = DiffService::new(socket.path(), Containerd::at(containerd), given_up);
-    let connections = socket.into_connections(ordered(stopped.clone()));
+    let connections = socket.accept_until(ordered(stopped));
     let server = transport::Server::builder()
         .add_service(DiffServer::new(Calls(service)))
-        .serve_with_incoming_shutdown(connections, ordered(stopped));
+        .serve_with_incoming_shutdown(connections, std::future::pending());
     RunningDiffer {
         stop,
         give_up,
