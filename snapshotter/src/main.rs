@@ -48,6 +48,9 @@ fn main() -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
+        // Before the sockets: who finds one must not be dropped by an order to stop that comes early.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
         let mut inherited = Inherited::new(listeners);
         let socket = inherited.take_or_listen(&config.address)?;
         let differ = if config.diff_address.as_os_str().is_empty() {
@@ -59,8 +62,6 @@ fn main() -> anyhow::Result<ExitCode> {
         inherited.require_none_left()?;
         let read_level = move || arguments.configuration().map(|config| config.log_level);
         tokio::spawn(log_level.follow(signal(SignalKind::hangup())?, read_level));
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
         let stop = async {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             tracing::info!("stopping");
