@@ -24,6 +24,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::statistics::median;
+
 /// One figure beside the peer's.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Row {
@@ -50,6 +52,16 @@ pub(crate) enum Better {
     Less,
     /// A figure of ours beside another of ours: this one / the other.
     Growth,
+}
+
+impl Better {
+    fn ratio(self, ours: f64, theirs: f64) -> Option<f64> {
+        let ratio = match self {
+            Better::More | Better::Growth => ours / theirs,
+            Better::Less => theirs / ours,
+        };
+        Some(ratio).filter(|ratio| ratio.is_finite())
+    }
 }
 
 /// What a figure is to be.
@@ -89,15 +101,29 @@ impl Row {
     pub(crate) fn beside(mut self, peer: &str, value: f64, better: Better) -> Row {
         self.peer = Some(peer.to_owned());
         self.peer_value = Some(value).filter(|value| value.is_finite());
-        self.ratio = self
-            .ours
-            .zip(self.peer_value)
-            .map(|(ours, value)| match better {
-                Better::More | Better::Growth => ours / value,
-                Better::Less => value / ours,
-            })
-            .filter(|ratio| ratio.is_finite());
+        self.ratio =
+            (self.ours.zip(self.peer_value)).and_then(|(ours, value)| better.ratio(ours, value));
         self
+    }
+
+    /// Figures of turns that ours and a peer took by turns: the medians, and as the ratio the median of
+    /// the ratios of the pairs, as what a machine does to one turn it mostly does to its neighbour.
+    pub(crate) fn of_pairs(
+        name: impl Into<String>,
+        unit: &str,
+        ours: &[f64],
+        peer: &str,
+        theirs: &[f64],
+        better: Better,
+    ) -> Row {
+        let middle = |values: &[f64]| median(values).unwrap_or(f64::NAN);
+        let ratios: Vec<f64> = (ours.iter().zip(theirs))
+            .filter_map(|(own, other)| better.ratio(*own, *other))
+            .collect();
+        Row {
+            ratio: median(&ratios),
+            ..Row::new(name, unit, middle(ours)).beside(peer, middle(theirs), better)
+        }
     }
 
     /// What the figure is to be. Put it last: it looks at the ratio.
@@ -240,7 +266,8 @@ impl Results {
              are medians of turns\ntaken in one run on one disk; compare figures of one table only.\n\n\
              *ratio* is how many times better ours is: for rates ours / peer, for times and sizes \
              peer / ours. In rows that\nset a figure of ours beside another of ours (growth) it is \
-             the first / the second.\n\n\
+             the first / the second. Where both took many short turns\none after the other, it is \
+             the median of the ratios of neighbouring turns.\n\n\
              {met} of {goals} goals are reached.\n"
         );
         for (part, run) in &self.runs {
@@ -325,6 +352,20 @@ mod tests {
             let row = Row::new("x", "s", ours).beside("peer", peer, better);
             assert_eq!(row.ratio, Some(ratio));
         }
+    }
+
+    #[test]
+    fn pairs_are_compared_one_by_one() {
+        // The machine became three times slower in the middle; ours took half as long all the time.
+        let (ours, theirs) = ([1.0, 1.0, 3.0], [2.0, 2.0, 6.0]);
+        let row = Row::of_pairs("x", "ms", &ours, "peer", &theirs, Better::Less);
+        assert_eq!(row.ratio, Some(2.0));
+        let (ours, theirs) = ([1.0, 3.0, 3.0], [2.0, 2.0, 6.0]);
+        let row = Row::of_pairs("x", "ms", &ours, "peer", &theirs, Better::Less);
+        assert_eq!(
+            (row.ours, row.peer_value, row.ratio),
+            (Some(3.0), Some(2.0), Some(2.0))
+        );
     }
 
     #[test]

@@ -11,9 +11,9 @@ pub(crate) struct Sizes {
     pub(crate) memory_level: usize,
     /// Concurrent clients.
     pub(crate) clients: Vec<usize>,
-    /// Turns that each side takes.
+    /// Turns of load that each side takes, one after the other.
     pub(crate) rounds: usize,
-    /// How long a turn of load lasts.
+    /// How long a turn of load lasts: short, so that the sides find the same machine.
     pub(crate) round: Duration,
     /// How long a turn through containerd lasts: it does some hundred cycles a second at best.
     pub(crate) containerd_round: Duration,
@@ -38,9 +38,9 @@ impl Sizes {
             levels: vec![0, 5_000, 50_000],
             memory_level: 10_000,
             clients: vec![1, 4, 16, 64],
-            rounds: 3,
-            round: Duration::from_millis(1500),
-            containerd_round: Duration::from_secs(3),
+            rounds: 9,
+            round: Duration::from_millis(500),
+            containerd_round: Duration::from_millis(800),
             image_files: [100_000, 10_000],
             many_changes: 50_000,
             large_file_bytes: 2 << 30,

@@ -25,13 +25,13 @@ use crate::sizes::Sizes;
 /// How long [`load_socket`] goes on.
 const LOAD: Duration = Duration::from_secs(5);
 
-/// Two threads make the load: more would take processors from the daemons on a small machine.
-fn start_load_threads() -> Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+/// One thread makes the load: with more, each call wakes several on its way, which would count as the
+/// daemon's time, and they would take processors from it on a small machine.
+fn start_load() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot start the load's threads")
+        .context("cannot start the load")
 }
 
 /// Puts load on a daemon that runs, for a profiler to look at, and says what came of it.
@@ -41,11 +41,12 @@ fn start_load_threads() -> Result<Runtime> {
 pub(crate) fn load_socket(socket: PathBuf, clients: usize) -> Result<String> {
     let target = Target {
         process: Process::behind(&socket)?,
+        disk: PathBuf::from("/"),
         socket,
         snapshotter: "transship".to_owned(),
         present: 0,
     };
-    let turn = start_load_threads()?.block_on(target.run(clients, LOAD))?;
+    let turn = start_load()?.block_on(target.run(clients, LOAD))?;
     let calls: Vec<_> = (CALLS.iter().zip(turn.calls))
         .map(|(call, took)| format!("{call} {took:.2}"))
         .collect();
@@ -63,7 +64,7 @@ pub(crate) fn load_socket(socket: PathBuf, clients: usize) -> Result<String> {
 /// # Errors
 /// When a daemon fails, or a call of it.
 pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
-    let runtime = start_load_threads()?;
+    let runtime = start_load()?;
     let mut rows = direct::measure(bed, sizes, &runtime)?;
     rows.extend(through_containerd::measure(bed, sizes, &runtime)?);
     Ok(rows)

@@ -9,6 +9,7 @@
 //!                                                        v       v
 //!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
 //!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs, import.rs
+//!                                             journal.rs
 //! ```
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
@@ -31,6 +32,7 @@ pub mod fault;
 pub mod filter;
 pub mod fsck;
 pub mod import;
+mod journal;
 pub mod labels;
 pub mod logging;
 pub mod metadata;

@@ -5,25 +5,35 @@
 //! ```text
 //! snapshots   key (str)             -> record (bytes, drawn in record.rs)
 //! children    (parent id, child id) -> ()          is anything built on this snapshot?
-//! counters    "format"   -> 1                      version of this layout
+//! counters    "format"   -> 2                      version of this layout
 //!             "next_id"  -> ids below it were or may have been given out; higher ones never
 //!             "batch"    -> number of the last write transaction
+//!             "journal"  -> what the journal's records call this database
 //! ```
+//!
+//! and beside it the journal of what redb does not have on disk yet (journal.rs).
 //!
 //! Every write is durable before its caller goes on, and transactions are shared: while one is being
 //! synced, the changes of other threads queue up and become the next one (group commit). A transaction
-//! is synced once: redb's commit slot carries a checksum of all that it points to, so a torn one is
-//! recognised and the one before holds. (Two-phase commit with quick repair syncs twice and writes half
-//! as much again; what it spares after a crash is one walk over the file, a second per million
-//! snapshots.) There is no writer thread; the first caller to find nobody writing leads a batch
+//! is synced once, in the journal, and made in redb without durability, where others see it only then;
+//! one for which the journal has no room is made durable in redb, and with it all before. (There too one
+//! sync is enough: redb's commit slot carries a checksum of all that it points to, so a torn one is
+//! recognised and the one before holds. Two-phase commit with quick repair syncs twice and writes half as
+//! much again; what it spares after a crash is one walk over the file, a second per million snapshots.)
+//! At opening, what the journal has and redb has not is made durable in redb, before anything is read.
+//! Without a journal (no room for one) each transaction is made durable in redb, and so it is while the
+//! disk is full, as what redb holds back needs room later. There is no writer thread; the first caller to find nobody writing leads a batch
 //! and then hands the lead to the first caller of the next. A change that is refused ("already
 //! exists") writes nothing and disturbs no other change of its batch.
 //!
-//! redb gives up a database handle at its first I/O error. Then the handle is replaced by a newly
-//! opened one, and "batch" tells whether the transaction that failed had reached the disk.
+//! redb gives up a database handle at its first I/O error, and so does this after one of the journal. Then
+//! the handle is replaced by a newly opened one, and the number of the last transaction found tells
+//! whether the one that failed had reached the disk.
 
+use std::collections::hash_map::RandomState;
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher, Hasher};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,11 +42,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use prost::Message;
 use redb::{
-    Database, DatabaseError, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
-    Table, TableDefinition,
+    Database, DatabaseError, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable,
+    ReadableTableMetadata, StorageBackend, Table, TableDefinition, WriteTransaction,
 };
 
-use crate::error::{Result, SnapshotError};
+use crate::error::{IoContext, Result, SnapshotError};
+use crate::journal::{AnyChange, Changes, Counter, Journal, JournalFile, Link, Put, TableChange};
 use crate::record::Record;
 use crate::reserve::{Reserve, ReservingFile};
 
@@ -44,7 +55,8 @@ const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapsh
 const CHILDREN: TableDefinition<'_, (u64, u64), ()> = TableDefinition::new("children");
 const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters");
 
-const FORMAT: u64 = 1;
+/// 2 brought the journal, without which transactions are lost.
+const FORMAT: u64 = 2;
 /// How many ids one write of "next_id" makes available.
 const ID_RESERVE: u64 = 4096;
 /// Upper bound of a batch, so that its first callers do not wait for a crowd.
@@ -59,6 +71,10 @@ pub struct Metadata {
     opener: Box<Opener>,
     /// `None` after an I/O error until reopening succeeds.
     database: RwLock<Option<Database>>,
+    /// Held by who writes; never before `database`.
+    journal: Mutex<Option<Journal>>,
+    /// Number of the last transaction that was on disk when the database was opened.
+    recovered: AtomicU64,
     queue: Mutex<Queue>,
     next_id: AtomicU64,
     reserved_id: AtomicU64,
@@ -71,7 +87,6 @@ pub struct Metadata {
 struct Queue {
     waiting: Vec<Job>,
     led: bool,
-    batch: u64,
 }
 
 /// A change waiting for its transaction.
@@ -98,7 +113,8 @@ pub(crate) struct Batch<'t> {
     snapshots: Table<'t, &'static str, &'static [u8]>,
     children: Table<'t, (u64, u64), ()>,
     counters: Table<'t, &'static str, u64>,
-    dirty: bool,
+    /// What was done so far.
+    changes: Changes,
 }
 
 /// How a change ended inside its transaction, before the transaction is durable.
@@ -131,22 +147,32 @@ impl Metadata {
     }
 
     fn open_path(path: &Path, cache_bytes: usize, checked: bool) -> Result<Self> {
-        let path = path.to_path_buf();
-        let reserve = Arc::new(Reserve::default());
-        let of_file = Arc::clone(&reserve);
-        let metadata = Self::open_with(move || {
-            let file = OpenOptions::new()
+        let open_file = |path: &Path| {
+            OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
                 .mode(0o600)
-                .open(&path)?;
+                .open(path)
+        };
+        let reserve = Arc::new(Reserve::default());
+        let of_file = Arc::clone(&reserve);
+        let journal_path = path.with_extension("journal");
+        let journal = open_file(&journal_path).during("open", &journal_path)?;
+        let path = path.to_path_buf();
+        let open_database = move || {
             Database::builder()
                 .set_cache_size(cache_bytes)
                 .set_check_integrity_on_open(checked)
-                .create_with_backend(ReservingFile::new(file, &of_file)?)
-        })?;
+                .create_with_backend(ReservingFile::new(open_file(&path)?, &of_file)?)
+        };
+        let metadata = Self::open_with(open_database, Some(Box::new(JournalFile(journal))))?;
+        // The names of both files, before anything relies on them.
+        let dir = journal_path.parent().unwrap_or(Path::new("/"));
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .during("sync", dir)?;
         Ok(Self {
             reserve,
             ..metadata
@@ -164,17 +190,28 @@ impl Metadata {
     }
 
     /// Opens the database that `opener` yields; it is called again after an I/O error. Crash tests
-    /// pass a storage backend of their own.
+    /// pass storage backends of their own. Without a journal every transaction is made durable in the
+    /// database.
     ///
     /// # Errors
     /// As [`Metadata::open`].
     pub fn open_with(
         opener: impl Fn() -> std::result::Result<Database, DatabaseError> + Send + Sync + 'static,
+        journal: Option<Box<dyn StorageBackend>>,
     ) -> Result<Self> {
-        let database = opener().map_err(|e| SnapshotError::database("open", e))?;
+        let journal = journal.and_then(|file| match Journal::open(file) {
+            Ok(journal) => Some(journal),
+            Err(error) => {
+                // Snapshots must be removable on a full disk.
+                tracing::warn!(error = %error, "going on without a journal, more slowly");
+                None
+            }
+        });
         let mut metadata = Self {
             opener: Box::new(opener),
-            database: RwLock::new(Some(database)),
+            database: RwLock::new(None),
+            journal: Mutex::new(journal),
+            recovered: AtomicU64::new(0),
             queue: Mutex::default(),
             next_id: AtomicU64::new(0),
             reserved_id: AtomicU64::new(0),
@@ -182,26 +219,18 @@ impl Metadata {
             fresh: false,
             batch_observer: Box::new(|_| {}),
         };
-        let (format, next_id, batch) = metadata.write(|batch| {
+        metadata.reopen("open")?;
+        let (format, next_id) = metadata.write(|batch| {
             let format = batch.counter("format")?;
-            if format > FORMAT {
-                return Ok(Err(SnapshotError::Invalid {
-                    reason: format!(
-                        "the metadata has layout {format}, this version knows only {FORMAT}"
-                    ),
-                }));
-            }
             let next_id = batch.counter("next_id")?.max(1);
             batch.set_counter("next_id", next_id + ID_RESERVE)?;
-            Ok(Ok((format, next_id, batch.counter("batch")?)))
+            Ok(Ok((format, next_id)))
         })?;
         metadata.fresh = format == 0;
         metadata.next_id.store(next_id, Ordering::Relaxed);
         metadata
             .reserved_id
             .store(next_id + ID_RESERVE, Ordering::Relaxed);
-        // The transaction above had a number of its own; numbers only have to grow.
-        metadata.lock_queue().batch += batch;
         Ok(metadata)
     }
 
@@ -399,26 +428,22 @@ impl Metadata {
                 }
             }
         }
-        let (jobs, number) = {
+        let jobs = {
             let mut queue = self.lock_queue();
             let count = queue.waiting.len().min(BATCH_LIMIT);
-            queue.batch += 1;
-            (
-                queue.waiting.drain(..count).collect::<Vec<_>>(),
-                queue.batch,
-            )
+            queue.waiting.drain(..count).collect::<Vec<_>>()
         };
         let _hand_over = HandOver(self);
         (self.batch_observer)(jobs.len());
         let (applies, fails): (Vec<_>, Vec<_>) =
             jobs.into_iter().map(|job| (job.apply, job.fail)).unzip();
-        match self.run_batch(applies, number) {
+        match self.run_batch(applies) {
             Ok(deliveries) => deliveries.into_iter().for_each(|deliver| deliver()),
             Err(error) => fails.into_iter().for_each(|fail| fail(error.clone())),
         }
     }
 
-    fn run_batch(&self, applies: Vec<Apply>, number: u64) -> Result<Vec<Deliver>> {
+    fn run_batch(&self, applies: Vec<Apply>) -> Result<Vec<Deliver>> {
         if self
             .database
             .read()
@@ -428,58 +453,75 @@ impl Metadata {
             self.reopen("write")?;
         }
         let mut deliveries = Vec::with_capacity(applies.len());
+        let (mut number, mut is_in_journal) = (u64::MAX, false);
         let outcome = {
             let guard = self.database.read().unwrap_or_else(PoisonError::into_inner);
             let database = guard.as_ref();
             database.map_or(Err(redb::Error::PreviousIo), |database| {
-                let transaction = database.begin_write()?;
-                {
-                    let mut batch = Batch {
-                        snapshots: transaction.open_table(SNAPSHOTS)?,
-                        children: transaction.open_table(CHILDREN)?,
-                        counters: transaction.open_table(COUNTERS)?,
-                        dirty: false,
-                    };
-                    for apply in applies {
-                        deliveries.push(apply(&mut batch)?);
-                    }
-                    // Nothing but refusals: nothing to make durable.
-                    if !batch.dirty {
-                        return Ok(());
-                    }
-                    batch.set_counter("batch", number)?;
+                let mut transaction = database.begin_write()?;
+                let mut batch = Batch::of(&transaction)?;
+                for apply in applies {
+                    deliveries.push(apply(&mut batch)?);
                 }
-                Ok(transaction.commit()?)
+                // Nothing but refusals: nothing to make durable.
+                if batch.changes.changes.is_empty() {
+                    return Ok(());
+                }
+                number = batch.counter("batch")? + 1;
+                batch.set_counter("batch", number)?;
+                let changes = batch.into_changes();
+                let mut journal = self.lock_journal();
+                let journal = journal.as_mut();
+                match journal {
+                    // A durable transaction of redb needs room for all that was not durable before.
+                    Some(journal) if !self.reserve.is_low() => {
+                        is_in_journal = true;
+                        is_in_journal = journal.append(number, &changes)?;
+                        if is_in_journal {
+                            transaction
+                                .set_durability(Durability::None)
+                                .map_err(redb::Error::from)?;
+                            return Ok(transaction.commit()?);
+                        }
+                        transaction.commit()?;
+                        journal.restart(number);
+                    }
+                    Some(journal) => {
+                        transaction.commit()?;
+                        journal.restart(number);
+                    }
+                    None => transaction.commit()?,
+                }
+                Ok(())
             })
         };
         let Err(error) = outcome else {
             return Ok(deliveries);
         };
-        if !gave_up(&error) {
+        if !gave_up(&error) && !is_in_journal {
             return Err(SnapshotError::database("write", error));
         }
-        // The commit may have reached the disk all the same; only the disk knows.
+        // It may have reached the disk all the same; only the disk knows.
+        self.give_up();
         if self.reopen("write").is_err() {
             return Err(SnapshotError::UnknownOutcome {
                 source: Arc::new(error),
             });
         }
-        let reached = self.read(|db| {
-            let counters = db.begin_read()?.open_table(COUNTERS)?;
-            Ok(counters
-                .get("batch")?
-                .is_some_and(|batch| batch.value() >= number))
-        });
-        match reached {
-            Ok(true) => Ok(deliveries),
-            Ok(false) => Err(SnapshotError::database("write", error)),
-            Err(_) => Err(SnapshotError::UnknownOutcome {
-                source: Arc::new(error),
-            }),
+        if self.recovered.load(Ordering::Acquire) >= number {
+            Ok(deliveries)
+        } else {
+            Err(SnapshotError::database("write", error))
         }
     }
 
-    /// Replaces a database handle that redb has given up.
+    /// Has the database opened anew before it is used again.
+    fn give_up(&self) {
+        let mut guard = (self.database.write()).unwrap_or_else(PoisonError::into_inner);
+        *guard = None;
+    }
+
+    /// Replaces a database handle that redb or [`Metadata::give_up`] has given up.
     fn reopen(&self, act: &'static str) -> Result<()> {
         let mut guard = self
             .database
@@ -498,8 +540,55 @@ impl Metadata {
         }
         // The file lock of the old handle must go before the new one is opened.
         *guard = None;
-        *guard = Some((self.opener)().map_err(|e| SnapshotError::database(act, e))?);
+        let database = (self.opener)().map_err(|e| SnapshotError::database(act, e))?;
+        self.recover(&database)
+            .map_err(|e| SnapshotError::database(act, e))??;
+        *guard = Some(database);
         Ok(())
+    }
+
+    /// Brings a database that was just opened up to date with the journal, and begins the journal anew.
+    fn recover(&self, database: &Database) -> Change<()> {
+        let mut journal = self.lock_journal();
+        let transaction = database.begin_write()?;
+        let mut batch = Batch::of(&transaction)?;
+        let format = batch.counter("format")?;
+        if format > FORMAT {
+            return Ok(Err(SnapshotError::Invalid {
+                reason: format!(
+                    "the metadata has layout {format}, this version knows only {FORMAT}"
+                ),
+            }));
+        }
+        if format > 0 {
+            batch.set_counter("format", FORMAT)?;
+        }
+        let mut last = batch.counter("batch")?;
+        let mut name = batch.counter("journal")?;
+        if name == 0 {
+            // Any number that no other database has; the hasher's keys are random.
+            name = RandomState::new().build_hasher().finish() | 1;
+            batch.set_counter("journal", name)?;
+        } else if let Some(journal) = journal.as_ref() {
+            let (transactions, newest) = journal.read(name, last).map_err(redb::Error::Io)?;
+            for changes in transactions {
+                batch.repeat(changes)?;
+            }
+            last = newest;
+        }
+        // A number of its own: with it, all records of the journal are of an earlier pass.
+        batch.set_counter("batch", last + 1)?;
+        drop(batch);
+        transaction.commit()?;
+        if let Some(journal) = journal.as_mut() {
+            journal.begin(name, last + 1);
+        }
+        self.recovered.store(last, Ordering::Release);
+        Ok(Ok(()))
+    }
+
+    fn lock_journal(&self) -> MutexGuard<'_, Option<Journal>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_queue(&self) -> MutexGuard<'_, Queue> {
@@ -525,7 +614,49 @@ impl Job {
     }
 }
 
-impl Batch<'_> {
+impl<'t> Batch<'t> {
+    fn of(transaction: &'t WriteTransaction) -> Result<Self, redb::Error> {
+        Ok(Self {
+            snapshots: transaction.open_table(SNAPSHOTS)?,
+            children: transaction.open_table(CHILDREN)?,
+            counters: transaction.open_table(COUNTERS)?,
+            changes: Changes::default(),
+        })
+    }
+
+    /// Closes the tables.
+    fn into_changes(self) -> Changes {
+        self.changes
+    }
+
+    fn note(&mut self, change: TableChange) {
+        let change = Some(change);
+        self.changes.changes.push(AnyChange { change });
+    }
+
+    /// Does again what another batch did.
+    fn repeat(&mut self, changes: Changes) -> Result<(), redb::Error> {
+        for change in changes.changes {
+            match change.change {
+                Some(TableChange::Put(put)) => {
+                    (self.snapshots).insert(put.key.as_str(), put.record.as_slice())?;
+                }
+                Some(TableChange::Delete(key)) => drop(self.snapshots.remove(key.as_str())?),
+                Some(TableChange::Link(link)) => {
+                    (self.children).insert((link.parent, link.child), ())?;
+                }
+                Some(TableChange::Unlink(link)) => {
+                    drop(self.children.remove((link.parent, link.child))?);
+                }
+                Some(TableChange::Counter(counter)) => {
+                    (self.counters).insert(counter.name.as_str(), counter.value)?;
+                }
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
     /// The record under `key`.
     pub(crate) fn get(&self, key: &str) -> Change<Option<Record>> {
         let value = self.snapshots.get(key)?;
@@ -542,30 +673,31 @@ impl Batch<'_> {
 
     /// Stores `record` under `key`.
     pub(crate) fn put(&mut self, key: &str, record: &Record) -> Result<(), redb::Error> {
-        self.dirty = true;
-        self.snapshots
-            .insert(key, record.encode_to_vec().as_slice())?;
+        let record = record.encode_to_vec();
+        self.snapshots.insert(key, record.as_slice())?;
+        let key = key.to_owned();
+        self.note(TableChange::Put(Put { key, record }));
         Ok(())
     }
 
     /// Removes the record under `key`.
     pub(crate) fn delete(&mut self, key: &str) -> Result<(), redb::Error> {
-        self.dirty = true;
         self.snapshots.remove(key)?;
+        self.note(TableChange::Delete(key.to_owned()));
         Ok(())
     }
 
     /// Notes that `child` is built on `parent`.
     pub(crate) fn link(&mut self, parent: u64, child: u64) -> Result<(), redb::Error> {
-        self.dirty = true;
         self.children.insert((parent, child), ())?;
+        self.note(TableChange::Link(Link { parent, child }));
         Ok(())
     }
 
     /// Forgets that `child` is built on `parent`.
     pub(crate) fn unlink(&mut self, parent: u64, child: u64) -> Result<(), redb::Error> {
-        self.dirty = true;
         self.children.remove((parent, child))?;
+        self.note(TableChange::Unlink(Link { parent, child }));
         Ok(())
     }
 
@@ -584,8 +716,9 @@ impl Batch<'_> {
     }
 
     fn set_counter(&mut self, name: &str, value: u64) -> Result<(), redb::Error> {
-        self.dirty = true;
         self.counters.insert(name, value)?;
+        let name = name.to_owned();
+        self.note(TableChange::Counter(Counter { name, value }));
         Ok(())
     }
 }

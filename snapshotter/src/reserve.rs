@@ -36,12 +36,17 @@ pub(crate) struct Reserve {
 }
 
 impl Reserve {
+    /// Whether it could not be refilled.
+    pub(crate) fn is_low(&self) -> bool {
+        self.is_low.load(Ordering::Acquire)
+    }
+
     /// Refills the reserve if it is not full.
     ///
     /// # Errors
     /// When there is no room.
     pub(crate) fn refill(&self) -> io::Result<()> {
-        if !self.is_low.load(Ordering::Acquire) {
+        if !self.is_low() {
             return Ok(());
         }
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);

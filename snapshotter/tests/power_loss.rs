@@ -1,7 +1,7 @@
 //! The metadata database on a disk in memory that loses power, fills up, or fails.
 //!
-//! The disk remembers what was synced; at a power cut any part of what was written since is there or
-//! is not, each sector on its own.
+//! The disk remembers what was synced of each file (the database, its journal); at a power cut any part
+//! of what was written since is there or is not, each sector on its own.
 #![allow(clippy::tests_outside_test_module, reason = "the whole file is tests")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -19,23 +19,52 @@ const SECTOR: usize = 512;
 
 #[derive(Debug, Default)]
 struct DiskState {
-    synced: Vec<u8>,
-    current: Vec<u8>,
+    database: DiskFile,
+    journal: DiskFile,
     /// Calls until the power goes; `None`: it stays.
     power_cut_after: Option<usize>,
-    /// Which sectors have room on the disk: a file grows without it, as with ftruncate.
-    allocated: BTreeSet<usize>,
     /// No sector gets room any more; those that have it can be written.
     full: bool,
+}
+
+#[derive(Debug, Default, Clone)]
+struct DiskFile {
+    synced: Vec<u8>,
+    current: Vec<u8>,
+    /// Which sectors have room on the disk: a file grows without it, as with ftruncate.
+    allocated: BTreeSet<usize>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Disk(Arc<Mutex<DiskState>>);
 
+/// An open file of a disk.
+#[derive(Debug, Clone)]
+struct OpenFile {
+    disk: Disk,
+    is_journal: bool,
+}
+
 impl Disk {
     fn open(&self) -> Result<Metadata, SnapshotError> {
-        let disk = self.clone();
-        Metadata::open_with(move || Database::builder().create_with_backend(disk.clone()))
+        let journal = self.file(true);
+        self.open_with(Some(Box::new(journal)))
+    }
+
+    fn open_with(
+        &self,
+        journal: Option<Box<dyn StorageBackend>>,
+    ) -> Result<Metadata, SnapshotError> {
+        let database = self.file(false);
+        let open = move || Database::builder().create_with_backend(database.clone());
+        Metadata::open_with(open, journal)
+    }
+
+    fn file(&self, is_journal: bool) -> OpenFile {
+        OpenFile {
+            disk: self.clone(),
+            is_journal,
+        }
     }
 
     fn set(&self, change: impl FnOnce(&mut DiskState)) {
@@ -45,47 +74,43 @@ impl Disk {
     /// What is on the disk after the power cut; `chance` decides for each sector.
     fn after_power_cut(&self, mut chance: impl FnMut() -> bool) -> Self {
         let state = self.0.lock().unwrap();
-        // Growth that was not synced may be there, and then reads as zeros where nothing was written.
-        let length = if chance() {
-            state.current.len()
-        } else {
-            state.synced.len()
-        };
-        let mut image = state.synced.clone();
-        image.resize(length, 0);
-        for (n, sector) in image.chunks_mut(SECTOR).enumerate() {
-            let start = n * SECTOR;
-            let written = state.current.get(start..start + sector.len());
-            if let Some(written) = written.filter(|_| chance()) {
-                sector.copy_from_slice(written);
-            }
-        }
         let state = DiskState {
-            synced: image.clone(),
-            current: image,
+            database: state.database.after_power_cut(&mut chance),
+            journal: state.journal.after_power_cut(&mut chance),
             ..DiskState::default()
         };
         Self(Arc::new(Mutex::new(state)))
     }
 }
 
-impl DiskState {
-    fn call(&mut self) -> io::Result<&mut Self> {
-        match &mut self.power_cut_after {
-            Some(0) => return Err(io::Error::other("no power")),
-            Some(left) => *left -= 1,
-            None => {}
+impl DiskFile {
+    fn after_power_cut(&self, mut chance: impl FnMut() -> bool) -> Self {
+        // Growth that was not synced may be there, and then reads as zeros where nothing was written.
+        let length = if chance() {
+            self.current.len()
+        } else {
+            self.synced.len()
+        };
+        let mut image = self.synced.clone();
+        image.resize(length, 0);
+        for (n, sector) in image.chunks_mut(SECTOR).enumerate() {
+            let start = n * SECTOR;
+            let written = self.current.get(start..start + sector.len());
+            if let Some(written) = written.filter(|_| chance()) {
+                sector.copy_from_slice(written);
+            }
         }
-        Ok(self)
+        Self {
+            synced: image.clone(),
+            current: image,
+            ..Self::default()
+        }
     }
 
-    fn write(&mut self, start: usize, data: &[u8]) -> io::Result<()> {
+    fn write(&mut self, start: usize, data: &[u8], is_full: bool) -> io::Result<()> {
         let sectors = start / SECTOR..(start + data.len()).div_ceil(SECTOR);
-        if self.full
-            && !sectors
-                .clone()
-                .all(|sector| self.allocated.contains(&sector))
-        {
+        let has_room = |sector| self.allocated.contains(&sector);
+        if is_full && !sectors.clone().all(has_room) {
             return Err(io::Error::from_raw_os_error(
                 nix::errno::Errno::ENOSPC as i32,
             ));
@@ -99,35 +124,57 @@ impl DiskState {
     }
 }
 
-impl StorageBackend for Disk {
+impl OpenFile {
+    /// A call that reaches the file, unless the power is gone.
+    fn call<T>(&self, act: impl FnOnce(&mut DiskFile, bool) -> io::Result<T>) -> io::Result<T> {
+        let mut state = self.disk.0.lock().unwrap();
+        match &mut state.power_cut_after {
+            Some(0) => return Err(io::Error::other("no power")),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        let is_full = state.full;
+        let file = if self.is_journal {
+            &mut state.journal
+        } else {
+            &mut state.database
+        };
+        act(file, is_full)
+    }
+}
+
+impl StorageBackend for OpenFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.lock().unwrap().call()?.current.len() as u64)
+        self.call(|file, _| Ok(file.current.len() as u64))
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         let start = usize::try_from(offset).unwrap();
-        let mut state = self.0.lock().unwrap();
-        let source = state.call()?.current.get(start..start + out.len());
-        out.copy_from_slice(source.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
+        self.call(|file, _| {
+            let source = file.current.get(start..start + out.len());
+            out.copy_from_slice(source.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        })
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let len = usize::try_from(len).unwrap();
-        self.0.lock().unwrap().call()?.current.resize(len, 0);
-        Ok(())
+        self.call(|file, _| {
+            file.current.resize(len, 0);
+            Ok(())
+        })
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let mut state = self.0.lock().unwrap();
-        let state = state.call()?;
-        state.synced.clone_from(&state.current);
-        Ok(())
+        self.call(|file, _| {
+            file.synced.clone_from(&file.current);
+            Ok(())
+        })
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let start = usize::try_from(offset).unwrap();
-        self.0.lock().unwrap().call()?.write(start, data)
+        self.call(|file, is_full| file.write(start, data, is_full))
     }
 }
 
@@ -137,6 +184,8 @@ enum Change {
     Commit(u8),
     Remove(u8),
     Label(u8, u8),
+    /// A label so long that the journal is full after some of them.
+    LongLabel(u8),
 }
 
 fn change() -> impl Strategy<Value = Change> {
@@ -145,6 +194,7 @@ fn change() -> impl Strategy<Value = Change> {
         2 => (0..12_u8).prop_map(Change::Commit),
         1 => (0..24_u8).prop_map(Change::Remove),
         1 => (0..24_u8, 0..9_u8).prop_map(|(key, value)| Change::Label(key, value)),
+        1 => (0..24_u8).prop_map(Change::LongLabel),
     ]
 }
 
@@ -179,6 +229,10 @@ fn make(
         Change::Label(n, value) => {
             let labels = [("l".to_owned(), value.to_string())].into();
             metadata.update(&key(*n), labels, Vec::new(), 2).map(drop)
+        }
+        Change::LongLabel(n) => {
+            let labels = [("l".to_owned(), "long".repeat(100_000))].into();
+            metadata.update(&key(*n), labels, Vec::new(), 3).map(drop)
         }
     }
 }
@@ -241,8 +295,9 @@ proptest! {
 /// again, everything goes on.
 #[test]
 fn a_full_disk_is_survived() {
+    // Nothing keeps room for what a journal holds here: see reserve.rs.
     let disk = Disk::default();
-    let metadata = disk.open().unwrap();
+    let metadata = disk.open_with(None).unwrap();
     let mut ids = BTreeSet::new();
     let mut made = 0_u64;
     let error = loop {
@@ -295,6 +350,80 @@ fn a_failing_disk_is_survived() {
     disk.set(|state| state.power_cut_after = None);
     assert_eq!(content(&metadata).keys().collect::<Vec<_>>(), [&key(1)]);
     make(&metadata, &Change::Create(2), &mut ids).unwrap();
+}
+
+/// A journal that cannot be written to: each change is made or it is not, and its caller knows.
+#[test]
+fn a_failing_journal_is_survived() {
+    #[derive(Debug)]
+    struct Failing(OpenFile, Arc<Mutex<bool>>);
+    impl StorageBackend for Failing {
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.0.read(offset, out)
+        }
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+        /// Both what was written and the error of the sync are real.
+        fn sync_data(&self) -> io::Result<()> {
+            self.0.sync_data()?;
+            if *self.1.lock().unwrap() {
+                return Err(io::Error::other("as planned"));
+            }
+            Ok(())
+        }
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.0.write(offset, data)
+        }
+    }
+    let (disk, fails) = (Disk::default(), Arc::new(Mutex::new(false)));
+    let journal = Failing(disk.file(true), Arc::clone(&fails));
+    let metadata = disk.open_with(Some(Box::new(journal))).unwrap();
+    let mut ids = BTreeSet::new();
+    make(&metadata, &Change::Create(1), &mut ids).unwrap();
+    *fails.lock().unwrap() = true;
+    let mut expected: BTreeSet<_> = [key(1)].into();
+    for n in 2..8 {
+        match make(&metadata, &Change::Create(n), &mut ids) {
+            Ok(()) => drop(expected.insert(key(n))),
+            // The outcome is known: it was not made.
+            Err(SnapshotError::Database { .. }) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    *fails.lock().unwrap() = false;
+    make(&metadata, &Change::Create(8), &mut ids).unwrap();
+    expected.insert(key(8));
+    let found: BTreeSet<_> = content(&metadata).into_keys().collect();
+    assert_eq!(found, expected);
+    let before = content(&metadata);
+    drop(metadata);
+    assert_eq!(content(&disk.open().unwrap()), before);
+}
+
+/// A database made anew does not take up what the journal holds of the one before, nor does one that was
+/// brought back from a copy.
+#[test]
+fn a_journal_belongs_to_one_state_of_one_database() {
+    let disk = Disk::default();
+    let mut ids = BTreeSet::new();
+    let metadata = disk.open().unwrap();
+    make(&metadata, &Change::Create(1), &mut ids).unwrap();
+    drop(metadata);
+    let copy = disk.0.lock().unwrap().database.clone();
+    let metadata = disk.open().unwrap();
+    make(&metadata, &Change::Create(2), &mut ids).unwrap();
+    // As if it was killed: nothing is written at the end.
+    let killed = disk.after_power_cut(|| true);
+    drop(metadata);
+    assert_eq!(content(&killed.open().unwrap()).len(), 2);
+    killed.set(|state| state.database = copy);
+    assert_eq!(content(&killed.open().unwrap()).len(), 1);
+    killed.set(|state| state.database = DiskFile::default());
+    assert_eq!(content(&killed.open().unwrap()).len(), 0);
 }
 
 /// Callers of one batch all get their own answer.

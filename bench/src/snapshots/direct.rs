@@ -7,12 +7,12 @@ use anyhow::Result;
 use tokio::runtime::Runtime;
 use transship_testbed::{Node, Testbed};
 
-use super::load::{CALLS, COMMIT, Target, Turns};
+use super::load::{CALLS, COMMIT, Target, Turns, compare_cycles, order_of_round, take_turns};
 use crate::daemon::{Process, path_from_outside};
 use crate::peer;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
-use crate::statistics::{median_millis, megabytes, spaced};
+use crate::statistics::{megabytes, spaced};
 
 /// All roots lie on the node's disk: this is the directory that is no overlay there.
 const ROOTS: &str = "/var/lib/containerd";
@@ -51,20 +51,26 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result
         runtime.block_on(fill([&mut ours, &mut peer], level))?;
         for &clients in &sizes.clients {
             eprintln!("   direct, {} present, {clients} clients", spaced(level));
-            let (mut own, mut other, mut none) = Default::default();
-            for _ in 0..sizes.rounds {
-                take_turn(&mut own, &ours, clients, sizes, runtime)?;
-                take_turn(&mut other, &peer, clients, sizes, runtime)?;
-                if level > 0 {
-                    take_turn(&mut none, &empty, clients, sizes, runtime)?;
-                }
-            }
-            rows.extend(compare_cycles(level, clients, &own, &other));
+            let (rounds, length) = (sizes.rounds, sizes.round);
+            let case = case(level, clients);
+            let turns = take_turns([&ours, &peer], clients, rounds, length);
+            let [own, other] = runtime.block_on(turns)?;
+            let goal = cycles_goal(clients);
+            rows.extend(compare_cycles(
+                &format!(", {case}"),
+                &own,
+                peer::NAME,
+                &other,
+                goal,
+            ));
             if level == last && level > 0 {
-                rows.extend(compare_growth(level, clients, &own, &none));
+                let turns = take_turns([&ours, &empty], clients, rounds, length);
+                let [own, none] = runtime.block_on(turns)?;
+                rows.extend(compare_growth(&case, &own, &none));
             }
         }
-        rows.extend(runtime.block_on(compare_reads(level, last, [&ours, &peer, &empty]))?);
+        let reads = compare_reads(level, last, sizes.rounds, [&ours, &peer, &empty]);
+        rows.extend(runtime.block_on(reads)?);
     }
     Ok(rows)
 }
@@ -85,15 +91,19 @@ fn compare_durable(
     )?;
     let mut rows = Vec::new();
     for clients in [1, 16] {
-        let (mut with, mut without) = (Turns::default(), Turns::default());
-        for _ in 0..sizes.rounds {
-            take_turn(&mut with, &durable, clients, sizes, runtime)?;
-            take_turn(&mut without, plain, clients, sizes, runtime)?;
-        }
-        let p50 = |turns: &Turns| turns.median(|turn| turn.calls[COMMIT]);
+        let turns = take_turns([&durable, plain], clients, sizes.rounds, sizes.round);
+        let [with, without] = runtime.block_on(turns)?;
+        let p50 = |turns: &Turns| turns.each(|turn| turn.calls[COMMIT]);
         let what = format!("Commit p50 with durable_commit, {}", case(0, clients));
-        let row = Row::new(what, "ms", p50(&with));
-        rows.push(row.beside("ours, without", p50(&without), Better::Less));
+        let peer = "ours, without";
+        rows.push(Row::of_pairs(
+            what,
+            "ms",
+            &p50(&with),
+            peer,
+            &p50(&without),
+            Better::Less,
+        ));
     }
     node.stop_daemon("durable", "TERM")?;
     Ok(rows)
@@ -117,6 +127,7 @@ fn start(node: &Node, name: &str, program: &[&str]) -> Result<Target> {
         socket: path_from_outside(node, &socket),
         snapshotter: name.to_owned(),
         process: Process::of_daemon(node, name)?,
+        disk: path_from_outside(node, ROOTS),
         present: 0,
     })
 }
@@ -129,58 +140,21 @@ async fn fill(targets: [&mut Target; 2], count: usize) -> Result<()> {
     Ok(())
 }
 
-fn take_turn(
-    turns: &mut Turns,
-    target: &Target,
-    clients: usize,
-    sizes: &Sizes,
-    runtime: &Runtime,
-) -> Result<()> {
-    turns
-        .0
-        .push(runtime.block_on(target.run(clients, sizes.round))?);
-    Ok(())
-}
-
 fn case(level: usize, clients: usize) -> String {
     let plural = if clients == 1 { "" } else { "s" };
     format!("{clients} client{plural}, {} present", spaced(level))
 }
 
-fn compare_cycles(level: usize, clients: usize, own: &Turns, other: &Turns) -> Vec<Row> {
-    let case = case(level, clients);
-    let cycles = Row::new(
-        format!("cycles, {case}"),
-        "1/s",
-        own.median(|turn| turn.cycles),
-    )
-    .beside(peer::NAME, other.median(|turn| turn.cycles), Better::More)
-    .goal_if(cycles_goal(clients));
-    // A goal's row says where the time went.
-    let cycles = match cycles_goal(clients) {
-        Some(_) => cycles.note(own.profile()),
-        None => cycles,
-    };
+fn compare_growth(case: &str, own: &Turns, none: &Turns) -> Vec<Row> {
     let calls = CALLS.iter().enumerate().map(|(i, call)| {
-        Row::new(
-            format!("{call} p50, {case}"),
-            "ms",
-            own.median(|turn| turn.calls[i]),
-        )
-        .beside(peer::NAME, other.median(|turn| turn.calls[i]), Better::Less)
-    });
-    std::iter::once(cycles).chain(calls).collect()
-}
-
-fn compare_growth(level: usize, clients: usize, own: &Turns, none: &Turns) -> Vec<Row> {
-    let case = case(level, clients);
-    let calls = CALLS.iter().enumerate().map(|(i, call)| {
-        Row::new(
+        Row::of_pairs(
             format!("{call} p50 beside 0 present, {case}"),
             "ms",
-            own.median(|turn| turn.calls[i]),
+            &own.each(|turn| turn.calls[i]),
+            EMPTY,
+            &none.each(|turn| turn.calls[i]),
+            Better::Growth,
         )
-        .beside(EMPTY, none.median(|turn| turn.calls[i]), Better::Growth)
         .goal(GROWTH)
     });
     calls.collect()
@@ -189,36 +163,37 @@ fn compare_growth(level: usize, clients: usize, own: &Turns, none: &Turns) -> Ve
 async fn compare_reads(
     level: usize,
     last: usize,
-    [ours, peer, empty]: [&Target; 3],
+    rounds: usize,
+    sides: [&Target; 3],
 ) -> Result<Vec<Row>> {
     let case = case(level, 1);
-    let stat = median_millis(&ours.run_stats().await?);
-    let mut rows = vec![Row::new(format!("Stat p50, {case}"), "ms", stat).beside(
+    let (mut stats, mut lists) = (<[Vec<f64>; 3]>::default(), <[Vec<f64>; 2]>::default());
+    for round in 0..rounds {
+        for n in order_of_round(round, sides.len()) {
+            stats[n].push(sides[n].run_stats(round).await?);
+        }
+        for n in order_of_round(round, lists.len()) {
+            lists[n].push(sides[n].run_list().await?);
+        }
+    }
+    let [stat, peers, emptys] = &stats;
+    let name = format!("Stat p50, {case}");
+    let mut rows = vec![Row::of_pairs(
+        name,
+        "ms",
+        stat,
         peer::NAME,
-        median_millis(&peer.run_stats().await?),
+        peers,
         Better::Less,
     )];
     if level == last && level > 0 {
-        rows.push(
-            Row::new(format!("Stat p50 beside 0 present, {case}"), "ms", stat)
-                .beside(
-                    EMPTY,
-                    median_millis(&empty.run_stats().await?),
-                    Better::Growth,
-                )
-                .goal(GROWTH),
-        );
+        let name = format!("Stat p50 beside 0 present, {case}");
+        let row = Row::of_pairs(name, "ms", stat, EMPTY, emptys, Better::Growth);
+        rows.push(row.goal(GROWTH));
     }
-    let list = Row::new(
-        format!("List of {}", spaced(level)),
-        "ms",
-        median_millis(&ours.run_lists().await?),
-    )
-    .beside(
-        peer::NAME,
-        median_millis(&peer.run_lists().await?),
-        Better::Less,
-    );
+    let [list, peers] = &lists;
+    let name = format!("List of {}", spaced(level));
+    let list = Row::of_pairs(name, "ms", list, peer::NAME, peers, Better::Less);
     rows.push(list.goal_if((level == last).then_some(LIST_MS)));
     Ok(rows)
 }

@@ -1,14 +1,16 @@
 //! Load on one snapshots socket, and what it took.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::daemon::Process;
+use crate::report::{Better, Goal, Row};
 use crate::snapshots_client::Client;
-use crate::statistics::{median, millis};
+use crate::statistics::{median, median_millis, millis};
 
 /// The calls of a cycle, in their order.
 pub(crate) const CALLS: [&str; 4] = ["Prepare", "Mounts", "Commit", "Remove"];
@@ -17,9 +19,7 @@ pub(crate) const COMMIT: usize = 2;
 /// Clients that fill a daemon with snapshots.
 const FILLERS: usize = 32;
 /// Stats in a turn.
-const STATS: usize = 300;
-/// Lists in a turn.
-const LISTS: usize = 3;
+const STATS: usize = 100;
 
 /// A socket under load.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub(crate) struct Target {
     pub(crate) snapshotter: String,
     /// The process behind the socket.
     pub(crate) process: Process,
+    /// A directory on the disk of its snapshots.
+    pub(crate) disk: PathBuf,
     /// Committed snapshots that [`Target::fill`] has made.
     pub(crate) present: usize,
 }
@@ -81,7 +83,7 @@ impl Target {
         self.process.settle()?;
         // What came before must be on disk: else its writeback, which goes on for a minute after many
         // thousand new directories, is paid by whoever's turn it is.
-        tokio::task::spawn_blocking(nix::unistd::sync).await?;
+        self.sync()?;
         let mut connections = Vec::new();
         for _ in 0..clients {
             connections.push(self.connect().await?);
@@ -113,11 +115,17 @@ impl Target {
         let cycles = took[0].len() as f64;
         Ok(Turn {
             cycles: cycles / elapsed.as_secs_f64(),
-            calls: took.map(|took| median(&took).map_or(f64::NAN, millis)),
+            calls: took.map(|took| median_millis(&took)),
             daemon_cpu: millis(daemon_cpu_end.saturating_sub(daemon_cpu)) / cycles,
             client_cpu: millis(client_cpu_end.saturating_sub(client_cpu)) / cycles,
             idle_after: millis(idle_after),
         })
+    }
+
+    fn sync(&self) -> Result<()> {
+        let context = || format!("cannot sync {}", self.disk.display());
+        let disk = File::open(&self.disk).with_context(context)?;
+        nix::unistd::syncfs(&disk).with_context(context)
     }
 
     fn processor_times(&self) -> Result<(Duration, Duration)> {
@@ -127,15 +135,15 @@ impl Target {
         ))
     }
 
-    /// Times of Stat, of snapshots that are there.
-    pub(crate) async fn run_stats(&self) -> Result<Vec<Duration>> {
+    /// Median of Stat of snapshots that are there, in milliseconds.
+    pub(crate) async fn run_stats(&self, round: usize) -> Result<f64> {
         let mut client = self.connect().await?;
         let own = "stat/own";
         if self.present == 0 {
             client.prepare(own, "").await?;
         }
         let mut took = Vec::new();
-        for i in 0..STATS {
+        for i in round * STATS..(round + 1) * STATS {
             // Far apart from one another, as containers are.
             let name = match self.present {
                 0 => own.to_owned(),
@@ -148,24 +156,21 @@ impl Target {
         if self.present == 0 {
             client.remove(own).await?;
         }
-        Ok(took)
+        Ok(median_millis(&took))
     }
 
-    /// Times of List.
-    pub(crate) async fn run_lists(&self) -> Result<Vec<Duration>> {
+    /// What a List takes, in milliseconds.
+    pub(crate) async fn run_list(&self) -> Result<f64> {
         let mut client = self.connect().await?;
-        let mut took = Vec::new();
-        for _ in 0..LISTS {
-            let start = Instant::now();
-            let count = client.list().await?;
-            took.push(start.elapsed());
-            ensure!(
-                count == self.present,
-                "List gave {count} of {} snapshots",
-                self.present
-            );
-        }
-        Ok(took)
+        let start = Instant::now();
+        let count = client.list().await?;
+        let took = start.elapsed();
+        ensure!(
+            count == self.present,
+            "List gave {count} of {} snapshots",
+            self.present
+        );
+        Ok(millis(took))
     }
 
     async fn connect(&self) -> Result<Client> {
@@ -210,10 +215,41 @@ async fn run_cycles(
 #[derive(Debug, Default)]
 pub(crate) struct Turns(pub(crate) Vec<Turn>);
 
+/// Has the sides take so many turns each, one side right after the other, and who begins changes: what
+/// the machine does to one side it does to the other, and what one leaves behind is not always paid by
+/// the same.
+pub(crate) async fn take_turns<const SIDES: usize>(
+    sides: [&Target; SIDES],
+    clients: usize,
+    rounds: usize,
+    length: Duration,
+) -> Result<[Turns; SIDES]> {
+    let mut turns = std::array::from_fn(|_| Turns::default());
+    for round in 0..rounds {
+        for n in order_of_round(round, SIDES) {
+            turns[n].0.push(sides[n].run(clients, length).await?);
+        }
+    }
+    Ok(turns)
+}
+
+/// Who takes a turn after whom.
+pub(crate) fn order_of_round(round: usize, sides: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sides).collect();
+    if !round.is_multiple_of(2) {
+        order.reverse();
+    }
+    order
+}
+
 impl Turns {
+    /// One figure of each turn.
+    pub(crate) fn each(&self, of: impl Fn(&Turn) -> f64) -> Vec<f64> {
+        self.0.iter().map(of).collect()
+    }
+
     pub(crate) fn median(&self, of: impl Fn(&Turn) -> f64) -> f64 {
-        let values: Vec<f64> = self.0.iter().map(of).collect();
-        median(&values).unwrap_or(f64::NAN)
+        median(&self.each(of)).unwrap_or(f64::NAN)
     }
 
     /// Where the time of a cycle went: the shortest profile there is.
@@ -226,4 +262,41 @@ impl Turns {
             self.median(|turn| turn.idle_after),
         )
     }
+}
+
+/// A row for the cycles of a case and one for each of its calls.
+pub(crate) fn compare_cycles(
+    case: &str,
+    own: &Turns,
+    peer: &str,
+    other: &Turns,
+    goal: Option<Goal>,
+) -> Vec<Row> {
+    let cycles = |turn: &Turn| turn.cycles;
+    let row = Row::of_pairs(
+        format!("cycles{case}"),
+        "1/s",
+        &own.each(cycles),
+        peer,
+        &other.each(cycles),
+        Better::More,
+    )
+    .goal_if(goal);
+    // A goal's row says where the time went.
+    let row = match goal {
+        Some(_) => row.note(own.profile()),
+        None => row,
+    };
+    let calls = CALLS.iter().enumerate().map(|(i, call)| {
+        let p50 = |turn: &Turn| turn.calls[i];
+        Row::of_pairs(
+            format!("{call} p50{case}"),
+            "ms",
+            &own.each(p50),
+            peer,
+            &other.each(p50),
+            Better::Less,
+        )
+    });
+    std::iter::once(row).chain(calls).collect()
 }

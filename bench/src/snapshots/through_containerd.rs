@@ -4,9 +4,9 @@ use anyhow::Result;
 use tokio::runtime::Runtime;
 use transship_testbed::{ContainerdConfig, Testbed};
 
-use super::load::{CALLS, Target, Turns};
+use super::load::{Target, compare_cycles, take_turns};
 use crate::daemon::{Process, path_from_outside};
-use crate::report::{Better, Goal, Row};
+use crate::report::{Goal, Row};
 use crate::sizes::Sizes;
 
 const BUILT_IN: &str = "built-in overlayfs";
@@ -25,42 +25,22 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result
         socket: path_from_outside(&node, "/run/containerd/containerd.sock"),
         snapshotter: snapshotter.to_owned(),
         process: process.clone(),
+        disk: path_from_outside(&node, "/var/lib/containerd"),
         present: 0,
     });
     let mut rows = Vec::new();
     for &clients in &sizes.clients {
         eprintln!("   through containerd, {clients} clients");
-        let (mut own, mut other) = (Turns::default(), Turns::default());
-        for round in 0..sizes.rounds {
-            // Who begins changes: containerd removes after the turn what was removed in it.
-            let mut sides = [(&mut own, &ours), (&mut other, &built_in)];
-            if round % 2 == 1 {
-                sides.reverse();
-            }
-            for (turns, target) in sides {
-                let turn = runtime.block_on(target.run(clients, sizes.containerd_round))?;
-                turns.0.push(turn);
-            }
-        }
-        let plural = if clients == 1 { "" } else { "s" };
-        let case = format!("through containerd, {clients} client{plural}");
-        rows.push(
-            Row::new(
-                format!("cycles {case}"),
-                "1/s",
-                own.median(|turn| turn.cycles),
-            )
-            .beside(BUILT_IN, other.median(|turn| turn.cycles), Better::More)
-            .goal(CYCLES),
+        let turns = take_turns(
+            [&ours, &built_in],
+            clients,
+            sizes.rounds,
+            sizes.containerd_round,
         );
-        rows.extend(CALLS.iter().enumerate().map(|(i, call)| {
-            Row::new(
-                format!("{call} p50 {case}"),
-                "ms",
-                own.median(|turn| turn.calls[i]),
-            )
-            .beside(BUILT_IN, other.median(|turn| turn.calls[i]), Better::Less)
-        }));
+        let [own, other] = runtime.block_on(turns)?;
+        let plural = if clients == 1 { "" } else { "s" };
+        let case = format!(" through containerd, {clients} client{plural}");
+        rows.extend(compare_cycles(&case, &own, BUILT_IN, &other, Some(CYCLES)));
     }
     Ok(rows)
 }
