@@ -21,8 +21,8 @@
 //! recognised and the one before holds. Two-phase commit with quick repair syncs twice and writes half as
 //! much again; what it spares after a crash is one walk over the file, a second per million snapshots.)
 //! At opening, what the journal has and redb has not is made durable in redb, before anything is read.
-//! Without a journal (no room for one) each transaction is made durable in redb, and so it is while the
-//! disk is full, as what redb holds back needs room later. There is no writer thread; the first caller to find nobody writing leads a batch
+//! Without a journal (no room for one) each transaction is made durable in redb, and so it is when the disk
+//! is nearly full, as what redb holds back needs room later. There is no writer thread; the first caller to find nobody writing leads a batch
 //! and then hands the lead to the first caller of the next. A change that is refused ("already
 //! exists") writes nothing and disturbs no other change of its batch.
 //!
@@ -160,6 +160,7 @@ impl Metadata {
         let of_file = Arc::clone(&reserve);
         let journal_path = path.with_extension("journal");
         let journal = open_file(&journal_path).during("open", &journal_path)?;
+        reserve.watch(&journal).during("look at", &journal_path)?;
         let path = path.to_path_buf();
         let open_database = move || {
             Database::builder()
@@ -167,16 +168,15 @@ impl Metadata {
                 .set_check_integrity_on_open(checked)
                 .create_with_backend(ReservingFile::new(open_file(&path)?, &of_file)?)
         };
-        let metadata = Self::open_with(open_database, Some(Box::new(JournalFile(journal))))?;
+        let journal: Box<dyn StorageBackend> = Box::new(JournalFile(journal));
+        let mut metadata = Self::open_with(open_database, Some(journal))?;
+        metadata.reserve = reserve;
         // The names of both files, before anything relies on them.
         let dir = journal_path.parent().unwrap_or(Path::new("/"));
         File::open(dir)
             .and_then(|dir| dir.sync_all())
             .during("sync", dir)?;
-        Ok(Self {
-            reserve,
-            ..metadata
-        })
+        Ok(metadata)
     }
 
     /// Refuses when the disk is so full that what is left is kept for removals.
@@ -474,7 +474,7 @@ impl Metadata {
                 let journal = journal.as_mut();
                 match journal {
                     // A durable transaction of redb needs room for all that was not durable before.
-                    Some(journal) if !self.reserve.is_low() => {
+                    Some(journal) if self.reserve.has_ample_room() => {
                         is_in_journal = true;
                         is_in_journal = journal.append(number, &changes)?;
                         if is_in_journal {

@@ -9,7 +9,9 @@
 //! 0              length                    allocated
 //! ```
 //!
-//! When the reserve cannot be refilled, only removals may use it, until it can. File systems without
+//! When the reserve cannot be refilled, only removals may use it, until it can. Already when the disk has
+//! less than [`AMPLE`] left, every transaction is made durable in redb at once (see metadata.rs): so that
+//! a full disk never meets a pass of the journal whose pages are still to be written. File systems without
 //! fallocate have no reserve and behave as redb does.
 
 use std::fmt;
@@ -17,10 +19,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::fstatvfs;
 use redb::backends::FileBackend;
 use redb::{BackendError, DatabaseError, StorageBackend};
 
@@ -28,17 +31,39 @@ use redb::{BackendError, DatabaseError, StorageBackend};
 /// back.
 const RESERVE: u64 = 1 << 20;
 
+/// Room on the disk at which nothing may be put off: many times what one pass of the journal makes redb
+/// write.
+const AMPLE: u64 = 64 << 20;
+
 /// Whether the reserve is full. It outlives the database handles that come and go with I/O errors.
 #[derive(Debug, Default)]
 pub(crate) struct Reserve {
     is_low: AtomicBool,
     file: Mutex<Option<File>>,
+    /// Any file on the disk, to ask for its room; without one there always is some.
+    watched: OnceLock<File>,
 }
 
 impl Reserve {
-    /// Whether it could not be refilled.
-    pub(crate) fn is_low(&self) -> bool {
-        self.is_low.load(Ordering::Acquire)
+    /// Watches the disk that `file` lies on.
+    ///
+    /// # Errors
+    /// When the process has no more descriptors.
+    pub(crate) fn watch(&self, file: &File) -> io::Result<()> {
+        // A second file would be on the same disk.
+        drop(self.watched.set(file.try_clone()?));
+        Ok(())
+    }
+
+    /// Whether the reserve is full and the disk far from it, so that what is written later finds room.
+    pub(crate) fn has_ample_room(&self) -> bool {
+        if self.is_low.load(Ordering::Acquire) {
+            return false;
+        }
+        let Some(file) = self.watched.get() else {
+            return true;
+        };
+        fstatvfs(file).is_ok_and(|disk| disk.blocks_available() * disk.fragment_size() >= AMPLE)
     }
 
     /// Refills the reserve if it is not full.
@@ -46,7 +71,7 @@ impl Reserve {
     /// # Errors
     /// When there is no room.
     pub(crate) fn refill(&self) -> io::Result<()> {
-        if !self.is_low() {
+        if !self.is_low.load(Ordering::Acquire) {
             return Ok(());
         }
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);

@@ -155,7 +155,7 @@ impl Model {
 
 fn open(root: &Path) -> Arc<Snapshots> {
     let memory = || Database::builder().create_with_backend(InMemoryBackend::new());
-    let metadata = Metadata::open_with(memory).unwrap();
+    let metadata = Metadata::open_with(memory, Some(Box::new(InMemoryBackend::new()))).unwrap();
     let paths = SnapshotPaths::below(root).unwrap();
     Arc::new(Snapshots::open(paths, metadata, Options::default(), Faults::default()).unwrap())
 }
