@@ -4,6 +4,7 @@
 //! descriptor away and allocate for each name.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{FileType, RawDir};
@@ -71,6 +72,13 @@ impl DirectoryListing {
         self.entries
             .binary_search_by(|entry| name_of(entry).cmp(name))
             .is_ok()
+    }
+
+    /// The successive names from `position` on that are no directories, at most `most`.
+    pub(crate) fn files_from(&self, position: usize, most: usize) -> Range<usize> {
+        let rest = self.entries.iter().skip(position).take(most);
+        let files = rest.take_while(|entry| entry.inode_type != Some(InodeType::Directory));
+        position..position + files.count()
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], Option<InodeType>)> {

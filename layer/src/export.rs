@@ -12,14 +12,17 @@ use nix::sys::stat::{Mode, fstat, fstatat};
 use std::os::unix::ffi::OsStrExt;
 use tar::EntryType;
 
+use crate::directory_listing::DirectoryListing;
 pub use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
+use crate::load::{FileBatch, LoadedDirectory, LoadedFile};
 use crate::lower_view::LowerView;
 use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
 use crate::path_bytes::{push_component, split_last, to_path_buf};
+use crate::read_ahead::ReadAhead;
 use crate::sparse::{Segment, find_segments};
 use crate::tar_write::{EntryHead, TarWriter};
-use crate::upper_walk::{NextName, UpperWalk, open_for_export};
+use crate::upper_walk::{LoadedName, NextName, UpperWalk, open_for_export};
 use crate::xattrs::{Xattr, XattrHolder, XattrReader};
 
 /// Prefix by which an OCI layer says that a name of a lower layer is deleted.
@@ -126,6 +129,17 @@ fn export_to<W: Write>(
     tar: TarWriter<W>,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
+    let read_ahead = ReadAhead::new(options.overlay_xattrs, options.fill_holes);
+    export_with(upperdir, lowerdirs, tar, options, read_ahead)
+}
+
+pub(crate) fn export_with<W: Write>(
+    upperdir: &Path,
+    lowerdirs: &[PathBuf],
+    tar: TarWriter<W>,
+    options: &ExportOptions,
+    read_ahead: ReadAhead,
+) -> Result<ExportStats, ExportError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root = open(upperdir, flags, Mode::empty()).map_err(|errno| ExportError::Io {
         act: "open",
@@ -141,7 +155,8 @@ fn export_to<W: Write>(
         xattr_reader: XattrReader::new(),
         xattrs: Vec::new(),
     };
-    let mut walk = UpperWalk::default();
+    let mut walk = UpperWalk::new(read_ahead);
+    let root = export.look_into(root, b"")?;
     export.write_directory(&mut walk, root)?;
     while let Some(next) = walk.next_name()? {
         export.write_name(&mut walk, next)?;
@@ -183,10 +198,18 @@ impl<W: Write> Export<'_, W> {
         };
         match inode_type {
             InodeType::Directory => {
-                let fd = open_for_export(walk.directory(), name, path, OFlag::O_DIRECTORY)?;
-                self.write_directory(walk, fd)
+                let directory = if let LoadedName::Directory(directory) = next.loaded {
+                    *directory
+                } else {
+                    let fd = open_for_export(walk.directory(), name, path, OFlag::O_DIRECTORY)?;
+                    self.look_into(fd, path)?
+                };
+                self.write_directory(walk, directory)
             }
             InodeType::Regular => {
+                if let LoadedName::File { file, data } = next.loaded {
+                    return self.write_loaded(path, file, &data);
+                }
                 let fd = open_for_export(walk.directory(), name, path, OFlag::empty())?;
                 self.write_regular(walk, path, File::from(fd))
             }
@@ -198,13 +221,36 @@ impl<W: Write> Export<'_, W> {
         }
     }
 
-    /// Writes the entry of a directory and its opaque marker, and walks on inside it.
-    fn write_directory(&mut self, walk: &mut UpperWalk, fd: OwnedFd) -> Result<(), ExportError> {
-        let path = walk.path();
+    /// Reads what an open directory is and has.
+    fn look_into(&mut self, fd: OwnedFd, path: &[u8]) -> Result<LoadedDirectory, ExportError> {
         let attributes = stat_open(&fd, path)?;
         let marks = self.read_marks(XattrHolder::Open(fd.as_fd()), path)?;
+        let mut listing = DirectoryListing::default();
+        listing
+            .read(fd.as_fd())
+            .map_err(|error| ExportError::io("list", path, error))?;
+        Ok(LoadedDirectory {
+            fd,
+            attributes,
+            marks,
+            xattrs: std::mem::take(&mut self.xattrs),
+            listing,
+            first_files: FileBatch::default(),
+        })
+    }
+
+    /// Writes the entry of a directory and its opaque marker, and walks on inside it.
+    fn write_directory(
+        &mut self,
+        walk: &mut UpperWalk,
+        mut directory: LoadedDirectory,
+    ) -> Result<(), ExportError> {
+        let path = walk.path();
+        let marks = std::mem::take(&mut directory.marks);
+        self.xattrs = std::mem::take(&mut directory.xattrs);
+        self.note_marks(&marks, path)?;
         let lower_path = self.lower_path_of(walk, &marks)?;
-        self.write_directory_entry(path, &attributes)?;
+        self.write_directory_entry(path, &directory.attributes)?;
         // Overlay never looks at `opaque` on the root: the root is always merged.
         let is_opaque = marks.opaque && !path.is_empty() || marks.redirect.is_some();
         if is_opaque && self.hides_directory(path)? {
@@ -214,7 +260,7 @@ impl<W: Write> Export<'_, W> {
             self.stats.opaque_directories += 1;
         }
         let is_renamed = lower_path.is_some();
-        walk.enter(fd, attributes, lower_path)?;
+        walk.enter(directory, lower_path);
         if is_renamed {
             self.write_lower_half(walk)
         } else {
@@ -259,6 +305,7 @@ impl<W: Write> Export<'_, W> {
             return Err(ExportError::changed(path));
         }
         let marks = self.read_marks(XattrHolder::Open(file.as_fd()), path)?;
+        self.note_marks(&marks, path)?;
         if marks.xattr_whiteout && attributes.size == 0 {
             return self.write_whiteout(walk, path);
         }
@@ -274,6 +321,26 @@ impl<W: Write> Export<'_, W> {
         } else {
             Err(ExportError::changed(path))
         }
+    }
+
+    /// Writes a small file that was read before.
+    fn write_loaded(
+        &mut self,
+        path: &[u8],
+        file: LoadedFile,
+        data: &[u8],
+    ) -> Result<(), ExportError> {
+        let LoadedFile {
+            attributes, marks, ..
+        } = file;
+        self.xattrs = file.xattrs;
+        self.note_marks(&marks, path)?;
+        if self.write_hard_link(path, &attributes, &marks)? {
+            return Ok(());
+        }
+        self.write_entry(path, EntryType::Regular, &attributes, b"", None)?;
+        self.tar.write_bytes(&data[file.data])?;
+        self.tar.pad()
     }
 
     pub(crate) fn write_data(
@@ -328,6 +395,7 @@ impl<W: Write> Export<'_, W> {
         }
         let directory = walk.directory();
         let marks = self.read_marks(XattrHolder::Named { directory, name }, path)?;
+        self.note_marks(&marks, path)?;
         if self.write_hard_link(path, &attributes, &marks)? {
             return Ok(());
         }
@@ -484,9 +552,12 @@ impl<W: Write> Export<'_, W> {
         path: &[u8],
     ) -> Result<OverlayMarks, ExportError> {
         let namespace = self.options.overlay_xattrs;
-        let marks =
-            read_marks_and_xattrs(&mut self.xattr_reader, holder, namespace, &mut self.xattrs)
-                .map_err(|error| ExportError::io("read the attributes of", path, error))?;
+        read_marks_and_xattrs(&mut self.xattr_reader, holder, namespace, &mut self.xattrs)
+            .map_err(|error| ExportError::io("read the attributes of", path, error))
+    }
+
+    /// Counts what the layer cannot carry of an inode, and refuses what it would say wrongly.
+    fn note_marks(&mut self, marks: &OverlayMarks, path: &[u8]) -> Result<(), ExportError> {
         if marks.foreign.is_some() {
             return Err(ExportError::inexact(
                 path,
@@ -499,7 +570,7 @@ impl<W: Write> Export<'_, W> {
             self.stats.lost_xattrs += marks.uncarried;
             self.note(path);
         }
-        Ok(marks)
+        Ok(())
     }
 
     fn note(&mut self, path: &[u8]) {

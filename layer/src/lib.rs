@@ -4,6 +4,7 @@
 //!  upperdir ──> upper_walk ──> export ──────────────> tar_write ──> any Write
 //!               sorted, by     types, hard links,     ustar + PAX (pax), holes (sparse)
 //!               descriptors    marks -> `.wh.` names
+//!               read_ahead: small files and directories to come, loaded by other threads
 //!                   │              │
 //!                xattrs <── overlay_marks          lower_view: the lowerdirs as one tree,
 //!                   │              │               asked by name only
@@ -38,12 +39,14 @@ mod export_renamed;
 mod import;
 mod import_error;
 mod inode_attributes;
+mod load;
 mod lower_view;
 mod overlay_marks;
 #[cfg(test)]
 mod overlay_tests;
 mod path_bytes;
 mod pax;
+mod read_ahead;
 mod remove_tree;
 mod sparse;
 mod tar_read;

@@ -127,7 +127,15 @@ pub(crate) fn read_marks_and_xattrs(
 ) -> io::Result<OverlayMarks> {
     let mut marks = OverlayMarks::default();
     xattrs.clear();
-    reader.for_each(holder, |name, value| {
+    let is_wanted = |name: &[u8]| {
+        if is_overlay_private(name) {
+            // Of the others the presence says it all; `origin` is on nearly every file.
+            name.ends_with(b".opaque") || name.ends_with(b".redirect")
+        } else {
+            !is_host_bound(name)
+        }
+    };
+    reader.for_each(holder, is_wanted, |name, value| {
         if is_overlay_private(name) {
             marks.take(namespace, name, value);
         } else if !is_host_bound(name) {

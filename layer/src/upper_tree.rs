@@ -363,12 +363,16 @@ impl UpperTree {
             .and_then(|directory| directory.fd.as_ref());
         let fd = fd.expect("the innermost directory is open").as_fd();
         self.xattr_reader
-            .for_each(XattrHolder::Open(fd), |name, _| {
-                let is_kept = kept.iter().any(|xattr| xattr.name == name);
-                if !is_kept && !is_overlay_private(name) && !is_host_bound(name) {
-                    stale.push(name.to_vec());
-                }
-            })
+            .for_each(
+                XattrHolder::Open(fd),
+                |_| false,
+                |name, _| {
+                    let is_kept = kept.iter().any(|xattr| xattr.name == name);
+                    if !is_kept && !is_overlay_private(name) && !is_host_bound(name) {
+                        stale.push(name.to_vec());
+                    }
+                },
+            )
             .map_err(|error| ImportError::io("read the attributes of", path, error))?;
         for name in stale {
             remove_xattr(fd, &name)

@@ -5,7 +5,9 @@
 //! here are only text for the tar; each system call names one component below an open directory, so
 //! nothing that a running container does to its tree leads the walk out of it.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
@@ -14,6 +16,8 @@ use nix::sys::stat::{Mode, fstat};
 use crate::directory_listing::DirectoryListing;
 use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
+use crate::load::{BATCH_NAMES, FileBatch, LoadedDirectory, LoadedFile};
+use crate::read_ahead::{Job, Loaded, ReadAhead};
 
 /// Directories that are kept open at most; in a deeper tree the outer ones are closed and found
 /// again through `..`.
@@ -22,9 +26,15 @@ const MAX_OPEN_DIRECTORIES: usize = 256;
 /// A directory that is being walked.
 #[derive(Debug)]
 struct WalkedDirectory {
-    fd: Option<OwnedFd>,
-    listing: DirectoryListing,
+    fd: Option<Arc<OwnedFd>>,
+    listing: Arc<DirectoryListing>,
     next: usize,
+    /// Names before this one are loaded, are being loaded, or are left to the writer.
+    scheduled: usize,
+    /// In the order of the names.
+    jobs: VecDeque<Arc<Job>>,
+    /// The files that were loaded last.
+    batch: FileBatch,
     /// Length of its path in the walk's current path.
     path_len: usize,
     attributes: InodeAttributes,
@@ -34,13 +44,22 @@ struct WalkedDirectory {
 }
 
 /// Where the walk stands. Depth first; `path` is that of the name handed out last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct UpperWalk {
     directories: Vec<WalkedDirectory>,
     path: Vec<u8>,
+    read_ahead: ReadAhead,
 }
 
 impl UpperWalk {
+    pub(crate) fn new(read_ahead: ReadAhead) -> Self {
+        UpperWalk {
+            directories: Vec::new(),
+            path: Vec::new(),
+            read_ahead,
+        }
+    }
+
     /// Path of the name handed out last; empty for the root.
     pub(crate) fn path(&self) -> &[u8] {
         &self.path
@@ -71,42 +90,39 @@ impl UpperWalk {
             .is_some_and(|directory| directory.listing.has(name))
     }
 
-    /// Goes on with the names in a directory: the root, or the one named last.
-    pub(crate) fn enter(
-        &mut self,
-        fd: OwnedFd,
-        attributes: InodeAttributes,
-        lower_path: Option<Vec<u8>>,
-    ) -> Result<(), ExportError> {
-        let mut listing = DirectoryListing::default();
-        listing
-            .read(fd.as_fd())
-            .map_err(|error| ExportError::io("list", &self.path, error))?;
+    /// Goes on with the names in a directory: the root, or the one named last. Its marks and
+    /// attributes have been written.
+    pub(crate) fn enter(&mut self, directory: LoadedDirectory, lower_path: Option<Vec<u8>>) {
         if self.directories.len() >= MAX_OPEN_DIRECTORIES {
             let outer = self.directories.len() - MAX_OPEN_DIRECTORIES;
             self.directories[outer].fd = None;
         }
         self.directories.push(WalkedDirectory {
-            fd: Some(fd),
-            listing,
+            fd: Some(Arc::new(directory.fd)),
+            listing: Arc::new(directory.listing),
             next: 0,
+            scheduled: directory.first_files.names.end,
+            jobs: VecDeque::new(),
+            batch: directory.first_files,
             path_len: self.path.len(),
-            attributes,
+            attributes: directory.attributes,
             lower_path,
         });
-        Ok(())
     }
 
     /// Steps to the next name and returns its type as the directory tells it. None at the end.
     pub(crate) fn next_name(&mut self) -> Result<Option<NextName>, ExportError> {
         while let Some(innermost) = self.directories.last_mut() {
             self.path.truncate(innermost.path_len);
-            if let Some((name, inode_type)) = innermost.listing.get(innermost.next) {
+            innermost.read_on(&mut self.read_ahead);
+            let position = innermost.next;
+            if let Some((name, inode_type)) = innermost.listing.get(position) {
                 innermost.next += 1;
                 crate::path_bytes::push_component(&mut self.path, name);
                 return Ok(Some(NextName {
                     name_len: name.len(),
                     inode_type,
+                    loaded: innermost.take_loaded(position, &mut self.read_ahead),
                 }));
             }
             self.leave()?;
@@ -119,6 +135,9 @@ impl UpperWalk {
         let Some(left) = self.directories.pop() else {
             return Ok(());
         };
+        for job in &left.jobs {
+            self.read_ahead.forget(job);
+        }
         let fd = left.fd.expect("the innermost directory is open");
         let now = fstat(&fd).map_err(|errno| ExportError::io("stat", &self.path, errno))?;
         if !left.attributes.unchanged_in(&now.into()) {
@@ -138,18 +157,78 @@ impl UpperWalk {
             if now.identity != parent.attributes.identity {
                 return Err(ExportError::changed(&self.path));
             }
-            parent.fd = Some(reopened);
+            parent.fd = Some(Arc::new(reopened));
         }
         Ok(())
     }
 }
 
+impl WalkedDirectory {
+    /// Has what comes next loaded, as far as there is room.
+    fn read_on(&mut self, read_ahead: &mut ReadAhead) {
+        let Some(fd) = &self.fd else {
+            return;
+        };
+        while read_ahead.has_room(self.jobs.len()) {
+            let Some((_, inode_type)) = self.listing.get(self.scheduled) else {
+                return;
+            };
+            let names = if inode_type == Some(InodeType::Directory) {
+                self.scheduled..self.scheduled + 1
+            } else {
+                self.listing.files_from(self.scheduled, BATCH_NAMES)
+            };
+            self.scheduled = names.end;
+            let job = read_ahead.begin(fd, &self.listing, names);
+            self.jobs.push_back(job);
+        }
+    }
+
+    /// What was loaded of a name. Each is asked for once, in order.
+    fn take_loaded(&mut self, position: usize, read_ahead: &mut ReadAhead) -> LoadedName {
+        let is_due = |job: &Arc<Job>| job.names().start <= position;
+        if self.jobs.front().is_some_and(is_due)
+            && let Some(job) = self.jobs.pop_front()
+        {
+            match read_ahead.redeem(&job) {
+                Loaded::Files(batch) => self.batch = batch,
+                Loaded::Directory(directory) => return LoadedName::Directory(directory),
+                Loaded::Nothing => {}
+            }
+        }
+        let batch = &mut self.batch;
+        let at = position.checked_sub(batch.names.start);
+        let file = at.and_then(|at| batch.files.get_mut(at)?.take());
+        file.map_or(LoadedName::Nothing, |file| LoadedName::File {
+            file,
+            data: Arc::clone(&batch.data),
+        })
+    }
+}
+
 /// A step of the walk.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct NextName {
     /// The name is that many last bytes of the path.
     pub(crate) name_len: usize,
     pub(crate) inode_type: Option<InodeType>,
+    pub(crate) loaded: LoadedName,
+}
+
+/// What has been loaded of a name before the walk came to it.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time; a box would be an allocation for each file"
+)]
+pub(crate) enum LoadedName {
+    Nothing,
+    File {
+        file: LoadedFile,
+        /// What `LoadedFile::data` is a part of.
+        data: Arc<Vec<u8>>,
+    },
+    Directory(Box<LoadedDirectory>),
 }
 
 /// Opens a name of the upperdir for reading without following it or waiting for it.

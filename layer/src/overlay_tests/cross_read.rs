@@ -250,3 +250,33 @@ fn root_we_read_what_gnu_tar_writes() {
         })
         .unwrap();
 }
+
+/// 9 GiB that are no holes to the reader: more than the header's field of 12 octal digits can say.
+#[test]
+#[ignore = "half a minute; `make test-long` runs it"]
+fn root_a_file_beyond_8_gib_is_written_in_full() {
+    const SIZE: u64 = (9 << 30) + 5;
+    if !have_root() || !have("tar") {
+        return;
+    }
+    let dirs = OverlayDirs::on_disk();
+    let file = fs::File::create(dirs.upperdir.join("large")).unwrap();
+    file.set_len(SIZE).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"end", SIZE - 3).unwrap();
+    drop(file);
+    let mut reader = Command::new("sh")
+        .args(["-c", "tar --extract --to-stdout large | tail -c 3"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let options = ExportOptions {
+        fill_holes: true,
+        ..ExportOptions::default()
+    };
+    let pipe = reader.stdin.take().unwrap();
+    let stats = export_upperdir(&dirs.upperdir, &[], pipe, &options).unwrap();
+    assert!(stats.bytes > SIZE);
+    let output = reader.wait_with_output().unwrap();
+    assert_eq!(output.stdout, b"end");
+}

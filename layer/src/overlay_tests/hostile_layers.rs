@@ -368,9 +368,13 @@ fn root_harmless_oddities_are_taken() {
     let mut names = Vec::new();
     let directory = File::open(dirs.upperdir.join("d")).unwrap();
     XattrReader::new()
-        .for_each(XattrHolder::Open(directory.as_fd()), |name, _| {
-            names.push(name.to_vec());
-        })
+        .for_each(
+            XattrHolder::Open(directory.as_fd()),
+            |_| false,
+            |name, _| {
+                names.push(name.to_vec());
+            },
+        )
         .unwrap();
     assert!(names.is_empty(), "{names:?}");
 }

@@ -14,7 +14,10 @@ use super::random_operations::{Operation, operations, run};
 use super::tree_state::{
     TreeState, differences, holes, link_groups, read_tree, without_upper_sockets,
 };
+use crate::export::export_with;
+use crate::read_ahead::ReadAhead;
 use crate::tar_read::{TarEntry, TarReader};
+use crate::tar_write::TarWriter;
 use crate::{ExportOptions, ExportStats, ImportOptions, export_upperdir, import_into_upperdir};
 
 /// What one case does: operations per lower layer, lowest first, then those of the container.
@@ -46,6 +49,17 @@ fn export(dirs: &OverlayDirs, upperdir: &std::path::Path, lowerdirs: &[PathBuf])
     let mut tar = Vec::new();
     let stats = export_upperdir(upperdir, lowerdirs, &mut tar, &ExportOptions::default()).unwrap();
     assert_eq!(stats.bytes, tar.len() as u64);
+    // Who has loaded a file must not show.
+    let mut alone = Vec::new();
+    let stats_alone = export_with(
+        upperdir,
+        lowerdirs,
+        TarWriter::new(&mut alone),
+        &ExportOptions::default(),
+        ReadAhead::without_threads(),
+    );
+    assert_eq!(stats_alone.unwrap(), stats);
+    assert!(alone == tar);
     assert!(dirs.base.path().is_dir());
     tar
 }

@@ -92,9 +92,13 @@ fn read_file(reader: &mut XattrReader, path: &Path) -> FileState {
         name,
     };
     reader
-        .for_each(holder, |name, value| {
-            xattrs.insert(name.to_vec(), value.to_vec());
-        })
+        .for_each(
+            holder,
+            |_| true,
+            |name, value| {
+                xattrs.insert(name.to_vec(), value.to_vec());
+            },
+        )
         .unwrap();
     let is_device = file_type.is_char_device() || file_type.is_block_device();
     FileState {
