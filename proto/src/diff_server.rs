@@ -8,19 +8,14 @@
 //! The same from containerd 1.6 to 2.x, but for fields that older ones do not send:
 //! `source_date_epoch` (1.7) and `sync_fs` (2.0).
 
-use std::convert::Infallible;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
 use tonic::body::Body;
-use tonic::codegen::{BoxFuture, Service, http};
-use tonic::server::{Grpc, NamedService, UnaryService};
-use tonic::{Request, Response, Status};
-use tonic_prost::ProstCodec;
+use tonic::codegen::http;
+use tonic::{Request, Status};
 
-/// containerd's own limit for messages, in bytes.
-const MAX_MESSAGE: usize = 16 << 20;
+use crate::grpc_service::{GrpcServer, Methods, no_method, unary};
 
 /// What answers the two calls.
 pub trait Differ: Send + Sync + 'static {
@@ -38,75 +33,40 @@ pub trait Differ: Send + Sync + 'static {
 }
 
 /// A [`Differ`] as a service of a tonic server.
-#[derive(Debug)]
-pub struct DiffServer<D>(Arc<D>);
+pub type DiffServer<D> = GrpcServer<DiffMethods<D>>;
 
-impl<D> DiffServer<D> {
+/// The calls of the diff service.
+#[derive(Debug)]
+pub struct DiffMethods<D>(Arc<D>);
+
+impl<D: Differ> DiffServer<D> {
     /// Serves `differ`.
     pub fn new(differ: D) -> Self {
-        Self(Arc::new(differ))
+        Self::of(DiffMethods(Arc::new(differ)))
     }
 }
 
-impl<D> Clone for DiffServer<D> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<D> NamedService for DiffServer<D> {
+impl<D: Differ> Methods for DiffMethods<D> {
     const NAME: &'static str = "containerd.services.diff.v1.Diff";
-}
 
-impl<D: Differ> Service<http::Request<Body>> for DiffServer<D> {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let differ = Arc::clone(&self.0);
-        Box::pin(async move {
-            Ok(match request.uri().path() {
-                "/containerd.services.diff.v1.Diff/Diff" => {
-                    let mut grpc =
-                        Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_MESSAGE);
-                    grpc.unary(DiffCall(differ), request).await
-                }
-                "/containerd.services.diff.v1.Diff/Apply" => {
-                    let mut grpc =
-                        Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_MESSAGE);
-                    grpc.unary(ApplyCall(differ), request).await
-                }
-                path => Status::unimplemented(format!("there is no method {path}")).into_http(),
-            })
-        })
-    }
-}
-
-struct DiffCall<D>(Arc<D>);
-
-impl<D: Differ> UnaryService<DiffRequest> for DiffCall<D> {
-    type Response = DiffResponse;
-    type Future = BoxFuture<Response<DiffResponse>, Status>;
-
-    fn call(&mut self, request: Request<DiffRequest>) -> Self::Future {
-        let differ = Arc::clone(&self.0);
-        Box::pin(async move { differ.diff(request).await.map(Response::new) })
-    }
-}
-
-struct ApplyCall<D>(Arc<D>);
-
-impl<D: Differ> UnaryService<ApplyRequest> for ApplyCall<D> {
-    type Response = ApplyResponse;
-    type Future = BoxFuture<Response<ApplyResponse>, Status>;
-
-    fn call(&mut self, request: Request<ApplyRequest>) -> Self::Future {
-        let differ = Arc::clone(&self.0);
-        Box::pin(async move { differ.apply(request).await.map(Response::new) })
+    async fn answer(&self, method: &str, request: http::Request<Body>) -> http::Response<Body> {
+        let differ = || Arc::clone(&self.0);
+        match method {
+            "Diff" => {
+                let call = |request| {
+                    let differ = differ();
+                    async move { differ.diff(request).await }
+                };
+                unary(request, call).await
+            }
+            "Apply" => {
+                let call = |request| {
+                    let differ = differ();
+                    async move { differ.apply(request).await }
+                };
+                unary(request, call).await
+            }
+            _ => no_method(&request),
+        }
     }
 }

@@ -13,25 +13,22 @@
 //! `ContainerConfig`) is the CRI's own message.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use k8s_cri::v1::{ContainerConfig, PodSandboxConfig};
 use tonic::body::Body;
 use tonic::client::Grpc as ClientGrpc;
-use tonic::codegen::{BoxFuture, Service, http};
-use tonic::server::{
-    ClientStreamingService, Grpc, NamedService, ServerStreamingService, UnaryService,
-};
+use tonic::codegen::http;
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Status, Streaming};
 use tonic_prost::ProstCodec;
+
+use crate::grpc_service::{
+    Answers, GrpcServer, Methods, client_streaming, no_method, server_streaming, unary,
+};
 
 /// Where it listens unless somebody says otherwise.
 pub const NODE_SOCKET: &str = "/run/transship/node.sock";
-const SERVICE: &str = "transship.node.v1.Node";
 
 /// What becomes of a pod after its checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
@@ -154,8 +151,7 @@ pub struct ImportSnapshotResponse {
 }
 
 /// The layer on its way out.
-pub type Chunks =
-    Pin<Box<dyn tonic::codegen::tokio_stream::Stream<Item = Result<Chunk, Status>> + Send>>;
+pub type Chunks = Answers<Chunk>;
 
 /// What answers the calls.
 pub trait NodeApi: Send + Sync + 'static {
@@ -185,120 +181,55 @@ pub trait NodeApi: Send + Sync + 'static {
 }
 
 /// A [`NodeApi`] as a service of a tonic server.
-#[derive(Debug)]
-pub struct NodeServer<N>(Arc<N>);
+pub type NodeServer<N> = GrpcServer<NodeMethods<N>>;
 
-impl<N> NodeServer<N> {
+/// The calls of the node's API.
+#[derive(Debug)]
+pub struct NodeMethods<N>(Arc<N>);
+
+impl<N: NodeApi> NodeServer<N> {
     /// Serves `node`.
     pub fn new(node: N) -> Self {
-        Self(Arc::new(node))
+        Self::of(NodeMethods(Arc::new(node)))
     }
 }
 
-impl<N> Clone for NodeServer<N> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
+impl<N: NodeApi> Methods for NodeMethods<N> {
+    const NAME: &'static str = "transship.node.v1.Node";
 
-impl<N> NamedService for NodeServer<N> {
-    const NAME: &'static str = SERVICE;
-}
-
-impl<N: NodeApi> Service<http::Request<Body>> for NodeServer<N> {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let call = Call(Arc::clone(&self.0));
-        Box::pin(async move {
-            let path = request.uri().path();
-            let method = path
-                .strip_prefix('/')
-                .and_then(|path| path.strip_prefix(SERVICE))
-                .unwrap_or_default();
-            Ok(match method {
-                "/CheckpointPod" => {
-                    let mut grpc = Grpc::new(ProstCodec::default());
-                    grpc.unary(Checkpoint(call), request).await
-                }
-                "/RestorePod" => {
-                    let mut grpc = Grpc::new(ProstCodec::default());
-                    grpc.unary(Restore(call), request).await
-                }
-                "/ExportSnapshot" => {
-                    let mut grpc = Grpc::new(ProstCodec::default());
-                    grpc.server_streaming(call, request).await
-                }
-                "/ImportSnapshot" => {
-                    let mut grpc = Grpc::new(ProstCodec::default());
-                    grpc.client_streaming(call, request).await
-                }
-                _ => Status::unimplemented(format!("there is no method {path}")).into_http(),
-            })
-        })
-    }
-}
-
-struct Call<N>(Arc<N>);
-struct Checkpoint<N>(Call<N>);
-struct Restore<N>(Call<N>);
-
-impl<N: NodeApi> UnaryService<CheckpointPodRequest> for Checkpoint<N> {
-    type Response = CheckpointPodResponse;
-    type Future = BoxFuture<Response<CheckpointPodResponse>, Status>;
-
-    fn call(&mut self, request: Request<CheckpointPodRequest>) -> Self::Future {
-        let node = Arc::clone(&self.0.0);
-        Box::pin(async move {
-            let answer = node.checkpoint_pod(request.into_inner()).await;
-            answer.map(Response::new)
-        })
-    }
-}
-
-impl<N: NodeApi> UnaryService<RestorePodRequest> for Restore<N> {
-    type Response = RestorePodResponse;
-    type Future = BoxFuture<Response<RestorePodResponse>, Status>;
-
-    fn call(&mut self, request: Request<RestorePodRequest>) -> Self::Future {
-        let node = Arc::clone(&self.0.0);
-        Box::pin(async move {
-            let answer = node.restore_pod(request.into_inner()).await;
-            answer.map(Response::new)
-        })
-    }
-}
-
-impl<N: NodeApi> ServerStreamingService<ExportSnapshotRequest> for Call<N> {
-    type Response = Chunk;
-    type ResponseStream = Chunks;
-    type Future = BoxFuture<Response<Chunks>, Status>;
-
-    fn call(&mut self, request: Request<ExportSnapshotRequest>) -> Self::Future {
-        let node = Arc::clone(&self.0);
-        Box::pin(async move {
-            let answer = node.export_snapshot(request.into_inner()).await;
-            answer.map(Response::new)
-        })
-    }
-}
-
-impl<N: NodeApi> ClientStreamingService<ImportSnapshotRequest> for Call<N> {
-    type Response = ImportSnapshotResponse;
-    type Future = BoxFuture<Response<ImportSnapshotResponse>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<ImportSnapshotRequest>>) -> Self::Future {
-        let node = Arc::clone(&self.0);
-        Box::pin(async move {
-            let answer = node.import_snapshot(request.into_inner()).await;
-            answer.map(Response::new)
-        })
+    async fn answer(&self, method: &str, request: http::Request<Body>) -> http::Response<Body> {
+        let node = || Arc::clone(&self.0);
+        match method {
+            "CheckpointPod" => {
+                let call = |request: Request<_>| {
+                    let node = node();
+                    async move { node.checkpoint_pod(request.into_inner()).await }
+                };
+                unary(request, call).await
+            }
+            "RestorePod" => {
+                let call = |request: Request<_>| {
+                    let node = node();
+                    async move { node.restore_pod(request.into_inner()).await }
+                };
+                unary(request, call).await
+            }
+            "ExportSnapshot" => {
+                let call = |request: Request<_>| {
+                    let node = node();
+                    async move { node.export_snapshot(request.into_inner()).await }
+                };
+                server_streaming(request, call).await
+            }
+            "ImportSnapshot" => {
+                let call = |request: Request<_>| {
+                    let node = node();
+                    async move { node.import_snapshot(request.into_inner()).await }
+                };
+                client_streaming(request, call).await
+            }
+            _ => no_method(&request),
+        }
     }
 }
 

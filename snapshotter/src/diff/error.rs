@@ -66,12 +66,9 @@ impl DiffError {
             Self::Pack(PackError::Export(
                 ExportError::ReservedName { .. } | ExportError::HeaderTooLarge { .. },
             )) => Code::FailedPrecondition,
-            Self::Import { source, .. } => match source {
-                ImportError::Malformed { .. }
-                | ImportError::Refused { .. }
-                | ImportError::TooLarge { .. } => Code::InvalidArgument,
-                _ => Code::Internal,
-            },
+            // As containerd's own differ answers, whatever is wrong with a layer or its target: its
+            // errors are untyped there (`archive.Apply`), and gRPC makes `Unknown` of those.
+            Self::Import { .. } => Code::Unknown,
             Self::Call(error) => match error.code() {
                 // The blob is no concern of the next differ's either.
                 Code::Unimplemented => Code::Internal,
@@ -127,6 +124,16 @@ mod tests {
                 .into(),
                 Code::ResourceExhausted,
                 "cannot write: no space left on device",
+            ),
+            (
+                DiffError::Import {
+                    digest: "sha256:00".to_owned(),
+                    source: ImportError::Read {
+                        source: std::io::ErrorKind::UnexpectedEof.into(),
+                    },
+                },
+                Code::Unknown,
+                "cannot apply the layer sha256:00: cannot read the layer: unexpected end of file",
             ),
         ] {
             assert_eq!(error.code(), code);

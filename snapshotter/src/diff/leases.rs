@@ -22,41 +22,93 @@ use crate::error::chain;
 /// asks for the layer first and dumps memory then, which takes its time.
 const KEEP: Duration = Duration::from_secs(3600);
 
-type Current = HashMap<MetadataValue<Ascii>, Arc<Lease>>;
-
 /// A lease that exists in containerd.
+pub(super) type Lease = Held<Store>;
+
+/// Something that is kept for a while, since when.
 #[derive(Debug)]
-pub(super) struct Lease {
-    store: Store,
+pub(super) struct Held<T> {
+    what: T,
     made: Instant,
 }
 
 impl Lease {
     /// The content store under this lease.
     pub(super) fn store(&self) -> &Store {
-        &self.store
+        &self.what
+    }
+}
+
+/// Which lease is used for what, and which one nobody needs any more: all but the calls to containerd.
+#[derive(Debug)]
+struct Rotation<T> {
+    current: HashMap<MetadataValue<Ascii>, Arc<Held<T>>>,
+}
+
+impl<T> Default for Rotation<T> {
+    fn default() -> Self {
+        Self {
+            current: HashMap::new(),
+        }
+    }
+}
+
+impl<T> Rotation<T> {
+    /// The lease that takes new layers; None when one has to be made.
+    fn current(&self, namespace: &MetadataValue<Ascii>, now: Instant) -> Option<Arc<Held<T>>> {
+        let held = self.current.get(namespace)?;
+        (now.saturating_duration_since(held.made) < KEEP).then(|| Arc::clone(held))
+    }
+
+    /// From now on new layers go under `lease`. Returns the one before when it has no layers left to
+    /// keep; else whoever has written under it keeps it. Two at once are no harm.
+    fn replace(
+        &mut self,
+        namespace: MetadataValue<Ascii>,
+        lease: &Arc<Held<T>>,
+    ) -> Option<Held<T>> {
+        let before = self.current.insert(namespace, Arc::clone(lease));
+        before.and_then(Arc::into_inner)
+    }
+
+    /// Takes no new layers under a lease that is gone.
+    fn forget(&mut self, lease: &Arc<Held<T>>) {
+        self.current
+            .retain(|_, current| !Arc::ptr_eq(current, lease));
+    }
+
+    /// Gives a reference back. Returns the lease itself when nothing but the list of the current ones
+    /// refers to it any more.
+    fn release(&mut self, lease: Arc<Held<T>>) -> Option<Held<T>> {
+        let is_listed = self
+            .current
+            .values()
+            .any(|current| Arc::ptr_eq(current, &lease));
+        // References are made and given back under the lock, or by the one who holds the last.
+        if is_listed && Arc::strong_count(&lease) == 2 {
+            self.forget(&lease);
+        }
+        Arc::into_inner(lease)
     }
 }
 
 /// The leases of this process.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Leases(Arc<Mutex<Current>>);
+pub(super) struct Leases(Arc<Mutex<Rotation<Store>>>);
 
 impl Leases {
     /// The lease of the store's namespace that new layers go under; a new one is called `id`.
     pub(super) async fn current(&self, store: &Store, id: &str) -> Result<Arc<Lease>, CallError> {
-        let found = self.lock().get(store.namespace()).cloned();
-        if let Some(lease) = found.filter(|lease| lease.made.elapsed() < KEEP) {
+        let found = self.lock().current(store.namespace(), Instant::now());
+        if let Some(lease) = found {
             return Ok(lease);
         }
-        let lease = Arc::new(Lease {
-            store: store.with_lease(id).await?,
+        let lease = Arc::new(Held {
+            what: store.with_lease(id).await?,
             made: Instant::now(),
         });
-        let namespace = store.namespace().clone();
-        let before = self.lock().insert(namespace, Arc::clone(&lease));
-        // Whoever has written under the one before keeps it; two at once are no harm.
-        if let Some(before) = before.and_then(Arc::into_inner) {
+        let before = self.lock().replace(store.namespace().clone(), &lease);
+        if let Some(before) = before {
             end(&before).await;
         }
         Ok(lease)
@@ -68,7 +120,8 @@ impl Leases {
         tokio::spawn(async move {
             tokio::time::sleep(KEEP).await;
             // Newer layers wait under it, too, or it takes new ones.
-            if let Some(lease) = leases.take_if_last(lease) {
+            let last = leases.lock().release(lease);
+            if let Some(lease) = last {
                 end(&lease).await;
             }
         });
@@ -76,28 +129,87 @@ impl Leases {
 
     /// Takes no new layers under a lease that is gone.
     pub(super) fn forget(&self, lease: &Arc<Lease>) {
-        self.lock()
-            .retain(|_, current| !Arc::ptr_eq(current, lease));
+        self.lock().forget(lease);
     }
 
-    /// The lease itself when nothing but the list of the current ones refers to it any more.
-    fn take_if_last(&self, lease: Arc<Lease>) -> Option<Lease> {
-        let mut current = self.lock();
-        let listed = current.values().any(|current| Arc::ptr_eq(current, &lease));
-        // References are made and given back under the lock, or by the one who holds the last.
-        if listed && Arc::strong_count(&lease) == 2 {
-            current.retain(|_, current| !Arc::ptr_eq(current, &lease));
-        }
-        Arc::into_inner(lease)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Current> {
+    fn lock(&self) -> MutexGuard<'_, Rotation<Store>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 async fn end(lease: &Lease) {
-    if let Err(error) = lease.store.end_lease().await {
+    if let Err(error) = lease.store().end_lease().await {
         tracing::warn!(error = chain(&error), "the lease ends by itself");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOMENT: Duration = Duration::from_secs(1);
+
+    fn made(what: &'static str, made: Instant) -> Arc<Held<&'static str>> {
+        Arc::new(Held { what, made })
+    }
+
+    fn name_of(lease: Option<Held<&'static str>>) -> Option<&'static str> {
+        lease.map(|lease| lease.what)
+    }
+
+    #[test]
+    fn an_hour_s_layers_share_a_lease_and_the_next_hour_s_have_another() {
+        let (mut rotation, start) = (Rotation::default(), Instant::now());
+        let [here, there] = ["here", "there"].map(MetadataValue::from_static);
+        assert!(rotation.current(&here, start).is_none());
+        let first = made("first", start);
+        assert_eq!(name_of(rotation.replace(here.clone(), &first)), None);
+        // Under it until the hour is over, and in its own namespace only.
+        let shared = rotation.current(&here, start + KEEP - MOMENT).unwrap();
+        assert!(Arc::ptr_eq(&shared, &first));
+        assert!(rotation.current(&there, start).is_none());
+        assert!(rotation.current(&here, start + KEEP).is_none());
+        // Two layers are kept under it when the next one begins: not ended before both are done with.
+        let second = made("second", start + KEEP);
+        assert_eq!(name_of(rotation.replace(here.clone(), &second)), None);
+        let now = rotation.current(&here, start + KEEP + MOMENT).unwrap();
+        assert!(Arc::ptr_eq(&now, &second));
+        assert_eq!(name_of(rotation.release(first)), None);
+        assert_eq!(name_of(rotation.release(shared)), Some("first"));
+        // The current one ends with its last layer, too, and then one has to be made.
+        assert_eq!(name_of(rotation.release(now)), None);
+        assert_eq!(name_of(rotation.release(second)), Some("second"));
+        assert!(rotation.current(&here, start + KEEP + MOMENT).is_none());
+    }
+
+    #[test]
+    fn a_lease_without_layers_ends_when_the_next_one_begins() {
+        let (mut rotation, start) = (Rotation::default(), Instant::now());
+        let here = MetadataValue::from_static("here");
+        let lease = made("first", start);
+        rotation.replace(here.clone(), &lease);
+        // Its one call was undone and holds it no more.
+        drop(lease);
+        let second = made("second", start + KEEP);
+        assert_eq!(
+            name_of(rotation.replace(here.clone(), &second)),
+            Some("first")
+        );
+    }
+
+    #[test]
+    fn what_somebody_has_removed_takes_no_layers() {
+        let (mut rotation, start) = (Rotation::default(), Instant::now());
+        let here = MetadataValue::from_static("here");
+        let lost = made("lost", start);
+        rotation.replace(here.clone(), &lost);
+        rotation.forget(&lost);
+        assert!(rotation.current(&here, start).is_none());
+        let new = made("new", start);
+        rotation.replace(here.clone(), &new);
+        // Who notices late does not forget the one that took its place.
+        rotation.forget(&lost);
+        assert!(rotation.current(&here, start).is_some());
+        assert_eq!(name_of(rotation.release(lost)), Some("lost"));
     }
 }
