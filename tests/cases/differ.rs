@@ -11,6 +11,7 @@ use transship_testbed::{
 
 use crate::Case;
 
+mod api;
 mod disks;
 
 /// A plain layer: what `ctr snapshots diff` is asked for to look into it.
@@ -18,7 +19,7 @@ const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    let cases: [(_, fn(&Testbed) -> _); 7] = [
+    let cases: [(_, fn(&Testbed) -> _); 8] = [
         ("differ_diff", a_diff_applies_as_what_was_changed),
         ("differ_apply", a_layer_is_applied_as_containerd_does),
         ("differ_checkpoint", a_checkpoint_of_ctr_goes_through_it),
@@ -26,6 +27,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         ("differ_killed", whoever_is_killed_nothing_half_stays),
         ("differ_disk_full", a_full_disk_leaves_nothing_half),
         ("differ_direct", layers_go_out_and_in_directly),
+        ("differ_api", api::clients_get_what_containerd_promises),
     ];
     let on_both = cases.into_iter().flat_map(|(what, run)| {
         [Tree::Trixie, Tree::Forky]

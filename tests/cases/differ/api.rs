@@ -1,0 +1,536 @@
+//! Calls of the diff service as clients make them that no tree has: what `nerdctl commit` asks for
+//! (Debian has no nerdctl), times clamped, leases that are gone, errors by their code.
+//!
+//! ```text
+//! nerdctl commit:  lease ─> View of the parent ─> Diff ─> Apply onto the parent ─> Commit as chain id
+//!                        ─> config, manifest ─> image ─> lease deleted; the task stands still meanwhile
+//! ```
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, ensure};
+use containerd_client::services::v1::content_client::ContentClient;
+use containerd_client::services::v1::diff_client::DiffClient;
+use containerd_client::services::v1::images_client::ImagesClient;
+use containerd_client::services::v1::leases_client::LeasesClient;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::snapshots::{
+    CommitSnapshotRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+    ViewSnapshotRequest,
+};
+use containerd_client::services::v1::{
+    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, DiffRequest, GetImageRequest,
+    Image, InfoRequest, WriteAction, WriteContentRequest,
+};
+use containerd_client::tonic::codegen::tokio_stream;
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Code, Request};
+use containerd_client::types::{Descriptor, Mount};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio::runtime::Runtime;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Node, NodeOptions, Testbed, Tree, journey, poll_until,
+};
+
+use super::{
+    CHANGE, PATIENCE, PLAIN, difference, half_content, in_snapshot, list_tree, log_counts,
+    restart_stock, start, top_of_image,
+};
+
+/// What nerdctl calls the layer, whatever the differ has said.
+const DOCKER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+/// Keeps what no lease does.
+const GC_ROOT: [&str; 2] = ["containerd.io/gc.root", "test"];
+const TRANSSHIP: &str = "transship";
+
+/// A client of a node's containerd.
+struct Api<'n> {
+    node: &'n Node,
+    runtime: Runtime,
+    channel: Channel,
+    lease: Option<String>,
+}
+
+impl<'n> Api<'n> {
+    fn of(node: &'n Node) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let socket = format!("/proc/{}/root/run/containerd/containerd.sock", node.pid());
+        let channel = runtime.block_on(containerd_client::connect(socket))?;
+        Ok(Self {
+            node,
+            runtime,
+            channel,
+            lease: None,
+        })
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let headers = request.metadata_mut();
+        headers.insert(
+            "containerd-namespace",
+            "default".parse().expect("a plain word"),
+        );
+        if let Some(lease) = &self.lease {
+            headers.insert("containerd-lease", lease.parse().expect("a plain word"));
+        }
+        request
+    }
+
+    /// Labels of a snapshot that the collector must leave alone.
+    fn keep_labels(&self) -> HashMap<String, String> {
+        match self.lease {
+            Some(_) => HashMap::new(),
+            None => HashMap::from([GC_ROOT.map(str::to_owned).into()]),
+        }
+    }
+
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone())
+    }
+
+    fn prepare(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+        let request = self.request(PrepareSnapshotRequest {
+            snapshotter: TRANSSHIP.to_owned(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: self.keep_labels(),
+        });
+        let answer = self.runtime.block_on(self.snapshots().prepare(request))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    fn remove(&self, key: &str) -> anyhow::Result<()> {
+        let request = self.request(RemoveSnapshotRequest {
+            snapshotter: TRANSSHIP.to_owned(),
+            key: key.to_owned(),
+        });
+        self.runtime.block_on(self.snapshots().remove(request))?;
+        Ok(())
+    }
+
+    /// Diff of an active snapshot against its parent, through a view, as `rootfs.CreateDiff` of
+    /// containerd's client makes it.
+    fn diff(
+        &self,
+        key: &str,
+        parent: &str,
+        media_type: &str,
+        epoch: Option<i64>,
+    ) -> anyhow::Result<Descriptor> {
+        let view = format!("{key}-parent-view");
+        let left = self.request(ViewSnapshotRequest {
+            snapshotter: TRANSSHIP.to_owned(),
+            key: view.clone(),
+            parent: parent.to_owned(),
+            labels: self.keep_labels(),
+        });
+        let right = self.request(MountsRequest {
+            snapshotter: TRANSSHIP.to_owned(),
+            key: key.to_owned(),
+        });
+        let written = self.runtime.block_on(async {
+            let left = self.snapshots().view(left).await?.into_inner().mounts;
+            let right = self.snapshots().mounts(right).await?.into_inner().mounts;
+            let mut request = self.request(DiffRequest {
+                left,
+                right,
+                media_type: media_type.to_owned(),
+                ..DiffRequest::default()
+            });
+            if let Some(seconds) = epoch {
+                let epoch = &mut request.get_mut().source_date_epoch;
+                epoch.get_or_insert_default().seconds = seconds;
+            }
+            DiffClient::new(self.channel.clone()).diff(request).await
+        })?;
+        self.remove(&view)?;
+        written.into_inner().diff.context("Diff gave no layer")
+    }
+
+    fn apply(&self, layer: Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
+        let request = self.request(ApplyRequest {
+            diff: Some(layer),
+            mounts,
+            ..ApplyRequest::default()
+        });
+        let mut client = DiffClient::new(self.channel.clone());
+        match self.runtime.block_on(client.apply(request)) {
+            Ok(answer) => Ok(answer.into_inner().applied.unwrap_or_default()),
+            Err(status) => Err(status.code()),
+        }
+    }
+
+    /// Writes a blob with labels; gives its descriptor.
+    fn write(
+        &self,
+        media_type: &str,
+        content: &[u8],
+        labels: &[(String, String)],
+    ) -> anyhow::Result<Descriptor> {
+        let (digest, size) = (digest_of(content), i64::try_from(content.len())?);
+        let message = WriteContentRequest {
+            action: WriteAction::Commit.into(),
+            r#ref: digest.clone(),
+            total: size,
+            expected: digest.clone(),
+            data: content.to_vec(),
+            labels: labels.iter().cloned().collect(),
+            ..WriteContentRequest::default()
+        };
+        let request = self.request(tokio_stream::iter([message]));
+        self.runtime.block_on(async {
+            let mut client = ContentClient::new(self.channel.clone());
+            let mut answers = client.write(request).await?.into_inner();
+            while answers.message().await?.is_some() {}
+            anyhow::Ok(())
+        })?;
+        Ok(descriptor(media_type, digest, size))
+    }
+
+    fn labels(&self, digest: &str) -> anyhow::Result<HashMap<String, String>> {
+        let request = self.request(InfoRequest {
+            digest: digest.to_owned(),
+        });
+        let mut client = ContentClient::new(self.channel.clone());
+        let answer = self.runtime.block_on(client.info(request))?.into_inner();
+        Ok(answer.info.unwrap_or_default().labels)
+    }
+
+    fn read(&self, digest: &str) -> anyhow::Result<Vec<u8>> {
+        let get = format!("ctr content get {digest} >/root/blob");
+        self.node.shell(&get).run()?;
+        Ok(self.node.read_file("/root/blob")?)
+    }
+
+    fn read_json(&self, digest: &str) -> anyhow::Result<Value> {
+        Ok(serde_json::from_slice(&self.read(digest)?)?)
+    }
+
+    /// A lease of the client's own; what is asked for next goes under it.
+    fn begin_lease(&mut self, id: &str) -> anyhow::Result<()> {
+        let request = self.request(CreateRequest {
+            id: id.to_owned(),
+            ..CreateRequest::default()
+        });
+        let mut client = LeasesClient::new(self.channel.clone());
+        self.runtime.block_on(client.create(request))?;
+        self.lease = Some(id.to_owned());
+        Ok(())
+    }
+
+    /// Deletes the lease and waits for the garbage collection after it.
+    fn end_lease(&mut self) -> anyhow::Result<()> {
+        let request = DeleteRequest {
+            id: self.lease.take().context("there is no lease")?,
+            sync: true,
+        };
+        let request = self.request(request);
+        let mut client = LeasesClient::new(self.channel.clone());
+        self.runtime.block_on(client.delete(request))?;
+        Ok(())
+    }
+}
+
+fn digest_of(content: &[u8]) -> String {
+    Sha256::digest(content)
+        .iter()
+        .fold("sha256:".to_owned(), |mut text, byte| {
+            write!(text, "{byte:02x}").expect("writing to a String does not fail");
+            text
+        })
+}
+
+fn descriptor(media_type: &str, digest: String, size: i64) -> Descriptor {
+    Descriptor {
+        media_type: media_type.to_owned(),
+        digest,
+        size,
+        ..Descriptor::default()
+    }
+}
+
+fn as_json(descriptor: &Descriptor) -> Value {
+    json!({
+        "mediaType": descriptor.media_type,
+        "digest": descriptor.digest,
+        "size": descriptor.size,
+    })
+}
+
+/// Removes the differ's leases and lets containerd collect.
+fn remove_leases_of_differ(node: &Node) -> anyhow::Result<()> {
+    let remove = "ctr leases ls -q | grep transship-diff | xargs ctr leases rm --sync";
+    Ok(node.shell(remove).run()?)
+}
+
+pub(super) fn clients_get_what_containerd_promises(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, containerd, image) = start(bed, &NodeOptions::default())?;
+    let mut api = Api::of(&node)?;
+    let top = top_of_image(&node, TRANSSHIP)?;
+    commit_as_nerdctl(&mut api, image.reference(), &top)?;
+    clamp_times(&api, &top)?;
+    lose_leases(&api, &top)?;
+    ensure!(log_counts(&node, "WARN")? == 0);
+    // Whichever differ it is, a client sees the same code.
+    let ours = apply_damaged(&api, &top, "ours")?;
+    restart_stock(&node, containerd)?;
+    let mut api = Api::of(&node)?;
+    let walking = apply_damaged(&api, &top, "walking")?;
+    ensure!(
+        ours == walking && !ours.is_empty(),
+        "{ours:?}, containerd's own {walking:?}"
+    );
+    let (layers, truth) = diff_by_walking(&mut api, &top)?;
+    node.stop_daemon("containerd", "TERM")?;
+    node.start_containerd(&ContainerdConfig::transship())?;
+    let (api, applied) = (Api::of(&node)?, log_counts(&node, "layer applied")?);
+    for (at, layer) in layers.iter().enumerate() {
+        let tree = apply_and_list(&api, layer, &format!("ours-{at}"), &top)?;
+        ensure!(tree == truth, "{layer:?}:\n{}", difference(&truth, &tree));
+    }
+    ensure!(log_counts(&node, "layer applied")? == applied + layers.len());
+    Ok(())
+}
+
+/// Layers of one snapshot as containerd's own differ makes them in every compression that it knows,
+/// and what its own Apply makes of them.
+fn diff_by_walking(api: &mut Api<'_>, parent: &str) -> anyhow::Result<(Vec<Descriptor>, String)> {
+    api.begin_lease("walking")?;
+    api.prepare("walked", parent)?;
+    in_snapshot(api.node, TRANSSHIP, "walked", CHANGE)?;
+    let suffixes: &[&str] = if api.node.tree() == Tree::Forky {
+        &["", "+gzip", "+zstd"]
+    } else {
+        // The walking differ of 1.7 knows no zstd.
+        &["", "+gzip"]
+    };
+    let layers = suffixes.iter().map(|suffix| {
+        let media_type = format!("{PLAIN}{suffix}");
+        api.diff("walked", parent, &media_type, None)
+    });
+    let layers = layers.collect::<anyhow::Result<Vec<_>>>()?;
+    let truth = apply_and_list(api, &layers[0], "truth", parent)?;
+    Ok((layers, truth))
+}
+
+fn apply_and_list(
+    api: &Api<'_>,
+    layer: &Descriptor,
+    key: &str,
+    parent: &str,
+) -> anyhow::Result<String> {
+    let mounts = api.prepare(key, parent)?;
+    let applied = api.apply(layer.clone(), mounts);
+    applied.map_err(|code| anyhow::anyhow!("Apply: {code}"))?;
+    in_snapshot(api.node, TRANSSHIP, key, &list_tree(true))
+}
+
+/// `nerdctl commit` of a running container, call by call (its pkg/imgutil/commit); then the image runs,
+/// after all leases have gone.
+fn commit_as_nerdctl(api: &mut Api<'_>, reference: &str, parent: &str) -> anyhow::Result<()> {
+    let node = api.node;
+    let change = "rm /data/delete-me; echo committed >/data/committed; sleep 1000000";
+    let run = ["run", "--detach", "--snapshotter", TRANSSHIP, reference];
+    node.ctr(&[&run[..], &["web", "sh", "-c", change]].concat())?;
+    poll_until(
+        "the container's change",
+        PATIENCE,
+        || match journey::read_in_container(node, "web", "/data/committed")? {
+            text if text == "committed\n" => Ok(()),
+            text => Err(text),
+        },
+    )?;
+    node.ctr(&["tasks", "pause", "web"])?;
+    api.begin_lease("commit")?;
+    let written = log_counts(node, "layer written")?;
+    let layer = api.diff("web", parent, "", None)?;
+    ensure!(log_counts(node, "layer written")? == written + 1);
+    ensure!(layer.media_type == format!("{PLAIN}+gzip"), "{layer:?}");
+    let labels = api.labels(&layer.digest)?;
+    let diff_id = labels.get(UNCOMPRESSED).context("no uncompressed digest")?;
+    let layer = Descriptor {
+        media_type: DOCKER_GZIP.to_owned(),
+        ..layer
+    };
+
+    let chain = digest_of(format!("{parent} {diff_id}").as_bytes());
+    let mounts = api.prepare("commit-layer", parent)?;
+    let applied = api.apply(layer.clone(), mounts);
+    let applied = applied.map_err(|code| anyhow::anyhow!("Apply: {code}"))?;
+    ensure!(applied.digest == *diff_id, "{applied:?}");
+    let request = api.request(CommitSnapshotRequest {
+        snapshotter: TRANSSHIP.to_owned(),
+        name: chain.clone(),
+        key: "commit-layer".to_owned(),
+        ..CommitSnapshotRequest::default()
+    });
+    api.runtime.block_on(api.snapshots().commit(request))?;
+
+    let name = "transship.test/committed:1";
+    let get = api.request(GetImageRequest {
+        name: reference.to_owned(),
+    });
+    let mut images = ImagesClient::new(api.channel.clone());
+    let base = api.runtime.block_on(images.get(get))?.into_inner();
+    let base = base.image.and_then(|image| image.target);
+    let base = api.read_json(&base.context("the image has no target")?.digest)?;
+    let digest = base["config"]["digest"].as_str().context("no config")?;
+    let mut config = api.read_json(digest)?;
+    let diff_ids = config["rootfs"]["diff_ids"].as_array_mut();
+    diff_ids.context("no layers")?.push(json!(diff_id));
+    let snapshot = (
+        format!("containerd.io/gc.ref.snapshot.{TRANSSHIP}"),
+        chain.clone(),
+    );
+    let config = api.write(CONFIG, config.to_string().as_bytes(), &[snapshot])?;
+    let mut layers = base["layers"].as_array().context("no layers")?.clone();
+    layers.push(as_json(&layer));
+    let mut kept = vec![(
+        "containerd.io/gc.ref.content.0".to_owned(),
+        config.digest.clone(),
+    )];
+    for (at, layer) in layers.iter().enumerate() {
+        let digest = layer["digest"].as_str().unwrap_or_default().to_owned();
+        kept.push((format!("containerd.io/gc.ref.content.{}", at + 1), digest));
+    }
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST, "config": as_json(&config), "layers": layers,
+    });
+    let manifest = api.write(MANIFEST, manifest.to_string().as_bytes(), &kept)?;
+    let create = api.request(CreateImageRequest {
+        image: Some(Image {
+            name: name.to_owned(),
+            target: Some(manifest),
+            ..Image::default()
+        }),
+        ..CreateImageRequest::default()
+    });
+    api.runtime.block_on(images.create(create))?;
+    node.ctr(&["tasks", "resume", "web"])?;
+    api.end_lease()?;
+    remove_leases_of_differ(node)?;
+
+    // Where it was committed, and unpacked anew from the blobs for another snapshotter.
+    for snapshotter in [TRANSSHIP, "overlayfs"] {
+        let check = "cat /data/committed; test ! -e /data/delete-me || echo there";
+        let said = node
+            .shell(&format!(
+                "ctr run --rm --snapshotter {snapshotter} {name} check-{snapshotter} sh -c '{check}'"
+            ))
+            .read()?;
+        ensure!(said == "committed\n", "{snapshotter}: {said}");
+    }
+    Ok(journey::remove_container(node, "web")?)
+}
+
+/// `source_date_epoch`: later times become that one, so that two containers that did the same at
+/// different times give the same layer.
+fn clamp_times(api: &Api<'_>, parent: &str) -> anyhow::Result<()> {
+    // 2001-09-09 01:46:40
+    const EPOCH: i64 = 1_000_000_000;
+    let change = "mkdir -p made/dir; echo same >made/dir/file; ln -s dir made/link; rm -r data/keep
+        : >made/old; touch -d '2001-02-03 04:05:06.789 UTC' made/old; chmod 700 tmp";
+    let mut layers = Vec::new();
+    for key in ["clamped-1", "clamped-2"] {
+        api.prepare(key, parent)?;
+        in_snapshot(api.node, TRANSSHIP, key, change)?;
+        let clamped = api.diff(key, parent, PLAIN, Some(EPOCH))?;
+        layers.push((clamped.digest, api.diff(key, parent, PLAIN, None)?.digest));
+        api.remove(key)?;
+    }
+    ensure!(layers[0].0 == layers[1].0, "{layers:?}");
+    ensure!(layers[0].1 != layers[1].1, "{layers:?}");
+    let list = format!(
+        "ctr content get {} | tar --list --verbose --full-time --utc",
+        layers[0].0
+    );
+    let list = api.node.shell(&list).read()?;
+    for line in list.lines() {
+        let time = match line.rsplit('/').next() {
+            Some("old") => "2001-02-03 04:05:06",
+            // A mark has no time.
+            Some(name) if name.starts_with(".wh.") => "1970-01-01 00:00:00",
+            _ => "2001-09-09 01:46:40",
+        };
+        ensure!(line.contains(time), "{list}");
+    }
+    ensure!(list.contains("made/old") && list.contains("data/.wh.keep"));
+    Ok(())
+}
+
+/// Somebody removes the lease that the layers of this hour lie under: the next ones get another.
+fn lose_leases(api: &Api<'_>, parent: &str) -> anyhow::Result<()> {
+    let leases = || -> anyhow::Result<Vec<String>> {
+        let list = api.node.ctr(&["leases", "ls", "-q"])?;
+        let ours = list
+            .lines()
+            .filter(|lease| lease.starts_with("transship-diff"));
+        Ok(ours.map(str::to_owned).collect())
+    };
+    for media_type in [PLAIN, ""] {
+        let key = format!("leased{}", media_type.len());
+        api.prepare(&key, parent)?;
+        let mut before = Vec::new();
+        for round in 0..2 {
+            // A layer that containerd does not have yet, and one that it has.
+            in_snapshot(api.node, TRANSSHIP, &key, &format!("echo {round} >file"))?;
+            let first = api.diff(&key, parent, media_type, None)?;
+            let again = api.diff(&key, parent, media_type, None)?;
+            ensure!(first == again);
+            let now = leases()?;
+            ensure!(now.len() == 1 && now != before, "{now:?}, {before:?}");
+            ensure!(api.labels(&first.digest)?.contains_key(UNCOMPRESSED));
+            remove_leases_of_differ(api.node)?;
+            ensure!(
+                api.labels(&first.digest).is_err(),
+                "kept by nothing, and there"
+            );
+            before = now;
+        }
+        api.remove(&key)?;
+    }
+    let half = half_content(api.node).map_err(anyhow::Error::msg)?;
+    ensure!(half.is_empty(), "{half}");
+    Ok(())
+}
+
+/// Layers that are none, and what Apply answers.
+fn apply_damaged(api: &Api<'_>, parent: &str, differ: &str) -> anyhow::Result<Vec<Code>> {
+    api.prepare("whole", parent)?;
+    in_snapshot(
+        api.node,
+        TRANSSHIP,
+        "whole",
+        "head -c 100000 /dev/urandom >f",
+    )?;
+    let whole = api.diff("whole", parent, "", None)?;
+    let gzip = api.read(&whole.digest)?;
+    api.remove("whole")?;
+    let gzip_type = format!("{PLAIN}+gzip");
+    let mut codes = Vec::new();
+    for (media_type, damaged) in [
+        (gzip_type.as_str(), gzip[..gzip.len() / 2].to_vec()),
+        (
+            PLAIN,
+            format!("{differ} gets no tar").repeat(512).into_bytes(),
+        ),
+    ] {
+        let keep = GC_ROOT.map(str::to_owned).into();
+        let layer = api.write(media_type, &damaged, &[keep])?;
+        let mounts = api.prepare("damaged", parent)?;
+        let Err(code) = api.apply(layer, mounts) else {
+            anyhow::bail!("{media_type}: a damaged layer was applied");
+        };
+        codes.push(code);
+        api.remove("damaged")?;
+    }
+    Ok(codes)
+}
