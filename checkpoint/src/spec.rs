@@ -56,6 +56,12 @@ impl Spec {
         serde_json::from_slice::<Map<String, Value>>(json).map(|map| Self(Value::Object(map)))
     }
 
+    /// `linux.cgroupsPath`: a path, or `slice:prefix:name` for systemd.
+    #[must_use]
+    pub fn cgroups_path(&self) -> Option<&str> {
+        self.0.pointer("/linux/cgroupsPath")?.as_str()
+    }
+
     /// The spec as JSON.
     ///
     /// # Panics

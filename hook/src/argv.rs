@@ -66,6 +66,8 @@ pub struct Globals {
     pub log: Option<PathBuf>,
     /// `--log-format json`.
     pub json: bool,
+    /// `--systemd-cgroup`: systemd makes the cgroups.
+    pub systemd_cgroup: bool,
 }
 
 /// What the runtime is asked for.
@@ -239,6 +241,9 @@ impl Invocation {
                 ("root", Some(value)) => globals.root = Some(value.into()),
                 ("log", Some(value)) => globals.log = Some(value.into()),
                 ("log-format", Some(value)) => globals.json = value == "json",
+                ("systemd-cgroup", value) => {
+                    globals.systemd_cgroup = value.is_none_or(|value| value != "false");
+                }
                 _ => {}
             }
             globals.args = args[..args.len() - rest.len()].to_vec();

@@ -13,8 +13,6 @@ const TCP_KERNEL: Version = Version(6, 16, 0);
 const TCP_CRIU: Version = Version(4, 2, 0);
 /// The oldest CRIU that the tests run with.
 const OLDEST_CRIU: Version = Version(4, 0, 0);
-/// runc gives CRIU the new cgroup on cgroup v2 (opencontainers/runc commit 3438ef30b).
-const RUNC_CGROUP: Version = Version(1, 2, 0);
 /// `runc exec` joins the time namespace of a restored container (1.2.7, 1.3.0; runc commit b68cbdff3).
 const RUNC_TIME: Version = Version(1, 2, 7);
 /// crun hands CRIU the file of `org.criu.config` (with libcriu 4.2).
@@ -32,7 +30,7 @@ pub(crate) fn findings() -> Vec<Finding> {
         Finding::ok("cgroups", if cgroup2 { "v2" } else { "v1" }),
     ];
     findings.extend(criu(Version::find(&kernel)));
-    findings.extend(runc(cgroup2));
+    findings.extend(runc());
     findings.extend(crun(cgroup2));
     findings.push(network_lock());
     findings.extend(own_programs());
@@ -87,7 +85,7 @@ fn shown(Version(major, minor, patch): Version) -> String {
     format!("{major}.{minor}.{patch}")
 }
 
-fn runc(cgroup2: bool) -> Vec<Finding> {
+fn runc() -> Vec<Finding> {
     let version = match run("runc", &["--version"]) {
         Ok(text) => Version::find(&text),
         Err(why) => {
@@ -95,10 +93,10 @@ fn runc(cgroup2: bool) -> Vec<Finding> {
             return vec![Finding::note("runc", why, remedy)];
         }
     };
-    version.map_or_else(Vec::new, |version| judge_runc(version, cgroup2))
+    version.map_or_else(Vec::new, judge_runc)
 }
 
-fn judge_runc(version: Version, cgroup2: bool) -> Vec<Finding> {
+fn judge_runc(version: Version) -> Vec<Finding> {
     let mut findings = vec![Finding::ok("runc", shown(version))];
     if version < RUNC_TIME {
         findings.push(Finding::note(
@@ -109,17 +107,6 @@ fn judge_runc(version: Version, cgroup2: bool) -> Vec<Finding> {
                 shown(version)
             ),
             "runc 1.2.7 or later does not",
-        ));
-    }
-    if version < RUNC_CGROUP && cgroup2 {
-        findings.push(Finding::problem(
-            "runc cgroups",
-            format!(
-                "runc {} on cgroup v2 restores into the cgroup path of the dump, not into the \
-                 container's own",
-                shown(version)
-            ),
-            "install runc 1.2.0 or later",
         ));
     }
     findings
@@ -221,16 +208,11 @@ mod tests {
 
     #[test]
     fn the_traps_of_runc_are_told() {
-        let verdicts = |version, cgroup2| {
-            let findings = judge_runc(version, cgroup2);
+        let verdicts = |version| {
+            let findings = judge_runc(version);
             findings.iter().map(|it| it.verdict).collect::<Vec<_>>()
         };
-        assert_eq!(verdicts(Version(1, 3, 6), true), [Verdict::Ok]);
-        assert_eq!(
-            verdicts(Version(1, 1, 15), false),
-            [Verdict::Ok, Verdict::Note]
-        );
-        let trapped = [Verdict::Ok, Verdict::Note, Verdict::Problem];
-        assert_eq!(verdicts(Version(1, 1, 5), true), trapped);
+        assert_eq!(verdicts(Version(1, 3, 6)), [Verdict::Ok]);
+        assert_eq!(verdicts(Version(1, 1, 15)), [Verdict::Ok, Verdict::Note]);
     }
 }

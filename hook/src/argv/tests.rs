@@ -33,6 +33,10 @@ fn calls_of_the_shim_are_understood() {
         );
         assert_eq!(call.globals.log, Some("/b/log.json".into()));
         assert!(call.globals.json);
+        assert_eq!(
+            call.globals.systemd_cgroup,
+            globals.contains("systemd-cgroup")
+        );
         let Command::Create(create) = call.command else {
             panic!("{globals}")
         };

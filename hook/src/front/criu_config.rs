@@ -35,6 +35,7 @@ impl CriuConfig {
         bundle: &Bundle,
         spec: &mut Spec,
         options: &CriuOptions,
+        cgroup_root: Option<&str>,
         held: bool,
     ) -> Result<Self, FrontError> {
         let path = bundle.path(CONFIG_FILE);
@@ -47,7 +48,10 @@ impl CriuConfig {
             Some(named) => Some(named.into()),
             None => Some(DEFAULT_CONFIG.into()),
         };
-        let text = options.restore_config(&read(own.as_deref())?, held);
+        let mut text = options.restore_config(&read(own.as_deref())?, held);
+        if let Some(path) = cgroup_root {
+            text += &format!("cgroup-root {path}\n");
+        }
         let config = Self { path, own };
         config.replace(|new| fs::write(new, text))?;
         spec.set_annotation(annotations::CRIU_CONFIG, &config.path.to_string_lossy());
@@ -109,7 +113,7 @@ mod tests {
         ] {
             let mut spec = Spec::parse(b"{}").unwrap();
             spec.set_annotation(annotations::CRIU_CONFIG, value);
-            let config = CriuConfig::write(&bundle, &mut spec, &options, true).unwrap();
+            let config = CriuConfig::write(&bundle, &mut spec, &options, None, true).unwrap();
             let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
             assert_eq!(fs::read_to_string(&named).unwrap(), text, "{value}");
             config.give_back().unwrap();

@@ -2,7 +2,7 @@
 //!
 //! CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction;
 //! SIGCONT lets it go. Tasks are found as the tree below the first process: that is what CRIU
-//! restored, whatever cgroup it ended up in (runc 1.1 on cgroup v2 may leave it in the old one).
+//! restored, and asks nothing of cgroups, which a node may have of either version.
 
 use std::fs;
 use std::io;

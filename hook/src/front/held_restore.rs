@@ -92,7 +92,9 @@ impl Front<'_> {
         let images = LinkedImages::of(&request.images)?;
         let joining = self.fit_images(images.path(), config, pod)?;
         let criu = config.annotations.criu.over(request.criu);
-        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, true)?;
+        let cgroup = self.cgroup_root(&create.id, &config.spec);
+        let criu_config =
+            CriuConfig::write(bundle, &mut config.spec, &criu, cgroup.as_deref(), true)?;
         bundle.replace_config(&config.spec)?;
 
         let work = bundle.path("work");

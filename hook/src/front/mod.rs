@@ -5,6 +5,7 @@
 //! restore).
 
 mod bundle;
+mod cgroup_root;
 mod create;
 mod criu_config;
 mod delete;

@@ -70,9 +70,16 @@ impl Front<'_> {
         let joining = self.fit_images(images.path(), config, pod)?;
         // containerd gives no option of the dump to its restore.
         let criu = config.annotations.criu.over(CriuOptions::default());
-        let criu_config = match criu.restore_lines().is_empty() {
+        let cgroup = self.cgroup_root(&restore.id, &config.spec);
+        let criu_config = match criu.restore_lines().is_empty() && cgroup.is_none() {
             true => None,
-            false => Some(CriuConfig::write(bundle, &mut config.spec, &criu, false)?),
+            false => Some(CriuConfig::write(
+                bundle,
+                &mut config.spec,
+                &criu,
+                cgroup.as_deref(),
+                false,
+            )?),
         };
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);
