@@ -8,22 +8,30 @@ export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)criu$(comma)containerd$(
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := btrfs-progs buildah build-essential ca-certificates iproute2 libarchive-tools mmdebstrap protobuf-compiler umoci util-linux
+# Besides, for `make test-vm`.
+PACKAGES_VM := e2fsprogs qemu-system-x86
 BINARIES := transship transship-snapshotter transship-runc transship-hook
 # Tools in the versions that are known to work with the pinned toolchain.
 TOOLS := cargo-nextest@0.9.143 cargo-deny@0.20.2 cargo-machete@0.9.2
 
-.PHONY: help setup build test test-long lint demo bench install clean
+# $(call ensure,PACKAGES): installs those that are not there.
+ensure = @missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
+
+.PHONY: help setup setup-vm build test test-long test-vm lint demo bench install install-built clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: ## Install what building and testing need (Debian)
-	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
-	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
+	$(call ensure,$(PACKAGES))
 	@for tool in $(TOOLS); do \
 	  command -v $${tool%@*} >/dev/null || $(CARGO) install --locked --debug $$tool; \
 	done
+
+setup-vm: ## Install what building and the machine of test-vm need (Debian)
+	$(call ensure,$(PACKAGES) $(PACKAGES_VM))
 
 build: ## Build all binaries (debug; the tests use these)
 	$(CARGO) build --workspace --bins
@@ -33,6 +41,11 @@ test: build ## Run all tests, those on real nodes too
 
 test-long: build ## Run all tests with many more generated cases, and those that take long
 	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all
+
+test-vm: setup-vm build ## Run tests in a machine with systemd and cgroup v2; ONLY=part of their names
+	rm -rf target/vm/root
+	$(MAKE) install-built BUILT=target/debug DESTDIR=target/vm/root PREFIX=/usr/local
+	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-vm $(or $(ONLY),vm_)
 
 lint: ## Check format, lints, documentation, dependencies
 	$(CARGO) fmt --check
@@ -50,8 +63,12 @@ bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|fron
 
 install: ## Install the built release binaries, units and sample configurations to PREFIX
 	$(CARGO) build --release $(BINARIES:%=--bin %)
+	$(MAKE) install-built
+
+install-built: BUILT ?= target/release
+install-built:
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 0755 $(BINARIES:%=target/release/%) $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BINARIES:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/transship
 	for unit in config/*.service config/*.socket; do \
 	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \

@@ -9,15 +9,17 @@ use crate::Case;
 const MIGRATE: [&str; 3] = ["migrate", "counter", "--sandbox"];
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("migration", a_container_counts_on_in_the_other_node)
-        .chain(Case::on_all_trees(
-            "refusals",
-            a_refused_migration_changes_nothing,
-        ))
-        .chain(Case::on_all_trees(
-            "checkpoint",
-            a_checkpoint_is_restored_later_and_elsewhere,
-        ))
+    Case::on_all_trees("migration", |bed| {
+        a_container_counts_on_in_the_other_node(bed, 200)
+    })
+    .chain(Case::on_all_trees(
+        "refusals",
+        a_refused_migration_changes_nothing,
+    ))
+    .chain(Case::on_all_trees(
+        "checkpoint",
+        a_checkpoint_is_restored_later_and_elsewhere,
+    ))
 }
 
 fn start_counter(a: &Node, b: &Node, memory_mb: u32) -> anyhow::Result<()> {
@@ -28,9 +30,12 @@ fn start_counter(a: &Node, b: &Node, memory_mb: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn a_container_counts_on_in_the_other_node(bed: &Testbed) -> anyhow::Result<()> {
+pub(crate) fn a_container_counts_on_in_the_other_node(
+    bed: &Testbed,
+    memory_mb: u32,
+) -> anyhow::Result<()> {
     let (a, b) = journey::start_nodes(bed)?;
-    start_counter(&a, &b, 200)?;
+    start_counter(&a, &b, memory_mb)?;
     let before = journey::ask(&a, &journey::sandbox_address(&a, "sandbox")?)?;
     let ssh = bed.ssh(&a, &b)?;
     let report = a
@@ -40,7 +45,10 @@ fn a_container_counts_on_in_the_other_node(bed: &Testbed) -> anyhow::Result<()> 
         .arg("ctr t kill -s KILL sandbox; ctr t delete sandbox; ctr c rm sandbox")
         .read()?;
     let report: serde_json::Value = serde_json::from_str(&report)?;
-    ensure!(report["bytes"].as_u64() > Some(200 << 20), "{report}");
+    ensure!(
+        report["bytes"].as_u64() > Some(u64::from(memory_mb) << 20),
+        "{report}"
+    );
     for step in ["image", "dump", "upperdir", "transfer", "restore", "commit"] {
         let steps = report["timeline"]["steps"].as_array().context("no steps")?;
         ensure!(
@@ -52,7 +60,7 @@ fn a_container_counts_on_in_the_other_node(bed: &Testbed) -> anyhow::Result<()> 
     let address = journey::sandbox_address(&b, "sandbox-b")?;
     let after = journey::ask(&b, &address)?;
     ensure!(
-        after.count >= before.count && after.memory_ok && after.memory_mb == 200,
+        after.count >= before.count && after.memory_ok && after.memory_mb == u64::from(memory_mb),
         "{after:?}"
     );
     ensure!(

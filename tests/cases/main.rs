@@ -1,11 +1,13 @@
-//! Tests on real nodes, one case per tree: `node_<tree>_<what>`.
+//! Tests on real nodes, one case per tree: `node_<tree>_<what>`; `vm_<tree>_<what>` in the machine of
+//! `make test-vm`, where the nodes have cgroup v2 alone and the machine has systemd.
 //!
 //! ```text
 //! <case file>::cases() ─> Case ─> libtest-mimic Trial ─> Testbed on the case's tree ─> the case
 //! ```
 //!
 //! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
-//! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`.
+//! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`; elsewhere than in
+//! that machine `vm_` cases are skipped.
 
 mod criu_options;
 mod crun;
@@ -22,6 +24,8 @@ mod stale_namespaces;
 mod starts;
 mod stock;
 mod teardown;
+mod vm_cgroups;
+mod vm_units;
 
 use std::process::ExitCode;
 
@@ -30,7 +34,7 @@ use transship_testbed::{Need, Needs, Settings, Testbed, Tree};
 
 /// One test on one tree.
 struct Case {
-    /// What comes after `node_<tree>_`.
+    /// What comes after `<need>_<tree>_`.
     what: &'static str,
     tree: Tree,
     run: fn(&Testbed) -> anyhow::Result<()>,
@@ -47,14 +51,20 @@ impl Case {
             .map(move |tree| Case { what, tree, run })
     }
 
-    fn into_trial(self, settings: &Settings, needs: &Needs) -> Trial {
+    fn into_trial(self, place: Place, settings: &Settings, needs: &Needs) -> Trial {
         let (settings, needs) = (settings.clone(), needs.clone());
-        Trial::ignorable_test(format!("node_{}_{}", self.tree, self.what), move || {
-            let need = Need::Node(self.tree);
-            match need.missing(&settings) {
-                Some(reason) if needs.requires(need) => return Err(reason.into()),
-                Some(reason) => return Ok(Completion::ignored_with(reason)),
-                None => {}
+        let prefix = match place {
+            Place::Anywhere => "node",
+            Place::Vm => "vm",
+        };
+        Trial::ignorable_test(format!("{prefix}_{}_{}", self.tree, self.what), move || {
+            let in_vm = (place == Place::Vm).then_some(Need::Vm);
+            for need in in_vm.into_iter().chain([Need::Node(self.tree)]) {
+                match need.missing(&settings) {
+                    Some(reason) if needs.requires(need) => return Err(reason.into()),
+                    Some(reason) => return Ok(Completion::ignored_with(reason)),
+                    None => {}
+                }
             }
             let bed = Testbed::new(self.tree, &settings).map_err(|error| failed(&error.into()))?;
             let result = (self.run)(&bed);
@@ -69,6 +79,15 @@ impl Case {
                 .map_err(|error| failed(&error))
         })
     }
+}
+
+/// Where a case runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On whatever Linux this is.
+    Anywhere,
+    /// In the machine of `make test-vm` alone.
+    Vm,
 }
 
 fn failed(error: &anyhow::Error) -> Failed {
@@ -89,6 +108,12 @@ fn main() -> ExitCode {
     };
     let settings = Settings::from_variables(|name| std::env::var_os(name), executable);
     let needs = Needs::from_require(&std::env::var("REQUIRE").unwrap_or_default());
+    if let Some(factor) = std::env::var("TRANSSHIP_PATIENCE")
+        .ok()
+        .and_then(|factor| factor.parse().ok())
+    {
+        transship_testbed::stretch_deadlines(factor);
+    }
     let cases = starts::cases()
         .chain(criu_options::cases())
         .chain(crun::cases())
@@ -104,8 +129,11 @@ fn main() -> ExitCode {
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
         .chain(teardown::cases());
+    let in_vm = vm_cgroups::cases().chain(vm_units::cases());
     let trials = cases
-        .map(|case| case.into_trial(&settings, &needs))
+        .map(|case| (Place::Anywhere, case))
+        .chain(in_vm.map(|case| (Place::Vm, case)))
+        .map(|(place, case)| case.into_trial(place, &settings, &needs))
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -17,6 +17,7 @@ pub(crate) const FIRST: PodContainer<'static> = PodContainer {
     command: &["/usr/bin/counter", "--memory-mb", "32"],
     mounts: &[],
     tty: false,
+    memory_limit: 0,
 };
 pub(crate) const SECOND: PodContainer<'static> = PodContainer {
     name: "second",
@@ -31,7 +32,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         }))
 }
 
-fn a_pod_goes_on_elsewhere(bed: &Testbed, transship_snapshotter: bool) -> anyhow::Result<()> {
+pub(crate) fn a_pod_goes_on_elsewhere(
+    bed: &Testbed,
+    transship_snapshotter: bool,
+) -> anyhow::Result<()> {
     let (a, b) = (bed.node("a")?, bed.node("b")?);
     bed.link(&a, &b)?;
     for node in [&a, &b] {

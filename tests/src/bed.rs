@@ -94,6 +94,19 @@ impl Testbed {
         Ok(node)
     }
 
+    /// The machine itself as a node, with its systemd and its own root: for the machine of
+    /// `make test-vm` alone.
+    ///
+    /// # Errors
+    /// On any other machine.
+    pub fn machine(&self) -> Result<Node, TestbedError> {
+        let inner = &self.inner;
+        let mut nodes = lock(&inner.nodes);
+        let node = Node::of_machine(&inner.settings, inner.tree, nodes.len())?;
+        nodes.push(node.clone());
+        Ok(node)
+    }
+
     /// The nodes started so far.
     pub fn nodes(&self) -> Vec<Node> {
         lock(&self.inner.nodes).clone()

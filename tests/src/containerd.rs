@@ -31,6 +31,8 @@ pub struct ContainerdConfig {
     pub transship_diff: bool,
     /// BinaryName of the CRI's runtime `runc`; for `ctr run` give `--runc-binary` too.
     pub runtime_binary: Option<String>,
+    /// The CRI's runtime asks systemd for cgroups; for `ctr run` give `--runc-systemd-cgroup` too.
+    pub systemd_cgroup: bool,
     /// TOML to put after all else.
     pub extra: String,
 }
@@ -42,7 +44,7 @@ impl ContainerdConfig {
             transship_snapshotter: true,
             transship_diff: true,
             runtime_binary: Some("/usr/local/bin/transship-runc".to_owned()),
-            extra: String::new(),
+            ..ContainerdConfig::default()
         }
     }
 
@@ -129,8 +131,12 @@ impl ContainerdConfig {
             "[{runc}]\n  runtime_type = \"io.containerd.runc.v2\"\n  \
              pod_annotations = [\"dev.transship/*\"]\n  container_annotations = [\"dev.transship/*\"]\n"
         );
+        toml += &format!(
+            "[{runc}.options]\n  SystemdCgroup = {}\n",
+            self.systemd_cgroup
+        );
         if let Some(binary) = &self.runtime_binary {
-            toml += &format!("[{runc}.options]\n  BinaryName = \"{binary}\"\n");
+            toml += &format!("  BinaryName = \"{binary}\"\n");
         }
         toml
     }
@@ -143,10 +149,18 @@ pub struct Containerd {
 }
 
 impl Node {
+    /// Writes containerd's configuration and that of its network.
+    ///
+    /// # Errors
+    /// When the node cannot be written to.
+    pub fn configure_containerd(&self, config: &ContainerdConfig) -> Result<(), TestbedError> {
+        self.write_file("/etc/containerd/config.toml", config.to_toml(self.tree()))?;
+        self.write_cni_config()
+    }
+
     /// Starts containerd with this configuration and waits until it answers.
     pub fn start_containerd(&self, config: &ContainerdConfig) -> Result<Containerd, TestbedError> {
-        self.write_file("/etc/containerd/config.toml", config.to_toml(self.tree()))?;
-        self.write_cni_config()?;
+        self.configure_containerd(config)?;
         self.start_daemon("containerd", &["containerd"])?;
         self.wait_for_daemon("containerd", &["ctr", "version"])?;
         Ok(Containerd { node: self.clone() })

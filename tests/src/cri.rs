@@ -32,6 +32,7 @@ pub struct Cri {
     client: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
     runtime: Runtime,
+    slices: bool,
 }
 
 /// A pod that runs.
@@ -57,6 +58,8 @@ pub struct PodContainer<'a> {
     pub mounts: &'a [(&'a str, &'a str)],
     /// Whether it has a terminal.
     pub tty: bool,
+    /// Limit of memory in bytes; 0 for none.
+    pub memory_limit: i64,
 }
 
 impl Pod {
@@ -104,11 +107,19 @@ impl Node {
             client: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
             runtime,
+            slices: false,
         })
     }
 }
 
 impl Cri {
+    /// Its pods have slices of systemd for cgroup parents, as with kubelet's systemd driver.
+    #[must_use]
+    pub fn with_slices(mut self) -> Self {
+        self.slices = true;
+        self
+    }
+
     /// What images take on disk, as kubelet asks before it collects garbage. containerd counts every
     /// ten seconds.
     ///
@@ -139,6 +150,12 @@ impl Cri {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let uid = format!("uid-{name}-{}-{count}", std::process::id());
         let namespaces = namespaces(share_processes);
+        let cgroup_parent = if self.slices {
+            // A dash in a slice's name goes one level down.
+            format!("kubepods-pod{}.slice", uid.replace('-', "_"))
+        } else {
+            format!("/kubepods/pod{uid}")
+        };
         let config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.to_owned(),
@@ -151,7 +168,7 @@ impl Cri {
             labels: kubelet_labels(namespace, name, &uid),
             annotations: owned(annotations),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("/kubepods/pod{uid}"),
+                cgroup_parent,
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces),
                     ..Default::default()
@@ -254,7 +271,11 @@ impl Cri {
                     namespace_options: sandbox.and_then(|context| context.namespace_options),
                     ..Default::default()
                 }),
-                ..Default::default()
+                resources: (container.memory_limit > 0).then(|| LinuxContainerResources {
+                    memory_limit_in_bytes: container.memory_limit,
+                    memory_swap_limit_in_bytes: container.memory_limit,
+                    ..Default::default()
+                }),
             }),
             ..Default::default()
         };

@@ -1,7 +1,7 @@
 //! Throwaway containerd nodes on one machine: the ground on which the real-node tests, the demo and the benchmarks stand.
 //!
 //! ```text
-//!  mmdebstrap ──> tree.rs ──> cached Debian tree (containerd, runc, CRIU)
+//!  mmdebstrap ──> tree.rs, recipe.rs ──> cached Debian tree (containerd, runc, CRIU)
 //!                               │ lowerdir
 //!  settings.rs ─> bed.rs ───> node.rs ── unshare ──> init.rs   PID 1 of the node: mounts, pivot_root, reaps
 //!  (paths)      run dir, lock   │  │ nsenter         ▲
@@ -12,6 +12,9 @@
 //!                 ├─ image.rs <── workload.rs        OCI image of busybox and our static programs, for `ctr images import`
 //!                 └─ interrupt.rs, footprint.rs      teardown on signals; proof that nothing is left
 //! ```
+//!
+//! All that runs on any Linux; machine/ boots a Debian with systemd and cgroup v2 in QEMU and runs it
+//! there ([`Machine`]).
 //!
 //! The program that uses this library is started again by itself as the node's PID 1 and as the
 //! door into a node, so its `main` begins with [`node_role`].
@@ -35,10 +38,12 @@ mod init;
 mod interrupt;
 pub mod journey;
 mod logs;
+mod machine;
 mod needs;
 mod network;
 mod node;
 mod poll;
+mod recipe;
 mod run;
 mod settings;
 mod ssh;
@@ -53,10 +58,11 @@ pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};
 pub use image::Image;
+pub use machine::Machine;
 pub use needs::{Need, Needs};
 pub use network::Link;
 pub use node::{Node, NodeOptions, Storage};
-pub use poll::poll_until;
+pub use poll::{poll_until, stretch_deadlines};
 pub use run::CommandRun;
 pub use settings::Settings;
 pub use tree::Tree;

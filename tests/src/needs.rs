@@ -5,13 +5,15 @@ use std::process::{Command, Stdio};
 
 use crate::{Settings, Tree};
 
-/// A need: `root_`, `criu_`, `containerd_` and `node_` are the prefixes of test names.
+/// A need: `root_`, `criu_`, `containerd_`, `node_` and `vm_` are the prefixes of test names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// All rights on a real kernel.
     Root,
     /// Throwaway nodes: root, and a tree or mmdebstrap to make it.
     Node(Tree),
+    /// The machine of `make test-vm`: systemd, cgroup v2, and nothing that must not be spoilt.
+    Vm,
 }
 
 /// Which needs must be met, and how a machine without one is treated.
@@ -37,6 +39,7 @@ impl Needs {
         let name = match need {
             Need::Root => "root",
             Need::Node(_) => "node",
+            Need::Vm => "vm",
         };
         self.required.iter().any(|required| required == name)
     }
@@ -45,6 +48,9 @@ impl Needs {
 impl Need {
     /// Says what is missing; `None` when the need is met.
     pub fn missing(self, settings: &Settings) -> Option<String> {
+        if self == Need::Vm && !Path::new(crate::machine::MARKER).is_file() {
+            return Some("not in the machine of `make test-vm`".to_owned());
+        }
         if !nix::unistd::geteuid().is_root() {
             return Some("not root".to_owned());
         }
@@ -80,6 +86,7 @@ mod tests {
         let needs = Needs::from_require("root, node");
         assert!(needs.requires(Need::Root));
         assert!(needs.requires(Need::Node(Tree::Forky)));
+        assert!(!needs.requires(Need::Vm));
         assert!(!Needs::from_require("").requires(Need::Root));
         assert!(!Needs::from_require("criu").requires(Need::Node(Tree::Trixie)));
     }

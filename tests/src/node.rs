@@ -194,6 +194,35 @@ impl Node {
         }
     }
 
+    /// The machine itself: nothing is made for it, and nothing is taken away in the end.
+    pub(crate) fn of_machine(
+        settings: &Settings,
+        tree: Tree,
+        index: usize,
+    ) -> Result<Node, TestbedError> {
+        if let Some(reason) = crate::Need::Vm.missing(settings) {
+            return Err(TestbedError::NodeStart {
+                node: "machine".to_owned(),
+                reason,
+            });
+        }
+        Ok(Node {
+            inner: Arc::new(NodeInner {
+                name: "machine".to_owned(),
+                index,
+                tree,
+                dir: PathBuf::from("/"),
+                pid: Pid::from_raw(1),
+                cgroups: NodeCgroups {
+                    hierarchies: Vec::new(),
+                },
+                executable: settings.executable.clone(),
+                process: Mutex::new(None),
+                daemons: Mutex::default(),
+            }),
+        })
+    }
+
     fn set_up(&self, hostname: &str) -> Result<(), TestbedError> {
         self.shell(&format!(
             "ip link set lo up

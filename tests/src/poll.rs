@@ -1,5 +1,6 @@
 //! Waiting for something, with a deadline.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::TestbedError;
@@ -7,6 +8,14 @@ use crate::TestbedError;
 /// How long between two looks: short against the acts that are waited for (tens of milliseconds),
 /// long enough not to take a processor from them.
 const INTERVAL: Duration = Duration::from_millis(20);
+
+/// By how much every deadline is longer.
+static STRETCH: AtomicU32 = AtomicU32::new(1);
+
+/// Makes all deadlines of [`poll_until`] `factor` times as long: for a machine that is emulated.
+pub fn stretch_deadlines(factor: u32) {
+    STRETCH.store(factor.max(1), Ordering::Relaxed);
+}
 
 /// Tries `look` until it gives a value or `deadline` has passed.
 ///
@@ -18,6 +27,7 @@ pub fn poll_until<T>(
     mut look: impl FnMut() -> Result<T, String>,
 ) -> Result<T, TestbedError> {
     let start = Instant::now();
+    let deadline = deadline * STRETCH.load(Ordering::Relaxed);
     loop {
         let last = match look() {
             Ok(value) => return Ok(value),

@@ -14,6 +14,8 @@ pub struct Settings {
     pub binaries_dir: PathBuf,
     /// Cargo's target directory for the programs that run inside containers.
     pub workload_target_dir: PathBuf,
+    /// A directory with those programs, built elsewhere: then no cargo is needed.
+    pub built_workloads: Option<PathBuf>,
     /// The cargo that builds those programs.
     pub cargo: PathBuf,
     /// The program that answers to [`crate::node_role`]: the current executable.
@@ -28,6 +30,7 @@ impl Settings {
     /// | `XDG_CACHE_HOME` | `cache_dir` = `$XDG_CACHE_HOME/transship-testbed` | `/var/cache/transship-testbed` |
     /// | `TRANSSHIP_TESTBED_DIR` | `work_dir` | `/var/tmp/transship-testbed` |
     /// | `TRANSSHIP_BIN_DIR` | `binaries_dir` | where the executable lies (cargo's `deps` is stepped out of) |
+    /// | `TRANSSHIP_WORKLOADS` | `built_workloads` | none |
     /// | `CARGO` | `cargo` | `cargo` |
     pub fn from_variables(
         variable: impl Fn(&str) -> Option<OsString>,
@@ -47,6 +50,7 @@ impl Settings {
                 .unwrap_or_else(|| "/var/tmp/transship-testbed".into()),
             binaries_dir: path("TRANSSHIP_BIN_DIR").unwrap_or_else(|| beside.to_owned()),
             workload_target_dir: target,
+            built_workloads: path("TRANSSHIP_WORKLOADS"),
             cargo: path("CARGO").unwrap_or_else(|| "cargo".into()),
             executable,
         }

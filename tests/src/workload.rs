@@ -30,6 +30,13 @@ pub enum Workload {
 }
 
 impl Workload {
+    pub(crate) const ALL: [Workload; 4] = [
+        Workload::Counter,
+        Workload::Holder,
+        Workload::Sandbox,
+        Workload::Podmate,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Workload::Counter => "counter",
@@ -41,6 +48,9 @@ impl Workload {
 
     /// Builds the program if its source is newer and gives its path.
     pub fn build(self, settings: &Settings) -> Result<PathBuf, TestbedError> {
+        if let Some(dir) = &settings.built_workloads {
+            return Ok(dir.join(self.name()));
+        }
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/workload/Cargo.toml");
         Command::new(&settings.cargo)
             .args([

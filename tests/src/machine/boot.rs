@@ -1,0 +1,195 @@
+//! QEMU: whether KVM works here, and the one boot.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::payload::EXIT_LINE;
+use super::root::{MachineRoot, TreeImage};
+use crate::TestbedError;
+
+const QEMU: &str = "qemu-system-x86_64";
+const MEMORY: &str = "4096";
+/// The first line of a kernel is there within a second where KVM works.
+const KVM_PATIENCE: Duration = Duration::from_secs(10);
+/// For the power to go off once the tests have ended.
+const POWER_OFF_PATIENCE: Duration = Duration::from_secs(60);
+
+/// One machine.
+#[derive(Debug)]
+pub(super) struct Boot<'a> {
+    pub(super) root: &'a MachineRoot,
+    pub(super) trees: &'a [TreeImage],
+    pub(super) payload: &'a Path,
+    pub(super) with_kvm: bool,
+    pub(super) console: &'a Path,
+    pub(super) journal: &'a Path,
+    pub(super) deadline: Duration,
+}
+
+impl Boot<'_> {
+    /// Runs the machine; see [`super::Machine::run`].
+    pub(super) fn run(&self, mut show: impl FnMut(&str)) -> Result<Option<u8>, TestbedError> {
+        let mut qemu = self.command();
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut machine = Killed(qemu.spawn().map_err(|source| TestbedError::Start {
+            line: format!("{QEMU} (run `make setup-vm`)"),
+            source,
+        })?);
+        let stdout = machine.0.stdout.take().expect("it was asked for as a pipe");
+        let lines = lines_of(stdout);
+        let end = Instant::now() + self.deadline;
+        let mut exit = None;
+        loop {
+            let left = match exit {
+                None => end.saturating_duration_since(Instant::now()),
+                Some(_) => POWER_OFF_PATIENCE,
+            };
+            match lines.recv_timeout(left) {
+                Ok(line) => match line.strip_prefix(EXIT_LINE) {
+                    Some(code) => exit = code.trim().parse().ok(),
+                    None => show(&line),
+                },
+                Err(RecvTimeoutError::Timeout) if exit.is_none() => {
+                    show(&format!("the machine is killed after {:?}", self.deadline));
+                    return Ok(None);
+                }
+                Err(_) => return Ok(exit),
+            }
+        }
+    }
+
+    fn command(&self) -> Command {
+        let mut qemu = Command::new(QEMU);
+        qemu.args(["-machine", "q35", "-m", MEMORY, "-cpu", "max"])
+            .args(accelerator(self.with_kvm))
+            .args(["-smp", &processors().to_string()])
+            .args([
+                "-display",
+                "none",
+                "-monitor",
+                "none",
+                "-nic",
+                "none",
+                "-no-reboot",
+            ])
+            .arg("-kernel")
+            .arg(&self.root.kernel)
+            .arg("-initrd")
+            .arg(&self.root.initramfs)
+            .args([
+                "-append",
+                "root=/dev/vda rw console=ttyS0 panic=-1 quiet systemd.show_status=1",
+            ])
+            .arg("-serial")
+            .arg(format!("file:{}", self.console.display()));
+        let disk = |qemu: &mut Command, id: &str, path: &Path, how: &str| {
+            // Nothing that is written outlives the machine: no write has to reach the disk.
+            let drive = format!(
+                "if=none,id={id},file={},format=raw,cache=unsafe,{how}",
+                path.display()
+            );
+            qemu.args(["-drive", &drive, "-device"])
+                .arg(format!("virtio-blk-pci,drive={id},serial={id}"));
+        };
+        disk(&mut qemu, "root", &self.root.disk, "snapshot=on");
+        for tree in self.trees {
+            disk(&mut qemu, &tree.serial, &tree.disk, "readonly=on");
+        }
+        disk(&mut qemu, "payload", self.payload, "readonly=on");
+        qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
+            // A chardev of kind "stdio" is closed when its stdin is, and the machine's writes wait.
+            .args(["-chardev", "file,id=tests,path=/dev/stdout"])
+            .args([
+                "-device",
+                "virtserialport,chardev=tests,name=transship.tests",
+            ])
+            .arg("-chardev")
+            .arg(format!("file,id=journal,path={}", self.journal.display()))
+            .args([
+                "-device",
+                "virtserialport,chardev=journal,name=transship.journal",
+            ]);
+        qemu
+    }
+}
+
+fn accelerator(with_kvm: bool) -> [&'static str; 2] {
+    ["-accel", if with_kvm { "kvm" } else { "tcg,thread=multi" }]
+}
+
+fn processors() -> usize {
+    thread::available_parallelism().map_or(1, |count| count.get().min(4))
+}
+
+/// Whether a kernel starts under KVM. /dev/kvm alone tells little: in a virtual machine without
+/// nested virtualisation it may be there, take a machine, and never run it.
+pub(super) fn kvm_works(kernel: &Path) -> bool {
+    if File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
+        return false;
+    }
+    let probe = Command::new(QEMU)
+        .args(["-machine", "q35", "-m", "512", "-cpu", "max"])
+        .args(accelerator(true))
+        .args([
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-nic",
+            "none",
+            "-no-reboot",
+        ])
+        .arg("-kernel")
+        .arg(kernel)
+        .args(["-append", "console=ttyS0 panic=-1", "-serial", "stdio"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(probe) = probe else { return false };
+    let mut probe = Killed(probe);
+    let lines = lines_of(probe.0.stdout.take().expect("it was asked for as a pipe"));
+    let end = Instant::now() + KVM_PATIENCE;
+    while let Ok(line) = lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        if line.contains("Linux version") {
+            return true;
+        }
+    }
+    false
+}
+
+/// The lines of a stream, until its end.
+fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stream).split(b'\n') {
+            let Ok(line) = line else { return };
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// A process that ends with its holder.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
