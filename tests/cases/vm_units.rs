@@ -225,7 +225,8 @@ fn containers_start_while_it_restarts(node: &Node) -> anyhow::Result<()> {
 /// `systemctl stop` of containerd and the daemon: no mount, no socket, no process.
 fn stop_leaves_nothing(node: &Node) -> anyhow::Result<()> {
     stop_services(node)?;
-    let left = "grep -e transship -e containerd /proc/mounts || true
+    let left =
+        "grep -e /run/transship -e /run/containerd -e /var/lib/containerd /proc/mounts || true
          find /run/transship -type s; pidof transship-snapshotter || true";
     let left = { node.shell(left) }.read()?;
     ensure!(left.is_empty(), "left: {left}");
