@@ -16,7 +16,7 @@ mod overrides;
 
 use serde::{Deserialize, Serialize};
 
-pub use overrides::{CriuOverrides, GhostLimit, LazyPages, LsmProfile, OptionError, Switch};
+pub use overrides::{CriuOverrides, GhostLimit, LsmProfile, OptionError, Switch};
 
 /// What becomes of established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -75,6 +75,9 @@ pub struct CriuOptions {
     pub link_remap: bool,
     /// Largest unlinked file kept inside of the images, in bytes (CRIU's default: 1 MiB).
     pub ghost_limit: Option<u64>,
+    /// Memory comes when it is touched: from the images, which lie where the restore is.
+    #[serde(skip_serializing_if = "is_off")]
+    pub lazy_pages: bool,
     /// A namespace that comes back without its contents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub empty_ns: Option<EmptyNamespace>,
@@ -107,6 +110,7 @@ impl Default for CriuOptions {
             shell_job: false,
             link_remap: false,
             ghost_limit: None,
+            lazy_pages: false,
             empty_ns: None,
             manage_cgroups_mode: None,
             lsm_profile: None,
@@ -155,12 +159,36 @@ impl CriuOptions {
         extras
     }
 
+    /// What a dump by a runtime gets whose `checkpoint --help` says `help`: flags, and lines of the
+    /// CRIU configuration file that the environment names.
+    #[must_use]
+    pub fn dump_arguments(&self, help: &str) -> (Vec<RuntimeFlag>, Vec<String>) {
+        let mut flags = self.dump_flags();
+        let mut lines = Vec::new();
+        if self.empty_ns.is_some() {
+            match help.contains("--empty-ns ") {
+                true => flags.push(("empty-ns", Some("network".to_owned()))),
+                false => lines.push("empty-ns net".to_owned()),
+            }
+        }
+        for (flag, line) in self.dump_extras() {
+            match flag.filter(|flag| help.contains(&format!("--{flag} "))) {
+                Some(flag) => flags.push((flag, None)),
+                None => lines.push(line),
+            }
+        }
+        (flags, lines)
+    }
+
     /// The flags of `restore`. crun has no `empty-ns`; see [`Self::restore_lines`].
     #[must_use]
     pub fn restore_flags(&self) -> Vec<RuntimeFlag> {
         let mut flags = self.common_flags();
         if self.empty_ns.is_some() {
             flags.push(("empty-ns", Some("network".to_owned())));
+        }
+        if self.lazy_pages {
+            flags.push(("lazy-pages", None));
         }
         for (name, value) in [
             ("lsm-profile", &self.lsm_profile),
@@ -282,6 +310,30 @@ mod tests {
         assert_eq!(
             extras,
             ["skip-in-flight", "link-remap", "ghost-limit 8388608"]
+        );
+    }
+
+    #[test]
+    fn a_runtime_gets_the_flags_that_it_has() {
+        let options = CriuOptions {
+            skip_in_flight: true,
+            ghost_limit: Some(4096),
+            ..CriuOptions::default()
+        };
+        let locks = ("file-locks", None);
+        assert_eq!(
+            options.dump_arguments("   --tcp-skip-in-flight   skip in-flight connections"),
+            (
+                vec![locks.clone(), ("tcp-skip-in-flight", None)],
+                vec!["ghost-limit 4096".to_owned()]
+            )
+        );
+        assert_eq!(
+            options.dump_arguments("   --tcp-established"),
+            (
+                vec![locks],
+                vec!["skip-in-flight".to_owned(), "ghost-limit 4096".to_owned()]
+            )
         );
     }
 

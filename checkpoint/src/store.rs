@@ -352,6 +352,24 @@ impl Checkpoint {
         self.dir.join(&container.name)
     }
 
+    /// Compares the lengths of a container's files with the manifest, which takes no time. CRIU
+    /// 4.2 reads for ever from a file of pages that is cut off.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] names the first that differs.
+    pub fn check_lengths(&self, container: &manifest::Container) -> Result<(), StoreError> {
+        let dir = self.container_dir(container);
+        for file in &container.files {
+            let path = dir.join(&file.path);
+            let length = fs::metadata(&path).during("stat", &path)?.len();
+            if length != file.size {
+                let what = format!("it has {length} bytes, and {} in the manifest", file.size);
+                return Err(StoreError::Damaged { path, what });
+            }
+        }
+        Ok(())
+    }
+
     /// Compares every file with the manifest.
     ///
     /// # Errors

@@ -1,9 +1,12 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::wire::Target;
+
+use crate::stuck_dump::PROGRESS_PATIENCE;
 
 mod criu;
 
@@ -97,6 +100,15 @@ pub(crate) enum Command {
         /// Unix socket (mode 0600)
         #[arg(long, value_name = "PATH", default_value = transship_proto::node_api::NODE_SOCKET)]
         socket: PathBuf,
+    },
+    /// Let frozen containers run again when the pipe on stdin ends (for this program itself)
+    #[command(hide = true)]
+    FreezeGuard {
+        /// Where their dump is being written
+        #[arg(long)]
+        draft: Option<PathBuf>,
+        /// Container ids
+        containers: Vec<String>,
     },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
@@ -200,9 +212,27 @@ pub(crate) struct CheckpointArgs {
     /// Leave the container paused
     #[arg(long)]
     pub(crate) leave_paused: bool,
+    /// When a dump is given up.
+    #[command(flatten)]
+    pub(crate) dump: DumpArgs,
     /// What CRIU is told.
     #[command(flatten)]
     pub(crate) criu: CriuArgs,
+}
+
+/// When a dump is given up.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct DumpArgs {
+    /// End a dump that writes nothing for so long; the container goes on running
+    #[arg(long, value_name = "SECONDS", default_value_t = PROGRESS_PATIENCE.as_secs(),
+          value_parser = clap::value_parser!(u64).range(1..))]
+    dump_timeout: u64,
+}
+
+impl DumpArgs {
+    pub(crate) fn patience(self) -> Duration {
+        Duration::from_secs(self.dump_timeout)
+    }
 }
 
 /// Kinds of volumes.
@@ -285,6 +315,9 @@ pub(crate) struct MigrateArgs {
     /// Keep the container's record and snapshot on this node, stopped
     #[arg(long)]
     pub(crate) keep_source: bool,
+    /// When a dump is given up.
+    #[command(flatten)]
+    pub(crate) dump: DumpArgs,
     /// What becomes of it.
     #[command(flatten)]
     pub(crate) target: TargetArgs,

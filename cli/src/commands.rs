@@ -5,6 +5,7 @@ use serde::Serialize;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 
 use crate::args::{Cli, Command, Global};
+use crate::freeze_guard;
 use crate::node::Node;
 
 mod check;
@@ -33,6 +34,9 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
+        Command::FreezeGuard { draft, containers } => {
+            freeze_guard::run(async || connect(&global).await, &containers, draft).await
+        }
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,

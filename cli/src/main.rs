@@ -8,6 +8,7 @@
 //!           commands/check      --> check (findings about this node)
 //!           commands/serve      --> node_service (the node's API): the same, and restore_pod (CRI)
 //!           commands/{inspect,ls,rm}      --> checkpoint directory
+//!           freeze_guard: lets them run again if this process is killed;  stuck_dump: ends a dump
 //!                       \--> node: containerd's services
 //!  problem: errors --> one line, what to do next, exit code
 //! ```
@@ -16,6 +17,7 @@ mod args;
 mod check;
 mod commands;
 mod conversation;
+mod freeze_guard;
 mod interrupt;
 mod message_queues;
 mod node;
@@ -28,6 +30,7 @@ mod progress;
 mod restore_container;
 mod restore_pod;
 mod source;
+mod stuck_dump;
 mod timeline;
 
 use std::process::ExitCode;

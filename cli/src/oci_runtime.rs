@@ -68,17 +68,11 @@ impl OciRuntime {
         export: Option<ExportInside<'_>>,
     ) -> Result<()> {
         let known = self.checkpoint_help().await?;
-        let mut lines = Vec::new();
+        let (options, mut lines) = criu.dump_arguments(&known);
         let mut flags: Vec<OsString> = Vec::new();
-        for (name, value) in criu.dump_flags() {
+        for (name, value) in options {
             flags.push(format!("--{name}").into());
             flags.extend(value.map(OsString::from));
-        }
-        for (flag, line) in criu.dump_extras() {
-            match flag.filter(|flag| known.contains(&format!("--{flag} "))) {
-                Some(flag) => flags.push(format!("--{flag}").into()),
-                None => lines.push(line),
-            }
         }
         if let Some(export) = &export {
             let script = work.join("post-dump.sh");

@@ -264,17 +264,18 @@ fn missing_mount_sources(spec: &Value, reasons: &mut Vec<String>) {
     }
 }
 
-/// FIFOs belong to a program on the source; URIs mean something on every node.
+/// FIFOs belong to a program on the source; URIs mean something on every node. In the place of a
+/// FIFO comes a pipe again, that of a shim which throws away what comes: a process that is given the
+/// node's `/dev/null` could not be dumped another time.
 fn choose_output(container: &manifest::Container, target: &Target) -> (String, String) {
     if let Some(uri) = &target.log_uri {
         return (uri.clone(), uri.clone());
     }
-    let keep = |stream: &String| {
-        if stream.contains("://") {
-            stream.clone()
-        } else {
-            String::new()
-        }
+    let keep = |stream: &String| match stream.as_str() {
+        uri if uri.contains("://") => uri.to_owned(),
+        "" => String::new(),
+        _ if container.stdio.terminal => String::new(),
+        _ => "file:///dev/null".to_owned(),
     };
     (keep(&container.stdio.stdout), keep(&container.stdio.stderr))
 }

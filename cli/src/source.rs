@@ -37,9 +37,12 @@ use crate::node::images::ResolvedImage;
 use crate::node::snapshots::OverlayDirs;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::problem::{Kind, Problem};
+use crate::stuck_dump;
 
 /// Label of a container record of the CRI: what the pod calls the container.
 const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+/// How long a runtime may take to notice that its CRIU is gone.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 /// Label of all records of the CRI.
 const CRI_KIND: &str = "io.cri-containerd.kind";
 
@@ -60,6 +63,15 @@ pub(crate) struct SourceContainer {
     pub(crate) pod: Option<Pod>,
     /// Whether somebody had paused it before.
     pub(crate) was_paused: bool,
+    /// What people call it.
+    pub(crate) called: String,
+    /// Its first process.
+    pub(crate) pid: u32,
+    /// Tasks that somebody has stopped with a signal.
+    pub(crate) stopped: Vec<String>,
+    /// Whether containerd's own dump, with what the front adds by the annotations, has the options
+    /// that are wanted.
+    by_containerd: bool,
     /// What made it, for dumps that containerd cannot ask for.
     pub(crate) runtime: OciRuntime,
 }
@@ -138,14 +150,19 @@ pub(crate) async fn inspect(
         // The CRI makes a new one with the new container.
         reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
     }
-    reasons.extend(message_queues::refusal(&node.pids(id).await?));
+    let pids = node.pids(id).await?;
+    reasons.extend(message_queues::refusal(&pids));
     let spec = record.spec.clone().unwrap_or_default().value;
     let parsed =
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
     let annotations = Annotations::read(id, Some(&parsed.annotations())).map_err(|error| {
-        Problem::new(Kind::Refused, format!("{id:?} cannot be dumped: {error}"))
+        Problem::new(
+            Kind::Refused,
+            format!("{} cannot be dumped: {error}", called(record)),
+        )
     })?;
-    let criu = criu.over(annotations.criu.over(CriuOptions::default()));
+    let annotated = annotations.criu.over(CriuOptions::default());
+    let criu = criu.over(annotated.clone());
     let mounts = node
         .mounts(&record.snapshotter, &record.snapshot_key)
         .await?;
@@ -158,9 +175,8 @@ pub(crate) async fn inspect(
     }
     let Some(dirs) = dirs.filter(|_| reasons.is_empty()) else {
         let reasons = reasons.join("; ");
-        return Err(
-            Problem::new(Kind::Refused, format!("{id:?} cannot be dumped: {reasons}")).into(),
-        );
+        let message = format!("{} cannot be dumped: {reasons}", called(record));
+        return Err(Problem::new(Kind::Refused, message).into());
     };
     let (chain_id, target) = node.base_of(record).await?;
     let image = match &target {
@@ -171,6 +187,8 @@ pub(crate) async fn inspect(
         .options
         .as_ref()
         .and_then(|any| Options::decode(&*any.value).ok());
+    // The front applies the annotations to what containerd asks for, and must not undo a flag.
+    let by_containerd = !criu.exceed_containerd() && (criu == annotated || !annotations.ours);
     let container = Container {
         name: record.labels.get(CONTAINER_NAME).unwrap_or(id).clone(),
         id: id.clone(),
@@ -213,8 +231,23 @@ pub(crate) async fn inspect(
             ..pod
         }),
         was_paused: task.status() == Status::Paused,
+        called: called(record),
+        pid: task.pid,
+        stopped: stuck_dump::stopped_tasks(&pids),
+        by_containerd,
         runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
     })
+}
+
+/// What people call a container: in a pod not the id that the CRI has made up.
+fn called(record: &Record) -> String {
+    match (record.labels.get(CONTAINER_NAME), pod_of(&record.labels)) {
+        (Some(name), Some(pod)) => format!(
+            "the container {name:?} of the pod \"{}/{}\"",
+            pod.namespace, pod.name
+        ),
+        _ => format!("{:?}", record.id),
+    }
 }
 
 impl SourceContainer {
@@ -260,7 +293,7 @@ impl SourceContainer {
         export_inside: Option<&Path>,
     ) -> Result<()> {
         let criu = &self.container.criu;
-        if !criu.exceed_containerd() {
+        if self.by_containerd {
             return Ok(node.dump(self.id(), criu, images, work).await?);
         }
         let export = export_inside.map(|to| ExportInside {
@@ -273,8 +306,39 @@ impl SourceContainer {
             .await
     }
 
+    /// Waits for a dump; one that makes no progress is ended, and so is what runs it.
+    async fn end_if_stuck(
+        &self,
+        run: impl Future<Output = Result<()>>,
+        dir: &Path,
+        patience: Duration,
+    ) -> Result<()> {
+        tokio::pin!(run);
+        tokio::select! {
+            done = &mut run => return done,
+            () = stuck_dump::no_progress(dir, patience) => {}
+        }
+        let (dir, pid) = (dir.to_path_buf(), self.pid);
+        tokio::task::spawn_blocking(move || stuck_dump::end(&dir, Some(pid))).await?;
+        // The runtime has lost its CRIU and tells its caller; one that does not is left to itself.
+        drop(tokio::time::timeout(END_PATIENCE, run).await);
+        Err(StuckDump {
+            called: self.called.clone(),
+            seconds: patience.as_secs(),
+            stopped: self.stopped.clone(),
+        }
+        .into())
+    }
+
     /// Dumps the frozen container into its directory below `draft`.
-    pub(crate) async fn dump(&self, node: &Node, draft: &Path) -> Result<Dumped> {
+    ///
+    /// One that writes nothing for `patience` is ended.
+    pub(crate) async fn dump(
+        &self,
+        node: &Node,
+        draft: &Path,
+        patience: Duration,
+    ) -> Result<Dumped> {
         let dir = draft.join(&self.container.name);
         let images = dir.join(IMAGES_DIR);
         let work = dir.join("work");
@@ -294,9 +358,9 @@ impl SourceContainer {
             })
         });
         let started = Instant::now();
-        let dumped = self
-            .run_criu(node, &images, &work, export_inside.then_some(&*diff))
-            .await;
+        let export_to = export_inside.then_some(&*diff);
+        let run = self.run_criu(node, &images, &work, export_to);
+        let dumped = self.end_if_stuck(run, &dir, patience).await;
         let criu = started.elapsed();
         let exported = match export {
             Some(export) => export
@@ -307,7 +371,7 @@ impl SourceContainer {
         let log = work.join(DUMP_LOG_FILE);
         if let Err(error) = dumped {
             let reason = criu_log::first_error_of(&log).ok().flatten();
-            return Err(match reason {
+            return Err(match reason.filter(|_| !error.is::<StuckDump>()) {
                 Some(reason) => {
                     error.context(format!("CRIU cannot dump {:?}: {reason}", self.id()))
                 }
@@ -321,6 +385,29 @@ impl SourceContainer {
         }
         fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
         Ok(Dumped { criu, upperdir })
+    }
+}
+
+/// A dump that has been given up.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the dump of {called} wrote nothing for {seconds} s and was ended{}",
+    because(stopped)
+)]
+struct StuckDump {
+    called: String,
+    seconds: u64,
+    stopped: Vec<String>,
+}
+
+fn because(stopped: &[String]) -> String {
+    match stopped {
+        [] => String::new(),
+        _ => format!(
+            "; it has stopped tasks, for which CRIU may wait for ever while the cgroup v1 freezer \
+             holds them (SIGCONT lets them go): {}",
+            stopped.join(", ")
+        ),
     }
 }
 

@@ -26,7 +26,7 @@ const GLOBAL_VALUES: &[&str] = &[
 ];
 /// Globals that stand alone.
 const GLOBAL_SWITCHES: &[&str] = &["debug", "systemd-cgroup"];
-/// Flags of `create` and `restore` that take a value in the next argument.
+/// Flags of `create`, `restore` and `checkpoint` that take a value in the next argument.
 const COMMAND_VALUES: &[&str] = &[
     "b",
     "bundle",
@@ -37,10 +37,12 @@ const COMMAND_VALUES: &[&str] = &[
     "lsm-mount-context",
     "lsm-profile",
     "manage-cgroups-mode",
+    "page-server",
     "parent-path",
     "pid-file",
     "pidfd-socket",
     "preserve-fds",
+    "status-fd",
     "work-path",
 ];
 
@@ -77,6 +79,8 @@ pub enum Command {
     Create(Arguments),
     /// Restores one from an image directory.
     Restore(Arguments),
+    /// Dumps one.
+    Checkpoint(Arguments),
     /// Starts a made one.
     Start {
         /// The container.
@@ -264,6 +268,7 @@ fn read_command(command: &OsStr, args: &[OsString]) -> Command {
     match command.to_str() {
         Some("create") => Command::Create(arguments),
         Some("restore") => Command::Restore(arguments),
+        Some("checkpoint") => Command::Checkpoint(arguments),
         Some("start") => Command::Start { id: arguments.id },
         Some("delete") => Command::Delete {
             id: arguments.id,

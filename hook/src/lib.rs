@@ -6,6 +6,7 @@
 //!                                       staged:  runs `runtime restore`, held
 //!                              start    lets a held restore go
 //!                              restore  repairs namespaces and images, runs the runtime
+//!                              checkpoint  adds the options of the annotations
 //!                              delete   takes away what the restore left
 //!                              else     execs the runtime, untouched
 //!                           config.json, /run/transship <--- transship-checkpoint (spec, stage)
@@ -20,6 +21,7 @@
 pub mod argv;
 pub mod front;
 pub mod hook;
+pub mod lazy_pages;
 pub mod restore_log;
 pub mod runtime;
 pub mod runtime_log;

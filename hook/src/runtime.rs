@@ -15,7 +15,7 @@ use serde::Deserialize;
 /// First argument of the front's own child; see [`Runtime::run`].
 pub const SUPERVISED: &str = "transship-supervised";
 /// A configuration file that CRIU reads before it hears of options over RPC.
-const CRIU_CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
+pub const CRIU_CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
 const FRONT_PREFIX: &str = "transship-";
 
 /// The real runtime cannot be found or started.
@@ -121,9 +121,13 @@ impl Runtime {
         })
     }
 
-    /// Becomes the runtime. Returns only if that fails.
-    pub fn exec(&self, args: &[OsString]) -> RuntimeError {
-        let source = Command::new(&self.path).args(args).exec();
+    /// Becomes the runtime, with a CRIU configuration in the environment if one is given. Returns
+    /// only if that fails.
+    pub fn exec(&self, args: &[OsString], criu_config: Option<&Path>) -> RuntimeError {
+        let source = Command::new(&self.path)
+            .args(args)
+            .envs(criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
+            .exec();
         RuntimeError::Execute {
             path: self.path.clone(),
             source,
@@ -140,30 +144,54 @@ impl Runtime {
     /// # Errors
     /// It cannot be started.
     pub fn run(&self, front: &Path, args: &[OsString]) -> Result<ExitStatus, RuntimeError> {
-        self.run_with_criu_config(front, args, None)
+        self.run_with(front, args, None, false)
     }
 
-    /// The same, with a CRIU configuration beneath the one that the runtime names to CRIU.
+    /// The same, with a CRIU configuration beneath the one that the runtime names to CRIU, and with
+    /// a pipe that is at its end for stdin.
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn run_with_criu_config(
+    pub fn run_with(
         &self,
         front: &Path,
         args: &[OsString],
         criu_config: Option<&Path>,
+        ended_stdin: bool,
     ) -> Result<ExitStatus, RuntimeError> {
-        Command::new(front)
+        let run = |command: &mut Command| {
+            let mut child = command.spawn()?;
+            drop(child.stdin.take());
+            child.wait()
+        };
+        let mut command = Command::new(front);
+        if ended_stdin {
+            command.stdin(Stdio::piped());
+        }
+        command
             .envs(criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
             .arg(SUPERVISED)
             .arg(std::process::id().to_string())
             .arg(&self.path)
-            .args(args)
-            .status()
-            .map_err(|source| RuntimeError::Execute {
-                path: front.to_path_buf(),
-                source,
-            })
+            .args(args);
+        run(&mut command).map_err(|source| RuntimeError::Execute {
+            path: front.to_path_buf(),
+            source,
+        })
+    }
+
+    /// What its `checkpoint` understands: runc before 1.3.0 knows less.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn checkpoint_help(&self) -> Result<String, RuntimeError> {
+        let mut command = Command::new(&self.path);
+        let output = command.args(["checkpoint", "--help"]).stdin(Stdio::null());
+        let output = output.output().map_err(|source| RuntimeError::Execute {
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// The state of a container, `None` when the runtime does not know it.
@@ -217,7 +245,7 @@ pub fn exec_supervised(args: &[OsString]) -> RuntimeError {
             source,
         };
     }
-    runtime.exec(args)
+    runtime.exec(args, None)
 }
 
 /// The exit code to pass on: that of the child, or 128 + the signal that killed it.

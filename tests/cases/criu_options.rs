@@ -80,6 +80,7 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
         );
         ensure!(cri.runs(id)?, "{name} goes on");
     }
+    a_terminal_of_another_session(&node, &cri, &ids[1], &flags)?;
     let error = checkpoint(&node, &flags)?;
     ensure!(error.is_empty(), "{error}");
     let manifest = node.read_file("/var/lib/transship/checkpoints/holders/transship.json")?;
@@ -131,6 +132,42 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_nothing_left(&node)
 }
 
+/// A process that somebody has left in the container holds the terminal of a session whose leader
+/// is no child of the container's.
+fn a_terminal_of_another_session(
+    node: &Node,
+    cri: &Cri,
+    id: &str,
+    flags: &[&str],
+) -> anyhow::Result<()> {
+    let mut shell = cri.exec_tty(node, id, &["/bin/sh"])?;
+    shell.send(0, "(tail -f /data/lock & echo le\"\"ft)\n")?;
+    shell.wait_for(1, "left")?;
+    let error = checkpoint(node, flags)?;
+    ensure!(
+        error.contains(&format!("CRIU cannot dump \"{id}\": ")) && error.contains("tty"),
+        "{error}"
+    );
+    ensure!(cri.runs(id)?, "it goes on");
+    let error = checkpoint(node, &[flags, &["--shell-job"]].concat())?;
+    ensure!(error.is_empty(), "{error}");
+    // No shim gives a restore a terminal to take the other one's place.
+    let restore = [("dev.transship/restore", "holders")];
+    let pod = cri.run_pod(("shop", "shell-job"), &restore, false)?;
+    let (name, command) = HOLDERS[1];
+    let Err(error) = cri.run_container(&pod, &container(name, command)) else {
+        anyhow::bail!("restored, with whose terminal?");
+    };
+    ensure!(error.to_string().contains("cannot restore"), "{error}");
+    cri.remove_pod(&pod)?;
+    cri.exec(
+        id,
+        &["sh", "-c", "kill -9 $(ps | grep '[t]ail -f' | cut -c1-6)"],
+    )?;
+    node.shell("transship rm holders").run()?;
+    Ok(())
+}
+
 fn nonsense_is_refused_before_anything_happens(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     for (key, value, said) in [
         (
@@ -138,7 +175,6 @@ fn nonsense_is_refused_before_anything_happens(node: &Node, cri: &Cri) -> anyhow
             "maybe",
             "\\\"refuse\\\", \\\"established\\\" or \\\"close\\\"",
         ),
-        ("dev.transship/lazy-pages", "true", "lost with the source"),
         (
             "dev.transship/tpc",
             "close",

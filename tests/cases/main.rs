@@ -10,8 +10,10 @@
 //! that machine `vm_` cases are skipped.
 
 mod criu_options;
+mod criu_options_alone;
 mod crun;
 mod differ;
+mod frozen;
 mod journey;
 mod node_api;
 mod pod_refusals;
@@ -116,8 +118,10 @@ fn main() -> ExitCode {
     }
     let cases = starts::cases()
         .chain(criu_options::cases())
+        .chain(criu_options_alone::cases())
         .chain(crun::cases())
         .chain(differ::cases())
+        .chain(frozen::cases())
         .chain(journey::cases())
         .chain(node_api::cases())
         .chain(pod_refusals::cases())

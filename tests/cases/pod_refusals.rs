@@ -123,7 +123,9 @@ fn copies_of_the_checkpoint(node: &Node) -> anyhow::Result<()> {
          sed -i 's/\"architecture\": .*/\"architecture\": \"s390x\",/' alien/transship.json
          jq '.containers += .containers' web/transship.json >twice/transship.json
          for name in alien twice broken; do sed -i \"s/\\\"name\\\": \\\"web\\\"/\\\"name\\\": \\\"$name\\\"/\" $name/transship.json; done
-         printf broken >broken/first/checkpoint/inventory.img"
+         cp -a broken cut; sed -i 's/\"name\": \"broken\"/\"name\": \"cut\"/' cut/transship.json
+         truncate -s 4096 cut/first/checkpoint/pages-1.img
+         printf broken | dd conv=notrunc status=none of=broken/first/checkpoint/inventory.img"
     ))
     .run()?;
     Ok(())
@@ -179,6 +181,17 @@ fn one_container_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> 
 
 /// With `fail` the call says why; with `cold-start` the container's stderr and the node's log do.
 fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let pod = cri.run_pod(("shop", "cut"), &[("dev.transship/restore", "cut")], false)?;
+    let Err(error) = cri.run_container(&pod, &MOUNTED) else {
+        anyhow::bail!("half of the memory is restored");
+    };
+    says(
+        &error.to_string(),
+        "pages-1.img of the checkpoint is damaged: it has 4096 bytes",
+    )?;
+    cri.remove_pod(&pod)?;
+    nothing_is_left(node)?;
+
     let restore = ("dev.transship/restore", "broken");
     let pod = cri.run_pod(("shop", "fails"), &[restore], false)?;
     let Err(error) = cri.run_container(&pod, &MOUNTED) else {

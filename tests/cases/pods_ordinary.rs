@@ -144,7 +144,9 @@ fn a_message_queue_is_refused(
         command.args(["checkpoint", "--pod", "shop/plain", "--name", "plain"]);
         let error = command.read_failure()?;
         ensure!(
-            error.contains("POSIX message queues") && error.contains(queue),
+            error.contains("POSIX message queues")
+                && error.contains(queue)
+                && error.contains(" of the pod \"shop/plain\""),
             "{error}"
         );
         ensure!(cri.runs(&containers[COUNTER])?, "it was not paused");

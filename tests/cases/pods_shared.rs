@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, poll_until};
+use transship_testbed::{CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, Tree, poll_until};
 
 use crate::Case;
 use crate::pods::start;
@@ -15,7 +15,11 @@ const ROLES: [&str; 3] = ["server", "client", "sharer"];
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("pod_shared", a_pod_shares_everything)
+    Case::on_all_trees("pod_shared", |bed| a_pod_shares_everything(bed, true)).chain([Case {
+        what: "pod_shared_overlayfs",
+        tree: Tree::Forky,
+        run: |bed| a_pod_shares_everything(bed, false),
+    }])
 }
 
 /// One line of podmate, see its source.
@@ -50,11 +54,11 @@ impl Step {
     }
 }
 
-fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
+fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow::Result<()> {
     let (a, b) = (bed.node("a")?, bed.node("b")?);
     bed.link(&a, &b)?;
-    start(bed, &a, true)?;
-    start(bed, &b, true)?;
+    start(bed, &a, transship_snapshotter)?;
+    start(bed, &b, transship_snapshotter)?;
     let cri = a.cri()?;
     let pod = cri.run_pod(("shop", "mates"), &[], false)?;
     let containers = run_mates(&a, &cri, &pod)?;
@@ -83,6 +87,7 @@ fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
     let annotation = [("dev.transship/restore", "mates")];
     let again = cri.run_pod(("shop", "mates-again"), &annotation, false)?;
     ensure!(cri.pod_ip(&again)? != address, "it has another address");
+    a_failed_restore_leaves_no_objects(&b, &cri, &again)?;
     let containers = run_mates(&b, &cri, &again)?;
     let first = wait_for(&b, &again, before.map(|step| step.n + 20))?;
     for ((id, role), old) in containers.iter().zip(ROLES).zip(old) {
@@ -123,6 +128,35 @@ fn a_pod_shares_everything(bed: &Testbed) -> anyhow::Result<()> {
     );
     let left = { left }.read()?;
     ensure!(left.is_empty(), "left on b: {left}");
+    Ok(())
+}
+
+/// CRIU has made the System V objects of the pod when it finds that an image of the memory is none.
+fn a_failed_restore_leaves_no_objects(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<()> {
+    let images = "/var/lib/transship/checkpoints/mates/server/checkpoint";
+    node.shell(&format!(
+        "cd {images}; cp -a pagemap-1.img /run/whole
+         head -c $(stat -c %s pagemap-1.img) /dev/zero | dd conv=notrunc status=none of=pagemap-1.img"
+    ))
+    .run()?;
+    let [work, scratch] = make_volumes(node, pod)?;
+    let mounts = [(work.as_str(), "/work"), (scratch.as_str(), "/scratch")];
+    let id = cri.create_container(
+        pod,
+        &mate("server", &["/usr/bin/podmate", "server"], &mounts),
+    )?;
+    let Err(error) = cri.start_container(&id) else {
+        anyhow::bail!("restored without its memory");
+    };
+    let error = error.to_string().replace('\\', "");
+    ensure!(error.contains("cannot restore \"server\""), "{error}");
+    cri.remove_container(&id)?;
+    let ipc = format!("/run/transship/pods/{}/ns/ipc", pod.id);
+    let objects = node.shell(&format!(
+        "nsenter --ipc={ipc} sh -c 'tail -q -n +2 /proc/sysvipc/*'; cp /run/whole {images}/pagemap-1.img"
+    ));
+    let objects = { objects }.read()?;
+    ensure!(objects.is_empty(), "left in the sandbox: {objects}");
     Ok(())
 }
 
@@ -172,22 +206,34 @@ fn a_half_of_a_stream_is_refused(
 
 /// Runs the three containers with their volumes, which are made as kubelet makes them.
 fn run_mates(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<String>> {
+    let [work, scratch] = make_volumes(node, pod)?;
+    let mounts = [(work.as_str(), "/work"), (scratch.as_str(), "/scratch")];
+    let run = |role| cri.run_container(pod, &mate(role, &["/usr/bin/podmate", role], &mounts));
+    Ok(ROLES.into_iter().map(run).collect::<Result<_, _>>()?)
+}
+
+fn make_volumes(node: &Node, pod: &Pod) -> anyhow::Result<[String; 2]> {
     let [work, scratch] = ["work", "scratch"].map(|volume| volume_dir(pod, volume));
     node.shell(&format!(
-        "mkdir -p {work} {scratch}; mount -t tmpfs tmpfs {scratch}; chmod 0777 {work} {scratch}"
+        "mkdir -p {work} {scratch}
+         mountpoint -q {scratch} || mount -t tmpfs tmpfs {scratch}; chmod 0777 {work} {scratch}"
     ))
     .run()?;
-    let run = |role| {
-        let container = PodContainer {
-            name: role,
-            image: IMAGE,
-            command: &["/usr/bin/podmate", role],
-            mounts: &[(&work, "/work"), (&scratch, "/scratch")],
-            ..PodContainer::default()
-        };
-        cri.run_container(pod, &container)
-    };
-    Ok(ROLES.into_iter().map(run).collect::<Result<_, _>>()?)
+    Ok([work, scratch])
+}
+
+fn mate<'a>(
+    name: &'a str,
+    command: &'a [&'a str],
+    mounts: &'a [(&'a str, &'a str)],
+) -> PodContainer<'a> {
+    PodContainer {
+        name,
+        image: IMAGE,
+        command,
+        mounts,
+        ..PodContainer::default()
+    }
 }
 
 fn volume_dir(pod: &Pod, volume: &str) -> String {

@@ -3,13 +3,12 @@
 //! | name | values |
 //! |---|---|
 //! | `tcp` | `refuse`, `established`, `close` |
-//! | `skip-in-flight`, `file-locks`, `ext-unix-sk`, `shell-job`, `link-remap` | `true`, `false` |
+//! | `skip-in-flight`, `file-locks`, `ext-unix-sk`, `shell-job`, `link-remap`, `lazy-pages` | `true`, `false` |
 //! | `ghost-limit` | bytes, with `K`, `M` or `G` |
 //! | `empty-ns` | `network` |
 //! | `manage-cgroups-mode` | `soft`, `full`, `strict`, `ignore` |
 //! | `lsm-profile` | `apparmor:NAME`, `selinux:LABEL` |
 //! | `lsm-mount-context` | an SELinux context |
-//! | `lazy-pages` | `false` |
 
 use std::fmt;
 use std::str::FromStr;
@@ -36,11 +35,6 @@ pub struct GhostLimit(pub u64);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LsmProfile(pub String);
 
-/// Memory that stays behind until it is touched: never. A task that was restored lazily dies when
-/// the source or the way to it does, after the source has been told to go; then nobody has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LazyPages;
-
 /// Choices about the options of one container; `None`: as it was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CriuOverrides {
@@ -58,6 +52,8 @@ pub struct CriuOverrides {
     pub link_remap: Option<bool>,
     /// See [`CriuOptions::ghost_limit`].
     pub ghost_limit: Option<u64>,
+    /// See [`CriuOptions::lazy_pages`].
+    pub lazy_pages: Option<bool>,
     /// See [`CriuOptions::empty_ns`].
     pub empty_ns: Option<EmptyNamespace>,
     /// See [`CriuOptions::manage_cgroups_mode`].
@@ -103,9 +99,7 @@ impl CriuOverrides {
             "manage-cgroups-mode" => self.manage_cgroups_mode = Some(value.parse()?),
             "lsm-profile" => self.lsm_profile = Some(value.parse::<LsmProfile>()?.0),
             "lsm-mount-context" => self.lsm_mount_context = Some(value.to_owned()),
-            "lazy-pages" => {
-                value.parse::<LazyPages>()?;
-            }
+            "lazy-pages" => self.lazy_pages = switch()?,
             _ => {
                 return Err(OptionError {
                     allowed: "one of the options that docs/design.md lists",
@@ -126,6 +120,7 @@ impl CriuOverrides {
             shell_job: self.shell_job.unwrap_or(options.shell_job),
             link_remap: self.link_remap.unwrap_or(options.link_remap),
             ghost_limit: self.ghost_limit.or(options.ghost_limit),
+            lazy_pages: self.lazy_pages.unwrap_or(options.lazy_pages),
             empty_ns: self.empty_ns.or(options.empty_ns),
             manage_cgroups_mode: self.manage_cgroups_mode.or(options.manage_cgroups_mode),
             lsm_profile: self.lsm_profile.clone().or(options.lsm_profile),
@@ -153,6 +148,7 @@ impl CriuOptions {
             ("ext-unix-sk", |it| it.ext_unix_sk),
             ("shell-job", |it| it.shell_job),
             ("link-remap", |it| it.link_remap),
+            ("lazy-pages", |it| it.lazy_pages),
         ] {
             if switch(self) != switch(&default) || switch(self) != switch(taken_with) {
                 choices.push((name, switch(self).to_string()));
@@ -294,20 +290,6 @@ impl FromStr for LsmProfile {
     }
 }
 
-impl FromStr for LazyPages {
-    type Err = OptionError;
-
-    fn from_str(text: &str) -> Result<Self, OptionError> {
-        match text {
-            "false" => Ok(Self),
-            _ => Err(OptionError {
-                allowed: "\"false\" only: memory that stays behind is lost with the source, after \
-                          the source has been told to go",
-            }),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,7 +308,7 @@ mod tests {
             "strict",
             "selinux:x:y",
             "system_u:object_r:x",
-            "false",
+            "true",
         ];
         let mut all = CriuOverrides::default();
         for (name, value) in CriuOverrides::NAMES.into_iter().zip(good) {
@@ -342,6 +324,7 @@ mod tests {
         let options = all.over(CriuOptions::default());
         assert_eq!(options.ghost_limit, Some(16 << 20));
         assert!(!options.file_locks && options.skip_in_flight && options.shell_job);
+        assert!(options.lazy_pages);
         assert_eq!(options.lsm_profile.as_deref(), Some("selinux:x:y"));
         assert_eq!(CriuOverrides::default().over(options.clone()), options);
         assert!(all.set("tpc", "close").is_err());

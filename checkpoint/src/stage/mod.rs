@@ -27,10 +27,12 @@ mod consumed;
 mod images;
 mod ipc_record;
 mod pins;
+mod sysv_objects;
 
 pub use consumed::{is_consumed_by, mark_consumed_by};
 pub use images::LinkedImages;
 pub use pins::{live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process};
+pub use sysv_objects::LiveIpc;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};

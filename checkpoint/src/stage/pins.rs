@@ -170,7 +170,7 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, StageError> {
 }
 
 // A thread of its own, because a thread that has changed its namespace cannot be used again.
-fn in_thread<T: Send>(
+pub(super) fn in_thread<T: Send>(
     act: &'static str,
     path: &Path,
     run: impl FnOnce() -> io::Result<T> + Send,

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use transship_checkpoint::criu_options::{
-    CgroupsMode, CriuOverrides, EmptyNamespace, GhostLimit, LazyPages, LsmProfile, Switch, Tcp,
+    CgroupsMode, CriuOverrides, EmptyNamespace, GhostLimit, LsmProfile, Switch, Tcp,
 };
 
 /// What CRIU is told; it wins over the container's annotations.
@@ -46,9 +46,10 @@ pub(crate) struct CriuArgs {
     /// SELinux context of the mounts that CRIU makes
     #[arg(long, value_name = "CONTEXT")]
     lsm_mount_context: Option<String>,
-    /// Refused, with the reason
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = true)]
-    lazy_pages: Option<LazyPages>,
+    /// Start the restored processes before their memory is there; it comes from the checkpoint on
+    /// their own node when it is touched (runc)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    lazy_pages: Option<Switch>,
 }
 
 impl CriuArgs {
@@ -66,6 +67,7 @@ impl CriuArgs {
             shell_job: switch(self.shell_job),
             link_remap: switch(self.link_remap),
             ghost_limit: self.ghost_limit.map(|limit| limit.0),
+            lazy_pages: switch(self.lazy_pages),
             empty_ns: self.empty_ns,
             manage_cgroups_mode: self.manage_cgroups_mode,
             lsm_profile: self.lsm_profile.clone().map(|profile| profile.0),
@@ -105,7 +107,6 @@ mod tests {
         for (line, said) in [
             ("--tcp maybe", "\"established\""),
             ("--ghost-limit x", "16M"),
-            ("--lazy-pages", "lost with the source"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(said), "{line}: {error}");

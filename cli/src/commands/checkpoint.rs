@@ -1,6 +1,7 @@
 //! `transship checkpoint CONTAINER`, `transship checkpoint --pod POD`
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -11,12 +12,14 @@ use transship_checkpoint::store::{Durability, Store, digest_files};
 
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
+use crate::freeze_guard::FreezeGuard;
 use crate::interrupt::Interrupt;
 use crate::node::Node;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::progress::Progress;
 use crate::source::{self, Dumped, SourceContainer};
+use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{Report, Timeline, human_bytes};
 
 /// What a checkpoint is to be taken of, and how.
@@ -32,6 +35,8 @@ pub(crate) struct Order<'a> {
     pub(crate) empty_dirs: bool,
     /// Whether it stands still afterwards.
     pub(crate) leave_paused: bool,
+    /// How long the dump of a container may write nothing.
+    pub(crate) dump_patience: Option<Duration>,
 }
 
 /// What to stop after a checkpoint that left it paused.
@@ -67,6 +72,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         criu: args.criu.overrides(),
         empty_dirs: args.volumes.contains(&VolumesArg::EmptyDir),
         leave_paused: args.leave_paused,
+        dump_patience: Some(args.dump.patience()),
     };
     let found = find(&connect(global).await?, &order).await?;
     let name = args.name.unwrap_or_else(|| default_name(&found.what));
@@ -128,7 +134,7 @@ async fn dump_and_keep(
 
     progress.step("dump");
     timeline.freeze();
-    let dumped = stop_and_dump(node, sources, &found.dirs, draft.dir(), leave_paused).await;
+    let dumped = stop_and_dump(found, draft.dir(), leave_paused).await;
     timeline.thaw();
     let (dumped, mut shared) = dumped?;
     for (source, (from, Dumped { criu, upperdir, .. })) in sources.iter().zip(&dumped) {
@@ -193,6 +199,7 @@ pub(crate) struct Found {
     dirs: SharedDirs,
     /// Id of the pod's sandbox.
     sandbox: String,
+    dump_patience: Duration,
 }
 
 impl Found {
@@ -207,6 +214,7 @@ impl Found {
 
 /// Finds it, and checks that it can be dumped.
 pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
+    let dump_patience = order.dump_patience.unwrap_or(PROGRESS_PATIENCE);
     let Some(selector) = order.pod else {
         let source = source::find(node, order.container, &order.criu).await?;
         return Ok(Found {
@@ -217,6 +225,7 @@ pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
             left_out: Vec::new(),
             dirs: SharedDirs::default(),
             sandbox: String::new(),
+            dump_patience,
         });
     };
     // The CRI's containers are in no other namespace.
@@ -235,19 +244,18 @@ pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
         sources: containers,
         left_out: stopped,
         sandbox,
+        dump_patience,
     })
 }
 
 type AllDumped = (Vec<(std::time::Instant, Dumped)>, Shared);
 
 /// Freezes all containers, dumps one after the other, and lets all go again, whatever happened.
-async fn stop_and_dump(
-    node: &Node,
-    sources: &[SourceContainer],
-    dirs: &SharedDirs,
-    draft: &Path,
-    leave_paused: bool,
-) -> Result<AllDumped> {
+async fn stop_and_dump(found: &Found, draft: &Path, leave_paused: bool) -> Result<AllDumped> {
+    let Found { node, sources, .. } = found;
+    let to_thaw = sources.iter().filter(|source| !source.was_paused);
+    let to_thaw: Vec<&str> = to_thaw.map(SourceContainer::id).collect();
+    let guard = FreezeGuard::start(node, &to_thaw, Some(draft))?;
     let mut frozen = Vec::new();
     let mut result = Ok(AllDumped::default());
     for source in sources {
@@ -258,9 +266,10 @@ async fn stop_and_dump(
         frozen.push(source);
     }
     if frozen.len() == sources.len() {
-        result = dump_all(node, sources, dirs, draft).await;
+        result = dump_all(found, draft).await;
     }
     if leave_paused && result.is_ok() {
+        guard.stand_down();
         return result;
     }
     for source in frozen {
@@ -272,35 +281,27 @@ async fn stop_and_dump(
             result = Err(result.err().unwrap_or(error).context(still));
         }
     }
+    guard.stand_down();
     result
 }
 
-async fn dump_all(
-    node: &Node,
-    sources: &[SourceContainer],
-    dirs: &SharedDirs,
-    draft: &Path,
-) -> Result<AllDumped> {
+async fn dump_all(found: &Found, draft: &Path) -> Result<AllDumped> {
     // Beside the dumps: those only read memory.
     let export = tokio::task::spawn_blocking({
-        let (dirs, draft) = (dirs.clone(), draft.to_path_buf());
+        let (dirs, draft) = (found.dirs.clone(), draft.to_path_buf());
         move || dirs.export(&draft)
     });
-    let dumped = dump_one_by_one(node, sources, draft).await;
+    let dumped = dump_one_by_one(found, draft).await;
     // Whatever the dumps did: nobody may thaw while it reads.
     let shared = export.await.context("the export of volumes panicked")?;
     Ok((dumped?, shared?))
 }
 
-async fn dump_one_by_one(
-    node: &Node,
-    sources: &[SourceContainer],
-    draft: &Path,
-) -> Result<Vec<(std::time::Instant, Dumped)>> {
+async fn dump_one_by_one(found: &Found, draft: &Path) -> Result<Vec<(std::time::Instant, Dumped)>> {
     let mut all = Vec::new();
-    for source in sources {
+    for source in &found.sources {
         let from = std::time::Instant::now();
-        let dumped = source.dump(node, draft).await;
+        let dumped = source.dump(&found.node, draft, found.dump_patience).await;
         let name = &source.container.name;
         let dumped = match dumped {
             // The pod's name of it says more than its id.

@@ -22,6 +22,7 @@ use transship_checkpoint::wire::{Message, Offer, WireError, unexpected};
 use super::{connect, print, store};
 use crate::args::{Global, MigrateArgs};
 use crate::conversation::Conversation;
+use crate::freeze_guard::FreezeGuard;
 use crate::interrupt::Interrupt;
 use crate::node::{Node, unique};
 use crate::problem::{Kind, Problem, one_line};
@@ -48,6 +49,7 @@ struct Migration<'a> {
     bytes: u64,
     /// Bytes of memory and files, as far as they can be known before.
     estimate: u64,
+    dump_patience: Duration,
 }
 
 pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
@@ -67,6 +69,7 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
         interrupt: interrupt.clone(),
         bytes: 0,
         estimate: 0,
+        dump_patience: args.dump.patience(),
     };
     let result = migration.carry_out(&args).await;
     if let Err(error) = &result {
@@ -169,14 +172,20 @@ impl Migration<'_> {
         self.offer(args).await?;
         let draft = store().draft(&format!("migration-{}-{}", self.container.id(), unique()))?;
         self.interrupt.check()?;
+        let to_thaw = (!self.container.was_paused).then(|| self.container.id());
+        let guard = FreezeGuard::start(self.node, to_thaw.as_slice(), Some(draft.dir()))?;
         self.timeline.freeze();
         let frozen = match self.container.freeze(self.node).await {
             Ok(()) => self.move_frozen(args, &draft).await,
             Err(error) => Err(error),
         };
         if let Err(error) = frozen {
-            return Err(self.resume_source(error).await);
+            let error = self.resume_source(error).await;
+            guard.stand_down();
+            return Err(error);
         }
+        // From here on nobody else may decide that the source runs.
+        guard.stand_down();
         self.commit().await
     }
 
@@ -318,7 +327,10 @@ impl Migration<'_> {
             })
         };
         let dump = async {
-            let result = self.container.dump(self.node, draft.dir()).await;
+            let result = self
+                .container
+                .dump(self.node, draft.dir(), self.dump_patience)
+                .await;
             dumped.store(true, Ordering::Release);
             result
         };

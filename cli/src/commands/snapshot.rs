@@ -22,6 +22,7 @@ use transship_layer::{ExportStats, ImportStats, OverlayXattrs};
 
 use self::sink::Sink;
 use crate::args::{Global, SnapshotCommand};
+use crate::freeze_guard::FreezeGuard;
 use crate::interrupt::Interrupt;
 use crate::node::Node;
 use crate::node::snapshots::OverlayDirs;
@@ -228,7 +229,7 @@ fn layer_of(mounts: &[Mount]) -> Option<Layer> {
 }
 
 /// A container that stands still, until it is let go; a container that does not run stands still.
-struct Paused<'n>(Option<(&'n Node, String)>);
+struct Paused<'n>(Option<(&'n Node, String, FreezeGuard)>);
 
 impl<'n> Paused<'n> {
     async fn pause(node: &'n Node, container: Option<&str>) -> Result<Self> {
@@ -245,18 +246,20 @@ impl<'n> Paused<'n> {
             }
             task => {
                 task?;
+                let guard = FreezeGuard::start(node, &[id], None)?;
                 node.pause(id).await?;
-                Ok(Self(Some((node, id.to_owned()))))
+                Ok(Self(Some((node, id.to_owned(), guard))))
             }
         }
     }
 
     async fn resume(self) -> Result<()> {
-        let Some((node, id)) = self.0 else {
+        let Some((node, id, guard)) = self.0 else {
             return Ok(());
         };
-        node.resume(&id)
-            .await
+        let resumed = node.resume(&id).await;
+        guard.stand_down();
+        resumed
             .with_context(|| format!("{id:?} is still paused; ctr tasks resume {id:?} lets it run"))
     }
 }

@@ -69,15 +69,20 @@ impl Node {
         Ok(())
     }
 
-    /// Thaws them.
+    /// Thaws them. It is no error when they run already: the runtime thaws a container whose dump
+    /// has failed.
     pub(crate) async fn resume(&self, id: &str) -> Result<(), NodeError> {
-        self.tasks()
-            .resume(self.request(ResumeTaskRequest {
-                container_id: id.to_owned(),
-            }))
-            .await
-            .during(|| format!("resume {id:?}"))?;
-        Ok(())
+        let request = ResumeTaskRequest {
+            container_id: id.to_owned(),
+        };
+        let resumed = self.tasks().resume(self.request(request)).await;
+        match resumed.during(|| format!("resume {id:?}")) {
+            Ok(_) => Ok(()),
+            Err(error) => match self.task(id).await {
+                Ok(task) if task.status() == Status::Running => Ok(()),
+                _ => Err(error),
+            },
+        }
     }
 
     /// Dumps the container with CRIU into `images` and goes on; CRIU's log goes to `work`.
@@ -95,6 +100,11 @@ impl Node {
             external_unix_sockets: criu.ext_unix_sk,
             terminal: criu.shell_job,
             file_locks: criu.file_locks,
+            empty_namespaces: criu
+                .empty_ns
+                .map(|_| "network".to_owned())
+                .into_iter()
+                .collect(),
             image_path: images.display().to_string(),
             work_path: work.display().to_string(),
             ..CheckpointOptions::default()

@@ -120,6 +120,22 @@ fn flags_may_follow_the_id() {
 }
 
 #[test]
+fn a_dump_of_the_shim_is_understood() {
+    let line = "checkpoint --image-path /i --work-path /w --tcp-established --empty-ns network \
+                --leave-running web";
+    let Command::Checkpoint(dump) = read(line).command else {
+        panic!()
+    };
+    assert_eq!(dump.id, "web");
+    assert!(dump.switch("leave-running") && dump.switch("tcp-established"));
+    assert_eq!(
+        text(&dump.with_flags(vec![("file-locks", None)]).to_args()),
+        "--image-path /i --work-path /w --tcp-established --empty-ns network --leave-running \
+         --file-locks web"
+    );
+}
+
+#[test]
 fn what_is_not_understood_is_left_alone() {
     for line in [
         "",
@@ -139,7 +155,6 @@ fn what_is_not_understood_is_left_alone() {
         "ps --format json web",
         "update --resources - web",
         "update --resources=- web",
-        "checkpoint --image-path /i --work-path /w --leave-running web",
         "features",
         "pause web",
         "spec",

@@ -10,8 +10,11 @@ use transship_checkpoint::stage::DEFAULT_RUN_DIR;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::argv::Invocation;
 use transship_hook::front::{Outcome, Surroundings, serve};
+use transship_hook::lazy_pages;
 use transship_hook::one_line;
-use transship_hook::runtime::{Runtime, RuntimeError, SUPERVISED, exec_supervised};
+use transship_hook::runtime::{
+    CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
+};
 
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -25,6 +28,13 @@ fn main() -> ExitCode {
     };
     if args.first().is_some_and(|first| first == SUPERVISED) {
         return fail(&exec_supervised(&args[1..]));
+    }
+    if args.first().is_some_and(|first| first == lazy_pages::ROLE) {
+        return match lazy_pages::serve(&args[1..]) {
+            Ok(()) => ExitCode::SUCCESS,
+            // Its front sees that it is gone.
+            Err(_) => ExitCode::FAILURE,
+        };
     }
     match run(&program, args) {
         Ok(code) => code,
@@ -47,9 +57,11 @@ fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
         store: Store::at(DEFAULT_ROOT),
         containerd: containerd_socket(),
         node_config: NODE_CONFIG.into(),
+        criu_config_named: std::env::var_os(CRIU_CONFIG_VARIABLE).is_some(),
     };
     match serve(&around, Invocation::read(args)) {
-        Outcome::Exec(args) => Err(around.runtime.exec(&args)),
+        Outcome::Exec(args) => Err(around.runtime.exec(&args, None)),
+        Outcome::ExecWithCriuConfig(args, config) => Err(around.runtime.exec(&args, Some(&config))),
         Outcome::Exit(code) => Ok(ExitCode::from(code)),
     }
 }

@@ -113,16 +113,15 @@ impl Bundle {
     /// The spec if it carries an annotation of ours; `None` also for one that cannot be read: the
     /// runtime tells its user what is wrong with it.
     pub(super) fn our_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
-        let Ok(json) = fs::read(self.path(CONFIG_FILE)) else {
+        let Ok(json) = fs::read_to_string(self.path(CONFIG_FILE)) else {
             return Ok(None);
         };
         // Most containers are not ours, and a spec takes 50 times longer to parse than to search.
         // JSON may write a slash as "\/".
-        let needle = PREFIX.trim_end_matches('/').as_bytes();
-        if !json.windows(needle.len()).any(|window| window == needle) {
+        if !json.contains(PREFIX.trim_end_matches('/')) {
             return Ok(None);
         }
-        Ok(Self::config(id, json)?.filter(|config| config.annotations.ours))
+        Ok(Self::config(id, json.into_bytes())?.filter(|config| config.annotations.ours))
     }
 
     /// The spec; `None` when it cannot be read.

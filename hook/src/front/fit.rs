@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  architecture     manifest                       uname
+//!  lengths          manifest                       the files
 //!  service account  manifest                       the token that kubelet mounts, when strict
 //!  mounts           spec.dump                      config.json
 //!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
@@ -46,6 +47,7 @@ impl Front<'_> {
         let container = manifest.container(Some(&request.container))?;
         let uname = nix::sys::utsname::uname().during("ask for the name of", "this machine")?;
         manifest.check_architecture(&uname.machine().to_string_lossy())?;
+        checkpoint.check_lengths(container)?;
         // Outside of the CRI our own tool has made the container, after it has checked the rest.
         if !config.cri {
             return Ok(());

@@ -58,7 +58,7 @@ fn is_stopped(pid: i32) -> bool {
 }
 
 /// A process and all below it, parents first.
-pub(super) fn tree(root: i32) -> io::Result<Vec<i32>> {
+pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
     let mut tasks = vec![root];
     let mut seen = 0;
     while let Some(pid) = tasks.get(seen).copied() {

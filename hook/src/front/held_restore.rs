@@ -110,12 +110,15 @@ impl Front<'_> {
         let restore = create
             .to_restore(images.path(), &work)
             .with_flags(criu.restore_flags());
-        self.run_restore(restore, &work, Some(criu_config.path()))?
-            .map_err(|reason| FrontError::Restore {
-                container: request.container.clone(),
-                checkpoint: request.checkpoint.clone(),
-                reason,
-            })?;
+        self.run_restore(restore, &work, Some(criu_config.path()))
+            .and_then(|done| {
+                done.map_err(|reason| FrontError::Restore {
+                    container: request.container.clone(),
+                    checkpoint: request.checkpoint.clone(),
+                    reason,
+                })
+            })
+            .inspect_err(|_| joining.undo())?;
         let finish = || {
             let pid = read_pid(create)?;
             held::wait_until_stopped(pid).map_err(|source| FrontError::NotHeld {
@@ -141,6 +144,7 @@ impl Front<'_> {
         finish().inspect_err(|_| {
             // It has not run, so nothing is lost.
             self.delete_restored(&create.id);
+            joining.undo();
         })
     }
 

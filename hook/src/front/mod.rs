@@ -6,6 +6,7 @@
 
 mod bundle;
 mod cgroup_root;
+mod checkpoint;
 mod create;
 mod criu_config;
 mod delete;
@@ -19,11 +20,14 @@ mod rootfs;
 mod sandbox;
 mod shared_dirs;
 mod shared_pids;
+#[cfg_attr(not(target_arch = "x86_64"), path = "shm_attach_unsupported.rs")]
 mod shm_attach;
 mod start;
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
@@ -35,10 +39,13 @@ use transship_checkpoint::node_config::NodeConfigError;
 use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
 
+pub(crate) use held::tree as task_tree;
 pub use rootfs::RootfsError;
 
 use self::bundle::Bundle;
+use self::held_restore::read_pid;
 use crate::argv::{Arguments, Command, Globals, Invocation};
+use crate::lazy_pages::LazyPages;
 use crate::one_line;
 use crate::restore_log::{self, LOG_DIR};
 use crate::runtime::{Runtime, RuntimeError};
@@ -66,6 +73,8 @@ pub struct Surroundings {
     pub containerd: Option<PathBuf>,
     /// The rules of this node.
     pub node_config: PathBuf,
+    /// Whether the caller names a CRIU configuration in the environment.
+    pub criu_config_named: bool,
 }
 
 /// How a call goes on.
@@ -73,6 +82,8 @@ pub struct Surroundings {
 pub enum Outcome {
     /// The real runtime does it, with these arguments.
     Exec(Vec<OsString>),
+    /// The same, with a CRIU configuration file in the environment.
+    ExecWithCriuConfig(Vec<OsString>, PathBuf),
     /// It is done, with this exit code.
     Exit(u8),
 }
@@ -198,6 +209,12 @@ pub enum FrontError {
         /// Why.
         source: io::Error,
     },
+    /// Memory that cannot come when it is touched.
+    #[error("the memory cannot be restored lazily: {what}")]
+    LazyPages {
+        /// What stands in the way.
+        what: String,
+    },
     /// Connections inside of the pod that cannot be kept from the kernel.
     #[error("cannot hold the TCP connections inside of the pod: {what}")]
     PodConnections {
@@ -249,6 +266,25 @@ impl<T, E: Into<io::Error>> FrontContext<T> for Result<T, E> {
     }
 }
 
+/// Whether stdin is the node's `/dev/null`. A restored process that gets it for a pipe has a file of
+/// a mount that is not its container's, and CRIU cannot dump it again.
+fn stdin_is_null() -> bool {
+    const NULL: u64 = nix::libc::makedev(1, 3);
+    fs::metadata("/proc/self/fd/0").is_ok_and(|meta| meta.rdev() == NULL)
+}
+
+/// Whether it was a pipe when the container was dumped.
+fn stdin_was_pipe(images: &Path) -> bool {
+    // runc: a list of what the descriptors 0, 1 and 2 were.
+    let read = fs::read(images.join("descriptors.json"));
+    let descriptors = read.map(|json| serde_json::from_slice::<Vec<String>>(&json));
+    matches!(descriptors, Ok(Ok(list)) if list.first().is_some_and(|it| it.starts_with("pipe:")))
+}
+
+fn lazy_error(what: String) -> FrontError {
+    FrontError::LazyPages { what }
+}
+
 /// One call.
 #[derive(Debug)]
 struct Front<'a> {
@@ -275,6 +311,7 @@ pub fn serve(around: &Surroundings, call: Invocation) -> Outcome {
             streams_are_ours = false;
             front.native_restore(restore)
         }
+        Command::Checkpoint(dump) => front.checkpoint(dump),
         Command::Start { id } => front.start(id),
         Command::Delete { id, force } => front.delete(id, *force),
     };
@@ -329,15 +366,44 @@ impl Front<'_> {
             .and_then(|log| std::fs::metadata(log).ok())
             .map_or(0, |meta| meta.len());
         let kept = reason::kept_log(&restore.id);
+        let lazy = self.start_lazy_pages(&restore, work)?;
+        let pid_file = restore.clone();
         let restore = restore.without(self.around.runtime.unknown_restore_flags());
         let args = self.with_globals("restore", restore.to_args());
         let (runtime, own) = (&self.around.runtime, &self.around.own);
         let beneath = criu_config.filter(|_| runtime.may_ignore_criu_config());
-        let status = runtime.run_with_criu_config(own, &args, beneath)?;
+        let images = pid_file.value("image-path").unwrap_or_default();
+        let ended_stdin = stdin_is_null() && stdin_was_pipe(Path::new(images));
+        let status = runtime.run_with(own, &args, beneath, ended_stdin)?;
         if status.success() {
+            let guard = |lazy: LazyPages| lazy.guard(read_pid(&pid_file)?).map_err(lazy_error);
+            lazy.map_or(Ok(()), guard)
+                .inspect_err(|_| self.delete_restored(&pid_file.id))?;
             return Ok(Ok(()));
         }
+        if let Some(lazy) = lazy {
+            lazy.stop();
+        }
         Ok(Err(reason::of_restore(work, log, log_start, &kept)))
+    }
+
+    /// The server of the memory, if it is to come when it is touched.
+    fn start_lazy_pages(
+        &self,
+        restore: &Arguments,
+        work: &Path,
+    ) -> Result<Option<LazyPages>, FrontError> {
+        if !restore.switch("lazy-pages") {
+            return Ok(None);
+        }
+        let runtime = self.around.runtime.name();
+        if runtime != "runc" {
+            return Err(lazy_error(format!("{runtime} has no such restore")));
+        }
+        let images = restore.value("image-path").unwrap_or_default();
+        LazyPages::start(&self.around.own, Path::new(images), work)
+            .map(Some)
+            .map_err(lazy_error)
     }
 
     /// Unmounts what a killed restore has left mounted: the container's root file system for CRIU,

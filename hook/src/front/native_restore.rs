@@ -93,11 +93,14 @@ impl Front<'_> {
             .clone()
             .with("image-path", images.path())
             .with_flags(criu.restore_flags());
-        self.run_restore(fitted, &work, criu_config.as_ref().map(CriuConfig::path))?
-            .map_err(|reason| FrontError::NativeRestore {
-                id: restore.id.clone(),
-                reason,
-            })?;
+        self.run_restore(fitted, &work, criu_config.as_ref().map(CriuConfig::path))
+            .and_then(|done| {
+                done.map_err(|reason| FrontError::NativeRestore {
+                    id: restore.id.clone(),
+                    reason,
+                })
+            })
+            .inspect_err(|_| joining.undo())?;
         let finish = || {
             let pid = read_pid(restore)?;
             bundle.write_marker(&Marker {
@@ -114,7 +117,10 @@ impl Front<'_> {
             }
             joining.record(pod)
         };
-        finish().inspect_err(|_| self.delete_restored(&restore.id))?;
+        finish().inspect_err(|_| {
+            self.delete_restored(&restore.id);
+            joining.undo();
+        })?;
         Ok(Outcome::Exit(0))
     }
 }

@@ -10,7 +10,7 @@ use transship_checkpoint::criu_images::shm_mappings::Attachment;
 use transship_checkpoint::criu_images::utsns;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::stage::{
-    PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
+    LiveIpc, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
 };
 
 use super::bundle::Config;
@@ -19,7 +19,7 @@ use super::{Front, FrontError};
 /// What a restore does to the sandbox's namespaces, told when it has succeeded.
 #[derive(Debug, Default)]
 pub(super) struct Joining {
-    ipc: Option<(PathBuf, Vec<IpcObject>)>,
+    ipc: Option<(PathBuf, Vec<IpcObject>, LiveIpc)>,
     /// System V shared memory of earlier restores, for the held tasks to attach.
     pub(super) attachments: Vec<Attachment>,
 }
@@ -107,7 +107,7 @@ impl Front<'_> {
         if let Some(ipc) = joined.get(&Namespace::Ipc) {
             set_sysctls(dir, &live_ipc_sysctls(ipc)?)?;
             let (new, attachments) = pod.remove_present_ipc(dir, ipc)?;
-            joining.ipc = Some((ipc.clone(), new));
+            joining.ipc = Some((ipc.clone(), new, LiveIpc::of(ipc)?));
             joining.attachments = attachments;
         }
         Ok(joining)
@@ -117,9 +117,18 @@ impl Front<'_> {
 impl Joining {
     /// Remembers what is in the sandbox's namespaces now.
     pub(super) fn record(&self, pod: &PodDir) -> Result<(), FrontError> {
-        if let Some((namespace, objects)) = &self.ipc {
+        if let Some((namespace, objects, _)) = &self.ipc {
             pod.record_ipc(namespace, objects)?;
         }
         Ok(())
+    }
+
+    /// Takes away what a restore that failed has left in the sandbox's namespaces.
+    pub(super) fn undo(&self) {
+        if let Some((_, objects, live)) = &self.ipc {
+            // The failure of the restore is what is told; what stays here makes the next attempt
+            // fail, which says it.
+            drop(live.remove_new(objects));
+        }
     }
 }

@@ -8,6 +8,8 @@
 //! Only a task itself can attach to its memory, so it makes the system call: its registers are set
 //! to a `syscall` instruction of its own (the vDSO has one), one step is made, and they are put
 //! back. The kernel counts the attachment, `shmdt` and the next dump find it as they would have.
+//!
+//! The registers are those of x86-64; on other machines such a restore is refused.
 
 use std::fs::{self, File};
 use std::io;

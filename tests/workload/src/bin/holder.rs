@@ -8,6 +8,8 @@
 //!   datagrams=PATH    a unix datagram socket connected to PATH; sends on every tick
 //!   receive=PATH      one bound to PATH; how many bytes have come is in PATH.received
 //!   tcp=PORT          a connection to itself over localhost; passes a byte on every tick
+//!   echo=ADDRESS      listens there, and sends back what comes
+//!   peer=ADDRESS      a connection to one that does; passes a byte on every tick
 //!   in-flight=PORT    a connection to itself that it never accepts
 //! ```
 //!
@@ -31,6 +33,8 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 
 const TICK: Duration = Duration::from_millis(50);
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 const BLOCK: usize = 4096;
 
 enum Held {
@@ -40,6 +44,8 @@ enum Held {
     Datagrams(UnixDatagram),
     Receive(UnixDatagram, String, usize),
     Tcp(TcpStream, TcpStream),
+    Echo,
+    Peer(TcpStream),
     InFlight(
         #[expect(dead_code, reason = "it is held")] TcpListener,
         #[expect(dead_code, reason = "it is held")] TcpStream,
@@ -124,6 +130,21 @@ fn take(need: &str) -> io::Result<Held> {
             let client = TcpStream::connect(listener.local_addr()?)?;
             Held::Tcp(client, listener.accept()?.0)
         }
+        "echo" => {
+            let listener = TcpListener::bind(value)?;
+            std::thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    // Until the other end goes.
+                    let _ = io::copy(&mut &stream, &mut &stream);
+                }
+            });
+            Held::Echo
+        }
+        "peer" => {
+            let stream = TcpStream::connect(value)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            Held::Peer(stream)
+        }
         "in-flight" => {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port()?))?;
             let client = TcpStream::connect(listener.local_addr()?)?;
@@ -135,7 +156,7 @@ fn take(need: &str) -> io::Result<Held> {
 
 fn check(held: &mut Held) -> io::Result<()> {
     match held {
-        Held::Lock(_) | Held::InFlight(..) => Ok(()),
+        Held::Lock(_) | Held::InFlight(..) | Held::Echo => Ok(()),
         Held::Ghost(file, blocks) => {
             let mut found = [0; BLOCK];
             for block in 0..*blocks {
@@ -162,15 +183,18 @@ fn check(held: &mut Held) -> io::Result<()> {
             }
             fs::write(path, bytes.to_string())
         }
-        Held::Tcp(client, server) => {
-            client.write_all(b"x")?;
-            let mut byte = [0];
-            server.read_exact(&mut byte)?;
-            (byte == *b"x")
-                .then_some(())
-                .ok_or_else(|| io::Error::other(format!("{byte:?} came")))
-        }
+        Held::Tcp(client, server) => pass(client, server),
+        Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
     }
+}
+
+fn pass(from: &mut impl Write, to: &mut impl Read) -> io::Result<()> {
+    from.write_all(b"x")?;
+    let mut byte = [0];
+    to.read_exact(&mut byte)?;
+    (byte == *b"x")
+        .then_some(())
+        .ok_or_else(|| io::Error::other(format!("{byte:?} came")))
 }
 
 fn pattern(block: usize) -> [u8; BLOCK] {

@@ -1,0 +1,55 @@
+//! `checkpoint`: a dump that somebody else takes (kubelet through the CRI, `ctr`) gets the options
+//! that the container's annotations ask for; containerd can carry few of them, and the CRI none.
+//!
+//! ```text
+//!  flags of the caller  <- flags of the annotations    what the annotations name wins
+//!  CRIU_CONFIG_FILE = <bundle>/transship-dump.conf     what is no flag of this runtime
+//! ```
+//!
+//! `transship checkpoint` has looked at the annotations itself and names a configuration file of
+//! its own: its calls pass as they are.
+
+use std::fs;
+
+use transship_checkpoint::criu_options::CriuOptions;
+
+use super::{Front, FrontContext, FrontError, Outcome};
+use crate::argv::Arguments;
+
+/// In the bundle.
+const CONFIG_FILE: &str = "transship-dump.conf";
+
+impl Front<'_> {
+    pub(super) fn checkpoint(&self, dump: &Arguments) -> Result<Option<Outcome>, FrontError> {
+        if self.around.criu_config_named {
+            return Ok(None);
+        }
+        let Some(bundle) = self.bundle_of(&dump.id) else {
+            return Ok(None);
+        };
+        let Some(config) = bundle.our_config(&dump.id)? else {
+            return Ok(None);
+        };
+        let mut criu = config.annotations.criu.over(CriuOptions::default());
+        if dump.switch("leave-running") {
+            // CRIU takes its links away again before the caller copies the files: a dump that
+            // could never be restored. Without the option CRIU says what stands in the way.
+            criu.link_remap = false;
+        }
+        // The runtime is asked only where its version matters.
+        let help = match criu.dump_extras().is_empty() && criu.empty_ns.is_none() {
+            true => String::new(),
+            false => self.around.runtime.checkpoint_help()?,
+        };
+        let (flags, lines) = criu.dump_arguments(&help);
+        let args = dump.clone().with_flags(flags).to_args();
+        let args = self.with_globals("checkpoint", args);
+        if lines.is_empty() {
+            return Ok(Some(Outcome::Exec(args)));
+        }
+        let path = bundle.path(CONFIG_FILE);
+        let path = std::path::absolute(&path).during("find", &path)?;
+        fs::write(&path, lines.join("\n") + "\n").during("write", &path)?;
+        Ok(Some(Outcome::ExecWithCriuConfig(args, path)))
+    }
+}

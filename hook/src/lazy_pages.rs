@@ -1,0 +1,229 @@
+//! Memory that comes when it is touched: the server of the pages of one restore.
+//!
+//! ```text
+//!  front ── transship-lazy-pages IMAGES WORK ──> guard ──> criu lazy-pages ── userfaultfd ─> tasks
+//!    │   <-- ready                                 │  socket in WORK: the restore hands over
+//!    │ runc restore --lazy-pages                   │  the descriptors
+//!    │   --> pid of the container                  │  takes copies of the descriptors
+//!    └── <-- held, the front goes                  └─ waits for the server
+//! ```
+//!
+//! The pages lie in the images on this node, so nothing stays behind on another one; all of them
+//! have been copied when the server ends, also those that nobody has touched.
+//!
+//! When the last descriptor of a userfaultfd is closed, the kernel gives its tasks pages of zeros
+//! from then on, and tells nobody. A server that is killed (out of memory, by mistake) would turn
+//! into wrong memory. So the guard keeps copies of the descriptors: the tasks then wait, and it
+//! kills them.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open, setsid,
+};
+
+/// First argument of the front as guard.
+pub const ROLE: &str = "transship-lazy-pages";
+/// In the work directory; CRIU has no option for it.
+const SOCKET: &str = "lazy-pages.socket";
+const LOG: &str = "lazy-pages.log";
+const READY: &str = "ready";
+const HELD: &str = "held";
+/// How long the server may take to read the images' tables.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The guard of one restore, as its front has it.
+#[derive(Debug)]
+pub(crate) struct LazyPages {
+    guard: Child,
+    work: PathBuf,
+}
+
+impl LazyPages {
+    /// Starts the server for the images.
+    ///
+    /// # Errors
+    /// It does not come up; the text says why.
+    pub(crate) fn start(front: &Path, images: &Path, work: &Path) -> Result<Self, String> {
+        drop(fs::remove_file(work.join(SOCKET)));
+        let guard = Command::new(front)
+            .arg(ROLE)
+            .args([images, work])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("cannot run {}: {error}", front.display()))?;
+        let mut lazy = Self {
+            guard,
+            work: work.to_path_buf(),
+        };
+        match lazy.listen().as_deref() {
+            Some(READY) => Ok(lazy),
+            _ => Err(lazy.reason()),
+        }
+    }
+
+    /// Hands over to the guard, which lives as long as pages are missing. The container's first
+    /// process is `pid`.
+    ///
+    /// # Errors
+    /// The server is gone, and the memory with it.
+    pub(crate) fn guard(mut self, pid: i32) -> Result<(), String> {
+        let told = self
+            .guard
+            .stdin
+            .take()
+            .map(|mut stdin| writeln!(stdin, "{pid}"));
+        match (told, self.listen().as_deref()) {
+            (Some(Ok(())), Some(HELD)) => Ok(()),
+            _ => Err(self.reason()),
+        }
+    }
+
+    /// Ends the server of a restore that has failed.
+    pub(crate) fn stop(mut self) {
+        drop(self.guard.stdin.take());
+        // It has nothing to say; what it could not do is in its log.
+        drop(self.guard.wait());
+    }
+
+    fn listen(&mut self) -> Option<String> {
+        let mut line = String::new();
+        let stdout = self.guard.stdout.as_mut()?;
+        // A byte at a time: what comes after the line is for the next call.
+        let mut byte = [0];
+        while stdout.read(&mut byte).ok()? == 1 && byte != *b"\n" {
+            line.push(byte[0].into());
+        }
+        Some(line)
+    }
+
+    fn reason(&self) -> String {
+        let log = self.work.join(LOG);
+        let said = transship_checkpoint::criu_log::first_error_of(&log);
+        let said = said.ok().flatten();
+        said.unwrap_or_else(|| "criu lazy-pages does not serve (see `transship check`)".to_owned())
+    }
+}
+
+/// The guard. `args`: the images and the work directory.
+///
+/// # Errors
+/// What cannot be done; nobody hears it.
+pub fn serve(args: &[OsString]) -> io::Result<()> {
+    let [images, work] = args else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    // The front's caller waits for the end of what it has started.
+    setsid()?;
+    let mut server = Command::new("criu")
+        .args(["lazy-pages", "--images-dir"])
+        .arg(images)
+        .arg("--work-dir")
+        .arg(work)
+        .args(["-o", LOG])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        // Of its own: what is sent to a group of ours must not end it alone.
+        .process_group(0)
+        .spawn()?;
+    let guarded = guard(&mut server, Path::new(work));
+    if guarded.is_err() {
+        drop(server.kill());
+        drop(server.wait());
+    }
+    guarded
+}
+
+fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !work.join(SOCKET).try_exists()? {
+        if server.try_wait()?.is_some() || Instant::now() > deadline {
+            return Err(io::Error::other("the server does not listen"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    say(READY)?;
+    let mut line = String::new();
+    BufReader::new(io::stdin()).read_line(&mut line)?;
+    // Without a number the restore has failed.
+    let root: i32 = line.trim().parse().map_err(io::Error::other)?;
+    let copies = userfaultfds(server)?;
+    if let Some(status) = server.try_wait()? {
+        if !status.success() {
+            return Err(io::Error::other("the server has ended"));
+        }
+    }
+    say(HELD)?;
+    close_streams()?;
+    let served = server.wait()?.success();
+    if !served {
+        kill_tree(root)?;
+    }
+    drop(copies);
+    Ok(())
+}
+
+fn say(word: &str) -> io::Result<()> {
+    let mut stdout = io::stdout();
+    writeln!(stdout, "{word}")?;
+    stdout.flush()
+}
+
+/// Nobody may wait for the end of these; the working directory may be the bundle.
+fn close_streams() -> io::Result<()> {
+    let null = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    std::env::set_current_dir("/")
+}
+
+/// Copies of the server's descriptors of userfaultfds; none when it has served all already.
+fn userfaultfds(server: &Child) -> io::Result<Vec<OwnedFd>> {
+    let pid = i32::try_from(server.id()).map_err(io::Error::other)?;
+    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let mut copies = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{}/fd", server.id()))? {
+        let entry = entry?;
+        // One that it has just closed is one that is served.
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        if target.to_string_lossy() != "anon_inode:[userfaultfd]" {
+            continue;
+        }
+        let number = entry.file_name().to_string_lossy().parse();
+        if let Ok(copy) = pidfd_getfd(
+            &pidfd,
+            number.map_err(io::Error::other)?,
+            PidfdGetfdFlags::empty(),
+        ) {
+            copies.push(copy);
+        }
+    }
+    Ok(copies)
+}
+
+/// Kills the container's tasks, whose memory is incomplete.
+fn kill_tree(root: i32) -> io::Result<()> {
+    for pid in crate::front::task_tree(root)? {
+        if let Some(pid) = Pid::from_raw(pid) {
+            // One that has ended is as dead as wanted.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,377 @@
+//! CRIU's options of containers outside of pods, and of dumps that others take.
+//!
+//! ```text
+//!   needs                                          without it
+//!     tcp=established   a connection to the node     not dumped
+//!     empty-ns          a vxlan of its own           (arguments of runc, which does it by itself)
+//!     manage-cgroups    a cgroup below its own       restored where it was
+//!     lsm-*             a security module            (arguments of runc: this kernel has none)
+//!     lazy-pages        memory                       restored before it starts
+//! ```
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Image, Node, Testbed, journey, poll_until,
+};
+
+use crate::Case;
+
+const IMAGE: &str = "transship.test/holder:1";
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Writes down what runc is called with.
+const RECORDER: &str = "#!/bin/sh\necho \"$@\" >>/var/log/runc.args\nexec /usr/sbin/runc \"$@\"\n";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("criu_options_alone", options_of_a_container_alone).chain(
+        Case::on_all_trees("criu_options_of_others", options_of_dumps_that_others_take),
+    )
+}
+
+fn options_of_a_container_alone(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    a_connection_moves_with_its_address(&node)?;
+    a_network_is_left_behind(&node)?;
+    a_cgroup_is_restored_or_not(&node)?;
+    memory_comes_when_it_is_touched(&node)?;
+    journey::check_nothing_left(&node)
+}
+
+/// The network namespace is made again, with the address that it had; the other end sees nothing.
+fn a_connection_moves_with_its_address(node: &Node) -> anyhow::Result<()> {
+    let make_network = "
+        ip netns add moved; ip link add v0 type veth peer name eth0 netns moved
+        ip addr add 10.77.0.1/24 dev v0; ip link set v0 up; ip -n moved link set lo up
+        ip -n moved addr add 10.77.0.2/24 dev eth0; ip -n moved link set eth0 up";
+    node.shell(make_network).run()?;
+    run(node, "teacher", &[], &["lock"])?;
+    node.shell(&format!(
+        "mkdir -p /data; cp /proc/{}/root/usr/bin/holder /usr/local/bin/holder",
+        journey::task_pid(node, "teacher")?
+    ))
+    .run()?;
+    journey::remove_container(node, "teacher")?;
+    node.start_daemon("echo", &["holder", "echo=10.77.0.1:7100"])?;
+
+    sandbox_in_network(node)?;
+    let network = format!(
+        "network:/proc/{}/ns/net",
+        journey::task_pid(node, "network")?
+    );
+    run(
+        node,
+        "moved",
+        &["--with-ns", &network],
+        &["peer=10.77.0.1:7100"],
+    )?;
+    refused(node, "moved", &[], "CRIU cannot dump")?;
+    checkpoint(node, "moved", &["--tcp=established", "--leave-paused"])?;
+    // What it says in dying does not get out.
+    node.shell("ip -n moved link set eth0 down").run()?;
+    for id in ["moved", "network"] {
+        journey::remove_container(node, id)?;
+    }
+    node.shell("ip netns del moved; ip link del v0 2>/dev/null || true")
+        .run()?;
+    poll_until("the end of the network", PATIENCE, || {
+        let gone = node.shell(&format!("! ip link show v0 2>/dev/null;{make_network}"));
+        { gone }.run().map_err(|error| error.to_string())
+    })?;
+    sandbox_in_network(node)?;
+    node.shell("transship restore moved --sandbox network; transship rm moved")
+        .run()?;
+    holds(node, "moved", "peer ok\n")?;
+    for id in ["moved", "network"] {
+        journey::remove_container(node, id)?;
+    }
+    node.stop_daemon("echo", "KILL")?;
+    node.shell("ip netns del moved").run()?;
+    Ok(())
+}
+
+/// A container whose network namespace others can name.
+fn sandbox_in_network(node: &Node) -> anyhow::Result<()> {
+    node.shell(&format!(
+        "ctr run --detach --snapshotter transship --runc-binary {} \
+         --annotation dev.transship/sandbox=network \
+         --with-ns network:/var/run/netns/moved transship.test/pause:1 network",
+        journey::FRONT
+    ))
+    .run()?;
+    Ok(())
+}
+
+/// runc leaves the devices of a network behind whatever it is told (`setEmptyNsMask`), among them
+/// those of kinds that CRIU cannot dump; crun does when it is told.
+fn a_network_is_left_behind(node: &Node) -> anyhow::Result<()> {
+    run(node, "netted", &[], &["lock"])?;
+    let inside = |id: &str, script: &str| -> anyhow::Result<String> {
+        let pid = journey::task_pid(node, id)?;
+        Ok(node
+            .shell(&format!("nsenter -t {pid} -n {script}"))
+            .read()?)
+    };
+    inside(
+        "netted",
+        "ip link add vx0 type vxlan id 5 dstport 4789 dev lo",
+    )?;
+    record_runc(node)?;
+    checkpoint(node, "netted", &["--empty-ns=network"])?;
+    journey::remove_container(node, "netted")?;
+    node.shell("transship restore netted; transship rm netted")
+        .run()?;
+    holds(node, "netted", "lock ok\n")?;
+    let links = inside("netted", "ip -o link")?;
+    ensure!(!links.contains("vx0") && links.contains("lo"), "{links}");
+    for command in ["checkpoint", "restore"] {
+        was_asked(node, command, "--empty-ns network")?;
+    }
+    journey::remove_container(node, "netted")?;
+    Ok(())
+}
+
+/// That of a child: the first process always comes into the cgroup of the new container.
+fn a_cgroup_is_restored_or_not(node: &Node) -> anyhow::Result<()> {
+    let shell = "/usr/bin/holder lock; true";
+    node.shell(&format!(
+        "ctr run --detach --snapshotter transship --runc-binary {} {IMAGE} grouped /bin/sh -c '{shell}'",
+        journey::FRONT
+    ))
+    .run()?;
+    holds(node, "grouped", "lock ok\n")?;
+    let group = |script: &str| -> anyhow::Result<String> {
+        let pid = journey::task_pid(node, "grouped")?;
+        let script = format!(
+            "read pid _ </proc/{pid}/task/{pid}/children || true; group=$(sed -n 's/.*:pids://p' /proc/$pid/cgroup); {script}"
+        );
+        Ok(node.shell(&script).read()?)
+    };
+    let below = "sub=/sys/fs/cgroup/pids$group/sub; mkdir $sub; echo $pid >$sub/cgroup.procs";
+    group(below)?;
+    checkpoint(node, "grouped", &[])?;
+    journey::remove_container(node, "grouped")?;
+    for (flags, there) in [("", true), ("--manage-cgroups-mode ignore", false)] {
+        node.shell(&format!("transship restore grouped {flags}"))
+            .run()?;
+        holds(node, "grouped", "lock ok\n")?;
+        let found = group("echo $group")?;
+        ensure!(
+            found.trim().ends_with("/sub") == there,
+            "{flags:?}: {found}"
+        );
+        // A copy is as good as the first one: it can be dumped again.
+        node.shell("transship checkpoint grouped --name again; transship rm again")
+            .run()?;
+        journey::remove_container(node, "grouped")?;
+    }
+    // CRIU replaces a context that a mount has: without SELinux none has one. So what can be seen
+    // here is that it is asked to.
+    let context = "system_u:object_r:container_file_t:s0";
+    node.shell(&format!(
+        "transship restore grouped --lsm-mount-context {context}"
+    ))
+    .run()?;
+    holds(node, "grouped", "lock ok\n")?;
+    was_asked(node, "restore", "--manage-cgroups-mode ignore")?;
+    was_asked(node, "restore", &format!("--lsm-mount-context {context}"))?;
+    journey::remove_container(node, "grouped")?;
+    node.shell("rm /usr/local/sbin/runc; transship rm grouped")
+        .run()?;
+    Ok(())
+}
+
+/// Lets a program before runc on the path write down its arguments.
+fn record_runc(node: &Node) -> anyhow::Result<()> {
+    node.write_file("/usr/local/sbin/runc", RECORDER)?;
+    node.shell("chmod +x /usr/local/sbin/runc").run()?;
+    Ok(())
+}
+
+fn was_asked(node: &Node, command: &str, flag: &str) -> anyhow::Result<()> {
+    let arguments = String::from_utf8(node.read_file("/var/log/runc.args")?)?;
+    let command = format!(" {command} ");
+    let found = arguments
+        .lines()
+        .any(|line| line.contains(&command) && line.contains(flag));
+    ensure!(found, "{flag} is not in {arguments}");
+    Ok(())
+}
+
+/// All of it comes; and if it cannot come any more, the container ends rather than to go on with
+/// pages of zeros.
+fn memory_comes_when_it_is_touched(node: &Node) -> anyhow::Result<()> {
+    let serving = "pgrep -f '[c]riu lazy-pages'";
+    run_counter(node, "lazy")?;
+    checkpoint(node, "lazy", &["--lazy-pages"])?;
+    journey::remove_container(node, "lazy")?;
+    node.shell("transship restore lazy").run()?;
+    let log = "/run/containerd/io.containerd.runtime.v2.task/default/lazy/work/lazy-pages.log";
+    node.shell(&format!("test -e {log}")).run()?;
+    memory_is_whole(node)?;
+    poll_until("the end of the server", PATIENCE, || {
+        let served = node.shell(&format!("! {serving}"));
+        { served }.run().map_err(|error| error.to_string())
+    })?;
+    memory_is_whole(node)?;
+    journey::remove_container(node, "lazy")?;
+
+    let mut ended = 0;
+    for delay in ["0.00", "0.02", "0.05", "0.1", "0.2"] {
+        node.shell(&format!(
+            "(for i in $(seq 2000); do {serving} >/dev/null && break; sleep 0.005; done
+              sleep {delay}; pkill -KILL -f '[c]riu lazy-pages') >/dev/null 2>&1 &
+             transship restore lazy >/var/log/lazy.out 2>&1 || true"
+        ))
+        .run()?;
+        let said = String::from_utf8(node.read_file("/var/log/lazy.out")?)?;
+        let alive = poll_until("an end, or whole memory", PATIENCE, || {
+            let tasks = node
+                .ctr(&["tasks", "ls"])
+                .map_err(|error| error.to_string())?;
+            match tasks.lines().find(|line| line.starts_with("lazy ")) {
+                None => Ok(false),
+                Some(line) if line.contains("STOPPED") => Ok(false),
+                Some(_) => memory_is_whole(node)
+                    .map(|()| true)
+                    .map_err(|error| format!("{error:#}: {tasks}")),
+            }
+        });
+        match alive {
+            Ok(true) => journey::remove_container(node, "lazy")?,
+            Ok(false) => {
+                ended += 1;
+                node.shell("ctr tasks rm -f lazy >/dev/null 2>&1 || true; ctr containers rm lazy 2>/dev/null || true")
+                    .run()?;
+            }
+            Err(error) => anyhow::bail!("{error}: {said}"),
+        }
+    }
+    ensure!(ended > 0, "no server was killed before it had served all");
+    node.shell("transship rm lazy").run()?;
+    Ok(())
+}
+
+fn memory_is_whole(node: &Node) -> anyhow::Result<()> {
+    let pid = journey::task_pid(node, "lazy")?;
+    // Nobody has raised the loopback interface of its own network.
+    let ask = "ip link set lo up; busybox nc -w 10 127.0.0.1 7000";
+    let ask = format!("nsenter -t {pid} -n sh -c '{ask}'");
+    let reply = node.shell(&ask).read()?;
+    ensure!(reply.contains("\"memory_ok\":true"), "{reply:?}");
+    Ok(())
+}
+
+fn run_counter(node: &Node, id: &str) -> anyhow::Result<()> {
+    node.shell(&format!(
+        "ctr run --detach --snapshotter transship --runc-binary {} transship.test/counter:1 {id} \
+         /usr/bin/counter --memory-mb 192",
+        journey::FRONT
+    ))
+    .run()?;
+    journey::wait_for_count(node, id, 5)?;
+    Ok(())
+}
+
+/// `ctr` dumps, containerd restores: what the annotations say holds for both.
+fn options_of_dumps_that_others_take(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let image = "transship.test/dumped:1";
+    let needs = ["lock", "ghost=2097152", "tcp=7001"];
+    run(&node, "plain", &[], &needs)?;
+    let dump = |id: &str| {
+        let mut command = node.command("ctr");
+        command.args(["containers", "checkpoint", "--rw", "--task", id, image]);
+        command
+    };
+    dump("plain").read_failure()?;
+    journey::remove_container(&node, "plain")?;
+
+    let mut annotations = Vec::new();
+    for annotation in [
+        "dev.transship/file-locks=true",
+        "dev.transship/ghost-limit=4M",
+        "dev.transship/tcp=close",
+    ] {
+        annotations.extend(["--annotation", annotation]);
+    }
+    run(&node, "told", &annotations, &needs)?;
+    dump("told").run()?;
+    holds(&node, "told", "tcp ok\n")?;
+    // What is said on the command line wins over the annotations.
+    refused(&node, "told", &["--ghost-limit=1M"], "CRIU cannot dump")?;
+    refused(&node, "told", &["--no-file-locks"], "CRIU cannot dump")?;
+    journey::remove_container(&node, "told")?;
+    node.ctr(&["containers", "restore", "--live", "--rw", "told", image])?;
+    let state = holds(&node, "told", "ghost ok\n")?;
+    ensure!(
+        state.contains("os error") && state.contains("lock ok"),
+        "{state}"
+    );
+    let pid = journey::task_pid(&node, "told")?;
+    node.shell(&format!(
+        "! flock --nonblock /proc/{pid}/root/data/lock true"
+    ))
+    .run()?;
+    journey::remove_container(&node, "told")?;
+    Ok(())
+}
+
+fn start(bed: &Testbed) -> anyhow::Result<Node> {
+    let node = bed.node("a")?;
+    node.start_snapshotter()?;
+    node.start_containerd(&ContainerdConfig {
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    })?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    for image in [
+        Image::pause(bed.settings())?,
+        holder,
+        journey::counter_image(bed)?,
+    ] {
+        node.import_image(&image, "transship")?;
+    }
+    Ok(node)
+}
+
+fn run(node: &Node, id: &str, more: &[&str], needs: &[&str]) -> anyhow::Result<()> {
+    let mut command = vec!["run", "--detach", "--snapshotter", "transship"];
+    command.extend(["--runc-binary", journey::FRONT]);
+    command.extend(more);
+    command.extend([IMAGE, id, "/usr/bin/holder"]);
+    command.extend(needs);
+    node.ctr(&command)?;
+    holds(node, id, "tick ")?;
+    Ok(())
+}
+
+/// What the holder says, two ticks from now.
+fn holds(node: &Node, id: &str, said: &str) -> anyhow::Result<String> {
+    let mut first = None;
+    Ok(poll_until("the holder's state", PATIENCE, || {
+        let state = journey::read_in_container(node, id, "/data/state")?;
+        let tick = state.rsplit_once("tick ");
+        let tick = tick.and_then(|(_, tick)| tick.trim().parse::<u64>().ok());
+        let tick = tick.ok_or_else(|| state.clone())?;
+        match tick >= *first.get_or_insert(tick) + 2 && state.contains(said) {
+            true => Ok(state),
+            false => Err(state),
+        }
+    })?)
+}
+
+fn checkpoint(node: &Node, id: &str, flags: &[&str]) -> anyhow::Result<()> {
+    let mut command = node.command("transship");
+    command.args(["checkpoint", id, "--name", id]).args(flags);
+    Ok(command.run()?)
+}
+
+fn refused(node: &Node, id: &str, flags: &[&str], said: &str) -> anyhow::Result<()> {
+    let mut command = node.command("transship");
+    command.args(["checkpoint", id, "--name", id]).args(flags);
+    let error = command.read_failure()?;
+    ensure!(error.contains(said), "{error}");
+    holds(node, id, " ok\n")?;
+    Ok(())
+}

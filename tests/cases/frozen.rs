@@ -1,0 +1,156 @@
+//! Nobody stands still for ever: a dump that hangs is given up, and a command that is killed in the
+//! middle of a freeze leaves a container that runs.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{CommandRun as _, Node, Testbed, journey, poll_until};
+
+use crate::Case;
+
+const PATIENCE: Duration = Duration::from_secs(40);
+const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    Case::on_all_trees("frozen_runs_again", a_frozen_container_runs_again)
+}
+
+fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    journey::run_sandbox(&a, "sandbox")?;
+    journey::run_counter(
+        &a,
+        "counter",
+        "sandbox",
+        96,
+        &["--runc-binary", journey::FRONT],
+    )?;
+    journey::wait_for_count(&a, "counter", 5)?;
+    a_dump_that_hangs_is_given_up(&a)?;
+    // Each moment is known by what is there then.
+    for (moment, there) in [
+        ("paused", "ctr tasks ls | grep -q 'counter .*PAUSED'"),
+        ("CRIU runs", &format!("ls {DRAFT}/counter/work/dump.log")),
+        (
+            "memory",
+            &format!("ls {DRAFT}/counter/checkpoint/pages-*.img"),
+        ),
+        (
+            "dumped",
+            &format!("ls {DRAFT}/counter/checkpoint/inventory.img"),
+        ),
+    ] {
+        let program = ["transship", "checkpoint", "counter", "--name", "killed"];
+        killed_at(&a, moment, there, &program)?;
+        // One that was quicker than the kill has made a checkpoint.
+        a.shell("transship rm killed 2>/dev/null || true").run()?;
+    }
+    // A draft of one that was killed after the freeze is the next one's to remove.
+    a.shell("transship checkpoint counter --name whole; transship rm whole")
+        .run()?;
+    let ssh = bed.ssh(&a, &b)?;
+    journey::run_sandbox(&b, "sandbox-b")?;
+    let command = "touch /run/here; while kill -0 $PPID; do sleep 0.1; done";
+    let program = [
+        "transship",
+        "migrate",
+        "counter",
+        "--to",
+        &ssh,
+        "--sandbox",
+        "sandbox-b",
+        "--before-restore",
+        command,
+    ];
+    killed_at(&a, "before the restore", "ls /run/here", &program)?;
+    poll_until("the end of the other side", PATIENCE, || {
+        let left = b.ctr(&["containers", "ls", "-q"]);
+        let left = left.map_err(|error| error.to_string())?;
+        match left.trim() {
+            "sandbox-b" => Ok(()),
+            left => Err(left.to_owned()),
+        }
+    })?;
+    for (node, ids) in [
+        (&a, ["counter", "sandbox"].as_slice()),
+        (&b, &["sandbox-b"]),
+    ] {
+        for id in ids {
+            journey::remove_container(node, id)?;
+        }
+        journey::check_nothing_left(node)?;
+    }
+    Ok(())
+}
+
+/// CRIU waits for a stopped task as long as the cgroup v1 freezer holds it.
+fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
+    let pid = journey::task_pid(node, "counter")?;
+    node.shell(&format!("kill -STOP {pid}")).run()?;
+    let mut command = node.command("transship");
+    command.args([
+        "checkpoint",
+        "counter",
+        "--name",
+        "stopped",
+        "--dump-timeout=3",
+    ]);
+    let output = command.output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    node.shell(&format!("kill -CONT {pid}")).run()?;
+    if output.status.success() {
+        // With cgroup v2 CRIU dumps a stopped task.
+        node.shell("transship rm stopped").run()?;
+    } else {
+        for said in [
+            "wrote nothing for 3 s",
+            &format!("{pid} (counter)"),
+            "SIGCONT",
+        ] {
+            ensure!(error.contains(said), "{error}");
+        }
+    }
+    goes_on(node)
+}
+
+fn killed_at(node: &Node, moment: &str, there: &str, program: &[&str]) -> anyhow::Result<()> {
+    node.start_daemon("killed", program)?;
+    let wait = format!("for i in $(seq 20000); do {there} >/dev/null 2>&1 && exit; done; exit 1");
+    node.shell(&wait).run()?;
+    node.stop_daemon("killed", "KILL")?;
+    goes_on(node).map_err(|error| error.context(format!("killed at: {moment}")))
+}
+
+/// It runs and counts, and its network is open.
+fn goes_on(node: &Node) -> anyhow::Result<()> {
+    poll_until("a container that runs", PATIENCE, || {
+        let tasks = node
+            .ctr(&["tasks", "ls"])
+            .map_err(|error| error.to_string())?;
+        let line = tasks.lines().find(|line| line.starts_with("counter "));
+        match line.is_some_and(|line| line.contains("RUNNING")) {
+            true => Ok(()),
+            false => Err(tasks),
+        }
+    })?;
+    let count = journey::read_counts(node, "counter").map_err(anyhow::Error::msg)?;
+    journey::wait_for_count(node, "counter", count)?;
+    poll_until("the end of the guard", PATIENCE, || {
+        let left = node.shell("pgrep -fl '[f]reeze-guard' || true");
+        let left = { left }.read().map_err(|error| error.to_string())?;
+        match left.is_empty() {
+            true => Ok(()),
+            false => Err(left),
+        }
+    })?;
+    let pid = journey::task_pid(node, "counter")?;
+    let locks = node.shell(&format!(
+        "set +e; nsenter -t {pid} -n sh -c 'iptables-save; nft list tables' 2>/dev/null | grep CRIU; true"
+    ));
+    let locks = { locks }.read()?;
+    ensure!(locks.is_empty(), "{locks}");
+    let address = journey::sandbox_address(node, "sandbox")?;
+    let reply = journey::ask(node, &address)?;
+    ensure!(reply.memory_ok, "{reply:?}");
+    Ok(())
+}
