@@ -57,7 +57,7 @@ lint: ## Check format, lints, documentation, dependencies
 demo: setup build ## Watch a running container move between two nodes
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-demo
 
-bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|front for a part
+bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|restore|front for a part
 	$(CARGO) build --workspace --bins --release
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench $(if $(ONLY),--only $(ONLY))
 

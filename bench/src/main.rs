@@ -4,6 +4,7 @@
 //!  sizes.rs ─┬─> snapshots/   gRPC load: our socket | soci-snapshotter-grpc (peer.rs) | both through containerd
 //!            ├─> layers/      Diff and Apply: ours | containerd's walking differ | tar | cat
 //!            ├─> migration.rs transship migrate | ctr containers checkpoint
+//!            ├─> restore.rs   a restore through the CRI | runc restore
 //!            └─> front.rs     transship-runc | runc
 //!                   │ rows: ours, the peer's, the goal
 //!                   v
@@ -21,6 +22,7 @@ mod migration;
 mod node_clock;
 mod peer;
 mod report;
+mod restore;
 mod sizes;
 mod snapshots;
 mod snapshots_client;
@@ -64,6 +66,7 @@ enum Part {
     Snapshots,
     Layers,
     Migration,
+    Restore,
     Front,
 }
 
@@ -73,6 +76,7 @@ impl Part {
             Part::Snapshots => "snapshots",
             Part::Layers => "layers",
             Part::Migration => "migration",
+            Part::Restore => "restore",
             Part::Front => "front",
         }
     }
@@ -82,6 +86,7 @@ impl Part {
             Part::Snapshots => snapshots::measure(bed, sizes),
             Part::Layers => layers::measure(bed, sizes),
             Part::Migration => migration::measure(bed, sizes),
+            Part::Restore => restore::measure(bed, sizes),
             Part::Front => front::measure(bed, sizes),
         }
     }

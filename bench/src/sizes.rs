@@ -27,6 +27,8 @@ pub(crate) struct Sizes {
     pub(crate) slow_rounds: usize,
     /// Memory of the migrated container.
     pub(crate) memory_mb: u32,
+    /// Restores through the CRI, and bare.
+    pub(crate) restores: usize,
     /// Pairs of create and delete.
     pub(crate) pairs: usize,
 }
@@ -46,6 +48,7 @@ impl Sizes {
             large_file_bytes: 2 << 30,
             slow_rounds: 3,
             memory_mb: 200,
+            restores: 15,
             pairs: 100,
         }
     }
@@ -64,6 +67,7 @@ impl Sizes {
             large_file_bytes: 64 << 20,
             slow_rounds: 1,
             memory_mb: 16,
+            restores: 2,
             pairs: 5,
         }
     }
