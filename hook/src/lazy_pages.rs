@@ -23,17 +23,21 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open, setsid,
 };
 
+use crate::front::{children, tree};
+
 /// First argument of the front as guard.
 pub const ROLE: &str = "transship-lazy-pages";
 /// In the work directory; CRIU has no option for it.
 const SOCKET: &str = "lazy-pages.socket";
 const LOG: &str = "lazy-pages.log";
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const READY: &str = "ready";
 const HELD: &str = "held";
 /// How long the server may take to read the images' tables.
@@ -153,8 +157,7 @@ fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     say(READY)?;
-    let mut line = String::new();
-    BufReader::new(io::stdin()).read_line(&mut line)?;
+    let line = wait_for_restore(server)?;
     // Without a number the restore has failed.
     let root: i32 = line.trim().parse().map_err(io::Error::other)?;
     let copies = userfaultfds(server)?;
@@ -170,6 +173,50 @@ fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
         kill_tree(root)?;
     }
     drop(copies);
+    Ok(())
+}
+
+/// The front's word about the restore. It would wait for ever for pages of a server that has gone:
+/// then what restores is killed, and the runtime tells its failure.
+fn wait_for_restore(server: &mut Child) -> io::Result<String> {
+    let front = rustix::process::getppid();
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        // Nobody listens when the server has gone first.
+        drop(
+            sender.send(
+                BufReader::new(io::stdin())
+                    .read_line(&mut line)
+                    .map(|_| line),
+            ),
+        );
+    });
+    loop {
+        match receiver.recv_timeout(LOOK_AGAIN) {
+            Ok(line) => return line,
+            Err(RecvTimeoutError::Disconnected) => return Err(io::ErrorKind::BrokenPipe.into()),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if server.try_wait()?.is_some_and(|status| !status.success()) {
+            if let Some(front) = front {
+                kill_restore(front)?;
+            }
+            return Err(io::Error::other("the server has ended"));
+        }
+    }
+}
+
+/// Kills what the front's runtime has started, but not the runtime.
+fn kill_restore(front: Pid) -> io::Result<()> {
+    let own = std::process::id().cast_signed();
+    for runtime in children(front.as_raw_nonzero().get())? {
+        if runtime != own {
+            for task in children(runtime)? {
+                kill_tree(task)?;
+            }
+        }
+    }
     Ok(())
 }
 
@@ -219,7 +266,7 @@ fn userfaultfds(server: &Child) -> io::Result<Vec<OwnedFd>> {
 
 /// Kills the container's tasks, whose memory is incomplete.
 fn kill_tree(root: i32) -> io::Result<()> {
-    for pid in crate::front::task_tree(root)? {
+    for pid in tree(root)? {
         if let Some(pid) = Pid::from_raw(pid) {
             // One that has ended is as dead as wanted.
             let _ = kill_process(pid, Signal::KILL);

@@ -87,7 +87,7 @@ pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
 }
 
 /// The children of all threads of a process; none when it is gone.
-fn children(pid: i32) -> io::Result<Vec<i32>> {
+pub(crate) fn children(pid: i32) -> io::Result<Vec<i32>> {
     let gone = |error: &io::Error| {
         error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
     };

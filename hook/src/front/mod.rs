@@ -39,7 +39,7 @@ use transship_checkpoint::node_config::NodeConfigError;
 use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
 
-pub(crate) use held::tree as task_tree;
+pub(crate) use held::{children, tree};
 pub use rootfs::RootfsError;
 
 use self::bundle::Bundle;
