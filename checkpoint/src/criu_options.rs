@@ -165,6 +165,10 @@ impl CriuOptions {
     pub fn dump_arguments(&self, help: &str) -> (Vec<RuntimeFlag>, Vec<String>) {
         let mut flags = self.dump_flags();
         let mut lines = Vec::new();
+        if self.manage_cgroups_mode == Some(CgroupsMode::Ignore) && !help.contains("ignore") {
+            // runc before 1.2.0: what it dumps of them is left alone by the restore.
+            flags.retain(|(name, _)| *name != "manage-cgroups-mode");
+        }
         if self.empty_ns.is_some() {
             match help.contains("--empty-ns ") {
                 true => flags.push(("empty-ns", Some("network".to_owned()))),
@@ -318,13 +322,18 @@ mod tests {
         let options = CriuOptions {
             skip_in_flight: true,
             ghost_limit: Some(4096),
+            manage_cgroups_mode: Some(CgroupsMode::Ignore),
             ..CriuOptions::default()
         };
         let locks = ("file-locks", None);
         assert_eq!(
-            options.dump_arguments("   --tcp-skip-in-flight   skip in-flight connections"),
+            options.dump_arguments("   --tcp-skip-in-flight   skip; cgroups: 'soft', 'ignore'"),
             (
-                vec![locks.clone(), ("tcp-skip-in-flight", None)],
+                vec![
+                    locks.clone(),
+                    ("manage-cgroups-mode", Some("ignore".to_owned())),
+                    ("tcp-skip-in-flight", None)
+                ],
                 vec!["ghost-limit 4096".to_owned()]
             )
         );

@@ -37,9 +37,9 @@ impl Front<'_> {
             criu.link_remap = false;
         }
         // The runtime is asked only where its version matters.
-        let help = match criu.dump_extras().is_empty() && criu.empty_ns.is_none() {
-            true => String::new(),
-            false => self.around.runtime.checkpoint_help()?,
+        let help = match criu.exceed_containerd() || criu.empty_ns.is_some() {
+            true => self.around.runtime.checkpoint_help()?,
+            false => String::new(),
         };
         let (flags, lines) = criu.dump_arguments(&help);
         let args = dump.clone().with_flags(flags).to_args();
