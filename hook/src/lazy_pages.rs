@@ -161,10 +161,8 @@ fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
     // Without a number the restore has failed.
     let root: i32 = line.trim().parse().map_err(io::Error::other)?;
     let copies = userfaultfds(server)?;
-    if let Some(status) = server.try_wait()? {
-        if !status.success() {
-            return Err(io::Error::other("the server has ended"));
-        }
+    if server.try_wait()?.is_some_and(|status| !status.success()) {
+        return Err(io::Error::other("the server has ended"));
     }
     say(HELD)?;
     close_streams()?;
