@@ -32,6 +32,7 @@ const COUNTER: PodContainer<'static> = PodContainer {
     command: &["/usr/bin/counter", "--memory-mb", "16"],
     mounts: &[],
     tty: false,
+    memory_limit: 0,
 };
 
 /// Measures the part.
