@@ -280,10 +280,10 @@ pub(super) fn clients_get_what_containerd_promises(bed: &Testbed) -> anyhow::Res
     lose_leases(&api, &top)?;
     ensure!(log_counts(&node, "WARN")? == 0);
     // Whichever differ it is, a client sees the same code.
-    let ours = apply_damaged(&api, &top, "ours")?;
+    let ours = apply_damaged(&mut api, &top, "ours")?;
     restart_stock(&node, containerd)?;
     let mut api = Api::of(&node)?;
-    let walking = apply_damaged(&api, &top, "walking")?;
+    let walking = apply_damaged(&mut api, &top, "walking")?;
     ensure!(
         ours == walking && !ours.is_empty(),
         "{ours:?}, containerd's own {walking:?}"
@@ -503,7 +503,9 @@ fn lose_leases(api: &Api<'_>, parent: &str) -> anyhow::Result<()> {
 }
 
 /// Layers that are none, and what Apply answers.
-fn apply_damaged(api: &Api<'_>, parent: &str, differ: &str) -> anyhow::Result<Vec<Code>> {
+fn apply_damaged(api: &mut Api<'_>, parent: &str, differ: &str) -> anyhow::Result<Vec<Code>> {
+    // Nothing else keeps what containerd's own differ has written.
+    api.begin_lease("damaged")?;
     api.prepare("whole", parent)?;
     in_snapshot(
         api.node,
@@ -523,8 +525,7 @@ fn apply_damaged(api: &Api<'_>, parent: &str, differ: &str) -> anyhow::Result<Ve
             format!("{differ} gets no tar").repeat(512).into_bytes(),
         ),
     ] {
-        let keep = GC_ROOT.map(str::to_owned).into();
-        let layer = api.write(media_type, &damaged, &[keep])?;
+        let layer = api.write(media_type, &damaged, &[])?;
         let mounts = api.prepare("damaged", parent)?;
         let Err(code) = api.apply(layer, mounts) else {
             anyhow::bail!("{media_type}: a damaged layer was applied");
@@ -532,5 +533,6 @@ fn apply_damaged(api: &Api<'_>, parent: &str, differ: &str) -> anyhow::Result<Ve
         codes.push(code);
         api.remove("damaged")?;
     }
+    api.end_lease()?;
     Ok(codes)
 }
