@@ -64,21 +64,8 @@ impl Boot<'_> {
     }
 
     fn command(&self) -> Command {
-        let mut qemu = Command::new(QEMU);
-        qemu.args(["-machine", "q35", "-m", MEMORY, "-cpu", "max"])
-            .args(accelerator(self.with_kvm))
-            .args(["-smp", &processors().to_string()])
-            .args([
-                "-display",
-                "none",
-                "-monitor",
-                "none",
-                "-nic",
-                "none",
-                "-no-reboot",
-            ])
-            .arg("-kernel")
-            .arg(&self.root.kernel)
+        let mut qemu = bare_machine(&self.root.kernel, MEMORY, self.with_kvm);
+        qemu.args(["-smp", &processors().to_string()])
             .arg("-initrd")
             .arg(&self.root.initramfs)
             .args([
@@ -118,6 +105,17 @@ impl Boot<'_> {
     }
 }
 
+/// A machine of `memory` MiB that ends with its kernel; it has no disk and no console yet.
+fn bare_machine(kernel: &Path, memory: &str, with_kvm: bool) -> Command {
+    let mut qemu = Command::new(QEMU);
+    qemu.args(["-machine", "q35", "-m", memory, "-cpu", "max"])
+        .args(accelerator(with_kvm))
+        .args(["-display", "none", "-monitor", "none", "-nic", "none"])
+        .args(["-no-reboot", "-kernel"])
+        .arg(kernel);
+    qemu
+}
+
 fn accelerator(with_kvm: bool) -> [&'static str; 2] {
     ["-accel", if with_kvm { "kvm" } else { "tcg,thread=multi" }]
 }
@@ -137,20 +135,7 @@ pub(super) fn kvm_works(kernel: &Path) -> bool {
     {
         return false;
     }
-    let probe = Command::new(QEMU)
-        .args(["-machine", "q35", "-m", "512", "-cpu", "max"])
-        .args(accelerator(true))
-        .args([
-            "-display",
-            "none",
-            "-monitor",
-            "none",
-            "-nic",
-            "none",
-            "-no-reboot",
-        ])
-        .arg("-kernel")
-        .arg(kernel)
+    let probe = bare_machine(kernel, "512", true)
         .args(["-append", "console=ttyS0 panic=-1", "-serial", "stdio"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
