@@ -60,7 +60,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
             anyhow::bail!("{name} is restored");
         };
         says(&error.to_string(), said)?;
-        nothing_is_left(&node)?;
+        journey::check_no_pod_left(&node)?;
     }
     // The container is refused.
     let other_image = PodContainer {
@@ -112,7 +112,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
 
     one_container_is_restored_once(&node, &cri)?;
     a_failed_restore_may_start_cold(&node, &cri)?;
-    nothing_is_left(&node)
+    journey::check_no_pod_left(&node)
 }
 
 /// Checkpoints that no dump makes.
@@ -145,7 +145,7 @@ fn refused(
     };
     says(&error.to_string(), said)?;
     cri.remove_pod(&pod)?;
-    nothing_is_left(node)
+    journey::check_no_pod_left(node)
 }
 
 fn restored(cri: &Cri, more: &[(&str, &str)], container: &PodContainer<'_>) -> anyhow::Result<()> {
@@ -176,7 +176,7 @@ fn one_container_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> 
         "is restored as \"first\" of this pod, so \"second\" cannot be it",
     )?;
     cri.remove_pod(&pod)?;
-    nothing_is_left(node)
+    journey::check_no_pod_left(node)
 }
 
 /// With `fail` the call says why; with `cold-start` the container's stderr and the node's log do.
@@ -190,7 +190,7 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
         "pages-1.img of the checkpoint is damaged: it has 4096 bytes",
     )?;
     cri.remove_pod(&pod)?;
-    nothing_is_left(node)?;
+    journey::check_no_pod_left(node)?;
 
     let restore = ("dev.transship/restore", "broken");
     let pod = cri.run_pod(("shop", "fails"), &[restore], false)?;
@@ -202,7 +202,7 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
         "cannot restore \"first\" from the checkpoint \"broken\": ",
     )?;
     cri.remove_pod(&pod)?;
-    nothing_is_left(node)?;
+    journey::check_no_pod_left(node)?;
 
     let cold = ("dev.transship/on-failure", "cold-start");
     for checkpoint in ["broken", "nothing"] {
@@ -218,7 +218,7 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
         let line = format!("container={id} outcome=started-cold");
         says(&String::from_utf8(all)?, &line)?;
         cri.remove_pod(&pod)?;
-        nothing_is_left(node)?;
+        journey::check_no_pod_left(node)?;
     }
     Ok(())
 }
@@ -234,21 +234,6 @@ fn says(text: &str, said: &str) -> anyhow::Result<()> {
         text.replace('\\', "").contains(said),
         "{text:?} does not say {said:?}"
     );
-    Ok(())
-}
-
-fn nothing_is_left(node: &Node) -> anyhow::Result<()> {
-    let mut left = node.shell(
-        "set +e
-         ctr -n k8s.io containers ls -q; ctr -n k8s.io tasks ls -q
-         ctr -n k8s.io snapshots --snapshotter transship ls | awk 'NR > 1 && $NF != \"Committed\"'
-         find /run/transship/pods -mindepth 1
-         find /var/lib/transship -name '.staged-*' -o -name '.new-*'
-         grep -E '/run/transship|/criu' /proc/mounts
-         iptables-save 2>/dev/null | grep -i criu; nft list tables 2>/dev/null | grep -i criu; true",
-    );
-    let left = left.read()?;
-    ensure!(left.is_empty(), "left behind: {left}");
     Ok(())
 }
 

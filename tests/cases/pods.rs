@@ -92,12 +92,7 @@ pub(crate) fn a_pod_goes_on_elsewhere(
     }
     a_checkpoint_is_consumed_once(&cri, &pod, &first)?;
     cri.remove_pod(&pod)?;
-    let left = b.shell(
-        "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts; true",
-    );
-    let left = { left }.read()?;
-    ensure!(left.is_empty(), "left on b: {left}");
-    Ok(())
+    journey::check_no_pod_left(&b)
 }
 
 /// The next attempt starts from the image, as kubelet expects.

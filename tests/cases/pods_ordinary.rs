@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Node, Pod, PodContainer, Testbed, poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Node, Pod, PodContainer, Testbed, journey, poll_until,
 };
 
 use crate::Case;
@@ -222,19 +222,7 @@ fn the_next_sandbox_starts_cold(
     ensure!(kept.stdout == b"kept\n", "the volume goes on: {kept:?}");
     cri.remove_pod(pod)?;
     cri.remove_pod(&again)?;
-    nothing_is_left(node)
-}
-
-fn nothing_is_left(node: &Node) -> anyhow::Result<()> {
-    let left = node
-        .shell(
-            "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts
-             grep criu-root /proc/mounts; find /var/lib/transship -name '.staged-*'
-             find /run/containerd/runc/k8s.io -mindepth 1; true",
-        )
-        .read()?;
-    ensure!(left.is_empty(), "left: {left}");
-    Ok(())
+    journey::check_no_pod_left(node)
 }
 
 /// `shareProcessNamespace`: the containers are restored with their pids into the new sandbox's.
@@ -299,7 +287,7 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
         "{error}"
     );
     cri.remove_pod(&pod)?;
-    nothing_is_left(&node)
+    journey::check_no_pod_left(&node)
 }
 
 /// Whatever is half made then goes with the pod, and the checkpoint can be restored again.
@@ -337,10 +325,10 @@ fn containerd_is_killed_in_a_restore(bed: &Testbed) -> anyhow::Result<()> {
         cri.remove_pod(&pod)
             .map_err(|error| format!("{error}; {status:?}"))
     })?;
-    nothing_is_left(&node)?;
+    journey::check_no_pod_left(&node)?;
     let pod = cri.run_pod(("shop", "cut-again"), &annotation, false)?;
     let id = cri.run_container(&pod, &FIRST)?;
     ensure!(reached(&cri, &id)? >= before, "it is restored");
     cri.remove_pod(&pod)?;
-    nothing_is_left(&node)
+    journey::check_no_pod_left(&node)
 }

@@ -5,7 +5,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, Tree, poll_until};
+use transship_testbed::{
+    CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, Tree, journey, poll_until,
+};
 
 use crate::Case;
 use crate::pods::start;
@@ -123,12 +125,7 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
     ensure!(!rules.contains("transship"), "left on b: {rules}");
     remove(&cri, &again)?;
     cri.remove_pod(&other)?;
-    let left = b.shell(
-        "set +e; find /run/transship/pods -mindepth 1; grep /run/transship /proc/mounts; true",
-    );
-    let left = { left }.read()?;
-    ensure!(left.is_empty(), "left on b: {left}");
-    Ok(())
+    journey::check_no_pod_left(&b)
 }
 
 /// CRIU has made the System V objects of the pod when it finds that an image of the memory is none.
@@ -285,7 +282,11 @@ fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>
     let text = String::from_utf8(node.read_file(&pod.log_path(&container))?)?;
     let mut steps: Vec<Step> = Vec::new();
     // 2026-01-01T00:00:00.000000000Z stdout F <line>
-    for line in text.lines() {
+    // The last line may be on its way.
+    for line in text
+        .split_inclusive('\n')
+        .filter_map(|line| line.strip_suffix('\n'))
+    {
         let line = line.splitn(4, ' ').nth(3).unwrap_or_default();
         ensure!(!line.starts_with("BAD"), "{role}: {line}");
         let step = Step::parse(line).with_context(|| format!("{role}: {line:?}"))?;

@@ -280,6 +280,34 @@ pub fn check_nothing_left(node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Checks that a node has nothing of a pod any more; checkpoints may stay.
+///
+/// Waits for it: containerd removes a pod before the shim, that it may have lost, has ended the
+/// sandbox.
+///
+/// # Errors
+/// Names what is left.
+pub fn check_no_pod_left(node: &Node) -> anyhow::Result<()> {
+    let gone = poll_until("the end of all that pods had", PATIENCE, || {
+        let left = node.shell(
+            "set +e
+             ctr -n k8s.io containers ls -q; ctr -n k8s.io tasks ls -q
+             ctr -n k8s.io snapshots --snapshotter transship ls | awk 'NR > 1 && $NF != \"Committed\"'
+             find /run/transship/pods /run/containerd/runc/k8s.io -mindepth 1 2>/dev/null
+             find /var/lib/transship -name '.staged-*' -o -name '.new-*'
+             grep -E '/run/transship|/criu' /proc/mounts
+             iptables-save 2>/dev/null | grep -i criu; nft list tables 2>/dev/null | grep -i criu
+             true",
+        );
+        match { left }.read() {
+            Ok(left) if left.is_empty() => Ok(()),
+            Ok(left) => Err(left),
+            Err(error) => Err(error.to_string()),
+        }
+    });
+    Ok(gone?)
+}
+
 /// What a node still has of containers, checkpoints and pins; empty when nothing is left.
 ///
 /// # Errors
