@@ -29,6 +29,8 @@ pub(super) struct Snapshot {
 /// All changed snapshots.
 #[derive(Debug)]
 pub(super) struct Changed {
+    /// The large image as it is.
+    pub(super) nothing: Snapshot,
     /// 100 changed files and one removed directory over the large image.
     pub(super) few: Snapshot,
     /// The same over the small image.
@@ -43,6 +45,7 @@ impl Changed {
     pub(super) fn make(bench: &mut Bench<'_>, [large, small]: [BigImage; 2]) -> Result<Changed> {
         let (many, bytes) = (bench.sizes.many_changes, bench.sizes.large_file_bytes);
         Ok(Changed {
+            nothing: bench.change("nothing", "large", |_| Ok(()))?,
             few: bench.change("few", "large", |root| change_few(root, large))?,
             few_small: bench.change("few-small", "small", |root| change_few(root, small))?,
             many: bench.change("many", "large", |root| change_many(root, large, many))?,

@@ -41,6 +41,7 @@ pub(super) struct Applied {
 #[derive(Debug)]
 pub(super) struct Diffs {
     command: Vec<Duration>,
+    command_unchanged: Vec<Duration>,
     few: Vec<Duration>,
     few_small: Vec<Duration>,
     many: Vec<Duration>,
@@ -107,7 +108,19 @@ impl Bench<'_> {
 
 pub(super) fn measure_diffs(bench: &mut Bench<'_>, changed: &Changed) -> Result<Diffs> {
     let slow = bench.sizes.slow_rounds;
-    let turns = slow + 2;
+    Ok(Diffs {
+        command: time_command(bench, &changed.few)?,
+        command_unchanged: time_command(bench, &changed.nothing)?,
+        few: bench.diff(&changed.few, FAST_TURNS)?,
+        few_small: bench.diff(&changed.few_small, FAST_TURNS)?,
+        many: bench.diff(&changed.many, slow)?,
+        large: bench.diff(&changed.large, slow)?,
+    })
+}
+
+/// Times of `ctr snapshots diff`, its own start included.
+fn time_command(bench: &Bench<'_>, snapshot: &Snapshot) -> Result<Vec<Duration>> {
+    let turns = bench.sizes.slow_rounds + 2;
     let script = format!(
         "ctr -n {NAMESPACE} content ls -q >/tmp/kept
          for i in $(seq {turns}); do
@@ -116,15 +129,9 @@ pub(super) fn measure_diffs(bench: &mut Bench<'_>, changed: &Changed) -> Result<
            sleep 0.3
          done",
         super::SNAPSHOTTER,
-        changed.few.key,
+        snapshot.key,
     );
-    Ok(Diffs {
-        command: time_in_node(&bench.node, &script)?,
-        few: bench.diff(&changed.few, FAST_TURNS)?,
-        few_small: bench.diff(&changed.few_small, FAST_TURNS)?,
-        many: bench.diff(&changed.many, slow)?,
-        large: bench.diff(&changed.large, slow)?,
-    })
+    time_in_node(&bench.node, &script)
 }
 
 pub(super) fn compare(
@@ -142,6 +149,12 @@ pub(super) fn compare(
             format!("`ctr snapshots diff`, {FEW} of {files} files changed"),
             |diffs| &diffs.command,
             Some(COMMAND),
+        ),
+        // What ctr and containerd take for themselves.
+        row(
+            format!("`ctr snapshots diff`, nothing of {files} files changed"),
+            |diffs| &diffs.command_unchanged,
+            None,
         ),
         row(
             format!("Diff, {FEW} of {files} files changed"),
