@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, PodContainer, Testbed, journey, poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, PodContainer, PodNamespaces, Testbed,
+    journey, poll_until,
 };
 
 use crate::node_clock::time_in_node;
@@ -50,7 +51,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         node.import_image_into("k8s.io", &image, "transship")?;
     }
     let cri = node.cri()?;
-    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &COUNTER)?;
     journey::ask(&node, &cri.pod_ip(&pod)?)?;
     // The image's own files, for the bare restore.
@@ -93,7 +94,7 @@ fn restore_twice(node: &Node, cri: &Cri) -> Result<Times> {
     let pod = cri.run_pod(
         ("shop", "again"),
         &[("dev.transship/restore", "web")],
-        false,
+        PodNamespaces::Usual,
     )?;
     let began = Instant::now();
     let id = cri.create_container(&pod, &COUNTER)?;

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, Testbed, journey,
-    poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed,
+    journey, poll_until,
 };
 
 use crate::Case;
@@ -57,7 +57,7 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node)?;
     let cri = node.cri()?;
-    let pod = cri.run_pod(("shop", "holders"), &[], false)?;
+    let pod = cri.run_pod(("shop", "holders"), &[], PodNamespaces::Usual)?;
     let ids = run_holders(&cri, &pod)?;
     // Each option that is missing is missed by one container, which the refusal names.
     let mut flags = vec!["--ghost-limit=4M", "--link-remap", "--tcp=close"];
@@ -97,7 +97,7 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
     let pod = cri.run_pod(
         ("shop", "holders-again"),
         &[("dev.transship/restore", "holders")],
-        false,
+        PodNamespaces::Usual,
     )?;
     let ids = run_holders(&cri, &pod)?;
     for (id, (name, _)) in ids.iter().zip(HOLDERS) {
@@ -153,7 +153,7 @@ fn a_terminal_of_another_session(
     ensure!(error.is_empty(), "{error}");
     // No shim gives a restore a terminal to take the other one's place.
     let restore = [("dev.transship/restore", "holders")];
-    let pod = cri.run_pod(("shop", "shell-job"), &restore, false)?;
+    let pod = cri.run_pod(("shop", "shell-job"), &restore, PodNamespaces::Usual)?;
     let (name, command) = HOLDERS[1];
     let Err(error) = cri.run_container(&pod, &container(name, command)) else {
         anyhow::bail!("restored, with whose terminal?");
@@ -181,7 +181,8 @@ fn nonsense_is_refused_before_anything_happens(node: &Node, cri: &Cri) -> anyhow
             "dev.transship/tpc means nothing",
         ),
     ] {
-        let Err(error) = cri.run_pod(("shop", "nonsense"), &[(key, value)], false) else {
+        let Err(error) = cri.run_pod(("shop", "nonsense"), &[(key, value)], PodNamespaces::Usual)
+        else {
             anyhow::bail!("{key}={value} is taken");
         };
         let (error, said) = (error.to_string(), said.replace("\\\"", "\""));
@@ -208,7 +209,7 @@ fn overrides_win_at_the_restore(node: &Node, cri: &Cri) -> anyhow::Result<()> {
         ("dev.transship/restore", "holders"),
         ("dev.transship/lsm-profile", "apparmor:web"),
     ];
-    let pod = cri.run_pod(("shop", "profiled"), &annotations, false)?;
+    let pod = cri.run_pod(("shop", "profiled"), &annotations, PodNamespaces::Usual)?;
     let (name, command) = HOLDERS[1];
     let Err(error) = cri.run_container(&pod, &container(name, command)) else {
         anyhow::bail!("the profile never reached CRIU");

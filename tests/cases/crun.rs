@@ -2,7 +2,7 @@
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Image, NodeOptions, Testbed, Tree, journey,
+    CommandRun as _, ContainerdConfig, Image, NodeOptions, PodNamespaces, Testbed, Tree, journey,
 };
 
 use crate::Case;
@@ -43,7 +43,7 @@ fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
     );
 
     let cri = node.cri()?;
-    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let first = cri.run_container(&pod, &FIRST)?;
     let second = cri.run_container(&pod, &SECOND)?;
     journey::ask(&node, &cri.pod_ip(&pod)?)?;
@@ -57,7 +57,7 @@ fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
         ("dev.transship/restore", "web"),
         ("dev.transship/manage-cgroups-mode", "ignore"),
     ];
-    let pod = cri.run_pod(("shop", "web-again"), &restore, false)?;
+    let pod = cri.run_pod(("shop", "web-again"), &restore, PodNamespaces::Usual)?;
     for (container, before) in [FIRST, SECOND].iter().zip(before) {
         // Held between the two calls, as with runc.
         let id = cri.create_container(&pod, container)?;

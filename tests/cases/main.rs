@@ -70,7 +70,9 @@ impl Case {
             }
             let bed = Testbed::new(self.tree, &settings).map_err(|error| failed(&error.into()))?;
             let result = (self.run)(&bed);
-            if result.is_err() {
+            if let Err(error) = &result {
+                // Here and at the end: of much output somebody may see a part.
+                eprintln!("{error:#}");
                 for node in bed.nodes() {
                     eprintln!("{}", node.logs());
                 }

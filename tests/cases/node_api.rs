@@ -14,7 +14,9 @@ use transship_proto::node_api::{
     CheckpointPodRequest, ExportSnapshotRequest, ImportSnapshotRequest, ImportTarget, NodeClient,
     PostCheckpointState, RestorePodRequest,
 };
-use transship_testbed::{CommandRun as _, Node, Pod, Testbed, Tree, journey, poll_until};
+use transship_testbed::{
+    CommandRun as _, Node, Pod, PodNamespaces, Testbed, Tree, journey, poll_until,
+};
 
 use crate::Case;
 use crate::pods::{FIRST, IMAGE, start};
@@ -44,7 +46,7 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let client = NodeClient::new(runtime.block_on(connect(path))?);
 
     let cri = node.cri()?;
-    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     let before = journey::ask(&node, &cri.pod_ip(&pod)?)?.count;
     let checkpoint = |pod: &str, options: &[(&str, &str)], state: PostCheckpointState| {

@@ -2,7 +2,9 @@
 //! leaves nothing behind.
 
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Cri, Image, Node, Pod, PodContainer, Testbed, journey};
+use transship_testbed::{
+    CommandRun as _, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed, journey,
+};
 
 use crate::Case;
 use crate::pods::{FIRST, SECOND, start};
@@ -37,7 +39,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
     node.write_file("/var/lib/cart/token", CART)?;
     node.write_file("/var/lib/till/token", TILL)?;
     let cri = node.cri()?;
-    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &MOUNTED)?;
     journey::ask(&node, &cri.pod_ip(&pod)?)?;
     cri.exec(&id, &["true"])?;
@@ -55,8 +57,11 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
         ),
         ("twice", "has the container \"first\" twice"),
     ] {
-        let Err(error) = cri.run_pod(("shop", name), &[("dev.transship/restore", name)], false)
-        else {
+        let Err(error) = cri.run_pod(
+            ("shop", name),
+            &[("dev.transship/restore", name)],
+            PodNamespaces::Usual,
+        ) else {
             anyhow::bail!("{name} is restored");
         };
         says(&error.to_string(), said)?;
@@ -94,7 +99,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
     restored(&cri, &[], &MOUNTED)?;
     node.write_file("/etc/transship/node.toml", "strikt = true\n")?;
     let restore = ("dev.transship/restore", "web");
-    let Err(error) = cri.run_pod(("shop", "misspelt"), &[restore], false) else {
+    let Err(error) = cri.run_pod(("shop", "misspelt"), &[restore], PodNamespaces::Usual) else {
         anyhow::bail!("a rule that is misspelt is no rule");
     };
     says(
@@ -105,7 +110,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
         "/etc/transship/node.toml",
         "[may_restore]\nbank = [\"shop\"]\n",
     )?;
-    let pod = cri.run_pod(("bank", "guest"), &[restore], false)?;
+    let pod = cri.run_pod(("bank", "guest"), &[restore], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &MOUNTED)?;
     ensure!(cri.runs(&id)?, "an exception is named");
     cri.remove_pod(&pod)?;
@@ -139,7 +144,7 @@ fn refused(
     said: &str,
 ) -> anyhow::Result<()> {
     let annotations = [&[("dev.transship/restore", "web")], more].concat();
-    let pod = cri.run_pod(("shop", "refused"), &annotations, false)?;
+    let pod = cri.run_pod(("shop", "refused"), &annotations, PodNamespaces::Usual)?;
     let Err(error) = cri.run_container(&pod, container) else {
         anyhow::bail!("restored although {said}");
     };
@@ -150,7 +155,7 @@ fn refused(
 
 fn restored(cri: &Cri, more: &[(&str, &str)], container: &PodContainer<'_>) -> anyhow::Result<()> {
     let annotations = [&[("dev.transship/restore", "web")], more].concat();
-    let pod = cri.run_pod(("shop", "restored"), &annotations, false)?;
+    let pod = cri.run_pod(("shop", "restored"), &annotations, PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, container)?;
     ensure!(cri.runs(&id)?, "it runs");
     Ok(cri.remove_pod(&pod)?)
@@ -162,7 +167,7 @@ fn one_container_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> 
         ("dev.transship/restore", "web"),
         ("dev.transship/restore-container", "first"),
     ];
-    let pod = cri.run_pod(("shop", "double"), &annotations, false)?;
+    let pod = cri.run_pod(("shop", "double"), &annotations, PodNamespaces::Usual)?;
     cri.run_container(&pod, &MOUNTED)?;
     let second = PodContainer {
         mounts: CART_MOUNTS,
@@ -181,7 +186,11 @@ fn one_container_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> 
 
 /// With `fail` the call says why; with `cold-start` the container's stderr and the node's log do.
 fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()> {
-    let pod = cri.run_pod(("shop", "cut"), &[("dev.transship/restore", "cut")], false)?;
+    let pod = cri.run_pod(
+        ("shop", "cut"),
+        &[("dev.transship/restore", "cut")],
+        PodNamespaces::Usual,
+    )?;
     let Err(error) = cri.run_container(&pod, &MOUNTED) else {
         anyhow::bail!("half of the memory is restored");
     };
@@ -193,7 +202,7 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
     journey::check_no_pod_left(node)?;
 
     let restore = ("dev.transship/restore", "broken");
-    let pod = cri.run_pod(("shop", "fails"), &[restore], false)?;
+    let pod = cri.run_pod(("shop", "fails"), &[restore], PodNamespaces::Usual)?;
     let Err(error) = cri.run_container(&pod, &MOUNTED) else {
         anyhow::bail!("a broken image is restored");
     };
@@ -207,7 +216,7 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
     let cold = ("dev.transship/on-failure", "cold-start");
     for checkpoint in ["broken", "nothing"] {
         let annotations = [("dev.transship/restore", checkpoint), cold];
-        let pod = cri.run_pod(("shop", "cold"), &annotations, false)?;
+        let pod = cri.run_pod(("shop", "cold"), &annotations, PodNamespaces::Usual)?;
         let id = cri.run_container(&pod, &MOUNTED)?;
         let reply = journey::ask(node, &cri.pod_ip(&pod)?)?;
         ensure!(reply.count < 400 && reply.memory_ok, "{reply:?}");

@@ -3,7 +3,8 @@
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, Testbed, journey,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed,
+    journey,
 };
 
 use crate::Case;
@@ -30,6 +31,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         .chain(Case::on_all_trees("pod_overlayfs", |bed| {
             a_pod_goes_on_elsewhere(bed, false)
         }))
+        .chain(Case::on_all_trees(
+            "pod_host_network",
+            a_host_network_pod_goes_on_elsewhere,
+        ))
 }
 
 pub(crate) fn a_pod_goes_on_elsewhere(
@@ -42,7 +47,7 @@ pub(crate) fn a_pod_goes_on_elsewhere(
         start(bed, node, transship_snapshotter)?;
     }
     let cri = a.cri()?;
-    let pod = cri.run_pod(POD, &[], false)?;
+    let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
     let first = cri.run_container(&pod, &FIRST)?;
     let second = cri.run_container(&pod, &SECOND)?;
     let address = cri.pod_ip(&pod)?;
@@ -65,14 +70,14 @@ pub(crate) fn a_pod_goes_on_elsewhere(
 
     let cri = b.cri()?;
     let annotation = [("dev.transship/restore", "web")];
-    let Err(refusal) = cri.run_pod(("bank", "thief"), &annotation, false) else {
+    let Err(refusal) = cri.run_pod(("bank", "thief"), &annotation, PodNamespaces::Usual) else {
         anyhow::bail!("a pod of another namespace has it");
     };
     ensure!(
         refusal.to_string().contains("may not restore it"),
         "{refusal}"
     );
-    let pod = cri.run_pod(("shop", "web-again"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "web-again"), &annotation, PodNamespaces::Usual)?;
     let first = cri.run_container(&pod, &FIRST)?;
     let second = cri.run_container(&pod, &SECOND)?;
     let address = cri.pod_ip(&pod)?;
@@ -93,6 +98,53 @@ pub(crate) fn a_pod_goes_on_elsewhere(
     a_checkpoint_is_consumed_once(&cri, &pod, &first)?;
     cri.remove_pod(&pod)?;
     journey::check_no_pod_left(&b)
+}
+
+/// `hostNetwork`: neither the network nor the host name is the sandbox's, so there is nothing of them
+/// to join, and what listened on the one node listens on the other.
+fn a_host_network_pod_goes_on_elsewhere(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = (bed.node("a")?, bed.node("b")?);
+    bed.link(&a, &b)?;
+    for node in [&a, &b] {
+        start(bed, node, true)?;
+    }
+    let cri = a.cri()?;
+    let pod = cri.run_pod(POD, &[], PodNamespaces::HostNetwork)?;
+    let id = cri.run_container(&pod, &FIRST)?;
+    let before = journey::ask(&a, "127.0.0.1")?;
+    ensure!(before.hostname == hostname(&a)?, "{before:?}");
+    a.command("transship")
+        .args(["checkpoint", "--pod", "shop/web", "--name", "web"])
+        .run()?;
+    ensure!(cri.runs(&id)?, "a checkpoint stops nothing");
+    cri.remove_pod(&pod)?;
+    let ssh = bed.ssh(&a, &b)?;
+    a.shell(&format!("transship send web | {ssh} transship receive"))
+        .run()?;
+
+    let cri = b.cri()?;
+    let annotation = [("dev.transship/restore", "web")];
+    let pod = cri.run_pod(POD, &annotation, PodNamespaces::HostNetwork)?;
+    let id = cri.run_container(&pod, &FIRST)?;
+    let reply = journey::ask(&b, "127.0.0.1")?;
+    ensure!(
+        reply.count >= before.count && reply.memory_ok && reply.memory_mb == 32,
+        "{reply:?}"
+    );
+    ensure!(
+        reply.hostname == hostname(&b)?,
+        "{reply:?}: not that of the node"
+    );
+    ensure!(reached(&cri, &id)? >= before.count, "no count is missing");
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(&b)
+}
+
+fn hostname(node: &Node) -> anyhow::Result<String> {
+    Ok({ node.shell("cat /proc/sys/kernel/hostname") }
+        .read()?
+        .trim()
+        .to_owned())
 }
 
 /// The next attempt starts from the image, as kubelet expects.

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Node, Pod, PodContainer, Testbed, journey, poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Node, Pod, PodContainer, PodNamespaces, Testbed,
+    journey, poll_until,
 };
 
 use crate::Case;
@@ -62,7 +63,7 @@ fn a_restored_container_is_ordinary(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     let cri = node.cri()?;
-    let old = cri.run_pod(("shop", "plain"), &[], false)?;
+    let old = cri.run_pod(("shop", "plain"), &[], PodNamespaces::Usual)?;
     let before = run(&node, &cri, &old, 0)?;
     let mut shell = cri.attach(&node, &before[SHELL], true)?;
     shell.send(0, "x=41; echo set $((x+1))\n")?;
@@ -77,7 +78,7 @@ fn a_restored_container_is_ordinary(bed: &Testbed) -> anyhow::Result<()> {
 
     // On the same node, beside the pod that it was taken from, which then goes.
     let annotation = [("dev.transship/restore", "plain")];
-    let pod = cri.run_pod(("shop", "plain-again"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "plain-again"), &annotation, PodNamespaces::Usual)?;
     let containers = run(&node, &cri, &pod, 0)?;
     drop(shell);
     let reached_by_old = reached(&cri, &before[COUNTER])?;
@@ -167,7 +168,7 @@ fn a_message_queue_is_refused(
 
 fn a_missing_volume_is_refused(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     let annotation = [("dev.transship/restore", "plain")];
-    let pod = cri.run_pod(("shop", "without"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "without"), &annotation, PodNamespaces::Usual)?;
     node.shell("mkdir -p /srv/elsewhere").run()?;
     let sharer = PodContainer {
         name: "sharer",
@@ -235,7 +236,7 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
         command: &["/usr/bin/counter", "--memory-mb", "16", "--port", "7001"],
         ..FIRST
     };
-    let old = cri.run_pod(("shop", "open"), &[], true)?;
+    let old = cri.run_pod(("shop", "open"), &[], PodNamespaces::WithProcesses)?;
     let ids = [
         cri.run_container(&old, &FIRST)?,
         cri.run_container(&old, &second)?,
@@ -252,7 +253,11 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     cri.remove_pod(&old)?;
     let annotation = [("dev.transship/restore", "open")];
-    let pod = cri.run_pod(("shop", "open-again"), &annotation, true)?;
+    let pod = cri.run_pod(
+        ("shop", "open-again"),
+        &annotation,
+        PodNamespaces::WithProcesses,
+    )?;
     let ids = [
         cri.run_container(&pod, &FIRST)?,
         cri.run_container(&pod, &second)?,
@@ -265,7 +270,11 @@ fn a_pod_shares_its_processes(bed: &Testbed) -> anyhow::Result<()> {
     cri.remove_pod(&pod)?;
 
     // Somebody who comes first takes the pid away.
-    let pod = cri.run_pod(("shop", "open-late"), &annotation, true)?;
+    let pod = cri.run_pod(
+        ("shop", "open-late"),
+        &annotation,
+        PodNamespaces::WithProcesses,
+    )?;
     let ids = before
         .split('/')
         .filter_map(|part| part.parse::<u32>().ok());
@@ -295,7 +304,7 @@ fn containerd_is_killed_in_a_restore(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     let cri = node.cri()?;
-    let old = cri.run_pod(("shop", "cut"), &[], false)?;
+    let old = cri.run_pod(("shop", "cut"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&old, &FIRST)?;
     let before = reached(&cri, &id)?;
     node.command("transship")
@@ -303,7 +312,7 @@ fn containerd_is_killed_in_a_restore(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     cri.remove_pod(&old)?;
     let annotation = [("dev.transship/restore", "cut")];
-    let pod = cri.run_pod(("shop", "cut-off"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "cut-off"), &annotation, PodNamespaces::Usual)?;
     let id = cri.create_container(&pod, &FIRST)?;
     let killer = node
         .shell("until pidof criu >/dev/null; do :; done; kill -9 $(pidof containerd)")
@@ -326,7 +335,7 @@ fn containerd_is_killed_in_a_restore(bed: &Testbed) -> anyhow::Result<()> {
             .map_err(|error| format!("{error}; {status:?}"))
     })?;
     journey::check_no_pod_left(&node)?;
-    let pod = cri.run_pod(("shop", "cut-again"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "cut-again"), &annotation, PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     ensure!(reached(&cri, &id)? >= before, "it is restored");
     cri.remove_pod(&pod)?;

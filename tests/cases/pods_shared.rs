@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
-    CommandRun as _, Cri, Node, Pod, PodContainer, Testbed, Tree, journey, poll_until,
+    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, Testbed, Tree, journey,
+    poll_until,
 };
 
 use crate::Case;
@@ -62,7 +63,7 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
     start(bed, &a, transship_snapshotter)?;
     start(bed, &b, transship_snapshotter)?;
     let cri = a.cri()?;
-    let pod = cri.run_pod(("shop", "mates"), &[], false)?;
+    let pod = cri.run_pod(("shop", "mates"), &[], PodNamespaces::Usual)?;
     let containers = run_mates(&a, &cri, &pod)?;
     let address = cri.pod_ip(&pod)?;
     fill_scratch(&a, &pod)?;
@@ -85,9 +86,9 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
 
     let cri = b.cri()?;
     // Another pod first, so that the new one has another address.
-    let other = cri.run_pod(("shop", "other"), &[], false)?;
+    let other = cri.run_pod(("shop", "other"), &[], PodNamespaces::Usual)?;
     let annotation = [("dev.transship/restore", "mates")];
-    let again = cri.run_pod(("shop", "mates-again"), &annotation, false)?;
+    let again = cri.run_pod(("shop", "mates-again"), &annotation, PodNamespaces::Usual)?;
     ensure!(cri.pod_ip(&again)? != address, "it has another address");
     a_failed_restore_leaves_no_objects(&b, &cri, &again)?;
     let containers = run_mates(&b, &cri, &again)?;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, Testbed, Tree,
-    poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed,
+    Tree, poll_until,
 };
 
 use crate::Case;
@@ -90,7 +90,7 @@ pub(crate) fn stop_services(node: &Node) -> anyhow::Result<()> {
 }
 
 fn restored_pods_have_cgroups_of_their_own(node: &Node, cri: &Cri) -> anyhow::Result<()> {
-    let old = cri.run_pod(("shop", "old"), &[], false)?;
+    let old = cri.run_pod(("shop", "old"), &[], PodNamespaces::Usual)?;
     let first = cri.run_container(&old, &FIRST)?;
     let seen_inside = cgroup_inside(cri, &first)?;
     Cgroup::of(node, &first)?.check_processes(node)?;
@@ -100,7 +100,7 @@ fn restored_pods_have_cgroups_of_their_own(node: &Node, cri: &Cri) -> anyhow::Re
 
     // Beside the old one, whose cgroup is there for the new processes to fall into.
     let annotation = [("dev.transship/restore", "kept")];
-    let beside = cri.run_pod(("shop", "beside"), &annotation, false)?;
+    let beside = cri.run_pod(("shop", "beside"), &annotation, PodNamespaces::Usual)?;
     let second = cri.run_container(&beside, &LIMITED)?;
     let count = reached(cri, &first)?;
     check_cgroup(node, cri, &second, &seen_inside)?;
@@ -117,7 +117,7 @@ fn restored_pods_have_cgroups_of_their_own(node: &Node, cri: &Cri) -> anyhow::Re
     cri.remove_pod(&beside)?;
 
     // And when the old cgroup is gone.
-    let after = cri.run_pod(("shop", "after"), &annotation, false)?;
+    let after = cri.run_pod(("shop", "after"), &annotation, PodNamespaces::Usual)?;
     let third = cri.run_container(&after, &LIMITED)?;
     check_cgroup(node, cri, &third, &seen_inside)?;
     cri.remove_pod(&after)?;

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use containerd_client::connect;
 use transship_proto::node_api::{CheckpointPodRequest, NodeClient, PostCheckpointState};
-use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{
+    CommandRun as _, Image, Node, PodNamespaces, Testbed, Tree, journey, poll_until,
+};
 
 use crate::Case;
 use crate::pods::{FIRST, reached};
@@ -240,7 +242,7 @@ fn the_node_api_is_a_unit(bed: &Testbed) -> anyhow::Result<()> {
     start_services(bed, &node, true)?;
     node.shell("systemctl start transship-node").run()?;
     let cri = node.cri()?.with_slices();
-    let pod = cri.run_pod(("shop", "web"), &[], false)?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     let before = reached(&cri, &id)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -265,7 +267,7 @@ fn the_node_api_is_a_unit(bed: &Testbed) -> anyhow::Result<()> {
     cri.remove_pod(&pod)?;
 
     let annotation = [("dev.transship/restore", "web")];
-    let pod = cri.run_pod(("shop", "web-again"), &annotation, false)?;
+    let pod = cri.run_pod(("shop", "web-again"), &annotation, PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     ensure!(reached(&cri, &id)? >= before, "it was restored");
     cri.remove_pod(&pod)?;

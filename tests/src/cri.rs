@@ -43,6 +43,17 @@ pub struct Pod {
     config: PodSandboxConfig,
 }
 
+/// What the containers of a pod share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodNamespaces {
+    /// Network, IPC and host name.
+    Usual,
+    /// The process ids too (`shareProcessNamespace`).
+    WithProcesses,
+    /// IPC alone; network and host name are the node's (`hostNetwork`).
+    HostNetwork,
+}
+
 /// What a container of a pod is made of.
 #[derive(Debug, Clone, Default)]
 pub struct PodContainer<'a> {
@@ -134,8 +145,7 @@ impl Cri {
         Ok(answer.into_inner().image_filesystems)
     }
 
-    /// Runs a sandbox for the pod `namespace`/`name`. Its containers share network, IPC and host
-    /// name, and the process ids too if `share_processes`.
+    /// Runs a sandbox for the pod `namespace`/`name`.
     ///
     /// # Errors
     /// What containerd answers.
@@ -143,13 +153,12 @@ impl Cri {
         &self,
         (namespace, name): (&str, &str),
         annotations: &[(&str, &str)],
-        share_processes: bool,
+        namespaces: PodNamespaces,
     ) -> Result<Pod, TestbedError> {
         // One pod after the other may have the same name.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let uid = format!("uid-{name}-{}-{count}", std::process::id());
-        let namespaces = namespaces(share_processes);
         let cgroup_parent = if self.slices {
             // A dash in a slice's name goes one level down.
             format!("kubepods-pod{}.slice", uid.replace('-', "_"))
@@ -163,14 +172,18 @@ impl Cri {
                 namespace: namespace.to_owned(),
                 attempt: 0,
             }),
-            hostname: name.to_owned(),
+            // kubelet leaves it to the runtime when it is the node's.
+            hostname: match namespaces {
+                PodNamespaces::HostNetwork => String::new(),
+                _ => name.to_owned(),
+            },
             log_directory: format!("/var/log/pods/{namespace}_{name}_{uid}"),
             labels: kubelet_labels(namespace, name, &uid),
             annotations: owned(annotations),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent,
                 security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(namespaces),
+                    namespace_options: Some(namespaces.options()),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -475,17 +488,22 @@ impl Cri {
     }
 }
 
-fn namespaces(share_processes: bool) -> NamespaceOption {
-    let pid = if share_processes {
-        NamespaceMode::Pod
-    } else {
-        NamespaceMode::Container
-    };
-    NamespaceOption {
-        network: NamespaceMode::Pod.into(),
-        ipc: NamespaceMode::Pod.into(),
-        pid: pid.into(),
-        ..Default::default()
+impl PodNamespaces {
+    fn options(self) -> NamespaceOption {
+        let pid = match self {
+            PodNamespaces::WithProcesses => NamespaceMode::Pod,
+            PodNamespaces::Usual | PodNamespaces::HostNetwork => NamespaceMode::Container,
+        };
+        let network = match self {
+            PodNamespaces::HostNetwork => NamespaceMode::Node,
+            PodNamespaces::Usual | PodNamespaces::WithProcesses => NamespaceMode::Pod,
+        };
+        NamespaceOption {
+            network: network.into(),
+            ipc: NamespaceMode::Pod.into(),
+            pid: pid.into(),
+            ..Default::default()
+        }
     }
 }
 
