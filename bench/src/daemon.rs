@@ -22,18 +22,13 @@ pub(crate) struct Process {
     dir: PathBuf,
 }
 
-/// A path of the node as this program can open it, mounts of the node included.
-pub(crate) fn path_from_outside(node: &Node, path: &str) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/root{path}", node.pid()))
-}
-
 impl Process {
     /// The daemon that `Node::start_daemon` started under this name.
     pub(crate) fn of_daemon(node: &Node, name: &str) -> Result<Process> {
         let pid = node.read_file(&format!("/run/{name}.pid"))?;
         let pid = String::from_utf8_lossy(&pid);
         Ok(Process {
-            dir: path_from_outside(node, &format!("/proc/{}", pid.trim())),
+            dir: node.path_from_outside(&format!("/proc/{}", pid.trim())),
         })
     }
 

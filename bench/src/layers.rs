@@ -24,7 +24,7 @@ use containerd_client::types::Descriptor;
 use tokio::runtime::Runtime;
 use transship_testbed::{CommandRun as _, Containerd, ContainerdConfig, Node, Testbed, poll_until};
 
-use crate::daemon::{Process, path_from_outside};
+use crate::daemon::Process;
 use crate::report::Row;
 use crate::sizes::Sizes;
 use crate::snapshots_client::{Client, NAMESPACE};
@@ -133,7 +133,7 @@ fn start_containerd(node: &Node, differ: Differ) -> Result<Containerd> {
 }
 
 async fn connect(node: &Node) -> Result<Client> {
-    let socket = path_from_outside(node, "/run/containerd/containerd.sock");
+    let socket = node.path_from_outside("/run/containerd/containerd.sock");
     Client::connect(&socket, SNAPSHOTTER).await
 }
 
@@ -141,7 +141,7 @@ impl Bench<'_> {
     /// Makes an image and brings it into the content store.
     fn import(&self, image: BigImage) -> Result<Descriptor> {
         eprintln!("   image of {} files", image.files);
-        let archive = path_from_outside(&self.node, ARCHIVE);
+        let archive = self.node.path_from_outside(ARCHIVE);
         let layer = image.write_archive(&archive)?;
         self.node
             .command("ctr")
@@ -171,6 +171,6 @@ impl Bench<'_> {
 
     /// A path that a mount option names, as this program can open it.
     fn outside(&self, path: &str) -> std::path::PathBuf {
-        path_from_outside(&self.node, path)
+        self.node.path_from_outside(path)
     }
 }

@@ -9,6 +9,7 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`; elsewhere than in
 //! that machine `vm_` cases are skipped.
 
+mod crit;
 mod criu_options;
 mod criu_options_alone;
 mod crun;
@@ -119,6 +120,7 @@ fn main() -> ExitCode {
         transship_testbed::stretch_deadlines(factor);
     }
     let cases = starts::cases()
+        .chain(crit::cases())
         .chain(criu_options::cases())
         .chain(criu_options_alone::cases())
         .chain(crun::cases())

@@ -42,7 +42,7 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let path = format!("/proc/{}/root{SOCKET}", node.pid());
+    let path = node.path_from_outside(SOCKET);
     let client = NodeClient::new(runtime.block_on(connect(path))?);
 
     let cri = node.cri()?;

@@ -110,7 +110,7 @@ impl Node {
             .enable_all()
             .build();
         let runtime = runtime.map_err(|source| TestbedError::cri("make a runtime", source))?;
-        let socket = format!("/proc/{}/root/run/containerd/containerd.sock", self.pid());
+        let socket = self.path_from_outside("/run/containerd/containerd.sock");
         let channel = runtime
             .block_on(connect(socket))
             .map_err(|source| TestbedError::cri("connect", source))?;

@@ -285,6 +285,12 @@ impl Node {
         command
     }
 
+    /// A path of the node as this program can open it, mounts of the node included.
+    #[must_use]
+    pub fn path_from_outside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.pid()))
+    }
+
     /// Reads a file of the node.
     pub fn read_file(&self, path: &str) -> Result<Vec<u8>, TestbedError> {
         self.command("cat").args(["--", path]).feed(b"")

@@ -9,8 +9,9 @@ use crate::recipe::{Part, Recipe};
 /// CRIU and those of its libraries that trixie does not have, or not in this version.
 pub(crate) const CRIU_PACKAGES: [&str; 4] = ["criu", "libcompel1", "libnet9", "libnl-3-200"];
 
-/// crun loads it at run time, so its package does not need it. Only forky's crun is tested with it.
-const LIBCRIU: [&str; 1] = ["libcriu2"];
+/// What only forky's nodes have: the library that crun loads at run time, so that its package does
+/// not need it, and crit, CRIU's own reader of images.
+const FORKY: [&str; 2] = ["libcriu2", "python3-pycriu"];
 
 /// A Debian tree, named after the suite that its containerd comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,7 +67,7 @@ impl Tree {
         };
         let packages = |suite, names| Part::Packages { suite, names };
         let parts = match self {
-            Tree::Forky => vec![base("forky", &LIBCRIU)],
+            Tree::Forky => vec![base("forky", &FORKY)],
             Tree::Trixie => vec![base("trixie", &[]), packages("forky", &CRIU_PACKAGES)],
             Tree::Bookworm => {
                 vec![

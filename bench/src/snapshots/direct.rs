@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 use transship_testbed::{Node, Testbed};
 
 use super::load::{CALLS, COMMIT, Target, Turns, compare_cycles, order_of_round, take_turns};
-use crate::daemon::{Process, path_from_outside};
+use crate::daemon::Process;
 use crate::peer;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
@@ -124,10 +124,10 @@ fn start(node: &Node, name: &str, program: &[&str]) -> Result<Target> {
     node.start_daemon(name, &[program, &arguments[..]].concat())?;
     node.wait_for_daemon(name, &["test", "-S", &socket])?;
     Ok(Target {
-        socket: path_from_outside(node, &socket),
+        socket: node.path_from_outside(&socket),
         snapshotter: name.to_owned(),
         process: Process::of_daemon(node, name)?,
-        disk: path_from_outside(node, ROOTS),
+        disk: node.path_from_outside(ROOTS),
         present: 0,
     })
 }

@@ -5,7 +5,7 @@ use tokio::runtime::Runtime;
 use transship_testbed::{ContainerdConfig, Testbed};
 
 use super::load::{Target, compare_cycles, take_turns};
-use crate::daemon::{Process, path_from_outside};
+use crate::daemon::Process;
 use crate::report::{Goal, Row};
 use crate::sizes::Sizes;
 
@@ -22,10 +22,10 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes, runtime: &Runtime) -> Result
     node.start_containerd(&config)?;
     let process = Process::of_daemon(&node, "containerd")?;
     let [ours, built_in] = ["transship", "overlayfs"].map(|snapshotter| Target {
-        socket: path_from_outside(&node, "/run/containerd/containerd.sock"),
+        socket: node.path_from_outside("/run/containerd/containerd.sock"),
         snapshotter: snapshotter.to_owned(),
         process: process.clone(),
-        disk: path_from_outside(&node, "/var/lib/containerd"),
+        disk: node.path_from_outside("/var/lib/containerd"),
         present: 0,
     });
     let mut rows = Vec::new();

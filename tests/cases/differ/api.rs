@@ -61,7 +61,7 @@ impl<'n> Api<'n> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let socket = format!("/proc/{}/root/run/containerd/containerd.sock", node.pid());
+        let socket = node.path_from_outside("/run/containerd/containerd.sock");
         let channel = runtime.block_on(containerd_client::connect(socket))?;
         Ok(Self {
             node,
