@@ -11,9 +11,13 @@ PACKAGES := btrfs-progs buildah build-essential ca-certificates iproute2 libarch
 # Besides, for `make test-vm`.
 PACKAGES_VM := e2fsprogs qemu-system-x86
 BINARIES := transship transship-snapshotter transship-runc transship-hook
-# The front stands before every call of the OCI runtime: without shared libraries it starts with 80 page
-# faults less.
-STATIC_FRONT = $(CARGO) rustc --release -p transship-hook --bin transship-runc -- -C target-feature=+crt-static
+# Linked without shared libraries, the front, which stands before every call of the OCI runtime, starts with
+# 80 page faults less, and the snapshotter, which stays, takes 1 MB less.
+STATIC := -C target-feature=+crt-static
+# $(call release,MORE): builds what is installed, and the binaries MORE.
+release = $(CARGO) build --release --workspace --bin transship --bin transship-hook $(addprefix --bin ,$(1)) \
+	&& $(CARGO) rustc --release -p transship-hook --bin transship-runc -- $(STATIC) \
+	&& $(CARGO) rustc --release -p transship-snapshotter --bin transship-snapshotter -- $(STATIC)
 # Tools in the versions that are known to work with the pinned toolchain.
 TOOLS := cargo-nextest@0.9.143 cargo-deny@0.20.2 cargo-machete@0.9.2
 
@@ -39,10 +43,10 @@ setup-vm: ## Install what building and the machine of test-vm need (Debian)
 build: ## Build all binaries (debug; the tests use these)
 	$(CARGO) build --workspace --bins
 
-test: build ## Run all tests, those on real nodes too
+test: setup build ## Run all tests, those on real nodes too
 	$(CARGO) nextest run --workspace
 
-test-long: build ## Run all tests with many more generated cases, and those that take long
+test-long: setup build ## Run all tests with many more generated cases, and those that take long
 	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all
 
 test-vm: setup-vm build ## Run tests in a machine with systemd and cgroup v2; ONLY=part of their names
@@ -61,13 +65,11 @@ demo: setup build ## Watch a running container move between two nodes
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-demo
 
 bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|restore|front for a part
-	$(CARGO) build --workspace --bins --release
-	$(STATIC_FRONT)
+	$(call release,transship-bench testbed)
 	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench $(if $(ONLY),--only $(ONLY))
 
 install: ## Install the built release binaries, units and sample configurations to PREFIX
-	$(CARGO) build --release $(BINARIES:%=--bin %)
-	$(STATIC_FRONT)
+	$(call release)
 	$(MAKE) install-built
 
 install-built: BUILT ?= target/release
