@@ -100,6 +100,13 @@ impl Spec {
             .collect()
     }
 
+    /// Where it mounts the cgroups.
+    #[must_use]
+    pub fn cgroup_mount(&self) -> Option<&str> {
+        let mut mounts = self.0["mounts"].as_array().into_iter().flatten();
+        mounts.find(|mount| mount["type"] == "cgroup")?["destination"].as_str()
+    }
+
     /// Where it mounts something.
     #[must_use]
     pub fn mount_destinations(&self) -> Vec<PathBuf> {

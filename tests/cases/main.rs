@@ -20,6 +20,7 @@ mod node_api;
 mod pod_refusals;
 mod pods;
 mod pods_ordinary;
+mod pods_own_files;
 mod pods_shared;
 mod reference;
 mod snapshotter;
@@ -131,6 +132,7 @@ fn main() -> ExitCode {
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_ordinary::cases())
+        .chain(pods_own_files::cases())
         .chain(pods_shared::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

@@ -35,7 +35,7 @@ impl CriuConfig {
         bundle: &Bundle,
         spec: &mut Spec,
         options: &CriuOptions,
-        cgroup_root: Option<&str>,
+        cgroup_lines: &[String],
         held: bool,
     ) -> Result<Self, FrontError> {
         let path = bundle.path(CONFIG_FILE);
@@ -49,8 +49,9 @@ impl CriuConfig {
             None => Some(DEFAULT_CONFIG.into()),
         };
         let mut text = options.restore_config(&read(own.as_deref())?, held);
-        if let Some(path) = cgroup_root {
-            text += &format!("cgroup-root {path}\n");
+        for line in cgroup_lines {
+            text += line;
+            text.push('\n');
         }
         let config = Self { path, own };
         config.replace(|new| fs::write(new, text))?;
@@ -113,7 +114,7 @@ mod tests {
         ] {
             let mut spec = Spec::parse(b"{}").unwrap();
             spec.set_annotation(annotations::CRIU_CONFIG, value);
-            let config = CriuConfig::write(&bundle, &mut spec, &options, None, true).unwrap();
+            let config = CriuConfig::write(&bundle, &mut spec, &options, &[], true).unwrap();
             let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
             assert_eq!(fs::read_to_string(&named).unwrap(), text, "{value}");
             config.give_back().unwrap();

@@ -92,9 +92,8 @@ impl Front<'_> {
         let images = LinkedImages::of(&request.images)?;
         let joining = self.fit_images(images.path(), config, pod)?;
         let criu = config.annotations.criu.over(request.criu);
-        let cgroup = self.cgroup_root(&create.id, &config.spec);
-        let criu_config =
-            CriuConfig::write(bundle, &mut config.spec, &criu, cgroup.as_deref(), true)?;
+        let cgroup = self.cgroup_lines(&create.id, &config.spec);
+        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup, true)?;
         bundle.replace_config(&config.spec)?;
 
         let work = bundle.path("work");

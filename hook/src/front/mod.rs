@@ -5,7 +5,6 @@
 //! restore).
 
 mod bundle;
-mod cgroup_root;
 mod checkpoint;
 mod create;
 mod criu_config;
@@ -16,6 +15,7 @@ mod held_restore;
 mod native_restore;
 mod pod_connections;
 mod reason;
+mod restored_cgroup;
 mod rootfs;
 mod sandbox;
 mod shared_dirs;

@@ -70,14 +70,14 @@ impl Front<'_> {
         let joining = self.fit_images(images.path(), config, pod)?;
         // containerd gives no option of the dump to its restore.
         let criu = config.annotations.criu.over(CriuOptions::default());
-        let cgroup = self.cgroup_root(&restore.id, &config.spec);
-        let criu_config = match criu.restore_lines().is_empty() && cgroup.is_none() {
+        let cgroup = self.cgroup_lines(&restore.id, &config.spec);
+        let criu_config = match criu.restore_lines().is_empty() && cgroup.is_empty() {
             true => None,
             false => Some(CriuConfig::write(
                 bundle,
                 &mut config.spec,
                 &criu,
-                cgroup.as_deref(),
+                &cgroup,
                 false,
             )?),
         };
