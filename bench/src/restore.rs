@@ -20,7 +20,7 @@ use transship_testbed::{
 use crate::node_clock::time_in_node;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
-use crate::statistics::median_millis;
+use crate::statistics::millis;
 
 /// A restore through the CRI may take so many times the bare one.
 const MOST: Goal = Goal::RatioAtMost(1.3);
@@ -68,18 +68,17 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         let times = restore_twice(&node, &cri)?;
         // The first finds everything cold.
         if round > 0 {
-            created.push(times.create + times.start);
-            started.push(times.start);
-            bare.push(times.bare);
+            created.push(millis(times.create + times.start));
+            started.push(millis(times.start));
+            bare.push(millis(times.bare));
         }
     }
-    let [created, started, bare] = [created, started, bare].map(|times| median_millis(&times));
-    let row = |name, value| Row::new(name, "ms", value).beside(BARE, bare, Better::Growth);
+    let row = |name, ours: &[f64]| Row::of_pairs(name, "ms", ours, BARE, &bare, Better::Growth);
     Ok(vec![
-        row("StartContainer to running, 16 MB in memory", started).goal(MOST),
+        row("StartContainer to running, 16 MB in memory", &started).goal(MOST),
         row(
             "CreateContainer and StartContainer, 16 MB in memory",
-            created,
+            &created,
         ),
     ])
 }

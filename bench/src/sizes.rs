@@ -48,7 +48,7 @@ impl Sizes {
             large_file_bytes: 2 << 30,
             slow_rounds: 3,
             memory_mb: 200,
-            restores: 15,
+            restores: 25,
             pairs: 100,
         }
     }

@@ -195,6 +195,11 @@ fn check_cgroup(node: &Node, cri: &Cri, id: &str, seen_inside: &str) -> anyhow::
     ensure!(seen == seen_inside, "{seen:?}, and before {seen_inside:?}");
     let limit = cgroup.number(node, "memory.max")?;
     ensure!(limit == 96 * MB, "its limit is {limit}");
+    let by_itself = cri.exec(id, &["cat", "/sys/fs/cgroup/memory.max"])?;
+    ensure!(
+        by_itself.stdout == format!("{limit}\n").into_bytes(),
+        "by itself: {by_itself:?}"
+    );
     // What the process holds was charged here when it was restored.
     let used = cgroup.number(node, "memory.current")?;
     ensure!((32 * MB..96 * MB).contains(&used), "{used} bytes");

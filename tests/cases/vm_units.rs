@@ -123,6 +123,9 @@ fn layers_go_in_and_out(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
     const NAME: &str = "transship.test/special:1";
     let before = cursor(node)?;
     let image = Image::pause(bed.settings())?.with_layer(NAME, special_layer()?);
+    let list =
+        "ctr snapshots --snapshotter transship ls | awk '$NF == \"Committed\" {print $1}' | sort";
+    node.shell(&format!("{list} >/run/before")).run()?;
     node.import_image(&image, "transship")?;
     let files = "cd /var/lib/containerd/io.containerd.snapshotter.v1.transship/snapshots
          stat -c '%A %t:%T %u:%g %n' */fs/special/* | sed 's,[0-9]*/fs/,,'";
@@ -137,12 +140,15 @@ fn layers_go_in_and_out(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
     wanted.sort_unstable();
     ensure!(lines == wanted, "{files}");
 
-    let diff = "top=$(ctr snapshots --snapshotter transship ls | awk '$3 == \"Committed\" && $2 != \"\" {print $1}' | tail -n 1)
+    // Of its two layers the first was there.
+    let diff = format!(
+        "top=$({list} | comm -13 /run/before -)
          eval \"$(ctr snapshots --snapshotter transship prepare --target /mnt work $top)\"
          mkdir -p /mnt/more; rm -rf /mnt/pause; mknod /mnt/more/disk b 8 1; umount /mnt
          ctr snapshots --snapshotter transship diff work | (zcat 2>/dev/null || cat) | tar -tvf -
-         ctr snapshots --snapshotter transship rm work";
-    let listed = { node.shell(diff) }.read()?;
+         ctr snapshots --snapshotter transship rm work"
+    );
+    let listed = { node.shell(&diff) }.read()?;
     ensure!(
         listed.contains("8,1") && listed.contains("more/disk") && listed.contains(".wh.pause"),
         "{listed}"
