@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use containerd_client::connect;
 use transship_proto::node_api::{CheckpointPodRequest, NodeClient, PostCheckpointState};
 use transship_testbed::{
-    CommandRun as _, Image, Node, PodNamespaces, Testbed, Tree, journey, poll_until,
+    CommandRun as _, Image, Node, PodNamespaces, Testbed, TestbedError, Tree, journey, poll_until,
 };
 
 use crate::Case;
@@ -57,7 +57,7 @@ fn the_snapshotter_is_a_unit(bed: &Testbed) -> anyhow::Result<()> {
         "nobody has called"
     );
     node.shell("systemctl start containerd").run()?;
-    node.ctr(&["snapshots", "--snapshotter", "transship", "ls"])
+    answered(|| node.ctr(&["snapshots", "--snapshotter", "transship", "ls"]))
         .context("the first call starts it")?;
     ensure!(property(&node, "ActiveState")? == "active", "it was called");
     containers_start_while_it_restarts(&node)?;
@@ -80,7 +80,7 @@ fn cursor(node: &Node) -> anyhow::Result<String> {
     Ok({ node.shell(show) }.read()?.trim().to_owned())
 }
 
-fn run_true(node: &Node, name: &str) -> anyhow::Result<()> {
+fn run_true(node: &Node, name: &str) -> Result<(), TestbedError> {
     node.ctr(&[
         "run",
         "--rm",
@@ -94,6 +94,19 @@ fn run_true(node: &Node, name: &str) -> anyhow::Result<()> {
         "true",
     ])?;
     Ok(())
+}
+
+/// The result of a call that may have to wait for the daemon's start. systemd takes the connection at
+/// once, but containerd gives a server one second for its first frame (gRPC's first backoff), and
+/// emulated the start takes two: that alone is tried again.
+fn answered<T>(call: impl Fn() -> Result<T, TestbedError>) -> anyhow::Result<T> {
+    let answer = poll_until("an answer", PATIENCE, || match call() {
+        Err(error) if error.to_string().contains("error reading server preface") => {
+            Err(error.to_string())
+        }
+        other => Ok(other),
+    })?;
+    Ok(answer?)
 }
 
 fn it_says_more_after_a_reload(node: &Node) -> anyhow::Result<()> {
@@ -211,7 +224,7 @@ fn containers_start_while_it_restarts(node: &Node) -> anyhow::Result<()> {
             let mut count = 0;
             while restarting.load(Ordering::Relaxed) || count == 0 {
                 let name = format!("short-{count}");
-                run_true(node, &name).with_context(|| name)?;
+                answered(|| run_true(node, &name)).with_context(|| name)?;
                 count += 1;
             }
             Ok::<_, anyhow::Error>(count)
@@ -219,7 +232,7 @@ fn containers_start_while_it_restarts(node: &Node) -> anyhow::Result<()> {
         let restarted = (0..RESTARTS).try_for_each(|_| {
             node.shell("systemctl restart transship-snapshotter")
                 .run()?;
-            node.ctr(&["snapshots", "--snapshotter", "transship", "ls"])?;
+            answered(|| node.ctr(&["snapshots", "--snapshotter", "transship", "ls"]))?;
             Ok::<_, anyhow::Error>(())
         });
         restarting.store(false, Ordering::Relaxed);
