@@ -27,6 +27,12 @@ const MAX_WORKERS: usize = 8;
 /// What zstd itself and containerd's writer take by default.
 const ZSTD_LEVEL: i32 = 3;
 
+/// What is looked at of a chunk before it is compressed with gzip: so many pieces of this size.
+const SAMPLES: usize = 16;
+const SAMPLE_BYTES: usize = 2 << 10;
+/// Less than one part in so many is not worth the time.
+const WORTH: usize = 50;
+
 type Block = io::Result<Vec<u8>>;
 
 /// Compresses each chunk to a block, in parallel, and sends the blocks in the order of the chunks.
@@ -89,15 +95,39 @@ fn compress_block(compression: Compression, chunk: &[u8]) -> Block {
     match compression {
         Compression::None => Ok(chunk.to_vec()),
         Compression::Gzip => {
-            let mut encoder = GzEncoder::new(
-                Vec::with_capacity(chunk.len() / 2),
-                flate2::Compression::default(),
-            );
-            encoder.write_all(chunk)?;
-            encoder.finish()
+            let level = match compresses(chunk)? {
+                true => flate2::Compression::default(),
+                false => flate2::Compression::none(),
+            };
+            gzip(chunk, level)
         }
         Compression::Zstd => zstd::bulk::compress(chunk, ZSTD_LEVEL),
     }
+}
+
+fn gzip(bytes: &[u8], level: flate2::Compression) -> io::Result<Vec<u8>> {
+    let mut encoder = GzEncoder::new(Vec::with_capacity(bytes.len() / 2), level);
+    encoder.write_all(bytes)?;
+    encoder.finish()
+}
+
+/// Whether compression is worth its time, by a sample from all over the chunk. Much of what
+/// containers write is compressed already (archives, pictures, databases), and deflate takes longest
+/// for what it cannot make smaller.
+fn compresses(chunk: &[u8]) -> io::Result<bool> {
+    let step = chunk.len() / SAMPLES;
+    if step < 2 * SAMPLE_BYTES {
+        return Ok(true);
+    }
+    let sample: Vec<u8> = chunk
+        .chunks_exact(step)
+        .flat_map(|part| &part[..SAMPLE_BYTES])
+        .copied()
+        .collect();
+    // The lowest level that makes a code table of its own: level 1 of zlib-rs stores what mostly is
+    // noise, and would hide the rest of it.
+    let packed = gzip(&sample, flate2::Compression::new(2))?;
+    Ok(packed.len() < sample.len() - sample.len() / WORTH)
 }
 
 #[cfg(test)]
@@ -119,6 +149,39 @@ mod tests {
             scope.spawn(move || compress_blocks(compression, queue, &blocks).unwrap());
             output.into_iter().flatten().collect()
         })
+    }
+
+    #[test]
+    fn what_cannot_become_smaller_is_stored() {
+        let mut state = 1_u32;
+        let mut noise = move |len: usize| -> Vec<u8> {
+            std::iter::repeat_with(|| {
+                // xorshift32
+                state ^= state << 13;
+                state ^= state >> 17;
+                state ^= state << 5;
+                state.to_le_bytes()[0]
+            })
+            .take(len)
+            .collect()
+        };
+        let len = 1 << 20;
+        let random = noise(len);
+        assert!(!compresses(&random).unwrap());
+        let block = compress_block(Compression::Gzip, &random).unwrap();
+        assert!((len..len + 200).contains(&block.len()), "{}", block.len());
+        let mut read = Vec::new();
+        flate2::read::GzDecoder::new(&block[..])
+            .read_to_end(&mut read)
+            .unwrap();
+        assert_eq!(read, random);
+        // A tenth of it text, wherever it is.
+        for at in [0, len / 2, len - len / 10] {
+            let mut mixed = random.clone();
+            mixed[at..at + len / 10].fill(b'a');
+            assert!(compresses(&mixed).unwrap(), "at {at}");
+        }
+        assert!(compresses(&noise(1000)).unwrap(), "too short to tell");
     }
 
     proptest! {
