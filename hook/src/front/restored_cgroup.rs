@@ -34,8 +34,9 @@ use super::Front;
 
 const MOUNT: &str = "/sys/fs/cgroup";
 const DEFAULT_SLICE: &str = "system.slice";
-/// The v1 controllers in which runc makes a cgroup (libcontainer/cgroups/fs, 1.1.5 and 1.3.6).
-const CONTROLLERS: [&str; 14] = [
+/// The v1 controllers in which both managers of runc make a cgroup (libcontainer/cgroups, 1.1.5 to
+/// 1.3.6). Where there is none CRIU would have nothing to mount.
+const CONTROLLERS: [&str; 13] = [
     "blkio",
     "cpu",
     "cpuacct",
@@ -49,7 +50,6 @@ const CONTROLLERS: [&str; 14] = [
     "net_prio",
     "perf_event",
     "pids",
-    "rdma",
 ];
 
 impl Front<'_> {
@@ -75,6 +75,10 @@ impl Front<'_> {
         let Some(mount) = spec.cgroup_mount() else {
             return Vec::new();
         };
+        // Below the caller's own cgroup on v1, not beside it. containerd gives whole paths.
+        if !self.globals.systemd_cgroup && !path.starts_with('/') {
+            return Vec::new();
+        }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         hierarchies(&mounts)
             .filter_map(|(name, controllers)| {
