@@ -168,9 +168,4 @@ impl Bench<'_> {
     fn sync(&self) -> Result<()> {
         Ok(self.node.command("sync").run()?)
     }
-
-    /// A path that a mount option names, as this program can open it.
-    fn outside(&self, path: &str) -> std::path::PathBuf {
-        self.node.path_from_outside(path)
-    }
 }

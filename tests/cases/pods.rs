@@ -41,11 +41,7 @@ pub(crate) fn a_pod_goes_on_elsewhere(
     bed: &Testbed,
     transship_snapshotter: bool,
 ) -> anyhow::Result<()> {
-    let (a, b) = (bed.node("a")?, bed.node("b")?);
-    bed.link(&a, &b)?;
-    for node in [&a, &b] {
-        start(bed, node, transship_snapshotter)?;
-    }
+    let [a, b] = start_two(bed, transship_snapshotter)?;
     let cri = a.cri()?;
     let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
     let first = cri.run_container(&pod, &FIRST)?;
@@ -64,9 +60,7 @@ pub(crate) fn a_pod_goes_on_elsewhere(
         );
     }
     cri.remove_pod(&pod)?;
-    let ssh = bed.ssh(&a, &b)?;
-    a.shell(&format!("transship send web | {ssh} transship receive"))
-        .run()?;
+    send(bed, &a, &b, "web")?;
 
     let cri = b.cri()?;
     let annotation = [("dev.transship/restore", "web")];
@@ -103,11 +97,7 @@ pub(crate) fn a_pod_goes_on_elsewhere(
 /// `hostNetwork`: neither the network nor the host name is the sandbox's, so there is nothing of them
 /// to join, and what listened on the one node listens on the other.
 fn a_host_network_pod_goes_on_elsewhere(bed: &Testbed) -> anyhow::Result<()> {
-    let (a, b) = (bed.node("a")?, bed.node("b")?);
-    bed.link(&a, &b)?;
-    for node in [&a, &b] {
-        start(bed, node, true)?;
-    }
+    let [a, b] = start_two(bed, true)?;
     let cri = a.cri()?;
     let pod = cri.run_pod(POD, &[], PodNamespaces::HostNetwork)?;
     let id = cri.run_container(&pod, &FIRST)?;
@@ -118,9 +108,7 @@ fn a_host_network_pod_goes_on_elsewhere(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     ensure!(cri.runs(&id)?, "a checkpoint stops nothing");
     cri.remove_pod(&pod)?;
-    let ssh = bed.ssh(&a, &b)?;
-    a.shell(&format!("transship send web | {ssh} transship receive"))
-        .run()?;
+    send(bed, &a, &b, "web")?;
 
     let cri = b.cri()?;
     let annotation = [("dev.transship/restore", "web")];
@@ -163,6 +151,24 @@ fn a_checkpoint_is_consumed_once(cri: &Cri, pod: &Pod, first: &str) -> anyhow::R
     let count = reached(cri, &again)?;
     ensure!(count < 40, "the second attempt began at {count}");
     Ok(())
+}
+
+/// Two linked nodes, ready for pods.
+pub(crate) fn start_two(bed: &Testbed, transship_snapshotter: bool) -> anyhow::Result<[Node; 2]> {
+    let nodes = [bed.node("a")?, bed.node("b")?];
+    let [a, b] = &nodes;
+    bed.link(a, b)?;
+    for node in &nodes {
+        start(bed, node, transship_snapshotter)?;
+    }
+    Ok(nodes)
+}
+
+/// Copies a checkpoint from one node to the other.
+pub(crate) fn send(bed: &Testbed, from: &Node, to: &Node, name: &str) -> anyhow::Result<()> {
+    let ssh = bed.ssh(from, to)?;
+    let send = format!("transship send {name} | {ssh} transship receive");
+    Ok({ from.shell(&send) }.run()?)
 }
 
 pub(crate) fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {

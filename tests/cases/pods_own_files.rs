@@ -8,7 +8,7 @@ use transship_testbed::{
 };
 
 use crate::Case;
-use crate::pods::{FIRST, reached, start};
+use crate::pods::{FIRST, reached, send, start_two};
 
 const MB: i64 = 1 << 20;
 /// A file in the directory of the pod, and what of it is mounted where.
@@ -35,27 +35,17 @@ const MOUNTED: [(&str, &str, &str); 5] = [
         "/etc/podinfo",
     ),
 ];
-const SEEN: [&str; 6] = [
-    "/etc/hosts",
-    "/var/run/secrets/kubernetes.io/serviceaccount/token",
-    "/etc/settings/color",
-    "/etc/keys/key",
-    "/etc/podinfo/labels",
-    "/etc/resolv.conf",
-];
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     Case::on_all_trees("pod_own_files", what_is_the_new_pods_stays_so)
 }
 
 fn what_is_the_new_pods_stays_so(bed: &Testbed) -> anyhow::Result<()> {
-    let (a, b) = (bed.node("a")?, bed.node("b")?);
-    bed.link(&a, &b)?;
+    let [a, b] = start_two(bed, true)?;
     for (node, server) in [(&a, "192.0.2.1"), (&b, "192.0.2.2")] {
         // The CRI copies it for pods that have no DNS policy of their own.
         node.shell(&format!("echo nameserver {server} >/etc/resolv.conf"))
             .run()?;
-        start(bed, node, true)?;
     }
     let cri = a.cri()?;
     let old = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
@@ -71,9 +61,7 @@ fn what_is_the_new_pods_stays_so(bed: &Testbed) -> anyhow::Result<()> {
         .args(["checkpoint", "--pod", "shop/web", "--name", "web"])
         .run()?;
     cri.remove_pod(&old)?;
-    let ssh = bed.ssh(&a, &b)?;
-    a.shell(&format!("transship send web | {ssh} transship receive"))
-        .run()?;
+    send(bed, &a, &b, "web")?;
 
     let cri = b.cri()?;
     let annotation = [("dev.transship/restore", "web")];
@@ -88,9 +76,8 @@ fn what_is_the_new_pods_stays_so(bed: &Testbed) -> anyhow::Result<()> {
         !mounts.contains(old.uid()) && !mounts.contains(&old.id) && mounts.contains(pod.uid()),
         "{mounts}"
     );
-    let pid = cri_pid(&b, &id)?;
-    let cgroups = b.shell(&format!("cat /proc/{pid}/cgroup"));
-    let cgroups = { cgroups }.read()?;
+    // cgroup v1 has no namespace of its own: the whole path.
+    let cgroups = read(&cri, &id, "/proc/1/cgroup")?;
     // "4:memory:/kubepods/pod<uid>/<id>"
     ensure!(
         cgroups.lines().any(|line| line.contains(":memory:")
@@ -131,23 +118,18 @@ fn run_first(node: &Node, cri: &Cri, pod: &Pod, word: &str, limit: i64) -> anyho
     )?)
 }
 
+/// What the container finds in the files of the pod, and in resolv.conf.
 fn seen(cri: &Cri, id: &str) -> anyhow::Result<Vec<String>> {
-    SEEN.iter().map(|path| read(cri, id, path)).collect()
+    let mounted = MOUNTED.map(|(file, source, target)| file.replacen(source, target, 1));
+    let paths = mounted.iter().map(String::as_str);
+    paths
+        .chain(["/etc/resolv.conf"])
+        .map(|path| read(cri, id, path))
+        .collect()
 }
 
 fn read(cri: &Cri, id: &str, path: &str) -> anyhow::Result<String> {
     let answer = cri.exec(id, &["cat", path])?;
     ensure!(answer.exit_code == 0, "{path}: {answer:?}");
     Ok(String::from_utf8(answer.stdout)?)
-}
-
-/// The process id of the container's first process, on the node.
-fn cri_pid(node: &Node, id: &str) -> anyhow::Result<String> {
-    let tasks = node.ctr(&["--namespace", "k8s.io", "tasks", "ls"])?;
-    let pid = tasks
-        .lines()
-        .find(|line| line.starts_with(id))
-        .and_then(|line| line.split_whitespace().nth(1));
-    pid.map(str::to_owned)
-        .ok_or_else(|| anyhow::anyhow!("no {id} in {tasks}"))
 }

@@ -11,7 +11,7 @@ use transship_testbed::{
 };
 
 use crate::Case;
-use crate::pods::start;
+use crate::pods::{send, start_two};
 
 const IMAGE: &str = "transship.test/podmate:1";
 const ROLES: [&str; 3] = ["server", "client", "sharer"];
@@ -58,10 +58,7 @@ impl Step {
 }
 
 fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow::Result<()> {
-    let (a, b) = (bed.node("a")?, bed.node("b")?);
-    bed.link(&a, &b)?;
-    start(bed, &a, transship_snapshotter)?;
-    start(bed, &b, transship_snapshotter)?;
+    let [a, b] = start_two(bed, transship_snapshotter)?;
     let cri = a.cri()?;
     let pod = cri.run_pod(("shop", "mates"), &[], PodNamespaces::Usual)?;
     let containers = run_mates(&a, &cri, &pod)?;
@@ -80,9 +77,7 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
     a_half_of_a_stream_is_refused(&a, &cri, &pod, &containers)?;
     let old = ROLES.map(|role| steps(&a, &pod, role));
     remove(&cri, &pod)?;
-    let ssh = bed.ssh(&a, &b)?;
-    a.shell(&format!("transship send mates | {ssh} transship receive"))
-        .run()?;
+    send(bed, &a, &b, "mates")?;
 
     let cri = b.cri()?;
     // Another pod first, so that the new one has another address.

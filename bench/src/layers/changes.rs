@@ -109,8 +109,11 @@ impl Bench<'_> {
         let upperdir = option("upperdir=").context("the mount has no upperdir")?;
         let lowerdirs = option("lowerdir=").context("the mount has no lowerdir")?;
         Ok(Snapshot {
-            upperdir: self.outside(upperdir),
-            lowerdirs: lowerdirs.split(':').map(|dir| self.outside(dir)).collect(),
+            upperdir: self.node.path_from_outside(upperdir),
+            lowerdirs: lowerdirs
+                .split(':')
+                .map(|dir| self.node.path_from_outside(dir))
+                .collect(),
             key,
             parent,
         })
@@ -128,7 +131,7 @@ impl Bench<'_> {
                 "mkdir -p {MOUNT_POINT} && mount -t overlay -o '{options}' overlay {MOUNT_POINT}"
             ))
             .run()?;
-        let changed = change(&self.outside(MOUNT_POINT));
+        let changed = change(&self.node.path_from_outside(MOUNT_POINT));
         self.node.command("umount").arg(MOUNT_POINT).run()?;
         Ok(changed?)
     }
