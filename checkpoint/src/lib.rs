@@ -7,11 +7,9 @@
 //!                                                   v              |
 //!                                              a byte stream ------'
 //!
-//!  createRuntime hook, runtime front --> stage --> /run/transship/pods/<sandbox>/restore/<c>/
-//!      annotations: what is asked for      |-- namespaces: paths of the sandbox into the spec
-//!                                          |-- criu_images: host name and IPC data of the images
-//!                                          |-- shared_dirs: /dev/shm and emptyDirs of the pod
-//!                                          `-- criu_options: CRIU configuration of this restore
+//!      annotations: what is asked for;  namespaces, spec: the OCI spec of the new container
+//!      criu_images: the images that must be edited;  criu_options: what CRIU is told
+//!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
 //! ```
 //!
 //! A plain synchronous library: no runtime, no gRPC, no terminal, no environment. Every byte of a
@@ -21,13 +19,9 @@ pub mod annotations;
 pub mod criu_images;
 pub mod criu_log;
 pub mod criu_options;
-mod loopback;
 pub mod manifest;
 pub mod namespaces;
-pub mod node_config;
-pub mod service_account;
 pub mod shared_dirs;
 pub mod spec;
-pub mod stage;
 pub mod store;
 pub mod wire;

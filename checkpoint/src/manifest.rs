@@ -35,7 +35,7 @@ pub const DUMP_LOG_FILE: &str = "dump.log";
 
 /// What the directories of links are called that stand beside the images during a restore; they
 /// belong to no checkpoint.
-pub(crate) const LINKED_PREFIX: &str = ".staged-";
+pub const LINKED_PREFIX: &str = ".staged-";
 
 /// Largest manifest that is read, in bytes. A pod of 100 containers with 10 000 image files each
 /// stays below it.

@@ -1,39 +1,14 @@
-//! The directories that the containers of a pod share: which mounts of a spec they are, and where
-//! they are in a checkpoint.
+//! The directories that the containers of a pod share, and where they are in a checkpoint.
 //!
 //! ```text
-//! /dev/shm   bind mount of <state of containerd>/sandboxes/<sandbox id>/shm, a tmpfs of the sandbox
-//! emptyDir   bind mount of <kubelet>/pods/<uid>/volumes/kubernetes.io~empty-dir/<volume>, or of
-//!            <kubelet>/pods/<uid>/volume-subpaths/<volume>/<container>/<n> (`subPath`); medium
-//!            Memory is a tmpfs that kubelet mounts there
-//!
 //! <checkpoint>/.shared/
 //!     shm.tar                 content of /dev/shm
-//!     emptydir-<volume>.tar   content of one emptyDir
+//!     emptydir-<volume>.tar   content of one emptyDir volume
 //!     (each an OCI layer tar without whiteouts)
-//! <checkpoint>/.consumed-<pod uid>   what pods of this node have taken out of it, one per line:
-//!     container <name> | volume <name>
 //! ```
-//!
-//! CRIU takes bind mounts for given: it opens the files in them again by their paths and dumps no
-//! content. What is unlinked but open (ghost files) CRIU keeps by itself.
-
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-
-use crate::manifest::check_name;
-use crate::spec::Spec;
-use crate::stage::{StageContext, StageError};
 
 /// Directory of the shared directories inside of a checkpoint. No container is called so.
 pub const SHARED_DIR: &str = ".shared";
-
-const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
-const SUB_PATHS: &str = "volume-subpaths";
-const CONSUMED_PREFIX: &str = ".consumed-";
-/// The pod's uid, in the specs of the CRI.
-const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// A directory that all containers of a pod can share.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,17 +19,6 @@ pub enum SharedDir {
     EmptyDir(String),
 }
 
-/// A mount of a container on such a directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SharedMount {
-    /// What it is.
-    pub dir: SharedDir,
-    /// Where the whole of it is on the node.
-    pub source: PathBuf,
-    /// Whether the container sees only a part of it.
-    pub part: bool,
-}
-
 impl SharedDir {
     /// Name of its file in [`SHARED_DIR`].
     #[must_use]
@@ -63,178 +27,5 @@ impl SharedDir {
             Self::Shm => "shm.tar".to_owned(),
             Self::EmptyDir(volume) => format!("emptydir-{volume}.tar"),
         }
-    }
-}
-
-/// The shared directories that a container of the sandbox `sandbox` has mounted. What belongs to
-/// the node (`/dev/shm` of a pod that shares the node's IPC namespace) is none.
-#[must_use]
-pub fn shared_mounts(spec: &Spec, sandbox: &str) -> Vec<SharedMount> {
-    spec.mounts()
-        .filter_map(|(_, source)| shared_dir(Path::new(source), sandbox))
-        .collect()
-}
-
-fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
-    let parts: Vec<&str> = source
-        .iter()
-        .map(|part| part.to_str())
-        .collect::<Option<_>>()?;
-    let found = |dir, source: PathBuf, part| Some(SharedMount { dir, source, part });
-    match parts.as_slice() {
-        [.., "sandboxes", id, "shm"] if *id == sandbox => {
-            found(SharedDir::Shm, source.to_path_buf(), false)
-        }
-        [.., "volumes", EMPTY_DIR, volume] if check_name("the volume", volume).is_ok() => {
-            let dir = SharedDir::EmptyDir((*volume).to_owned());
-            found(dir, source.to_path_buf(), false)
-        }
-        [.., SUB_PATHS, volume, _, _] => {
-            let pod = source.ancestors().nth(4)?;
-            let whole = pod.join("volumes").join(EMPTY_DIR).join(volume);
-            // A subPath may as well be of a volume of another kind.
-            whole.is_dir().then(|| SharedMount {
-                dir: SharedDir::EmptyDir((*volume).to_owned()),
-                source: whole,
-                part: true,
-            })
-        }
-        _ => None,
-    }
-}
-
-/// What pods have taken out of one checkpoint. A pod takes each thing once, also when its sandbox
-/// is made again, whatever the new sandbox's id: the pod's life has gone on since.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Consumed {
-    path: PathBuf,
-    lines: Vec<String>,
-}
-
-impl Consumed {
-    /// What the pod of this spec has taken out of the checkpoint in `checkpoint`; `None` outside
-    /// of the CRI.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn by_pod_of(spec: &Spec, checkpoint: &Path) -> Result<Option<Self>, StageError> {
-        let Some(uid) = spec.annotations().remove(POD_UID) else {
-            return Ok(None);
-        };
-        check_name("the pod's uid", &uid)?;
-        let path = checkpoint.join(format!("{CONSUMED_PREFIX}{uid}"));
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text.staging("read", &path)?,
-        };
-        let lines = text.lines().map(ToOwned::to_owned).collect();
-        Ok(Some(Self { path, lines }))
-    }
-
-    /// Whether it has taken this container.
-    #[must_use]
-    pub fn has_container(&self, name: &str) -> bool {
-        self.lines.contains(&format!("container {name}"))
-    }
-
-    /// Whether it has taken this volume.
-    #[must_use]
-    pub fn has_volume(&self, name: &str) -> bool {
-        self.lines.contains(&format!("volume {name}"))
-    }
-
-    /// Remembers that it has taken this container.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn add_container(&mut self, name: &str) -> Result<(), StageError> {
-        self.add(format!("container {name}"))
-    }
-
-    /// Remembers that it has taken this volume.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn add_volume(&mut self, name: &str) -> Result<(), StageError> {
-        self.add(format!("volume {name}"))
-    }
-
-    fn add(&mut self, line: String) -> Result<(), StageError> {
-        let write = || {
-            let mut options = OpenOptions::new();
-            let mut file = options.append(true).create(true).open(&self.path)?;
-            // One write: containers of a pod may be restored side by side.
-            file.write_all(format!("{line}\n").as_bytes())?;
-            file.sync_data()
-        };
-        write().staging("write", &self.path)?;
-        self.lines.push(line);
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mounts_that_a_pod_shares_are_known_by_their_sources() {
-        let pod = tempfile::tempdir().unwrap();
-        let volume = pod.path().join("volumes/kubernetes.io~empty-dir/work");
-        fs::create_dir_all(&volume).unwrap();
-        let part = pod.path().join("volume-subpaths/work/app/0");
-        let other = pod.path().join("volume-subpaths/config/app/1");
-        let spec = format!(
-            r#"{{"mounts":[
-              {{"destination":"/proc","type":"proc","source":"proc"}},
-              {{"destination":"/dev/shm","source":"/run/containerd/x/sandboxes/s1/shm"}},
-              {{"destination":"/host","source":"/dev/shm"}},
-              {{"destination":"/data","source":"{}"}},
-              {{"destination":"/part","source":"{}"}},
-              {{"destination":"/conf","source":"{}"}},
-              {{"destination":"/token","source":"/p/volumes/kubernetes.io~projected/t"}}]}}"#,
-            volume.display(),
-            part.display(),
-            other.display(),
-        );
-        let spec = Spec::parse(spec.as_bytes()).unwrap();
-        let mounts = shared_mounts(&spec, "s1");
-        let work = SharedDir::EmptyDir("work".to_owned());
-        let found: Vec<_> = mounts.iter().map(|it| (&it.dir, it.part)).collect();
-        assert_eq!(
-            found,
-            [(&SharedDir::Shm, false), (&work, false), (&work, true)]
-        );
-        assert_eq!(mounts[1].source, volume);
-        assert_eq!(mounts[2].source, volume);
-        assert!(
-            shared_mounts(&spec, "s2")
-                .iter()
-                .all(|it| it.dir != SharedDir::Shm)
-        );
-    }
-
-    #[test]
-    fn a_pod_takes_each_thing_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = |uid: &str| {
-            let json = format!(r#"{{"annotations":{{"{POD_UID}":"{uid}"}}}}"#);
-            Spec::parse(json.as_bytes()).unwrap()
-        };
-        let read = |uid: &str| {
-            Consumed::by_pod_of(&spec(uid), dir.path())
-                .unwrap()
-                .unwrap()
-        };
-        let mut one = read("u1");
-        assert!(!one.has_container("web"));
-        one.add_container("web").unwrap();
-        one.add_volume("web data").unwrap();
-        assert_eq!(read("u1"), one);
-        assert!(one.has_container("web") && !one.has_volume("web"));
-        assert!(!read("u2").has_container("web"));
-        assert!(Consumed::by_pod_of(&spec("../x"), dir.path()).is_err());
-        let no_pod = Spec::parse(b"{}").unwrap();
-        assert!(Consumed::by_pod_of(&no_pod, dir.path()).unwrap().is_none());
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::wire::Target;
 
-use crate::stuck_dump::PROGRESS_PATIENCE;
+use transship_engine::stuck_dump::PROGRESS_PATIENCE;
 
 mod criu;
 

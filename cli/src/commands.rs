@@ -5,8 +5,8 @@ use serde::Serialize;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 
 use crate::args::{Cli, Command, Global};
-use crate::freeze_guard;
-use crate::node::Node;
+use transship_containerd::Node;
+use transship_engine::freeze_guard;
 
 mod check;
 pub(crate) mod checkpoint;

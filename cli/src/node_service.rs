@@ -21,11 +21,11 @@ use transship_proto::node_api::{
 
 use crate::commands::checkpoint::{self, Order};
 use crate::commands::snapshot;
-use crate::interrupt::Interrupt;
-use crate::node::Node;
-use crate::problem::{Kind, Problem, one_line};
 use crate::progress::Progress;
-use crate::restore_pod;
+use transship_containerd::Node;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem, one_line};
+use transship_engine::restore_pod;
 
 /// Bytes of a message with a part of a layer; containerd's clients take 16 MiB, tonic's 4.
 const CHUNK: usize = 1 << 20;

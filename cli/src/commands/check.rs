@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 
 use super::{connect, print};
 use crate::args::Global;
-use crate::check::{self, Finding, Verdict};
+use transship_engine::check::{self, Finding, Verdict};
 
 pub(crate) async fn run(global: &Global) -> Result<()> {
     let mut findings = check::host::findings();

@@ -12,15 +12,15 @@ use transship_checkpoint::store::{Durability, Store, digest_files};
 
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
-use crate::freeze_guard::FreezeGuard;
-use crate::interrupt::Interrupt;
-use crate::node::Node;
-use crate::pod::{self, SourcePod};
-use crate::pod_dirs::{self, SharedDirs};
 use crate::progress::Progress;
-use crate::source::{self, Dumped, SourceContainer};
-use crate::stuck_dump::PROGRESS_PATIENCE;
-use crate::timeline::{Report, Timeline, human_bytes};
+use transship_containerd::Node;
+use transship_engine::freeze_guard::FreezeGuard;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::pod::{self, SourcePod};
+use transship_engine::pod_dirs::{self, SharedDirs};
+use transship_engine::source::{self, Dumped, SourceContainer};
+use transship_engine::stuck_dump::PROGRESS_PATIENCE;
+use transship_engine::timeline::{Report, Timeline, human_bytes};
 
 /// What a checkpoint is to be taken of, and how.
 #[derive(Debug, Default)]
@@ -319,7 +319,7 @@ async fn dump_one_by_one(found: &Found, draft: &Path) -> Result<Vec<(std::time::
 
 /// What it is of and the moment; a second checkpoint within a second gets an error, not a mix.
 fn default_name(what: &str) -> String {
-    let now = crate::node::rfc3339(std::time::SystemTime::now());
+    let now = transship_containerd::rfc3339(std::time::SystemTime::now());
     format!(
         "{what}-{}",
         now.replace(['-', ':', 'Z'], "").replace('T', "-")

@@ -8,7 +8,7 @@ use transship_checkpoint::manifest::{Container, Manifest};
 use super::restore::open;
 use super::{print, store};
 use crate::args::{Global, NameArgs};
-use crate::timeline::human_bytes;
+use transship_engine::timeline::human_bytes;
 
 pub(crate) fn run(global: &Global, args: &NameArgs) -> Result<()> {
     let checkpoint = open(&store(), &args.name)?;
@@ -26,7 +26,7 @@ fn text(manifest: &Manifest, verified: bool) -> String {
     let mut text = format!(
         "{}\n  taken     {} on {} ({}, Linux {}, containerd {})\n  size      {}{}\n",
         manifest.name,
-        crate::node::rfc3339(created),
+        transship_containerd::rfc3339(created),
         source.hostname,
         source.architecture,
         source.kernel,

@@ -8,7 +8,7 @@ use transship_checkpoint::store::Checkpoint;
 
 use super::{print, store};
 use crate::args::Global;
-use crate::timeline::human_bytes;
+use transship_engine::timeline::human_bytes;
 
 #[derive(Serialize)]
 struct Row {
@@ -33,7 +33,7 @@ pub(crate) fn run(global: &Global) -> Result<()> {
                 bytes: 0,
                 containers: Vec::new(),
                 source: String::new(),
-                error: Some(crate::problem::one_line(&error.into())),
+                error: Some(transship_engine::problem::one_line(&error.into())),
             },
         })
         .collect();
@@ -45,7 +45,7 @@ fn row(name: String, checkpoint: &Checkpoint) -> Row {
     let created = std::time::UNIX_EPOCH + std::time::Duration::from_secs(manifest.created);
     Row {
         name,
-        created: crate::node::rfc3339(created),
+        created: transship_containerd::rfc3339(created),
         bytes: manifest.size(),
         containers: manifest
             .containers

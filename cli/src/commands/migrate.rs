@@ -21,14 +21,14 @@ use transship_checkpoint::wire::{Message, Offer, WireError, unexpected};
 
 use super::{connect, print, store};
 use crate::args::{Global, MigrateArgs};
-use crate::conversation::Conversation;
-use crate::freeze_guard::FreezeGuard;
-use crate::interrupt::Interrupt;
-use crate::node::{Node, unique};
-use crate::problem::{Kind, Problem, one_line};
 use crate::progress::Progress;
-use crate::source::{self, Dumped, SourceContainer};
-use crate::timeline::{Report, Timeline, human_bytes};
+use transship_containerd::{Node, unique};
+use transship_engine::conversation::Conversation;
+use transship_engine::freeze_guard::FreezeGuard;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem, one_line};
+use transship_engine::source::{self, Dumped, SourceContainer};
+use transship_engine::timeline::{Report, Timeline, human_bytes};
 
 #[derive(Serialize)]
 struct Migrated {

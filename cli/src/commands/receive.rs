@@ -14,13 +14,13 @@ use transship_checkpoint::wire::{Message, Offer, unexpected};
 
 use super::{connect, print, store};
 use crate::args::{Global, ReceiveArgs};
-use crate::conversation::Conversation;
-use crate::interrupt::Interrupt;
-use crate::node::{Node, unique};
-use crate::problem::{Kind, Problem, one_line};
 use crate::progress::Progress;
-use crate::restore_container::{self, Plan, Restored};
-use crate::timeline::human_bytes;
+use transship_containerd::{Node, unique};
+use transship_engine::conversation::Conversation;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem, one_line};
+use transship_engine::restore_container::{self, Plan, Restored};
+use transship_engine::timeline::human_bytes;
 
 pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;

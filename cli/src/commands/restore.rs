@@ -6,12 +6,12 @@ use transship_checkpoint::manifest::SPEC_FILE;
 
 use super::{connect, print, store};
 use crate::args::{Global, RestoreArgs};
-use crate::interrupt::Interrupt;
-use crate::problem::{Kind, Problem};
 use crate::progress::Progress;
-use crate::restore_container;
-use crate::timeline::{Report, Timeline};
 use transship_checkpoint::store::{Checkpoint, Store, StoreError};
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem};
+use transship_engine::restore_container;
+use transship_engine::timeline::{Report, Timeline};
 
 #[derive(Serialize)]
 struct Done {

@@ -5,7 +5,7 @@ use transship_checkpoint::store::StoreError;
 
 use super::store;
 use crate::args::RmArgs;
-use crate::problem::{Kind, Problem};
+use transship_engine::problem::{Kind, Problem};
 
 pub(crate) fn run(args: &RmArgs) -> Result<()> {
     for name in &args.names {

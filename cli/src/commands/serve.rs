@@ -15,8 +15,8 @@ use transship_proto::node_api::NodeServer;
 
 use super::connect;
 use crate::args::Global;
-use crate::interrupt::{Interrupt, Interrupted};
 use crate::node_service::NodeService;
+use transship_engine::interrupt::{Interrupt, Interrupted};
 
 /// How long the answers to the last calls may take on their way.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);

@@ -22,11 +22,11 @@ use transship_layer::{ExportStats, ImportStats, OverlayXattrs};
 
 use self::sink::Sink;
 use crate::args::{Global, SnapshotCommand};
-use crate::freeze_guard::FreezeGuard;
-use crate::interrupt::Interrupt;
-use crate::node::Node;
-use crate::node::snapshots::OverlayDirs;
-use crate::problem::{Kind, Problem};
+use transship_containerd::Node;
+use transship_containerd::snapshots::OverlayDirs;
+use transship_engine::freeze_guard::FreezeGuard;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem};
 
 mod diff;
 mod export;
@@ -160,7 +160,7 @@ impl Opened {
             return Ok(Self { mounts, view: None });
         }
         let leased = node.with_lease(VIEW_LIFETIME).await?;
-        let view = format!("transship-view-{}", crate::node::unique());
+        let view = format!("transship-view-{}", transship_containerd::unique());
         match leased.view(snapshotter, &view, key).await {
             Ok(mounts) => Ok(Self {
                 mounts,
@@ -266,7 +266,7 @@ impl<'n> Paused<'n> {
 
 /// Labels of a snapshot that is to stay without a container.
 fn kept() -> HashMap<String, String> {
-    let now = crate::node::rfc3339(std::time::SystemTime::now());
+    let now = transship_containerd::rfc3339(std::time::SystemTime::now());
     [("containerd.io/gc.root".to_owned(), now)].into()
 }
 

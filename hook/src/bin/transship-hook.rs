@@ -4,12 +4,12 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::process::ExitCode;
 
-use transship_checkpoint::node_config::NODE_CONFIG;
-use transship_checkpoint::stage::DEFAULT_RUN_DIR;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::hook::{HookError, HookState, Node, create_runtime, poststop};
 use transship_hook::one_line;
 use transship_hook::restore_log::LOG_DIR;
+use transship_sandbox::admission::node_config::NODE_CONFIG;
+use transship_sandbox::stage::DEFAULT_RUN_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
 

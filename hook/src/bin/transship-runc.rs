@@ -5,8 +5,6 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use transship_checkpoint::node_config::NODE_CONFIG;
-use transship_checkpoint::stage::DEFAULT_RUN_DIR;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::argv::Invocation;
 use transship_hook::front::{Outcome, Surroundings, serve};
@@ -15,6 +13,8 @@ use transship_hook::one_line;
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
 };
+use transship_sandbox::admission::node_config::NODE_CONFIG;
+use transship_sandbox::stage::DEFAULT_RUN_DIR;
 
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

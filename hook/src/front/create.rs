@@ -4,9 +4,9 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Role};
 use transship_checkpoint::namespaces;
-use transship_checkpoint::node_config::NodeConfig;
 use transship_checkpoint::spec::{HookPoint, Spec};
-use transship_checkpoint::stage::{PodDir, Staged, State, is_consumed_by};
+use transship_sandbox::admission::node_config::NodeConfig;
+use transship_sandbox::stage::{PodDir, Staged, State, is_consumed_by};
 
 use super::bundle::{Bundle, Config};
 use super::{Front, FrontError, Outcome};

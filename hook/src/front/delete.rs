@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use transship_checkpoint::stage::PodDir;
+use transship_sandbox::stage::PodDir;
 
 use super::bundle::Phase;
 use super::{Front, FrontError, Outcome};

@@ -17,10 +17,10 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 use transship_checkpoint::manifest::{Container, SPEC_FILE};
-use transship_checkpoint::node_config::NodeConfig;
-use transship_checkpoint::service_account;
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::stage::Staged;
+use transship_sandbox::admission::node_config::NodeConfig;
+use transship_sandbox::admission::service_account;
+use transship_sandbox::stage::Staged;
 
 use super::bundle::Config;
 use super::{Front, FrontContext, FrontError};

@@ -9,7 +9,7 @@ use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Plan};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::stage::{LinkedImages, PodDir, Staged, State, mark_consumed_by};
+use transship_sandbox::stage::{LinkedImages, PodDir, Staged, State, mark_consumed_by};
 
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;

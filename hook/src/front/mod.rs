@@ -35,9 +35,9 @@ use transship_checkpoint::annotations::AnnotationError;
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::manifest::{ManifestError, check_name};
 use transship_checkpoint::namespaces::NamespaceError;
-use transship_checkpoint::node_config::NodeConfigError;
-use transship_checkpoint::stage::StageError;
 use transship_checkpoint::store::{Store, StoreError};
+use transship_sandbox::admission::node_config::NodeConfigError;
+use transship_sandbox::stage::StageError;
 
 pub(crate) use held::{children, tree};
 pub use rootfs::RootfsError;

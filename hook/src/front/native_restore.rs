@@ -9,7 +9,7 @@ use transship_checkpoint::annotations::Role;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
-use transship_checkpoint::stage::{LinkedImages, PodDir};
+use transship_sandbox::stage::{LinkedImages, PodDir};
 
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;

@@ -20,7 +20,7 @@ use transship_checkpoint::criu_images::inet_sockets::{Connection, connections};
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_checkpoint::namespaces::{self, Namespace};
-use transship_checkpoint::stage::{PodDir, Request};
+use transship_sandbox::stage::{PodDir, Request};
 
 use super::bundle::Config;
 use super::{Front, FrontError};

@@ -9,7 +9,7 @@ use transship_checkpoint::criu_images::ipcns::IpcObject;
 use transship_checkpoint::criu_images::shm_mappings::Attachment;
 use transship_checkpoint::criu_images::utsns;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
-use transship_checkpoint::stage::{
+use transship_sandbox::stage::{
     LiveIpc, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
 };
 

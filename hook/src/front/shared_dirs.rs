@@ -10,9 +10,10 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::manifest::check_name;
-use transship_checkpoint::shared_dirs::{Consumed, SHARED_DIR, SharedDir, shared_mounts};
-use transship_checkpoint::stage::{PodDir, Request};
+use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_layer::{ImportOptions, import_into_upperdir, remove_contents};
+use transship_sandbox::shared_dirs::{Consumed, shared_mounts};
+use transship_sandbox::stage::{PodDir, Request};
 
 use super::bundle::Config;
 use super::rootfs::RootfsError;

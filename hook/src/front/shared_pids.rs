@@ -9,7 +9,7 @@ use std::path::Path;
 
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces::{self, Namespace};
-use transship_checkpoint::stage::Request;
+use transship_sandbox::stage::Request;
 
 use super::bundle::Config;
 use super::{FrontContext, FrontError};

@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
 use transship_checkpoint::manifest::ManifestError;
-use transship_checkpoint::node_config::{NodeConfig, NodeConfigError};
-use transship_checkpoint::stage::{PodDir, StageError};
 use transship_checkpoint::store::{Store, StoreError};
+use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
+use transship_sandbox::stage::{PodDir, StageError};
 
 use crate::one_line;
 use crate::restore_log;

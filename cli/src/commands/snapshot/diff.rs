@@ -10,8 +10,8 @@ use super::sink::Sink;
 use super::{Opened, Paused, Snapshot, export, find};
 use crate::args::{Global, SnapshotDiffArgs};
 use crate::commands::connect;
-use crate::interrupt::Interrupt;
-use crate::node::Node;
+use transship_containerd::Node;
+use transship_engine::interrupt::Interrupt;
 
 /// How long the layer is kept in the content store should nobody come to let it go.
 const LAYER_LIFETIME: Duration = Duration::from_secs(24 * 3600);

@@ -13,10 +13,10 @@ use super::sink::Sink;
 use super::{Layer, Opened, Paused, Snapshot, find, raw};
 use crate::args::{Global, SnapshotExportArgs};
 use crate::commands::connect;
-use crate::interrupt::Interrupt;
-use crate::node::Node;
-use crate::problem::{Kind, Problem};
-use crate::timeline::human_bytes;
+use transship_containerd::Node;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem};
+use transship_engine::timeline::human_bytes;
 
 /// How long an export that was given up may take to notice.
 const GIVE_UP_PATIENCE: Duration = Duration::from_secs(5);

@@ -19,10 +19,10 @@ use transship_layer::{
 use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept, raw};
 use crate::args::{Global, SnapshotImportArgs};
 use crate::commands::{connect, print};
-use crate::interrupt::Interrupt;
-use crate::node::Node;
-use crate::problem::{Kind, Problem};
-use crate::timeline::human_bytes;
+use transship_containerd::Node;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem};
+use transship_engine::timeline::human_bytes;
 
 /// How often a reader that nothing comes to looks whether it is still wanted, in milliseconds.
 const LOOK_UP_MS: u8 = 200;

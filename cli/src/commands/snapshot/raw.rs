@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use tokio::process::Command;
 use transship_layer::remove_contents;
 
-use crate::interrupt::Interrupt;
-use crate::problem::{Kind, Problem};
+use transship_engine::interrupt::Interrupt;
+use transship_engine::problem::{Kind, Problem};
 
 /// Copies what is in `from` into the empty directory `to`, and its attributes too. What was copied when
 /// it fails is removed.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
-use crate::problem::{Kind, Problem};
+use transship_engine::problem::{Kind, Problem};
 
 /// A layer's destination; without [`Sink::finish`] nothing stays.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Sink {
                 .with_context(|| format!("{} is no name of a file", path.display()))?;
             let mut temporary = std::ffi::OsString::from(".");
             temporary.push(name);
-            temporary.push(format!(".{}", crate::node::unique()));
+            temporary.push(format!(".{}", transship_containerd::unique()));
             let temporary = path.with_file_name(temporary);
             let file = File::options()
                 .write(true)
@@ -151,7 +151,8 @@ mod tests {
 
     #[test]
     fn a_file_appears_when_it_is_whole() {
-        let dir = std::env::temp_dir().join(format!("transship-sink-{}", crate::node::unique()));
+        let dir =
+            std::env::temp_dir().join(format!("transship-sink-{}", transship_containerd::unique()));
         fs::create_dir(&dir).unwrap();
         let names = || fs::read_dir(&dir).unwrap().count();
         let path = dir.join("layer.tar");

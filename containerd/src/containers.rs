@@ -1,0 +1,115 @@
+//! Container records.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::{
+    Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest,
+    ListContainersRequest, UpdateContainerRequest,
+};
+use prost_types::{Any, FieldMask};
+
+use super::{During, Node, NodeError, present};
+
+/// Type URL of an OCI runtime spec in a container record; the value is JSON.
+const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// What a new container record holds.
+#[derive(Debug)]
+pub struct NewContainer {
+    pub id: String,
+    pub labels: HashMap<String, String>,
+    pub image: String,
+    pub runtime: String,
+    pub runtime_options: Option<Any>,
+    pub spec: Vec<u8>,
+    pub snapshotter: String,
+    pub snapshot_key: String,
+}
+
+impl Node {
+    fn containers(&self) -> ContainersClient<containerd_client::tonic::transport::Channel> {
+        ContainersClient::new(self.channel())
+    }
+
+    /// The record of the container `id`.
+    pub async fn container(&self, id: &str) -> Result<Container, NodeError> {
+        let act = || format!("read the container {id:?}");
+        let answer = self
+            .containers()
+            .get(self.request(GetContainerRequest { id: id.to_owned() }))
+            .await
+            .during(act)?;
+        present(answer.into_inner().container, "container", act)
+    }
+
+    /// The records of all containers of the namespace.
+    pub async fn all_containers(&self) -> Result<Vec<Container>, NodeError> {
+        let answer = self
+            .containers()
+            .list(self.request(ListContainersRequest::default()))
+            .await
+            .during(|| "list the containers".to_owned())?;
+        Ok(answer.into_inner().containers)
+    }
+
+    /// Makes a container record.
+    pub async fn create_container(&self, new: NewContainer) -> Result<(), NodeError> {
+        let id = new.id.clone();
+        let container = Container {
+            id: new.id,
+            labels: new.labels,
+            image: new.image,
+            runtime: Some(containerd_client::services::v1::container::Runtime {
+                name: new.runtime,
+                options: new.runtime_options,
+            }),
+            spec: Some(Any {
+                type_url: SPEC_TYPE.to_owned(),
+                value: new.spec,
+            }),
+            snapshotter: new.snapshotter,
+            snapshot_key: new.snapshot_key,
+            ..Container::default()
+        };
+        self.containers()
+            .create(self.request(CreateContainerRequest {
+                container: Some(container),
+            }))
+            .await
+            .during(|| format!("make the container {id:?}"))?;
+        Ok(())
+    }
+
+    /// Replaces the spec of the container `id`.
+    pub async fn update_spec(&self, id: &str, spec: Vec<u8>) -> Result<(), NodeError> {
+        let container = Container {
+            id: id.to_owned(),
+            spec: Some(Any {
+                type_url: SPEC_TYPE.to_owned(),
+                value: spec,
+            }),
+            ..Container::default()
+        };
+        let update_mask = Some(FieldMask {
+            paths: vec!["spec".to_owned()],
+        });
+        self.containers()
+            .update(self.request(UpdateContainerRequest {
+                container: Some(container),
+                update_mask,
+            }))
+            .await
+            .during(|| format!("change the spec of the container {id:?}"))?;
+        Ok(())
+    }
+
+    /// Deletes the record of the container `id`.
+    pub async fn delete_container(&self, id: &str) -> Result<(), NodeError> {
+        self.containers()
+            .delete(self.request(DeleteContainerRequest { id: id.to_owned() }))
+            .await
+            .during(|| format!("delete the container {id:?}"))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,223 @@
+//! Tasks: what runs in a container.
+
+use std::path::Path;
+
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::services::v1::{
+    CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest,
+    ListPidsRequest, PauseTaskRequest, ResumeTaskRequest, StartRequest, WaitRequest,
+};
+use containerd_client::types::Mount;
+use containerd_client::types::v1::{Process, Status};
+use prost::Message;
+use prost_types::Any;
+use transship_checkpoint::criu_options::{CriuOptions, Tcp};
+use transship_proto::runc_options::{CHECKPOINT_OPTIONS_TYPE, CheckpointOptions};
+
+use super::{During, Node, NodeError, present};
+
+const SIGKILL: u32 = nix::libc::SIGKILL.unsigned_abs();
+
+/// Where a task's output goes: FIFO paths or URIs, empty for nowhere.
+#[derive(Debug, Default)]
+pub struct Output {
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Node {
+    fn tasks(&self) -> TasksClient<containerd_client::tonic::transport::Channel> {
+        TasksClient::new(self.channel())
+    }
+
+    /// The task of the container `id`.
+    pub async fn task(&self, id: &str) -> Result<Process, NodeError> {
+        let act = || format!("read the task of {id:?}");
+        let request = GetRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        };
+        let answer = self.tasks().get(self.request(request)).await.during(act)?;
+        present(answer.into_inner().process, "process", act)
+    }
+
+    /// Process ids of all processes of the container, as this node sees them.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, NodeError> {
+        let answer = self
+            .tasks()
+            .list_pids(self.request(ListPidsRequest {
+                container_id: id.to_owned(),
+            }))
+            .await
+            .during(|| format!("list the processes of {id:?}"))?;
+        Ok(answer
+            .into_inner()
+            .processes
+            .into_iter()
+            .map(|process| process.pid)
+            .collect())
+    }
+
+    /// Freezes all processes of the container.
+    pub async fn pause(&self, id: &str) -> Result<(), NodeError> {
+        self.tasks()
+            .pause(self.request(PauseTaskRequest {
+                container_id: id.to_owned(),
+            }))
+            .await
+            .during(|| format!("pause {id:?}"))?;
+        Ok(())
+    }
+
+    /// Thaws them. It is no error when they run already: the runtime thaws a container whose dump
+    /// has failed.
+    pub async fn resume(&self, id: &str) -> Result<(), NodeError> {
+        let request = ResumeTaskRequest {
+            container_id: id.to_owned(),
+        };
+        let resumed = self.tasks().resume(self.request(request)).await;
+        match resumed.during(|| format!("resume {id:?}")) {
+            Ok(_) => Ok(()),
+            Err(error) => match self.task(id).await {
+                Ok(task) if task.status() == Status::Running => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Dumps the container with CRIU into `images` and goes on; CRIU's log goes to `work`.
+    pub async fn dump(
+        &self,
+        id: &str,
+        criu: &CriuOptions,
+        images: &Path,
+        work: &Path,
+    ) -> Result<(), NodeError> {
+        let options = CheckpointOptions {
+            exit: false,
+            // Connections that are closed at the restore must be dumped all the same.
+            open_tcp: criu.tcp != Tcp::Refuse,
+            external_unix_sockets: criu.ext_unix_sk,
+            terminal: criu.shell_job,
+            file_locks: criu.file_locks,
+            empty_namespaces: criu
+                .empty_ns
+                .map(|_| "network".to_owned())
+                .into_iter()
+                .collect(),
+            image_path: images.display().to_string(),
+            work_path: work.display().to_string(),
+            ..CheckpointOptions::default()
+        };
+        let options = Any {
+            type_url: CHECKPOINT_OPTIONS_TYPE.to_owned(),
+            value: options.encode_to_vec(),
+        };
+        let request = CheckpointTaskRequest {
+            container_id: id.to_owned(),
+            parent_checkpoint: String::new(),
+            options: Some(options),
+        };
+        self.tasks()
+            .checkpoint(self.request(request))
+            .await
+            .during(|| format!("dump {id:?}"))?;
+        Ok(())
+    }
+
+    /// Creates the task of the container `id` and returns its process id.
+    pub async fn create_task(
+        &self,
+        id: &str,
+        rootfs: Vec<Mount>,
+        output: Output,
+    ) -> Result<u32, NodeError> {
+        let request = CreateTaskRequest {
+            container_id: id.to_owned(),
+            rootfs,
+            stdout: output.stdout,
+            stderr: output.stderr,
+            ..CreateTaskRequest::default()
+        };
+        let answer = self
+            .tasks()
+            .create(self.request(request))
+            .await
+            .during(|| format!("create the task of {id:?}"))?;
+        Ok(answer.into_inner().pid)
+    }
+
+    /// Starts the created task.
+    pub async fn start_task(&self, id: &str) -> Result<(), NodeError> {
+        let request = StartRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        };
+        self.tasks()
+            .start(self.request(request))
+            .await
+            .during(|| format!("start {id:?}"))?;
+        Ok(())
+    }
+
+    /// Kills a frozen container: it ends before its next instruction. The CRI, which watches it,
+    /// deletes its task.
+    pub async fn kill_frozen(&self, id: &str) -> Result<(), NodeError> {
+        let request = KillRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+            signal: SIGKILL,
+            all: true,
+        };
+        let killed = self.tasks().kill(self.request(request)).await;
+        killed.during(|| format!("kill {id:?}"))?;
+        // See kill_task: it may have been thawed, and may be gone.
+        drop(self.resume(id).await);
+        Ok(())
+    }
+
+    /// Kills the task of the container, whatever state it is in, and deletes it. A container
+    /// without a task is fine.
+    pub async fn kill_task(&self, id: &str) -> Result<(), NodeError> {
+        let status = match self.task(id).await {
+            Ok(task) => task.status(),
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        // A task that was created and never started is deleted as it is: the shim kills it.
+        if matches!(status, Status::Running | Status::Paused | Status::Pausing) {
+            let request = KillRequest {
+                container_id: id.to_owned(),
+                exec_id: String::new(),
+                signal: SIGKILL,
+                all: true,
+            };
+            match self.tasks().kill(self.request(request)).await {
+                Err(status) if status.code() != containerd_client::tonic::Code::NotFound => {
+                    return Err(status).during(|| format!("kill {id:?}"));
+                }
+                _ => {}
+            }
+            // On cgroup v1 a signal waits until the freezer lets go; the process dies before it
+            // executes anything. runc thaws by itself since 1.1.3, then this has nothing to do.
+            drop(self.resume(id).await);
+            let request = WaitRequest {
+                container_id: id.to_owned(),
+                exec_id: String::new(),
+            };
+            self.tasks()
+                .wait(self.request(request))
+                .await
+                .during(|| format!("wait for {id:?}"))?;
+        }
+        let request = DeleteTaskRequest {
+            container_id: id.to_owned(),
+        };
+        match self.tasks().delete(self.request(request)).await {
+            Err(status) if status.code() != containerd_client::tonic::Code::NotFound => {
+                Err(status).during(|| format!("delete the task of {id:?}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Whether this node can checkpoint and restore: findings, a line each.
+//!
+//! ```text
+//!  host        kernel, cgroups, CRIU, runc, crun, our own programs, node.toml   (programs are run)
+//!  containerd  version, snapshotter, differ, runtimes of the CRI                (its services are asked)
+//! ```
+
+pub mod containerd;
+pub mod host;
+mod version;
+
+use serde::Serialize;
+
+pub use version::Version;
+
+/// How good it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Works, within a limit.
+    Note,
+    /// Does not work.
+    Problem,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    pub verdict: Verdict,
+    /// What was looked at.
+    pub what: &'static str,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+impl Finding {
+    pub fn ok(what: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            verdict: Verdict::Ok,
+            what,
+            found: found.into(),
+            remedy: None,
+        }
+    }
+
+    pub fn note(what: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            verdict: Verdict::Note,
+            remedy: Some(remedy.into()),
+            ..Self::ok(what, found)
+        }
+    }
+
+    pub fn problem(
+        what: &'static str,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            verdict: Verdict::Problem,
+            ..Self::note(what, found, remedy)
+        }
+    }
+
+    /// For people.
+    pub fn line(&self) -> String {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Note => "note",
+            Verdict::Problem => "problem",
+        };
+        let remedy = self.remedy.iter().map(|remedy| format!("; {remedy}"));
+        let remedy: String = remedy.collect();
+        format!("{verdict:<8} {:<12} {}{remedy}\n", self.what, self.found)
+    }
+}

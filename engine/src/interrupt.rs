@@ -1,0 +1,54 @@
+//! Ctrl-C and its relatives: a request to give up in good order.
+//!
+//! A migration that is interrupted resumes its source and removes what the target has made; that
+//! takes a moment, so the signals are taken from their default action for the whole of it.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// Tells when somebody has asked to give up.
+#[derive(Debug, Clone)]
+pub struct Interrupt(watch::Receiver<Option<&'static str>>);
+
+/// Somebody has asked to give up.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted by {0}")]
+pub struct Interrupted(&'static str);
+
+impl Interrupt {
+    /// Takes SIGINT, SIGTERM and SIGHUP from their default action.
+    pub fn install() -> std::io::Result<Self> {
+        let (sender, receiver) = watch::channel(None);
+        for (kind, name) in [
+            (SignalKind::interrupt(), "SIGINT"),
+            (SignalKind::terminate(), "SIGTERM"),
+            (SignalKind::hangup(), "SIGHUP"),
+        ] {
+            let mut signals = signal(kind)?;
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                while signals.recv().await.is_some() {
+                    sender.send_replace(Some(name));
+                }
+            });
+        }
+        Ok(Self(receiver))
+    }
+
+    /// Whether somebody has asked already.
+    pub fn check(&self) -> Result<(), Interrupted> {
+        self.0
+            .borrow()
+            .map_or(Ok(()), |name| Err(Interrupted(name)))
+    }
+
+    /// Waits until somebody asks.
+    pub async fn wait(&self) -> Interrupted {
+        let mut receiver = self.0.clone();
+        match receiver.wait_for(Option::is_some).await.map(|name| *name) {
+            Ok(Some(name)) => Interrupted(name),
+            // The senders live as long as the process.
+            _ => std::future::pending().await,
+        }
+    }
+}

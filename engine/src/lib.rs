@@ -1,0 +1,24 @@
+//! What `transship` does, for the command line, the node's API and whoever else calls it.
+//!
+//! ```text
+//!  source, pod (find, freeze, dump, export)  --> checkpoint directory
+//!  restore_container, restore_pod            <-- checkpoint directory
+//!  freeze_guard: lets containers run again if this process is killed;  stuck_dump: ends a dump
+//!  check: findings about this node
+//!  problem: errors with their kind and what to do next
+//! ```
+
+pub mod check;
+pub mod conversation;
+pub mod freeze_guard;
+pub mod interrupt;
+pub mod message_queues;
+pub mod oci_runtime;
+pub mod pod;
+pub mod pod_dirs;
+pub mod problem;
+pub mod restore_container;
+pub mod restore_pod;
+pub mod source;
+pub mod stuck_dump;
+pub mod timeline;

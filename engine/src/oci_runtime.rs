@@ -1,0 +1,142 @@
+//! The OCI runtime of a container, called past containerd.
+//!
+//! containerd's `Tasks.Checkpoint` carries five of CRIU's options. For the others the runtime is
+//! called as the shim calls it, with `--leave-running`, so that nothing changes for containerd:
+//!
+//! ```text
+//!  RUNTIME --root ROOT/NAMESPACE checkpoint FLAGS --leave-running ID
+//!     CRIU_CONFIG_FILE = <work>/criu.conf     what is no flag of this runtime
+//!         action-script <work>/post-dump.sh   exports the upperdir while CRIU's links are in it
+//! ```
+//!
+//! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
+
+use std::ffi::OsString;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use tokio::process::Command;
+use transship_checkpoint::criu_options::CriuOptions;
+use transship_proto::runc_options::Options;
+
+/// Where containerd's runc shim lets the runtimes keep their states (`process.RuncRoot`).
+const SHIM_ROOT: &str = "/run/containerd/runc";
+
+/// An OCI runtime and where it knows a container.
+#[derive(Debug, Clone)]
+pub struct OciRuntime {
+    binary: PathBuf,
+    root: PathBuf,
+    systemd_cgroup: bool,
+}
+
+/// An export of the upperdir in the middle of a dump.
+#[derive(Debug)]
+pub struct ExportInside<'a> {
+    /// containerd's socket.
+    pub address: &'a Path,
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The layer to be written.
+    pub to: &'a Path,
+}
+
+impl OciRuntime {
+    /// The runtime of a container record with these options.
+    pub fn of(options: &Options, namespace: &str) -> Self {
+        let or =
+            |text: &str, default: &str| PathBuf::from(if text.is_empty() { default } else { text });
+        Self {
+            binary: or(&options.binary_name, "runc"),
+            root: or(&options.root, SHIM_ROOT).join(namespace),
+            systemd_cgroup: options.systemd_cgroup,
+        }
+    }
+
+    /// Dumps a container into `images` and leaves it as it is.
+    ///
+    /// # Errors
+    /// What the runtime says; CRIU's log is in `work`.
+    pub async fn dump(
+        &self,
+        id: &str,
+        criu: &CriuOptions,
+        images: &Path,
+        work: &Path,
+        export: Option<ExportInside<'_>>,
+    ) -> Result<()> {
+        let known = self.checkpoint_help().await?;
+        let (options, mut lines) = criu.dump_arguments(&known);
+        let mut flags: Vec<OsString> = Vec::new();
+        for (name, value) in options {
+            flags.push(format!("--{name}").into());
+            flags.extend(value.map(OsString::from));
+        }
+        if let Some(export) = &export {
+            let script = work.join("post-dump.sh");
+            write_script(&script, id, export)?;
+            lines.push(format!("action-script {}", script.display()));
+        }
+        let config = work.join("criu.conf");
+        fs::write(&config, lines.join("\n") + "\n")
+            .with_context(|| format!("cannot write {}", config.display()))?;
+
+        let mut command = Command::new(&self.binary);
+        command.arg("--root").arg(&self.root);
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command.arg("checkpoint").arg("--image-path").arg(images);
+        command.arg("--work-path").arg(work).args(flags);
+        command.args(["--leave-running", id]);
+        command.env("CRIU_CONFIG_FILE", &config).kill_on_drop(true);
+        let output = self.output(&mut command).await?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let last = said.lines().rfind(|line| !line.is_empty());
+            bail!(
+                "{} cannot dump {id:?}: {}",
+                self.binary.display(),
+                last.unwrap_or("no reason")
+            );
+        }
+        for path in [Some(config), export.map(|_| work.join("post-dump.sh"))] {
+            path.map_or(Ok(()), fs::remove_file)?;
+        }
+        Ok(())
+    }
+
+    /// What `checkpoint` of this runtime understands: runc before 1.3.0 knows less.
+    async fn checkpoint_help(&self) -> Result<String> {
+        let mut command = Command::new(&self.binary);
+        command.args(["checkpoint", "--help"]);
+        let output = self.output(&mut command).await?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    async fn output(&self, command: &mut Command) -> Result<std::process::Output> {
+        let output = command.stdin(std::process::Stdio::null()).output().await;
+        output.with_context(|| format!("cannot run the OCI runtime {}", self.binary.display()))
+    }
+}
+
+/// CRIU runs it at every step; `post-dump` is the one at which its links are there.
+fn write_script(script: &Path, id: &str, export: &ExportInside<'_>) -> Result<()> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
+    let path = |path: &Path| quoted(&path.to_string_lossy());
+    let text = format!(
+        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n\
+         exec {} -a {} -n {} snapshot export --no-pause -o {} {}\n",
+        path(&program),
+        path(export.address),
+        quoted(export.namespace),
+        path(export.to),
+        quoted(id),
+    );
+    fs::write(script, text)
+        .and_then(|()| fs::set_permissions(script, Permissions::from_mode(0o700)))
+        .with_context(|| format!("cannot write {}", script.display()))
+}

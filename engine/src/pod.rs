@@ -1,0 +1,157 @@
+//! The pod on the source: all its containers, stopped at one moment.
+//!
+//! ```text
+//!  selector --> sandbox record --> container records of the sandbox --> those that run
+//!               (CRI labels)       (annotation sandbox-id of the spec)
+//! ```
+//!
+//! A pod is what the CRI made it: a sandbox container and the containers that name it. Both are in
+//! containerd's namespace `k8s.io`.
+
+use anyhow::{Result, bail};
+use containerd_client::services::v1::Container as Record;
+use transship_checkpoint::criu_options::CriuOverrides;
+use transship_checkpoint::manifest::Pod;
+use transship_checkpoint::spec::Spec;
+
+use crate::problem::{Kind, Problem};
+use crate::source::{self, SourceContainer};
+use transship_containerd::Node;
+
+const KIND_LABEL: &str = "io.cri-containerd.kind";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// A pod, with those of its containers that run.
+#[derive(Debug)]
+pub struct SourcePod {
+    /// What kubelet calls it.
+    pub pod: Pod,
+    /// Id of its sandbox.
+    pub sandbox: String,
+    /// The containers that run.
+    pub containers: Vec<SourceContainer>,
+    /// Names of those that do not: the checkpoint does not have them.
+    pub stopped: Vec<String>,
+}
+
+/// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
+pub async fn find(node: &Node, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
+    let records = node.all_containers().await?;
+    let sandbox = find_sandbox(&records, selector)?;
+    let mut containers = Vec::new();
+    let mut stopped = Vec::new();
+    for record in records
+        .iter()
+        .filter(|record| sandbox_of(record).as_deref() == Some(&sandbox.id))
+    {
+        match source::running_task(node, &record.id).await? {
+            Ok(task) => containers.push(source::inspect(node, record, &task, criu).await?),
+            Err(_) => stopped.push(record.id.clone()),
+        }
+    }
+    if containers.is_empty() {
+        let message = format!("the pod {selector:?} has no running container");
+        return Err(Problem::new(Kind::Refused, message).into());
+    }
+    let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
+    let pod = Pod {
+        service_account: containers.iter().find_map(account),
+        ..source::pod_of(&sandbox.labels).unwrap_or_default()
+    };
+    Ok(SourcePod {
+        pod,
+        sandbox: sandbox.id.clone(),
+        containers,
+        stopped,
+    })
+}
+
+fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record> {
+    let named = |record: &&Record| {
+        let label = |name: &str| record.labels.get(name).map_or("", String::as_str);
+        selector.split_once('/').is_some_and(|(namespace, name)| {
+            label("io.kubernetes.pod.namespace") == namespace
+                && label("io.kubernetes.pod.name") == name
+        })
+    };
+    let found: Vec<&Record> = records
+        .iter()
+        .filter(|record| {
+            record
+                .labels
+                .get(KIND_LABEL)
+                .is_some_and(|kind| kind == "sandbox")
+        })
+        .filter(|record| named(record) || (selector.len() >= 6 && record.id.starts_with(selector)))
+        .collect();
+    match found.as_slice() {
+        [one] => Ok(one),
+        [] => Err(
+            Problem::new(Kind::NotFound, format!("there is no pod {selector:?}"))
+                .hint("crictl pods; a pod is named by its id or as namespace/name")
+                .into(),
+        ),
+        several => bail!(
+            "{selector:?} means several pods: {}",
+            several
+                .iter()
+                .map(|record| record.id.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
+    }
+}
+
+/// The sandbox that a container belongs to; none for a sandbox itself.
+fn sandbox_of(record: &Record) -> Option<String> {
+    if record
+        .labels
+        .get(KIND_LABEL)
+        .is_some_and(|kind| kind == "sandbox")
+    {
+        return None;
+    }
+    let spec = Spec::parse(&record.spec.as_ref()?.value).ok()?;
+    spec.annotations().remove(SANDBOX_ID)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sandbox(id: &str, name: &str) -> Record {
+        let labels = [
+            (KIND_LABEL, "sandbox"),
+            ("io.kubernetes.pod.namespace", "shop"),
+            ("io.kubernetes.pod.name", name),
+        ];
+        Record {
+            id: id.into(),
+            labels: labels
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
+            ..Record::default()
+        }
+    }
+
+    #[test]
+    fn a_pod_is_found_by_id_or_name() {
+        let records = [
+            sandbox("abcdef012345", "web"),
+            sandbox("abcdef999999", "db"),
+        ];
+        for (selector, expected) in [
+            ("abcdef0", Some(0)),
+            ("shop/db", Some(1)),
+            ("shop/none", None),
+            ("abcdef", None),
+        ] {
+            let found = find_sandbox(&records, selector).ok();
+            assert_eq!(
+                found,
+                expected.map(|index: usize| &records[index]),
+                "{selector}"
+            );
+        }
+    }
+}

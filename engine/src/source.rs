@@ -1,0 +1,477 @@
+//! The container on the source: found, looked at, frozen, dumped.
+//!
+//! ```text
+//!  find --> preflight --> freeze --> dump (CRIU)        --> <draft>/<container>/checkpoint
+//!                               `--> export (upperdir)  --> <draft>/<container>/rootfs-diff.tar
+//!                               thaw
+//! ```
+//!
+//! The dump and the export run side by side: both only need the container to stand still.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use containerd_client::services::v1::Container as Record;
+use containerd_client::types::v1::{Process, Status};
+use prost::Message;
+use transship_checkpoint::annotations::Annotations;
+use transship_checkpoint::criu_log;
+use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
+use transship_checkpoint::manifest::{
+    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest, Pod,
+    ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source, Stdio,
+};
+use transship_checkpoint::namespaces;
+use transship_checkpoint::spec::Spec;
+use transship_layer::ExportOptions;
+use transship_proto::runc_options::Options;
+use transship_sandbox::admission::service_account;
+
+use crate::message_queues;
+use crate::oci_runtime::{ExportInside, OciRuntime};
+use crate::problem::{Kind, Problem};
+use crate::stuck_dump;
+use transship_containerd::Node;
+use transship_containerd::images::ResolvedImage;
+use transship_containerd::snapshots::OverlayDirs;
+
+/// Label of a container record of the CRI: what the pod calls the container.
+const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+/// How long a runtime may take to notice that its CRIU is gone.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+/// Label of all records of the CRI.
+const CRI_KIND: &str = "io.cri-containerd.kind";
+
+/// A running container and everything that a checkpoint of it needs to know.
+#[derive(Debug)]
+pub struct SourceContainer {
+    /// What the manifest will say, still without files.
+    pub container: Container,
+    /// The record's OCI spec, as JSON.
+    pub spec: Vec<u8>,
+    /// Its snapshot's key.
+    pub snapshot_key: String,
+    /// Where its files are.
+    pub dirs: OverlayDirs,
+    /// The image below them, when the content store has it.
+    pub image: Option<(containerd_client::types::Descriptor, ResolvedImage)>,
+    /// The pod that it belongs to.
+    pub pod: Option<Pod>,
+    /// Whether somebody had paused it before.
+    pub was_paused: bool,
+    /// What people call it.
+    pub called: String,
+    /// Its first process.
+    pub pid: u32,
+    /// Tasks that somebody has stopped with a signal.
+    pub stopped: Vec<String>,
+    /// Whether containerd's own dump, with what the front adds by the annotations, has the options
+    /// that are wanted.
+    by_containerd: bool,
+    /// What made it, for dumps that containerd cannot ask for.
+    pub runtime: OciRuntime,
+}
+
+/// The pod that a record of the CRI belongs to.
+pub fn pod_of(labels: &HashMap<String, String>) -> Option<Pod> {
+    let label = |name: &str| labels.get(&format!("io.kubernetes.pod.{name}")).cloned();
+    Some(Pod {
+        name: label("name")?,
+        namespace: label("namespace")?,
+        uid: label("uid").unwrap_or_default(),
+        service_account: None,
+    })
+}
+
+/// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
+pub async fn find(node: &Node, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
+    let record = match node.container(id).await {
+        Err(error) if error.is_not_found() => {
+            return Err(Problem::new(
+                Kind::NotFound,
+                format!(
+                    "there is no container {id:?} in the namespace {:?}",
+                    node.namespace()
+                ),
+            )
+            .hint(format!("ctr -n {} containers ls", node.namespace()))
+            .into());
+        }
+        record => record?,
+    };
+    match running_task(node, id).await? {
+        Ok(task) => inspect(node, &record, &task, criu).await,
+        Err(state) => Err(not_running(node, id, &state)),
+    }
+}
+
+/// The task of a container that runs or is paused; else the words for what it does instead.
+pub async fn running_task(node: &Node, id: &str) -> Result<Result<Process, String>> {
+    let task = match node.task(id).await {
+        Err(error) if error.is_not_found() => return Ok(Err("has no task".to_owned())),
+        task => task?,
+    };
+    Ok(match task.status() {
+        Status::Running | Status::Paused => Ok(task),
+        other => Err(format!("is {}", other.as_str_name().to_lowercase())),
+    })
+}
+
+fn not_running(node: &Node, id: &str, state: &str) -> anyhow::Error {
+    Problem::new(
+        Kind::Refused,
+        format!("the container {id:?} {state}: only a running one has memory to move"),
+    )
+    .hint(format!("ctr -n {} tasks start -d {id}", node.namespace()))
+    .into()
+}
+
+/// Checks that a running container can be dumped: all reasons why not, at once.
+pub async fn inspect(
+    node: &Node,
+    record: &Record,
+    task: &Process,
+    criu: &CriuOverrides,
+) -> Result<SourceContainer> {
+    let id = &record.id;
+    let mut reasons = Vec::new();
+    let runtime = record.runtime.clone().unwrap_or_default();
+    if runtime.name != "io.containerd.runc.v2" {
+        reasons.push(format!(
+            "its runtime is {}; only io.containerd.runc.v2 (runc, crun) can dump",
+            runtime.name
+        ));
+    }
+    if task.terminal && !record.labels.contains_key(CRI_KIND) {
+        // The CRI makes a new one with the new container.
+        reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
+    }
+    let pids = node.pids(id).await?;
+    reasons.extend(message_queues::refusal(&pids));
+    let spec = record.spec.clone().unwrap_or_default().value;
+    let parsed =
+        Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
+    let annotations = Annotations::read(id, Some(&parsed.annotations())).map_err(|error| {
+        Problem::new(
+            Kind::Refused,
+            format!("{} cannot be dumped: {error}", called(record)),
+        )
+    })?;
+    let annotated = annotations.criu.over(CriuOptions::default());
+    let criu = criu.over(annotated.clone());
+    let mounts = node
+        .mounts(&record.snapshotter, &record.snapshot_key)
+        .await?;
+    let dirs = OverlayDirs::of(&mounts);
+    if dirs.is_none() {
+        reasons.push(format!(
+            "its snapshotter {:?} does not mount an overlay, so there is no upperdir to export",
+            record.snapshotter
+        ));
+    }
+    let Some(dirs) = dirs.filter(|_| reasons.is_empty()) else {
+        let reasons = reasons.join("; ");
+        let message = format!("{} cannot be dumped: {reasons}", called(record));
+        return Err(Problem::new(Kind::Refused, message).into());
+    };
+    let (chain_id, target) = node.base_of(record).await?;
+    let image = match &target {
+        Some(target) => node.resolve_image(target, &chain_id).await?,
+        None => None,
+    };
+    let options = runtime
+        .options
+        .as_ref()
+        .and_then(|any| Options::decode(&*any.value).ok());
+    // The front applies the annotations to what containerd asks for, and must not undo a flag.
+    let by_containerd = !criu.exceed_containerd() && (criu == annotated || !annotations.ours);
+    let container = Container {
+        name: record.labels.get(CONTAINER_NAME).unwrap_or(id).clone(),
+        id: id.clone(),
+        namespace: node.namespace().to_owned(),
+        image: Image {
+            name: record.image.clone(),
+            digest: target
+                .as_ref()
+                .map(|target| target.digest.clone())
+                .unwrap_or_default(),
+            chain_id,
+        },
+        snapshotter: record.snapshotter.clone(),
+        runtime: runtime.name,
+        runtime_options: options.clone().map(|options| RuntimeOptions {
+            binary_name: options.binary_name,
+            systemd_cgroup: options.systemd_cgroup,
+        }),
+        joined: namespaces::joined(&parsed)
+            .keys()
+            .map(|kind| kind.oci_name().to_owned())
+            .collect(),
+        stdio: Stdio {
+            terminal: task.terminal,
+            stdout: task.stdout.clone(),
+            stderr: task.stderr.clone(),
+        },
+        criu,
+        labels: record.labels.clone().into_iter().collect(),
+        files: Vec::new(),
+    };
+    Ok(SourceContainer {
+        container,
+        spec,
+        snapshot_key: record.snapshot_key.clone(),
+        dirs,
+        image: target.zip(image),
+        pod: pod_of(&record.labels).map(|pod| Pod {
+            service_account: service_account::of_spec(&parsed, &pod.namespace),
+            ..pod
+        }),
+        was_paused: task.status() == Status::Paused,
+        called: called(record),
+        pid: task.pid,
+        stopped: stuck_dump::stopped_tasks(&pids),
+        by_containerd,
+        runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
+    })
+}
+
+/// What people call a container: in a pod not the id that the CRI has made up.
+fn called(record: &Record) -> String {
+    match (record.labels.get(CONTAINER_NAME), pod_of(&record.labels)) {
+        (Some(name), Some(pod)) => format!(
+            "the container {name:?} of the pod \"{}/{}\"",
+            pod.namespace, pod.name
+        ),
+        _ => format!("{:?}", record.id),
+    }
+}
+
+impl SourceContainer {
+    /// Id of the container.
+    pub fn id(&self) -> &str {
+        &self.container.id
+    }
+
+    /// Bytes that a dump will roughly have: resident memory and upperdir.
+    pub async fn estimate(&self, node: &Node) -> Result<u64> {
+        let memory: u64 = node
+            .pids(self.id())
+            .await?
+            .into_iter()
+            .map(resident_bytes)
+            .sum();
+        let usage = transship_layer::upperdir_usage(&self.dirs.upperdir)?;
+        Ok(memory + usage.size)
+    }
+
+    /// Freezes the container, unless somebody else has.
+    pub async fn freeze(&self, node: &Node) -> Result<()> {
+        if !self.was_paused {
+            node.pause(self.id()).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets it run again, unless somebody else had frozen it.
+    pub async fn thaw(&self, node: &Node) -> Result<()> {
+        if !self.was_paused {
+            node.resume(self.id()).await?;
+        }
+        Ok(())
+    }
+
+    /// The dump itself: by containerd, or past it when it cannot carry the options.
+    async fn run_criu(
+        &self,
+        node: &Node,
+        images: &Path,
+        work: &Path,
+        export_inside: Option<&Path>,
+    ) -> Result<()> {
+        let criu = &self.container.criu;
+        if self.by_containerd {
+            return Ok(node.dump(self.id(), criu, images, work).await?);
+        }
+        let export = export_inside.map(|to| ExportInside {
+            address: node.address(),
+            namespace: node.namespace(),
+            to,
+        });
+        self.runtime
+            .dump(self.id(), criu, images, work, export)
+            .await
+    }
+
+    /// Waits for a dump; one that makes no progress is ended, and so is what runs it.
+    async fn end_if_stuck(
+        &self,
+        run: impl Future<Output = Result<()>>,
+        dir: &Path,
+        patience: Duration,
+    ) -> Result<()> {
+        tokio::pin!(run);
+        tokio::select! {
+            done = &mut run => return done,
+            () = stuck_dump::no_progress(dir, patience) => {}
+        }
+        let (dir, pid) = (dir.to_path_buf(), self.pid);
+        tokio::task::spawn_blocking(move || stuck_dump::end(&dir, Some(pid))).await?;
+        // The runtime has lost its CRIU and tells its caller; one that does not is left to itself.
+        drop(tokio::time::timeout(END_PATIENCE, run).await);
+        Err(StuckDump {
+            called: self.called.clone(),
+            seconds: patience.as_secs(),
+            stopped: self.stopped.clone(),
+        }
+        .into())
+    }
+
+    /// Dumps the frozen container into its directory below `draft`.
+    ///
+    /// One that writes nothing for `patience` is ended.
+    pub async fn dump(&self, node: &Node, draft: &Path, patience: Duration) -> Result<Dumped> {
+        let dir = draft.join(&self.container.name);
+        let images = dir.join(IMAGES_DIR);
+        let work = dir.join("work");
+        for path in [&images, &work] {
+            fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+        }
+        let spec = dir.join(SPEC_FILE);
+        fs::write(&spec, &self.spec).with_context(|| format!("cannot write {}", spec.display()))?;
+        let diff = dir.join(ROOTFS_DIFF_FILE);
+        // A link that CRIU makes for a file without a name is there during the dump only.
+        let export_inside = self.container.criu.link_remap;
+        let export = (!export_inside).then(|| {
+            let (dirs, diff) = (self.dirs.clone(), diff.clone());
+            tokio::task::spawn_blocking(move || {
+                let began = Instant::now();
+                export(&dirs, &diff).map(|bytes| (bytes, began.elapsed()))
+            })
+        });
+        let started = Instant::now();
+        let export_to = export_inside.then_some(&*diff);
+        let run = self.run_criu(node, &images, &work, export_to);
+        let dumped = self.end_if_stuck(run, &dir, patience).await;
+        let criu = started.elapsed();
+        let exported = match export {
+            Some(export) => export
+                .await
+                .context("the export of the upperdir panicked")?,
+            None => diff_size(&diff).map(|bytes| (bytes, criu)),
+        };
+        let log = work.join(DUMP_LOG_FILE);
+        if let Err(error) = dumped {
+            let reason = criu_log::first_error_of(&log).ok().flatten();
+            return Err(match reason.filter(|_| !error.is::<StuckDump>()) {
+                Some(reason) => {
+                    error.context(format!("CRIU cannot dump {:?}: {reason}", self.id()))
+                }
+                None => error,
+            });
+        }
+        let upperdir = exported?;
+        // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
+        if log.try_exists().unwrap_or(false) {
+            fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
+        }
+        fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
+        Ok(Dumped { criu, upperdir })
+    }
+}
+
+/// A dump that has been given up.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the dump of {called} wrote nothing for {seconds} s and was ended{}",
+    because(stopped)
+)]
+struct StuckDump {
+    called: String,
+    seconds: u64,
+    stopped: Vec<String>,
+}
+
+fn because(stopped: &[String]) -> String {
+    match stopped {
+        [] => String::new(),
+        _ => format!(
+            "; it has stopped tasks, for which CRIU may wait for ever while the cgroup v1 freezer \
+             holds them (SIGCONT lets them go): {}",
+            stopped.join(", ")
+        ),
+    }
+}
+
+/// What a dump has left in the draft.
+#[derive(Debug)]
+pub struct Dumped {
+    /// How long CRIU took.
+    pub criu: Duration,
+    /// Bytes of the layer, and how long its export took.
+    pub upperdir: (u64, Duration),
+}
+
+fn diff_size(diff: &Path) -> Result<u64> {
+    let metadata = fs::metadata(diff).with_context(|| format!("cannot find {}", diff.display()))?;
+    Ok(metadata.len())
+}
+
+fn export(dirs: &OverlayDirs, to: &Path) -> Result<u64> {
+    let file = fs::File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let options = ExportOptions::default();
+    let stats =
+        transship_layer::export_upperdir(&dirs.upperdir, &dirs.lowerdirs, &mut out, &options)
+            .with_context(|| format!("cannot export the upperdir {}", dirs.upperdir.display()))?;
+    out.flush()
+        .with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(stats.bytes)
+}
+
+/// Resident bytes of a process; a process that has ended has none.
+fn resident_bytes(pid: u32) -> u64 {
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
+        .ok()
+        .and_then(|line| {
+            line.split(' ')
+                .nth(1)
+                .and_then(|field| field.parse::<u64>().ok())
+        });
+    pages.unwrap_or_default() * 4096
+}
+
+/// The manifest of a checkpoint.
+pub async fn manifest(
+    node: &Node,
+    name: &str,
+    pod: Option<Pod>,
+    containers: Vec<Container>,
+    shared: Shared,
+) -> Result<Manifest> {
+    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+    let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(Manifest {
+        format: Format {
+            version: FORMAT_VERSION,
+            features: (!shared.is_empty())
+                .then(|| SHARED_FEATURE.to_owned())
+                .into_iter()
+                .collect(),
+        },
+        name: name.to_owned(),
+        created: created.map_or(0, |since| since.as_secs()),
+        source: Source {
+            hostname: uname.nodename().to_string_lossy().into_owned(),
+            architecture: uname.machine().to_string_lossy().into_owned(),
+            kernel: uname.release().to_string_lossy().into_owned(),
+            containerd: node.version().await?,
+        },
+        pod,
+        containers,
+        shared,
+    })
+}

@@ -1,0 +1,4 @@
+//! Who may restore what, and what the new container's spec allows.
+
+pub mod node_config;
+pub mod service_account;

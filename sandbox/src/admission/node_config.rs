@@ -1,0 +1,214 @@
+//! `/etc/transship/node.toml`: who may restore what on this node.
+//!
+//! ```text
+//! strict = false
+//! [may_restore]
+//! "staging" = ["shop"]      pods of staging may restore what was taken in shop
+//! "ops" = ["*"]             pods of ops may restore everything
+//! ```
+//!
+//! The author of a pod chooses its annotations, and a checkpoint holds another process's memory: it
+//! goes into pods of the Kubernetes namespace that it was taken in, of the same service account when
+//! `strict`, unless an exception is named here. An unknown key is an error, and then nothing is
+//! restored: a rule that is misspelt must not be a rule that is not there.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use transship_checkpoint::manifest::{Manifest, ManifestError};
+
+/// Where the file is.
+pub const NODE_CONFIG: &str = "/etc/transship/node.toml";
+
+/// The rules of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Whether a checkpoint goes into pods of the service account that it was taken from only.
+    pub strict: bool,
+    /// Kubernetes namespaces, and those whose checkpoints their pods may restore too; `*`: of all,
+    /// also those that are of no pod.
+    pub may_restore: BTreeMap<String, Vec<String>>,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeConfigError {
+    /// It cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not this format.
+    #[error("{path} cannot be parsed, so nothing is restored")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl NodeConfig {
+    /// Reads the file; without one all rules are the default ones.
+    ///
+    /// # Errors
+    /// It is there and cannot be used.
+    pub fn read(path: &Path) -> Result<Self, NodeConfigError> {
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => {
+                return Err(NodeConfigError::Read {
+                    path: path.to_path_buf(),
+                    source,
+                });
+            }
+            Ok(text) => text,
+        };
+        toml::from_str(&text).map_err(|source| NodeConfigError::Parse {
+            path: path.to_path_buf(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Checks that a pod of the Kubernetes namespace `asker` may restore the checkpoint. Outside of
+    /// the CRI (`None`) root asks.
+    ///
+    /// # Errors
+    /// [`ManifestError::Foreign`].
+    pub fn check_namespace(
+        &self,
+        manifest: &Manifest,
+        asker: Option<&str>,
+    ) -> Result<(), ManifestError> {
+        if asker.is_some_and(|asker| self.is_exception(manifest, asker)) {
+            return Ok(());
+        }
+        manifest.check_asker(asker)
+    }
+
+    /// Checks, when `strict`, that a pod of the Kubernetes namespace `asker`, whose service account
+    /// is `account` as far as it can be known, may restore the checkpoint.
+    ///
+    /// # Errors
+    /// [`ManifestError::ServiceAccount`].
+    pub fn check_service_account(
+        &self,
+        manifest: &Manifest,
+        asker: Option<&str>,
+        account: Option<&str>,
+    ) -> Result<(), ManifestError> {
+        let Some(asker) = asker.filter(|_| self.strict) else {
+            return Ok(());
+        };
+        let taken_from = manifest
+            .pod
+            .as_ref()
+            .and_then(|pod| pod.service_account.as_deref());
+        if self.is_exception(manifest, asker) || account.is_some() && account == taken_from {
+            return Ok(());
+        }
+        let named = |account: Option<&str>| {
+            account.map_or("one that is not known".to_owned(), |it| format!("{it:?}"))
+        };
+        Err(ManifestError::ServiceAccount {
+            checkpoint: manifest.name.clone(),
+            owner: named(taken_from),
+            asker: named(account),
+        })
+    }
+
+    fn is_exception(&self, manifest: &Manifest, asker: &str) -> bool {
+        let owner = manifest.pod.as_ref().map(|pod| pod.namespace.as_str());
+        let owners = self.may_restore.get(asker).into_iter().flatten();
+        owners
+            .map(String::as_str)
+            .any(|allowed| allowed == "*" || !allowed.is_empty() && Some(allowed) == owner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use transship_checkpoint::manifest::Pod;
+
+    fn taken(account: Option<&str>) -> Manifest {
+        let mut manifest: Manifest = serde_json::from_str(
+            r#"{"format":{"version":1},"name":"web","created":1,"source":
+               {"hostname":"a","architecture":"x86_64","kernel":"6","containerd":"2"},
+               "containers":[]}"#,
+        )
+        .unwrap();
+        manifest.pod = Some(Pod {
+            namespace: "shop".into(),
+            service_account: account.map(ToOwned::to_owned),
+            ..Pod::default()
+        });
+        manifest
+    }
+
+    #[test]
+    fn exceptions_name_who_may_restore_whose() {
+        let config: NodeConfig =
+            toml::from_str("[may_restore]\nstaging = [\"shop\"]\nops = [\"*\"]\n").unwrap();
+        let allowed = |asker| config.check_namespace(&taken(None), Some(asker)).is_ok();
+        assert!(allowed("shop") && allowed("staging") && allowed("ops"));
+        assert!(!allowed("bank"));
+        let of_no_pod = Manifest {
+            pod: None,
+            ..taken(None)
+        };
+        assert!(config.check_namespace(&of_no_pod, Some("ops")).is_ok());
+        assert!(config.check_namespace(&of_no_pod, Some("staging")).is_err());
+        assert!(config.check_namespace(&of_no_pod, None).is_ok());
+    }
+
+    #[test]
+    fn strict_wants_the_same_service_account_known_on_both_sides() {
+        let mut config = NodeConfig {
+            strict: true,
+            ..NodeConfig::default()
+        };
+        let check = |config: &NodeConfig, taken_from, account| {
+            config.check_service_account(&taken(taken_from), Some("shop"), account)
+        };
+        assert!(check(&config, Some("cart"), Some("cart")).is_ok());
+        for (taken_from, account) in [
+            (Some("cart"), Some("till")),
+            (None, None),
+            (Some("cart"), None),
+            (None, Some("cart")),
+        ] {
+            let error = check(&config, taken_from, account).unwrap_err().to_string();
+            assert!(error.contains("service account"), "{error}");
+        }
+        config.strict = false;
+        assert!(check(&config, None, None).is_ok());
+    }
+
+    #[test]
+    fn a_misspelt_rule_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.toml");
+        assert_eq!(NodeConfig::read(&path).unwrap(), NodeConfig::default());
+        fs::write(&path, "strikt = true\n").unwrap();
+        let error = NodeConfig::read(&path).unwrap_err();
+        assert!(error.to_string().contains("nothing is restored"), "{error}");
+    }
+
+    /// The sample says what the defaults are.
+    #[test]
+    fn the_sample_is_the_default() {
+        let sample = include_str!("../../../config/node.toml");
+        let config: NodeConfig = toml::from_str(sample).unwrap();
+        assert_eq!(config, NodeConfig::default());
+    }
+}
