@@ -30,17 +30,6 @@ impl Progress {
         }
     }
 
-    /// A step without a known length.
-    pub(crate) fn step(&self, what: &str) {
-        self.show(what, "{spinner} {msg}", None);
-    }
-
-    /// A step that moves bytes.
-    pub(crate) fn bytes(&self, what: &str, total: u64) {
-        let style = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} {decimal_bytes_per_sec}";
-        self.show(what, style, Some(total));
-    }
-
     fn show(&self, what: &str, style: &str, total: Option<u64>) {
         if self.lines {
             eprintln!("transship: {what}");
@@ -52,11 +41,21 @@ impl Progress {
         }
         self.bar.set_message(what.to_owned());
     }
+}
 
-    /// Something that counts bytes from another thread.
-    pub(crate) fn counter(&self) -> impl FnMut(u64) + Send + 'static + use<> {
+impl transship_engine::Progress for Progress {
+    fn step(&self, what: &str) {
+        self.show(what, "{spinner} {msg}", None);
+    }
+
+    fn bytes(&self, what: &str, total: u64) {
+        let style = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} {decimal_bytes_per_sec}";
+        self.show(what, style, Some(total));
+    }
+
+    fn counter(&self) -> Box<dyn FnMut(u64) + Send> {
         let bar = self.bar.clone();
-        move |bytes| bar.inc(bytes)
+        Box::new(move |bytes| bar.inc(bytes))
     }
 }
 

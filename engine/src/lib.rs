@@ -5,11 +5,13 @@
 //!  restore_container, restore_pod            <-- checkpoint directory
 //!  freeze_guard: lets containers run again if this process is killed;  stuck_dump: ends a dump
 //!  check: findings about this node
-//!  problem: errors with their kind and what to do next
+//!  error: one error type, with its kind and what to do next;  progress: what the caller is told
+//!  problem: as error, for the modules that still use anyhow
 //! ```
 
 pub mod check;
 pub mod conversation;
+pub mod error;
 pub mod freeze_guard;
 pub mod interrupt;
 pub mod message_queues;
@@ -17,8 +19,12 @@ pub mod oci_runtime;
 pub mod pod;
 pub mod pod_dirs;
 pub mod problem;
+pub mod progress;
 pub mod restore_container;
 pub mod restore_pod;
 pub mod source;
 pub mod stuck_dump;
 pub mod timeline;
+
+pub use error::{Context, Error, Kind, Result};
+pub use progress::{Progress, Silent};

@@ -3,18 +3,8 @@
 use std::fmt;
 use std::process::ExitCode;
 
-/// The kind of a problem decides the exit code; `transship --help` lists them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// What is named does not exist.
-    NotFound = 3,
-    /// Refused before anything was touched.
-    Refused = 4,
-    /// The other node failed, or cannot be reached.
-    Target = 5,
-    /// Nobody can know which copy runs.
-    Uncertain = 6,
-}
+use crate::error::Error;
+pub use crate::error::Kind;
 
 /// A problem with its kind and what to do about it. It can stand anywhere in a chain of errors.
 #[derive(Debug)]
@@ -46,6 +36,11 @@ impl Problem {
         self.kind
     }
 
+    /// What to do next, a line each.
+    pub fn hints(&self) -> &[String] {
+        &self.hints
+    }
+
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hints.push(hint.into());
         self
@@ -63,11 +58,27 @@ impl std::error::Error for Problem {}
 /// Prints the error with its causes and hints, and gives the exit code.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     eprintln!("transship: {}", one_line(error));
-    let problem = Problem::in_chain(error);
-    for hint in problem.iter().flat_map(|p| &p.hints) {
+    let found = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<Error>());
+    let (kind, hints) = match (Problem::in_chain(error), found) {
+        (Some(problem), _) => (
+            problem.kind,
+            problem.hints.iter().map(String::as_str).collect(),
+        ),
+        (None, Some(error)) => (error.kind(), error.hints()),
+        (None, None) => (Kind::Failed, Vec::new()),
+    };
+    for hint in hints {
         eprintln!("  {hint}");
     }
-    ExitCode::from(problem.map_or(1, |p| p.kind as u8))
+    ExitCode::from(match kind {
+        Kind::Failed => 1,
+        Kind::NotFound => 3,
+        Kind::Refused => 4,
+        Kind::Target => 5,
+        Kind::Uncertain => 6,
+    })
 }
 
 /// An error and its causes in one line; a cause that the error before it already tells is left out.

@@ -14,6 +14,7 @@ use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
 use crate::progress::Progress;
 use transship_containerd::Node;
+use transship_engine::Progress as _;
 use transship_engine::freeze_guard::FreezeGuard;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::pod::{self, SourcePod};

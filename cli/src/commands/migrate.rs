@@ -23,6 +23,7 @@ use super::{connect, print, store};
 use crate::args::{Global, MigrateArgs};
 use crate::progress::Progress;
 use transship_containerd::{Node, unique};
+use transship_engine::Progress as _;
 use transship_engine::conversation::Conversation;
 use transship_engine::freeze_guard::FreezeGuard;
 use transship_engine::interrupt::Interrupt;

@@ -16,6 +16,7 @@ use super::{connect, print, store};
 use crate::args::{Global, ReceiveArgs};
 use crate::progress::Progress;
 use transship_containerd::{Node, unique};
+use transship_engine::Progress as _;
 use transship_engine::conversation::Conversation;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::problem::{Kind, Problem, one_line};

@@ -8,6 +8,7 @@ use super::{connect, print, store};
 use crate::args::{Global, RestoreArgs};
 use crate::progress::Progress;
 use transship_checkpoint::store::{Checkpoint, Store, StoreError};
+use transship_engine::Progress as _;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::problem::{Kind, Problem};
 use transship_engine::restore_container;

@@ -9,6 +9,7 @@ use super::restore::open;
 use super::store;
 use crate::args::SendArgs;
 use crate::progress::Progress;
+use transship_engine::Progress as _;
 
 pub(crate) fn run(args: &SendArgs) -> Result<()> {
     let stdout = std::io::stdout();

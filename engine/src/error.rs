@@ -1,0 +1,276 @@
+//! The engine's error: what failed, of which kind, what to do next, and why.
+//!
+//! ```text
+//!  Error { "cannot do A", Refused, hints } --source--> Error { "cannot do B" } --source--> io::Error
+//! ```
+//!
+//! `Display` prints the first sentence alone; [`Error::one_line`] prints the chain.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use transship_checkpoint::annotations::AnnotationError;
+use transship_checkpoint::criu_options::OptionError;
+use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::namespaces::NamespaceError;
+use transship_checkpoint::store::StoreError;
+use transship_checkpoint::wire::WireError;
+use transship_containerd::NodeError;
+use transship_layer::{ExportError, ImportError, UsageError};
+use transship_sandbox::stage::StageError;
+
+use crate::interrupt::Interrupted;
+use crate::problem::Problem;
+
+/// A result of the engine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a caller can do about an error; the command line has an exit code for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// It was tried and failed; what was there before is there now.
+    #[default]
+    Failed,
+    /// What was named does not exist.
+    NotFound,
+    /// Refused before anything was touched.
+    Refused,
+    /// The other node failed, or cannot be reached; the source runs on.
+    Target,
+    /// Nobody can know which of two copies runs.
+    Uncertain,
+}
+
+type Cause = Box<dyn StdError + Send + Sync>;
+
+/// A failure of the engine.
+#[derive(Debug)]
+pub struct Error {
+    /// None where the cause says all there is to say.
+    message: Option<String>,
+    kind: Kind,
+    hints: Vec<String>,
+    source: Option<Cause>,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.message, &self.source) {
+            (Some(message), _) => f.write_str(message),
+            (None, Some(cause)) => cause.fmt(f),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        let cause = self.source.as_deref()? as &(dyn StdError + 'static);
+        match self.message {
+            Some(_) => Some(cause),
+            None => cause.source(),
+        }
+    }
+}
+
+impl Error {
+    /// An error of this kind; `message` says what failed, and on what.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self {
+            message: Some(message.into()),
+            kind,
+            hints: Vec::new(),
+            source: None,
+        }
+    }
+
+    /// Something that was tried and failed.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(Kind::Failed, message)
+    }
+
+    /// Something that was refused before anything was touched.
+    pub fn refused(message: impl Into<String>) -> Self {
+        Self::new(Kind::Refused, message)
+    }
+
+    /// Something that does not exist.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Kind::NotFound, message)
+    }
+
+    /// Adds a line that says what to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn because(mut self, source: impl Into<Cause>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// The kind of this error, or else of the first of its causes that has one.
+    pub fn kind(&self) -> Kind {
+        let kinds = chain(self).filter_map(|error| error.downcast_ref::<Self>());
+        kinds
+            .map(|error| error.kind)
+            .find(|kind| *kind != Kind::Failed)
+            .unwrap_or_default()
+    }
+
+    /// What to do next, a line each: the hints of this error and of its causes.
+    pub fn hints(&self) -> Vec<&str> {
+        let errors = chain(self).filter_map(|error| error.downcast_ref::<Self>());
+        errors
+            .flat_map(|error| error.hints.iter().map(String::as_str))
+            .collect()
+    }
+
+    /// The first cause of type `E`.
+    pub fn cause<E: StdError + 'static>(&self) -> Option<&E> {
+        chain(self).find_map(|error| error.downcast_ref::<E>())
+    }
+
+    /// The error and its causes in one line.
+    pub fn one_line(&self) -> String {
+        one_line(self)
+    }
+}
+
+/// An error and its causes in one line; a cause that the text before it tells is left out.
+pub fn one_line(error: &(dyn StdError + 'static)) -> String {
+    let mut line = String::new();
+    for cause in chain(error) {
+        let text = cause.to_string();
+        if line.is_empty() {
+            line = text;
+        } else if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+    }
+    line
+}
+
+fn chain<'e>(
+    error: &'e (dyn StdError + 'static),
+) -> impl Iterator<Item = &'e (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |error| {
+        match error.downcast_ref::<Error>() {
+            // Also one that speaks for its cause has it.
+            Some(error) => Some(error.source.as_deref()? as _),
+            None => error.source(),
+        }
+    })
+}
+
+/// Says what was being done when something failed.
+pub trait Context<T> {
+    /// `message` becomes the error, and the failure its cause.
+    ///
+    /// # Errors
+    /// Those of `self`.
+    fn context(self, message: impl Into<String>) -> Result<T>;
+
+    /// As [`Context::context`]; the message is made only if it is needed.
+    ///
+    /// # Errors
+    /// Those of `self`.
+    fn with_context<M: Into<String>>(self, message: impl FnOnce() -> M) -> Result<T>;
+}
+
+impl<T, E: Into<Cause>> Context<T> for std::result::Result<T, E> {
+    fn context(self, message: impl Into<String>) -> Result<T> {
+        self.map_err(|source| Error::failed(message).because(source))
+    }
+
+    fn with_context<M: Into<String>>(self, message: impl FnOnce() -> M) -> Result<T> {
+        self.map_err(|source| Error::failed(message()).because(source))
+    }
+}
+
+/// The errors of the crates below say by themselves what failed, and on what.
+macro_rules! speaks_for_itself {
+    ($($error:ty),* $(,)?) => {
+        $(impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self {
+                    message: None,
+                    kind: Kind::Failed,
+                    hints: Vec::new(),
+                    source: Some(error.into()),
+                }
+            }
+        })*
+    };
+}
+
+speaks_for_itself!(
+    AnnotationError,
+    ExportError,
+    ImportError,
+    Interrupted,
+    ManifestError,
+    NamespaceError,
+    NodeError,
+    OptionError,
+    StageError,
+    StoreError,
+    UsageError,
+    WireError,
+);
+
+/// For the modules that still have errors of `anyhow`.
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        let (kind, hints) = match Problem::in_chain(&error) {
+            Some(problem) => (problem.kind(), problem.hints().to_vec()),
+            None => (Kind::Failed, Vec::new()),
+        };
+        Self {
+            message: None,
+            kind,
+            hints,
+            source: Some(error.into()),
+        }
+    }
+}
+
+impl From<tokio::task::JoinError> for Error {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::failed("a thread of this program panicked").because(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let failed: std::io::Result<()> = Err(std::io::Error::other("disk full"));
+        let failed = failed.context("cannot write x: disk full");
+        let error = failed.context("the checkpoint was not taken").unwrap_err();
+        assert_eq!(
+            error.one_line(),
+            "the checkpoint was not taken: cannot write x: disk full"
+        );
+    }
+
+    #[test]
+    fn kind_and_hints_are_found_at_any_depth() {
+        let problem = || Error::not_found("no container \"x\"").hint("ctr containers ls");
+        let below = Err::<(), _>(problem())
+            .context("cannot migrate")
+            .unwrap_err();
+        assert_eq!(below.kind(), Kind::NotFound);
+        assert_eq!(below.hints(), ["ctr containers ls"]);
+        let above = problem().because(std::io::Error::other("broken pipe"));
+        assert_eq!(above.kind(), Kind::NotFound);
+        assert!(above.cause::<std::io::Error>().is_some());
+        assert_eq!(Error::failed("disk full").kind(), Kind::Failed);
+    }
+}
