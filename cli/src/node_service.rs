@@ -11,10 +11,10 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::{RwLock, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use transship_checkpoint::store::{DEFAULT_ROOT, Store, StoreError};
 use transship_proto::node_api::{
-    CheckpointPodRequest, CheckpointPodResponse, Chunk, Chunks, ExportSnapshotRequest,
+    CheckpointPodRequest, CheckpointPodResponse, Chunk, ExportSnapshotRequest,
     ImportSnapshotRequest, ImportSnapshotResponse, ImportTarget, NodeApi, PostCheckpointState,
     RestorePodRequest, RestorePodResponse,
 };
@@ -31,6 +31,9 @@ use transship_engine::restore_pod;
 const CHUNK: usize = 1 << 20;
 /// Messages that wait for a slow reader.
 const WAITING: usize = 4;
+
+/// A layer on its way out.
+type Chunks = ReceiverStream<Result<Chunk, Status>>;
 
 /// The node's API.
 #[derive(Debug)]
@@ -122,7 +125,7 @@ impl NodeService {
                 drop(sender.send(Err(status(&error))).await);
             }
         });
-        Ok(Box::pin(ReceiverStream::new(receiver)))
+        Ok(ReceiverStream::new(receiver))
     }
 
     async fn import(
@@ -165,37 +168,47 @@ impl NodeService {
     }
 }
 
+#[tonic::async_trait]
 impl NodeApi for NodeService {
+    type ExportSnapshotStream = Chunks;
+
     async fn checkpoint_pod(
         &self,
-        request: CheckpointPodRequest,
-    ) -> Result<CheckpointPodResponse, Status> {
+        request: Request<CheckpointPodRequest>,
+    ) -> Result<Response<CheckpointPodResponse>, Status> {
         let _call = self.calls.read().await;
-        self.checkpoint(request)
-            .await
-            .map(|()| CheckpointPodResponse {})
-            .map_err(|error| status(&error))
+        let taken = self.checkpoint(request.into_inner()).await;
+        answer(taken.map(|()| CheckpointPodResponse {}))
     }
 
-    async fn restore_pod(&self, request: RestorePodRequest) -> Result<RestorePodResponse, Status> {
+    async fn restore_pod(
+        &self,
+        request: Request<RestorePodRequest>,
+    ) -> Result<Response<RestorePodResponse>, Status> {
         let _call = self.calls.read().await;
-        restore_pod::restore_pod(&self.node, &Store::at(DEFAULT_ROOT), request)
-            .await
-            .map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id })
-            .map_err(|error| status(&error))
+        let store = Store::at(DEFAULT_ROOT);
+        let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
+        answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
     }
 
-    async fn export_snapshot(&self, request: ExportSnapshotRequest) -> Result<Chunks, Status> {
-        self.export(request).await.map_err(|error| status(&error))
+    async fn export_snapshot(
+        &self,
+        request: Request<ExportSnapshotRequest>,
+    ) -> Result<Response<Chunks>, Status> {
+        answer(self.export(request.into_inner()).await)
     }
 
     async fn import_snapshot(
         &self,
-        requests: Streaming<ImportSnapshotRequest>,
-    ) -> Result<ImportSnapshotResponse, Status> {
+        requests: Request<Streaming<ImportSnapshotRequest>>,
+    ) -> Result<Response<ImportSnapshotResponse>, Status> {
         let _call = self.calls.read().await;
-        self.import(requests).await.map_err(|error| status(&error))
+        answer(self.import(requests.into_inner()).await)
     }
+}
+
+fn answer<T>(result: Result<T>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(|error| status(&error))
 }
 
 /// A file that is gone with its last descriptor, on the disk of the checkpoints.

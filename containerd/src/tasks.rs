@@ -9,10 +9,8 @@ use containerd_client::services::v1::{
 };
 use containerd_client::types::Mount;
 use containerd_client::types::v1::{Process, Status};
-use prost::Message;
-use prost_types::Any;
 use transship_checkpoint::criu_options::{CriuOptions, Tcp};
-use transship_proto::runc_options::{CHECKPOINT_OPTIONS_TYPE, CheckpointOptions};
+use transship_proto::runc_options::CheckpointOptions;
 
 use super::{During, Node, NodeError, present};
 
@@ -109,14 +107,10 @@ impl Node {
             work_path: work.display().to_string(),
             ..CheckpointOptions::default()
         };
-        let options = Any {
-            type_url: CHECKPOINT_OPTIONS_TYPE.to_owned(),
-            value: options.encode_to_vec(),
-        };
         let request = CheckpointTaskRequest {
             container_id: id.to_owned(),
             parent_checkpoint: String::new(),
-            options: Some(options),
+            options: Some(containerd_client::to_any(&options)),
         };
         self.tasks()
             .checkpoint(self.request(request))

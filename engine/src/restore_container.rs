@@ -18,8 +18,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_client::types::v1::Status;
-use prost::Message;
-use prost_types::Any;
 use serde_json::{Value, json};
 use transship_checkpoint::annotations::{
     MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX, is_criu_option,
@@ -31,7 +29,7 @@ use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::Checkpoint;
 use transship_checkpoint::wire::Target;
 use transship_layer::ImportOptions;
-use transship_proto::runc_options::{OPTIONS_TYPE, Options};
+use transship_proto::runc_options::Options;
 use transship_sandbox::stage::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
 use crate::problem::{Kind, Problem};
@@ -355,10 +353,7 @@ async fn make(
         labels: container.labels.clone().into_iter().collect(),
         image: image.name.clone(),
         runtime: container.runtime.clone(),
-        runtime_options: Some(Any {
-            type_url: OPTIONS_TYPE.to_owned(),
-            value: options.encode_to_vec(),
-        }),
+        runtime_options: Some(containerd_client::to_any(&options)),
         spec: held.clone(),
         snapshotter: plan.snapshotter.clone(),
         snapshot_key: plan.id.clone(),

@@ -1,17 +1,58 @@
-//! Protobuf definitions that no crate ships, minimal and wire-compatible, and the node's own API.
+//! Services and messages that no crate ships, generated from the `.proto` files beside `src/`.
 //!
 //! ```text
-//!  container record's runtime options  --decode-->  runc_options::Options  --encode--> new record
-//!  CLI's choice of CRIU options        --encode-->  runc_options::CheckpointOptions --> Tasks.Checkpoint
-//!  CLI, runtimes, tests               --HTTP/2-->  node_api::NodeServer --> a `NodeApi`
-//!  containerd's proxied differ         --HTTP/2-->  diff_server::DiffServer --> a `Differ`
-//!                                                   both are a grpc_service::GrpcServer
+//!  node.proto          transship.node.v1             node_api       server, client, messages
+//!  diff.proto          containerd.services.diff.v1   diff_server    server; messages of containerd-client
+//!  runc_options.proto  containerd.runc.v1            runc_options   messages
 //! ```
 //!
-//! Only what Transship speaks itself; everything else comes with `containerd-client`, which has the
-//! messages of all services and no server, and with `k8s-cri`.
+//! Everything else comes with `containerd-client`, which has the messages of all of containerd's
+//! services and their clients but no servers, and with `k8s-cri`.
 
-pub mod diff_server;
-pub mod grpc_service;
-pub mod node_api;
-pub mod runc_options;
+/// Largest message that containerd and its plugins send or take, in bytes. tonic's own limit for
+/// incoming messages is 4 MiB.
+pub const MESSAGE_LIMIT: usize = 16 << 20;
+
+/// The API of a node, `transship.node.v1.Node`, on a socket that only root can open.
+///
+/// CheckpointPod and RestorePod have the fields that KEP-5823 gives to these calls of the CRI, so that
+/// a runtime can hand them on as they come; the messages that they share with the CRI are the CRI's.
+pub mod node_api {
+    pub use generated::node_client::NodeClient;
+    pub use generated::node_server::{Node as NodeApi, NodeServer};
+    pub use generated::{
+        CheckpointPodRequest, CheckpointPodResponse, Chunk, ExportSnapshotRequest,
+        ImportSnapshotRequest, ImportSnapshotResponse, ImportTarget, PostCheckpointState,
+        RestorePodRequest, RestorePodResponse,
+    };
+
+    /// Path of the socket unless another one is given.
+    pub const NODE_SOCKET: &str = "/run/transship/node.sock";
+
+    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    mod generated {
+        tonic::include_proto!("transship.node.v1");
+    }
+}
+
+/// The server side of containerd's diff service, `containerd.services.diff.v1.Diff`.
+pub mod diff_server {
+    pub use generated::diff_server::{Diff as Differ, DiffServer};
+
+    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    mod generated {
+        tonic::include_proto!("containerd.services.diff.v1");
+    }
+}
+
+/// Options of containerd's runc shim, `io.containerd.runc.v2`.
+///
+/// Their type URLs are their full names without a prefix: see `containerd_client::to_any`.
+pub mod runc_options {
+    pub use generated::{CheckpointOptions, Options};
+
+    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    mod generated {
+        tonic::include_proto!("containerd.runc.v1");
+    }
+}

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use containerd_client::connect;
+use containerd_client::tonic::codegen::tokio_stream::iter as stream;
+use containerd_client::tonic::transport::Channel;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ImageSpec, LinuxContainerConfig,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
@@ -88,7 +90,7 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
             snapshotter: String::new(),
             key: id.clone(),
         };
-        let mut chunks = exporter.export_snapshot(request).await?;
+        let mut chunks = exporter.export_snapshot(request).await?.into_inner();
         let mut layer = Vec::new();
         while let Some(chunk) = chunks.message().await? {
             layer.extend(chunk.data);
@@ -115,8 +117,8 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let pods = node.shell("ctr -n k8s.io containers ls -q").read()?;
     ensure!(pods.is_empty(), "a pod that failed leaves {pods}");
 
-    let answer = runtime.block_on(async { restorer.restore_pod(request).await })?;
-    let pod = Pod::of(answer.pod_sandbox_id, config);
+    let answer = runtime.block_on(restorer.restore_pod(request))?;
+    let pod = Pod::of(answer.into_inner().pod_sandbox_id, config);
     let reply = journey::ask(&node, &cri.pod_ip(&pod)?)?;
     ensure!(
         reply.count >= before && reply.memory_ok && reply.hostname == "web-again",
@@ -136,7 +138,7 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
 /// Into a new snapshot without parent, in messages of different sizes.
 fn import_copy(
     node: &Node,
-    client: &NodeClient,
+    client: &NodeClient<Channel>,
     runtime: &tokio::runtime::Runtime,
     layer: &[u8],
 ) -> anyhow::Result<()> {
@@ -161,10 +163,11 @@ fn import_copy(
     };
     let mut importer = client.clone();
     let cut_off = parts(&layer[..layer.len() / 2]);
-    let failed = runtime.block_on(async { importer.import_snapshot(cut_off).await });
+    let failed = runtime.block_on(importer.import_snapshot(stream(cut_off)));
     ensure!(failed.is_err(), "half a layer is none");
     let whole = parts(layer);
-    let answer = runtime.block_on(async { importer.import_snapshot(whole).await })?;
+    let answer = runtime.block_on(importer.import_snapshot(stream(whole)))?;
+    let answer = answer.into_inner();
     ensure!(answer.entries >= 3, "{answer:?}");
     node.ctr(&["snapshots", "--snapshotter", "transship", "rm", "copy"])?;
     Ok(())

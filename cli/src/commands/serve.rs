@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use transship_proto::MESSAGE_LIMIT;
 use transship_proto::node_api::NodeServer;
 
 use super::connect;
@@ -30,7 +31,7 @@ pub(crate) async fn run(global: &Global, socket: &Path) -> Result<()> {
     eprintln!("transship: listens on {}", socket.display());
     let asked = interrupt.clone();
     let server = Server::builder()
-        .add_service(NodeServer::new(service))
+        .add_service(NodeServer::new(service).max_decoding_message_size(MESSAGE_LIMIT))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             let _: Interrupted = asked.wait().await;
         });

@@ -31,6 +31,7 @@ use std::time::Duration;
 use containerd_client::tonic::transport;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use transship_proto::MESSAGE_LIMIT;
 use transship_proto::diff_server::DiffServer;
 
 use crate::socket::Socket;
@@ -57,7 +58,7 @@ pub fn start(socket: Socket, containerd: PathBuf) -> RunningDiffer {
     let service = DiffService::new(socket.path(), Containerd::at(containerd), given_up);
     let connections = socket.accept_until(ordered(stopped));
     let server = transport::Server::builder()
-        .add_service(DiffServer::new(Calls(service)))
+        .add_service(DiffServer::new(Calls(service)).max_decoding_message_size(MESSAGE_LIMIT))
         .serve_with_incoming_shutdown(connections, std::future::pending());
     RunningDiffer {
         stop,

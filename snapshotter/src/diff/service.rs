@@ -10,7 +10,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
 use containerd_client::tonic::metadata::{Ascii, MetadataMap, MetadataValue};
-use containerd_client::tonic::{Code, Request, Status};
+use containerd_client::tonic::{self, Code, Request, Response, Status};
 use containerd_client::types::Descriptor;
 use nix::unistd::{AccessFlags, access};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -518,8 +518,9 @@ impl Calls {
     }
 }
 
+#[tonic::async_trait]
 impl transship_proto::diff_server::Differ for Calls {
-    async fn diff(&self, request: Request<DiffRequest>) -> Result<DiffResponse, Status> {
+    async fn diff(&self, request: Request<DiffRequest>) -> Result<Response<DiffResponse>, Status> {
         let (headers, _, request) = request.into_parts();
         let written = self
             .run(
@@ -530,12 +531,15 @@ impl transship_proto::diff_server::Differ for Calls {
                 },
             )
             .await?;
-        Ok(DiffResponse {
+        Ok(Response::new(DiffResponse {
             diff: Some(written),
-        })
+        }))
     }
 
-    async fn apply(&self, request: Request<ApplyRequest>) -> Result<ApplyResponse, Status> {
+    async fn apply(
+        &self,
+        request: Request<ApplyRequest>,
+    ) -> Result<Response<ApplyResponse>, Status> {
         let (headers, _, request) = request.into_parts();
         let applied = self
             .run(
@@ -546,8 +550,8 @@ impl transship_proto::diff_server::Differ for Calls {
                 },
             )
             .await?;
-        Ok(ApplyResponse {
+        Ok(Response::new(ApplyResponse {
             applied: Some(applied),
-        })
+        }))
     }
 }
