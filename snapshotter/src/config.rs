@@ -36,9 +36,6 @@ pub struct Config {
     pub sync_remove: bool,
     /// Sync the file system before Commit answers, so that layers survive a power failure.
     pub durable_commit: bool,
-    /// Below this directory lie the checkpoints that Prepare may import
-    /// (`containerd.io/snapshot/transship.import`).
-    pub import_dir: PathBuf,
     /// Address for Prometheus (`127.0.0.1:9257`); without one there are no metrics.
     pub metrics_address: Option<SocketAddr>,
     /// Calls that are worked on at the same time; more wait their turn. Each takes a thread, and those
@@ -72,7 +69,6 @@ impl Default for Config {
             upperdir_label: false,
             sync_remove: false,
             durable_commit: false,
-            import_dir: "/var/lib/transship/checkpoints".into(),
             metrics_address: None,
             concurrent_calls: 16,
             metadata_cache_mib: 2,
@@ -93,11 +89,13 @@ const KEYS: &[&str] = &[
     "upperdir_label",
     "sync_remove",
     "durable_commit",
-    "import_dir",
     "metrics_address",
     "concurrent_calls",
     "metadata_cache_mib",
 ];
+
+/// Keys of earlier releases. They mean nothing, and are no errors: the file of a node outlives its daemon.
+const RETIRED_KEYS: &[&str] = &["import_dir"];
 
 /// What is wrong with a configuration file.
 #[derive(Debug, thiserror::Error)]
@@ -148,7 +146,8 @@ impl Config {
             path: path.to_path_buf(),
             source: Box::new(source),
         };
-        let table: toml::Table = text.parse().map_err(parse)?;
+        let mut table: toml::Table = text.parse().map_err(parse)?;
+        table.retain(|key, _| !RETIRED_KEYS.contains(&key));
         if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
             let nearest = KEYS.iter().min_by_key(|known| edit_distance(key, known));
             return Err(ConfigError::UnknownKey {
@@ -157,7 +156,7 @@ impl Config {
                 nearest: nearest.expect("there are keys"),
             });
         }
-        toml::from_str(text).map_err(parse)
+        table.try_into().map_err(parse)
     }
 }
 
@@ -204,6 +203,12 @@ mod tests {
             error.to_string(),
             r#"/etc/x.toml: unknown key "sync_removal"; did you mean "sync_remove"?"#
         );
+    }
+
+    #[test]
+    fn a_retired_key_is_ignored() {
+        let config = Config::parse("import_dir = \"/x\"", Path::new("/etc/x.toml")).unwrap();
+        assert_eq!(config, Config::default());
     }
 
     #[test]

@@ -94,7 +94,6 @@ pub fn open_snapshots(
         upperdir_label: config.upperdir_label,
         sync_remove: config.sync_remove,
         durable_commit: config.durable_commit,
-        import_dir: Some(config.import_dir.clone()),
     };
     tracing::info!(root = %root.display(), options = ?options.overlay_options, "overlay options");
     let batches = Arc::clone(metrics);

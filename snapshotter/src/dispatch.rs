@@ -1,7 +1,7 @@
 //! Which thread works on a call.
 //!
 //! ```text
-//!                           +- Look ----------------------------------> at once, on the thread of the sockets
+//!                           +- Read ----------------------------------> at once, on the thread of the sockets
 //!  a call comes in: enter --+- Write --- alone, and the disk is quick -> at once
 //!                           |       `--- beside others ----------------> call threads: they share a transaction
 //!                           +- LongWrite ------------------------------> call threads
@@ -25,14 +25,14 @@ use crate::workers::Workers;
 
 /// Counts that are made at the same time.
 const COUNT_THREADS: usize = 2;
-/// A write of a call on its own that takes longer than this must not happen on the sockets' thread.
-const QUICK: Duration = Duration::from_millis(2);
+/// When the last write took longer than this, the next one does not run on the sockets' thread.
+const INLINE_WRITE_LIMIT: Duration = Duration::from_millis(2);
 
 /// What a call has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
-    /// Look into the database.
-    Look,
+    /// Read the database.
+    Read,
     /// One transaction, and a handful of directories.
     Write,
     /// A write that may take long in itself.
@@ -47,8 +47,9 @@ pub struct Dispatch {
     in_flight: InFlight,
     callers: Workers,
     counters: Workers,
-    /// Whether the last write was [`QUICK`].
+    /// Whether the last write took at most `inline_write_limit`.
     is_quick: Arc<AtomicBool>,
+    inline_write_limit: Duration,
 }
 
 impl Dispatch {
@@ -62,7 +63,15 @@ impl Dispatch {
             callers: Workers::start("call", concurrent_calls.max(1))?,
             counters: Workers::start("count", COUNT_THREADS)?,
             is_quick: Arc::new(AtomicBool::new(true)),
+            inline_write_limit: INLINE_WRITE_LIMIT,
         })
+    }
+
+    /// Another limit than [`INLINE_WRITE_LIMIT`].
+    #[cfg(test)]
+    fn with_inline_write_limit(mut self, limit: Duration) -> Self {
+        self.inline_write_limit = limit;
+        self
     }
 
     /// The calls that have come in and are not answered yet.
@@ -84,17 +93,17 @@ impl Dispatch {
     ) -> Option<T> {
         let _call = self.enter();
         match work {
-            Work::Look => at_once(act),
+            Work::Read => at_once(act),
             Work::Count => self.counters.run(act).await,
             Work::LongWrite => self.callers.run(act).await,
             Work::Write => {
                 // All other calls that have come in enter before this goes on.
                 tokio::task::yield_now().await;
-                let is_quick = Arc::clone(&self.is_quick);
+                let (is_quick, limit) = (Arc::clone(&self.is_quick), self.inline_write_limit);
                 let act = move || {
                     let start = Instant::now();
                     let result = act();
-                    is_quick.store(start.elapsed() <= QUICK, Ordering::Relaxed);
+                    is_quick.store(start.elapsed() <= limit, Ordering::Relaxed);
                     result
                 };
                 if self.in_flight.count() == 1 && self.is_quick.load(Ordering::Relaxed) {
@@ -150,6 +159,8 @@ impl Drop for InFlightCall {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
 
     fn name_of_thread() -> String {
@@ -165,14 +176,26 @@ mod tests {
 
     #[test]
     fn a_write_on_its_own_stays_and_writes_together_share_the_call_threads() {
-        let dispatch = Dispatch::start(2).unwrap();
+        let dispatch = Dispatch::start(2)
+            .unwrap()
+            .with_inline_write_limit(Duration::MAX);
         block_on(async {
             let own = name_of_thread();
             let alone = dispatch.run(Work::Write, name_of_thread).await;
             assert_eq!(alone, Some(own));
+            // Each goes on when the other has begun: one that ended first would leave the other alone.
+            let (to_one, for_one) = mpsc::channel();
+            let (to_other, for_other) = mpsc::channel();
+            let meet = |to: mpsc::Sender<()>, own: mpsc::Receiver<()>| {
+                move || {
+                    to.send(()).unwrap();
+                    own.recv_timeout(Duration::from_secs(30)).unwrap();
+                    name_of_thread()
+                }
+            };
             let (one, other) = tokio::join!(
-                dispatch.run(Work::Write, name_of_thread),
-                dispatch.run(Work::Write, name_of_thread),
+                dispatch.run(Work::Write, meet(to_other, for_one)),
+                dispatch.run(Work::Write, meet(to_one, for_other)),
             );
             assert!(one.unwrap().starts_with("call-"));
             assert!(other.unwrap().starts_with("call-"));
@@ -181,13 +204,19 @@ mod tests {
 
     #[test]
     fn a_slow_disk_keeps_writes_off_the_thread_of_the_sockets() {
-        let dispatch = Dispatch::start(1).unwrap();
+        // Nothing is as quick as this.
+        let dispatch = Dispatch::start(1)
+            .unwrap()
+            .with_inline_write_limit(Duration::ZERO);
         block_on(async {
-            let slow = || std::thread::sleep(2 * QUICK);
-            dispatch.run(Work::Write, slow).await.unwrap();
+            // Before the first write the disk counts as quick.
+            let first = dispatch.run(Work::Write, name_of_thread).await;
+            assert_eq!(first, Some(name_of_thread()));
             let next = dispatch.run(Work::Write, name_of_thread).await;
             assert_eq!(next.as_deref(), Some("call-0"));
-            // That one was quick.
+            let dispatch = dispatch.with_inline_write_limit(Duration::MAX);
+            let next = dispatch.run(Work::Write, name_of_thread).await;
+            assert_eq!(next.as_deref(), Some("call-0"), "that one was quick");
             let next = dispatch.run(Work::Write, name_of_thread).await;
             assert_eq!(next, Some(name_of_thread()));
         });
@@ -197,7 +226,7 @@ mod tests {
     fn a_panic_ends_the_call_alone() {
         let dispatch = Dispatch::start(1).unwrap();
         block_on(async {
-            for work in [Work::Look, Work::Write, Work::LongWrite, Work::Count] {
+            for work in [Work::Read, Work::Write, Work::LongWrite, Work::Count] {
                 let panicked: Option<()> = dispatch.run(work, || panic!("as planned")).await;
                 assert_eq!(panicked, None);
             }

@@ -78,14 +78,6 @@ pub enum SnapshotError {
         /// Why it failed.
         source: Arc<io::Error>,
     },
-    /// The files of a checkpoint cannot be imported.
-    #[error("cannot import {}", path.display())]
-    Import {
-        /// The layer tar.
-        path: PathBuf,
-        /// Why.
-        source: Arc<transship_layer::ImportError>,
-    },
     /// The metadata database failed.
     #[error("cannot {act} the snapshot metadata")]
     Database {
@@ -108,9 +100,6 @@ pub enum SnapshotError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The daemon is going down.
-    #[error("the snapshotter is stopping")]
-    Stopping,
 }
 
 /// The result of an act on a snapshot.
@@ -149,10 +138,6 @@ impl SnapshotError {
     pub fn io_source(&self) -> Option<&io::Error> {
         match self {
             Self::Io { source, .. } => Some(source),
-            Self::Import { source, .. } => match source.as_ref() {
-                transship_layer::ImportError::Io { source, .. } => Some(source),
-                _ => None,
-            },
             Self::Database { source, .. } | Self::UnknownOutcome { source } => {
                 match source.as_ref() {
                     redb::Error::Io(source) => Some(source),

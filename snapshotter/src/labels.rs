@@ -1,4 +1,7 @@
 //! The labels that mean something to the snapshotter, and the id mappings two of them carry.
+//!
+//! Labels are not trusted: containerd passes every annotation `containerd.io/snapshot/*` of a layer's descriptor
+//! in an image's manifest to Prepare. No label may name a file of the host.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +13,6 @@ pub const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 pub const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 /// Shown (never stored) with `upperdir_label`: the path of the snapshot's upperdir.
 pub const UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
-/// At Prepare: the checkpoint directory whose `rootfs-diff.tar` fills the new upperdir.
-pub const IMPORT: &str = "containerd.io/snapshot/transship.import";
 
 /// Drops labels with an empty value: to containerd an empty value means "no such label".
 pub(crate) fn without_empty(

@@ -8,7 +8,7 @@
 //!                      labels.rs, mounts.rs (pure) ---/  |      \
 //!                                                        v       v
 //!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
-//!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs, import.rs
+//!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs
 //!                                             journal.rs
 //! ```
 //!
@@ -31,7 +31,6 @@ pub mod error;
 pub mod fault;
 pub mod filter;
 pub mod fsck;
-pub mod import;
 mod journal;
 pub mod labels;
 pub mod logging;

@@ -135,7 +135,7 @@ impl api::Snapshotter for Service {
 
     async fn stat(&self, key: String) -> Result<api::Info, Status> {
         let asked = key.clone();
-        self.call("stat", &asked, Work::Look, move |s| s.stat(&key))
+        self.call("stat", &asked, Work::Read, move |s| s.stat(&key))
             .await
             .map(to_wire)
     }
@@ -169,7 +169,7 @@ impl api::Snapshotter for Service {
 
     async fn mounts(&self, key: String) -> Result<Vec<api::api::types::Mount>, Status> {
         let asked = key.clone();
-        self.call("mounts", &asked, Work::Look, move |s| s.mounts(&key))
+        self.call("mounts", &asked, Work::Read, move |s| s.mounts(&key))
             .await
             .map(mounts_to_wire)
     }
@@ -181,10 +181,9 @@ impl api::Snapshotter for Service {
         labels: HashMap<String, String>,
     ) -> Result<Vec<api::api::types::Mount>, Status> {
         let asked = key.clone();
-        let work = Snapshots::work_of_prepare(&labels);
         let prepare =
             move |s: &Arc<Snapshots>| s.prepare(&key, &parent, labels.into_iter().collect());
-        self.call("prepare", &asked, work, prepare)
+        self.call("prepare", &asked, Work::Write, prepare)
             .await
             .map(mounts_to_wire)
     }
@@ -321,10 +320,8 @@ fn code_of(error: &SnapshotError) -> Code {
         E::NotActive { .. } | E::NoMounts { .. } | E::HasChildren { .. } => {
             Code::FailedPrecondition
         }
-        E::Import { .. } if error.io_source().is_none() => Code::InvalidArgument,
         E::Damaged { .. } => Code::DataLoss,
-        E::Stopping => Code::Unavailable,
-        E::Io { .. } | E::Import { .. } | E::Database { .. } | E::UnknownOutcome { .. } => {
+        E::Io { .. } | E::Database { .. } | E::UnknownOutcome { .. } => {
             match error.io_source().map(io::Error::kind) {
                 // No space, over quota; EMFILE and ENFILE have no stable kind.
                 Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! Prepare, View    1 allocate an id (never given out before, so nothing of it is on disk)
-//! (data first)     2 make new-<id>: fs, work, owner, imported files
+//! (data first)     2 make new-<id>: fs, work, owner
 //!                  3 describe it (copy of the record)
 //!                  4 rename new-<id> to <id>
 //!                  5 record it in the database, durable             <- from here on it exists
@@ -31,7 +31,7 @@
 //! two as they like: an active snapshot or view gets its (empty) directory again at start; a committed
 //! layer that is missing is reported. `durable_commit` prevents that for layers.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,7 +43,6 @@ use crate::dispatch::Work;
 use crate::error::{IoContext, Result, SnapshotError, chain};
 use crate::fault::{Faults, Step};
 use crate::filter::Filter;
-use crate::import;
 use crate::labels;
 use crate::metadata::{Metadata, Walk};
 use crate::mounts::{self, Mount, SnapshotPaths};
@@ -63,8 +62,6 @@ pub struct Options {
     pub sync_remove: bool,
     /// Sync the file system before Commit answers.
     pub durable_commit: bool,
-    /// Below this directory are the checkpoints that Prepare may import; `None`: there are none.
-    pub import_dir: Option<PathBuf>,
 }
 
 /// All snapshots of one root directory. Every call blocks until its work is done and durable.
@@ -199,12 +196,6 @@ impl Snapshots {
         self.metadata.skip_ids_through(highest)
     }
 
-    /// What [`Snapshots::prepare`] with these labels has to do.
-    #[must_use]
-    pub fn work_of_prepare(labels: &HashMap<String, String>) -> Work {
-        long_if(labels.contains_key(labels::IMPORT))
-    }
-
     /// What [`Snapshots::commit`] has to do.
     #[must_use]
     pub fn work_of_commit(&self) -> Work {
@@ -286,8 +277,6 @@ impl Snapshots {
         let id = record.id;
         self.faults.reach(Step("prepare:id-allocated"));
         disk::create_new(&self.paths, id, kind == Kind::Active, owner)?;
-        self.import(kind, &record)
-            .inspect_err(|_| disk::discard_new(&self.paths, id))?;
         self.faults.reach(Step("prepare:directory-made"));
         disk::write_copy(&self.paths.new_dir(id), key, &record)
             .inspect_err(|_| disk::discard_new(&self.paths, id))?;
@@ -303,35 +292,6 @@ impl Snapshots {
         }
         self.faults.reach(Step("prepare:recorded"));
         Ok(vec![self.plan_mount(&record, kind)])
-    }
-
-    /// Fills the upperdir of a snapshot whose labels ask for it.
-    fn import(&self, kind: Kind, record: &Record) -> Result<()> {
-        let Some(source) = record.labels.get(labels::IMPORT) else {
-            return Ok(());
-        };
-        let Some(allowed) = &self.options.import_dir else {
-            return Err(SnapshotError::Invalid {
-                reason: format!("label {}: imports are switched off", labels::IMPORT),
-            });
-        };
-        if kind != Kind::Active {
-            return Err(SnapshotError::Invalid {
-                reason: format!("label {}: a view cannot be filled", labels::IMPORT),
-            });
-        }
-        let fs = self.paths.new_dir(record.id).join("fs");
-        let lowerdirs: Vec<_> = record
-            .ancestors
-            .iter()
-            .map(|id| PathBuf::from(self.paths.fs(*id)))
-            .collect();
-        let userxattr = self
-            .options
-            .overlay_options
-            .iter()
-            .any(|option| option == "userxattr");
-        import::fill_upperdir(source, allowed, &fs, &lowerdirs, userxattr)
     }
 
     fn usable_parent(&self, parent: &str) -> Result<Option<Record>> {
@@ -527,22 +487,6 @@ impl Snapshots {
             }
         }
         Ok(())
-    }
-
-    /// Number of snapshots.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn len(&self) -> Result<u64> {
-        self.metadata.len()
-    }
-
-    /// Whether there is no snapshot.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn is_empty(&self) -> Result<bool> {
-        self.metadata.is_empty()
     }
 
     /// Counts the snapshots, by reading all of them.

@@ -1,12 +1,14 @@
 //! The sockets that the services listen on: made here, or handed over by the service manager.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::geteuid;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::Sender;
 use tokio_stream::wrappers::ReceiverStream;
@@ -114,9 +116,7 @@ impl Socket {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(format!(".{}", std::process::id()));
         let temporary = PathBuf::from(temporary);
-        let listener = UnixListener::bind(&temporary).during("listen on", &temporary)?;
-        fs::set_permissions(&temporary, Permissions::from_mode(0o600))
-            .during("chmod", &temporary)?;
+        let listener = bind_private(&temporary).during("listen on", &temporary)?;
         fs::rename(&temporary, path).during("rename", temporary)?;
         Ok(Self {
             listener,
@@ -130,7 +130,7 @@ impl Socket {
         &self.path
     }
 
-    /// The connections until `stop` resolves. Then the path is removed if it is ours, and the stream
+    /// The connections of root until `stop` resolves. Then the path is removed if it is ours, and the stream
     /// ends: who serves it answers each connection that it held, then closes them.
     ///
     /// In that order, because containerd's dialer waits for a missing socket to appear, but a call of
@@ -165,7 +165,12 @@ impl Socket {
                 return;
             };
             match self.listener.accept().await {
-                Ok((connection, _)) => room.send(Ok(connection)),
+                Ok((connection, _)) => match require_trusted_peer(&connection) {
+                    Ok(()) => room.send(Ok(connection)),
+                    Err(error) => {
+                        tracing::warn!(%error, path = %self.path.display(), "refused a connection");
+                    }
+                },
                 Err(error) => {
                     // Out of file descriptors, most likely: calls that end will free some.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -174,4 +179,25 @@ impl Socket {
             }
         }
     }
+}
+
+/// Binds a socket that nobody else can connect to, not even between the bind and a chmod.
+///
+/// The umask is the whole process's: no other thread makes files while the daemon starts.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    umask(before);
+    bound
+}
+
+/// The mode of a socket that was handed over, or of its directory, is somebody else's decision: who may call is asked
+/// of the kernel.
+fn require_trusted_peer(connection: &UnixStream) -> io::Result<()> {
+    let uid = connection.peer_cred()?.uid();
+    if uid == 0 || uid == geteuid().as_raw() {
+        return Ok(());
+    }
+    let reason = format!("user {uid} is not root");
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, reason))
 }

@@ -1,4 +1,4 @@
-//! The daemon as an operator meets it: starting twice, stopping, full disks, broken roots, fsck, import.
+//! The daemon as an operator meets it: starting twice, stopping, full disks, broken roots, fsck.
 #![allow(clippy::tests_outside_test_module, reason = "the whole file is tests")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -6,9 +6,9 @@ mod support;
 
 use std::error::Error;
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -594,64 +594,62 @@ fn root_fsck_mends_directories() {
     });
 }
 
+/// Whatever the mode of the socket, only root is served.
 #[test]
-fn root_prepare_imports_the_files_of_a_checkpoint() {
+fn root_another_user_is_not_served() {
     as_root(async || {
         let site = Site::new();
-        let checkpoints = site.path().join("checkpoints");
-        let config = site.path().join("config.toml");
-        fs::write(&config, format!("import_dir = {checkpoints:?}\n")).unwrap();
-        let daemon = site.start(&["--config", config.to_str().unwrap()]);
+        let _daemon = site.start(&[]);
+        let socket = site.socket();
+        for dir in socket.ancestors().skip(1).take(2) {
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+        let answer_to = |uid: u32| {
+            let socket = socket.clone();
+            let ask = move || {
+                let uid = rustix::thread::Uid::from_raw(uid);
+                rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+                let mut stream = UnixStream::connect(socket).unwrap();
+                stream
+                    .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+                    .ok();
+                stream.read(&mut [0; 9]).unwrap_or(0)
+            };
+            // The uid is that of the thread alone.
+            std::thread::spawn(ask).join().unwrap()
+        };
+        assert_eq!(answer_to(0), 9, "root gets a frame of HTTP/2");
+        assert_eq!(answer_to(65534), 0);
+    });
+}
+
+/// containerd passes the annotations of a layer in an image's manifest to Prepare, so their author is whoever
+/// built the image.
+#[test]
+fn root_no_label_fills_a_new_snapshot() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
         let client = daemon.client().await;
-        make_layer(&client, "base", "").await;
-        // A container's changes, as an OCI layer: one file more, one of the image deleted.
-        let source = site.path().join("source");
-        fs::create_dir_all(source.join("etc")).unwrap();
-        fs::write(source.join("etc/new"), "from the checkpoint").unwrap();
-        fs::write(source.join(".wh.base"), "").unwrap();
-        let checkpoint = checkpoints.join("one/container");
-        fs::create_dir_all(&checkpoint).unwrap();
-        let tar = checkpoint.join("rootfs-diff.tar");
+        // A directory where a checkpoint's writable layer lies, the default place of checkpoints.
+        let checkpoints = Path::new("/var/lib/transship/checkpoints");
+        fs::create_dir_all(checkpoints).unwrap();
+        let checkpoint = tempfile::tempdir_in(checkpoints).unwrap();
+        fs::write(checkpoint.path().join("secret"), "of another tenant").unwrap();
         let status = std::process::Command::new("tar")
             .arg("-cf")
-            .arg(&tar)
+            .arg(checkpoint.path().join("rootfs-diff.tar"))
             .arg("-C")
-            .arg(&source)
-            .args([".wh.base", "etc"])
+            .arg(checkpoint.path())
+            .arg("secret")
             .status();
         assert!(status.unwrap().success());
-
-        let import = |dir: &Path| dir.display().to_string();
+        let path = checkpoint.path().display().to_string();
         let label = "containerd.io/snapshot/transship.import";
-        let mounts = client
-            .prepare("restored", "base", &[(label, &import(&checkpoint))])
-            .await
-            .unwrap();
-        {
-            let mounted = Mounted::new(&mounts);
-            let content = fs::read_to_string(mounted.join("etc/new")).unwrap();
-            assert_eq!(content, "from the checkpoint");
-            assert!(!mounted.join("base").try_exists().unwrap());
-        }
-        for (dir, code) in [
-            (site.path().to_path_buf(), Code::InvalidArgument),
-            (checkpoints.join("../source"), Code::InvalidArgument),
-            (checkpoints.join("missing"), Code::Internal),
-        ] {
-            let key = "refused";
-            let status = client
-                .prepare(key, "base", &[(label, &import(&dir))])
-                .await
-                .unwrap_err();
-            assert_eq!(status.code(), code, "{status:?}");
-            assert_eq!(client.stat(key).await.unwrap_err().code(), Code::NotFound);
-        }
-        fs::write(&tar, "not a tar at all").unwrap();
-        let status = client
-            .prepare("refused", "base", &[(label, &import(&checkpoint))])
-            .await
-            .unwrap_err();
-        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
-        assert_eq!(site.directories().len(), 2, "nothing half made is left");
+        let mounts = client.prepare("new", "", &[(label, &path)]).await.unwrap();
+        let content: Vec<_> = fs::read_dir(&mounts[0].source).unwrap().collect();
+        assert!(content.is_empty(), "{content:?}");
     });
 }

@@ -609,23 +609,6 @@ fn layers_go_out_and_in_directly(bed: &Testbed) -> anyhow::Result<()> {
         let list = node.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"])?;
         ensure!(!list.contains("broken"), "{list}");
     }
-    // A client of containerd fills a new container's upperdir by a label.
-    node.shell(&format!(
-        "cd /root
-         ctr snapshots --snapshotter transship prepare imported-truth {top}
-         transship snapshot import --snapshotter transship imported-truth out.tar
-         mkdir -p /var/lib/transship/checkpoints/labelled
-         cp out.tar /var/lib/transship/checkpoints/labelled/rootfs-diff.tar
-         label=containerd.io/snapshot/transship.import
-         dir=/var/lib/transship/checkpoints
-         ctr containers create --snapshotter transship --snapshotter-label $label=$dir/labelled {reference} labelled
-         transship snapshot export labelled | cmp - out.tar
-         ! ctr containers create --snapshotter transship --snapshotter-label $label=$dir/none {reference} none
-         ! ctr snapshots --snapshotter transship info none",
-        top = top_of_image(&node, "transship")?,
-        reference = image.reference(),
-    ))
-    .run()?;
     // A container that writes all the time stands still meanwhile, and goes on.
     let writing = "while :; do date >>/tmp/log; cat /tmp/log >/tmp/copy; rm /tmp/copy; done";
     let run = [

@@ -35,6 +35,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             "snapshotter_collects",
             garbage_goes_and_nothing_else,
         ))
+        .chain(Case::on_all_trees(
+            "snapshotter_hostile_annotation",
+            an_image_cannot_ask_for_the_files_of_a_checkpoint,
+        ))
 }
 
 fn snapshots(node: &Node, arguments: &[&str]) -> anyhow::Result<String> {
@@ -347,5 +351,36 @@ fn garbage_goes_and_nothing_else(bed: &Testbed) -> anyhow::Result<()> {
         snapshots(&node, &["ls"])?.lines().count() == 1,
         "no snapshot is left"
     );
+    Ok(())
+}
+
+/// containerd passes annotations `containerd.io/snapshot/*` of a layer's descriptor to Prepare as labels, and commits
+/// the snapshot under a name that depends on the layers' content alone.
+fn an_image_cannot_ask_for_the_files_of_a_checkpoint(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    journey::start_services(&node)?;
+    let checkpoint = "/var/lib/transship/checkpoints/shop-db/db";
+    node.shell(&format!(
+        "mkdir -p {checkpoint}; echo secret >/root/stolen
+         tar -C /root -cf {checkpoint}/rootfs-diff.tar stolen"
+    ))
+    .run()?;
+    let honest = journey::counter_image(bed)?;
+    let key = "containerd.io/snapshot/transship.import";
+    let hostile = honest
+        .clone()
+        .with_annotated_top("transship.test/hostile:1", key, checkpoint);
+    for image in [&hostile, &honest] {
+        node.import_image(image, "transship")?;
+        let look = "ls /; cat /data/keep/a";
+        let run = ["run", "--rm", "--snapshotter", "transship"];
+        let files =
+            node.ctr(&[&run[..], &[image.reference(), "look", "sh", "-c", look]].concat())?;
+        ensure!(
+            files.ends_with("a\n") && !files.contains("stolen"),
+            "{}: {files}",
+            image.reference()
+        );
+    }
     Ok(())
 }

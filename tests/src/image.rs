@@ -8,6 +8,7 @@
 //! blobs/sha256/<digest>      manifest, config, layers (tar, not compressed)
 //! ```
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -64,6 +65,8 @@ struct LayerBlob {
     media_type: String,
     /// Digest of the uncompressed tar.
     diff_id: String,
+    /// Of its descriptor in the manifest.
+    annotations: BTreeMap<String, String>,
 }
 
 impl LayerBlob {
@@ -71,6 +74,7 @@ impl LayerBlob {
         LayerBlob {
             media_type: LAYER.to_owned(),
             diff_id: format!("sha256:{}", sha256(&content)),
+            annotations: BTreeMap::new(),
             content,
         }
     }
@@ -187,7 +191,18 @@ impl Image {
             content,
             media_type: format!("{LAYER}{suffix}"),
             diff_id: format!("sha256:{}", sha256(plain)),
+            annotations: BTreeMap::new(),
         });
+        self
+    }
+
+    /// This image under another name, with an annotation on the descriptor of its top layer.
+    #[must_use]
+    pub fn with_annotated_top(mut self, reference: &str, key: &str, value: &str) -> Image {
+        reference.clone_into(&mut self.reference);
+        if let Some(top) = self.layers.last_mut() {
+            top.annotations.insert(key.to_owned(), value.to_owned());
+        }
         self
     }
 
@@ -208,7 +223,13 @@ impl Image {
         archive.dir("blobs")?.dir("blobs/sha256")?;
         let layers = self.layers.iter();
         let layers: Vec<_> = layers
-            .map(|layer| blob(&layer.media_type, &layer.content))
+            .map(|layer| {
+                let mut descriptor = blob(&layer.media_type, &layer.content);
+                if !layer.annotations.is_empty() {
+                    descriptor["annotations"] = json!(layer.annotations);
+                }
+                descriptor
+            })
             .collect();
         let config = json!({
             "architecture": "amd64",
