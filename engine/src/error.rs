@@ -158,13 +158,15 @@ pub fn one_line(error: &(dyn StdError + 'static)) -> String {
 fn chain<'e>(
     error: &'e (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'e (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |error| {
-        match error.downcast_ref::<Error>() {
-            // Also one that speaks for its cause has it.
-            Some(error) => Some(error.source.as_deref()? as _),
-            None => error.source(),
-        }
-    })
+    std::iter::successors(Some(error), |error| cause_of(*error))
+}
+
+fn cause_of<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
+    match error.downcast_ref::<Error>() {
+        // Also one that speaks for its cause has it.
+        Some(error) => Some(error.source.as_deref()? as _),
+        None => error.source(),
+    }
 }
 
 /// Says what was being done when something failed.
