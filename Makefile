@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 CARGO ?= cargo
 # Each need listed here fails a test that lacks it; elsewhere such a test is skipped with its reason.
 comma := ,
-export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)criu$(comma)containerd$(comma)node)
+export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)node)
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := btrfs-progs buildah build-essential ca-certificates iproute2 libarchive-tools mmdebstrap protobuf-compiler umoci util-linux

@@ -217,14 +217,17 @@ fn memory_comes_when_it_is_touched(node: &Node) -> anyhow::Result<()> {
     journey::remove_container(node, "lazy")?;
 
     let mut ended = 0;
-    for delay in ["0.00", "0.05", "0.15"] {
-        node.shell(&format!(
-            "(for i in $(seq 2000); do {serving} >/dev/null && break; sleep 0.005; done
-              sleep {delay}; pkill -KILL -f '[c]riu lazy-pages') >/dev/null 2>&1 &
-             transship restore lazy >/var/log/lazy.out 2>&1 || true"
-        ))
-        .run()?;
-        let said = String::from_utf8(node.read_file("/var/log/lazy.out")?)?;
+    // Killed before the container runs, and as soon as it does.
+    for moment in [serving, "ctr tasks ls | grep -q 'lazy .*RUNNING'"] {
+        node.start_daemon("restoring", &["transship", "restore", "lazy"])?;
+        poll_until("the moment of the kill", PATIENCE, || {
+            let seen = node.shell(moment).run();
+            seen.map_err(|error| error.to_string())
+        })?;
+        node.shell("pkill -KILL -f '[c]riu lazy-pages' || true")
+            .run()?;
+        node.wait_for_daemon_end("restoring")?;
+        let said = String::from_utf8(node.read_file("/var/log/restoring.log")?)?;
         let alive = poll_until("an end, or whole memory", PATIENCE, || {
             let tasks = node
                 .ctr(&["tasks", "ls"])

@@ -45,6 +45,9 @@ pub(crate) struct BedInner {
 
 impl Testbed {
     /// Builds the tree if it is not cached, and an empty testbed on it.
+    ///
+    /// # Errors
+    /// When the tree cannot be built, or the work directory cannot be written.
     pub fn new(tree: Tree, settings: &Settings) -> Result<Testbed, TestbedError> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let tree_dir = tree.ensure(&settings.cache_dir)?;
@@ -73,11 +76,17 @@ impl Testbed {
     }
 
     /// Starts a node without a containerd; `name` becomes the hostname `node-<name>`.
+    ///
+    /// # Errors
+    /// When the node does not come up; see [`TestbedError::NodeStart`].
     pub fn node(&self, name: &str) -> Result<Node, TestbedError> {
         self.node_with(name, &NodeOptions::default())
     }
 
     /// Starts a node that differs from the plain one.
+    ///
+    /// # Errors
+    /// When the node does not come up; see [`TestbedError::NodeStart`].
     pub fn node_with(&self, name: &str, options: &NodeOptions) -> Result<Node, TestbedError> {
         let inner = &self.inner;
         let mut nodes = lock(&inner.nodes);
@@ -138,6 +147,9 @@ impl Testbed {
     }
 
     /// Ends all nodes and removes what they had; what `Drop` does, with errors.
+    ///
+    /// # Errors
+    /// Names the first thing that could not be removed; the rest is removed all the same.
     pub fn stop(self) -> Result<(), TestbedError> {
         let result = self.inner.tear_down();
         interrupt::stay_if_ending();

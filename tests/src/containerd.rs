@@ -159,6 +159,9 @@ impl Node {
     }
 
     /// Starts containerd with this configuration and waits until it answers.
+    ///
+    /// # Errors
+    /// When containerd ends or does not answer; the error has the end of its log.
     pub fn start_containerd(&self, config: &ContainerdConfig) -> Result<Containerd, TestbedError> {
         self.configure_containerd(config)?;
         self.start_daemon("containerd", &["containerd"])?;
@@ -167,11 +170,17 @@ impl Node {
     }
 
     /// Starts transship-snapshotter and waits for its socket.
+    ///
+    /// # Errors
+    /// When the binary is missing, or the daemon ends or does not listen; the error has the end of its log.
     pub fn start_snapshotter(&self) -> Result<(), TestbedError> {
         self.start_snapshotter_with(&[])
     }
 
     /// Starts transship-snapshotter with more arguments than its root and address.
+    ///
+    /// # Errors
+    /// As [`Node::start_snapshotter`].
     pub fn start_snapshotter_with(&self, arguments: &[&str]) -> Result<(), TestbedError> {
         let binary = "transship-snapshotter";
         if !self.has_binary(binary) {
@@ -194,11 +203,17 @@ impl Node {
     }
 
     /// Runs `ctr` with these arguments and gives its stdout.
+    ///
+    /// # Errors
+    /// When ctr fails, with the end of its stderr.
     pub fn ctr(&self, arguments: &[&str]) -> Result<String, TestbedError> {
         self.command("ctr").args(arguments).read()
     }
 
     /// Waits until `probe` succeeds; ends early when the daemon has.
+    ///
+    /// # Errors
+    /// When the daemon has ended or the probe does not succeed in time; the error has the end of its log.
     pub fn wait_for_daemon(&self, name: &str, probe: &[&str]) -> Result<(), TestbedError> {
         let mut end = None;
         let answer = poll_until(&format!("start of {name}"), START_DEADLINE, || {
@@ -227,6 +242,9 @@ impl Node {
 
 impl Containerd {
     /// The version of the running daemon, as in "1.7.24".
+    ///
+    /// # Errors
+    /// When ctr fails or answers something else.
     pub fn version(&self) -> Result<String, TestbedError> {
         let text = self.node.ctr(&["version"])?;
         // "Server:\n  Version:  1.6.20~ds1"; Debian's packages differ in the "v".
@@ -249,6 +267,9 @@ impl Containerd {
     }
 
     /// Stops containerd with this signal ("TERM", "KILL"); its containers go on.
+    ///
+    /// # Errors
+    /// When it does not run, or cannot be signalled.
     pub fn stop(self, signal: &str) -> Result<(), TestbedError> {
         self.node.stop_daemon("containerd", signal)
     }

@@ -57,6 +57,9 @@ pub struct Footprint {
 
 impl Footprint {
     /// Takes hold of the namespaces of a testbed that still lives.
+    ///
+    /// # Errors
+    /// When /proc or the cgroups of the testbed cannot be read.
     pub fn follow(traces: Traces) -> Result<Footprint, TestbedError> {
         let mut namespaces = BTreeMap::new();
         for (node, pid) in &traces.pids {
@@ -75,6 +78,9 @@ impl Footprint {
     /// A namespace lives by a process in it, an open descriptor or a bind mount: all three are
     /// looked for. An interface lives in a namespace; that none came into the caller's is looked
     /// for by its name.
+    ///
+    /// # Errors
+    /// When the machine cannot be asked.
     pub fn remains(&self) -> Result<Vec<String>, TestbedError> {
         let mut remains = self.paths()?;
         remains.extend(self.processes()?);
@@ -94,6 +100,9 @@ impl Footprint {
     }
 
     /// What needs someone to remove it: the testbed's directory and its cgroups.
+    ///
+    /// # Errors
+    /// When the machine cannot be asked.
     pub fn paths(&self) -> Result<Vec<String>, TestbedError> {
         let mut left = Vec::new();
         for path in std::iter::once(&self.traces.dir).chain(&self.traces.cgroups) {
@@ -105,6 +114,9 @@ impl Footprint {
     }
 
     /// Processes in a node's namespace or with a descriptor of one, other than this one's.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
     pub fn processes(&self) -> Result<Vec<String>, TestbedError> {
         let own = std::process::id().to_string();
         let mut left = Vec::new();

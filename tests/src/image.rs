@@ -102,6 +102,9 @@ impl Image {
     /// | /data/made/ | not in the image: the counter makes it |
     ///
     /// `busybox` is a static busybox, for instance of the node's tree.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
     pub fn counter(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
         let program = read(&Workload::Counter.build(settings)?)?;
         let mut data = Layer::default();
@@ -142,6 +145,9 @@ impl Image {
     }
 
     /// `transship.test/podmate:1`: busybox and the program of workload/src/bin/podmate.rs.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
     pub fn podmate(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
         let program = read(&Workload::Podmate.build(settings)?)?;
         let mut bin = Layer::default();
@@ -159,6 +165,9 @@ impl Image {
 
     /// `transship.test/pause:1`: a static program that sleeps until SIGTERM, and nothing else; the
     /// CRI's sandbox image, and the sandbox of a `ctr run` pod.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
     pub fn pause(settings: &Settings) -> Result<Image, TestbedError> {
         let program = read(&Workload::Sandbox.build(settings)?)?;
         let mut layer = Layer::default();
@@ -217,6 +226,9 @@ impl Image {
     }
 
     /// The archive in memory.
+    ///
+    /// # Errors
+    /// When a path is too long for a tar header.
     pub fn to_archive(&self) -> Result<Vec<u8>, TestbedError> {
         let mut archive = Layer::default();
         archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
@@ -274,11 +286,17 @@ impl Image {
 
 impl Node {
     /// Imports the image into containerd, unpacked for `snapshotter`.
+    ///
+    /// # Errors
+    /// When ctr fails.
     pub fn import_image(&self, image: &Image, snapshotter: &str) -> Result<(), TestbedError> {
         self.import_image_into("default", image, snapshotter)
     }
 
     /// Imports the image into another containerd namespace, such as the CRI's "k8s.io".
+    ///
+    /// # Errors
+    /// When ctr fails.
     pub fn import_image_into(
         &self,
         namespace: &str,

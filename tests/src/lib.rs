@@ -24,6 +24,8 @@
 //! network and System V objects go with their namespaces. Directories and cgroups are removed by
 //! `Drop`, by the signal thread, or (after a SIGKILL) by the next [`Testbed::new`].
 
+#![warn(clippy::missing_errors_doc)]
+
 mod bed;
 mod cgroups;
 mod containerd;

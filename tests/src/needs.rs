@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use crate::{Settings, Tree};
 
-/// A need: `root_`, `criu_`, `containerd_`, `node_` and `vm_` are the prefixes of test names.
+/// A need; `root_`, `node_` and `vm_` are the prefixes of test names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// All rights on a real kernel.
@@ -23,7 +23,7 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// Reads the value of `REQUIRE`: "root,criu,containerd,node". A test whose need is listed fails
+    /// Reads the value of `REQUIRE`: "root,node". A test whose need is listed fails
     /// when it is missing; another is skipped.
     pub fn from_require(value: &str) -> Needs {
         Needs {
@@ -88,6 +88,6 @@ mod tests {
         assert!(needs.requires(Need::Node(Tree::Forky)));
         assert!(!needs.requires(Need::Vm));
         assert!(!Needs::from_require("").requires(Need::Root));
-        assert!(!Needs::from_require("criu").requires(Need::Node(Tree::Trixie)));
+        assert!(!Needs::from_require("root").requires(Need::Node(Tree::Trixie)));
     }
 }

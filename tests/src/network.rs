@@ -23,6 +23,9 @@ pub struct Link {
 
 impl Testbed {
     /// Joins two nodes; each then knows the other's hostname and the way to its containers.
+    ///
+    /// # Errors
+    /// When `ip` fails in one of the nodes.
     pub fn link(&self, first: &Node, second: &Node) -> Result<Link, TestbedError> {
         let number = self.next_link();
         let link = Link {

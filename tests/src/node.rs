@@ -292,11 +292,17 @@ impl Node {
     }
 
     /// Reads a file of the node.
+    ///
+    /// # Errors
+    /// When there is none that can be read.
     pub fn read_file(&self, path: &str) -> Result<Vec<u8>, TestbedError> {
         self.command("cat").args(["--", path]).feed(b"")
     }
 
     /// Writes a file of the node; makes its directory when it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be written.
     pub fn write_file(&self, path: &str, content: impl AsRef<[u8]>) -> Result<(), TestbedError> {
         let script = "mkdir -p -- \"${0%/*}\"; cat >\"$0\"";
         self.command("sh")
@@ -314,6 +320,9 @@ impl Node {
     }
 
     /// Starts a daemon in the node with its output in `/var/log/<name>.log`.
+    ///
+    /// # Errors
+    /// When the program cannot be started; that it ends later is seen by [`Node::wait_for_daemon`].
     pub fn start_daemon(&self, name: &str, program: &[&str]) -> Result<(), TestbedError> {
         // The PID file holds the daemon's PID inside the node: what the caller sees is nsenter's.
         // The line on stdout says that it is written; after it stdout is the log.
@@ -349,16 +358,31 @@ impl Node {
     }
 
     /// Sends a signal ("TERM", "KILL") to a daemon of [`Node::start_daemon`] and waits for its end.
+    ///
+    /// # Errors
+    /// When no such daemon was started, or it has ended before.
     pub fn stop_daemon(&self, name: &str, signal: &str) -> Result<(), TestbedError> {
-        let Some(mut child) = lock(&self.inner.daemons).remove(name) else {
-            return Err(TestbedError::Missing {
-                what: format!("daemon {name} on node {}", self.name()),
-                remedy: "start it first".to_owned(),
-            });
-        };
+        let mut child = self.take_daemon(name)?;
         self.shell(&format!("kill -{signal} \"$(cat /run/{name}.pid)\""))
             .run()?;
         child.wait().during("wait for", name).map(drop)
+    }
+
+    /// Waits until a program of [`Node::start_daemon`] has ended by itself, with whatever status.
+    ///
+    /// # Errors
+    /// When no such program was started.
+    pub fn wait_for_daemon_end(&self, name: &str) -> Result<(), TestbedError> {
+        let mut child = self.take_daemon(name)?;
+        child.wait().during("wait for", name).map(drop)
+    }
+
+    fn take_daemon(&self, name: &str) -> Result<Child, TestbedError> {
+        let found = lock(&self.inner.daemons).remove(name);
+        found.ok_or_else(|| TestbedError::Missing {
+            what: format!("daemon {name} on node {}", self.name()),
+            remedy: "start it first".to_owned(),
+        })
     }
 
     /// True if a daemon of that name was started and not stopped.
@@ -376,6 +400,9 @@ impl Node {
     }
 
     /// Kills everything in the node and removes its cgroups and its directory; idempotent.
+    ///
+    /// # Errors
+    /// When the node cannot be killed, or its cgroups and its directory cannot be removed.
     pub fn stop(&self) -> Result<(), TestbedError> {
         let Some(mut process) = lock(&self.inner.process).take() else {
             return Ok(());

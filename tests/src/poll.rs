@@ -21,6 +21,9 @@ pub fn stretch_deadlines(factor: u32) {
 ///
 /// `look` answers with `Err(what it saw)` as long as the thing has not come about; the last such
 /// text becomes part of the error.
+///
+/// # Errors
+/// [`TestbedError::Deadline`] with the last sight.
 pub fn poll_until<T>(
     what: &str,
     deadline: Duration,

@@ -10,9 +10,15 @@ const STDERR_TAIL: usize = 2048;
 /// Runs a [`Command`] to its end and turns a bad status into an error with the tail of stderr.
 pub trait CommandRun {
     /// Runs the command with empty stdin and gives its stdout as text.
+    ///
+    /// # Errors
+    /// When the command cannot be started, or fails; with the end of its stderr.
     fn read(&mut self) -> Result<String, TestbedError>;
 
     /// Runs the command with empty stdin; its stdout is dropped.
+    ///
+    /// # Errors
+    /// As [`CommandRun::read`].
     fn run(&mut self) -> Result<(), TestbedError>;
 
     /// Runs the command, which must fail, and gives what it wrote to stderr.
@@ -22,6 +28,9 @@ pub trait CommandRun {
     fn read_failure(&mut self) -> Result<String, TestbedError>;
 
     /// Runs the command with `input` on stdin and gives its stdout.
+    ///
+    /// # Errors
+    /// As [`CommandRun::read`].
     fn feed(&mut self, input: &[u8]) -> Result<Vec<u8>, TestbedError>;
 }
 

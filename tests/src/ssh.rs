@@ -38,6 +38,9 @@ Host node-*
 impl Testbed {
     /// Lets node `from` enter node `to` by ssh over their link, and gives the command for it:
     /// "ssh node-b".
+    ///
+    /// # Errors
+    /// When keys cannot be made, or sshd does not come up.
     pub fn ssh(&self, from: &Node, to: &Node) -> Result<String, TestbedError> {
         from.write_file("/root/.ssh/config", CLIENT)?;
         let key = from

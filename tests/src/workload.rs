@@ -47,6 +47,9 @@ impl Workload {
     }
 
     /// Builds the program if its source is newer and gives its path.
+    ///
+    /// # Errors
+    /// When cargo fails.
     pub fn build(self, settings: &Settings) -> Result<PathBuf, TestbedError> {
         if let Some(dir) = &settings.built_workloads {
             return Ok(dir.join(self.name()));
@@ -117,6 +120,9 @@ impl CounterReply {
 
 impl crate::Node {
     /// Asks the counter at `address` ("10.88.0.2:7000") from inside this node.
+    ///
+    /// # Errors
+    /// Text for [`crate::poll_until`].
     pub fn ask_counter(&self, address: &str) -> Result<CounterReply, String> {
         let Some((host, port)) = address.rsplit_once(':') else {
             return Err(format!("no port in {address:?}"));
