@@ -7,25 +7,36 @@ comma := ,
 export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)node)
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := btrfs-progs buildah build-essential ca-certificates iproute2 libarchive-tools mmdebstrap protobuf-compiler umoci util-linux
-# Besides, for `make test-vm`.
+# As root, with the cargo of who calls.
+AS_ROOT := $(SUDO) env PATH="$$PATH" HOME="$$HOME"
+# What building and one node need; what the tests need; what `make test-vm` needs besides.
+PACKAGES_DEMO := ca-certificates gcc iproute2 libc6-dev mmdebstrap protobuf-compiler util-linux
+PACKAGES := $(PACKAGES_DEMO) btrfs-progs buildah libarchive-tools umoci
 PACKAGES_VM := e2fsprogs qemu-system-x86
-BINARIES := transship transship-snapshotter transship-runc transship-hook
-# Linked without shared libraries, the front, which stands before every call of the OCI runtime, starts with
-# 80 page faults less, and the snapshotter, which stays, takes 1 MB less.
-STATIC := -C target-feature=+crt-static
-# $(call release,MORE): builds what is installed, and the binaries MORE.
-release = $(CARGO) build --release --workspace --bin transship --bin transship-hook $(addprefix --bin ,$(1)) \
-	&& $(CARGO) rustc --release -p transship-hook --bin transship-runc -- $(STATIC) \
-	&& $(CARGO) rustc --release -p transship-snapshotter --bin transship-snapshotter -- $(STATIC)
 # Tools in the versions that are known to work with the pinned toolchain.
-TOOLS := cargo-nextest@0.9.143 cargo-deny@0.20.2 cargo-machete@0.9.2
+RUNNER := cargo-nextest@0.9.143
+LINTERS := cargo-deny@0.20.2 cargo-machete@0.9.2
+
+BINARIES := transship transship-snapshotter transship-runc transship-hook
+# One call of cargo, for all packages: with fewer of them their dependencies have other features, and are built again.
+DEMO := $(CARGO) build --workspace --profile demo
+# Linked without shared libraries, the front, which stands before every call of the OCI runtime, starts with
+# 80 page faults less, and the snapshotter, which stays, takes 1 MB less. With --target build scripts and
+# procedural macros, which are shared libraries, are built as usual.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+RELEASE = RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --workspace --release --target $(HOST)
+RELEASE_DIR = target/$(HOST)/release
 
 # $(call ensure,PACKAGES): installs those that are not there.
 ensure = @missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
 
-.PHONY: help setup setup-vm build test test-long test-vm lint demo bench install install-built clean
+# $(call ensure_tools,NAME@VERSION...): installs those that are not there, from source.
+ensure_tools = @for tool in $(1); do \
+	  command -v $${tool%@*} >/dev/null || $(CARGO) install --locked --debug $$tool || exit; \
+	done
+
+.PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-vm lint demo bench install install-built clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -33,49 +44,71 @@ help: ## List the targets
 
 setup: ## Install what building and testing need (Debian)
 	$(call ensure,$(PACKAGES))
-	@for tool in $(TOOLS); do \
-	  command -v $${tool%@*} >/dev/null || $(CARGO) install --locked --debug $$tool; \
-	done
 
-setup-vm: ## Install what building and the machine of test-vm need (Debian)
-	$(call ensure,$(PACKAGES) $(PACKAGES_VM))
+setup-test: setup
+	$(call ensure_tools,$(RUNNER))
+
+setup-lint: setup
+	$(call ensure_tools,$(LINTERS))
+
+setup-vm: setup
+	$(call ensure,$(PACKAGES_VM))
 
 build: ## Build all binaries (debug; the tests use these)
 	$(CARGO) build --workspace --bins
 
-test: setup build ## Run all tests, those on real nodes too
+trees: build ## Build the Debian trees of the tests' nodes, once
+	@$(AS_ROOT) target/debug/testbed prepare bookworm trixie forky
+
+test: setup-test build ## Run all tests, those on real nodes too
 	$(CARGO) nextest run --workspace
 
-test-long: setup build ## Run all tests with many more generated cases, and those that take long
+test-quick: setup-test build ## Run the tests that need no node
+	$(CARGO) nextest run --workspace -E 'not test(/(^|::)(node|vm)_/)'
+
+test-long: setup-test build ## Run all tests with many more generated cases, and those that take long
 	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all
 
 test-vm: setup-vm build ## Run tests in a machine with systemd and cgroup v2; ONLY=part of their names
 	rm -rf target/vm/root
 	$(MAKE) install-built BUILT=target/debug DESTDIR=target/vm/root PREFIX=/usr/local
-	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-vm $(or $(ONLY),vm_)
+	@$(AS_ROOT) target/debug/transship-vm $(or $(ONLY),vm_)
 
-lint: ## Check format, lints, documentation, dependencies
+lint: setup-lint ## Check format, lints, documentation, dependencies
 	$(CARGO) fmt --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --quiet --workspace --no-deps
 	$(CARGO) deny --log-level error check bans licenses sources
 	$(CARGO) machete
 
-demo: setup build ## Watch a running container move between two nodes
-	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/debug/transship-demo
+demo: ## Watch a running container move between two nodes
+	$(call ensure,$(PACKAGES_DEMO))
+	$(DEMO) --bin testbed
+	@# The node's Debian tree comes over the network while the rest is compiled.
+	@$(AS_ROOT) target/demo/testbed prepare forky & tree=$$!; \
+	$(DEMO) $(addprefix --bin ,$(BINARIES) transship-demo); built=$$?; \
+	wait $$tree && [ $$built = 0 ]
+	@$(AS_ROOT) target/demo/transship-demo
 
 bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|restore|front for a part
-	$(call release,transship-bench testbed)
-	@$(SUDO) env PATH="$$PATH" HOME="$$HOME" target/release/transship-bench $(if $(ONLY),--only $(ONLY))
+	$(RELEASE) $(addprefix --bin ,$(BINARIES) transship-bench testbed)
+	@$(AS_ROOT) $(RELEASE_DIR)/transship-bench $(if $(ONLY),--only $(ONLY))
 
-install: ## Install the built release binaries, units and sample configurations to PREFIX
-	$(call release)
-	$(MAKE) install-built
+install: ## Build with all optimisations, and install binaries, units and sample configurations to PREFIX
+	$(RELEASE) $(addprefix --bin ,$(BINARIES))
+	$(MAKE) install-built BUILT=$(RELEASE_DIR)
 
-install-built: BUILT ?= target/release
+# The binaries without their symbols, and the symbols in files that gdb finds (`set debug-file-directory`, or PREFIX=/usr).
+install-built: BUILT ?= $(RELEASE_DIR)
 install-built:
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 0755 $(BINARIES:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin/
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/debug$(PREFIX)/bin
+	for binary in $(BINARIES); do \
+	  symbols=$(DESTDIR)$(PREFIX)/lib/debug$(PREFIX)/bin/$$binary.debug; \
+	  objcopy --only-keep-debug $(BUILT)/$$binary $$symbols \
+	  && objcopy --strip-all --add-gnu-debuglink=$$symbols $(BUILT)/$$binary $(DESTDIR)$(PREFIX)/bin/$$binary.new \
+	  && chmod 0755 $(DESTDIR)$(PREFIX)/bin/$$binary.new \
+	  && mv $(DESTDIR)$(PREFIX)/bin/$$binary.new $(DESTDIR)$(PREFIX)/bin/$$binary || exit; \
+	done
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/transship
 	for unit in config/*.service config/*.socket; do \
 	  sed 's,/usr/local/,$(PREFIX)/,' $$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}; \
