@@ -60,7 +60,7 @@ pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};
 pub use image::Image;
-pub use machine::Machine;
+pub use machine::{Machine, Verdict};
 pub use needs::{Need, Needs};
 pub use network::Link;
 pub use node::{Node, NodeOptions, Storage};

@@ -1,27 +1,26 @@
-//! `make test-vm`: boots a machine with systemd and cgroup v2 and runs tests of `tests/cases` in it.
+//! `make test-vm`: boots machines with systemd and cgroup v2 and runs tests of `tests/cases` in them.
 //!
 //! ```text
-//! transship-vm ARGUMENT...        arguments of the test program: parts of names
+//! transship-vm PART...            the cases whose names contain one of these
 //!   target/vm/root                what `make install` has put there, for the machine's root
-//!   target/vm/{console,journal}.log
+//!   target/vm/{console,journal}-<boot>.log
 //!   TRANSSHIP_VM_MINUTES          how long it may take; 60
-//! exit code: that of the tests; 1 when they did not end
+//! exit code: 0 when all cases have passed
 //! ```
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
-use transship_testbed::{CommandRun as _, Machine, Settings};
+use anyhow::{Context as _, bail, ensure};
+use transship_testbed::{CommandRun as _, Machine, Settings, Verdict};
 
 const MINUTES: u64 = 60;
-/// Lines of the console that are shown when the machine did not come as far as the tests.
-const CONSOLE_LINES: usize = 40;
 
 fn main() -> ExitCode {
     match run() {
-        Ok(code) => ExitCode::from(code),
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("transship-vm: {error:#}");
             ExitCode::FAILURE
@@ -29,7 +28,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<u8> {
+/// Whether all cases have passed.
+fn run() -> anyhow::Result<bool> {
     let settings =
         Settings::from_variables(|name| std::env::var_os(name), std::env::current_exe()?);
     let minutes = match std::env::var("TRANSSHIP_VM_MINUTES") {
@@ -41,46 +41,55 @@ fn run() -> anyhow::Result<u8> {
         .parent()
         .context("no target directory")?;
     let dir = target.join("vm");
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
     let tests = test_program(&settings)?;
+    let cases = case_names(&tests)?;
+    let start = Instant::now();
     let machine = Machine {
         settings: &settings,
         tests: &tests,
         installed: &dir.join("root"),
-        arguments: &arguments,
+        cases: &cases,
         dir: &dir,
-        deadline: Duration::from_secs(minutes * 60),
+        deadline: start + Duration::from_secs(minutes * 60),
     };
-    let start = Instant::now();
-    let exit = machine.run(|line| println!("{line}"))?;
-    println!("the machine ran for {} s", start.elapsed().as_secs());
-    let (console, journal) = (machine.console_log(), machine.journal_log());
-    match exit {
-        Some(0) => {}
-        Some(_) => println!(
-            "its console: {}, its journal: {}",
-            console.display(),
-            journal.display()
-        ),
-        None => println!(
-            "it ended before the tests; the end of {}:\n{}",
-            console.display(),
-            tail(&console)
-        ),
+    let verdicts = machine.run(|text| println!("{text}"))?;
+    let passed = verdicts.iter().filter(|(_, it)| *it == Verdict::Passed);
+    let passed = passed.count();
+    println!(
+        "\n{passed} of {} cases passed in {} min",
+        cases.len(),
+        start.elapsed().as_secs().div_ceil(60)
+    );
+    for (name, verdict) in &verdicts {
+        match verdict {
+            Verdict::Passed => {}
+            Verdict::Failed => println!("  FAILED  {name}"),
+            Verdict::Lost(reason) => println!("  LOST    {name}: {reason}"),
+        }
     }
-    Ok(exit.unwrap_or(1))
+    if passed != cases.len() {
+        println!("What the machines said: {}", dir.display());
+    }
+    Ok(passed == cases.len())
 }
 
-/// Builds the tests and asks cargo where they are.
+/// The cases that the arguments name.
+fn case_names(tests: &Path) -> anyhow::Result<Vec<String>> {
+    let list = Command::new(tests).arg("--list").read()?;
+    let parts: Vec<String> = std::env::args().skip(1).collect();
+    let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+    let names: Vec<_> = names
+        .filter(|name| parts.iter().any(|part| name.contains(part.as_str())))
+        .map(str::to_owned)
+        .collect();
+    ensure!(!names.is_empty(), "no case is called like {parts:?}");
+    Ok(names)
+}
+
+/// Builds the tests, of the same features as the binaries, and asks cargo where they are.
 fn test_program(settings: &Settings) -> anyhow::Result<PathBuf> {
     let messages = Command::new(&settings.cargo)
-        .args([
-            "test",
-            "--no-run",
-            "--quiet",
-            "--package",
-            "transship-testbed",
-        ])
+        .args(["test", "--no-run", "--quiet", "--workspace"])
         .args(["--test", "node", "--message-format", "json"])
         .read()?;
     for message in messages.lines() {
@@ -92,11 +101,4 @@ fn test_program(settings: &Settings) -> anyhow::Result<PathBuf> {
         }
     }
     bail!("cargo names no test program")
-}
-
-fn tail(path: &Path) -> String {
-    let text = std::fs::read(path).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n")
 }

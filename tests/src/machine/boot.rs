@@ -1,19 +1,20 @@
 //! QEMU: whether KVM works here, and the one boot.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::payload::EXIT_LINE;
+use super::cases::Cases;
 use super::root::{MachineRoot, TreeImage};
 use crate::TestbedError;
+use crate::error::IoContext as _;
 
 const QEMU: &str = "qemu-system-x86_64";
-const MEMORY: &str = "4096";
+const MEMORY: &str = "3072";
 /// The first line of a kernel is there within a second where KVM works.
 const KVM_PATIENCE: Duration = Duration::from_secs(10);
 /// For the power to go off once the tests have ended.
@@ -26,14 +27,25 @@ pub(super) struct Boot<'a> {
     pub(super) trees: &'a [TreeImage],
     pub(super) payload: &'a Path,
     pub(super) with_kvm: bool,
-    pub(super) console: &'a Path,
-    pub(super) journal: &'a Path,
-    pub(super) deadline: Duration,
+    /// For the list of cases and what the machine says.
+    pub(super) dir: &'a Path,
+    /// Of all boots of this run.
+    pub(super) number: usize,
+    pub(super) deadline: Instant,
 }
 
 impl Boot<'_> {
-    /// Runs the machine; see [`super::Machine::run`].
-    pub(super) fn run(&self, mut show: impl FnMut(&str)) -> Result<Option<u8>, TestbedError> {
+    /// Runs the cases that wait; gives the reason if the machine ended before all were done.
+    pub(super) fn run(
+        &self,
+        cases: &mut Cases,
+        show: impl Fn(&str),
+    ) -> Result<Option<String>, TestbedError> {
+        let mut list: String = cases.waiting().flat_map(|name| [name, "\n"]).collect();
+        // A disk consists of whole sectors.
+        list.extend(std::iter::repeat_n('\n', 512 - list.len() % 512));
+        let path = self.cases_disk();
+        fs::write(&path, list).during("write", &path)?;
         let mut qemu = self.command();
         qemu.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut machine = Killed(qemu.spawn().map_err(|source| TestbedError::Start {
@@ -42,30 +54,53 @@ impl Boot<'_> {
         })?);
         let stdout = machine.0.stdout.take().expect("it was asked for as a pipe");
         let lines = lines_of(stdout);
-        let end = Instant::now() + self.deadline;
-        let mut exit = None;
         loop {
-            let left = match exit {
-                None => end.saturating_duration_since(Instant::now()),
-                Some(_) => POWER_OFF_PATIENCE,
+            let left = match cases.are_done {
+                false => self.deadline.saturating_duration_since(Instant::now()),
+                true => POWER_OFF_PATIENCE,
             };
             match lines.recv_timeout(left) {
-                Ok(line) => match line.strip_prefix(EXIT_LINE) {
-                    Some(code) => exit = code.trim().parse().ok(),
-                    None => show(&line),
-                },
-                Err(RecvTimeoutError::Timeout) if exit.is_none() => {
-                    show(&format!("the machine is killed after {:?}", self.deadline));
-                    return Ok(None);
+                Ok(line) => {
+                    if let Some(text) = cases.take(&line) {
+                        show(&text);
+                    }
                 }
-                Err(_) => return Ok(exit),
+                Err(_) if cases.are_done => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Ok(Some("there was no more time".to_owned()));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(Some(self.reason_of_end())),
             }
         }
     }
 
+    /// A panic of the kernel by its name, or the end of the console.
+    fn reason_of_end(&self) -> String {
+        let console = self.console_log();
+        let text = fs::read(&console).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let see = format!("see {}", console.display());
+        match text.lines().find(|line| line.contains("Kernel panic")) {
+            Some(line) => format!("the machine's kernel panicked: {} ({see})", line.trim()),
+            None => format!("the machine ended before the tests ({see})"),
+        }
+    }
+
+    fn cases_disk(&self) -> PathBuf {
+        self.dir.join(format!("cases-{}", self.number))
+    }
+
+    fn console_log(&self) -> PathBuf {
+        self.dir.join(format!("console-{}.log", self.number))
+    }
+
+    fn journal_log(&self) -> PathBuf {
+        self.dir.join(format!("journal-{}.log", self.number))
+    }
+
     fn command(&self) -> Command {
         let mut qemu = bare_machine(&self.root.kernel, MEMORY, self.with_kvm);
-        qemu.args(["-smp", &processors().to_string()])
+        qemu.args(["-smp", &processors(self.with_kvm).to_string()])
             .arg("-initrd")
             .arg(&self.root.initramfs)
             .args([
@@ -73,7 +108,7 @@ impl Boot<'_> {
                 "root=/dev/vda rw console=ttyS0 panic=-1 quiet systemd.show_status=1",
             ])
             .arg("-serial")
-            .arg(format!("file:{}", self.console.display()));
+            .arg(format!("file:{}", self.console_log().display()));
         let disk = |qemu: &mut Command, id: &str, path: &Path, how: &str| {
             // Nothing that is written outlives the machine: no write has to reach the disk.
             let drive = format!(
@@ -88,6 +123,7 @@ impl Boot<'_> {
             disk(&mut qemu, &tree.serial, &tree.disk, "readonly=on");
         }
         disk(&mut qemu, "payload", self.payload, "readonly=on");
+        disk(&mut qemu, "cases", &self.cases_disk(), "readonly=on");
         qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
             // A chardev of kind "stdio" is closed when its stdin is, and the machine's writes wait.
             .args(["-chardev", "file,id=tests,path=/dev/stdout"])
@@ -96,7 +132,10 @@ impl Boot<'_> {
                 "virtserialport,chardev=tests,name=transship.tests",
             ])
             .arg("-chardev")
-            .arg(format!("file,id=journal,path={}", self.journal.display()))
+            .arg(format!(
+                "file,id=journal,path={}",
+                self.journal_log().display()
+            ))
             .args([
                 "-device",
                 "virtserialport,chardev=journal,name=transship.journal",
@@ -117,11 +156,14 @@ fn bare_machine(kernel: &Path, memory: &str, with_kvm: bool) -> Command {
 }
 
 fn accelerator(with_kvm: bool) -> [&'static str; 2] {
-    ["-accel", if with_kvm { "kvm" } else { "tcg,thread=multi" }]
+    ["-accel", if with_kvm { "kvm" } else { "tcg,thread=single" }]
 }
 
-fn processors() -> usize {
-    thread::available_parallelism().map_or(1, |count| count.get().min(4))
+fn processors(with_kvm: bool) -> usize {
+    match with_kvm {
+        true => thread::available_parallelism().map_or(1, |count| count.get().min(4)),
+        false => 1,
+    }
 }
 
 /// Whether a kernel starts under KVM. /dev/kvm alone tells little: in a virtual machine without

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! payload.tar
-//!     run            started by transship-vm.service
+//!     run            started by transship-vm.service: runs the cases listed on the disk "cases"
 //!     root/          copied over the machine's root: binaries, units, samples
 //!     tests          the test program
 //!     workloads/     the programs of the containers' images
@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
+use super::cases::{ALL_DONE, BEGINS, ENDS};
 use super::root::TreeImage;
 use super::{Machine, fresh_dir};
 use crate::error::IoContext as _;
@@ -43,14 +44,6 @@ pub(super) fn pack(
         .arg("-o")
         .args([&tests, &machine.tests.to_owned()])
         .run()?;
-    let binaries = root.join("usr/local/bin");
-    for binary in fs::read_dir(&binaries).during("read", &binaries)? {
-        let binary = binary.during("read", &binaries)?.path();
-        Command::new("strip")
-            .arg("--strip-debug")
-            .arg(binary)
-            .run()?;
-    }
     let workloads = dir.join("workloads");
     fs::create_dir(&workloads).during("create", &workloads)?;
     for workload in Workload::ALL {
@@ -59,11 +52,7 @@ pub(super) fn pack(
         fs::copy(&built, &target).during("copy to", &target)?;
     }
     let script = dir.join("run");
-    let text = script_text(
-        machine.arguments,
-        trees,
-        if with_kvm { 1 } else { SLOWDOWN },
-    );
+    let text = script_text(trees, if with_kvm { 1 } else { SLOWDOWN });
     fs::write(&script, text).during("write", &script)?;
     let executable = fs::Permissions::from_mode(0o755);
     fs::set_permissions(&script, executable).during("chmod", &script)?;
@@ -76,10 +65,10 @@ pub(super) fn pack(
     fs::remove_dir_all(&dir).during("remove", &dir)
 }
 
-/// Line with which the script says that the tests have ended, and how.
-pub(super) const EXIT_LINE: &str = "transship-vm: exit ";
+/// A case that takes longer than this hangs: the others shall get their turn.
+const CASE_SECONDS: u32 = 1200;
 
-fn script_text(arguments: &[String], trees: &[TreeImage], patience: u32) -> String {
+fn script_text(trees: &[TreeImage], patience: u32) -> String {
     let cache = "/var/cache/transship-testbed";
     let mounts: String = trees
         .iter()
@@ -90,32 +79,29 @@ fn script_text(arguments: &[String], trees: &[TreeImage], patience: u32) -> Stri
             )
         })
         .collect();
-    let arguments: Vec<_> = arguments.iter().map(|word| quoted(word)).collect();
     format!(
         "#!/bin/sh\n\
          exec >/dev/virtio-ports/transship.tests 2>&1\n\
-         status=99\n\
-         finish() {{\n\
-         \x20 [ $status = 0 ] || journalctl -b --no-pager >/dev/virtio-ports/transship.journal\n\
-         \x20 echo '{EXIT_LINE}'$status\n\
-         }}\n\
-         trap finish EXIT\n\
          set -e\n\
          cd /opt/transship-vm\n\
          {mounts}\
          cp -a root/. /\n\
          systemctl daemon-reload\n\
+         udevadm wait --timeout=120 /dev/disk/by-id/virtio-cases\n\
          export TRANSSHIP_BIN_DIR=/usr/local/bin TRANSSHIP_WORKLOADS=/opt/transship-vm/workloads\n\
          export TRANSSHIP_PATIENCE={patience} REQUIRE=vm,node\n\
-         set +e\n\
-         ./tests --test-threads 1 {arguments}\n\
-         status=$?\n",
-        arguments = arguments.join(" "),
+         failed=\n\
+         while read -r case; do\n\
+         \x20 [ \"$case\" ] || continue\n\
+         \x20 echo \"{BEGINS}$case\"\n\
+         \x20 code=0\n\
+         \x20 timeout --signal=KILL {CASE_SECONDS} ./tests --test-threads 1 --exact \"$case\" </dev/null || code=$?\n\
+         \x20 [ $code = 0 ] || failed=1\n\
+         \x20 echo \"{ENDS}$case $code\"\n\
+         done </dev/disk/by-id/virtio-cases\n\
+         [ ! \"$failed\" ] || journalctl -b --no-pager >/dev/virtio-ports/transship.journal\n\
+         echo '{ALL_DONE}'\n"
     )
-}
-
-fn quoted(word: &str) -> String {
-    format!("'{}'", word.replace('\'', "'\\''"))
 }
 
 #[cfg(test)]
@@ -129,14 +115,10 @@ mod tests {
             dir_name: "forky-0123".to_owned(),
             disk: "/c/forky-0123.ext4".into(),
         };
-        let text = script_text(&["vm_it's".to_owned()], &[tree], 10);
+        let text = script_text(&[tree], 10);
         let mount =
             "mount -o ro /dev/disk/by-id/virtio-forky /var/cache/transship-testbed/forky-0123\n";
         assert!(text.contains(mount), "{text}");
-        assert!(
-            text.contains("./tests --test-threads 1 'vm_it'\\''s'\n"),
-            "{text}"
-        );
         let parsed = Command::new("sh").args(["-n", "-c", &text]).run();
         assert!(parsed.is_ok(), "{parsed:?}");
     }
