@@ -31,9 +31,10 @@ RELEASE_DIR = target/$(HOST)/release
 ensure = @missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
 
-# $(call ensure_tools,NAME@VERSION...): installs those that are not there, from source.
+# $(call ensure_tools,NAME@VERSION...): installs those that are not there, from source, compiled quickly.
 ensure_tools = @for tool in $(1); do \
-	  command -v $${tool%@*} >/dev/null || $(CARGO) install --locked --debug $$tool || exit; \
+	  command -v $${tool%@*} >/dev/null \
+	  || CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install --locked --debug --target-dir target/tools $$tool || exit; \
 	done
 
 .PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-vm lint demo bench install install-built clean
@@ -60,8 +61,8 @@ build: ## Build all binaries (debug; the tests use these)
 trees: build ## Build the Debian trees of the tests' nodes, once
 	@$(AS_ROOT) target/debug/testbed prepare bookworm trixie forky
 
-test: setup-test build ## Run all tests, those on real nodes too
-	$(CARGO) nextest run --workspace
+test: setup-test build ## Run all tests, those on real nodes too; ONLY=part of their names, a regular expression
+	$(CARGO) nextest run --workspace $(if $(ONLY),-E 'test(/$(ONLY)/)')
 
 test-quick: setup-test build ## Run the tests that need no node
 	$(CARGO) nextest run --workspace -E 'not test(/(^|::)(node|vm)_/)'
