@@ -22,12 +22,13 @@ mod plugin;
 use anyhow::{Context as _, Result};
 use containerd_client::types::Descriptor;
 use tokio::runtime::Runtime;
+use transship_containerd::{Containerd as Client, Snapshotter};
 use transship_testbed::{CommandRun as _, Containerd, ContainerdConfig, Node, Testbed, poll_until};
 
 use crate::daemon::Process;
+use crate::namespace::{KEPT, NAMESPACE};
 use crate::report::Row;
 use crate::sizes::Sizes;
-use crate::snapshots_client::{Client, NAMESPACE};
 use big_image::BigImage;
 use changes::Changed;
 
@@ -42,6 +43,7 @@ pub(crate) struct Bench<'a> {
     sizes: &'a Sizes,
     runtime: Runtime,
     client: Client,
+    snapshots: Snapshotter,
 }
 
 /// Which differ containerd asks first.
@@ -68,11 +70,13 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     let has_plugin = wait_for_plugin(&node);
     let mut containerd = start_containerd(&node, Differ::Walking)?;
     let client = runtime.block_on(connect(&node))?;
+    let snapshots = client.snapshotter(SNAPSHOTTER);
     let mut bench = Bench {
         node,
         sizes,
         runtime,
         client,
+        snapshots,
     };
 
     let images = sizes.image_files.map(|files| BigImage { files });
@@ -98,6 +102,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         containerd.stop("TERM")?;
         containerd = start_containerd(&bench.node, Differ::Ours)?;
         bench.client = bench.runtime.block_on(connect(&bench.node))?;
+        bench.snapshots = bench.client.snapshotter(SNAPSHOTTER);
         peak.reset_peak()?;
         eprintln!("   ours: Apply, Diff");
         bench.apply(Differ::Ours, large, &mut apply)?;
@@ -134,7 +139,7 @@ fn start_containerd(node: &Node, differ: Differ) -> Result<Containerd> {
 
 async fn connect(node: &Node) -> Result<Client> {
     let socket = node.path_from_outside("/run/containerd/containerd.sock");
-    Client::connect(&socket, SNAPSHOTTER).await
+    Ok(Client::connect(&socket, NAMESPACE).await?)
 }
 
 impl Bench<'_> {
@@ -155,11 +160,10 @@ impl Bench<'_> {
     /// Makes a committed snapshot of a layer.
     fn unpack(&mut self, layer: &Descriptor, name: &str) -> Result<()> {
         let key = format!("unpack/{name}");
-        let client = &mut self.client;
         self.runtime.block_on(async {
-            let mounts = client.prepare(&key, "").await?;
-            client.apply(layer, &mounts).await?;
-            client.commit(name, &key).await
+            let mounts = self.snapshots.prepare(&key, "", KEPT).await?;
+            self.client.apply(layer, mounts).await?;
+            self.snapshots.commit(name, &key, KEPT).await
         })?;
         self.sync()
     }

@@ -19,13 +19,13 @@ mod daemon;
 mod front;
 mod layers;
 mod migration;
+mod namespace;
 mod node_clock;
 mod peer;
 mod report;
 mod restore;
 mod sizes;
 mod snapshots;
-mod snapshots_client;
 mod statistics;
 
 use std::path::PathBuf;

@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 
+use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::{
     Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest,
     ListContainersRequest, UpdateContainerRequest,
 };
+use containerd_client::tonic::transport::Channel;
 use prost_types::{Any, FieldMask};
 
-use super::{During, Node, NodeError, present};
+use crate::{Containerd, ContainerdError, During, present};
 
 /// Type URL of an OCI runtime spec in a container record; the value is JSON.
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -17,23 +19,34 @@ const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 /// What a new container record holds.
 #[derive(Debug)]
 pub struct NewContainer {
+    /// Its id.
     pub id: String,
+    /// Its labels.
     pub labels: HashMap<String, String>,
+    /// Name of the image.
     pub image: String,
+    /// Name of the runtime, such as `io.containerd.runc.v2`.
     pub runtime: String,
+    /// The options of its shim.
     pub runtime_options: Option<Any>,
+    /// The OCI runtime spec, JSON.
     pub spec: Vec<u8>,
+    /// Name of the snapshotter.
     pub snapshotter: String,
+    /// Key of the snapshot that becomes the root file system.
     pub snapshot_key: String,
 }
 
-impl Node {
-    fn containers(&self) -> ContainersClient<containerd_client::tonic::transport::Channel> {
+impl Containerd {
+    fn containers(&self) -> ContainersClient<Channel> {
         ContainersClient::new(self.channel())
     }
 
     /// The record of the container `id`.
-    pub async fn container(&self, id: &str) -> Result<Container, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn container(&self, id: &str) -> Result<Container, ContainerdError> {
         let act = || format!("read the container {id:?}");
         let answer = self
             .containers()
@@ -44,7 +57,10 @@ impl Node {
     }
 
     /// The records of all containers of the namespace.
-    pub async fn all_containers(&self) -> Result<Vec<Container>, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn all_containers(&self) -> Result<Vec<Container>, ContainerdError> {
         let answer = self
             .containers()
             .list(self.request(ListContainersRequest::default()))
@@ -54,13 +70,16 @@ impl Node {
     }
 
     /// Makes a container record.
-    pub async fn create_container(&self, new: NewContainer) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn create_container(&self, new: NewContainer) -> Result<(), ContainerdError> {
         let id = new.id.clone();
         let container = Container {
             id: new.id,
             labels: new.labels,
             image: new.image,
-            runtime: Some(containerd_client::services::v1::container::Runtime {
+            runtime: Some(Runtime {
                 name: new.runtime,
                 options: new.runtime_options,
             }),
@@ -82,7 +101,10 @@ impl Node {
     }
 
     /// Replaces the spec of the container `id`.
-    pub async fn update_spec(&self, id: &str, spec: Vec<u8>) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn update_spec(&self, id: &str, spec: Vec<u8>) -> Result<(), ContainerdError> {
         let container = Container {
             id: id.to_owned(),
             spec: Some(Any {
@@ -105,7 +127,10 @@ impl Node {
     }
 
     /// Deletes the record of the container `id`.
-    pub async fn delete_container(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn delete_container(&self, id: &str) -> Result<(), ContainerdError> {
         self.containers()
             .delete(self.request(DeleteContainerRequest { id: id.to_owned() }))
             .await

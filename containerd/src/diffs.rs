@@ -1,29 +1,44 @@
-//! containerd's diff service: what distinguishes two snapshots, compared file by file if need be.
+//! containerd's diff service: two snapshots compared, and a layer applied.
 
-use containerd_client::services::v1::DiffRequest;
 use containerd_client::services::v1::diff_client::DiffClient;
+use containerd_client::services::v1::{ApplyRequest, DiffRequest};
 use containerd_client::types::{Descriptor, Mount};
 
-use super::{During, Node, NodeError, present};
+use crate::{Containerd, ContainerdError, During, present};
 
-/// An uncompressed layer.
-const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-
-impl Node {
-    /// Writes what `right` has changed since `left` to the content store, as a plain layer.
-    pub async fn diff(&self, left: Vec<Mount>, right: Vec<Mount>) -> Result<Descriptor, NodeError> {
+impl Containerd {
+    /// Writes the changes from `left` to `right` to the content store, as a layer.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn diff(&self, request: DiffRequest) -> Result<Descriptor, ContainerdError> {
         let act = || "compare the snapshots".to_owned();
-        let request = DiffRequest {
-            left,
-            right,
-            media_type: PLAIN_LAYER.to_owned(),
-            r#ref: format!("transship-diff-{}", super::unique()),
-            ..DiffRequest::default()
-        };
         let answer = DiffClient::new(self.channel())
             .diff(self.request(request))
             .await
             .during(act)?;
         present(answer.into_inner().diff, "layer", act)
+    }
+
+    /// Applies a layer of the content store to mounts; gives the descriptor of its uncompressed tar.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn apply(
+        &self,
+        layer: &Descriptor,
+        mounts: Vec<Mount>,
+    ) -> Result<Descriptor, ContainerdError> {
+        let act = || format!("apply the layer {}", layer.digest);
+        let request = ApplyRequest {
+            diff: Some(layer.clone()),
+            mounts,
+            ..ApplyRequest::default()
+        };
+        let answer = DiffClient::new(self.channel())
+            .apply(self.request(request))
+            .await
+            .during(act)?;
+        present(answer.into_inner().applied, "descriptor", act)
     }
 }

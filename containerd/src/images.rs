@@ -8,22 +8,17 @@
 //! An index usually names manifests for several platforms; the one that a container uses is the
 //! one whose chain id its snapshot has as parent.
 
-use std::collections::HashMap;
-
-use anyhow::{Context, Result, bail};
-use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::{
-    ApplyRequest, Container, CreateImageRequest, GetImageRequest, Image,
-};
+use containerd_client::services::v1::{Container, CreateImageRequest, GetImageRequest, Image};
 use containerd_client::types::Descriptor;
+use data_encoding::HEXLOWER;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
-use transship_checkpoint::store::hex;
-use transship_checkpoint::wire::Blob;
 
-use super::{During, Node, NodeError, present, unique};
+use crate::labels::GC_REF_SNAPSHOT;
+use crate::{Cause, Containerd, ContainerdError, During, Snapshotter, present, unique};
 
 /// The manifest of an image whose layers make up a given chain.
 #[derive(Debug, Clone)]
@@ -55,23 +50,25 @@ struct IndexEntry {
 
 /// The chain id of layers: what containerd calls the committed snapshot of the topmost one. See
 /// the OCI image specification, "Layer ChainID".
+#[must_use]
 pub fn chain_id(diff_ids: &[String]) -> Option<String> {
     diff_ids.iter().fold(None, |chain, diff_id| {
         Some(match chain {
             None => diff_id.clone(),
             Some(chain) => {
-                format!(
-                    "sha256:{}",
-                    hex(&Sha256::digest(format!("{chain} {diff_id}").as_bytes()))
-                )
+                let digest = Sha256::digest(format!("{chain} {diff_id}"));
+                format!("sha256:{}", HEXLOWER.encode(&digest))
             }
         })
     })
 }
 
-impl Node {
+impl Containerd {
     /// The image record called `name`.
-    pub async fn image(&self, name: &str) -> Result<Option<Image>, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn image(&self, name: &str) -> Result<Option<Image>, ContainerdError> {
         let act = || format!("read the image {name:?}");
         let request = GetImageRequest {
             name: name.to_owned(),
@@ -87,7 +84,14 @@ impl Node {
     }
 
     /// Makes an image record; one that exists already is fine, whatever it names.
-    pub async fn create_image(&self, name: &str, target: Descriptor) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn create_image(
+        &self,
+        name: &str,
+        target: Descriptor,
+    ) -> Result<(), ContainerdError> {
         let image = Image {
             name: name.to_owned(),
             target: Some(target),
@@ -109,23 +113,28 @@ impl Node {
 
     /// What a container is made of: the chain id below its snapshot, and its image's target if the
     /// image is still there.
+    ///
+    /// # Errors
+    /// The answer of containerd.
     pub async fn base_of(
         &self,
         record: &Container,
-    ) -> Result<(String, Option<Descriptor>), NodeError> {
-        let snapshot = self
-            .snapshot(&record.snapshotter, &record.snapshot_key)
-            .await?;
+    ) -> Result<(String, Option<Descriptor>), ContainerdError> {
+        let snapshots = self.snapshotter(&record.snapshotter);
+        let snapshot = snapshots.stat(&record.snapshot_key).await?;
         let image = self.image(&record.image).await?;
         Ok((snapshot.parent, image.and_then(|image| image.target)))
     }
 
     /// Looks below `target` for the manifest whose layers have the chain id `chain`.
+    ///
+    /// # Errors
+    /// The answer of containerd.
     pub async fn resolve_image(
         &self,
         target: &Descriptor,
         chain: &str,
-    ) -> Result<Option<ResolvedImage>> {
+    ) -> Result<Option<ResolvedImage>, ContainerdError> {
         let mut ways = vec![vec![target.clone()]];
         while let Some(way) = ways.pop() {
             let Some(here) = way.last() else { continue };
@@ -134,8 +143,7 @@ impl Node {
                 continue;
             }
             let document = self.read_document(&here.digest).await?;
-            let parsed: IndexOrManifest = serde_json::from_slice(&document)
-                .with_context(|| format!("the blob {} is no image", here.digest))?;
+            let parsed: IndexOrManifest = parse(&document, "image", &here.digest)?;
             if parsed.manifests.is_empty()
                 && let Some(image) = self.resolve_manifest(&document, &way, chain).await?
             {
@@ -159,16 +167,15 @@ impl Node {
         document: &[u8],
         way: &[Descriptor],
         chain: &str,
-    ) -> Result<Option<ResolvedImage>> {
-        let manifest: ImageManifest =
-            serde_json::from_slice(document).context("a manifest of the image cannot be parsed")?;
+    ) -> Result<Option<ResolvedImage>, ContainerdError> {
+        let digest = way.last().map_or("", |manifest| &manifest.digest);
+        let manifest: ImageManifest = parse(document, "manifest", digest)?;
         let config = descriptor(manifest.config());
         if self.blob(&config.digest).await?.is_none() {
             return Ok(None);
         }
-        let parsed: ImageConfiguration =
-            serde_json::from_slice(&self.read_document(&config.digest).await?)
-                .context("the config of the image cannot be parsed")?;
+        let document = self.read_document(&config.digest).await?;
+        let parsed: ImageConfiguration = parse(&document, "config", &config.digest)?;
         let diff_ids = parsed.rootfs().diff_ids().clone();
         if chain_id(&diff_ids).as_deref() != Some(chain) {
             return Ok(None);
@@ -189,128 +196,103 @@ impl Node {
         }))
     }
 
-    /// The image's blobs as they are offered to another node, with the labels that keep them.
-    pub async fn offer_blobs(&self, image: &ResolvedImage) -> Result<Vec<Blob>> {
-        let mut blobs = Vec::new();
-        for descriptor in &image.blobs {
-            // Layers may have been discarded after the unpacking: the other node may have them.
-            let Some(info) = self.blob(&descriptor.digest).await? else {
-                continue;
-            };
-            let kept = |label: &String| {
-                label.starts_with("containerd.io/gc.ref.content")
-                    || label == "containerd.io/uncompressed"
-            };
-            blobs.push(Blob {
-                digest: descriptor.digest.clone(),
-                size: u64::try_from(info.size).unwrap_or_default(),
-                media_type: descriptor.media_type.clone(),
-                labels: info
-                    .labels
-                    .into_iter()
-                    .filter(|(label, _)| kept(label))
-                    .collect(),
-            });
-        }
-        Ok(blobs)
-    }
-
     /// Unpacks the image's layers into `snapshotter`, as far as they are not there.
-    pub async fn unpack(&self, image: &ResolvedImage, snapshotter: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// The answer of containerd; or a layer is not what the image's config says.
+    pub async fn unpack(
+        &self,
+        image: &ResolvedImage,
+        snapshotter: &str,
+    ) -> Result<(), ContainerdError> {
+        let snapshots = self.snapshotter(snapshotter);
         let mut parent = String::new();
         for (index, layer) in image.layers.iter().enumerate() {
             let Some(name) = chain_id(&image.diff_ids[..=index]) else {
                 continue;
             };
-            match self.snapshot(snapshotter, &name).await {
+            match snapshots.stat(&name).await {
                 Ok(_) => {}
                 Err(error) if error.is_not_found() => {
                     let diff_id = &image.diff_ids[index];
-                    self.unpack_layer(layer, diff_id, snapshotter, &parent, &name)
-                        .await
-                        .with_context(|| format!("the layer {} was not unpacked", layer.digest))?;
+                    self.unpack_layer(layer, diff_id, &snapshots, &parent, &name)
+                        .await?;
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             }
             parent = name;
         }
         // Without this label the snapshots are garbage as soon as no lease holds them.
-        let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
-        self.label_blob(&image.config, &label, &parent).await?;
-        Ok(())
+        let label = format!("{GC_REF_SNAPSHOT}{snapshotter}");
+        self.label_blob(&image.config, &[(&label, &parent)]).await
     }
 
     async fn unpack_layer(
         &self,
         layer: &Descriptor,
         diff_id: &str,
-        snapshotter: &str,
+        snapshots: &Snapshotter,
         parent: &str,
         name: &str,
-    ) -> Result<()> {
+    ) -> Result<(), ContainerdError> {
         let key = format!("transship-unpack-{} {name}", unique());
-        let mounts = self
-            .prepare(snapshotter, &key, parent, HashMap::new())
-            .await?;
-        let applied = self.apply(layer, mounts).await;
-        let committed = match applied {
-            Ok(found) if found == diff_id => match self.commit(snapshotter, name, &key).await {
-                // Somebody else unpacked the same layer meanwhile.
-                Err(error) if error.is_already_exists() => Err(None),
-                other => other.map_err(|error| Some(error.into())),
-            },
-            Ok(found) => Err(Some(anyhow::anyhow!(
-                "its content has the digest {found}, not {diff_id}"
-            ))),
-            Err(error) => Err(Some(error.into())),
-        };
-        match committed {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.remove_snapshot(snapshotter, &key).await?;
-                error.map_or(Ok(()), Err)
+        let mounts = snapshots.prepare(&key, parent, &[]).await?;
+        let committed = async {
+            let found = self.apply(layer, mounts).await?.digest;
+            if found != diff_id {
+                let expected = diff_id.to_owned();
+                return Err(Cause::Content { found, expected })
+                    .during(|| format!("unpack the layer {}", layer.digest));
             }
+            snapshots.commit(name, &key, &[]).await
+        };
+        let Err(error) = committed.await else {
+            return Ok(());
+        };
+        let removed = snapshots.remove_if_exists(&key).await;
+        // Somebody else has unpacked the same layer meanwhile.
+        if error.is_already_exists() {
+            removed
+        } else {
+            Err(error)
         }
     }
 
-    /// Applies a layer to mounts and returns the digest of its uncompressed content.
-    async fn apply(
+    /// Makes sure that `snapshotter` has the layers with the chain id `chain`; they come out of the image
+    /// `name` if need be.
+    ///
+    /// # Errors
+    /// The answer of containerd; or neither snapshotter nor image has the layers.
+    pub async fn ensure_unpacked(
         &self,
-        layer: &Descriptor,
-        mounts: Vec<containerd_client::types::Mount>,
-    ) -> Result<String, NodeError> {
-        let act = || format!("apply the layer {}", layer.digest);
-        let request = ApplyRequest {
-            diff: Some(layer.clone()),
-            mounts,
-            ..ApplyRequest::default()
-        };
-        let answer = DiffClient::new(self.channel())
-            .apply(self.request(request))
-            .await
-            .during(act)?;
-        Ok(present(answer.into_inner().applied, "descriptor", act)?.digest)
-    }
-
-    /// Makes sure that `snapshotter` has the layers of the image with the chain id `chain`.
-    pub async fn ensure_unpacked(&self, name: &str, chain: &str, snapshotter: &str) -> Result<()> {
-        match self.snapshot(snapshotter, chain).await {
+        name: &str,
+        chain: &str,
+        snapshotter: &str,
+    ) -> Result<(), ContainerdError> {
+        match self.snapshotter(snapshotter).stat(chain).await {
             Ok(_) => return Ok(()),
             Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
         let resolved = match self.image(name).await?.and_then(|image| image.target) {
             Some(target) => self.resolve_image(&target, chain).await?,
             None => None,
         };
-        let Some(image) = resolved else {
-            bail!(
-                "the layers that the checkpoint was taken on ({chain}) are not on this node, and \
-                 the image {name:?} here is not the one that has them"
-            );
-        };
+        let image = name.to_owned();
+        let resolved = resolved.ok_or(Cause::OtherImage { image });
+        let image = resolved.during(|| format!("unpack the layers with the chain id {chain}"))?;
         self.unpack(&image, snapshotter).await
     }
+}
+
+fn parse<T: DeserializeOwned>(
+    document: &[u8],
+    kind: &'static str,
+    digest: &str,
+) -> Result<T, ContainerdError> {
+    serde_json::from_slice(document)
+        .map_err(|source| Cause::Document { kind, source })
+        .during(|| format!("read the blob {digest}"))
 }
 
 fn descriptor(from: &oci_spec::image::Descriptor) -> Descriptor {
@@ -331,7 +313,8 @@ mod tests {
         let ids = ["sha256:aaa".to_owned(), "sha256:bbb".to_owned()];
         assert_eq!(chain_id(&[]), None);
         assert_eq!(chain_id(&ids[..1]).as_deref(), Some("sha256:aaa"));
-        let two = format!("sha256:{}", hex(&Sha256::digest(b"sha256:aaa sha256:bbb")));
+        let two = HEXLOWER.encode(&Sha256::digest(b"sha256:aaa sha256:bbb"));
+        let two = format!("sha256:{two}");
         assert_eq!(chain_id(&ids), Some(two));
     }
 }

@@ -1,171 +1,146 @@
-//! One containerd: the connection, and what Transship asks of its services.
+//! The client of containerd that all of Transship uses.
 //!
 //! ```text
-//!  commands --> containers   records and specs
-//!           --> tasks        freeze, dump, create, start, kill
-//!           --> snapshots    prepare, mounts, remove
-//!           --> images       image -> manifest, config, chain id; unpack
-//!           --> content      blobs in and out
-//!           --> diffs        two snapshots compared
+//!  Containerd::connect ──> Containerd   one connection, one namespace, perhaps a lease
+//!                            ├─ containers   records and specs
+//!                            ├─ tasks        freeze, dump, create, start, kill
+//!                            ├─ images       image -> manifest, config, chain id; unpack
+//!                            ├─ content      blobs out of the store, their labels
+//!                            ├─ upload       one blob into the store
+//!                            ├─ diffs        two snapshots compared; a layer applied
+//!                            ├─ leases       what protects new objects from garbage collection
+//!                            ├─ plugins      which snapshotters and differs work
+//!                            └─ snapshotter(name) ──> Snapshotter   prepare, mounts, commit, remove ...
 //! ```
 //!
-//! Every call carries containerd's namespace, and the lease that protects new objects from garbage
-//! collection while there is one.
+//! Every request carries containerd's namespace and, if there is one, the lease. Requests and answers
+//! are the generated types of `containerd_client` where they are of use to the caller. Clones share the
+//! connection, which is made again after containerd was restarted. [`Snapshotter`] speaks to the socket
+//! of a proxy plugin as well.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
 
-use containerd_client::services::v1::leases_client::LeasesClient;
+use containerd_client::services::v1::ListNamespacesRequest;
+use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::version_client::VersionClient;
-use containerd_client::services::v1::{CreateRequest, DeleteRequest};
 use containerd_client::tonic;
-use tonic::metadata::{Ascii, MetadataValue};
+use tonic::Request;
+use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
 
 pub mod containers;
-pub mod content;
-pub mod diffs;
+mod content;
+mod diffs;
+mod error;
 pub mod images;
-pub mod plugins;
+pub mod labels;
+mod leases;
+mod overlay_dirs;
+mod plugins;
 pub mod snapshots;
 pub mod tasks;
+mod upload;
 
-/// A call that containerd refused.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {act}")]
-pub struct NodeError {
-    act: String,
-    source: CallError,
-}
+pub use containers::NewContainer;
+pub use content::BlobPieces;
+pub use error::{Cause, ContainerdError};
+pub use images::{ResolvedImage, chain_id};
+pub use labels::rfc3339;
+pub use snapshots::{SnapshotPages, Snapshotter};
+pub use tasks::Output;
+pub use upload::Upload;
 
-/// Why a call failed.
-#[derive(Debug, thiserror::Error)]
-pub enum CallError {
-    /// containerd's answer.
-    #[error("{}", .0.message())]
-    Status(Status),
-    /// There is no answer.
-    #[error(transparent)]
-    Transport(#[from] tonic::transport::Error),
-    /// A value that cannot go into a header.
-    #[error("{0:?} cannot be used in a gRPC header")]
-    Header(String),
-    /// An answer that lacks what it must hold.
-    #[error("containerd's answer holds no {0}")]
-    Incomplete(&'static str),
-}
+/// Its earlier name.
+pub type Node = Containerd;
+/// Its earlier name.
+pub type NodeError = ContainerdError;
 
-impl NodeError {
-    /// Whether the thing asked for does not exist.
-    pub fn is_not_found(&self) -> bool {
-        self.code() == Some(Code::NotFound)
-    }
+pub(crate) use error::{During, present};
+pub(crate) use transship_proto::MESSAGE_LIMIT;
 
-    /// Whether the thing to be made exists.
-    pub fn is_already_exists(&self) -> bool {
-        self.code() == Some(Code::AlreadyExists)
-    }
+/// gRPC header with containerd's namespace.
+const NAMESPACE_HEADER: &str = "containerd-namespace";
+/// gRPC header with the id of the lease that new objects belong to.
+const LEASE_HEADER: &str = "containerd-lease";
 
-    fn code(&self) -> Option<Code> {
-        match &self.source {
-            CallError::Status(status) => Some(status.code()),
-            _ => None,
-        }
-    }
-}
-
-/// Adds the act to a failed call.
-pub trait During<T> {
-    fn during(self, act: impl FnOnce() -> String) -> Result<T, NodeError>;
-}
-
-impl<T> During<T> for Result<T, Status> {
-    fn during(self, act: impl FnOnce() -> String) -> Result<T, NodeError> {
-        self.map_err(|status| NodeError {
-            act: act(),
-            source: CallError::Status(status),
-        })
-    }
-}
-
-/// Takes a field that protobuf makes optional and containerd always fills.
-pub fn present<T>(
-    field: Option<T>,
-    name: &'static str,
-    act: impl FnOnce() -> String,
-) -> Result<T, NodeError> {
-    field.ok_or_else(|| NodeError {
-        act: act(),
-        source: CallError::Incomplete(name),
-    })
+/// The namespace that the headers of a request to a plugin name, if they do.
+#[must_use]
+pub fn namespace_of(headers: &MetadataMap) -> Option<&str> {
+    headers.get(NAMESPACE_HEADER)?.to_str().ok()
 }
 
 /// A containerd, seen through one of its namespaces.
 #[derive(Debug, Clone)]
-pub struct Node {
+pub struct Containerd {
     channel: Channel,
-    address: PathBuf,
+    address: Arc<PathBuf>,
     namespace: MetadataValue<Ascii>,
     lease: Option<MetadataValue<Ascii>>,
 }
 
-impl Node {
-    /// Connects to the containerd that listens on `address`.
-    pub async fn connect(address: &Path, namespace: &str) -> Result<Self, NodeError> {
-        let act = || format!("connect to containerd at {}", address.display());
+impl Containerd {
+    /// Connects to the containerd that listens on the socket `address`.
+    ///
+    /// # Errors
+    /// Nobody listens there, or `namespace` cannot be a gRPC header.
+    pub async fn connect(address: &Path, namespace: &str) -> Result<Self, ContainerdError> {
         let channel = containerd_client::connect(address)
             .await
-            .map_err(|error| NodeError {
-                act: act(),
-                source: error.into(),
-            })?;
+            .during(|| format!("connect to containerd at {}", address.display()))?;
         Ok(Self {
             channel,
-            address: address.to_path_buf(),
+            address: Arc::new(address.to_path_buf()),
             namespace: header(namespace)?,
             lease: None,
         })
     }
 
-    /// The same containerd, another namespace.
-    pub fn in_namespace(&self, namespace: &str) -> Result<Self, NodeError> {
+    /// The same containerd in another namespace. A lease belongs to its namespace and is left behind.
+    ///
+    /// # Errors
+    /// `namespace` cannot be a gRPC header.
+    pub fn in_namespace(&self, namespace: &str) -> Result<Self, ContainerdError> {
         Ok(Self {
             namespace: header(namespace)?,
+            lease: None,
             ..self.clone()
         })
     }
 
     /// The namespace.
+    #[must_use]
     pub fn namespace(&self) -> &str {
         self.namespace.to_str().unwrap_or_default()
     }
 
     /// containerd's socket.
+    #[must_use]
     pub fn address(&self) -> &Path {
         &self.address
     }
 
-    /// The connection, for services that have a client of their own.
+    /// The connection, for the CRI, which has a client of its own.
+    #[must_use]
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        request
-            .metadata_mut()
-            .insert("containerd-namespace", self.namespace.clone());
+        let headers = request.metadata_mut();
+        headers.insert(NAMESPACE_HEADER, self.namespace.clone());
         if let Some(lease) = &self.lease {
-            request
-                .metadata_mut()
-                .insert("containerd-lease", lease.clone());
+            headers.insert(LEASE_HEADER, lease.clone());
         }
         request
     }
 
     /// containerd's version.
-    pub async fn version(&self) -> Result<String, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn version(&self) -> Result<String, ContainerdError> {
         let answer = VersionClient::new(self.channel())
             .version(self.request(()))
             .await
@@ -173,50 +148,27 @@ impl Node {
         Ok(answer.into_inner().version)
     }
 
-    /// The same node, with a lease that keeps what is made under it for `lifetime` at the longest.
-    pub async fn with_lease(&self, lifetime: Duration) -> Result<Self, NodeError> {
-        let expires = std::time::SystemTime::now() + lifetime;
-        let id = format!("transship-{}-{}", std::process::id(), unique());
-        let labels = [("containerd.io/gc.expire".to_owned(), rfc3339(expires))].into();
-        LeasesClient::new(self.channel())
-            .create(self.request(CreateRequest {
-                id: id.clone(),
-                labels,
-            }))
+    /// Names of all namespaces.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn namespaces(&self) -> Result<Vec<String>, ContainerdError> {
+        let answer = NamespacesClient::new(self.channel())
+            .list(ListNamespacesRequest::default())
             .await
-            .during(|| "make a lease".to_owned())?;
-        Ok(Self {
-            lease: Some(header(&id)?),
-            ..self.clone()
-        })
-    }
-
-    /// Ends the lease: what nothing else refers to may be collected.
-    pub async fn drop_lease(&self) -> Result<(), NodeError> {
-        let Some(lease) = &self.lease else {
-            return Ok(());
-        };
-        let id = lease.to_str().unwrap_or_default().to_owned();
-        let bare = Self {
-            lease: None,
-            ..self.clone()
-        };
-        LeasesClient::new(self.channel())
-            .delete(bare.request(DeleteRequest { id, sync: false }))
-            .await
-            .during(|| "delete a lease".to_owned())?;
-        Ok(())
+            .during(|| "list the namespaces".to_owned())?;
+        let namespaces = answer.into_inner().namespaces.into_iter();
+        Ok(namespaces.map(|namespace| namespace.name).collect())
     }
 }
 
-fn header(value: &str) -> Result<MetadataValue<Ascii>, NodeError> {
-    value.parse().map_err(|_| NodeError {
-        act: "call containerd".to_owned(),
-        source: CallError::Header(value.to_owned()),
-    })
+fn header(value: &str) -> Result<MetadataValue<Ascii>, ContainerdError> {
+    let header = value.parse().map_err(|_| Cause::Header(value.to_owned()));
+    header.during(|| "call containerd".to_owned())
 }
 
-/// A number that no other call of this machine gets: for keys of temporary objects.
+/// A suffix for keys and ids that no other call on this machine gets.
+#[must_use]
 pub fn unique() -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -226,21 +178,9 @@ pub fn unique() -> String {
     format!("{now:x}-{:x}", COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A moment as containerd's garbage collector reads it.
-pub fn rfc3339(time: std::time::SystemTime) -> String {
-    let time = prost_types::Timestamp::from(time);
-    prost_types::Timestamp { nanos: 0, ..time }.to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn time_is_written_as_the_garbage_collector_reads_it() {
-        let time = std::time::UNIX_EPOCH + Duration::from_millis(1_700_000_000_500);
-        assert_eq!(rfc3339(time), "2023-11-14T22:13:20Z");
-    }
 
     #[test]
     fn unique_is_unique() {

@@ -1,33 +1,57 @@
-//! Which plugins containerd has loaded.
+//! Which plugins of containerd work.
 
-use containerd_client::services::v1::PluginsRequest;
+use std::path::PathBuf;
+
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use containerd_client::services::v1::{Plugin, PluginsRequest};
 
-use super::{During, Node, NodeError};
+use crate::{Containerd, ContainerdError, During};
 
-impl Node {
+impl Containerd {
     /// Names of the snapshotters that work on this node.
-    pub async fn snapshotters(&self) -> Result<Vec<String>, NodeError> {
-        self.plugins("io.containerd.snapshotter.v1").await
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn snapshotters(&self) -> Result<Vec<String>, ContainerdError> {
+        let plugins = self.plugins("io.containerd.snapshotter.v1").await?;
+        Ok(plugins.map(|plugin| plugin.id).collect())
     }
 
     /// Names of the differs that work on this node.
-    pub async fn differs(&self) -> Result<Vec<String>, NodeError> {
-        self.plugins("io.containerd.differ.v1").await
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn differs(&self) -> Result<Vec<String>, ContainerdError> {
+        let plugins = self.plugins("io.containerd.differ.v1").await?;
+        Ok(plugins.map(|plugin| plugin.id).collect())
     }
 
-    async fn plugins(&self, kind: &str) -> Result<Vec<String>, NodeError> {
+    /// The directory of containerd's own content store; None when it does not tell, or when another
+    /// store is loaded.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn content_root(&self) -> Result<Option<PathBuf>, ContainerdError> {
+        let mut stores = self.plugins("io.containerd.content.v1").await?;
+        let root = match (stores.next(), stores.next()) {
+            (Some(mut only), None) if only.id == "content" => only.exports.remove("root"),
+            _ => None,
+        };
+        Ok(root.map(PathBuf::from).filter(|root| root.is_absolute()))
+    }
+
+    async fn plugins(
+        &self,
+        kind: &str,
+    ) -> Result<impl Iterator<Item = Plugin> + use<>, ContainerdError> {
         let request = PluginsRequest {
             filters: vec![format!("type=={kind}")],
         };
         let answer = IntrospectionClient::new(self.channel())
             .plugins(self.request(request))
             .await
-            .during(|| "list containerd's plugins".to_owned())?;
-        let loaded = answer.into_inner().plugins.into_iter();
-        Ok(loaded
-            .filter(|plugin| plugin.init_err.is_none())
-            .map(|plugin| plugin.id)
-            .collect())
+            .during(|| format!("list the plugins of type {kind}"))?;
+        let plugins = answer.into_inner().plugins.into_iter();
+        Ok(plugins.filter(|plugin| plugin.init_err.is_none()))
     }
 }

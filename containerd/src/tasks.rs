@@ -1,35 +1,39 @@
 //! Tasks: what runs in a container.
 
-use std::path::Path;
-
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest,
     ListPidsRequest, PauseTaskRequest, ResumeTaskRequest, StartRequest, WaitRequest,
 };
+use containerd_client::tonic::Code;
+use containerd_client::tonic::transport::Channel;
 use containerd_client::types::Mount;
 use containerd_client::types::v1::{Process, Status};
-use transship_checkpoint::criu_options::{CriuOptions, Tcp};
 use transship_proto::runc_options::CheckpointOptions;
 
-use super::{During, Node, NodeError, present};
+use crate::{Containerd, ContainerdError, During, present};
 
 const SIGKILL: u32 = nix::libc::SIGKILL.unsigned_abs();
 
-/// Where a task's output goes: FIFO paths or URIs, empty for nowhere.
+/// Where a task's output goes: paths of FIFOs or URIs; empty for nowhere.
 #[derive(Debug, Default)]
 pub struct Output {
+    /// Target of its standard output.
     pub stdout: String,
+    /// Target of its standard error.
     pub stderr: String,
 }
 
-impl Node {
-    fn tasks(&self) -> TasksClient<containerd_client::tonic::transport::Channel> {
+impl Containerd {
+    fn tasks(&self) -> TasksClient<Channel> {
         TasksClient::new(self.channel())
     }
 
     /// The task of the container `id`.
-    pub async fn task(&self, id: &str) -> Result<Process, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn task(&self, id: &str) -> Result<Process, ContainerdError> {
         let act = || format!("read the task of {id:?}");
         let request = GetRequest {
             container_id: id.to_owned(),
@@ -40,7 +44,10 @@ impl Node {
     }
 
     /// Process ids of all processes of the container, as this node sees them.
-    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, ContainerdError> {
         let answer = self
             .tasks()
             .list_pids(self.request(ListPidsRequest {
@@ -57,7 +64,10 @@ impl Node {
     }
 
     /// Freezes all processes of the container.
-    pub async fn pause(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn pause(&self, id: &str) -> Result<(), ContainerdError> {
         self.tasks()
             .pause(self.request(PauseTaskRequest {
                 container_id: id.to_owned(),
@@ -69,7 +79,10 @@ impl Node {
 
     /// Thaws them. It is no error when they run already: the runtime thaws a container whose dump
     /// has failed.
-    pub async fn resume(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn resume(&self, id: &str) -> Result<(), ContainerdError> {
         let request = ResumeTaskRequest {
             container_id: id.to_owned(),
         };
@@ -83,34 +96,15 @@ impl Node {
         }
     }
 
-    /// Dumps the container with CRIU into `images` and goes on; CRIU's log goes to `work`.
-    pub async fn dump(
-        &self,
-        id: &str,
-        criu: &CriuOptions,
-        images: &Path,
-        work: &Path,
-    ) -> Result<(), NodeError> {
-        let options = CheckpointOptions {
-            exit: false,
-            // Connections that are closed at the restore must be dumped all the same.
-            open_tcp: criu.tcp != Tcp::Refuse,
-            external_unix_sockets: criu.ext_unix_sk,
-            terminal: criu.shell_job,
-            file_locks: criu.file_locks,
-            empty_namespaces: criu
-                .empty_ns
-                .map(|_| "network".to_owned())
-                .into_iter()
-                .collect(),
-            image_path: images.display().to_string(),
-            work_path: work.display().to_string(),
-            ..CheckpointOptions::default()
-        };
+    /// Dumps the container with CRIU; where to, and how, the options say.
+    ///
+    /// # Errors
+    /// The answer of containerd; CRIU's log says more.
+    pub async fn dump(&self, id: &str, options: &CheckpointOptions) -> Result<(), ContainerdError> {
         let request = CheckpointTaskRequest {
             container_id: id.to_owned(),
             parent_checkpoint: String::new(),
-            options: Some(containerd_client::to_any(&options)),
+            options: Some(containerd_client::to_any(options)),
         };
         self.tasks()
             .checkpoint(self.request(request))
@@ -120,12 +114,15 @@ impl Node {
     }
 
     /// Creates the task of the container `id` and returns its process id.
+    ///
+    /// # Errors
+    /// The answer of containerd.
     pub async fn create_task(
         &self,
         id: &str,
         rootfs: Vec<Mount>,
         output: Output,
-    ) -> Result<u32, NodeError> {
+    ) -> Result<u32, ContainerdError> {
         let request = CreateTaskRequest {
             container_id: id.to_owned(),
             rootfs,
@@ -142,7 +139,10 @@ impl Node {
     }
 
     /// Starts the created task.
-    pub async fn start_task(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn start_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = StartRequest {
             container_id: id.to_owned(),
             exec_id: String::new(),
@@ -156,7 +156,10 @@ impl Node {
 
     /// Kills a frozen container: it ends before its next instruction. The CRI, which watches it,
     /// deletes its task.
-    pub async fn kill_frozen(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn kill_frozen(&self, id: &str) -> Result<(), ContainerdError> {
         let request = KillRequest {
             container_id: id.to_owned(),
             exec_id: String::new(),
@@ -172,7 +175,10 @@ impl Node {
 
     /// Kills the task of the container, whatever state it is in, and deletes it. A container
     /// without a task is fine.
-    pub async fn kill_task(&self, id: &str) -> Result<(), NodeError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn kill_task(&self, id: &str) -> Result<(), ContainerdError> {
         let status = match self.task(id).await {
             Ok(task) => task.status(),
             Err(error) if error.is_not_found() => return Ok(()),
@@ -187,7 +193,7 @@ impl Node {
                 all: true,
             };
             match self.tasks().kill(self.request(request)).await {
-                Err(status) if status.code() != containerd_client::tonic::Code::NotFound => {
+                Err(status) if status.code() != Code::NotFound => {
                     return Err(status).during(|| format!("kill {id:?}"));
                 }
                 _ => {}
@@ -208,7 +214,7 @@ impl Node {
             container_id: id.to_owned(),
         };
         match self.tasks().delete(self.request(request)).await {
-            Err(status) if status.code() != containerd_client::tonic::Code::NotFound => {
+            Err(status) if status.code() != Code::NotFound => {
                 Err(status).during(|| format!("delete the task of {id:?}"))
             }
             _ => Ok(()),

@@ -34,6 +34,7 @@ use transship_sandbox::admission::service_account;
 use crate::message_queues;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::problem::{Kind, Problem};
+use crate::shim_options;
 use crate::stuck_dump;
 use transship_containerd::Node;
 use transship_containerd::images::ResolvedImage;
@@ -294,7 +295,8 @@ impl SourceContainer {
     ) -> Result<()> {
         let criu = &self.container.criu;
         if self.by_containerd {
-            return Ok(node.dump(self.id(), criu, images, work).await?);
+            let options = shim_options::checkpoint_options(criu, images, work);
+            return Ok(node.dump(self.id(), &options).await?);
         }
         let export = export_inside.map(|to| ExportInside {
             address: node.address(),

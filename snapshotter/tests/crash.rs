@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::{Info, Kind};
-use containerd_client::tonic::{Code, Status};
+use containerd_client::tonic::Code;
 use containerd_client::types::Mount;
 use transship_snapshotter::fault::STEPS;
 
@@ -354,7 +354,7 @@ fn root_a_lost_connection_is_unavailable_to_the_client() {
         let client = daemon.client().await;
         client.prepare("a", "", &[]).await.unwrap();
         daemon.kill();
-        let status: Status = client.stat("a").await.expect_err("nobody is there");
+        let status = client.stat("a").await.expect_err("nobody is there");
         assert!(
             matches!(status.code(), Code::Unavailable | Code::Unknown),
             "{status:?}"

@@ -19,7 +19,7 @@ use containerd_client::tonic::Code;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
-use support::client::Client;
+use support::client::{self, Client};
 use support::daemon::Site;
 use support::mounted::{Mounted, enter_private_mounts};
 
@@ -152,7 +152,7 @@ fn root_the_log_has_each_call_and_its_level_changes() {
             .arg(&config);
         let mut child = command.spawn().unwrap();
         support::wait_until("it listens", || site.socket().try_exists().unwrap());
-        let client = Client::connect(&site.socket(), "transship").await.unwrap();
+        let client = client::connect(&site.socket(), "transship").await.unwrap();
         client.prepare("quiet", "", &[]).await.unwrap();
         fs::write(&config, "log_format = \"json\"\nlog_level = \"debug\"\n").unwrap();
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
@@ -215,7 +215,10 @@ fn root_a_full_disk_is_said_and_survived() {
                 assert!(made < 10_000, "the disk is never full");
             };
             assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-            assert!(status.message().contains("No space left"), "{status:?}");
+            assert!(
+                status.source.to_string().contains("No space left"),
+                "{status:?}"
+            );
             // What is there works, and nothing is half there.
             client.mounts("p0").await.unwrap();
             client.stat("base").await.unwrap();
@@ -362,7 +365,7 @@ fn root_no_connection_is_lost_at_a_restart() {
             support::block_on(async {
                 let mut answers = 0_usize;
                 while restarting.load(Ordering::Relaxed) {
-                    let client = match Client::connect(&site.socket(), "transship").await {
+                    let client = match client::connect(&site.socket(), "transship").await {
                         Err(error) if finds_nothing(&error) => {
                             std::thread::sleep(Duration::from_millis(1));
                             continue;

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use support::client::Client;
+use support::client;
 use support::daemon::Site;
 
 /// Runs a test if it can be run.
@@ -52,7 +52,7 @@ fn root_a_call_to_a_socket_of_systemd_waits_for_the_daemon() {
         std::fs::create_dir(site.socket().parent().unwrap()).unwrap();
         let listener = UnixListener::bind(site.socket()).unwrap();
         let mut daemon = start_on(&site, &listener);
-        let client = Client::connect(&site.socket(), "transship").await.unwrap();
+        let client = client::connect(&site.socket(), "transship").await.unwrap();
         client.prepare("kept", "", &[]).await.unwrap();
         daemon.kill().unwrap();
         daemon.wait().unwrap();
@@ -60,7 +60,7 @@ fn root_a_call_to_a_socket_of_systemd_waits_for_the_daemon() {
         // Connects and asks while there is only the socket.
         let socket = site.socket();
         let asked = tokio::spawn(async move {
-            let client = Client::connect(&socket, "transship").await.unwrap();
+            let client = client::connect(&socket, "transship").await.unwrap();
             client.stat("kept").await
         });
         tokio::task::yield_now().await;

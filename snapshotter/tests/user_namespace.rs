@@ -9,7 +9,7 @@ use std::process::{Child, Command};
 
 use containerd_client::types::Mount;
 
-use support::client::Client;
+use support::client;
 use support::daemon::Site;
 
 /// A daemon in namespaces of its own; killed when dropped.
@@ -68,7 +68,7 @@ fn root_layers_work_in_a_user_namespace() {
         let site = Site::new();
         let daemon = Rootless::start(&site);
         support::wait_until("the daemon listens", || site.socket().try_exists().unwrap());
-        let client = Client::connect(&site.socket(), "transship").await.unwrap();
+        let client = client::connect(&site.socket(), "transship").await.unwrap();
         let place = site.path().join("place");
 
         let mounts = client.prepare("1", "", &[]).await.unwrap();

@@ -11,7 +11,7 @@ use containerd_client::types::Descriptor;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use crate::snapshots_client::TAR;
+use crate::namespace::TAR;
 
 /// Files in one directory.
 pub(super) const FILES_PER_DIR: u32 = 100;

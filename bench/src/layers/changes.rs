@@ -10,6 +10,7 @@ use transship_testbed::CommandRun as _;
 
 use super::Bench;
 use super::big_image::BigImage;
+use crate::namespace::KEPT;
 
 const MOUNT_POINT: &str = "/mnt/changed";
 /// Changed files in the case of few changes.
@@ -98,7 +99,9 @@ impl Bench<'_> {
         change: impl FnOnce(&Path) -> io::Result<()>,
     ) -> Result<Snapshot> {
         let key = format!("changed/{name}");
-        let mounts = self.runtime.block_on(self.client.prepare(&key, parent))?;
+        let mounts = self
+            .runtime
+            .block_on(self.snapshots.prepare(&key, parent, KEPT))?;
         let [overlay] = &mounts[..] else {
             anyhow::bail!("one overlay mount was expected: {mounts:?}");
         };

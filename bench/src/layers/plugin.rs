@@ -1,16 +1,18 @@
 //! Apply and Diff through containerd: the walking differ, or ours.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use containerd_client::services::v1::DiffRequest;
 use containerd_client::types::Descriptor;
 
 use super::big_image::BigImage;
 use super::changes::{Changed, FEW, Snapshot};
 use super::{Bench, Differ};
+use crate::namespace::{KEPT, NAMESPACE, TAR};
 use crate::node_clock::time_in_node;
 use crate::report::{Better, Goal, Row};
-use crate::snapshots_client::{NAMESPACE, TAR};
 use crate::statistics::{median_millis, megabytes, spaced};
 
 const WALKING: &str = "walking differ";
@@ -59,13 +61,13 @@ impl Bench<'_> {
         let rounds = self.sizes.slow_rounds.min(2);
         for round in 0..rounds {
             let key = format!("apply/{differ:?}/{round}");
-            let client = &mut self.client;
+            let (client, snapshots) = (&self.client, &self.snapshots);
             let took = self.runtime.block_on(async {
-                let mounts = client.prepare(&key, "").await?;
+                let mounts = snapshots.prepare(&key, "", KEPT).await?;
                 let start = Instant::now();
-                client.apply(layer, &mounts).await?;
+                client.apply(layer, mounts).await?;
                 let took = start.elapsed();
-                client.remove(&key).await?;
+                snapshots.remove(&key).await?;
                 anyhow::Ok(took)
             })?;
             match differ {
@@ -79,28 +81,39 @@ impl Bench<'_> {
 
     /// Times of the Diff call of a changed snapshot against its parent.
     fn diff(&mut self, snapshot: &Snapshot, most: usize) -> Result<Vec<Duration>> {
-        let (client, key) = (&mut self.client, &snapshot.key);
+        let (client, snapshots) = (&self.client, &self.snapshots);
+        let key = &snapshot.key;
         self.runtime.block_on(async {
             let view = format!("view/{key}");
-            let left = client.view(&view, snapshot.parent).await?;
-            let right = client.mounts(key).await?;
+            let left = snapshots.view(&view, snapshot.parent, KEPT).await?;
+            let right = snapshots.mounts(key).await?;
+            let kept = KEPT
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            let kept: HashMap<_, _> = kept.collect();
             let mut took: Vec<Duration> = Vec::new();
             while took.len() < most {
                 let start = Instant::now();
-                let layer = client
-                    .diff(&left, &right, TAR, &format!("{key}/{start:?}"))
-                    .await?;
+                let request = DiffRequest {
+                    left: left.clone(),
+                    right: right.clone(),
+                    media_type: TAR.to_owned(),
+                    r#ref: format!("{key}/{start:?}"),
+                    labels: kept.clone(),
+                    ..DiffRequest::default()
+                };
+                let layer = client.diff(request).await?;
                 took.push(start.elapsed());
                 let is_slow = start.elapsed() > SLOW;
                 // Each turn writes and commits anew. The collector, which the removal wakes, must
                 // not fall into the next turn.
-                client.delete_content(&layer.digest).await?;
+                client.delete_blob(&layer.digest).await?;
                 tokio::time::sleep(SETTLE).await;
                 if is_slow && took.len() >= self.sizes.slow_rounds {
                     break;
                 }
             }
-            client.remove(&view).await?;
+            snapshots.remove(&view).await?;
             Ok(took)
         })
     }

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use transship_containerd::Snapshotter;
 
 use crate::daemon::Process;
+use crate::namespace::{KEPT, NAMESPACE};
 use crate::report::{Better, Goal, Row};
-use crate::snapshots_client::Client;
 use crate::statistics::{median, median_millis, millis};
 
 /// The calls of a cycle, in their order.
@@ -58,11 +59,11 @@ impl Target {
             .map(|n| {
                 let target = self.clone();
                 tokio::spawn(async move {
-                    let mut client = target.connect().await?;
+                    let client = target.connect().await?;
                     for i in (first + n..count).step_by(FILLERS) {
                         let (key, name) = (format!("fill/{i}"), present_name(i));
-                        client.prepare(&key, "").await?;
-                        client.commit(&name, &key).await?;
+                        client.prepare(&key, "", KEPT).await?;
+                        client.commit(&name, &key, KEPT).await?;
                     }
                     anyhow::Ok(())
                 })
@@ -137,10 +138,10 @@ impl Target {
 
     /// Median of Stat of snapshots that are there, in milliseconds.
     pub(crate) async fn run_stats(&self, round: usize) -> Result<f64> {
-        let mut client = self.connect().await?;
+        let client = self.connect().await?;
         let own = "stat/own";
         if self.present == 0 {
-            client.prepare(own, "").await?;
+            client.prepare(own, "", KEPT).await?;
         }
         let mut took = Vec::new();
         for i in round * STATS..(round + 1) * STATS {
@@ -161,9 +162,12 @@ impl Target {
 
     /// What a List takes, in milliseconds.
     pub(crate) async fn run_list(&self) -> Result<f64> {
-        let mut client = self.connect().await?;
+        let client = self.connect().await?;
         let start = Instant::now();
-        let count = client.list().await?;
+        let (mut pages, mut count) = (client.list_pages(&[]).await?, 0);
+        while let Some(page) = pages.next().await? {
+            count += page.len();
+        }
         let took = start.elapsed();
         ensure!(
             count == self.present,
@@ -173,8 +177,8 @@ impl Target {
         Ok(millis(took))
     }
 
-    async fn connect(&self) -> Result<Client> {
-        Client::connect(&self.socket, &self.snapshotter).await
+    async fn connect(&self) -> Result<Snapshotter> {
+        Ok(Snapshotter::connect(&self.socket, NAMESPACE, &self.snapshotter).await?)
     }
 }
 
@@ -184,7 +188,7 @@ fn present_name(i: usize) -> String {
 }
 
 async fn run_cycles(
-    mut client: Client,
+    client: Snapshotter,
     prefix: String,
     until: Instant,
 ) -> Result<[Vec<Duration>; 4]> {
@@ -199,11 +203,11 @@ async fn run_cycles(
             took[call].push(start.elapsed());
             start = Instant::now();
         };
-        client.prepare(&key, "").await?;
+        client.prepare(&key, "", KEPT).await?;
         lap(0);
         client.mounts(&key).await?;
         lap(1);
-        client.commit(&name, &key).await?;
+        client.commit(&name, &key, KEPT).await?;
         lap(2);
         client.remove(&name).await?;
         lap(3);

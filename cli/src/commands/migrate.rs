@@ -195,7 +195,9 @@ impl Migration<'_> {
         self.progress.step("image");
         let from = self.timeline.now();
         let blobs = match &self.container.image {
-            Some((_, image)) => self.node.offer_blobs(image).await?,
+            Some((_, image)) => {
+                transship_engine::image_blobs::offer_blobs(self.node, image).await?
+            }
             None => Vec::new(),
         };
         self.estimate = self.container.estimate(self.node).await?;
@@ -245,13 +247,9 @@ impl Migration<'_> {
             })
             .await?;
         let mut stream = self.node.read_blob(digest).await?;
-        while let Some(piece) = stream
-            .message()
-            .await
-            .with_context(|| format!("cannot read the blob {digest}"))?
-        {
+        while let Some(piece) = stream.next().await? {
             self.conversation
-                .step(move |(sender, _)| sender.send_data(&piece.data))
+                .step(move |(sender, _)| sender.send_data(&piece))
                 .await?;
         }
         Ok(())

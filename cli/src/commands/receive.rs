@@ -204,7 +204,8 @@ async fn take_image(
         }
     }
     node.ensure_unpacked(&image.name, &image.chain_id, snapshotter)
-        .await
+        .await?;
+    Ok(())
 }
 
 async fn receive_blob(

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use containerd_client::tonic::{Code, Status};
+use transship_containerd::ContainerdError;
 use transship_layer::{ExportError, ImportError};
 
 use super::pack::PackError;
 use super::plan::NotOurs;
-use super::store::CallError;
 use crate::error::chain;
 
 /// A call that was not done.
@@ -42,7 +42,7 @@ pub(super) enum DiffError {
     },
     /// containerd refused.
     #[error(transparent)]
-    Call(#[from] CallError),
+    Call(#[from] ContainerdError),
     /// Nobody waits for the answer any more, or the daemon stops.
     #[error("given up")]
     GivenUp,
@@ -115,11 +115,9 @@ mod tests {
                  container first",
             ),
             (
-                CallError {
+                ContainerdError {
                     act: "write".to_owned(),
-                    source: Box::new(super::super::store::Refusal::Status(
-                        Status::resource_exhausted("no space left on device"),
-                    )),
+                    source: Status::resource_exhausted("no space left on device").into(),
                 }
                 .into(),
                 Code::ResourceExhausted,

@@ -1,7 +1,7 @@
 //! containerd's diff service, served as a proxy plugin: layers out of upperdirs and into them.
 //!
 //! ```text
-//!  containerd ── Diff ───> service ──> plan ──> pack (export, hash, compress) ──> upload ──┐
+//!  containerd ── Diff ───> service ──> plan ──> pack (export, hash, compress) ──> Upload ──┐
 //!             ── Apply ──> service ──> plan ──> unpack (decompress, hash, import) <──┐     │
 //!                             │                                                      │     v
 //!             <── content store, leases ───────── store ──── blob_file ──────────────┴──────
@@ -23,7 +23,6 @@ mod plan;
 mod service;
 mod store;
 mod unpack;
-mod upload;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,7 +35,7 @@ use transship_proto::diff_server::DiffServer;
 
 use crate::socket::Socket;
 use service::{Calls, DiffService};
-use store::Containerd;
+use store::Connection;
 
 /// How long calls in flight may take after the order to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -55,7 +54,7 @@ pub struct RunningDiffer {
 pub fn start(socket: Socket, containerd: PathBuf) -> RunningDiffer {
     let (give_up, given_up) = watch::channel(false);
     let (stop, stopped) = watch::channel(false);
-    let service = DiffService::new(socket.path(), Containerd::at(containerd), given_up);
+    let service = DiffService::new(socket.path(), Connection::to(containerd), given_up);
     let connections = socket.accept_until(ordered(stopped));
     let server = transport::Server::builder()
         .add_service(DiffServer::new(Calls(service)).max_decoding_message_size(MESSAGE_LIMIT))

@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
-use containerd_client::tonic::metadata::{Ascii, MetadataMap, MetadataValue};
+use containerd_client::tonic::metadata::MetadataMap;
 use containerd_client::tonic::{self, Code, Request, Response, Status};
 use containerd_client::types::Descriptor;
 use nix::unistd::{AccessFlags, access};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use transship_containerd::labels::{GC_ROOT, UNCOMPRESSED};
+use transship_containerd::{Containerd, Upload, namespace_of};
 use transship_layer::{Compression, ExportError};
 
 use super::blob_file::BlobFile;
@@ -25,9 +27,8 @@ use super::media_type;
 use super::namespace;
 use super::pack::{PackError, Packed, pack_layer};
 use super::plan::{LayerSource, LayerTarget, NotOurs, plan_apply, plan_diff};
-use super::store::{Containerd, During, GC_ROOT, Store, UNCOMPRESSED};
+use super::store::Connection;
 use super::unpack::{Unpacked, unpack_layer};
-use super::upload::Upload;
 use crate::error::chain;
 
 /// Calls that are worked on at a time; each holds some MiB and some threads.
@@ -39,14 +40,14 @@ const ATTEMPTS: usize = 3;
 /// What all calls share.
 #[derive(Debug)]
 pub(super) struct DiffService {
-    containerd: Containerd,
+    connection: Connection,
     jobs: Semaphore,
     /// Turns true when the daemon can wait no longer.
     give_up: watch::Receiver<bool>,
     names: Names,
     leases: Leases,
     /// Namespaces that have been cleared of what a killed differ left.
-    swept: Mutex<HashSet<MetadataValue<Ascii>>>,
+    swept: Mutex<HashSet<String>>,
 }
 
 /// References and lease ids: `transship-diff-<which differ>-<which process>-<number>`. The first two
@@ -102,11 +103,11 @@ impl GivenUp {
 impl DiffService {
     pub(super) fn new(
         socket: &Path,
-        containerd: Containerd,
+        connection: Connection,
         give_up: watch::Receiver<bool>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            containerd,
+            connection,
             jobs: Semaphore::new(JOBS),
             give_up,
             names: Names::new(socket),
@@ -115,9 +116,9 @@ impl DiffService {
         })
     }
 
-    /// The store of the request's namespace, cleared of leftovers at its first use.
-    async fn store(&self, namespace: MetadataValue<Ascii>) -> Result<Store, DiffError> {
-        let store = self.containerd.store(namespace.clone()).await?;
+    /// containerd in the request's namespace, cleared of leftovers at its first use.
+    async fn containerd(&self, namespace: String) -> Result<Containerd, DiffError> {
+        let containerd = self.connection.in_namespace(&namespace).await?;
         let first = self
             .swept
             .lock()
@@ -125,15 +126,15 @@ impl DiffService {
             .insert(namespace);
         if first {
             let (differ, process) = (self.names.differ.clone(), self.names.process.clone());
-            let store = store.clone();
-            tokio::spawn(async move { sweep(&store, &differ, &process).await });
+            let containerd = containerd.clone();
+            tokio::spawn(async move { sweep(&containerd, &differ, &process).await });
         }
-        Ok(store)
+        Ok(containerd)
     }
 
     async fn write_diff(
         &self,
-        namespace: Option<MetadataValue<Ascii>>,
+        namespace: Option<String>,
         request: DiffRequest,
         mut given_up: GivenUp,
     ) -> Result<Descriptor, DiffError> {
@@ -152,16 +153,16 @@ impl DiffService {
         let _turn = self.jobs.acquire().await;
         let namespace = match namespace {
             Some(namespace) => namespace,
-            None => namespace::with_mounts(&self.containerd, &request.right).await?,
+            None => namespace::with_mounts(&self.connection, &request.right).await?,
         };
-        let store = self.store(namespace).await?;
+        let containerd = self.containerd(namespace).await?;
         let name = self.names.next();
         let mut writing = Writing {
             lease: None,
             upload: None,
         };
         let written = tokio::select! {
-            written = writing.run(&job, &store, &self.leases, &name, &request) => written,
+            written = writing.run(&job, &containerd, &self.leases, &name, &request) => written,
             () = given_up.wait() => Err(DiffError::GivenUp),
         };
         if written.is_err() {
@@ -197,7 +198,7 @@ impl DiffService {
 
     async fn apply_layer(
         &self,
-        namespace: Option<MetadataValue<Ascii>>,
+        namespace: Option<String>,
         request: ApplyRequest,
         mut given_up: GivenUp,
     ) -> Result<Descriptor, DiffError> {
@@ -211,9 +212,9 @@ impl DiffService {
         let _turn = self.jobs.acquire().await;
         let namespace = match namespace {
             Some(namespace) => namespace,
-            None => namespace::with_blob(&self.containerd, &layer.digest).await?,
+            None => namespace::with_blob(&self.connection, &layer.digest).await?,
         };
-        let store = self.store(namespace).await?;
+        let containerd = self.containerd(namespace).await?;
         let sync = request.sync_fs;
         let digest = layer.digest.clone();
         let unpack = move |blob: &mut (dyn BufRead + Send)| {
@@ -225,7 +226,7 @@ impl DiffService {
             }
             Ok((target, unpacked))
         };
-        let unpacked = match self.containerd.open_blob(&store, &layer).await? {
+        let unpacked = match self.connection.open_blob(&containerd, &layer).await? {
             Some(file) => {
                 let (mut blob, stop) = BlobFile::new(file);
                 let mut unpacking = tokio::task::spawn_blocking(move || unpack(&mut blob));
@@ -244,7 +245,7 @@ impl DiffService {
                 let unpacking =
                     tokio::task::spawn_blocking(move || unpack(&mut ChunkReader::new(queue)));
                 let read = tokio::select! {
-                    read = read_into(&pieces, &store, &layer) => read,
+                    read = read_into(&pieces, &containerd, &layer) => read,
                     () = given_up.wait() => Err(DiffError::GivenUp),
                 };
                 if read.is_err() {
@@ -291,13 +292,13 @@ impl Writing {
     async fn run(
         &mut self,
         job: &LayerJob,
-        store: &Store,
+        containerd: &Containerd,
         leases: &Leases,
         name: &str,
         request: &DiffRequest,
     ) -> Result<Packed, DiffError> {
         for attempt in 1.. {
-            match self.attempt(job, store, leases, name, request).await {
+            match self.attempt(job, containerd, leases, name, request).await {
                 Err(DiffError::Pack(PackError::Export(ExportError::Changed { path })))
                     if attempt < ATTEMPTS =>
                 {
@@ -324,7 +325,7 @@ impl Writing {
     async fn attempt(
         &mut self,
         job: &LayerJob,
-        store: &Store,
+        containerd: &Containerd,
         leases: &Leases,
         name: &str,
         request: &DiffRequest,
@@ -350,14 +351,15 @@ impl Writing {
         }
         // The export goes on while the lease is made and the upload begins.
         if self.lease.is_none() && !request.labels.contains_key(GC_ROOT) {
-            self.lease = Some(leases.current(store, name).await?);
+            self.lease = Some(leases.current(containerd, name).await?);
         }
         let reference = match request.r#ref.as_str() {
             "" => name,
             reference => reference,
         };
-        let store = self.lease.as_ref().map_or(store, |lease| lease.store());
-        let upload = Upload::begin(store.clone(), reference.to_owned()).await?;
+        let lease = self.lease.as_ref();
+        let containerd = lease.map_or(containerd, |lease| lease.containerd());
+        let upload = Upload::begin(containerd.clone(), reference.to_owned()).await?;
         let upload = self.upload.insert(upload);
         while let Some(chunk) = chunks.recv().await {
             upload.write(chunk).await?;
@@ -365,7 +367,8 @@ impl Writing {
         let packed = joined(packing).await?;
         let mut labels: HashMap<String, String> = request.labels.clone();
         labels.insert(UNCOMPRESSED.to_owned(), packed.tar.digest.clone());
-        upload.commit(&packed.blob, &labels).await?;
+        let blob = &packed.blob;
+        upload.commit(&blob.digest, blob.size, &labels).await?;
         Ok(packed)
     }
 
@@ -389,15 +392,15 @@ async fn joined_with<T>(task: &mut JoinHandle<Result<T, DiffError>>) -> Result<T
 }
 
 /// Removes what killed processes of this differ have left unfinished.
-async fn sweep(store: &Store, differ: &str, process: &str) {
+async fn sweep(containerd: &Containerd, differ: &str, process: &str) {
     let swept = async {
-        for reference in store.unfinished(differ).await? {
+        for reference in containerd.unfinished_uploads(differ).await? {
             if !reference.starts_with(process) {
                 tracing::info!(reference, "removing what a killed differ left");
-                store.abort(&reference).await?;
+                containerd.abort_upload(&reference).await?;
             }
         }
-        Ok::<_, super::store::CallError>(())
+        Ok::<_, transship_containerd::ContainerdError>(())
     };
     if let Err(error) = swept.await {
         tracing::warn!(error = chain(&error), "cannot look for leftovers");
@@ -407,18 +410,14 @@ async fn sweep(store: &Store, differ: &str, process: &str) {
 /// Reads the whole blob into the queue. When the other end leaves, it has an error of its own.
 async fn read_into(
     pieces: &mpsc::Sender<io::Result<Vec<u8>>>,
-    store: &Store,
+    containerd: &Containerd,
     layer: &Descriptor,
 ) -> Result<(), DiffError> {
-    let mut stream = store.read(&layer.digest).await?;
+    let mut blob = containerd.read_blob(&layer.digest).await?;
     let mut left = layer.size;
-    while let Some(piece) = stream
-        .message()
-        .await
-        .during(|| format!("read the blob {}", layer.digest))?
-    {
-        left -= i64::try_from(piece.data.len()).unwrap_or(i64::MAX);
-        if pieces.send(Ok(piece.data)).await.is_err() {
+    while let Some(piece) = blob.next().await? {
+        left -= i64::try_from(piece.len()).unwrap_or(i64::MAX);
+        if pieces.send(Ok(piece)).await.is_err() {
             return Ok(());
         }
     }
@@ -488,14 +487,14 @@ impl Calls {
         &self,
         rpc: &'static str,
         headers: &MetadataMap,
-        job: impl FnOnce(Arc<DiffService>, Option<MetadataValue<Ascii>>, GivenUp) -> F,
+        job: impl FnOnce(Arc<DiffService>, Option<String>, GivenUp) -> F,
     ) -> Result<T, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, DiffError>> + Send + 'static,
     {
         let start = Instant::now();
-        let namespace = namespace::named(headers);
+        let namespace = namespace_of(headers).map(str::to_owned);
         let (waiting, caller) = oneshot::channel();
         let given_up = GivenUp {
             caller,

@@ -10,7 +10,7 @@ use containerd_client::services::v1::snapshots::Info;
 use containerd_client::types::Mount;
 
 use crate::support;
-use crate::support::client::Client;
+use crate::support::client::{self, Client};
 use crate::support::daemon::{Daemon, Site};
 use crate::support::mounted::{Mounted, enter_private_mounts};
 
@@ -28,7 +28,7 @@ impl Bench {
         let prefix = format!("{}-{number}-", std::process::id());
         if let Some(socket) = std::env::var_os("SNAPSHOTS_SOCKET") {
             let name = std::env::var("SNAPSHOTS_NAME").unwrap_or("overlayfs".to_owned());
-            let client = Client::connect(Path::new(&socket), &name).await.unwrap();
+            let client = client::connect(Path::new(&socket), &name).await.unwrap();
             return Self {
                 client,
                 prefix,

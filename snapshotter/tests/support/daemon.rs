@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::client::Client;
+use super::client::{self, Client};
 
 /// A root directory that outlives the daemons that are started on it.
 #[derive(Debug)]
@@ -126,7 +126,7 @@ pub struct Daemon {
 
 impl Daemon {
     pub async fn client(&self) -> Client {
-        Client::connect(&self.socket, "transship").await.unwrap()
+        client::connect(&self.socket, "transship").await.unwrap()
     }
 
     pub fn pid(&self) -> Pid {

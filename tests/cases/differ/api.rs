@@ -7,29 +7,19 @@
 //! ```
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use containerd_client::services::v1::content_client::ContentClient;
-use containerd_client::services::v1::diff_client::DiffClient;
-use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::leases_client::LeasesClient;
-use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
-use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-    ViewSnapshotRequest,
-};
-use containerd_client::services::v1::{
-    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, DiffRequest, GetImageRequest,
-    Image, InfoRequest, WriteAction, WriteContentRequest,
-};
-use containerd_client::tonic::codegen::tokio_stream;
-use containerd_client::tonic::transport::Channel;
-use containerd_client::tonic::{Code, Request};
+use containerd_client::services::v1::DiffRequest;
+use containerd_client::tonic::Code;
 use containerd_client::types::{Descriptor, Mount};
+use data_encoding::HEXLOWER;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use transship_containerd::labels::{GC_REF_CONTENT, GC_REF_SNAPSHOT, GC_ROOT, UNCOMPRESSED};
+use transship_containerd::{Containerd, ContainerdError, Snapshotter, chain_id};
 use transship_testbed::{
     CommandRun as _, ContainerdConfig, Node, NodeOptions, Testbed, Tree, journey, poll_until,
 };
@@ -43,17 +33,18 @@ use super::{
 const DOCKER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-const UNCOMPRESSED: &str = "containerd.io/uncompressed";
-/// Keeps what no lease does.
-const GC_ROOT: [&str; 2] = ["containerd.io/gc.root", "test"];
+/// Keeps a snapshot that no lease does.
+const KEPT: &[(&str, &str)] = &[(GC_ROOT, "test")];
+/// How long a lease would be kept if the test were killed.
+const LEASE_LIFETIME: Duration = Duration::from_secs(3600);
 const TRANSSHIP: &str = "transship";
 
 /// A client of a node's containerd.
 struct Api<'n> {
     node: &'n Node,
     runtime: Runtime,
-    channel: Channel,
-    lease: Option<String>,
+    containerd: Containerd,
+    has_lease: bool,
 }
 
 impl<'n> Api<'n> {
@@ -62,58 +53,38 @@ impl<'n> Api<'n> {
             .enable_all()
             .build()?;
         let socket = node.path_from_outside("/run/containerd/containerd.sock");
-        let channel = runtime.block_on(containerd_client::connect(socket))?;
+        let containerd = runtime.block_on(Containerd::connect(&socket, "default"))?;
         Ok(Self {
             node,
             runtime,
-            channel,
-            lease: None,
+            containerd,
+            has_lease: false,
         })
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        let headers = request.metadata_mut();
-        headers.insert(
-            "containerd-namespace",
-            "default".parse().expect("a plain word"),
-        );
-        if let Some(lease) = &self.lease {
-            headers.insert("containerd-lease", lease.parse().expect("a plain word"));
-        }
-        request
+    fn run<T>(
+        &self,
+        call: impl Future<Output = Result<T, ContainerdError>>,
+    ) -> Result<T, ContainerdError> {
+        self.runtime.block_on(call)
     }
 
     /// Labels of a snapshot that the collector must leave alone.
-    fn keep_labels(&self) -> HashMap<String, String> {
-        match self.lease {
-            Some(_) => HashMap::new(),
-            None => HashMap::from([GC_ROOT.map(str::to_owned).into()]),
-        }
+    fn keep_labels(&self) -> &'static [(&'static str, &'static str)] {
+        if self.has_lease { &[] } else { KEPT }
     }
 
-    fn snapshots(&self) -> SnapshotsClient<Channel> {
-        SnapshotsClient::new(self.channel.clone())
+    fn snapshots(&self) -> Snapshotter {
+        self.containerd.snapshotter(TRANSSHIP)
     }
 
     fn prepare(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
-        let request = self.request(PrepareSnapshotRequest {
-            snapshotter: TRANSSHIP.to_owned(),
-            key: key.to_owned(),
-            parent: parent.to_owned(),
-            labels: self.keep_labels(),
-        });
-        let answer = self.runtime.block_on(self.snapshots().prepare(request))?;
-        Ok(answer.into_inner().mounts)
+        let (snapshots, labels) = (self.snapshots(), self.keep_labels());
+        Ok(self.run(snapshots.prepare(key, parent, labels))?)
     }
 
     fn remove(&self, key: &str) -> anyhow::Result<()> {
-        let request = self.request(RemoveSnapshotRequest {
-            snapshotter: TRANSSHIP.to_owned(),
-            key: key.to_owned(),
-        });
-        self.runtime.block_on(self.snapshots().remove(request))?;
-        Ok(())
+        Ok(self.run(self.snapshots().remove(key))?)
     }
 
     /// Diff of an active snapshot against its parent, through a view, as `rootfs.CreateDiff` of
@@ -126,46 +97,26 @@ impl<'n> Api<'n> {
         epoch: Option<i64>,
     ) -> anyhow::Result<Descriptor> {
         let view = format!("{key}-parent-view");
-        let left = self.request(ViewSnapshotRequest {
-            snapshotter: TRANSSHIP.to_owned(),
-            key: view.clone(),
-            parent: parent.to_owned(),
-            labels: self.keep_labels(),
-        });
-        let right = self.request(MountsRequest {
-            snapshotter: TRANSSHIP.to_owned(),
-            key: key.to_owned(),
-        });
-        let written = self.runtime.block_on(async {
-            let left = self.snapshots().view(left).await?.into_inner().mounts;
-            let right = self.snapshots().mounts(right).await?.into_inner().mounts;
-            let mut request = self.request(DiffRequest {
-                left,
-                right,
+        let snapshots = self.snapshots();
+        let written = self.run(async {
+            let mut request = DiffRequest {
+                left: snapshots.view(&view, parent, self.keep_labels()).await?,
+                right: snapshots.mounts(key).await?,
                 media_type: media_type.to_owned(),
                 ..DiffRequest::default()
-            });
+            };
             if let Some(seconds) = epoch {
-                let epoch = &mut request.get_mut().source_date_epoch;
-                epoch.get_or_insert_default().seconds = seconds;
+                request.source_date_epoch.get_or_insert_default().seconds = seconds;
             }
-            DiffClient::new(self.channel.clone()).diff(request).await
+            self.containerd.diff(request).await
         })?;
         self.remove(&view)?;
-        written.into_inner().diff.context("Diff gave no layer")
+        Ok(written)
     }
 
-    fn apply(&self, layer: Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
-        let request = self.request(ApplyRequest {
-            diff: Some(layer),
-            mounts,
-            ..ApplyRequest::default()
-        });
-        let mut client = DiffClient::new(self.channel.clone());
-        match self.runtime.block_on(client.apply(request)) {
-            Ok(answer) => Ok(answer.into_inner().applied.unwrap_or_default()),
-            Err(status) => Err(status.code()),
-        }
+    fn apply(&self, layer: &Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
+        let applied = self.run(self.containerd.apply(layer, mounts));
+        applied.map_err(|error| error.code())
     }
 
     /// Writes a blob with labels; gives its descriptor.
@@ -175,33 +126,18 @@ impl<'n> Api<'n> {
         content: &[u8],
         labels: &[(String, String)],
     ) -> anyhow::Result<Descriptor> {
-        let (digest, size) = (digest_of(content), i64::try_from(content.len())?);
-        let message = WriteContentRequest {
-            action: WriteAction::Commit.into(),
-            r#ref: digest.clone(),
-            total: size,
-            expected: digest.clone(),
-            data: content.to_vec(),
-            labels: labels.iter().cloned().collect(),
-            ..WriteContentRequest::default()
-        };
-        let request = self.request(tokio_stream::iter([message]));
-        self.runtime.block_on(async {
-            let mut client = ContentClient::new(self.channel.clone());
-            let mut answers = client.write(request).await?.into_inner();
-            while answers.message().await?.is_some() {}
-            anyhow::Ok(())
-        })?;
-        Ok(descriptor(media_type, digest, size))
+        let digest = digest_of(content);
+        let (pieces, queue) = mpsc::channel(1);
+        pieces.try_send(content.to_vec())?;
+        drop(pieces);
+        let (size, labels) = (content.len() as u64, labels.iter().cloned().collect());
+        self.run(self.containerd.write_blob(&digest, size, labels, queue))?;
+        Ok(descriptor(media_type, digest, i64::try_from(size)?))
     }
 
     fn labels(&self, digest: &str) -> anyhow::Result<HashMap<String, String>> {
-        let request = self.request(InfoRequest {
-            digest: digest.to_owned(),
-        });
-        let mut client = ContentClient::new(self.channel.clone());
-        let answer = self.runtime.block_on(client.info(request))?.into_inner();
-        Ok(answer.info.unwrap_or_default().labels)
+        let info = self.run(self.containerd.blob(digest))?;
+        Ok(info.context("there is no such blob")?.labels)
     }
 
     fn read(&self, digest: &str) -> anyhow::Result<Vec<u8>> {
@@ -216,36 +152,22 @@ impl<'n> Api<'n> {
 
     /// A lease of the client's own; what is asked for next goes under it.
     fn begin_lease(&mut self, id: &str) -> anyhow::Result<()> {
-        let request = self.request(CreateRequest {
-            id: id.to_owned(),
-            ..CreateRequest::default()
-        });
-        let mut client = LeasesClient::new(self.channel.clone());
-        self.runtime.block_on(client.create(request))?;
-        self.lease = Some(id.to_owned());
+        self.containerd = self.run(self.containerd.with_lease_called(id, LEASE_LIFETIME))?;
+        self.has_lease = true;
         Ok(())
     }
 
     /// Deletes the lease and waits for the garbage collection after it.
     fn end_lease(&mut self) -> anyhow::Result<()> {
-        let request = DeleteRequest {
-            id: self.lease.take().context("there is no lease")?,
-            sync: true,
-        };
-        let request = self.request(request);
-        let mut client = LeasesClient::new(self.channel.clone());
-        self.runtime.block_on(client.delete(request))?;
+        self.run(self.containerd.end_lease_and_collect())?;
+        self.containerd = self.containerd.in_namespace("default")?;
+        self.has_lease = false;
         Ok(())
     }
 }
 
 fn digest_of(content: &[u8]) -> String {
-    Sha256::digest(content)
-        .iter()
-        .fold("sha256:".to_owned(), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("writing to a String does not fail");
-            text
-        })
+    format!("sha256:{}", HEXLOWER.encode(&Sha256::digest(content)))
 }
 
 fn descriptor(media_type: &str, digest: String, size: i64) -> Descriptor {
@@ -328,7 +250,7 @@ fn apply_and_list(
     parent: &str,
 ) -> anyhow::Result<String> {
     let mounts = api.prepare(key, parent)?;
-    let applied = api.apply(layer.clone(), mounts);
+    let applied = api.apply(layer, mounts);
     applied.map_err(|code| anyhow::anyhow!("Apply: {code}"))?;
     in_snapshot(api.node, TRANSSHIP, key, &list_tree(true))
 }
@@ -361,59 +283,35 @@ fn commit_as_nerdctl(api: &mut Api<'_>, reference: &str, parent: &str) -> anyhow
         ..layer
     };
 
-    let chain = digest_of(format!("{parent} {diff_id}").as_bytes());
+    let chain = chain_id(&[parent.to_owned(), diff_id.clone()]).context("no layers")?;
     let mounts = api.prepare("commit-layer", parent)?;
-    let applied = api.apply(layer.clone(), mounts);
+    let applied = api.apply(&layer, mounts);
     let applied = applied.map_err(|code| anyhow::anyhow!("Apply: {code}"))?;
     ensure!(applied.digest == *diff_id, "{applied:?}");
-    let request = api.request(CommitSnapshotRequest {
-        snapshotter: TRANSSHIP.to_owned(),
-        name: chain.clone(),
-        key: "commit-layer".to_owned(),
-        ..CommitSnapshotRequest::default()
-    });
-    api.runtime.block_on(api.snapshots().commit(request))?;
+    api.run(api.snapshots().commit(&chain, "commit-layer", &[]))?;
 
     let name = "transship.test/committed:1";
-    let get = api.request(GetImageRequest {
-        name: reference.to_owned(),
-    });
-    let mut images = ImagesClient::new(api.channel.clone());
-    let base = api.runtime.block_on(images.get(get))?.into_inner();
-    let base = base.image.and_then(|image| image.target);
+    let base = api.run(api.containerd.image(reference))?;
+    let base = base.and_then(|image| image.target);
     let base = api.read_json(&base.context("the image has no target")?.digest)?;
     let digest = base["config"]["digest"].as_str().context("no config")?;
     let mut config = api.read_json(digest)?;
     let diff_ids = config["rootfs"]["diff_ids"].as_array_mut();
     diff_ids.context("no layers")?.push(json!(diff_id));
-    let snapshot = (
-        format!("containerd.io/gc.ref.snapshot.{TRANSSHIP}"),
-        chain.clone(),
-    );
+    let snapshot = (format!("{GC_REF_SNAPSHOT}{TRANSSHIP}"), chain.clone());
     let config = api.write(CONFIG, config.to_string().as_bytes(), &[snapshot])?;
     let mut layers = base["layers"].as_array().context("no layers")?.clone();
     layers.push(as_json(&layer));
-    let mut kept = vec![(
-        "containerd.io/gc.ref.content.0".to_owned(),
-        config.digest.clone(),
-    )];
+    let mut kept = vec![(format!("{GC_REF_CONTENT}.0"), config.digest.clone())];
     for (at, layer) in layers.iter().enumerate() {
         let digest = layer["digest"].as_str().unwrap_or_default().to_owned();
-        kept.push((format!("containerd.io/gc.ref.content.{}", at + 1), digest));
+        kept.push((format!("{GC_REF_CONTENT}.{}", at + 1), digest));
     }
     let manifest = json!({
         "schemaVersion": 2, "mediaType": MANIFEST, "config": as_json(&config), "layers": layers,
     });
     let manifest = api.write(MANIFEST, manifest.to_string().as_bytes(), &kept)?;
-    let create = api.request(CreateImageRequest {
-        image: Some(Image {
-            name: name.to_owned(),
-            target: Some(manifest),
-            ..Image::default()
-        }),
-        ..CreateImageRequest::default()
-    });
-    api.runtime.block_on(images.create(create))?;
+    api.run(api.containerd.create_image(name, manifest))?;
     node.ctr(&["tasks", "resume", "web"])?;
     api.end_lease()?;
     remove_leases_of_differ(node)?;
@@ -527,7 +425,7 @@ fn apply_damaged(api: &mut Api<'_>, parent: &str, differ: &str) -> anyhow::Resul
     ] {
         let layer = api.write(media_type, &damaged, &[])?;
         let mounts = api.prepare("damaged", parent)?;
-        let Err(code) = api.apply(layer, mounts) else {
+        let Err(code) = api.apply(&layer, mounts) else {
             anyhow::bail!("{media_type}: a damaged layer was applied");
         };
         codes.push(code);

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use containerd_client::services::v1::DiffRequest;
 use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
 
 use super::sink::Sink;
@@ -13,6 +14,8 @@ use crate::commands::connect;
 use transship_containerd::Node;
 use transship_engine::interrupt::Interrupt;
 
+/// An uncompressed layer.
+const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// How long the layer is kept in the content store should nobody come to let it go.
 const LAYER_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
@@ -49,22 +52,24 @@ async fn compare(
     let right = Opened::open(node, new).await?;
     let container = new.container.as_deref().filter(|_| !no_pause);
     let paused = Paused::pause(node, container).await?;
+    let request = DiffRequest {
+        left: left.mounts.clone(),
+        right: right.mounts.clone(),
+        media_type: PLAIN_LAYER.to_owned(),
+        r#ref: format!("transship-diff-{}", transship_containerd::unique()),
+        ..DiffRequest::default()
+    };
     let layer = tokio::select! {
-        layer = node.diff(left.mounts.clone(), right.mounts.clone()) => layer.map_err(Into::into),
+        layer = node.diff(request) => layer.map_err(Into::into),
         interrupted = interrupt.wait() => Err(anyhow::Error::from(interrupted)),
     };
     paused.resume().await?;
     left.close().await?;
     right.close().await?;
     let mut pieces = node.read_blob(&layer?.digest).await?;
-    while let Some(piece) = pieces
-        .message()
-        .await
-        .context("cannot read the layer from the content store")?
-    {
+    while let Some(piece) = pieces.next().await? {
         interrupt.check()?;
-        sink.write_all(&piece.data)
-            .context("cannot write the layer")?;
+        sink.write_all(&piece).context("cannot write the layer")?;
     }
     sink.finish()
 }

@@ -1,4 +1,4 @@
-//! One blob on its way into the content store.
+//! One blob on its way into containerd's content store.
 //!
 //! ```text
 //! Write {STAT, ref} ──>                       containerd records the reference meanwhile
@@ -19,13 +19,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::chunks::Measured;
-use super::store::{CallError, During, Store};
+use crate::{Containerd, ContainerdError, During};
 
 /// A blob that is being written. Whoever gives it up calls [`Upload::abort`].
 #[derive(Debug)]
-pub(super) struct Upload {
-    store: Store,
+pub struct Upload {
+    containerd: Containerd,
     reference: String,
     offset: i64,
     /// The last chunk, until it is known that it is the last.
@@ -42,9 +41,9 @@ struct Stream {
 impl Upload {
     /// Lets containerd prepare for the blob (a synced transaction and a directory), which takes about
     /// as long as the export of a small layer.
-    pub(super) async fn begin(store: Store, reference: String) -> Result<Self, CallError> {
+    pub async fn begin(containerd: Containerd, reference: String) -> Result<Self, ContainerdError> {
         let mut upload = Self {
-            store,
+            containerd,
             reference,
             offset: 0,
             held: None,
@@ -56,7 +55,10 @@ impl Upload {
     }
 
     /// Adds a chunk.
-    pub(super) async fn write(&mut self, chunk: Vec<u8>) -> Result<(), CallError> {
+    ///
+    /// # Errors
+    /// The answer of containerd to this chunk or an earlier one.
+    pub async fn write(&mut self, chunk: Vec<u8>) -> Result<(), ContainerdError> {
         match self.held.replace(chunk) {
             None => Ok(()),
             Some(data) => {
@@ -66,16 +68,21 @@ impl Upload {
         }
     }
 
-    /// Ends the blob. A blob that the store has already is fine.
-    pub(super) async fn commit(
+    /// Ends the blob, which is `size` bytes long. If the store has it already, that one is put under the
+    /// lease and gets the labels that it lacks.
+    ///
+    /// # Errors
+    /// The answer of containerd, also when the content is not what digest and size say.
+    pub async fn commit(
         &mut self,
-        blob: &Measured,
+        digest: &str,
+        size: u64,
         labels: &HashMap<String, String>,
-    ) -> Result<(), CallError> {
+    ) -> Result<(), ContainerdError> {
         let data = self.held.take().unwrap_or_default();
         let request = WriteContentRequest {
-            total: i64::try_from(blob.size).unwrap_or(i64::MAX),
-            expected: blob.digest.clone(),
+            total: i64::try_from(size).unwrap_or(i64::MAX),
+            expected: digest.to_owned(),
             labels: labels.clone(),
             ..self.next_request(WriteAction::Commit, data)
         };
@@ -86,18 +93,21 @@ impl Upload {
         match committed {
             Err(error) if error.code() == Code::AlreadyExists => {
                 // An early answer leaves the reference as it was.
-                self.store.abort(&self.reference).await?;
-                self.store.adopt(&blob.digest, labels).await
+                self.containerd.abort_upload(&self.reference).await?;
+                self.containerd.adopt_blob(digest, labels).await
             }
             other => other,
         }
     }
 
     /// Leaves nothing of the blob behind, unless it was committed.
-    pub(super) async fn abort(&mut self) -> Result<(), CallError> {
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn abort(&mut self) -> Result<(), ContainerdError> {
         // Only when the stream has ended can containerd write no more.
         drop(self.end().await);
-        self.store.abort(&self.reference).await
+        self.containerd.abort_upload(&self.reference).await
     }
 
     fn next_request(&mut self, action: WriteAction, data: Vec<u8>) -> WriteContentRequest {
@@ -112,8 +122,8 @@ impl Upload {
         }
     }
 
-    async fn send(&mut self, request: WriteContentRequest) -> Result<(), CallError> {
-        let stream = self.stream.get_or_insert_with(|| open(&self.store));
+    async fn send(&mut self, request: WriteContentRequest) -> Result<(), ContainerdError> {
+        let stream = self.stream.get_or_insert_with(|| open(&self.containerd));
         if stream.requests.send(request).await.is_ok() {
             return Ok(());
         }
@@ -123,7 +133,7 @@ impl Upload {
     }
 
     /// Sends no more and waits for the end of the answers.
-    async fn end(&mut self) -> Result<(), CallError> {
+    async fn end(&mut self) -> Result<(), ContainerdError> {
         let Some(Stream { requests, end }) = self.stream.take() else {
             return Ok(());
         };
@@ -138,10 +148,10 @@ impl Upload {
     }
 }
 
-fn open(store: &Store) -> Stream {
+fn open(containerd: &Containerd) -> Stream {
     let (requests, queue) = mpsc::channel(1);
-    let mut client = store.content();
-    let request = store.request(ReceiverStream::new(queue));
+    let mut client = containerd.content();
+    let request = containerd.request(ReceiverStream::new(queue));
     let end = tokio::spawn(async move {
         let mut answers = client.write(request).await?.into_inner();
         while answers.message().await?.is_some() {}
