@@ -12,8 +12,7 @@ use containerd_client::services::v1::images_client::ImagesClient;
 use containerd_client::services::v1::{Container, CreateImageRequest, GetImageRequest, Image};
 use containerd_client::types::Descriptor;
 use data_encoding::HEXLOWER;
-use oci_spec::image::{ImageConfiguration, ImageManifest};
-use serde::Deserialize;
+use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
@@ -31,21 +30,6 @@ pub struct ResolvedImage {
     pub diff_ids: Vec<String>,
     /// Every blob from the image's target down to the layers.
     pub blobs: Vec<Descriptor>,
-}
-
-/// The few fields that tell an index from a manifest.
-#[derive(Deserialize)]
-struct IndexOrManifest {
-    #[serde(default)]
-    manifests: Vec<IndexEntry>,
-}
-
-#[derive(Deserialize)]
-struct IndexEntry {
-    digest: String,
-    size: i64,
-    #[serde(rename = "mediaType")]
-    media_type: String,
 }
 
 /// The chain id of layers: what containerd calls the committed snapshot of the topmost one. See
@@ -143,20 +127,15 @@ impl Containerd {
                 continue;
             }
             let document = self.read_document(&here.digest).await?;
-            let parsed: IndexOrManifest = parse(&document, "image", &here.digest)?;
-            if parsed.manifests.is_empty()
-                && let Some(image) = self.resolve_manifest(&document, &way, chain).await?
-            {
-                return Ok(Some(image));
-            }
-            for entry in parsed.manifests {
-                let below = Descriptor {
-                    media_type: entry.media_type,
-                    digest: entry.digest,
-                    size: entry.size,
-                    ..Descriptor::default()
-                };
-                ways.push(way.iter().cloned().chain([below]).collect());
+            // Only an index has what an index must have.
+            let Ok(index) = serde_json::from_slice::<ImageIndex>(&document) else {
+                match self.resolve_manifest(&document, &way, chain).await? {
+                    None => continue,
+                    found => return Ok(found),
+                }
+            };
+            for entry in index.manifests() {
+                ways.push(way.iter().cloned().chain([descriptor(entry)]).collect());
             }
         }
         Ok(None)

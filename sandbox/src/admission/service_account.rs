@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use data_encoding::BASE64URL_NOPAD;
 use serde::Deserialize;
 
 use transship_checkpoint::spec::Spec;
@@ -44,33 +45,11 @@ fn of_token(token: &str, namespace: &str) -> Option<String> {
     struct Claims {
         sub: String,
     }
-    let payload = decode_base64url(token.split('.').nth(1)?)?;
+    let payload = token.split('.').nth(1)?.as_bytes();
+    let payload = BASE64URL_NOPAD.decode(payload).ok()?;
     let claims: Claims = serde_json::from_slice(&payload).ok()?;
     let (of, name) = claims.sub.strip_prefix(SUBJECT_PREFIX)?.split_once(':')?;
     (of == namespace && !name.is_empty()).then(|| name.to_owned())
-}
-
-/// RFC 4648, section 5, without padding.
-fn decode_base64url(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3 + 2);
-    let (mut bits, mut count) = (0_u32, 0);
-    for byte in text.bytes() {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'-' => 62,
-            b'_' => 63,
-            _ => return None,
-        };
-        bits = bits << 6 | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count).to_le_bytes()[0]);
-        }
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]
