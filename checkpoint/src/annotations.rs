@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use crate::cri_names::annotations as cri;
 use crate::criu_options::CriuOverrides;
 
 /// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
@@ -37,11 +38,6 @@ const KNOWN: [&str; 6] = [
 /// runc and crun read a CRIU configuration file from the path in this annotation; see runc's
 /// `docs/checkpoint-restore.md`.
 pub const CRIU_CONFIG: &str = "org.criu.config";
-
-const CRI_CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-const CRI_SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-const CRI_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-const CRI_CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 
 /// What a container is to its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +152,7 @@ impl Annotations {
                 .and_then(|all| all.get(key))
                 .filter(|v| !v.is_empty())
         };
-        let role = match (get(SANDBOX), get(CRI_CONTAINER_TYPE), get(CRI_SANDBOX_ID)) {
+        let role = match (get(SANDBOX), get(cri::CONTAINER_TYPE), get(cri::SANDBOX_ID)) {
             (_, Some(kind), _) if kind == "sandbox" => Role::Sandbox,
             (_, Some(kind), Some(sandbox)) if kind == "container" => Role::Member {
                 sandbox: sandbox.clone(),
@@ -193,11 +189,11 @@ impl Annotations {
             role,
             restore: get(RESTORE).cloned(),
             container: get(RESTORE_CONTAINER)
-                .or_else(|| get(CRI_CONTAINER_NAME))
+                .or_else(|| get(cri::CONTAINER_NAME))
                 .cloned(),
-            pod_container: get(CRI_CONTAINER_NAME).cloned(),
-            kubernetes_namespace: get(CRI_CONTAINER_TYPE)
-                .map(|_| get(CRI_NAMESPACE).cloned().unwrap_or_default()),
+            pod_container: get(cri::CONTAINER_NAME).cloned(),
+            kubernetes_namespace: get(cri::CONTAINER_TYPE)
+                .map(|_| get(cri::SANDBOX_NAMESPACE).cloned().unwrap_or_default()),
             missing_namespaces,
             on_failure,
             // Only our own tool says this.
@@ -269,17 +265,17 @@ mod tests {
             (vec![(SANDBOX, "me")], Role::Sandbox),
             (vec![(SANDBOX, "s")], member.clone()),
             (
-                vec![(CRI_CONTAINER_TYPE, "sandbox"), (CRI_SANDBOX_ID, "me")],
+                vec![(cri::CONTAINER_TYPE, "sandbox"), (cri::SANDBOX_ID, "me")],
                 Role::Sandbox,
             ),
             (
-                vec![(CRI_CONTAINER_TYPE, "container"), (CRI_SANDBOX_ID, "s")],
+                vec![(cri::CONTAINER_TYPE, "container"), (cri::SANDBOX_ID, "s")],
                 member.clone(),
             ),
             (
                 vec![
-                    (CRI_CONTAINER_TYPE, "container"),
-                    (CRI_SANDBOX_ID, "s"),
+                    (cri::CONTAINER_TYPE, "container"),
+                    (cri::SANDBOX_ID, "s"),
                     (SANDBOX, "me"),
                 ],
                 member.clone(),
@@ -291,7 +287,7 @@ mod tests {
 
     #[test]
     fn only_our_prefix_makes_it_ours() {
-        assert!(!read(&[(CRI_CONTAINER_TYPE, "sandbox")]).unwrap().ours);
+        assert!(!read(&[(cri::CONTAINER_TYPE, "sandbox")]).unwrap().ours);
         assert!(read(&[(RESTORE, "x")]).unwrap().ours);
     }
 
@@ -328,7 +324,7 @@ mod tests {
 
     #[test]
     fn container_name_prefers_ours() {
-        let both = [(CRI_CONTAINER_NAME, "cri"), (RESTORE_CONTAINER, "ours")];
+        let both = [(cri::CONTAINER_NAME, "cri"), (RESTORE_CONTAINER, "ours")];
         assert_eq!(read(&both).unwrap().container.as_deref(), Some("ours"));
         assert_eq!(read(&both[..1]).unwrap().container.as_deref(), Some("cri"));
     }

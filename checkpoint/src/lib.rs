@@ -9,6 +9,7 @@
 //!
 //!      annotations: what is asked for;  namespaces, spec: the OCI spec of the new container
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
+//!      cri_names: labels and annotations of the CRI
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
 //! ```
 //!
@@ -16,6 +17,7 @@
 //! checkpoint is hostile input: names are checked when the manifest is parsed, digests before use.
 
 pub mod annotations;
+pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;
 pub mod criu_options;

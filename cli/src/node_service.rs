@@ -86,7 +86,9 @@ impl NodeService {
         let stop = order.leave_paused;
         checkpoint::take(found, name, &store, stop, &self.interrupt, &progress).await?;
         if let Some(plan) = stopped {
-            let node = self.node.in_namespace("k8s.io")?;
+            let node = self
+                .node
+                .in_namespace(transship_checkpoint::cri_names::CRI_NAMESPACE)?;
             for id in &plan.containers {
                 node.kill_frozen(id).await?;
             }

@@ -10,6 +10,8 @@
 
 use anyhow::{Result, bail};
 use containerd_client::services::v1::Container as Record;
+use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
+use transship_checkpoint::cri_names::labels;
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
@@ -17,9 +19,6 @@ use transship_checkpoint::spec::Spec;
 use crate::problem::{Kind, Problem};
 use crate::source::{self, SourceContainer};
 use transship_containerd::Node;
-
-const KIND_LABEL: &str = "io.cri-containerd.kind";
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// A pod, with those of its containers that run.
 #[derive(Debug)]
@@ -70,8 +69,7 @@ fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record>
     let named = |record: &&Record| {
         let label = |name: &str| record.labels.get(name).map_or("", String::as_str);
         selector.split_once('/').is_some_and(|(namespace, name)| {
-            label("io.kubernetes.pod.namespace") == namespace
-                && label("io.kubernetes.pod.name") == name
+            label(labels::POD_NAMESPACE) == namespace && label(labels::POD_NAME) == name
         })
     };
     let found: Vec<&Record> = records
@@ -79,8 +77,8 @@ fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record>
         .filter(|record| {
             record
                 .labels
-                .get(KIND_LABEL)
-                .is_some_and(|kind| kind == "sandbox")
+                .get(labels::KIND)
+                .is_some_and(|kind| kind == labels::KIND_SANDBOX)
         })
         .filter(|record| named(record) || (selector.len() >= 6 && record.id.starts_with(selector)))
         .collect();
@@ -106,8 +104,8 @@ fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record>
 fn sandbox_of(record: &Record) -> Option<String> {
     if record
         .labels
-        .get(KIND_LABEL)
-        .is_some_and(|kind| kind == "sandbox")
+        .get(labels::KIND)
+        .is_some_and(|kind| kind == labels::KIND_SANDBOX)
     {
         return None;
     }
@@ -121,9 +119,9 @@ mod tests {
 
     fn sandbox(id: &str, name: &str) -> Record {
         let labels = [
-            (KIND_LABEL, "sandbox"),
-            ("io.kubernetes.pod.namespace", "shop"),
-            ("io.kubernetes.pod.name", name),
+            (labels::KIND, labels::KIND_SANDBOX),
+            (labels::POD_NAMESPACE, "shop"),
+            (labels::POD_NAME, name),
         ];
         Record {
             id: id.into(),

@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 use transship_checkpoint::annotations::{
     MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX, is_criu_option,
 };
+use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest::{self, ROOTFS_DIFF_FILE, SPEC_FILE};
 use transship_checkpoint::namespaces::{self, Namespace};
@@ -102,10 +103,7 @@ pub async fn plan(
     let runtime_binary = choose_runtime(container, target, &mut reasons);
     let sandbox = find_sandbox(&node, container, target, &mut reasons).await?;
     let parsed: Value = serde_json::from_slice(spec).context("the spec cannot be parsed")?;
-    if parsed
-        .pointer("/annotations/io.kubernetes.cri.container-type")
-        .is_some()
-    {
+    if parsed["annotations"].get(CONTAINER_TYPE).is_some() {
         reasons.push(format!(
             "it belongs to a pod of the CRI: a pod with the annotation {RESTORE} restores it"
         ));

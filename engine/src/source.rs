@@ -19,6 +19,7 @@ use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
 use prost::Message;
 use transship_checkpoint::annotations::Annotations;
+use transship_checkpoint::cri_names::labels;
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
@@ -40,12 +41,8 @@ use transship_containerd::Node;
 use transship_containerd::images::ResolvedImage;
 use transship_containerd::snapshots::OverlayDirs;
 
-/// Label of a container record of the CRI: what the pod calls the container.
-const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// Label of all records of the CRI.
-const CRI_KIND: &str = "io.cri-containerd.kind";
 
 /// A running container and everything that a checkpoint of it needs to know.
 #[derive(Debug)]
@@ -78,12 +75,12 @@ pub struct SourceContainer {
 }
 
 /// The pod that a record of the CRI belongs to.
-pub fn pod_of(labels: &HashMap<String, String>) -> Option<Pod> {
-    let label = |name: &str| labels.get(&format!("io.kubernetes.pod.{name}")).cloned();
+pub fn pod_of(record_labels: &HashMap<String, String>) -> Option<Pod> {
+    let label = |name| record_labels.get(name).cloned();
     Some(Pod {
-        name: label("name")?,
-        namespace: label("namespace")?,
-        uid: label("uid").unwrap_or_default(),
+        name: label(labels::POD_NAME)?,
+        namespace: label(labels::POD_NAMESPACE)?,
+        uid: label(labels::POD_UID).unwrap_or_default(),
         service_account: None,
     })
 }
@@ -147,7 +144,7 @@ pub async fn inspect(
             runtime.name
         ));
     }
-    if task.terminal && !record.labels.contains_key(CRI_KIND) {
+    if task.terminal && !record.labels.contains_key(labels::KIND) {
         // The CRI makes a new one with the new container.
         reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
     }
@@ -191,7 +188,11 @@ pub async fn inspect(
     // The front applies the annotations to what containerd asks for, and must not undo a flag.
     let by_containerd = !criu.exceed_containerd() && (criu == annotated || !annotations.ours);
     let container = Container {
-        name: record.labels.get(CONTAINER_NAME).unwrap_or(id).clone(),
+        name: record
+            .labels
+            .get(labels::CONTAINER_NAME)
+            .unwrap_or(id)
+            .clone(),
         id: id.clone(),
         namespace: node.namespace().to_owned(),
         image: Image {
@@ -242,7 +243,10 @@ pub async fn inspect(
 
 /// What people call a container: in a pod not the id that the CRI has made up.
 fn called(record: &Record) -> String {
-    match (record.labels.get(CONTAINER_NAME), pod_of(&record.labels)) {
+    match (
+        record.labels.get(labels::CONTAINER_NAME),
+        pod_of(&record.labels),
+    ) {
         (Some(name), Some(pod)) => format!(
             "the container {name:?} of the pod \"{}/{}\"",
             pod.namespace, pod.name

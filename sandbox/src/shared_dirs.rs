@@ -18,6 +18,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use transship_checkpoint::cri_names::annotations::SANDBOX_UID;
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
@@ -27,8 +28,6 @@ use crate::stage::{StageContext, StageError};
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SUB_PATHS: &str = "volume-subpaths";
 const CONSUMED_PREFIX: &str = ".consumed-";
-/// The pod's uid, in the specs of the CRI.
-const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// A mount of a container on such a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +92,7 @@ impl Consumed {
     /// # Errors
     /// A system call failed.
     pub fn by_pod_of(spec: &Spec, checkpoint: &Path) -> Result<Option<Self>, StageError> {
-        let Some(uid) = spec.annotations().remove(POD_UID) else {
+        let Some(uid) = spec.annotations().remove(SANDBOX_UID) else {
             return Ok(None);
         };
         check_name("the pod's uid", &uid)?;
@@ -193,7 +192,7 @@ mod tests {
     fn a_pod_takes_each_thing_once() {
         let dir = tempfile::tempdir().unwrap();
         let spec = |uid: &str| {
-            let json = format!(r#"{{"annotations":{{"{POD_UID}":"{uid}"}}}}"#);
+            let json = format!(r#"{{"annotations":{{"{SANDBOX_UID}":"{uid}"}}}}"#);
             Spec::parse(json.as_bytes()).unwrap()
         };
         let read = |uid: &str| {

@@ -230,7 +230,7 @@ pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
         });
     };
     // The CRI's containers are in no other namespace.
-    let node = node.in_namespace("k8s.io")?;
+    let node = node.in_namespace(transship_checkpoint::cri_names::CRI_NAMESPACE)?;
     let SourcePod {
         pod,
         sandbox,

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{Annotations, PREFIX};
+use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
 use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
 
 use super::rootfs::OverlayMount;
@@ -138,7 +139,7 @@ impl Bundle {
         };
         let all = spec.annotations();
         let annotations = Annotations::read(id, Some(&all))?;
-        let cri = all.contains_key("io.kubernetes.cri.container-type");
+        let cri = all.contains_key(CONTAINER_TYPE);
         Ok(Some(Config {
             original,
             spec,

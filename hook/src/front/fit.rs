@@ -92,7 +92,9 @@ impl Front<'_> {
         // The shim keeps the states of each of containerd's namespaces in a directory of its own.
         let root = self.globals.root.as_deref().and_then(Path::file_name);
         let mut command = Command::new(tool);
-        command.arg("-n").arg(root.unwrap_or("k8s.io".as_ref()));
+        command
+            .arg("-n")
+            .arg(root.unwrap_or(transship_checkpoint::cri_names::CRI_NAMESPACE.as_ref()));
         if let Some(address) = &self.around.containerd {
             command.arg("-a").arg(address);
         }
