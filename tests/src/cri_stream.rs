@@ -7,15 +7,19 @@
 //!                                          port-forward: 0 data, 1 errors; each begins with the port
 //! ```
 
-use std::io::{self, Read as _, Write as _};
-use std::process::{Child, ChildStdin, Stdio};
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::Duration;
 
 use k8s_cri::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tungstenite::client::IntoClientRequest as _;
+use tungstenite::{HandshakeError, Message, WebSocket};
+
 use crate::cri::{Cri, Pod};
-use crate::node::{Node, lock};
+use crate::node::Node;
 use crate::{TestbedError, poll_until};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -23,9 +27,61 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// An open stream; it ends when this is dropped.
 #[derive(Debug)]
 pub struct CriStream {
-    connection: Child,
+    socket: WebSocket<Netcat>,
+    /// All that has come, by channel.
+    received: HashMap<u8, Vec<u8>>,
+}
+
+/// A connection in the node's network; reading does not wait.
+#[derive(Debug)]
+struct Netcat {
+    process: Child,
     input: ChildStdin,
-    received: Arc<Mutex<Vec<u8>>>,
+    output: ChildStdout,
+}
+
+impl Netcat {
+    fn connect(node: &Node, host: &str, port: &str) -> io::Result<Self> {
+        let mut process = node
+            .command("busybox")
+            .args(["nc", host, port])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let input = process.stdin.take().expect("it is piped");
+        let output = process.stdout.take().expect("it is piped");
+        let netcat = Self {
+            process,
+            input,
+            output,
+        };
+        fcntl(&netcat.output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(netcat)
+    }
+}
+
+impl Read for Netcat {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.output.read(buffer)
+    }
+}
+
+impl Write for Netcat {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.input.write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.input.flush()
+    }
+}
+
+impl Drop for Netcat {
+    fn drop(&mut self) {
+        // Both fail only when it has ended.
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
 }
 
 impl Cri {
@@ -94,68 +150,46 @@ impl Cri {
 
 impl CriStream {
     fn open(node: &Node, url: &str) -> Result<CriStream, TestbedError> {
-        let failed = |source: io::Error| TestbedError::cri("open a stream", source);
-        let (address, path) = url
-            .trim_start_matches("http://")
-            .split_once('/')
-            .ok_or_else(|| failed(io::Error::other("no path")))?;
-        let (host, port) = address
-            .rsplit_once(':')
-            .ok_or_else(|| failed(io::Error::other("no port")))?;
-        let mut connection = node
-            .command("busybox")
-            .args(["nc", host, port])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
+        const ACT: &str = "open a stream";
+        let failed = |source| TestbedError::cri(ACT, source);
+        let mut request = url
+            .replacen("http", "ws", 1)
+            .into_client_request()
             .map_err(failed)?;
-        let mut input = connection.stdin.take().expect("it is piped");
-        let mut output = connection.stdout.take().expect("it is piped");
-        let received = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&received);
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(len @ 1..) = output.read(&mut buffer) {
-                lock(&sink).extend_from_slice(&buffer[..len]);
+        let address = request.uri().authority().map(ToString::to_string);
+        let address = address.unwrap_or_default();
+        let origin = format!("http://{address}").parse();
+        let headers = request.headers_mut();
+        headers.insert("Origin", origin.expect("it was part of a URL"));
+        let protocol = "v4.channel.k8s.io".parse().expect("plain letters");
+        headers.insert("Sec-WebSocket-Protocol", protocol);
+        let (host, port) = address.rsplit_once(':').unwrap_or((&address, "80"));
+        let netcat =
+            Netcat::connect(node, host, port).map_err(|source| TestbedError::cri(ACT, source))?;
+        let mut state = Some(tungstenite::client::client(request, netcat));
+        let opened = poll_until("the stream's beginning", PATIENCE, || match state.take() {
+            Some(Ok((socket, _))) => Ok(Ok(socket)),
+            Some(Err(HandshakeError::Interrupted(begun))) => {
+                state = Some(begun.handshake());
+                Err("no answer yet".to_owned())
             }
-        });
-        let request = format!(
-            "GET /{path} HTTP/1.1\r\nHost: {address}\r\nOrigin: http://{address}\r\n\
-             Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
-             Sec-WebSocket-Key: dHJhbnNzaGlwdHJhbnNzaA==\r\n\
-             Sec-WebSocket-Protocol: v4.channel.k8s.io\r\n\r\n"
-        );
-        input.write_all(request.as_bytes()).map_err(failed)?;
-        let stream = CriStream {
-            connection,
-            input,
-            received,
-        };
-        poll_until("the stream's beginning", PATIENCE, || {
-            let text = String::from_utf8_lossy(&lock(&stream.received)).into_owned();
-            match text.split_once("\r\n\r\n") {
-                Some((head, _)) if head.starts_with("HTTP/1.1 101") => Ok(()),
-                _ => Err(text),
-            }
+            Some(Err(HandshakeError::Failure(error))) => Ok(Err(error)),
+            None => Err("the handshake has ended".to_owned()),
         })?;
-        Ok(stream)
+        Ok(CriStream {
+            socket: opened.map_err(failed)?,
+            received: HashMap::new(),
+        })
     }
 
     /// Sends data on a channel.
     ///
     /// # Errors
     /// When the connection has ended.
-    ///
-    /// # Panics
-    /// With more than 124 bytes.
     pub fn send(&mut self, channel: u8, data: &str) -> Result<(), TestbedError> {
-        let len = u8::try_from(data.len() + 1).expect("a short line");
-        assert!(len < 126, "a short line");
-        // A final binary frame, masked with zeros.
-        let mut frame = vec![0x82, 0x80 | len, 0, 0, 0, 0, channel];
-        frame.extend_from_slice(data.as_bytes());
-        self.input
-            .write_all(&frame)
+        let frame = [&[channel], data.as_bytes()].concat();
+        self.socket
+            .send(Message::binary(frame))
             .map_err(|source| TestbedError::cri("write to a stream", source))
     }
 
@@ -163,46 +197,34 @@ impl CriStream {
     ///
     /// # Errors
     /// When it does not come.
-    pub fn wait_for(&self, channel: u8, text: &str) -> Result<String, TestbedError> {
+    pub fn wait_for(&mut self, channel: u8, text: &str) -> Result<String, TestbedError> {
         poll_until("an answer on the stream", PATIENCE, || {
-            let data = String::from_utf8_lossy(&self.received(channel)).into_owned();
+            let end = self.receive().to_string();
+            let data = self.received(channel);
             if data.contains(text) {
                 return Ok(data);
             }
-            let others = String::from_utf8_lossy(&self.received(3)).into_owned();
-            Err(format!("{data:?} {others:?}"))
+            Err(format!("{data:?} {:?}, {end}", self.received(3)))
         })
     }
 
-    fn received(&self, channel: u8) -> Vec<u8> {
-        let bytes = lock(&self.received);
-        let head = bytes.windows(4).position(|it| it == b"\r\n\r\n");
-        let mut rest = &bytes[head.map_or(bytes.len(), |at| at + 4)..];
-        let mut data = Vec::new();
-        while let [_, short, after @ ..] = rest {
-            let (len, after) = match (short & 0x7f, after) {
-                (126, [high, low, after @ ..]) => (u16::from_be_bytes([*high, *low]).into(), after),
-                (126.., _) => break,
-                (len, after) => (usize::from(len), after),
-            };
-            let Some((frame, after)) = after.split_at_checked(len) else {
-                break;
-            };
-            if let [of, frame @ ..] = frame
-                && *of == channel
-            {
-                data.extend_from_slice(frame);
+    /// Takes what has come, and says why there is no more.
+    fn receive(&mut self) -> tungstenite::Error {
+        loop {
+            match self.socket.read() {
+                Ok(Message::Binary(frame)) => {
+                    if let [channel, data @ ..] = &frame[..] {
+                        self.received.entry(*channel).or_default().extend(data);
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => return error,
             }
-            rest = after;
         }
-        data
     }
-}
 
-impl Drop for CriStream {
-    fn drop(&mut self) {
-        // Both fail only when it has ended.
-        drop(self.connection.kill());
-        drop(self.connection.wait());
+    fn received(&self, channel: u8) -> String {
+        let data = self.received.get(&channel).map_or(&[][..], Vec::as_slice);
+        String::from_utf8_lossy(data).into_owned()
     }
 }
