@@ -49,19 +49,29 @@ impl Process {
         }
     }
 
-    fn read(&self, file: &str) -> Result<String> {
-        let path = self.dir.join(file);
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    fn open(&self) -> Result<procfs::process::Process> {
+        procfs::process::Process::new_with_root(self.dir.clone())
+            .with_context(|| format!("cannot open {}", self.dir.display()))
     }
 
     /// Bytes that lie in memory now.
     pub(crate) fn resident_bytes(&self) -> Result<u64> {
-        self.memory("VmRSS:")
+        let kilobytes = self
+            .open()?
+            .status()
+            .context("cannot read the memory")?
+            .vmrss;
+        Ok(kilobytes.context("a kernel thread has no memory")? * 1024)
     }
 
     /// The most bytes that lay in memory since the start or [`Process::reset_peak`].
     pub(crate) fn peak_bytes(&self) -> Result<u64> {
-        self.memory("VmHWM:")
+        let kilobytes = self
+            .open()?
+            .status()
+            .context("cannot read the memory")?
+            .vmhwm;
+        Ok(kilobytes.context("a kernel thread has no memory")? * 1024)
     }
 
     /// Lets the peak begin at what lies in memory now.
@@ -70,26 +80,11 @@ impl Process {
         fs::write(&path, "5").with_context(|| format!("cannot write {}", path.display()))
     }
 
-    fn memory(&self, field: &str) -> Result<u64> {
-        let status = self.read("status")?;
-        // "VmRSS:\t    5120 kB"
-        let kilobytes = status
-            .lines()
-            .find_map(|line| line.strip_prefix(field)?.split_whitespace().next())
-            .and_then(|number| number.parse::<u64>().ok());
-        let kilobytes = kilobytes.with_context(|| format!("no {field} in {status:?}"))?;
-        Ok(kilobytes * 1024)
-    }
-
     /// Processor time of all its threads so far.
     pub(crate) fn processor_time(&self) -> Result<Duration> {
-        let stat = self.read("stat")?;
-        // The name in parentheses may contain anything; utime and stime are fields 14 and 15.
-        let ticks: Option<u32> = stat.rsplit_once(')').and_then(|(_, rest)| {
-            let mut fields = rest.split_whitespace().skip(11);
-            Some(fields.next()?.parse::<u32>().ok()? + fields.next()?.parse::<u32>().ok()?)
-        });
-        Ok(TICK * ticks.with_context(|| format!("no times in {stat:?}"))?)
+        let stat = self.open()?.stat().context("cannot read the times")?;
+        let ticks = u32::try_from(stat.utime + stat.stime).context("centuries of work")?;
+        Ok(TICK * ticks)
     }
 
     /// Waits until it has nothing to do, so that the next turn begins on a quiet machine.

@@ -7,14 +7,16 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use procfs::process::{FDTarget, Process, all_processes};
 use tokio::time::{Instant, sleep};
+use walkdir::WalkDir;
 
 /// How long a dump may write nothing, unless somebody says otherwise.
 pub const PROGRESS_PATIENCE: Duration = Duration::from_secs(30);
@@ -60,33 +62,28 @@ pub fn end(dir: &Path, root: Option<u32>) {
 }
 
 fn bytes_below(dir: &Path) -> u64 {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => 1 + bytes_below(&entry.path()),
-            Ok(metadata) => 1 + metadata.len(),
-            // CRIU has just renamed it.
-            Err(_) => 0,
-        })
+    // CRIU may have just renamed what cannot be looked at.
+    let entries = WalkDir::new(dir).min_depth(1).into_iter().flatten();
+    let files = entries.filter_map(|entry| entry.metadata().ok());
+    files
+        .map(|file| 1 + if file.is_dir() { 0 } else { file.len() })
         .sum()
 }
 
 /// The CRIU processes that have something below `dir` open.
 fn criu_writing_to(dir: &Path) -> Vec<i32> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|process| {
-        let path = process.path();
-        let pid = process.file_name().to_str()?.parse().ok()?;
-        let name = fs::read_to_string(path.join("comm")).ok()?;
-        (name.trim_end() == "criu" && has_open_below(&path.join("fd"), dir)).then_some(pid)
-    });
-    pids.collect()
+    let processes = all_processes().into_iter().flatten().flatten();
+    let criu = processes.filter(|process| process.stat().is_ok_and(|stat| stat.comm == "criu"));
+    criu.filter(|criu| has_open_below(criu, dir))
+        .map(|criu| criu.pid)
+        .collect()
 }
 
-fn has_open_below(descriptors: &Path, dir: &Path) -> bool {
-    let entries = fs::read_dir(descriptors).into_iter().flatten().flatten();
-    let mut targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
-    targets.any(|target: PathBuf| target.starts_with(dir))
+fn has_open_below(process: &Process, dir: &Path) -> bool {
+    let descriptors = process.fd().into_iter().flatten().flatten();
+    descriptors
+        .map(|descriptor| descriptor.target)
+        .any(|target| matches!(target, FDTarget::Path(path) if path.starts_with(dir)))
 }
 
 /// Takes away the lock that a CRIU has left which could not: `CRIU-...` tables of nftables, or the
@@ -146,10 +143,8 @@ fn feed(program: &str, text: &str) -> io::Result<()> {
 /// The tasks among `pids` that somebody has stopped, as "17 (sh)".
 pub fn stopped_tasks(pids: &[u32]) -> Vec<String> {
     let stopped = pids.iter().filter_map(|pid| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let (name, rest) = stat.rsplit_once(") ")?;
-        let name = name.split_once('(')?.1;
-        rest.starts_with('T').then(|| format!("{pid} ({name})"))
+        let stat = Process::new(pid.cast_signed()).ok()?.stat().ok()?;
+        (stat.state == 'T').then(|| format!("{pid} ({})", stat.comm))
     });
     stopped.collect()
 }
