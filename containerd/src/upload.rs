@@ -41,6 +41,9 @@ struct Stream {
 impl Upload {
     /// Lets containerd prepare for the blob (a synced transaction and a directory), which takes about
     /// as long as the export of a small layer.
+    ///
+    /// # Errors
+    /// The answer of containerd.
     pub async fn begin(containerd: Containerd, reference: String) -> Result<Self, ContainerdError> {
         let mut upload = Self {
             containerd,

@@ -200,6 +200,7 @@ pub(super) fn clients_get_what_containerd_promises(bed: &Testbed) -> anyhow::Res
     commit_as_nerdctl(&mut api, image.reference(), &top)?;
     clamp_times(&api, &top)?;
     lose_leases(&api, &top)?;
+    refuse_other_content(&api)?;
     ensure!(log_counts(&node, "WARN")? == 0);
     // Whichever differ it is, a client sees the same code.
     let ours = apply_damaged(&mut api, &top, "ours")?;
@@ -397,6 +398,24 @@ fn lose_leases(api: &Api<'_>, parent: &str) -> anyhow::Result<()> {
     }
     let half = half_content(api.node).map_err(anyhow::Error::msg)?;
     ensure!(half.is_empty(), "{half}");
+    Ok(())
+}
+
+/// Content that is not what its digest says is refused, and nothing of it stays.
+fn refuse_other_content(api: &Api<'_>) -> anyhow::Result<()> {
+    let (digest, other) = (digest_of(b"content"), b"another");
+    for size in [other.len(), 3 << 20] {
+        let (pieces, queue) = mpsc::channel(2);
+        pieces.try_send(other.to_vec())?;
+        drop(pieces);
+        let write = api
+            .containerd
+            .write_blob(&digest, size as u64, HashMap::new(), queue);
+        ensure!(api.run(write).is_err(), "{size} bytes");
+        let half = half_content(api.node).map_err(anyhow::Error::msg)?;
+        ensure!(half.is_empty(), "{half}");
+    }
+    ensure!(api.run(api.containerd.blob(&digest))?.is_none());
     Ok(())
 }
 
