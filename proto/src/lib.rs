@@ -29,7 +29,12 @@ pub mod node_api {
     /// Path of the socket unless another one is given.
     pub const NODE_SOCKET: &str = "/run/transship/node.sock";
 
-    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    #[allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::allow_attributes_without_reason,
+        reason = "generated"
+    )]
     mod generated {
         tonic::include_proto!("transship.node.v1");
     }
@@ -39,7 +44,12 @@ pub mod node_api {
 pub mod diff_server {
     pub use generated::diff_server::{Diff as Differ, DiffServer};
 
-    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    #[allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::allow_attributes_without_reason,
+        reason = "generated"
+    )]
     mod generated {
         tonic::include_proto!("containerd.services.diff.v1");
     }
@@ -51,7 +61,12 @@ pub mod diff_server {
 pub mod runc_options {
     pub use generated::{CheckpointOptions, Options};
 
-    #[allow(missing_docs, unreachable_pub, reason = "generated")]
+    #[allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::allow_attributes_without_reason,
+        reason = "generated"
+    )]
     mod generated {
         tonic::include_proto!("containerd.runc.v1");
     }
