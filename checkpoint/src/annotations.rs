@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use crate::cri_names::annotations as cri;
-use crate::criu_options::CriuOverrides;
+use crate::criu_options::{CriuOption, CriuOverrides};
 
 /// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
 pub const RESTORE: &str = "dev.transship/restore";
@@ -19,19 +19,22 @@ pub const SANDBOX: &str = "dev.transship/sandbox";
 pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
 /// `fail` (default) or `cold-start`: what a create does whose restore failed.
 pub const ON_FAILURE: &str = "dev.transship/on-failure";
+/// `start` (default) or `refuse`: what a create does whose container the checkpoint does not have.
+pub const COLD_CONTAINERS: &str = "dev.transship/cold-containers";
 /// `filled`: the files of the checkpoint are in the container's upperdir already.
 pub const ROOTFS: &str = "dev.transship/rootfs";
-/// The prefix of all annotations of Transship. With a name of [`CriuOverrides::NAMES`] it makes the
+/// The prefix of all annotations of Transship. With a name of [`OPTIONS`](crate::criu_options::OPTIONS) it makes the
 /// annotation of that option of CRIU.
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 6] = [
+const KNOWN: [&str; 7] = [
     RESTORE,
     RESTORE_CONTAINER,
     SANDBOX,
     MISSING_NAMESPACES,
     ON_FAILURE,
+    COLD_CONTAINERS,
     ROOTFS,
 ];
 
@@ -73,6 +76,16 @@ pub enum OnFailure {
     ColdStart,
 }
 
+/// What a create does whose container the checkpoint does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ColdContainers {
+    /// Starts it from its image, and says so.
+    #[default]
+    Start,
+    /// Fails.
+    Refuse,
+}
+
 /// What is in a container's upperdir before its restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Rootfs {
@@ -107,7 +120,7 @@ pub enum AnnotationError {
 
 fn known() -> String {
     let ours = KNOWN.iter().map(|key| key.trim_start_matches(PREFIX));
-    ours.chain(CriuOverrides::NAMES)
+    ours.chain(CriuOverrides::names())
         .collect::<Vec<_>>()
         .join(", ")
 }
@@ -123,12 +136,18 @@ pub struct Annotations {
     pub container: Option<String>,
     /// What the pod calls the container, under the CRI.
     pub pod_container: Option<String>,
+    /// The name of the pod, under the CRI.
+    pub pod_name: Option<String>,
+    /// The uid of the pod, under the CRI.
+    pub pod_uid: Option<String>,
     /// The Kubernetes namespace of the pod, under the CRI.
     pub kubernetes_namespace: Option<String>,
     /// See [`MISSING_NAMESPACES`].
     pub missing_namespaces: MissingNamespaces,
     /// See [`ON_FAILURE`].
     pub on_failure: OnFailure,
+    /// See [`COLD_CONTAINERS`].
+    pub cold_containers: ColdContainers,
     /// See [`ROOTFS`].
     pub rootfs: Rootfs,
     /// Choices about CRIU's options.
@@ -163,27 +182,31 @@ impl Annotations {
             },
             _ => Role::Alone,
         };
-        let missing_namespaces = match get(MISSING_NAMESPACES).map(String::as_str) {
-            None | Some("fail") => MissingNamespaces::Fail,
-            Some("new") => MissingNamespaces::New,
-            Some(other) => {
-                return Err(AnnotationError::Value {
-                    annotation: MISSING_NAMESPACES.to_owned(),
-                    value: other.to_owned(),
-                    allowed: "\"fail\" or \"new\"",
-                });
-            }
+        // The value of an annotation that is one of two words.
+        let choose = |key: &str, first: &str, second: &str, allowed| match get(key) {
+            None => Ok(false),
+            Some(value) if value == first => Ok(false),
+            Some(value) if value == second => Ok(true),
+            Some(value) => Err(AnnotationError::Value {
+                annotation: key.to_owned(),
+                value: value.clone(),
+                allowed,
+            }),
         };
-        let on_failure = match get(ON_FAILURE).map(String::as_str) {
-            None | Some("fail") => OnFailure::Fail,
-            Some("cold-start") => OnFailure::ColdStart,
-            Some(other) => {
-                return Err(AnnotationError::Value {
-                    annotation: ON_FAILURE.to_owned(),
-                    value: other.to_owned(),
-                    allowed: "\"fail\" or \"cold-start\"",
-                });
-            }
+        let missing_namespaces =
+            match choose(MISSING_NAMESPACES, "fail", "new", "\"fail\" or \"new\"")? {
+                false => MissingNamespaces::Fail,
+                true => MissingNamespaces::New,
+            };
+        let allowed = "\"fail\" or \"cold-start\"";
+        let on_failure = match choose(ON_FAILURE, "fail", "cold-start", allowed)? {
+            false => OnFailure::Fail,
+            true => OnFailure::ColdStart,
+        };
+        let allowed = "\"start\" or \"refuse\"";
+        let cold_containers = match choose(COLD_CONTAINERS, "start", "refuse", allowed)? {
+            false => ColdContainers::Start,
+            true => ColdContainers::Refuse,
         };
         Ok(Self {
             role,
@@ -192,10 +215,13 @@ impl Annotations {
                 .or_else(|| get(cri::CONTAINER_NAME))
                 .cloned(),
             pod_container: get(cri::CONTAINER_NAME).cloned(),
+            pod_name: get(cri::SANDBOX_NAME).cloned(),
+            pod_uid: get(cri::SANDBOX_UID).cloned(),
             kubernetes_namespace: get(cri::CONTAINER_TYPE)
                 .map(|_| get(cri::SANDBOX_NAMESPACE).cloned().unwrap_or_default()),
             missing_namespaces,
             on_failure,
+            cold_containers,
             // Only our own tool says this.
             rootfs: match get(ROOTFS).map(String::as_str) {
                 Some("filled") => Rootfs::Filled,
@@ -211,7 +237,7 @@ impl Annotations {
 #[must_use]
 pub fn is_criu_option(key: &str) -> bool {
     key.strip_prefix(PREFIX)
-        .is_some_and(|name| CriuOverrides::NAMES.contains(&name))
+        .is_some_and(|name| CriuOption::named(name).is_some())
 }
 
 /// CRIU's options; every key with our prefix is one, or one of [`KNOWN`].
@@ -228,7 +254,7 @@ fn read_criu(
     let mut criu = CriuOverrides::default();
     for (key, value) in ours {
         let name = &key[PREFIX.len()..];
-        if !CriuOverrides::NAMES.contains(&name) {
+        if CriuOption::named(name).is_none() {
             return Err(AnnotationError::Unknown {
                 annotation: key.clone(),
             });
@@ -304,7 +330,8 @@ mod tests {
     fn options_of_criu_are_read_and_nothing_is_misspelt_in_silence() {
         let read_one = |key, value| read(&[(RESTORE, "web"), (key, value)]);
         let close = read_one("dev.transship/tcp", "close").unwrap();
-        assert_eq!(close.criu.tcp, Some(crate::criu_options::Tcp::Close));
+        let criu = close.criu.over(crate::criu_options::CriuOptions::default());
+        assert_eq!(criu.tcp, crate::criu_options::Tcp::Close);
         let error = read_one("dev.transship/ghost-limit", "much").unwrap_err();
         assert_eq!(
             error.to_string(),

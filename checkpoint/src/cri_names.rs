@@ -37,6 +37,8 @@ pub mod annotations {
     pub const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
     /// Id of the sandbox.
     pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+    /// The name of the pod.
+    pub const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
     /// Kubernetes' namespace of the pod.
     pub const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
     /// Uid of the pod.

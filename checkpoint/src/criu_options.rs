@@ -12,11 +12,15 @@
 //! path in the annotation `org.criu.config`, and it overrides what they send over RPC; at a dump
 //! the environment names it, and what they send over RPC overrides it.
 
+mod config_line;
 mod overrides;
+mod table;
 
 use serde::{Deserialize, Serialize};
 
-pub use overrides::{CriuOverrides, GhostLimit, LsmProfile, OptionError, Switch};
+pub use config_line::{ConfigLine, ConfigLineError};
+pub use overrides::{CriuOverrides, OptionError};
+pub use table::{Author, CriuOption, OPTIONS, Phase, SWITCH, documentation};
 
 /// What becomes of established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -144,17 +148,18 @@ impl CriuOptions {
 
     /// What else the dump needs: the flag of runc 1.3.0 and later, which then overrides the line,
     /// and the line of a CRIU configuration file for all others.
-    #[must_use]
-    pub fn dump_extras(&self) -> Vec<(Option<&'static str>, String)> {
+    fn dump_extras(&self) -> Vec<(Option<&'static str>, ConfigLine)> {
         let mut extras = Vec::new();
         if self.skip_in_flight {
-            extras.push((Some("tcp-skip-in-flight"), "skip-in-flight".to_owned()));
+            let line = ConfigLine::switch("skip-in-flight");
+            extras.push((Some("tcp-skip-in-flight"), line));
         }
         if self.link_remap {
-            extras.push((Some("link-remap"), "link-remap".to_owned()));
+            extras.push((Some("link-remap"), ConfigLine::switch("link-remap")));
         }
         if let Some(limit) = self.ghost_limit {
-            extras.push((None, format!("ghost-limit {limit}")));
+            let line = ConfigLine::with("ghost-limit", &limit.to_string());
+            extras.push((None, line.expect("digits")));
         }
         extras
     }
@@ -162,7 +167,7 @@ impl CriuOptions {
     /// What a dump by a runtime gets whose `checkpoint --help` says `help`: flags, and lines of the
     /// CRIU configuration file that the environment names.
     #[must_use]
-    pub fn dump_arguments(&self, help: &str) -> (Vec<RuntimeFlag>, Vec<String>) {
+    pub fn dump_arguments(&self, help: &str) -> (Vec<RuntimeFlag>, Vec<ConfigLine>) {
         let mut flags = self.dump_flags();
         let mut lines = Vec::new();
         if self.manage_cgroups_mode == Some(CgroupsMode::Ignore) && !help.contains("ignore") {
@@ -172,7 +177,7 @@ impl CriuOptions {
         if self.empty_ns.is_some() {
             match help.contains("--empty-ns ") {
                 true => flags.push(("empty-ns", Some("network".to_owned()))),
-                false => lines.push("empty-ns net".to_owned()),
+                false => lines.push(empty_network()),
             }
         }
         for (flag, line) in self.dump_extras() {
@@ -208,18 +213,19 @@ impl CriuOptions {
     /// What a restore needs that is no flag of every runtime, as lines of a CRIU configuration
     /// file.
     #[must_use]
-    pub fn restore_lines(&self) -> Vec<String> {
+    pub fn restore_lines(&self) -> Vec<ConfigLine> {
         let mut lines = Vec::new();
         if self.tcp == Tcp::Close {
-            lines.push("tcp-close".to_owned());
+            lines.push(ConfigLine::switch("tcp-close"));
         }
         if self.empty_ns.is_some() {
-            lines.push("empty-ns net".to_owned());
+            lines.push(empty_network());
         }
         if let Some(mode) = self.manage_cgroups_mode {
             // crun 1.28 has the flag, and CRIU does not hear of it. The value is an optional one, so
             // it needs the equals sign.
-            lines.push(format!("manage-cgroups={mode}"));
+            let line = ConfigLine::with_optional("manage-cgroups", &mode.to_string());
+            lines.push(line.expect("a word"));
         }
         lines
     }
@@ -228,11 +234,10 @@ impl CriuOptions {
     /// is `held` lets no task run before it is let go.
     #[must_use]
     pub fn restore_config(&self, own: &str, held: bool) -> String {
-        let lines = own.lines().map(ToOwned::to_owned);
-        let lines = lines
-            .chain(self.restore_lines())
-            .chain(held.then(|| "leave-stopped".to_owned()));
-        lines.map(|line| line + "\n").collect()
+        let own = own.lines().map(|line| format!("{line}\n"));
+        let mut lines = self.restore_lines();
+        lines.extend(held.then(|| ConfigLine::switch("leave-stopped")));
+        own.collect::<String>() + &ConfigLine::to_text(&lines)
     }
 
     fn common_flags(&self) -> Vec<RuntimeFlag> {
@@ -249,6 +254,10 @@ impl CriuOptions {
         }
         flags
     }
+}
+
+fn empty_network() -> ConfigLine {
+    ConfigLine::with("empty-ns", "net").expect("a word")
 }
 
 #[cfg(test)]
@@ -304,16 +313,16 @@ mod tests {
         restore.push(("lsm-profile", Some("apparmor:web".to_owned())));
         assert_eq!(options.restore_flags(), restore);
         assert_eq!(
-            options.restore_lines(),
-            ["tcp-close", "empty-ns net", "manage-cgroups=ignore"]
+            ConfigLine::to_text(&options.restore_lines()),
+            "tcp-close\nempty-ns net\nmanage-cgroups=ignore\n"
         );
         let mut dump = common.to_vec();
         dump.push(("tcp-established", None));
         assert_eq!(options.dump_flags(), dump);
-        let extras: Vec<String> = options.dump_extras().into_iter().map(|it| it.1).collect();
+        let extras: Vec<_> = options.dump_extras().into_iter().map(|it| it.1).collect();
         assert_eq!(
-            extras,
-            ["skip-in-flight", "link-remap", "ghost-limit 8388608"]
+            ConfigLine::to_text(&extras),
+            "skip-in-flight\nlink-remap\nghost-limit 8388608\n"
         );
     }
 
@@ -334,14 +343,17 @@ mod tests {
                     ("manage-cgroups-mode", Some("ignore".to_owned())),
                     ("tcp-skip-in-flight", None)
                 ],
-                vec!["ghost-limit 4096".to_owned()]
+                vec![ConfigLine::with("ghost-limit", "4096").unwrap()]
             )
         );
         assert_eq!(
             options.dump_arguments("   --tcp-established"),
             (
                 vec![locks],
-                vec!["skip-in-flight".to_owned(), "ghost-limit 4096".to_owned()]
+                vec![
+                    ConfigLine::switch("skip-in-flight"),
+                    ConfigLine::with("ghost-limit", "4096").unwrap()
+                ]
             )
         );
     }

@@ -10,6 +10,7 @@
 //!      annotations: what is asked for;  namespaces, spec: the OCI spec of the new container
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
 //!      cri_names: labels and annotations of the CRI
+//!      beneath: opens what others have put into a directory
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
 //! ```
 //!
@@ -17,6 +18,7 @@
 //! checkpoint is hostile input: names are checked when the manifest is parsed, digests before use.
 
 pub mod annotations;
+pub mod beneath;
 pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;

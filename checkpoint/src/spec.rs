@@ -122,6 +122,12 @@ impl Spec {
             .insert(key.to_owned(), json!(value));
     }
 
+    /// Removes an annotation, and gives its value.
+    pub fn remove_annotation(&mut self, key: &str) -> Option<String> {
+        let value = self.0["annotations"].as_object_mut()?.remove(key)?;
+        value.as_str().map(ToOwned::to_owned)
+    }
+
     /// Its mounts that have a source, as destination and source, in order.
     pub fn mounts(&self) -> impl Iterator<Item = (&str, &str)> {
         let mounts = self.0["mounts"].as_array().into_iter().flatten();
@@ -213,6 +219,16 @@ mod tests {
                 "annotations": { "a": "b" },
             })
         );
+    }
+
+    #[test]
+    fn an_annotation_can_be_removed() {
+        let mut spec = Spec::parse(br#"{"annotations":{"a":"b","c":"d"}}"#).unwrap();
+        assert_eq!(spec.remove_annotation("a").as_deref(), Some("b"));
+        assert_eq!(spec.remove_annotation("a"), None);
+        assert_eq!(spec.to_json(), br#"{"annotations":{"c":"d"}}"#);
+        let mut none = Spec::parse(b"{}").unwrap();
+        assert_eq!(none.remove_annotation("a"), None);
     }
 
     #[test]

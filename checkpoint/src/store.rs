@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
+use crate::beneath::{Links, open_regular};
 use crate::manifest::{
     self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
 };
@@ -145,7 +146,7 @@ impl Store {
         })?;
         let dir = self.root.join(name);
         let path = dir.join(MANIFEST_FILE);
-        let file = match File::open(&path) {
+        let file = match open_regular(&dir, Path::new(MANIFEST_FILE), Links::Refused) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(StoreError::NotFound {
@@ -444,7 +445,8 @@ pub fn list_files(dir: &Path) -> Result<Vec<String>, StoreError> {
 
 fn digest_file(dir: &Path, path: &str) -> Result<manifest::File, StoreError> {
     let full = dir.join(path);
-    let mut file = File::open(&full).during("open", &full)?;
+    let file = open_regular(dir, Path::new(path), Links::Refused);
+    let mut file = file.during("open", &full)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut size = 0;

@@ -10,7 +10,7 @@ use transship_engine::stuck_dump::PROGRESS_PATIENCE;
 
 mod criu;
 
-pub(crate) use criu::CriuArgs;
+pub(crate) use criu::{CriuArgs, Dumps, Moves, Restores};
 
 /// Moves running containers from one containerd node to another: memory, writable layer, namespaces.
 #[derive(Debug, Parser)]
@@ -217,7 +217,7 @@ pub(crate) struct CheckpointArgs {
     pub(crate) dump: DumpArgs,
     /// What CRIU is told.
     #[command(flatten)]
-    pub(crate) criu: CriuArgs,
+    pub(crate) criu: CriuArgs<Dumps>,
 }
 
 /// When a dump is given up.
@@ -294,7 +294,7 @@ pub(crate) struct RestoreArgs {
     pub(crate) target: TargetArgs,
     /// What CRIU is told, where that is not what it was told at the dump.
     #[command(flatten)]
-    pub(crate) criu: CriuArgs,
+    pub(crate) criu: CriuArgs<Restores>,
 }
 
 /// `transship migrate`
@@ -323,7 +323,7 @@ pub(crate) struct MigrateArgs {
     pub(crate) target: TargetArgs,
     /// What CRIU is told.
     #[command(flatten)]
-    pub(crate) criu: CriuArgs,
+    pub(crate) criu: CriuArgs<Moves>,
 }
 
 /// `transship send`

@@ -10,14 +10,14 @@ use std::error::Error as StdError;
 use std::fmt;
 
 use transship_checkpoint::annotations::AnnotationError;
-use transship_checkpoint::criu_options::OptionError;
+use transship_checkpoint::criu_options::{ConfigLineError, OptionError};
 use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
 use transship_checkpoint::wire::WireError;
 use transship_containerd::NodeError;
 use transship_layer::{ExportError, ImportError, UsageError};
-use transship_sandbox::stage::StageError;
+use transship_sandbox::SandboxError;
 
 use crate::interrupt::Interrupted;
 use crate::problem::Problem;
@@ -219,7 +219,8 @@ speaks_for_itself!(
     NamespaceError,
     NodeError,
     OptionError,
-    StageError,
+    ConfigLineError,
+    SandboxError,
     StoreError,
     UsageError,
     WireError,

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 
 /// Where containerd's runc shim lets the runtimes keep their states (`process.RuncRoot`).
@@ -77,10 +77,11 @@ impl OciRuntime {
         if let Some(export) = &export {
             let script = work.join("post-dump.sh");
             write_script(&script, id, export)?;
-            lines.push(format!("action-script {}", script.display()));
+            let script = script.to_string_lossy();
+            lines.push(ConfigLine::with("action-script", &script)?);
         }
         let config = work.join("criu.conf");
-        fs::write(&config, lines.join("\n") + "\n")
+        fs::write(&config, ConfigLine::to_text(&lines))
             .with_context(|| format!("cannot write {}", config.display()))?;
 
         let mut command = Command::new(&self.binary);

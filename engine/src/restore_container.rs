@@ -31,7 +31,7 @@ use transship_checkpoint::store::Checkpoint;
 use transship_checkpoint::wire::Target;
 use transship_layer::ImportOptions;
 use transship_proto::runc_options::Options;
-use transship_sandbox::stage::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
+use transship_sandbox::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
 use crate::problem::{Kind, Problem};
 use transship_containerd::Node;

@@ -26,11 +26,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{
-    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open, setsid,
-};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open, setsid};
 
-use crate::front::{children, tree};
+use crate::descendants::Process;
 
 /// First argument of the front as guard.
 pub const ROLE: &str = "transship-lazy-pages";
@@ -126,6 +124,8 @@ pub fn serve(args: &[OsString]) -> io::Result<()> {
     let [images, work] = args else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
+    // Before anything that takes time: a front that has died is another process later.
+    let front = Process::open(std::os::unix::process::parent_id().cast_signed())?;
     // The front's caller waits for the end of what it has started.
     setsid()?;
     let mut server = Command::new("criu")
@@ -140,7 +140,7 @@ pub fn serve(args: &[OsString]) -> io::Result<()> {
         // Of its own: what is sent to a group of ours must not end it alone.
         .process_group(0)
         .spawn()?;
-    let guarded = guard(&mut server, Path::new(work));
+    let guarded = guard(&mut server, &front, Path::new(work));
     if guarded.is_err() {
         drop(server.kill());
         drop(server.wait());
@@ -148,7 +148,7 @@ pub fn serve(args: &[OsString]) -> io::Result<()> {
     guarded
 }
 
-fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
+fn guard(server: &mut Child, front: &Process, work: &Path) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !work.join(SOCKET).try_exists()? {
         if server.try_wait()?.is_some() || Instant::now() > deadline {
@@ -157,9 +157,9 @@ fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     say(READY)?;
-    let line = wait_for_restore(server)?;
+    let line = wait_for_restore(server, front)?;
     // Without a number the restore has failed.
-    let root: i32 = line.trim().parse().map_err(io::Error::other)?;
+    let root = Process::open(line.trim().parse().map_err(io::Error::other)?)?;
     let copies = userfaultfds(server)?;
     if server.try_wait()?.is_some_and(|status| !status.success()) {
         return Err(io::Error::other("the server has ended"));
@@ -168,16 +168,16 @@ fn guard(server: &mut Child, work: &Path) -> io::Result<()> {
     close_streams()?;
     let served = server.wait()?.success();
     if !served {
-        kill_tree(root)?;
+        // Its memory is incomplete.
+        root.kill_tree()?;
     }
     drop(copies);
     Ok(())
 }
 
 /// The front's word about the restore. It would wait for ever for pages of a server that has gone:
-/// then what restores is killed, and the runtime tells its failure.
-fn wait_for_restore(server: &mut Child) -> io::Result<String> {
-    let front = rustix::process::getppid();
+/// then what restores is killed, and the front tells the failure.
+fn wait_for_restore(server: &mut Child, front: &Process) -> io::Result<String> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut line = String::new();
@@ -197,25 +197,10 @@ fn wait_for_restore(server: &mut Child) -> io::Result<String> {
             Err(RecvTimeoutError::Timeout) => {}
         }
         if server.try_wait()?.is_some_and(|status| !status.success()) {
-            if let Some(front) = front {
-                kill_restore(front)?;
-            }
+            front.kill_below(&[std::process::id().cast_signed()])?;
             return Err(io::Error::other("the server has ended"));
         }
     }
-}
-
-/// Kills what the front's runtime has started, but not the runtime.
-fn kill_restore(front: Pid) -> io::Result<()> {
-    let own = std::process::id().cast_signed();
-    for runtime in children(front.as_raw_nonzero().get())? {
-        if runtime != own {
-            for task in children(runtime)? {
-                kill_tree(task)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 fn say(word: &str) -> io::Result<()> {
@@ -260,15 +245,4 @@ fn userfaultfds(server: &Child) -> io::Result<Vec<OwnedFd>> {
         }
     }
     Ok(copies)
-}
-
-/// Kills the container's tasks, whose memory is incomplete.
-fn kill_tree(root: i32) -> io::Result<()> {
-    for pid in tree(root)? {
-        if let Some(pid) = Pid::from_raw(pid) {
-            // One that has ended is as dead as wanted.
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-    Ok(())
 }

@@ -3,13 +3,13 @@
 //! ```text
 //! containerd-shim --argv--> front: argv --> Command
 //!                              create   sandbox: adds the hook to config.json, execs the runtime
-//!                                       staged:  runs `runtime restore`, held
+//!                                       staged:  runs `runtime restore`, held, below a guard
 //!                              start    lets a held restore go
 //!                              restore  repairs namespaces and images, runs the runtime
 //!                              checkpoint  adds the options of the annotations
 //!                              delete   takes away what the restore left
 //!                              else     execs the runtime, untouched
-//!                           config.json, /run/transship <--- transship-checkpoint (spec, stage)
+//!                           config.json, /run/transship <--- transship-checkpoint (spec), transship-sandbox
 //!
 //! runtime --state JSON--> hook: createRuntime  pins the sandbox's namespaces, stages its restores
 //!                               poststop       removes both
@@ -19,9 +19,11 @@
 //! does nothing to those that carry no annotation of ours, in whatever state it finds them.
 
 pub mod argv;
+mod descendants;
 pub mod front;
 pub mod hook;
 pub mod lazy_pages;
+pub mod restore_guard;
 pub mod restore_log;
 pub mod runtime;
 pub mod runtime_log;

@@ -6,11 +6,14 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{AccessFlags, access, getppid};
 use serde::Deserialize;
+
+use crate::restore_guard;
 
 /// First argument of the front's own child; see [`Runtime::run`].
 pub const SUPERVISED: &str = "transship-supervised";
@@ -54,6 +57,21 @@ pub struct ContainerState {
     /// First process, in the caller's pid namespace; 0 when it is stopped.
     #[serde(default)]
     pub pid: i32,
+}
+
+/// A call of `restore`.
+#[derive(Debug)]
+pub struct GuardedRestore<'a> {
+    /// All arguments of the runtime.
+    pub args: Vec<OsString>,
+    /// The directory where CRIU writes its log.
+    pub work: &'a Path,
+    /// How long CRIU may make no progress.
+    pub patience: Duration,
+    /// A CRIU configuration beneath the one that the runtime names to CRIU.
+    pub criu_config: Option<&'a Path>,
+    /// Whether stdin is a pipe that is at its end.
+    pub ended_stdin: bool,
 }
 
 impl Runtime {
@@ -136,45 +154,52 @@ impl Runtime {
 
     /// Runs the runtime with the caller's streams and waits for it.
     ///
-    /// It must die with the caller: a shim that gives up kills the front, and a restore that goes
-    /// on behind its back would make a second copy. The kernel's parent-death signal is set in the
-    /// child, so the child is this program again (`front`, with [`SUPERVISED`] as its first
-    /// argument), which sets it and becomes the runtime.
+    /// It must die with the caller: a shim that gives up kills the front. The kernel's parent-death
+    /// signal is set in the child, so the child is this program again (`front`, with
+    /// [`SUPERVISED`] as its first argument), which sets it and becomes the runtime.
     ///
     /// # Errors
     /// It cannot be started.
     pub fn run(&self, front: &Path, args: &[OsString]) -> Result<ExitStatus, RuntimeError> {
-        self.run_with(front, args, None, false)
-    }
-
-    /// The same, with a CRIU configuration beneath the one that the runtime names to CRIU, and with
-    /// a pipe that is at its end for stdin.
-    ///
-    /// # Errors
-    /// It cannot be started.
-    pub fn run_with(
-        &self,
-        front: &Path,
-        args: &[OsString],
-        criu_config: Option<&Path>,
-        ended_stdin: bool,
-    ) -> Result<ExitStatus, RuntimeError> {
-        let run = |command: &mut Command| {
-            let mut child = command.spawn()?;
-            drop(child.stdin.take());
-            child.wait()
-        };
         let mut command = Command::new(front);
-        if ended_stdin {
-            command.stdin(Stdio::piped());
-        }
         command
-            .envs(criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
             .arg(SUPERVISED)
             .arg(std::process::id().to_string())
             .arg(&self.path)
             .args(args);
-        run(&mut command).map_err(|source| RuntimeError::Execute {
+        command.status().map_err(|source| RuntimeError::Execute {
+            path: front.to_path_buf(),
+            source,
+        })
+    }
+
+    /// Runs a `restore` of the runtime below a guard, and waits for it; see
+    /// [`restore_guard`](crate::restore_guard).
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn run_guarded(
+        &self,
+        front: &Path,
+        restore: &GuardedRestore<'_>,
+    ) -> Result<ExitStatus, RuntimeError> {
+        let mut command = Command::new(front);
+        if restore.ended_stdin {
+            command.stdin(Stdio::piped());
+        }
+        command
+            .envs(restore.criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
+            .arg(restore_guard::ROLE)
+            .arg(std::process::id().to_string())
+            .arg(restore.work)
+            .arg(restore.patience.as_millis().to_string())
+            .arg(&self.path)
+            .args(&restore.args);
+        let status = command.spawn().and_then(|mut child| {
+            drop(child.stdin.take());
+            child.wait()
+        });
+        status.map_err(|source| RuntimeError::Execute {
             path: front.to_path_buf(),
             source,
         })

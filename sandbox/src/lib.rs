@@ -1,13 +1,42 @@
-//! Sandboxes of this node and the restores into them: what is below `/run/transship`, and what a
-//! restore is allowed to do.
+//! Sandboxes of this node and the restores into them: what is below `/run/transship`, what has been
+//! restored before, and what a restore is allowed to do.
 //!
 //! ```text
-//!  createRuntime hook, runtime front --> stage --> /run/transship/pods/<sandbox>/restore/<c>/
-//!      admission: who may restore what
-//!      shared_dirs: /dev/shm and emptyDirs of the pod
+//!  createRuntime hook ── PodDir::pin, stage ──> /run/transship/pods/<sandbox id>/
+//!  runtime front: admission, Staged, LinkedImages, Consumed     engine: admission, shared_dirs
+//!
+//! /run/transship/pods/<sandbox id>/      pod_dir: PodDir
+//!     lock                               flock: held while a restore changes the sandbox
+//!     uid                                the pod's, under the CRI
+//!     ns/{net,ipc,uts,pid,user,cgroup}   pins: namespaces of the sandbox, bind mounted
+//!     filled-<file>                      a shared directory that has its content
+//!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
+//!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
+//! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
+//! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
 //! ```
+//!
+//! `/run` is empty after a boot, as are the sandboxes; nothing there has to survive one.
 
 pub mod admission;
+pub mod consumed;
+mod error;
+mod files;
+mod ipc_record;
+mod linked_images;
 mod loopback;
+mod pins;
+mod pod_dir;
 pub mod shared_dirs;
-pub mod stage;
+mod staged;
+mod sysv_objects;
+
+pub use error::SandboxError;
+pub use linked_images::LinkedImages;
+pub use pins::{live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process};
+pub use pod_dir::PodDir;
+pub use staged::{Request, Staged, State};
+pub use sysv_objects::LiveIpc;
+
+/// Where the directories of sandboxes are.
+pub const DEFAULT_RUN_DIR: &str = "/run/transship";

@@ -6,28 +6,19 @@
 //! emptyDir   bind mount of <kubelet>/pods/<uid>/volumes/kubernetes.io~empty-dir/<volume>, or of
 //!            <kubelet>/pods/<uid>/volume-subpaths/<volume>/<container>/<n> (`subPath`); medium
 //!            Memory is a tmpfs that kubelet mounts there
-//!
-//! <checkpoint>/.consumed-<pod uid>   what pods of this node have taken out of it, one per line:
-//!     container <name> | volume <name>
 //! ```
 //!
 //! CRIU takes bind mounts for given: it opens the files in them again by their paths and dumps no
 //! content. What is unlinked but open (ghost files) CRIU keeps by itself.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use transship_checkpoint::cri_names::annotations::SANDBOX_UID;
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 
-use crate::stage::{StageContext, StageError};
-
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SUB_PATHS: &str = "volume-subpaths";
-const CONSUMED_PREFIX: &str = ".consumed-";
 
 /// A mount of a container on such a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,78 +68,10 @@ fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
     }
 }
 
-/// What pods have taken out of one checkpoint. A pod takes each thing once, also when its sandbox
-/// is made again, whatever the new sandbox's id: the pod's life has gone on since.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Consumed {
-    path: PathBuf,
-    lines: Vec<String>,
-}
-
-impl Consumed {
-    /// What the pod of this spec has taken out of the checkpoint in `checkpoint`; `None` outside
-    /// of the CRI.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn by_pod_of(spec: &Spec, checkpoint: &Path) -> Result<Option<Self>, StageError> {
-        let Some(uid) = spec.annotations().remove(SANDBOX_UID) else {
-            return Ok(None);
-        };
-        check_name("the pod's uid", &uid)?;
-        let path = checkpoint.join(format!("{CONSUMED_PREFIX}{uid}"));
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text.staging("read", &path)?,
-        };
-        let lines = text.lines().map(ToOwned::to_owned).collect();
-        Ok(Some(Self { path, lines }))
-    }
-
-    /// Whether it has taken this container.
-    #[must_use]
-    pub fn has_container(&self, name: &str) -> bool {
-        self.lines.contains(&format!("container {name}"))
-    }
-
-    /// Whether it has taken this volume.
-    #[must_use]
-    pub fn has_volume(&self, name: &str) -> bool {
-        self.lines.contains(&format!("volume {name}"))
-    }
-
-    /// Remembers that it has taken this container.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn add_container(&mut self, name: &str) -> Result<(), StageError> {
-        self.add(format!("container {name}"))
-    }
-
-    /// Remembers that it has taken this volume.
-    ///
-    /// # Errors
-    /// A system call failed.
-    pub fn add_volume(&mut self, name: &str) -> Result<(), StageError> {
-        self.add(format!("volume {name}"))
-    }
-
-    fn add(&mut self, line: String) -> Result<(), StageError> {
-        let write = || {
-            let mut options = OpenOptions::new();
-            let mut file = options.append(true).create(true).open(&self.path)?;
-            // One write: containers of a pod may be restored side by side.
-            file.write_all(format!("{line}\n").as_bytes())?;
-            file.sync_data()
-        };
-        write().staging("write", &self.path)?;
-        self.lines.push(line);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -186,29 +109,5 @@ mod tests {
                 .iter()
                 .all(|it| it.dir != SharedDir::Shm)
         );
-    }
-
-    #[test]
-    fn a_pod_takes_each_thing_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = |uid: &str| {
-            let json = format!(r#"{{"annotations":{{"{SANDBOX_UID}":"{uid}"}}}}"#);
-            Spec::parse(json.as_bytes()).unwrap()
-        };
-        let read = |uid: &str| {
-            Consumed::by_pod_of(&spec(uid), dir.path())
-                .unwrap()
-                .unwrap()
-        };
-        let mut one = read("u1");
-        assert!(!one.has_container("web"));
-        one.add_container("web").unwrap();
-        one.add_volume("web data").unwrap();
-        assert_eq!(read("u1"), one);
-        assert!(one.has_container("web") && !one.has_volume("web"));
-        assert!(!read("u2").has_container("web"));
-        assert!(Consumed::by_pod_of(&spec("../x"), dir.path()).is_err());
-        let no_pod = Spec::parse(b"{}").unwrap();
-        assert!(Consumed::by_pod_of(&no_pod, dir.path()).unwrap().is_none());
     }
 }

@@ -263,6 +263,11 @@ fn state_after(cri: &Cri, id: &str, ticks: u64) -> anyhow::Result<String> {
 
 fn start(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
     node.shell("mkdir -p /var/lib/shared").run()?;
+    // Each of them loosens something, so a pod restores it only where its operator allows it.
+    node.write_file(
+        "/etc/transship/node.toml",
+        "[pods]\nallow-options = [\"ext-unix-sk\", \"shell-job\", \"lsm-profile\"]\n",
+    )?;
     node.start_snapshotter()?;
     let config = ContainerdConfig {
         transship_diff: false,

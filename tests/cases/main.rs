@@ -9,16 +9,19 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`; elsewhere than in
 //! that machine `vm_` cases are skipped.
 
+mod consumed_once;
 mod crit;
 mod criu_options;
 mod criu_options_alone;
 mod crun;
 mod differ;
 mod frozen;
+mod images_with_links;
 mod journey;
 mod node_api;
 mod pod_refusals;
 mod pods;
+mod pods_closed;
 mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
@@ -121,16 +124,19 @@ fn main() -> ExitCode {
         transship_testbed::stretch_deadlines(factor);
     }
     let cases = starts::cases()
+        .chain(consumed_once::cases())
         .chain(crit::cases())
         .chain(criu_options::cases())
         .chain(criu_options_alone::cases())
         .chain(crun::cases())
         .chain(differ::cases())
         .chain(frozen::cases())
+        .chain(images_with_links::cases())
         .chain(journey::cases())
         .chain(node_api::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
+        .chain(pods_closed::cases())
         .chain(pods_ordinary::cases())
         .chain(pods_own_files::cases())
         .chain(pods_shared::cases())

@@ -15,10 +15,10 @@ const TOKEN_MOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const CART: &str = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzeXN0ZW06c2VydmljZWFjY291bnQ6c2hvcDpjYXJ0In0.x";
 /// The same of shop:till.
 const TILL: &str = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzeXN0ZW06c2VydmljZWFjY291bnQ6c2hvcDp0aWxsIn0.x";
-const CART_MOUNTS: &[(&str, &str)] =
-    &[("/var/lib/cache", "/cache"), ("/var/lib/cart", TOKEN_MOUNT)];
-const TILL_MOUNTS: &[(&str, &str)] =
-    &[("/var/lib/cache", "/cache"), ("/var/lib/till", TOKEN_MOUNT)];
+const CART_VOLUME: &str = "/var/lib/kubelet/pods/u1/volumes/kubernetes.io~projected/cart";
+const TILL_VOLUME: &str = "/var/lib/kubelet/pods/u2/volumes/kubernetes.io~projected/till";
+const CART_MOUNTS: &[(&str, &str)] = &[("/var/lib/cache", "/cache"), (CART_VOLUME, TOKEN_MOUNT)];
+const TILL_MOUNTS: &[(&str, &str)] = &[("/var/lib/cache", "/cache"), (TILL_VOLUME, TOKEN_MOUNT)];
 
 const MOUNTED: PodContainer<'static> = PodContainer {
     mounts: CART_MOUNTS,
@@ -34,10 +34,12 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
     start(bed, &node, true)?;
     let other = other_image(journey::counter_image(bed)?)?;
     node.import_image_into("k8s.io", &other, "transship")?;
-    node.shell("mkdir -p /var/lib/cache /var/lib/cart /var/lib/till")
-        .run()?;
-    node.write_file("/var/lib/cart/token", CART)?;
-    node.write_file("/var/lib/till/token", TILL)?;
+    node.shell(&format!(
+        "mkdir -p /var/lib/cache {CART_VOLUME} {TILL_VOLUME}"
+    ))
+    .run()?;
+    node.write_file(&format!("{CART_VOLUME}/token"), CART)?;
+    node.write_file(&format!("{TILL_VOLUME}/token"), TILL)?;
     let cri = node.cri()?;
     let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &MOUNTED)?;

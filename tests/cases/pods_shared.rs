@@ -284,6 +284,10 @@ fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>
         .filter_map(|line| line.strip_suffix('\n'))
     {
         let line = line.splitn(4, ' ').nth(3).unwrap_or_default();
+        // What the runtime front says on stderr.
+        if line.starts_with("transship: restored from the checkpoint \"mates\"") {
+            continue;
+        }
         ensure!(!line.starts_with("BAD"), "{role}: {line}");
         let step = Step::parse(line).with_context(|| format!("{role}: {line:?}"))?;
         if let Some(last) = steps.last() {

@@ -33,6 +33,8 @@ pub struct ContainerdConfig {
     pub runtime_binary: Option<String>,
     /// The CRI's runtime asks systemd for cgroups; for `ctr run` give `--runc-systemd-cgroup` too.
     pub systemd_cgroup: bool,
+    /// Prefixes of annotations that the CRI hands to the runtime besides ours, such as `org.criu.*`.
+    pub more_annotations: &'static [&'static str],
     /// TOML to put after all else.
     pub extra: String,
 }
@@ -127,9 +129,10 @@ impl ContainerdConfig {
     /// dies with "can't get final child's PID from pipe: EOF".
     fn runtime(&self, cri: &str) -> String {
         let runc = format!("{cri}.containerd.runtimes.runc");
+        let passed: Vec<&str> = [&["dev.transship/*"], self.more_annotations].concat();
         let mut toml = format!(
             "[{runc}]\n  runtime_type = \"io.containerd.runc.v2\"\n  \
-             pod_annotations = [\"dev.transship/*\"]\n  container_annotations = [\"dev.transship/*\"]\n"
+             pod_annotations = {passed:?}\n  container_annotations = {passed:?}\n"
         );
         toml += &format!(
             "[{runc}.options]\n  SystemdCgroup = {}\n",

@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use containerd_client::connect;
-use containerd_client::tonic::Status;
 use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Request, Status};
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
@@ -317,6 +318,22 @@ impl Cri {
         .map(drop)
     }
 
+    /// Starts a created container, unless that takes longer than `deadline`: then the call is
+    /// cancelled, as kubelet does it.
+    ///
+    /// # Errors
+    /// What containerd answers, or that the deadline has passed.
+    pub fn start_container_within(&self, id: &str, deadline: Duration) -> Result<(), TestbedError> {
+        let mut request = Request::new(StartContainerRequest {
+            container_id: id.to_owned(),
+        });
+        request.set_timeout(deadline);
+        self.call("start the container", |mut client| async move {
+            client.start_container(request).await
+        })
+        .map(drop)
+    }
+
     /// Creates and starts a container.
     ///
     /// # Errors
@@ -454,19 +471,29 @@ impl Cri {
         })
     }
 
+    /// Stops a pod: its containers and its sandbox end.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn stop_pod(&self, pod: &Pod) -> Result<(), TestbedError> {
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        self.call("stop the sandbox", |mut client| async move {
+            client.stop_pod_sandbox(request).await
+        })
+        .map(drop)
+    }
+
     /// Stops and removes a pod with all its containers.
     ///
     /// # Errors
     /// What containerd answers.
     pub fn remove_pod(&self, pod: &Pod) -> Result<(), TestbedError> {
-        let pod_sandbox_id = pod.id.clone();
-        let stop = StopPodSandboxRequest {
-            pod_sandbox_id: pod_sandbox_id.clone(),
+        self.stop_pod(pod)?;
+        let remove = RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
         };
-        self.call("stop the sandbox", |mut client| async move {
-            client.stop_pod_sandbox(stop).await
-        })?;
-        let remove = RemovePodSandboxRequest { pod_sandbox_id };
         self.call("remove the sandbox", |mut client| async move {
             client.remove_pod_sandbox(remove).await
         })

@@ -21,9 +21,11 @@ pub mod tasks;
 pub mod utsns;
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+use crate::beneath::{Links, open_regular};
 
 /// Largest image that is read here, in bytes. Those with memory pages are never read.
 const IMAGE_LIMIT: u64 = 64 << 20;
@@ -130,7 +132,9 @@ impl Image {
             path: path.to_path_buf(),
             source,
         };
-        let file = File::open(path).map_err(|e| io("open", e))?;
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let name = Path::new(path.file_name().unwrap_or_default());
+        let file = open_regular(dir, name, Links::Refused).map_err(|e| io("open", e))?;
         let mut bytes = Vec::new();
         file.take(IMAGE_LIMIT + 1)
             .read_to_end(&mut bytes)
@@ -191,7 +195,15 @@ impl Image {
             source,
         };
         let new = path.with_extension("img.new");
-        fs::write(&new, self.to_bytes()).map_err(|e| io("write", e))?;
+        let write = || {
+            // Whatever has this name is part of what was given to us: no link is written through.
+            match fs::remove_file(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            File::create_new(&new)?.write_all(&self.to_bytes())
+        };
+        write().map_err(|e| io("write", e))?;
         fs::rename(&new, path).map_err(|e| io("replace", e))
     }
 }
@@ -369,5 +381,14 @@ mod tests {
         image(vec![]).replace(&link).unwrap();
         assert_eq!(fs::read(&target).unwrap(), b"untouched");
         assert_eq!(fs::read(&link).unwrap().len(), HEADER_LEN);
+        // Nor is one followed that has the name of the draft.
+        std::os::unix::fs::symlink(&target, dir.path().join("utsns-11.img.new")).unwrap();
+        image(vec![]).replace(&link).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"untouched");
+        let read = Image::read(&dir.path().join("utsns-11.img"), Kind::Utsns);
+        assert!(read.is_ok(), "{read:?}");
+        std::os::unix::fs::symlink(&target, dir.path().join("utsns-12.img")).unwrap();
+        let read = Image::read(&dir.path().join("utsns-12.img"), Kind::Utsns);
+        assert!(matches!(read, Err(ImageError::Io { .. })), "{read:?}");
     }
 }

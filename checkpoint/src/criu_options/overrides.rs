@@ -1,18 +1,11 @@
-//! Choices about CRIU's options that somebody has made: by annotation or by flag.
-//!
-//! | name | values |
-//! |---|---|
-//! | `tcp` | `refuse`, `established`, `close` |
-//! | `skip-in-flight`, `file-locks`, `ext-unix-sk`, `shell-job`, `link-remap`, `lazy-pages` | `true`, `false` |
-//! | `ghost-limit` | bytes, with `K`, `M` or `G` |
-//! | `empty-ns` | `network` |
-//! | `manage-cgroups-mode` | `soft`, `full`, `strict`, `ignore` |
-//! | `lsm-profile` | `apparmor:NAME`, `selinux:LABEL` |
-//! | `lsm-mount-context` | an SELinux context |
+//! Choices about CRIU's options that somebody has made: by annotation or by flag. Their names and
+//! values are those of the [table](super::table).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use super::table::{CriuOption, OPTIONS};
 use super::{CgroupsMode, CriuOptions, EmptyNamespace, Tcp};
 
 /// A value that means nothing.
@@ -25,154 +18,67 @@ pub struct OptionError {
 
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Switch(pub bool);
+pub(super) struct Switch(pub(super) bool);
 
 /// Size of the largest unlinked file, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GhostLimit(pub u64);
+pub(super) struct GhostLimit(pub(super) u64);
 
 /// `TYPE:NAME` of a security module's profile.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LsmProfile(pub String);
+pub(super) struct LsmProfile(pub(super) String);
 
-/// Choices about the options of one container; `None`: as it was.
+/// An SELinux context.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MountContext(pub(super) String);
+
+/// Choices about the options of one container; what is not chosen is as it was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct CriuOverrides {
-    /// See [`CriuOptions::tcp`].
-    pub tcp: Option<Tcp>,
-    /// See [`CriuOptions::skip_in_flight`].
-    pub skip_in_flight: Option<bool>,
-    /// See [`CriuOptions::file_locks`].
-    pub file_locks: Option<bool>,
-    /// See [`CriuOptions::ext_unix_sk`].
-    pub ext_unix_sk: Option<bool>,
-    /// See [`CriuOptions::shell_job`].
-    pub shell_job: Option<bool>,
-    /// See [`CriuOptions::link_remap`].
-    pub link_remap: Option<bool>,
-    /// See [`CriuOptions::ghost_limit`].
-    pub ghost_limit: Option<u64>,
-    /// See [`CriuOptions::lazy_pages`].
-    pub lazy_pages: Option<bool>,
-    /// See [`CriuOptions::empty_ns`].
-    pub empty_ns: Option<EmptyNamespace>,
-    /// See [`CriuOptions::manage_cgroups_mode`].
-    pub manage_cgroups_mode: Option<CgroupsMode>,
-    /// See [`CriuOptions::lsm_profile`].
-    pub lsm_profile: Option<String>,
-    /// See [`CriuOptions::lsm_mount_context`].
-    pub lsm_mount_context: Option<String>,
-}
+pub struct CriuOverrides(BTreeMap<&'static str, String>);
 
 impl CriuOverrides {
     /// The names under which the choices are made.
-    pub const NAMES: [&'static str; 12] = [
-        "tcp",
-        "skip-in-flight",
-        "file-locks",
-        "ext-unix-sk",
-        "shell-job",
-        "link-remap",
-        "ghost-limit",
-        "empty-ns",
-        "manage-cgroups-mode",
-        "lsm-profile",
-        "lsm-mount-context",
-        "lazy-pages",
-    ];
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        OPTIONS.iter().map(|option| option.name)
+    }
 
     /// Makes the choice `name`.
     ///
     /// # Errors
     /// A value that means nothing, or no such choice.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), OptionError> {
-        let switch = || value.parse::<Switch>().map(|switch| Some(switch.0));
-        match name {
-            "tcp" => self.tcp = Some(value.parse()?),
-            "skip-in-flight" => self.skip_in_flight = switch()?,
-            "file-locks" => self.file_locks = switch()?,
-            "ext-unix-sk" => self.ext_unix_sk = switch()?,
-            "shell-job" => self.shell_job = switch()?,
-            "link-remap" => self.link_remap = switch()?,
-            "ghost-limit" => self.ghost_limit = Some(value.parse::<GhostLimit>()?.0),
-            "empty-ns" => self.empty_ns = Some(value.parse()?),
-            "manage-cgroups-mode" => self.manage_cgroups_mode = Some(value.parse()?),
-            "lsm-profile" => self.lsm_profile = Some(value.parse::<LsmProfile>()?.0),
-            "lsm-mount-context" => self.lsm_mount_context = Some(value.to_owned()),
-            "lazy-pages" => self.lazy_pages = switch()?,
-            _ => {
-                return Err(OptionError {
-                    allowed: "one of the options that docs/design.md lists",
-                });
-            }
-        }
+        let option = CriuOption::named(name).ok_or(OptionError {
+            allowed: "one of the options that docs/design.md lists",
+        })?;
+        (option.set)(&mut CriuOptions::default(), value)?;
+        self.0.insert(option.name, value.to_owned());
         Ok(())
     }
 
     /// The options with these choices.
     #[must_use]
-    pub fn over(&self, options: CriuOptions) -> CriuOptions {
-        CriuOptions {
-            tcp: self.tcp.unwrap_or(options.tcp),
-            skip_in_flight: self.skip_in_flight.unwrap_or(options.skip_in_flight),
-            file_locks: self.file_locks.unwrap_or(options.file_locks),
-            ext_unix_sk: self.ext_unix_sk.unwrap_or(options.ext_unix_sk),
-            shell_job: self.shell_job.unwrap_or(options.shell_job),
-            link_remap: self.link_remap.unwrap_or(options.link_remap),
-            ghost_limit: self.ghost_limit.or(options.ghost_limit),
-            lazy_pages: self.lazy_pages.unwrap_or(options.lazy_pages),
-            empty_ns: self.empty_ns.or(options.empty_ns),
-            manage_cgroups_mode: self.manage_cgroups_mode.or(options.manage_cgroups_mode),
-            lsm_profile: self.lsm_profile.clone().or(options.lsm_profile),
-            lsm_mount_context: self.lsm_mount_context.clone().or(options.lsm_mount_context),
+    pub fn over(&self, mut options: CriuOptions) -> CriuOptions {
+        for (name, value) in &self.0 {
+            let option = CriuOption::named(name).expect("it was found by set");
+            (option.set)(&mut options, value).expect("it was tried by set");
         }
+        options
     }
 }
 
 impl CriuOptions {
-    /// Name and value of every choice that makes these options of the default ones and of those
-    /// that a checkpoint was taken with.
+    /// The (name, value) pairs that differ from the defaults or from the options of a dump; setting
+    /// them makes these options again.
     #[must_use]
     pub fn choices(&self, taken_with: &Self) -> Vec<(&'static str, String)> {
         let default = Self::default();
-        let mut choices = Vec::new();
-        if self.tcp != default.tcp || self.tcp != taken_with.tcp {
-            choices.push(("tcp", self.tcp.to_string()));
-        }
-        for (name, switch) in [
-            (
-                "skip-in-flight",
-                (|it| it.skip_in_flight) as fn(&Self) -> bool,
-            ),
-            ("file-locks", |it| it.file_locks),
-            ("ext-unix-sk", |it| it.ext_unix_sk),
-            ("shell-job", |it| it.shell_job),
-            ("link-remap", |it| it.link_remap),
-            ("lazy-pages", |it| it.lazy_pages),
-        ] {
-            if switch(self) != switch(&default) || switch(self) != switch(taken_with) {
-                choices.push((name, switch(self).to_string()));
-            }
-        }
-        let values = [
-            (
-                "ghost-limit",
-                self.ghost_limit.map(|limit| limit.to_string()),
-            ),
-            ("empty-ns", self.empty_ns.map(|_| "network".to_owned())),
-            (
-                "manage-cgroups-mode",
-                self.manage_cgroups_mode.map(|mode| mode.to_string()),
-            ),
-            ("lsm-profile", self.lsm_profile.clone()),
-            ("lsm-mount-context", self.lsm_mount_context.clone()),
-        ];
-        choices.extend(
-            values
-                .into_iter()
-                .filter_map(|(name, value)| Some((name, value?))),
-        );
-        choices
+        let chosen = |option: &CriuOption| {
+            let get = option.get;
+            let value = get(self)?;
+            let is_other = |than: &Self| get(than).as_ref() != Some(&value);
+            (is_other(&default) || is_other(taken_with)).then_some((option.name, value))
+        };
+        OPTIONS.iter().filter_map(chosen).collect()
     }
 }
 
@@ -277,12 +183,29 @@ impl FromStr for GhostLimit {
     }
 }
 
+impl FromStr for MountContext {
+    type Err = OptionError;
+
+    fn from_str(text: &str) -> Result<Self, OptionError> {
+        match is_one_word(text) {
+            true => Ok(Self(text.to_owned())),
+            false => Err(OptionError {
+                allowed: "an SELinux context without blanks",
+            }),
+        }
+    }
+}
+
+fn is_one_word(text: &str) -> bool {
+    !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control())
+}
+
 impl FromStr for LsmProfile {
     type Err = OptionError;
 
     fn from_str(text: &str) -> Result<Self, OptionError> {
         match text.split_once(':') {
-            Some(("apparmor" | "selinux", name)) if !name.is_empty() => Ok(Self(text.to_owned())),
+            Some(("apparmor" | "selinux", name)) if is_one_word(name) => Ok(Self(text.to_owned())),
             _ => Err(OptionError {
                 allowed: "\"apparmor:NAME\" or \"selinux:LABEL\"",
             }),
@@ -296,30 +219,18 @@ mod tests {
 
     #[test]
     fn every_name_can_be_set_and_none_takes_nonsense() {
-        let good = [
-            "close",
-            "true",
-            "false",
-            "true",
-            "true",
-            "true",
-            "16M",
-            "network",
-            "strict",
-            "selinux:x:y",
-            "system_u:object_r:x",
-            "true",
-        ];
         let mut all = CriuOverrides::default();
-        for (name, value) in CriuOverrides::NAMES.into_iter().zip(good) {
-            all.set(name, value).unwrap();
-            if name != "lsm-mount-context" {
-                let error = CriuOverrides::default().set(name, "maybe").unwrap_err();
-                assert!(
-                    error.to_string().starts_with("it can be "),
-                    "{name}: {error}"
-                );
-            }
+        for option in &OPTIONS {
+            let good = match option.values {
+                "SIZE" => "16M",
+                "TYPE:NAME" => "selinux:x:y",
+                "CONTEXT" => "system_u:object_r:x",
+                values if option.off_flag.is_some() => values.rsplit('|').next().unwrap(),
+                values => values.split('|').next().unwrap(),
+            };
+            all.set(option.name, good).unwrap();
+            let error = all.set(option.name, "may be").unwrap_err().to_string();
+            assert!(error.starts_with("it can be "), "{}: {error}", option.name);
         }
         let options = all.over(CriuOptions::default());
         assert_eq!(options.ghost_limit, Some(16 << 20));

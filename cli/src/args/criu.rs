@@ -1,115 +1,168 @@
-//! CRIU's options on the command line, as `dev.transship/*` annotations have them.
+//! CRIU's options on the command line, made of the table of options: each verb offers those that
+//! mean something for it.
 
-use clap::Args;
-use transship_checkpoint::criu_options::{
-    CgroupsMode, CriuOverrides, EmptyNamespace, GhostLimit, LsmProfile, Switch, Tcp,
-};
+use std::marker::PhantomData;
 
-/// What CRIU is told; it wins over the container's annotations.
-#[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "CRIU (each also as an annotation dev.transship/<option>)")]
-pub(crate) struct CriuArgs {
-    /// Established TCP connections: refuse the dump, keep them (established: the address must come
-    /// along), or close them at the restore
-    #[arg(long, value_name = "refuse|established|close")]
-    tcp: Option<Tcp>,
-    /// Leave out TCP connections that have not been accepted yet
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    skip_in_flight: Option<Switch>,
-    /// Keep file locks [default: true]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    file_locks: Option<Switch>,
-    /// Do not keep file locks
-    #[arg(long, conflicts_with = "file_locks")]
-    no_file_locks: bool,
-    /// Dump unix datagram sockets that are connected to a process outside
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    ext_unix_sk: Option<Switch>,
-    /// Dump a process whose session leader or terminal is outside
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    shell_job: Option<Switch>,
-    /// Dump open files that have lost their name but not their last link
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    link_remap: Option<Switch>,
-    /// Largest unlinked open file that is kept, such as 16M [default: 1M]
-    #[arg(long, value_name = "SIZE")]
-    ghost_limit: Option<GhostLimit>,
-    /// Let a namespace come back without its contents
-    #[arg(long, value_name = "network")]
-    empty_ns: Option<EmptyNamespace>,
-    /// How much of the cgroups CRIU restores
-    #[arg(long, value_name = "soft|full|strict|ignore")]
-    manage_cgroups_mode: Option<CgroupsMode>,
-    /// Security profile of the restored processes: apparmor:NAME or selinux:LABEL
-    #[arg(long, value_name = "TYPE:NAME")]
-    lsm_profile: Option<LsmProfile>,
-    /// SELinux context of the mounts that CRIU makes
-    #[arg(long, value_name = "CONTEXT")]
-    lsm_mount_context: Option<String>,
-    /// Start the restored processes before their memory is there; it comes from the checkpoint on
-    /// their own node when it is touched (runc)
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    lazy_pages: Option<Switch>,
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
+use transship_checkpoint::criu_options::{CriuOption, CriuOverrides, OPTIONS, Phase, SWITCH};
+
+const HEADING: &str = "CRIU (each also as an annotation dev.transship/<option>)";
+
+/// What a verb does with CRIU.
+pub(crate) trait Verb {
+    /// Which options mean something for it.
+    const PHASE: Phase;
 }
 
-impl CriuArgs {
+/// A verb that dumps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dumps;
+/// A verb that restores.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Restores;
+/// A verb that does both.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moves;
+
+impl Verb for Dumps {
+    const PHASE: Phase = Phase::Dump;
+}
+impl Verb for Restores {
+    const PHASE: Phase = Phase::Restore;
+}
+impl Verb for Moves {
+    const PHASE: Phase = Phase::Both;
+}
+
+/// What CRIU is told; it wins over the container's annotations.
+#[derive(Debug, Clone)]
+pub(crate) struct CriuArgs<V> {
+    overrides: CriuOverrides,
+    verb: PhantomData<V>,
+}
+
+impl<V> CriuArgs<V> {
     /// The choices that the flags make.
     pub(crate) fn overrides(&self) -> CriuOverrides {
-        let switch = |switch: Option<Switch>| switch.map(|switch| switch.0);
-        CriuOverrides {
-            tcp: self.tcp,
-            skip_in_flight: switch(self.skip_in_flight),
-            file_locks: self
-                .no_file_locks
-                .then_some(false)
-                .or(switch(self.file_locks)),
-            ext_unix_sk: switch(self.ext_unix_sk),
-            shell_job: switch(self.shell_job),
-            link_remap: switch(self.link_remap),
-            ghost_limit: self.ghost_limit.map(|limit| limit.0),
-            lazy_pages: switch(self.lazy_pages),
-            empty_ns: self.empty_ns,
-            manage_cgroups_mode: self.manage_cgroups_mode,
-            lsm_profile: self.lsm_profile.clone().map(|profile| profile.0),
-            lsm_mount_context: self.lsm_mount_context.clone(),
+        self.overrides.clone()
+    }
+}
+
+impl<V: Verb> Args for CriuArgs<V> {
+    fn augment_args(command: Command) -> Command {
+        let offered = OPTIONS.iter().filter(|it| it.phase.meets(V::PHASE));
+        offered.fold(command, |command, option| {
+            let command = command.arg(flag(option));
+            match option.off_flag {
+                None => command,
+                Some(off) => command.arg(
+                    Arg::new(off)
+                        .long(off)
+                        .help(format!("The same as --{}=false", option.name))
+                        .help_heading(HEADING)
+                        .action(ArgAction::SetTrue)
+                        .conflicts_with(option.name),
+                ),
+            }
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl<V: Verb> FromArgMatches for CriuArgs<V> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, Error> {
+        let mut overrides = CriuOverrides::default();
+        for option in OPTIONS.iter().filter(|it| it.phase.meets(V::PHASE)) {
+            let off = option.off_flag.is_some_and(|off| matches.get_flag(off));
+            let value = match matches.get_one::<String>(option.name) {
+                Some(value) => value.as_str(),
+                None if off => "false",
+                None => continue,
+            };
+            let set = overrides.set(option.name, value);
+            set.map_err(|error| Error::raw(clap::error::ErrorKind::InvalidValue, error))?;
         }
+        Ok(Self {
+            overrides,
+            verb: PhantomData,
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+fn flag(option: &'static CriuOption) -> Arg {
+    let check = |value: &str| {
+        CriuOverrides::default()
+            .set(option.name, value)
+            .map(|()| value.to_owned())
+    };
+    let arg = Arg::new(option.name)
+        .long(option.name)
+        .help(option.help)
+        .help_heading(HEADING)
+        .value_parser(check);
+    if option.values == SWITCH {
+        arg.value_name("BOOL")
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true")
+    } else {
+        arg.value_name(option.values)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use transship_checkpoint::criu_options::{CriuOptions, Tcp};
 
     use super::*;
 
     #[derive(Debug, Parser)]
-    struct Line {
+    struct Line<V: Verb + Send + Sync + Clone + 'static> {
         #[command(flatten)]
-        criu: CriuArgs,
+        criu: CriuArgs<V>,
     }
 
-    fn parse(line: &str) -> Result<CriuOverrides, String> {
+    fn parse<V: Verb + Send + Sync + Clone + 'static>(line: &str) -> Result<CriuOverrides, String> {
         let words = std::iter::once("x").chain(line.split_whitespace());
-        let parsed = Line::try_parse_from(words).map_err(|error| error.to_string())?;
+        let parsed = Line::<V>::try_parse_from(words).map_err(|error| error.to_string())?;
         Ok(parsed.criu.overrides())
     }
 
     #[test]
     fn flags_choose_and_nonsense_is_refused() {
-        assert_eq!(parse("").unwrap(), CriuOverrides::default());
-        let chosen = parse("--tcp close --no-file-locks --shell-job --link-remap=false").unwrap();
-        assert_eq!(chosen.tcp, Some(Tcp::Close));
-        assert_eq!(chosen.file_locks, Some(false));
-        assert_eq!(
-            (chosen.shell_job, chosen.link_remap),
-            (Some(true), Some(false))
-        );
+        assert_eq!(parse::<Moves>("").unwrap(), CriuOverrides::default());
+        let line = "--tcp close --no-file-locks --shell-job --link-remap=false";
+        let chosen = parse::<Moves>(line).unwrap();
+        let options = chosen.over(CriuOptions {
+            link_remap: true,
+            ..CriuOptions::default()
+        });
+        assert_eq!(options.tcp, Tcp::Close);
+        assert!(!options.file_locks && options.shell_job && !options.link_remap);
         for (line, said) in [
             ("--tcp maybe", "\"established\""),
             ("--ghost-limit x", "16M"),
+            ("--file-locks --no-file-locks", "cannot be used with"),
         ] {
-            let error = parse(line).unwrap_err();
+            let error = parse::<Moves>(line).unwrap_err();
             assert!(error.contains(said), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn a_verb_offers_what_means_something_for_it() {
+        assert!(parse::<Dumps>("--ghost-limit 4M").is_ok());
+        assert!(parse::<Restores>("--ghost-limit 4M").is_err());
+        assert!(parse::<Dumps>("--lazy-pages").is_err());
+        assert!(parse::<Restores>("--lazy-pages --tcp close").is_ok());
     }
 }

@@ -1,7 +1,7 @@
 //! `transship container-base ID`: what the runtime front asks before it restores into a container.
 
 use anyhow::Result;
-use serde_json::json;
+use transship_sandbox::admission::container_base::ContainerBase;
 
 use super::connect;
 use crate::args::Global;
@@ -10,13 +10,11 @@ pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
     let node = connect(global).await?;
     let record = node.container(id).await?;
     let (chain_id, target) = node.base_of(&record).await?;
-    println!(
-        "{}",
-        json!({
-            "image": record.image,
-            "digest": target.map(|target| target.digest).unwrap_or_default(),
-            "chain_id": chain_id,
-        })
-    );
+    let base = ContainerBase {
+        image: record.image,
+        digest: target.map(|target| target.digest).unwrap_or_default(),
+        chain_id,
+    };
+    println!("{}", serde_json::to_string(&base)?);
     Ok(())
 }

@@ -8,8 +8,9 @@ use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::hook::{HookError, HookState, Node, create_runtime, poststop};
 use transship_hook::one_line;
 use transship_hook::restore_log::LOG_DIR;
+use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
-use transship_sandbox::stage::DEFAULT_RUN_DIR;
+use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
 
@@ -20,13 +21,15 @@ fn main() -> ExitCode {
             let node = Node {
                 run_dir: DEFAULT_RUN_DIR.into(),
                 store: Store::at(DEFAULT_ROOT),
+                consumed: DEFAULT_CONSUMED_DIR.into(),
                 config: NODE_CONFIG.into(),
                 log_dir: LOG_DIR.into(),
             };
             create_runtime(&state, &node)
         }),
         (Some("poststop"), None) => {
-            read_state().and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR)))
+            let consumed = Path::new(DEFAULT_CONSUMED_DIR);
+            read_state().and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR), consumed))
         }
         (Some("--version"), None) => {
             println!("transship-hook {}", env!("CARGO_PKG_VERSION"));

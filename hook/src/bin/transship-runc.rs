@@ -7,14 +7,14 @@ use std::process::ExitCode;
 
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::argv::Invocation;
-use transship_hook::front::{Outcome, Surroundings, serve};
-use transship_hook::lazy_pages;
-use transship_hook::one_line;
+use transship_hook::front::{Environment, Outcome, serve};
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
 };
+use transship_hook::{lazy_pages, one_line, restore_guard};
+use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
-use transship_sandbox::stage::DEFAULT_RUN_DIR;
+use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -28,6 +28,18 @@ fn main() -> ExitCode {
     };
     if args.first().is_some_and(|first| first == SUPERVISED) {
         return fail(&exec_supervised(&args[1..]));
+    }
+    if args
+        .first()
+        .is_some_and(|first| first == restore_guard::ROLE)
+    {
+        return match restore_guard::serve(&args[1..]) {
+            Ok(code) => ExitCode::from(code),
+            Err(error) => {
+                eprintln!("{}", one_line(&error));
+                ExitCode::FAILURE
+            }
+        };
     }
     if args.first().is_some_and(|first| first == lazy_pages::ROLE) {
         return match lazy_pages::serve(&args[1..]) {
@@ -48,20 +60,21 @@ fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
         source,
     })?;
     let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
-    let around = Surroundings {
+    let env = Environment {
         runtime: Runtime::find(program, &own, &path)?,
         hook: own.with_file_name("transship-hook"),
         tool: own.with_file_name("transship"),
         own,
         run_dir: DEFAULT_RUN_DIR.into(),
         store: Store::at(DEFAULT_ROOT),
+        consumed: DEFAULT_CONSUMED_DIR.into(),
         containerd: containerd_socket(),
         node_config: NODE_CONFIG.into(),
         criu_config_named: std::env::var_os(CRIU_CONFIG_VARIABLE).is_some(),
     };
-    match serve(&around, Invocation::read(args)) {
-        Outcome::Exec(args) => Err(around.runtime.exec(&args, None)),
-        Outcome::ExecWithCriuConfig(args, config) => Err(around.runtime.exec(&args, Some(&config))),
+    match serve(&env, Invocation::read(args)) {
+        Outcome::Exec(args) => Err(env.runtime.exec(&args, None)),
+        Outcome::ExecWithCriuConfig(args, config) => Err(env.runtime.exec(&args, Some(&config))),
         Outcome::Exit(code) => Ok(ExitCode::from(code)),
     }
 }

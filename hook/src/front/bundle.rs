@@ -4,7 +4,9 @@
 //! <bundle>/
 //!   config.json         OCI spec, written by containerd
 //!   transship.json      { "version": 1, "phase": "held", "pid": 7, "start_time": 123,
-//!                         "stopped": [9], "own_pod": "web" }
+//!                         "stopped": [9], "own_pod": "web",
+//!                         "restore": { "owner": { "pod": UID }, "checkpoint": "web",
+//!                                      "container": "app", "asker": "app", "staged": PATH } }
 //! ```
 //!
 //! ```text
@@ -20,10 +22,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use transship_checkpoint::annotations::{Annotations, PREFIX};
+use transship_checkpoint::annotations::{Annotations, CRIU_CONFIG, PREFIX, Role};
 use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
 use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
+use transship_sandbox::consumed::Owner;
 
+use super::criu_config;
 use super::rootfs::OverlayMount;
 use super::{Front, FrontContext, FrontError};
 use crate::argv::Arguments;
@@ -48,6 +52,8 @@ pub(super) struct Config {
     pub(super) annotations: Annotations,
     /// Whether the CRI made it: then its namespaces are those of a living sandbox.
     pub(super) cri: bool,
+    /// The configuration of CRIU that a pod names, which is not in the spec any more.
+    pub(super) criu_config: Option<String>,
 }
 
 /// How far a restored container is.
@@ -76,10 +82,28 @@ pub(super) struct Marker {
     pub(super) stopped: Vec<u32>,
     /// The container's own directory below `pods`, when a namespace was made and pinned there.
     pub(super) own_pod: Option<String>,
+    /// What its start consumes.
+    #[serde(default)]
+    pub(super) restore: Option<HeldRestore>,
+}
+
+/// What a restore takes out of a checkpoint, once its container has been let go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HeldRestore {
+    /// Who takes it.
+    pub(super) owner: Owner,
+    /// The checkpoint.
+    pub(super) checkpoint: String,
+    /// The container in it.
+    pub(super) container: String,
+    /// What it is called where it runs.
+    pub(super) asker: String,
+    /// The staged restore.
+    pub(super) staged: PathBuf,
 }
 
 impl Marker {
-    pub(super) fn restoring(own_pod: Option<String>) -> Self {
+    pub(super) fn restoring(own_pod: Option<String>, restore: Option<HeldRestore>) -> Self {
         let (pid, start_time, stopped) = (0, 0, Vec::new());
         Self {
             version: MARKER_VERSION,
@@ -88,6 +112,7 @@ impl Marker {
             start_time,
             stopped,
             own_pod,
+            restore,
         }
     }
 }
@@ -100,11 +125,14 @@ impl Bundle {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn at(dir: &Path) -> Self {
         Self {
             dir: dir.to_path_buf(),
         }
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub(super) fn path(&self, file: impl AsRef<Path>) -> PathBuf {
@@ -122,7 +150,9 @@ impl Bundle {
         if !json.contains(PREFIX.trim_end_matches('/')) {
             return Ok(None);
         }
-        Ok(Self::config(id, json.into_bytes())?.filter(|config| config.annotations.ours))
+        Ok(self
+            .config(id, json.into_bytes())?
+            .filter(|config| config.annotations.ours))
     }
 
     /// The spec; `None` when it cannot be read.
@@ -130,21 +160,29 @@ impl Bundle {
         let Ok(json) = fs::read(self.path(CONFIG_FILE)) else {
             return Ok(None);
         };
-        Self::config(id, json)
+        self.config(id, json)
     }
 
-    fn config(id: &str, original: Vec<u8>) -> Result<Option<Config>, FrontError> {
-        let Ok(spec) = Spec::parse(&original) else {
+    fn config(&self, id: &str, original: Vec<u8>) -> Result<Option<Config>, FrontError> {
+        let Ok(mut spec) = Spec::parse(&original) else {
             return Ok(None);
         };
         let all = spec.annotations();
         let annotations = Annotations::read(id, Some(&all))?;
         let cri = all.contains_key(CONTAINER_TYPE);
+        // Of a pod its author chooses them, and CRIU executes what such a file names.
+        let own = std::path::absolute(self.path(criu_config::CONFIG_FILE)).ok();
+        let is_own = all.get(CRIU_CONFIG).map(Path::new) == own.as_deref();
+        let criu_config = match cri && !is_own {
+            true => spec.remove_annotation(CRIU_CONFIG),
+            false => None,
+        };
         Ok(Some(Config {
             original,
             spec,
             annotations,
             cri,
+            criu_config,
         }))
     }
 
@@ -189,6 +227,23 @@ impl Bundle {
 }
 
 impl Front<'_> {
+    /// Who takes what the container is restored from.
+    pub(super) fn owner(&self, id: &str, config: &Config, bundle: &Bundle) -> Owner {
+        let annotations = &config.annotations;
+        if let Some(uid) = annotations.pod_uid.clone().filter(|_| config.cri) {
+            return Owner::Pod(uid);
+        }
+        if annotations.restore.is_some()
+            && let Some(upperdir) = bundle.layer()
+        {
+            return Owner::Layer(upperdir);
+        }
+        Owner::Container(match &annotations.role {
+            Role::Member { sandbox } => sandbox.clone(),
+            Role::Sandbox | Role::Alone => id.to_owned(),
+        })
+    }
+
     /// The bundle of a container whose id alone is given: the shim keeps its log in it, and the
     /// runtime keeps its path in the container's state.
     pub(super) fn bundle_of(&self, id: &str) -> Option<Bundle> {

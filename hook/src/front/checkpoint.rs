@@ -6,14 +6,19 @@
 //!  CRIU_CONFIG_FILE = <bundle>/transship-dump.conf     what is no flag of this runtime
 //! ```
 //!
+//! A pod whose annotations name a configuration of CRIU is not dumped: the runtime would hand it to
+//! CRIU, which executes as root what it says. The front takes that annotation out of the specs that it
+//! creates containers of, so this is for pods that had no annotation of ours.
+//!
 //! `transship checkpoint` has looked at the annotations itself and names a configuration file of
 //! its own: its calls pass as they are.
 
 use std::fs;
 
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
+use transship_sandbox::admission::node_config::NodeConfig;
 
-use super::{Front, FrontContext, FrontError, Outcome};
+use super::{FitError, Front, FrontContext, FrontError, Outcome};
 use crate::argv::Arguments;
 
 /// In the bundle.
@@ -21,16 +26,23 @@ const CONFIG_FILE: &str = "transship-dump.conf";
 
 impl Front<'_> {
     pub(super) fn checkpoint(&self, dump: &Arguments) -> Result<Option<Outcome>, FrontError> {
-        if self.around.criu_config_named {
-            return Ok(None);
-        }
         let Some(bundle) = self.bundle_of(&dump.id) else {
             return Ok(None);
         };
-        let Some(config) = bundle.our_config(&dump.id)? else {
+        let Some(config) = bundle.any_config(&dump.id)? else {
             return Ok(None);
         };
+        // The runtime has kept it since the create, and would give it to CRIU.
+        if let Some(path) = config.criu_config.filter(|path| !path.is_empty()) {
+            return Err(FrontError::from(FitError::ForeignCriuConfig { path }));
+        }
+        if self.env.criu_config_named || !config.annotations.ours {
+            return Ok(None);
+        }
         let mut criu = config.annotations.criu.over(CriuOptions::default());
+        if config.cri {
+            NodeConfig::read(&self.env.node_config)?.check_options(&criu)?;
+        }
         if dump.switch("leave-running") {
             // CRIU takes its links away again before the caller copies the files: a dump that
             // could never be restored. Without the option CRIU says what stands in the way.
@@ -38,7 +50,7 @@ impl Front<'_> {
         }
         // The runtime is asked only where its version matters.
         let help = match criu.exceed_containerd() || criu.empty_ns.is_some() {
-            true => self.around.runtime.checkpoint_help()?,
+            true => self.env.runtime.checkpoint_help()?,
             false => String::new(),
         };
         let (flags, lines) = criu.dump_arguments(&help);
@@ -49,7 +61,7 @@ impl Front<'_> {
         }
         let path = bundle.path(CONFIG_FILE);
         let path = std::path::absolute(&path).during("find", &path)?;
-        fs::write(&path, lines.join("\n") + "\n").during("write", &path)?;
+        fs::write(&path, ConfigLine::to_text(&lines)).during("write", &path)?;
         Ok(Some(Outcome::ExecWithCriuConfig(args, path)))
     }
 }

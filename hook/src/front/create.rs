@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
-use transship_checkpoint::annotations::{OnFailure, Role};
+use transship_checkpoint::annotations::{ColdContainers, OnFailure, Role};
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
 use transship_sandbox::admission::node_config::NodeConfig;
-use transship_sandbox::stage::{PodDir, Staged, State, is_consumed_by};
+use transship_sandbox::consumed::Consumed;
+use transship_sandbox::{PodDir, SandboxError, Staged, State};
 
-use super::bundle::{Bundle, Config};
-use super::{Front, FrontError, Outcome};
+use super::bundle::{Bundle, Config, Phase};
+use super::held::start_time;
+use super::{FitError, Front, FrontError, Outcome};
 use crate::argv::Arguments;
 use crate::one_line;
 use crate::restore_log::{self, LOG_DIR};
@@ -71,7 +73,7 @@ impl Front<'_> {
         spec: &mut Spec,
         points: &[HookPoint],
     ) -> Result<(), FrontError> {
-        let hook = &self.around.hook;
+        let hook = &self.env.hook;
         let path = hook.to_str().filter(|_| hook.is_file());
         let path = path.ok_or_else(|| FrontError::NoHook { path: hook.clone() })?;
         for point in points {
@@ -94,6 +96,9 @@ impl Front<'_> {
                 bundle.replace_config(&config.spec)?;
             }
         }
+        if config.criu_config.is_some() {
+            bundle.replace_config(&config.spec)?;
+        }
         Ok(None)
     }
 
@@ -107,36 +112,39 @@ impl Front<'_> {
         let wanted = config.annotations.restore.as_deref();
         let name = config.annotations.container.as_deref().unwrap_or(id);
         let pod = self.pod_of(id, config)?;
-        if let (Some(wanted), Some(upperdir)) = (wanted, bundle.layer())
-            && is_consumed_by(&upperdir, wanted)?
+        let owner = self.owner(id, config, bundle);
+        let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
+        let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
+        let staged = pod.staged(name)?;
+        let named = match (wanted, &staged) {
+            (Some(wanted), _) => Some(wanted.to_owned()),
+            (None, Some(staged)) => Some(staged.request()?.checkpoint),
+            (None, None) => None,
+        };
+        // The container's life has gone on since, also when the sandbox has been made again. Or
+        // another container of the pod has it.
+        if let Some(named) = &named
+            && let Some(owner) = consumed.container(named, name)
         {
-            return Ok(None);
-        }
-        if let Some(wanted) = wanted
-            && config.cri
-            && self.has_consumed(config, wanted, name)?
-        {
-            // The sandbox has been made again; the container's life has gone on since. Or another
-            // container of the pod has it.
-            if let (Some(staged), Some(asker)) =
-                (pod.staged(name)?, &config.annotations.pod_container)
-                && staged.state()? == State::Restored
-            {
-                staged.reserve_for(asker)?;
+            if config.cri && owner != asker {
+                return Err(SandboxError::Twice {
+                    checkpoint: named.clone(),
+                    container: name.to_owned(),
+                    owner: owner.to_owned(),
+                    asker: asker.to_owned(),
+                }
+                .into());
             }
             return Ok(None);
         }
-        if let Some(staged) = pod.staged(name)?
+        if let Some(staged) = staged
             && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
         {
             let again = match staged.state()? {
                 State::Staged => true,
-                // The next attempt starts cold.
-                State::Restored => {
-                    if let Some(name) = &config.annotations.pod_container {
-                        staged.reserve_for(name)?;
-                    }
-                    false
+                State::Held(other) => {
+                    check_not_held(&staged, &Bundle::at(&other))?;
+                    true
                 }
                 State::Failed(_) => config.annotations.on_failure == OnFailure::Fail,
             };
@@ -145,22 +153,48 @@ impl Front<'_> {
         let Some(wanted) = wanted else {
             return Ok(None);
         };
-        let checkpoint = self.around.store.open(wanted)?;
+        let checkpoint = self.env.store.open(wanted)?;
         let manifest = &checkpoint.manifest;
-        let asker = config.annotations.kubernetes_namespace.as_deref();
-        NodeConfig::read(&self.around.node_config)?.check_namespace(manifest, asker)?;
+        let namespace = config.annotations.kubernetes_namespace.as_deref();
+        NodeConfig::read(&self.env.node_config)?.check_namespace(manifest, namespace)?;
         let named = manifest
             .containers
             .iter()
             .find(|container| container.name == name);
         let container = match (named, &config.annotations.container) {
             (Some(container), _) => container,
-            // The pod has a container that the checkpoint does not have: it starts cold.
-            (None, Some(_)) if config.cri => return Ok(None),
+            // The pod has a container that the checkpoint does not have: it starts cold, also when
+            // the checkpoint is gone.
+            (None, Some(_)) if config.cri => {
+                let missing = FrontError::from(FitError::NotInCheckpoint {
+                    checkpoint: wanted.to_owned(),
+                    container: name.to_owned(),
+                });
+                if config.annotations.cold_containers == ColdContainers::Refuse {
+                    return Err(missing);
+                }
+                self.tell_cold_start(id, &missing.to_string());
+                consumed.add_container(wanted, name, asker)?;
+                return Ok(None);
+            }
             (None, Some(name)) => manifest.container(Some(name))?,
             (None, None) => manifest.container(None)?,
         };
         let staged = pod.stage(name, &checkpoint, container)?;
         Ok(Some((pod, staged)))
     }
+}
+
+/// A restore that another bundle holds is that one's until it is deleted; a bundle that is gone,
+/// or whose held process is, was never started.
+fn check_not_held(staged: &Staged, other: &Bundle) -> Result<(), FrontError> {
+    let Ok(Some(marker)) = other.marker() else {
+        return Ok(());
+    };
+    let alive = start_time(marker.pid).ok() == Some(marker.start_time);
+    if marker.phase == Phase::Held && alive {
+        let path = staged.path().to_path_buf();
+        return Err(SandboxError::Busy { path }.into());
+    }
+    Ok(())
 }

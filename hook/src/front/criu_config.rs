@@ -8,17 +8,19 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use transship_checkpoint::annotations;
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_checkpoint::spec::Spec;
 
 use super::bundle::Bundle;
-use super::{FrontContext, FrontError};
+use super::{FitError, FrontContext, FrontError};
 
 /// In the bundle.
-const CONFIG_FILE: &str = "transship-criu.conf";
+pub(super) const CONFIG_FILE: &str = "transship-criu.conf";
+/// Where the operator's configurations of CRIU are.
+pub(super) const CRIU_CONFIG_DIR: &str = "/etc/criu";
 /// Where runc and crun look for CRIU options when no annotation names a file.
 const DEFAULT_CONFIG: &str = "/etc/criu/runc.conf";
 
@@ -35,7 +37,7 @@ impl CriuConfig {
         bundle: &Bundle,
         spec: &mut Spec,
         options: &CriuOptions,
-        cgroup_lines: &[String],
+        cgroup_lines: &[ConfigLine],
         held: bool,
     ) -> Result<Self, FrontError> {
         let path = bundle.path(CONFIG_FILE);
@@ -45,14 +47,14 @@ impl CriuConfig {
             Some(named) if Path::new(&named) == path => fs::read_link(&path).ok(),
             // The way to say: none.
             Some(named) if named.is_empty() => None,
-            Some(named) => Some(named.into()),
+            Some(named) => {
+                check_named(&named)?;
+                Some(named.into())
+            }
             None => Some(DEFAULT_CONFIG.into()),
         };
-        let mut text = options.restore_config(&read(own.as_deref())?, held);
-        for line in cgroup_lines {
-            text += line;
-            text.push('\n');
-        }
+        let text = options.restore_config(&read(own.as_deref())?, held);
+        let text = text + &ConfigLine::to_text(cgroup_lines);
         let config = Self { path, own };
         config.replace(|new| fs::write(new, text))?;
         spec.set_annotation(annotations::CRIU_CONFIG, &config.path.to_string_lossy());
@@ -81,6 +83,20 @@ impl CriuConfig {
     }
 }
 
+/// Checks that a file that an annotation names is the operator's.
+pub(super) fn check_named(named: &str) -> Result<(), FrontError> {
+    let path = Path::new(named);
+    let plain = path
+        .components()
+        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if named.is_empty() || path.starts_with(CRIU_CONFIG_DIR) && plain {
+        return Ok(());
+    }
+    Err(FrontError::from(FitError::ForeignCriuConfig {
+        path: named.to_owned(),
+    }))
+}
+
 fn read(own: Option<&Path>) -> Result<String, FrontError> {
     let Some(own) = own else {
         return Ok(String::new());
@@ -97,29 +113,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_containers_own_options_come_first_and_come_back() {
+    fn the_file_is_for_the_restore_alone() {
         let dir = tempfile::tempdir().unwrap();
         let bundle = Bundle::at(dir.path());
-        let file = dir.path().join("own.conf");
-        fs::write(&file, "tcp-established\n").unwrap();
         let options = CriuOptions::default();
-        for (value, text, after) in [
-            (
-                file.to_str().unwrap(),
-                "tcp-established\nleave-stopped\n",
-                true,
-            ),
-            ("", "leave-stopped\n", false),
-            ("/no/such/file", "leave-stopped\n", false),
-        ] {
+        for value in ["", "/etc/criu/no-such-file.conf"] {
             let mut spec = Spec::parse(b"{}").unwrap();
             spec.set_annotation(annotations::CRIU_CONFIG, value);
             let config = CriuConfig::write(&bundle, &mut spec, &options, &[], true).unwrap();
             let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
-            assert_eq!(fs::read_to_string(&named).unwrap(), text, "{value}");
+            assert_eq!(
+                fs::read_to_string(&named).unwrap(),
+                "leave-stopped\n",
+                "{value}"
+            );
             config.give_back().unwrap();
-            assert_eq!(fs::read_to_string(&named).is_ok(), after, "{value}");
-            assert!(read(Some(Path::new(&named))).unwrap() != text, "{value}");
+            let own = fs::read_link(&named).ok();
+            assert_eq!(own, (!value.is_empty()).then(|| value.into()));
+            assert_eq!(read(Some(Path::new(&named))).unwrap(), "");
+        }
+    }
+
+    #[test]
+    fn only_files_of_the_operator_are_taken() {
+        for named in ["/etc/criu/web.conf", "/etc/criu/d/web.conf", ""] {
+            assert!(check_named(named).is_ok(), "{named}");
+        }
+        for named in [
+            "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/x/c.conf",
+            "/etc/criu/../../tmp/x",
+            "etc/criu/x",
+            "/etc/criu-other/x",
+        ] {
+            let error = check_named(named).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
         }
     }
 }

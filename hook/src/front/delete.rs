@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 
-use transship_sandbox::stage::PodDir;
+use transship_sandbox::PodDir;
 
 use super::bundle::Phase;
 use super::{Front, FrontError, Outcome};
+use crate::restore_guard;
 use crate::runtime::exit_code;
 
 impl Front<'_> {
@@ -18,6 +19,9 @@ impl Front<'_> {
         };
         let mut args: Vec<OsString> = Vec::new();
         if marker.phase == Phase::Restoring {
+            // What restores has been killed, or is being killed by its guard.
+            let work = bundle.path("work");
+            drop(restore_guard::lock(&work));
             self.unmount_criu_root(id, &bundle);
         }
         if force || marker.phase != Phase::Running {
@@ -27,15 +31,18 @@ impl Front<'_> {
         }
         args.push(id.into());
         let args = self.with_globals("delete", args);
-        let status = self.around.runtime.run(&self.around.own, &args)?;
+        let status = self.env.runtime.run(&self.env.own, &args)?;
         if status.success() {
             bundle.remove_marker();
-            // What is staged stays: it says that the checkpoint is consumed, and the next attempt
-            // starts cold. It goes away with the sandbox.
             if let Some(pod) = marker.own_pod {
-                let pod = PodDir::at(&self.around.run_dir, &pod)?;
+                let pod = PodDir::at(&self.env.run_dir, &pod)?;
                 pod.unpin()?;
                 pod.remove_if_empty()?;
+            }
+            if let Some(restore) = marker.restore.filter(|_| marker.phase != Phase::Running) {
+                // The container is deleted whatever this does; a restore that is still held by this
+                // bundle is known for what it is by the next attempt.
+                drop(self.give_back(&restore));
             }
         }
         Ok(Some(Outcome::Exit(exit_code(status))))

@@ -3,35 +3,28 @@
 //! ```text
 //!  architecture     manifest                       uname
 //!  lengths          manifest                       the files
+//!  options          manifest, annotations          what node.toml lets a pod choose
 //!  service account  manifest                       the token that kubelet mounts, when strict
 //!  mounts           spec.dump                      config.json
 //!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
 //!  once             staged restore (owner)         the container's name in the pod
 //! ```
 //!
-//! The front has no connection to containerd: the people's tool beside it has, and is run for this
+//! The front has no connection to containerd: the program `transship` beside it has, and is run for this
 //! one question, in restores only.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use serde::Deserialize;
 use transship_checkpoint::manifest::{Container, SPEC_FILE};
 use transship_checkpoint::spec::Spec;
+use transship_sandbox::Staged;
+use transship_sandbox::admission::container_base::ContainerBase;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::admission::service_account;
-use transship_sandbox::stage::Staged;
 
 use super::bundle::Config;
-use super::{Front, FrontContext, FrontError};
-
-/// What `transship container-base` prints.
-#[derive(Debug, Deserialize)]
-struct Base {
-    image: String,
-    digest: String,
-    chain_id: String,
-}
+use super::{FitError, Front, FrontContext, FrontError};
 
 impl Front<'_> {
     /// Checks it; nothing is changed but who the restore is for.
@@ -42,7 +35,7 @@ impl Front<'_> {
         staged: &Staged,
     ) -> Result<(), FrontError> {
         let request = staged.request()?;
-        let checkpoint = self.around.store.open(&request.checkpoint)?;
+        let checkpoint = self.env.store.open(&request.checkpoint)?;
         let manifest = &checkpoint.manifest;
         let container = manifest.container(Some(&request.container))?;
         let uname = nix::sys::utsname::uname().during("ask for the name of", "this machine")?;
@@ -52,7 +45,9 @@ impl Front<'_> {
         if !config.cri {
             return Ok(());
         }
-        let rules = NodeConfig::read(&self.around.node_config)?;
+        let rules = NodeConfig::read(&self.env.node_config)?;
+        rules.check_options(&config.annotations.criu.over(request.criu))?;
+        rules.check_rootfs(config.annotations.rootfs)?;
         let asker = config.annotations.kubernetes_namespace.as_deref();
         let account = asker.and_then(|asker| service_account::of_spec(&config.spec, asker));
         rules.check_service_account(manifest, asker, account.as_deref())?;
@@ -79,23 +74,23 @@ impl Front<'_> {
             return Ok(());
         }
         let named = |name: &str, digest: &str| format!("{name:?} ({digest})");
-        Err(FrontError::Base {
+        Err(FrontError::from(FitError::Base {
             container: container.name.clone(),
             checkpoint: checkpoint.to_owned(),
             had: named(&container.image.name, &container.image.digest),
             has: named(&base.image, &base.digest),
-        })
+        }))
     }
 
-    fn ask_for_base(&self, id: &str) -> Result<Base, FrontError> {
-        let tool = &self.around.tool;
+    fn ask_for_base(&self, id: &str) -> Result<ContainerBase, FrontError> {
+        let tool = &self.env.tool;
         // The shim keeps the states of each of containerd's namespaces in a directory of its own.
         let root = self.globals.root.as_deref().and_then(Path::file_name);
         let mut command = Command::new(tool);
         command
             .arg("-n")
             .arg(root.unwrap_or(transship_checkpoint::cri_names::CRI_NAMESPACE.as_ref()));
-        if let Some(address) = &self.around.containerd {
+        if let Some(address) = &self.env.containerd {
             command.arg("-a").arg(address);
         }
         let output = command

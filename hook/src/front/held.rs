@@ -13,6 +13,8 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::descendants::tree;
+
 /// How long a stop signal may take: the task is on its way out of the kernel.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -57,17 +59,6 @@ fn is_stopped(pid: i32) -> bool {
     state.is_none_or(|state| matches!(state, "T" | "Z" | "X"))
 }
 
-/// A process and all below it, parents first.
-pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
-    let mut tasks = vec![root];
-    let mut seen = 0;
-    while let Some(pid) = tasks.get(seen).copied() {
-        seen += 1;
-        tasks.extend(children(pid)?);
-    }
-    Ok(tasks)
-}
-
 /// Lets all tasks below `root` and itself go on, but those whose pid in the container is in
 /// `stopped`.
 ///
@@ -84,30 +75,6 @@ pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The children of all threads of a process; none when it is gone.
-pub(crate) fn children(pid: i32) -> io::Result<Vec<i32>> {
-    let gone = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
-    };
-    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
-        Err(error) if gone(&error) => return Ok(Vec::new()),
-        threads => threads?,
-    };
-    let mut children = Vec::new();
-    for thread in threads {
-        // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
-        match fs::read_to_string(thread?.path().join("children")) {
-            Err(error) if gone(&error) => {}
-            text => children.extend(
-                text?
-                    .split_whitespace()
-                    .filter_map(|pid| pid.parse::<i32>().ok()),
-            ),
-        }
-    }
-    Ok(children)
 }
 
 /// Its pid in the innermost pid namespace that it is in; none when it is gone.
@@ -183,6 +150,5 @@ mod tests {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         shell.wait().unwrap();
-        assert!(children(root).unwrap().is_empty());
     }
 }

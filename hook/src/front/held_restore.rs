@@ -1,7 +1,7 @@
 //! `create` of a staged container: restores it, and holds it until `start`.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
@@ -9,13 +9,14 @@ use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Plan};
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::stage::{LinkedImages, PodDir, Staged, State, mark_consumed_by};
+use transship_sandbox::consumed::{Consumed, Owner, remove_records_of_the_gone};
+use transship_sandbox::{LinkedImages, PodDir, Staged, State};
 
-use super::bundle::{Bundle, Config, Marker, Phase};
+use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
-use super::{Front, FrontContext, FrontError, Outcome, held};
+use super::{Front, FrontContext, FrontError, Outcome, RestoreError, held};
 use crate::argv::Arguments;
 use crate::one_line;
 
@@ -34,6 +35,15 @@ impl Front<'_> {
         let original = Spec::parse(&config.original).expect("it was parsed before");
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {
+            if config.cri {
+                // In the container's log, where the pod's author looks; one that has no stderr any
+                // more is restored all the same.
+                let checkpoint = staged.request()?.checkpoint;
+                drop(writeln!(
+                    io::stderr(),
+                    "transship: restored from the checkpoint {checkpoint:?}"
+                ));
+            }
             return Ok(Some(Outcome::Exit(0)));
         };
         if plan.has_made() {
@@ -60,8 +70,7 @@ impl Front<'_> {
                     bundle.empty_upperdir()?;
                 }
                 // The layer goes on without the memory: no later attempt may bring it back.
-                let state = State::Failed(one_line(&error));
-                self.consume(bundle, &config, pod, staged, &state)?;
+                self.consume(&self.held_restore(&create.id, bundle, &config, staged)?)?;
                 self.create_cold(create, bundle, config)
             }
         }
@@ -90,9 +99,9 @@ impl Front<'_> {
             bundle.fill_rootfs(&request.images.with_file_name(ROOTFS_DIFF_FILE))?;
         }
         let images = LinkedImages::of(&request.images)?;
-        let joining = self.fit_images(images.path(), config, pod)?;
+        let edits = self.fit_images(images.path(), config, pod)?;
         let criu = config.annotations.criu.over(request.criu);
-        let cgroup = self.cgroup_lines(&create.id, &config.spec);
+        let cgroup = self.cgroup_lines(&create.id, &config.spec)?;
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup, true)?;
         bundle.replace_config(&config.spec)?;
 
@@ -104,29 +113,40 @@ impl Front<'_> {
             _ => {}
         }
         self.remove_aborted_restore(&create.id, bundle);
-        let restoring = Marker::restoring(plan.has_made().then(|| create.id.clone()));
+        let own_pod = plan.has_made().then(|| create.id.clone());
+        let held_restore = self.held_restore(&create.id, bundle, config, staged)?;
+        let restoring = Marker::restoring(own_pod, Some(held_restore));
+        staged.set_state(&State::Held(
+            std::path::absolute(bundle.dir()).during("find", bundle.dir())?,
+        ))?;
         bundle.write_marker(&restoring)?;
         let restore = create
             .to_restore(images.path(), &work)
             .with_flags(criu.restore_flags());
-        self.run_restore(restore, &work, Some(criu_config.path()))
+        self.run_restore(restore, config, &work, Some(criu_config.path()))
             .and_then(|done| {
-                done.map_err(|reason| FrontError::Restore {
-                    container: request.container.clone(),
-                    checkpoint: request.checkpoint.clone(),
-                    reason,
+                done.map_err(|reason| {
+                    FrontError::from(RestoreError::Restore {
+                        container: request.container.clone(),
+                        checkpoint: request.checkpoint.clone(),
+                        reason,
+                    })
                 })
             })
-            .inspect_err(|_| joining.undo())?;
+            .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(create)?;
-            held::wait_until_stopped(pid).map_err(|source| FrontError::NotHeld {
-                id: create.id.clone(),
-                source,
+            held::wait_until_stopped(pid).map_err(|source| {
+                FrontError::from(RestoreError::NotHeld {
+                    id: create.id.clone(),
+                    source,
+                })
             })?;
-            attach(pid, &joining.attachments).map_err(|source| FrontError::NotAttached {
-                id: create.id.clone(),
-                source,
+            attach(pid, &edits.attachments).map_err(|source| {
+                FrontError::from(RestoreError::NotAttached {
+                    id: create.id.clone(),
+                    source,
+                })
             })?;
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             bundle.write_marker(&Marker {
@@ -136,42 +156,60 @@ impl Front<'_> {
                 stopped: tasks::stopped(images.path())?,
                 ..restoring
             })?;
-            joining.record(pod)?;
-            criu_config.give_back()?;
-            self.consume(bundle, config, pod, staged, &State::Restored)
+            edits.record(pod)?;
+            criu_config.give_back()
         };
         finish().inspect_err(|_| {
             // It has not run, so nothing is lost.
             self.delete_restored(&create.id);
-            joining.undo();
+            edits.undo();
         })
     }
 
-    /// Remembers that the checkpoint is consumed. In a pod, where the next attempt is another
-    /// container with another layer, the sandbox knows it; elsewhere the layer does.
-    fn consume(
+    fn held_restore(
         &self,
+        id: &str,
         bundle: &Bundle,
         config: &Config,
-        pod: &PodDir,
         staged: &Staged,
-        state: &State,
-    ) -> Result<(), FrontError> {
-        let by_sandbox = config.cri || config.annotations.restore.is_none();
-        match bundle.layer() {
-            Some(upperdir) if !by_sandbox => {
-                mark_consumed_by(&upperdir, &staged.request()?.checkpoint)?;
-                staged.remove()?;
-                pod.remove_if_empty()?;
-            }
-            _ => {
-                if config.cri {
-                    self.set_consumed(config, &staged.request()?)?;
-                }
-                staged.set_state(state)?;
-            }
-        }
+    ) -> Result<HeldRestore, FrontError> {
+        let request = staged.request()?;
+        let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
+        // The name that the next attempt asks by, which is not always that in the checkpoint.
+        let name = config.annotations.container.as_deref().unwrap_or(id);
+        Ok(HeldRestore {
+            owner: self.owner(id, config, bundle),
+            checkpoint: request.checkpoint,
+            container: name.to_owned(),
+            asker: asker.to_owned(),
+            staged: staged.path().to_path_buf(),
+        })
+    }
+
+    /// Remembers that a container runs, and that what it was restored from is consumed.
+    pub(super) fn consume(&self, restore: &HeldRestore) -> Result<(), FrontError> {
+        let dir = &self.env.consumed;
+        let mut consumed = Consumed::by(dir, &restore.owner)?;
+        consumed.add_container(&restore.checkpoint, &restore.container, &restore.asker)?;
+        // They are not in the way of this container.
+        drop(remove_records_of_the_gone(dir, &self.env.run_dir));
         Ok(())
+    }
+
+    /// Takes back a restore whose container has not run: the next attempt restores it again.
+    pub(super) fn give_back(&self, restore: &HeldRestore) -> Result<(), FrontError> {
+        Consumed::by(&self.env.consumed, &restore.owner)?
+            .give_back(&restore.checkpoint, &restore.container)?;
+        let staged = Staged::at(restore.staged.clone());
+        let Some(pod) = staged.pod().filter(|_| staged.path().is_dir()) else {
+            return Ok(());
+        };
+        // Without the sandbox's hook the next attempt stages it again.
+        if matches!(restore.owner, Owner::Layer(_)) || pod.pins().is_empty() {
+            staged.remove()?;
+            return Ok(pod.remove_if_empty()?);
+        }
+        Ok(staged.set_state(&State::Staged)?)
     }
 }
 

@@ -9,6 +9,7 @@ mod checkpoint;
 mod create;
 mod criu_config;
 mod delete;
+mod error;
 mod fit;
 mod held;
 mod held_restore;
@@ -31,32 +32,34 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
-use transship_checkpoint::annotations::AnnotationError;
-use transship_checkpoint::criu_images::ImageError;
-use transship_checkpoint::manifest::{ManifestError, check_name};
-use transship_checkpoint::namespaces::NamespaceError;
-use transship_checkpoint::store::{Store, StoreError};
-use transship_sandbox::admission::node_config::NodeConfigError;
-use transship_sandbox::stage::StageError;
+use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::store::Store;
+use transship_sandbox::admission::node_config::NodeConfig;
 
-pub(crate) use held::{children, tree};
+pub use error::{FitError, FrontError, RestoreError};
 pub use rootfs::RootfsError;
 
-use self::bundle::Bundle;
+use self::error::FrontContext;
+
+use self::bundle::{Bundle, Config};
 use self::held_restore::read_pid;
 use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::lazy_pages::LazyPages;
 use crate::one_line;
-use crate::restore_log::{self, LOG_DIR};
-use crate::runtime::{Runtime, RuntimeError};
+use crate::restore_guard::TIMED_OUT;
+use crate::restore_log::{self, LOG_DIR, criu_log_name};
+use crate::runtime::{GuardedRestore, Runtime};
 use crate::runtime_log::append_error;
 
 /// Where runc and crun mount the root file system for CRIU.
 const CRIU_ROOT: &str = "criu-root";
+/// Largest `descriptors.json` that is read, in bytes: runc writes three short strings.
+const DESCRIPTORS_LIMIT: u64 = 64 << 10;
 
 /// Where the front finds things.
 #[derive(Debug, Clone)]
-pub struct Surroundings {
+pub struct Environment {
     /// The real runtime.
     pub runtime: Runtime,
     /// This program.
@@ -67,7 +70,9 @@ pub struct Surroundings {
     pub run_dir: PathBuf,
     /// The checkpoints of this node.
     pub store: Store,
-    /// The people's tool, which can ask containerd.
+    /// What has been consumed, by whom.
+    pub consumed: PathBuf,
+    /// The program `transship`, which can ask containerd.
     pub tool: PathBuf,
     /// containerd's socket, if it is known.
     pub containerd: Option<PathBuf>,
@@ -88,184 +93,6 @@ pub enum Outcome {
     Exit(u8),
 }
 
-/// Why a call fails.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FrontError {
-    /// An annotation that means nothing.
-    #[error(transparent)]
-    Annotation(#[from] AnnotationError),
-    /// A namespace that is gone.
-    #[error(transparent)]
-    Namespace(#[from] NamespaceError),
-    /// Something staged that cannot be used.
-    #[error(transparent)]
-    Stage(#[from] StageError),
-    /// A checkpoint that cannot be used.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// A container that the checkpoint does not have.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// An image that cannot be read.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The files of the checkpoint cannot be put into the container.
-    #[error(transparent)]
-    Rootfs(#[from] RootfsError),
-    /// The real runtime cannot be run.
-    #[error(transparent)]
-    Runtime(#[from] RuntimeError),
-    /// The sandbox that an annotation names.
-    #[error("the sandbox {id:?}, whose namespaces the container joins, is not running")]
-    NoSandbox {
-        /// Its id.
-        id: String,
-    },
-    /// The rules of this node.
-    #[error(transparent)]
-    NodeConfig(#[from] NodeConfigError),
-    /// The container is made of another image.
-    #[error(
-        "the container {container:?} of the checkpoint {checkpoint:?} was made of the image {had}, \
-         and this one is of {has}: its files belong on other layers"
-    )]
-    Base {
-        /// The container in the checkpoint.
-        container: String,
-        /// The checkpoint.
-        checkpoint: String,
-        /// The image that it had.
-        had: String,
-        /// The image of the new one.
-        has: String,
-    },
-    /// The hook's program is not where it belongs.
-    #[error("{path} is missing: it belongs beside the runtime front")]
-    NoHook {
-        /// Where it was looked for.
-        path: PathBuf,
-    },
-    /// The restore failed.
-    #[error("cannot restore {container:?} from the checkpoint {checkpoint:?}: {reason}")]
-    Restore {
-        /// The container in the checkpoint.
-        container: String,
-        /// The checkpoint.
-        checkpoint: String,
-        /// What CRIU or the runtime said.
-        reason: String,
-    },
-    /// A restore that containerd asked for failed.
-    #[error("cannot restore {id:?}: {reason}")]
-    NativeRestore {
-        /// The container.
-        id: String,
-        /// What CRIU or the runtime said.
-        reason: String,
-    },
-    /// A restore that must be held was not: another copy may be running.
-    #[error("{id:?} was restored but not held before its first instruction, and is removed")]
-    NotHeld {
-        /// The container.
-        id: String,
-        /// Which process goes on.
-        source: io::Error,
-    },
-    /// A process id that somebody else has in the process namespace of the pod.
-    #[error(
-        "the container {container:?} of the checkpoint {checkpoint:?} needs the process id {id}, \
-         which {taken_by:?} has in the pod's shared process namespace: containers that are \
-         restored must come before those that are not"
-    )]
-    PidTaken {
-        /// The checkpoint.
-        checkpoint: String,
-        /// The container in it.
-        container: String,
-        /// The id.
-        id: u32,
-        /// Name of the process that has it.
-        taken_by: String,
-    },
-    /// A directory that the containers of a pod share, missing in the new pod.
-    #[error(
-        "the checkpoint {checkpoint:?} needs {what} in the container {container:?}, which this \
-         pod does not have there"
-    )]
-    NoSharedDir {
-        /// The checkpoint.
-        checkpoint: String,
-        /// The container in it.
-        container: String,
-        /// The directory.
-        what: String,
-    },
-    /// Shared memory of the pod that the restored tasks cannot have.
-    #[error("{id:?} was restored without the shared memory of its pod, and is removed")]
-    NotAttached {
-        /// The container.
-        id: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// Memory that cannot come when it is touched.
-    #[error("the memory cannot be restored lazily: {what}")]
-    LazyPages {
-        /// What stands in the way.
-        what: String,
-    },
-    /// Connections inside of the pod that cannot be kept from the kernel.
-    #[error("cannot hold the TCP connections inside of the pod: {what}")]
-    PodConnections {
-        /// What went wrong.
-        what: String,
-    },
-    /// A held task has gone.
-    #[error("the restored process {pid} of {id:?} is gone")]
-    Gone {
-        /// The container.
-        id: String,
-        /// Its first process.
-        pid: i32,
-    },
-    /// A system call failed.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act.
-        act: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-impl FrontError {
-    /// Whether somebody asks for what is not theirs: then nothing is started, not even cold.
-    fn is_refusal(&self) -> bool {
-        match self {
-            Self::Manifest(error) => error.is_refusal(),
-            Self::NodeConfig(_) | Self::Annotation(_) => true,
-            _ => false,
-        }
-    }
-}
-
-trait FrontContext<T> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError>;
-}
-
-impl<T, E: Into<io::Error>> FrontContext<T> for Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError> {
-        self.map_err(|error| FrontError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: error.into(),
-        })
-    }
-}
-
 /// Whether stdin is the node's `/dev/null`. A restored process that gets it for a pipe has a file of
 /// a mount that is not its container's, and CRIU cannot dump it again.
 fn stdin_is_null() -> bool {
@@ -276,27 +103,28 @@ fn stdin_is_null() -> bool {
 /// Whether it was a pipe when the container was dumped.
 fn stdin_was_pipe(images: &Path) -> bool {
     // runc: a list of what the descriptors 0, 1 and 2 were.
-    let read = fs::read(images.join("descriptors.json"));
+    let file = Path::new("descriptors.json");
+    let read = read_regular(images, file, Links::Refused, DESCRIPTORS_LIMIT);
     let descriptors = read.map(|json| serde_json::from_slice::<Vec<String>>(&json));
     matches!(descriptors, Ok(Ok(list)) if list.first().is_some_and(|it| it.starts_with("pipe:")))
 }
 
 fn lazy_error(what: String) -> FrontError {
-    FrontError::LazyPages { what }
+    FrontError::from(RestoreError::LazyPages { what })
 }
 
 /// One call.
 #[derive(Debug)]
 struct Front<'a> {
-    around: &'a Surroundings,
+    env: &'a Environment,
     globals: &'a Globals,
 }
 
 /// Does what the arguments say, up to the point where the real runtime takes over.
 #[must_use]
-pub fn serve(around: &Surroundings, call: Invocation) -> Outcome {
+pub fn serve(env: &Environment, call: Invocation) -> Outcome {
     let front = Front {
-        around,
+        env,
         globals: &call.globals,
     };
     // The streams of create and restore are the container's own.
@@ -358,6 +186,7 @@ impl Front<'_> {
     fn run_restore(
         &self,
         restore: Arguments,
+        config: &Config,
         work: &Path,
         criu_config: Option<&Path>,
     ) -> Result<Result<(), String>, FrontError> {
@@ -365,16 +194,24 @@ impl Front<'_> {
         let log_start = log
             .and_then(|log| std::fs::metadata(log).ok())
             .map_or(0, |meta| meta.len());
-        let kept = reason::kept_log(&restore.id);
+        let kept = criu_log_name(&restore.id, &config.annotations);
         let lazy = self.start_lazy_pages(&restore, work)?;
         let pid_file = restore.clone();
-        let restore = restore.without(self.around.runtime.unknown_restore_flags());
+        let restore = restore.without(self.env.runtime.unknown_restore_flags());
         let args = self.with_globals("restore", restore.to_args());
-        let (runtime, own) = (&self.around.runtime, &self.around.own);
+        let (runtime, own) = (&self.env.runtime, &self.env.own);
         let beneath = criu_config.filter(|_| runtime.may_ignore_criu_config());
         let images = pid_file.value("image-path").unwrap_or_default();
         let ended_stdin = stdin_is_null() && stdin_was_pipe(Path::new(images));
-        let status = runtime.run_with(own, &args, beneath, ended_stdin)?;
+        let patience = NodeConfig::read(&self.env.node_config)?.restore_patience();
+        let restore = GuardedRestore {
+            args,
+            work,
+            patience,
+            criu_config: beneath,
+            ended_stdin,
+        };
+        let status = runtime.run_guarded(own, &restore)?;
         if status.success() {
             let guard = |lazy: LazyPages| lazy.guard(read_pid(&pid_file)?).map_err(lazy_error);
             lazy.map_or(Ok(()), guard)
@@ -384,7 +221,14 @@ impl Front<'_> {
         if let Some(lazy) = lazy {
             lazy.stop();
         }
-        Ok(Err(reason::of_restore(work, log, log_start, &kept)))
+        let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
+        if status.code() == Some(TIMED_OUT.into()) {
+            let seconds = patience.as_secs();
+            return Ok(Err(format!(
+                "CRIU made no progress for {seconds} s and was killed; {reason}"
+            )));
+        }
+        Ok(Err(reason))
     }
 
     /// The server of the memory, if it is to come when it is touched.
@@ -396,12 +240,12 @@ impl Front<'_> {
         if !restore.switch("lazy-pages") {
             return Ok(None);
         }
-        let runtime = self.around.runtime.name();
+        let runtime = self.env.runtime.name();
         if runtime != "runc" {
             return Err(lazy_error(format!("{runtime} has no such restore")));
         }
         let images = restore.value("image-path").unwrap_or_default();
-        LazyPages::start(&self.around.own, Path::new(images), work)
+        LazyPages::start(&self.env.own, Path::new(images), work)
             .map(Some)
             .map_err(lazy_error)
     }
@@ -435,14 +279,14 @@ impl Front<'_> {
     fn state_dir(&self, id: &str) -> Option<PathBuf> {
         check_name("the container's id", id).ok()?;
         let root = self.globals.root.as_deref();
-        Some(root.unwrap_or(self.around.runtime.default_root()).join(id))
+        Some(root.unwrap_or(self.env.runtime.default_root()).join(id))
     }
 
     /// Takes back a restore that succeeded, after which something else failed.
     fn delete_restored(&self, id: &str) {
         let args = self.with_globals("delete", vec!["--force".into(), id.into()]);
         // The first failure is the one that is told.
-        drop(self.around.runtime.run(&self.around.own, &args));
+        drop(self.env.runtime.run(&self.env.own, &args));
     }
 
     fn with_globals(&self, command: &str, args: Vec<OsString>) -> Vec<OsString> {

@@ -9,12 +9,13 @@ use transship_checkpoint::annotations::Role;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
-use transship_sandbox::stage::{LinkedImages, PodDir};
+use transship_sandbox::admission::node_config::NodeConfig;
+use transship_sandbox::{LinkedImages, PodDir};
 
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::held_restore::read_pid;
-use super::{Front, FrontError, Outcome, held};
+use super::{Front, FrontError, Outcome, RestoreError, held};
 use crate::argv::Arguments;
 
 /// Where runc looks for images without `--image-path`.
@@ -30,7 +31,7 @@ impl Front<'_> {
             return Ok(None);
         };
         let plan = self.plan_namespaces(&restore.id, &config, false)?;
-        if plan.is_empty() && !config.annotations.ours {
+        if plan.is_empty() && !config.annotations.ours && config.criu_config.is_none() {
             return Ok(None);
         }
         let pod = self.pod_of(&restore.id, &config)?;
@@ -67,10 +68,13 @@ impl Front<'_> {
             .value("image-path")
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
         let images = LinkedImages::of(&from)?;
-        let joining = self.fit_images(images.path(), config, pod)?;
+        let edits = self.fit_images(images.path(), config, pod)?;
         // containerd gives no option of the dump to its restore.
         let criu = config.annotations.criu.over(CriuOptions::default());
-        let cgroup = self.cgroup_lines(&restore.id, &config.spec);
+        if config.cri {
+            NodeConfig::read(&self.env.node_config)?.check_options(&criu)?;
+        }
+        let cgroup = self.cgroup_lines(&restore.id, &config.spec)?;
         let criu_config = match criu.restore_lines().is_empty() && cgroup.is_empty() {
             true => None,
             false => Some(CriuConfig::write(
@@ -83,7 +87,7 @@ impl Front<'_> {
         };
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);
-        let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()));
+        let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()), None);
         bundle.write_marker(&restoring)?;
 
         let work = restore
@@ -93,14 +97,21 @@ impl Front<'_> {
             .clone()
             .with("image-path", images.path())
             .with_flags(criu.restore_flags());
-        self.run_restore(fitted, &work, criu_config.as_ref().map(CriuConfig::path))
-            .and_then(|done| {
-                done.map_err(|reason| FrontError::NativeRestore {
+        self.run_restore(
+            fitted,
+            config,
+            &work,
+            criu_config.as_ref().map(CriuConfig::path),
+        )
+        .and_then(|done| {
+            done.map_err(|reason| {
+                FrontError::from(RestoreError::NativeRestore {
                     id: restore.id.clone(),
                     reason,
                 })
             })
-            .inspect_err(|_| joining.undo())?;
+        })
+        .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(restore)?;
             bundle.write_marker(&Marker {
@@ -115,11 +126,11 @@ impl Front<'_> {
             if let Some(criu_config) = &criu_config {
                 criu_config.give_back()?;
             }
-            joining.record(pod)
+            edits.record(pod)
         };
         finish().inspect_err(|_| {
             self.delete_restored(&restore.id);
-            joining.undo();
+            edits.undo();
         })?;
         Ok(Outcome::Exit(0))
     }

@@ -9,7 +9,9 @@
 //! yet: with a reset, which ends the connection (CRIU itself makes the first end send a packet, the
 //! window probe after TCP repair). So the packets of such connections are dropped until no restore
 //! is waiting; what was lost is sent again, as TCP does. nft is what CRIU's own network lock needs.
+//! A pod in the node's own network gets no rules: they are made of what a checkpoint says.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -20,17 +22,17 @@ use transship_checkpoint::criu_images::inet_sockets::{Connection, connections};
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_checkpoint::namespaces::{self, Namespace};
-use transship_sandbox::stage::{PodDir, Request};
+use transship_sandbox::{PodDir, Request};
 
 use super::bundle::Config;
-use super::{Front, FrontError};
+use super::{Front, FrontError, RestoreError};
 
 /// Lets the connections go when it is dropped and no restore of the pod waits.
 #[derive(Debug)]
 pub(super) struct HeldConnections<'a> {
     pod: &'a PodDir,
     own: String,
-    namespace: Option<PathBuf>,
+    namespace: PathBuf,
     table: String,
 }
 
@@ -46,7 +48,11 @@ impl Front<'_> {
         if request.criu.tcp != Tcp::Established || !config.cri {
             return Ok(None);
         }
-        let checkpoint = self.around.store.open(&request.checkpoint)?;
+        let Some(namespace) = namespaces::joined(&config.spec).remove(&Namespace::Network) else {
+            // The node's own: there a rule would meet others' connections, and outlive the pod.
+            return Ok(None);
+        };
+        let checkpoint = self.env.store.open(&request.checkpoint)?;
         let mut ends = Vec::new();
         for container in &checkpoint.manifest.containers {
             let images = checkpoint.container_dir(container).join(IMAGES_DIR);
@@ -61,7 +67,7 @@ impl Front<'_> {
         let held = HeldConnections {
             pod,
             own: config.annotations.container.clone().unwrap_or_default(),
-            namespace: namespaces::joined(&config.spec).remove(&Namespace::Network),
+            namespace,
             table: format!("inet transship-{id}"),
         };
         // Declared first, a table can be deleted whether it was there or not.
@@ -76,10 +82,13 @@ impl Front<'_> {
 
 /// A rule for each direction of each connection that has its ends in two containers.
 fn rules(ends: &[(&str, Connection)]) -> String {
+    let mut owners: HashMap<Connection, HashSet<&str>> = HashMap::new();
+    for (container, end) in ends {
+        owners.entry(*end).or_default().insert(*container);
+    }
     let between = ends.iter().filter(|(container, end)| {
-        let other = end.other_end();
-        ends.iter()
-            .any(|(it, end)| it != container && *end == other)
+        let others = owners.get(&end.other_end());
+        others.is_some_and(|others| others.iter().any(|it| it != container))
     });
     let rule = |end: &Connection| {
         let family = if end.local.is_ipv4() { "ip" } else { "ip6" };
@@ -97,13 +106,13 @@ fn rules(ends: &[(&str, Connection)]) -> String {
 
 impl HeldConnections<'_> {
     fn nft(&self, script: &str) -> Result<(), FrontError> {
-        let namespace = self.namespace.as_deref();
+        let namespace = self.namespace.as_path();
         std::thread::scope(|scope| {
             // A thread of its own: a process that it starts is in its network namespace.
             let thread = scope.spawn(|| run_nft(namespace, script));
             thread.join().expect("it does not panic")
         })
-        .map_err(|what| FrontError::PodConnections { what })
+        .map_err(|what| FrontError::from(RestoreError::PodConnections { what }))
     }
 }
 
@@ -118,11 +127,9 @@ impl Drop for HeldConnections<'_> {
     }
 }
 
-fn run_nft(namespace: Option<&Path>, script: &str) -> Result<(), String> {
+fn run_nft(namespace: &Path, script: &str) -> Result<(), String> {
     let run = || {
-        if let Some(namespace) = namespace {
-            setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
-        }
+        setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
         let mut nft = Command::new("nft")
             .args(["-f", "-"])
             .stdin(Stdio::piped())

@@ -1,35 +1,31 @@
 //! Why a restore failed, in one line.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 use transship_checkpoint::criu_log;
 
-use crate::restore_log::LOG_DIR;
+use crate::restore_log::keep_criu_log;
 
 /// CRIU's log of a restore, in the work directory.
 const RESTORE_LOG: &str = "restore.log";
 const LAST_ENTRIES: u64 = 64 << 10;
 
-/// The kept log of the container `id`: that of its last failed restore.
-pub(super) fn kept_log(id: &str) -> PathBuf {
-    Path::new(LOG_DIR).join(format!("restore-{id}.log"))
-}
-
 /// The cause: CRIU's first error, else what the runtime wrote into its own log from `log_start` on.
-/// CRIU's log is moved to `kept`, because the bundle goes away with the failed container.
-pub(super) fn of_restore(work: &Path, log: Option<&Path>, log_start: u64, kept: &Path) -> String {
+/// CRIU's log is kept in `logs` as `name`, because the bundle goes away with the failed container.
+pub(super) fn of_restore(
+    work: &Path,
+    log: Option<&Path>,
+    log_start: u64,
+    (logs, name): (&Path, &str),
+) -> String {
     let criu_log = work.join(RESTORE_LOG);
     if let Ok(Some(error)) = criu_log::first_error_of(&criu_log) {
-        let keep = || {
-            fs::create_dir_all(kept.parent()?).ok()?;
-            fs::copy(&criu_log, kept).ok()
-        };
-        return match keep() {
-            Some(_) => format!("CRIU: {error} (all of it in {})", kept.display()),
-            None => format!("CRIU: {error}"),
+        return match keep_criu_log(logs, name, &criu_log) {
+            Ok(kept) => format!("CRIU: {error} (all of it in {})", kept.display()),
+            Err(_) => format!("CRIU: {error}"),
         };
     }
     log.and_then(|log| last_entry(log, log_start))
@@ -64,9 +60,10 @@ mod tests {
     fn criu_knows_better_than_the_runtime() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log.json");
-        let kept = dir.path().join("logs/kept.log");
+        let logs = dir.path().join("logs");
+        let kept = (logs.as_path(), "restore-web.log");
         assert_eq!(
-            of_restore(dir.path(), Some(&log), 0, &kept),
+            of_restore(dir.path(), Some(&log), 0, kept),
             "the runtime gives no reason"
         );
         let old = "{\"level\":\"error\",\"msg\":\"of an earlier call\"}\n";
@@ -77,16 +74,19 @@ mod tests {
         .unwrap();
         let start = u64::try_from(old.len()).unwrap();
         assert_eq!(
-            of_restore(dir.path(), Some(&log), start, &kept),
+            of_restore(dir.path(), Some(&log), start, kept),
             "criu failed"
         );
         let criu = "(00.1)  3: Error (criu/x.c:1): Can't open file /x\n";
         std::fs::write(dir.path().join("restore.log"), criu).unwrap();
-        let reason = of_restore(dir.path(), Some(&log), start, &kept);
+        let reason = of_restore(dir.path(), Some(&log), start, kept);
         assert!(
             reason.starts_with("CRIU: Can't open file /x (all of it in /"),
             "{reason}"
         );
-        assert_eq!(fs::read_to_string(kept).unwrap(), criu);
+        assert_eq!(
+            std::fs::read_to_string(logs.join("restore-web.log")).unwrap(),
+            criu
+        );
     }
 }

@@ -28,9 +28,10 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use transship_checkpoint::criu_options::ConfigLine;
 use transship_checkpoint::spec::Spec;
 
-use super::Front;
+use super::{Front, FrontError};
 
 const MOUNT: &str = "/sys/fs/cgroup";
 const DEFAULT_SLICE: &str = "system.slice";
@@ -55,9 +56,16 @@ const CONTROLLERS: [&str; 13] = [
 impl Front<'_> {
     /// Lines for CRIU's configuration of the restore; none where the runtime says all, or will say
     /// what is wrong with the path.
-    pub(super) fn cgroup_lines(&self, id: &str, spec: &Spec) -> Vec<String> {
-        if self.around.runtime.name() != "runc" {
-            return Vec::new();
+    ///
+    /// # Errors
+    /// A path that cannot be in that file.
+    pub(super) fn cgroup_lines(
+        &self,
+        id: &str,
+        spec: &Spec,
+    ) -> Result<Vec<ConfigLine>, FrontError> {
+        if self.env.runtime.name() != "runc" {
+            return Ok(Vec::new());
         }
         let path = spec.cgroups_path().unwrap_or_default();
         let place = |own: &str| match self.globals.systemd_cgroup {
@@ -67,25 +75,22 @@ impl Front<'_> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         if statfs(MOUNT).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC) {
             let place = own_cgroup(&own, "").and_then(place);
-            return place
-                .map(|place| format!("cgroup-root {place}"))
-                .into_iter()
-                .collect();
+            let line = place.map(|place| ConfigLine::with("cgroup-root", &place));
+            return Ok(line.transpose()?.into_iter().collect());
         }
         let Some(mount) = spec.cgroup_mount() else {
-            return Vec::new();
+            return Ok(Vec::new());
         };
         // Below the caller's own cgroup on v1, not beside it. containerd gives whole paths.
         if !self.globals.systemd_cgroup && !path.starts_with('/') {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         hierarchies(&mounts)
             .filter_map(|(name, controllers)| {
                 let place = place(own_cgroup(&own, controllers)?)?;
-                Some(format!(
-                    "external mnt[{mount}/{name}]:{MOUNT}/{name}{place}"
-                ))
+                let value = format!("mnt[{mount}/{name}]:{MOUNT}/{name}{place}");
+                Some(ConfigLine::with("external", &value).map_err(FrontError::from))
             })
             .collect()
     }

@@ -9,16 +9,16 @@ use transship_checkpoint::criu_images::ipcns::IpcObject;
 use transship_checkpoint::criu_images::shm_mappings::Attachment;
 use transship_checkpoint::criu_images::utsns;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
-use transship_sandbox::stage::{
+use transship_sandbox::{
     LiveIpc, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
 };
 
 use super::bundle::Config;
-use super::{Front, FrontError};
+use super::{FitError, Front, FrontError};
 
 /// What a restore does to the sandbox's namespaces, told when it has succeeded.
 #[derive(Debug, Default)]
-pub(super) struct Joining {
+pub(super) struct NamespaceEdits {
     ipc: Option<(PathBuf, Vec<IpcObject>, LiveIpc)>,
     /// System V shared memory of earlier restores, for the held tasks to attach.
     pub(super) attachments: Vec<Attachment>,
@@ -31,7 +31,7 @@ impl Front<'_> {
             Role::Member { sandbox } => sandbox,
             Role::Sandbox | Role::Alone => id,
         };
-        Ok(PodDir::at(&self.around.run_dir, pod)?)
+        Ok(PodDir::at(&self.env.run_dir, pod)?)
     }
 
     /// What to do about the namespaces of a container that is restored, or made anew in a sandbox
@@ -57,16 +57,16 @@ impl Front<'_> {
                 // Of a sandbox that the CRI named long ago the user need not know.
                 None if config.cri => {}
                 None => {
-                    return Err(FrontError::NoSandbox {
+                    return Err(FrontError::from(FitError::NoSandbox {
                         id: sandbox.clone(),
-                    });
+                    }));
                 }
             }
         }
         let policy = config.annotations.missing_namespaces;
         let mut plan = namespaces::replace_missing(&joined, missing, policy)?;
         for namespace in plan.to_make().collect::<Vec<_>>() {
-            let pod = PodDir::at(&self.around.run_dir, id)?;
+            let pod = PodDir::at(&self.env.run_dir, id)?;
             plan.made(namespace, live_network_namespace(&pod)?);
         }
         Ok(plan)
@@ -77,12 +77,12 @@ impl Front<'_> {
         &self,
         sandbox: &str,
     ) -> Result<Option<BTreeMap<Namespace, PathBuf>>, FrontError> {
-        let pins = PodDir::at(&self.around.run_dir, sandbox)?.pins();
+        let pins = PodDir::at(&self.env.run_dir, sandbox)?.pins();
         if !pins.is_empty() {
             return Ok(Some(pins));
         }
         let state = self
-            .around
+            .env
             .runtime
             .state(self.globals.root.as_deref(), sandbox)?;
         let alive = state.filter(|state| state.pid > 0 && state.status != "stopped");
@@ -98,23 +98,23 @@ impl Front<'_> {
         dir: &Path,
         config: &Config,
         pod: &PodDir,
-    ) -> Result<Joining, FrontError> {
+    ) -> Result<NamespaceEdits, FrontError> {
         let joined = namespaces::joined(&config.spec);
-        let mut joining = Joining::default();
+        let mut edits = NamespaceEdits::default();
         if let Some(uts) = joined.get(&Namespace::Uts) {
             utsns::set_names(dir, &live_uts_names(uts)?)?;
         }
         if let Some(ipc) = joined.get(&Namespace::Ipc) {
             set_sysctls(dir, &live_ipc_sysctls(ipc)?)?;
             let (new, attachments) = pod.remove_present_ipc(dir, ipc)?;
-            joining.ipc = Some((ipc.clone(), new, LiveIpc::of(ipc)?));
-            joining.attachments = attachments;
+            edits.ipc = Some((ipc.clone(), new, LiveIpc::of(ipc)?));
+            edits.attachments = attachments;
         }
-        Ok(joining)
+        Ok(edits)
     }
 }
 
-impl Joining {
+impl NamespaceEdits {
     /// Remembers what is in the sandbox's namespaces now.
     pub(super) fn record(&self, pod: &PodDir) -> Result<(), FrontError> {
         if let Some((namespace, objects, _)) = &self.ipc {

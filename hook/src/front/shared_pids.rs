@@ -9,10 +9,10 @@ use std::path::Path;
 
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces::{self, Namespace};
-use transship_sandbox::stage::Request;
+use transship_sandbox::Request;
 
 use super::bundle::Config;
-use super::{FrontContext, FrontError};
+use super::{FitError, FrontContext, FrontError};
 
 /// Checks that the ids of the container's processes and threads are free in the process namespace
 /// that it joins, if it joins one.
@@ -24,12 +24,12 @@ pub(super) fn check_pids(config: &Config, request: &Request) -> Result<(), Front
     let wanted: HashSet<u32> = tasks::ids(&request.images)?.into_iter().collect();
     match taken(&wanted, namespace).during("look for processes in", namespace)? {
         None => Ok(()),
-        Some((id, taken_by)) => Err(FrontError::PidTaken {
+        Some((id, taken_by)) => Err(FrontError::from(FitError::PidTaken {
             checkpoint: request.checkpoint.clone(),
             container: request.container.clone(),
             id,
             taken_by,
-        }),
+        })),
     }
 }
 

@@ -21,7 +21,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use transship_checkpoint::criu_images::shm_mappings::Attachment;
 
-use super::held::{pid_in_container, tree};
+use super::held::pid_in_container;
+use crate::descendants::tree;
 
 /// x86-64.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];

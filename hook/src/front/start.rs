@@ -1,8 +1,10 @@
 //! `start ID`: lets a held restore go. Everything else starts as ever.
 
+use transship_sandbox::Staged;
+
 use super::bundle::Phase;
 use super::held::{release, start_time};
-use super::{Front, FrontContext, FrontError, Outcome};
+use super::{Front, FrontContext, FrontError, Outcome, RestoreError};
 
 impl Front<'_> {
     pub(super) fn start(&self, id: &str) -> Result<Option<Outcome>, FrontError> {
@@ -18,15 +20,26 @@ impl Front<'_> {
         let pid = marker.pid;
         // Killed while it was held, and its pid perhaps given to another.
         if start_time(pid).ok() != Some(marker.start_time) {
-            return Err(FrontError::Gone {
+            return Err(FrontError::from(RestoreError::Gone {
                 id: id.to_owned(),
                 pid,
-            });
+            }));
         }
-        release(pid, &marker.stopped).during("let go the tasks of", format!("/proc/{pid}"))?;
-        // After the signals: a start that was cut off can be repeated.
+        if let Some(restore) = &marker.restore {
+            self.consume(restore)?;
+        }
+        // Before the signals: from the first of them on it has run, whoever is killed when.
         marker.phase = Phase::Running;
         bundle.write_marker(&marker)?;
+        release(pid, &marker.stopped).during("let go the tasks of", format!("/proc/{pid}"))?;
+        if let Some(restore) = &marker.restore {
+            // What is left says less than the record does.
+            let staged = Staged::at(restore.staged.clone());
+            drop(staged.remove());
+            if let Some(pod) = staged.pod() {
+                drop(pod.remove_if_empty());
+            }
+        }
         Ok(Some(Outcome::Exit(0)))
     }
 }

@@ -17,8 +17,9 @@ use serde::Deserialize;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
 use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::store::{Store, StoreError};
-use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
-use transship_sandbox::stage::{PodDir, StageError};
+use transship_sandbox::admission::node_config::{ClosedOption, NodeConfig, NodeConfigError};
+use transship_sandbox::consumed::{Consumed, Owner};
+use transship_sandbox::{PodDir, SandboxError};
 
 use crate::one_line;
 use crate::restore_log;
@@ -57,13 +58,16 @@ pub enum HookError {
     /// The rules of this node.
     #[error(transparent)]
     NodeConfig(#[from] NodeConfigError),
+    /// An option that is not the author's of the pod to choose.
+    #[error(transparent)]
+    Closed(#[from] ClosedOption),
     /// The sandbox's directory.
     #[error("cannot prepare the sandbox {id:?}")]
     Stage {
         /// The sandbox.
         id: String,
         /// Why.
-        source: StageError,
+        source: SandboxError,
     },
     /// The checkpoint.
     #[error("cannot restore into the sandbox {id:?}")]
@@ -93,6 +97,8 @@ pub struct Node {
     pub run_dir: PathBuf,
     /// The checkpoints of this node.
     pub store: Store,
+    /// What has been consumed, by whom.
+    pub consumed: PathBuf,
     /// The rules of this node.
     pub config: PathBuf,
     /// Where failed restores are told of.
@@ -151,21 +157,50 @@ fn stage_all(
     let Some(name) = &annotations.restore else {
         return Ok(());
     };
-    let checkpoint = node.store.open(name).map_err(|source| HookError::Store {
+    let stage_error = |source| HookError::Stage {
         id: state.id.clone(),
-        source: Box::new(source),
-    })?;
+        source,
+    };
+    let owner = annotations.pod_uid.clone().map(Owner::Pod);
+    if let Some(Owner::Pod(uid)) = &owner {
+        pod.set_uid(uid).map_err(stage_error)?;
+    }
+    let consumed = owner.map(|owner| Consumed::by(&node.consumed, &owner));
+    let consumed = consumed.transpose().map_err(stage_error)?;
+    let checkpoint = match node.store.open(name) {
+        Ok(checkpoint) => checkpoint,
+        // The pod has had its restore; the sandbox has been made again since the checkpoint was
+        // removed. A container that has not run yet says what it lacks.
+        Err(StoreError::NotFound { .. })
+            if consumed.as_ref().is_some_and(|it| it.has_any_of(name)) =>
+        {
+            return Ok(());
+        }
+        Err(source) => {
+            return Err(HookError::Store {
+                id: state.id.clone(),
+                source: Box::new(source),
+            });
+        }
+    };
     let asker = annotations.kubernetes_namespace.as_deref();
-    NodeConfig::read(&node.config)?.check_namespace(&checkpoint.manifest, asker)?;
+    let rules = NodeConfig::read(&node.config)?;
+    rules.check_namespace(&checkpoint.manifest, asker)?;
+    if asker.is_some() {
+        rules.check_rootfs(annotations.rootfs)?;
+        for container in &checkpoint.manifest.containers {
+            rules.check_options(&annotations.criu.over(container.criu.clone()))?;
+        }
+    }
     let uname = nix::sys::utsname::uname().map_err(|errno| HookError::Input(errno.into()))?;
     let here = uname.machine().to_string_lossy();
     checkpoint.manifest.check_architecture(&here)?;
     for container in &checkpoint.manifest.containers {
-        pod.stage(&container.name, &checkpoint, container)
-            .map_err(|source| HookError::Stage {
-                id: state.id.clone(),
-                source,
-            })?;
+        let has_run = |it: &Consumed| it.container(name, &container.name).is_some();
+        if !consumed.as_ref().is_some_and(has_run) {
+            pod.stage(&container.name, &checkpoint, container)
+                .map_err(stage_error)?;
+        }
     }
     Ok(())
 }
@@ -174,9 +209,10 @@ fn stage_all(
 ///
 /// # Errors
 /// See [`HookError`].
-pub fn poststop(state: &HookState, run_dir: &Path) -> Result<(), HookError> {
+pub fn poststop(state: &HookState, run_dir: &Path, consumed: &Path) -> Result<(), HookError> {
     PodDir::at(run_dir, &state.id)
         .and_then(|pod| pod.remove())
+        .and_then(|()| Consumed::forget(consumed, &Owner::Container(state.id.clone())))
         .map_err(|source| HookError::Stage {
             id: state.id.clone(),
             source,

@@ -20,13 +20,14 @@ fn poststop_of_nothing_is_no_error() {
         pid: 0,
         annotations: HashMap::new(),
     };
-    poststop(&state, dir.path()).unwrap();
+    poststop(&state, dir.path(), dir.path()).unwrap();
     assert!(
         poststop(
             &HookState {
                 id: "../s".into(),
                 ..state
             },
+            dir.path(),
             dir.path()
         )
         .is_err()
@@ -39,6 +40,7 @@ fn a_container_that_is_no_sandbox_is_left_alone() {
     let node = Node {
         run_dir: dir.path().into(),
         store: Store::at(dir.path().join("checkpoints")),
+        consumed: dir.path().join("consumed"),
         config: dir.path().join("node.toml"),
         log_dir: dir.path().join("log"),
     };

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //! strict = false
+//! restore_patience_seconds = 60
 //! [may_restore]
 //! "staging" = ["shop"]      pods of staging may restore what was taken in shop
 //! "ops" = ["*"]             pods of ops may restore everything
+//! [pods]
+//! allow-options = []        options that their annotations may choose although they loosen what
+//!                           confines a container: "lsm-profile", "rootfs", ...
 //! ```
 //!
 //! The author of a pod chooses its annotations, and a checkpoint holds another process's memory: it
@@ -16,16 +20,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
+use transship_checkpoint::annotations::Rootfs;
+use transship_checkpoint::criu_options::{CriuOptions, OPTIONS};
 use transship_checkpoint::manifest::{Manifest, ManifestError};
 
 /// Where the file is.
 pub const NODE_CONFIG: &str = "/etc/transship/node.toml";
 
 /// The rules of a node.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NodeConfig {
     /// Whether a checkpoint goes into pods of the service account that it was taken from only.
@@ -33,6 +40,44 @@ pub struct NodeConfig {
     /// Kubernetes namespaces, and those whose checkpoints their pods may restore too; `*`: of all,
     /// also those that are of no pod.
     pub may_restore: BTreeMap<String, Vec<String>>,
+    /// How long a restore may make no progress, in seconds.
+    pub restore_patience_seconds: u64,
+    /// What pods may choose.
+    pub pods: PodRules,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            strict: false,
+            may_restore: BTreeMap::new(),
+            // kubelet waits two minutes for a call.
+            restore_patience_seconds: 60,
+            pods: PodRules::default(),
+        }
+    }
+}
+
+/// What the authors of pods may choose.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PodRules {
+    /// Names of options of CRIU that are closed to them otherwise, and `rootfs`.
+    pub allow_options: Vec<String>,
+}
+
+/// A pod, or the checkpoint that it asks for, chooses what the node does not let it choose.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{option} is {value:?}, by an annotation of the pod or by the checkpoint, and this node does not \
+     let a pod choose it; its operator can, by allow-options = [{option:?}] under [pods] in \
+     {NODE_CONFIG}"
+)]
+pub struct ClosedOption {
+    /// Name of the option.
+    pub option: &'static str,
+    /// What it would be.
+    pub value: String,
 }
 
 /// A configuration that cannot be used.
@@ -95,6 +140,37 @@ impl NodeConfig {
         manifest.check_asker(asker)
     }
 
+    /// Checks that a pod may be dumped or restored with these options of CRIU.
+    ///
+    /// # Errors
+    /// The first option that is not the author's to choose.
+    pub fn check_options(&self, options: &CriuOptions) -> Result<(), ClosedOption> {
+        for option in &OPTIONS {
+            if let Some(value) = option.closed_value(options) {
+                self.check_open(option.name, value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that a pod may say that its files are there already.
+    ///
+    /// # Errors
+    /// It says so, and may not.
+    pub fn check_rootfs(&self, rootfs: Rootfs) -> Result<(), ClosedOption> {
+        match rootfs {
+            Rootfs::FromImage => Ok(()),
+            Rootfs::Filled => self.check_open("rootfs", "filled".to_owned()),
+        }
+    }
+
+    fn check_open(&self, option: &'static str, value: String) -> Result<(), ClosedOption> {
+        match self.pods.allow_options.iter().any(|it| it == option) {
+            true => Ok(()),
+            false => Err(ClosedOption { option, value }),
+        }
+    }
+
     /// Checks, when `strict`, that a pod of the Kubernetes namespace `asker`, whose service account
     /// is `account` as far as it can be known, may restore the checkpoint.
     ///
@@ -124,6 +200,12 @@ impl NodeConfig {
             owner: named(taken_from),
             asker: named(account),
         })
+    }
+
+    /// How long a restore may make no progress.
+    #[must_use]
+    pub fn restore_patience(&self) -> Duration {
+        Duration::from_secs(self.restore_patience_seconds)
     }
 
     fn is_exception(&self, manifest: &Manifest, asker: &str) -> bool {
@@ -192,6 +274,27 @@ mod tests {
         }
         config.strict = false;
         assert!(check(&config, None, None).is_ok());
+    }
+
+    #[test]
+    fn what_loosens_is_the_operators_to_choose() {
+        let mut config = NodeConfig::default();
+        let mut options = CriuOptions::default();
+        assert!(config.check_options(&options).is_ok());
+        options.lsm_profile = Some("apparmor:unconfined".into());
+        let error = config.check_options(&options).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "lsm-profile is \"apparmor:unconfined\", by an annotation of the pod or by the checkpoint, \
+             and this node does not let a pod choose it; its operator can, by allow-options = \
+             [\"lsm-profile\"] under [pods] in /etc/transship/node.toml"
+        );
+        assert!(config.check_rootfs(Rootfs::Filled).is_err());
+        config.pods.allow_options = vec!["lsm-profile".into(), "rootfs".into()];
+        assert!(config.check_options(&options).is_ok());
+        assert!(config.check_rootfs(Rootfs::Filled).is_ok());
+        options.shell_job = true;
+        assert!(config.check_options(&options).is_err());
     }
 
     #[test]

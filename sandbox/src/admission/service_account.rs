@@ -8,20 +8,22 @@
 //! token: HEADER.PAYLOAD.SIGNATURE, base64url; PAYLOAD = {"sub": "system:serviceaccount:NS:NAME"}
 //! ```
 //!
-//! The signature is not verified (its key is the API server's): who can put another volume there can
-//! as well make the pod run under another service account of its namespace. A pod that mounts no
-//! token has no service account that is known here.
+//! The signature is not verified (its key is the API server's), so only a projected volume of kubelet's
+//! counts: a process of the pod cannot write to it. Its author can still project a token that he has
+//! made into it: where he may not choose the pod's service account, `strict` is no barrier to him. A pod
+//! that mounts no such volume has no service account that is known here.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use data_encoding::BASE64URL_NOPAD;
 use serde::Deserialize;
 
+use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::spec::Spec;
 
 const TOKEN_MOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// Where kubelet has the volumes of that kind, below the pod's directory.
+const PROJECTED_VOLUMES: &str = "kubernetes.io~projected";
 const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 /// Longest token that is read, in bytes.
 const TOKEN_LIMIT: u64 = 64 << 10;
@@ -34,10 +36,12 @@ pub fn of_spec(spec: &Spec, namespace: &str) -> Option<String> {
     let (_, source) = mounts
         .iter()
         .find(|(destination, _)| destination == Path::new(TOKEN_MOUNT))?;
-    let mut token = String::new();
-    let file = File::open(source.join("token")).ok()?;
-    file.take(TOKEN_LIMIT).read_to_string(&mut token).ok()?;
-    of_token(token.trim(), namespace)
+    if source.parent()?.file_name()? != PROJECTED_VOLUMES {
+        return None;
+    }
+    // kubelet's volumes have links within themselves.
+    let token = read_regular(source, Path::new("token"), Links::Within, TOKEN_LIMIT).ok()?;
+    of_token(std::str::from_utf8(&token).ok()?.trim(), namespace)
 }
 
 fn of_token(token: &str, namespace: &str) -> Option<String> {
@@ -72,16 +76,36 @@ mod tests {
     #[test]
     fn the_token_is_found_by_its_mount() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = |destination: &str| {
+        let spec = |destination: &str, source: &Path| {
             let json = serde_json::json!({ "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": destination, "source": dir.path(), "options": ["rbind", "ro"] },
+                { "destination": destination, "source": source, "options": ["rbind", "ro"] },
             ]});
             Spec::parse(json.to_string().as_bytes()).unwrap()
         };
-        assert_eq!(of_spec(&spec(TOKEN_MOUNT), "shop"), None, "no file yet");
-        std::fs::write(dir.path().join("token"), format!("{TOKEN}\n")).unwrap();
-        assert_eq!(of_spec(&spec(TOKEN_MOUNT), "shop").as_deref(), Some("cart"));
-        assert_eq!(of_spec(&spec("/elsewhere"), "shop"), None);
+        let volume = dir.path().join("volumes/kubernetes.io~projected/token");
+        let data = volume.join("..2026");
+        std::fs::create_dir_all(&data).unwrap();
+        assert_eq!(
+            of_spec(&spec(TOKEN_MOUNT, &volume), "shop"),
+            None,
+            "no file yet"
+        );
+        std::fs::write(data.join("token"), format!("{TOKEN}\n")).unwrap();
+        std::os::unix::fs::symlink("..2026", volume.join("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/token", volume.join("token")).unwrap();
+        let account = |destination, source: &Path| of_spec(&spec(destination, source), "shop");
+        assert_eq!(account(TOKEN_MOUNT, &volume).as_deref(), Some("cart"));
+        assert_eq!(account("/elsewhere", &volume), None);
+
+        // The pod's own files, which it may have made to look so.
+        let own = dir.path().join("volumes/kubernetes.io~empty-dir/token");
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("token"), TOKEN).unwrap();
+        assert_eq!(account(TOKEN_MOUNT, &own), None);
+        // A FIFO does not block whoever looks.
+        std::fs::remove_file(volume.join("token")).unwrap();
+        nix::unistd::mkfifo(&volume.join("token"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(account(TOKEN_MOUNT, &volume), None);
     }
 }

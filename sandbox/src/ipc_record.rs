@@ -13,9 +13,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PodDir, StageContext, StageError, replace};
 use transship_checkpoint::criu_images::ipcns::{IpcObject, objects, remove_objects};
 use transship_checkpoint::criu_images::shm_mappings::{Attachment, detach};
+
+use crate::error::{SandboxContext, SandboxError};
+use crate::files::replace;
+use crate::pod_dir::PodDir;
 
 const IPC_FILE: &str = "ipc.json";
 
@@ -36,7 +39,7 @@ impl PodDir {
         &self,
         dir: &Path,
         namespace: &Path,
-    ) -> Result<(Vec<IpcObject>, Vec<Attachment>), StageError> {
+    ) -> Result<(Vec<IpcObject>, Vec<Attachment>), SandboxError> {
         let present = self.ipc_record(namespace)?.objects;
         let mut new = objects(dir)?;
         new.retain(|object| !present.contains(object));
@@ -52,7 +55,7 @@ impl PodDir {
     ///
     /// # Errors
     /// A failed system call.
-    pub fn record_ipc(&self, namespace: &Path, new: &[IpcObject]) -> Result<(), StageError> {
+    pub fn record_ipc(&self, namespace: &Path, new: &[IpcObject]) -> Result<(), SandboxError> {
         if new.is_empty() {
             return Ok(());
         }
@@ -62,17 +65,17 @@ impl PodDir {
         replace(&self.path().join(IPC_FILE), &json)
     }
 
-    pub(super) fn has_ipc_record(&self) -> Result<bool, StageError> {
+    pub(crate) fn has_ipc_record(&self) -> Result<bool, SandboxError> {
         let path = self.path().join(IPC_FILE);
         path.try_exists().staging("look for", &path)
     }
 
-    fn ipc_record(&self, namespace: &Path) -> Result<Record, StageError> {
+    fn ipc_record(&self, namespace: &Path) -> Result<Record, SandboxError> {
         let meta = fs::metadata(namespace).staging("look at", namespace)?;
         let identity = (meta.dev(), meta.ino());
         let path = self.path().join(IPC_FILE);
         let record: Record = match fs::read(&path) {
-            Ok(json) => serde_json::from_slice(&json).map_err(|error| StageError::Damaged {
+            Ok(json) => serde_json::from_slice(&json).map_err(|error| SandboxError::Damaged {
                 path: path.clone(),
                 what: error.to_string(),
             })?,

@@ -18,9 +18,10 @@ use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
 
-use super::StageError;
-use super::pins::in_thread;
 use transship_checkpoint::criu_images::ipcns::{IpcKind, IpcObject};
+
+use crate::error::SandboxError;
+use crate::pins::in_thread;
 
 /// The kinds with their files, and the flags of ipcrm(1) for their ids.
 const KINDS: [(IpcKind, &str, &str); 3] = [
@@ -41,7 +42,7 @@ impl LiveIpc {
     ///
     /// # Errors
     /// It cannot be entered.
-    pub fn of(path: &Path) -> Result<Self, StageError> {
+    pub fn of(path: &Path) -> Result<Self, SandboxError> {
         Ok(Self {
             namespace: path.to_path_buf(),
             before: in_thread("enter", path, || {
@@ -55,7 +56,7 @@ impl LiveIpc {
     ///
     /// # Errors
     /// One cannot be removed.
-    pub fn remove_new(&self, objects: &[IpcObject]) -> Result<(), StageError> {
+    pub fn remove_new(&self, objects: &[IpcObject]) -> Result<(), SandboxError> {
         let path = &self.namespace;
         in_thread("remove the System V objects in", path, || {
             enter(path)?;

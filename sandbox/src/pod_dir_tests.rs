@@ -49,14 +49,14 @@ fn states_survive_a_round_trip() {
     let (_, staged) = staged(root.path());
     for state in [
         State::Failed("no such file".into()),
-        State::Restored,
+        State::Held("/run/b".into()),
         State::Staged,
     ] {
         staged.set_state(&state).unwrap();
         assert_eq!(staged.state().unwrap(), state);
     }
     fs::write(staged.path().join("state"), "odd").unwrap();
-    assert!(matches!(staged.state(), Err(StageError::Damaged { .. })));
+    assert!(matches!(staged.state(), Err(SandboxError::Damaged { .. })));
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn only_one_process_restores() {
     let root = tempfile::tempdir().unwrap();
     let (_, staged) = staged(root.path());
     let claim = staged.claim().unwrap();
-    assert!(matches!(staged.claim(), Err(StageError::Busy { .. })));
+    assert!(matches!(staged.claim(), Err(SandboxError::Busy { .. })));
     drop(claim);
     drop(staged.claim().unwrap());
 }
@@ -73,7 +73,7 @@ fn only_one_process_restores() {
 fn a_failed_stage_leaves_the_old_one() {
     let root = tempfile::tempdir().unwrap();
     let (pod, old) = staged(root.path());
-    old.set_state(&State::Restored).unwrap();
+    old.set_state(&State::Failed("x".into())).unwrap();
     fs::remove_dir_all(root.path().join("web/counter/checkpoint")).unwrap();
     let mut other = checkpoint(&root.path().join("elsewhere"));
     other.dir = root.path().join("web");
@@ -83,7 +83,7 @@ fn a_failed_stage_leaves_the_old_one() {
     );
     assert_eq!(
         pod.staged("counter").unwrap().unwrap().state().unwrap(),
-        State::Restored
+        State::Failed("x".into())
     );
     assert_eq!(fs::read_dir(pod.path().join("restore")).unwrap().count(), 1);
 }

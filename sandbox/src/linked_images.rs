@@ -9,17 +9,27 @@
 //! Symbolic links would not do: CRIU opens a part of the images (`pagemap-*.img`) when the task is
 //! in the mount namespace of the container already, where a path of the host leads nowhere. For
 //! hard links the directory must be on the file system of the images, hence next to them.
+//!
+//! Who has written the images may have put links to files of the node among them, or a FIFO: only
+//! regular files are taken.
 
+use std::ffi::{CString, OsStr};
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag};
+use nix::sys::stat::{Mode, SFlag, fstatat};
+use nix::unistd::linkat;
 
-use super::{StageContext, StageError};
 use transship_checkpoint::manifest::LINKED_PREFIX;
+
+use crate::error::{SandboxContext, SandboxError};
 
 /// A directory of links to images; it goes away with this.
 #[derive(Debug)]
@@ -34,7 +44,7 @@ impl LinkedImages {
     ///
     /// # Errors
     /// A system call failed; nothing is left then.
-    pub fn of(from: &Path) -> Result<Self, StageError> {
+    pub fn of(from: &Path) -> Result<Self, SandboxError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let from = from.canonicalize().staging("find", from)?;
         remove_orphans(&from)?;
@@ -49,11 +59,43 @@ impl LinkedImages {
             .map_err(|(_, errno)| io::Error::from(errno))
             .staging("lock", &dir)?;
         let linked = Self { dir, _lock: lock };
-        for entry in fs::read_dir(&from).staging("list", &from)? {
-            let entry = entry.staging("list", &from)?;
-            link(&from, &entry, &linked.dir.join(entry.file_name()))?;
-        }
+        linked.fill(&from)?;
         Ok(linked)
+    }
+
+    fn fill(&self, from: &Path) -> Result<(), SandboxError> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut images = Dir::open(from, flags, Mode::empty()).staging("list", from)?;
+        let names = images.iter().map(|entry| Ok(entry?.file_name().to_owned()));
+        let names = names.collect::<Result<Vec<CString>, Errno>>();
+        let links = File::open(&self.dir).staging("open", &self.dir)?;
+        for name in names.staging("list", from)? {
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let path = from.join(OsStr::from_bytes(name.to_bytes()));
+            // Of a symbolic link this makes another name for the link itself.
+            let no_follow = AtFlags::empty();
+            linkat(&images, name.as_c_str(), &links, name.as_c_str(), no_follow)
+                .or_else(|errno| match errno {
+                    // Nobody can have another name for a directory.
+                    Errno::EPERM => Ok(()),
+                    errno => Err(errno),
+                })
+                .staging("link", &path)?;
+            // The link is in a directory that nobody else writes to: it is looked at, not the name
+            // where others may.
+            let found = fstatat(&links, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+            let regular = found
+                .is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits());
+            if !regular {
+                return Err(SandboxError::Damaged {
+                    path,
+                    what: "an image is a regular file".to_owned(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The directory.
@@ -70,21 +112,11 @@ impl Drop for LinkedImages {
     }
 }
 
-fn link(from: &Path, entry: &fs::DirEntry, link: &Path) -> Result<(), StageError> {
-    let path = entry.path();
-    if entry.file_type().staging("stat", &path)?.is_symlink() {
-        // A pre-dump's `parent` is relative to the images.
-        let target = fs::read_link(&path).staging("read", &path)?;
-        return symlink(from.join(target), link).staging("create", link);
-    }
-    fs::hard_link(&path, link).staging("link", &path)
-}
-
 /// Removes the directories of links to the images in `from` that a killed process has left.
 ///
 /// # Errors
 /// The directory cannot be listed.
-pub(super) fn remove_orphans(from: &Path) -> Result<(), StageError> {
+pub(crate) fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
     let parent = from.parent().unwrap_or(Path::new("/"));
     for entry in fs::read_dir(parent).staging("list", parent)? {
         let entry = entry.staging("list", parent)?;
@@ -128,5 +160,34 @@ mod tests {
         let left: Vec<_> = fs::read_dir(root.path()).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(fs::read(images.join("core-1.img")).unwrap(), b"core");
+    }
+
+    /// CRIU would read the host's file as the memory of a container, and the front write to it.
+    #[test]
+    fn what_is_no_regular_file_is_refused() {
+        type Make = fn(&Path);
+        let makes: [Make; 4] = [
+            |path| std::os::unix::fs::symlink("/etc/shadow", path).unwrap(),
+            |path| std::os::unix::fs::symlink("core-1.img", path).unwrap(),
+            |path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap(),
+            |path| fs::create_dir(path).unwrap(),
+        ];
+        for make in makes {
+            let root = tempfile::tempdir().unwrap();
+            let images = root.path().join("checkpoint");
+            fs::create_dir(&images).unwrap();
+            fs::write(images.join("core-1.img"), b"core").unwrap();
+            make(&images.join("pages-1.img"));
+            let error = LinkedImages::of(&images).unwrap_err().to_string();
+            assert!(
+                error.ends_with("pages-1.img is damaged: an image is a regular file"),
+                "{error}"
+            );
+            assert_eq!(
+                fs::read_dir(root.path()).unwrap().count(),
+                1,
+                "nothing is left"
+            );
+        }
     }
 }

@@ -16,10 +16,13 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use nix::sys::utsname::uname;
 
-use super::{PodDir, StageContext, StageError, make_dir, remove_file};
 use transship_checkpoint::criu_images::ipc_sysctls::{self, IpcSysctls};
 use transship_checkpoint::criu_images::utsns::UtsNames;
 use transship_checkpoint::namespaces::Namespace;
+
+use crate::error::{SandboxContext, SandboxError};
+use crate::files::{make_dir, remove_file};
+use crate::pod_dir::PodDir;
 
 /// What a sandbox can share with its containers. Mounts are never shared.
 const PINNED: [Namespace; 6] = [
@@ -36,7 +39,7 @@ impl PodDir {
     ///
     /// # Errors
     /// A system call failed; nothing stays pinned.
-    pub fn pin(&self, pid: i32) -> Result<(), StageError> {
+    pub fn pin(&self, pid: i32) -> Result<(), SandboxError> {
         let pin_all = || {
             for (namespace, source) in paths_of_process(pid) {
                 // A sandbox without a user namespace of its own has the host's: nobody joins that.
@@ -62,7 +65,7 @@ impl PodDir {
     ///
     /// # Errors
     /// A system call failed.
-    pub fn pin_one(&self, namespace: Namespace, source: &Path) -> Result<(), StageError> {
+    pub fn pin_one(&self, namespace: Namespace, source: &Path) -> Result<(), SandboxError> {
         make_dir(&self.path().join("ns"))?;
         let pin = self.pin_path(namespace);
         unmount_all(&pin)?;
@@ -92,7 +95,7 @@ impl PodDir {
     ///
     /// # Errors
     /// A system call failed.
-    pub fn unpin(&self) -> Result<(), StageError> {
+    pub fn unpin(&self) -> Result<(), SandboxError> {
         for namespace in PINNED {
             let pin = self.pin_path(namespace);
             unmount_all(&pin)?;
@@ -122,7 +125,7 @@ pub fn paths_of_process(pid: i32) -> BTreeMap<Namespace, PathBuf> {
 ///
 /// # Errors
 /// It cannot be entered.
-pub fn live_uts_names(path: &Path) -> Result<UtsNames, StageError> {
+pub fn live_uts_names(path: &Path) -> Result<UtsNames, SandboxError> {
     in_thread("enter", path, || {
         setns(File::open(path)?, CloneFlags::CLONE_NEWUTS)?;
         let uts = uname()?;
@@ -137,7 +140,7 @@ pub fn live_uts_names(path: &Path) -> Result<UtsNames, StageError> {
 ///
 /// # Errors
 /// It cannot be entered.
-pub fn live_ipc_sysctls(path: &Path) -> Result<IpcSysctls, StageError> {
+pub fn live_ipc_sysctls(path: &Path) -> Result<IpcSysctls, SandboxError> {
     in_thread("enter", path, || {
         setns(File::open(path)?, CloneFlags::CLONE_NEWIPC)?;
         // Those files are the reader's namespace's.
@@ -154,7 +157,7 @@ pub fn live_ipc_sysctls(path: &Path) -> Result<IpcSysctls, StageError> {
 ///
 /// # Errors
 /// A system call failed.
-pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, StageError> {
+pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, SandboxError> {
     let pin = pod.pin_path(Namespace::Network);
     thread::scope(|scope| {
         scope
@@ -170,11 +173,11 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, StageError> {
 }
 
 // A thread of its own, because a thread that has changed its namespace cannot be used again.
-pub(super) fn in_thread<T: Send>(
+pub(crate) fn in_thread<T: Send>(
     act: &'static str,
     path: &Path,
     run: impl FnOnce() -> io::Result<T> + Send,
-) -> Result<T, StageError> {
+) -> Result<T, SandboxError> {
     thread::scope(|scope| {
         scope
             .spawn(run)
@@ -193,7 +196,7 @@ fn same_file(a: &Path, b: &Path) -> io::Result<bool> {
     Ok((a.dev(), a.ino()) == (b.dev(), b.ino()))
 }
 
-fn unmount_all(path: &Path) -> Result<(), StageError> {
+fn unmount_all(path: &Path) -> Result<(), SandboxError> {
     // A second pin over the first must go, too. MNT_DETACH: somebody may be looking at it.
     while is_namespace(path) {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

@@ -1,0 +1,195 @@
+//! The processes below another one, and signals to them.
+//!
+//! A signal goes to a pidfd, and only if the process is still where it was found: its number may
+//! belong to another one by then.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// How often [`kill_below`] looks for processes that have been made since it looked last.
+const LOOKS: usize = 100;
+
+/// The children of all threads of a process; none when it is gone.
+pub(crate) fn children(pid: i32) -> io::Result<Vec<i32>> {
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+    };
+    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if gone(&error) => return Ok(Vec::new()),
+        threads => threads?,
+    };
+    let mut children = Vec::new();
+    for thread in threads {
+        // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
+        match fs::read_to_string(thread?.path().join("children")) {
+            Err(error) if gone(&error) => {}
+            text => children.extend(
+                text?
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            ),
+        }
+    }
+    Ok(children)
+}
+
+/// A process and all below it, parents first.
+pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
+    let mut tasks = vec![root];
+    let mut seen = 0;
+    while let Some(pid) = tasks.get(seen).copied() {
+        seen += 1;
+        tasks.extend(children(pid)?);
+    }
+    Ok(tasks)
+}
+
+/// Kills all processes below `root`, but not those in `spared` and below them. They are stopped
+/// first, so that none makes another one behind the back of this.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
+    let mut found = BTreeMap::new();
+    for _ in 0..LOOKS {
+        let mut new = Vec::new();
+        let mut parents = vec![root];
+        while let Some(parent) = parents.pop() {
+            for pid in children(parent)? {
+                if !spared.contains(&pid) {
+                    parents.push(pid);
+                    new.push((pid, parent));
+                }
+            }
+        }
+        new.retain(|(pid, _)| !found.contains_key(pid));
+        if new.is_empty() {
+            break;
+        }
+        for (pid, parent) in new {
+            if let Some(process) = open_child(pid, parent) {
+                // One that has ended meanwhile is as good.
+                let _ = pidfd_send_signal(&process, Signal::STOP);
+                found.insert(pid, process);
+            }
+        }
+    }
+    for process in found.values() {
+        let _ = pidfd_send_signal(process, Signal::KILL);
+    }
+    Ok(())
+}
+
+/// A process that is signalled later: whoever has its number by then is left alone.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn open(pid: i32) -> io::Result<Self> {
+        let number = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty())?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Kills it and all below it, if it has not ended.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub(crate) fn kill_tree(&self) -> io::Result<()> {
+        // One that has been waited for takes no signal.
+        if pidfd_send_signal(&self.pidfd, Signal::STOP).is_err() {
+            return Ok(());
+        }
+        let killed = kill_below(self.pid, &[]);
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        killed
+    }
+
+    /// Kills all below it but those in `spared` and below them, if it has not ended.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub(crate) fn kill_below(&self, spared: &[i32]) -> io::Result<()> {
+        let mut end = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        let has_ended = poll(&mut end, PollTimeout::ZERO)? > 0;
+        if has_ended {
+            return Ok(());
+        }
+        kill_below(self.pid, spared)
+    }
+}
+
+/// What the processes below another one have done so far: bytes that they have read and written, and
+/// how many there have been. It changes as long as they make progress other than by computing.
+pub(crate) fn work_done(root: i32, seen: &mut BTreeSet<i32>) -> u64 {
+    let mut bytes = 0_u64;
+    for pid in tree(root).unwrap_or_default().into_iter().skip(1) {
+        seen.insert(pid);
+        let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+        let field = |name| io.lines().find_map(|line| line.strip_prefix(name));
+        for name in ["rchar: ", "wchar: "] {
+            let count = field(name).and_then(|count| count.parse::<u64>().ok());
+            bytes = bytes.wrapping_add(count.unwrap_or_default());
+        }
+    }
+    bytes.wrapping_add(seen.len() as u64)
+}
+
+fn open_child(pid: i32, parent: i32) -> Option<OwnedFd> {
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    // A child whose parent has just ended is a child of its reaper: it is found there next time.
+    (parent_of(pid)? == parent).then_some(process)
+}
+
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_tree_is_killed_but_for_those_that_are_spared() {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sleep 100 & sh -c 'sleep 100 & sleep 100' & wait"])
+            .spawn()
+            .unwrap();
+        let root = i32::try_from(shell.id()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while tree(root).unwrap().len() < 5 {
+            assert!(Instant::now() < deadline, "five processes");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let spared = children(root).unwrap()[0];
+        kill_below(root, &[spared]).unwrap();
+        while children(root).unwrap() != [spared] {
+            assert!(Instant::now() < deadline, "{:?}", tree(root).unwrap());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Process::open(root).unwrap().kill_tree().unwrap();
+        assert_eq!(shell.wait().unwrap().signal(), Some(9));
+        assert_eq!(
+            parent_of(std::process::id().try_into().unwrap()),
+            Some(std::os::unix::process::parent_id().try_into().unwrap())
+        );
+    }
+}

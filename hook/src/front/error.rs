@@ -1,0 +1,242 @@
+//! Why a call of the front fails, by subject.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::annotations::{self, AnnotationError};
+use transship_checkpoint::criu_images::ImageError;
+use transship_checkpoint::criu_options::ConfigLineError;
+use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::namespaces::NamespaceError;
+use transship_checkpoint::store::StoreError;
+use transship_sandbox::SandboxError;
+use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
+
+use super::criu_config::CRIU_CONFIG_DIR;
+use super::rootfs::RootfsError;
+use crate::runtime::RuntimeError;
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrontError {
+    /// An annotation that means nothing.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    /// The rules of this node.
+    #[error(transparent)]
+    NodeConfig(#[from] NodeConfigError),
+    /// An option that is not the author's of the pod to choose.
+    #[error(transparent)]
+    Closed(#[from] ClosedOption),
+    /// A namespace that is gone.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// Something staged that cannot be used.
+    #[error(transparent)]
+    Stage(#[from] SandboxError),
+    /// A checkpoint that cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A container that the checkpoint does not have.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// An image that cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The files of the checkpoint cannot be put into the container.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// The real runtime cannot be run.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// A value that cannot be in a configuration of CRIU.
+    #[error(transparent)]
+    CriuConfig(#[from] ConfigLineError),
+    /// A checkpoint that does not fit the container that asks for it.
+    #[error(transparent)]
+    Fit(#[from] FitError),
+    /// A restore that does not come to its end.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The hook's program is not where it belongs.
+    #[error("{path} is missing: it belongs beside the runtime front")]
+    NoHook {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// A system call failed.
+    #[error("cannot {act} {path}")]
+    Io {
+        /// The act.
+        act: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A checkpoint that does not fit the container, or the pod, that asks for it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FitError {
+    /// The sandbox that an annotation names.
+    #[error("the sandbox {id:?}, whose namespaces the container joins, is not running")]
+    NoSandbox {
+        /// Its id.
+        id: String,
+    },
+    /// The container is made of another image.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} was made of the image {had}, \
+         and this one is of {has}: its files belong on other layers"
+    )]
+    Base {
+        /// The container in the checkpoint.
+        container: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// The image that it had.
+        had: String,
+        /// The image of the new one.
+        has: String,
+    },
+    /// A process id that somebody else has in the process namespace of the pod.
+    #[error(
+        "the container {container:?} of the checkpoint {checkpoint:?} needs the process id {id}, \
+         which {taken_by:?} has in the pod's shared process namespace: containers that are \
+         restored must come before those that are not"
+    )]
+    PidTaken {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// The id.
+        id: u32,
+        /// Name of the process that has it.
+        taken_by: String,
+    },
+    /// A directory that the containers of a pod share, missing in the new pod.
+    #[error(
+        "the checkpoint {checkpoint:?} needs {what} in the container {container:?}, which this \
+         pod does not have there"
+    )]
+    NoSharedDir {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// The directory.
+        what: String,
+    },
+    /// A container of the pod that the checkpoint does not have.
+    #[error("the checkpoint {checkpoint:?} has no container {container:?}")]
+    NotInCheckpoint {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container's name in the pod.
+        container: String,
+    },
+    /// A configuration of CRIU that the operator of the node has not written.
+    #[error(
+        "{annotation} names {path:?} for CRIU, which runs as root what that file says: only files \
+         below {CRIU_CONFIG_DIR} are taken, and none that a pod names",
+        annotation = annotations::CRIU_CONFIG
+    )]
+    ForeignCriuConfig {
+        /// The file.
+        path: String,
+    },
+}
+
+/// A restore that does not come to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The restore failed.
+    #[error("cannot restore {container:?} from the checkpoint {checkpoint:?}: {reason}")]
+    Restore {
+        /// The container in the checkpoint.
+        container: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// What CRIU or the runtime said.
+        reason: String,
+    },
+    /// A restore that containerd asked for failed.
+    #[error("cannot restore {id:?}: {reason}")]
+    NativeRestore {
+        /// The container.
+        id: String,
+        /// What CRIU or the runtime said.
+        reason: String,
+    },
+    /// A restore that must be held was not: another copy may be running.
+    #[error("{id:?} was restored but not held before its first instruction, and is removed")]
+    NotHeld {
+        /// The container.
+        id: String,
+        /// Which process goes on.
+        source: io::Error,
+    },
+    /// Shared memory of the pod that the restored tasks cannot have.
+    #[error("{id:?} was restored without the shared memory of its pod, and is removed")]
+    NotAttached {
+        /// The container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Memory that cannot come when it is touched.
+    #[error("the memory cannot be restored lazily: {what}")]
+    LazyPages {
+        /// What stands in the way.
+        what: String,
+    },
+    /// Connections inside of the pod that cannot be kept from the kernel.
+    #[error("cannot hold the TCP connections inside of the pod: {what}")]
+    PodConnections {
+        /// What went wrong.
+        what: String,
+    },
+    /// A held task has gone.
+    #[error("the restored process {pid} of {id:?} is gone")]
+    Gone {
+        /// The container.
+        id: String,
+        /// Its first process.
+        pid: i32,
+    },
+}
+
+impl FrontError {
+    /// Whether somebody asks for what is not theirs: then nothing is started, not even cold.
+    pub(super) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Manifest(error) => error.is_refusal(),
+            Self::NodeConfig(_)
+            | Self::Annotation(_)
+            | Self::Closed(_)
+            | Self::Fit(FitError::NotInCheckpoint { .. } | FitError::ForeignCriuConfig { .. }) => {
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+pub(super) trait FrontContext<T> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError>;
+}
+
+impl<T, E: Into<io::Error>> FrontContext<T> for Result<T, E> {
+    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError> {
+        self.map_err(|error| FrontError::Io {
+            act,
+            path: path.as_ref().to_path_buf(),
+            source: error.into(),
+        })
+    }
+}

@@ -1,0 +1,169 @@
+//! The guard of one restore: between the front and the runtime, until the runtime is done.
+//!
+//! ```text
+//!  shim ── front ── guard (child subreaper) ── runc restore ── CRIU ── tasks
+//!                     │ the front is gone      ─> all below are killed
+//!                     │ no progress for a time ─> the same, exit code TIMED_OUT
+//!                     │ the runtime has failed ─> what it left below is killed
+//!                     '─ else: its exit code; the tasks go to the shim
+//! ```
+//!
+//! A shim that gives up kills the front. The runtime would die with it, but CRIU would not: it goes
+//! on, and leaves tasks that are stopped and belong to nobody. What CRIU makes stays below a child
+//! subreaper, whoever in between has ended, so the guard finds all of it. It holds the lock of the
+//! work directory for its life: who takes that lock knows that nothing is being restored there.
+//!
+//! Progress is CRIU's log, and the bytes that its processes read and write: CRIU can wait for ever
+//! for a task that has died, and spin on images that are too short.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::descendants::{children, kill_below, work_done};
+use crate::runtime::{SUPERVISED, exit_code};
+
+/// First argument of the front as guard.
+pub const ROLE: &str = "transship-restore-guard";
+/// Exit code of a guard whose restore made no progress; no runtime has it.
+pub const TIMED_OUT: u8 = 124;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// How long killed processes may take to end: one whose memory is large does not go at once, one
+/// that hangs in the kernel never.
+const LAST_PATIENCE: Duration = Duration::from_secs(20);
+const RESTORE_LOG: &str = "restore.log";
+
+/// The guard. `args`: the front's pid, the work directory, the patience in milliseconds, the
+/// runtime, its arguments.
+///
+/// # Errors
+/// The runtime cannot be started.
+pub fn serve(args: &[OsString]) -> io::Result<u8> {
+    let [front, work, patience, runtime @ ..] = args else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<u64>().ok());
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let patience = Duration::from_millis(number(patience).ok_or_else(invalid)?);
+    let pid = number(front).and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.and_then(Pid::from_raw).ok_or_else(invalid)?;
+    let front = pidfd_open(pid, PidfdFlags::empty())?;
+    if rustix::process::getppid() != Some(pid) {
+        return Err(io::Error::other("the caller is gone"));
+    }
+    set_child_subreaper(true)?;
+    let work = Path::new(work);
+    let _lock = lock(work)?;
+    // Whoever deletes the container may have had the lock until now.
+    if has_ended(&front)? {
+        return Err(io::Error::other("the caller is gone"));
+    }
+    let own = std::process::id();
+    let child = Command::new("/proc/self/exe")
+        .arg(SUPERVISED)
+        .arg(own.to_string())
+        .args(runtime)
+        .spawn()?;
+    let own = own.cast_signed();
+    match watch(child, &front, own, work, patience)? {
+        End::Done(0) => Ok(0),
+        End::Done(code) => {
+            kill_all(own);
+            Ok(code)
+        }
+        End::Stuck => {
+            kill_all(own);
+            Ok(TIMED_OUT)
+        }
+        End::Deserted => {
+            kill_all(own);
+            Ok(1)
+        }
+    }
+}
+
+/// Waits until nobody restores with this work directory any more.
+///
+/// # Errors
+/// A failed system call.
+pub(crate) fn lock(work: &Path) -> io::Result<Flock<File>> {
+    let dir = File::open(work)?;
+    Flock::lock(dir, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+fn has_ended(process: &impl AsFd) -> io::Result<bool> {
+    let mut end = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut end, PollTimeout::ZERO)? > 0)
+}
+
+enum End {
+    Done(u8),
+    Stuck,
+    Deserted,
+}
+
+fn watch(
+    mut child: Child,
+    front: &impl AsFd,
+    own: i32,
+    work: &Path,
+    patience: Duration,
+) -> io::Result<End> {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let runtime = pidfd_open(pid.expect("a child has a pid"), PidfdFlags::empty())?;
+    let (mut done, mut seen, mut since) = (0, BTreeSet::new(), Instant::now());
+    loop {
+        let mut ends = [
+            PollFd::new(front.as_fd(), PollFlags::POLLIN),
+            PollFd::new(runtime.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = PollTimeout::try_from(LOOK_AGAIN).expect("it is short");
+        match poll(&mut ends, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        // First: nobody is left to take over what the runtime may have finished.
+        if ends[0].any() == Some(true) {
+            return Ok(End::Deserted);
+        }
+        if let Some(status) = child.try_wait()? {
+            return Ok(End::Done(exit_code(status)));
+        }
+        let log = fs::metadata(work.join(RESTORE_LOG)).map_or(0, |meta| meta.len());
+        let now = work_done(own, &mut seen).wrapping_add(log);
+        if now != done {
+            (done, since) = (now, Instant::now());
+        } else if since.elapsed() >= patience {
+            return Ok(End::Stuck);
+        }
+    }
+}
+
+/// Kills everything below this process, also what comes to be there by the death of another.
+fn kill_all(own: i32) {
+    let deadline = Instant::now() + LAST_PATIENCE;
+    loop {
+        // What cannot be listed cannot be killed; the next round may.
+        drop(kill_below(own, &[]));
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
+            if status == WaitStatus::StillAlive {
+                break;
+            }
+        }
+        if children(own).is_ok_and(|left| left.is_empty()) || Instant::now() > deadline {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,417 @@
+//! A checkpoint is consumed once: who has taken what out of which one.
+//!
+//! ```text
+//! /var/lib/transship/consumed/
+//!   pod-<uid>            a pod of the CRI, whatever its sandbox
+//!   layer-<hash>         an overlay's upperdir, outside of the CRI; the first line names it
+//!   container-<id>       a sandbox, or a container without an overlay, outside of the CRI
+//!
+//! one line each, fields separated by tabs:
+//!   of         UPPERDIR
+//!   container  CHECKPOINT  NAME  NAME IN THE POD
+//!   volume     CHECKPOINT  NAME
+//! ```
+//!
+//! A container that starts again starts cold: its files have gone on since the checkpoint, its
+//! memory would not have. The record is written when the container is let go, so a restore that was
+//! cancelled before that is made again. It is kept beside the store and not in the checkpoint:
+//! whoever removes a checkpoint must not keep a pod that had its restore from starting again.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use transship_checkpoint::manifest::check_name;
+
+use crate::error::{SandboxContext, SandboxError};
+use crate::files::{make_dir, remove_file, replace_durably};
+use crate::pod_dir::UID_FILE;
+
+/// Where the records are.
+pub const DEFAULT_CONSUMED_DIR: &str = "/var/lib/transship/consumed";
+/// How long the record of a pod is kept that kubelet does not know and that has no sandbox.
+const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
+const LAYER_PREFIX: &str = "layer-";
+
+/// Who takes something out of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Owner {
+    /// The pod with this uid.
+    Pod(String),
+    /// The snapshot with this upperdir: a later container of the same id has another one.
+    Layer(PathBuf),
+    /// The container with this id, or those of the sandbox with this id.
+    Container(String),
+}
+
+/// What one owner has taken, of all checkpoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Consumed {
+    path: PathBuf,
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Entry {
+    Of(String),
+    Container {
+        checkpoint: String,
+        name: String,
+        asker: String,
+    },
+    Volume {
+        checkpoint: String,
+        name: String,
+    },
+}
+
+impl Owner {
+    fn file_name(&self) -> Result<String, SandboxError> {
+        Ok(match self {
+            Self::Pod(uid) => {
+                check_name("the pod's uid", uid)?;
+                format!("pod-{uid}")
+            }
+            Self::Layer(upperdir) => layer_file(upperdir)?,
+            Self::Container(id) => {
+                check_name("the container's id", id)?;
+                format!("container-{id}")
+            }
+        })
+    }
+}
+
+/// Another snapshot may get the path of one that was removed, but not its moment of birth.
+fn layer_file(upperdir: &Path) -> Result<String, SandboxError> {
+    let meta = fs::metadata(upperdir).staging("look at", upperdir)?;
+    let born = meta.created().unwrap_or(UNIX_EPOCH);
+    let born = born.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut hash = Sha256::new();
+    hash.update(upperdir.as_os_str().as_encoded_bytes());
+    hash.update(meta.ino().to_le_bytes());
+    hash.update(born.as_nanos().to_le_bytes());
+    let hash: String = hash.finalize()[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(format!("{LAYER_PREFIX}{hash}"))
+}
+
+impl Consumed {
+    /// Reads the record of an owner below `dir`.
+    ///
+    /// # Errors
+    /// A name that could lead elsewhere, a damaged record, or a failed system call.
+    pub fn by(dir: &Path, owner: &Owner) -> Result<Self, SandboxError> {
+        let path = dir.join(owner.file_name()?);
+        let mut entries = read(&path)?;
+        if let (Owner::Layer(upperdir), true) = (owner, entries.is_empty()) {
+            entries.push(Entry::Of(upperdir.to_string_lossy().into_owned()));
+        }
+        Ok(Self { path, entries })
+    }
+
+    /// As which container of the pod the container `name` of the checkpoint has run.
+    #[must_use]
+    pub fn container(&self, checkpoint: &str, name: &str) -> Option<&str> {
+        self.entries.iter().find_map(|entry| match entry {
+            Entry::Container {
+                checkpoint: of,
+                name: it,
+                asker,
+            } if of == checkpoint && it == name => Some(asker.as_str()),
+            _ => None,
+        })
+    }
+
+    /// Whether anything has been taken out of the checkpoint.
+    #[must_use]
+    pub fn has_any_of(&self, checkpoint: &str) -> bool {
+        self.entries.iter().any(|entry| match entry {
+            Entry::Container { checkpoint: of, .. } | Entry::Volume { checkpoint: of, .. } => {
+                of == checkpoint
+            }
+            Entry::Of(_) => false,
+        })
+    }
+
+    /// Whether the volume `name` of the checkpoint has been taken.
+    #[must_use]
+    pub fn has_volume(&self, checkpoint: &str, name: &str) -> bool {
+        self.entries.contains(&Entry::Volume {
+            checkpoint: checkpoint.to_owned(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// Remembers, also beyond a power cut, that the container `name` runs as `asker`.
+    ///
+    /// # Errors
+    /// A system call failed; nothing is remembered then.
+    pub fn add_container(
+        &mut self,
+        checkpoint: &str,
+        name: &str,
+        asker: &str,
+    ) -> Result<(), SandboxError> {
+        if self.container(checkpoint, name).is_some() {
+            return Ok(());
+        }
+        self.add(Entry::Container {
+            checkpoint: checkpoint.to_owned(),
+            name: name.to_owned(),
+            asker: asker.to_owned(),
+        })
+    }
+
+    /// Remembers that the volume `name` has its content.
+    ///
+    /// # Errors
+    /// A system call failed; nothing is remembered then.
+    pub fn add_volume(&mut self, checkpoint: &str, name: &str) -> Result<(), SandboxError> {
+        self.add(Entry::Volume {
+            checkpoint: checkpoint.to_owned(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// Takes back [`Self::add_container`]: it has not run.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn give_back(&mut self, checkpoint: &str, name: &str) -> Result<(), SandboxError> {
+        if self.container(checkpoint, name).is_none() {
+            return Ok(());
+        }
+        self.change(|entries| {
+            entries.retain(|entry| {
+                !matches!(entry, Entry::Container { checkpoint: of, name: it, .. }
+                    if of == checkpoint && it == name)
+            });
+        })
+    }
+
+    /// Forgets the owner.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn forget(dir: &Path, owner: &Owner) -> Result<(), SandboxError> {
+        remove_file(&dir.join(owner.file_name()?))
+    }
+
+    fn add(&mut self, entry: Entry) -> Result<(), SandboxError> {
+        self.change(|entries| entries.push(entry))
+    }
+
+    /// Containers of a pod may be restored side by side: what others have written since is kept.
+    fn change(&mut self, change: impl FnOnce(&mut Vec<Entry>)) -> Result<(), SandboxError> {
+        let dir = self.path.parent().unwrap_or(Path::new("/"));
+        make_dir(dir)?;
+        let lock = File::open(dir).staging("open", dir)?;
+        let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| errno)
+            .staging("lock", dir)?;
+        let mut entries = read(&self.path)?;
+        if entries.is_empty() {
+            entries.extend(self.entries.iter().find(|it| it.is_of()).cloned());
+        }
+        change(&mut entries);
+        if entries.iter().all(Entry::is_of) {
+            remove_file(&self.path)?;
+        } else {
+            let text: String = entries.iter().map(Entry::line).collect();
+            replace_durably(&self.path, text.as_bytes())?;
+        }
+        self.entries = entries;
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<Entry>, SandboxError> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        text => text.staging("read", path)?,
+    };
+    let entries = text.lines().map(|line| {
+        Entry::parse(line).ok_or_else(|| SandboxError::Damaged {
+            path: path.to_path_buf(),
+            what: format!("line {line:?}"),
+        })
+    });
+    entries.collect()
+}
+
+impl Entry {
+    fn is_of(&self) -> bool {
+        matches!(self, Self::Of(_))
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        let fields: Vec<&str> = line.split('\t').collect();
+        Some(match *fields.as_slice() {
+            ["of", upperdir] => Self::Of(upperdir.to_owned()),
+            ["container", checkpoint, name, asker] => Self::Container {
+                checkpoint: checkpoint.to_owned(),
+                name: name.to_owned(),
+                asker: asker.to_owned(),
+            },
+            ["volume", checkpoint, name] => Self::Volume {
+                checkpoint: checkpoint.to_owned(),
+                name: name.to_owned(),
+            },
+            _ => return None,
+        })
+    }
+
+    /// Names hold no control characters; a path that does is of no snapshotter.
+    fn line(&self) -> String {
+        let line = match self {
+            Self::Of(upperdir) => format!("of\t{upperdir}"),
+            Self::Container {
+                checkpoint,
+                name,
+                asker,
+            } => format!("container\t{checkpoint}\t{name}\t{asker}"),
+            Self::Volume { checkpoint, name } => format!("volume\t{checkpoint}\t{name}"),
+        };
+        line.replace('\n', " ") + "\n"
+    }
+}
+
+/// Removes the records below `dir` of owners that are gone: of layers that were removed, of
+/// sandboxes outside of the CRI that have no directory in `run_dir`, and of pods that neither kubelet
+/// nor `run_dir` knows, after 30 days.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub fn remove_records_of_the_gone(dir: &Path, run_dir: &Path) -> Result<(), SandboxError> {
+    let living = living_pods(run_dir);
+    for entry in fs::read_dir(dir).staging("list", dir)? {
+        let path = entry.staging("list", dir)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let gone = if let Some(uid) = name.strip_prefix("pod-") {
+            let age = fs::metadata(&path)
+                .and_then(|meta| meta.modified())
+                .map(|then| SystemTime::now().duration_since(then).unwrap_or_default());
+            age.is_ok_and(|age| age > KEPT)
+                && !Path::new(KUBELET_PODS).join(uid).is_dir()
+                && !living.iter().any(|it| it == uid)
+        } else if let Some(id) = name.strip_prefix("container-") {
+            !run_dir.join("pods").join(id).is_dir()
+        } else if name.starts_with(LAYER_PREFIX) {
+            !is_record_of_its_layer(&path, &name)
+        } else {
+            false
+        };
+        if gone {
+            remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_record_of_its_layer(path: &Path, name: &str) -> bool {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let first = text.lines().next().and_then(Entry::parse);
+    let Some(Entry::Of(upperdir)) = first else {
+        return true;
+    };
+    layer_file(Path::new(&upperdir)).is_ok_and(|file| file == name)
+}
+
+/// The uids of the pods whose sandboxes have a directory.
+fn living_pods(run_dir: &Path) -> Vec<String> {
+    let pods = fs::read_dir(run_dir.join("pods"));
+    pods.into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|pod| fs::read_to_string(pod.path().join(UID_FILE)).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_takes_each_thing_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("consumed");
+        let read = |uid: &str| Consumed::by(&dir, &Owner::Pod(uid.to_owned())).unwrap();
+        let mut one = read("u1");
+        assert_eq!(one.container("web", "app"), None);
+        assert!(!one.has_any_of("web"));
+        one.add_container("web", "app", "app").unwrap();
+        one.add_volume("web", "my data").unwrap();
+        assert_eq!(read("u1"), one);
+        // Another process, which has looked before, does not take anything away.
+        let mut other = read("u1");
+        one.add_container("web", "late", "late").unwrap();
+        other.add_volume("web", "other").unwrap();
+        assert!(read("u1").has_volume("web", "other"));
+        assert_eq!(read("u1").container("web", "late"), Some("late"));
+        assert_eq!(read("u1").container("web", "app"), Some("app"));
+        assert_eq!(read("u1").container("db", "app"), None);
+        assert!(one.has_volume("web", "my data") && !one.has_volume("web", "app"));
+        assert!(!read("u2").has_any_of("web"));
+        assert!(Consumed::by(&dir, &Owner::Pod("../x".into())).is_err());
+
+        one.give_back("web", "app").unwrap();
+        assert_eq!(read("u1").container("web", "app"), None);
+        assert!(read("u1").has_any_of("web"), "the volume stays");
+    }
+
+    #[test]
+    fn a_layer_of_the_same_path_is_another_one() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, run) = (root.path().join("consumed"), root.path().join("run"));
+        let upperdir = root.path().join("snapshots/7/fs");
+        fs::create_dir_all(&upperdir).unwrap();
+        let owner = Owner::Layer(upperdir.clone());
+        let mut consumed = Consumed::by(&dir, &owner).unwrap();
+        consumed.add_container("web", "c1", "c1").unwrap();
+        remove_records_of_the_gone(&dir, &run).unwrap();
+        assert!(Consumed::by(&dir, &owner).unwrap().has_any_of("web"));
+        assert!(fs::read_dir(&upperdir).unwrap().next().is_none());
+        // Not removed first: then the inode could be the same one.
+        fs::rename(&upperdir, root.path().join("old")).unwrap();
+        fs::create_dir(&upperdir).unwrap();
+        assert!(!Consumed::by(&dir, &owner).unwrap().has_any_of("web"));
+        remove_records_of_the_gone(&dir, &run).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn records_of_pods_outlive_their_sandboxes_and_those_of_sandboxes_do_not() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, run) = (root.path().join("consumed"), root.path().join("run"));
+        for owner in [Owner::Pod("u".into()), Owner::Container("s".into())] {
+            let mut consumed = Consumed::by(&dir, &owner).unwrap();
+            consumed.add_container("web", "app", "app").unwrap();
+        }
+        remove_records_of_the_gone(&dir, &run).unwrap();
+        let names: Vec<_> = fs::read_dir(&dir)
+            .unwrap()
+            .map(|it| it.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["pod-u"]);
+        let old = SystemTime::now() - 2 * KEPT;
+        let record = File::options().write(true).open(dir.join("pod-u")).unwrap();
+        record.set_modified(old).unwrap();
+        fs::create_dir_all(run.join("pods/s")).unwrap();
+        fs::write(run.join("pods/s").join(UID_FILE), "u").unwrap();
+        remove_records_of_the_gone(&dir, &run).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "its sandbox lives");
+        fs::remove_dir_all(run).unwrap();
+        remove_records_of_the_gone(&dir, Path::new("/nowhere")).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    }
+}

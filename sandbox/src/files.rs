@@ -1,0 +1,58 @@
+//! Files that are whole or not there, and directories for root alone.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use crate::error::{SandboxContext, SandboxError};
+
+pub(crate) fn make_dir(dir: &Path) -> Result<(), SandboxError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .staging("create", dir)
+}
+
+pub(crate) fn remove_tree(dir: &Path) -> Result<(), SandboxError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).staging("remove", dir),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn remove_file(path: &Path) -> Result<(), SandboxError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).staging("remove", path),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SandboxError> {
+    let new = path.with_extension(format!("new{}", std::process::id()));
+    let write = || {
+        let mut file = File::create(&new)?;
+        file.write_all(bytes)?;
+        fs::rename(&new, path)
+    };
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+        .staging("write", path)
+}
+
+/// [`replace`], beyond a power cut.
+pub(crate) fn replace_durably(path: &Path, bytes: &[u8]) -> Result<(), SandboxError> {
+    let new = path.with_extension(format!("new{}", std::process::id()));
+    let write = || {
+        let mut file = File::create(&new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)?;
+        // The name, too.
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    };
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+        .staging("write", path)
+}

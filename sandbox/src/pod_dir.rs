@@ -1,0 +1,217 @@
+//! The directory of one sandbox below `/run/transship/pods`; the crate's head draws it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use transship_checkpoint::manifest::{Container, IMAGES_DIR, check_name};
+use transship_checkpoint::store::Checkpoint;
+
+use crate::error::{SandboxContext, SandboxError};
+use crate::files::{make_dir, remove_tree, replace};
+use crate::linked_images;
+use crate::staged::{Request, STATE_FILE, Staged, State};
+
+const FILLED_PREFIX: &str = "filled-";
+pub(crate) const UID_FILE: &str = "uid";
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodDir {
+    dir: PathBuf,
+}
+
+impl PodDir {
+    /// The directory of the sandbox `id`, which need not exist.
+    ///
+    /// # Errors
+    /// The id is not a plain name.
+    pub fn at(run_dir: &Path, id: &str) -> Result<Self, SandboxError> {
+        check_name("the sandbox's id", id)?;
+        Ok(Self {
+            dir: run_dir.join("pods").join(id),
+        })
+    }
+
+    pub(crate) fn of_dir(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes the directory, for root only: the images hold another process's memory.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn make(&self) -> Result<(), SandboxError> {
+        make_dir(&self.dir)
+    }
+
+    /// Remembers which pod it is the sandbox of.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_uid(&self, uid: &str) -> Result<(), SandboxError> {
+        self.make()?;
+        replace(&self.dir.join(UID_FILE), uid.as_bytes())
+    }
+
+    /// Waits until no other restore changes this sandbox.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn lock(&self) -> Result<Flock<File>, SandboxError> {
+        let path = self.dir.join("lock");
+        loop {
+            self.make()?;
+            let file = File::create(&path).staging("create", &path)?;
+            let lock = Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, errno)| errno)
+                .staging("lock", &path)?;
+            // Who had it before may have removed the directory.
+            if lock.metadata().staging("look at", &path)?.nlink() > 0 {
+                return Ok(lock);
+            }
+        }
+    }
+
+    /// Stages a container of a checkpoint, in the place of what is staged under this name.
+    ///
+    /// # Errors
+    /// A system call failed; what was staged before is as it was.
+    pub fn stage(
+        &self,
+        name: &str,
+        checkpoint: &Checkpoint,
+        container: &Container,
+    ) -> Result<Staged, SandboxError> {
+        check_name("the container's name", name)?;
+        let images = checkpoint.dir.join(&container.name).join(IMAGES_DIR);
+        // A checkpoint that has lost its images is told of when the sandbox comes up.
+        fs::read_dir(&images).staging("list", &images)?;
+        let parent = self.dir.join("restore");
+        make_dir(&parent)?;
+        let new = parent.join(format!(".new-{}", std::process::id()));
+        remove_tree(&new)?;
+        let request = Request {
+            checkpoint: checkpoint.manifest.name.clone(),
+            container: container.name.clone(),
+            images,
+            criu: container.criu.clone(),
+        };
+        let draft = Staged::at(new.clone());
+        let fill = || {
+            make_dir(&new)?;
+            draft.write_request(&request)?;
+            draft.set_state(&State::Staged)
+        };
+        let staged = Staged::at(parent.join(name));
+        fill()
+            .and_then(|()| {
+                remove_tree(staged.path())?;
+                fs::rename(&new, staged.path()).staging("rename", &new)
+            })
+            .inspect_err(|_| drop(fs::remove_dir_all(&new)))?;
+        Ok(staged)
+    }
+
+    /// What is staged under a name.
+    ///
+    /// # Errors
+    /// The name is not a plain one, or a system call failed.
+    pub fn staged(&self, name: &str) -> Result<Option<Staged>, SandboxError> {
+        check_name("the container's name", name)?;
+        let dir = self.dir.join("restore").join(name);
+        let found = dir
+            .join(STATE_FILE)
+            .try_exists()
+            .staging("look for", &dir)?;
+        Ok(found.then_some(Staged::at(dir)))
+    }
+
+    /// Whether the shared directory that is in `file` of the checkpoint has its content.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn is_filled(&self, file: &str) -> Result<bool, SandboxError> {
+        let path = self.dir.join(format!("{FILLED_PREFIX}{file}"));
+        path.try_exists().staging("look for", &path)
+    }
+
+    /// Remembers that it has.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_filled(&self, file: &str) -> Result<(), SandboxError> {
+        self.make()?;
+        replace(&self.dir.join(format!("{FILLED_PREFIX}{file}")), b"")
+    }
+
+    /// Names of the restores that no attempt has been made at, or whose attempt was taken back.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn waiting(&self) -> Result<Vec<String>, SandboxError> {
+        let dir = self.dir.join("restore");
+        let mut waiting = Vec::new();
+        for entry in fs::read_dir(&dir).staging("list", &dir)? {
+            let name = entry.staging("list", &dir)?.file_name();
+            if let Some(name) = name.to_str().filter(|name| !name.starts_with(".new-"))
+                && let Some(staged) = self.staged(name)?
+                && staged.state()? == State::Staged
+            {
+                waiting.push(name.to_owned());
+            }
+        }
+        Ok(waiting)
+    }
+
+    /// Removes everything of this sandbox, pins first. It is no error when there is nothing.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn remove(&self) -> Result<(), SandboxError> {
+        self.unpin()?;
+        for entry in fs::read_dir(self.dir.join("restore")).into_iter().flatten() {
+            let entry = entry.staging("list", &self.dir)?;
+            // The checkpoint may have gone before the pod.
+            if let Ok(request) = Staged::at(entry.path()).request() {
+                drop(linked_images::remove_orphans(&request.images));
+            }
+        }
+        remove_tree(&self.dir)
+    }
+
+    /// Removes the directory if nothing is in it but its lock.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn remove_if_empty(&self) -> Result<(), SandboxError> {
+        if self.has_ipc_record()? {
+            return Ok(());
+        }
+        for entry in ["restore", "ns"] {
+            match fs::remove_dir(self.dir.join(entry)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(Errno::ENOTEMPTY as i32) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error).staging("remove", self.dir.join(entry)),
+            }
+        }
+        remove_tree(&self.dir)
+    }
+}
+
+#[cfg(test)]
+#[path = "pod_dir_tests.rs"]
+mod tests;

@@ -1,0 +1,180 @@
+//! One staged restore: a directory of three files.
+//!
+//! ```text
+//! restore/<container>/
+//!   state          staged | held | failed; a second line says in which bundle, or why
+//!   restore.json   Request
+//!   owner          name of the pod's container that it is restored for
+//! ```
+//!
+//! ```text
+//!            create (restore)            start
+//!   staged -------------------> held -------------> removed, and recorded in `consumed`
+//!     |  ^                       |                  the next create starts cold
+//!     |  '-----------------------'
+//!     |      delete: it has not run
+//!     '--> failed --> another attempt, or a cold start
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use transship_checkpoint::criu_options::CriuOptions;
+
+use crate::error::{SandboxContext, SandboxError};
+use crate::files::{remove_tree, replace};
+use crate::pod_dir::PodDir;
+
+pub(crate) const STATE_FILE: &str = "state";
+const REQUEST_FILE: &str = "restore.json";
+const OWNER_FILE: &str = "owner";
+
+/// How far a staged restore is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// Ready.
+    Staged,
+    /// Restored by the create of the container in this bundle, which has not been started.
+    Held(PathBuf),
+    /// The last attempt failed, for this reason.
+    Failed(String),
+}
+
+/// What to restore.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// The checkpoint's name.
+    pub checkpoint: String,
+    /// The container in it.
+    pub container: String,
+    /// The images as they were dumped.
+    pub images: PathBuf,
+    /// CRIU's options of the dump.
+    pub criu: CriuOptions,
+}
+
+/// One staged restore.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Staged {
+    dir: PathBuf,
+}
+
+impl Staged {
+    /// The staged restore at a path that a marker names.
+    #[must_use]
+    pub fn at(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The sandbox that it is in.
+    #[must_use]
+    pub fn pod(&self) -> Option<PodDir> {
+        let dir = self.dir.parent()?.parent()?.to_path_buf();
+        Some(PodDir::of_dir(dir))
+    }
+
+    /// How far it is.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not one of ours.
+    pub fn state(&self) -> Result<State, SandboxError> {
+        let path = self.dir.join(STATE_FILE);
+        let text = fs::read_to_string(&path).staging("read", &path)?;
+        let (word, reason) = text.split_once('\n').unwrap_or((&text, ""));
+        match word {
+            "staged" => Ok(State::Staged),
+            "held" => Ok(State::Held(reason.trim_end().into())),
+            "failed" => Ok(State::Failed(reason.trim_end().to_owned())),
+            other => Err(SandboxError::Damaged {
+                path,
+                what: format!("state {other:?}"),
+            }),
+        }
+    }
+
+    /// Changes the state, in one step.
+    ///
+    /// # Errors
+    /// A system call failed; the state is as it was.
+    pub fn set_state(&self, state: &State) -> Result<(), SandboxError> {
+        let text = match state {
+            State::Staged => "staged\n".to_owned(),
+            State::Held(bundle) => format!("held\n{}\n", bundle.display()),
+            State::Failed(reason) => format!("failed\n{reason}\n"),
+        };
+        replace(&self.dir.join(STATE_FILE), text.as_bytes())
+    }
+
+    /// Remembers for which container of the pod it is restored, the first time that one asks.
+    ///
+    /// # Errors
+    /// [`SandboxError::Twice`] when it is for another one, or a failed system call.
+    pub fn reserve_for(&self, container: &str) -> Result<(), SandboxError> {
+        let path = self.dir.join(OWNER_FILE);
+        match fs::read_to_string(&path) {
+            Ok(owner) if owner == container => Ok(()),
+            Ok(owner) => Err(SandboxError::Twice {
+                checkpoint: self.request()?.checkpoint,
+                container: self.request()?.container,
+                owner,
+                asker: container.to_owned(),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                replace(&path, container.as_bytes())
+            }
+            Err(error) => Err(error).staging("read", &path),
+        }
+    }
+
+    /// What to restore.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not one of ours.
+    pub fn request(&self) -> Result<Request, SandboxError> {
+        let path = self.dir.join(REQUEST_FILE);
+        let json = fs::read(&path).staging("read", &path)?;
+        serde_json::from_slice(&json).map_err(|error| SandboxError::Damaged {
+            path,
+            what: error.to_string(),
+        })
+    }
+
+    pub(crate) fn write_request(&self, request: &Request) -> Result<(), SandboxError> {
+        let json = serde_json::to_vec_pretty(request).expect("strings and numbers are JSON");
+        replace(&self.dir.join(REQUEST_FILE), &json)
+    }
+
+    /// Takes the restore for this process, until the lock is dropped or the process ends.
+    ///
+    /// # Errors
+    /// [`SandboxError::Busy`], or a system call failed.
+    pub fn claim(&self) -> Result<Flock<File>, SandboxError> {
+        let dir = File::open(&self.dir).staging("open", &self.dir)?;
+        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(lock),
+            Err((_, Errno::EWOULDBLOCK)) => Err(SandboxError::Busy {
+                path: self.dir.clone(),
+            }),
+            Err((_, errno)) => Err(errno).staging("lock", &self.dir),
+        }
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn remove(&self) -> Result<(), SandboxError> {
+        remove_tree(&self.dir)
+    }
+}
