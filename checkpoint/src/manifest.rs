@@ -361,6 +361,7 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(json)?;
         check_name("the checkpoint's name", &manifest.name)?;
+        manifest.check_texts()?;
         let mut names = BTreeSet::new();
         for container in &manifest.containers {
             check_name("the container's name", &container.name)?;
@@ -380,6 +381,41 @@ impl Manifest {
             }
         }
         Ok(manifest)
+    }
+
+    /// Texts that are shown on terminals and written into logs hold no control characters.
+    fn check_texts(&self) -> Result<(), ManifestError> {
+        let source = &self.source;
+        let pod = self.pod.iter();
+        let of_pod = pod.flat_map(|pod| [&pod.name, &pod.namespace, &pod.uid]);
+        let of_containers = self.containers.iter().flat_map(|container| {
+            let image = &container.image;
+            [
+                &container.id,
+                &container.namespace,
+                &container.snapshotter,
+                &container.runtime,
+                &image.name,
+                &image.digest,
+                &image.chain_id,
+            ]
+            .into_iter()
+            .chain(&container.joined)
+        });
+        let texts = [
+            &source.hostname,
+            &source.architecture,
+            &source.kernel,
+            &source.containerd,
+        ];
+        let mut all = texts.into_iter().chain(of_pod).chain(of_containers);
+        match all.find(|text| text.chars().any(char::is_control)) {
+            Some(text) => Err(ManifestError::Name {
+                what: "the text",
+                name: text.clone(),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// The directories of the checkpoint, each with the files in it.
@@ -490,8 +526,7 @@ impl Manifest {
     pub fn size(&self) -> u64 {
         self.directories()
             .flat_map(|(_, files)| files)
-            .map(|file| file.size)
-            .sum()
+            .fold(0, |sum: u64, file| sum.saturating_add(file.size))
     }
 }
 
@@ -586,6 +621,30 @@ mod tests {
                 assert!(Manifest::parse(&hostile.to_json()).is_err(), "{path:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_shown_holds_no_control_characters() {
+        let changes: [fn(&mut Manifest); 3] = [
+            |it| it.source.hostname = "a\u{1b}[2J".into(),
+            |it| it.containers[0].image.name = "a\rb".into(),
+            |it| it.containers[0].id = "a\u{9b}b".into(),
+        ];
+        for change in changes {
+            let mut hostile = manifest();
+            change(&mut hostile);
+            let error = Manifest::parse(&hostile.to_json()).unwrap_err().to_string();
+            assert!(!error.chars().any(char::is_control), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_add_up_without_overflow() {
+        let mut hostile = manifest();
+        hostile.containers[0].files[0].size = u64::MAX;
+        let twice = hostile.containers[0].files[0].clone();
+        hostile.containers[0].files.push(twice);
+        assert_eq!(hostile.size(), u64::MAX);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!
 //! A draft that nobody holds a lock on was left by a process that died; the next draft removes it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
@@ -383,16 +384,20 @@ impl Checkpoint {
                 path: dir.join(path),
                 what: what.to_owned(),
             };
-            if let Some(file) = files.iter().find(|f| !found.contains(&f.path)) {
-                return Err(damaged(&file.path, "it is missing"));
-            }
+            let mut known: BTreeMap<&str, &manifest::File> = files
+                .iter()
+                .map(|file| (file.path.as_str(), file))
+                .collect();
             for path in &found {
-                let Some(file) = files.iter().find(|f| f.path == *path) else {
+                let Some(file) = known.remove(path.as_str()) else {
                     return Err(damaged(path, "the manifest does not know it"));
                 };
                 if digest_file(&dir, path)? != *file {
                     return Err(damaged(path, "its digest differs from the manifest's"));
                 }
+            }
+            if let Some(path) = known.into_keys().next() {
+                return Err(damaged(path, "it is missing"));
             }
         }
         Ok(())

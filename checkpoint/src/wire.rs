@@ -5,6 +5,7 @@
 //! frame    := kind:u8  length:u32le  payload[length]
 //!   'm'       one Message as JSON, at most 64 MiB
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
+//!   'a'       empty: the sender is alive and has nothing to say yet (migrations only)
 //!
 //! one way (send | receive):
 //!   Begin  (File data* FileEnd)*  End
@@ -20,31 +21,41 @@
 //!   < Restored         the copy exists and is held before its first instruction
 //!   > Commit
 //!   < Running
+//!   < Durable          a power cut of the target loses nothing: the source is removed
 //!   either side, instead of its next message: Failed
 //! ```
+//!
+//! What becomes of the container on the target (its id, namespace, snapshotter, runtime, output) is
+//! said by the arguments of `transship receive` there, never by the stream: an operator who fixes them
+//! (`ssh -o command=`, a unit) has fixed all that a sender can choose.
 //!
 //! Data frames after `Blob` add up to exactly the announced size. A file has no size before its end,
 //! because it may still grow; its digest comes in the manifest, so that it is read once.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::io;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::manifest::{self, Container, Manifest, ManifestError, check_name};
-use crate::store::hex;
+use crate::manifest::{Container, Manifest, ManifestError};
+
+mod receiver;
+mod sender;
+
+pub use receiver::{Limits, Receiver};
+pub use sender::Sender;
+
+/// The version of the messages of a migration. Both sides must speak the same.
+pub const PROTOCOL: u32 = 2;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
 const DATA: u8 = b'd';
+const ALIVE: u8 = b'a';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
-/// How long a file that does not grow at the moment is left alone.
-const FOLLOW_INTERVAL: Duration = Duration::from_millis(1);
+/// As much of the other side's words as is shown, in bytes.
+const TEXT_LIMIT: usize = 4096;
 
 /// A failure of the stream.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +70,7 @@ pub enum WireError {
     /// The other side gave up and says why.
     #[error("the other side failed: {reason}")]
     Failed {
-        /// Its reason.
+        /// Its reason, printable.
         reason: String,
     },
     /// Something that is not this protocol.
@@ -76,6 +87,22 @@ pub enum WireError {
     Damaged {
         /// Path inside of the checkpoint.
         path: String,
+    },
+    /// More than this node takes.
+    #[error("the stream holds more than {limit} bytes, the most that is taken (--max-size)")]
+    TooLarge {
+        /// The most that is taken, in bytes.
+        limit: u64,
+    },
+    /// The disk would be full.
+    #[error("only {free} bytes are free below {path}, and {kept} are kept free")]
+    NoRoom {
+        /// Where the files go.
+        path: PathBuf,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that are kept free.
+        kept: u64,
     },
     /// Reading or writing the stream failed.
     #[error("cannot {act} the stream")]
@@ -100,38 +127,22 @@ pub enum WireError {
 /// What a migration is about to bring.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
+    /// [`PROTOCOL`] of the source; 0: one that did not say it yet.
+    #[serde(default)]
+    pub protocol: u32,
+    /// What tells the source's containerd from all others; empty: not known.
+    #[serde(default)]
+    pub node: String,
     /// The container, without files.
     pub container: Container,
     /// Its OCI spec as JSON.
     pub spec: String,
     /// Machine of the source as in `uname -m`.
     pub architecture: String,
-    /// What the target is asked to make of it.
-    pub target: Target,
     /// The image's blobs in containerd's content store, the target descriptor first.
     pub blobs: Vec<Blob>,
     /// Bytes of memory and upperdir, as far as they can be known before the freeze.
     pub estimate: u64,
-}
-
-/// What the target of a restore makes of a container.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Target {
-    /// Container id; none: that of the source.
-    pub id: Option<String>,
-    /// containerd's namespace; none: that of the source.
-    pub namespace: Option<String>,
-    /// Container whose namespaces are joined.
-    pub sandbox: Option<String>,
-    /// Whether shared namespaces become the container's own.
-    pub new_namespaces: bool,
-    /// Snapshotter; none: `transship` where the node has it, else the source's.
-    pub snapshotter: Option<String>,
-    /// OCI runtime front; none: the one that lies beside the program.
-    pub runtime_binary: Option<String>,
-    /// Where the output goes, a URI of containerd's; none: nowhere.
-    pub log_uri: Option<String>,
 }
 
 /// One blob of an image.
@@ -199,352 +210,13 @@ pub enum Message {
         /// Its process id on the target.
         pid: u32,
     },
+    /// Files, records and image of the copy are on the target's disk.
+    Durable,
     /// The side that sends this has given up and cleaned up.
     Failed {
         /// Why, for people.
         reason: String,
     },
-}
-
-/// What comes next.
-enum Frame {
-    Message(Message),
-    Data(Vec<u8>),
-}
-
-/// The sending half.
-#[derive(Debug)]
-pub struct Sender<W> {
-    out: W,
-    begun: bool,
-    /// Bytes written so far.
-    pub bytes: u64,
-}
-
-/// The receiving half.
-#[derive(Debug)]
-pub struct Receiver<R> {
-    input: R,
-    begun: bool,
-    /// Bytes read so far.
-    pub bytes: u64,
-}
-
-impl<W: Write> Sender<W> {
-    /// Sends to `out`, which should not be buffered: frames are.
-    pub fn new(out: W) -> Self {
-        Self {
-            out,
-            begun: false,
-            bytes: 0,
-        }
-    }
-
-    /// Sends one message.
-    ///
-    /// # Errors
-    /// [`WireError::Stream`].
-    pub fn send(&mut self, message: &Message) -> Result<(), WireError> {
-        let json = serde_json::to_vec(message).map_err(|e| WireError::Protocol {
-            what: format!("a message cannot be written: {e}"),
-        })?;
-        self.frame(MESSAGE, &json)?;
-        self.out.flush().map_err(|source| WireError::Stream {
-            act: "write",
-            source,
-        })
-    }
-
-    /// Sends a file of a checkpoint and returns its entry for the manifest. `path` is its path in
-    /// the container's directory `dir`; `progress` gets the length of each piece. A file that is
-    /// still being written is followed until `complete` says that it is whole.
-    ///
-    /// # Errors
-    /// [`WireError::File`] and [`WireError::Stream`].
-    pub fn send_file(
-        &mut self,
-        container: &str,
-        dir: &Path,
-        path: &str,
-        complete: &dyn Fn() -> bool,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<manifest::File, WireError> {
-        let full = dir.join(path);
-        let failed = |act, source| WireError::File {
-            act,
-            path: full.clone(),
-            source,
-        };
-        let mut file = File::open(&full).map_err(|e| failed("open", e))?;
-        self.send(&Message::File {
-            path: format!("{container}/{path}"),
-        })?;
-        let mut hasher = Sha256::new();
-        let mut buffer = vec![0; DATA_LIMIT];
-        let mut size = 0;
-        loop {
-            // Asked before the read: what was written until then is seen by it.
-            let whole = complete();
-            let read = file.read(&mut buffer).map_err(|e| failed("read", e))?;
-            if read > 0 {
-                hasher.update(&buffer[..read]);
-                self.frame(DATA, &buffer[..read])?;
-                size += read as u64;
-                progress(read as u64);
-            } else if whole {
-                break;
-            } else {
-                std::thread::sleep(FOLLOW_INTERVAL);
-            }
-        }
-        self.send(&Message::FileEnd)?;
-        Ok(manifest::File {
-            path: path.to_owned(),
-            size,
-            sha256: hex(&hasher.finalize()),
-        })
-    }
-
-    /// Sends a piece of a blob, of any length.
-    ///
-    /// # Errors
-    /// [`WireError::Stream`].
-    pub fn send_data(&mut self, data: &[u8]) -> Result<(), WireError> {
-        data.chunks(DATA_LIMIT)
-            .try_for_each(|piece| self.frame(DATA, piece))
-    }
-
-    fn frame(&mut self, kind: u8, payload: &[u8]) -> Result<(), WireError> {
-        let length = u32::try_from(payload.len()).map_err(|_| WireError::Protocol {
-            what: format!("a message of {} bytes", payload.len()),
-        })?;
-        let mut header = Vec::with_capacity(MAGIC.len() + 5);
-        if !self.begun {
-            header.extend_from_slice(MAGIC);
-            self.begun = true;
-        }
-        header.push(kind);
-        header.extend_from_slice(&length.to_le_bytes());
-        self.bytes += (header.len() + payload.len()) as u64;
-        self.out
-            .write_all(&header)
-            .and_then(|()| self.out.write_all(payload))
-            .map_err(|source| WireError::Stream {
-                act: "write",
-                source,
-            })
-    }
-}
-
-impl<R: Read> Receiver<R> {
-    /// Receives from `input`.
-    pub fn new(input: R) -> Self {
-        Self {
-            input,
-            begun: false,
-            bytes: 0,
-        }
-    }
-
-    /// Receives the next message. `expected` says what should come, for the error.
-    ///
-    /// # Errors
-    /// [`WireError::Failed`] when the other side has given up, [`WireError::Ended`] when it is
-    /// gone.
-    pub fn receive(&mut self, expected: &'static str) -> Result<Message, WireError> {
-        match self.frame(expected)? {
-            Frame::Message(message) => Ok(message),
-            Frame::Data(_) => Err(WireError::Protocol {
-                what: format!("{expected} was expected, data came"),
-            }),
-        }
-    }
-
-    /// Receives the data of `size` bytes piece by piece.
-    ///
-    /// # Errors
-    /// Those of the stream, and those of `sink`.
-    pub fn receive_data(
-        &mut self,
-        size: u64,
-        sink: &mut dyn FnMut(Vec<u8>) -> Result<(), WireError>,
-    ) -> Result<(), WireError> {
-        let mut left = size;
-        while left > 0 {
-            let piece = match self.frame("data")? {
-                Frame::Data(piece) => piece,
-                Frame::Message(other) => return Err(unexpected("data", &other)),
-            };
-            left = left
-                .checked_sub(piece.len() as u64)
-                .ok_or_else(|| WireError::Protocol {
-                    what: "more data than announced".to_owned(),
-                })?;
-            sink(piece)?;
-        }
-        Ok(())
-    }
-
-    /// Receives the files of a checkpoint into `dir`, which is empty, until [`Message::End`], and
-    /// checks them against the manifest.
-    ///
-    /// # Errors
-    /// Anything that is not as announced.
-    pub fn receive_files(
-        &mut self,
-        dir: &Path,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<Manifest, WireError> {
-        let mut arrived: Vec<(String, manifest::File)> = Vec::new();
-        let manifest = loop {
-            match self.receive("a file of the checkpoint")? {
-                Message::File { path } => {
-                    let file = self.receive_file(dir, &path, progress)?;
-                    arrived.push((path, file));
-                }
-                Message::End { manifest } => break manifest,
-                other => return Err(unexpected("a file of the checkpoint", &other)),
-            }
-        };
-        // The names inside were not checked by the generic parser.
-        let manifest = Manifest::parse(&manifest.to_json())?;
-        let mut expected = Vec::new();
-        for (dir, files) in manifest.directories() {
-            for file in files {
-                expected.push((format!("{dir}/{}", file.path), file.clone()));
-            }
-        }
-        for (path, file) in &expected {
-            let same = arrived
-                .iter()
-                .any(|(p, f)| p == path && f.size == file.size && f.sha256 == file.sha256);
-            if !same {
-                return Err(WireError::Damaged { path: path.clone() });
-            }
-        }
-        if let Some((path, _)) = arrived
-            .iter()
-            .find(|(p, _)| !expected.iter().any(|(e, _)| e == p))
-        {
-            return Err(WireError::Damaged { path: path.clone() });
-        }
-        Ok(manifest)
-    }
-
-    fn receive_file(
-        &mut self,
-        dir: &Path,
-        path: &str,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<manifest::File, WireError> {
-        let mut full = dir.to_path_buf();
-        let mut parts = path.split('/').peekable();
-        while let Some(part) = parts.next() {
-            check_name("the path in the stream", part)?;
-            full.push(part);
-            if parts.peek().is_some() {
-                match DirBuilder::new().mode(0o700).create(&full) {
-                    Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-                        return Err(WireError::File {
-                            act: "make the directory",
-                            path: full,
-                            source,
-                        });
-                    }
-                    _ => {}
-                }
-            }
-        }
-        let failed = |act, source| WireError::File {
-            act,
-            path: full.clone(),
-            source,
-        };
-        // Never through a link, never over a file that came before.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&full)
-            .map_err(|e| failed("make", e))?;
-        let mut hasher = Sha256::new();
-        let mut size = 0;
-        loop {
-            match self.frame("the rest of a file")? {
-                Frame::Data(piece) => {
-                    hasher.update(&piece);
-                    file.write_all(&piece).map_err(|e| failed("write", e))?;
-                    size += piece.len() as u64;
-                    progress(piece.len() as u64);
-                }
-                Frame::Message(Message::FileEnd) => break,
-                Frame::Message(other) => return Err(unexpected("the rest of a file", &other)),
-            }
-        }
-        Ok(manifest::File {
-            path: path.to_owned(),
-            size,
-            sha256: hex(&hasher.finalize()),
-        })
-    }
-
-    /// The next frame; a message that the other side gives up is an error wherever it comes.
-    fn frame(&mut self, expected: &'static str) -> Result<Frame, WireError> {
-        if !self.begun {
-            let mut magic = [0; MAGIC.len()];
-            self.read(&mut magic, expected)?;
-            if magic != MAGIC {
-                return Err(WireError::Protocol {
-                    what: describe_stray_bytes(&magic),
-                });
-            }
-            self.begun = true;
-        }
-        let mut header = [0; 5];
-        self.read(&mut header, expected)?;
-        let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
-        let limit = match header[0] {
-            MESSAGE => MESSAGE_LIMIT,
-            DATA => DATA_LIMIT,
-            other => {
-                return Err(WireError::Protocol {
-                    what: format!("a frame of kind {other:#x}"),
-                });
-            }
-        };
-        if length > limit {
-            return Err(WireError::Protocol {
-                what: format!("a frame of {length} bytes"),
-            });
-        }
-        let mut payload = vec![0; length];
-        self.read(&mut payload, expected)?;
-        if header[0] == DATA {
-            return Ok(Frame::Data(payload));
-        }
-        match serde_json::from_slice(&payload) {
-            Ok(Message::Failed { reason }) => Err(WireError::Failed { reason }),
-            Ok(message) => Ok(Frame::Message(message)),
-            Err(error) => Err(WireError::Protocol {
-                what: format!(
-                    "{expected} was expected, a message came that cannot be read ({error})"
-                ),
-            }),
-        }
-    }
-
-    fn read(&mut self, buffer: &mut [u8], expected: &'static str) -> Result<(), WireError> {
-        self.bytes += buffer.len() as u64;
-        self.input
-            .read_exact(buffer)
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::UnexpectedEof => WireError::Ended { expected },
-                _ => WireError::Stream {
-                    act: "read",
-                    source,
-                },
-            })
-    }
 }
 
 /// The error for a message that does not belong here.
@@ -553,13 +225,26 @@ pub fn unexpected(expected: &'static str, found: &Message) -> WireError {
     let json = serde_json::to_string(found).unwrap_or_default();
     let kind: String = json.chars().take(60).collect();
     WireError::Protocol {
-        what: format!("{expected} was expected, {kind} came"),
+        what: format!("{expected} was expected, {} came", printable(&kind)),
     }
 }
 
-/// A login shell or a banner that prints to stdout is the usual cause: its text helps.
-fn describe_stray_bytes(bytes: &[u8]) -> String {
-    format!("it begins with {:?}", String::from_utf8_lossy(bytes))
+/// Text of the other side as a terminal may show it: control characters are escaped, and what is
+/// longer than 4096 bytes is cut off.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let mut shown = String::new();
+    for character in text.chars() {
+        if shown.len() > TEXT_LIMIT {
+            shown.push_str("...");
+            break;
+        }
+        match character.is_control() {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    shown
 }
 
 #[cfg(test)]

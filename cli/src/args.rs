@@ -4,9 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use transship_checkpoint::wire::Target;
-
+use transship_checkpoint::criu_options::CriuOverrides;
+use transship_engine::conversation::LINK_PATIENCE;
+use transship_engine::restore::Target;
 use transship_engine::stuck_dump::PROGRESS_PATIENCE;
+use transship_sandbox::admission::foreign_spec::Allow;
 
 mod criu;
 
@@ -243,7 +245,7 @@ pub(crate) enum VolumesArg {
     EmptyDir,
 }
 
-/// What becomes of the container.
+/// What the container becomes on the node that it comes to.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TargetArgs {
     /// Container whose namespaces are joined in place of those shared before
@@ -261,24 +263,68 @@ pub(crate) struct TargetArgs {
     /// OCI runtime front of the restored container [default: transship-runc beside this program]
     #[arg(long, value_name = "PATH")]
     pub(crate) runtime_binary: Option<String>,
-    /// Where its output goes: file:///path or binary:///path, as in ctr [default: as before, if it
-    /// was a URI]
+    /// Where its output goes: file:///path or binary:///path, as in ctr [default: nowhere]
     #[arg(long)]
     pub(crate) log_uri: Option<String>,
+    /// Let the checkpoint have this, which other containers do not have (most of it is root on the
+    /// node): hooks, criu-options, devices, host-mounts, capabilities, host-namespaces, cgroup-path,
+    /// unmasked-paths, other-fields, image-name [default: what /etc/transship/node.toml allows]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) allow: Vec<Allow>,
 }
 
 impl TargetArgs {
-    pub(crate) fn target(&self, namespace: Option<String>) -> Target {
+    pub(crate) fn target(&self, criu: CriuOverrides) -> Target {
         Target {
             id: self.id.clone(),
-            namespace,
             sandbox: self.sandbox.clone(),
             new_namespaces: self.new_namespaces,
             snapshotter: self.snapshotter.clone(),
             runtime_binary: self.runtime_binary.clone(),
             log_uri: self.log_uri.clone(),
+            criu,
+            allowed: self.allow.iter().copied().collect(),
         }
     }
+}
+
+/// When the link of a migration is given up.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct LinkArgs {
+    /// Give up a migration whose link is silent for this long; the container goes on running
+    #[arg(long, value_name = "SECONDS", default_value_t = LINK_PATIENCE.as_secs(),
+          value_parser = clap::value_parser!(u64).range(1..=86400))]
+    link_timeout: u64,
+}
+
+impl LinkArgs {
+    pub(crate) fn patience(self) -> Duration {
+        Duration::from_secs(self.link_timeout)
+    }
+}
+
+/// What a container may lose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LostArg {
+    /// Network interfaces of its own
+    Network,
+}
+
+/// A number of bytes with a suffix, as in 16M.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("the suffixes are K, M, G and T".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|_| "it is no number".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "it is too large".to_owned())
 }
 
 /// `transship restore`
@@ -289,7 +335,7 @@ pub(crate) struct RestoreArgs {
     /// Which of its containers, when it has several
     #[arg(long)]
     pub(crate) container: Option<String>,
-    /// What becomes of it.
+    /// What it becomes.
     #[command(flatten)]
     pub(crate) target: TargetArgs,
     /// What CRIU is told, where that is not what it was told at the dump.
@@ -315,10 +361,16 @@ pub(crate) struct MigrateArgs {
     /// Keep the container's record and snapshot on this node, stopped
     #[arg(long)]
     pub(crate) keep_source: bool,
+    /// Let the container lose what does not come along
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) allow_lost: Vec<LostArg>,
+    /// When the link is given up.
+    #[command(flatten)]
+    pub(crate) link: LinkArgs,
     /// When a dump is given up.
     #[command(flatten)]
     pub(crate) dump: DumpArgs,
-    /// What becomes of it.
+    /// What it becomes.
     #[command(flatten)]
     pub(crate) target: TargetArgs,
     /// What CRIU is told.
@@ -339,6 +391,19 @@ pub(crate) struct ReceiveArgs {
     /// Name under which a checkpoint is kept [default: the one it has]
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Most that is taken, such as 64G [default: of a checkpoint what fits, of a migration the double
+    /// of what its source has told, and 1 GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) max_size: Option<u64>,
+    /// When the link of a migration is given up.
+    #[command(flatten)]
+    pub(crate) link: LinkArgs,
+    /// What a container that is migrated here becomes.
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// What CRIU is told, where that is not what it was told at the dump.
+    #[command(flatten)]
+    pub(crate) criu: CriuArgs<Restores>,
 }
 
 /// A checkpoint.

@@ -43,6 +43,11 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
     }
 }
 
+/// An error that the other side has told, and shows: it is not printed a second time here.
+#[derive(Debug, thiserror::Error)]
+#[error("told by the other side")]
+pub(crate) struct Told(#[source] pub(crate) transship_engine::Error);
+
 fn store() -> Store {
     Store::at(DEFAULT_ROOT)
 }

@@ -33,6 +33,8 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        // Its words come from the other side, which shows them.
+        Err(error) if error.is::<commands::Told>() => ExitCode::from(5),
         Err(error) => problem::report(&error),
     }
 }

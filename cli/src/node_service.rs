@@ -190,6 +190,7 @@ impl NodeApi for NodeService {
         let _call = self.calls.read().await;
         let store = Store::at(DEFAULT_ROOT);
         let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
+        let restored = restored.map_err(anyhow::Error::from);
         answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
     }
 
@@ -229,7 +230,11 @@ fn status(error: &anyhow::Error) -> Status {
     let exists = error
         .chain()
         .any(|cause| matches!(cause.downcast_ref(), Some(StoreError::Exists { .. })));
-    let code = match Problem::in_chain(error).map(Problem::kind) {
+    let of_engine = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<transship_engine::Error>());
+    let kind = Problem::in_chain(error).map(Problem::kind);
+    let code = match kind.or(of_engine.map(transship_engine::Error::kind)) {
         Some(Kind::NotFound) => Code::NotFound,
         Some(Kind::Refused) => Code::FailedPrecondition,
         _ if exists => Code::AlreadyExists,

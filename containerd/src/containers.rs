@@ -126,6 +126,33 @@ impl Containerd {
         Ok(())
     }
 
+    /// Replaces all labels of the container `id`.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn label_container(
+        &self,
+        id: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<(), ContainerdError> {
+        let container = Container {
+            id: id.to_owned(),
+            labels,
+            ..Container::default()
+        };
+        let update_mask = Some(FieldMask {
+            paths: vec!["labels".to_owned()],
+        });
+        self.containers()
+            .update(self.request(UpdateContainerRequest {
+                container: Some(container),
+                update_mask,
+            }))
+            .await
+            .during(|| format!("change the labels of the container {id:?}"))?;
+        Ok(())
+    }
+
     /// Deletes the record of the container `id`.
     ///
     /// # Errors

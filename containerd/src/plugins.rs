@@ -40,6 +40,18 @@ impl Containerd {
         Ok(root.map(PathBuf::from).filter(|root| root.is_absolute()))
     }
 
+    /// What tells this containerd from all others: it is made once and kept with its state.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn server_id(&self) -> Result<String, ContainerdError> {
+        let answer = IntrospectionClient::new(self.channel())
+            .server(self.request(()))
+            .await
+            .during(|| "ask containerd who it is".to_owned())?;
+        Ok(answer.into_inner().uuid)
+    }
+
     async fn plugins(
         &self,
         kind: &str,

@@ -1,24 +1,143 @@
-//! The talk with the other node: blocking pipes, used from async code.
+//! The talk with the other node: blocking pipes, used from async code, and never waited for without
+//! a bound.
 //!
-//! The two halves move into a blocking task for each step and come back, so that an interrupt can
-//! be heard while a read waits: the step is abandoned then, and the conversation with it.
+//! ```text
+//!  sender   --> pipe     frames; signs of life from a thread of its own while there is nothing to say
+//!  receiver <-- pipe     moves into a blocking task for each step and comes back
+//! ```
+//!
+//! A step ends with its result, an interrupt, or because the link has stalled: a live side is heard
+//! every few seconds, whatever it is doing, so silence for [`Conversation::watch`]'s patience means that
+//! the link or the other node is gone. A step that is abandoned takes the conversation with it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use tokio::task::JoinHandle;
 use transship_checkpoint::wire::{Message, Receiver, Sender, WireError};
 
+use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 
-type Halves = (
-    Sender<Box<dyn Write + Send>>,
-    Receiver<Box<dyn Read + Send>>,
-);
+/// How long a link may be silent unless somebody says otherwise.
+pub const LINK_PATIENCE: Duration = Duration::from_secs(30);
+/// Signs of life in the time of the patience.
+const BEATS: u32 = 6;
+/// How often a step that waits looks at the clock.
+const LOOK: Duration = Duration::from_millis(200);
+/// How long the other side may take to hear that this one gives up.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// What a step that writes waits for.
+const READER: &str = "the other node to read";
+
+type Writing = Sender<Watched<Box<dyn Write + Send>>>;
+type Reading = Receiver<Watched<Box<dyn Read + Send>>>;
+
+/// When something last went through a pipe, in milliseconds of a common clock.
+#[derive(Debug)]
+struct Activity {
+    began: Instant,
+    last: AtomicU64,
+}
+
+impl Activity {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            began: Instant::now(),
+            last: AtomicU64::new(0),
+        })
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn mark(&self) {
+        self.last.store(self.now(), Ordering::Relaxed);
+    }
+
+    fn idle(&self) -> Duration {
+        let last = self.last.load(Ordering::Relaxed);
+        Duration::from_millis(self.now().saturating_sub(last))
+    }
+}
+
+/// A pipe that remembers when it last moved.
+#[derive(Debug)]
+pub struct Watched<P> {
+    pipe: P,
+    activity: Arc<Activity>,
+}
+
+impl<P: Write> Write for Watched<P> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let written = self.pipe.write(buffer)?;
+        self.activity.mark();
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.pipe.flush()
+    }
+}
+
+impl<P: Read> Read for Watched<P> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.pipe.read(buffer)?;
+        self.activity.mark();
+        Ok(read)
+    }
+}
+
+/// Says that this side is alive, as long as it is there.
+#[derive(Debug)]
+struct Heartbeat {
+    stop: Arc<AtomicBool>,
+    thread: Thread,
+}
+
+impl Heartbeat {
+    fn start(sender: Writing, interval: Duration) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let beat = move || {
+            while !stopped.load(Ordering::Acquire) {
+                std::thread::park_timeout(interval);
+                if stopped.load(Ordering::Acquire) || sender.alive().is_err() {
+                    break;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("heartbeat".to_owned())
+            .spawn(beat)
+            .map_err(|error| Error::failed("cannot start a thread").because(error))?
+            .thread()
+            .clone();
+        Ok(Self { stop, thread })
+    }
+}
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        // It may sit in a write that nobody reads; it is not waited for.
+        self.thread.unpark();
+    }
+}
 
 /// Both directions of the stream.
 pub struct Conversation {
-    halves: Option<Halves>,
+    sender: Option<Writing>,
+    receiver: Option<Reading>,
     interrupt: Interrupt,
+    written: Arc<Activity>,
+    read: Arc<Activity>,
+    patience: Option<Duration>,
+    heartbeat: Option<Heartbeat>,
 }
 
 impl std::fmt::Debug for Conversation {
@@ -27,77 +146,293 @@ impl std::fmt::Debug for Conversation {
     }
 }
 
+/// How a step ends before it is done.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    /// How long it goes on after an interrupt.
+    grace: Duration,
+    deadline: Option<Duration>,
+    expected: &'static str,
+}
+
+impl Bounds {
+    fn of(expected: &'static str) -> Self {
+        Self {
+            grace: Duration::ZERO,
+            deadline: None,
+            expected,
+        }
+    }
+}
+
 impl Conversation {
+    /// Talks through these pipes.
     pub fn new(
         input: impl Read + Send + 'static,
         output: impl Write + Send + 'static,
         interrupt: Interrupt,
     ) -> Self {
-        let halves = (
-            Sender::new(Box::new(output) as _),
-            Receiver::new(Box::new(input) as _),
-        );
-        Self {
-            halves: Some(halves),
-            interrupt,
-        }
-    }
-
-    /// Runs a step that reads or writes.
-    pub async fn step<T: Send + 'static>(
-        &mut self,
-        step: impl FnOnce(&mut Halves) -> Result<T, WireError> + Send + 'static,
-    ) -> Result<T> {
-        self.interrupt.check()?;
-        let interrupt = self.interrupt.clone();
-        tokio::select! {
-            done = self.step_to_the_end(step) => done,
-            interrupted = interrupt.wait() => Err(interrupted.into()),
-        }
-    }
-
-    /// Runs a step that no interrupt ends.
-    pub async fn step_to_the_end<T: Send + 'static>(
-        &mut self,
-        step: impl FnOnce(&mut Halves) -> Result<T, WireError> + Send + 'static,
-    ) -> Result<T> {
-        let Some(mut halves) = self.halves.take() else {
-            bail!("the connection was given up before");
-        };
-        let task = tokio::task::spawn_blocking(move || {
-            let result = step(&mut halves);
-            (halves, result)
+        let (written, read) = (Activity::new(), Activity::new());
+        let sender = Sender::new(Watched {
+            pipe: Box::new(output) as Box<dyn Write + Send>,
+            activity: Arc::clone(&written),
         });
-        let (halves, result) = task.await.context("the connection's task panicked")?;
-        self.halves = Some(halves);
+        let receiver = Receiver::new(Watched {
+            pipe: Box::new(input) as Box<dyn Read + Send>,
+            activity: Arc::clone(&read),
+        });
+        Self {
+            sender: Some(sender),
+            receiver: Some(receiver),
+            interrupt,
+            written,
+            read,
+            patience: None,
+            heartbeat: None,
+        }
+    }
+
+    /// From now on both sides show that they are alive, and silence for `patience` ends a step.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn watch(&mut self, patience: Duration) -> Result<()> {
+        self.patience = Some(patience);
+        let sender = self.sender.clone().ok_or_else(given_up)?;
+        self.heartbeat = Some(Heartbeat::start(sender, patience / BEATS)?);
+        Ok(())
+    }
+
+    /// Runs a step that writes.
+    ///
+    /// # Errors
+    /// Those of the step, an interrupt, or a stalled link.
+    pub async fn write<T: Send + 'static>(
+        &mut self,
+        step: impl FnOnce(&Writing) -> Result<T, WireError> + Send + 'static,
+    ) -> Result<T> {
+        self.write_within(Bounds::of(READER), step).await
+    }
+
+    async fn write_within<T: Send + 'static>(
+        &mut self,
+        bounds: Bounds,
+        step: impl FnOnce(&Writing) -> Result<T, WireError> + Send + 'static,
+    ) -> Result<T> {
+        if bounds.grace.is_zero() {
+            self.interrupt.check()?;
+        }
+        let sender = self.sender.clone().ok_or_else(given_up)?;
+        self.written.mark();
+        let task = tokio::task::spawn_blocking(move || step(&sender));
+        match self.wait(task, &self.written, bounds).await {
+            Ok(done) => Ok(done?),
+            Err(error) => {
+                self.sender = None;
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs a step that reads.
+    ///
+    /// # Errors
+    /// Those of the step, an interrupt, or a stalled link.
+    pub async fn read<T: Send + 'static>(
+        &mut self,
+        step: impl FnOnce(&mut Reading) -> Result<T, WireError> + Send + 'static,
+    ) -> Result<T> {
+        self.read_within(Bounds::of("more of the stream"), step)
+            .await
+    }
+
+    async fn read_within<T: Send + 'static>(
+        &mut self,
+        bounds: Bounds,
+        step: impl FnOnce(&mut Reading) -> Result<T, WireError> + Send + 'static,
+    ) -> Result<T> {
+        if bounds.grace.is_zero() {
+            self.interrupt.check()?;
+        }
+        let mut receiver = self.receiver.take().ok_or_else(given_up)?;
+        self.read.mark();
+        let task = tokio::task::spawn_blocking(move || {
+            let result = step(&mut receiver);
+            (receiver, result)
+        });
+        let (receiver, result) = self.wait(task, &self.read, bounds).await?;
+        self.receiver = Some(receiver);
         Ok(result?)
     }
 
+    /// Waits for a step within its bounds.
+    async fn wait<T>(
+        &self,
+        mut task: JoinHandle<T>,
+        activity: &Activity,
+        bounds: Bounds,
+    ) -> Result<T> {
+        let began = Instant::now();
+        let mut interrupted = None;
+        loop {
+            tokio::select! {
+                done = &mut task => return Ok(done?),
+                signal = self.interrupt.wait(), if interrupted.is_none() => {
+                    interrupted = Some((Instant::now(), signal));
+                }
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            interrupted = match interrupted {
+                Some((at, signal)) if at.elapsed() >= bounds.grace => return Err(signal.into()),
+                waiting => waiting,
+            };
+            let expected = bounds.expected;
+            if let Some(patience) = self.patience
+                && activity.idle() > patience
+            {
+                let seconds = patience.as_secs();
+                return Err(Error::new(
+                    Kind::Target,
+                    format!("the link has been silent for {seconds} s, waiting for {expected}"),
+                ));
+            }
+            if let Some(deadline) = bounds.deadline
+                && began.elapsed() > deadline
+            {
+                let seconds = deadline.as_secs();
+                return Err(Error::new(
+                    Kind::Target,
+                    format!("{expected} has taken more than {seconds} s"),
+                ));
+            }
+        }
+    }
+
     /// Sends one message.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
     pub async fn send(&mut self, message: Message) -> Result<()> {
-        self.step(move |(sender, _)| sender.send(&message)).await
+        self.write(move |sender| sender.send(&message)).await
+    }
+
+    /// Sends one message; an interrupt is heard after `grace`.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn send_with_grace(&mut self, message: Message, grace: Duration) -> Result<()> {
+        let bounds = Bounds {
+            grace,
+            ..Bounds::of(READER)
+        };
+        self.write_within(bounds, move |sender| sender.send(&message))
+            .await
     }
 
     /// Receives one message. `expected` says what should come, for the error.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
     pub async fn receive(&mut self, expected: &'static str) -> Result<Message> {
-        self.step(move |(_, receiver)| receiver.receive(expected))
+        self.receive_bounded(Bounds::of(expected)).await
+    }
+
+    /// Receives one message that must come within `deadline`; an interrupt is heard after `grace`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn receive_within(
+        &mut self,
+        expected: &'static str,
+        deadline: Duration,
+        grace: Duration,
+    ) -> Result<Message> {
+        self.receive_bounded(Bounds {
+            grace,
+            deadline: Some(deadline),
+            expected,
+        })
+        .await
+    }
+
+    async fn receive_bounded(&mut self, bounds: Bounds) -> Result<Message> {
+        let expected = bounds.expected;
+        self.read_within(bounds, move |receiver| receiver.receive(expected))
             .await
     }
 
     /// Ends the conversation: nothing can be taken back after this, so nobody gives up any more.
     pub fn close(&mut self) {
-        self.halves = None;
+        self.heartbeat = None;
+        self.sender = None;
+        self.receiver = None;
     }
 
     /// Tells the other side that this one gives up; whether it still listens does not matter.
     pub async fn give_up(&mut self, reason: String) {
-        if let Some((mut sender, receiver)) = self.halves.take() {
+        if let Some(sender) = self.sender.take() {
             let told = tokio::task::spawn_blocking(move || {
                 drop(sender.send(&Message::Failed { reason }));
-                drop(receiver);
             });
             // A pipe that nobody reads must not hold up the way back.
-            drop(tokio::time::timeout(std::time::Duration::from_secs(2), told).await);
+            drop(tokio::time::timeout(FAREWELL, told).await);
         }
+        self.close();
+    }
+}
+
+fn given_up() -> Error {
+    Error::new(Kind::Target, "the connection was given up before")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nobody() -> Interrupt {
+        Interrupt::never()
+    }
+
+    #[tokio::test]
+    async fn a_silent_link_ends_a_step() {
+        let (silent, _held) = io::pipe().unwrap();
+        let (_full, output) = io::pipe().unwrap();
+        let mut conversation = Conversation::new(silent, output, nobody());
+        conversation.watch(Duration::from_millis(300)).unwrap();
+        let error = conversation.receive("the copy").await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Target);
+        assert!(error.to_string().contains("silent"), "{error}");
+        let error = conversation.receive("the copy").await.unwrap_err();
+        assert!(error.to_string().contains("given up"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_nobody_reads_ends_a_step() {
+        let (input, _held) = io::pipe().unwrap();
+        let (_full, output) = io::pipe().unwrap();
+        let mut conversation = Conversation::new(input, output, nobody());
+        conversation.watch(Duration::from_millis(300)).unwrap();
+        let flood = |sender: &Writing| sender.send_data(&vec![0; 4 << 20]);
+        let error = conversation.write(flood).await.unwrap_err();
+        assert!(error.to_string().contains("silent"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_side_that_works_is_waited_for() {
+        let (here, there) = (io::pipe().unwrap(), io::pipe().unwrap());
+        let mut a = Conversation::new(here.0, there.1, nobody());
+        let mut b = Conversation::new(there.0, here.1, nobody());
+        let patience = Duration::from_millis(600);
+        a.watch(patience).unwrap();
+        b.watch(patience).unwrap();
+        let work = async {
+            tokio::time::sleep(patience * 3).await;
+            b.send(Message::Restored).await
+        };
+        let (heard, sent) = tokio::join!(a.receive("the copy"), work);
+        sent.unwrap();
+        assert_eq!(heard.unwrap(), Message::Restored);
+        let deadline = a.receive_within("the copy", patience, Duration::ZERO).await;
+        assert!(deadline.unwrap_err().to_string().contains("more than"));
     }
 }

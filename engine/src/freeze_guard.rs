@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
-use crate::stuck_dump;
+use crate::{restart_policy, stuck_dump};
 use transship_containerd::Node;
 
 /// How long containerd may take until it can let them run.
@@ -110,6 +110,8 @@ pub async fn run(
             }
             sleep(PAUSE).await;
         }
+        // It runs, and containerd may look after it again.
+        drop(restart_policy::put_back(&node, id).await);
     }
     match draft {
         Some(draft) => remove_draft(&draft).await,

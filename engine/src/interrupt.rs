@@ -35,6 +35,11 @@ impl Interrupt {
         Ok(Self(receiver))
     }
 
+    /// Nobody can ask: for callers that have no signals of their own.
+    pub fn never() -> Self {
+        Self(watch::channel(None).1)
+    }
+
     /// Whether somebody has asked already.
     pub fn check(&self) -> Result<(), Interrupted> {
         self.0

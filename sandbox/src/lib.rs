@@ -33,7 +33,9 @@ mod sysv_objects;
 
 pub use error::SandboxError;
 pub use linked_images::LinkedImages;
-pub use pins::{live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process};
+pub use pins::{
+    live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
+};
 pub use pod_dir::PodDir;
 pub use staged::{Request, Staged, State};
 pub use sysv_objects::LiveIpc;

@@ -172,6 +172,19 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, SandboxError> {
     Ok(pin)
 }
 
+/// Raises the loopback interface of the network namespace of a process: CRIU makes a new namespace
+/// without what was in it, and the runtimes raise it for containers that start from their image only.
+///
+/// # Errors
+/// A system call failed.
+pub fn raise_loopback_of(pid: i32) -> Result<(), StageError> {
+    let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+    in_thread("raise the loopback interface of", &path, || {
+        setns(File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
+        crate::loopback::raise()
+    })
+}
+
 // A thread of its own, because a thread that has changed its namespace cannot be used again.
 pub(crate) fn in_thread<T: Send>(
     act: &'static str,

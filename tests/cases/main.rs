@@ -15,9 +15,12 @@ mod criu_options;
 mod criu_options_alone;
 mod crun;
 mod differ;
+mod foreign_checkpoints;
+mod foreign_streams;
 mod frozen;
 mod images_with_links;
 mod journey;
+mod migration_faults;
 mod node_api;
 mod pod_refusals;
 mod pods;
@@ -130,9 +133,12 @@ fn main() -> ExitCode {
         .chain(criu_options_alone::cases())
         .chain(crun::cases())
         .chain(differ::cases())
+        .chain(foreign_checkpoints::cases())
+        .chain(foreign_streams::cases())
         .chain(frozen::cases())
         .chain(images_with_links::cases())
         .chain(journey::cases())
+        .chain(migration_faults::cases())
         .chain(node_api::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())

@@ -55,6 +55,11 @@ impl CriuOverrides {
         Ok(())
     }
 
+    /// The choices that were made: names and values.
+    pub fn chosen(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.0.iter().map(|(name, value)| (*name, value.as_str()))
+    }
+
     /// The options with these choices.
     #[must_use]
     pub fn over(&self, mut options: CriuOptions) -> CriuOptions {

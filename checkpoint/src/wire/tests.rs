@@ -1,11 +1,21 @@
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::manifest::{FORMAT_VERSION, Format, Source};
+use crate::manifest::{self, FORMAT_VERSION, Format, Source};
+use crate::store::hex;
+
+const LIMITS: Limits = Limits {
+    max_bytes: u64::MAX,
+    keep_free: 0,
+};
 
 fn checkpoint_stream(dir: &Path) -> Vec<u8> {
     let mut stream = Vec::new();
-    let mut sender = Sender::new(&mut stream);
+    let sender = Sender::new(&mut stream);
     sender.send(&Message::Begin { name: "web".into() }).unwrap();
     let mut files = Vec::new();
     for path in ["checkpoint/pages-1.img", "spec.dump"] {
@@ -53,7 +63,7 @@ fn receive(stream: &[u8]) -> (tempfile::TempDir, Result<Manifest, WireError>) {
     let mut receiver = Receiver::new(stream);
     let received = receiver
         .receive("a checkpoint")
-        .and_then(|_| receiver.receive_files(target.path(), &mut |_| {}));
+        .and_then(|_| receiver.receive_files(target.path(), &LIMITS, &mut |_| {}));
     (target, received)
 }
 
@@ -98,7 +108,7 @@ fn a_flipped_byte_of_a_file_is_found() {
 fn hostile_paths_and_lengths_are_refused() {
     for path in ["../../etc/passwd", "/etc/passwd", "c/../../x", "c//x", ""] {
         let mut stream = Vec::new();
-        let mut sender = Sender::new(&mut stream);
+        let sender = Sender::new(&mut stream);
         sender.send(&Message::Begin { name: "x".into() }).unwrap();
         sender.send(&Message::File { path: path.into() }).unwrap();
         sender.send_data(b"x").unwrap();
@@ -114,7 +124,7 @@ fn hostile_paths_and_lengths_are_refused() {
 #[test]
 fn the_same_file_twice_is_refused() {
     let mut stream = Vec::new();
-    let mut sender = Sender::new(&mut stream);
+    let sender = Sender::new(&mut stream);
     sender.send(&Message::Begin { name: "x".into() }).unwrap();
     for _ in 0..2 {
         sender.send(&Message::File { path: "c/f".into() }).unwrap();
@@ -131,7 +141,7 @@ fn the_same_file_twice_is_refused() {
 #[test]
 fn a_failure_is_heard_even_where_data_should_come() {
     let mut stream = Vec::new();
-    let mut sender = Sender::new(&mut stream);
+    let sender = Sender::new(&mut stream);
     sender.send(&Message::Begin { name: "x".into() }).unwrap();
     sender.send(&Message::File { path: "c/f".into() }).unwrap();
     sender
@@ -166,10 +176,63 @@ fn a_file_that_still_grows_is_followed() {
         looks.get() >= 5
     };
     let mut stream = Vec::new();
-    let mut sender = Sender::new(&mut stream);
+    let sender = Sender::new(&mut stream);
     let file = sender
         .send_file("c", dir.path(), "pages-1.img", &complete, &mut |_| {})
         .unwrap();
     assert_eq!(file.size, 9);
     assert_eq!(file.sha256, hex(&Sha256::digest(b"begin end")));
+}
+
+#[test]
+fn a_stream_ends_at_the_limits() {
+    let source = source_dir();
+    let stream = checkpoint_stream(source.path());
+    let limits = |max_bytes, keep_free| Limits {
+        max_bytes,
+        keep_free,
+    };
+    let received = |limits: Limits| {
+        let target = tempfile::tempdir().unwrap();
+        let mut receiver = Receiver::new(&stream[..]);
+        receiver.receive("a checkpoint").unwrap();
+        receiver.receive_files(target.path(), &limits, &mut |_| {})
+    };
+    assert!(received(limits(4 << 20, 0)).is_ok());
+    let error = received(limits(1 << 20, 0)).unwrap_err();
+    assert!(matches!(error, WireError::TooLarge { .. }), "{error}");
+    let error = received(limits(4 << 20, u64::MAX)).unwrap_err();
+    assert!(matches!(error, WireError::NoRoom { .. }), "{error}");
+}
+
+#[test]
+fn signs_of_life_are_no_messages() {
+    let mut stream = Vec::new();
+    let sender = Sender::new(&mut stream);
+    let beat = sender.clone();
+    beat.alive().unwrap();
+    sender.send(&Message::Ready).unwrap();
+    beat.alive().unwrap();
+    sender.send(&Message::Received).unwrap();
+    drop((sender, beat));
+    let mut receiver = Receiver::new(&stream[..]);
+    assert_eq!(receiver.receive("x").unwrap(), Message::Ready);
+    assert_eq!(receiver.receive("x").unwrap(), Message::Received);
+}
+
+#[test]
+fn words_of_others_are_printable() {
+    assert_eq!(printable("a\u{1b}]0;x\u{7}\r"), "a\\u{1b}]0;x\\u{7}\\r");
+    assert!(printable(&"x".repeat(100_000)).len() < 5000);
+}
+
+#[test]
+fn an_offer_of_an_earlier_program_is_read_as_such() {
+    let old = r#"{"message":"offer","container":{"name":"c","id":"c","namespace":"d","image":
+        {"name":"","digest":"","chain_id":""},"snapshotter":"","runtime":"","files":[]},
+        "spec":"{}","architecture":"x86_64","target":{"id":null},"blobs":[],"estimate":0}"#;
+    let Message::Offer(offer) = serde_json::from_str(old).unwrap() else {
+        panic!("no offer");
+    };
+    assert_eq!(offer.protocol, 0);
 }

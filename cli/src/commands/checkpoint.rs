@@ -13,7 +13,7 @@ use transship_checkpoint::store::{Durability, Store, digest_files};
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
 use crate::progress::Progress;
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 use transship_engine::Progress as _;
 use transship_engine::freeze_guard::FreezeGuard;
 use transship_engine::interrupt::Interrupt;
@@ -191,7 +191,7 @@ async fn dump_and_keep(
 /// What is to be dumped.
 #[derive(Debug)]
 pub(crate) struct Found {
-    node: Node,
+    node: Containerd,
     /// Its name, for that of the checkpoint.
     what: String,
     pod: Option<Pod>,
@@ -214,7 +214,7 @@ impl Found {
 }
 
 /// Finds it, and checks that it can be dumped.
-pub(crate) async fn find(node: &Node, order: &Order<'_>) -> Result<Found> {
+pub(crate) async fn find(node: &Containerd, order: &Order<'_>) -> Result<Found> {
     let dump_patience = order.dump_patience.unwrap_or(PROGRESS_PATIENCE);
     let Some(selector) = order.pod else {
         let source = source::find(node, order.container, &order.criu).await?;

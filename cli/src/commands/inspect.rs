@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use transship_checkpoint::manifest::{Container, Manifest};
 
-use super::restore::open;
 use super::{print, store};
 use crate::args::{Global, NameArgs};
+use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
 
 pub(crate) fn run(global: &Global, args: &NameArgs) -> Result<()> {

@@ -22,7 +22,7 @@ use transship_layer::{ExportStats, ImportStats, OverlayXattrs};
 
 use self::sink::Sink;
 use crate::args::{Global, SnapshotCommand};
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 use transship_containerd::snapshots::OverlayDirs;
 use transship_engine::freeze_guard::FreezeGuard;
 use transship_engine::interrupt::Interrupt;
@@ -47,7 +47,7 @@ pub(crate) async fn run(global: &Global, command: SnapshotCommand) -> Result<()>
 
 /// Writes what a snapshot changes into a pipe; its container, if one runs, stands still meanwhile.
 pub(crate) async fn export_into_pipe(
-    node: &Node,
+    node: &Containerd,
     snapshot: &Snapshot,
     pipe: PipeWriter,
     interrupt: &Interrupt,
@@ -57,7 +57,7 @@ pub(crate) async fn export_into_pipe(
 
 /// Fills a snapshot from a file; with a parent it is made, and gone if that fails.
 pub(crate) async fn import_from_file(
-    node: &Node,
+    node: &Containerd,
     key: &str,
     parent: Option<&str>,
     snapshotter: Option<&str>,
@@ -85,14 +85,18 @@ pub(crate) struct Snapshot {
 }
 
 /// The snapshotter that is meant when none is named: ours where the node has it.
-async fn default_snapshotter(node: &Node) -> Result<String> {
+async fn default_snapshotter(node: &Containerd) -> Result<String> {
     let names = node.snapshotters().await?;
     let ours = names.into_iter().find(|name| name == "transship");
     Ok(ours.unwrap_or_else(|| "overlayfs".to_owned()))
 }
 
 /// Finds a container's snapshot, or a snapshot by its key.
-pub(crate) async fn find(node: &Node, name: &str, snapshotter: Option<&str>) -> Result<Snapshot> {
+pub(crate) async fn find(
+    node: &Containerd,
+    name: &str,
+    snapshotter: Option<&str>,
+) -> Result<Snapshot> {
     let container = match node.container(name).await {
         Err(error) if error.is_not_found() => None,
         container => Some(container?),
@@ -151,7 +155,7 @@ struct Opened {
 }
 
 impl Opened {
-    async fn open(node: &Node, snapshot: &Snapshot) -> Result<Self> {
+    async fn open(node: &Containerd, snapshot: &Snapshot) -> Result<Self> {
         let Snapshot {
             snapshotter, key, ..
         } = snapshot;

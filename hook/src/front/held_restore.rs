@@ -7,10 +7,10 @@ use std::path::Path;
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
-use transship_checkpoint::namespaces::{self, Plan};
+use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_sandbox::consumed::{Consumed, Owner, remove_records_of_the_gone};
-use transship_sandbox::{LinkedImages, PodDir, Staged, State};
+use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
 
 use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::criu_config::CriuConfig;
@@ -142,6 +142,9 @@ impl Front<'_> {
                     source,
                 })
             })?;
+            if !namespaces::joined(&config.spec).contains_key(&Namespace::Network) {
+                raise_loopback_of(pid)?;
+            }
             attach(pid, &edits.attachments).map_err(|source| {
                 FrontError::from(RestoreError::NotAttached {
                     id: create.id.clone(),

@@ -9,6 +9,10 @@
 //! [pods]
 //! allow-options = []        options that their annotations may choose although they loosen what
 //!                           confines a container: "lsm-profile", "rootfs", ...
+//! [restore]
+//! allow = ["hooks"]         what `transship restore` takes from a checkpoint; see foreign_spec
+//! [receive]
+//! allow = []                what `transship receive` takes from a stream
 //! ```
 //!
 //! The author of a pod chooses its annotations, and a checkpoint holds another process's memory: it
@@ -28,6 +32,8 @@ use transship_checkpoint::annotations::Rootfs;
 use transship_checkpoint::criu_options::{CriuOptions, OPTIONS};
 use transship_checkpoint::manifest::{Manifest, ManifestError};
 
+use super::foreign_spec::Allowed;
+
 /// Where the file is.
 pub const NODE_CONFIG: &str = "/etc/transship/node.toml";
 
@@ -44,6 +50,10 @@ pub struct NodeConfig {
     pub restore_patience_seconds: u64,
     /// What pods may choose.
     pub pods: PodRules,
+    /// For `transship restore`.
+    pub restore: Rules,
+    /// For `transship receive`.
+    pub receive: Rules,
 }
 
 impl Default for NodeConfig {
@@ -54,8 +64,18 @@ impl Default for NodeConfig {
             // kubelet waits two minutes for a call.
             restore_patience_seconds: 60,
             pods: PodRules::default(),
+            restore: Rules::default(),
+            receive: Rules::default(),
         }
     }
+}
+
+/// What checkpoints may ask of this node outside of the CRI.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rules {
+    /// Kinds that need no `--allow`.
+    pub allow: Allowed,
 }
 
 /// What the authors of pods may choose.
@@ -302,9 +322,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("node.toml");
         assert_eq!(NodeConfig::read(&path).unwrap(), NodeConfig::default());
-        fs::write(&path, "strikt = true\n").unwrap();
-        let error = NodeConfig::read(&path).unwrap_err();
-        assert!(error.to_string().contains("nothing is restored"), "{error}");
+        for text in ["strikt = true\n", "[receive]\nallow = [\"all\"]\n"] {
+            fs::write(&path, text).unwrap();
+            let error = NodeConfig::read(&path).unwrap_err();
+            assert!(error.to_string().contains("nothing is restored"), "{error}");
+        }
     }
 
     /// The sample says what the defaults are.

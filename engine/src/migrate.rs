@@ -1,0 +1,201 @@
+//! The source's side of a migration.
+//!
+//! ```text
+//!              before Commit                 | Commit sent     | Running heard    | Durable heard
+//!   on failure: source resumes, target       | source stays    | source is ended, | source is
+//!               removes what it made         | paused; record  | its files stay   | removed
+//! ```
+//!
+//! `record` is the file of this one migration: it keeps others from the same container, and tells what
+//! was under way when this process ended after `Commit`. `restart_policy` keeps containerd from making
+//! a second copy meanwhile. `transaction` is the talk with the target (`engine::receive`).
+
+use std::path::Path;
+use std::time::Duration;
+
+use transship_checkpoint::store::Store;
+use transship_checkpoint::wire::WireError;
+use transship_containerd::Containerd;
+
+use crate::conversation::{Conversation, LINK_PATIENCE};
+use crate::error::{Context, Error, Kind, Result};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::restart_policy;
+use crate::restore::Target;
+use crate::source::{self, SourceContainer};
+use crate::timeline::Timeline;
+
+mod network;
+mod record;
+mod remote;
+mod transaction;
+
+pub use remote::receive_arguments;
+
+use record::Record;
+use remote::Remote;
+use transaction::Transaction;
+
+/// What moves where, and as what.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Container id.
+    pub container: String,
+    /// Command that runs its arguments on the other node.
+    pub to: String,
+    /// The program's path on the other node.
+    pub remote_program: String,
+    /// Command to run here while neither copy runs.
+    pub before_restore: Option<String>,
+    /// Whether record and snapshot stay here.
+    pub keep_source: bool,
+    /// Whether a container may lose the network interfaces of its own.
+    pub lose_network: bool,
+    /// How long a dump may write nothing.
+    pub dump_patience: Duration,
+    /// How long the link may be silent.
+    pub link_patience: Duration,
+    /// What becomes of it on the other node; CRIU's options are those of the dump, too.
+    pub target: Target,
+}
+
+impl Request {
+    /// A migration of `container` through the command `to`, all else as usual.
+    pub fn new(container: impl Into<String>, to: impl Into<String>) -> Self {
+        Self {
+            container: container.into(),
+            to: to.into(),
+            remote_program: "transship".to_owned(),
+            before_restore: None,
+            keep_source: false,
+            lose_network: false,
+            dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
+            link_patience: LINK_PATIENCE,
+            target: Target::default(),
+        }
+    }
+}
+
+/// A container that runs on the other node.
+#[derive(Debug)]
+pub struct Report {
+    /// Its id there.
+    pub container: String,
+    /// Process id of its first process there.
+    pub pid: u32,
+    /// Bytes that were moved.
+    pub bytes: u64,
+    /// What took how long.
+    pub timeline: Timeline,
+}
+
+/// Where the records of migrations are that have been committed.
+pub const RECORDS: &str = "/var/lib/transship/migrations";
+/// Where the locks of migrations are.
+const LOCKS: &str = "/run/transship/migrations";
+
+/// Moves a running container to another node.
+///
+/// # Errors
+/// The source runs on, unless the kind is [`Kind::Uncertain`] or the error says that the copy runs.
+pub async fn migrate(
+    node: &Containerd,
+    store: &Store,
+    request: &Request,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let container = source::find(node, &request.container, &request.target.criu).await?;
+    network::check(&container, request.lose_network)?;
+    let record = Record::take(
+        Path::new(RECORDS),
+        Path::new(LOCKS),
+        node.namespace(),
+        container.id(),
+    )?;
+    if !container.was_paused {
+        // An earlier migration has been decided: it runs.
+        record.clear()?;
+    }
+    record.check_clear(container.id(), node.namespace())?;
+    let mut remote = Remote::start(node.namespace(), request)?;
+    let (input, output) = remote.pipes()?;
+    let mut transaction = Transaction {
+        node,
+        container: &container,
+        store,
+        request,
+        record: &record,
+        conversation: Conversation::new(input, output, interrupt.clone()),
+        timeline: Timeline::begin(),
+        progress,
+        interrupt,
+        bytes: 0,
+        estimate: 0,
+    };
+    let result = transaction.carry_out().await;
+    if let Err(error) = &result {
+        transaction.conversation.give_up(error.one_line()).await;
+    }
+    let moved = match result {
+        Ok(pid) => Ok((pid, transaction.finish().await)),
+        Err(error) => Err(error),
+    };
+    let Transaction {
+        mut conversation,
+        timeline,
+        bytes,
+        ..
+    } = transaction;
+    conversation.close();
+    let cut_short = moved.is_err() && interrupt.check().is_err();
+    let status = remote.end(cut_short).await;
+    let (pid, finished) = moved.map_err(|error| remote::blame(error, request, status.as_ref()))?;
+    let id = container.id();
+    finished.with_context(|| format!("{id:?} runs on the other node, pid {pid} there"))?;
+    Ok(Report {
+        container: request.target.id.clone().unwrap_or_else(|| id.to_owned()),
+        pid,
+        bytes,
+        timeline,
+    })
+}
+
+/// Ends the source while its copy runs; its files stay.
+async fn end_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
+    Ok(node.kill_task(container.id()).await?)
+}
+
+/// Removes what is left of the source.
+async fn remove_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
+    node.delete_container(container.id()).await?;
+    node.remove_snapshot(&container.container.snapshotter, &container.snapshot_key)
+        .await?;
+    Ok(())
+}
+
+/// The error, and that the source runs on; or that it does not.
+async fn resume_source(node: &Containerd, container: &SourceContainer, error: Error) -> Error {
+    let id = container.id();
+    let thawed = container.thaw(node).await;
+    // Only what runs may be looked after again.
+    let put_back = restart_policy::put_back(node, id).await;
+    let state = match (&thawed, &put_back) {
+        (Ok(()), Ok(())) => format!("{id:?} runs on here as before"),
+        (Ok(()), Err(left)) => format!(
+            "{id:?} runs on here, without its restart policy ({})",
+            left.one_line()
+        ),
+        (Err(paused), _) => match source::running_task(node, id).await {
+            Ok(Err(state)) => format!("{id:?} {state} here: it has ended by itself"),
+            _ => format!("{id:?} is left paused here ({paused:#})"),
+        },
+    };
+    Error::failed(state).because(error)
+}
+
+fn is_refusal_of_target(error: &Error) -> bool {
+    error.kind() == Kind::Failed
+        && matches!(error.cause::<WireError>(), Some(WireError::Failed { .. }))
+}

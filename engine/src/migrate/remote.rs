@@ -1,0 +1,163 @@
+//! The command that leads to the other node, and `transship receive` there.
+
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use transship_checkpoint::criu_options::{CriuOption, Phase};
+use transship_checkpoint::wire::WireError;
+
+use super::Request;
+use crate::error::{Context, Error, Kind, Result};
+
+/// How long the command may take to end by itself.
+const END_PATIENCE: u32 = 100;
+const END_LOOK: Duration = Duration::from_millis(50);
+
+/// The running command.
+#[derive(Debug)]
+pub(super) struct Remote {
+    child: Child,
+}
+
+impl Remote {
+    /// Runs `COMMAND transship receive ...`; the command goes through a shell, so that it can have
+    /// arguments of its own.
+    pub(super) fn start(namespace: &str, request: &Request) -> Result<Self> {
+        let to = &request.to;
+        let child = Command::new("sh")
+            .args(["-c", &format!("{to} \"$@\""), "sh", &request.remote_program])
+            .args(
+                receive_arguments(namespace, request)
+                    .iter()
+                    .map(|word| quoted(word)),
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {to:?}"))?;
+        Ok(Self { child })
+    }
+
+    /// What it writes, and what it reads.
+    pub(super) fn pipes(&mut self) -> Result<(ChildStdout, ChildStdin)> {
+        let pipes = self.child.stdout.take().zip(self.child.stdin.take());
+        pipes.ok_or_else(|| Error::failed("the command has no pipes"))
+    }
+
+    /// Waits for the command. One that does not end by itself is killed; so is one whose pipes are
+    /// still held by a step that was cut short.
+    pub(super) async fn end(mut self, cut_short: bool) -> Option<ExitStatus> {
+        for _ in 0..if cut_short { 0 } else { END_PATIENCE } {
+            match self.child.try_wait() {
+                Ok(None) => tokio::time::sleep(END_LOOK).await,
+                Ok(status) => return status,
+                Err(_) => return None,
+            }
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
+        None
+    }
+}
+
+/// The arguments of `transship` on the other node: what becomes of the container there. They are
+/// arguments, because a node whose operator lets nobody choose them ignores them.
+pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
+    let target = &request.target;
+    let mut words = vec![
+        format!("--namespace={namespace}"),
+        "receive".to_owned(),
+        format!("--link-timeout={}", request.link_patience.as_secs()),
+    ];
+    for (flag, value) in [
+        ("id", &target.id),
+        ("sandbox", &target.sandbox),
+        ("snapshotter", &target.snapshotter),
+        ("runtime-binary", &target.runtime_binary),
+        ("log-uri", &target.log_uri),
+    ] {
+        words.extend(value.iter().map(|value| format!("--{flag}={value}")));
+    }
+    if target.new_namespaces {
+        words.push("--new-namespaces".to_owned());
+    }
+    let at_restore = |name: &str| {
+        CriuOption::named(name).is_some_and(|option| option.phase.meets(Phase::Restore))
+    };
+    let options = target.criu.chosen().filter(|(name, _)| at_restore(name));
+    words.extend(options.map(|(name, value)| format!("--{name}={value}")));
+    words.extend(
+        target
+            .allowed
+            .iter()
+            .map(|allow| format!("--allow={allow}")),
+    );
+    words
+}
+
+/// A word as the shell on the other side of `ssh` reads it. Commands that start a program by
+/// themselves would see the quotes, so ordinary words have none.
+fn quoted(word: &str) -> String {
+    let ordinary = |c: char| c.is_ascii_alphanumeric() || "-_=./:,@%+".contains(c);
+    match word.chars().all(ordinary) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
+/// Gives failures of the other side their kind.
+pub(super) fn blame(error: Error, request: &Request, status: Option<&ExitStatus>) -> Error {
+    if error.kind() != Kind::Failed {
+        return error;
+    }
+    let to = &request.to;
+    match error.cause::<WireError>() {
+        Some(WireError::Failed { .. }) => {
+            Error::new(Kind::Target, "the other node refused or failed").because(error)
+        }
+        Some(WireError::Ended { expected }) if *expected == "the target's answer" => {
+            let ended = status
+                .map(|status| format!(" ({status})"))
+                .unwrap_or_default();
+            let message = format!(
+                "the connection to the other node through {to:?} failed{ended}: there is no \
+                 transship that answers, or an older one"
+            );
+            Error::new(Kind::Target, message)
+                .hint(format!(
+                    "try it by hand: {to} {} --version",
+                    request.remote_program
+                ))
+                .because(error)
+        }
+        Some(_) => {
+            let message = format!("the connection to the other node through {to:?} failed");
+            Error::new(Kind::Target, message)
+                .hint(format!(
+                    "try it by hand: {to} {} --version",
+                    request.remote_program
+                ))
+                .because(error)
+        }
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_the_shell_of_the_other_side() {
+        assert_eq!(quoted("--id=web-1.2"), "--id=web-1.2");
+        assert_eq!(quoted("--log-uri=file:///a b"), "'--log-uri=file:///a b'");
+        assert_eq!(quoted("--id=a'b$(x)"), "'--id=a'\\''b$(x)'");
+    }
+
+    #[test]
+    fn the_namespace_is_named_always() {
+        let request = Request::new("web", "ssh node-b");
+        let words = receive_arguments("moved", &request);
+        assert_eq!(words, ["--namespace=moved", "receive", "--link-timeout=30"]);
+    }
+}

@@ -1,0 +1,399 @@
+//! The talk with the target, step by step.
+
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use transship_checkpoint::manifest::{Container, IMAGES_DIR, Shared};
+use transship_checkpoint::store::{Draft, Store, list_files};
+use transship_checkpoint::wire::{Message, Offer, PROTOCOL, unexpected};
+use transship_containerd::{Containerd, unique};
+
+use super::record::Record;
+use super::{Request, end_source, is_refusal_of_target, remove_source, resume_source};
+use crate::conversation::Conversation;
+use crate::error::{Context, Error, Kind, Result};
+use crate::freeze_guard::FreezeGuard;
+use crate::image_blobs::offer_blobs;
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::restart_policy;
+use crate::source::{self, Dumped, SourceContainer};
+use crate::timeline::Timeline;
+
+/// How long the target may take to compare what it has with its manifest: it has read all digests
+/// while it came.
+const RECEIVED_DEADLINE: Duration = Duration::from_secs(120);
+/// How long a restore may take whatever its size, and how many bytes a second it has to manage.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(120);
+const RESTORE_SPEED: u64 = 20 << 20;
+/// How long the target may take to let go what it holds.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
+/// How long an interrupt waits for the answer to `Commit`.
+const COMMIT_GRACE: Duration = Duration::from_secs(10);
+/// How long the target may take to write all files of the copy to its disk.
+const DURABLE_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// What the steps share.
+pub(super) struct Transaction<'a> {
+    pub(super) node: &'a Containerd,
+    pub(super) container: &'a SourceContainer,
+    pub(super) store: &'a Store,
+    pub(super) request: &'a Request,
+    pub(super) record: &'a Record,
+    pub(super) conversation: Conversation,
+    pub(super) timeline: Timeline,
+    pub(super) progress: &'a dyn Progress,
+    pub(super) interrupt: &'a Interrupt,
+    pub(super) bytes: u64,
+    /// Bytes of memory and files, as far as they can be known before.
+    pub(super) estimate: u64,
+}
+
+impl Transaction<'_> {
+    /// Everything up to the moment when the copy runs. On failure the source runs, too, unless
+    /// nobody can know which does.
+    pub(super) async fn carry_out(&mut self) -> Result<u32> {
+        self.offer().await?;
+        let name = format!("migration-{}-{}", self.container.id(), unique());
+        let draft = self.store.draft(&name)?;
+        self.interrupt.check()?;
+        let to_thaw = (!self.container.was_paused).then(|| self.container.id());
+        let guard = FreezeGuard::start(self.node, to_thaw.as_slice(), Some(draft.dir()))?;
+        self.timeline.freeze();
+        if let Err(error) = self.freeze_and_move(&draft).await {
+            let error = resume_source(self.node, self.container, error).await;
+            guard.stand_down();
+            self.record.clear()?;
+            return Err(error);
+        }
+        // From here on nobody else may decide that the source runs.
+        guard.stand_down();
+        self.commit().await
+    }
+
+    async fn freeze_and_move(&mut self, draft: &Draft) -> Result<()> {
+        restart_policy::suspend(self.node, self.container.id()).await?;
+        self.container.freeze(self.node).await?;
+        self.move_frozen(draft).await?;
+        self.interrupt.check()?;
+        self.record.write(&self.request.to)
+    }
+
+    /// Says what will come, and sends the parts of the image that the target lacks.
+    async fn offer(&mut self) -> Result<()> {
+        self.progress.step("image");
+        let from = self.timeline.now();
+        let blobs = match &self.container.image {
+            Some((_, image)) => offer_blobs(self.node, image).await?,
+            None => Vec::new(),
+        };
+        self.estimate = self.container.estimate(self.node).await?;
+        let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+        let spec = String::from_utf8(self.container.spec.clone());
+        let offer = Offer {
+            protocol: PROTOCOL,
+            node: self.node.server_id().await?,
+            container: self.container.container.clone(),
+            spec: spec.context("the spec is not text")?,
+            architecture: uname.machine().to_string_lossy().into_owned(),
+            blobs: blobs.clone(),
+            estimate: self.estimate,
+        };
+        self.conversation
+            .send(Message::Offer(Box::new(offer)))
+            .await?;
+        self.conversation.watch(self.request.link_patience)?;
+        let needed = match self.conversation.receive("the target's answer").await? {
+            Message::Need { digests } => digests,
+            other => return Err(unexpected("the target's answer", &other).into()),
+        };
+        let mut bytes = 0;
+        for blob in blobs.iter().filter(|blob| needed.contains(&blob.digest)) {
+            self.send_blob(&blob.digest, blob.size).await?;
+            bytes += blob.size;
+        }
+        self.conversation.send(Message::ImageEnd).await?;
+        match self
+            .conversation
+            .receive("the target to have the image")
+            .await?
+        {
+            Message::Ready => {}
+            other => return Err(unexpected("the target to have the image", &other).into()),
+        }
+        self.timeline.step("image", from, Some(bytes));
+        if needed.is_empty() {
+            self.timeline.note("the target has it");
+        }
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    async fn send_blob(&mut self, digest: &str, size: u64) -> Result<()> {
+        self.conversation
+            .send(Message::Blob {
+                digest: digest.to_owned(),
+                size,
+            })
+            .await?;
+        let mut stream = self.node.read_blob(digest).await?;
+        while let Some(piece) = stream.next().await? {
+            self.conversation
+                .write(move |sender| sender.send_data(&piece))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Everything that happens while the source stands still and can still go on.
+    async fn move_frozen(&mut self, draft: &Draft) -> Result<()> {
+        let container = self.dump_and_send(draft).await?;
+        let manifest = source::manifest(
+            self.node,
+            draft.name(),
+            None,
+            vec![container],
+            Shared::default(),
+        )
+        .await?;
+        self.conversation
+            .send(Message::End {
+                manifest: Box::new(manifest),
+            })
+            .await?;
+        self.expect(
+            &Message::Received,
+            "the target to have the checkpoint",
+            RECEIVED_DEADLINE,
+        )
+        .await?;
+        self.timeline.end_step();
+
+        if let Some(command) = &self.request.before_restore {
+            self.run_before_restore(command).await?;
+        }
+        self.progress.step("restore");
+        let from = self.timeline.now();
+        self.conversation.send(Message::Restore).await?;
+        let deadline = RESTORE_DEADLINE + Duration::from_secs(self.bytes / RESTORE_SPEED);
+        self.expect(&Message::Restored, "the restore on the target", deadline)
+            .await?;
+        self.timeline.step("restore", from, None);
+        Ok(())
+    }
+
+    async fn expect(
+        &mut self,
+        message: &Message,
+        what: &'static str,
+        deadline: Duration,
+    ) -> Result<()> {
+        let found = self
+            .conversation
+            .receive_within(what, deadline, Duration::ZERO)
+            .await?;
+        match found == *message {
+            true => Ok(()),
+            false => Err(unexpected(what, &found).into()),
+        }
+    }
+
+    /// Dumps the container and sends its files; the pages, which are most of it, while CRIU still
+    /// writes them.
+    async fn dump_and_send(&mut self, draft: &Draft) -> Result<Container> {
+        let from = self.timeline.now();
+        let mut container = self.container.container.clone();
+        let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
+        self.progress.bytes("dump and transfer", self.estimate);
+        self.conversation
+            .send(Message::Begin {
+                name: draft.name().to_owned(),
+            })
+            .await?;
+
+        let dumped = Arc::new(AtomicBool::new(false));
+        let follow = {
+            let (name, dir, dumped) = (name.clone(), dir.clone(), Arc::clone(&dumped));
+            let mut count = self.progress.counter();
+            self.conversation.write(move |sender| {
+                let complete = || dumped.load(Ordering::Acquire);
+                match first_pages(&dir, &complete) {
+                    Some(path) => sender
+                        .send_file(&name, &dir, &path, &complete, &mut count)
+                        .map(Some),
+                    None => Ok(None),
+                }
+            })
+        };
+        let dump = async {
+            let result = self
+                .container
+                .dump(self.node, draft.dir(), self.request.dump_patience)
+                .await;
+            dumped.store(true, Ordering::Release);
+            result
+        };
+        let (dump, followed) = tokio::join!(dump, follow);
+        let Dumped { criu, upperdir, .. } = dump?;
+        container.files.extend(followed?);
+        self.timeline.step_of("dump", from, criu, None);
+        self.timeline
+            .step_of("upperdir", from, upperdir.1, Some(upperdir.0));
+        self.interrupt.check()?;
+
+        for path in list_files(&dir)? {
+            if container.files.iter().any(|sent| sent.path == path) {
+                continue;
+            }
+            let (name, dir, mut count) = (name.clone(), dir.clone(), self.progress.counter());
+            let file = self
+                .conversation
+                .write(move |sender| sender.send_file(&name, &dir, &path, &|| true, &mut count))
+                .await?;
+            container.files.push(file);
+        }
+        let bytes = container.files.iter().map(|file| file.size).sum();
+        self.timeline.step("transfer", from, Some(bytes));
+        self.bytes += bytes;
+        Ok(container)
+    }
+
+    async fn run_before_restore(&mut self, command: &str) -> Result<()> {
+        self.progress.step("before-restore command");
+        let from = self.timeline.now();
+        let failed = || format!("cannot run {command:?}");
+        let mut child = tokio::process::Command::new("sh")
+            .args(["-c", command])
+            .stdin(Stdio::null())
+            // The caller's stdout is for the result.
+            .stdout(std::io::stderr())
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(failed)?;
+        let status = tokio::select! {
+            status = child.wait() => status.with_context(failed)?,
+            interrupted = self.interrupt.wait() => return Err(interrupted.into()),
+        };
+        if !status.success() {
+            return Err(Error::failed(format!(
+                "the command before the restore failed ({status}): {command}"
+            )));
+        }
+        self.timeline.step("command", from, None);
+        Ok(())
+    }
+
+    /// The one moment in which a lost connection leaves it open which copy runs.
+    async fn commit(&mut self) -> Result<u32> {
+        let from = self.timeline.now();
+        let sent = self
+            .conversation
+            .send_with_grace(Message::Commit, COMMIT_GRACE)
+            .await;
+        let answer = match sent {
+            Ok(()) => {
+                self.conversation
+                    .receive_within("the copy to run", COMMIT_DEADLINE, COMMIT_GRACE)
+                    .await
+            }
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(Message::Running { pid }) => {
+                self.timeline.thaw();
+                self.timeline.step("commit", from, None);
+                Ok(pid)
+            }
+            Ok(other) => Err(self.uncertain(unexpected("the copy to run", &other).into())),
+            // The target says that its copy does not run.
+            Err(error) if is_refusal_of_target(&error) => {
+                let error = resume_source(self.node, self.container, error).await;
+                self.record.clear()?;
+                Err(error)
+            }
+            Err(error) => Err(self.uncertain(error)),
+        }
+    }
+
+    /// The copy runs: ends the source, and removes it as soon as a power cut of the target loses
+    /// nothing any more.
+    pub(super) async fn finish(&mut self) -> Result<()> {
+        let from = self.timeline.now();
+        end_source(self.node, self.container)
+            .await
+            .context("it could not be ended here")?;
+        self.record.clear()?;
+        self.progress.step("sync");
+        let id = self.container.id();
+        let namespace = self.node.namespace();
+        let durable = self
+            .conversation
+            .receive_within("the target's disk", DURABLE_DEADLINE, Duration::ZERO)
+            .await;
+        match durable {
+            Ok(Message::Durable) => {}
+            other => {
+                let error = match other {
+                    Ok(other) => unexpected("the target's disk", &other).into(),
+                    Err(error) => error,
+                };
+                return Err(Error::failed(
+                    "whether its files are on the disk there is not known, so they stay here, \
+                     stopped",
+                )
+                .hint("once they are, remove them here:")
+                .hint(format!("  ctr -n {namespace} containers rm {id}"))
+                .because(error));
+            }
+        }
+        self.timeline.step("sync", from, None);
+        match self.request.keep_source {
+            true => Ok(()),
+            false => remove_source(self.node, self.container)
+                .await
+                .context("it could not be removed here"),
+        }
+    }
+
+    fn uncertain(&self, error: Error) -> Error {
+        let id = self.container.id();
+        let namespace = self.node.namespace();
+        Error::new(
+            Kind::Uncertain,
+            format!(
+                "the connection broke while the copy of {id:?} was told to run; it is left paused \
+                 here, and {} says so",
+                self.record.path().display()
+            ),
+        )
+        .hint("if it runs on the other node, remove it here:")
+        .hint(format!(
+            "  ctr -n {namespace} tasks rm -f {id} && ctr -n {namespace} containers rm {id}"
+        ))
+        .hint("if it does not, let it go on here:")
+        .hint(format!("  ctr -n {namespace} tasks resume {id}"))
+        .because(error)
+    }
+}
+
+/// Waits for the first file of memory pages and gives its path in the container's directory; none
+/// when the dump ends without one.
+fn first_pages(dir: &Path, complete: &dyn Fn() -> bool) -> Option<String> {
+    loop {
+        let whole = complete();
+        let names = fs::read_dir(dir.join(IMAGES_DIR))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let pages = names.find(|name| name.starts_with("pages-"));
+        if pages.is_some() || whole {
+            return pages.map(|name| format!("{IMAGES_DIR}/{name}"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

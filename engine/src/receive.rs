@@ -1,0 +1,158 @@
+//! What comes through a pipe: a checkpoint, or the target's side of a migration.
+//!
+//! ```text
+//!  Begin --> a checkpoint of the store
+//!  Offer --> migration     the source's side is engine::migrate
+//!              image       blobs and layers, under a lease
+//!              restore::hold, start
+//!              durable     on the disk before the source is removed
+//! ```
+//!
+//! The target makes nothing that it cannot take back until the source says `Commit`; the protocol
+//! is drawn in `transship_checkpoint::wire`. What it makes, and how much it takes, is in the
+//! [`Request`]: the sender has no part in it.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
+use transship_checkpoint::wire::{Limits, Message, WireError, unexpected};
+use transship_containerd::Containerd;
+
+use crate::conversation::{Conversation, LINK_PATIENCE};
+use crate::error::{Context, Result};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::restore::Target;
+
+mod durable;
+mod image;
+mod migration;
+
+/// Bytes of the store's file system that stay free.
+pub const KEEP_FREE: u64 = 64 << 20;
+
+/// What the operator of this node lets come.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Name under which a checkpoint is kept; none: the one it has.
+    pub name: Option<String>,
+    /// What becomes of a container that is migrated here.
+    pub target: Target,
+    /// Bytes that are taken, at most.
+    pub max_size: Option<u64>,
+    /// How long the link of a migration may be silent.
+    pub link_patience: Duration,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            name: None,
+            target: Target::default(),
+            max_size: None,
+            link_patience: LINK_PATIENCE,
+        }
+    }
+}
+
+/// What has come.
+#[derive(Debug)]
+pub enum Received {
+    /// A checkpoint of the store.
+    Checkpoint(Box<Checkpoint>),
+    /// A container that runs here now.
+    Migrated {
+        /// Its id.
+        container: String,
+        /// Process id of its first process.
+        pid: u32,
+    },
+}
+
+/// Receives a checkpoint or a migration. `connect` makes the connection to containerd, which a
+/// checkpoint does not need.
+///
+/// # Errors
+/// Nothing of it is left then. One that the other side has caused is told to it, and is a
+/// [`WireError::Failed`] here.
+pub async fn receive(
+    connect: impl AsyncFnOnce() -> Result<Containerd>,
+    store: &Store,
+    request: Request,
+    (input, output): (impl Read + Send + 'static, impl Write + Send + 'static),
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Received> {
+    let mut conversation = Conversation::new(input, output, interrupt.clone());
+    match conversation.receive("a checkpoint or a migration").await? {
+        Message::Begin { name } => {
+            let name = request.name.clone().unwrap_or(name);
+            let limits = Limits {
+                max_bytes: request.max_size.unwrap_or(u64::MAX),
+                keep_free: KEEP_FREE,
+            };
+            let draft = store.draft(&name)?;
+            let mut manifest =
+                receive_files(&mut conversation, draft.dir(), limits, progress).await?;
+            manifest.name = name;
+            let checkpoint = keep(draft, manifest, Durability::Synced).await?;
+            Ok(Received::Checkpoint(Box::new(checkpoint)))
+        }
+        Message::Offer(offer) => {
+            conversation.watch(request.link_patience)?;
+            let accepted = async {
+                let node = connect().await?;
+                migration::accept(
+                    &node,
+                    store,
+                    &mut conversation,
+                    *offer,
+                    &request,
+                    (interrupt, progress),
+                )
+                .await
+            };
+            let result = accepted.await;
+            if let Err(error) = &result
+                && !comes_from_the_other_side(error)
+            {
+                conversation.give_up(error.one_line()).await;
+            }
+            result
+        }
+        other => Err(unexpected("a checkpoint or a migration", &other).into()),
+    }
+}
+
+/// Whether the other side knows already, because it is the one that has failed.
+pub fn comes_from_the_other_side(error: &crate::error::Error) -> bool {
+    matches!(error.cause::<WireError>(), Some(WireError::Failed { .. }))
+}
+
+/// Receives the files of a checkpoint into `dir`.
+async fn receive_files(
+    conversation: &mut Conversation,
+    dir: &Path,
+    limits: Limits,
+    progress: &dyn Progress,
+) -> Result<transship_checkpoint::manifest::Manifest> {
+    progress.step("receive");
+    let mut count = progress.counter();
+    let dir = dir.to_path_buf();
+    conversation
+        .read(move |receiver| receiver.receive_files(&dir, &limits, &mut count))
+        .await
+}
+
+async fn keep(
+    draft: Draft,
+    manifest: transship_checkpoint::manifest::Manifest,
+    durability: Durability,
+) -> Result<Checkpoint> {
+    tokio::task::spawn_blocking(move || draft.commit(manifest, durability))
+        .await
+        .context("the checkpoint was not kept")?
+        .map_err(Into::into)
+}

@@ -1,0 +1,251 @@
+//! The image of a container that is migrated here: blobs and layers, which are garbage until the copy
+//! runs, and then the record.
+
+use std::collections::HashMap;
+
+use containerd_client::types::Descriptor;
+use tokio::sync::mpsc;
+use transship_checkpoint::wire::{Blob, Message, Offer, unexpected};
+use transship_containerd::Containerd;
+use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
+
+use crate::conversation::Conversation;
+use crate::error::{Context, Error, Result};
+
+/// The longest name of an image, as in the reference grammar of the distribution project.
+const NAME_LIMIT: usize = 255;
+
+/// Takes the blobs that this node lacks, and unpacks the image. Without a record and with the lease of
+/// `node` gone all of it is garbage.
+pub(super) async fn receive(
+    node: &Containerd,
+    conversation: &mut Conversation,
+    offer: &Offer,
+    snapshotter: &str,
+) -> Result<()> {
+    let image = &offer.container.image;
+    let mut missing = Vec::new();
+    if node.snapshot(snapshotter, &image.chain_id).await.is_err() {
+        for blob in &offer.blobs {
+            if node.blob(&blob.digest).await?.is_none() {
+                missing.push(blob.digest.clone());
+            }
+        }
+    }
+    conversation
+        .send(Message::Need {
+            digests: missing.clone(),
+        })
+        .await?;
+    loop {
+        match conversation.receive("the image").await? {
+            Message::Blob { digest, size } => {
+                let at = missing.iter().position(|wanted| *wanted == digest);
+                let known = offer
+                    .blobs
+                    .iter()
+                    .find(|blob| blob.digest == digest && blob.size == size);
+                let (Some(at), Some(blob)) = (at, known) else {
+                    return Err(Error::failed(
+                        "the stream holds a blob that was not asked for",
+                    ));
+                };
+                missing.swap_remove(at);
+                receive_blob(node, conversation, blob).await?;
+            }
+            Message::ImageEnd => break,
+            other => return Err(unexpected("the image", &other).into()),
+        }
+    }
+    if let Some(target) = target_of(offer)
+        && node.blob(&target.digest).await?.is_some()
+        && let Some(resolved) = node
+            .resolve_image(&target, &image.chain_id)
+            .await
+            .context("the image that was offered cannot be read")?
+    {
+        return node
+            .unpack(&resolved, snapshotter)
+            .await
+            .context("the image that was offered cannot be unpacked");
+    }
+    node.ensure_unpacked(&image.name, &image.chain_id, snapshotter)
+        .await
+        .context("the image is not on this node")
+}
+
+fn target_of(offer: &Offer) -> Option<Descriptor> {
+    let target = offer.blobs.first()?;
+    Some(Descriptor {
+        media_type: target.media_type.clone(),
+        digest: target.digest.clone(),
+        size: i64::try_from(target.size).ok()?,
+        ..Descriptor::default()
+    })
+}
+
+async fn receive_blob(
+    node: &Containerd,
+    conversation: &mut Conversation,
+    blob: &Blob,
+) -> Result<()> {
+    let (size, digest) = (blob.size, blob.digest.as_str());
+    let (pieces, queue) = mpsc::channel(4);
+    let write = node.write_blob(digest, size, kept_labels(blob), queue);
+    let read = conversation.read(move |receiver| {
+        receiver.receive_data(size, &mut |piece| {
+            // A writer that has gone says why by itself; the stream is read to the end.
+            drop(pieces.blocking_send(piece));
+            Ok(())
+        })
+    });
+    let (written, read) = tokio::join!(write, read);
+    read?;
+    Ok(written?)
+}
+
+/// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or
+/// say where it comes from.
+fn kept_labels(blob: &Blob) -> HashMap<String, String> {
+    let kept = |name: &str| {
+        name.starts_with("containerd.io/gc.ref.content") || name == "containerd.io/uncompressed"
+    };
+    let labels = blob.labels.clone().into_iter();
+    labels.filter(|(name, _)| kept(name)).collect()
+}
+
+/// What the image is called here.
+#[derive(Debug)]
+pub(super) struct ImageName {
+    /// Its name.
+    pub(super) name: String,
+    /// What the record will name, unless there is one already or the image is not whole.
+    target: Option<Descriptor>,
+}
+
+/// Chooses the name: the one that this node has for the same content; else one that holds the digest,
+/// because a plain name says to all others on this node which image it means.
+pub(super) async fn choose_name(
+    node: &Containerd,
+    offer: &Offer,
+    allowed: &Allowed,
+) -> Result<ImageName> {
+    let offered = offer.container.image.name.as_str();
+    let Some(target) = target_of(offer) else {
+        return Ok(ImageName {
+            name: offered.to_owned(),
+            target: None,
+        });
+    };
+    let suffix = format!("@{}", target.digest);
+    let plain = offered.strip_suffix(suffix.as_str()).unwrap_or(offered);
+    let mut free = false;
+    for name in [offered, plain] {
+        let found = node.image(name).await?.and_then(|image| image.target);
+        match found {
+            Some(found) if found.digest == target.digest => {
+                return Ok(ImageName {
+                    name: name.to_owned(),
+                    target: None,
+                });
+            }
+            found => free = found.is_none(),
+        }
+    }
+    let whole = is_whole(node, &target, &offer.container.image.chain_id).await?;
+    Ok(ImageName {
+        name: match free && allowed.contains(&Allow::ImageName) {
+            true => plain.to_owned(),
+            false => own_name(plain, &suffix),
+        },
+        target: whole.then_some(target),
+    })
+}
+
+fn own_name(plain: &str, suffix: &str) -> String {
+    let is_reference = !plain.is_empty()
+        && plain.len() <= NAME_LIMIT
+        && plain
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._-/:".contains(c));
+    let plain = if is_reference {
+        plain
+    } else {
+        "transship/migrated"
+    };
+    format!("{plain}{suffix}")
+}
+
+/// Whether the content store has every blob of the image: a record without its layers makes kubelet
+/// believe that it need not pull them.
+async fn is_whole(node: &Containerd, target: &Descriptor, chain: &str) -> Result<bool> {
+    if node.blob(&target.digest).await?.is_none() {
+        return Ok(false);
+    }
+    let resolved = node.resolve_image(target, chain).await;
+    let Some(image) = resolved.context("the image that was offered cannot be read")? else {
+        return Ok(false);
+    };
+    for blob in &image.blobs {
+        if node.blob(&blob.digest).await?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+impl ImageName {
+    /// Makes the record, for the copy that runs.
+    pub(super) async fn record(&self, node: &Containerd) -> Result<()> {
+        match &self.target {
+            Some(target) => Ok(node.create_image(&self.name, target.clone()).await?),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_ours_says_what_it_means() {
+        let suffix = "@sha256:0";
+        assert_eq!(
+            own_name("docker.io/x/y:1", suffix),
+            "docker.io/x/y:1@sha256:0"
+        );
+        for hostile in ["", "a@sha256:1", "a b", "a\n", &"x".repeat(300)] {
+            assert_eq!(own_name(hostile, suffix), "transship/migrated@sha256:0");
+        }
+    }
+
+    #[test]
+    fn labels_of_the_garbage_collector_stay_behind() {
+        let names = [
+            "containerd.io/gc.root",
+            "containerd.io/gc.ref.snapshot.overlayfs",
+            "containerd.io/gc.ref.content.l.0",
+            "containerd.io/uncompressed",
+            "containerd.io/distribution.source.docker.io",
+        ];
+        let blob = Blob {
+            digest: "sha256:0".into(),
+            size: 0,
+            media_type: String::new(),
+            labels: names
+                .iter()
+                .map(|name| ((*name).into(), "x".into()))
+                .collect(),
+        };
+        let mut kept: Vec<_> = kept_labels(&blob).into_keys().collect();
+        kept.sort_unstable();
+        assert_eq!(
+            kept,
+            [
+                "containerd.io/gc.ref.content.l.0",
+                "containerd.io/uncompressed"
+            ]
+        );
+    }
+}

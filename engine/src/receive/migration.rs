@@ -1,0 +1,317 @@
+//! The target's side of a migration, from the offer to the moment when the source may be removed.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use transship_checkpoint::manifest::{Container, Manifest, SPEC_FILE, check_name};
+use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
+use transship_checkpoint::wire::{Limits, Message, Offer, PROTOCOL, printable, unexpected};
+use transship_containerd::{Containerd, unique};
+
+use super::image::{self, ImageName};
+use super::{KEEP_FREE, Received, Request, durable, keep, receive_files};
+use crate::conversation::Conversation;
+use crate::error::{Context, Error, Result};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::restore::{self, LEASE, Plan, Restored};
+use crate::timeline::human_bytes;
+
+/// What memory may grow between the offer and the freeze, in bytes, beside the double of it.
+const SLACK: u64 = 1 << 30;
+
+/// How long an interrupt waits until the source knows that the copy runs.
+const TELL_GRACE: Duration = Duration::from_secs(10);
+
+pub(super) async fn accept(
+    node: &Containerd,
+    store: &Store,
+    conversation: &mut Conversation,
+    offer: Offer,
+    request: &Request,
+    around: (&Interrupt, &dyn Progress),
+) -> Result<Received> {
+    let plan = check_offer(node, store, &offer, request).await?;
+    // All that is made is garbage until the copy runs.
+    let leased = node.with_lease(LEASE).await?;
+    let result = take(&leased, store, conversation, &offer, plan, request, around).await;
+    // A lease that cannot be dropped ends by itself.
+    drop(leased.drop_lease().await);
+    result
+}
+
+async fn check_offer(
+    node: &Containerd,
+    store: &Store,
+    offer: &Offer,
+    request: &Request,
+) -> Result<Plan> {
+    if offer.protocol != PROTOCOL {
+        let age = match offer.protocol < PROTOCOL {
+            true => "older",
+            false => "newer",
+        };
+        return Err(Error::refused(format!(
+            "the transship of the source is {age} than that of the target (protocol {}, here \
+             {PROTOCOL}): both nodes need the same",
+            offer.protocol.max(1)
+        )));
+    }
+    check_name("the container's name", &offer.container.name)?;
+    if !offer.node.is_empty()
+        && offer.node == node.server_id().await?
+        && request.target.id.is_none()
+    {
+        return Err(Error::refused(
+            "the other node is the node that the container runs on",
+        ));
+    }
+    let here = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+    let here = here.machine().to_string_lossy();
+    if offer.architecture != here {
+        let there = printable(&offer.architecture);
+        return Err(Error::refused(format!(
+            "this node is {here}, the container runs on {there}"
+        )));
+    }
+    let spec = offer.spec.as_bytes();
+    let plan = restore::plan(node, &offer.container, spec, &request.target).await?;
+    // Twice: the checkpoint, and the upperdir filled from it.
+    let blobs = offer
+        .blobs
+        .iter()
+        .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
+    let needed = offer.estimate.saturating_mul(2);
+    let most = request.max_size.unwrap_or(u64::MAX);
+    if offer.estimate.saturating_add(blobs) > most {
+        return Err(Error::refused(format!(
+            "it has about {}, and this node takes {} (--max-size)",
+            human_bytes(offer.estimate.saturating_add(blobs)),
+            human_bytes(most)
+        )));
+    }
+    let free = free_bytes(store.root())?;
+    if free < needed.saturating_add(KEEP_FREE) {
+        return Err(Error::refused(format!(
+            "not enough room below {}: {} free, about {} needed",
+            store.root().display(),
+            human_bytes(free),
+            human_bytes(needed)
+        )));
+    }
+    Ok(plan)
+}
+
+/// Free bytes of the file system that `path` is or will be on.
+fn free_bytes(path: &Path) -> Result<u64> {
+    let there = path
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok());
+    let there = there.unwrap_or(Path::new("/"));
+    let stat = nix::sys::statvfs::statvfs(there)
+        .with_context(|| format!("cannot ask for the free space of {}", there.display()))?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+async fn take(
+    node: &Containerd,
+    store: &Store,
+    conversation: &mut Conversation,
+    offer: &Offer,
+    mut plan: Plan,
+    request: &Request,
+    (interrupt, progress): (&Interrupt, &dyn Progress),
+) -> Result<Received> {
+    progress.step("image");
+    image::receive(node, conversation, offer, &plan.snapshotter).await?;
+    let name = image::choose_name(node, offer, &request.target.allowed).await?;
+    plan.set_image_name(&name.name);
+    conversation.send(Message::Ready).await?;
+
+    match conversation.receive("the checkpoint").await? {
+        Message::Begin { .. } => {}
+        other => return Err(unexpected("the checkpoint", &other).into()),
+    }
+    let draft = store.draft(&format!("migration-{}-{}", plan.id, unique()))?;
+    let limits = Limits {
+        max_bytes: most_bytes(offer, request),
+        keep_free: KEEP_FREE,
+    };
+    let stream = receive_files(conversation, draft.dir(), limits, progress).await?;
+    let manifest = as_offered(offer, stream, draft.name())?;
+    let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
+    let held = agree(node, conversation, plan, &checkpoint, interrupt).await;
+    // Consumed, or of no use to anybody: the source has all of it.
+    let removed = store.remove(&checkpoint.manifest.name);
+    let (restored, pid) = held?;
+    let container = restored.id().to_owned();
+    let kept = finish(node, conversation, restored, &name).await;
+    kept.and(removed.map_err(Into::into))?;
+    Ok(Received::Migrated { container, pid })
+}
+
+fn most_bytes(offer: &Offer, request: &Request) -> u64 {
+    let expected = offer.estimate.saturating_mul(2).saturating_add(SLACK);
+    request.max_size.map_or(expected, |most| most.min(expected))
+}
+
+/// What was checked is what is used: the container and the spec are those of the offer, the stream
+/// has brought files.
+fn as_offered(offer: &Offer, stream: Manifest, name: &str) -> Result<Manifest> {
+    let differs = |what: &str| {
+        Error::failed(format!(
+            "{what} of the stream is not the one that was offered"
+        ))
+    };
+    let [container] = stream.containers.as_slice() else {
+        return Err(differs("the set of containers"));
+    };
+    let files = container.files.clone();
+    let offered = Container {
+        files: files.clone(),
+        ..offer.container.clone()
+    };
+    if *container != offered || stream.pod.is_some() || !stream.shared.is_empty() {
+        return Err(differs("the container"));
+    }
+    let spec = files.iter().find(|file| file.path == SPEC_FILE);
+    if spec.is_none_or(|file| file.sha256 != hex(&Sha256::digest(offer.spec.as_bytes()))) {
+        return Err(differs(SPEC_FILE));
+    }
+    Ok(Manifest {
+        name: name.to_owned(),
+        containers: vec![offered],
+        ..stream
+    })
+}
+
+/// Restores, and lets the copy run when the source has committed itself.
+async fn agree(
+    node: &Containerd,
+    conversation: &mut Conversation,
+    plan: Plan,
+    checkpoint: &Checkpoint,
+    interrupt: &Interrupt,
+) -> Result<(Restored, u32)> {
+    conversation.send(Message::Received).await?;
+    match conversation.receive("the word to restore").await? {
+        Message::Restore => {}
+        other => return Err(unexpected("the word to restore", &other).into()),
+    }
+    let restored = restore::hold(node, plan, checkpoint).await?;
+    let agreed = async {
+        interrupt.check()?;
+        conversation.send(Message::Restored).await?;
+        match conversation.receive("the commitment").await? {
+            Message::Commit => restored.start().await,
+            other => Err(unexpected("the commitment", &other).into()),
+        }
+    };
+    let agreed = agreed.await;
+    match agreed {
+        Ok(pid) => Ok((restored, pid)),
+        Err(error) => Err(restored.undo_after(error).await),
+    }
+}
+
+/// From here on the copy runs, whether the source hears it or not; nothing takes it back.
+async fn finish(
+    node: &Containerd,
+    conversation: &mut Conversation,
+    restored: Restored,
+    image: &ImageName,
+) -> Result<()> {
+    let pid = restored.pid;
+    let running = Message::Running { pid };
+    let told = conversation.send_with_grace(running, TELL_GRACE).await;
+    let upperdir = restored.upperdir().to_path_buf();
+    let settled = async {
+        restored.settle().await?;
+        image.record(node).await?;
+        durable::sync(node, &upperdir).await
+    };
+    let settled = settled.await;
+    match (told, settled) {
+        (Ok(()), Ok(())) => {
+            let told = conversation.send(Message::Durable).await;
+            conversation.close();
+            told
+        }
+        (told, settled) => settled.and(told),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_checkpoint::manifest::{File, Format, Source};
+
+    use super::*;
+
+    fn offer() -> Offer {
+        Offer {
+            protocol: PROTOCOL,
+            node: String::new(),
+            container: Container {
+                name: "web".into(),
+                ..Container::default()
+            },
+            spec: "{}".into(),
+            architecture: "x86_64".into(),
+            blobs: Vec::new(),
+            estimate: u64::MAX,
+        }
+    }
+
+    fn stream(spec: &str) -> Manifest {
+        let mut container = offer().container;
+        container.files = vec![File {
+            path: SPEC_FILE.into(),
+            size: 2,
+            sha256: hex(&Sha256::digest(spec.as_bytes())),
+        }];
+        let format = Format {
+            version: 1,
+            features: Vec::new(),
+        };
+        Manifest {
+            format,
+            name: "there".into(),
+            created: 1,
+            source: Source::default(),
+            pod: None,
+            containers: vec![container],
+            shared: Default::default(),
+        }
+    }
+
+    #[test]
+    fn a_stream_brings_files_and_nothing_else() {
+        let taken = as_offered(&offer(), stream("{}"), "here").unwrap();
+        assert_eq!(taken.name, "here");
+        assert_eq!(taken.containers[0].files.len(), 1);
+        assert!(as_offered(&offer(), stream("{ }"), "here").is_err());
+        let changes: [fn(&mut Manifest); 4] = [
+            |it| it.containers[0].criu.ext_unix_sk = true,
+            |it| it.pod = Some(Default::default()),
+            |it| it.containers.clear(),
+            |it| it.shared.shm.push("web".into()),
+        ];
+        for change in changes {
+            let mut other = stream("{}");
+            change(&mut other);
+            let error = as_offered(&offer(), other, "here").unwrap_err();
+            assert!(error.to_string().contains("offered"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bounds_do_not_overflow() {
+        assert_eq!(most_bytes(&offer(), &Request::default()), u64::MAX);
+        let small = Request {
+            max_size: Some(5),
+            ..Request::default()
+        };
+        assert_eq!(most_bytes(&offer(), &small), 5);
+    }
+}

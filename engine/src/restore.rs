@@ -1,0 +1,125 @@
+//! A container made of a checkpoint.
+//!
+//! ```text
+//!  checkpoint, Target --> plan     all that can be checked and decided before anything is made
+//!      plan           --> held     snapshot, upperdir, record, task: restored, and held
+//!      Restored::start             it runs
+//!      Restored::settle            an ordinary container;  Restored::undo: nothing is left
+//! ```
+//!
+//! What the checkpoint says is its maker's word: the spec, the labels and the options of the manifest
+//! go through `transship_sandbox::admission::foreign_spec`, and everything that leads to a program, a
+//! path or a privilege of this node comes from the [`Target`], which the node's operator fills in.
+
+use transship_checkpoint::manifest::SPEC_FILE;
+use transship_checkpoint::store::{Checkpoint, Store, StoreError};
+use transship_containerd::Containerd;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::interrupt::Interrupt;
+use crate::progress::Progress;
+use crate::timeline::Timeline;
+
+mod held;
+mod plan;
+mod spec;
+mod target;
+
+pub use held::{LEASE, Restored, hold};
+pub use plan::{Plan, plan};
+pub use target::{Target, allowed_by_node};
+
+/// What to restore, and as what.
+#[derive(Debug, Default)]
+pub struct Request<'a> {
+    /// Name of the checkpoint in the store.
+    pub name: &'a str,
+    /// Which of its containers, when it has several.
+    pub container: Option<&'a str>,
+    /// What becomes of it.
+    pub target: Target,
+}
+
+/// A container that was restored and runs.
+#[derive(Debug)]
+pub struct Report {
+    /// Its id.
+    pub container: String,
+    /// Process id of its first process.
+    pub pid: u32,
+    /// What took how long.
+    pub timeline: Timeline,
+}
+
+/// Restores a container of a checkpoint and lets it run.
+///
+/// # Errors
+/// Nothing of it is left then.
+pub async fn restore(
+    node: &Containerd,
+    store: &Store,
+    request: &Request<'_>,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let mut timeline = Timeline::begin();
+    let checkpoint = open(store, request.name)?;
+    let container = checkpoint.manifest.container(request.container)?.clone();
+    let path = checkpoint.container_dir(&container).join(SPEC_FILE);
+    let spec = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let plan = plan(node, &container, &spec, &request.target).await?;
+
+    progress.step("digests");
+    let bytes = checkpoint.manifest.size();
+    let from = timeline.now();
+    tokio::task::spawn_blocking({
+        let checkpoint = checkpoint.clone();
+        move || checkpoint.verify()
+    })
+    .await??;
+    timeline.step("digests", from, Some(bytes));
+    interrupt.check()?;
+
+    progress.step("restore");
+    let leased = node.with_lease(LEASE).await?;
+    let from = timeline.now();
+    let run = async {
+        let restored = hold(&leased, plan, &checkpoint).await?;
+        timeline.step("restore", from, Some(bytes));
+        let from = timeline.now();
+        let id = restored.id().to_owned();
+        let started = match interrupt.check() {
+            Ok(()) => restored.start().await,
+            Err(interrupted) => Err(interrupted.into()),
+        };
+        let pid = match started {
+            Ok(pid) => pid,
+            Err(error) => return Err(restored.undo_after(error).await),
+        };
+        timeline.step("start", from, None);
+        restored.settle().await?;
+        Ok((id, pid))
+    };
+    let done = run.await;
+    // What was made is referred to by now, or gone. A lease that cannot be dropped ends by itself.
+    drop(leased.drop_lease().await);
+    let (container, pid) = done?;
+    Ok(Report {
+        container,
+        pid,
+        timeline,
+    })
+}
+
+/// Opens a checkpoint; one that is not there has a kind of its own.
+///
+/// # Errors
+/// [`Kind::NotFound`], or a checkpoint that cannot be read.
+pub fn open(store: &Store, name: &str) -> Result<Checkpoint> {
+    match store.open(name) {
+        Err(error @ StoreError::NotFound { .. }) => {
+            Err(Error::new(Kind::NotFound, error.to_string()).hint("transship ls"))
+        }
+        other => Ok(other?),
+    }
+}

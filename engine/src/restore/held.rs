@@ -1,0 +1,187 @@
+//! The held copy: made, let go, or undone.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
+use transship_checkpoint::store::Checkpoint;
+use transship_containerd::Containerd;
+use transship_containerd::containers::NewContainer;
+use transship_containerd::snapshots::OverlayDirs;
+use transship_containerd::tasks::Output;
+use transship_layer::ImportOptions;
+use transship_proto::runc_options::Options;
+
+use super::plan::Plan;
+use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
+use crate::error::{Context, Error, Result};
+
+/// How long the garbage collector keeps its hands off a restore.
+pub const LEASE: Duration = Duration::from_secs(3600);
+
+/// The only runtime of containerd whose containers can be restored.
+const RUNTIME: &str = "io.containerd.runc.v2";
+
+/// A container that was restored and does not run yet.
+#[derive(Debug)]
+pub struct Restored {
+    node: Containerd,
+    plan: Plan,
+    spec: Vec<u8>,
+    upperdir: PathBuf,
+    /// Process id of its first process.
+    pub pid: u32,
+}
+
+/// Restores the planned container, up to the moment before its first instruction. `node` has a lease.
+///
+/// # Errors
+/// Nothing of it is left then, or the error says what.
+pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Result<Restored> {
+    match make(node, &plan, checkpoint).await {
+        Ok((pid, spec, upperdir)) => Ok(Restored {
+            node: node.clone(),
+            plan,
+            spec,
+            upperdir,
+            pid,
+        }),
+        Err(error) => Err(match remove(node, &plan).await {
+            Ok(()) => error,
+            Err(left) => Error::failed(format!(
+                "and not all of it could be removed: {}",
+                left.one_line()
+            ))
+            .because(error),
+        }),
+    }
+}
+
+async fn make(
+    node: &Containerd,
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+) -> Result<(u32, Vec<u8>, PathBuf)> {
+    let container = &plan.container;
+    let held = asking_for_restore(plan, &checkpoint.manifest.name);
+    let image = &container.image;
+    node.ensure_unpacked(&image.name, &image.chain_id, &plan.snapshotter)
+        .await?;
+    let labels = HashMap::new();
+    let mounts = node
+        .prepare(&plan.snapshotter, &plan.id, &image.chain_id, labels)
+        .await?;
+    let Some(dirs) = OverlayDirs::of(&mounts) else {
+        return Err(Error::failed(format!(
+            "the snapshotter {:?} does not mount an overlay",
+            plan.snapshotter
+        )));
+    };
+    let upperdir = dirs.upperdir.clone();
+    let diff = checkpoint.container_dir(container).join(ROOTFS_DIFF_FILE);
+    tokio::task::spawn_blocking(move || import(&diff, &dirs)).await??;
+
+    let json = held.to_json();
+    let value = serde_json::from_slice(&json).context("our own spec cannot be parsed")?;
+    let options = Options {
+        binary_name: plan.runtime_binary.display().to_string(),
+        systemd_cgroup: has_systemd_cgroup(&value),
+        ..Options::default()
+    };
+    node.create_container(NewContainer {
+        id: plan.id.clone(),
+        labels: plan.labels.clone().into_iter().collect(),
+        image: image.name.clone(),
+        runtime: RUNTIME.to_owned(),
+        runtime_options: Some(containerd_client::to_any(&options)),
+        spec: json.clone(),
+        snapshotter: plan.snapshotter.clone(),
+        snapshot_key: plan.id.clone(),
+    })
+    .await?;
+    let (stdout, stderr) = plan.output.clone();
+    let pid = node
+        .create_task(&plan.id, mounts, Output { stdout, stderr })
+        .await?;
+    Ok((pid, json, upperdir))
+}
+
+fn import(diff: &Path, dirs: &OverlayDirs) -> Result<()> {
+    let file = File::open(diff).with_context(|| format!("cannot open {}", diff.display()))?;
+    // What is filled in is no larger than what has come, and that has a bound.
+    let length = file
+        .metadata()
+        .with_context(|| format!("cannot stat {}", diff.display()))?
+        .len();
+    let options = ImportOptions {
+        max_bytes: length,
+        ..ImportOptions::default()
+    };
+    let failed = || format!("cannot fill the upperdir {}", dirs.upperdir.display());
+    let layer = transship_layer::decompress(BufReader::with_capacity(1 << 20, file))
+        .with_context(failed)?;
+    transship_layer::import_into_upperdir(layer, &dirs.upperdir, &dirs.lowerdirs, &options)
+        .with_context(failed)?;
+    Ok(())
+}
+
+impl Restored {
+    /// Id of the container.
+    pub fn id(&self) -> &str {
+        &self.plan.id
+    }
+
+    /// Where its files are.
+    pub fn upperdir(&self) -> &Path {
+        &self.upperdir
+    }
+
+    /// Lets the copy run, and gives its process id. If it does not, it is still there to be undone.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn start(&self) -> Result<u32> {
+        self.node.start_task(&self.plan.id).await?;
+        Ok(self.pid)
+    }
+
+    /// Makes the running copy a container like any other: started again, it starts its program, so
+    /// what asked for the restore leaves its record.
+    ///
+    /// # Errors
+    /// It runs all the same.
+    pub async fn settle(self) -> Result<()> {
+        let spec = without_restore(&self.spec)?;
+        let id = &self.plan.id;
+        self.node
+            .update_spec(id, spec)
+            .await
+            .with_context(|| format!("{id:?} runs, but its record still asks for the restore"))
+    }
+
+    /// Removes all that was made, because of this error.
+    pub async fn undo_after(self, error: Error) -> Error {
+        match remove(&self.node, &self.plan).await {
+            Ok(()) => error,
+            Err(left) => Error::failed(format!(
+                "{:?} could not be removed again ({}) after this",
+                self.plan.id,
+                left.one_line()
+            ))
+            .because(error),
+        }
+    }
+}
+
+async fn remove(node: &Containerd, plan: &Plan) -> Result<()> {
+    node.kill_task(&plan.id).await?;
+    match node.delete_container(&plan.id).await {
+        Err(error) if !error.is_not_found() => return Err(error.into()),
+        _ => {}
+    }
+    node.remove_snapshot(&plan.snapshotter, &plan.id).await?;
+    Ok(())
+}

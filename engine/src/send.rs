@@ -1,0 +1,34 @@
+//! A checkpoint as a stream.
+
+use std::io::Write;
+
+use transship_checkpoint::store::Checkpoint;
+use transship_checkpoint::wire::{Message, Sender};
+
+use crate::error::Result;
+use crate::progress::Progress;
+
+/// Writes the checkpoint to `out`. The receiver compares what arrives with the digests of the
+/// manifest: damage here is found there.
+///
+/// # Errors
+/// A file cannot be read, or `out` not be written.
+pub fn send(checkpoint: &Checkpoint, out: impl Write, progress: &dyn Progress) -> Result<()> {
+    let manifest = &checkpoint.manifest;
+    progress.bytes("send", manifest.size());
+    let mut count = progress.counter();
+    let sender = Sender::new(out);
+    sender.send(&Message::Begin {
+        name: manifest.name.clone(),
+    })?;
+    for (name, files) in manifest.directories() {
+        let dir = checkpoint.dir.join(name);
+        for file in files {
+            sender.send_file(name, &dir, &file.path, &|| true, &mut *count)?;
+        }
+    }
+    sender.send(&Message::End {
+        manifest: Box::new(manifest.clone()),
+    })?;
+    Ok(())
+}

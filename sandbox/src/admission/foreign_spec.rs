@@ -1,0 +1,488 @@
+//! What a spec that comes out of a checkpoint may ask of this node.
+//!
+//! A restore outside of the CRI makes a container of the spec in the checkpoint. Whoever has made the
+//! checkpoint has written that spec, so it gets what `ctr run` gives to every container, and what the
+//! node's operator allows by name:
+//!
+//! ```text
+//!  spec of the checkpoint --> each field that is known to be harmless, or harmless as it is here
+//!                         `-> all others: a refusal, which names the field and how to allow it
+//!  allowed: --allow KIND of `transship restore` and `receive`, [restore] and [receive] of node.toml
+//! ```
+//!
+//! A field that this file does not know is refused: a later version of the OCI runtime specification
+//! must not add a way around it.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Deserialize;
+use serde_json::Value;
+use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides, OPTIONS};
+
+/// Something that a checkpoint may ask for and only the node's operator can give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Allow {
+    /// Programs of the node that run beside the container (OCI hooks).
+    Hooks,
+    /// CRIU's configuration, and options of the manifest that choose a security profile or cgroups.
+    CriuOptions,
+    /// Devices of the node.
+    Devices,
+    /// Files and directories of the node, and file systems other than those of every container.
+    HostMounts,
+    /// Capabilities beyond those that `ctr run` gives.
+    Capabilities,
+    /// Namespaces of the node itself.
+    HostNamespaces,
+    /// A cgroup whose path is not made of the container's namespace and id.
+    CgroupPath,
+    /// Paths of `/proc` and `/sys` that are masked or read-only in other containers.
+    UnmaskedPaths,
+    /// Fields of the spec that are not known to be harmless.
+    OtherFields,
+    /// The name that the sender gives to the image.
+    ImageName,
+}
+
+impl Allow {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Hooks,
+        Self::CriuOptions,
+        Self::Devices,
+        Self::HostMounts,
+        Self::Capabilities,
+        Self::HostNamespaces,
+        Self::CgroupPath,
+        Self::UnmaskedPaths,
+        Self::OtherFields,
+        Self::ImageName,
+    ];
+
+    /// Its name in `--allow` and `node.toml`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hooks => "hooks",
+            Self::CriuOptions => "criu-options",
+            Self::Devices => "devices",
+            Self::HostMounts => "host-mounts",
+            Self::Capabilities => "capabilities",
+            Self::HostNamespaces => "host-namespaces",
+            Self::CgroupPath => "cgroup-path",
+            Self::UnmaskedPaths => "unmasked-paths",
+            Self::OtherFields => "other-fields",
+            Self::ImageName => "image-name",
+        }
+    }
+}
+
+impl fmt::Display for Allow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is none of [`Allow::ALL`].
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is none of {names}", names = Allow::ALL.map(Allow::name).join(", "))]
+pub struct UnknownAllow(String);
+
+impl FromStr for Allow {
+    type Err = UnknownAllow;
+
+    fn from_str(text: &str) -> Result<Self, UnknownAllow> {
+        let found = Self::ALL.into_iter().find(|allow| allow.name() == text);
+        found.ok_or_else(|| UnknownAllow(text.to_owned()))
+    }
+}
+
+/// What the operator allows.
+pub type Allowed = BTreeSet<Allow>;
+
+/// Something that a checkpoint asks for and does not get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What it asks for, as the end of "it ...".
+    pub what: String,
+    /// What would allow it.
+    pub allow: Allow,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "it {} (--allow {})", self.what, self.allow)
+    }
+}
+
+/// The capabilities of a container that `ctr run` makes.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+/// What containerd masks in every container since 1.6, without the paths that came later.
+const MASKED: [&str; 5] = [
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/sys/firmware",
+];
+
+/// What is read-only in every container.
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// The namespaces that every container has for itself, or shares with a sandbox.
+const NAMESPACES: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
+
+/// Character devices of every container: null, zero, full, random, urandom, tty, ptmx, and all of
+/// devpts.
+const CHARACTER_DEVICES: [(u64, Option<u64>); 8] = [
+    (1, Some(3)),
+    (1, Some(5)),
+    (1, Some(7)),
+    (1, Some(8)),
+    (1, Some(9)),
+    (5, Some(0)),
+    (5, Some(2)),
+    (136, None),
+];
+
+/// Files of the node that `ctr run --net-host` mounts read-only, on their own path.
+const NETWORK_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
+
+/// Annotations that mean something to an OCI runtime or to CRIU.
+const RUNTIME_ANNOTATIONS: [&str; 4] =
+    ["org.criu.", "org.systemd.property.", "run.oci.", "io.crun."];
+
+/// Fields whose value gives nothing that the container would not have anyway.
+const HARMLESS: [&str; 31] = [
+    "/ociVersion",
+    "/hostname",
+    "/domainname",
+    "/root/readonly",
+    "/process/terminal",
+    "/process/consoleSize",
+    "/process/user",
+    "/process/args",
+    "/process/env",
+    "/process/cwd",
+    "/process/rlimits",
+    "/process/noNewPrivileges",
+    "/process/apparmorProfile",
+    "/linux/uidMappings",
+    "/linux/gidMappings",
+    "/linux/sysctl",
+    "/linux/timeOffsets",
+    "/linux/personality",
+    "/linux/resources/memory",
+    "/linux/resources/cpu",
+    "/linux/resources/pids",
+    "/linux/resources/blockIO",
+    "/linux/resources/hugepageLimits",
+    "/linux/resources/network",
+    "/linux/resources/rdma",
+    "/linux/resources/unified",
+    "/linux/seccomp/defaultAction",
+    "/linux/seccomp/defaultErrnoRet",
+    "/linux/seccomp/architectures",
+    "/linux/seccomp/flags",
+    "/linux/seccomp/syscalls",
+];
+
+/// Objects whose fields are looked at one by one.
+const OBJECTS: [&str; 5] = [
+    "/root",
+    "/process",
+    "/linux",
+    "/linux/resources",
+    "/linux/seccomp",
+];
+
+/// What of the spec is made anew for this node.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// containerd's namespace and the container's id where the spec comes from: its own cgroup path
+    /// is made of them.
+    pub old: (&'a str, &'a str),
+    /// Kinds of namespaces whose path is replaced by one of this node.
+    pub joined: &'a BTreeSet<String>,
+}
+
+/// Everything that the spec asks for and only the operator can give.
+#[must_use]
+pub fn refusals(spec: &Value, place: &Place<'_>) -> Vec<Refusal> {
+    let mut found = Vec::new();
+    walk_fields(spec, "", place, &mut found);
+    // What is dangerous by being absent.
+    namespaces(spec, place, &mut found);
+    for (field, required, how) in [
+        ("/linux/maskedPaths", &MASKED, "hidden"),
+        ("/linux/readonlyPaths", &READ_ONLY, "read-only"),
+    ] {
+        let there: BTreeSet<_> = strings(spec.pointer(field)).collect();
+        let missing: Vec<_> = required
+            .iter()
+            .copied()
+            .filter(|path| !there.contains(path))
+            .collect();
+        if !missing.is_empty() {
+            let what = format!("wants {} not to be {how}", missing.join(", "));
+            refuse(&mut found, Allow::UnmaskedPaths, what);
+        }
+    }
+    found
+}
+
+/// The options of the manifest that choose confinement, unless `given` by the operator.
+#[must_use]
+pub fn option_refusals(options: &CriuOptions, given: &CriuOverrides) -> Vec<Refusal> {
+    let mut found = Vec::new();
+    for option in &OPTIONS {
+        let given = given.chosen().any(|(name, _)| name == option.name);
+        if let Some(value) = option.closed_value(options)
+            && !given
+        {
+            let what = format!("asks for {} of CRIU ({value:?})", option.name);
+            refuse(&mut found, Allow::CriuOptions, what);
+        }
+    }
+    found
+}
+
+fn refuse(found: &mut Vec<Refusal>, allow: Allow, what: impl Into<String>) {
+    found.push(Refusal {
+        what: what.into(),
+        allow,
+    });
+}
+
+fn strings(value: Option<&Value>) -> impl Iterator<Item = &str> {
+    let list = value.and_then(Value::as_array).into_iter().flatten();
+    list.filter_map(Value::as_str)
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+/// Each field has its rule here, or is refused.
+fn walk_fields(value: &Value, path: &str, place: &Place<'_>, found: &mut Vec<Refusal>) {
+    let Some(fields) = value.as_object() else {
+        if !is_empty(value) {
+            let what = format!("has a {path} that is no object");
+            refuse(found, Allow::OtherFields, what);
+        }
+        return;
+    };
+    for (name, value) in fields {
+        let path = format!("{path}/{name}");
+        match path.as_str() {
+            known if HARMLESS.contains(&known) => {}
+            object if OBJECTS.contains(&object) => walk_fields(value, &path, place, found),
+            "/linux/namespaces" | "/linux/maskedPaths" | "/linux/readonlyPaths" => {}
+            "/annotations" => annotations(value, found),
+            "/hooks" => hooks(value, found),
+            "/mounts" => mounts(value, found),
+            "/process/capabilities" => capabilities(value, found),
+            "/linux/devices" => devices(value, found),
+            "/linux/resources/devices" => device_rules(value, found),
+            "/linux/cgroupsPath" => cgroups_path(value, place, found),
+            "/root/path" if value == "rootfs" => {}
+            "/root/path" => {
+                let what = format!("has its root at {value} of the node");
+                refuse(found, Allow::HostMounts, what);
+            }
+            "/process/oomScoreAdj" if value.as_i64().is_some_and(|score| score >= 0) => {}
+            "/linux/rootfsPropagation"
+                if matches!(
+                    value.as_str(),
+                    Some("private" | "rprivate" | "slave" | "rslave")
+                ) => {}
+            _ if is_empty(value) => {}
+            _ => {
+                let field = path[1..].replace('/', ".");
+                let what = format!("has {field} in its spec, which other containers do not have");
+                refuse(found, Allow::OtherFields, what);
+            }
+        }
+    }
+}
+
+fn annotations(value: &Value, found: &mut Vec<Refusal>) {
+    for name in value
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| name)
+    {
+        if RUNTIME_ANNOTATIONS
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+        {
+            let what = format!("has the annotation {name:?}, which configures CRIU or the runtime");
+            refuse(found, Allow::CriuOptions, what);
+        }
+    }
+}
+
+fn hooks(value: &Value, found: &mut Vec<Refusal>) {
+    let points = value.as_object().into_iter().flatten();
+    let programs: BTreeSet<String> = points
+        .flat_map(|(_, hooks)| hooks.as_array().into_iter().flatten())
+        .map(|hook| hook["path"].to_string())
+        .collect();
+    if !programs.is_empty() || !(value.is_object() || value.is_null()) {
+        let programs = programs.into_iter().collect::<Vec<_>>().join(", ");
+        let what = format!("has hooks, which run programs of the node as root: {programs}");
+        refuse(found, Allow::Hooks, what);
+    }
+}
+
+fn mounts(value: &Value, found: &mut Vec<Refusal>) {
+    for mount in value.as_array().into_iter().flatten() {
+        let text = |field: &str| mount[field].as_str().unwrap_or_default();
+        let (kind, source, destination) = (text("type"), text("source"), text("destination"));
+        let has = |option: &str| strings(mount.get("options")).any(|found| found == option);
+        let bind = has("bind") || has("rbind");
+        let harmless = match kind {
+            _ if bind => has("ro") && source == destination && NETWORK_FILES.contains(&source),
+            "tmpfs" | "devpts" | "mqueue" => true,
+            "proc" => destination == "/proc",
+            "sysfs" => destination == "/sys" && has("ro"),
+            "cgroup" | "cgroup2" => destination == "/sys/fs/cgroup" && has("ro"),
+            _ => false,
+        };
+        if !harmless {
+            let what = match bind {
+                true => format!("mounts {source} on {destination}"),
+                false => format!("mounts the {kind} {source} on {destination}"),
+            };
+            refuse(found, Allow::HostMounts, what);
+        }
+    }
+}
+
+fn capabilities(value: &Value, found: &mut Vec<Refusal>) {
+    let sets = value.as_object().into_iter().flatten();
+    let more: BTreeSet<&str> = sets
+        .flat_map(|(_, set)| strings(Some(set)))
+        .filter(|name| !CAPABILITIES.contains(name))
+        .collect();
+    if !more.is_empty() {
+        let what = format!("has {}", more.into_iter().collect::<Vec<_>>().join(", "));
+        refuse(found, Allow::Capabilities, what);
+    }
+}
+
+fn devices(value: &Value, found: &mut Vec<Refusal>) {
+    for device in value.as_array().into_iter().flatten() {
+        let what = format!("has the device {}", device["path"].as_str().unwrap_or("?"));
+        refuse(found, Allow::Devices, what);
+    }
+}
+
+fn device_rules(value: &Value, found: &mut Vec<Refusal>) {
+    let harmless = |rule: &Value| {
+        let number = |field: &str| rule[field].as_u64();
+        let known = CHARACTER_DEVICES.iter().any(|(major, minor)| {
+            number("major") == Some(*major) && (minor.is_none() || number("minor") == *minor)
+        });
+        rule["allow"] == false
+            // Devices can be made and not opened.
+            || rule["access"] == "m"
+            || rule["type"] == "c" && known
+    };
+    for rule in value.as_array().into_iter().flatten() {
+        if !harmless(rule) {
+            let number = |field: &str| {
+                rule[field]
+                    .as_i64()
+                    .map_or("*".to_owned(), |n| n.to_string())
+            };
+            let what = format!(
+                "may open devices of the node ({} {}:{})",
+                rule["type"].as_str().unwrap_or("a"),
+                number("major"),
+                number("minor")
+            );
+            refuse(found, Allow::Devices, what);
+        }
+    }
+}
+
+/// containerd's clients write `/<namespace>/<id>`, with systemd `<slice>:<prefix>:<id>`.
+fn cgroups_path(value: &Value, place: &Place<'_>, found: &mut Vec<Refusal>) {
+    let path = value.as_str().unwrap_or_default();
+    let (namespace, id) = place.old;
+    let with_systemd = path.split(':').collect::<Vec<_>>().try_into().is_ok_and(
+        |[slice, prefix, name]: [&str; 3]| {
+            ["", "system.slice"].contains(&slice)
+                && !prefix.is_empty()
+                && !prefix.contains(['/', '.'])
+                && name == id
+        },
+    );
+    if !with_systemd && path != format!("/{namespace}/{id}") && !path.is_empty() {
+        let what = format!("wants the cgroup {path}");
+        refuse(found, Allow::CgroupPath, what);
+    }
+}
+
+fn namespaces(spec: &Value, place: &Place<'_>, found: &mut Vec<Refusal>) {
+    let list = spec.pointer("/linux/namespaces").and_then(Value::as_array);
+    let mut own = BTreeSet::new();
+    for namespace in list.into_iter().flatten() {
+        let kind = namespace["type"].as_str().unwrap_or_default();
+        own.insert(kind);
+        let path = namespace["path"].as_str().unwrap_or_default();
+        if !path.is_empty() && !place.joined.contains(kind) {
+            let what = format!("joins the {kind} namespace {path}");
+            refuse(found, Allow::HostNamespaces, what);
+        }
+    }
+    let of_node: Vec<_> = NAMESPACES
+        .iter()
+        .copied()
+        .filter(|kind| !own.contains(kind))
+        .collect();
+    if !of_node.is_empty() {
+        let what = format!(
+            "shares namespaces with the node itself: {}",
+            of_node.join(", ")
+        );
+        refuse(found, Allow::HostNamespaces, what);
+    }
+}
+
+#[cfg(test)]
+mod tests;

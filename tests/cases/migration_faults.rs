@@ -1,0 +1,228 @@
+//! What goes wrong around a migration: links that stall, monitors that start what is frozen, networks
+//! that do not come along, and callers that ask for the impossible. The source runs on, or the copy does.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+
+use crate::Case;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+const RECORDS: &str = "/var/lib/transship/migrations";
+const LOCKS: &str = "/run/transship/migrations";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [
+        Case {
+            what: "migration_network",
+            tree: Tree::Forky,
+            run: a_network_of_its_own_has_loopback,
+        },
+        Case {
+            what: "migration_stalled",
+            tree: Tree::Forky,
+            run: a_stalled_link_leaves_nothing_frozen,
+        },
+        Case {
+            what: "migration_undecided",
+            tree: Tree::Forky,
+            run: without_an_answer_to_the_commitment_the_source_waits,
+        },
+        Case {
+            what: "migration_restart_policy",
+            tree: Tree::Trixie,
+            run: containerd_makes_no_second_copy,
+        },
+    ]
+    .into_iter()
+}
+
+fn run_alone(node: &Node, id: &str) -> anyhow::Result<()> {
+    let run = format!("ctr run --detach --snapshotter transship transship.test/counter:1 {id}");
+    node.shell(&run).run()?;
+    journey::wait_for_count(node, id, 3)?;
+    Ok(())
+}
+
+/// Runs transship in node a: it fails with `code` and says `message`, and the container counts on.
+fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Result<()> {
+    let output = a.command("transship").args(arguments).output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        output.status.code() == Some(code),
+        "{}: {error}",
+        output.status
+    );
+    ensure!(
+        error.contains(message),
+        "{error:?} does not say {message:?}"
+    );
+    counts_on(a, arguments[1])
+}
+
+fn counts_on(node: &Node, id: &str) -> anyhow::Result<()> {
+    let reached = journey::read_counts(node, id).map_err(anyhow::Error::msg)?;
+    journey::wait_for_count(node, id, reached)?;
+    Ok(())
+}
+
+fn a_network_of_its_own_has_loopback(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    run_alone(&a, "counter")?;
+    let inside = |node: &Node, script: &str| -> anyhow::Result<String> {
+        let pid = journey::task_pid(node, "counter")?;
+        Ok(node
+            .shell(&format!("nsenter -t {pid} -n {script}"))
+            .read()?)
+    };
+    inside(&a, "ip link add v0 type veth peer name v1")?;
+    let migrate = ["migrate", "counter", "--to", ssh.as_str()];
+    refused(&a, &migrate, 4, "--allow-lost network")?;
+    inside(&a, "ip link del v0")?;
+
+    // There is one container and one node to go to.
+    refused(
+        &a,
+        &["migrate", "counter", "--to", "env"],
+        5,
+        "is the node that",
+    )?;
+    let lock = format!("mkdir -p {LOCKS}; exec flock {LOCKS}/default:counter sleep 1000");
+    a.start_daemon("other", &["sh", "-c", &lock])?;
+    poll_until("the other migration", PATIENCE, || {
+        let held = a.shell(&format!("! flock --nonblock {LOCKS}/default:counter true"));
+        { held }.run().map_err(|error| error.to_string())
+    })?;
+    refused(&a, &migrate, 4, "another migration")?;
+    a.stop_daemon("other", "KILL")?;
+
+    a.command("transship").args(migrate).run()?;
+    counts_on(&b, "counter")?;
+    let link = inside(&b, "ip -o link show lo")?;
+    ensure!(link.contains("LOOPBACK,UP"), "{link}");
+    // Its image has a name that says what it is; with the name it came by it would be anybody's.
+    let images = b.ctr(&["images", "ls", "-q"])?;
+    ensure!(images.contains("counter:1@sha256:"), "{images}");
+    // And it is an ordinary container, which can move on.
+    let back = bed.ssh(&b, &a)?;
+    b.command("transship")
+        .args(["migrate", "counter", "--to", &back])
+        .run()?;
+    counts_on(&a, "counter")?;
+    let images = a.ctr(&["images", "ls", "-q"])?;
+    ensure!(
+        !images.contains('@'),
+        "the node has a name for it: {images}"
+    );
+    journey::check_nothing_left(&b)?;
+    journey::remove_container(&a, "counter")?;
+    journey::check_nothing_left(&a)
+}
+
+fn a_stalled_link_leaves_nothing_frozen(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    run_alone(&a, "counter")?;
+    let migrate = ["migrate", "counter", "--to", &ssh, "--link-timeout", "3"];
+    // After the checkpoint has arrived; before that the command would never be reached.
+    let stop = "pkill -STOP -x ssh";
+    let stalled = [&migrate[..], &["--before-restore", stop]].concat();
+    refused(&a, &stalled, 5, "silent for 3 s")?;
+    poll_until("the other side to give up", PATIENCE, || {
+        let left = b.ctr(&["containers", "ls", "-q"]);
+        let left = left.map_err(|error| error.to_string())?;
+        let running = b.shell("! pgrep -f '[t]ransship.*receive'");
+        match ({ running }.run(), left.is_empty()) {
+            (Ok(()), true) => Ok(()),
+            (running, _) => Err(format!("{running:?} {left}")),
+        }
+    })?;
+    journey::check_nothing_left(&b)?;
+    // The same link works again.
+    a.command("transship").args(migrate).run()?;
+    counts_on(&b, "counter")?;
+    journey::remove_container(&b, "counter")?;
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+fn without_an_answer_to_the_commitment_the_source_waits(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    run_alone(&a, "counter")?;
+    // The copy is let go, and nobody hears of it.
+    let front = "#!/bin/sh\ncase \" $* \" in *' start '*) pkill -STOP -x ssh;; esac\n\
+                 exec /usr/local/bin/transship-runc \"$@\"\n";
+    b.write_file("/usr/local/bin/slow-front", front)?;
+    b.shell("chmod +x /usr/local/bin/slow-front").run()?;
+    let stop_here = "while ! ssh -q node-b ctr tasks ls 2>/dev/null | grep -q RUNNING; do \
+                     sleep 0.1; done; pkill -STOP -x ssh";
+    a.start_daemon("stopper", &["sh", "-c", stop_here])?;
+    let output = a
+        .command("transship")
+        .args(["migrate", "counter", "--to", &ssh, "--link-timeout", "3"])
+        .args(["--runtime-binary", "/usr/local/bin/slow-front"])
+        .output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    a.stop_daemon("stopper", "KILL")?;
+    if output.status.success() {
+        // The answer was quicker than the stopped link: nothing is open then.
+        return Ok(());
+    }
+    ensure!(
+        output.status.code() == Some(6),
+        "{}: {error}",
+        output.status
+    );
+    let tasks = a.ctr(&["tasks", "ls"])?;
+    ensure!(tasks.contains("PAUSED"), "{tasks}");
+    let record = a.read_file(&format!("{RECORDS}/default:counter"))?;
+    ensure!(
+        String::from_utf8_lossy(&record).contains("node-b"),
+        "{error}"
+    );
+    let again = a
+        .command("transship")
+        .args(["migrate", "counter", "--to", &ssh])
+        .output()?;
+    let error = String::from_utf8_lossy(&again.stderr).into_owned();
+    ensure!(error.contains("has not been decided"), "{error}");
+    counts_on(&b, "counter")
+}
+
+fn containerd_makes_no_second_copy(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    run_alone(&a, "counter")?;
+    a.shell("ctr containers label counter containerd.io/restart.status=running")
+        .run()?;
+    let migrate = ["migrate", "counter", "--to", &ssh, "--before-restore"];
+    // containerd 1.7 looks every ten seconds, and takes a paused container for one that has ended.
+    let command = "ctr containers info counter >/run/frozen; sleep 15; exit 7";
+    refused(&a, &[&migrate[..], &[command]].concat(), 1, "exit 7")?;
+    let frozen = String::from_utf8(a.read_file("/run/frozen")?)?;
+    ensure!(
+        !frozen.contains("\"containerd.io/restart.status\""),
+        "{frozen}"
+    );
+    let info = a.ctr(&["containers", "info", "counter"])?;
+    ensure!(
+        info.contains("\"containerd.io/restart.status\": \"running\""),
+        "{info}"
+    );
+
+    let kept = [&migrate[..], &["true", "--keep-source"]].concat();
+    a.command("transship").args(kept).run()?;
+    counts_on(&b, "counter")?;
+    a.shell("sleep 25").run()?;
+    let tasks = a.ctr(&["tasks", "ls", "-q"])?;
+    ensure!(tasks.is_empty(), "a second copy: {tasks}");
+    let info = b.ctr(&["containers", "info", "counter"])?;
+    ensure!(!info.contains("restart.status"), "{info}");
+    a.ctr(&["containers", "delete", "counter"])?;
+    journey::remove_container(&b, "counter")?;
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
