@@ -177,7 +177,7 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, SandboxError> {
 ///
 /// # Errors
 /// A system call failed.
-pub fn raise_loopback_of(pid: i32) -> Result<(), StageError> {
+pub fn raise_loopback_of(pid: i32) -> Result<(), SandboxError> {
     let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
     in_thread("raise the loopback interface of", &path, || {
         setns(File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
