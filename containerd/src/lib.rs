@@ -36,7 +36,6 @@ mod error;
 pub mod images;
 pub mod labels;
 mod leases;
-mod overlay_dirs;
 mod plugins;
 pub mod snapshots;
 pub mod tasks;

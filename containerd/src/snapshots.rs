@@ -270,8 +270,6 @@ impl Snapshotter {
     }
 }
 
-pub use crate::overlay_dirs::OverlayDirs;
-
 /// The calls of [`Snapshotter`] for callers that name the snapshotter with each.
 #[allow(
     missing_docs,

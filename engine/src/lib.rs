@@ -21,6 +21,7 @@ pub mod interrupt;
 pub mod message_queues;
 pub mod migrate;
 pub mod oci_runtime;
+pub mod overlay_mounts;
 pub mod pod;
 pub mod pod_dirs;
 pub mod problem;

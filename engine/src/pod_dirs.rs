@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
-use transship_layer::{ExportOptions, export_upperdir_to_file};
+use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file};
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::problem::{Kind, Problem};
@@ -83,7 +83,8 @@ impl SharedDirs {
 
 fn export(dir: &Path, to: &Path) -> Result<()> {
     let file = File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
-    let stats = export_upperdir_to_file(dir, &[], &file, &ExportOptions::default())
+    let stack = OverlayStack::new(dir, []);
+    let stats = export_upperdir_to_file(&stack, &file, &ExportOptions::default())
         .with_context(|| format!("cannot export {}", dir.display()))?;
     // A socket leaves a whiteout without meaning; CRIU makes those again that somebody has bound.
     if stats.whiteouts > stats.sockets || stats.opaque_directories > 0 || stats.lost_xattrs > 0 {

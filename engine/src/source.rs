@@ -10,7 +10,6 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -28,18 +27,18 @@ use transship_checkpoint::manifest::{
 };
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::Spec;
-use transship_layer::ExportOptions;
+use transship_layer::{ExportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 
 use crate::message_queues;
 use crate::oci_runtime::{ExportInside, OciRuntime};
+use crate::overlay_mounts::overlay_stack;
 use crate::problem::{Kind, Problem};
 use crate::shim_options;
 use crate::stuck_dump;
 use transship_containerd::Node;
 use transship_containerd::images::ResolvedImage;
-use transship_containerd::snapshots::OverlayDirs;
 
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -54,7 +53,7 @@ pub struct SourceContainer {
     /// Its snapshot's key.
     pub snapshot_key: String,
     /// Where its files are.
-    pub dirs: OverlayDirs,
+    pub stack: OverlayStack,
     /// The image below them, when the content store has it.
     pub image: Option<(containerd_client::types::Descriptor, ResolvedImage)>,
     /// The pod that it belongs to.
@@ -164,14 +163,15 @@ pub async fn inspect(
     let mounts = node
         .mounts(&record.snapshotter, &record.snapshot_key)
         .await?;
-    let dirs = OverlayDirs::of(&mounts);
-    if dirs.is_none() {
-        reasons.push(format!(
-            "its snapshotter {:?} does not mount an overlay, so there is no upperdir to export",
-            record.snapshotter
-        ));
-    }
-    let Some(dirs) = dirs.filter(|_| reasons.is_empty()) else {
+    let stack = overlay_stack(&mounts)
+        .inspect_err(|error| {
+            reasons.push(format!(
+                "the upperdir to export is not known from the mounts of its snapshotter {:?}: {error}",
+                record.snapshotter
+            ));
+        })
+        .ok();
+    let Some(stack) = stack.filter(|_| reasons.is_empty()) else {
         let reasons = reasons.join("; ");
         let message = format!("{} cannot be dumped: {reasons}", called(record));
         return Err(Problem::new(Kind::Refused, message).into());
@@ -226,7 +226,7 @@ pub async fn inspect(
         container,
         spec,
         snapshot_key: record.snapshot_key.clone(),
-        dirs,
+        stack,
         image: target.zip(image),
         pod: pod_of(&record.labels).map(|pod| Pod {
             service_account: service_account::of_spec(&parsed, &pod.namespace),
@@ -269,7 +269,7 @@ impl SourceContainer {
             .into_iter()
             .map(resident_bytes)
             .sum();
-        let usage = transship_layer::upperdir_usage(&self.dirs.upperdir)?;
+        let usage = transship_layer::upperdir_usage(&self.stack.top)?;
         Ok(memory + usage.size)
     }
 
@@ -352,10 +352,10 @@ impl SourceContainer {
         // A link that CRIU makes for a file without a name is there during the dump only.
         let export_inside = self.container.criu.link_remap;
         let export = (!export_inside).then(|| {
-            let (dirs, diff) = (self.dirs.clone(), diff.clone());
+            let (stack, diff) = (self.stack.clone(), diff.clone());
             tokio::task::spawn_blocking(move || {
                 let began = Instant::now();
-                export(&dirs, &diff).map(|bytes| (bytes, began.elapsed()))
+                export(&stack, &diff).map(|bytes| (bytes, began.elapsed()))
             })
         });
         let started = Instant::now();
@@ -426,15 +426,11 @@ fn diff_size(diff: &Path) -> Result<u64> {
     Ok(metadata.len())
 }
 
-fn export(dirs: &OverlayDirs, to: &Path) -> Result<u64> {
+fn export(stack: &OverlayStack, to: &Path) -> Result<u64> {
     let file = fs::File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
     let options = ExportOptions::default();
-    let stats =
-        transship_layer::export_upperdir(&dirs.upperdir, &dirs.lowerdirs, &mut out, &options)
-            .with_context(|| format!("cannot export the upperdir {}", dirs.upperdir.display()))?;
-    out.flush()
-        .with_context(|| format!("cannot write {}", to.display()))?;
+    let stats = transship_layer::export_upperdir_to_file(stack, &file, &options)
+        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))?;
     Ok(stats.bytes)
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, PosixFadviseAdvice, open, posix_fadvise, readlinkat};
@@ -17,7 +17,8 @@ pub use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
 use crate::load::{FileBatch, LoadedDirectory, LoadedFile};
 use crate::lower_view::LowerView;
-use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
+use crate::overlay_marks::{OverlayMarks, read_marks_and_xattrs};
+use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{push_component, split_last, to_path_buf};
 use crate::read_ahead::ReadAhead;
 use crate::sparse::{Segment, find_segments};
@@ -41,8 +42,6 @@ pub struct ExportOptions {
     /// Times later than this (seconds since 1970) are written as this, as the `SOURCE_DATE_EPOCH`
     /// specification asks for reproducible builds.
     pub source_date_epoch: Option<u64>,
-    /// Where the overlay keeps its marks: how it is mounted.
-    pub overlay_xattrs: OverlayXattrs,
     /// Also writes access times (PAX `atime`); off, because a read changes them.
     pub access_times: bool,
     /// Writes files with holes in full, for readers that know no sparse entries.
@@ -81,25 +80,24 @@ pub struct ExportStats {
     pub noted_paths: Vec<PathBuf>,
 }
 
-/// Writes the OCI layer tar, uncompressed, of an overlay upperdir.
+/// Writes the OCI layer tar, uncompressed, of the topmost directory of an overlay.
 ///
-/// `lowerdirs`, nearest first, are asked only by name and only where that makes the layer exact or
+/// The lowerdirs are asked only by name and only where that makes the layer exact or
 /// smaller: whether an opaque directory or a socket hides anything, for the data of `metacopy`
-/// files, and for notes about hard links. They may be left out (empty): markers are then written
+/// files, and for notes about hard links. The stack may have none: markers are then written
 /// without asking, and `metacopy` files are refused. The cost is O(changes), never O(image).
 ///
-/// The upperdir must not change meanwhile. When it does, the export fails with
+/// The directory must not change meanwhile. When it does, the export fails with
 /// [`ExportError::Changed`]; it never writes a torn file without a word.
 ///
 /// # Errors
 /// See [`ExportError`]. What was written to `out` before it is not a layer.
 pub fn export_upperdir<W: Write>(
-    upperdir: &Path,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     out: W,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
-    export_to(upperdir, lowerdirs, TarWriter::new(out), options)
+    export_to(stack, TarWriter::new(out), options)
 }
 
 /// Writes the same tar as [`export_upperdir`] to a regular file, at its position, and lets the kernel
@@ -108,8 +106,7 @@ pub fn export_upperdir<W: Write>(
 /// # Errors
 /// As [`export_upperdir`].
 pub fn export_upperdir_to_file(
-    upperdir: &Path,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     out: &File,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
@@ -120,35 +117,34 @@ pub fn export_upperdir_to_file(
     {
         tar = tar.with_copy_target(target.into());
     }
-    export_to(upperdir, lowerdirs, tar, options)
+    export_to(stack, tar, options)
 }
 
 fn export_to<W: Write>(
-    upperdir: &Path,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     tar: TarWriter<W>,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
-    let read_ahead = ReadAhead::new(options.overlay_xattrs, options.fill_holes);
-    export_with(upperdir, lowerdirs, tar, options, read_ahead)
+    let read_ahead = ReadAhead::new(stack.overlay_xattrs, options.fill_holes);
+    export_with(stack, tar, options, read_ahead)
 }
 
 pub(crate) fn export_with<W: Write>(
-    upperdir: &Path,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     tar: TarWriter<W>,
     options: &ExportOptions,
     read_ahead: ReadAhead,
 ) -> Result<ExportStats, ExportError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = open(upperdir, flags, Mode::empty()).map_err(|errno| ExportError::Io {
+    let root = open(&stack.top, flags, Mode::empty()).map_err(|errno| ExportError::Io {
         act: "open",
-        path: upperdir.to_path_buf(),
+        path: stack.top.clone(),
         source: errno.into(),
     })?;
     let mut export = Export {
         tar,
-        lower: LowerView::open(lowerdirs, options.overlay_xattrs)?,
+        lower: LowerView::open(&stack.lowerdirs, stack.overlay_xattrs)?,
+        stack,
         options,
         stats: ExportStats::default(),
         links: HashMap::new(),
@@ -174,6 +170,7 @@ struct FirstLink {
 pub(crate) struct Export<'o, W> {
     pub(crate) tar: TarWriter<W>,
     pub(crate) lower: LowerView,
+    pub(crate) stack: &'o OverlayStack,
     pub(crate) options: &'o ExportOptions,
     pub(crate) stats: ExportStats,
     /// Inodes with more names than were met yet. An entry goes when its last name is written.
@@ -551,7 +548,7 @@ impl<W: Write> Export<'_, W> {
         holder: XattrHolder<'_>,
         path: &[u8],
     ) -> Result<OverlayMarks, ExportError> {
-        let namespace = self.options.overlay_xattrs;
+        let namespace = self.stack.overlay_xattrs;
         read_marks_and_xattrs(&mut self.xattr_reader, holder, namespace, &mut self.xattrs)
             .map_err(|error| ExportError::io("read the attributes of", path, error))
     }

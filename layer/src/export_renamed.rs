@@ -91,6 +91,12 @@ impl<W: Write> Export<'_, W> {
         let Some(inode) = self.lower.look_up(lower_path)? else {
             return Err(ExportError::changed(path));
         };
+        if self.stack.has_idmapped_lowers {
+            return Err(ExportError::inexact(
+                path,
+                "redirect_dir=on: its owner in the lower layer is shown through an id mapping",
+            ));
+        }
         let attributes = inode.attributes;
         let mut link = Vec::new();
         if attributes.inode_type == InodeType::Symlink {
@@ -98,7 +104,7 @@ impl<W: Write> Export<'_, W> {
                 .map_err(|errno| ExportError::io("read the symlink", path, errno))?;
             link = target.as_bytes().to_vec();
         }
-        let namespace = self.options.overlay_xattrs;
+        let namespace = self.stack.overlay_xattrs;
         let holder = inode.holder();
         read_marks_and_xattrs(&mut self.xattr_reader, holder, namespace, &mut self.xattrs)
             .map_err(|error| ExportError::io("read the attributes of", path, error))?;

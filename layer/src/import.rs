@@ -5,7 +5,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
@@ -19,6 +18,7 @@ pub use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::lower_view::LowerView;
 use crate::overlay_marks::{OverlayXattrs, read_marks_and_xattrs};
+use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, push_component, split_last};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
@@ -33,8 +33,6 @@ const COPY_BYTES: usize = 1 << 20;
 /// How to import, and how much of it.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
-    /// Where the overlay is to find its marks: how it will be mounted.
-    pub overlay_xattrs: OverlayXattrs,
     /// Leaves out (and counts) extended attributes that the file system does not know, as containerd
     /// does for images; otherwise they make the import fail.
     pub skip_unsupported_xattrs: bool,
@@ -47,7 +45,6 @@ pub struct ImportOptions {
 impl Default for ImportOptions {
     fn default() -> Self {
         ImportOptions {
-            overlay_xattrs: OverlayXattrs::default(),
             skip_unsupported_xattrs: false,
             max_entries: u64::MAX,
             max_bytes: u64::MAX,
@@ -83,30 +80,28 @@ pub struct ImportStats {
     pub aufs_entries: u64,
 }
 
-/// Applies an uncompressed OCI layer tar to an upperdir that is fresh and not mounted.
+/// Applies an uncompressed OCI layer tar to the topmost directory of a stack, which is fresh and not
+/// mounted.
 ///
-/// Deletions become overlay's: `.wh.x` a whiteout, `.wh..wh..opq` an opaque directory. `lowerdirs`,
-/// nearest first, must be all the layers that the upperdir will be mounted over, none when there
-/// are none: a whiteout is made only for what a lower layer has, a parent directory without an entry
+/// Deletions become overlay's: `.wh.x` a whiteout, `.wh..wh..opq` an opaque directory. The stack must have
+/// all the lowerdirs that the directory will be mounted over: a whiteout is made only for what a lower layer has, a parent directory without an entry
 /// gets the attributes it has below, and a hard link to a lower file makes a copy of it.
 ///
-/// The tar is not trusted: no entry reaches outside of `upperdir`, through no name, symlink or hard
+/// The tar is not trusted: no entry reaches outside of the directory, through no name, symlink or hard
 /// link; sizes are bounded before memory is taken; overlay's own attributes are not set.
 ///
 /// # Errors
-/// See [`ImportError`]. The upperdir is then half filled and must be thrown away.
+/// See [`ImportError`]. The directory is then half filled and must be thrown away.
 pub fn import_into_upperdir<R: Read>(
     tar: R,
-    upperdir: &Path,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     options: &ImportOptions,
 ) -> Result<ImportStats, ImportError> {
-    let namespace = options.overlay_xattrs;
-    let lower = LowerView::open(lowerdirs, namespace)?;
+    let lower = LowerView::open(&stack.lowerdirs, stack.overlay_xattrs)?;
     let skip = options.skip_unsupported_xattrs;
     let mut import = Import {
         tar: TarReader::new(tar),
-        tree: UpperTree::open(upperdir, lower, namespace, skip)?,
+        tree: UpperTree::open(stack, lower, skip)?,
         stats: ImportStats::default(),
         root_is_opaque: false,
     };
@@ -421,7 +416,7 @@ impl<R: Read> Import<R> {
         let mut reader = XattrReader::new();
         let mut xattrs = Vec::new();
         let mut link = Vec::new();
-        let Some(inode) = self.tree.look_below(target)? else {
+        let Some(inode) = self.tree.look_below_to_copy(target)? else {
             return Err(ImportError::refused(
                 path,
                 "it is a hard link to what does not exist",

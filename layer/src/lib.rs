@@ -41,7 +41,9 @@ mod import_error;
 mod inode_attributes;
 mod load;
 mod lower_view;
+mod mounted_overlay;
 mod overlay_marks;
+mod overlay_stack;
 #[cfg(test)]
 mod overlay_tests;
 mod path_bytes;
@@ -62,6 +64,8 @@ pub use export::{
 };
 pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
 pub use lower_view::LowerError;
+pub use mounted_overlay::MountedOverlay;
 pub use overlay_marks::OverlayXattrs;
+pub use overlay_stack::{MountFields, OverlayStack, StackError};
 pub use remove_tree::{remove_contents, remove_tree};
 pub use usage::{Usage, UsageError, upperdir_usage};

@@ -11,7 +11,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
@@ -25,6 +24,7 @@ use crate::lower_view::{LowerInode, LowerView};
 use crate::overlay_marks::{
     OverlayXattrs, is_host_bound, is_overlay_private, read_marks_and_xattrs,
 };
+use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::components;
 use crate::remove_tree::{remove_name, remove_whiteouts};
 use crate::xattrs::{Xattr, XattrHolder, XattrReader, remove_xattr, set_xattr};
@@ -76,6 +76,7 @@ pub(crate) struct UpperTree {
     directories: Vec<OpenDirectory>,
     pub(crate) lower: LowerView,
     namespace: OverlayXattrs,
+    has_idmapped_lowers: bool,
     skip_unsupported_xattrs: bool,
     pub(crate) xattr_reader: XattrReader,
     pub(crate) counts: TreeCounts,
@@ -83,15 +84,14 @@ pub(crate) struct UpperTree {
 
 impl UpperTree {
     pub(crate) fn open(
-        upperdir: &Path,
+        stack: &OverlayStack,
         lower: LowerView,
-        namespace: OverlayXattrs,
         skip_unsupported_xattrs: bool,
     ) -> Result<Self, ImportError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let root = open(upperdir, flags, Mode::empty()).map_err(|errno| ImportError::Io {
+        let root = open(&stack.top, flags, Mode::empty()).map_err(|errno| ImportError::Io {
             act: "open",
-            path: upperdir.to_path_buf(),
+            path: stack.top.clone(),
             source: errno.into(),
         })?;
         let again = root
@@ -102,7 +102,8 @@ impl UpperTree {
             names: Vec::new(),
             directories: Vec::new(),
             lower,
-            namespace,
+            namespace: stack.overlay_xattrs,
+            has_idmapped_lowers: stack.has_idmapped_lowers,
             skip_unsupported_xattrs,
             xattr_reader: XattrReader::new(),
             counts: TreeCounts::default(),
@@ -145,6 +146,21 @@ impl UpperTree {
             return Ok(None);
         }
         Ok(self.lower.look_up(path)?)
+    }
+
+    /// The same, when its owner is to be copied into the upperdir.
+    pub(crate) fn look_below_to_copy<'a>(
+        &'a mut self,
+        path: &'a [u8],
+    ) -> Result<Option<LowerInode<'a>>, ImportError> {
+        let is_idmapped = self.has_idmapped_lowers;
+        match self.look_below(path)? {
+            Some(_) if is_idmapped => Err(ImportError::refused(
+                path,
+                "it needs the owner that a lower layer shows through an id mapping",
+            )),
+            below => Ok(below),
+        }
     }
 
     /// Goes to a directory, making what does not exist: like the lower layer's, or else plain.
@@ -191,7 +207,7 @@ impl UpperTree {
         }
         self.counts.implied_directories += 1;
         let mut xattrs = Vec::new();
-        let below = match self.look_below(path)? {
+        let below = match self.look_below_to_copy(path)? {
             Some(inode) if inode.attributes.is_directory() => {
                 let (attributes, directory) = (inode.attributes, inode.directory());
                 let mut reader = XattrReader::new();

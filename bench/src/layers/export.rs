@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use transship_layer::{ExportOptions, export_upperdir};
+use transship_layer::{ExportOptions, OverlayStack, export_upperdir};
 
 use super::Bench;
 use super::changes::{Changed, FEW, Snapshot};
@@ -62,8 +62,8 @@ fn take_turns(snapshot: &Snapshot, peer: impl Fn() -> Command) -> Result<Turns> 
         for side in [turn % 2 == 0, turn % 2 != 0] {
             if side {
                 own = Some(into_nothing(|pipe| {
-                    let options = ExportOptions::default();
-                    export_upperdir(&snapshot.upperdir, &snapshot.lowerdirs, pipe, &options)
+                    let stack = OverlayStack::new(&snapshot.upperdir, &snapshot.lowerdirs[..]);
+                    export_upperdir(&stack, pipe, &ExportOptions::default())
                         .map(drop)
                         .context("cannot export")
                 })?);

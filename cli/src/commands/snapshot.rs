@@ -18,14 +18,14 @@ use anyhow::{Context, Result};
 use containerd_client::services::v1::snapshots::{Info, Kind as SnapshotKind};
 use containerd_client::types::Mount;
 use containerd_client::types::v1::Status;
-use transship_layer::{ExportStats, ImportStats, OverlayXattrs};
+use transship_layer::{ExportStats, ImportStats, OverlayStack};
 
 use self::sink::Sink;
 use crate::args::{Global, SnapshotCommand};
 use transship_containerd::Containerd;
-use transship_containerd::snapshots::OverlayDirs;
 use transship_engine::freeze_guard::FreezeGuard;
 use transship_engine::interrupt::Interrupt;
+use transship_engine::overlay_mounts::overlay_stack;
 use transship_engine::problem::{Kind, Problem};
 
 mod diff;
@@ -186,50 +186,18 @@ impl Opened {
     }
 
     /// The snapshot's own directory, and those below it.
-    fn layer(&self, snapshot: &Snapshot) -> Result<Layer> {
-        layer_of(&self.mounts).ok_or_else(|| {
+    fn layer(&self, snapshot: &Snapshot) -> Result<OverlayStack> {
+        overlay_stack(&self.mounts).map_err(|error| {
             let message = format!(
-                "the snapshotter {:?} does not mount an overlay, so there is no directory with the \
-                 changes of {:?}",
-                snapshot.snapshotter, snapshot.key
+                "the directory with the changes of {:?} is not known from the mounts of the \
+                 snapshotter {:?}: {error}",
+                snapshot.key, snapshot.snapshotter
             );
             Problem::new(Kind::Refused, message)
                 .hint("ctr snapshots diff compares the files of any two snapshots")
                 .into()
         })
     }
-}
-
-/// The directories of a layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Layer {
-    dir: PathBuf,
-    lowerdirs: Vec<PathBuf>,
-    overlay_xattrs: OverlayXattrs,
-}
-
-fn layer_of(mounts: &[Mount]) -> Option<Layer> {
-    let [mount] = mounts else { return None };
-    let overlay_xattrs = if mount.options.iter().any(|option| option == "userxattr") {
-        OverlayXattrs::User
-    } else {
-        OverlayXattrs::Trusted
-    };
-    let (dir, lowerdirs) = match OverlayDirs::of(mounts) {
-        Some(dirs) => (dirs.upperdir, dirs.lowerdirs),
-        // A view: its topmost directory is what the snapshot adds.
-        None => {
-            let mut options = mount.options.iter();
-            let dirs = options.find_map(|option| option.strip_prefix("lowerdir="))?;
-            let mut dirs = dirs.split(':').map(PathBuf::from);
-            (dirs.next()?, dirs.collect())
-        }
-    };
-    Some(Layer {
-        dir,
-        lowerdirs,
-        overlay_xattrs,
-    })
 }
 
 /// A container that stands still, until it is let go; a container that does not run stands still.
@@ -272,43 +240,4 @@ impl<'n> Paused<'n> {
 fn kept() -> HashMap<String, String> {
     let now = transship_containerd::rfc3339(std::time::SystemTime::now());
     [("containerd.io/gc.root".to_owned(), now)].into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_topmost_directory_is_the_layer() {
-        let layer = |kind: &str, source: &str, options: &[&str]| {
-            let mount = Mount {
-                r#type: kind.into(),
-                source: source.into(),
-                target: String::new(),
-                options: options.iter().map(|option| (*option).to_owned()).collect(),
-            };
-            layer_of(&[mount]).map(|layer| {
-                let dirs = [vec![layer.dir], layer.lowerdirs].concat();
-                let dirs: Vec<_> = dirs.iter().map(|dir| dir.to_str().unwrap()).collect();
-                (dirs.join(" "), layer.overlay_xattrs)
-            })
-        };
-        let trusted = |dirs: &str| Some((dirs.to_owned(), OverlayXattrs::Trusted));
-        let active = ["workdir=/w", "upperdir=/u", "lowerdir=/b:/a", "index=off"];
-        assert_eq!(layer("overlay", "overlay", &active), trusted("/u /b /a"));
-        assert_eq!(
-            layer("overlay", "overlay", &["lowerdir=/c:/b:/a"]),
-            trusted("/c /b /a")
-        );
-        assert_eq!(layer("bind", "/c", &["ro", "rbind"]), trusted("/c"));
-        assert_eq!(
-            layer(
-                "overlay",
-                "overlay",
-                &["userxattr", "upperdir=/u", "lowerdir=/a"]
-            ),
-            Some(("/u /a".to_owned(), OverlayXattrs::User))
-        );
-        assert_eq!(layer("btrfs", "/dev/sda", &["subvol=1"]), None);
-    }
 }

@@ -10,14 +10,14 @@ use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
 use transship_containerd::containers::NewContainer;
-use transship_containerd::snapshots::OverlayDirs;
 use transship_containerd::tasks::Output;
-use transship_layer::ImportOptions;
+use transship_layer::{ImportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
 
 use super::plan::Plan;
 use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
 use crate::error::{Context, Error, Result};
+use crate::overlay_mounts::overlay_stack;
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
@@ -74,15 +74,15 @@ async fn make(
     let mounts = node
         .prepare(&plan.snapshotter, &plan.id, &image.chain_id, labels)
         .await?;
-    let Some(dirs) = OverlayDirs::of(&mounts) else {
-        return Err(Error::failed(format!(
-            "the snapshotter {:?} does not mount an overlay",
+    let stack = overlay_stack(&mounts).with_context(|| {
+        format!(
+            "the upperdir to fill is not known from the mounts of the snapshotter {:?}",
             plan.snapshotter
-        )));
-    };
-    let upperdir = dirs.upperdir.clone();
+        )
+    })?;
+    let upperdir = stack.top.clone();
     let diff = checkpoint.container_dir(container).join(ROOTFS_DIFF_FILE);
-    tokio::task::spawn_blocking(move || import(&diff, &dirs)).await??;
+    tokio::task::spawn_blocking(move || import(&diff, &stack)).await??;
 
     let json = held.to_json();
     let value = serde_json::from_slice(&json).context("our own spec cannot be parsed")?;
@@ -109,7 +109,7 @@ async fn make(
     Ok((pid, json, upperdir))
 }
 
-fn import(diff: &Path, dirs: &OverlayDirs) -> Result<()> {
+fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
     let file = File::open(diff).with_context(|| format!("cannot open {}", diff.display()))?;
     // What is filled in is no larger than what has come, and that has a bound.
     let length = file
@@ -120,11 +120,10 @@ fn import(diff: &Path, dirs: &OverlayDirs) -> Result<()> {
         max_bytes: length,
         ..ImportOptions::default()
     };
-    let failed = || format!("cannot fill the upperdir {}", dirs.upperdir.display());
+    let failed = || format!("cannot fill the upperdir {}", stack.top.display());
     let layer = transship_layer::decompress(BufReader::with_capacity(1 << 20, file))
         .with_context(failed)?;
-    transship_layer::import_into_upperdir(layer, &dirs.upperdir, &dirs.lowerdirs, &options)
-        .with_context(failed)?;
+    transship_layer::import_into_upperdir(layer, stack, &options).with_context(failed)?;
     Ok(())
 }
 

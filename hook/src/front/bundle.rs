@@ -25,10 +25,10 @@ use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{Annotations, CRIU_CONFIG, PREFIX, Role};
 use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
 use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
+use transship_layer::MountedOverlay;
 use transship_sandbox::consumed::Owner;
 
 use super::criu_config;
-use super::rootfs::OverlayMount;
 use super::{Front, FrontContext, FrontError};
 use crate::argv::Arguments;
 
@@ -222,7 +222,7 @@ impl Bundle {
     pub(super) fn layer(&self) -> Option<PathBuf> {
         let root = self.path("rootfs").canonicalize().ok()?;
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        Some(OverlayMount::on(root.to_str()?, &mounts)?.upperdir)
+        Some(MountedOverlay::on(&root, &mounts).ok()?.stack.top)
     }
 }
 
@@ -292,19 +292,6 @@ fn bundle_in_state(dir: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_last_mount_on_the_root_counts() {
-        let mountinfo = "\
-22 1 0:20 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/host,workdir=/w\n\
-40 22 0:41 / /b/rootfs rw,relatime shared:2 - overlay overlay rw,lowerdir=/l,upperdir=/s/1/fs,workdir=/w\n\
-41 22 0:42 / /b/rootfs rw - overlay overlay rw,lowerdir=/l,upperdir=/s/2/fs,workdir=/w\n\
-42 22 0:43 / /c/rootfs rw - tmpfs tmpfs rw\n";
-        let upperdir = |mountinfo, root| OverlayMount::on(root, mountinfo).map(|m| m.upperdir);
-        assert_eq!(upperdir(mountinfo, "/b/rootfs"), Some("/s/2/fs".into()));
-        assert_eq!(upperdir(mountinfo, "/c/rootfs"), None);
-        assert_eq!(upperdir(mountinfo, "/d/rootfs"), None);
-    }
 
     #[test]
     fn states_of_both_runtimes_name_the_bundle() {

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use transship_layer::{
-    ImportError, ImportOptions, decompress, import_into_upperdir, remove_contents,
+    ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
+    remove_contents,
 };
 
 use super::bundle::Bundle;
@@ -26,10 +27,14 @@ use super::bundle::Bundle;
 #[non_exhaustive]
 pub enum RootfsError {
     /// There is no upperdir to fill.
-    #[error("the root file system {path} of the container is no overlay, so it cannot be filled")]
+    #[error(
+        "the root file system {path} of the container cannot be filled: it is no overlay that is understood"
+    )]
     NoOverlay {
         /// The mount point.
         path: PathBuf,
+        /// What it is instead.
+        source: StackError,
     },
     /// The layer cannot be imported.
     #[error("cannot fill {upperdir} from {layer}")]
@@ -53,79 +58,30 @@ pub enum RootfsError {
     },
 }
 
-/// An overlay mount, as the kernel tells it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct OverlayMount {
-    flags: MsFlags,
-    data: String,
-    pub(super) upperdir: PathBuf,
-    lowerdirs: Vec<PathBuf>,
-    /// What relative lowerdirs are relative to: containerd shortens long lists by `chdir`.
-    base: PathBuf,
-}
-
-impl OverlayMount {
-    /// The last mount on `root`, if it is an overlay that can be written to.
-    pub(super) fn on(root: &str, mountinfo: &str) -> Option<Self> {
-        // id parent major:minor root mount-point options... - type source super-options
-        let line = mountinfo
-            .lines()
-            .rfind(|line| line.split(' ').nth(4) == Some(root))?;
-        let (mount, file_system) = line.split_once(" - ")?;
-        let mut fields = file_system.split(' ');
-        if fields.next()? != "overlay" {
-            return None;
-        }
-        let options = unescape(fields.nth(1)?);
-        let value = |name: &str| {
-            options
-                .split(',')
-                .find_map(|option| option.strip_prefix(name))
-        };
-        let upperdir = PathBuf::from(value("upperdir=")?);
-        // <snapshots>/<id>/fs: containerd makes lowerdirs relative to <snapshots>.
-        let base = upperdir.ancestors().nth(2)?.to_path_buf();
-        let lowerdirs = value("lowerdir=")?
-            .split(':')
-            .filter(|dir| !dir.is_empty())
-            .map(|dir| base.join(dir));
-        let lowerdirs = lowerdirs.collect();
-        let flag = |option: &str| match option {
-            "ro" => MsFlags::MS_RDONLY,
-            "nosuid" => MsFlags::MS_NOSUID,
-            "nodev" => MsFlags::MS_NODEV,
-            "noexec" => MsFlags::MS_NOEXEC,
-            "noatime" => MsFlags::MS_NOATIME,
-            "nodiratime" => MsFlags::MS_NODIRATIME,
-            _ => MsFlags::empty(),
-        };
-        let flags = mount.split(' ').nth(5)?.split(',').map(flag).collect();
-        let own = |option: &&str| !matches!(*option, "rw" | "ro" | "seclabel");
-        let data = options.split(',').filter(own).collect::<Vec<_>>().join(",");
-        Some(Self {
-            flags,
-            data,
-            upperdir,
-            lowerdirs,
-            base,
-        })
-    }
-
-    fn mount(&self, root: &Path) -> Result<(), RootfsError> {
-        // The front does nothing with relative paths of its own; the runtime is started after this
-        // with the directory that the shim gave.
-        let before = std::env::current_dir().during("find", ".")?;
-        std::env::set_current_dir(&self.base).during("enter", &self.base)?;
-        let mounted = mount(
-            Some("overlay"),
-            root,
-            Some("overlay"),
-            self.flags,
-            Some(self.data.as_str()),
-        );
-        std::env::set_current_dir(&before).during("enter", &before)?;
-        mounted.during("mount", root)
-    }
+/// Mounts an overlay on `root` as it was.
+fn mount_again(overlay: &MountedOverlay, root: &Path) -> Result<(), RootfsError> {
+    let flag = |option: &String| match option.as_str() {
+        "ro" => MsFlags::MS_RDONLY,
+        "nosuid" => MsFlags::MS_NOSUID,
+        "nodev" => MsFlags::MS_NODEV,
+        "noexec" => MsFlags::MS_NOEXEC,
+        "noatime" => MsFlags::MS_NOATIME,
+        "nodiratime" => MsFlags::MS_NODIRATIME,
+        _ => MsFlags::empty(),
+    };
+    // The front does nothing with relative paths of its own; the runtime is started after this
+    // with the directory that the shim gave.
+    let before = std::env::current_dir().during("find", ".")?;
+    std::env::set_current_dir(&overlay.base).during("enter", &overlay.base)?;
+    let mounted = mount(
+        Some("overlay"),
+        root,
+        Some("overlay"),
+        overlay.flags.iter().map(flag).collect(),
+        Some(overlay.data.as_str()),
+    );
+    std::env::set_current_dir(&before).during("enter", &before)?;
+    mounted.during("mount", root)
 }
 
 impl Bundle {
@@ -144,16 +100,16 @@ impl Bundle {
         let import = || {
             let tar = decompress(BufReader::with_capacity(1 << 20, layer)).during("read", diff)?;
             let options = ImportOptions::default();
-            import_into_upperdir(tar, &overlay.upperdir, &overlay.lowerdirs, &options).map_err(
-                |source| RootfsError::Import {
-                    upperdir: overlay.upperdir.clone(),
+            import_into_upperdir(tar, &overlay.stack, &options).map_err(|source| {
+                RootfsError::Import {
+                    upperdir: overlay.stack.top.clone(),
                     layer: diff.to_path_buf(),
                     source,
-                },
-            )
+                }
+            })
         };
         let imported = import();
-        overlay.mount(&root)?;
+        mount_again(&overlay, &root)?;
         imported.map(drop)
     }
 
@@ -163,20 +119,19 @@ impl Bundle {
     /// A system call failed.
     pub(super) fn empty_upperdir(&self) -> Result<(), RootfsError> {
         let (root, overlay) = self.unmount_rootfs()?;
-        let emptied = remove_contents(&overlay.upperdir).during("empty", &overlay.upperdir);
-        overlay.mount(&root)?;
+        let upperdir = &overlay.stack.top;
+        let emptied = remove_contents(upperdir).during("empty", upperdir);
+        mount_again(&overlay, &root)?;
         emptied
     }
 
-    fn unmount_rootfs(&self) -> Result<(PathBuf, OverlayMount), RootfsError> {
+    fn unmount_rootfs(&self) -> Result<(PathBuf, MountedOverlay), RootfsError> {
         let path = self.path("rootfs");
         let root = path.canonicalize().during("find", &path)?;
         let table = "/proc/self/mountinfo";
         let mountinfo = fs::read_to_string(table).during("read", table)?;
-        let overlay = root
-            .to_str()
-            .and_then(|root| OverlayMount::on(root, &mountinfo));
-        let overlay = overlay.ok_or(RootfsError::NoOverlay { path })?;
+        let overlay = MountedOverlay::on(&root, &mountinfo)
+            .map_err(|source| RootfsError::NoOverlay { path, source })?;
         umount2(&root, MntFlags::UMOUNT_NOFOLLOW).during("unmount", &root)?;
         Ok((root, overlay))
     }
@@ -193,61 +148,5 @@ impl<T, E: Into<io::Error>> RootfsContext<T> for Result<T, E> {
             path: path.as_ref().to_path_buf(),
             source: error.into(),
         })
-    }
-}
-
-/// mountinfo writes blanks and the like as three octal digits.
-fn unescape(field: &str) -> String {
-    let mut text = String::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((front, back)) = rest.split_once('\\') {
-        text.push_str(front);
-        let code = back
-            .get(..3)
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(char::from(code));
-                rest = &back[3..];
-            }
-            None => {
-                text.push('\\');
-                rest = back;
-            }
-        }
-    }
-    text + rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SNAPSHOTS: &str = "/var/lib/containerd/x/snapshots";
-
-    #[test]
-    fn a_mount_is_read_as_it_can_be_made_again() {
-        let info = format!(
-            "20 1 8:1 / / rw - ext4 /dev/vda rw\n\
-             90 20 0:50 / /run/b/rootfs rw,nosuid,relatime shared:7 - overlay overlay \
-             rw,lowerdir=12/fs:11/fs,upperdir={SNAPSHOTS}/13/fs,workdir={SNAPSHOTS}/13/work,index=off\n"
-        );
-        let mount = OverlayMount::on("/run/b/rootfs", &info).unwrap();
-        assert_eq!(mount.upperdir, Path::new(SNAPSHOTS).join("13/fs"));
-        assert_eq!(mount.lowerdirs[0], Path::new(SNAPSHOTS).join("12/fs"));
-        assert_eq!(mount.flags, MsFlags::MS_NOSUID);
-        assert!(mount.data.starts_with("lowerdir=12/fs:11/fs,upperdir="));
-        assert!(mount.data.ends_with("index=off"));
-        assert_eq!(OverlayMount::on("/", &info), None);
-        assert_eq!(OverlayMount::on("/elsewhere", &info), None);
-    }
-
-    #[test]
-    fn blanks_are_unescaped() {
-        assert_eq!(
-            unescape(r"lowerdir=/a\040b:/c\134d,x"),
-            r"lowerdir=/a b:/c\d,x"
-        );
-        assert_eq!(unescape(r"odd\"), r"odd\");
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
-use transship_layer::{ImportOptions, import_into_upperdir, remove_contents};
+use transship_layer::{ImportOptions, OverlayStack, import_into_upperdir, remove_contents};
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{PodDir, Request};
@@ -77,7 +77,7 @@ fn fill(dir: &Path, layer: &Path) -> Result<(), FrontError> {
     let file = File::open(layer).during("open", layer)?;
     remove_contents(dir).during("empty", dir)?;
     let tar = BufReader::with_capacity(1 << 20, file);
-    import_into_upperdir(tar, dir, &[], &ImportOptions::default())
+    import_into_upperdir(tar, &OverlayStack::new(dir, []), &ImportOptions::default())
         .map(drop)
         .map_err(|source| {
             let error = RootfsError::Import {

@@ -84,8 +84,7 @@ fn check_we_read(layers: &[PathBuf], expected: &TreeState) {
         let blob = BufReader::new(fs::File::open(layer).unwrap());
         import_into_upperdir(
             decompress(blob).unwrap(),
-            &dirs.upperdir,
-            &dirs.lowerdirs,
+            &dirs.stack(),
             &ImportOptions::default(),
         )
         .unwrap();

@@ -11,7 +11,7 @@ use super::have_root;
 use super::mounted_overlay::OverlayDirs;
 use super::random_operations::{operations, run};
 use super::tree_state::{TreeState, differences, read_tree, without_upper_sockets};
-use crate::{ExportOptions, ImportOptions, export_upperdir, import_into_upperdir};
+use crate::{ExportOptions, ImportOptions, OverlayStack, export_upperdir, import_into_upperdir};
 
 /// Whether the program is there; when not, says so, or fails where CI says that it must run.
 pub(super) fn have(program: &str) -> bool {
@@ -49,13 +49,7 @@ fn random_tree(operations: &[super::random_operations::Operation]) -> OverlayDir
 pub(super) fn export_to(dirs: &OverlayDirs, file: &Path) {
     // An empty layer below: asked, it says that no mark is needed.
     let out = fs::File::create(file).unwrap();
-    export_upperdir(
-        &dirs.upperdir,
-        &dirs.lowerdirs,
-        out,
-        &ExportOptions::default(),
-    )
-    .unwrap();
+    export_upperdir(&dirs.stack(), out, &ExportOptions::default()).unwrap();
 }
 
 /// The upperdir as a layer can have it: without sockets and overlay's attributes.
@@ -231,13 +225,7 @@ fn root_we_read_what_gnu_tar_writes() {
                 );
                 let file = fs::File::open(&layer).unwrap();
                 dirs.new_upper();
-                import_into_upperdir(
-                    file,
-                    &dirs.upperdir,
-                    &dirs.lowerdirs,
-                    &ImportOptions::default(),
-                )
-                .unwrap();
+                import_into_upperdir(file, &dirs.stack(), &ImportOptions::default()).unwrap();
                 let mut expected = portable(&source);
                 let mut found = portable(&dirs.upperdir);
                 for state in expected.values_mut().chain(found.values_mut()) {
@@ -275,7 +263,7 @@ fn root_a_file_beyond_8_gib_is_written_in_full() {
         ..ExportOptions::default()
     };
     let pipe = reader.stdin.take().unwrap();
-    let stats = export_upperdir(&dirs.upperdir, &[], pipe, &options).unwrap();
+    let stats = export_upperdir(&OverlayStack::new(&dirs.upperdir, []), pipe, &options).unwrap();
     assert!(stats.bytes > SIZE);
     let output = reader.wait_with_output().unwrap();
     assert_eq!(output.stdout, b"end");

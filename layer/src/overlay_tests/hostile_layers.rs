@@ -13,32 +13,40 @@ use super::mounted_overlay::OverlayDirs;
 use super::tree_state::read_tree;
 use crate::pax::push_record;
 use crate::xattrs::{XattrHolder, XattrReader, set_xattr};
-use crate::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
+use crate::{ImportError, ImportOptions, ImportStats, OverlayStack, import_into_upperdir};
 
 /// Builds tars that no honest program would.
-#[derive(Default)]
-struct TarBytes(Vec<u8>);
+pub(super) struct TarBytes {
+    bytes: Vec<u8>,
+    mode: u32,
+}
 
 impl TarBytes {
-    fn raw(mut self, path: &[u8], entry_type: u8, link: &[u8], size: u64, data: &[u8]) -> Self {
+    /// Mode of the entries that follow.
+    pub(super) fn mode(mut self, mode: u32) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    pub(super) fn raw(mut self, path: &[u8], entry_type: u8, link: &[u8], size: u64, data: &[u8]) -> Self {
         let mut header = Header::new_ustar();
         let old = header.as_old_mut();
         old.name[..path.len()].copy_from_slice(path);
         old.linkname[..link.len()].copy_from_slice(link);
         header.set_entry_type(EntryType::new(entry_type));
-        header.set_mode(0o644);
+        header.set_mode(self.mode);
         header.set_uid(0);
         header.set_gid(0);
         header.set_mtime(1_000_000);
         header.set_size(size);
         header.set_cksum();
-        self.0.extend_from_slice(header.as_bytes());
-        self.0.extend_from_slice(data);
-        self.0.resize(self.0.len().next_multiple_of(512), 0);
+        self.bytes.extend_from_slice(header.as_bytes());
+        self.bytes.extend_from_slice(data);
+        self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
         self
     }
 
-    fn file(self, path: &str, data: &str) -> Self {
+    pub(super) fn file(self, path: &str, data: &str) -> Self {
         self.raw(
             path.as_bytes(),
             b'0',
@@ -48,15 +56,15 @@ impl TarBytes {
         )
     }
 
-    fn dir(self, path: &str) -> Self {
+    pub(super) fn dir(self, path: &str) -> Self {
         self.raw(path.as_bytes(), b'5', b"", 0, b"")
     }
 
-    fn link(self, entry_type: u8, path: &str, link: &str) -> Self {
+    pub(super) fn link(self, entry_type: u8, path: &str, link: &str) -> Self {
         self.raw(path.as_bytes(), entry_type, link.as_bytes(), 0, b"")
     }
 
-    fn pax(self, records: &[(&str, &[u8])]) -> Self {
+    pub(super) fn pax(self, records: &[(&str, &[u8])]) -> Self {
         let mut body = Vec::new();
         for (key, value) in records {
             push_record(&mut body, key.as_bytes(), value);
@@ -64,23 +72,21 @@ impl TarBytes {
         self.raw(b"pax", b'x', b"", body.len() as u64, &body)
     }
 
-    fn end(mut self) -> Vec<u8> {
-        self.0.resize(self.0.len() + 1024, 0);
-        self.0
+    pub(super) fn end(mut self) -> Vec<u8> {
+        self.bytes.resize(self.bytes.len() + 1024, 0);
+        self.bytes
     }
 }
 
-fn tar() -> TarBytes {
-    TarBytes::default()
+pub(super) fn tar() -> TarBytes {
+    TarBytes {
+        bytes: Vec::new(),
+        mode: 0o644,
+    }
 }
 
 fn import(tar: &[u8], dirs: &OverlayDirs) -> Result<ImportStats, ImportError> {
-    import_into_upperdir(
-        tar,
-        &dirs.upperdir,
-        &dirs.lowerdirs,
-        &ImportOptions::default(),
-    )
+    import_into_upperdir(tar, &dirs.stack(), &ImportOptions::default())
 }
 
 /// Fills what lies beside the upperdir, imports, and checks that it is as it was.
@@ -253,16 +259,16 @@ fn root_attacks_are_refused_with_a_reason() {
             "sparse beyond all files",
             sparse_tar(b"1\n0\n8\n", "18446744073709551615"),
         ),
-        ("PAX and then nothing", tar().pax(&[("path", b"a")]).0),
+        ("PAX and then nothing", tar().pax(&[("path", b"a")]).bytes),
         (
             "one zero block",
-            tar().file("a", "").raw(&[], 0, &[], 0, &[0; 512]).0,
+            tar().file("a", "").raw(&[], 0, &[], 0, &[0; 512]).bytes,
         ),
         ("no tar", b"#!/bin/sh\n".repeat(100)),
-        ("cut off in a header", tar().file("a", "").0[..300].to_vec()),
+        ("cut off in a header", tar().file("a", "").bytes[..300].to_vec()),
         (
             "cut off in the data",
-            tar().file("a", &"x".repeat(1000)).0[..900].to_vec(),
+            tar().file("a", &"x".repeat(1000)).bytes[..900].to_vec(),
         ),
     ];
     for (what, bytes) in table {
@@ -390,7 +396,7 @@ fn root_limits_hold() {
         max_entries: 1,
         ..ImportOptions::default()
     };
-    let refused = import_into_upperdir(&bytes[..], &dirs.upperdir, &[], &few);
+    let refused = import_into_upperdir(&bytes[..], &OverlayStack::new(&dirs.upperdir, []), &few);
     assert!(
         matches!(refused, Err(ImportError::TooLarge { limit: 1, .. })),
         "{refused:?}"
@@ -400,7 +406,7 @@ fn root_limits_hold() {
         max_bytes: 4000,
         ..ImportOptions::default()
     };
-    let refused = import_into_upperdir(&bytes[..], &dirs.upperdir, &[], &small);
+    let refused = import_into_upperdir(&bytes[..], &OverlayStack::new(&dirs.upperdir, []), &small);
     assert!(
         matches!(refused, Err(ImportError::TooLarge { limit: 4000, .. })),
         "{refused:?}"

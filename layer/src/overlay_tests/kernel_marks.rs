@@ -16,21 +16,20 @@ use super::tree_state::{differences, read_tree};
 use crate::tar_read::{TarEntry, TarReader};
 use crate::xattrs::{XattrHolder, set_xattr};
 use crate::{
-    ExportError, ExportOptions, ExportStats, ImportOptions, OverlayXattrs, export_upperdir,
-    export_upperdir_to_file, import_into_upperdir, remove_tree, upperdir_usage,
+    ExportError, ExportOptions, ExportStats, ImportOptions, OverlayStack, OverlayXattrs,
+    export_upperdir, export_upperdir_to_file, import_into_upperdir, remove_tree, upperdir_usage,
 };
 
 fn export(dirs: &OverlayDirs) -> Result<(Vec<u8>, ExportStats), ExportError> {
-    export_with(dirs, &dirs.lowerdirs, &ExportOptions::default())
+    export_with(&dirs.stack(), &ExportOptions::default())
 }
 
 fn export_with(
-    dirs: &OverlayDirs,
-    lowerdirs: &[PathBuf],
+    stack: &OverlayStack,
     options: &ExportOptions,
 ) -> Result<(Vec<u8>, ExportStats), ExportError> {
     let mut tar = Vec::new();
-    let stats = export_upperdir(&dirs.upperdir, lowerdirs, &mut tar, options)?;
+    let stats = export_upperdir(stack, &mut tar, options)?;
     Ok((tar, stats))
 }
 
@@ -98,7 +97,11 @@ fn root_marks_become_the_names_of_the_oci_layer() {
     );
     assert_eq!(stats.entries, expected.len() as u64);
     // Nobody to ask: every mark is written.
-    let (tar, _) = export_with(&dirs, &[], &ExportOptions::default()).unwrap();
+    let (tar, _) = export_with(
+        &OverlayStack::new(&dirs.upperdir, []),
+        &ExportOptions::default(),
+    )
+    .unwrap();
     assert!(paths(&tar).contains(&"new/.wh..wh..opq".to_owned()));
     assert!(paths(&tar).contains(&".wh.other".to_owned()));
 }
@@ -164,7 +167,10 @@ fn root_renames_and_metacopies_need_the_lower_layers() {
             fs::set_permissions(dirs.merged.join("dir/x"), permissions).unwrap();
         }
         drop(mounted);
-        let refused = export_with(&dirs, &[], &ExportOptions::default());
+        let refused = export_with(
+            &OverlayStack::new(&dirs.upperdir, []),
+            &ExportOptions::default(),
+        );
         assert!(
             matches!(refused, Err(ExportError::Inexact { .. })),
             "{refused:?}"
@@ -234,18 +240,12 @@ fn root_rootless_overlays_say_how_they_are_mounted() {
         matches!(refused, Err(ExportError::Inexact { .. })),
         "{refused:?}"
     );
-    let options = ExportOptions {
-        overlay_xattrs: OverlayXattrs::User,
-        ..ExportOptions::default()
-    };
-    let (tar, _) = export_with(&dirs, &dirs.lowerdirs, &options).unwrap();
+    let stack = dirs.stack().with_overlay_xattrs(OverlayXattrs::User);
+    let (tar, _) = export_with(&stack, &ExportOptions::default()).unwrap();
     assert_eq!(paths(&tar), ["./", "dir/", "dir/.wh..wh..opq"]);
     dirs.new_upper();
-    let options = ImportOptions {
-        overlay_xattrs: OverlayXattrs::User,
-        ..ImportOptions::default()
-    };
-    import_into_upperdir(&tar[..], &dirs.upperdir, &dirs.lowerdirs, &options).unwrap();
+    let stack = dirs.stack().with_overlay_xattrs(OverlayXattrs::User);
+    import_into_upperdir(&tar[..], &stack, &ImportOptions::default()).unwrap();
     let mounted = dirs.mount();
     let after = read_tree(&dirs.merged);
     drop(mounted);
@@ -286,7 +286,11 @@ fn reserved_names_are_refused() {
     let upper = tempfile::tempdir().unwrap();
     fs::create_dir(upper.path().join("dir")).unwrap();
     fs::write(upper.path().join("dir/.wh.x"), "").unwrap();
-    let refused = export_upperdir(upper.path(), &[], io::sink(), &ExportOptions::default());
+    let refused = export_upperdir(
+        &OverlayStack::new(upper.path(), []),
+        io::sink(),
+        &ExportOptions::default(),
+    );
     let Err(ExportError::ReservedName { path }) = refused else {
         panic!("{refused:?}")
     };
@@ -326,7 +330,7 @@ fn root_paths_longer_and_deeper_than_any_limit_survive() {
     assert_eq!(usage.inodes, 1401);
     let original = dirs.new_upper();
     let options = ImportOptions::default();
-    import_into_upperdir(&tar[..], &dirs.upperdir, &dirs.lowerdirs, &options).unwrap();
+    import_into_upperdir(&tar[..], &dirs.stack(), &options).unwrap();
     assert!(export(&dirs).unwrap().0 == tar);
     assert_eq!(upperdir_usage(&dirs.upperdir).unwrap(), usage);
     for upper in [&original, &dirs.upperdir] {
@@ -417,7 +421,11 @@ fn changes_during_the_export_are_errors() {
             left: 1 << 20,
             meddle: || meddle(upper.path()),
         };
-        let result = export_upperdir(upper.path(), &[], out, &ExportOptions::default());
+        let result = export_upperdir(
+            &OverlayStack::new(upper.path(), []),
+            out,
+            &ExportOptions::default(),
+        );
         assert!(
             matches!(result, Err(ExportError::Changed { .. })),
             "{what}: {result:?}"
@@ -430,7 +438,11 @@ fn a_full_disk_under_the_tar_is_an_error_of_writing() {
     let upper = tempfile::tempdir().unwrap();
     fs::write(upper.path().join("big"), vec![7; 3 << 20]).unwrap();
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let result = export_upperdir(upper.path(), &[], full, &ExportOptions::default());
+    let result = export_upperdir(
+        &OverlayStack::new(upper.path(), []),
+        full,
+        &ExportOptions::default(),
+    );
     let Err(ExportError::Write { source }) = result else {
         panic!("{result:?}")
     };
@@ -449,7 +461,7 @@ fn times_are_clamped_and_marks_have_none() {
         ..ExportOptions::default()
     };
     let mut tar = Vec::new();
-    export_upperdir(upper.path(), &[], &mut tar, &options).unwrap();
+    export_upperdir(&OverlayStack::new(upper.path(), []), &mut tar, &options).unwrap();
     let mut reader = TarReader::new(&tar[..]);
     let mut entry = TarEntry::default();
     let mut times = Vec::new();
@@ -482,7 +494,7 @@ fn root_holes_cost_nothing_and_stay() {
     assert_eq!(stats.sparse_files, 1);
     dirs.new_upper();
     let options = ImportOptions::default();
-    import_into_upperdir(&tar[..], &dirs.upperdir, &[], &options).unwrap();
+    import_into_upperdir(&tar[..], &OverlayStack::new(&dirs.upperdir, []), &options).unwrap();
     let made = dirs.upperdir.join("disk.img");
     let metadata = fs::metadata(&made).unwrap();
     assert_eq!(metadata.len(), 20 << 30);
@@ -505,7 +517,7 @@ fn a_file_gets_the_same_bytes_by_kernel_copy() {
     fs::write(upper.path().join("small"), "x").unwrap();
     let options = ExportOptions::default();
     let mut tar = Vec::new();
-    export_upperdir(upper.path(), &[], &mut tar, &options).unwrap();
+    export_upperdir(&OverlayStack::new(upper.path(), []), &mut tar, &options).unwrap();
     for append in [false, true] {
         let out = tempfile::NamedTempFile::new().unwrap();
         let mut file = File::options()
@@ -514,13 +526,14 @@ fn a_file_gets_the_same_bytes_by_kernel_copy() {
             .open(out.path())
             .unwrap();
         file.write_all(b"before").unwrap();
-        let stats = export_upperdir_to_file(upper.path(), &[], &file, &options).unwrap();
+        let stats =
+            export_upperdir_to_file(&OverlayStack::new(upper.path(), []), &file, &options).unwrap();
         assert_eq!(stats.bytes, tar.len() as u64);
         let written = fs::read(out.path()).unwrap();
         assert!(written[..6] == *b"before" && written[6..] == tar);
     }
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let result = export_upperdir_to_file(upper.path(), &[], &full, &options);
+    let result = export_upperdir_to_file(&OverlayStack::new(upper.path(), []), &full, &options);
     assert!(
         matches!(result, Err(ExportError::Write { .. })),
         "{result:?}"

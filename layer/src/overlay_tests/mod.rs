@@ -1,5 +1,6 @@
 //! Tests on real overlay mounts. They need root.
 
+mod concurrent_writer;
 mod cross_images;
 mod cross_read;
 mod hostile_layers;

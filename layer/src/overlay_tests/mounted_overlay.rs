@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use sys_mount::{Mount, MountFlags, UnmountDrop, UnmountFlags};
 use tempfile::TempDir;
 
+use crate::OverlayStack;
+
 /// Lower layers, an upperdir, and the place where they are mounted.
 pub(crate) struct OverlayDirs {
     pub(crate) base: TempDir,
@@ -62,6 +64,11 @@ impl OverlayDirs {
     pub(crate) fn commit(&mut self) {
         let committed = self.new_upper();
         self.lowerdirs.insert(0, committed);
+    }
+
+    /// The directories as the code under test is told of them.
+    pub(crate) fn stack(&self) -> OverlayStack {
+        OverlayStack::new(&self.upperdir, self.lowerdirs.clone())
     }
 
     fn work(&self) -> PathBuf {

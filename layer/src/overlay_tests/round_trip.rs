@@ -18,7 +18,9 @@ use crate::export::export_with;
 use crate::read_ahead::ReadAhead;
 use crate::tar_read::{TarEntry, TarReader};
 use crate::tar_write::TarWriter;
-use crate::{ExportOptions, ExportStats, ImportOptions, export_upperdir, import_into_upperdir};
+use crate::{
+    ExportOptions, ExportStats, ImportOptions, OverlayStack, export_upperdir, import_into_upperdir,
+};
 
 /// What one case does: operations per lower layer, lowest first, then those of the container.
 #[derive(Debug, Clone)]
@@ -46,14 +48,14 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 fn export(dirs: &OverlayDirs, upperdir: &std::path::Path, lowerdirs: &[PathBuf]) -> Vec<u8> {
+    let stack = OverlayStack::new(upperdir, lowerdirs);
     let mut tar = Vec::new();
-    let stats = export_upperdir(upperdir, lowerdirs, &mut tar, &ExportOptions::default()).unwrap();
+    let stats = export_upperdir(&stack, &mut tar, &ExportOptions::default()).unwrap();
     assert_eq!(stats.bytes, tar.len() as u64);
     // Who has loaded a file must not show.
     let mut alone = Vec::new();
     let stats_alone = export_with(
-        upperdir,
-        lowerdirs,
+        &stack,
         TarWriter::new(&mut alone),
         &ExportOptions::default(),
         ReadAhead::without_threads(),
@@ -97,13 +99,7 @@ fn check(mut dirs: OverlayDirs, case: &Case) -> Result<(), TestCaseError> {
     );
 
     let original = dirs.new_upper();
-    let stats = import_into_upperdir(
-        &tar[..],
-        &dirs.upperdir,
-        &dirs.lowerdirs,
-        &ImportOptions::default(),
-    )
-    .unwrap();
+    let stats = import_into_upperdir(&tar[..], &dirs.stack(), &ImportOptions::default()).unwrap();
     prop_assert_eq!(stats.bytes, tar.len() as u64);
     prop_assert_eq!(stats.implied_directories, 0);
     let before = without_upper_sockets(before, (!case.renames).then_some(&original));
@@ -143,7 +139,7 @@ fn root_random_operations_reach_every_kind_of_entry() {
         make_upper(&mut dirs, &case);
         let mut tar = Vec::new();
         let options = ExportOptions::default();
-        let stats = export_upperdir(&dirs.upperdir, &dirs.lowerdirs, &mut tar, &options).unwrap();
+        let stats = export_upperdir(&dirs.stack(), &mut tar, &options).unwrap();
         sum.whiteouts += stats.whiteouts;
         sum.opaque_directories += stats.opaque_directories;
         sum.hard_links += stats.hard_links;

@@ -51,7 +51,6 @@ pub(super) fn pack_layer(
 ) -> Result<Packed, PackError> {
     let options = ExportOptions {
         source_date_epoch,
-        overlay_xattrs: source.overlay_xattrs,
         ..ExportOptions::default()
     };
     thread::scope(|scope| {
@@ -78,7 +77,7 @@ pub(super) fn pack_layer(
             })
         };
         let mut out = ChunkWriter::new(tar);
-        let exported = export_upperdir(&source.dir, &source.lowerdirs, &mut out, &options);
+        let exported = export_upperdir(&source.stack, &mut out, &options);
         let exported = match exported {
             // All of the export has been handed on only when the rest of the last chunk is.
             Ok(stats) => out.finish().map(|()| stats).map_err(PackError::Compress),
@@ -112,16 +111,13 @@ mod tests {
     use std::io::Read;
     use std::path::Path;
 
-    use transship_layer::OverlayXattrs;
+    use transship_layer::OverlayStack;
 
-    use super::super::plan::LayerTarget;
     use super::super::unpack::unpack_layer;
 
     fn source(dir: &Path) -> LayerSource {
         LayerSource {
-            dir: dir.to_owned(),
-            lowerdirs: Vec::new(),
-            overlay_xattrs: OverlayXattrs::Trusted,
+            stack: OverlayStack::new(dir, []),
             must_be_empty: None,
         }
     }
@@ -157,15 +153,8 @@ mod tests {
                 .unwrap();
             assert!(read == tar);
             let target = tempfile::tempdir().unwrap();
-            let unpacked = unpack_layer(
-                &blob[..],
-                &LayerTarget {
-                    dir: target.path().to_owned(),
-                    lowerdirs: Vec::new(),
-                    overlay_xattrs: OverlayXattrs::Trusted,
-                },
-            )
-            .unwrap();
+            let unpacked =
+                unpack_layer(&blob[..], &OverlayStack::new(unpacked.path(), [])).unwrap();
             assert_eq!(unpacked.tar, plain.tar);
             assert_eq!(
                 fs::read(target.path().join("sub/49")).unwrap(),

@@ -1,22 +1,13 @@
 //! From mounts to directories: what a Diff has to export, where an Apply has to write. Nothing here
 //! touches the file system.
 //!
-//! A snapshotter describes a snapshot by mounts, and for overlayfs they name its directories:
-//!
-//! ```text
-//! overlay  upperdir=U,lowerdir=P:G     active, parents P (nearest) and G      [U, P, G]  writable
-//! overlay  lowerdir=C:P:G              view of C                              [C, P, G]
-//! bind     C                           view of C, which has no parent         [C]
-//! bind     U                           active, no parent                      [U]        writable
-//! ```
-//!
 //! When the right stack is the left one and one directory more, then that directory is the diff. An
 //! empty parent is mounted as an empty directory. All else, this differ leaves to the next.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use containerd_client::types::Mount;
-use transship_layer::OverlayXattrs;
+use transship_layer::{MountFields, OverlayStack};
 
 /// The mounts do not say what this differ needs to know; another one has to look at the files.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,32 +28,10 @@ impl NotOurs {
 /// What a Diff exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LayerSource {
-    /// The directory that is the diff.
-    pub(super) dir: PathBuf,
-    /// What lies below it, nearest first.
-    pub(super) lowerdirs: Vec<PathBuf>,
-    /// How the overlay is mounted.
-    pub(super) overlay_xattrs: OverlayXattrs,
-    /// The left side; when there is anything in it, then `dir` is not the diff.
+    /// The directory that is the diff, and what lies below it.
+    pub(super) stack: OverlayStack,
+    /// The left side; when there is anything in it, then the directory is not the diff.
     pub(super) must_be_empty: Option<PathBuf>,
-}
-
-/// Where an Apply writes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct LayerTarget {
-    /// The directory to fill.
-    pub(super) dir: PathBuf,
-    /// What lies below it, nearest first.
-    pub(super) lowerdirs: Vec<PathBuf>,
-    /// How the overlay will be mounted.
-    pub(super) overlay_xattrs: OverlayXattrs,
-}
-
-/// The directories that a snapshot's mounts name, topmost first.
-struct Stack {
-    dirs: Vec<PathBuf>,
-    writable: bool,
-    overlay_xattrs: OverlayXattrs,
 }
 
 /// Plans what distinguishes `right` from `left`.
@@ -71,22 +40,20 @@ struct Stack {
 /// When the mounts do not tell.
 pub(super) fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, NotOurs> {
     // An empty list stands for an empty directory.
-    let left = if left.is_empty() {
-        None
+    let left_dirs = if left.is_empty() {
+        Vec::new()
     } else {
         let left = read_stack(left)?;
-        if left.writable && left.dirs.len() > 1 {
+        if left.is_writable && !left.lowerdirs.is_empty() {
             return Err(NotOurs::because("the left side can change"));
         }
-        Some(left)
+        [vec![left.top], left.lowerdirs].concat()
     };
-    let mut right = read_stack(right)?;
-    let dir = right.dirs.remove(0);
-    let left_dirs = left.as_ref().map_or(&[][..], |left| &left.dirs);
-    let must_be_empty = if right.dirs == left_dirs {
+    let stack = read_stack(right)?;
+    let must_be_empty = if stack.lowerdirs == left_dirs {
         None
-    } else if let ([], [base]) = (&right.dirs[..], left_dirs)
-        && *base != dir
+    } else if let ([], [base]) = (&stack.lowerdirs[..], &left_dirs[..])
+        && *base != stack.top
     {
         Some(base.clone())
     } else {
@@ -95,9 +62,7 @@ pub(super) fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, 
         ));
     };
     Ok(LayerSource {
-        dir,
-        lowerdirs: right.dirs,
-        overlay_xattrs: right.overlay_xattrs,
+        stack,
         must_be_empty,
     })
 }
@@ -106,91 +71,37 @@ pub(super) fn plan_diff(left: &[Mount], right: &[Mount]) -> Result<LayerSource, 
 ///
 /// # Errors
 /// When the mounts do not tell, or cannot be written to.
-pub(super) fn plan_apply(mounts: &[Mount]) -> Result<LayerTarget, NotOurs> {
-    let mut stack = read_stack(mounts)?;
-    if !stack.writable {
+pub(super) fn plan_apply(mounts: &[Mount]) -> Result<OverlayStack, NotOurs> {
+    let stack = read_stack(mounts)?;
+    if !stack.is_writable {
         return Err(NotOurs::because("the mounts are read-only"));
     }
-    Ok(LayerTarget {
-        dir: stack.dirs.remove(0),
-        lowerdirs: stack.dirs,
-        overlay_xattrs: stack.overlay_xattrs,
-    })
+    Ok(stack)
 }
 
-fn read_stack(mounts: &[Mount]) -> Result<Stack, NotOurs> {
-    let [mount] = mounts else {
-        return Err(NotOurs::because(format!("{} mounts", mounts.len())));
-    };
-    if !matches!(mount.target.as_str(), "" | "/") {
-        return Err(NotOurs::because(format!("mounted on {:?}", mount.target)));
+fn read_stack(mounts: &[Mount]) -> Result<OverlayStack, NotOurs> {
+    let fields = mounts.iter().map(|mount| MountFields {
+        fs_type: &mount.r#type,
+        source: &mount.source,
+        target: &mount.target,
+        options: &mount.options,
+    });
+    let stack =
+        OverlayStack::from_mounts(fields).map_err(|error| NotOurs::because(error.to_string()))?;
+    // containerd's own differ looks at such layers through the mount.
+    if stack.has_idmapped_lowers {
+        return Err(NotOurs::because("lower layers with an id mapping"));
     }
-    match mount.r#type.as_str() {
-        "bind" => read_bind(mount),
-        "overlay" => read_overlay(&mount.options),
-        other => Err(NotOurs::because(format!("mounts of type {other:?}"))),
+    if !stack.data_dirs.is_empty() {
+        return Err(NotOurs::because("lower layers with data only"));
     }
-}
-
-fn read_bind(mount: &Mount) -> Result<Stack, NotOurs> {
-    let unknown = |option: &&String| !matches!(option.as_str(), "bind" | "rbind" | "ro" | "rw");
-    if let Some(option) = mount.options.iter().find(unknown) {
-        return Err(NotOurs::because(format!("mount option {option:?}")));
-    }
-    Ok(Stack {
-        dirs: vec![read_dir(&mount.source)?],
-        writable: !mount.options.iter().any(|option| option == "ro"),
-        overlay_xattrs: OverlayXattrs::default(),
-    })
-}
-
-fn read_overlay(options: &[String]) -> Result<Stack, NotOurs> {
-    let (mut upper, mut lower) = (None, None);
-    let mut read_only = false;
-    let mut overlay_xattrs = OverlayXattrs::Trusted;
-    for option in options {
-        match option.split_once('=').unwrap_or((option, "")) {
-            ("upperdir", dir) => upper = Some(read_dir(dir)?),
-            ("lowerdir", dirs) => lower = Some(dirs.split(':').map(read_dir)),
-            ("userxattr", _) => overlay_xattrs = OverlayXattrs::User,
-            ("ro", _) => read_only = true,
-            // These change how the kernel keeps its books, or are seen in the layer by themselves
-            // (redirect_dir, metacopy). Others may change what the directories mean, as uidmap does.
-            (
-                "workdir" | "rw" | "index" | "volatile" | "fsync" | "xino" | "nfs_export" | "uuid"
-                | "redirect_dir" | "metacopy" | "noatime" | "nodiratime" | "relatime",
-                _,
-            ) => {}
-            _ => return Err(NotOurs::because(format!("mount option {option:?}"))),
-        }
-    }
-    let Some(lower) = lower else {
-        return Err(NotOurs::because("an overlay without lowerdir="));
-    };
-    Ok(Stack {
-        writable: upper.is_some() && !read_only,
-        dirs: upper
-            .into_iter()
-            .map(Ok)
-            .chain(lower)
-            .collect::<Result<_, _>>()?,
-        overlay_xattrs,
-    })
-}
-
-/// Refuses what overlayfs would not take literally: escapes, and the empty names around data-only
-/// layers (`::`).
-fn read_dir(dir: &str) -> Result<PathBuf, NotOurs> {
-    if Path::new(dir).is_absolute() && !dir.contains('\\') {
-        Ok(PathBuf::from(dir))
-    } else {
-        Err(NotOurs::because(format!("the directory {dir:?}")))
-    }
+    Ok(stack)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use transship_layer::OverlayXattrs;
 
     fn mount(text: &str) -> Vec<Mount> {
         text.split(" + ")
@@ -215,8 +126,9 @@ mod tests {
         match plan {
             Ok(source) => format!(
                 "{} | {} | {}{}",
-                source.dir.display(),
+                source.stack.top.display(),
                 source
+                    .stack
                     .lowerdirs
                     .iter()
                     .map(|dir| dir.display().to_string())
@@ -225,7 +137,7 @@ mod tests {
                 source
                     .must_be_empty
                     .map_or(String::new(), |dir| dir.display().to_string()),
-                match source.overlay_xattrs {
+                match source.stack.overlay_xattrs {
                     OverlayXattrs::Trusted => "",
                     OverlayXattrs::User => " user",
                 }
@@ -298,17 +210,17 @@ mod tests {
             (
                 "bind /p ro",
                 "overlay overlay uidmap=0:1:2,upperdir=/u,lowerdir=/p",
-                "mount option \"uidmap=0:1:2\"",
+                "lower layers with an id mapping",
             ),
             (
                 "bind /p ro",
                 "overlay overlay upperdir=/u,lowerdir=/p::/data",
-                "the directory \"\"",
+                "lower layers with data only",
             ),
             (
-                "bind /p ro",
+                "bind /p:q ro",
                 "overlay overlay upperdir=/u,lowerdir=/p\\:q",
-                "the directory \"/p\\\\\"",
+                "/u | /p:q | ",
             ),
             (
                 "bind /p ro",
@@ -356,7 +268,7 @@ mod tests {
                         .iter()
                         .map(|dir| dir.to_str().unwrap())
                         .collect();
-                    (target.dir.to_str().unwrap(), lowerdirs)
+                    (target.top.to_str().unwrap(), lowerdirs)
                 })
                 .map_err(|not_ours| not_ours.reason.as_str());
             assert_eq!(planned, plan, "{mounts}");

@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use transship_containerd::labels::{GC_ROOT, UNCOMPRESSED};
 use transship_containerd::{Containerd, Upload, namespace_of};
-use transship_layer::{Compression, ExportError};
+use transship_layer::{Compression, ExportError, OverlayStack};
 
 use super::blob_file::BlobFile;
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
@@ -26,7 +26,7 @@ use super::leases::{Lease, Leases};
 use super::media_type;
 use super::namespace;
 use super::pack::{PackError, Packed, pack_layer};
-use super::plan::{LayerSource, LayerTarget, NotOurs, plan_apply, plan_diff};
+use super::plan::{LayerSource, NotOurs, plan_apply, plan_diff};
 use super::store::Connection;
 use super::unpack::{Unpacked, unpack_layer};
 use crate::error::chain;
@@ -173,14 +173,14 @@ impl DiffService {
         }
         let packed = written?;
         tracing::debug!(
-            dir = %job.source.dir.display(),
+            dir = %job.source.stack.top.display(),
             entries = packed.stats.entries,
             bytes = packed.blob.size,
             "layer written"
         );
         if !packed.stats.noted_paths.is_empty() {
             tracing::info!(
-                dir = %job.source.dir.display(),
+                dir = %job.source.stack.top.display(),
                 links = packed.stats.broken_lower_links,
                 flags = packed.stats.lost_inode_flags,
                 xattrs = packed.stats.lost_xattrs,
@@ -222,7 +222,7 @@ impl DiffService {
             let unpacked = unpack_layer(blob, &target)
                 .map_err(|source| DiffError::Import { digest, source })?;
             if sync {
-                sync_file_system(&target.dir)?;
+                sync_file_system(&target.top)?;
             }
             Ok((target, unpacked))
         };
@@ -259,7 +259,7 @@ impl DiffService {
         };
         let (target, Unpacked { tar, stats }) = unpacked?;
         tracing::debug!(
-            dir = %target.dir.display(),
+            dir = %target.top.display(),
             layer = layer.digest,
             entries = stats.entries,
             bytes = tar.size,
@@ -433,7 +433,7 @@ async fn read_into(
 /// The mounts may name directories that this daemon does not see (in another mount namespace, or
 /// hidden by systemd's ProtectHome), and what is not empty is a tree to be compared.
 fn check_source(source: &LayerSource) -> Result<(), DiffError> {
-    is_empty(&source.dir)?;
+    is_empty(&source.stack.top)?;
     match &source.must_be_empty {
         Some(base) if !is_empty(base)? => {
             Err(NotOurs::because(format!("{} is not empty", base.display())).into())
@@ -444,12 +444,12 @@ fn check_source(source: &LayerSource) -> Result<(), DiffError> {
 
 /// A layer goes into a fresh directory; whoever applies a second one to the same snapshot wants the two
 /// merged, which another differ does.
-fn check_target(target: &LayerTarget) -> Result<(), DiffError> {
-    if !is_empty(&target.dir)? {
-        return Err(NotOurs::because(format!("{} is not empty", target.dir.display())).into());
+fn check_target(target: &OverlayStack) -> Result<(), DiffError> {
+    if !is_empty(&target.top)? {
+        return Err(NotOurs::because(format!("{} is not empty", target.top.display())).into());
     }
-    access(&target.dir, AccessFlags::W_OK).map_err(|errno| {
-        NotOurs::because(format!("cannot write to {}: {errno}", target.dir.display()))
+    access(&target.top, AccessFlags::W_OK).map_err(|errno| {
+        NotOurs::because(format!("cannot write to {}: {errno}", target.top.display()))
     })?;
     Ok(())
 }

@@ -8,10 +8,11 @@ use std::io::{self, BufRead, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
-use transship_layer::{ImportError, ImportOptions, ImportStats, decompress, import_into_upperdir};
+use transship_layer::{
+    ImportError, ImportOptions, ImportStats, OverlayStack, decompress, import_into_upperdir,
+};
 
 use super::chunks::{CHUNK_BYTES, ChunkReader, Measured, QUEUED_CHUNKS, gone, measure};
-use super::plan::LayerTarget;
 
 /// A layer that has been applied.
 #[derive(Debug)]
@@ -29,10 +30,9 @@ pub(super) struct Unpacked {
 /// target is then half filled.
 pub(super) fn unpack_layer(
     blob: impl BufRead + Send,
-    target: &LayerTarget,
+    target: &OverlayStack,
 ) -> Result<Unpacked, ImportError> {
     let options = ImportOptions {
-        overlay_xattrs: target.overlay_xattrs,
         // As containerd does: images are made on file systems that know more than this one.
         skip_unsupported_xattrs: true,
         ..ImportOptions::default()
@@ -47,7 +47,7 @@ pub(super) fn unpack_layer(
         });
         let measured = scope.spawn(move || hash_on_the_way(&plain_chunks, &hashed));
         let reader = ChunkReader::new(hashed_chunks);
-        let stats = import_into_upperdir(reader, &target.dir, &target.lowerdirs, &options)?;
+        let stats = import_into_upperdir(reader, target, &options)?;
         let tar = measured
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
@@ -95,14 +95,8 @@ mod tests {
     use std::io::{BufReader, Write};
     use std::path::Path;
 
-    use transship_layer::OverlayXattrs;
-
-    fn target(dir: &Path) -> LayerTarget {
-        LayerTarget {
-            dir: dir.to_owned(),
-            lowerdirs: Vec::new(),
-            overlay_xattrs: OverlayXattrs::Trusted,
-        }
+    fn target(dir: &Path) -> OverlayStack {
+        OverlayStack::new(dir, [])
     }
 
     /// One file and the end of the tar, and after that `padding` zeros.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use transship_layer::{ExportError, ExportOptions, ExportStats, export_upperdir};
+use transship_layer::{ExportError, ExportOptions, ExportStats, OverlayStack, export_upperdir};
 
 use super::sink::Sink;
-use super::{Layer, Opened, Paused, Snapshot, find, raw};
+use super::{Opened, Paused, Snapshot, find, raw};
 use crate::args::{Global, SnapshotExportArgs};
 use crate::commands::connect;
 use transship_containerd::Node;
@@ -91,7 +91,7 @@ async fn copy_into(
     let copied = match opened.layer(snapshot) {
         Ok(layer) => {
             let paused = Paused::pause(node, snapshot.container.as_deref()).await?;
-            let copied = raw::copy_tree(&layer.dir, dir, interrupt).await;
+            let copied = raw::copy_tree(&layer.top, dir, interrupt).await;
             paused.resume().await?;
             copied
         }
@@ -101,15 +101,15 @@ async fn copy_into(
     copied
 }
 
-async fn write_layer(layer: Layer, sink: Sink, interrupt: &Interrupt) -> Result<ExportStats> {
+async fn write_layer(
+    layer: OverlayStack,
+    sink: Sink,
+    interrupt: &Interrupt,
+) -> Result<ExportStats> {
     let give_up = sink.give_up();
     let mut export = tokio::task::spawn_blocking(move || -> Result<ExportStats> {
-        let options = ExportOptions {
-            overlay_xattrs: layer.overlay_xattrs,
-            ..ExportOptions::default()
-        };
         let mut out = BufWriter::with_capacity(1 << 20, sink);
-        let stats = export_upperdir(&layer.dir, &layer.lowerdirs, &mut out, &options)
+        let stats = export_upperdir(&layer, &mut out, &ExportOptions::default())
             .map_err(|error| with_hint(error, &layer))?;
         let sink = out
             .into_inner()
@@ -129,8 +129,8 @@ async fn write_layer(layer: Layer, sink: Sink, interrupt: &Interrupt) -> Result<
     }
 }
 
-fn with_hint(error: ExportError, layer: &Layer) -> anyhow::Error {
-    let context = format!("cannot export {}", layer.dir.display());
+fn with_hint(error: ExportError, layer: &OverlayStack) -> anyhow::Error {
+    let context = format!("cannot export {}", layer.top.display());
     match error {
         ExportError::Changed { .. } => anyhow::Error::from(error).context(
             Problem::new(Kind::Refused, context)

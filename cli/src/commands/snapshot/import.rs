@@ -13,10 +13,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use transship_layer::{
-    ImportOptions, ImportStats, decompress, import_into_upperdir, remove_contents,
+    ImportOptions, ImportStats, OverlayStack, decompress, import_into_upperdir, remove_contents,
 };
 
-use super::{Layer, Opened, Snapshot, default_snapshotter, find, kept, raw};
+use super::{Opened, Snapshot, default_snapshotter, find, kept, raw};
 use crate::args::{Global, SnapshotImportArgs};
 use crate::commands::{connect, print};
 use transship_containerd::Node;
@@ -147,7 +147,7 @@ async fn import(
     }
     let layer = Opened::open(node, &snapshot).await?.layer(&snapshot)?;
     let mut entries =
-        fs::read_dir(&layer.dir).with_context(|| format!("cannot list {}", layer.dir.display()))?;
+        fs::read_dir(&layer.top).with_context(|| format!("cannot list {}", layer.top.display()))?;
     if entries.next().is_some() {
         let problem = refused(
             &snapshot,
@@ -159,7 +159,7 @@ async fn import(
     let file = match source {
         Source::Layer(file) => file,
         Source::Raw(dir) => {
-            raw::copy_tree(&dir, &layer.dir, interrupt).await?;
+            raw::copy_tree(&dir, &layer.top, interrupt).await?;
             return Ok((snapshot, None));
         }
     };
@@ -218,21 +218,17 @@ impl Read for Input {
     }
 }
 
-fn fill(layer: &Layer, input: Input, made: bool) -> Result<ImportStats> {
-    let options = ImportOptions {
-        overlay_xattrs: layer.overlay_xattrs,
-        ..ImportOptions::default()
-    };
+fn fill(layer: &OverlayStack, input: Input, made: bool) -> Result<ImportStats> {
     let filled = decompress(BufReader::with_capacity(1 << 20, input))
         .context("cannot read the layer")
         .and_then(|tar| {
-            import_into_upperdir(tar, &layer.dir, &layer.lowerdirs, &options)
-                .with_context(|| format!("cannot import into {}", layer.dir.display()))
+            import_into_upperdir(tar, layer, &ImportOptions::default())
+                .with_context(|| format!("cannot import into {}", layer.top.display()))
         });
     if filled.is_err() && !made {
         // The snapshot was there before, and empty.
-        remove_contents(&layer.dir)
-            .with_context(|| format!("cannot empty {}", layer.dir.display()))?;
+        remove_contents(&layer.top)
+            .with_context(|| format!("cannot empty {}", layer.top.display()))?;
     }
     filled
 }
