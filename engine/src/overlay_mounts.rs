@@ -15,3 +15,23 @@ pub fn overlay_stack(mounts: &[Mount]) -> Result<OverlayStack, StackError> {
         options: &mount.options,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use transship_layer::OverlayXattrs;
+
+    #[test]
+    fn how_a_snapshot_is_mounted_comes_along() {
+        let options = ["userxattr", "upperdir=/u", "lowerdir=/b:/a"];
+        let mount = Mount {
+            r#type: "overlay".to_owned(),
+            source: "overlay".to_owned(),
+            target: String::new(),
+            options: options.map(str::to_owned).to_vec(),
+        };
+        let stack = overlay_stack(&[mount]).unwrap();
+        assert_eq!(stack.overlay_xattrs, OverlayXattrs::User);
+        assert_eq!(stack.lowerdirs.len(), 2);
+    }
+}

@@ -67,8 +67,23 @@ impl<R: BufRead> Read for Decompressed<R> {
         match &mut self.decoder {
             Decoder::None(reader) => reader.read(buffer),
             Decoder::Gzip(reader) => reader.read(buffer),
-            Decoder::Zstd(reader) => reader.read(buffer),
+            Decoder::Zstd(reader) => reader.read(buffer).map_err(name_large_window),
         }
+    }
+}
+
+/// Tells a window that is too large from damage.
+fn name_large_window(error: io::Error) -> io::Error {
+    // `ZSTD_error_frameParameter_windowTooLarge` of zstd_errors.h, a stable number; functions return it
+    // negative.
+    let too_large = zstd::zstd_safe::get_error_name(16_usize.wrapping_neg());
+    if error.to_string() == too_large {
+        io::Error::new(
+            io::ErrorKind::Unsupported,
+            "its zstd window is larger than 128 MiB",
+        )
+    } else {
+        error
     }
 }
 
@@ -156,6 +171,22 @@ mod tests {
             let mut read = Vec::new();
             reader.read_to_end(&mut read).unwrap();
             assert!(read == plain);
+        }
+    }
+
+    #[test]
+    fn a_large_window_is_told_from_damage() {
+        for (window_log, kind) in [(27, None), (28, Some(io::ErrorKind::Unsupported))] {
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(window_log).unwrap();
+            encoder.long_distance_matching(true).unwrap();
+            // More than the window: a smaller frame is its own window.
+            for _ in 0..(1 << (window_log - 20)) + 1 {
+                encoder.write_all(&[7; 1 << 20]).unwrap();
+            }
+            let packed = encoder.finish().unwrap();
+            let read = io::copy(&mut decompress(&packed[..]).unwrap(), &mut io::sink());
+            assert_eq!(read.err().map(|error| error.kind()), kind, "{window_log}");
         }
     }
 

@@ -15,11 +15,12 @@ use tar::EntryType;
 use crate::directory_listing::DirectoryListing;
 pub use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
+use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::load::{FileBatch, LoadedDirectory, LoadedFile};
 use crate::lower_view::LowerView;
 use crate::overlay_marks::{OverlayMarks, read_marks_and_xattrs};
 use crate::overlay_stack::OverlayStack;
-use crate::path_bytes::{push_component, split_last, to_path_buf};
+use crate::path_bytes::{components, push_component, split_last, to_path_buf};
 use crate::read_ahead::ReadAhead;
 use crate::sparse::{Segment, find_segments};
 use crate::tar_write::{EntryHead, TarWriter};
@@ -42,10 +43,8 @@ pub struct ExportOptions {
     /// Times later than this (seconds since 1970) are written as this, as the `SOURCE_DATE_EPOCH`
     /// specification asks for reproducible builds.
     pub source_date_epoch: Option<u64>,
-    /// Also writes access times (PAX `atime`); off, because a read changes them.
-    pub access_times: bool,
-    /// Writes files with holes in full, for readers that know no sparse entries.
-    pub fill_holes: bool,
+    /// For whom the layer is.
+    pub format: LayerFormat,
 }
 
 /// What an export wrote, and what it could not.
@@ -125,7 +124,7 @@ fn export_to<W: Write>(
     tar: TarWriter<W>,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
-    let read_ahead = ReadAhead::new(stack.overlay_xattrs, options.fill_holes);
+    let read_ahead = ReadAhead::new(stack.overlay_xattrs, options.format == LayerFormat::Image);
     export_with(stack, tar, options, read_ahead)
 }
 
@@ -184,11 +183,6 @@ impl<W: Write> Export<'_, W> {
     fn write_name(&mut self, walk: &mut UpperWalk, next: NextName) -> Result<(), ExportError> {
         let path = walk.path();
         let name = &path[path.len() - next.name_len..];
-        if name.starts_with(WHITEOUT_PREFIX) {
-            return Err(ExportError::ReservedName {
-                path: to_path_buf(path),
-            });
-        }
         let inode_type = match next.inode_type {
             Some(inode_type) => inode_type,
             None => stat_name(walk, name)?.inode_type,
@@ -247,7 +241,11 @@ impl<W: Write> Export<'_, W> {
         self.xattrs = std::mem::take(&mut directory.xattrs);
         self.note_marks(&marks, path)?;
         let lower_path = self.lower_path_of(walk, &marks)?;
-        self.write_directory_entry(path, &directory.attributes)?;
+        // An image's `/` belongs to the snapshot; containerd writes no entry for it either, and the layer of
+        // an unchanged container has the digest that tools know as that of the empty layer.
+        if !path.is_empty() || self.options.format == LayerFormat::Checkpoint {
+            self.write_directory_entry(path, &directory.attributes)?;
+        }
         // Overlay never looks at `opaque` on the root: the root is always merged.
         let is_opaque = marks.opaque && !path.is_empty() || marks.redirect.is_some();
         if is_opaque && self.hides_directory(path)? {
@@ -351,7 +349,7 @@ impl<W: Write> Export<'_, W> {
             // Only advice: a file system without it reads as before.
             let _advised = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
         }
-        let segments = if self.options.fill_holes {
+        let segments = if self.options.format == LayerFormat::Image {
             None
         } else {
             find_segments(file, size)
@@ -428,8 +426,13 @@ impl<W: Write> Export<'_, W> {
             return Ok(());
         }
         let (parent, name) = split_last(path);
+        let marker = [WHITEOUT_PREFIX, name].concat();
+        if marker == OPAQUE_NAME {
+            // The one name that a deletion cannot be told of: it would be an opaque directory.
+            return Err(ExportError::reserved_name(path));
+        }
         let mut whiteout = parent.to_vec();
-        push_component(&mut whiteout, &[WHITEOUT_PREFIX, name].concat());
+        push_component(&mut whiteout, &marker);
         self.stats.whiteouts += 1;
         self.write_marker(&whiteout)
     }
@@ -446,11 +449,11 @@ impl<W: Write> Export<'_, W> {
             gid: 0,
             size: 0,
             mtime: Timestamp::default(),
-            atime: None,
             link: b"",
             device: (0, 0),
             xattrs: &[],
             segments: None,
+            literal_names: self.literal_names(path, marker_names(path))?,
         })
     }
 
@@ -509,6 +512,11 @@ impl<W: Write> Export<'_, W> {
         segments: Option<&[Segment]>,
     ) -> Result<(), ExportError> {
         let is_device = matches!(entry_type, EntryType::Char | EntryType::Block);
+        self.leave_out_trusted(path);
+        let literal_names = components(path)
+            .any(|component| component.starts_with(WHITEOUT_PREFIX))
+            .then_some(LiteralNames::All);
+        let literal_names = self.literal_names(path, literal_names)?;
         self.stats.entries += 1;
         self.stats.sparse_files += u64::from(segments.is_some());
         self.tar.write_head(&EntryHead {
@@ -523,15 +531,40 @@ impl<W: Write> Export<'_, W> {
                 0
             },
             mtime: self.clamp(attributes.mtime),
-            atime: self
-                .options
-                .access_times
-                .then(|| self.clamp(attributes.atime)),
             link,
             device: if is_device { attributes.device } else { (0, 0) },
             xattrs: &self.xattrs,
             segments,
+            literal_names,
         })
+    }
+
+    /// Passes on how a name that looks like a marker is to be read, if the format can say it.
+    fn literal_names(
+        &self,
+        path: &[u8],
+        literal: Option<LiteralNames>,
+    ) -> Result<Option<LiteralNames>, ExportError> {
+        match literal {
+            Some(_) if self.options.format == LayerFormat::Image => {
+                Err(ExportError::reserved_name(path))
+            }
+            literal => Ok(literal),
+        }
+    }
+
+    /// Leaves out of `self.xattrs` what an image does not carry.
+    fn leave_out_trusted(&mut self, path: &[u8]) {
+        if self.options.format == LayerFormat::Image {
+            let all = self.xattrs.len();
+            self.xattrs
+                .retain(|xattr| !xattr.name.starts_with(b"trusted."));
+            let lost = all - self.xattrs.len();
+            if lost > 0 {
+                self.stats.lost_xattrs += lost as u64;
+                self.note(path);
+            }
+        }
     }
 
     fn clamp(&self, time: Timestamp) -> Timestamp {
@@ -555,13 +588,6 @@ impl<W: Write> Export<'_, W> {
 
     /// Counts what the layer cannot carry of an inode, and refuses what it would say wrongly.
     fn note_marks(&mut self, marks: &OverlayMarks, path: &[u8]) -> Result<(), ExportError> {
-        if marks.foreign.is_some() {
-            return Err(ExportError::inexact(
-                path,
-                "it has overlay marks of the other kind (trusted.overlay, user.overlay) than the \
-                 overlay was said to be mounted with",
-            ));
-        }
         if marks.inode_flags || marks.uncarried > 0 {
             self.stats.lost_inode_flags += u64::from(marks.inode_flags);
             self.stats.lost_xattrs += marks.uncarried;
@@ -575,6 +601,14 @@ impl<W: Write> Export<'_, W> {
             self.stats.noted_paths.push(to_path_buf(path));
         }
     }
+}
+
+/// For a marker: whether a component before it, or the name that it deletes, looks like another one.
+fn marker_names(path: &[u8]) -> Option<LiteralNames> {
+    let (parent, marker) = split_last(path);
+    let looks_like_marker = |component: &[u8]| component.starts_with(WHITEOUT_PREFIX);
+    let deletes_such = marker != OPAQUE_NAME && looks_like_marker(&marker[WHITEOUT_PREFIX.len()..]);
+    (deletes_such || components(parent).any(looks_like_marker)).then_some(LiteralNames::Parents)
 }
 
 pub(crate) fn stat_open(fd: impl AsFd, path: &[u8]) -> Result<InodeAttributes, ExportError> {

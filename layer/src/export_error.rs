@@ -34,7 +34,7 @@ pub enum ExportError {
         /// The file or directory that is not what it was.
         path: PathBuf,
     },
-    /// The name means a deletion in an OCI layer.
+    /// The name means a deletion in an OCI layer; a checkpoint's can have it.
     #[error(
         "{path:?} cannot be part of an OCI layer: names that begin with \".wh.\" mean deletions there"
     )]
@@ -76,6 +76,12 @@ impl ExportError {
 
     pub(crate) fn changed(path: &[u8]) -> Self {
         ExportError::Changed {
+            path: to_path_buf(path),
+        }
+    }
+
+    pub(crate) fn reserved_name(path: &[u8]) -> Self {
+        ExportError::ReservedName {
             path: to_path_buf(path),
         }
     }

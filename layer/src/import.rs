@@ -8,22 +8,23 @@ use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
-use nix::sys::stat::{
-    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstatat, makedev, mknodat, utimensat,
-};
-use nix::unistd::{Gid, Uid, fchownat, ftruncate, linkat, symlinkat};
+use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat};
+use nix::unistd::{ftruncate, linkat, symlinkat};
 
+use crate::decompress::Compression;
 use crate::export::{OPAQUE_NAME, WHITEOUT_PREFIX};
 pub use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
+use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::lower_view::LowerView;
-use crate::overlay_marks::{OverlayXattrs, read_marks_and_xattrs};
+use crate::overlay_marks::read_marks_and_xattrs;
 use crate::overlay_stack::OverlayStack;
-use crate::path_bytes::{components, push_component, split_last};
+use crate::path_bytes::{components, join_cleaned, push_component, split_last};
+use crate::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
-use crate::upper_tree::{UpperTree, WantedAttributes, creation_mode, set_open_times, time_spec};
-use crate::xattrs::{XattrHolder, XattrReader};
+use crate::upper_tree::{MAX_LINKS, UpperTree, read_link};
+use crate::xattrs::XattrReader;
 
 /// Prefix of names that aufs kept for itself and that old Docker layers can contain.
 const AUFS_PREFIX: &[u8] = b".wh..wh.";
@@ -33,21 +34,40 @@ const COPY_BYTES: usize = 1 << 20;
 /// How to import, and how much of it.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
+    /// Where the layer comes from.
+    pub format: LayerFormat,
     /// Leaves out (and counts) extended attributes that the file system does not know, as containerd
     /// does for images; otherwise they make the import fail.
     pub skip_unsupported_xattrs: bool,
-    /// Most entries that are accepted.
-    pub max_entries: u64,
-    /// Most bytes of uncompressed tar that are accepted.
+    /// Most bytes of uncompressed tar that are accepted. An entry has at least 512, so this bounds their
+    /// number, too.
     pub max_bytes: u64,
 }
 
 impl Default for ImportOptions {
     fn default() -> Self {
         ImportOptions {
+            format: LayerFormat::Checkpoint,
             skip_unsupported_xattrs: false,
-            max_entries: u64::MAX,
             max_bytes: u64::MAX,
+        }
+    }
+}
+
+/// The most that deflate makes of one byte. zstd can make more of zeros, which no honest layer consists of.
+const MAX_EXPANSION: u64 = 1032;
+
+impl ImportOptions {
+    /// For a checkpoint's layer in a file of `file_len` bytes: what comes from elsewhere makes no more of it
+    /// than it is, or, when it is compressed, than its compression does.
+    pub fn for_checkpoint(file_len: u64, compression: Compression) -> Self {
+        let expansion = match compression {
+            Compression::None => 1,
+            Compression::Gzip | Compression::Zstd => MAX_EXPANSION,
+        };
+        ImportOptions {
+            max_bytes: file_len.saturating_mul(expansion),
+            ..ImportOptions::default()
         }
     }
 }
@@ -76,16 +96,17 @@ pub struct ImportStats {
     pub dropped_xattrs: u64,
     /// Attributes left out because of `skip_unsupported_xattrs`.
     pub unsupported_xattrs: u64,
-    /// Entries of aufs' own that were skipped.
-    pub aufs_entries: u64,
+    /// Entries that were skipped: aufs' own, what lies below a deleted name, and whiteouts whose name leads
+    /// through a symlink of the same layer (see docs/layers.md).
+    pub skipped_entries: u64,
 }
 
 /// Applies an uncompressed OCI layer tar to the topmost directory of a stack, which is fresh and not
 /// mounted.
 ///
 /// Deletions become overlay's: `.wh.x` a whiteout, `.wh..wh..opq` an opaque directory. The stack must have
-/// all the lowerdirs that the directory will be mounted over: a whiteout is made only for what a lower layer has, a parent directory without an entry
-/// gets the attributes it has below, and a hard link to a lower file makes a copy of it.
+/// all the lowerdirs that the directory will be mounted over: a whiteout is made only for what a lower
+/// layer has, a parent directory without an entry gets the attributes it has below, and a hard link to a lower file makes a copy of it.
 ///
 /// The tar is not trusted: no entry reaches outside of the directory, through no name, symlink or hard
 /// link; sizes are bounded before memory is taken; overlay's own attributes are not set.
@@ -101,7 +122,7 @@ pub fn import_into_upperdir<R: Read>(
     let skip = options.skip_unsupported_xattrs;
     let mut import = Import {
         tar: TarReader::new(tar),
-        tree: UpperTree::open(stack, lower, skip)?,
+        tree: UpperTree::open(stack, lower, options.format, skip)?,
         stats: ImportStats::default(),
         root_is_opaque: false,
     };
@@ -109,29 +130,25 @@ pub fn import_into_upperdir<R: Read>(
     let mut path = Vec::new();
     while import.tar.next_entry(&mut entry)? {
         import.stats.entries += 1;
-        import.check_limits(options)?;
-        clean_path(&entry.path, &mut path)?;
+        import.check_limit(options.max_bytes)?;
+        clean_path(&entry.path, &mut path);
         import.apply(&entry, &path)?;
     }
     import.tar.drain()?;
     import.finish(options)
 }
 
-/// Brings a name into the form of path_bytes.rs. Absolute names count from the root of the layer,
-/// as every reader takes them; `..` has no honest use in a layer.
-fn clean_path(raw: &[u8], path: &mut Vec<u8>) -> Result<(), ImportError> {
+/// Brings a name into the form of path_bytes.rs. The root of the layer is the root of all: absolute names
+/// count from there, and `..` does not lead out of it, as Go's `filepath.Clean` and containerd have it.
+fn clean_path(raw: &[u8], path: &mut Vec<u8>) {
     path.clear();
-    if raw.is_empty() {
-        return Err(ImportError::refused(raw, "its name is empty"));
-    }
     for component in components(raw) {
         match component {
             b"." => {}
-            b".." => return Err(ImportError::refused(raw, "its name contains \"..\"")),
+            b".." => path.truncate(split_last(path).0.len()),
             component => push_component(path, component),
         }
     }
-    Ok(())
 }
 
 struct Import<R> {
@@ -142,40 +159,32 @@ struct Import<R> {
 }
 
 impl<R: Read> Import<R> {
-    fn check_limits(&self, options: &ImportOptions) -> Result<(), ImportError> {
-        if self.stats.entries > options.max_entries {
-            return Err(ImportError::TooLarge {
-                what: "entries",
-                limit: options.max_entries,
-            });
-        }
-        if self.tar.offset().saturating_add(self.tar.data_left()) > options.max_bytes {
-            return Err(ImportError::TooLarge {
-                what: "bytes",
-                limit: options.max_bytes,
-            });
+    fn check_limit(&self, max_bytes: u64) -> Result<(), ImportError> {
+        if self.tar.offset().saturating_add(self.tar.data_left()) > max_bytes {
+            return Err(ImportError::TooLarge { limit: max_bytes });
         }
         Ok(())
     }
 
     fn apply(&mut self, entry: &TarEntry, path: &[u8]) -> Result<(), ImportError> {
         let (parent, name) = split_last(path);
-        if components(parent).any(|component| component.starts_with(WHITEOUT_PREFIX)) {
-            if components(parent).any(|component| component.starts_with(AUFS_PREFIX)) {
-                self.stats.aufs_entries += 1;
-                return Ok(());
-            }
-            return Err(ImportError::refused(path, "it lies below a deleted name"));
-        }
-        if name == OPAQUE_NAME {
-            return self.hide_directory(parent);
-        }
-        if name.starts_with(AUFS_PREFIX) {
-            self.stats.aufs_entries += 1;
+        let literal = entry
+            .literal_names
+            .filter(|_| self.tree.format == LayerFormat::Checkpoint);
+        let is_marker = |component: &[u8]| component.starts_with(WHITEOUT_PREFIX);
+        if literal.is_none() && components(parent).any(is_marker) {
+            self.stats.skipped_entries += 1;
             return Ok(());
         }
-        if let Some(deleted) = name.strip_prefix(WHITEOUT_PREFIX) {
-            return self.delete_name(parent, deleted, path);
+        if is_marker(name) && literal != Some(LiteralNames::All) {
+            if name == OPAQUE_NAME {
+                return self.hide_directory(parent);
+            }
+            if name.starts_with(AUFS_PREFIX) && literal.is_none() {
+                self.stats.skipped_entries += 1;
+                return Ok(());
+            }
+            return self.delete_name(parent, &name[WHITEOUT_PREFIX.len()..], path);
         }
         let wanted = WantedAttributes {
             mode: entry.mode,
@@ -186,26 +195,50 @@ impl<R: Read> Import<R> {
             xattrs: &entry.xattrs,
         };
         if path.is_empty() {
-            if entry.tar_type != TarType::Directory {
-                return Err(ImportError::refused(path, "the root is no directory"));
-            }
-            self.tree.enter(path)?;
-            return self.tree.set_directory_attributes(path, wanted, false);
+            return self.apply_root(entry.tar_type, wanted);
         }
+        if entry.tar_type == TarType::HardLink {
+            return self.make_hard_link(parent, name, path, &entry.link);
+        }
+        let led_path;
+        let path = if self.tree.enter(parent)? {
+            led_path = self.tree.path_of(name);
+            &led_path[..]
+        } else {
+            path
+        };
         let inode_type = match entry.tar_type {
-            TarType::HardLink => return self.make_hard_link(parent, name, path, &entry.link),
-            TarType::Regular => InodeType::Regular,
+            TarType::Regular | TarType::HardLink => {
+                return self.make_file(name, path, entry, wanted);
+            }
+            TarType::Directory => return self.tree.make_directory(name, path, wanted),
+            TarType::CharDevice if entry.device == (0, 0) => {
+                return self.make_whiteout_of_device(name, path);
+            }
             TarType::Symlink => InodeType::Symlink,
             TarType::CharDevice => InodeType::CharDevice,
             TarType::BlockDevice => InodeType::BlockDevice,
-            TarType::Directory => InodeType::Directory,
             TarType::Fifo => InodeType::Fifo,
         };
-        self.tree.enter(parent)?;
-        match inode_type {
-            InodeType::Directory => self.tree.make_directory(name, path, wanted),
-            InodeType::Regular => self.make_file(name, path, entry, wanted),
-            _ => self.make_special(name, path, inode_type, &entry.link, entry.device, wanted),
+        self.make_special(name, path, inode_type, &entry.link, entry.device, wanted)
+    }
+
+    /// What an image says of `/` is not the container's root directory: that belongs to the snapshot, and
+    /// containerd ignores it, too.
+    fn apply_root(
+        &mut self,
+        tar_type: TarType,
+        wanted: WantedAttributes<'_>,
+    ) -> Result<(), ImportError> {
+        match (self.tree.format, tar_type) {
+            (LayerFormat::Image, _) => Ok(()),
+            (LayerFormat::Checkpoint, TarType::Directory) => {
+                self.tree.enter(b"")?;
+                self.tree.set_directory_attributes(b"", wanted, false)
+            }
+            (LayerFormat::Checkpoint, _) => {
+                Err(ImportError::refused(b"", "the root is no directory"))
+            }
         }
     }
 
@@ -273,12 +306,6 @@ impl<R: Read> Import<R> {
         device: (u64, u64),
         wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
-        if inode_type == InodeType::CharDevice && device == (0, 0) {
-            return Err(ImportError::refused(
-                path,
-                "a character device 0:0 is overlay's whiteout",
-            ));
-        }
         let make = |tree: &UpperTree| {
             let directory = tree.directory();
             let mode = Mode::S_IRUSR | Mode::S_IWUSR;
@@ -291,39 +318,8 @@ impl<R: Read> Import<R> {
             }
         };
         replacing(&self.tree, name, path, make)?;
-        let directory = self.tree.directory();
-        fchownat(
-            directory,
-            name,
-            Some(Uid::from_raw(wanted.uid)),
-            Some(Gid::from_raw(wanted.gid)),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )
-        .map_err(|errno| ImportError::io("change the owner of", path, errno))?;
-        if inode_type != InodeType::Symlink {
-            // It was made just now and is no symlink.
-            let mode = Mode::from_bits_truncate(wanted.mode);
-            fchmodat(directory, name, mode, FchmodatFlags::FollowSymlink)
-                .map_err(|errno| ImportError::io("change the mode of", path, errno))?;
-        }
-        if !wanted.xattrs.is_empty() {
-            let directory = directory
-                .try_clone_to_owned()
-                .map_err(|error| ImportError::io("open the directory of", path, error))?;
-            let holder = XattrHolder::Named {
-                directory: directory.as_fd(),
-                name,
-            };
-            self.tree.set_xattrs(holder, path, wanted.xattrs)?;
-        }
-        utimensat(
-            self.tree.directory(),
-            name,
-            &time_spec(wanted.atime),
-            &time_spec(wanted.mtime),
-            UtimensatFlags::NoFollowSymlink,
-        )
-        .map_err(|errno| ImportError::io("set the times of", path, errno))
+        self.tree
+            .set_special_attributes(name, path, (inode_type, device), wanted)
     }
 
     fn make_hard_link(
@@ -333,14 +329,11 @@ impl<R: Read> Import<R> {
         path: &[u8],
         link: &[u8],
     ) -> Result<(), ImportError> {
-        let mut target = Vec::new();
-        clean_path(link, &mut target)?;
+        let impossible = || ImportError::refused(path, "it is a hard link to what cannot be one");
+        let target = self.resolve_link(link)?;
         let target_name = split_last(&target).1;
-        if target == path || target_name.is_empty() || target_name.starts_with(WHITEOUT_PREFIX) {
-            return Err(ImportError::refused(
-                path,
-                "it is a hard link to what cannot be one",
-            ));
+        if target_name.is_empty() {
+            return Err(impossible());
         }
         let mut found = self.find_link_target(&target)?;
         if found.is_none() {
@@ -354,12 +347,13 @@ impl<R: Read> Import<R> {
             ));
         };
         if attributes.is_directory() || attributes.is_whiteout_device() {
-            return Err(ImportError::refused(
-                path,
-                "it is a hard link to what cannot be one",
-            ));
+            return Err(impossible());
         }
         self.tree.enter(parent)?;
+        if self.tree.path_of(name) == target {
+            // The replaced name would be the last one of the file.
+            return Err(impossible());
+        }
         self.stats.hard_links += 1;
         replacing(&self.tree, name, path, |tree| {
             linkat(
@@ -372,36 +366,72 @@ impl<R: Read> Import<R> {
         })
     }
 
-    /// Finds a file of the upperdir, symlinks not followed, and the directory that holds it.
+    /// The path that a hard link's target means: symlinks before its last component are followed inside of
+    /// the upperdir.
+    fn resolve_link(&self, link: &[u8]) -> Result<Vec<u8>, ImportError> {
+        let mut path = join_cleaned(b"", link);
+        for _ in 0..MAX_LINKS {
+            match self.follow_first_link(&path)? {
+                Some(led) => path = led,
+                None => return Ok(path),
+            }
+        }
+        Err(ImportError::refused(
+            link,
+            "it leads through too many symlinks",
+        ))
+    }
+
+    /// Where a path leads, if one of its components but the last is a symlink of the upperdir.
+    fn follow_first_link(&self, path: &[u8]) -> Result<Option<Vec<u8>>, ImportError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let (parent, name) = split_last(path);
+        let mut directory: Option<OwnedFd> = None;
+        let mut done = Vec::new();
+        let mut rest = components(parent);
+        while let Some(component) = rest.next() {
+            let above = directory.as_ref().map_or(self.tree.root(), |fd| fd.as_fd());
+            match openat(above, component, flags, Mode::empty()) {
+                Ok(fd) => directory = Some(fd),
+                Err(Errno::ENOENT) => return Ok(None),
+                Err(Errno::ENOTDIR | Errno::ELOOP) => {
+                    let Some(target) = read_link(above, component, path)? else {
+                        return Err(ImportError::refused(
+                            path,
+                            "a hard link leads through what is no directory",
+                        ));
+                    };
+                    let mut led = join_cleaned(&done, &target);
+                    rest.chain([name])
+                        .for_each(|component| push_component(&mut led, component));
+                    return Ok(Some(led));
+                }
+                Err(errno) => return Err(ImportError::io("open", path, errno)),
+            }
+            push_component(&mut done, component);
+        }
+        Ok(None)
+    }
+
+    /// Finds a file of the upperdir by its resolved path, and the directory that holds it.
     fn find_link_target(
         &self,
         target: &[u8],
     ) -> Result<Option<(InodeAttributes, OwnedFd)>, ImportError> {
         let (parent, name) = split_last(target);
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mut directory: Option<OwnedFd> = None;
+        let mut directory = self
+            .tree
+            .root()
+            .try_clone_to_owned()
+            .map_err(|error| ImportError::io("open", b"", error))?;
         for component in components(parent) {
-            let above = directory.as_ref().map_or(self.tree.root(), |fd| fd.as_fd());
-            match openat(above, component, flags, Mode::empty()) {
-                Ok(fd) => directory = Some(fd),
+            match openat(&directory, component, flags, Mode::empty()) {
+                Ok(fd) => directory = fd,
                 Err(Errno::ENOENT) => return Ok(None),
-                Err(Errno::ENOTDIR | Errno::ELOOP) => {
-                    return Err(ImportError::refused(
-                        target,
-                        "a hard link leads through what is no directory",
-                    ));
-                }
                 Err(errno) => return Err(ImportError::io("open", target, errno)),
             }
         }
-        let directory = match directory {
-            Some(fd) => fd,
-            None => self
-                .tree
-                .root()
-                .try_clone_to_owned()
-                .map_err(|error| ImportError::io("open", b"", error))?,
-        };
         match fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some((stat.into(), directory))),
             Err(Errno::ENOENT) => Ok(None),
@@ -416,6 +446,7 @@ impl<R: Read> Import<R> {
         let mut reader = XattrReader::new();
         let mut xattrs = Vec::new();
         let mut link = Vec::new();
+        let namespace = self.tree.namespace;
         let Some(inode) = self.tree.look_below_to_copy(target)? else {
             return Err(ImportError::refused(
                 path,
@@ -423,13 +454,9 @@ impl<R: Read> Import<R> {
             ));
         };
         let attributes = inode.attributes;
-        read_marks_and_xattrs(
-            &mut reader,
-            inode.holder(),
-            OverlayXattrs::default(),
-            &mut xattrs,
-        )
-        .map_err(|error| ImportError::io("read the attributes of", target, error))?;
+        let holder = inode.holder();
+        read_marks_and_xattrs(&mut reader, holder, namespace, &mut xattrs)
+            .map_err(|error| ImportError::io("read the attributes of", target, error))?;
         if attributes.inode_type == InodeType::Symlink {
             let read = readlinkat(inode.directory(), name)
                 .map_err(|errno| ImportError::io("read the symlink", target, errno))?;
@@ -507,7 +534,12 @@ impl<R: Read> Import<R> {
         if matches!(name, b"" | b"." | b"..") {
             return Err(ImportError::refused(path, "it deletes what is no name"));
         }
-        self.tree.enter(parent)?;
+        if self.tree.enter(parent)? {
+            // It means a directory that this layer has replaced by the symlink; what lies where that leads
+            // is another one, of which nothing is deleted.
+            self.stats.skipped_entries += 1;
+            return Ok(());
+        }
         let mut deleted = parent.to_vec();
         push_component(&mut deleted, name);
         match self.tree.stat_name(name, &deleted)? {
@@ -522,6 +554,19 @@ impl<R: Read> Import<R> {
             }
             None => self.make_whiteout(name, &deleted),
         }
+    }
+
+    /// A character device 0:0 is how overlay, and whoever packs an upperdir as it lies on the disk, says that
+    /// a name is deleted.
+    fn make_whiteout_of_device(&mut self, name: &[u8], path: &[u8]) -> Result<(), ImportError> {
+        if self.tree.stat_name(name, path)?.is_some() {
+            self.tree.remove(name, path)?;
+        }
+        if self.tree.look_below(path)?.is_none() {
+            self.stats.needless_whiteouts += 1;
+            return Ok(());
+        }
+        self.make_whiteout(name, path)
     }
 
     /// Makes an overlay whiteout in the current directory.
@@ -543,12 +588,13 @@ impl<R: Read> Import<R> {
     /// `.wh..wh..opq`: nothing of the lower layers is to show in this directory.
     fn hide_directory(&mut self, path: &[u8]) -> Result<(), ImportError> {
         self.stats.opaque_directories += 1;
+        self.tree.enter(path)?;
+        let path = self.tree.path().to_vec();
         if path.is_empty() {
             self.root_is_opaque = true;
             return Ok(());
         }
-        self.tree.enter(path)?;
-        self.tree.set_opaque(path, true)
+        self.tree.set_opaque(&path, true)
     }
 
     /// Overlay always merges the root, so an opaque one is made of whiteouts.
@@ -576,7 +622,7 @@ impl<R: Read> Import<R> {
         self.stats.implied_directories = self.tree.counts.implied_directories;
         self.stats.dropped_xattrs = self.tree.counts.dropped_xattrs;
         self.stats.unsupported_xattrs = self.tree.counts.unsupported_xattrs;
-        self.check_limits(options)?;
+        self.check_limit(options.max_bytes)?;
         Ok(self.stats)
     }
 }

@@ -45,10 +45,8 @@ pub enum ImportError {
         reason: &'static str,
     },
     /// The tar is larger than the caller allows.
-    #[error("the layer exceeds the limit of {limit} {what}")]
+    #[error("the uncompressed layer has more than {limit} bytes")]
     TooLarge {
-        /// What is counted.
-        what: &'static str,
         /// The limit that was set.
         limit: u64,
     },
@@ -68,6 +66,18 @@ pub enum ImportError {
 }
 
 impl ImportError {
+    /// Whether the layer is whole, and another reader may take it: it has what this one refuses or has no room
+    /// for.
+    pub fn is_beyond_this_reader(&self) -> bool {
+        match self {
+            ImportError::Refused { .. }
+            | ImportError::TooLarge { .. }
+            | ImportError::Lower(LowerError::Redirected { .. }) => true,
+            ImportError::Read { source } => source.kind() == io::ErrorKind::Unsupported,
+            _ => false,
+        }
+    }
+
     pub(crate) fn io(act: &'static str, path: &[u8], source: impl Into<io::Error>) -> Self {
         ImportError::Io {
             act,

@@ -33,12 +33,14 @@
 
 mod decompress;
 mod directory_listing;
+mod directory_stack;
 mod export;
 mod export_error;
 mod export_renamed;
 mod import;
 mod import_error;
 mod inode_attributes;
+mod layer_format;
 mod load;
 mod lower_view;
 mod mounted_overlay;
@@ -50,6 +52,7 @@ mod path_bytes;
 mod pax;
 mod read_ahead;
 mod remove_tree;
+mod set_attributes;
 mod sparse;
 mod tar_read;
 mod tar_write;
@@ -63,6 +66,7 @@ pub use export::{
     ExportError, ExportOptions, ExportStats, export_upperdir, export_upperdir_to_file,
 };
 pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
+pub use layer_format::LayerFormat;
 pub use lower_view::LowerError;
 pub use mounted_overlay::MountedOverlay;
 pub use overlay_marks::OverlayXattrs;

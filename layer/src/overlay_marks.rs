@@ -34,6 +34,8 @@ pub enum OverlayXattrs {
 
 const TRUSTED: &[u8] = b"trusted.overlay.";
 const USER: &[u8] = b"user.overlay.";
+/// What the kernel puts behind the prefix of an attribute that a program has set.
+const ESCAPED: &[u8] = b"overlay.";
 
 impl OverlayXattrs {
     fn prefix(self) -> &'static [u8] {
@@ -60,10 +62,18 @@ impl OverlayXattrs {
     }
 }
 
-/// Whether an attribute is overlay's own, under either way of mounting: such a one never leaves a
-/// node and is never taken from a layer, where it could redirect a directory anywhere.
-pub(crate) fn is_overlay_private(name: &[u8]) -> bool {
-    name.starts_with(TRUSTED) || name.starts_with(USER)
+/// Whether an attribute belongs to an overlay rather than to its files: such a one never leaves a node and
+/// is never taken from a layer, where it could redirect a directory anywhere.
+///
+/// `user.overlay.*` under a mount with `trusted.` marks are attributes like any other; so are those that a
+/// program set through the mount, which the kernel keeps as `<prefix>overlay.*`. `trusted.overlay.*` stays
+/// overlay's under either way of mounting: the next mount of the same directory may be the other one.
+pub(crate) fn is_overlay_private(namespace: OverlayXattrs, name: &[u8]) -> bool {
+    let mark = match namespace {
+        OverlayXattrs::Trusted => name.strip_prefix(TRUSTED),
+        OverlayXattrs::User => name.strip_prefix(USER).or(name.strip_prefix(TRUSTED)),
+    };
+    mark.is_some_and(|mark| !mark.starts_with(ESCAPED))
 }
 
 /// Whether an attribute is worth something only on this host: the SELinux label that the mount
@@ -82,25 +92,14 @@ pub(crate) struct OverlayMarks {
     pub(crate) copied_up: bool,
     pub(crate) indexed_links: bool,
     pub(crate) inode_flags: bool,
-    /// Attributes of the program that look like overlay's and so cannot be carried.
+    /// Attributes that look like overlay's and are none that is known, so they cannot be carried.
     pub(crate) uncarried: u64,
-    /// A mark that would mean something under the other way of mounting.
-    pub(crate) foreign: Option<Vec<u8>>,
 }
 
 impl OverlayMarks {
     fn take(&mut self, namespace: OverlayXattrs, name: &[u8], value: &[u8]) {
         let Some(mark) = name.strip_prefix(namespace.prefix()) else {
-            let mark = name
-                .strip_prefix(TRUSTED)
-                .or(name.strip_prefix(USER))
-                .unwrap_or(name);
-            match mark {
-                b"opaque" | b"redirect" | b"metacopy" | b"whiteout" => {
-                    self.foreign = Some(name.to_vec());
-                }
-                _ => self.uncarried += 1,
-            }
+            self.uncarried += 1;
             return;
         };
         match mark {
@@ -128,7 +127,7 @@ pub(crate) fn read_marks_and_xattrs(
     let mut marks = OverlayMarks::default();
     xattrs.clear();
     let is_wanted = |name: &[u8]| {
-        if is_overlay_private(name) {
+        if is_overlay_private(namespace, name) {
             // Of the others the presence says it all; `origin` is on nearly every file.
             name.ends_with(b".opaque") || name.ends_with(b".redirect")
         } else {
@@ -136,7 +135,7 @@ pub(crate) fn read_marks_and_xattrs(
         }
     };
     reader.for_each(holder, is_wanted, |name, value| {
-        if is_overlay_private(name) {
+        if is_overlay_private(namespace, name) {
             marks.take(namespace, name, value);
         } else if !is_host_bound(name) {
             xattrs.push(Xattr {

@@ -20,6 +20,24 @@ pub(crate) fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
         .filter(|component| !component.is_empty())
 }
 
+/// The path that `target`, the text of a symlink in the directory `dir`, means when the root of the layer
+/// is the root of all: `..` never leads out of it.
+pub(crate) fn join_cleaned(dir: &[u8], target: &[u8]) -> Vec<u8> {
+    let mut path = if target.starts_with(b"/") {
+        Vec::new()
+    } else {
+        dir.to_vec()
+    };
+    for component in components(target) {
+        match component {
+            b"." => {}
+            b".." => path.truncate(split_last(&path).0.len()),
+            component => push_component(&mut path, component),
+        }
+    }
+    path
+}
+
 /// Parent and last component.
 pub(crate) fn split_last(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
@@ -34,4 +52,26 @@ pub(crate) fn push_component(path: &mut Vec<u8>, name: &[u8]) {
         path.push(b'/');
     }
     path.extend_from_slice(name);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_stay_inside() {
+        for (dir, target, path) in [
+            ("", "usr/lib", "usr/lib"),
+            ("a/b", "c", "a/b/c"),
+            ("a/b", "../c", "a/c"),
+            ("a/b", "/c/./d//", "c/d"),
+            ("a", "../../../etc", "etc"),
+            ("a", "..", ""),
+            ("", "/", ""),
+            ("a", "b/../..", ""),
+        ] {
+            let joined = join_cleaned(dir.as_bytes(), target.as_bytes());
+            assert_eq!(joined, path.as_bytes(), "{dir} {target}");
+        }
+    }
 }

@@ -5,9 +5,10 @@
 //!
 //! path linkpath        name and link target, any bytes but NUL
 //! size uid gid         decimal, where the header's octal field is too small
-//! mtime atime          decimal seconds with a fraction, may be negative
+//! mtime (atime: read)  decimal seconds with a fraction, may be negative
 //! hdrcharset           BINARY: names here are bytes, not UTF-8
 //! GNU.sparse.*         see sparse.rs
+//! TRANSSHIP.names      see layer_format.rs
 //! SCHILY.xattr.<name>  extended attribute, raw value; what GNU tar, libarchive, Go and containerd use
 //! ```
 //!

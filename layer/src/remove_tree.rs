@@ -1,21 +1,21 @@
 //! Removes a directory tree however deep it is.
 //!
 //! `std::fs::remove_dir_all` holds one descriptor per level, so a container that nests a few
-//! thousand directories makes its upperdir impossible to delete that way. Here one directory is open
-//! at a time: down by name, up by `..`.
+//! thousand directories makes its upperdir impossible to delete that way; directory_stack.rs keeps few.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{Mode, fstat, fstatat, futimens};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::directory_listing::DirectoryListing;
-use crate::inode_attributes::InodeAttributes;
+use crate::directory_stack::{DirectoryStack, open_directory};
+use crate::inode_attributes::{InodeAttributes, InodeType};
 
 /// Removes the directory `tree` and all that is in it, following no symlink; one that does not
 /// exist is no error.
@@ -83,6 +83,7 @@ pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>) -> io::Result<()> {
     })
 }
 
+/// A directory whose names are being gone through.
 struct Level {
     listing: DirectoryListing,
     next: usize,
@@ -96,71 +97,57 @@ fn visit(
     keep_directories: bool,
     mut each: impl FnMut(BorrowedFd<'_>, &[u8]) -> nix::Result<()>,
 ) -> io::Result<()> {
-    let mut current = tree;
-    let mut levels = vec![Level::open(&current)?];
-    while let Some(level) = levels.last_mut() {
+    let mut stack = DirectoryStack::new();
+    enter(&mut stack, tree)?;
+    while let Some((fd, level)) = stack.innermost_mut() {
         if let Some((name, inode_type)) = level.listing.get(level.next) {
             level.next += 1;
             let is_directory = match inode_type {
-                Some(inode_type) => inode_type == crate::inode_attributes::InodeType::Directory,
+                Some(inode_type) => inode_type == InodeType::Directory,
                 None => {
-                    let stat = fstatat(&current, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                    let stat = fstatat(fd, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
                     InodeAttributes::from(stat).is_directory()
                 }
             };
-            if is_directory {
-                // An empty one costs a single call.
-                if !keep_directories && unlinkat(&current, name, UnlinkatFlags::RemoveDir).is_ok() {
-                    continue;
-                }
-                current = open_directory(current.as_fd(), name)?;
-                levels.push(Level::open(&current)?);
-            } else {
-                each(current.as_fd(), name)?;
+            if !is_directory {
+                each(fd.as_fd(), name)?;
+            } else if keep_directories || unlinkat(fd, name, UnlinkatFlags::RemoveDir).is_err() {
+                // An empty one costs the single call above.
+                let directory = open_directory(fd, name)?;
+                enter(&mut stack, directory)?;
             }
             continue;
         }
         if keep_directories {
             let (atime, mtime) = (level.attributes.atime, level.attributes.mtime);
             futimens(
-                &current,
+                fd,
                 &TimeSpec::new(atime.secs, atime.nanos.into()),
                 &TimeSpec::new(mtime.secs, mtime.nanos.into()),
             )?;
         }
-        levels.pop();
-        let Some(parent) = levels.last() else { break };
-        current = open_directory(current.as_fd(), b"..")?;
-        if InodeAttributes::from(fstat(&current)?).identity != parent.attributes.identity {
-            return Err(io::Error::other("a directory was moved away meanwhile"));
-        }
-        if !keep_directories {
-            let name = parent
-                .listing
-                .get(parent.next - 1)
-                .map_or(&b""[..], |(name, _)| name);
-            unlinkat(&current, name, UnlinkatFlags::RemoveDir)?;
+        stack.leave()?;
+        if let Some((fd, level)) = stack.innermost_mut()
+            && !keep_directories
+            && let Some((name, _)) = level.listing.get(level.next - 1)
+        {
+            unlinkat(fd, name, UnlinkatFlags::RemoveDir)?;
         }
     }
     Ok(())
 }
 
-impl Level {
-    fn open(directory: &OwnedFd) -> io::Result<Self> {
-        let attributes = fstat(directory)?.into();
-        let mut listing = DirectoryListing::default();
-        listing.read(directory.as_fd())?;
-        Ok(Level {
-            listing,
-            next: 0,
-            attributes,
-        })
-    }
-}
-
-fn open_directory(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    Ok(openat(directory, name, flags, Mode::empty())?)
+fn enter(stack: &mut DirectoryStack<Level>, directory: OwnedFd) -> io::Result<()> {
+    let attributes = InodeAttributes::from(fstat(&directory)?);
+    let mut listing = DirectoryListing::default();
+    listing.read(directory.as_fd())?;
+    let level = Level {
+        listing,
+        next: 0,
+        attributes,
+    };
+    stack.push(directory, attributes.identity, level);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use tar::Header;
 
 use crate::import_error::ImportError;
 use crate::inode_attributes::Timestamp;
+use crate::layer_format::{LiteralNames, NAMES_KEY};
 use crate::pax::{
     MAX_PAX_BYTES, XATTR_PREFIX, decode_xattr_name, parse_decimal, parse_time, records,
 };
@@ -66,6 +67,8 @@ pub(crate) struct TarEntry {
     pub(crate) xattrs: Vec<Xattr>,
     /// Where the data goes, for a sparse entry.
     pub(crate) segments: Option<Vec<Segment>>,
+    /// Which components of `path` are names, whatever they look like (layer_format.rs).
+    pub(crate) literal_names: Option<LiteralNames>,
 }
 
 /// What PAX records and GNU long names say of the entry that follows.
@@ -86,6 +89,7 @@ struct Overrides {
     sparse_size: Option<u64>,
     sparse_pieces: Vec<u64>,
     has_sparse_pieces: bool,
+    literal_names: Option<LiteralNames>,
 }
 
 #[derive(Debug)]
@@ -154,6 +158,12 @@ impl<R: Read> TarReader<R> {
             match block[156] {
                 b'x' => {
                     self.read_body(size, MAX_PAX_BYTES as u64)?;
+                    // As for Go the last one counts alone, so what they say takes no more memory than one.
+                    overrides = Overrides {
+                        long_path: overrides.long_path.take(),
+                        long_link: overrides.long_link.take(),
+                        ..Overrides::default()
+                    };
                     let body = std::mem::take(&mut self.body);
                     let taken = take_records(&body, &mut overrides);
                     self.body = body;
@@ -228,6 +238,7 @@ impl<R: Read> TarReader<R> {
             },
         };
         entry.atime = overrides.atime;
+        entry.literal_names = overrides.literal_names;
         std::mem::swap(&mut entry.xattrs, &mut overrides.xattrs);
         entry.device = (0, 0);
         if matches!(entry.tar_type, TarType::CharDevice | TarType::BlockDevice) {
@@ -625,6 +636,7 @@ fn take_record(key: &[u8], value: &[u8], overrides: &mut Overrides) -> Result<()
         b"gid" => overrides.gid = Some(decimal()?),
         b"mtime" => overrides.mtime = Some(time()?),
         b"atime" => overrides.atime = Some(time()?),
+        NAMES_KEY => overrides.literal_names = LiteralNames::parse(value),
         b"GNU.sparse.major" => overrides.sparse_version.0 = Some(decimal()?),
         b"GNU.sparse.minor" => overrides.sparse_version.1 = Some(decimal()?),
         b"GNU.sparse.name" => overrides.sparse_name = Some(name()?),

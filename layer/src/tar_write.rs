@@ -22,6 +22,7 @@ use tar::{EntryType, Header};
 
 use crate::export_error::ExportError;
 use crate::inode_attributes::Timestamp;
+use crate::layer_format::{LiteralNames, NAMES_KEY};
 use crate::path_bytes::{split_last, to_path_buf};
 use crate::pax::{Decimal, MAX_PAX_BYTES, format_time, push_record, push_xattr};
 use crate::sparse::{Segment, encode_map};
@@ -50,13 +51,14 @@ pub(crate) struct EntryHead<'a> {
     /// Size of the file, holes included; 0 for all but regular files.
     pub(crate) size: u64,
     pub(crate) mtime: Timestamp,
-    pub(crate) atime: Option<Timestamp>,
     /// Target of a symlink or hard link.
     pub(crate) link: &'a [u8],
     pub(crate) device: (u64, u64),
     pub(crate) xattrs: &'a [Xattr],
     /// Where the data is, when the entry is to be sparse.
     pub(crate) segments: Option<&'a [Segment]>,
+    /// Which components of `path` are names, though they look like markers.
+    pub(crate) literal_names: Option<LiteralNames>,
 }
 
 /// Largest values of the header's octal fields of 8 and 12 bytes.
@@ -206,8 +208,8 @@ impl<W: Write> TarWriter<W> {
         if octal_time(head.mtime).is_none() {
             push_record(records, b"mtime", format_time(head.mtime).as_bytes());
         }
-        if let Some(atime) = head.atime {
-            push_record(records, b"atime", format_time(atime).as_bytes());
+        if let Some(literal) = head.literal_names {
+            push_record(records, NAMES_KEY, literal.value());
         }
         for xattr in head.xattrs {
             push_xattr(records, &xattr.name, &xattr.value);
@@ -395,11 +397,11 @@ mod tests {
                 gid: uid,
                 size,
                 mtime: Timestamp::default(),
-                atime: None,
                 link: b"",
                 device: (0, 0),
                 xattrs: &[],
                 segments: None,
+                literal_names: None,
             })
             .unwrap();
             tar.flush_buffer().unwrap();

@@ -2,57 +2,53 @@
 //!
 //! A stack of open directories leads to the place of the current entry; every system call names one
 //! component below the innermost. Components are opened with `O_NOFOLLOW` and are never `..`, so no
-//! entry leaves the tree, whatever symlinks earlier entries made.
+//! entry leaves the tree, whatever symlinks earlier entries made or somebody else makes meanwhile. A
+//! symlink that earlier entries have put in the way is read, and its text followed by hand as if the
+//! upperdir were the root of all files, which is how containerd takes such entries:
+//!
+//! ```text
+//! lib -> usr/lib      entry lib/x    goes to usr/lib/x
+//! opt -> /srv         entry opt/x    goes to srv/x
+//! up  -> ../../etc    entry up/x     goes to etc/x
+//! ```
 //!
 //! A directory gets its times, and its default ACL, when the stack leaves it: each file made inside
 //! would change the times, and would inherit the ACL. When a tar comes back to a directory that was
 //! left, both are read from the disk and put back afterwards, so nothing is remembered per directory
 //! and memory does not grow with the layer.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat};
-use nix::sys::stat::{FileStat, Mode, fchmod, fstat, fstatat, futimens, mkdirat};
-use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, fchown};
+use nix::fcntl::{AtFlags, OFlag, open, readlinkat};
+use nix::sys::stat::{Mode, fstat, fstatat, mkdirat};
+use std::os::unix::ffi::OsStrExt;
 
+use crate::directory_stack::{DirectoryStack, LeaveError, open_directory};
 use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, Timestamp};
+use crate::layer_format::LayerFormat;
 use crate::lower_view::{LowerInode, LowerView};
-use crate::overlay_marks::{
-    OverlayXattrs, is_host_bound, is_overlay_private, read_marks_and_xattrs,
-};
+use crate::overlay_marks::{OverlayXattrs, read_marks_and_xattrs};
 use crate::overlay_stack::OverlayStack;
-use crate::path_bytes::components;
+use crate::path_bytes::{components, join_cleaned, push_component};
 use crate::remove_tree::{remove_name, remove_whiteouts};
-use crate::xattrs::{Xattr, XattrHolder, XattrReader, remove_xattr, set_xattr};
+use crate::set_attributes::{DEFAULT_ACL, WantedAttributes, creation_mode, set_open_times};
+use crate::xattrs::{XattrHolder, XattrReader, remove_xattr, set_xattr};
 
-/// Directories that are kept open at most; in a deeper tree the outer ones are closed and found
-/// again through `..`.
-const MAX_OPEN_DIRECTORIES: usize = 256;
 /// Deepest nesting that is accepted: what the stack may grow to. Far above any path that can be named
 /// in one system call (2 048 levels).
 const MAX_DEPTH: usize = 65_536;
+/// Most bytes of default ACLs that wait for their directories to be left: an honest one has some
+/// hundred bytes, Linux allows 64 KiB, and a layer can nest `MAX_DEPTH` directories.
+const MAX_WAITING_ACL_BYTES: usize = 1 << 20;
+/// Symlinks that one name may lead through, as containerd counts them.
+pub(crate) const MAX_LINKS: usize = 255;
 
-const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
-
-/// Owner, permissions, times and attributes that an inode is to have.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct WantedAttributes<'a> {
-    pub(crate) mode: u32,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) mtime: Timestamp,
-    pub(crate) atime: Timestamp,
-    pub(crate) xattrs: &'a [Xattr],
-}
-
+/// What is to be done when a directory is left.
 #[derive(Debug)]
 struct OpenDirectory {
-    fd: Option<OwnedFd>,
-    identity: (u64, u64),
     mtime: Timestamp,
     atime: Timestamp,
     default_acl: Option<Vec<u8>>,
@@ -69,15 +65,26 @@ pub(crate) struct TreeCounts {
     pub(crate) whiteouts_made: u64,
 }
 
+/// Where a step down has led.
+enum Step {
+    Entered,
+    /// There is a symlink, with this text.
+    Link(Vec<u8>),
+}
+
 #[derive(Debug)]
 pub(crate) struct UpperTree {
     root: OwnedFd,
     names: Vec<Vec<u8>>,
-    directories: Vec<OpenDirectory>,
+    /// Of the innermost directory.
+    path: Vec<u8>,
+    directories: DirectoryStack<OpenDirectory>,
+    waiting_acl_bytes: usize,
     pub(crate) lower: LowerView,
-    namespace: OverlayXattrs,
+    pub(crate) namespace: OverlayXattrs,
     has_idmapped_lowers: bool,
-    skip_unsupported_xattrs: bool,
+    pub(crate) format: LayerFormat,
+    pub(crate) skip_unsupported_xattrs: bool,
     pub(crate) xattr_reader: XattrReader,
     pub(crate) counts: TreeCounts,
 }
@@ -86,6 +93,7 @@ impl UpperTree {
     pub(crate) fn open(
         stack: &OverlayStack,
         lower: LowerView,
+        format: LayerFormat,
         skip_unsupported_xattrs: bool,
     ) -> Result<Self, ImportError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -100,10 +108,13 @@ impl UpperTree {
         let mut tree = UpperTree {
             root: again,
             names: Vec::new(),
-            directories: Vec::new(),
+            path: Vec::new(),
+            directories: DirectoryStack::new(),
+            waiting_acl_bytes: 0,
             lower,
             namespace: stack.overlay_xattrs,
             has_idmapped_lowers: stack.has_idmapped_lowers,
+            format,
             skip_unsupported_xattrs,
             xattr_reader: XattrReader::new(),
             counts: TreeCounts::default(),
@@ -120,17 +131,29 @@ impl UpperTree {
 
     /// The directory that `enter` led to.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
-        let innermost = self
-            .directories
-            .last()
-            .and_then(|directory| directory.fd.as_ref());
-        innermost.expect("the innermost directory is open").as_fd()
+        self.directories.fd()
+    }
+
+    /// Its path, in which no component is a symlink.
+    pub(crate) fn path(&self) -> &[u8] {
+        &self.path
+    }
+
+    /// Path of a name in it.
+    pub(crate) fn path_of(&self, name: &[u8]) -> Vec<u8> {
+        let mut path = self.path.clone();
+        push_component(&mut path, name);
+        path
+    }
+
+    fn innermost(&self) -> Arc<OwnedFd> {
+        let innermost = self.directories.innermost();
+        Arc::clone(innermost.expect("the root stays on the stack until the end"))
     }
 
     fn innermost_mut(&mut self) -> &mut OpenDirectory {
-        self.directories
-            .last_mut()
-            .expect("the root stays on the stack until the end")
+        let note = self.directories.note_mut();
+        note.expect("the root stays on the stack until the end")
     }
 
     /// What the lower layers show at `path` in the directory that `enter` led to.
@@ -138,11 +161,8 @@ impl UpperTree {
         &'a mut self,
         path: &'a [u8],
     ) -> Result<Option<LowerInode<'a>>, ImportError> {
-        if self
-            .directories
-            .last()
-            .is_none_or(|directory| directory.hides_lower)
-        {
+        let is_hidden = self.directories.note().is_none_or(|note| note.hides_lower);
+        if is_hidden {
             return Ok(None);
         }
         Ok(self.lower.look_up(path)?)
@@ -163,8 +183,31 @@ impl UpperTree {
         }
     }
 
-    /// Goes to a directory, making what does not exist: like the lower layer's, or else plain.
-    pub(crate) fn enter(&mut self, path: &[u8]) -> Result<(), ImportError> {
+    /// Goes to a directory, following symlinks inside of the upperdir and making what does not exist:
+    /// like the lower layer's, or else plain. Returns whether a symlink was followed; `path` tells where it
+    /// has led.
+    pub(crate) fn enter(&mut self, path: &[u8]) -> Result<bool, ImportError> {
+        let Some((mut wanted, mut rest)) = self.enter_until_link(path)? else {
+            return Ok(false);
+        };
+        for _ in 1..MAX_LINKS {
+            if !rest.is_empty() {
+                push_component(&mut wanted, &rest);
+            }
+            match self.enter_until_link(&wanted)? {
+                Some(next) => (wanted, rest) = next,
+                None => return Ok(true),
+            }
+        }
+        Err(ImportError::refused(
+            path,
+            "it leads through too many symlinks",
+        ))
+    }
+
+    /// Goes down until the end, or until there is a symlink: then returns where that leads, and what of
+    /// the path is still to come.
+    fn enter_until_link(&mut self, path: &[u8]) -> Result<Option<(Vec<u8>, Vec<u8>)>, ImportError> {
         let shared = components(path)
             .zip(&self.names)
             .take_while(|(wanted, open)| *wanted == open.as_slice())
@@ -179,24 +222,28 @@ impl UpperTree {
             .sum::<usize>();
         for name in components(path).skip(shared) {
             end += name.len();
-            self.enter_name(name, &path[..end])?;
+            if let Step::Link(target) = self.enter_name(name, &path[..end])? {
+                let rest = path[end..].strip_prefix(b"/").unwrap_or_default();
+                return Ok(Some((join_cleaned(&self.path, &target), rest.to_vec())));
+            }
             end += 1;
         }
-        Ok(())
+        Ok(None)
     }
 
-    fn enter_name(&mut self, name: &[u8], path: &[u8]) -> Result<(), ImportError> {
-        match openat(self.directory(), name, directory_flags(), Mode::empty()) {
+    fn enter_name(&mut self, name: &[u8], path: &[u8]) -> Result<Step, ImportError> {
+        match open_directory(self.directory(), name) {
             Ok(fd) => {
                 self.push_existing(fd, name)?;
-                return Ok(());
+                return Ok(Step::Entered);
             }
             Err(Errno::ENOENT) => {}
             Err(Errno::ENOTDIR | Errno::ELOOP) => {
-                if !self
-                    .stat_name(name, path)?
-                    .is_some_and(|inode| inode.is_whiteout_device())
-                {
+                if let Some(target) = read_link(self.directory(), name, path)? {
+                    return Ok(Step::Link(target));
+                }
+                let inode = self.stat_name(name, path)?;
+                if !inode.is_some_and(|inode| inode.is_whiteout_device()) {
                     return Err(ImportError::refused(
                         path,
                         "other entries lie below it, and it is no directory",
@@ -209,26 +256,44 @@ impl UpperTree {
         let mut xattrs = Vec::new();
         let below = match self.look_below_to_copy(path)? {
             Some(inode) if inode.attributes.is_directory() => {
-                let (attributes, directory) = (inode.attributes, inode.directory());
-                let mut reader = XattrReader::new();
-                let fd = openat(directory, name, directory_flags(), Mode::empty())
+                let attributes = inode.attributes;
+                let fd = open_directory(inode.directory(), name)
                     .map_err(|errno| ImportError::io("open", path, errno))?;
+                let mut reader = XattrReader::new();
                 let holder = XattrHolder::Open(fd.as_fd());
-                read_marks_and_xattrs(&mut reader, holder, OverlayXattrs::default(), &mut xattrs)
+                read_marks_and_xattrs(&mut reader, holder, self.namespace, &mut xattrs)
                     .map_err(|error| ImportError::io("read the attributes of", path, error))?;
                 Some(attributes)
             }
             _ => None,
         };
+        let Some(below) = below else {
+            // Nobody says what it is like; its time is that of being made.
+            self.open_new_directory(name, path, 0o755)?;
+            let fd = self.innermost();
+            let made = fstat(&fd).map_err(|errno| ImportError::io("stat", path, errno))?;
+            let made = InodeAttributes::from(made);
+            let wanted = WantedAttributes {
+                mode: 0o755,
+                uid: 0,
+                gid: 0,
+                mtime: made.mtime,
+                atime: made.atime,
+                xattrs: &[],
+            };
+            self.set_directory_attributes(path, wanted, true)?;
+            return Ok(Step::Entered);
+        };
         let wanted = WantedAttributes {
-            mode: below.map_or(0o755, |inode| inode.mode),
-            uid: below.map_or(0, |inode| inode.uid),
-            gid: below.map_or(0, |inode| inode.gid),
-            mtime: below.map_or(Timestamp::default(), |inode| inode.mtime),
-            atime: below.map_or(Timestamp::default(), |inode| inode.atime),
+            mode: below.mode,
+            uid: below.uid,
+            gid: below.gid,
+            mtime: below.mtime,
+            atime: below.atime,
             xattrs: &xattrs,
         };
-        self.make_directory(name, path, wanted)
+        self.make_directory(name, path, wanted)?;
+        Ok(Step::Entered)
     }
 
     /// Makes a directory in the current one, or takes the one that is there, gives it its attributes
@@ -239,10 +304,22 @@ impl UpperTree {
         path: &[u8],
         wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
+        let is_new = self.open_new_directory(name, path, wanted.mode)?;
+        self.set_directory_attributes(path, wanted, is_new)
+    }
+
+    /// Makes a directory in the current one, or takes the one that is there, and enters it. Returns
+    /// whether it is new.
+    fn open_new_directory(
+        &mut self,
+        name: &[u8],
+        path: &[u8],
+        mode: u32,
+    ) -> Result<bool, ImportError> {
         let mut was_whiteout = false;
         let mut is_new = true;
         loop {
-            match mkdirat(self.directory(), name, creation_mode(wanted.mode)) {
+            match mkdirat(self.directory(), name, creation_mode(mode)) {
                 Ok(()) => break,
                 Err(Errno::EEXIST) => {}
                 Err(errno) => return Err(ImportError::io("make the directory", path, errno)),
@@ -259,14 +336,14 @@ impl UpperTree {
                 None => {}
             }
         }
-        let fd = openat(self.directory(), name, directory_flags(), Mode::empty())
+        let fd = open_directory(self.directory(), name)
             .map_err(|errno| ImportError::io("open", path, errno))?;
         self.push_existing(fd, name)?;
         if was_whiteout {
             // Deleted, then made anew: nothing of the old one shows through.
             self.set_opaque(path, false)?;
         }
-        self.set_directory_attributes(path, wanted, is_new)
+        Ok(is_new)
     }
 
     /// Gives the current directory its attributes; times and default ACL come when it is left.
@@ -276,123 +353,33 @@ impl UpperTree {
         wanted: WantedAttributes<'_>,
         is_new: bool,
     ) -> Result<(), ImportError> {
+        let fd = self.innermost();
         if !is_new {
-            self.remove_other_xattrs(path, wanted.xattrs)?;
+            self.remove_other_xattrs(fd.as_fd(), path, wanted.xattrs)?;
         }
         let default_acl = wanted
             .xattrs
             .iter()
-            .rfind(|xattr| xattr.name == DEFAULT_ACL);
+            .rfind(|xattr| xattr.name == DEFAULT_ACL)
+            .map(|xattr| xattr.value.clone());
+        self.hold_acl(path, default_acl)?;
         let innermost = self.innermost_mut();
-        innermost.default_acl = default_acl.map(|xattr| xattr.value.clone());
         innermost.mtime = wanted.mtime;
         innermost.atime = wanted.atime;
-        let fd = innermost
-            .fd
-            .take()
-            .expect("the innermost directory is open");
-        let set = self.set_open_attributes(fd.as_fd(), path, wanted);
-        self.innermost_mut().fd = Some(fd);
-        set
+        self.set_open_attributes(fd.as_fd(), path, wanted)
     }
 
-    /// Sets owner, mode and extended attributes, in the order in which none undoes another: a change
-    /// of owner clears setuid and capabilities, and an ACL carries the group bits of the mode.
-    ///
-    /// What is right already is not set again: on ext4 a `fchown` or `fchmod` to the same costs ten
-    /// times the `fstat` that tells.
-    pub(crate) fn set_open_attributes(
-        &mut self,
-        fd: BorrowedFd<'_>,
-        path: &[u8],
-        wanted: WantedAttributes<'_>,
-    ) -> Result<(), ImportError> {
-        let stat = fstat(fd).map_err(|errno| ImportError::io("stat", path, errno))?;
-        let made = InodeAttributes::from(stat);
-        let is_owner_right = (made.uid, made.gid) == (wanted.uid, wanted.gid);
-        if !is_owner_right {
-            fchown(
-                fd,
-                Some(Uid::from_raw(wanted.uid)),
-                Some(Gid::from_raw(wanted.gid)),
-            )
-            .map_err(|errno| ImportError::io("change the owner of", path, errno))?;
-        }
-        if !is_owner_right || made.mode != wanted.mode {
-            fchmod(fd, Mode::from_bits_truncate(wanted.mode))
-                .map_err(|errno| ImportError::io("change the mode of", path, errno))?;
-        }
-        self.set_xattrs(XattrHolder::Open(fd), path, wanted.xattrs)
-    }
-
-    pub(crate) fn set_xattrs(
-        &mut self,
-        holder: XattrHolder<'_>,
-        path: &[u8],
-        xattrs: &[Xattr],
-    ) -> Result<(), ImportError> {
-        for xattr in xattrs {
-            if is_overlay_private(&xattr.name) {
-                self.counts.dropped_xattrs += 1;
-                continue;
-            }
-            if xattr.name != DEFAULT_ACL {
-                self.set_one_xattr(holder, path, &xattr.name, &xattr.value)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn set_one_xattr(
-        &mut self,
-        holder: XattrHolder<'_>,
-        path: &[u8],
-        name: &[u8],
-        value: &[u8],
-    ) -> Result<(), ImportError> {
-        match set_xattr(holder, name, value) {
-            Ok(()) => Ok(()),
-            // Not known to this file system, or (EPERM) a user attribute on a symlink or device.
-            Err(error)
-                if self.skip_unsupported_xattrs
-                    && matches!(
-                        error.kind(),
-                        io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied
-                    ) =>
-            {
-                self.counts.unsupported_xattrs += 1;
-                Ok(())
-            }
-            Err(source) => Err(ImportError::Xattr {
-                path: crate::path_bytes::to_path_buf(path),
-                name: String::from_utf8_lossy(name).into_owned(),
-                source,
-            }),
-        }
-    }
-
-    fn remove_other_xattrs(&mut self, path: &[u8], kept: &[Xattr]) -> Result<(), ImportError> {
-        let mut stale = Vec::new();
-        let fd = self
-            .directories
-            .last()
-            .and_then(|directory| directory.fd.as_ref());
-        let fd = fd.expect("the innermost directory is open").as_fd();
-        self.xattr_reader
-            .for_each(
-                XattrHolder::Open(fd),
-                |_| false,
-                |name, _| {
-                    let is_kept = kept.iter().any(|xattr| xattr.name == name);
-                    if !is_kept && !is_overlay_private(name) && !is_host_bound(name) {
-                        stale.push(name.to_vec());
-                    }
-                },
-            )
-            .map_err(|error| ImportError::io("read the attributes of", path, error))?;
-        for name in stale {
-            remove_xattr(fd, &name)
-                .map_err(|error| ImportError::io("remove an attribute of", path, error))?;
+    /// Keeps the default ACL of the current directory until it is left.
+    fn hold_acl(&mut self, path: &[u8], acl: Option<Vec<u8>>) -> Result<(), ImportError> {
+        let len_of = |acl: &Option<Vec<u8>>| acl.as_ref().map_or(0, Vec::len);
+        self.waiting_acl_bytes += len_of(&acl);
+        let before = std::mem::replace(&mut self.innermost_mut().default_acl, acl);
+        self.waiting_acl_bytes -= len_of(&before);
+        if self.waiting_acl_bytes > MAX_WAITING_ACL_BYTES {
+            return Err(ImportError::refused(
+                path,
+                "the directories on the way to it have default ACLs of too many bytes",
+            ));
         }
         Ok(())
     }
@@ -437,109 +424,78 @@ impl UpperTree {
     /// Puts a directory on the stack with the times and the default ACL that it has on the disk.
     fn push_existing(&mut self, fd: OwnedFd, name: &[u8]) -> Result<(), ImportError> {
         let path = name;
-        if self.directories.len() >= MAX_DEPTH {
+        if self.directories.depth() >= MAX_DEPTH {
             return Err(ImportError::refused(path, "it lies too deep"));
         }
-        let stat: FileStat = fstat(&fd).map_err(|errno| ImportError::io("stat", path, errno))?;
+        let stat = fstat(&fd).map_err(|errno| ImportError::io("stat", path, errno))?;
         let attributes = InodeAttributes::from(stat);
         let unreadable = |error| ImportError::io("read the attributes of", path, error);
         let holder = XattrHolder::Open(fd.as_fd());
-        let opaque_name = self.namespace.opaque_name();
         let opaque = self
             .xattr_reader
-            .value(holder, opaque_name)
-            .map_err(unreadable)?;
-        let is_opaque = opaque == Some(b"y");
-        let default_acl = self
-            .xattr_reader
-            .value(holder, DEFAULT_ACL)
-            .map_err(unreadable)?;
-        let default_acl = default_acl.map(<[u8]>::to_vec);
+            .value(holder, self.namespace.opaque_name());
+        let is_opaque = opaque.map_err(unreadable)? == Some(b"y");
+        let default_acl = self.xattr_reader.value(holder, DEFAULT_ACL);
+        let default_acl = default_acl.map_err(unreadable)?.map(<[u8]>::to_vec);
         if default_acl.is_some() {
             remove_xattr(fd.as_fd(), DEFAULT_ACL)
                 .map_err(|error| ImportError::io("remove an attribute of", path, error))?;
         }
         let outer_hides = self
             .directories
-            .last()
+            .note()
             .is_some_and(|outer| outer.hides_lower);
-        if self.directories.len() >= MAX_OPEN_DIRECTORIES {
-            let outer = self.directories.len() - MAX_OPEN_DIRECTORIES;
-            self.directories[outer].fd = None;
-        }
-        if !self.directories.is_empty() {
+        if self.directories.depth() > 0 {
             self.names.push(name.to_vec());
+            push_component(&mut self.path, name);
         }
-        self.directories.push(OpenDirectory {
-            fd: Some(fd),
-            identity: attributes.identity,
+        let note = OpenDirectory {
             mtime: attributes.mtime,
             atime: attributes.atime,
-            default_acl,
+            default_acl: None,
             hides_lower: outer_hides || is_opaque,
-        });
-        Ok(())
+        };
+        self.directories.push(fd, attributes.identity, note);
+        self.hold_acl(path, default_acl)
     }
 
     /// Gives the innermost directory its default ACL and its times and takes it off the stack.
     fn leave(&mut self) -> Result<(), ImportError> {
         let name = self.names.pop().unwrap_or_default();
-        let Some(left) = self.directories.pop() else {
-            return Ok(());
-        };
-        let fd = left.fd.expect("the innermost directory is open");
-        if let Some(acl) = &left.default_acl {
-            self.set_one_xattr(XattrHolder::Open(fd.as_fd()), &name, DEFAULT_ACL, acl)?;
+        let parent_len = self.path.len().saturating_sub(name.len() + 1);
+        self.path.truncate(parent_len);
+        let fd = self.innermost();
+        let note = self.innermost_mut();
+        let (atime, mtime) = (note.atime, note.mtime);
+        if let Some(acl) = note.default_acl.take() {
+            self.waiting_acl_bytes -= acl.len();
+            self.set_one_xattr(XattrHolder::Open(fd.as_fd()), &name, DEFAULT_ACL, &acl)?;
         }
-        set_open_times(fd.as_fd(), &name, left.atime, left.mtime)?;
-        if let Some(outer) = self
-            .directories
-            .last_mut()
-            .filter(|outer| outer.fd.is_none())
-        {
-            let reopened = openat(&fd, c"..", directory_flags(), Mode::empty())
-                .map_err(|errno| ImportError::io("open the parent of", &name, errno))?;
-            let now = fstat(&reopened).map_err(|errno| ImportError::io("stat", &name, errno))?;
-            if InodeAttributes::from(now).identity != outer.identity {
-                return Err(ImportError::refused(
-                    &name,
-                    "its directory was moved meanwhile",
-                ));
-            }
-            outer.fd = Some(reopened);
-        }
-        Ok(())
+        set_open_times(fd.as_fd(), &name, atime, mtime)?;
+        self.directories.leave().map_err(|error| match error {
+            LeaveError::Io(error) => ImportError::io("open the parent of", &name, error),
+            LeaveError::Moved => ImportError::refused(&name, "its directory was moved meanwhile"),
+        })
     }
 
     /// Leaves all directories. Nothing may be imported after it.
     pub(crate) fn finish(&mut self) -> Result<(), ImportError> {
-        while !self.directories.is_empty() {
+        while self.directories.depth() > 0 {
             self.leave()?;
         }
         Ok(())
     }
 }
 
-/// Sets the times of an open file.
-pub(crate) fn set_open_times(
-    fd: BorrowedFd<'_>,
+/// The text of a symlink; None when it is none.
+pub(crate) fn read_link(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
     path: &[u8],
-    atime: Timestamp,
-    mtime: Timestamp,
-) -> Result<(), ImportError> {
-    futimens(fd, &time_spec(atime), &time_spec(mtime))
-        .map_err(|errno| ImportError::io("set the times of", path, errno))
-}
-
-pub(crate) fn time_spec(time: Timestamp) -> TimeSpec {
-    TimeSpec::new(time.secs, i64::from(time.nanos))
-}
-
-/// The mode to create with: what is wanted, as far as the umask lets it; the rest is set afterwards.
-pub(crate) fn creation_mode(wanted: u32) -> Mode {
-    Mode::from_bits_truncate(wanted & 0o777)
-}
-
-fn directory_flags() -> OFlag {
-    OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC
+) -> Result<Option<Vec<u8>>, ImportError> {
+    match readlinkat(directory, name) {
+        Ok(target) => Ok(Some(target.as_bytes().to_vec())),
+        Err(Errno::EINVAL | Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(ImportError::io("read the symlink", path, errno)),
+    }
 }

@@ -6,7 +6,7 @@
 //! nothing that a running container does to its tree leads the walk out of it.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -14,19 +14,15 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat};
 
 use crate::directory_listing::DirectoryListing;
+use crate::directory_stack::{DirectoryStack, LeaveError};
 use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::load::{BATCH_NAMES, FileBatch, LoadedDirectory, LoadedFile};
 use crate::read_ahead::{Job, Loaded, ReadAhead};
 
-/// Directories that are kept open at most; in a deeper tree the outer ones are closed and found
-/// again through `..`.
-const MAX_OPEN_DIRECTORIES: usize = 256;
-
 /// A directory that is being walked.
 #[derive(Debug)]
 struct WalkedDirectory {
-    fd: Option<Arc<OwnedFd>>,
     listing: Arc<DirectoryListing>,
     next: usize,
     /// Names before this one are loaded, are being loaded, or are left to the writer.
@@ -46,7 +42,7 @@ struct WalkedDirectory {
 /// Where the walk stands. Depth first; `path` is that of the name handed out last.
 #[derive(Debug)]
 pub(crate) struct UpperWalk {
-    directories: Vec<WalkedDirectory>,
+    directories: DirectoryStack<WalkedDirectory>,
     path: Vec<u8>,
     read_ahead: ReadAhead,
 }
@@ -54,7 +50,7 @@ pub(crate) struct UpperWalk {
 impl UpperWalk {
     pub(crate) fn new(read_ahead: ReadAhead) -> Self {
         UpperWalk {
-            directories: Vec::new(),
+            directories: DirectoryStack::new(),
             path: Vec::new(),
             read_ahead,
         }
@@ -67,38 +63,26 @@ impl UpperWalk {
 
     /// The directory that holds that name. Present between `next_name` and `enter`.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
-        let innermost = self
-            .directories
-            .last()
-            .and_then(|directory| directory.fd.as_ref());
-        innermost
-            .expect("the innermost directory is open while its names are handed out")
-            .as_fd()
+        self.directories.fd()
     }
 
     /// Path of the lower half of the directory that holds that name, when it was renamed.
     pub(crate) fn lower_path(&self) -> Option<&[u8]> {
-        self.directories
-            .last()
-            .and_then(|directory| directory.lower_path.as_deref())
+        self.directories.note()?.lower_path.as_deref()
     }
 
     /// Whether the innermost directory of the upperdir has a name, deleted ones included.
     pub(crate) fn innermost_has(&self, name: &[u8]) -> bool {
         self.directories
-            .last()
+            .note()
             .is_some_and(|directory| directory.listing.has(name))
     }
 
     /// Goes on with the names in a directory: the root, or the one named last. Its marks and
     /// attributes have been written.
     pub(crate) fn enter(&mut self, directory: LoadedDirectory, lower_path: Option<Vec<u8>>) {
-        if self.directories.len() >= MAX_OPEN_DIRECTORIES {
-            let outer = self.directories.len() - MAX_OPEN_DIRECTORIES;
-            self.directories[outer].fd = None;
-        }
-        self.directories.push(WalkedDirectory {
-            fd: Some(Arc::new(directory.fd)),
+        let identity = directory.attributes.identity;
+        let walked = WalkedDirectory {
             listing: Arc::new(directory.listing),
             next: 0,
             scheduled: directory.first_files.names.end,
@@ -107,14 +91,15 @@ impl UpperWalk {
             path_len: self.path.len(),
             attributes: directory.attributes,
             lower_path,
-        });
+        };
+        self.directories.push(directory.fd, identity, walked);
     }
 
     /// Steps to the next name and returns its type as the directory tells it. None at the end.
     pub(crate) fn next_name(&mut self) -> Result<Option<NextName>, ExportError> {
-        while let Some(innermost) = self.directories.last_mut() {
+        while let Some((fd, innermost)) = self.directories.innermost_mut() {
             self.path.truncate(innermost.path_len);
-            innermost.read_on(&mut self.read_ahead);
+            innermost.read_on(fd, &mut self.read_ahead);
             let position = innermost.next;
             if let Some((name, inode_type)) = innermost.listing.get(position) {
                 innermost.next += 1;
@@ -132,43 +117,26 @@ impl UpperWalk {
 
     /// Leaves the innermost directory, which must be what it was when its names were read.
     fn leave(&mut self) -> Result<(), ExportError> {
-        let Some(left) = self.directories.pop() else {
+        let Some((fd, left)) = self.directories.innermost_mut() else {
             return Ok(());
         };
         for job in &left.jobs {
             self.read_ahead.forget(job);
         }
-        let fd = left.fd.expect("the innermost directory is open");
-        let now = fstat(&fd).map_err(|errno| ExportError::io("stat", &self.path, errno))?;
+        let now = fstat(fd).map_err(|errno| ExportError::io("stat", &self.path, errno))?;
         if !left.attributes.unchanged_in(&now.into()) {
             return Err(ExportError::changed(&self.path));
         }
-        if let Some(parent) = self
-            .directories
-            .last_mut()
-            .filter(|parent| parent.fd.is_none())
-        {
-            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let reopened = openat(&fd, c"..", flags, Mode::empty())
-                .map_err(|errno| ExportError::io("open the parent of", &self.path, errno))?;
-            let now: InodeAttributes = fstat(&reopened)
-                .map_err(|errno| ExportError::io("stat", &self.path, errno))?
-                .into();
-            if now.identity != parent.attributes.identity {
-                return Err(ExportError::changed(&self.path));
-            }
-            parent.fd = Some(Arc::new(reopened));
-        }
-        Ok(())
+        self.directories.leave().map_err(|error| match error {
+            LeaveError::Moved => ExportError::changed(&self.path),
+            LeaveError::Io(error) => ExportError::io("open the parent of", &self.path, error),
+        })
     }
 }
 
 impl WalkedDirectory {
     /// Has what comes next loaded, as far as there is room.
-    fn read_on(&mut self, read_ahead: &mut ReadAhead) {
-        let Some(fd) = &self.fd else {
-            return;
-        };
+    fn read_on(&mut self, fd: &Arc<OwnedFd>, read_ahead: &mut ReadAhead) {
         while read_ahead.has_room(self.jobs.len()) {
             let Some((_, inode_type)) = self.listing.get(self.scheduled) else {
                 return;

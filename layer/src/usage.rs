@@ -1,16 +1,17 @@
 //! How much an upperdir takes, counted as containerd's overlayfs snapshotter counts.
 
 use std::collections::HashSet;
-use std::fs::Metadata;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
-use nix::sys::stat::Mode;
-use walkdir::WalkDir;
+use nix::fcntl::{AtFlags, open};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+
+use crate::directory_listing::DirectoryListing;
+use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, open_directory};
+use crate::inode_attributes::InodeAttributes;
 
 /// What a tree takes on its file system.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,89 +38,63 @@ pub struct UsageError {
 /// # Errors
 /// The first system call that fails for another reason.
 pub fn upperdir_usage(dir: &Path) -> Result<Usage, UsageError> {
+    let failed = |source: io::Error| UsageError {
+        path: dir.to_path_buf(),
+        source,
+    };
+    let root = open(dir, DIRECTORY_FLAGS, Mode::empty()).map_err(|errno| failed(errno.into()))?;
+    count_tree(root).map_err(failed)
+}
+
+/// A directory that is being counted.
+struct Level {
+    listing: DirectoryListing,
+    next: usize,
+}
+
+fn count_tree(root: OwnedFd) -> io::Result<Usage> {
     let mut usage = Usage::default();
     let mut linked = HashSet::new();
-    // Trees still to be walked. walkdir names whole paths, and beyond 4 096 bytes the kernel takes
-    // none: the rest below such a place is walked by the short name of its open descriptor.
-    let mut trees: Vec<(PathBuf, Option<OwnedFd>)> = vec![(dir.to_path_buf(), None)];
-    while let Some((root, open_root)) = trees.pop() {
-        let mut walk = WalkDir::new(&root)
-            .follow_root_links(open_root.is_some())
-            .into_iter();
-        while let Some(entry) = walk.next() {
-            let error = match entry {
-                Ok(entry) if entry.depth() == 0 && open_root.is_some() => continue,
-                Ok(entry) => match entry.metadata() {
-                    Ok(metadata) => {
-                        count(&metadata, &mut usage, &mut linked);
-                        continue;
-                    }
-                    Err(error) => {
-                        if entry.file_type().is_dir() {
-                            walk.skip_current_dir();
-                        }
-                        error
-                    }
-                },
-                Err(error) => error,
-            };
-            let place = error.path().unwrap_or(&root).to_path_buf();
-            match error.io_error().and_then(io::Error::raw_os_error) {
-                Some(errno) if errno == Errno::ENOENT as i32 && place != dir => {}
-                Some(errno) if errno == Errno::ENAMETOOLONG as i32 => {
-                    trees.extend(count_beyond(&place, &mut usage, &mut linked)?);
-                }
-                _ => {
-                    return Err(UsageError {
-                        path: place,
-                        source: error.into(),
-                    });
-                }
+    let mut stack = DirectoryStack::new();
+    count(&fstat(&root)?, &mut usage, &mut linked);
+    enter(&mut stack, root)?;
+    while let Some((fd, level)) = stack.innermost_mut() {
+        let Some((name, _)) = level.listing.get(level.next) else {
+            stack.leave()?;
+            continue;
+        };
+        level.next += 1;
+        let stat = match fstatat(fd, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Err(Errno::ENOENT) => continue,
+            stat => stat?,
+        };
+        count(&stat, &mut usage, &mut linked);
+        if InodeAttributes::from(stat).is_directory() {
+            match open_directory(fd, name) {
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
+                directory => enter(&mut stack, directory?)?,
             }
         }
-        drop(open_root);
     }
     Ok(usage)
 }
 
-type Linked = HashSet<(u64, u64)>;
+fn enter(stack: &mut DirectoryStack<Level>, directory: OwnedFd) -> io::Result<()> {
+    let identity = InodeAttributes::from(fstat(&directory)?).identity;
+    let mut listing = DirectoryListing::default();
+    listing.read(directory.as_fd())?;
+    stack.push(directory, identity, Level { listing, next: 0 });
+    Ok(())
+}
 
-fn count(metadata: &Metadata, usage: &mut Usage, linked: &mut Linked) {
+fn count(stat: &FileStat, usage: &mut Usage, linked: &mut HashSet<(u64, u64)>) {
+    let attributes = InodeAttributes::from(*stat);
     // Only a file with several names can be met twice; remembering the others would cost memory
     // in proportion to the tree.
-    let may_repeat = metadata.nlink() > 1 && !metadata.is_dir();
-    if may_repeat && !linked.insert((metadata.dev(), metadata.ino())) {
+    let may_repeat = attributes.links > 1 && !attributes.is_directory();
+    if may_repeat && !linked.insert(attributes.identity) {
         return;
     }
     usage.inodes += 1;
-    usage.size += metadata.blocks() * 512;
-}
-
-/// Counts a file whose path is too long, through its directory. For a directory that could be
-/// named but not listed, returns it as a tree to walk.
-fn count_beyond(
-    place: &Path,
-    usage: &mut Usage,
-    linked: &mut Linked,
-) -> Result<Option<(PathBuf, Option<OwnedFd>)>, UsageError> {
-    let failed = |source: io::Error| UsageError {
-        path: place.to_path_buf(),
-        source,
-    };
-    let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else {
-        return Err(failed(Errno::ENAMETOOLONG.into()));
-    };
-    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    let parent = open(parent, flags | OFlag::O_DIRECTORY, Mode::empty())
-        .map_err(|errno| failed(errno.into()))?;
-    let fd = match openat(&parent, name, flags | OFlag::O_NOFOLLOW, Mode::empty()) {
-        Ok(fd) => fd,
-        Err(Errno::ENOENT) => return Ok(None),
-        Err(errno) => return Err(failed(errno.into())),
-    };
-    let short = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    let file = std::fs::File::from(fd);
-    let metadata = file.metadata().map_err(failed)?;
-    count(&metadata, usage, linked);
-    Ok(metadata.is_dir().then(|| (short, Some(file.into()))))
+    usage.size += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
 }

@@ -9,7 +9,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::fs::{
-    XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr, lgetxattr, llistxattr, lsetxattr,
+    XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr, getxattr, lgetxattr, listxattr,
+    llistxattr, lsetxattr, setxattr,
 };
 use rustix::io::Errno;
 
@@ -30,11 +31,18 @@ pub(crate) struct Xattr {
 pub(crate) enum XattrHolder<'a> {
     /// A regular file or directory open for reading or writing (not `O_PATH`).
     Open(BorrowedFd<'a>),
+    /// Any inode, by an `O_PATH` descriptor of it.
+    Path(BorrowedFd<'a>),
     /// Any inode, by the directory that holds it and its name there.
     Named {
         directory: BorrowedFd<'a>,
         name: &'a [u8],
     },
+}
+
+/// Leads to the inode of a descriptor and nowhere else, also when that is a symlink.
+fn proc_fd(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 fn proc_path(directory: BorrowedFd<'_>, name: &[u8]) -> Vec<u8> {
@@ -72,6 +80,7 @@ impl XattrReader {
     ) -> io::Result<()> {
         let listed = growing(&mut self.names, |names| match holder {
             XattrHolder::Open(fd) => flistxattr(fd, names),
+            XattrHolder::Path(fd) => listxattr(proc_fd(fd), names),
             XattrHolder::Named { directory, name } => llistxattr(proc_path(directory, name), names),
         });
         let len = match listed {
@@ -122,6 +131,7 @@ fn growing(
 fn get(holder: XattrHolder<'_>, name: &[u8], value: &mut Vec<u8>) -> io::Result<Option<usize>> {
     let got = growing(value, |value| match holder {
         XattrHolder::Open(fd) => fgetxattr(fd, name, value),
+        XattrHolder::Path(fd) => getxattr(proc_fd(fd), name, value),
         XattrHolder::Named {
             directory,
             name: file,
@@ -138,6 +148,7 @@ fn get(holder: XattrHolder<'_>, name: &[u8], value: &mut Vec<u8>) -> io::Result<
 pub(crate) fn set_xattr(holder: XattrHolder<'_>, name: &[u8], value: &[u8]) -> io::Result<()> {
     match holder {
         XattrHolder::Open(fd) => fsetxattr(fd, name, value, XattrFlags::empty())?,
+        XattrHolder::Path(fd) => setxattr(proc_fd(fd), name, value, XattrFlags::empty())?,
         XattrHolder::Named {
             directory,
             name: file,

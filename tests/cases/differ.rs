@@ -13,6 +13,7 @@ use crate::Case;
 
 mod api;
 mod disks;
+mod random_layers;
 
 /// A plain layer: what `ctr snapshots diff` is asked for to look into it.
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -34,7 +35,12 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    on_both.chain(disks::cases())
+    let random = Case {
+        what: "differ_random_layers",
+        tree: Tree::Forky,
+        run: random_layers::random_stacks_become_the_same_trees,
+    };
+    on_both.chain([random]).chain(disks::cases())
 }
 
 /// A node with everything of ours, the differ's decisions in its log, and the counter's image

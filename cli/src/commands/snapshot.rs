@@ -11,7 +11,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::PipeWriter;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};

@@ -116,13 +116,10 @@ fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
         .metadata()
         .with_context(|| format!("cannot stat {}", diff.display()))?
         .len();
-    let options = ImportOptions {
-        max_bytes: length,
-        ..ImportOptions::default()
-    };
     let failed = || format!("cannot fill the upperdir {}", stack.top.display());
     let layer = transship_layer::decompress(BufReader::with_capacity(1 << 20, file))
         .with_context(failed)?;
+    let options = ImportOptions::for_checkpoint(length, layer.compression());
     transship_layer::import_into_upperdir(layer, stack, &options).with_context(failed)?;
     Ok(())
 }

@@ -96,10 +96,11 @@ impl Bundle {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file.during("open", diff)?,
         };
+        let len = layer.metadata().during("stat", diff)?.len();
         let (root, overlay) = self.unmount_rootfs()?;
         let import = || {
             let tar = decompress(BufReader::with_capacity(1 << 20, layer)).during("read", diff)?;
-            let options = ImportOptions::default();
+            let options = ImportOptions::for_checkpoint(len, tar.compression());
             import_into_upperdir(tar, &overlay.stack, &options).map_err(|source| {
                 RootfsError::Import {
                     upperdir: overlay.stack.top.clone(),

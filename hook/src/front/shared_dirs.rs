@@ -10,7 +10,9 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
-use transship_layer::{ImportOptions, OverlayStack, import_into_upperdir, remove_contents};
+use transship_layer::{
+    Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents,
+};
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{PodDir, Request};
@@ -75,9 +77,11 @@ impl Front<'_> {
 /// Makes the content of a directory that of a layer without lower layers.
 fn fill(dir: &Path, layer: &Path) -> Result<(), FrontError> {
     let file = File::open(layer).during("open", layer)?;
+    let len = file.metadata().during("stat", layer)?.len();
     remove_contents(dir).during("empty", dir)?;
     let tar = BufReader::with_capacity(1 << 20, file);
-    import_into_upperdir(tar, &OverlayStack::new(dir, []), &ImportOptions::default())
+    let options = ImportOptions::for_checkpoint(len, Compression::None);
+    import_into_upperdir(tar, &OverlayStack::new(dir, []), &options)
         .map(drop)
         .map_err(|source| {
             let error = RootfsError::Import {

@@ -11,7 +11,9 @@ use super::have_root;
 use super::mounted_overlay::OverlayDirs;
 use super::random_operations::{operations, run};
 use super::tree_state::{TreeState, differences, read_tree, without_upper_sockets};
-use crate::{ExportOptions, ImportOptions, OverlayStack, export_upperdir, import_into_upperdir};
+use crate::{
+    ExportOptions, ImportOptions, LayerFormat, OverlayStack, export_upperdir, import_into_upperdir,
+};
 
 /// Whether the program is there; when not, says so, or fails where CI says that it must run.
 pub(super) fn have(program: &str) -> bool {
@@ -56,9 +58,9 @@ pub(super) fn export_to(dirs: &OverlayDirs, file: &Path) {
 pub(super) fn portable(upperdir: &Path) -> TreeState {
     let mut tree = without_upper_sockets(read_tree(upperdir), None);
     for state in tree.values_mut() {
-        state
-            .xattrs
-            .retain(|name, _| !crate::overlay_marks::is_overlay_private(name));
+        state.xattrs.retain(|name, _| {
+            !crate::overlay_marks::is_overlay_private(crate::OverlayXattrs::Trusted, name)
+        });
     }
     tree
 }
@@ -259,7 +261,7 @@ fn root_a_file_beyond_8_gib_is_written_in_full() {
         .spawn()
         .unwrap();
     let options = ExportOptions {
-        fill_holes: true,
+        format: LayerFormat::Image,
         ..ExportOptions::default()
     };
     let pipe = reader.stdin.take().unwrap();

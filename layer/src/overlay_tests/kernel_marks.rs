@@ -16,8 +16,9 @@ use super::tree_state::{differences, read_tree};
 use crate::tar_read::{TarEntry, TarReader};
 use crate::xattrs::{XattrHolder, set_xattr};
 use crate::{
-    ExportError, ExportOptions, ExportStats, ImportOptions, OverlayStack, OverlayXattrs,
-    export_upperdir, export_upperdir_to_file, import_into_upperdir, remove_tree, upperdir_usage,
+    ExportError, ExportOptions, ExportStats, ImportOptions, LayerFormat, OverlayStack,
+    OverlayXattrs, export_upperdir, export_upperdir_to_file, import_into_upperdir, remove_tree,
+    upperdir_usage,
 };
 
 fn export(dirs: &OverlayDirs) -> Result<(Vec<u8>, ExportStats), ExportError> {
@@ -235,11 +236,6 @@ fn root_rootless_overlays_say_how_they_are_mounted() {
     fs::create_dir(dirs.merged.join("dir")).unwrap();
     let before = read_tree(&dirs.merged);
     drop(mounted);
-    let refused = export(&dirs);
-    assert!(
-        matches!(refused, Err(ExportError::Inexact { .. })),
-        "{refused:?}"
-    );
     let stack = dirs.stack().with_overlay_xattrs(OverlayXattrs::User);
     let (tar, _) = export_with(&stack, &ExportOptions::default()).unwrap();
     assert_eq!(paths(&tar), ["./", "dir/", "dir/.wh..wh..opq"]);
@@ -267,6 +263,11 @@ fn root_private_attributes_stay_and_are_counted() {
     fs::create_dir(dirs.merged.join("nested")).unwrap();
     // Since Linux 6.7 overlay keeps this for the program, as trusted.overlay.overlay.opaque.
     set(&dirs.merged.join("nested"), "trusted.overlay.opaque", b"y");
+    set(
+        &dirs.upperdir.join("nested"),
+        "trusted.overlay.unknown",
+        b"y",
+    );
     set(&dirs.merged.join("file"), "user.kept", b"1");
     drop(mounted);
     // What `chattr +i` through the mount leaves.
@@ -277,24 +278,58 @@ fn root_private_attributes_stay_and_are_counted() {
     );
     let (tar, stats) = export(&dirs).unwrap();
     assert_eq!((stats.lost_xattrs, stats.lost_inode_flags), (1, 1));
-    assert!(!tar.windows(8).any(|window| window == b"overlay."));
-    assert!(tar.windows(9).any(|window| window == b"user.kept"));
+    let has = |tar: &[u8], text: &[u8]| tar.windows(text.len()).any(|window| window == text);
+    assert!(!has(&tar, b"overlay.protattr") && !has(&tar, b"overlay.unknown"));
+    assert!(has(&tar, b"trusted.overlay.overlay.opaque=y") && has(&tar, b"user.kept=1"));
+    let image = ExportOptions {
+        format: LayerFormat::Image,
+        ..ExportOptions::default()
+    };
+    let (tar, stats) = export_with(&dirs.stack(), &image).unwrap();
+    assert_eq!((stats.lost_xattrs, stats.lost_inode_flags), (2, 1));
+    assert!(!has(&tar, b"trusted.") && has(&tar, b"user.kept=1"));
 }
 
 #[test]
-fn reserved_names_are_refused() {
-    let upper = tempfile::tempdir().unwrap();
-    fs::create_dir(upper.path().join("dir")).unwrap();
-    fs::write(upper.path().join("dir/.wh.x"), "").unwrap();
-    let refused = export_upperdir(
-        &OverlayStack::new(upper.path(), []),
-        io::sink(),
-        &ExportOptions::default(),
-    );
-    let Err(ExportError::ReservedName { path }) = refused else {
-        panic!("{refused:?}")
+fn root_names_like_markers_come_along_in_checkpoints_only() {
+    if !have_root() {
+        return;
+    }
+    let mut dirs = OverlayDirs::in_memory();
+    fs::create_dir_all(dirs.lowerdirs[0].join(".wh.low")).unwrap();
+    fs::write(dirs.lowerdirs[0].join(".wh.low/file"), "").unwrap();
+    fs::write(dirs.lowerdirs[0].join(".wh.gone"), "").unwrap();
+    fs::write(dirs.lowerdirs[0].join("gone"), "").unwrap();
+    let mounted = dirs.mount();
+    fs::create_dir_all(dirs.merged.join("dir/.wh.d")).unwrap();
+    fs::write(dirs.merged.join("dir/.wh.x"), "1").unwrap();
+    fs::write(dirs.merged.join("dir/.wh..wh..opq"), "2").unwrap();
+    fs::hard_link(dirs.merged.join("dir/.wh.x"), dirs.merged.join("link")).unwrap();
+    fs::remove_file(dirs.merged.join(".wh.low/file")).unwrap();
+    fs::remove_file(dirs.merged.join(".wh.gone")).unwrap();
+    fs::remove_file(dirs.merged.join("gone")).unwrap();
+    let before = read_tree(&dirs.merged);
+    drop(mounted);
+    let image = ExportOptions {
+        format: LayerFormat::Image,
+        ..ExportOptions::default()
     };
-    assert_eq!(path, Path::new("dir/.wh.x"));
+    let refused = export_with(&dirs.stack(), &image);
+    assert!(
+        matches!(refused, Err(ExportError::ReservedName { .. })),
+        "{refused:?}"
+    );
+    let (tar, _) = export(&dirs).unwrap();
+    dirs.new_upper();
+    import_into_upperdir(&tar[..], &dirs.stack(), &ImportOptions::default()).unwrap();
+    let mounted = dirs.mount();
+    let after = read_tree(&dirs.merged);
+    drop(mounted);
+    assert!(
+        differences(&before, &after).is_empty(),
+        "{:?}",
+        differences(&before, &after)
+    );
 }
 
 #[test]

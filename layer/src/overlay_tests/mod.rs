@@ -6,6 +6,8 @@ mod cross_read;
 mod hostile_layers;
 mod kernel_marks;
 mod mounted_overlay;
+mod mounted_stack;
+mod odd_layers;
 mod random_operations;
 mod round_trip;
 mod tree_state;

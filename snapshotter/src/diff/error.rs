@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use containerd_client::tonic::{Code, Status};
 use transship_containerd::ContainerdError;
-use transship_layer::{ExportError, ImportError};
+use transship_layer::{ExportError, ImportError, LowerError};
 
 use super::pack::PackError;
 use super::plan::NotOurs;
@@ -56,9 +56,10 @@ impl DiffError {
     pub(super) fn code(&self) -> Code {
         match self {
             // A mounted overlay shows what its upperdir alone does not.
-            Self::NotOurs(_) | Self::Pack(PackError::Export(ExportError::Inexact { .. })) => {
-                Code::Unimplemented
-            }
+            Self::NotOurs(_)
+            | Self::Pack(PackError::Export(
+                ExportError::Inexact { .. } | ExportError::Lower(LowerError::Redirected { .. }),
+            )) => Code::Unimplemented,
             Self::Invalid(_) => Code::InvalidArgument,
             Self::Pack(PackError::Export(ExportError::Changed { .. })) | Self::GivenUp => {
                 Code::Aborted
@@ -66,7 +67,7 @@ impl DiffError {
             Self::Pack(PackError::Export(
                 ExportError::ReservedName { .. } | ExportError::HeaderTooLarge { .. },
             )) => Code::FailedPrecondition,
-            // As containerd's own differ answers, whatever is wrong with a layer or its target: its
+            // As containerd's own differ answers when a layer is damaged or its target fails: its
             // errors are untyped there (`archive.Apply`), and gRPC makes `Unknown` of those.
             Self::Import { .. } => Code::Unknown,
             Self::Call(error) => match error.code() {

@@ -11,7 +11,9 @@ use std::io;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use transship_layer::{Compression, ExportError, ExportOptions, ExportStats, export_upperdir};
+use transship_layer::{
+    Compression, ExportError, ExportOptions, ExportStats, LayerFormat, export_upperdir,
+};
 
 use super::chunks::{ChunkWriter, Measured, QUEUED_CHUNKS, gone, measure};
 use super::compress::compress_blocks;
@@ -51,7 +53,7 @@ pub(super) fn pack_layer(
 ) -> Result<Packed, PackError> {
     let options = ExportOptions {
         source_date_epoch,
-        ..ExportOptions::default()
+        format: LayerFormat::Image,
     };
     thread::scope(|scope| {
         let (tar, tar_chunks) = sync_channel(QUEUED_CHUNKS);

@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use transship_containerd::labels::{GC_ROOT, UNCOMPRESSED};
 use transship_containerd::{Containerd, Upload, namespace_of};
-use transship_layer::{Compression, ExportError, OverlayStack};
+use transship_layer::{Compression, ExportError, ImportError, OverlayStack, remove_contents};
 
 use super::blob_file::BlobFile;
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
@@ -220,7 +220,7 @@ impl DiffService {
         let unpack = move |blob: &mut (dyn BufRead + Send)| {
             check_target(&target)?;
             let unpacked = unpack_layer(blob, &target)
-                .map_err(|source| DiffError::Import { digest, source })?;
+                .map_err(|source| left_or_failed(source, digest, &target.top))?;
             if sync {
                 sync_file_system(&target.top)?;
             }
@@ -452,6 +452,21 @@ fn check_target(target: &OverlayStack) -> Result<(), DiffError> {
         NotOurs::because(format!("cannot write to {}: {errno}", target.top.display()))
     })?;
     Ok(())
+}
+
+/// What is odd but whole is left to the next differ, which gets an empty directory as this one did.
+fn left_or_failed(source: ImportError, digest: String, dir: &Path) -> DiffError {
+    if !source.is_beyond_this_reader() {
+        return DiffError::Import { digest, source };
+    }
+    match remove_contents(dir) {
+        Ok(()) => NotOurs::because(chain(&source)).into(),
+        Err(source) => DiffError::Io {
+            act: "empty",
+            path: dir.to_owned(),
+            source,
+        },
+    }
 }
 
 fn is_empty(dir: &Path) -> Result<bool, DiffError> {

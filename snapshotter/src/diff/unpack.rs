@@ -9,7 +9,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use transship_layer::{
-    ImportError, ImportOptions, ImportStats, OverlayStack, decompress, import_into_upperdir,
+    ImportError, ImportOptions, ImportStats, LayerFormat, OverlayStack, decompress,
+    import_into_upperdir,
 };
 
 use super::chunks::{CHUNK_BYTES, ChunkReader, Measured, QUEUED_CHUNKS, gone, measure};
@@ -33,9 +34,11 @@ pub(super) fn unpack_layer(
     target: &OverlayStack,
 ) -> Result<Unpacked, ImportError> {
     let options = ImportOptions {
+        format: LayerFormat::Image,
         // As containerd does: images are made on file systems that know more than this one.
         skip_unsupported_xattrs: true,
-        ..ImportOptions::default()
+        // containerd sets no limit either; the disk is one.
+        max_bytes: u64::MAX,
     };
     thread::scope(|scope| {
         let (plain, plain_chunks) = sync_channel(QUEUED_CHUNKS);

@@ -40,7 +40,7 @@ const LEASE_LIFETIME: Duration = Duration::from_secs(3600);
 const TRANSSHIP: &str = "transship";
 
 /// A client of a node's containerd.
-struct Api<'n> {
+pub(super) struct Api<'n> {
     node: &'n Node,
     runtime: Runtime,
     containerd: Containerd,
@@ -48,7 +48,7 @@ struct Api<'n> {
 }
 
 impl<'n> Api<'n> {
-    fn of(node: &'n Node) -> anyhow::Result<Self> {
+    pub(super) fn of(node: &'n Node) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -78,13 +78,28 @@ impl<'n> Api<'n> {
         self.containerd.snapshotter(TRANSSHIP)
     }
 
-    fn prepare(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
+    pub(super) fn prepare(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
         let (snapshots, labels) = (self.snapshots(), self.keep_labels());
         Ok(self.run(snapshots.prepare(key, parent, labels))?)
     }
 
-    fn remove(&self, key: &str) -> anyhow::Result<()> {
+    pub(super) fn remove(&self, key: &str) -> anyhow::Result<()> {
         Ok(self.run(self.snapshots().remove(key))?)
+    }
+
+    pub(super) fn node(&self) -> &'n Node {
+        self.node
+    }
+
+    pub(super) fn commit(&self, key: &str, name: &str) -> anyhow::Result<()> {
+        let (snapshots, labels) = (self.snapshots(), self.keep_labels());
+        Ok(self.run(snapshots.commit(name, key, labels))?)
+    }
+
+    pub(super) fn view(&self, key: &str, parent: &str) -> anyhow::Result<()> {
+        let (snapshots, labels) = (self.snapshots(), self.keep_labels());
+        self.run(snapshots.view(key, parent, labels))?;
+        Ok(())
     }
 
     /// Diff of an active snapshot against its parent, through a view, as `rootfs.CreateDiff` of
@@ -114,13 +129,13 @@ impl<'n> Api<'n> {
         Ok(written)
     }
 
-    fn apply(&self, layer: &Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
+    pub(super) fn apply(&self, layer: &Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
         let applied = self.run(self.containerd.apply(layer, mounts));
         applied.map_err(|error| error.code())
     }
 
     /// Writes a blob with labels; gives its descriptor.
-    fn write(
+    pub(super) fn write(
         &self,
         media_type: &str,
         content: &[u8],

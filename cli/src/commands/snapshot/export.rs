@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use transship_layer::{ExportError, ExportOptions, ExportStats, OverlayStack, export_upperdir};
+use transship_layer::{
+    ExportError, ExportOptions, ExportStats, LayerFormat, OverlayStack, export_upperdir,
+};
 
 use super::sink::Sink;
 use super::{Opened, Paused, Snapshot, find, raw};
@@ -109,7 +111,12 @@ async fn write_layer(
     let give_up = sink.give_up();
     let mut export = tokio::task::spawn_blocking(move || -> Result<ExportStats> {
         let mut out = BufWriter::with_capacity(1 << 20, sink);
-        let stats = export_upperdir(&layer, &mut out, &ExportOptions::default())
+        let options = ExportOptions {
+            // For whatever tool, as `ctr snapshots diff` writes it.
+            format: LayerFormat::Image,
+            ..ExportOptions::default()
+        };
+        let stats = export_upperdir(&layer, &mut out, &options)
             .map_err(|error| with_hint(error, &layer))?;
         let sink = out
             .into_inner()

@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use transship_layer::{
-    ImportOptions, ImportStats, OverlayStack, decompress, import_into_upperdir, remove_contents,
+    ImportOptions, ImportStats, LayerFormat, OverlayStack, decompress, import_into_upperdir,
+    remove_contents,
 };
 
 use super::{Opened, Snapshot, default_snapshotter, find, kept, raw};
@@ -219,10 +220,14 @@ impl Read for Input {
 }
 
 fn fill(layer: &OverlayStack, input: Input, made: bool) -> Result<ImportStats> {
+    let options = ImportOptions {
+        format: LayerFormat::Image,
+        ..ImportOptions::default()
+    };
     let filled = decompress(BufReader::with_capacity(1 << 20, input))
         .context("cannot read the layer")
         .and_then(|tar| {
-            import_into_upperdir(tar, layer, &ImportOptions::default())
+            import_into_upperdir(tar, layer, &options)
                 .with_context(|| format!("cannot import into {}", layer.top.display()))
         });
     if filled.is_err() && !made {

@@ -1,0 +1,277 @@
+//! Layers that few tools write and that containerd takes: what becomes of their entries.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use super::have_root;
+use super::hostile_layers::{TarBytes, tar};
+use super::mounted_overlay::OverlayDirs;
+use super::tree_state::read_tree;
+use crate::xattrs::{XattrHolder, XattrReader};
+use crate::{ImportOptions, ImportStats, LayerFormat, import_into_upperdir};
+
+fn image_options() -> ImportOptions {
+    ImportOptions {
+        format: LayerFormat::Image,
+        ..ImportOptions::default()
+    }
+}
+
+/// Imports an image's layer over `a/old`, `b/old` and the symlink `way` out of the layer. Returns what the
+/// merged tree shows.
+fn shown(layer: TarBytes) -> (Vec<String>, ImportStats, OverlayDirs) {
+    let dirs = OverlayDirs::in_memory();
+    let lower = &dirs.lowerdirs[0];
+    for name in ["a", "b"] {
+        fs::create_dir(lower.join(name)).unwrap();
+        fs::write(lower.join(name).join("old"), "").unwrap();
+    }
+    fs::create_dir(dirs.base.path().join("outside")).unwrap();
+    fs::write(dirs.base.path().join("outside/secret"), "").unwrap();
+    symlink("../outside", lower.join("way")).unwrap();
+    let stats = import_into_upperdir(&layer.end()[..], &dirs.stack(), &image_options()).unwrap();
+    let mounted = dirs.mount();
+    // It panics on a name that is listed and cannot be opened.
+    let names: Vec<_> = read_tree(&dirs.merged)
+        .into_keys()
+        .map(|path| path.to_str().unwrap().to_owned())
+        .filter(|path| !path.is_empty())
+        .collect();
+    drop(mounted);
+    let outside = fs::read_dir(dirs.base.path().join("outside")).unwrap();
+    assert_eq!(outside.count(), 1);
+    (names, stats, dirs)
+}
+
+#[test]
+fn root_entries_are_resolved_inside_of_the_layer() {
+    if !have_root() {
+        return;
+    }
+    let link = |name: &str, target: &str| tar().link(b'2', name, target);
+    let table: Vec<(&str, TarBytes, &[&str])> = vec![
+        (
+            "relative link",
+            tar()
+                .dir("usr/lib")
+                .link(b'2', "lib", "usr/lib")
+                .file("lib/x", ""),
+            &["lib", "usr", "usr/lib", "usr/lib/x"],
+        ),
+        (
+            "absolute link",
+            tar().dir("srv").link(b'2', "opt", "/srv").file("opt/x", ""),
+            &["opt", "srv", "srv/x"],
+        ),
+        (
+            "link above the root",
+            link("c", "../../srv").file("c/x", ""),
+            &["c", "srv", "srv/x"],
+        ),
+        (
+            "link in a directory",
+            tar().dir("d").link(b'2', "d/l", "../e").file("d/l/x", ""),
+            &["d", "d/l", "e", "e/x"],
+        ),
+        (
+            "dangling link",
+            link("c", "no/where").dir("c/d"),
+            &["c", "no", "no/where", "no/where/d"],
+        ),
+        (
+            "two links",
+            link("c", "d").link(b'2', "d", "e").file("c/f/x", ""),
+            &["c", "d", "e", "e/f", "e/f/x"],
+        ),
+        (
+            "hard link through a link",
+            tar()
+                .file("usr/x", "")
+                .link(b'2', "c", "/usr")
+                .link(b'1', "y", "c/x"),
+            &["c", "usr", "usr/x", "y"],
+        ),
+        (
+            "hard link with ..",
+            tar().file("x", "").dir("d").link(b'1', "d/l", "d/../x"),
+            &["d", "d/l", "x"],
+        ),
+        (
+            "opaque marker through a link",
+            link("c", "b").file("c/.wh..wh..opq", "").file("c/x", ""),
+            &["b", "b/x", "c"],
+        ),
+        ("..", tar().dir("d").file("d/../x", ""), &["d", "x"]),
+        (".. above the root", tar().file("../../x", ""), &["x"]),
+        ("lower link", tar().file("way/x", ""), &["way", "way/x"]),
+        (
+            "root twice",
+            tar()
+                .raw(b"/", b'2', b"/etc", 0, b"")
+                .raw(b"", b'0', b"", 0, b"")
+                .file("x", ""),
+            &["x"],
+        ),
+        (
+            "below a deleted name",
+            tar().file(".wh.c/x", "").file("x", ""),
+            &["x"],
+        ),
+        // umoci, for a directory that becomes a link. The lower b/old is not meant.
+        (
+            "link, then whiteout",
+            tar()
+                .file(".wh.a", "")
+                .link(b'2', "a", "b")
+                .file("a/.wh.old", ""),
+            &["a", "b/old"],
+        ),
+        (
+            "whiteout, then link",
+            tar().file("a/.wh.old", "").link(b'2', "a", "b"),
+            &["a", "b/old"],
+        ),
+        (
+            "device 0:0",
+            tar()
+                .raw(b"a", b'3', b"", 0, b"")
+                .raw(b"none", b'3', b"", 0, b""),
+            &["b/old"],
+        ),
+        (
+            "file, then device 0:0",
+            tar().file("b/old", "1").raw(b"b/old", b'3', b"", 0, b""),
+            &["a/old"],
+        ),
+    ];
+    for (what, layer, expected) in table {
+        let (names, _, _dirs) = shown(layer);
+        let mut expected: Vec<_> = expected.iter().map(ToString::to_string).collect();
+        let is_replaced = |name: &str| expected.iter().any(|it| it == name);
+        let lower = match what {
+            "link, then whiteout" | "whiteout, then link" => vec!["b", "way"],
+            "device 0:0" => vec!["b", "way"],
+            "file, then device 0:0" => vec!["a", "b", "way"],
+            "opaque marker through a link" => vec!["a", "a/old", "way"],
+            _ => vec!["a", "a/old", "b", "b/old", "way"],
+        };
+        let lower: Vec<_> = lower
+            .into_iter()
+            .filter(|name| !is_replaced(name))
+            .map(str::to_owned)
+            .collect();
+        expected.extend(lower);
+        expected.sort();
+        let mut names = names;
+        names.sort();
+        assert_eq!(names, expected, "{what}");
+    }
+}
+
+#[test]
+fn root_what_leads_nowhere_is_refused() {
+    if !have_root() {
+        return;
+    }
+    for (what, layer) in [
+        (
+            "links in a circle",
+            tar()
+                .link(b'2', "a", "b")
+                .link(b'2', "b", "a")
+                .file("a/x", ""),
+        ),
+        (
+            "hard link in a circle",
+            tar().link(b'2', "a", "a").link(b'1', "x", "a/y"),
+        ),
+        (
+            "below a file",
+            tar().file("a", "").link(b'2', "l", "a").file("l/x", ""),
+        ),
+        (
+            "hard link below a file",
+            tar().file("a", "").link(b'1', "x", "a/y"),
+        ),
+    ] {
+        let dirs = OverlayDirs::in_memory();
+        let result = import_into_upperdir(&layer.end()[..], &dirs.stack(), &image_options());
+        let error = result.expect_err(what);
+        assert!(error.is_beyond_this_reader(), "{what}: {error:?}");
+    }
+}
+
+#[test]
+fn root_an_image_does_not_say_what_the_root_is_like() {
+    if !have_root() {
+        return;
+    }
+    let root = || {
+        tar()
+            .mode(0o1700)
+            .pax(&[
+                ("uid", b"1000"),
+                ("mtime", b"1000"),
+                ("SCHILY.xattr.user.a", b"1"),
+            ])
+            .dir("./")
+            .mode(0o644)
+            .file("x", "")
+    };
+    let (_, _, dirs) = shown(root());
+    let made = fs::metadata(&dirs.upperdir).unwrap();
+    assert_eq!((made.uid(), made.permissions().mode() & 0o7777), (0, 0o755));
+    assert_ne!(made.mtime(), 1000);
+    // A checkpoint does: it was the container's.
+    let dirs = OverlayDirs::in_memory();
+    import_into_upperdir(&root().end()[..], &dirs.stack(), &ImportOptions::default()).unwrap();
+    let made = fs::metadata(&dirs.upperdir).unwrap();
+    assert_eq!(
+        (made.uid(), made.permissions().mode() & 0o7777),
+        (1000, 0o1700)
+    );
+    assert_eq!(made.mtime(), 1000);
+}
+
+#[test]
+fn root_trusted_attributes_come_from_checkpoints_only() {
+    if !have_root() {
+        return;
+    }
+    let layer = || {
+        tar()
+            .pax(&[
+                ("SCHILY.xattr.trusted.lov", b"1"),
+                ("SCHILY.xattr.user.overlay.opaque", b"y"),
+            ])
+            .file("x", "")
+    };
+    let names = |dirs: &OverlayDirs| {
+        let file = fs::File::open(dirs.upperdir.join("x")).unwrap();
+        let mut names = Vec::new();
+        let holder = XattrHolder::Open(std::os::fd::AsFd::as_fd(&file));
+        let mut take = |name: &[u8]| names.push(String::from_utf8(name.to_vec()).unwrap());
+        XattrReader::new()
+            .for_each(holder, |_| false, |name, _| take(name))
+            .unwrap();
+        names.sort();
+        names
+    };
+    let dirs = OverlayDirs::on_disk();
+    let stats = import_into_upperdir(&layer().end()[..], &dirs.stack(), &image_options()).unwrap();
+    assert_eq!(stats.dropped_xattrs, 1);
+    // Where the marks are `trusted.`, it is an attribute like any other.
+    assert_eq!(names(&dirs), ["user.overlay.opaque"]);
+    let dirs = OverlayDirs::on_disk();
+    import_into_upperdir(&layer().end()[..], &dirs.stack(), &ImportOptions::default()).unwrap();
+    assert_eq!(names(&dirs), ["trusted.lov", "user.overlay.opaque"]);
+}
+
+#[test]
+fn root_directories_that_nobody_names_have_the_time_of_their_making() {
+    if !have_root() {
+        return;
+    }
+    let (_, _, dirs) = shown(tar().file("new/x", ""));
+    assert!(fs::metadata(dirs.upperdir.join("new")).unwrap().mtime() > 1_000_000);
+}
