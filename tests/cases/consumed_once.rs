@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use k8s_cri::v1::ContainerState;
 use transship_testbed::{
     CommandRun as _, Cri, Node, PodContainer, PodNamespaces, Testbed, Tree, journey, poll_until,
 };
@@ -56,10 +57,10 @@ fn a_cancelled_restore_is_made_again(bed: &Testbed) -> anyhow::Result<()> {
         let pod = cri.run_pod(("shop", &name), &RESTORE, PodNamespaces::Usual)?;
         let id = cri.create_container(&pod, &FIRST)?;
         let started = cri.start_container_within(&id, deadline);
-        let last = match &started {
-            Ok(()) => id,
-            Err(_) => {
-                end_of_attempt(&cri, &node, &id)?;
+        let runs = started.is_ok() || runs_after_cancel(&cri, &node, &id)?;
+        let last = match runs {
+            true => id,
+            false => {
                 let again = PodContainer {
                     attempt: 1,
                     ..FIRST
@@ -162,16 +163,19 @@ fn take_checkpoint(node: &Node, cri: &Cri) -> anyhow::Result<u64> {
     Ok(before)
 }
 
-/// kubelet makes the next attempt when it sees that the first has ended.
-fn end_of_attempt(cri: &Cri, node: &Node, id: &str) -> anyhow::Result<()> {
-    let ended = poll_until("the end of the cancelled attempt", PATIENCE, || {
-        match cri.status(id) {
-            Ok(status) if status.exit_code != 0 || status.finished_at != 0 => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    });
-    ended?;
-    nothing_runs(node)
+/// Whether the container runs although its caller has given up: the start was done when the deadline
+/// passed, and kubelet finds it running. Else it has ended, and kubelet makes the next attempt.
+fn runs_after_cancel(cri: &Cri, node: &Node, id: &str) -> anyhow::Result<bool> {
+    let what = "the end of the cancelled attempt";
+    let runs = poll_until(what, PATIENCE, || match cri.status(id) {
+        Ok(status) if status.state() == ContainerState::ContainerRunning => Ok(true),
+        Ok(status) if status.state() == ContainerState::ContainerExited => Ok(false),
+        other => Err(format!("{other:?}")),
+    })?;
+    if !runs {
+        nothing_runs(node)?;
+    }
+    Ok(runs)
 }
 
 /// No process of a container: stopped ones count too.
