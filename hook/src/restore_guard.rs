@@ -13,8 +13,9 @@
 //! subreaper, whoever in between has ended, so the guard finds all of it. It holds the lock of the
 //! work directory for its life: who takes that lock knows that nothing is being restored there.
 //!
-//! Progress is CRIU's log, and the bytes that its processes read and write: CRIU can wait for ever
-//! for a task that has died, and spin on images that are too short.
+//! Progress is what CRIU's processes read, and new ones: CRIU can wait for ever for a task that has
+//! died, and try for ever to read from images that are too short, with a line in its log each time.
+//! That log lies in `/run`, in memory: one that becomes too large ends the restore, too.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -43,6 +44,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// that hangs in the kernel never.
 const LAST_PATIENCE: Duration = Duration::from_secs(20);
 const RESTORE_LOG: &str = "restore.log";
+/// Bytes of CRIU's log from which on it says the same again and again; a real one has some hundred
+/// for each file and mapping.
+const LOG_LIMIT: u64 = 256 << 20;
 
 /// The guard. `args`: the front's pid, the work directory, the patience in milliseconds, the
 /// runtime, its arguments.
@@ -141,10 +145,11 @@ fn watch(
             return Ok(End::Done(exit_code(status)));
         }
         let log = fs::metadata(work.join(RESTORE_LOG)).map_or(0, |meta| meta.len());
-        let now = work_done(own, &mut seen).wrapping_add(log);
+        let now = work_done(own, &mut seen);
         if now != done {
             (done, since) = (now, Instant::now());
-        } else if since.elapsed() >= patience {
+        }
+        if since.elapsed() >= patience || log >= LOG_LIMIT {
             return Ok(End::Stuck);
         }
     }

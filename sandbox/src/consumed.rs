@@ -215,10 +215,7 @@ impl Consumed {
     fn change(&mut self, change: impl FnOnce(&mut Vec<Entry>)) -> Result<(), SandboxError> {
         let dir = self.path.parent().unwrap_or(Path::new("/"));
         make_dir(dir)?;
-        let lock = File::open(dir).staging("open", dir)?;
-        let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| errno)
-            .staging("lock", dir)?;
+        let _lock = lock(dir)?;
         let mut entries = read(&self.path)?;
         if entries.is_empty() {
             entries.extend(self.entries.iter().find(|it| it.is_of()).cloned());
@@ -233,6 +230,14 @@ impl Consumed {
         self.entries = entries;
         Ok(())
     }
+}
+
+/// Held by whoever writes a record, or removes one.
+fn lock(dir: &Path) -> Result<Flock<File>, SandboxError> {
+    let file = File::open(dir).staging("open", dir)?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .staging("lock", dir)
 }
 
 fn read(path: &Path) -> Result<Vec<Entry>, SandboxError> {
@@ -293,6 +298,8 @@ impl Entry {
 /// # Errors
 /// The directory cannot be listed.
 pub fn remove_records_of_the_gone(dir: &Path, run_dir: &Path) -> Result<(), SandboxError> {
+    // A record that is being written has another name for a moment.
+    let _lock = lock(dir)?;
     let living = living_pods(run_dir);
     for entry in fs::read_dir(dir).staging("list", dir)? {
         let path = entry.staging("list", dir)?.path();

@@ -9,7 +9,7 @@ use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::consumed::{Consumed, Owner, remove_records_of_the_gone};
+use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
 
 use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
@@ -191,12 +191,9 @@ impl Front<'_> {
 
     /// Remembers that a container runs, and that what it was restored from is consumed.
     pub(super) fn consume(&self, restore: &HeldRestore) -> Result<(), FrontError> {
-        let dir = &self.env.consumed;
-        let mut consumed = Consumed::by(dir, &restore.owner)?;
-        consumed.add_container(&restore.checkpoint, &restore.container, &restore.asker)?;
-        // They are not in the way of this container.
-        drop(remove_records_of_the_gone(dir, &self.env.run_dir));
-        Ok(())
+        let mut consumed = Consumed::by(&self.env.consumed, &restore.owner)?;
+        let (name, asker) = (&restore.container, &restore.asker);
+        Ok(consumed.add_container(&restore.checkpoint, name, asker)?)
     }
 
     /// Takes back a restore whose container has not run: the next attempt restores it again.

@@ -1,6 +1,7 @@
 //! `start ID`: lets a held restore go. Everything else starts as ever.
 
 use transship_sandbox::Staged;
+use transship_sandbox::consumed::remove_records_of_the_gone;
 
 use super::bundle::Phase;
 use super::held::{release, start_time};
@@ -39,6 +40,9 @@ impl Front<'_> {
             if let Some(pod) = staged.pod() {
                 drop(pod.remove_if_empty());
             }
+            // Nor are the records of others in the way of this container.
+            let (records, run_dir) = (&self.env.consumed, &self.env.run_dir);
+            drop(remove_records_of_the_gone(records, run_dir));
         }
         Ok(Some(Outcome::Exit(0)))
     }
