@@ -150,7 +150,7 @@ pub(crate) async fn find(
 /// A snapshot's mounts; those of a committed one are a view's, which is to be closed.
 struct Opened {
     mounts: Vec<Mount>,
-    view: Option<(Node, String, String)>,
+    view: Option<(Containerd, String, String)>,
 }
 
 impl Opened {
@@ -200,10 +200,10 @@ impl Opened {
 }
 
 /// A container that stands still, until it is let go; a container that does not run stands still.
-struct Paused<'n>(Option<(&'n Node, String, FreezeGuard)>);
+struct Paused<'n>(Option<(&'n Containerd, String, FreezeGuard)>);
 
 impl<'n> Paused<'n> {
-    async fn pause(node: &'n Node, container: Option<&str>) -> Result<Self> {
+    async fn pause(node: &'n Containerd, container: Option<&str>) -> Result<Self> {
         let Some(id) = container else {
             return Ok(Self(None));
         };
