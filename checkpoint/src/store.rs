@@ -5,13 +5,16 @@
 //! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
 //! ```
 //!
-//! A draft that nobody holds a lock on was left by a process that died; the next draft removes it.
+//! A draft that nobody holds a lock on was left by a process that died; the next draft removes it. So is
+//! a checkpoint that is being removed. `<root>` itself is locked while names in it change, so that
+//! nobody meets a directory that its maker has not locked yet.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
@@ -217,6 +220,7 @@ impl Store {
             .mode(0o700)
             .create(&self.root)
             .during("make the directory", &self.root)?;
+        let _names = self.lock_names()?;
         self.remove_orphaned_drafts()?;
         let target = self.root.join(name);
         if target.symlink_metadata().is_ok() {
@@ -231,10 +235,7 @@ impl Store {
             .mode(0o700)
             .create(&dir)
             .during("make the directory", &dir)?;
-        let lock = File::open(&dir).during("open", &dir)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, errno)| errno)
-            .during("lock", &dir)?;
+        let lock = lock(&dir, FlockArg::LockExclusiveNonblock)?;
         Ok(Draft {
             dir,
             target,
@@ -254,18 +255,33 @@ impl Store {
             source,
         })?;
         let dir = self.root.join(name);
-        // A rename first: a half removed checkpoint must not look like a whole one.
-        let gone = self
-            .root
-            .join(format!("{DRAFT_PREFIX}gone-{name}.{}", std::process::id()));
-        match fs::rename(&dir, &gone) {
-            Ok(()) => fs::remove_dir_all(&gone).during("remove", &gone),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::NotFound {
-                name: name.to_owned(),
-                root: self.root.clone(),
-            }),
-            Err(error) => Err(error).during("remove", &dir),
+        let not_found = || StoreError::NotFound {
+            name: name.to_owned(),
+            root: self.root.clone(),
+        };
+        if !self.root.is_dir() {
+            return Err(not_found());
         }
+        // A rename first: a half removed checkpoint must not look like a whole one.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        let gone = format!("{DRAFT_PREFIX}gone-{name}.{process}.{count}");
+        let gone = self.root.join(gone);
+        let names = self.lock_names()?;
+        match fs::rename(&dir, &gone) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
+            Err(error) => return Err(error).during("remove", &dir),
+        }
+        let _ours = lock(&gone, FlockArg::LockExclusiveNonblock)?;
+        drop(names);
+        fs::remove_dir_all(&gone).during("remove", &gone)
+    }
+
+    /// Held while a directory of the store gets its name and is not locked by its maker.
+    fn lock_names(&self) -> Result<Flock<File>, StoreError> {
+        lock(&self.root, FlockArg::LockExclusive)
     }
 
     fn remove_orphaned_drafts(&self) -> Result<(), StoreError> {
@@ -295,6 +311,13 @@ impl Store {
     }
 }
 
+fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
+    let file = File::open(dir).during("open", dir)?;
+    Flock::lock(file, how)
+        .map_err(|(_, errno)| errno)
+        .during("lock", dir)
+}
+
 impl Draft {
     /// Where the files go.
     #[must_use]
@@ -318,7 +341,9 @@ impl Draft {
         durability: Durability,
     ) -> Result<Checkpoint, StoreError> {
         let path = self.dir.join(MANIFEST_FILE);
-        fs::write(&path, manifest.to_json()).during("write", &path)?;
+        File::create_new(&path)
+            .and_then(|mut file| file.write_all(&manifest.to_json()))
+            .during("write", &path)?;
         if durability == Durability::Synced {
             let dir = File::open(&self.dir).during("open", &self.dir)?;
             nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
@@ -341,8 +366,10 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.committed {
-            // What cannot be removed now is removed by the next draft.
-            drop(fs::remove_dir_all(&self.dir));
+            // A dump that was cut off may make one more file meanwhile. What cannot be removed now is
+            // removed by the next draft.
+            let gone = |_| fs::remove_dir_all(&self.dir).is_ok();
+            let _ = (0..3).any(gone);
         }
     }
 }
@@ -536,6 +563,27 @@ mod tests {
         assert!(matches!(store.draft("web"), Err(StoreError::Exists { .. })));
         store.remove("web").unwrap();
         assert_eq!(fs::read_dir(store.root()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn who_makes_and_who_removes_do_not_meet() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        std::thread::scope(|scope| {
+            for name in ["a", "b", "c", "d"] {
+                let store = &store;
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        let draft = store.draft(name).unwrap();
+                        fill(&draft);
+                        let manifest = manifest(name, draft.dir());
+                        draft.commit(manifest, Durability::Ephemeral).unwrap();
+                        store.remove(name).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
     }
 
     #[test]
