@@ -285,8 +285,36 @@ pub struct Container {
     /// Labels of the container record.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What the layer of its files could not say.
+    #[serde(default, skip_serializing_if = "Losses::is_empty")]
+    pub losses: Losses,
     /// Every file below the container's directory, by its path there.
     pub files: Vec<File>,
+}
+
+/// What an OCI layer cannot say of an upperdir. A reader may leave it unread.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Losses {
+    /// Changed files that had further hard links in the image, and are separate files now.
+    #[serde(default)]
+    pub lower_links: u64,
+    /// Files with inode flags such as `chattr +i`.
+    #[serde(default)]
+    pub inode_flags: u64,
+    /// Extended attributes named like those of overlayfs itself.
+    #[serde(default)]
+    pub xattrs: u64,
+    /// Some of the paths.
+    #[serde(default)]
+    pub examples: Vec<String>,
+}
+
+impl Losses {
+    /// Whether nothing was lost.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// The image of a container.
@@ -579,6 +607,7 @@ mod tests {
                 stdio: Stdio::default(),
                 criu: CriuOptions::default(),
                 labels: BTreeMap::new(),
+                losses: Losses::default(),
                 files: vec![File {
                     path: "checkpoint/a.img".into(),
                     size: 3,

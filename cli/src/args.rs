@@ -103,15 +103,9 @@ pub(crate) enum Command {
         #[arg(long, value_name = "PATH", default_value = transship_proto::node_api::NODE_SOCKET)]
         socket: PathBuf,
     },
-    /// Let frozen containers run again when the pipe on stdin ends (for this program itself)
+    /// Let frozen containers run again when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
-    FreezeGuard {
-        /// Where their dump is being written
-        #[arg(long)]
-        draft: Option<PathBuf>,
-        /// Container ids
-        containers: Vec<String>,
-    },
+    FreezeGuard,
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {

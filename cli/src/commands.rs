@@ -34,9 +34,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
-        Command::FreezeGuard { draft, containers } => {
-            freeze_guard::run(async || connect(&global).await, &containers, draft).await
-        }
+        Command::FreezeGuard => Ok(freeze_guard::run().await?),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,

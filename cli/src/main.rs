@@ -3,21 +3,26 @@
 //! ```text
 //!  args --> commands/{checkpoint, restore, migrate, receive, snapshot, check, serve} --> transship-engine
 //!           commands/{send, inspect, ls, rm}                                         --> checkpoint directory
-//!  progress: bars and lines while it goes on
+//!  progress: bars and lines while it goes on;  report: errors and exit codes
 //! ```
 
 mod args;
 mod commands;
-mod node_service;
 mod progress;
+mod report;
 
 use std::process::ExitCode;
 
 use clap::Parser;
-use transship_engine::problem;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::INFO)
+        .with_target(false)
+        .without_time()
+        .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -35,6 +40,6 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // Its words come from the other side, which shows them.
         Err(error) if error.is::<commands::Told>() => ExitCode::from(5),
-        Err(error) => problem::report(&error),
+        Err(error) => report::report(&error),
     }
 }

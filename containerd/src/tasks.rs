@@ -154,25 +154,6 @@ impl Containerd {
         Ok(())
     }
 
-    /// Kills a frozen container: it ends before its next instruction. The CRI, which watches it,
-    /// deletes its task.
-    ///
-    /// # Errors
-    /// The answer of containerd.
-    pub async fn kill_frozen(&self, id: &str) -> Result<(), ContainerdError> {
-        let request = KillRequest {
-            container_id: id.to_owned(),
-            exec_id: String::new(),
-            signal: SIGKILL,
-            all: true,
-        };
-        let killed = self.tasks().kill(self.request(request)).await;
-        killed.during(|| format!("kill {id:?}"))?;
-        // See kill_task: it may have been thawed, and may be gone.
-        drop(self.resume(id).await);
-        Ok(())
-    }
-
     /// Kills the task of the container, whatever state it is in, and deletes it. A container
     /// without a task is fine.
     ///

@@ -28,6 +28,7 @@ pub enum Verdict {
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
+    /// How good it is.
     pub verdict: Verdict,
     /// What was looked at.
     pub what: &'static str,
@@ -39,6 +40,7 @@ pub struct Finding {
 }
 
 impl Finding {
+    /// As it should be.
     pub fn ok(what: &'static str, found: impl Into<String>) -> Self {
         Self {
             verdict: Verdict::Ok,
@@ -48,6 +50,7 @@ impl Finding {
         }
     }
 
+    /// Works, within a limit; `remedy` says what to do about it.
     pub fn note(what: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             verdict: Verdict::Note,
@@ -56,6 +59,7 @@ impl Finding {
         }
     }
 
+    /// Does not work; `remedy` says what to do about it.
     pub fn problem(
         what: &'static str,
         found: impl Into<String>,

@@ -41,6 +41,14 @@ pub enum Kind {
     Uncertain,
 }
 
+/// A container that should run could not be let go in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{containers} is still paused; a process in the background goes on trying to resume it")]
+pub(crate) struct StillPaused {
+    pub(crate) containers: String,
+    pub(crate) source: Error,
+}
+
 type Cause = Box<dyn StdError + Send + Sync>;
 
 /// A failure of the engine.
@@ -99,6 +107,16 @@ impl Error {
         Self::new(Kind::NotFound, message)
     }
 
+    /// An error that the cause has said all about.
+    pub(crate) fn caused_by(cause: impl Into<Cause>) -> Self {
+        Self {
+            message: None,
+            kind: Kind::Failed,
+            hints: Vec::new(),
+            source: Some(cause.into()),
+        }
+    }
+
     /// Adds a line that says what to do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -111,6 +129,18 @@ impl Error {
     pub fn because(mut self, source: impl Into<Cause>) -> Self {
         self.source = Some(source.into());
         self
+    }
+
+    /// This error, which has come up while `first` was being dealt with: that is the cause, and the
+    /// causes of this one are told in its sentence.
+    #[must_use]
+    pub(crate) fn after(self, first: Self) -> Self {
+        Self {
+            message: Some(self.one_line()),
+            kind: self.kind(),
+            hints: self.hints().into_iter().map(str::to_owned).collect(),
+            source: Some(first.into()),
+        }
     }
 
     /// The kind of this error, or else of the first of its causes that has one.
@@ -158,15 +188,13 @@ pub fn one_line(error: &(dyn StdError + 'static)) -> String {
 fn chain<'e>(
     error: &'e (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'e (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |error| cause_of(*error))
-}
-
-fn cause_of<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e (dyn StdError + 'static)> {
-    match error.downcast_ref::<Error>() {
-        // Also one that speaks for its cause has it.
-        Some(error) => Some(error.source.as_deref()? as _),
-        None => error.source(),
-    }
+    std::iter::successors(Some(error), |&error| {
+        match error.downcast_ref::<Error>() {
+            // Also one that speaks for its cause has it.
+            Some(error) => Some(error.source.as_deref()? as _),
+            None => error.source(),
+        }
+    })
 }
 
 /// Says what was being done when something failed.
@@ -199,12 +227,7 @@ macro_rules! speaks_for_itself {
     ($($error:ty),* $(,)?) => {
         $(impl From<$error> for Error {
             fn from(error: $error) -> Self {
-                Self {
-                    message: None,
-                    kind: Kind::Failed,
-                    hints: Vec::new(),
-                    source: Some(error.into()),
-                }
+                Self::caused_by(error)
             }
         })*
     };

@@ -1,34 +1,71 @@
-//! What lets frozen containers run again when this process cannot: killed with SIGKILL in the middle
-//! of a freeze, it must not leave them standing still for ever.
+//! The process that lets frozen containers run again when the one that has frozen them cannot: killed
+//! with SIGKILL in the middle of a freeze, or without an answer of containerd, it must not leave them
+//! standing still for ever.
 //!
 //! ```text
-//!  transship ──── pipe ────> transship freeze-guard ID...      (a session of its own)
+//!  transship ──── pipe ────> PROGRAM freeze-guard              (a session of its own)
+//!     │ JSON: what is frozen     reads it, and waits
 //!     │ a byte: done             reads it: ends
-//!     └ killed: end of file      reads that: waits for the dump, resumes, removes the draft
+//!     └ end of file              waits for the dump, lets them run, removes the draft
 //! ```
 //!
 //! It is started before the freeze, so that there is no moment without it, and does nothing as long
 //! as the pipe is open. A dump that containerd or the runtime is taking goes on without its caller;
 //! CRIU must come to its end, or it would leave its code in the tasks.
+//!
+//! It ends when it has seen each container run, or has seen that it is gone. Where containerd does not
+//! answer, the OCI runtime lets the container run.
 
 use std::fs;
-use std::io::{self, PipeWriter, Read, Write};
+use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
+use transship_containerd::Containerd;
 
-use crate::{restart_policy, stuck_dump};
-use transship_containerd::Node;
+use crate::error::{Context, Error, Result};
+use crate::oci_runtime::OciRuntime;
+use crate::stuck_dump;
+use crate::thaw::{self, Seen};
 
-/// How long containerd may take until it can let them run.
+/// The first argument of the guard's process.
+pub const ARGUMENT: &str = "freeze-guard";
+/// How long containerd may be silent before the OCI runtime is asked in its place.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long after that containerd is waited for, whose shim should hear of the runtime's work.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long after the death of its caller a dump may begin.
 const LATE_DUMP: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// A running task that is to be frozen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskToFreeze {
+    /// Id of its container.
+    pub id: String,
+    /// Its first process.
+    pub pid: u32,
+    /// What runs it.
+    pub runtime: OciRuntime,
+    /// Whether somebody has paused it before: then it stays paused.
+    pub was_paused: bool,
+}
+
+/// What the guard is told.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    /// containerd's socket.
+    address: PathBuf,
+    /// containerd's namespace.
+    namespace: String,
+    /// The directory that a dump is being written to.
+    draft: Option<PathBuf>,
+    tasks: Vec<TaskToFreeze>,
+}
 
 /// Lets containers run should this process vanish, or drop it without [`Self::stand_down`].
 #[derive(Debug)]
@@ -39,26 +76,33 @@ pub struct FreezeGuard {
 }
 
 impl FreezeGuard {
-    /// Starts the guard of the containers `ids`, whose dump is written below `draft`.
-    pub fn start(node: &Node, ids: &[&str], draft: Option<&Path>) -> Result<Self> {
-        let (reader, writer) = io::pipe().context("cannot make a pipe")?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("-a").arg(node.address());
-        command.args(["-n", node.namespace(), "freeze-guard"]);
-        if let Some(draft) = draft {
-            command.arg("--draft").arg(draft);
-        }
-        let process = command
-            .arg("--")
-            .args(ids)
+    /// Starts the guard of these tasks, whose dump is written below `draft`.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start(node: &Containerd, tasks: &[TaskToFreeze], draft: Option<&Path>) -> Result<Self> {
+        let to_thaw = tasks.iter().filter(|task| !task.was_paused);
+        let orders = Orders {
+            address: node.address().to_path_buf(),
+            namespace: node.namespace().to_owned(),
+            draft: draft.map(Path::to_path_buf),
+            tasks: to_thaw.cloned().collect(),
+        };
+        let mut line = serde_json::to_vec(&orders).context("cannot write the guard's orders")?;
+        line.push(b'\n');
+        let (reader, mut pipe) = io::pipe().context("cannot make a pipe")?;
+        let process = Command::new("/proc/self/exe")
+            .arg(ARGUMENT)
             .stdin(reader)
             // It may outlive us, and whoever waits for the end of our output must not wait for it.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .context("cannot start the guard of the frozen containers")?;
+        pipe.write_all(&line)
+            .context("cannot give the guard of the frozen containers its orders")?;
         Ok(Self {
-            pipe: writer,
+            pipe,
             _process: process,
         })
     }
@@ -70,53 +114,85 @@ impl FreezeGuard {
     }
 }
 
-/// The guard's own life: does nothing until the pipe ends, and then only if nobody has said that
-/// all is done. `connect` makes the connection to containerd, which is needed in that case alone.
-pub async fn run(
-    connect: impl AsyncFn() -> Result<Node>,
-    ids: &[String],
-    draft: Option<PathBuf>,
-) -> Result<()> {
+/// The guard's own life, with its orders on stdin.
+///
+/// # Errors
+/// Its orders cannot be read, or the draft cannot be removed.
+pub async fn run() -> Result<()> {
     // No signal of the terminal is meant for it.
     let _ = nix::unistd::setsid();
-    let read = || {
-        let mut said = Vec::new();
-        io::stdin().read_to_end(&mut said).map(|_| said)
-    };
-    let said = tokio::task::spawn_blocking(read).await?;
-    if said.is_ok_and(|said| !said.is_empty()) {
+    let Some(orders) = tokio::task::spawn_blocking(read_orders).await?? else {
         return Ok(());
-    }
-    let deadline = Instant::now() + PATIENCE;
-    let node = loop {
-        match connect().await {
-            Ok(node) => break node,
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => sleep(PAUSE).await,
-        }
     };
-    if let Some(draft) = &draft {
-        let root = match ids.first() {
-            Some(id) => node.task(id).await.ok().map(|task| task.pid),
-            None => None,
-        };
-        stuck_dump::wait_for_end(draft, root).await;
+    if let Some(draft) = &orders.draft {
+        stuck_dump::wait_for_end(draft, orders.tasks.first().map(|task| task.pid)).await;
     }
-    for id in ids {
-        while let Err(error) = node.resume(id).await {
-            // One that has gone does not stand still.
-            if error.is_not_found() || Instant::now() > deadline {
-                break;
-            }
-            sleep(PAUSE).await;
-        }
-        // It runs, and containerd may look after it again.
-        drop(restart_policy::put_back(&node, id).await);
+    for task in &orders.tasks {
+        let_run(&orders, task).await;
     }
-    match draft {
-        Some(draft) => remove_draft(&draft).await,
+    match &orders.draft {
+        Some(draft) => remove_draft(draft).await,
         None => Ok(()),
     }
+}
+
+/// Waits for the end of the pipe; none when there is nothing to do.
+fn read_orders() -> Result<Option<Orders>> {
+    let mut input = BufReader::new(io::stdin());
+    let mut line = String::new();
+    let mut said = Vec::new();
+    input
+        .read_line(&mut line)
+        .and_then(|_| input.read_to_end(&mut said))
+        .context("cannot read what is frozen")?;
+    // Without a whole line nothing is frozen yet.
+    if !line.ends_with('\n') || !said.is_empty() {
+        return Ok(None);
+    }
+    let orders = serde_json::from_str(&line).context("cannot read what is frozen")?;
+    Ok(Some(orders))
+}
+
+/// Tries until the task has been seen to run, or is gone.
+async fn let_run(orders: &Orders, task: &TaskToFreeze) {
+    let mut silent_since = None;
+    let mut past_containerd = false;
+    loop {
+        match ask_containerd(orders, task).await {
+            Ok(Seen::Running) => return,
+            // containerd may have lost what still stands still.
+            Ok(Seen::Gone) if !task.runtime.has_paused(&task.id).await => return,
+            Ok(Seen::Gone) => drop(task.runtime.resume(&task.id).await),
+            // The shim has not seen the runtime let it run, and would refuse execs for ever: once
+            // more from the beginning, for a moment.
+            Ok(Seen::Paused) if past_containerd => {
+                past_containerd = false;
+                drop(task.runtime.pause(&task.id).await);
+            }
+            Ok(Seen::Paused) => silent_since = None,
+            Err(_) => {
+                let since = *silent_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > SILENCE {
+                    if task.runtime.has_paused(&task.id).await {
+                        past_containerd |= task.runtime.resume(&task.id).await.is_ok();
+                    } else if since.elapsed() > PATIENCE {
+                        return;
+                    }
+                }
+            }
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+async fn ask_containerd(orders: &Orders, task: &TaskToFreeze) -> Result<Seen> {
+    let ask = async {
+        let node = Containerd::connect(&orders.address, &orders.namespace).await?;
+        thaw::resume_once(&node, &task.id).await
+    };
+    timeout(thaw::ANSWER, ask)
+        .await
+        .unwrap_or_else(|_| Err(Error::failed("containerd does not answer")))
 }
 
 /// Removes what nobody else looks at any more; more than once, because a dump that was asked for at

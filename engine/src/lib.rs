@@ -1,25 +1,58 @@
 //! What `transship` does, for the command line, the node's API and whoever else calls it.
 //!
 //! ```text
-//!  source, pod (find, freeze, dump, export)  --> checkpoint directory
+//!  checkpoint --> source, pod, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation --> receive, restore on the other node
 //!  restart_policy: keeps containerd from starting what a migration has frozen
-//!  freeze_guard: lets containers run again if this process is killed;  stuck_dump: ends a dump
+//!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
+//!  cannot;  kill: their end;  stuck_dump: ends a dump
+//!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told
 //!  problem: as error, for the modules that still use anyhow
 //! ```
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+//! use transship_containerd::Containerd;
+//! use transship_engine::checkpoint::{self, Afterwards, Request, Selection};
+//! use transship_engine::interrupt::Interrupt;
+//! use transship_engine::{Result, Silent};
+//!
+//! /// A checkpoint of all containers of the pod `shop/web`, which runs on.
+//! async fn take() -> Result<String> {
+//!     let node = Containerd::connect(Path::new("/run/containerd/containerd.sock"), "k8s.io").await?;
+//!     let request = Request::of(Selection::Pod("shop/web".to_owned()));
+//!     let target = checkpoint::find(&node, &request).await?;
+//!     let (name, store) = (target.default_name(), Store::at(DEFAULT_ROOT));
+//!     let (afterwards, interrupt) = (Afterwards::Run, Interrupt::never());
+//!     let taken =
+//!         checkpoint::checkpoint(&target, &name, &store, afterwards, &interrupt, &Silent).await?;
+//!     Ok(taken.directory)
+//! }
+//! ```
+//!
+//! # What a program that calls it must do
+//! Two of its parts run the calling program again: the guard of frozen containers
+//! (`PROGRAM freeze-guard`, which calls [`freeze_guard::run`]), and the export of the upperdir in the
+//! middle of a dump with `link-remap` (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`).
 
 pub mod check;
+pub mod checkpoint;
 pub mod conversation;
 pub mod error;
 pub mod freeze_guard;
+pub mod frozen;
 pub mod image_blobs;
 pub mod interrupt;
+mod kill;
 pub mod message_queues;
 pub mod migrate;
+pub mod node_service;
 pub mod oci_runtime;
 pub mod overlay_mounts;
 pub mod pod;
@@ -31,9 +64,12 @@ pub mod restart_policy;
 pub mod restore;
 pub mod restore_pod;
 pub mod send;
+pub mod serve;
 pub mod shim_options;
+pub mod snapshot;
 pub mod source;
 pub mod stuck_dump;
+mod thaw;
 pub mod timeline;
 
 pub use error::{Context, Error, Kind, Result};

@@ -139,7 +139,7 @@ pub async fn migrate(
         transaction.conversation.give_up(error.one_line()).await;
     }
     let moved = match result {
-        Ok(pid) => Ok((pid, transaction.finish().await)),
+        Ok((pid, source)) => Ok((pid, transaction.finish(source).await)),
         Err(error) => Err(error),
     };
     let Transaction {
@@ -162,7 +162,7 @@ pub async fn migrate(
     })
 }
 
-/// Ends the source while its copy runs; its files stay.
+/// Deletes the task of the source, which has ended; its files stay.
 async fn end_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
     Ok(node.kill_task(container.id()).await?)
 }
@@ -175,10 +175,14 @@ async fn remove_source(node: &Containerd, container: &SourceContainer) -> Result
     Ok(())
 }
 
-/// The error, and that the source runs on; or that it does not.
-async fn resume_source(node: &Containerd, container: &SourceContainer, error: Error) -> Error {
+/// The error, and that the source runs on, as far as `thawed` says so.
+async fn resume_source(
+    node: &Containerd,
+    container: &SourceContainer,
+    thawed: Result<()>,
+    error: Error,
+) -> Error {
     let id = container.id();
-    let thawed = container.thaw(node).await;
     // Only what runs may be looked after again.
     let put_back = restart_policy::put_back(node, id).await;
     let state = match (&thawed, &put_back) {
@@ -189,7 +193,7 @@ async fn resume_source(node: &Containerd, container: &SourceContainer, error: Er
         ),
         (Err(paused), _) => match source::running_task(node, id).await {
             Ok(Err(state)) => format!("{id:?} {state} here: it has ended by itself"),
-            _ => format!("{id:?} is left paused here ({paused:#})"),
+            _ => paused.one_line(),
         },
     };
     Error::failed(state).because(error)

@@ -12,20 +12,27 @@
 //! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
 
 use std::ffi::OsString;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use tokio::process::Command;
+use tokio::time::timeout;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 
+use crate::error::{Context, Error, Result};
+
 /// Where containerd's runc shim lets the runtimes keep their states (`process.RuncRoot`).
 const SHIM_ROOT: &str = "/run/containerd/runc";
+/// How long a runtime may take for a state, a pause or a resume.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An OCI runtime and where it knows a container.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OciRuntime {
     binary: PathBuf,
     root: PathBuf,
@@ -41,6 +48,8 @@ pub struct ExportInside<'a> {
     pub namespace: &'a str,
     /// The layer to be written.
     pub to: &'a Path,
+    /// Where its figures go: JSON of `transship snapshot export`.
+    pub figures: &'a Path,
 }
 
 impl OciRuntime {
@@ -81,14 +90,9 @@ impl OciRuntime {
             lines.push(ConfigLine::with("action-script", &script)?);
         }
         let config = work.join("criu.conf");
-        fs::write(&config, ConfigLine::to_text(&lines))
-            .with_context(|| format!("cannot write {}", config.display()))?;
+        write_new(&config, &ConfigLine::to_text(&lines), 0o600)?;
 
-        let mut command = Command::new(&self.binary);
-        command.arg("--root").arg(&self.root);
-        if self.systemd_cgroup {
-            command.arg("--systemd-cgroup");
-        }
+        let mut command = self.command();
         command.arg("checkpoint").arg("--image-path").arg(images);
         command.arg("--work-path").arg(work).args(flags);
         command.args(["--leave-running", id]);
@@ -97,16 +101,82 @@ impl OciRuntime {
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             let last = said.lines().rfind(|line| !line.is_empty());
-            bail!(
+            return Err(Error::failed(format!(
                 "{} cannot dump {id:?}: {}",
                 self.binary.display(),
                 last.unwrap_or("no reason")
-            );
+            )));
         }
         for path in [Some(config), export.map(|_| work.join("post-dump.sh"))] {
-            path.map_or(Ok(()), fs::remove_file)?;
+            path.map_or(Ok(()), fs::remove_file)
+                .context("cannot remove the dump's configuration")?;
         }
         Ok(())
+    }
+
+    /// Whether the container is paused; one that the runtime does not know is not.
+    pub async fn has_paused(&self, id: &str) -> bool {
+        #[derive(Deserialize)]
+        struct State {
+            status: String,
+        }
+        let state = self.run("state", &[id]).await;
+        let state = state.ok().and_then(|json| serde_json::from_str(&json).ok());
+        state.is_some_and(|State { status }| status == "paused")
+    }
+
+    /// Freezes the container's processes.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub async fn pause(&self, id: &str) -> Result<()> {
+        self.run("pause", &[id]).await.map(drop)
+    }
+
+    /// Lets them go.
+    ///
+    /// # Errors
+    /// What the runtime says, also of a container that is not paused.
+    pub async fn resume(&self, id: &str) -> Result<()> {
+        self.run("resume", &[id]).await.map(drop)
+    }
+
+    /// Process ids of all processes of the container.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let json = self.run("ps", &["--format", "json", id]).await?;
+        serde_json::from_str(&json)
+            .with_context(|| format!("cannot read the processes of {id:?}: {json:?}"))
+    }
+
+    /// Runs one short verb of the runtime and gives its output.
+    async fn run(&self, verb: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = self.command();
+        command.arg(verb).args(arguments).kill_on_drop(true);
+        let output = match timeout(PATIENCE, self.output(&mut command)).await {
+            Ok(output) => output?,
+            Err(_) => {
+                let message = format!("{} {verb} does not end", self.binary.display());
+                return Err(Error::failed(message));
+            }
+        };
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let message = format!("{} {verb} failed: {}", self.binary.display(), said.trim());
+            return Err(Error::failed(message));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.arg("--root").arg(&self.root);
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command
     }
 
     /// What `checkpoint` of this runtime understands: runc before 1.3.0 knows less.
@@ -130,14 +200,24 @@ fn write_script(script: &Path, id: &str, export: &ExportInside<'_>) -> Result<()
     let path = |path: &Path| quoted(&path.to_string_lossy());
     let text = format!(
         "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n\
-         exec {} -a {} -n {} snapshot export --no-pause -o {} {}\n",
+         exec {} --json -a {} -n {} snapshot export --no-pause -o {} {} 2>{}\n",
         path(&program),
         path(export.address),
         quoted(export.namespace),
         path(export.to),
         quoted(id),
+        path(export.figures),
     );
-    fs::write(script, text)
-        .and_then(|()| fs::set_permissions(script, Permissions::from_mode(0o700)))
-        .with_context(|| format!("cannot write {}", script.display()))
+    write_new(script, &text, 0o700)
+}
+
+/// Writes a file that was not there before.
+fn write_new(path: &Path, text: &str, mode: u32) -> Result<()> {
+    fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -8,7 +8,6 @@
 //! A pod is what the CRI made it: a sandbox container and the containers that name it. Both are in
 //! containerd's namespace `k8s.io`.
 
-use anyhow::{Result, bail};
 use containerd_client::services::v1::Container as Record;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::labels;
@@ -16,9 +15,9 @@ use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
-use crate::problem::{Kind, Problem};
+use crate::error::{Error, Result};
 use crate::source::{self, SourceContainer};
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 
 /// A pod, with those of its containers that run.
 #[derive(Debug)]
@@ -34,7 +33,7 @@ pub struct SourcePod {
 }
 
 /// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
-pub async fn find(node: &Node, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
+pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
     let records = node.all_containers().await?;
     let sandbox = find_sandbox(&records, selector)?;
     let mut containers = Vec::new();
@@ -50,12 +49,12 @@ pub async fn find(node: &Node, selector: &str, criu: &CriuOverrides) -> Result<S
     }
     if containers.is_empty() {
         let message = format!("the pod {selector:?} has no running container");
-        return Err(Problem::new(Kind::Refused, message).into());
+        return Err(Error::refused(message));
     }
     let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
     let pod = Pod {
         service_account: containers.iter().find_map(account),
-        ..source::pod_of(&sandbox.labels).unwrap_or_default()
+        ..source::pod_of(sandbox, node.namespace()).unwrap_or_default()
     };
     Ok(SourcePod {
         pod,
@@ -84,19 +83,15 @@ fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record>
         .collect();
     match found.as_slice() {
         [one] => Ok(one),
-        [] => Err(
-            Problem::new(Kind::NotFound, format!("there is no pod {selector:?}"))
-                .hint("crictl pods; a pod is named by its id or as namespace/name")
-                .into(),
-        ),
-        several => bail!(
-            "{selector:?} means several pods: {}",
-            several
-                .iter()
-                .map(|record| record.id.as_str())
-                .collect::<Vec<_>>()
-                .join(", ")
-        ),
+        [] => Err(Error::not_found(format!("there is no pod {selector:?}"))
+            .hint("crictl pods; a pod is named by its id or as namespace/name")),
+        several => {
+            let ids: Vec<&str> = several.iter().map(|record| record.id.as_str()).collect();
+            let ids = ids.join(", ");
+            Err(Error::refused(format!(
+                "{selector:?} means several pods: {ids}"
+            )))
+        }
     }
 }
 

@@ -9,14 +9,13 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
 use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file};
 use transship_sandbox::shared_dirs::shared_mounts;
 
-use crate::problem::{Kind, Problem};
+use crate::error::{Context, Error, Result};
 use crate::source::SourceContainer;
 
 /// What is to be exported: each directory with its path on the node and the containers that have it.
@@ -40,7 +39,7 @@ pub fn find(containers: &[SourceContainer], sandbox: &str, empty_dirs: bool) -> 
                         "{name:?} mounts a subPath of the emptyDir {volume:?}: that mount is made \
                          before the volume can be filled"
                     );
-                    return Err(Problem::new(Kind::Refused, message).into());
+                    return Err(Error::refused(message));
                 }
             }
             let (_, users) = dirs.entry(mount.dir).or_insert((mount.source, Vec::new()));
@@ -82,16 +81,17 @@ impl SharedDirs {
 }
 
 fn export(dir: &Path, to: &Path) -> Result<()> {
-    let file = File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
+    let file = File::create_new(to).with_context(|| format!("cannot make {}", to.display()))?;
     let stack = OverlayStack::new(dir, []);
     let stats = export_upperdir_to_file(&stack, &file, &ExportOptions::default())
         .with_context(|| format!("cannot export {}", dir.display()))?;
     // A socket leaves a whiteout without meaning; CRIU makes those again that somebody has bound.
     if stats.whiteouts > stats.sockets || stats.opaque_directories > 0 || stats.lost_xattrs > 0 {
-        bail!(
+        let message = format!(
             "{} holds the layers of another container engine, whose overlay marks cannot come along",
             dir.display()
         );
+        return Err(Error::failed(message));
     }
     Ok(())
 }

@@ -1,9 +1,7 @@
-//! What went wrong, for people and for scripts: the exit code, and what to do next.
+//! As [`crate::error`], for the modules whose errors are still those of `anyhow`.
 
 use std::fmt;
-use std::process::ExitCode;
 
-use crate::error::Error;
 pub use crate::error::Kind;
 
 /// A problem with its kind and what to do about it. It can stand anywhere in a chain of errors.
@@ -15,6 +13,7 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// A problem of this kind.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
@@ -41,6 +40,7 @@ impl Problem {
         &self.hints
     }
 
+    /// Adds a line that says what to do next.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hints.push(hint.into());
         self
@@ -54,32 +54,6 @@ impl fmt::Display for Problem {
 }
 
 impl std::error::Error for Problem {}
-
-/// Prints the error with its causes and hints, and gives the exit code.
-pub fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("transship: {}", one_line(error));
-    let found = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Error>());
-    let (kind, hints) = match (Problem::in_chain(error), found) {
-        (Some(problem), _) => (
-            problem.kind,
-            problem.hints.iter().map(String::as_str).collect(),
-        ),
-        (None, Some(error)) => (error.kind(), error.hints()),
-        (None, None) => (Kind::Failed, Vec::new()),
-    };
-    for hint in hints {
-        eprintln!("  {hint}");
-    }
-    ExitCode::from(match kind {
-        Kind::Failed => 1,
-        Kind::NotFound => 3,
-        Kind::Refused => 4,
-        Kind::Target => 5,
-        Kind::Uncertain => 6,
-    })
-}
 
 /// An error and its causes in one line; a cause that the error before it already tells is left out.
 pub fn one_line(error: &anyhow::Error) -> String {
@@ -108,16 +82,5 @@ mod tests {
             one_line(&error),
             "the checkpoint was not taken: cannot write x: disk full"
         );
-    }
-
-    #[test]
-    fn the_kind_is_found_at_any_depth() {
-        let problem = || Problem::new(Kind::NotFound, "no container \"x\"");
-        let below = anyhow::Error::from(problem()).context("cannot migrate");
-        assert_eq!(report(&below), ExitCode::from(3));
-        let above = anyhow::anyhow!("broken pipe")
-            .context(problem())
-            .context("cannot migrate");
-        assert_eq!(report(&above), ExitCode::from(3));
     }
 }

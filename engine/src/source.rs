@@ -8,40 +8,43 @@
 //!
 //! The dump and the export run side by side: both only need the container to stand still.
 
-use std::collections::HashMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
 use prost::Message;
+use serde::Deserialize;
 use transship_checkpoint::annotations::Annotations;
-use transship_checkpoint::cri_names::labels;
+use transship_checkpoint::cri_names::{CRI_NAMESPACE, labels};
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
-    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Manifest, Pod,
-    ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source, Stdio,
+    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Losses, Manifest, Pod,
+    ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source, Stdio, check_name,
 };
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::Spec;
-use transship_layer::{ExportOptions, OverlayStack};
+use transship_layer::{ExportOptions, ExportStats, OverlayStack, export_upperdir_to_file};
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 
+use crate::error::{Context, Error, Result};
+use crate::freeze_guard::TaskToFreeze;
 use crate::message_queues;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
-use crate::problem::{Kind, Problem};
 use crate::shim_options;
 use crate::stuck_dump;
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 use transship_containerd::images::ResolvedImage;
 
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);
+/// What an export in the middle of a dump says, in the work directory.
+const FIGURES_FILE: &str = "export.json";
 
 /// A running container and everything that a checkpoint of it needs to know.
 #[derive(Debug)]
@@ -73,9 +76,19 @@ pub struct SourceContainer {
     pub runtime: OciRuntime,
 }
 
+/// The kind (`sandbox`, `container`) that the CRI has given to a record of its own.
+///
+/// Outside of the CRI's namespace all labels are what an image or a person says: `ctr run` makes labels
+/// of the record of those of the image, except containerd's own.
+pub fn cri_kind<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
+    let kind = record.labels.get(labels::KIND).map(String::as_str);
+    kind.filter(|_| namespace == CRI_NAMESPACE)
+}
+
 /// The pod that a record of the CRI belongs to.
-pub fn pod_of(record_labels: &HashMap<String, String>) -> Option<Pod> {
-    let label = |name| record_labels.get(name).cloned();
+pub fn pod_of(record: &Record, namespace: &str) -> Option<Pod> {
+    cri_kind(record, namespace)?;
+    let label = |name| record.labels.get(name).cloned();
     Some(Pod {
         name: label(labels::POD_NAME)?,
         namespace: label(labels::POD_NAMESPACE)?,
@@ -84,19 +97,41 @@ pub fn pod_of(record_labels: &HashMap<String, String>) -> Option<Pod> {
     })
 }
 
+/// The pod's name of a container of the CRI.
+fn name_in_pod<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
+    cri_kind(record, namespace).filter(|kind| *kind == labels::KIND_CONTAINER)?;
+    record
+        .labels
+        .get(labels::CONTAINER_NAME)
+        .map(String::as_str)
+}
+
+/// The name of the container in its checkpoint: a directory is made of it.
+fn checkpoint_name(record: &Record, namespace: &str) -> Result<String> {
+    let name = name_in_pod(record, namespace).unwrap_or(&record.id);
+    check_name("the container's name", name).map_err(|error| {
+        let message = format!("{:?} cannot be dumped", record.id);
+        Error::refused(message).because(error)
+    })?;
+    if name.starts_with('.') {
+        let message = format!(
+            "{:?} cannot be dumped: its name begins with a dot",
+            record.id
+        );
+        return Err(Error::refused(message));
+    }
+    Ok(name.to_owned())
+}
+
 /// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
-pub async fn find(node: &Node, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
+pub async fn find(node: &Containerd, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
     let record = match node.container(id).await {
         Err(error) if error.is_not_found() => {
-            return Err(Problem::new(
-                Kind::NotFound,
-                format!(
-                    "there is no container {id:?} in the namespace {:?}",
-                    node.namespace()
-                ),
-            )
-            .hint(format!("ctr -n {} containers ls", node.namespace()))
-            .into());
+            return Err(Error::not_found(format!(
+                "there is no container {id:?} in the namespace {:?}",
+                node.namespace()
+            ))
+            .hint(format!("ctr -n {} containers ls", node.namespace())));
         }
         record => record?,
     };
@@ -107,7 +142,7 @@ pub async fn find(node: &Node, id: &str, criu: &CriuOverrides) -> Result<SourceC
 }
 
 /// The task of a container that runs or is paused; else the words for what it does instead.
-pub async fn running_task(node: &Node, id: &str) -> Result<Result<Process, String>> {
+pub async fn running_task(node: &Containerd, id: &str) -> Result<Result<Process, String>> {
     let task = match node.task(id).await {
         Err(error) if error.is_not_found() => return Ok(Err("has no task".to_owned())),
         task => task?,
@@ -118,23 +153,23 @@ pub async fn running_task(node: &Node, id: &str) -> Result<Result<Process, Strin
     })
 }
 
-fn not_running(node: &Node, id: &str, state: &str) -> anyhow::Error {
-    Problem::new(
-        Kind::Refused,
-        format!("the container {id:?} {state}: only a running one has memory to move"),
-    )
+fn not_running(node: &Containerd, id: &str, state: &str) -> Error {
+    Error::refused(format!(
+        "the container {id:?} {state}: only a running one has memory to move"
+    ))
     .hint(format!("ctr -n {} tasks start -d {id}", node.namespace()))
-    .into()
 }
 
 /// Checks that a running container can be dumped: all reasons why not, at once.
 pub async fn inspect(
-    node: &Node,
+    node: &Containerd,
     record: &Record,
     task: &Process,
     criu: &CriuOverrides,
 ) -> Result<SourceContainer> {
     let id = &record.id;
+    let name = checkpoint_name(record, node.namespace())?;
+    let called = called(record, node.namespace());
     let mut reasons = Vec::new();
     let runtime = record.runtime.clone().unwrap_or_default();
     if runtime.name != "io.containerd.runc.v2" {
@@ -143,7 +178,7 @@ pub async fn inspect(
             runtime.name
         ));
     }
-    if task.terminal && !record.labels.contains_key(labels::KIND) {
+    if task.terminal && cri_kind(record, node.namespace()).is_none() {
         // The CRI makes a new one with the new container.
         reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
     }
@@ -152,12 +187,8 @@ pub async fn inspect(
     let spec = record.spec.clone().unwrap_or_default().value;
     let parsed =
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
-    let annotations = Annotations::read(id, Some(&parsed.annotations())).map_err(|error| {
-        Problem::new(
-            Kind::Refused,
-            format!("{} cannot be dumped: {error}", called(record)),
-        )
-    })?;
+    let annotations = Annotations::read(id, Some(&parsed.annotations()))
+        .map_err(|error| Error::refused(format!("{called} cannot be dumped")).because(error))?;
     let annotated = annotations.criu.over(CriuOptions::default());
     let criu = criu.over(annotated.clone());
     let mounts = node
@@ -173,26 +204,24 @@ pub async fn inspect(
         .ok();
     let Some(stack) = stack.filter(|_| reasons.is_empty()) else {
         let reasons = reasons.join("; ");
-        let message = format!("{} cannot be dumped: {reasons}", called(record));
-        return Err(Problem::new(Kind::Refused, message).into());
+        let message = format!("{called} cannot be dumped: {reasons}");
+        return Err(Error::refused(message));
     };
     let (chain_id, target) = node.base_of(record).await?;
     let image = match &target {
         Some(target) => node.resolve_image(target, &chain_id).await?,
         None => None,
     };
-    let options = runtime
-        .options
-        .as_ref()
-        .and_then(|any| Options::decode(&*any.value).ok());
+    let options = match &runtime.options {
+        Some(any) => Some(Options::decode(&*any.value).with_context(|| {
+            format!("the options of the runtime of {id:?} are not those of runc's shim")
+        })?),
+        None => None,
+    };
     // The front applies the annotations to what containerd asks for, and must not undo a flag.
     let by_containerd = !criu.exceed_containerd() && (criu == annotated || !annotations.ours);
     let container = Container {
-        name: record
-            .labels
-            .get(labels::CONTAINER_NAME)
-            .unwrap_or(id)
-            .clone(),
+        name,
         id: id.clone(),
         namespace: node.namespace().to_owned(),
         image: Image {
@@ -220,6 +249,7 @@ pub async fn inspect(
         },
         criu,
         labels: record.labels.clone().into_iter().collect(),
+        losses: Losses::default(),
         files: Vec::new(),
     };
     Ok(SourceContainer {
@@ -228,12 +258,12 @@ pub async fn inspect(
         snapshot_key: record.snapshot_key.clone(),
         stack,
         image: target.zip(image),
-        pod: pod_of(&record.labels).map(|pod| Pod {
+        pod: pod_of(record, node.namespace()).map(|pod| Pod {
             service_account: service_account::of_spec(&parsed, &pod.namespace),
             ..pod
         }),
         was_paused: task.status() == Status::Paused,
-        called: called(record),
+        called,
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
         by_containerd,
@@ -242,11 +272,8 @@ pub async fn inspect(
 }
 
 /// What people call a container: in a pod not the id that the CRI has made up.
-fn called(record: &Record) -> String {
-    match (
-        record.labels.get(labels::CONTAINER_NAME),
-        pod_of(&record.labels),
-    ) {
+fn called(record: &Record, namespace: &str) -> String {
+    match (name_in_pod(record, namespace), pod_of(record, namespace)) {
         (Some(name), Some(pod)) => format!(
             "the container {name:?} of the pod \"{}/{}\"",
             pod.namespace, pod.name
@@ -261,8 +288,18 @@ impl SourceContainer {
         &self.container.id
     }
 
+    /// What a freeze needs to know of it.
+    pub fn to_freeze(&self) -> TaskToFreeze {
+        TaskToFreeze {
+            id: self.container.id.clone(),
+            pid: self.pid,
+            runtime: self.runtime.clone(),
+            was_paused: self.was_paused,
+        }
+    }
+
     /// Bytes that a dump will roughly have: resident memory and upperdir.
-    pub async fn estimate(&self, node: &Node) -> Result<u64> {
+    pub async fn estimate(&self, node: &Containerd) -> Result<u64> {
         let memory: u64 = node
             .pids(self.id())
             .await?
@@ -273,26 +310,10 @@ impl SourceContainer {
         Ok(memory + usage.size)
     }
 
-    /// Freezes the container, unless somebody else has.
-    pub async fn freeze(&self, node: &Node) -> Result<()> {
-        if !self.was_paused {
-            node.pause(self.id()).await?;
-        }
-        Ok(())
-    }
-
-    /// Lets it run again, unless somebody else had frozen it.
-    pub async fn thaw(&self, node: &Node) -> Result<()> {
-        if !self.was_paused {
-            node.resume(self.id()).await?;
-        }
-        Ok(())
-    }
-
     /// The dump itself: by containerd, or past it when it cannot carry the options.
     async fn run_criu(
         &self,
-        node: &Node,
+        node: &Containerd,
         images: &Path,
         work: &Path,
         export_inside: Option<&Path>,
@@ -302,10 +323,12 @@ impl SourceContainer {
             let options = shim_options::checkpoint_options(criu, images, work);
             return Ok(node.dump(self.id(), &options).await?);
         }
+        let figures = work.join(FIGURES_FILE);
         let export = export_inside.map(|to| ExportInside {
             address: node.address(),
             namespace: node.namespace(),
             to,
+            figures: &figures,
         });
         self.runtime
             .dump(self.id(), criu, images, work, export)
@@ -328,26 +351,33 @@ impl SourceContainer {
         tokio::task::spawn_blocking(move || stuck_dump::end(&dir, Some(pid))).await?;
         // The runtime has lost its CRIU and tells its caller; one that does not is left to itself.
         drop(tokio::time::timeout(END_PATIENCE, run).await);
-        Err(StuckDump {
+        Err(Error::caused_by(StuckDump {
             called: self.called.clone(),
             seconds: patience.as_secs(),
             stopped: self.stopped.clone(),
-        }
-        .into())
+        }))
     }
 
     /// Dumps the frozen container into its directory below `draft`.
     ///
     /// One that writes nothing for `patience` is ended.
-    pub async fn dump(&self, node: &Node, draft: &Path, patience: Duration) -> Result<Dumped> {
+    pub async fn dump(
+        &self,
+        node: &Containerd,
+        draft: &Path,
+        patience: Duration,
+    ) -> Result<Dumped> {
         let dir = draft.join(&self.container.name);
         let images = dir.join(IMAGES_DIR);
         let work = dir.join("work");
-        for path in [&images, &work] {
-            fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+        // Nobody else has anything in a draft: what is there already is somebody's trap.
+        for path in [&dir, &images, &work] {
+            fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
         }
         let spec = dir.join(SPEC_FILE);
-        fs::write(&spec, &self.spec).with_context(|| format!("cannot write {}", spec.display()))?;
+        fs::File::create_new(&spec)
+            .and_then(|mut file| file.write_all(&self.spec))
+            .with_context(|| format!("cannot write {}", spec.display()))?;
         let diff = dir.join(ROOTFS_DIFF_FILE);
         // A link that CRIU makes for a file without a name is there during the dump only.
         let export_inside = self.container.criu.link_remap;
@@ -355,7 +385,11 @@ impl SourceContainer {
             let (stack, diff) = (self.stack.clone(), diff.clone());
             tokio::task::spawn_blocking(move || {
                 let began = Instant::now();
-                export(&stack, &diff).map(|bytes| (bytes, began.elapsed()))
+                export(&stack, &diff).map(|stats| Layer {
+                    bytes: stats.bytes,
+                    took: began.elapsed(),
+                    losses: losses(&stats),
+                })
             })
         });
         let started = Instant::now();
@@ -367,14 +401,16 @@ impl SourceContainer {
             Some(export) => export
                 .await
                 .context("the export of the upperdir panicked")?,
-            None => diff_size(&diff).map(|bytes| (bytes, criu)),
+            None => exported_inside(&diff, &work.join(FIGURES_FILE), criu),
         };
         let log = work.join(DUMP_LOG_FILE);
         if let Err(error) = dumped {
             let reason = criu_log::first_error_of(&log).ok().flatten();
-            return Err(match reason.filter(|_| !error.is::<StuckDump>()) {
+            let stuck = error.cause::<StuckDump>().is_some();
+            return Err(match reason.filter(|_| !stuck) {
                 Some(reason) => {
-                    error.context(format!("CRIU cannot dump {:?}: {reason}", self.id()))
+                    let message = format!("CRIU cannot dump {:?}: {reason}", self.id());
+                    Error::failed(message).because(error)
                 }
                 None => error,
             });
@@ -417,21 +453,55 @@ fn because(stopped: &[String]) -> String {
 pub struct Dumped {
     /// How long CRIU took.
     pub criu: Duration,
-    /// Bytes of the layer, and how long its export took.
-    pub upperdir: (u64, Duration),
+    /// The layer of the upperdir.
+    pub upperdir: Layer,
 }
 
-fn diff_size(diff: &Path) -> Result<u64> {
+/// An exported upperdir.
+#[derive(Debug)]
+pub struct Layer {
+    /// Length of the tar.
+    pub bytes: u64,
+    /// How long the export took.
+    pub took: Duration,
+    /// What a layer cannot say.
+    pub losses: Losses,
+}
+
+/// The layer that `transship snapshot export` has written in the middle of the dump.
+fn exported_inside(diff: &Path, figures: &Path, took: Duration) -> Result<Layer> {
+    #[derive(Deserialize)]
+    struct Figures {
+        #[serde(default)]
+        losses: Losses,
+    }
     let metadata = fs::metadata(diff).with_context(|| format!("cannot find {}", diff.display()))?;
-    Ok(metadata.len())
+    let said = fs::read_to_string(figures)
+        .with_context(|| format!("cannot read {}", figures.display()))?;
+    let Figures { losses } = serde_json::from_str(&said)
+        .with_context(|| format!("the export of the upperdir has failed: {}", said.trim()))?;
+    Ok(Layer {
+        bytes: metadata.len(),
+        took,
+        losses,
+    })
 }
 
-fn export(stack: &OverlayStack, to: &Path) -> Result<u64> {
-    let file = fs::File::create(to).with_context(|| format!("cannot make {}", to.display()))?;
-    let options = ExportOptions::default();
-    let stats = transship_layer::export_upperdir_to_file(stack, &file, &options)
-        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))?;
-    Ok(stats.bytes)
+fn export(stack: &OverlayStack, to: &Path) -> Result<ExportStats> {
+    let file = fs::File::create_new(to).with_context(|| format!("cannot make {}", to.display()))?;
+    export_upperdir_to_file(stack, &file, &ExportOptions::default())
+        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))
+}
+
+/// What an export has left out, for the manifest.
+pub fn losses(stats: &ExportStats) -> Losses {
+    let paths = stats.noted_paths.iter();
+    Losses {
+        lower_links: stats.broken_lower_links,
+        inode_flags: stats.lost_inode_flags,
+        xattrs: stats.lost_xattrs,
+        examples: paths.map(|path| path.display().to_string()).collect(),
+    }
 }
 
 /// Resident bytes of a process; a process that has ended has none.
@@ -443,12 +513,18 @@ fn resident_bytes(pid: u32) -> u64 {
                 .nth(1)
                 .and_then(|field| field.parse::<u64>().ok())
         });
-    pages.unwrap_or_default() * 4096
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    let page = page
+        .ok()
+        .flatten()
+        .and_then(|size| u64::try_from(size).ok());
+    // Every port of Linux has this call.
+    pages.unwrap_or_default() * page.unwrap_or(4096)
 }
 
 /// The manifest of a checkpoint.
 pub async fn manifest(
-    node: &Node,
+    node: &Containerd,
     name: &str,
     pod: Option<Pod>,
     containers: Vec<Container>,

@@ -25,6 +25,14 @@ struct Step {
     note: String,
 }
 
+/// Writes a timeline as its [`Report`].
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize<S: serde::Serializer>(timeline: &Timeline, to: S) -> Result<S::Ok, S::Error> {
+    timeline.report().serialize(to)
+}
+
 /// A timeline for programs: seconds since the beginning, and bytes.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -51,6 +59,7 @@ pub struct StepReport {
 }
 
 impl Timeline {
+    /// The timeline of an operation that begins now.
     pub fn begin() -> Self {
         Self {
             began: Instant::now(),
@@ -59,6 +68,7 @@ impl Timeline {
         }
     }
 
+    /// Time since the beginning.
     pub fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -112,10 +122,12 @@ impl Timeline {
         }
     }
 
+    /// From now on no copy of the container runs.
     pub fn freeze(&mut self) {
         self.frozen = Some((self.now(), None));
     }
 
+    /// From now on one runs.
     pub fn thaw(&mut self) {
         let now = self.now();
         if let Some((_, to)) = &mut self.frozen {
@@ -136,6 +148,7 @@ impl Timeline {
             .unwrap_or_default()
     }
 
+    /// For programs.
     pub fn report(&self) -> Report {
         Report {
             total_seconds: self.total().as_secs_f64(),

@@ -17,11 +17,14 @@ mod crun;
 mod differ;
 mod foreign_checkpoints;
 mod foreign_streams;
+mod freeze_containerd;
 mod frozen;
+mod image_labels;
 mod images_with_links;
 mod journey;
 mod migration_faults;
 mod node_api;
+mod one_copy;
 mod pod_refusals;
 mod pods;
 mod pods_closed;
@@ -135,11 +138,14 @@ fn main() -> ExitCode {
         .chain(differ::cases())
         .chain(foreign_checkpoints::cases())
         .chain(foreign_streams::cases())
+        .chain(freeze_containerd::cases())
         .chain(frozen::cases())
         .chain(images_with_links::cases())
+        .chain(image_labels::cases())
         .chain(journey::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())
+        .chain(one_copy::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_closed::cases())

@@ -163,6 +163,24 @@ impl Image {
         })
     }
 
+    /// `transship.test/spin:1`: busybox and workload/src/bin/spin.rs.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
+    pub fn spin(settings: &Settings, busybox: &Path) -> Result<Image, TestbedError> {
+        let program = read(&Workload::Spin.build(settings)?)?;
+        let mut bin = Layer::default();
+        bin.dir("spin")?.dir("usr")?.dir("usr/bin")?;
+        bin.file("usr/bin/spin", &program, 0o755)?;
+        Ok(Image {
+            reference: "transship.test/spin:1".to_owned(),
+            layers: [base_layer(busybox)?, bin.finish()?]
+                .map(LayerBlob::plain)
+                .into(),
+            entrypoint: vec!["/usr/bin/spin".to_owned()],
+        })
+    }
+
     /// `transship.test/pause:1`: a static program that sleeps until SIGTERM, and nothing else; the
     /// CRI's sandbox image, and the sandbox of a `ctr run` pod.
     ///

@@ -27,14 +27,17 @@ pub enum Workload {
     Sandbox,
     /// One of three containers that share all that a pod can share: workload/src/bin/podmate.rs.
     Podmate,
+    /// Counts in several processes without a pause: workload/src/bin/spin.rs.
+    Spin,
 }
 
 impl Workload {
-    pub(crate) const ALL: [Workload; 4] = [
+    pub(crate) const ALL: [Workload; 5] = [
         Workload::Counter,
         Workload::Holder,
         Workload::Sandbox,
         Workload::Podmate,
+        Workload::Spin,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -43,6 +46,7 @@ impl Workload {
             Workload::Holder => "holder",
             Workload::Sandbox => "sandbox",
             Workload::Podmate => "podmate",
+            Workload::Spin => "spin",
         }
     }
 

@@ -1,242 +1,168 @@
-//! `transship snapshot`: the files that a snapshot changes, as a layer, out and in.
-//!
-//! ```text
-//!  KEY or CONTAINER --find--> Snapshot --open--> Opened { dir, lowerdirs } --> export, diff
-//!                                                                          <-- import
-//! ```
-//!
-//! Any snapshotter whose mounts name its directories will do: ours, containerd's overlayfs, others
-//! that mount overlays.
+//! `transship snapshot export|import|diff`
 
-use std::collections::HashMap;
 use std::fs::File;
-use std::io::PipeWriter;
-use std::time::Duration;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use containerd_client::services::v1::snapshots::{Info, Kind as SnapshotKind};
-use containerd_client::types::Mount;
-use containerd_client::types::v1::Status;
-use transship_layer::{ExportStats, ImportStats, OverlayStack};
-
-use self::sink::Sink;
-use crate::args::{Global, SnapshotCommand};
-use transship_containerd::Containerd;
-use transship_engine::freeze_guard::FreezeGuard;
+use serde::Serialize;
+use transship_checkpoint::manifest::Losses;
 use transship_engine::interrupt::Interrupt;
-use transship_engine::overlay_mounts::overlay_stack;
-use transship_engine::problem::{Kind, Problem};
+use transship_engine::snapshot::{self, Sink, Source, Target, WhileRead};
+use transship_engine::source;
+use transship_engine::timeline::human_bytes;
+use transship_engine::{Error, Kind};
+use transship_layer::ExportStats;
 
-mod diff;
-mod export;
-mod import;
-mod raw;
-mod sink;
-
-/// How long a view of a committed snapshot is kept should nobody come to remove it.
-const VIEW_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+use super::{connect, print};
+use crate::args::{
+    Global, SnapshotCommand, SnapshotDiffArgs, SnapshotExportArgs, SnapshotImportArgs,
+};
 
 pub(crate) async fn run(global: &Global, command: SnapshotCommand) -> Result<()> {
     match command {
-        SnapshotCommand::Export(args) => export::run(global, args).await,
-        SnapshotCommand::Import(args) => import::run(global, args).await,
-        SnapshotCommand::Diff(args) => diff::run(global, args).await,
+        SnapshotCommand::Export(args) => export(global, args).await,
+        SnapshotCommand::Import(args) => import(global, args).await,
+        SnapshotCommand::Diff(args) => diff(global, args).await,
     }
 }
 
-/// Writes what a snapshot changes into a pipe; its container, if one runs, stands still meanwhile.
-pub(crate) async fn export_into_pipe(
-    node: &Containerd,
-    snapshot: &Snapshot,
-    pipe: PipeWriter,
-    interrupt: &Interrupt,
-) -> Result<ExportStats> {
-    export::export(node, snapshot, Sink::pipe(pipe), false, interrupt).await
+async fn export(global: &Global, args: SnapshotExportArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    let found = snapshot::find(&node, &args.name, args.snapshotter.as_deref()).await?;
+    if let Some(dir) = &args.raw {
+        return Ok(snapshot::export_raw(&node, &found, dir, &interrupt).await?);
+    }
+    let (sink, while_read) = (sink(&args.output)?, while_read(args.no_pause));
+    let stats = snapshot::export(&node, &found, sink, while_read, &interrupt).await?;
+    report(global, &stats)
 }
 
-/// Fills a snapshot from a file; with a parent it is made, and gone if that fails.
-pub(crate) async fn import_from_file(
-    node: &Containerd,
-    key: &str,
-    parent: Option<&str>,
-    snapshotter: Option<&str>,
-    file: File,
-    interrupt: &Interrupt,
-) -> Result<ImportStats> {
-    let target = import::Target {
-        key,
-        parent,
-        snapshotter,
+async fn diff(global: &Global, args: SnapshotDiffArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    let snapshotter = args.snapshotter.as_deref();
+    let old = snapshot::find(&node, &args.old, snapshotter).await?;
+    let new = snapshot::find(&node, &args.new, snapshotter).await?;
+    let (sink, while_read) = (sink(&args.output)?, while_read(args.no_pause));
+    match snapshot::diff(&node, &old, &new, sink, while_read, &interrupt).await? {
+        Some(stats) => report(global, &stats),
+        None => Ok(()),
+    }
+}
+
+fn while_read(no_pause: bool) -> WhileRead {
+    if no_pause {
+        WhileRead::Running
+    } else {
+        WhileRead::Frozen
+    }
+}
+
+/// `-` is stdout, which must not be a terminal.
+fn sink(path: &Path) -> Result<Sink> {
+    if path != Path::new("-") {
+        return Ok(Sink::file(path)?);
+    }
+    if io::stdout().is_terminal() {
+        return Err(
+            Error::new(Kind::Refused, "a layer is nothing for a terminal")
+                .hint("transship snapshot export ... -o FILE, or into a pipe")
+                .into(),
+        );
+    }
+    Ok(Sink::stdout())
+}
+
+#[derive(Serialize)]
+struct Exported {
+    entries: u64,
+    bytes: u64,
+    whiteouts: u64,
+    opaque_directories: u64,
+    sockets_left_out: u64,
+    /// What a layer cannot say.
+    #[serde(skip_serializing_if = "Losses::is_empty")]
+    losses: Losses,
+}
+
+/// Says on stderr what was written: stdout may be the layer.
+fn report(global: &Global, stats: &ExportStats) -> Result<()> {
+    let exported = Exported {
+        entries: stats.entries,
+        bytes: stats.bytes,
+        whiteouts: stats.whiteouts,
+        opaque_directories: stats.opaque_directories,
+        sockets_left_out: stats.sockets,
+        losses: source::losses(stats),
     };
-    let source = import::Source::Layer(file);
-    let imported = import::make_and_fill(node, &target, source, interrupt).await?;
-    Ok(imported.1.unwrap_or_default())
+    if global.json {
+        eprintln!("{}", serde_json::to_string_pretty(&exported)?);
+        return Ok(());
+    }
+    let bytes = human_bytes(exported.bytes);
+    eprintln!("{} entries, {bytes}", exported.entries);
+    for path in &stats.noted_paths {
+        eprintln!(
+            "note: {} has hard links in the image, inode flags or attributes that a layer cannot say",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
-/// A snapshot that exists.
-#[derive(Debug)]
-pub(crate) struct Snapshot {
+#[derive(Serialize)]
+struct Imported {
     snapshotter: String,
     key: String,
-    info: Info,
-    /// The container of which it is the writable layer.
-    container: Option<String>,
+    #[serde(flatten)]
+    layer: Option<ImportedLayer>,
 }
 
-/// The snapshotter that is meant when none is named: ours where the node has it.
-async fn default_snapshotter(node: &Containerd) -> Result<String> {
-    let names = node.snapshotters().await?;
-    let ours = names.into_iter().find(|name| name == "transship");
-    Ok(ours.unwrap_or_else(|| "overlayfs".to_owned()))
+#[derive(Serialize)]
+struct ImportedLayer {
+    entries: u64,
+    bytes: u64,
 }
 
-/// Finds a container's snapshot, or a snapshot by its key.
-pub(crate) async fn find(
-    node: &Containerd,
-    name: &str,
-    snapshotter: Option<&str>,
-) -> Result<Snapshot> {
-    let container = match node.container(name).await {
-        Err(error) if error.is_not_found() => None,
-        container => Some(container?),
+async fn import(global: &Global, args: SnapshotImportArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    let target = Target {
+        key: &args.key,
+        parent: args.parent.as_deref(),
+        snapshotter: args.snapshotter.as_deref(),
     };
-    let container = container.filter(|container| {
-        snapshotter.is_none_or(|snapshotter| container.snapshotter == snapshotter)
-    });
-    let (snapshotter, key) = match (&container, snapshotter) {
-        (Some(container), _) => (
-            container.snapshotter.clone(),
-            container.snapshot_key.clone(),
-        ),
-        (None, Some(snapshotter)) => (snapshotter.to_owned(), name.to_owned()),
-        (None, None) => (default_snapshotter(node).await?, name.to_owned()),
+    let source = match args.raw {
+        Some(dir) => Source::Raw(dir),
+        None => Source::Layer(open(&args.file)?),
     };
-    let info = match node.snapshot(&snapshotter, &key).await {
-        Err(error) if error.is_not_found() => {
-            return Err(Problem::new(
-                Kind::NotFound,
-                format!(
-                    "there is no container and no snapshot {name:?} of {snapshotter} in the \
-                     namespace {:?}",
-                    node.namespace()
-                ),
-            )
-            .hint(format!(
-                "ctr -n {} snapshots --snapshotter {snapshotter} ls",
-                node.namespace()
-            ))
-            .into());
-        }
-        info => info?,
+    let (filled, stats) = snapshot::import(&node, &target, source, &interrupt).await?;
+    let imported = Imported {
+        snapshotter: filled.snapshotter,
+        key: filled.key,
+        layer: stats.map(|stats| ImportedLayer {
+            entries: stats.entries,
+            bytes: stats.bytes,
+        }),
     };
-    let container = match container {
-        Some(container) => Some(container.id),
-        // A key that is no container's id may still be a container's key.
-        None => node
-            .all_containers()
-            .await?
-            .into_iter()
-            .find(|container| container.snapshotter == snapshotter && container.snapshot_key == key)
-            .map(|container| container.id),
-    };
-    Ok(Snapshot {
-        snapshotter,
-        key,
-        info,
-        container,
+    print(global, &imported, || {
+        let what = match &imported.layer {
+            Some(layer) => format!("{} entries, {}", layer.entries, human_bytes(layer.bytes)),
+            None => "copied".to_owned(),
+        };
+        format!("{} of {}: {what}\n", imported.key, imported.snapshotter)
     })
 }
 
-/// A snapshot's mounts; those of a committed one are a view's, which is to be closed.
-struct Opened {
-    mounts: Vec<Mount>,
-    view: Option<(Containerd, String, String)>,
-}
-
-impl Opened {
-    async fn open(node: &Containerd, snapshot: &Snapshot) -> Result<Self> {
-        let Snapshot {
-            snapshotter, key, ..
-        } = snapshot;
-        if snapshot.info.kind() != SnapshotKind::Committed {
-            let mounts = node.mounts(snapshotter, key).await?;
-            return Ok(Self { mounts, view: None });
-        }
-        let leased = node.with_lease(VIEW_LIFETIME).await?;
-        let view = format!("transship-view-{}", transship_containerd::unique());
-        match leased.view(snapshotter, &view, key).await {
-            Ok(mounts) => Ok(Self {
-                mounts,
-                view: Some((leased, snapshotter.clone(), view)),
-            }),
-            Err(error) => {
-                drop(leased.drop_lease().await);
-                Err(error.into())
-            }
-        }
-    }
-
-    async fn close(self) -> Result<()> {
-        if let Some((leased, snapshotter, view)) = self.view {
-            leased.remove_snapshot(&snapshotter, &view).await?;
-            leased.drop_lease().await?;
-        }
-        Ok(())
-    }
-
-    /// The snapshot's own directory, and those below it.
-    fn layer(&self, snapshot: &Snapshot) -> Result<OverlayStack> {
-        overlay_stack(&self.mounts).map_err(|error| {
-            let message = format!(
-                "the directory with the changes of {:?} is not known from the mounts of the \
-                 snapshotter {:?}: {error}",
-                snapshot.key, snapshot.snapshotter
-            );
-            Problem::new(Kind::Refused, message)
-                .hint("ctr snapshots diff compares the files of any two snapshots")
-                .into()
-        })
-    }
-}
-
-/// A container that stands still, until it is let go; a container that does not run stands still.
-struct Paused<'n>(Option<(&'n Containerd, String, FreezeGuard)>);
-
-impl<'n> Paused<'n> {
-    async fn pause(node: &'n Containerd, container: Option<&str>) -> Result<Self> {
-        let Some(id) = container else {
-            return Ok(Self(None));
-        };
-        match node.task(id).await {
-            Err(error) if error.is_not_found() => Ok(Self(None)),
-            task if task
-                .as_ref()
-                .is_ok_and(|task| task.status() != Status::Running) =>
-            {
-                Ok(Self(None))
-            }
-            task => {
-                task?;
-                let guard = FreezeGuard::start(node, &[id], None)?;
-                node.pause(id).await?;
-                Ok(Self(Some((node, id.to_owned(), guard))))
-            }
-        }
-    }
-
-    async fn resume(self) -> Result<()> {
-        let Some((node, id, guard)) = self.0 else {
-            return Ok(());
-        };
-        let resumed = node.resume(&id).await;
-        guard.stand_down();
-        resumed
-            .with_context(|| format!("{id:?} is still paused; ctr tasks resume {id:?} lets it run"))
-    }
-}
-
-/// Labels of a snapshot that is to stay without a container.
-fn kept() -> HashMap<String, String> {
-    let now = transship_containerd::rfc3339(std::time::SystemTime::now());
-    [("containerd.io/gc.root".to_owned(), now)].into()
+/// `-` is stdin.
+fn open(file: &Path) -> Result<File> {
+    let opened = if file == Path::new("-") {
+        io::stdin().as_fd().try_clone_to_owned().map(File::from)
+    } else {
+        File::open(file)
+    };
+    opened.with_context(|| format!("cannot open {}", file.display()))
 }

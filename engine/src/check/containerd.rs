@@ -18,7 +18,7 @@ pub async fn findings(node: &Node) -> Vec<Finding> {
     let version = match node.version().await {
         Ok(version) => version,
         Err(error) => {
-            let found = format!("{:#}", anyhow::Error::from(error));
+            let found = crate::error::one_line(&error);
             return vec![Finding::problem("containerd", found, "see its log")];
         }
     };

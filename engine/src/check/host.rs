@@ -192,11 +192,7 @@ fn rules(path: &Path) -> Finding {
         ),
         Err(error) => {
             let remedy = "config/node.toml lists the keys";
-            Finding::problem(
-                "node.toml",
-                format!("{:#}", anyhow::Error::from(error)),
-                remedy,
-            )
+            Finding::problem("node.toml", crate::error::one_line(&error), remedy)
         }
     }
 }

@@ -16,7 +16,7 @@ use super::record::Record;
 use super::{Request, end_source, is_refusal_of_target, remove_source, resume_source};
 use crate::conversation::Conversation;
 use crate::error::{Context, Error, Kind, Result};
-use crate::freeze_guard::FreezeGuard;
+use crate::frozen::{Committed, Frozen};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -54,30 +54,38 @@ pub(super) struct Transaction<'a> {
 }
 
 impl Transaction<'_> {
-    /// Everything up to the moment when the copy runs. On failure the source runs, too, unless
-    /// nobody can know which does.
-    pub(super) async fn carry_out(&mut self) -> Result<u32> {
+    /// Everything up to the moment when the copy runs; gives the source, which still stands still. On
+    /// failure the source runs, unless nobody can know which does.
+    pub(super) async fn carry_out(&mut self) -> Result<(u32, Committed)> {
         self.offer().await?;
         let name = format!("migration-{}-{}", self.container.id(), unique());
         let draft = self.store.draft(&name)?;
         self.interrupt.check()?;
-        let to_thaw = (!self.container.was_paused).then(|| self.container.id());
-        let guard = FreezeGuard::start(self.node, to_thaw.as_slice(), Some(draft.dir()))?;
         self.timeline.freeze();
-        if let Err(error) = self.freeze_and_move(&draft).await {
-            let error = resume_source(self.node, self.container, error).await;
-            guard.stand_down();
+        let frozen = match self.freeze(&draft).await {
+            Ok(frozen) => frozen,
+            Err(error) => {
+                return Err(resume_source(self.node, self.container, Ok(()), error).await);
+            }
+        };
+        if let Err(error) = self.move_and_record(&draft).await {
+            frozen.wait_for_dump().await;
+            let thawed = frozen.thaw().await;
+            let error = resume_source(self.node, self.container, thawed, error).await;
             self.record.clear()?;
             return Err(error);
         }
         // From here on nobody else may decide that the source runs.
-        guard.stand_down();
-        self.commit().await
+        self.commit(frozen.commit()).await
     }
 
-    async fn freeze_and_move(&mut self, draft: &Draft) -> Result<()> {
+    async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
         restart_policy::suspend(self.node, self.container.id()).await?;
-        self.container.freeze(self.node).await?;
+        let tasks = vec![self.container.to_freeze()];
+        Frozen::freeze(self.node, tasks, Some(draft.dir())).await
+    }
+
+    async fn move_and_record(&mut self, draft: &Draft) -> Result<()> {
         self.move_frozen(draft).await?;
         self.interrupt.check()?;
         self.record.write(&self.request.to)
@@ -238,11 +246,12 @@ impl Transaction<'_> {
             result
         };
         let (dump, followed) = tokio::join!(dump, follow);
-        let Dumped { criu, upperdir, .. } = dump?;
+        let Dumped { criu, upperdir } = dump?;
         container.files.extend(followed?);
+        container.losses = upperdir.losses;
         self.timeline.step_of("dump", from, criu, None);
         self.timeline
-            .step_of("upperdir", from, upperdir.1, Some(upperdir.0));
+            .step_of("upperdir", from, upperdir.took, Some(upperdir.bytes));
         self.interrupt.check()?;
 
         for path in list_files(&dir)? {
@@ -288,7 +297,7 @@ impl Transaction<'_> {
     }
 
     /// The one moment in which a lost connection leaves it open which copy runs.
-    async fn commit(&mut self) -> Result<u32> {
+    async fn commit(&mut self, source: Committed) -> Result<(u32, Committed)> {
         let from = self.timeline.now();
         let sent = self
             .conversation
@@ -306,12 +315,13 @@ impl Transaction<'_> {
             Ok(Message::Running { pid }) => {
                 self.timeline.thaw();
                 self.timeline.step("commit", from, None);
-                Ok(pid)
+                Ok((pid, source))
             }
             Ok(other) => Err(self.uncertain(unexpected("the copy to run", &other).into())),
             // The target says that its copy does not run.
             Err(error) if is_refusal_of_target(&error) => {
-                let error = resume_source(self.node, self.container, error).await;
+                let thawed = source.thaw().await;
+                let error = resume_source(self.node, self.container, thawed, error).await;
                 self.record.clear()?;
                 Err(error)
             }
@@ -321,8 +331,10 @@ impl Transaction<'_> {
 
     /// The copy runs: ends the source, and removes it as soon as a power cut of the target loses
     /// nothing any more.
-    pub(super) async fn finish(&mut self) -> Result<()> {
+    pub(super) async fn finish(&mut self, source: Committed) -> Result<()> {
         let from = self.timeline.now();
+        // Not one instruction more here.
+        source.kill().await.context("it could not be ended here")?;
         end_source(self.node, self.container)
             .await
             .context("it could not be ended here")?;

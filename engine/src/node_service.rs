@@ -6,26 +6,26 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::{RwLock, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store, StoreError};
+use transship_containerd::Containerd;
 use transship_proto::node_api::{
     CheckpointPodRequest, CheckpointPodResponse, Chunk, ExportSnapshotRequest,
     ImportSnapshotRequest, ImportSnapshotResponse, ImportTarget, NodeApi, PostCheckpointState,
     RestorePodRequest, RestorePodResponse,
 };
 
-use crate::commands::checkpoint::{self, Order};
-use crate::commands::snapshot;
-use crate::progress::Progress;
-use transship_containerd::Node;
-use transship_engine::interrupt::Interrupt;
-use transship_engine::problem::{Kind, Problem, one_line};
-use transship_engine::restore_pod;
+use crate::checkpoint::{self, Afterwards, Selection};
+use crate::error::{Context, Error, Kind, Result};
+use crate::interrupt::Interrupt;
+use crate::progress::Silent;
+use crate::restore_pod;
+use crate::snapshot::{self, Sink, Source, Target, WhileRead};
 
 /// Bytes of a message with a part of a layer; containerd's clients take 16 MiB, tonic's 4.
 const CHUNK: usize = 1 << 20;
@@ -37,15 +37,16 @@ type Chunks = ReceiverStream<Result<Chunk, Status>>;
 
 /// The node's API.
 #[derive(Debug)]
-pub(crate) struct NodeService {
-    node: Node,
+pub struct NodeService {
+    node: Containerd,
     interrupt: Interrupt,
     /// Read by each call as long as it lasts.
     calls: Arc<RwLock<()>>,
 }
 
 impl NodeService {
-    pub(crate) fn new(node: Node, interrupt: Interrupt) -> Self {
+    /// Answers for this containerd; `interrupt` ends what is under way.
+    pub fn new(node: Containerd, interrupt: Interrupt) -> Self {
         Self {
             node,
             interrupt,
@@ -54,45 +55,36 @@ impl NodeService {
     }
 
     /// Can be written when no call is under way.
-    pub(crate) fn calls(&self) -> Arc<RwLock<()>> {
+    pub fn calls(&self) -> Arc<RwLock<()>> {
         Arc::clone(&self.calls)
     }
 
     async fn checkpoint(&self, request: CheckpointPodRequest) -> Result<()> {
-        let stop = match PostCheckpointState::try_from(request.post_checkpoint_state) {
-            Ok(state) => state == PostCheckpointState::Stopped,
+        let afterwards = match PostCheckpointState::try_from(request.post_checkpoint_state) {
+            Ok(PostCheckpointState::Stopped) => Afterwards::Killed,
+            Ok(_) => Afterwards::Run,
             Err(_) => {
                 let message = format!("{} is no state", request.post_checkpoint_state);
-                return Err(Problem::new(Kind::Refused, message).into());
+                return Err(Error::refused(message));
             }
         };
         let path = Path::new(&request.path);
         let name = path.file_name().and_then(|name| name.to_str());
         let (Some(name), Some(parent), true) = (name, path.parent(), path.is_absolute()) else {
             let message = format!("{:?} is no path of a checkpoint", request.path);
-            return Err(Problem::new(Kind::Refused, message).into());
+            return Err(Error::refused(message));
         };
-        let order = Order {
-            pod: Some(&request.pod_sandbox_id),
+        let wanted = checkpoint::Request {
             criu: restore_pod::overrides(&request.options)?,
-            leave_paused: stop,
             empty_dirs: true,
-            ..Order::default()
+            ..checkpoint::Request::of(Selection::Pod(request.pod_sandbox_id))
         };
-        let progress = Progress::new(true);
-        let found = checkpoint::find(&self.node, &order).await?;
-        let stopped = stop.then(|| found.stop_plan());
-        let store = Store::at(parent);
-        let stop = order.leave_paused;
-        checkpoint::take(found, name, &store, stop, &self.interrupt, &progress).await?;
-        if let Some(plan) = stopped {
-            let node = self
-                .node
-                .in_namespace(transship_checkpoint::cri_names::CRI_NAMESPACE)?;
-            for id in &plan.containers {
-                node.kill_frozen(id).await?;
-            }
-            restore_pod::stop_pod(&node, plan.sandbox).await?;
+        let target = checkpoint::find(&self.node, &wanted).await?;
+        let (store, interrupt) = (Store::at(parent), &self.interrupt);
+        checkpoint::checkpoint(&target, name, &store, afterwards, interrupt, &Silent).await?;
+        if let (Afterwards::Killed, Some(sandbox)) = (afterwards, target.sandbox()) {
+            let node = self.node.in_namespace(CRI_NAMESPACE)?;
+            restore_pod::stop_pod(&node, sandbox.to_owned()).await?;
         }
         Ok(())
     }
@@ -101,14 +93,16 @@ impl NodeService {
         let node = self.node.in_namespace(&request.namespace)?;
         let snapshotter = Some(request.snapshotter.as_str()).filter(|name| !name.is_empty());
         let found = snapshot::find(&node, &request.key, snapshotter).await?;
-        let (reader, writer) = io::pipe()?;
-        let mut reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))?;
+        let (reader, writer) = io::pipe().context("cannot make a pipe")?;
+        let mut reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))
+            .context("cannot read from a pipe")?;
         let (sender, receiver) = mpsc::channel(WAITING);
         let interrupt = self.interrupt.clone();
         let call = Arc::clone(&self.calls).read_owned().await;
         tokio::spawn(async move {
             let _call = call;
-            let export = snapshot::export_into_pipe(&node, &found, writer, &interrupt);
+            let sink = Sink::pipe(writer);
+            let export = snapshot::export(&node, &found, sink, WhileRead::Frozen, &interrupt);
             let send = async {
                 loop {
                     let mut data = Vec::with_capacity(CHUNK);
@@ -134,11 +128,11 @@ impl NodeService {
         &self,
         mut requests: Streaming<ImportSnapshotRequest>,
     ) -> Result<ImportSnapshotResponse> {
-        let first = requests.message().await?;
+        let first = next(&mut requests).await?;
         let Some((target, data)) = first.and_then(|first| Some((first.snapshot?, first.data)))
         else {
             let message = "the first message names no snapshot";
-            return Err(Problem::new(Kind::Refused, message).into());
+            return Err(Error::refused(message));
         };
         let ImportTarget {
             namespace,
@@ -148,21 +142,22 @@ impl NodeService {
         } = target;
         let node = self.node.in_namespace(&namespace)?;
         // Into a file first: a stream that breaks off has changed nothing then.
-        let mut layer = tokio::fs::File::from_std(nameless_file()?);
-        layer.write_all(&data).await?;
-        while let Some(request) = requests.message().await? {
-            layer.write_all(&request.data).await?;
+        let layer = nameless_file().context("cannot make a file for the layer")?;
+        let mut layer = tokio::fs::File::from_std(layer);
+        let keep = "cannot keep the layer";
+        layer.write_all(&data).await.context(keep)?;
+        while let Some(request) = next(&mut requests).await? {
+            layer.write_all(&request.data).await.context(keep)?;
         }
-        layer.rewind().await?;
-        let stats = snapshot::import_from_file(
-            &node,
-            &key,
-            parent.as_deref(),
-            Some(snapshotter.as_str()).filter(|name| !name.is_empty()),
-            layer.into_std().await,
-            &self.interrupt,
-        )
-        .await?;
+        layer.rewind().await.context(keep)?;
+        let target = Target {
+            key: &key,
+            parent: parent.as_deref(),
+            snapshotter: Some(snapshotter.as_str()).filter(|name| !name.is_empty()),
+        };
+        let source = Source::Layer(layer.into_std().await);
+        let (_, stats) = snapshot::import(&node, &target, source, &self.interrupt).await?;
+        let stats = stats.unwrap_or_default();
         Ok(ImportSnapshotResponse {
             entries: stats.entries,
             bytes: stats.bytes,
@@ -190,7 +185,7 @@ impl NodeApi for NodeService {
         let _call = self.calls.read().await;
         let store = Store::at(DEFAULT_ROOT);
         let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
-        let restored = restored.map_err(anyhow::Error::from);
+        let restored = restored.map_err(Error::from);
         answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
     }
 
@@ -214,6 +209,13 @@ fn answer<T>(result: Result<T>) -> Result<Response<T>, Status> {
     result.map(Response::new).map_err(|error| status(&error))
 }
 
+async fn next(
+    requests: &mut Streaming<ImportSnapshotRequest>,
+) -> Result<Option<ImportSnapshotRequest>> {
+    let next = requests.message().await;
+    next.context("the stream of the layer has broken off")
+}
+
 /// A file that is gone with its last descriptor, on the disk of the checkpoints.
 fn nameless_file() -> io::Result<std::fs::File> {
     std::fs::create_dir_all(DEFAULT_ROOT)?;
@@ -225,36 +227,30 @@ fn nameless_file() -> io::Result<std::fs::File> {
         .open(DEFAULT_ROOT)
 }
 
-/// The kind of a problem as gRPC has it.
-fn status(error: &anyhow::Error) -> Status {
-    let exists = error
-        .chain()
-        .any(|cause| matches!(cause.downcast_ref(), Some(StoreError::Exists { .. })));
-    let of_engine = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<transship_engine::Error>());
-    let kind = Problem::in_chain(error).map(Problem::kind);
-    let code = match kind.or(of_engine.map(transship_engine::Error::kind)) {
-        Some(Kind::NotFound) => Code::NotFound,
-        Some(Kind::Refused) => Code::FailedPrecondition,
+/// The kind of an error as gRPC has it.
+fn status(error: &Error) -> Status {
+    let exists = matches!(error.cause(), Some(StoreError::Exists { .. }));
+    let code = match error.kind() {
+        Kind::NotFound => Code::NotFound,
+        Kind::Refused => Code::FailedPrecondition,
         _ if exists => Code::AlreadyExists,
         _ => Code::Unknown,
     };
-    Status::new(code, one_line(error))
+    Status::new(code, error.one_line())
 }
 
 #[cfg(test)]
 mod tests {
-    use anyhow::anyhow;
-
     use super::*;
 
     #[test]
     fn kinds_have_codes() {
-        let refused = anyhow!(Problem::new(Kind::Refused, "no"));
-        assert_eq!(status(&refused).code(), Code::FailedPrecondition);
-        let exists = anyhow!(StoreError::Exists { name: "web".into() });
+        assert_eq!(
+            status(&Error::refused("no")).code(),
+            Code::FailedPrecondition
+        );
+        let exists = Error::from(StoreError::Exists { name: "web".into() });
         assert_eq!(status(&exists).code(), Code::AlreadyExists);
-        assert_eq!(status(&anyhow!("disk full")).code(), Code::Unknown);
+        assert_eq!(status(&Error::failed("disk full")).code(), Code::Unknown);
     }
 }

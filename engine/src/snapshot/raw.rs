@@ -10,12 +10,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
 use tokio::process::Command;
 use transship_layer::remove_contents;
 
-use transship_engine::interrupt::Interrupt;
-use transship_engine::problem::{Kind, Problem};
+use crate::error::{Context, Error, Result};
+use crate::interrupt::Interrupt;
 
 /// Copies what is in `from` into the empty directory `to`, and its attributes too. What was copied when
 /// it fails is removed.
@@ -37,9 +36,8 @@ pub(super) async fn copy_tree(from: &Path, to: &Path, interrupt: &Interrupt) -> 
                 to.display(),
                 said.lines().next().unwrap_or("cp failed")
             );
-            Err(Problem::new(Kind::Refused, message)
-                .hint("both must lie on one XFS or btrfs; without --raw it becomes a layer")
-                .into())
+            Err(Error::refused(message)
+                .hint("both must lie on one XFS or btrfs; without --raw it becomes a layer"))
         }),
         interrupted = interrupt.wait() => Err(interrupted.into()),
     };

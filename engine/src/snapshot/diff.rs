@@ -1,57 +1,61 @@
-//! `transship snapshot diff A B`
+//! What one snapshot changes of another one.
 
-use std::io::Write;
+use std::io::Write as _;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
 use containerd_client::services::v1::DiffRequest;
 use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
+use transship_containerd::Containerd;
+use transship_layer::ExportStats;
 
 use super::sink::Sink;
-use super::{Opened, Paused, Snapshot, export, find};
-use crate::args::{Global, SnapshotDiffArgs};
-use crate::commands::connect;
-use transship_containerd::Node;
-use transship_engine::interrupt::Interrupt;
+use super::{Opened, Snapshot, WhileRead, export, while_frozen};
+use crate::error::{Context, Error, Result};
+use crate::interrupt::Interrupt;
 
 /// An uncompressed layer.
 const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// How long the layer is kept in the content store should nobody come to let it go.
 const LAYER_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
-pub(super) async fn run(global: &Global, args: SnapshotDiffArgs) -> Result<()> {
-    let interrupt = Interrupt::install()?;
-    let node = connect(global).await?;
-    let old = find(&node, &args.old, args.snapshotter.as_deref()).await?;
-    let new = find(&node, &args.new, args.snapshotter.as_deref()).await?;
-    let sink = Sink::open(&args.output)?;
+/// Writes the layer that makes `new` of `old`. There are figures where `new` lies directly on `old`;
+/// else containerd compares the files of both.
+///
+/// # Errors
+/// When one of them cannot be read, or the layer cannot be written.
+pub async fn diff(
+    node: &Containerd,
+    old: &Snapshot,
+    new: &Snapshot,
+    sink: Sink,
+    while_read: WhileRead,
+    interrupt: &Interrupt,
+) -> Result<Option<ExportStats>> {
     // A child's own directory is the difference.
     let is_child = old.info.kind() == SnapshotKind::Committed
         && new.info.parent == old.key
         && new.snapshotter == old.snapshotter;
     if is_child {
-        let stats = export::export(&node, &new, sink, args.no_pause, &interrupt).await?;
-        return export::report(global, &stats);
+        let stats = export::export(node, new, sink, while_read, interrupt).await?;
+        return Ok(Some(stats));
     }
     let node = node.with_lease(LAYER_LIFETIME).await?;
-    let compared = compare(&node, &old, &new, sink, args.no_pause, &interrupt).await;
+    let compared = compare(&node, old, new, sink, while_read, interrupt).await;
     node.drop_lease().await?;
-    compared
+    compared.map(|()| None)
 }
 
 /// Lets containerd compare the two file by file.
 async fn compare(
-    node: &Node,
+    node: &Containerd,
     old: &Snapshot,
     new: &Snapshot,
     mut sink: Sink,
-    no_pause: bool,
+    while_read: WhileRead,
     interrupt: &Interrupt,
 ) -> Result<()> {
     let left = Opened::open(node, old).await?;
     let right = Opened::open(node, new).await?;
-    let container = new.container.as_deref().filter(|_| !no_pause);
-    let paused = Paused::pause(node, container).await?;
     let request = DiffRequest {
         left: left.mounts.clone(),
         right: right.mounts.clone(),
@@ -59,11 +63,13 @@ async fn compare(
         r#ref: format!("transship-diff-{}", transship_containerd::unique()),
         ..DiffRequest::default()
     };
-    let layer = tokio::select! {
-        layer = node.diff(request) => layer.map_err(Into::into),
-        interrupted = interrupt.wait() => Err(anyhow::Error::from(interrupted)),
+    let read = async {
+        tokio::select! {
+            layer = node.diff(request) => layer.map_err(Error::from),
+            interrupted = interrupt.wait() => Err(Error::from(interrupted)),
+        }
     };
-    paused.resume().await?;
+    let layer = while_frozen(node, new, while_read, read).await;
     left.close().await?;
     right.close().await?;
     let mut pieces = node.read_blob(&layer?.digest).await?;

@@ -1,80 +1,31 @@
-//! `transship snapshot import KEY [FILE]`
+//! A snapshot filled from a layer or a raw copy.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
 use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde::Serialize;
+use transship_containerd::Containerd;
 use transship_layer::{
     ImportOptions, ImportStats, LayerFormat, OverlayStack, decompress, import_into_upperdir,
     remove_contents,
 };
 
 use super::{Opened, Snapshot, default_snapshotter, find, kept, raw};
-use crate::args::{Global, SnapshotImportArgs};
-use crate::commands::{connect, print};
-use transship_containerd::Node;
-use transship_engine::interrupt::Interrupt;
-use transship_engine::problem::{Kind, Problem};
-use transship_engine::timeline::human_bytes;
+use crate::error::{Context, Error, Result};
+use crate::interrupt::Interrupt;
 
 /// How often a reader that nothing comes to looks whether it is still wanted, in milliseconds.
 const LOOK_UP_MS: u8 = 200;
 
-#[derive(Serialize)]
-struct Imported {
-    snapshotter: String,
-    key: String,
-    #[serde(flatten)]
-    layer: Option<ImportedLayer>,
-}
-
-#[derive(Serialize)]
-struct ImportedLayer {
-    entries: u64,
-    bytes: u64,
-}
-
-pub(super) async fn run(global: &Global, args: SnapshotImportArgs) -> Result<()> {
-    let interrupt = Interrupt::install()?;
-    let node = connect(global).await?;
-    let target = Target {
-        key: &args.key,
-        parent: args.parent.as_deref(),
-        snapshotter: args.snapshotter.as_deref(),
-    };
-    let source = match args.raw {
-        Some(dir) => Source::Raw(dir),
-        None => Source::Layer(open(&args.file)?),
-    };
-    let (snapshot, stats) = make_and_fill(&node, &target, source, &interrupt).await?;
-    let imported = Imported {
-        snapshotter: snapshot.snapshotter,
-        key: snapshot.key,
-        layer: stats.map(|stats| ImportedLayer {
-            entries: stats.entries,
-            bytes: stats.bytes,
-        }),
-    };
-    print(global, &imported, || {
-        let what = match &imported.layer {
-            Some(layer) => format!("{} entries, {}", layer.entries, human_bytes(layer.bytes)),
-            None => "copied".to_owned(),
-        };
-        format!("{} of {}: {what}\n", imported.key, imported.snapshotter)
-    })
-}
-
 /// What to fill a snapshot from.
 #[derive(Debug)]
-pub(super) enum Source {
+pub enum Source {
     /// A layer, plain or compressed.
     Layer(File),
     /// A directory of `export --raw`.
@@ -83,16 +34,22 @@ pub(super) enum Source {
 
 /// The snapshot to fill.
 #[derive(Debug)]
-pub(super) struct Target<'a> {
-    pub(super) key: &'a str,
-    /// Makes it on top of this one.
-    pub(super) parent: Option<&'a str>,
-    pub(super) snapshotter: Option<&'a str>,
+pub struct Target<'a> {
+    /// Its key, or the container whose snapshot it is.
+    pub key: &'a str,
+    /// Makes it on top of this one; the empty name is no parent.
+    pub parent: Option<&'a str>,
+    /// Its snapshotter, where that is not the default one or the container's.
+    pub snapshotter: Option<&'a str>,
 }
 
-/// Fills a snapshot, which is made first if the target has a parent. Only a layer is counted.
-pub(super) async fn make_and_fill(
-    node: &Node,
+/// Fills a snapshot, which is made first if the target has a parent, and is gone if that fails. Only a
+/// layer is counted.
+///
+/// # Errors
+/// [`crate::Kind::Refused`] for a snapshot that is in use or not empty, or what fails.
+pub async fn import(
+    node: &Containerd,
     target: &Target<'_>,
     source: Source,
     interrupt: &Interrupt,
@@ -110,7 +67,7 @@ pub(super) async fn make_and_fill(
         None => None,
     };
     let snapshotter = made.as_deref().or(target.snapshotter);
-    let imported = import(
+    let imported = fill_existing(
         node,
         target.key,
         snapshotter,
@@ -125,8 +82,8 @@ pub(super) async fn make_and_fill(
     imported
 }
 
-async fn import(
-    node: &Node,
+async fn fill_existing(
+    node: &Containerd,
     key: &str,
     snapshotter: Option<&str>,
     source: Source,
@@ -138,13 +95,21 @@ async fn import(
         return Err(refused(
             &snapshot,
             "it is not active, so nothing can be written to it",
-        )
-        .into());
+        ));
     }
-    if let Some(id) = snapshot.container.as_deref()
-        && node.task(id).await.is_ok()
-    {
-        return Err(refused(&snapshot, &format!("the container {id:?} runs on it")).into());
+    if let Some(id) = snapshot.container.as_deref() {
+        match node.task(id).await {
+            Err(error) if error.is_not_found() => {}
+            // Nothing is written below a mount that may be in use.
+            Err(error) => {
+                let why = format!("whether the container {id:?} runs on it cannot be known");
+                return Err(refused(&snapshot, &why).because(error));
+            }
+            Ok(_) => {
+                let why = format!("the container {id:?} runs on it");
+                return Err(refused(&snapshot, &why));
+            }
+        }
     }
     let layer = Opened::open(node, &snapshot).await?.layer(&snapshot)?;
     let mut entries =
@@ -155,7 +120,7 @@ async fn import(
             "it has changes of its own, and two layers do not mix",
         )
         .hint("--parent NAME makes a new snapshot KEY on top of NAME");
-        return Err(problem.into());
+        return Err(problem);
     }
     let file = match source {
         Source::Layer(file) => file,
@@ -181,20 +146,11 @@ async fn import(
     Ok((snapshot, Some(stats)))
 }
 
-fn refused(snapshot: &Snapshot, why: &str) -> Problem {
-    Problem::new(
-        Kind::Refused,
-        format!("nothing is imported into {:?}: {why}", snapshot.key),
-    )
-}
-
-fn open(file: &Path) -> Result<File> {
-    let opened = if file == Path::new("-") {
-        io::stdin().as_fd().try_clone_to_owned().map(File::from)
-    } else {
-        File::open(file)
-    };
-    opened.with_context(|| format!("cannot open {}", file.display()))
+fn refused(snapshot: &Snapshot, why: &str) -> Error {
+    Error::refused(format!(
+        "nothing is imported into {:?}: {why}",
+        snapshot.key
+    ))
 }
 
 /// Fails when the import is given up, even while nothing comes.

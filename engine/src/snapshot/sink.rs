@@ -1,18 +1,16 @@
-//! Where a layer is written to: a file, which appears when it is whole, or stdout.
+//! Where a layer is written to: a file, which appears when it is whole, a pipe or stdout.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
-
-use transship_engine::problem::{Kind, Problem};
+use crate::error::{Context, Error, Result};
 
 /// A layer's destination; without [`Sink::finish`] nothing stays.
 #[derive(Debug)]
-pub(super) struct Sink {
+pub struct Sink {
     out: Out,
     given_up: Arc<AtomicBool>,
 }
@@ -40,47 +38,43 @@ impl GiveUp {
 }
 
 impl Sink {
-    /// `path` may be `-` for stdout, which must not be a terminal.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let out = if path == Path::new("-") {
-            let stdout = io::stdout();
-            if stdout.is_terminal() {
-                return Err(
-                    Problem::new(Kind::Refused, "a layer is nothing for a terminal")
-                        .hint("transship snapshot export ... -o FILE, or into a pipe")
-                        .into(),
-                );
-            }
-            Out::Stdout(stdout)
-        } else {
-            let name = path
-                .file_name()
-                .with_context(|| format!("{} is no name of a file", path.display()))?;
-            let mut temporary = std::ffi::OsString::from(".");
-            temporary.push(name);
-            temporary.push(format!(".{}", transship_containerd::unique()));
-            let temporary = path.with_file_name(temporary);
-            let file = File::options()
-                .write(true)
-                .create_new(true)
-                .open(&temporary)
-                .with_context(|| format!("cannot create {}", temporary.display()))?;
-            Out::File {
-                file,
-                temporary: Some(temporary),
-                path: path.to_owned(),
-            }
-        };
-        Ok(Self {
-            out,
-            given_up: Arc::default(),
-        })
+    /// The output of this process.
+    pub fn stdout() -> Self {
+        Self::of(Out::Stdout(io::stdout()))
     }
 
     /// Somebody else reads it.
-    pub(super) fn pipe(pipe: io::PipeWriter) -> Self {
+    pub fn pipe(pipe: io::PipeWriter) -> Self {
+        Self::of(Out::Pipe(pipe))
+    }
+
+    /// The file `path`, which appears when it is whole.
+    ///
+    /// # Errors
+    /// When its directory cannot be written to.
+    pub fn file(path: &Path) -> Result<Self> {
+        let name = path
+            .file_name()
+            .ok_or_else(|| Error::refused(format!("{} is no name of a file", path.display())))?;
+        let mut temporary = std::ffi::OsString::from(".");
+        temporary.push(name);
+        temporary.push(format!(".{}", transship_containerd::unique()));
+        let temporary = path.with_file_name(temporary);
+        let file = File::options()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)
+            .with_context(|| format!("cannot create {}", temporary.display()))?;
+        Ok(Self::of(Out::File {
+            file,
+            temporary: Some(temporary),
+            path: path.to_owned(),
+        }))
+    }
+
+    fn of(out: Out) -> Self {
         Self {
-            out: Out::Pipe(pipe),
+            out,
             given_up: Arc::default(),
         }
     }
@@ -157,13 +151,13 @@ mod tests {
         let names = || fs::read_dir(&dir).unwrap().count();
         let path = dir.join("layer.tar");
         fs::write(&path, "before").unwrap();
-        let mut sink = Sink::open(&path).unwrap();
+        let mut sink = Sink::file(&path).unwrap();
         sink.write_all(b"half").unwrap();
         sink.give_up().now();
         assert!(sink.write_all(b"more").is_err());
         drop(sink);
         assert_eq!((names(), fs::read(&path).unwrap()), (1, b"before".to_vec()));
-        let mut sink = Sink::open(&path).unwrap();
+        let mut sink = Sink::file(&path).unwrap();
         sink.write_all(b"whole").unwrap();
         sink.finish().unwrap();
         assert_eq!((names(), fs::read(&path).unwrap()), (1, b"whole".to_vec()));

@@ -1,0 +1,308 @@
+//! A checkpoint of a running container or pod.
+//!
+//! ```text
+//!  Request --find--> DumpTarget --checkpoint--> Report
+//!                      freeze; dumps (CRIU), one by one; volumes beside them; thaw
+//!                      digests; manifest; sync
+//! ```
+//!
+//! A checkpoint that fails lets everything run again, and leaves nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
+use transship_checkpoint::criu_options::CriuOverrides;
+use transship_checkpoint::manifest::{Container, Losses, Pod, Shared};
+use transship_checkpoint::shared_dirs::SHARED_DIR;
+use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
+use transship_containerd::Containerd;
+
+use crate::error::{Context, Error, Result};
+use crate::frozen::Frozen;
+use crate::interrupt::Interrupt;
+use crate::pod::{self, SourcePod};
+use crate::pod_dirs::{self, SharedDirs};
+use crate::progress::Progress;
+use crate::source::{self, Dumped, SourceContainer};
+use crate::stuck_dump::PROGRESS_PATIENCE;
+use crate::timeline::{self, Timeline};
+
+/// What a checkpoint is taken of, and how.
+#[derive(Debug)]
+pub struct Request {
+    /// What is dumped.
+    pub of: Selection,
+    /// What CRIU is told.
+    pub criu: CriuOverrides,
+    /// Whether the content of emptyDir volumes comes along.
+    pub empty_dirs: bool,
+    /// How long the dump of a container may write nothing.
+    pub dump_patience: Duration,
+}
+
+impl Request {
+    /// With the options of the containers' annotations, without emptyDirs.
+    pub fn of(of: Selection) -> Self {
+        Self {
+            of,
+            criu: CriuOverrides::default(),
+            empty_dirs: false,
+            dump_patience: PROGRESS_PATIENCE,
+        }
+    }
+}
+
+/// What a checkpoint is taken of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// The container of this id, in the node's namespace.
+    Container(String),
+    /// All containers of the pod with this id (or the beginning of it), or `namespace/name`.
+    Pod(String),
+}
+
+/// What the containers do after a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Afterwards {
+    /// They run.
+    #[default]
+    Run,
+    /// They stay paused.
+    Paused,
+    /// They have ended, without an instruction after the moment of the checkpoint.
+    Killed,
+}
+
+/// A checkpoint that has been taken.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Its name.
+    pub name: String,
+    /// Its directory.
+    pub directory: String,
+    /// Names of the containers in it.
+    pub containers: Vec<String>,
+    /// Ids of the containers of the pod that did not run.
+    pub left_out: Vec<String>,
+    /// What the containers share, as in "/dev/shm".
+    pub shared: Vec<String>,
+    /// What the layers could not say, by the container's name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub losses: BTreeMap<String, Losses>,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// What took how long.
+    #[serde(serialize_with = "timeline::serialize")]
+    pub timeline: Timeline,
+}
+
+/// What is to be dumped, found and looked at.
+#[derive(Debug)]
+pub struct DumpTarget {
+    node: Containerd,
+    what: String,
+    pod: Option<Pod>,
+    sources: Vec<SourceContainer>,
+    left_out: Vec<String>,
+    dirs: SharedDirs,
+    sandbox: Option<String>,
+    dump_patience: Duration,
+}
+
+impl DumpTarget {
+    /// A name for the checkpoint: what it is of, and the moment. A second checkpoint within a second
+    /// gets an error, not a mix.
+    pub fn default_name(&self) -> String {
+        let now = transship_containerd::rfc3339(std::time::SystemTime::now());
+        let now = now.replace(['-', ':', 'Z'], "").replace('T', "-");
+        format!("{}-{now}", self.what)
+    }
+
+    /// Id of the pod's sandbox; none for a container alone.
+    pub fn sandbox(&self) -> Option<&str> {
+        self.sandbox.as_deref()
+    }
+}
+
+/// Finds what is to be dumped, and checks that it can be.
+///
+/// # Errors
+/// [`crate::Kind::NotFound`], or [`crate::Kind::Refused`] with the reasons.
+pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
+    let selector = match &request.of {
+        Selection::Pod(selector) => selector,
+        Selection::Container(id) => {
+            let source = source::find(node, id, &request.criu).await?;
+            return Ok(DumpTarget {
+                node: node.clone(),
+                what: source.id().to_owned(),
+                pod: source.pod.clone(),
+                sources: vec![source],
+                left_out: Vec::new(),
+                dirs: SharedDirs::default(),
+                sandbox: None,
+                dump_patience: request.dump_patience,
+            });
+        }
+    };
+    // The CRI's containers are in no other namespace.
+    let node = node.in_namespace(CRI_NAMESPACE)?;
+    let SourcePod {
+        pod,
+        sandbox,
+        containers,
+        stopped,
+    } = pod::find(&node, selector, &request.criu).await?;
+    Ok(DumpTarget {
+        dirs: pod_dirs::find(&containers, &sandbox, request.empty_dirs)?,
+        node,
+        what: format!("{}-{}", pod.namespace, pod.name),
+        pod: Some(pod),
+        sources: containers,
+        left_out: stopped,
+        sandbox: Some(sandbox),
+        dump_patience: request.dump_patience,
+    })
+}
+
+/// Takes the checkpoint `name`.
+///
+/// # Errors
+/// Everything runs as before then, and nothing of the checkpoint is left; unless the error says that a
+/// container is still paused.
+pub async fn checkpoint(
+    target: &DumpTarget,
+    name: &str,
+    store: &Store,
+    afterwards: Afterwards,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let mut timeline = Timeline::begin();
+    let draft = store.draft(name)?;
+
+    progress.step("dump");
+    timeline.freeze();
+    let tasks = target.sources.iter().map(SourceContainer::to_freeze);
+    let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
+    let dumped = match dump_all(target, draft.dir(), &mut timeline).await {
+        Ok(dumped) => dumped,
+        Err(error) => return Err(frozen.thaw_after(error).await),
+    };
+    if afterwards == Afterwards::Run {
+        frozen.thaw().await?;
+        timeline.thaw();
+        return keep(target, draft, dumped, timeline, interrupt, progress).await;
+    }
+    timeline.thaw();
+    let kept = keep(target, draft, dumped, timeline, interrupt, progress).await;
+    match (kept, afterwards) {
+        (Err(error), _) => Err(frozen.thaw_after(error).await),
+        (Ok(report), Afterwards::Killed) => {
+            frozen.kill().await?;
+            Ok(report)
+        }
+        (Ok(report), Afterwards::Run | Afterwards::Paused) => {
+            frozen.leave();
+            Ok(report)
+        }
+    }
+}
+
+/// What the dumps have made: the containers as the manifest has them, and what they share.
+type AllDumped = (Vec<Container>, Shared);
+
+/// Dumps all frozen containers, one after the other.
+async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) -> Result<AllDumped> {
+    // Beside the dumps: those only read memory.
+    let export = tokio::task::spawn_blocking({
+        let (dirs, draft) = (target.dirs.clone(), draft.to_path_buf());
+        move || dirs.export(&draft)
+    });
+    let dumped = dump_one_by_one(target, draft, timeline).await;
+    // Whatever the dumps did: nobody may thaw while it reads.
+    let shared = export.await.context("the export of volumes panicked")?;
+    Ok((dumped?, shared?))
+}
+
+async fn dump_one_by_one(
+    target: &DumpTarget,
+    draft: &Path,
+    timeline: &mut Timeline,
+) -> Result<Vec<Container>> {
+    let mut all = Vec::new();
+    for source in &target.sources {
+        let from = timeline.now();
+        let dumped = source.dump(&target.node, draft, target.dump_patience).await;
+        let name = &source.container.name;
+        let Dumped { criu, upperdir } = match dumped {
+            // The pod's name of it says more than its id.
+            Err(error) if name != source.id() => {
+                let message = format!("the pod's container {name:?} cannot be dumped");
+                return Err(Error::failed(message).because(error));
+            }
+            dumped => dumped?,
+        };
+        timeline.step_of("dump", from, criu, None);
+        timeline.note(name);
+        timeline.step_of("upperdir", from, upperdir.took, Some(upperdir.bytes));
+        let mut container = source.container.clone();
+        container.losses = upperdir.losses;
+        all.push(container);
+    }
+    Ok(all)
+}
+
+/// Makes a checkpoint of the dump.
+async fn keep(
+    target: &DumpTarget,
+    draft: Draft,
+    (mut containers, mut shared): AllDumped,
+    mut timeline: Timeline,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    interrupt.check()?;
+    progress.step("digests");
+    let from = timeline.now();
+    for container in &mut containers {
+        let dir = draft.dir().join(&container.name);
+        container.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
+    }
+    if !shared.is_empty() {
+        let dir = draft.dir().join(SHARED_DIR);
+        shared.files = tokio::task::spawn_blocking(move || digest_files(&dir)).await??;
+    }
+    let volumes = shared.volumes.iter();
+    let shared_names = (!shared.shm.is_empty())
+        .then(|| "/dev/shm".to_owned())
+        .into_iter()
+        .chain(volumes.map(|volume| format!("emptyDir {}", volume.name)))
+        .collect();
+    let names = containers.iter().map(|it| it.name.clone()).collect();
+    let lossy = containers.iter().filter(|it| !it.losses.is_empty());
+    let losses = lossy
+        .map(|it| (it.name.clone(), it.losses.clone()))
+        .collect();
+    let name = draft.name().to_owned();
+    let pod = target.pod.clone();
+    let manifest = source::manifest(&target.node, &name, pod, containers, shared).await?;
+    let bytes = manifest.size();
+    timeline.step("digests", from, Some(bytes));
+    let from = timeline.now();
+    let checkpoint = draft.commit(manifest, Durability::Synced)?;
+    timeline.step("sync", from, None);
+    Ok(Report {
+        name,
+        directory: checkpoint.dir.display().to_string(),
+        containers: names,
+        left_out: target.left_out.clone(),
+        shared: shared_names,
+        losses,
+        bytes,
+        timeline,
+    })
+}

@@ -1,0 +1,229 @@
+//! Containers that stand still, and what can be done with them.
+//!
+//! ```text
+//!  Frozen::freeze ──> Frozen ── thaw ──────────> they run
+//!                       │ ├──── kill ──────────> they have ended, without another instruction
+//!                       │ ├──── leave ─────────> they stay paused
+//!                       │ └──── (dropped) ─────> the guard lets them run
+//!                       └ commit ──> Committed ── thaw, kill
+//!                                        └──── (dropped) ─> they stay paused
+//! ```
+//!
+//! A [`Frozen`] cannot be forgotten: its guard, a process of its own, lets the containers run unless it
+//! has been told that they do. [`Committed`] is the one state in which nobody but the caller may
+//! decide: a copy may run elsewhere.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use containerd_client::services::v1::Container as Record;
+use containerd_client::types::v1::{Process, Status};
+use prost::Message as _;
+use tokio::time::{Instant, sleep, timeout};
+use transship_containerd::Containerd;
+use transship_proto::runc_options::Options;
+
+use crate::error::{Error, Result, StillPaused};
+use crate::freeze_guard::FreezeGuard;
+use crate::kill;
+use crate::oci_runtime::OciRuntime;
+use crate::stuck_dump;
+use crate::thaw::{self, Seen};
+
+pub use crate::freeze_guard::TaskToFreeze;
+
+/// How long containerd may take to let a container run; then the guard goes on.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Containers that stand still until they are thawed or killed.
+#[derive(Debug)]
+pub struct Frozen {
+    tasks: Tasks,
+    guard: FreezeGuard,
+}
+
+/// Frozen containers that nobody but the caller may let run.
+#[derive(Debug)]
+pub struct Committed(Tasks);
+
+#[derive(Debug)]
+struct Tasks {
+    node: Containerd,
+    tasks: Vec<TaskToFreeze>,
+    draft: Option<PathBuf>,
+}
+
+impl TaskToFreeze {
+    /// The task of a container record.
+    pub fn of(node: &Containerd, record: &Record, task: &Process) -> Self {
+        let options = record.runtime.as_ref().and_then(|it| it.options.as_ref());
+        let options = options.and_then(|any| Options::decode(&*any.value).ok());
+        Self {
+            id: record.id.clone(),
+            pid: task.pid,
+            runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
+            was_paused: task.status() == Status::Paused,
+        }
+    }
+}
+
+impl Frozen {
+    /// Freezes all of these tasks; one that somebody has paused before is left as it is.
+    ///
+    /// `draft` is the directory that will be dumped to: should this process be killed, the guard
+    /// waits for that dump and removes the directory.
+    ///
+    /// # Errors
+    /// When one cannot be frozen; then all run.
+    pub async fn freeze(
+        node: &Containerd,
+        tasks: Vec<TaskToFreeze>,
+        draft: Option<&Path>,
+    ) -> Result<Self> {
+        let guard = FreezeGuard::start(node, &tasks, draft)?;
+        let tasks = Tasks {
+            node: node.clone(),
+            tasks,
+            draft: draft.map(Path::to_path_buf),
+        };
+        let paused = tasks.pause().await;
+        let frozen = Self { tasks, guard };
+        match paused {
+            Ok(()) => Ok(frozen),
+            Err(error) => Err(frozen.thaw_after(error).await),
+        }
+    }
+
+    /// Lets them run, and looks that they do.
+    ///
+    /// # Errors
+    /// When one has not been seen to run in time; then the guard goes on trying.
+    pub async fn thaw(self) -> Result<()> {
+        // A guard that is not told to stand down takes over when it is dropped.
+        self.tasks.thaw().await?;
+        self.guard.stand_down();
+        Ok(())
+    }
+
+    /// Waits for a dump that goes on without its caller, and ends it when it is stuck.
+    pub async fn wait_for_dump(&self) {
+        if let Some(draft) = &self.tasks.draft {
+            let first = self.tasks.tasks.first();
+            stuck_dump::wait_for_end(draft, first.map(|task| task.pid)).await;
+        }
+    }
+
+    /// As [`Self::thaw`], after something has failed: waits for a dump that may still go on. Gives the
+    /// error; if something is still paused, that it is, with the error as the cause.
+    pub async fn thaw_after(self, error: Error) -> Error {
+        self.wait_for_dump().await;
+        match self.thaw().await {
+            Ok(()) => error,
+            Err(paused) => paused.after(error),
+        }
+    }
+
+    /// Kills every process of theirs, and waits until all have ended: none executes another
+    /// instruction.
+    ///
+    /// # Errors
+    /// When a process cannot be killed, or does not end; then the guard lets run what is left.
+    pub async fn kill(self) -> Result<()> {
+        kill::kill_frozen(&self.tasks.node, &self.tasks.tasks).await?;
+        self.guard.stand_down();
+        Ok(())
+    }
+
+    /// Leaves them paused for somebody else to decide.
+    pub fn leave(self) {
+        self.guard.stand_down();
+    }
+
+    /// From here on nobody but the caller may let them run: a copy may run elsewhere.
+    #[must_use]
+    pub fn commit(self) -> Committed {
+        self.guard.stand_down();
+        Committed(self.tasks)
+    }
+}
+
+impl Committed {
+    /// Lets them run: no copy does.
+    ///
+    /// # Errors
+    /// When one has not been seen to run in time; a guard goes on trying.
+    pub async fn thaw(self) -> Result<()> {
+        let Self(tasks) = self;
+        let guard = FreezeGuard::start(&tasks.node, &tasks.tasks, tasks.draft.as_deref())?;
+        tasks.thaw().await?;
+        guard.stand_down();
+        Ok(())
+    }
+
+    /// As [`Frozen::kill`]: the copy runs.
+    ///
+    /// # Errors
+    /// When a process cannot be killed, or does not end.
+    pub async fn kill(self) -> Result<()> {
+        kill::kill_frozen(&self.0.node, &self.0.tasks).await
+    }
+}
+
+impl Tasks {
+    /// Those that this freeze pauses.
+    fn ours(&self) -> impl Iterator<Item = &TaskToFreeze> {
+        self.tasks.iter().filter(|task| !task.was_paused)
+    }
+
+    async fn pause(&self) -> Result<()> {
+        for task in self.ours() {
+            self.node.pause(&task.id).await?;
+        }
+        Ok(())
+    }
+
+    async fn thaw(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut paused = Vec::new();
+        let mut why = None;
+        for task in self.ours() {
+            if let Err(error) = self.thaw_one(&task.id, deadline).await {
+                paused.push(task.id.as_str());
+                why = Some(error);
+            }
+        }
+        match why {
+            Some(why) => Err(still_paused(&paused, self.node.namespace(), why)),
+            None => Ok(()),
+        }
+    }
+
+    /// At least one try, whatever the time.
+    async fn thaw_one(&self, id: &str, deadline: Instant) -> Result<()> {
+        loop {
+            let failed = match timeout(thaw::ANSWER, thaw::resume_once(&self.node, id)).await {
+                Ok(Ok(Seen::Running | Seen::Gone)) => return Ok(()),
+                Ok(Ok(Seen::Paused)) => Error::failed(format!("containerd cannot resume {id:?}")),
+                Ok(Err(error)) => error,
+                Err(_) => Error::failed("containerd does not answer"),
+            };
+            if Instant::now() > deadline {
+                return Err(failed);
+            }
+            sleep(PAUSE).await;
+        }
+    }
+}
+
+/// What is said, wherever something could not be let go in time.
+fn still_paused(ids: &[&str], namespace: &str, why: Error) -> Error {
+    let names: Vec<String> = ids.iter().map(|id| format!("{id:?}")).collect();
+    let error = Error::caused_by(StillPaused {
+        containers: names.join(", "),
+        source: why,
+    });
+    ids.iter().fold(error, |error, id| {
+        error.hint(format!("ctr -n {namespace} tasks resume {id}"))
+    })
+}

@@ -1,0 +1,41 @@
+//! A paused task is let go, and looked at: only one that has been seen to run does run.
+
+use std::time::Duration;
+
+use containerd_client::types::v1::Status;
+use transship_containerd::Containerd;
+
+use crate::error::Result;
+
+/// How long containerd may take for one answer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(5);
+
+/// What a task does, as containerd says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// It runs.
+    Running,
+    /// It stands still.
+    Paused,
+    /// There is no task, or it has ended.
+    Gone,
+}
+
+/// Lets the task of the container `id` run, and looks what it does then. Fails when containerd does not
+/// answer.
+pub(crate) async fn resume_once(node: &Containerd, id: &str) -> Result<Seen> {
+    // What counts is what is seen afterwards.
+    drop(node.resume(id).await);
+    look(node, id).await
+}
+
+async fn look(node: &Containerd, id: &str) -> Result<Seen> {
+    Ok(match node.task(id).await {
+        Err(error) if error.is_not_found() => Seen::Gone,
+        task => match task?.status() {
+            Status::Running | Status::Created => Seen::Running,
+            Status::Stopped => Seen::Gone,
+            Status::Unknown | Status::Paused | Status::Pausing => Seen::Paused,
+        },
+    })
+}
