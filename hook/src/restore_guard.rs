@@ -74,19 +74,20 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         return Err(io::Error::other("the caller is gone"));
     }
     let own = std::process::id();
-    let child = Command::new("/proc/self/exe")
+    let mut child = Command::new("/proc/self/exe")
         .arg(SUPERVISED)
         .arg(own.to_string())
         .args(runtime)
         .spawn()?;
     let own = own.cast_signed();
-    match watch(child, &front, own, work, patience)? {
+    match watch(&mut child, &front, own, work, patience)? {
         End::Done(0) => Ok(0),
         End::Done(code) => {
             kill_all(own);
             Ok(code)
         }
         End::Stuck => {
+            end_below(&mut child);
             kill_all(own);
             Ok(TIMED_OUT)
         }
@@ -118,7 +119,7 @@ enum End {
 }
 
 fn watch(
-    mut child: Child,
+    child: &mut Child,
     front: &impl AsFd,
     own: i32,
     work: &Path,
@@ -152,6 +153,16 @@ fn watch(
         if since.elapsed() >= patience || log >= LOG_LIMIT {
             return Ok(End::Stuck);
         }
+    }
+}
+
+/// Kills what the runtime has started, so that it takes away itself what it has mounted and made.
+fn end_below(runtime: &mut Child) {
+    let deadline = Instant::now() + LAST_PATIENCE;
+    // What cannot be listed cannot be killed; the runtime is killed afterwards in any case.
+    drop(kill_below(runtime.id().cast_signed(), &[]));
+    while matches!(runtime.try_wait(), Ok(None)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -123,7 +123,7 @@ impl Front<'_> {
         let restore = create
             .to_restore(images.path(), &work)
             .with_flags(criu.restore_flags());
-        self.run_restore(restore, config, &work, Some(criu_config.path()))
+        self.run_restore(restore, bundle, config, &work, Some(criu_config.path()))
             .and_then(|done| {
                 done.map_err(|reason| {
                     FrontError::from(RestoreError::Restore {

@@ -186,6 +186,7 @@ impl Front<'_> {
     fn run_restore(
         &self,
         restore: Arguments,
+        bundle: &Bundle,
         config: &Config,
         work: &Path,
         criu_config: Option<&Path>,
@@ -221,6 +222,8 @@ impl Front<'_> {
         if let Some(lazy) = lazy {
             lazy.stop();
         }
+        // A runtime that was killed leaves what CRIU restores into.
+        self.remove_aborted_restore(&pid_file.id, bundle);
         let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
         if status.code() == Some(TIMED_OUT.into()) {
             let seconds = patience.as_secs();

@@ -99,6 +99,7 @@ impl Front<'_> {
             .with_flags(criu.restore_flags());
         self.run_restore(
             fitted,
+            bundle,
             config,
             &work,
             criu_config.as_ref().map(CriuConfig::path),
