@@ -155,8 +155,7 @@ mod tests {
                 .unwrap();
             assert!(read == tar);
             let target = tempfile::tempdir().unwrap();
-            let unpacked =
-                unpack_layer(&blob[..], &OverlayStack::new(unpacked.path(), [])).unwrap();
+            let unpacked = unpack_layer(&blob[..], &OverlayStack::new(target.path(), [])).unwrap();
             assert_eq!(unpacked.tar, plain.tar);
             assert_eq!(
                 fs::read(target.path().join("sub/49")).unwrap(),
