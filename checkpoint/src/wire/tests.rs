@@ -5,7 +5,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::manifest::{self, FORMAT_VERSION, Format, Source};
+use crate::manifest::{FORMAT_VERSION, Format, Source};
 use crate::store::hex;
 
 const LIMITS: Limits = Limits {

@@ -158,16 +158,18 @@ const READ_ONLY: [&str; 5] = [
 /// The namespaces that every container has for itself, or shares with a sandbox.
 const NAMESPACES: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
 
-/// Character devices of every container: null, zero, full, random, urandom, tty, ptmx, and all of
-/// devpts.
-const CHARACTER_DEVICES: [(u64, Option<u64>); 8] = [
+/// Character devices of every container: null, zero, full, random, urandom, tty, console, ptmx, all of
+/// devpts, and tun (containerd 1.6).
+const CHARACTER_DEVICES: [(u64, Option<u64>); 10] = [
     (1, Some(3)),
     (1, Some(5)),
     (1, Some(7)),
     (1, Some(8)),
     (1, Some(9)),
     (5, Some(0)),
+    (5, Some(1)),
     (5, Some(2)),
+    (10, Some(200)),
     (136, None),
 ];
 
