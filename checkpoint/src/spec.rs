@@ -56,6 +56,12 @@ impl Spec {
         serde_json::from_slice::<Map<String, Value>>(json).map(|map| Self(Value::Object(map)))
     }
 
+    /// The value at a JSON pointer (RFC 6901).
+    #[must_use]
+    pub fn get(&self, pointer: &str) -> Option<&Value> {
+        self.0.pointer(pointer)
+    }
+
     /// `linux.cgroupsPath`: a path, or `slice:prefix:name` for systemd.
     #[must_use]
     pub fn cgroups_path(&self) -> Option<&str> {

@@ -8,6 +8,8 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use transship_checkpoint::criu_images::ipc_sysctls::{IpcSysctls, set_sysctls};
 use transship_checkpoint::criu_images::ipcns::{IpcKind, IpcObject, objects, remove_objects};
+use transship_checkpoint::criu_images::seccomp::{Filter, write_filters};
+use transship_checkpoint::criu_images::threads::{ThreadEdit, edit, threads};
 use transship_checkpoint::criu_images::utsns::{UtsNames, set_names};
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree};
 
@@ -56,6 +58,36 @@ fn edit_and_read(node: &Node, version: &str) -> anyhow::Result<()> {
     ensure!(unwanted.len() == 2, "{unwanted:?}");
     remove_objects(&images, &unwanted)?;
 
+    let tid = threads(&images)?
+        .first()
+        .map(|it| it.tid)
+        .context("no thread")?;
+    let changes = ThreadEdit {
+        no_new_privileges: true,
+        bounding: Some(1 << 33 | 1),
+        seccomp_filter: Some(0),
+        oom_score_adj: Some(-7),
+        ..ThreadEdit::default()
+    };
+    edit(&images, tid, &changes)?;
+    let filter = Filter {
+        program: vec![6, 0, 0, 0, 0, 0, 0xff, 0x7f],
+        next: None,
+        flags: 4,
+    };
+    write_filters(&images, &[filter])?;
+
+    let core = decode(node, &format!("core-{tid}.img"))?;
+    let thread = &core["entries"][0]["thread_core"];
+    ensure!(thread["creds"]["no_new_privs"] == 1, "{thread}");
+    ensure!(thread["creds"]["cap_bnd"] == json!([1, 2]), "{thread}");
+    ensure!(thread["seccomp_mode"] == "filter", "{thread}");
+    ensure!(core["entries"][0]["tc"]["oom_score_adj"] == -7, "{core}");
+    let filters = decode(node, "seccomp.img")?;
+    ensure!(
+        filters["entries"][0]["seccomp_filters"][0]["flags"] == 4,
+        "{filters}"
+    );
     let names = decode(node, "utsns-10.img")?;
     ensure!(names["entries"][0]["nodename"] == "target", "{names}");
     ensure!(names["entries"][0]["domainname"] == "d", "{names}");

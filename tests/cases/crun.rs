@@ -2,7 +2,8 @@
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Image, NodeOptions, PodNamespaces, Testbed, Tree, journey,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, NodeOptions, PodContainer, PodNamespaces,
+    PodSecurity, Testbed, Tree, journey,
 };
 
 use crate::Case;
@@ -72,6 +73,42 @@ fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
         "{reply:?}"
     );
     cri.remove_pod(&pod)?;
+    weaker_pods_are_refused(&node, &cri, &restore)?;
     node.shell("transship rm web").run()?;
     journey::check_nothing_left(&node)
+}
+
+/// What is compared and imposed is no matter of the runtime.
+fn weaker_pods_are_refused(node: &Node, cri: &Cri, restore: &[(&str, &str)]) -> anyhow::Result<()> {
+    let weaker = PodContainer {
+        security: PodSecurity {
+            user: Some(1000),
+            ..PodSecurity::NONE
+        },
+        ..FIRST
+    };
+    let pod = cri.run_pod(("shop", "thief"), restore, PodNamespaces::Usual)?;
+    let Err(error) = cri.run_container(&pod, &weaker) else {
+        anyhow::bail!("a user gets the processes of root");
+    };
+    ensure!(error.to_string().contains("user id 0"), "{error}");
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(node)?;
+    let imposed = PodContainer {
+        security: PodSecurity {
+            no_new_privileges: true,
+            default_seccomp: true,
+            ..PodSecurity::NONE
+        },
+        ..FIRST
+    };
+    let pod = cri.run_pod(("shop", "imposed"), restore, PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &imposed)?;
+    let status = cri.exec(&id, &["cat", "/proc/1/status"])?;
+    let status = String::from_utf8(status.stdout)?;
+    ensure!(
+        status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"),
+        "{status}"
+    );
+    Ok(cri.remove_pod(&pod)?)
 }

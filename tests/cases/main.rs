@@ -9,6 +9,7 @@
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`; elsewhere than in
 //! that machine `vm_` cases are skipped.
 
+mod admission;
 mod consumed_once;
 mod crit;
 mod criu_options;
@@ -130,6 +131,7 @@ fn main() -> ExitCode {
         transship_testbed::stretch_deadlines(factor);
     }
     let cases = starts::cases()
+        .chain(admission::cases())
         .chain(consumed_once::cases())
         .chain(crit::cases())
         .chain(criu_options::cases())

@@ -3,8 +3,8 @@
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed,
-    journey,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces,
+    PodSecurity, Testbed, journey,
 };
 
 use crate::Case;
@@ -17,6 +17,8 @@ pub(crate) const FIRST: PodContainer<'static> = PodContainer {
     image: IMAGE,
     command: &["/usr/bin/counter", "--memory-mb", "32"],
     mounts: &[],
+    read_only_mounts: &[],
+    security: PodSecurity::NONE,
     tty: false,
     memory_limit: 0,
 };

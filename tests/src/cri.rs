@@ -12,14 +12,16 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Request, Status};
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse,
-    FilesystemUsage, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
-    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    Capability, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
+    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest,
+    ExecSyncResponse, FilesystemUsage, ImageFsInfoRequest, ImageSpec, Int64Value,
+    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    SecurityProfile, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
@@ -68,10 +70,31 @@ pub struct PodContainer<'a> {
     pub command: &'a [&'a str],
     /// Directories of the node and where the container sees them.
     pub mounts: &'a [(&'a str, &'a str)],
+    /// The same, mounted read-only.
+    pub read_only_mounts: &'a [(&'a str, &'a str)],
+    /// What its processes may do.
+    pub security: PodSecurity<'a>,
     /// Whether it has a terminal.
     pub tty: bool,
     /// Limit of memory in bytes; 0 for none.
     pub memory_limit: i64,
+}
+
+/// The security context of a container, as far as the tests set it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PodSecurity<'a> {
+    /// User id; that of the image without one.
+    pub user: Option<i64>,
+    /// Capabilities that it has beyond containerd's default ones, without `CAP_`.
+    pub added: &'a [&'a str],
+    /// Default capabilities that it lacks; `ALL` is known.
+    pub dropped: &'a [&'a str],
+    /// Whether it cannot gain privileges by executing a file.
+    pub no_new_privileges: bool,
+    /// Whether containerd's default seccomp profile is in force; else none.
+    pub default_seccomp: bool,
+    /// Whether it has the masked and read-only paths that kubelet sends; else none.
+    pub protected_paths: bool,
 }
 
 impl Pod {
@@ -243,11 +266,16 @@ impl Cri {
             "io.kubernetes.container.name".to_owned(),
             container.name.to_owned(),
         );
-        let mount = |(host, inside): &(&str, &str)| Mount {
-            host_path: (*host).to_owned(),
-            container_path: (*inside).to_owned(),
-            ..Default::default()
+        let mount = |readonly: bool| {
+            move |(host, inside): &(&str, &str)| Mount {
+                host_path: (*host).to_owned(),
+                container_path: (*inside).to_owned(),
+                readonly,
+                ..Default::default()
+            }
         };
+        let writable = container.mounts.iter().map(mount(false));
+        let read_only = container.read_only_mounts.iter().map(mount(true));
         let sandbox = pod
             .config
             .linux
@@ -268,7 +296,7 @@ impl Cri {
                 .iter()
                 .map(|word| (*word).to_owned())
                 .collect(),
-            mounts: container.mounts.iter().map(mount).collect(),
+            mounts: writable.chain(read_only).collect(),
             tty: container.tty,
             stdin: container.tty,
             annotations: owned(&[
@@ -283,7 +311,7 @@ impl Cri {
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
                     namespace_options: sandbox.and_then(|context| context.namespace_options),
-                    ..Default::default()
+                    ..container.security.context()
                 }),
                 resources: (container.memory_limit > 0).then(|| LinuxContainerResources {
                     memory_limit_in_bytes: container.memory_limit,
@@ -512,6 +540,47 @@ impl Cri {
             .block_on(call(self.client.clone()))
             .map(containerd_client::tonic::Response::into_inner)
             .map_err(|status| TestbedError::cri(act, status))
+    }
+}
+
+impl PodSecurity<'_> {
+    /// What containerd gives a container whose pod says nothing.
+    pub const NONE: PodSecurity<'static> = PodSecurity {
+        user: None,
+        added: &[],
+        dropped: &[],
+        no_new_privileges: false,
+        default_seccomp: false,
+        protected_paths: false,
+    };
+
+    fn context(&self) -> LinuxContainerSecurityContext {
+        let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let profile = |kind: ProfileType| SecurityProfile {
+            profile_type: kind.into(),
+            localhost_ref: String::new(),
+        };
+        LinuxContainerSecurityContext {
+            run_as_user: self.user.map(|value| Int64Value { value }),
+            capabilities: Some(Capability {
+                add_capabilities: owned(self.added),
+                drop_capabilities: owned(self.dropped),
+                ..Default::default()
+            }),
+            no_new_privs: self.no_new_privileges,
+            masked_paths: match self.protected_paths {
+                true => owned(&["/proc/acpi", "/proc/kcore", "/proc/keys", "/sys/firmware"]),
+                false => Vec::new(),
+            },
+            readonly_paths: match self.protected_paths {
+                true => owned(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys"]),
+                false => Vec::new(),
+            },
+            seccomp: self
+                .default_seccomp
+                .then(|| profile(ProfileType::RuntimeDefault)),
+            ..Default::default()
+        }
     }
 }
 

@@ -54,7 +54,7 @@ mod workload;
 
 pub use bed::Testbed;
 pub use containerd::{Containerd, ContainerdConfig};
-pub use cri::{Cri, Pod, PodContainer, PodNamespaces};
+pub use cri::{Cri, Pod, PodContainer, PodNamespaces, PodSecurity};
 pub use cri_stream::CriStream;
 pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;

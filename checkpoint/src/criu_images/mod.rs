@@ -13,11 +13,20 @@
 //! Magic numbers: `criu/include/magic.h`; fields: `images/*.proto` of CRIU 3.17 to 4.2, between
 //! which the messages below did not change.
 
+pub mod cgroups;
+pub mod file_names;
 pub mod inet_sockets;
+pub mod inventory;
 pub mod ipc_sysctls;
 pub mod ipcns;
+pub mod mounts;
+pub mod open_files;
+pub mod seccomp;
 pub mod shm_mappings;
+mod strict;
 pub mod tasks;
+pub mod threads;
+pub mod user_namespace;
 pub mod utsns;
 
 use std::fs::{self, File};
@@ -62,6 +71,18 @@ pub enum ImageError {
         /// Why.
         source: prost::DecodeError,
     },
+    /// An entry that two readers could take for two things.
+    #[error("{path} says something twice that CRIU writes once")]
+    Ambiguous {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Images in the old way, which can be read no more.
+    #[error("{path} is of a CRIU before 3.12, whose images are not restored")]
+    Outdated {
+        /// The image.
+        path: PathBuf,
+    },
     /// A system call failed.
     #[error("cannot {act} {path}")]
     Io {
@@ -85,10 +106,18 @@ pub(crate) enum Kind {
     IpcShm,
     IpcMsg,
     IpcSem,
+    Pstree,
+    Ids,
+    Inventory,
+    Mounts,
+    Seccomp,
+    Cgroup,
+    UserNamespace,
 }
 
 impl Kind {
-    /// What the file's name starts with; a number, but for `Files`, and `.img` follow.
+    /// What the file's name starts with; `.img` follows, with a number before it where the
+    /// prefix ends in a dash.
     pub(crate) fn prefix(self) -> &'static str {
         match self {
             Self::Core => "core-",
@@ -99,6 +128,13 @@ impl Kind {
             Self::IpcShm => "ipcns-shm-",
             Self::IpcMsg => "ipcns-msg-",
             Self::IpcSem => "ipcns-sem-",
+            Self::Pstree => "pstree",
+            Self::Ids => "ids-",
+            Self::Inventory => "inventory",
+            Self::Mounts => "mountpoints-",
+            Self::Seccomp => "seccomp",
+            Self::Cgroup => "cgroup",
+            Self::UserNamespace => "userns-",
         }
     }
 
@@ -112,6 +148,13 @@ impl Kind {
             Self::IpcShm => 0x4628_3044,
             Self::IpcMsg => 0x5545_3737,
             Self::IpcSem => 0x5957_3019,
+            Self::Pstree => 0x5027_3030,
+            Self::Ids => 0x5443_2030,
+            Self::Inventory => 0x5831_3116,
+            Self::Mounts => 0x5556_3928,
+            Self::Seccomp => 0x6441_3049,
+            Self::Cgroup => 0x5938_3330,
+            Self::UserNamespace => 0x5547_4906,
         }
     }
 }
@@ -148,7 +191,10 @@ impl Image {
     }
 
     fn parse(path: &Path, kind: Kind, bytes: &[u8]) -> Result<Self, ImageError> {
-        let head = u32_at(bytes, 0).zip(u32_at(bytes, 4));
+        let (head, header_len) = match kind {
+            Kind::Inventory => (u32_at(bytes, 0).map(|magic| (HEAD_MAGIC, magic)), 4),
+            _ => (u32_at(bytes, 0).zip(u32_at(bytes, 4)), HEADER_LEN),
+        };
         if head != Some((HEAD_MAGIC, kind.magic())) {
             return Err(ImageError::Magic {
                 path: path.to_path_buf(),
@@ -157,8 +203,14 @@ impl Image {
         Ok(Self {
             path: path.to_path_buf(),
             kind,
-            body: bytes[HEADER_LEN..].to_vec(),
+            body: bytes[header_len..].to_vec(),
         })
+    }
+
+    /// An image that is written to `path`.
+    pub(crate) fn new(path: &Path, kind: Kind, body: Vec<u8>) -> Self {
+        let path = path.to_path_buf();
+        Self { path, kind, body }
     }
 
     /// The same image with other entries.
@@ -168,6 +220,26 @@ impl Image {
             kind: self.kind,
             body,
         }
+    }
+
+    pub(crate) fn decode<M: prost::Message + Default>(
+        &self,
+        message: &[u8],
+    ) -> Result<M, ImageError> {
+        M::decode(message).map_err(|source| ImageError::Decode {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    pub(crate) fn ambiguous(&self) -> ImageError {
+        let path = self.path.clone();
+        ImageError::Ambiguous { path }
+    }
+
+    pub(crate) fn outdated(&self) -> ImageError {
+        let path = self.path.clone();
+        ImageError::Outdated { path }
     }
 
     pub(crate) fn body(&self) -> &[u8] {
@@ -215,7 +287,7 @@ pub(crate) struct Entries<'a> {
     at: usize,
 }
 
-impl Entries<'_> {
+impl<'a> Entries<'a> {
     /// Where the next entry starts.
     pub(crate) fn position(&self) -> usize {
         self.at
@@ -223,6 +295,13 @@ impl Entries<'_> {
 
     /// The next message, `None` at the end of the image.
     pub(crate) fn next<M: prost::Message + Default>(&mut self) -> Result<Option<M>, ImageError> {
+        let image = self.image;
+        let bytes = self.next_bytes()?;
+        bytes.map(|bytes| image.decode(bytes)).transpose()
+    }
+
+    /// The next message as it is in the image.
+    pub(crate) fn next_bytes(&mut self) -> Result<Option<&'a [u8]>, ImageError> {
         let body = &self.image.body;
         if self.at == body.len() {
             return Ok(None);
@@ -232,12 +311,7 @@ impl Entries<'_> {
         let bytes = start.checked_add(len).and_then(|end| body.get(start..end));
         let bytes = bytes.ok_or_else(|| self.cut_off())?;
         self.at = start + len;
-        M::decode(bytes)
-            .map(Some)
-            .map_err(|source| ImageError::Decode {
-                path: self.image.path.clone(),
-                source,
-            })
+        Ok(Some(bytes))
     }
 
     /// Steps over raw bytes that belong to the entry before.
@@ -261,10 +335,14 @@ impl Entries<'_> {
 
 /// Adds one entry to the body of an image.
 pub(crate) fn push_entry(body: &mut Vec<u8>, message: &impl prost::Message) {
-    let bytes = message.encode_to_vec();
-    let len = u32::try_from(bytes.len()).expect("messages written here are a few hundred bytes");
+    push_bytes(body, &message.encode_to_vec());
+}
+
+/// The same of a message that is encoded.
+pub(crate) fn push_bytes(body: &mut Vec<u8>, message: &[u8]) {
+    let len = u32::try_from(message.len()).expect("an image has a limit far below 4 GiB");
     body.extend(len.to_le_bytes());
-    body.extend(bytes);
+    body.extend(message);
 }
 
 /// The images of one kind in a directory, with the number in their name, in order of the numbers.

@@ -7,8 +7,11 @@ use std::path::Path;
 
 use super::ipc_sysctls::{IpcSysctls, first_entry_for_test, set_sysctls};
 use super::ipcns::{IpcKind, IpcObject, objects, remove_objects};
+use super::strict::{edit_submessage, set_varints};
 use super::tasks::stopped;
+use super::threads::{SECCOMP_FILTER_MODE, ThreadEdit, edit, threads};
 use super::utsns::{UtsNames, names, set_names};
+use super::{Image, ImageError, Kind, push_bytes};
 
 /// Copies of the images of one CRIU version.
 fn sample(version: &str) -> tempfile::TempDir {
@@ -137,5 +140,69 @@ fn the_sandbox_keeps_its_limits() {
             "{version}"
         );
         assert!(fs::read(path).unwrap().len() > 8);
+    }
+}
+
+#[test]
+fn threads_are_read_and_edited() {
+    for (version, stopped_pid) in VERSIONS {
+        let sample = sample(version);
+        let before = threads(sample.path()).unwrap();
+        assert_eq!(before.len(), 3, "{version}");
+        for thread in &before {
+            assert_eq!(thread.creds.uids, [0; 4], "{version}");
+            assert!(thread.creds.effective & !thread.creds.bounding == 0);
+            assert!(!thread.comm.is_empty(), "{version}");
+        }
+        let tasks: Vec<_> = before.iter().filter_map(|it| it.task.as_ref()).collect();
+        assert_eq!(tasks.len(), 2, "{version}: the third is a thread");
+        for task in tasks {
+            assert_eq!(task.rlimits.len(), 16, "{version}");
+        }
+        for mut thread in before {
+            let is_task = thread.task.is_some();
+            let changes = ThreadEdit {
+                no_new_privileges: true,
+                bounding: Some(1 << 33 | 1),
+                inheritable: Some(0),
+                seccomp_filter: Some(300),
+                lsm_profile: Some("web".into()),
+                oom_score_adj: is_task.then_some(-7),
+                rlimits: is_task.then(|| vec![(1, u64::MAX); 16]),
+            };
+            edit(sample.path(), thread.tid, &changes).unwrap();
+            thread.creds.no_new_privileges = true;
+            thread.creds.bounding = 1 << 33 | 1;
+            thread.creds.inheritable = 0;
+            thread.creds.lsm_profile = Some("web".into());
+            thread.seccomp_mode = SECCOMP_FILTER_MODE;
+            thread.seccomp_filter = Some(300);
+            if let Some(task) = &mut thread.task {
+                task.oom_score_adj = Some(-7);
+                task.rlimits = vec![(1, u64::MAX); 16];
+            }
+            let after = threads(sample.path()).unwrap();
+            assert!(after.contains(&thread), "{version}: {after:?}");
+        }
+        assert_eq!(stopped(sample.path()).unwrap(), [stopped_pid], "{version}");
+    }
+}
+
+#[test]
+fn a_thread_that_is_described_twice_is_an_error() {
+    for (version, pid) in VERSIONS {
+        for twice in [5, 3] {
+            let sample = sample(version);
+            let path = sample.path().join(format!("core-{pid}.img"));
+            let image = Image::read(&path, Kind::Core).unwrap();
+            let core = image.entries().next_bytes().unwrap().unwrap().to_vec();
+            // A second one after it, as one decoder merges and another does not.
+            let other = edit_submessage(&[], twice, |_| set_varints(&[], 1, &[1]));
+            let mut body = Vec::new();
+            push_bytes(&mut body, &[core, other].concat());
+            image.with_body(body).replace(&path).unwrap();
+            let error = threads(sample.path()).unwrap_err();
+            assert!(matches!(error, ImageError::Ambiguous { .. }), "{error}");
+        }
     }
 }

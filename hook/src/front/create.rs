@@ -63,7 +63,7 @@ impl Front<'_> {
     ) -> Result<Option<(PodDir, Staged)>, FrontError> {
         let found = self.find_restore(id, config, bundle)?;
         if let Some((_, staged)) = &found {
-            self.check_fit(id, config, staged)?;
+            self.check_fit(id, config, bundle, staged)?;
         }
         Ok(found)
     }

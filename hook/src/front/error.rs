@@ -10,6 +10,7 @@ use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
 use transship_sandbox::SandboxError;
+use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
 
 use super::criu_config::CRIU_CONFIG_DIR;
@@ -86,6 +87,14 @@ pub enum FitError {
     NoSandbox {
         /// Its id.
         id: String,
+    },
+    /// The checkpoint would give its processes more than the container may have.
+    #[error("cannot restore {what}")]
+    NotAdmitted {
+        /// The container.
+        what: String,
+        /// Why.
+        source: AdmissionError,
     },
     /// The container is made of another image.
     #[error(

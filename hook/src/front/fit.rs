@@ -6,6 +6,7 @@
 //!  options          manifest, annotations          what node.toml lets a pod choose
 //!  service account  manifest                       the token that kubelet mounts, when strict
 //!  mounts           spec.dump                      config.json
+//!  privileges       the images                     config.json, see sandbox/src/admission.rs
 //!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
 //!  once             staged restore (owner)         the container's name in the pod
 //! ```
@@ -16,15 +17,25 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use transship_checkpoint::manifest::{Container, SPEC_FILE};
+use transship_checkpoint::manifest::Container;
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::Staged;
+use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::container_base::ContainerBase;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::admission::service_account;
+use transship_sandbox::{Request, Staged};
 
-use super::bundle::Config;
+use super::admission::{admit, read_spec};
+use super::bundle::{Bundle, Config};
 use super::{FitError, Front, FrontContext, FrontError};
+
+pub(super) fn not_admitted(request: &Request, source: AdmissionError) -> FrontError {
+    let (container, checkpoint) = (&request.container, &request.checkpoint);
+    FrontError::from(FitError::NotAdmitted {
+        what: format!("{container:?} from the checkpoint {checkpoint:?}"),
+        source,
+    })
+}
 
 impl Front<'_> {
     /// Checks it; nothing is changed but who the restore is for.
@@ -32,6 +43,7 @@ impl Front<'_> {
         &self,
         id: &str,
         config: &Config,
+        bundle: &Bundle,
         staged: &Staged,
     ) -> Result<(), FrontError> {
         let request = staged.request()?;
@@ -41,21 +53,20 @@ impl Front<'_> {
         let uname = nix::sys::utsname::uname().during("ask for the name of", "this machine")?;
         manifest.check_architecture(&uname.machine().to_string_lossy())?;
         checkpoint.check_lengths(container)?;
+        let old = read_spec(&checkpoint.container_dir(container))?;
         // Outside of the CRI our own tool has made the container, after it has checked the rest.
         if !config.cri {
-            return Ok(());
+            return check_privileges(&request, &old, config, bundle);
         }
         let rules = NodeConfig::read(&self.env.node_config)?;
-        rules.check_options(&config.annotations.criu.over(request.criu))?;
+        rules.check_options(&config.annotations.criu.over(request.criu.clone()))?;
         rules.check_rootfs(config.annotations.rootfs)?;
         let asker = config.annotations.kubernetes_namespace.as_deref();
         let account = asker.and_then(|asker| service_account::of_spec(&config.spec, asker));
         rules.check_service_account(manifest, asker, account.as_deref())?;
-        let path = checkpoint.container_dir(container).join(SPEC_FILE);
-        let old = std::fs::read(&path).during("read", &path)?;
-        let old = Spec::parse(&old).map_err(std::io::Error::from);
-        manifest.check_mounts(&container.name, &old.during("read", &path)?, &config.spec)?;
+        manifest.check_mounts(&container.name, &old, &config.spec)?;
         self.check_base(id, container, &manifest.name)?;
+        check_privileges(&request, &old, config, bundle)?;
         if let Some(name) = &config.annotations.pod_container {
             staged.reserve_for(name)?;
         }
@@ -105,4 +116,15 @@ impl Front<'_> {
         };
         parsed.during("ask containerd for the image of", id)
     }
+}
+
+fn check_privileges(
+    request: &Request,
+    old: &Spec,
+    config: &Config,
+    bundle: &Bundle,
+) -> Result<(), FrontError> {
+    admit(&request.images, Some(old), &config.spec, bundle)
+        .map(drop)
+        .map_err(|source| not_admitted(request, source))
 }

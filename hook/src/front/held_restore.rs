@@ -12,8 +12,10 @@ use transship_checkpoint::spec::Spec;
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
 
+use super::admission::{admit, read_spec, take_oom_score};
 use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::criu_config::CriuConfig;
+use super::fit::not_admitted;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
 use super::{Front, FrontContext, FrontError, Outcome, RestoreError, held};
@@ -100,7 +102,15 @@ impl Front<'_> {
         }
         let images = LinkedImages::of(&request.images)?;
         let edits = self.fit_images(images.path(), config, pod)?;
-        let criu = config.annotations.criu.over(request.criu);
+        let of_container = request.images.parent().unwrap_or(&request.images);
+        let old = read_spec(of_container)?;
+        let admission = admit(images.path(), Some(&old), &config.spec, bundle)
+            .map_err(|source| not_admitted(&request, source))?;
+        admission.apply(images.path())?;
+        let mut criu = config.annotations.criu.over(request.criu);
+        if admission.lsm_profile.is_some() {
+            criu.lsm_profile = admission.lsm_profile;
+        }
         let cgroup = self.cgroup_lines(&create.id, &config.spec)?;
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup, true)?;
         bundle.replace_config(&config.spec)?;
@@ -123,6 +133,7 @@ impl Front<'_> {
         let restore = create
             .to_restore(images.path(), &work)
             .with_flags(criu.restore_flags());
+        take_oom_score(&config.spec)?;
         self.run_restore(restore, bundle, config, &work, Some(criu_config.path()))
             .and_then(|done| {
                 done.map_err(|reason| {

@@ -4,6 +4,7 @@
 //! (which namespaces a container joins), `rootfs` (its files), `held` (the tasks of a held
 //! restore).
 
+mod admission;
 mod bundle;
 mod checkpoint;
 mod create;

@@ -3,19 +3,21 @@
 //! It hands over the spec of the dump word for word, with the namespace paths of a sandbox that is
 //! long gone, and starts what it restores at once: there is nothing to hold.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
+use transship_sandbox::admission::Admission;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::{LinkedImages, PodDir};
 
+use super::admission::{admit, take_oom_score};
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::held_restore::read_pid;
-use super::{Front, FrontError, Outcome, RestoreError, held};
+use super::{FitError, Front, FrontError, Outcome, RestoreError, held};
 use crate::argv::Arguments;
 
 /// Where runc looks for images without `--image-path`.
@@ -30,8 +32,18 @@ impl Front<'_> {
         let Some(mut config) = bundle.any_config(&restore.id)? else {
             return Ok(None);
         };
+        let images = restore
+            .value("image-path")
+            .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
+        if std::fs::symlink_metadata(&images).is_err() {
+            // The runtime says what is missing.
+            return Ok(None);
+        }
+        let admission = admit_native(&restore.id, &images, &config, &bundle)?;
         let plan = self.plan_namespaces(&restore.id, &config, false)?;
-        if plan.is_empty() && !config.annotations.ours && config.criu_config.is_none() {
+        let imposes = admission.has_edits() || admission.lsm_profile.is_some();
+        let as_it_is = !imposes && config.criu_config.is_none();
+        if plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
         let pod = self.pod_of(&restore.id, &config)?;
@@ -69,10 +81,15 @@ impl Front<'_> {
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
         let images = LinkedImages::of(&from)?;
         let edits = self.fit_images(images.path(), config, pod)?;
+        let admission = admit_native(&restore.id, images.path(), config, bundle)?;
+        admission.apply(images.path())?;
         // containerd gives no option of the dump to its restore.
-        let criu = config.annotations.criu.over(CriuOptions::default());
+        let mut criu = config.annotations.criu.over(CriuOptions::default());
         if config.cri {
             NodeConfig::read(&self.env.node_config)?.check_options(&criu)?;
+        }
+        if admission.lsm_profile.is_some() {
+            criu.lsm_profile = admission.lsm_profile;
         }
         let cgroup = self.cgroup_lines(&restore.id, &config.spec)?;
         let criu_config = match criu.restore_lines().is_empty() && cgroup.is_empty() {
@@ -97,6 +114,7 @@ impl Front<'_> {
             .clone()
             .with("image-path", images.path())
             .with_flags(criu.restore_flags());
+        take_oom_score(&config.spec)?;
         self.run_restore(
             fitted,
             bundle,
@@ -135,4 +153,18 @@ impl Front<'_> {
         })?;
         Ok(Outcome::Exit(0))
     }
+}
+
+fn admit_native(
+    id: &str,
+    images: &Path,
+    config: &Config,
+    bundle: &Bundle,
+) -> Result<Admission, FrontError> {
+    admit(images, None, &config.spec, bundle).map_err(|source| {
+        FrontError::from(FitError::NotAdmitted {
+            what: format!("{id:?}"),
+            source,
+        })
+    })
 }

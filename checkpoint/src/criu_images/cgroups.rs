@@ -1,0 +1,142 @@
+//! `cgroup.img`: the cgroups of the tasks, and the directories and files that CRIU makes and writes.
+//!
+//! ```text
+//! cgroup_entry          1 sets   2 controllers
+//!   cg_set_entry        1 id   2 ctls: cg_member_entry 1 name  2 path
+//!   cg_controller_entry 1 cnames   2 dirs
+//!     cgroup_dir_entry  1 dir_name   2 children   3 properties: cgroup_prop_entry 1 name
+//! ```
+
+use std::path::Path;
+
+use super::{Image, ImageError, Kind};
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgroupEntry {
+    #[prost(message, repeated, tag = "1")]
+    sets: Vec<CgSetEntry>,
+    #[prost(message, repeated, tag = "2")]
+    controllers: Vec<CgControllerEntry>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgSetEntry {
+    #[prost(uint32, required, tag = "1")]
+    id: u32,
+    #[prost(message, repeated, tag = "2")]
+    ctls: Vec<CgMemberEntry>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgMemberEntry {
+    #[prost(string, required, tag = "1")]
+    name: String,
+    #[prost(string, required, tag = "2")]
+    path: String,
+    #[prost(uint32, optional, tag = "3")]
+    cgns_prefix: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgControllerEntry {
+    #[prost(string, repeated, tag = "1")]
+    cnames: Vec<String>,
+    #[prost(message, repeated, tag = "2")]
+    dirs: Vec<CgroupDirEntry>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgroupDirEntry {
+    #[prost(string, required, tag = "1")]
+    dir_name: String,
+    #[prost(message, repeated, tag = "2")]
+    children: Vec<CgroupDirEntry>,
+    #[prost(message, repeated, tag = "3")]
+    properties: Vec<CgroupPropEntry>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct CgroupPropEntry {
+    #[prost(string, required, tag = "1")]
+    name: String,
+}
+
+/// The cgroup of a task in one hierarchy.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Member {
+    /// Name of the hierarchy, or of one of its controllers; empty for cgroup v2.
+    pub controller: String,
+    /// The cgroup.
+    pub path: String,
+    /// How many bytes of it are above the cgroup namespace.
+    pub namespace_prefix: u32,
+}
+
+/// The directories of a hierarchy that CRIU makes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hierarchy {
+    /// The names of its controllers.
+    pub controllers: Vec<String>,
+    /// The uppermost directories, without a leading slash.
+    pub tops: Vec<String>,
+    /// Names of directories below them, and of files that are written.
+    pub names: Vec<String>,
+}
+
+/// What CRIU does with cgroups.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cgroups {
+    /// Where tasks are.
+    pub members: Vec<Member>,
+    /// What is made for them.
+    pub hierarchies: Vec<Hierarchy>,
+}
+
+/// Reads it; empty when the dump has no such image.
+///
+/// # Errors
+/// The image cannot be read.
+pub fn read(dir: &Path) -> Result<Cgroups, ImageError> {
+    let path = dir.join("cgroup.img");
+    if std::fs::symlink_metadata(&path).is_err() {
+        return Ok(Cgroups::default());
+    }
+    let image = Image::read(&path, Kind::Cgroup)?;
+    let Some(entry) = image.entries().next::<CgroupEntry>()? else {
+        return Ok(Cgroups::default());
+    };
+    let members = entry.sets.into_iter().flat_map(|set| set.ctls);
+    let hierarchies = entry.controllers.into_iter().map(|controller| {
+        let mut names = Vec::new();
+        let mut tops = Vec::new();
+        for dir in controller.dirs {
+            names.extend(dir.properties.into_iter().map(|property| property.name));
+            add_names(dir.children, &mut names);
+            tops.push(dir.dir_name);
+        }
+        Hierarchy {
+            controllers: controller.cnames,
+            tops,
+            names,
+        }
+    });
+    Ok(Cgroups {
+        members: members
+            .map(|member| Member {
+                controller: member.name,
+                path: member.path,
+                namespace_prefix: member.cgns_prefix.unwrap_or_default(),
+            })
+            .collect(),
+        hierarchies: hierarchies.collect(),
+    })
+}
+
+// A message nests no deeper than prost decodes, which is a hundred levels.
+fn add_names(dirs: Vec<CgroupDirEntry>, names: &mut Vec<String>) {
+    for dir in dirs {
+        names.push(dir.dir_name);
+        names.extend(dir.properties.into_iter().map(|property| property.name));
+        add_names(dir.children, names);
+    }
+}

@@ -1,0 +1,169 @@
+//! The files that a directory of images has: those of `criu/image-desc.c` that CRIU 3.17 and later
+//! write for a container, CRIU's figures, and the runtime's own. CRIU opens by name; what it opens for
+//! features that no container has (`binfmt-misc.img`, `autofs-*.img`), or for dumps of earlier
+//! versions (`creds-*.img`, `rlimit-*.img`), is not admitted.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use super::ImageError;
+
+/// Names without a number.
+const WHOLE: &[&str] = &[
+    "apparmor.img",
+    "bpfmap-data.img",
+    "bpfmap-file.img",
+    "cgroup.img",
+    "config.dump",
+    "cpuinfo.img",
+    "criu.conf",
+    "descriptors.json",
+    "eventfd.img",
+    "eventpoll-tfd.img",
+    "eventpoll.img",
+    "ext-files.img",
+    "fanotify-mark.img",
+    "fanotify.img",
+    "fifo-data.img",
+    "fifo.img",
+    "filelocks.img",
+    "files.img",
+    "inetsk.img",
+    "inotify-wd.img",
+    "inotify.img",
+    "inventory.img",
+    "irmap-cache",
+    "memfd.img",
+    "netlinksk.img",
+    "ns-files.img",
+    "packetsk.img",
+    "pidfd.img",
+    "pipes-data.img",
+    "pipes.img",
+    "pstree.img",
+    "reg-files.img",
+    "remap-fpath.img",
+    "seccomp.img",
+    "signalfd.img",
+    "sk-queues.img",
+    "stats-dump",
+    "stats-restore",
+    "timerfd.img",
+    "tty-data.img",
+    "tty-info.img",
+    "tty.img",
+    "tunfile.img",
+    "unixsk.img",
+];
+
+/// What comes before a number (decimal, or hexadecimal for ghost files and sockets), and after it.
+const NUMBERED: &[(&str, &str)] = &[
+    ("core-", ".img"),
+    ("fdinfo-", ".img"),
+    ("fs-", ".img"),
+    ("ghost-file-", ".img"),
+    ("ids-", ".img"),
+    ("ifaddr-", ".img"),
+    ("ip6tables-", ".img"),
+    ("ipcns-msg-", ".img"),
+    ("ipcns-sem-", ".img"),
+    ("ipcns-shm-", ".img"),
+    ("ipcns-var-", ".img"),
+    ("iptables-", ".img"),
+    ("mm-", ".img"),
+    ("mountpoints-", ".img"),
+    ("netdev-", ".img"),
+    ("netns-", ".img"),
+    ("netns-ct-", ".img"),
+    ("netns-exp-", ".img"),
+    ("nftables-", ".img"),
+    ("pagemap-", ".img"),
+    ("pagemap-shmem-", ".img"),
+    ("pages-", ".img"),
+    ("pidns-", ".img"),
+    ("posix-timers-", ".img"),
+    ("route-", ".img"),
+    ("route6-", ".img"),
+    ("rule-", ".img"),
+    ("tcp-stream-", ".img"),
+    ("timens-", ".img"),
+    ("tmpfs-", ".tar.gz.img"),
+    ("tmpfs-dev-", ".tar.gz.img"),
+    ("userns-", ".img"),
+    ("utsns-", ".img"),
+];
+
+/// Whether a directory of images may have a file of this name.
+#[must_use]
+pub fn is_image(name: &str) -> bool {
+    let is_number = |text: &str| {
+        !text.is_empty() && text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
+    WHOLE.contains(&name)
+        || NUMBERED.iter().any(|(before, after)| {
+            name.strip_prefix(before)
+                .and_then(|rest| rest.strip_suffix(after))
+                .is_some_and(is_number)
+        })
+}
+
+/// The files of a directory that no image is: those of another name, and those that are not regular.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub fn strangers(dir: &Path) -> Result<Vec<String>, ImageError> {
+    let io = |source: io::Error| ImageError::Io {
+        act: "list",
+        path: dir.to_path_buf(),
+        source,
+    };
+    let mut strangers = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name();
+        let regular = entry.file_type().map_err(io)?.is_file();
+        if !regular || !name.to_str().is_some_and(is_image) {
+            strangers.push(name.to_string_lossy().into_owned());
+        }
+    }
+    strangers.sort_unstable();
+    Ok(strangers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_images_of_a_container_are_admitted() {
+        for name in [
+            "core-1.img",
+            "tmpfs-dev-97.tar.gz.img",
+            "ghost-file-1f.img",
+            "inventory.img",
+            "pages-12.img",
+            "netns-ct-3.img",
+        ] {
+            assert!(is_image(name), "{name}");
+        }
+        for name in [
+            "core-.img",
+            "core-x.img",
+            "core-1.img.new",
+            "binfmt-misc.img",
+            "autofs-1.img",
+            "creds-1.img",
+            "parent",
+            "../core-1.img",
+            "tmpfs-9.img",
+        ] {
+            assert!(!is_image(name), "{name}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("core-1.img"), b"").unwrap();
+        std::os::unix::fs::symlink("core-1.img", dir.path().join("mm-1.img")).unwrap();
+        fs::write(dir.path().join("x"), b"").unwrap();
+        assert_eq!(strangers(dir.path()).unwrap(), ["mm-1.img", "x"]);
+    }
+}

@@ -1,0 +1,160 @@
+//! `mountpoints-<n>.img`: what CRIU mounts in a mount namespace.
+//!
+//! ```text
+//! mnt_entry  1 fstype  2 mnt_id  3 root_dev  4 parent_mnt_id  5 flags  6 root  7 mountpoint
+//!            8 source  9 options  12 with_plugin  13 ext_mount  14 fsname  17 sb_flags  18 ext_key
+//! ```
+
+use std::path::Path;
+
+use super::strict::is_ambiguous;
+use super::{Image, ImageError, Kind, list};
+
+/// `MS_RDONLY` and the like, as in `mount(2)`.
+pub mod flags {
+    /// Nothing can be written.
+    pub const READ_ONLY: u32 = 1;
+    /// Set-user-id bits are not honoured.
+    pub const NO_SUID: u32 = 2;
+    /// Device nodes cannot be opened.
+    pub const NO_DEV: u32 = 4;
+    /// Files cannot be executed.
+    pub const NO_EXEC: u32 = 8;
+}
+
+/// The types that CRIU knows, as far as a container has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FsType {
+    /// Any file system that CRIU does not make itself: the root's, or that of a bind mount.
+    Unsupported,
+    /// `proc`
+    Proc,
+    /// `sysfs`
+    Sysfs,
+    /// `tmpfs`
+    Tmpfs,
+    /// `devpts`
+    Devpts,
+    /// `cgroup`
+    Cgroup,
+    /// `mqueue`
+    Mqueue,
+    /// `overlay`
+    Overlay,
+    /// `cgroup2`
+    Cgroup2,
+    /// One that no container gets by a restore (`AUTO`, `BINFMT_MISC`, `DEBUGFS`, ...).
+    Other(u32),
+}
+
+impl FsType {
+    fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Unsupported,
+            1 => Self::Proc,
+            2 => Self::Sysfs,
+            5 => Self::Tmpfs,
+            6 => Self::Devpts,
+            12 => Self::Cgroup,
+            14 => Self::Mqueue,
+            17 => Self::Overlay,
+            23 => Self::Cgroup2,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// One mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// Type of the file system.
+    pub fs_type: FsType,
+    /// Its number.
+    pub id: u32,
+    /// The number of what it is mounted on.
+    pub parent: u32,
+    /// Device of the file system.
+    pub device: u32,
+    /// Flags of the mount.
+    pub flags: u32,
+    /// Flags of the file system.
+    pub fs_flags: u32,
+    /// The part of the file system that is mounted.
+    pub root: String,
+    /// Where, in the container.
+    pub destination: String,
+    /// Under which name the runtime says what is mounted here, when it does.
+    pub external: Option<String>,
+    /// Whether a plugin of CRIU mounts it, or a file system is named by the image.
+    pub is_foreign: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct MntEntry {
+    #[prost(uint32, required, tag = "1")]
+    fstype: u32,
+    #[prost(uint32, required, tag = "2")]
+    mnt_id: u32,
+    #[prost(uint32, required, tag = "3")]
+    root_dev: u32,
+    #[prost(uint32, required, tag = "4")]
+    parent_mnt_id: u32,
+    #[prost(uint32, required, tag = "5")]
+    flags: u32,
+    #[prost(string, required, tag = "6")]
+    root: String,
+    #[prost(string, required, tag = "7")]
+    mountpoint: String,
+    #[prost(bool, optional, tag = "12")]
+    with_plugin: Option<bool>,
+    #[prost(bool, optional, tag = "13")]
+    ext_mount: Option<bool>,
+    #[prost(string, optional, tag = "14")]
+    fsname: Option<String>,
+    #[prost(uint32, optional, tag = "17")]
+    sb_flags: Option<u32>,
+    #[prost(string, optional, tag = "18")]
+    ext_key: Option<String>,
+}
+
+/// The mounts of each mount namespace.
+///
+/// # Errors
+/// An image that cannot be read or says a thing twice.
+pub fn mounts(dir: &Path) -> Result<Vec<Vec<Mount>>, ImageError> {
+    let images = list(dir, Kind::Mounts)?;
+    images
+        .into_iter()
+        .map(|(_, path)| read(&Image::read(&path, Kind::Mounts)?))
+        .collect()
+}
+
+fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
+    let mut entries = image.entries();
+    let mut mounts = Vec::new();
+    while let Some(message) = entries.next_bytes()? {
+        if is_ambiguous(message, &[]) {
+            return Err(image.ambiguous());
+        }
+        let entry: MntEntry = image.decode(message)?;
+        // CRIU before 3.x kept the flags of the file system among those of the mount.
+        let fs_flags = entry.sb_flags.unwrap_or(entry.flags);
+        let external = match entry.ext_mount {
+            Some(true) => Some(entry.root.clone()),
+            _ => entry.ext_key,
+        };
+        mounts.push(Mount {
+            fs_type: FsType::of(entry.fstype),
+            id: entry.mnt_id,
+            parent: entry.parent_mnt_id,
+            device: entry.root_dev,
+            flags: entry.flags,
+            fs_flags,
+            root: entry.root,
+            destination: entry.mountpoint,
+            external,
+            is_foreign: entry.with_plugin == Some(true) || entry.fsname.is_some(),
+        });
+    }
+    Ok(mounts)
+}

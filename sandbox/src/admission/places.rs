@@ -1,0 +1,154 @@
+//! Namespaces and cgroups of the images: no task is restored into one of the node, or beside those of
+//! the container.
+
+use std::path::{Component, Path};
+
+use transship_checkpoint::criu_images::cgroups::Cgroups;
+use transship_checkpoint::criu_images::inventory::Inventory;
+use transship_checkpoint::criu_images::threads::Process;
+use transship_checkpoint::criu_images::user_namespace::IdMappings;
+
+use super::allowance::Allowance;
+use super::capabilities::SYS_ADMIN;
+use super::{Admission, Refusal};
+
+/// Compares the namespaces of every process: CRIU makes one where the ids of a process and of CRIU at
+/// the dump differ, and leaves the process in the node's where they are the same.
+pub(super) fn compare_namespaces(
+    processes: &[Process],
+    inventory: &Inventory,
+    allowed: &Allowance,
+    admission: &mut Admission,
+) {
+    let first = processes.iter().find(|it| it.parent == 0);
+    let Some(own) = first.and_then(|it| it.namespaces.as_ref()) else {
+        admission.refuse(Refusal::Damaged {
+            what: "the first process has no namespaces".to_owned(),
+        });
+        return;
+    };
+    for process in processes {
+        let Some(namespaces) = &process.namespaces else {
+            continue;
+        };
+        let who = || format!("process {}", process.pid);
+        for wanted in &allowed.namespaces {
+            let Some((&namespace, id)) = namespaces.get_key_value(wanted.as_str()) else {
+                // CRIU before 3.14 knows no time namespaces, and kernels may lack some.
+                if !matches!(wanted.as_str(), "time" | "cgroup") {
+                    admission.refuse(Refusal::Damaged {
+                        what: format!("{} has no {wanted} namespace", who()),
+                    });
+                }
+                continue;
+            };
+            if inventory.criu_namespaces.get(namespace) == Some(id) {
+                let who = who();
+                admission.refuse(Refusal::Namespace { who, namespace });
+            }
+        }
+        for (&namespace, id) in namespaces {
+            let nested = own.get(namespace) != Some(id);
+            if nested && !allowed.capabilities.has(SYS_ADMIN) {
+                let who = who();
+                admission.refuse(Refusal::Namespace { who, namespace });
+            }
+        }
+        let users = namespaces.get("user");
+        let own_users = users.is_some() && users != inventory.criu_namespaces.get("user");
+        if own_users && !allowed.namespaces.iter().any(|it| it == "user") {
+            let (who, namespace) = (who(), "user");
+            admission.refuse(Refusal::Namespace { who, namespace });
+        }
+    }
+}
+
+/// Compares the id mappings of user namespaces: CRIU writes them as root of the node.
+pub(super) fn compare_mappings(
+    found: &[IdMappings],
+    allowed: &Allowance,
+    admission: &mut Admission,
+) {
+    if found.iter().any(|it| *it != allowed.id_mappings) {
+        admission.refuse(Refusal::IdMappings);
+    }
+}
+
+/// Checks the cgroups. The runtime tells CRIU the cgroup of the new container; CRIU puts it in the place
+/// of the uppermost directories of the image, in the paths of the tasks that begin with one. So a task
+/// whose path begins with none, and a directory in which no task is, would stay where the image says:
+/// anywhere in the node's hierarchies.
+pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
+    let mut refuse = |path: &str| {
+        let path = path.to_owned();
+        admission.refuse(Refusal::Cgroup { path });
+    };
+    let hierarchy_of = |controller: &str| {
+        let mut all = cgroups.hierarchies.iter();
+        all.find(|it| it.controllers.iter().any(|name| name == controller))
+    };
+    for member in &cgroups.members {
+        let within = hierarchy_of(&member.controller).is_some_and(|hierarchy| {
+            let mut tops = hierarchy.tops.iter();
+            tops.any(|top| begins_with(&member.path, top))
+        });
+        let prefix = member.namespace_prefix as usize;
+        if !within || !is_plain(&member.path) || prefix > member.path.len() {
+            refuse(&member.path);
+        }
+    }
+    for (at, hierarchy) in cgroups.hierarchies.iter().enumerate() {
+        let twice = hierarchy.controllers.iter().find(|name| {
+            let mut before = cgroups.hierarchies[..at].iter();
+            before.any(|other| other.controllers.contains(name))
+        });
+        if let Some(name) = twice {
+            refuse(name);
+        }
+        for (at, top) in hierarchy.tops.iter().enumerate() {
+            let others = hierarchy.tops.iter().enumerate();
+            let nested = others
+                .filter(|(other, _)| *other != at)
+                .any(|(_, other)| begins_with(top, other));
+            let used = cgroups.members.iter().any(|member| {
+                hierarchy.controllers.contains(&member.controller) && begins_with(&member.path, top)
+            });
+            // The node's own root, in a hierarchy in which runtimes make a cgroup for each container.
+            let managed = |name: &String| is_managed(name, cgroups.hierarchies.len() == 1);
+            let whole =
+                top.trim_matches('/').is_empty() && hierarchy.controllers.iter().any(managed);
+            if nested || !used || whole || !is_plain(top) {
+                refuse(top);
+            }
+        }
+        let strange = |name: &&String| {
+            name.is_empty() || name.contains('/') || matches!(name.as_str(), "." | "..")
+        };
+        let controllers = hierarchy.controllers.iter().filter(|name| !name.is_empty());
+        if let Some(name) = controllers.chain(&hierarchy.names).find(strange) {
+            refuse(name);
+        }
+    }
+}
+
+/// The hierarchies in which runc and crun make a cgroup for each container: cgroup v2 where it is the
+/// only one, and those of v1 that limit something.
+fn is_managed(controller: &str, only_one: bool) -> bool {
+    match controller {
+        "" => only_one,
+        "blkio" | "cpu" | "cpuacct" | "cpuset" | "devices" | "freezer" | "memory" | "pids" => true,
+        _ => false,
+    }
+}
+
+/// Whether a path of a task is in the directory `top`, by whole names.
+fn begins_with(path: &str, top: &str) -> bool {
+    let relative = |path: &str| Path::new("/").join(path.trim_start_matches('/'));
+    relative(path).starts_with(relative(top))
+}
+
+fn is_plain(path: &str) -> bool {
+    Path::new(path)
+        .components()
+        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+}

@@ -1,0 +1,470 @@
+//! The comparison as a table: a container as containerd and runc make it, each row with one thing that
+//! is other than it was.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use transship_checkpoint::criu_images::cgroups::{Cgroups, Hierarchy, Member};
+use transship_checkpoint::criu_images::inventory::Inventory;
+use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
+use transship_checkpoint::criu_images::open_files::PrivilegedFile;
+use transship_checkpoint::criu_images::seccomp::Filter;
+use transship_checkpoint::criu_images::threads::{Creds, NamespaceIds, Process, Task, Thread};
+use transship_checkpoint::criu_images::user_namespace::IdMappings;
+use transship_checkpoint::spec::Spec;
+
+use super::*;
+
+/// CHOWN, SETGID, SETUID, NET_RAW.
+const CAPS: u64 = 1 | 1 << 6 | 1 << 7 | 1 << 13;
+const NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
+
+fn spec() -> Value {
+    let caps = ["CAP_CHOWN", "CAP_SETGID", "CAP_SETUID", "CAP_NET_RAW"];
+    json!({
+        "process": {
+            "user": { "uid": 0, "gid": 0, "additionalGids": [10] },
+            "capabilities": { "bounding": caps, "effective": caps, "permitted": caps },
+            "oomScoreAdj": 100,
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 10, "hard": 20 }],
+        },
+        "root": { "path": "rootfs" },
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"] },
+            { "destination": "/cache", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] },
+            { "destination": "/rw", "type": "bind", "source": "/srv/rw", "options": ["rbind", "rw"] },
+        ],
+        "linux": {
+            "maskedPaths": ["/proc/kcore", "/proc/absent"],
+            "readonlyPaths": ["/proc/sys"],
+            "namespaces": NAMESPACES.map(|kind| json!({ "type": kind })),
+        },
+    })
+}
+
+fn thread() -> Thread {
+    Thread {
+        tid: 1,
+        comm: "web".into(),
+        creds: Creds {
+            permitted: CAPS,
+            effective: CAPS,
+            bounding: CAPS,
+            groups: vec![10],
+            ..Creds::default()
+        },
+        task: Some(Task {
+            state: 1,
+            rlimits: vec![(5, 20); 16],
+            oom_score_adj: Some(100),
+        }),
+        ..Thread::default()
+    }
+}
+
+fn mount(id: u32, parent: u32, destination: &str, fs_type: FsType) -> Mount {
+    Mount {
+        fs_type,
+        id,
+        parent,
+        device: parent,
+        flags: flags::NO_SUID | flags::NO_DEV | flags::NO_EXEC,
+        fs_flags: 0,
+        root: "/".into(),
+        destination: destination.into(),
+        external: None,
+        is_foreign: false,
+    }
+}
+
+fn null(id: u32, parent: u32, destination: &str) -> Mount {
+    Mount {
+        root: "/null".into(),
+        external: Some("/dev/null".into()),
+        flags: flags::NO_SUID,
+        ..mount(id, parent, destination, FsType::Tmpfs)
+    }
+}
+
+fn external(id: u32, destination: &str, read_only: bool) -> Mount {
+    Mount {
+        external: Some(destination.into()),
+        flags: if read_only { flags::READ_ONLY } else { 0 },
+        ..mount(id, 1, destination, FsType::Unsupported)
+    }
+}
+
+fn restored() -> Restored {
+    let sys = Mount {
+        root: "/sys".into(),
+        device: 1,
+        flags: flags::READ_ONLY,
+        ..mount(7, 2, "/proc/sys", FsType::Proc)
+    };
+    let member = |path: &str| Member {
+        controller: "memory".into(),
+        path: path.into(),
+        namespace_prefix: 0,
+    };
+    Restored {
+        inventory: Inventory {
+            criu_namespaces: NAMESPACES.into_iter().zip(1..).collect(),
+        },
+        processes: vec![Process {
+            pid: 1,
+            parent: 0,
+            threads: vec![1],
+            namespaces: Some(NAMESPACES.into_iter().zip(11..).collect()),
+        }],
+        threads: vec![thread()],
+        mounts: vec![vec![
+            mount(1, 0, "/", FsType::Overlay),
+            mount(2, 1, "/proc", FsType::Proc),
+            mount(3, 1, "/dev", FsType::Tmpfs),
+            external(4, "/cache", true),
+            external(5, "/rw", false),
+            null(6, 2, "/proc/kcore"),
+            sys,
+        ]],
+        cgroups: Cgroups {
+            members: vec![member("/pods/web"), member("/pods/web/child")],
+            hierarchies: vec![Hierarchy {
+                controllers: vec!["memory".into()],
+                tops: vec!["pods/web".into()],
+                names: vec!["child".into(), "memory.limit_in_bytes".into()],
+            }],
+        },
+        ..Restored::default()
+    }
+}
+
+fn here() -> Environment {
+    Environment {
+        machine: "x86_64".into(),
+        hard_limits: vec![20; 16],
+        present: ["/proc/kcore", "/proc/sys"].map(PathBuf::from).into(),
+        ..Environment::default()
+    }
+}
+
+fn admission(restored: &Restored, spec: &Value) -> Admission {
+    let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
+    let allowed = Allowance::of(&spec, &Path::to_path_buf);
+    compare(restored, None, &allowed, &here())
+}
+
+/// A part of the spec, replaced.
+fn with(pointer: &str, value: Value) -> Value {
+    let mut spec = spec();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[key] = value;
+    spec
+}
+
+#[test]
+fn the_same_is_admitted_as_it_is() {
+    assert_eq!(admission(&restored(), &spec()), Admission::default());
+}
+
+/// What changes in the images, and what is said of it.
+type Change = (&'static str, fn(&mut Restored));
+
+#[test]
+fn what_is_stronger_than_the_spec_is_refused() {
+    fn creds(restored: &mut Restored) -> &mut Creds {
+        &mut restored.threads[0].creds
+    }
+    fn table(restored: &mut Restored) -> &mut Vec<Mount> {
+        &mut restored.mounts[0]
+    }
+    fn namespaces(restored: &mut Restored) -> &mut NamespaceIds {
+        restored.processes[0].namespaces.as_mut().unwrap()
+    }
+    fn tops(restored: &mut Restored) -> &mut Vec<String> {
+        &mut restored.cgroups.hierarchies[0].tops
+    }
+    let rows: &[Change] = &[
+        ("CAP_SYS_ADMIN in its effective set", |r| {
+            creds(r).effective |= 1 << 21
+        }),
+        ("CAP_SYS_ADMIN in its permitted set", |r| {
+            creds(r).permitted |= 1 << 21
+        }),
+        ("CAP_KILL in its ambient set", |r| {
+            creds(r).ambient |= 1 << 5
+        }),
+        ("process 7", |r| {
+            let mut second = thread();
+            second.tid = 7;
+            second.task = None;
+            second.creds.effective = u64::MAX;
+            r.threads.push(second);
+        }),
+        ("securebits 0x4", |r| creds(r).securebits = 4),
+        ("RLIMIT_NOFILE 21", |r| {
+            r.threads[0].task.as_mut().unwrap().rlimits[7].1 = 21;
+        }),
+        ("scheduling policy 1", |r| r.threads[0].policy = 1),
+        ("nice value -1", |r| r.threads[0].nice = -1),
+        ("a TUN device", |r| {
+            r.privileged_files.push(PrivilegedFile::Tun)
+        }),
+        ("a BPF map", |r| {
+            r.privileged_files.push(PrivilegedFile::BpfMap)
+        }),
+        ("\"/cache\", not read-only", |r| table(r)[3].flags = 0),
+        ("\"/proc\", not nodev", |r| {
+            table(r)[1].flags = flags::NO_SUID
+        }),
+        ("\"/host\", where the new container has no mount", |r| {
+            table(r).push(external(9, "/host", true));
+        }),
+        ("in the place of /rw", |r| {
+            table(r)[3].external = Some("/rw".into())
+        }),
+        ("sysfs on \"/s\"", |r| {
+            table(r).push(mount(9, 1, "/s", FsType::Sysfs))
+        }),
+        ("cgroup2 on \"/s\"", |r| {
+            table(r).push(mount(9, 1, "/s", FsType::Cgroup2))
+        }),
+        ("tmpfs on \"/s\"", |r| {
+            table(r).push(mount(9, 1, "/s", FsType::Tmpfs))
+        }),
+        ("type that no container has", |r| {
+            table(r).push(mount(9, 1, "/s", FsType::Other(16)));
+        }),
+        ("CRIU's type 11", |r| {
+            table(r).push(mount(9, 1, "/s", FsType::Other(11)))
+        }),
+        ("by a plugin", |r| table(r)[1].is_foreign = true),
+        ("no plain path", |r| {
+            table(r).push(mount(9, 1, "/a/../s", FsType::Tmpfs))
+        }),
+        ("where there is another mount", |r| {
+            table(r).push(mount(9, 1, "/proc", FsType::Proc));
+        }),
+        ("another mount hides", |r| table(r)[5].parent = 1),
+        ("\"/proc/kcore\" is masked", |r| drop(table(r).remove(5))),
+        ("\"/proc/sys\" is read-only", |r| drop(table(r).remove(6))),
+        ("proc on \"/proc/sys\"", |r| table(r)[6].root = "/".into()),
+        ("not one root", |r| table(r)[0].destination = "/x".into()),
+        ("not in the container's mount namespace", |r| {
+            r.mounts.push(r.mounts[0].clone());
+        }),
+        ("no mount namespace", |r| r.mounts.clear()),
+        ("not in the container's network namespace", |r| {
+            r.inventory.criu_namespaces.insert("network", 12);
+        }),
+        ("has no mount namespace", |r| {
+            namespaces(r).remove("mount");
+        }),
+        ("not in the container's user namespace", |r| {
+            namespaces(r).insert("user", 99);
+        }),
+        ("other id mappings", |r| {
+            r.id_mappings.push(IdMappings {
+                uids: vec![(0, 0, 10)],
+                gids: vec![],
+            });
+        }),
+        ("cgroup \"/\"", |r| r.cgroups.members[1].path = "/".into()),
+        ("cgroup \"/pods/web2\"", |r| {
+            r.cgroups.members[1].path = "/pods/web2".into()
+        }),
+        ("cgroup \"/pods/web/../x\"", |r| {
+            r.cgroups.members[1].path = "/pods/web/../x".into();
+        }),
+        ("cgroup \"/pods/web\"", |r| {
+            r.cgroups.members[0].namespace_prefix = 99
+        }),
+        ("cgroup \"other\"", |r| tops(r).push("other".into())),
+        ("cgroup \"pods/web/child\"", |r| {
+            tops(r).push("pods/web/child".into())
+        }),
+        ("cgroup \"\"", |r| tops(r)[0] = String::new()),
+        ("cgroup \"memory\"", |r| {
+            r.cgroups.hierarchies.push(r.cgroups.hierarchies[0].clone());
+        }),
+        ("cgroup \"../x\"", |r| {
+            r.cgroups.hierarchies[0].names.push("../x".into())
+        }),
+        ("\"binfmt-misc.img\" among", |r| {
+            r.strangers.push("binfmt-misc.img".into())
+        }),
+        ("process 1 has no image", |r| r.threads.clear()),
+        ("process has no namespaces", |r| {
+            r.processes[0].namespaces = None
+        }),
+    ];
+    for (said, change) in rows {
+        let mut images = restored();
+        change(&mut images);
+        let found = admission(&images, &spec());
+        let error = found.check().expect_err(said).to_string();
+        let all: Vec<String> = found.refusals.iter().map(ToString::to_string).collect();
+        assert!(all.iter().any(|it| it.contains(said)), "{said}: {all:?}");
+        assert!(error.starts_with("it is stronger than this container may be: "));
+    }
+}
+
+#[test]
+fn what_is_stronger_than_a_weaker_spec_is_refused() {
+    let no_user_change = json!({ "bounding": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] });
+    for (pointer, value, said) in [
+        ("/process/user/uid", json!(1000), "user id 0"),
+        ("/process/user/uid", json!(1000), "group id 10"),
+        (
+            "/process/capabilities",
+            no_user_change.clone(),
+            "CAP_SETGID, CAP_SETUID, CAP_NET_RAW",
+        ),
+        ("/process/capabilities", Value::Null, "CAP_CHOWN"),
+        ("/root/readonly", json!(true), "root is read-only"),
+        (
+            "/linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_NOTIFY" }),
+            "listener",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{ "type": "user" }]),
+            "user namespace",
+        ),
+        ("/mounts/3", json!({}), "\"/rw\""),
+    ] {
+        let mut spec = with("/process/user/additionalGids", json!([]));
+        if pointer != "/process/user/uid" {
+            spec = self::spec();
+        }
+        match pointer.rsplit_once('/').unwrap() {
+            ("/mounts", at) => spec["mounts"][at.parse::<usize>().unwrap()] = value,
+            (parent, key) => spec.pointer_mut(parent).unwrap()[key] = value,
+        }
+        let found = admission(&restored(), &spec);
+        let all: Vec<String> = found.refusals.iter().map(ToString::to_string).collect();
+        assert!(all.iter().any(|it| it.contains(said)), "{said}: {all:?}");
+    }
+}
+
+#[test]
+fn what_hides_more_than_the_spec_is_no_privilege() {
+    let mut spec = with("/linux/maskedPaths", json!([]));
+    spec["linux"]["readonlyPaths"] = Value::Null;
+    let mut images = restored();
+    let empty = Mount {
+        flags: flags::READ_ONLY,
+        ..mount(9, 2, "/proc/acpi", FsType::Tmpfs)
+    };
+    images.mounts[0].push(empty);
+    assert_eq!(admission(&images, &spec), Admission::default());
+}
+
+#[test]
+fn hierarchies_of_cgroup_v1_are_read_only_where_the_spec_says_so() {
+    let mut spec = spec();
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({ "destination": "/cg", "type": "cgroup", "options": ["nosuid", "ro"] }));
+    let hierarchy = |flags| Mount {
+        parent: 20,
+        flags,
+        ..external(21, "/cg/memory", true)
+    };
+    let mut images = restored();
+    images.mounts[0].push(mount(20, 1, "/cg", FsType::Tmpfs));
+    images.mounts[0].push(hierarchy(flags::READ_ONLY | flags::NO_SUID));
+    assert_eq!(admission(&images, &spec), Admission::default());
+    images.mounts[0].pop();
+    images.mounts[0].push(hierarchy(flags::NO_SUID));
+    let found = admission(&images, &spec);
+    assert!(matches!(found.refusals[..], [Refusal::Mount { .. }]));
+}
+
+#[test]
+fn workers_of_root_may_be_anybody() {
+    let mut images = restored();
+    images.threads[0].creds = Creds {
+        uids: [33; 4],
+        gids: [33; 4],
+        groups: vec![33, 44],
+        bounding: CAPS,
+        ..Creds::default()
+    };
+    assert_eq!(admission(&images, &spec()), Admission::default());
+    // Without SETGID only the groups of the spec.
+    let caps = json!({ "bounding": ["CAP_SETUID"], "permitted": ["CAP_SETUID"] });
+    let found = admission(&images, &with("/process/capabilities", caps));
+    let all = format!("{:?}", found.refusals);
+    assert!(all.contains("User") && all.contains("Group"), "{all}");
+}
+
+#[test]
+fn a_user_has_no_capabilities_where_nothing_can_be_gained() {
+    let mut spec = with("/process/noNewPrivileges", json!(true));
+    spec["process"]["user"]["uid"] = json!(1000);
+    let mut images = restored();
+    images.threads[0].creds.uids = [1000; 4];
+    let found = admission(&images, &spec);
+    assert!(matches!(found.refusals[0], Refusal::Capabilities { .. }));
+    images.threads[0].creds.effective = 0;
+    images.threads[0].creds.permitted = 0;
+    assert_eq!(admission(&images, &spec).refusals, []);
+}
+
+#[test]
+fn what_can_be_imposed_is() {
+    let mut spec = with("/process/noNewPrivileges", json!(true));
+    let caps = json!({ "bounding": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] });
+    spec["process"]["capabilities"] = caps;
+    spec["process"]["oomScoreAdj"] = json!(500);
+    spec["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{ "names": ["read"], "action": "SCMP_ACT_ALLOW" }] });
+    let mut images = restored();
+    let creds = &mut images.threads[0].creds;
+    (creds.effective, creds.permitted, creds.inheritable) = (1, 1, CAPS);
+    images.threads[0].task.as_mut().unwrap().rlimits[0].1 = 1000;
+    images.filters = vec![Filter::default()];
+    let found = admission(&images, &spec);
+    assert_eq!(found.refusals, []);
+    let edit = &found.edits[&1];
+    assert!(edit.no_new_privileges);
+    assert_eq!((edit.bounding, edit.inheritable), (Some(1), Some(1)));
+    assert_eq!(edit.oom_score_adj, Some(500));
+    assert_eq!(edit.rlimits.as_ref().unwrap()[0], (5, 20));
+    assert_eq!(edit.seccomp_filter, Some(1));
+    assert_eq!(found.filters.unwrap().len(), 2);
+}
+
+#[test]
+fn devices_of_the_dump_are_those_of_the_spec() {
+    let old = with(
+        "/linux/devices",
+        json!([{ "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 }]),
+    );
+    let old = Spec::parse(old.to_string().as_bytes()).unwrap();
+    let new = Spec::parse(spec().to_string().as_bytes()).unwrap();
+    for (allowed, refusals) in [(&new, 1), (&old, 0)] {
+        let allowed = Allowance::of(allowed, &Path::to_path_buf);
+        let found = compare(&restored(), Some(&old), &allowed, &here());
+        assert_eq!(found.refusals.len(), refusals, "{found:?}");
+    }
+}
+
+#[test]
+fn an_lsm_profile_is_imposed_where_there_is_the_lsm() {
+    let spec = with("/process/apparmorProfile", json!("web"));
+    assert_eq!(admission(&restored(), &spec), Admission::default());
+    let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
+    let here = Environment {
+        lsm: Some("apparmor"),
+        ..here()
+    };
+    let found = compare(
+        &restored(),
+        None,
+        &Allowance::of(&spec, &Path::to_path_buf),
+        &here,
+    );
+    assert_eq!(found.lsm_profile.as_deref(), Some("apparmor:web"));
+    assert_eq!(found.edits[&1].lsm_profile.as_deref(), Some("web"));
+}

@@ -1,0 +1,177 @@
+//! Each thread of the images against the spec: credentials, limits, scheduling.
+
+use transship_checkpoint::criu_images::open_files::PrivilegedFile;
+use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
+
+use super::allowance::{Allowance, LIMITS};
+use super::capabilities::{
+    BPF, Capabilities, NET_ADMIN, NET_RAW, SETPCAP, SYS_ADMIN, SYS_NICE, SYS_RESOURCE,
+};
+use super::{Admission, Environment, Refusal};
+
+/// `SECBIT_KEEP_CAPS` and its lock: all that a process can set without a capability.
+const FREE_SECUREBITS: u32 = 1 << 4;
+/// `SCHED_OTHER`, `SCHED_BATCH`, `SCHED_IDLE`.
+const FREE_POLICIES: [u32; 3] = [0, 3, 5];
+
+pub(super) fn name(thread: &Thread) -> String {
+    format!("process {} ({:?})", thread.tid, thread.comm)
+}
+
+/// Compares one thread.
+pub(super) fn compare(
+    thread: &Thread,
+    allowed: &Allowance,
+    here: &Environment,
+    admission: &mut Admission,
+) {
+    if thread.task.as_ref().is_some_and(|it| it.state == TASK_DEAD) {
+        return;
+    }
+    let who = name(thread);
+    compare_credentials(thread, &who, allowed, admission);
+    compare_scheduling(thread, &who, allowed, here, admission);
+    if let Some(task) = &thread.task {
+        compare_limits(thread.tid, task, &who, allowed, here, admission);
+        if let Some(least) = allowed.oom_score_adj
+            && task.oom_score_adj.unwrap_or_default() < least
+        {
+            admission.edit(thread.tid).oom_score_adj = Some(least);
+        }
+    }
+}
+
+fn compare_credentials(thread: &Thread, who: &str, allowed: &Allowance, admission: &mut Admission) {
+    let creds = &thread.creds;
+    for (set, found) in [
+        ("effective", creds.effective),
+        ("permitted", creds.permitted),
+        ("ambient", creds.ambient),
+    ] {
+        let extra = Capabilities(found).beyond(allowed.capabilities);
+        if !extra.is_empty() {
+            admission.refuse(Refusal::Capabilities {
+                who: who.to_owned(),
+                set,
+                extra,
+            });
+        }
+    }
+    // What it does not have but could gain is taken away.
+    let bounding = Capabilities(creds.bounding);
+    if !allowed.bounding.has(bounding) {
+        let cut = bounding.common(allowed.bounding);
+        admission.edit(thread.tid).bounding = Some(cut.0);
+    }
+    let inheritable = Capabilities(creds.inheritable);
+    if !allowed.capabilities.has(inheritable) {
+        let cut = inheritable.common(allowed.capabilities);
+        admission.edit(thread.tid).inheritable = Some(cut.0);
+    }
+    let stranger = creds.uids.iter().find(|id| **id != allowed.user);
+    if let Some(id) = stranger.filter(|_| !allowed.any_user) {
+        admission.refuse(Refusal::User {
+            who: who.to_owned(),
+            id: *id,
+            allowed: allowed.user,
+        });
+    }
+    let mut groups = creds.gids.iter().chain(&creds.groups);
+    let stranger = groups.find(|id| !allowed.groups.contains(id));
+    if let Some(id) = stranger.filter(|_| !allowed.any_group) {
+        let who = who.to_owned();
+        admission.refuse(Refusal::Group { who, id: *id });
+    }
+    if creds.securebits & !FREE_SECUREBITS != 0 && !allowed.capabilities.has(SETPCAP) {
+        admission.refuse(Refusal::Securebits {
+            who: who.to_owned(),
+            bits: creds.securebits,
+        });
+    }
+    if allowed.no_new_privileges && !creds.no_new_privileges {
+        admission.edit(thread.tid).no_new_privileges = true;
+    }
+    let imposed = admission.lsm_profile.as_deref();
+    let imposed = imposed.and_then(|profile| Some(profile.split_once(':')?.1.to_owned()));
+    if imposed.is_some() && imposed != creds.lsm_profile {
+        // CRIU's `--lsm-profile` is for threads alone whose image has one.
+        admission.edit(thread.tid).lsm_profile = imposed;
+    }
+}
+
+fn compare_scheduling(
+    thread: &Thread,
+    who: &str,
+    allowed: &Allowance,
+    here: &Environment,
+    admission: &mut Admission,
+) {
+    if allowed.has_scheduler || allowed.capabilities.has(SYS_NICE) {
+        return;
+    }
+    let what = if !FREE_POLICIES.contains(&thread.policy) {
+        format!("the scheduling policy {}", thread.policy)
+    } else if thread.nice < here.nice.min(0) {
+        format!("the nice value {}", thread.nice)
+    } else {
+        return;
+    };
+    admission.refuse(Refusal::Scheduling {
+        who: who.to_owned(),
+        what,
+    });
+}
+
+fn compare_limits(
+    tid: u32,
+    task: &Task,
+    who: &str,
+    allowed: &Allowance,
+    here: &Environment,
+    admission: &mut Admission,
+) {
+    if allowed.capabilities.has(SYS_RESOURCE) {
+        return;
+    }
+    let mut limits = task.rlimits.clone();
+    for (number, (soft, hard)) in limits.iter_mut().enumerate() {
+        if let Some(most) = allowed.limits.get(&number) {
+            if *hard > *most {
+                admission.refuse(Refusal::Limit {
+                    who: who.to_owned(),
+                    resource: LIMITS.get(number).copied().unwrap_or("a limit"),
+                    found: *hard,
+                    allowed: *most,
+                });
+            }
+        } else if let Some(most) = here.hard_limits.get(number) {
+            // A node has its own defaults, and a container without limits of its own has them.
+            *hard = (*hard).min(*most);
+            *soft = (*soft).min(*hard);
+        }
+    }
+    if limits != task.rlimits {
+        admission.edit(tid).rlimits = Some(limits);
+    }
+}
+
+/// Open files that CRIU makes with its own capabilities.
+pub(super) fn compare_files(
+    files: &[PrivilegedFile],
+    allowed: &Allowance,
+    admission: &mut Admission,
+) {
+    for file in files {
+        let (what, needed) = match file {
+            PrivilegedFile::RawSocket => ("a raw or packet socket", NET_RAW),
+            PrivilegedFile::Tun => ("a TUN device", NET_ADMIN),
+            PrivilegedFile::Fanotify => ("a fanotify group", SYS_ADMIN),
+            PrivilegedFile::BpfMap => ("a BPF map", BPF),
+        };
+        let enough = allowed.capabilities.has(needed)
+            || needed == BPF && allowed.capabilities.has(SYS_ADMIN);
+        if !enough {
+            admission.refuse(Refusal::OpenFile { what, needed });
+        }
+    }
+}
