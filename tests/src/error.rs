@@ -82,13 +82,16 @@ pub enum TestbedError {
 impl TestbedError {
     pub(crate) fn cri(act: &'static str, reason: impl std::error::Error) -> Self {
         // tonic's errors tell little by themselves and everything in their chain.
-        let mut text = reason.to_string();
-        let mut cause = reason.source();
-        while let Some(next) = cause {
-            text = format!("{text}: {next}");
-            cause = next.source();
-        }
-        Self::Cri { act, reason: text }
+        let reason = one_line(&reason);
+        Self::Cri { act, reason }
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", one_line(source)),
+        None => error.to_string(),
     }
 }
 

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::TestbedError;
 use crate::cgroups::Hierarchy;
-use crate::error::IoContext as _;
+use crate::error::{IoContext as _, one_line};
 
 /// First argument that asks for this role.
 pub(crate) const ROLE: &str = "testbed-init";
@@ -75,7 +75,7 @@ pub(crate) fn serve(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let plan = PathBuf::from(arguments.next().unwrap_or_default());
     let (report, code) = match build(&plan) {
         Ok(pid) => (Report::Ready { pid }, ExitCode::SUCCESS),
-        Err(error) => (Report::Failed(chain(&error)), ExitCode::FAILURE),
+        Err(error) => (Report::Failed(one_line(&error)), ExitCode::FAILURE),
     };
     let line = serde_json::to_string(&report).expect("the report has no map keys");
     let told = writeln!(std::io::stdout(), "{line}");
@@ -88,13 +88,6 @@ pub(crate) fn serve(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
             eprintln!("node init: {error}");
             ExitCode::FAILURE
         }
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
     }
 }
 
