@@ -5,7 +5,7 @@ use serde::Serialize;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 
 use crate::args::{Cli, Command, Global};
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 use transship_engine::freeze_guard;
 
 mod check;
@@ -50,8 +50,8 @@ fn store() -> Store {
     Store::at(DEFAULT_ROOT)
 }
 
-async fn connect(global: &Global) -> Result<Node> {
-    Ok(Node::connect(&global.address, &global.namespace).await?)
+async fn connect(global: &Global) -> Result<Containerd> {
+    Ok(Containerd::connect(&global.address, &global.namespace).await?)
 }
 
 /// Prints a result for programs, or calls `text` for people.

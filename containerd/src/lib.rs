@@ -29,16 +29,16 @@ use tonic::Request;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 use tonic::transport::Channel;
 
-pub mod containers;
+mod containers;
 mod content;
 mod diffs;
 mod error;
-pub mod images;
+mod images;
 pub mod labels;
 mod leases;
 mod plugins;
-pub mod snapshots;
-pub mod tasks;
+mod snapshots;
+mod tasks;
 mod upload;
 
 pub use containers::NewContainer;
@@ -49,11 +49,6 @@ pub use labels::rfc3339;
 pub use snapshots::{SnapshotPages, Snapshotter};
 pub use tasks::Output;
 pub use upload::Upload;
-
-/// Its earlier name.
-pub type Node = Containerd;
-/// Its earlier name.
-pub type NodeError = ContainerdError;
 
 pub(crate) use error::{During, present};
 pub(crate) use transship_proto::MESSAGE_LIMIT;

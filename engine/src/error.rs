@@ -15,7 +15,7 @@ use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
 use transship_checkpoint::wire::WireError;
-use transship_containerd::NodeError;
+use transship_containerd::ContainerdError;
 use transship_layer::{ExportError, ImportError, UsageError};
 use transship_sandbox::SandboxError;
 
@@ -240,7 +240,7 @@ speaks_for_itself!(
     Interrupted,
     ManifestError,
     NamespaceError,
-    NodeError,
+    ContainerdError,
     OptionError,
     ConfigLineError,
     SandboxError,

@@ -3,7 +3,7 @@
 use containerd_client::services::v1::Info;
 use containerd_client::types::Descriptor;
 use transship_checkpoint::wire::Blob;
-use transship_containerd::images::ResolvedImage;
+use transship_containerd::ResolvedImage;
 use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
 use transship_containerd::{Containerd, ContainerdError};
 

@@ -170,7 +170,8 @@ async fn end_source(node: &Containerd, container: &SourceContainer) -> Result<()
 /// Removes what is left of the source.
 async fn remove_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
     node.delete_container(container.id()).await?;
-    node.remove_snapshot(&container.container.snapshotter, &container.snapshot_key)
+    node.snapshotter(&container.container.snapshotter)
+        .remove_if_exists(&container.snapshot_key)
         .await?;
     Ok(())
 }

@@ -102,7 +102,7 @@ pub async fn restore(
     };
     let done = run.await;
     // What was made is referred to by now, or gone. A lease that cannot be dropped ends by itself.
-    drop(leased.drop_lease().await);
+    drop(leased.end_lease().await);
     let (container, pid) = done?;
     Ok(Report {
         container,

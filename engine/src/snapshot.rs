@@ -8,7 +8,6 @@
 //! Any snapshotter whose mounts name its directories will do: ours, containerd's overlayfs, others
 //! that mount overlays.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::{Info, Kind as SnapshotKind};
@@ -83,7 +82,7 @@ pub async fn find(node: &Containerd, name: &str, snapshotter: Option<&str>) -> R
         (None, Some(snapshotter)) => (snapshotter.to_owned(), name.to_owned()),
         (None, None) => (default_snapshotter(node).await?, name.to_owned()),
     };
-    let info = match node.snapshot(&snapshotter, &key).await {
+    let info = match node.snapshotter(&snapshotter).stat(&key).await {
         Err(error) if error.is_not_found() => {
             let namespace = node.namespace();
             return Err(Error::not_found(format!(
@@ -126,18 +125,18 @@ impl Opened {
             snapshotter, key, ..
         } = snapshot;
         if snapshot.info.kind() != SnapshotKind::Committed {
-            let mounts = node.mounts(snapshotter, key).await?;
+            let mounts = node.snapshotter(snapshotter).mounts(key).await?;
             return Ok(Self { mounts, view: None });
         }
         let leased = node.with_lease(VIEW_LIFETIME).await?;
         let view = format!("transship-view-{}", transship_containerd::unique());
-        match leased.view(snapshotter, &view, key).await {
+        match leased.snapshotter(snapshotter).view(&view, key, &[]).await {
             Ok(mounts) => Ok(Self {
                 mounts,
                 view: Some((leased, snapshotter.clone(), view)),
             }),
             Err(error) => {
-                drop(leased.drop_lease().await);
+                drop(leased.end_lease().await);
                 Err(error.into())
             }
         }
@@ -145,8 +144,11 @@ impl Opened {
 
     async fn close(self) -> Result<()> {
         if let Some((leased, snapshotter, view)) = self.view {
-            leased.remove_snapshot(&snapshotter, &view).await?;
-            leased.drop_lease().await?;
+            leased
+                .snapshotter(&snapshotter)
+                .remove_if_exists(&view)
+                .await?;
+            leased.end_lease().await?;
         }
         Ok(())
     }
@@ -203,8 +205,7 @@ async fn while_frozen<T>(
     }
 }
 
-/// Labels of a snapshot that is to stay without a container.
-fn kept() -> HashMap<String, String> {
-    let now = transship_containerd::rfc3339(std::time::SystemTime::now());
-    [("containerd.io/gc.root".to_owned(), now)].into()
+/// Value of the label that keeps a snapshot without a container: since when.
+fn kept() -> String {
+    transship_containerd::rfc3339(std::time::SystemTime::now())
 }

@@ -39,7 +39,7 @@ use crate::overlay_mounts::overlay_stack;
 use crate::shim_options;
 use crate::stuck_dump;
 use transship_containerd::Containerd;
-use transship_containerd::images::ResolvedImage;
+use transship_containerd::ResolvedImage;
 
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -192,7 +192,8 @@ pub async fn inspect(
     let annotated = annotations.criu.over(CriuOptions::default());
     let criu = criu.over(annotated.clone());
     let mounts = node
-        .mounts(&record.snapshotter, &record.snapshot_key)
+        .snapshotter(&record.snapshotter)
+        .mounts(&record.snapshot_key)
         .await?;
     let stack = overlay_stack(&mounts)
         .inspect_err(|error| {

@@ -8,12 +8,12 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use serde_json::Value;
 
 use super::{Finding, Version};
-use transship_containerd::Node;
+use transship_containerd::Containerd;
 
 const DIFF_PLUGINS: Version = Version(1, 7, 4);
 
 /// All of it.
-pub async fn findings(node: &Node) -> Vec<Finding> {
+pub async fn findings(node: &Containerd) -> Vec<Finding> {
     let mut findings = Vec::new();
     let version = match node.version().await {
         Ok(version) => version,
@@ -51,7 +51,7 @@ fn plugin(loaded: Vec<String>, what: &'static str, name: &str, without: &str) ->
     Finding::note(what, found, remedy)
 }
 
-async fn runtimes(node: &Node) -> Vec<Finding> {
+async fn runtimes(node: &Containerd) -> Vec<Finding> {
     let mut client = RuntimeServiceClient::new(node.channel());
     let answer = client.status(StatusRequest { verbose: true }).await;
     let config = match answer {

@@ -7,6 +7,7 @@ use containerd_client::types::Descriptor;
 use tokio::sync::mpsc;
 use transship_checkpoint::wire::{Blob, Message, Offer, unexpected};
 use transship_containerd::Containerd;
+use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use crate::conversation::Conversation;
@@ -25,7 +26,12 @@ pub(super) async fn receive(
 ) -> Result<()> {
     let image = &offer.container.image;
     let mut missing = Vec::new();
-    if node.snapshot(snapshotter, &image.chain_id).await.is_err() {
+    if node
+        .snapshotter(snapshotter)
+        .stat(&image.chain_id)
+        .await
+        .is_err()
+    {
         for blob in &offer.blobs {
             if node.blob(&blob.digest).await?.is_none() {
                 missing.push(blob.digest.clone());
@@ -107,9 +113,7 @@ async fn receive_blob(
 /// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or
 /// say where it comes from.
 fn kept_labels(blob: &Blob) -> HashMap<String, String> {
-    let kept = |name: &str| {
-        name.starts_with("containerd.io/gc.ref.content") || name == "containerd.io/uncompressed"
-    };
+    let kept = |name: &str| name.starts_with(GC_REF_CONTENT) || name == UNCOMPRESSED;
     let labels = blob.labels.clone().into_iter();
     labels.filter(|(name, _)| kept(name)).collect()
 }

@@ -37,7 +37,7 @@ pub(super) async fn accept(
     let leased = node.with_lease(LEASE).await?;
     let result = take(&leased, store, conversation, &offer, plan, request, around).await;
     // A lease that cannot be dropped ends by itself.
-    drop(leased.drop_lease().await);
+    drop(leased.end_lease().await);
     result
 }
 

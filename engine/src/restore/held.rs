@@ -1,6 +1,5 @@
 //! The held copy: made, let go, or undone.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -9,8 +8,8 @@ use std::time::Duration;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
-use transship_containerd::containers::NewContainer;
-use transship_containerd::tasks::Output;
+use transship_containerd::NewContainer;
+use transship_containerd::Output;
 use transship_layer::{ImportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
 
@@ -70,9 +69,9 @@ async fn make(
     let image = &container.image;
     node.ensure_unpacked(&image.name, &image.chain_id, &plan.snapshotter)
         .await?;
-    let labels = HashMap::new();
     let mounts = node
-        .prepare(&plan.snapshotter, &plan.id, &image.chain_id, labels)
+        .snapshotter(&plan.snapshotter)
+        .prepare(&plan.id, &image.chain_id, &[])
         .await?;
     let stack = overlay_stack(&mounts).with_context(|| {
         format!(
@@ -178,6 +177,8 @@ async fn remove(node: &Containerd, plan: &Plan) -> Result<()> {
         Err(error) if !error.is_not_found() => return Err(error.into()),
         _ => {}
     }
-    node.remove_snapshot(&plan.snapshotter, &plan.id).await?;
+    node.snapshotter(&plan.snapshotter)
+        .remove_if_exists(&plan.id)
+        .await?;
     Ok(())
 }

@@ -41,7 +41,7 @@ pub async fn diff(
     }
     let node = node.with_lease(LAYER_LIFETIME).await?;
     let compared = compare(&node, old, new, sink, while_read, interrupt).await;
-    node.drop_lease().await?;
+    node.end_lease().await?;
     compared.map(|()| None)
 }
 

@@ -11,6 +11,7 @@ use containerd_client::services::v1::snapshots::Kind as SnapshotKind;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use transship_containerd::Containerd;
+use transship_containerd::labels::GC_ROOT;
 use transship_layer::{
     ImportOptions, ImportStats, LayerFormat, OverlayStack, decompress, import_into_upperdir,
     remove_contents,
@@ -60,7 +61,8 @@ pub async fn import(
                 Some(snapshotter) => snapshotter.to_owned(),
                 None => default_snapshotter(node).await?,
             };
-            node.prepare(&snapshotter, target.key, parent, kept())
+            node.snapshotter(&snapshotter)
+                .prepare(target.key, parent, &[(GC_ROOT, &kept())])
                 .await?;
             Some(snapshotter)
         }
@@ -77,7 +79,9 @@ pub async fn import(
     )
     .await;
     if let (Err(_), Some(snapshotter)) = (&imported, &made) {
-        node.remove_snapshot(snapshotter, target.key).await?;
+        node.snapshotter(snapshotter)
+            .remove_if_exists(target.key)
+            .await?;
     }
     imported
 }
