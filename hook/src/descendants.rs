@@ -86,6 +86,17 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
+/// Kills the process that has this number since `start_time`, and all below it.
+pub(crate) fn kill_if_same(pid: i32, start_time: u64) {
+    let Ok(process) = Process::open(pid) else {
+        return;
+    };
+    if crate::front::start_time(pid).ok() == Some(start_time) {
+        // What cannot be listed is left.
+        drop(process.kill_tree());
+    }
+}
+
 /// A process that is signalled later: whoever has its number by then is left alone.
 #[derive(Debug)]
 pub(crate) struct Process {

@@ -174,6 +174,18 @@ impl PodDir {
         Ok(waiting)
     }
 
+    /// The first processes of containers that are held, with the moments when they started.
+    #[must_use]
+    pub fn holders(&self) -> Vec<(i32, u64)> {
+        let restores = fs::read_dir(self.dir.join("restore"));
+        restores
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| Staged::at(entry.path()).holder())
+            .collect()
+    }
+
     /// Removes everything of this sandbox, pins first. It is no error when there is nothing.
     ///
     /// # Errors

@@ -60,6 +60,18 @@ fn states_survive_a_round_trip() {
 }
 
 #[test]
+fn a_holder_is_known_while_it_holds() {
+    let root = tempfile::tempdir().unwrap();
+    let (pod, staged) = staged(root.path());
+    staged.set_holder(7, 123).unwrap();
+    assert!(pod.holders().is_empty());
+    staged.set_state(&State::Held("/run/b".into())).unwrap();
+    assert_eq!(pod.holders(), [(7, 123)]);
+    staged.set_state(&State::Staged).unwrap();
+    assert_eq!(staged.holder(), None);
+}
+
+#[test]
 fn only_one_process_restores() {
     let root = tempfile::tempdir().unwrap();
     let (_, staged) = staged(root.path());

@@ -5,6 +5,7 @@
 //!   state          staged | held | failed; a second line says in which bundle, or why
 //!   restore.json   Request
 //!   owner          name of the pod's container that it is restored for
+//!   holder         first process of the container that is held: PID START_TIME
 //! ```
 //!
 //! ```text
@@ -33,6 +34,7 @@ use crate::pod_dir::PodDir;
 pub(crate) const STATE_FILE: &str = "state";
 const REQUEST_FILE: &str = "restore.json";
 const OWNER_FILE: &str = "owner";
+const HOLDER_FILE: &str = "holder";
 
 /// How far a staged restore is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,6 +116,27 @@ impl Staged {
             State::Failed(reason) => format!("failed\n{reason}\n"),
         };
         replace(&self.dir.join(STATE_FILE), text.as_bytes())
+    }
+
+    /// Remembers the first process of the container that is held, and when it started, in clock
+    /// ticks since boot. containerd may forget a container that its caller has given up.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_holder(&self, pid: i32, start_time: u64) -> Result<(), SandboxError> {
+        let text = format!("{pid} {start_time}\n");
+        replace(&self.dir.join(HOLDER_FILE), text.as_bytes())
+    }
+
+    /// The process of [`Self::set_holder`], as long as the restore is held.
+    #[must_use]
+    pub fn holder(&self) -> Option<(i32, u64)> {
+        if !matches!(self.state(), Ok(State::Held(_))) {
+            return None;
+        }
+        let text = fs::read_to_string(self.dir.join(HOLDER_FILE)).ok()?;
+        let (pid, start_time) = text.trim_end().split_once(' ')?;
+        Some((pid.parse().ok()?, start_time.parse().ok()?))
     }
 
     /// Remembers for which container of the pod it is restored, the first time that one asks.

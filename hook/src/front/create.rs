@@ -13,6 +13,7 @@ use super::bundle::{Bundle, Config, Phase};
 use super::held::start_time;
 use super::{FitError, Front, FrontError, Outcome};
 use crate::argv::Arguments;
+use crate::descendants::kill_if_same;
 use crate::one_line;
 use crate::restore_log::{self, LOG_DIR};
 
@@ -142,6 +143,11 @@ impl Front<'_> {
         {
             let again = match staged.state()? {
                 State::Staged => true,
+                State::Held(other) if config.cri => {
+                    staged.reserve_for(asker)?;
+                    self.end_given_up(&staged, &other);
+                    true
+                }
                 State::Held(other) => {
                     check_not_held(&staged, &Bundle::at(&other))?;
                     true
@@ -182,6 +188,18 @@ impl Front<'_> {
         };
         let staged = pod.stage(name, &checkpoint, container)?;
         Ok(Some((pod, staged)))
+    }
+
+    /// The next attempt of a container that is held: kubelet has given the first one up, and
+    /// containerd may have forgotten it (its shim made it after the call was cancelled).
+    fn end_given_up(&self, staged: &Staged, bundle: &Path) {
+        let Some((pid, start_time)) = staged.holder() else {
+            return;
+        };
+        kill_if_same(pid, start_time);
+        if let Some(id) = bundle.file_name().and_then(|id| id.to_str()) {
+            self.delete_restored(id);
+        }
     }
 }
 

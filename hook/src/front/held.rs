@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// When a process started, in clock ticks since boot. One that has ended is not found, although it
 /// may not have been waited for.
-pub(super) fn start_time(pid: i32) -> io::Result<u64> {
+pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     start_time_of(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
 }

@@ -163,6 +163,7 @@ impl Front<'_> {
                 })
             })?;
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
+            staged.set_holder(pid, start_time)?;
             bundle.write_marker(&Marker {
                 phase: Phase::Held,
                 pid,

@@ -39,6 +39,7 @@ use transship_checkpoint::store::Store;
 use transship_sandbox::admission::node_config::NodeConfig;
 
 pub use error::{FitError, FrontError, RestoreError};
+pub(crate) use held::start_time;
 pub use rootfs::RootfsError;
 
 use self::error::FrontContext;

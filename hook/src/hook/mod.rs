@@ -21,6 +21,7 @@ use transship_sandbox::admission::node_config::{ClosedOption, NodeConfig, NodeCo
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{PodDir, SandboxError};
 
+use crate::descendants::kill_if_same;
 use crate::one_line;
 use crate::restore_log;
 
@@ -211,7 +212,13 @@ fn stage_all(
 /// See [`HookError`].
 pub fn poststop(state: &HookState, run_dir: &Path, consumed: &Path) -> Result<(), HookError> {
     PodDir::at(run_dir, &state.id)
-        .and_then(|pod| pod.remove())
+        .and_then(|pod| {
+            // Nobody starts them any more.
+            for (pid, start_time) in pod.holders() {
+                kill_if_same(pid, start_time);
+            }
+            pod.remove()
+        })
         .and_then(|()| Consumed::forget(consumed, &Owner::Container(state.id.clone())))
         .map_err(|source| HookError::Stage {
             id: state.id.clone(),
