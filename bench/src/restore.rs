@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, PodContainer, PodNamespaces, Testbed,
-    journey, poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, PodContainer, PodNamespaces, PodSecurity,
+    Testbed, journey, poll_until,
 };
 
 use crate::node_clock::time_in_node;
@@ -32,6 +32,15 @@ const COUNTER: PodContainer<'static> = PodContainer {
     image: "transship.test/counter:1",
     command: &["/usr/bin/counter", "--memory-mb", "16"],
     mounts: &[],
+    read_only_mounts: &[],
+    security: PodSecurity {
+        user: None,
+        added: &[],
+        dropped: &[],
+        no_new_privileges: false,
+        default_seccomp: false,
+        protected_paths: false,
+    },
     tty: false,
     memory_limit: 0,
 };

@@ -185,7 +185,7 @@ impl NodeApi for NodeService {
         let _call = self.calls.read().await;
         let store = Store::at(DEFAULT_ROOT);
         let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
-        let restored = restored.map_err(Error::from);
+        let restored = restored;
         answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
     }
 

@@ -65,6 +65,9 @@ pub(crate) struct TreeCounts {
     pub(crate) whiteouts_made: u64,
 }
 
+/// Where a symlink leads, and what of the path comes after it.
+type Detour = (Vec<u8>, Vec<u8>);
+
 /// Where a step down has led.
 enum Step {
     Entered,
@@ -207,7 +210,7 @@ impl UpperTree {
 
     /// Goes down until the end, or until there is a symlink: then returns where that leads, and what of
     /// the path is still to come.
-    fn enter_until_link(&mut self, path: &[u8]) -> Result<Option<(Vec<u8>, Vec<u8>)>, ImportError> {
+    fn enter_until_link(&mut self, path: &[u8]) -> Result<Option<Detour>, ImportError> {
         let shared = components(path)
             .zip(&self.names)
             .take_while(|(wanted, open)| *wanted == open.as_slice())

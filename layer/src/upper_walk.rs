@@ -185,10 +185,6 @@ pub(crate) struct NextName {
 
 /// What has been loaded of a name before the walk came to it.
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "there is one at a time; a box would be an allocation for each file"
-)]
 pub(crate) enum LoadedName {
     Nothing,
     File {

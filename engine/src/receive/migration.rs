@@ -170,6 +170,8 @@ fn as_offered(offer: &Offer, stream: Manifest, name: &str) -> Result<Manifest> {
     let files = container.files.clone();
     let offered = Container {
         files: files.clone(),
+        // Known after the export only; they are told, and decide nothing.
+        losses: container.losses.clone(),
         ..offer.container.clone()
     };
     if *container != offered || stream.pod.is_some() || !stream.shared.is_empty() {

@@ -130,7 +130,8 @@ fn lsm() -> Option<&'static str> {
         return Some("apparmor");
     }
     Path::new("/sys/fs/selinux/enforce")
-        .exists()
+        .try_exists()
+        .is_ok_and(|there| there)
         .then_some("selinux")
 }
 
