@@ -186,13 +186,13 @@ fn what_is_stronger_than_the_spec_is_refused() {
     }
     let rows: &[Change] = &[
         ("CAP_SYS_ADMIN in its effective set", |r| {
-            creds(r).effective |= 1 << 21
+            creds(r).effective |= 1 << 21;
         }),
         ("CAP_SYS_ADMIN in its permitted set", |r| {
-            creds(r).permitted |= 1 << 21
+            creds(r).permitted |= 1 << 21;
         }),
         ("CAP_KILL in its ambient set", |r| {
-            creds(r).ambient |= 1 << 5
+            creds(r).ambient |= 1 << 5;
         }),
         ("process 7", |r| {
             let mut second = thread();
@@ -208,39 +208,39 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("scheduling policy 1", |r| r.threads[0].policy = 1),
         ("nice value -1", |r| r.threads[0].nice = -1),
         ("a TUN device", |r| {
-            r.privileged_files.push(PrivilegedFile::Tun)
+            r.privileged_files.push(PrivilegedFile::Tun);
         }),
         ("a BPF map", |r| {
-            r.privileged_files.push(PrivilegedFile::BpfMap)
+            r.privileged_files.push(PrivilegedFile::BpfMap);
         }),
         ("\"/cache\", not read-only", |r| table(r)[3].flags = 0),
         ("\"/proc\", not nodev", |r| {
-            table(r)[1].flags = flags::NO_SUID
+            table(r)[1].flags = flags::NO_SUID;
         }),
         ("\"/host\", where the new container has no mount", |r| {
             table(r).push(external(9, "/host", true));
         }),
         ("in the place of /rw", |r| {
-            table(r)[3].external = Some("/rw".into())
+            table(r)[3].external = Some("/rw".into());
         }),
         ("sysfs on \"/s\"", |r| {
-            table(r).push(mount(9, 1, "/s", FsType::Sysfs))
+            table(r).push(mount(9, 1, "/s", FsType::Sysfs));
         }),
         ("cgroup2 on \"/s\"", |r| {
-            table(r).push(mount(9, 1, "/s", FsType::Cgroup2))
+            table(r).push(mount(9, 1, "/s", FsType::Cgroup2));
         }),
         ("tmpfs on \"/s\"", |r| {
-            table(r).push(mount(9, 1, "/s", FsType::Tmpfs))
+            table(r).push(mount(9, 1, "/s", FsType::Tmpfs));
         }),
         ("type that no container has", |r| {
             table(r).push(mount(9, 1, "/s", FsType::Other(16)));
         }),
         ("CRIU's type 11", |r| {
-            table(r).push(mount(9, 1, "/s", FsType::Other(11)))
+            table(r).push(mount(9, 1, "/s", FsType::Other(11)));
         }),
         ("by a plugin", |r| table(r)[1].is_foreign = true),
         ("no plain path", |r| {
-            table(r).push(mount(9, 1, "/a/../s", FsType::Tmpfs))
+            table(r).push(mount(9, 1, "/a/../s", FsType::Tmpfs));
         }),
         ("where there is another mount", |r| {
             table(r).push(mount(9, 1, "/proc", FsType::Proc));
@@ -271,31 +271,31 @@ fn what_is_stronger_than_the_spec_is_refused() {
         }),
         ("cgroup \"/\"", |r| r.cgroups.members[1].path = "/".into()),
         ("cgroup \"/pods/web2\"", |r| {
-            r.cgroups.members[1].path = "/pods/web2".into()
+            r.cgroups.members[1].path = "/pods/web2".into();
         }),
         ("cgroup \"/pods/web/../x\"", |r| {
             r.cgroups.members[1].path = "/pods/web/../x".into();
         }),
         ("cgroup \"/pods/web\"", |r| {
-            r.cgroups.members[0].namespace_prefix = 99
+            r.cgroups.members[0].namespace_prefix = 99;
         }),
         ("cgroup \"other\"", |r| tops(r).push("other".into())),
         ("cgroup \"pods/web/child\"", |r| {
-            tops(r).push("pods/web/child".into())
+            tops(r).push("pods/web/child".into());
         }),
         ("cgroup \"\"", |r| tops(r)[0] = String::new()),
         ("cgroup \"memory\"", |r| {
             r.cgroups.hierarchies.push(r.cgroups.hierarchies[0].clone());
         }),
         ("cgroup \"../x\"", |r| {
-            r.cgroups.hierarchies[0].names.push("../x".into())
+            r.cgroups.hierarchies[0].names.push("../x".into());
         }),
         ("\"binfmt-misc.img\" among", |r| {
-            r.strangers.push("binfmt-misc.img".into())
+            r.strangers.push("binfmt-misc.img".into());
         }),
         ("process 1 has no image", |r| r.threads.clear()),
         ("process has no namespaces", |r| {
-            r.processes[0].namespaces = None
+            r.processes[0].namespaces = None;
         }),
     ];
     for (said, change) in rows {
