@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use containerd_client::services::v1::leases_client::LeasesClient;
-use containerd_client::services::v1::{AddResourceRequest, CreateRequest, DeleteRequest, Resource};
+use containerd_client::services::v1::{
+    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, Resource,
+};
 use containerd_client::tonic::transport::Channel;
 
 use crate::labels::{GC_EXPIRE, owned, rfc3339};
@@ -45,6 +47,34 @@ impl Containerd {
             lease,
             ..self.clone()
         })
+    }
+
+    /// Ids of all leases of the namespace.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn lease_ids(&self) -> Result<Vec<String>, ContainerdError> {
+        let request = self.request(ListRequest {
+            filters: Vec::new(),
+        });
+        let answer = self.leases().list(request).await;
+        let leases = answer
+            .during(|| "list the leases".to_owned())?
+            .into_inner()
+            .leases;
+        Ok(leases.into_iter().map(|lease| lease.id).collect())
+    }
+
+    /// Ends the lease `id` of another process; it may have ended already.
+    ///
+    /// # Errors
+    /// The answer of containerd; or `id` cannot be a gRPC header.
+    pub async fn end_lease_called(&self, id: &str) -> Result<(), ContainerdError> {
+        let other = Self {
+            lease: Some(header(id)?),
+            ..self.clone()
+        };
+        other.end_lease().await
     }
 
     /// Ends the lease, if there is one that nobody has ended. What nothing else refers to may then be

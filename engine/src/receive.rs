@@ -28,6 +28,7 @@ use crate::restore::Target;
 
 mod durable;
 mod image;
+mod leases;
 mod migration;
 
 /// Bytes of the store's file system that stay free.

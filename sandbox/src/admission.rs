@@ -41,7 +41,7 @@ use std::path::Path;
 
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::criu_images::seccomp::{Filter, write_filters};
-use transship_checkpoint::criu_images::threads::{ThreadEdit, edit};
+use transship_checkpoint::criu_images::threads::{TASK_DEAD, ThreadEdit, edit};
 use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
@@ -155,10 +155,13 @@ pub fn compare(
         admission.refuse(Refusal::Stranger { name: name.clone() });
     }
     for process in &restored.processes {
-        let has_image = |tid| restored.threads.iter().any(|thread| thread.tid == tid);
-        if !process.threads.contains(&process.pid)
-            || !process.threads.iter().copied().all(has_image)
-        {
+        let image = |tid| restored.threads.iter().find(|thread| thread.tid == tid);
+        // A zombie has an image and no thread.
+        let is_dead = image(process.pid)
+            .and_then(|thread| thread.task.as_ref())
+            .is_some_and(|task| task.state == TASK_DEAD);
+        let first = is_dead || process.threads.contains(&process.pid);
+        if !first || !process.threads.iter().all(|tid| image(*tid).is_some()) {
             admission.refuse(Refusal::Damaged {
                 what: format!("a thread of process {} has no image", process.pid),
             });
@@ -173,6 +176,7 @@ pub fn compare(
         &restored.processes,
         &restored.inventory,
         allowed,
+        here,
         &mut admission,
     );
     places::compare_mappings(&restored.id_mappings, allowed, &mut admission);

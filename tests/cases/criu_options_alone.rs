@@ -203,9 +203,9 @@ fn was_asked(node: &Node, command: &str, flag: &str) -> anyhow::Result<()> {
 fn memory_comes_when_it_is_touched(node: &Node) -> anyhow::Result<()> {
     let serving = "pgrep -f '[c]riu lazy-pages'";
     run_counter(node, "lazy")?;
-    checkpoint(node, "lazy", &["--lazy-pages"])?;
+    checkpoint(node, "lazy", &[])?;
     journey::remove_container(node, "lazy")?;
-    node.shell("transship restore lazy").run()?;
+    node.shell("transship restore lazy --lazy-pages").run()?;
     let log = "/run/containerd/io.containerd.runtime.v2.task/default/lazy/work/lazy-pages.log";
     node.shell(&format!("test -e {log}")).run()?;
     memory_is_whole(node)?;
@@ -219,7 +219,10 @@ fn memory_comes_when_it_is_touched(node: &Node) -> anyhow::Result<()> {
     let mut ended = 0;
     // Killed before the container runs, and as soon as it does.
     for moment in [serving, "ctr tasks ls | grep -q 'lazy .*RUNNING'"] {
-        node.start_daemon("restoring", &["transship", "restore", "lazy"])?;
+        node.start_daemon(
+            "restoring",
+            &["transship", "restore", "lazy", "--lazy-pages"],
+        )?;
         poll_until("the moment of the kill", PATIENCE, || {
             let seen = node.shell(moment).run();
             seen.map_err(|error| error.to_string())

@@ -112,7 +112,7 @@ fn goes_on(node: &Node, pid: u32) -> anyhow::Result<()> {
     counts_on(node, pid)?;
     poll_until("the end of the checkpoint", PATIENCE, || {
         let left = node.shell(&format!(
-            "pgrep -fl '[t]ransship checkpoint|[f]reeze-guard'; ls -d {DRAFT} 2>/dev/null; true"
+            "set +e; pgrep -fl '[t]ransship checkpoint|[f]reeze-guard'; ls -d {DRAFT} 2>/dev/null; true"
         ));
         let left = { left }.read().map_err(|error| error.to_string())?;
         match left.trim() {

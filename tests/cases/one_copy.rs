@@ -58,6 +58,7 @@ fn migrate_once(a: &Node, b: &Node, ssh: &str) -> anyhow::Result<()> {
     let keep = format!("cp -a /srv/spin /srv/frozen && tar -c -C /srv spin | {ssh} tar -x -C /srv");
     a.command("transship")
         .args(["migrate", "spin", "--to", ssh, "--before-restore", &keep])
+        .args(["--allow", "host-mounts"])
         .run()?;
     let (frozen, last) = (counts(a, "/srv/frozen")?, counts(a, "/srv/spin")?);
     ensure!(

@@ -10,7 +10,7 @@ use transship_checkpoint::wire::{Limits, Message, Offer, PROTOCOL, printable, un
 use transship_containerd::{Containerd, unique};
 
 use super::image::{self, ImageName};
-use super::{KEEP_FREE, Received, Request, durable, keep, receive_files};
+use super::{KEEP_FREE, Received, Request, durable, keep, leases, receive_files};
 use crate::conversation::Conversation;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
@@ -34,7 +34,7 @@ pub(super) async fn accept(
 ) -> Result<Received> {
     let plan = check_offer(node, store, &offer, request).await?;
     // All that is made is garbage until the copy runs.
-    let leased = node.with_lease(LEASE).await?;
+    let leased = leases::take(node, LEASE).await?;
     let result = take(&leased, store, conversation, &offer, plan, request, around).await;
     // A lease that cannot be dropped ends by itself.
     drop(leased.end_lease().await);

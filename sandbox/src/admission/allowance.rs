@@ -72,6 +72,8 @@ pub struct Allowance {
     pub lsm_profile: Option<String>,
     /// The namespaces that are not the node's, by their OCI names.
     pub namespaces: Vec<String>,
+    /// Those of them that are joined, and where they are.
+    pub joined: Vec<(String, PathBuf)>,
     /// Mappings of the user namespace.
     pub id_mappings: IdMappings,
     /// Whether the root is read-only.
@@ -130,6 +132,11 @@ impl Allowance {
             lsm_profile: lsm_profile(spec),
             namespaces: list(spec.get("/linux/namespaces"))
                 .filter_map(|it| Some(it["type"].as_str()?.to_owned()))
+                .collect(),
+            joined: list(spec.get("/linux/namespaces"))
+                .filter_map(|it| {
+                    Some((it["type"].as_str()?.to_owned(), it["path"].as_str()?.into()))
+                })
                 .collect(),
             id_mappings: IdMappings {
                 uids: ranges(spec.get("/linux/uidMappings")),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -44,6 +45,9 @@ pub struct Environment {
     pub present: BTreeSet<PathBuf>,
     /// The LSM that gives profiles, `apparmor` or `selinux`.
     pub lsm: Option<&'static str>,
+    /// Joined namespaces that are the node's own, by their OCI names: those of a pod in the network
+    /// of its node.
+    pub node_namespaces: BTreeSet<String>,
 }
 
 impl Environment {
@@ -72,6 +76,10 @@ impl Environment {
             nice: own_nice(),
             present: paths.filter(is_present).cloned().collect(),
             lsm: lsm(),
+            node_namespaces: { allowed.joined.iter() }
+                .filter(|(kind, path)| is_own_namespace(kind, path))
+                .map(|(kind, _)| kind.clone())
+                .collect(),
         }
     }
 
@@ -111,6 +119,21 @@ fn owned(part: Component<'_>) -> PathBuf {
         Component::RootDir => PathBuf::new(),
         part => PathBuf::from(part.as_os_str()),
     }
+}
+
+/// Whether the namespace at `path` is that of this process, which is in all of the node's.
+fn is_own_namespace(kind: &str, path: &Path) -> bool {
+    let file = match kind {
+        "network" => "net",
+        "mount" => "mnt",
+        kind => kind,
+    };
+    let identity = |path: &Path| {
+        let found = fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    let own = identity(&Path::new("/proc/self/ns").join(file));
+    own.is_some() && own == identity(path)
 }
 
 /// The 19th field of `/proc/self/stat`, the 17th after the name.

@@ -10,7 +10,7 @@ use transship_checkpoint::criu_images::user_namespace::IdMappings;
 
 use super::allowance::Allowance;
 use super::capabilities::SYS_ADMIN;
-use super::{Admission, Refusal};
+use super::{Admission, Environment, Refusal};
 
 /// Compares the namespaces of every process: CRIU makes one where the ids of a process and of CRIU at
 /// the dump differ, and leaves the process in the node's where they are the same.
@@ -18,6 +18,7 @@ pub(super) fn compare_namespaces(
     processes: &[Process],
     inventory: &Inventory,
     allowed: &Allowance,
+    here: &Environment,
     admission: &mut Admission,
 ) {
     let first = processes.iter().find(|it| it.parent == 0);
@@ -32,7 +33,8 @@ pub(super) fn compare_namespaces(
             continue;
         };
         let who = || format!("process {}", process.pid);
-        for wanted in &allowed.namespaces {
+        let not_the_nodes = |wanted: &&String| !here.node_namespaces.contains(*wanted);
+        for wanted in allowed.namespaces.iter().filter(not_the_nodes) {
             let Some((&namespace, id)) = namespaces.get_key_value(wanted.as_str()) else {
                 // CRIU before 3.14 knows no time namespaces, and kernels may lack some.
                 if !matches!(wanted.as_str(), "time" | "cgroup") {

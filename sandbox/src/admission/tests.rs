@@ -468,3 +468,47 @@ fn an_lsm_profile_is_imposed_where_there_is_the_lsm() {
     assert_eq!(found.lsm_profile.as_deref(), Some("apparmor:web"));
     assert_eq!(found.edits[&1].lsm_profile.as_deref(), Some("web"));
 }
+
+#[test]
+fn a_zombie_has_an_image_and_no_thread() {
+    let mut images = restored();
+    images.processes.push(Process {
+        pid: 25,
+        parent: 1,
+        ..Process::default()
+    });
+    let error = admission(&images, &spec()).check().unwrap_err();
+    assert!(error.to_string().contains("process 25 has no image"));
+    images.threads.push(Thread {
+        tid: 25,
+        task: Some(Task {
+            state: TASK_DEAD,
+            rlimits: Vec::new(),
+            oom_score_adj: None,
+        }),
+        ..Thread::default()
+    });
+    admission(&images, &spec()).check().unwrap();
+    images.threads[1].task.as_mut().unwrap().state = 1;
+    assert!(admission(&images, &spec()).check().is_err());
+}
+
+#[test]
+fn a_joined_namespace_of_the_node_is_no_way_out() {
+    let mut images = restored();
+    let own = &mut images.processes[0].namespaces;
+    let uts = images.inventory.criu_namespaces["uts"];
+    own.as_mut().unwrap().insert("uts", uts);
+    let compare_on = |here: &Environment| {
+        let spec = Spec::parse(spec().to_string().as_bytes()).unwrap();
+        let allowed = Allowance::of(&spec, &Path::to_path_buf);
+        compare(&images, None, &allowed, here).check()
+    };
+    assert!(compare_on(&here()).is_err());
+    let node_namespaces = ["uts".to_owned()].into();
+    compare_on(&Environment {
+        node_namespaces,
+        ..here()
+    })
+    .unwrap();
+}
