@@ -1,0 +1,8 @@
+//! What `--help` prints, kept in `help/*.md`: a change of a word is seen where it is reviewed.
+//!
+//! `TRYCMD=overwrite cargo test -p transship --test help` writes the files anew.
+
+#[test]
+fn the_help_is_what_was_reviewed() {
+    trycmd::TestCases::new().case("tests/help/*.md");
+}
