@@ -174,7 +174,7 @@ impl Runtime {
     }
 
     /// Runs a `restore` of the runtime below a guard, and waits for it; see
-    /// [`restore_guard`](crate::restore_guard).
+    /// [`restore_guard`].
     ///
     /// # Errors
     /// It cannot be started.

@@ -89,7 +89,7 @@ fn a_network_of_its_own_has_loopback(bed: &Testbed) -> anyhow::Result<()> {
         5,
         "is the node that",
     )?;
-    let lock = format!("mkdir -p {LOCKS}; exec flock {LOCKS}/default:counter sleep 1000");
+    let lock = format!("mkdir -p {LOCKS}; exec flock -o {LOCKS}/default:counter sleep 1000");
     a.start_daemon("other", &["sh", "-c", &lock])?;
     poll_until("the other migration", PATIENCE, || {
         let held = a.shell(&format!("! flock --nonblock {LOCKS}/default:counter true"));

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Context, Error, Result};
 
-/// A layer's destination; without [`Sink::finish`] nothing stays.
+/// A layer's destination; one that is not finished leaves nothing.
 #[derive(Debug)]
 pub struct Sink {
     out: Out,
