@@ -237,7 +237,7 @@ pub struct Pod {
     pub namespace: String,
     /// Its uid.
     pub uid: String,
-    /// Its service account, as far as it was known; see [`crate::service_account`].
+    /// Its service account, as far as it was known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_account: Option<String>,
 }

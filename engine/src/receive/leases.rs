@@ -5,7 +5,8 @@
 //! ```
 //!
 //! containerd ends such a lease after an hour; until then what it holds takes room, so whoever comes
-//! next ends those whose process is gone.
+//! next ends those whose process is gone, and waits for the garbage collection: a layer that is found
+//! must not go while it is used.
 
 use std::time::Duration;
 

@@ -36,8 +36,12 @@ pub(super) async fn accept(
     // All that is made is garbage until the copy runs.
     let leased = leases::take(node, LEASE).await?;
     let result = take(&leased, store, conversation, &offer, plan, request, around).await;
-    // A lease that cannot be dropped ends by itself.
-    drop(leased.end_lease().await);
+    // A lease that cannot be dropped ends by itself. After a failure the garbage is waited for: the next
+    // attempt must not find layers that are about to go.
+    drop(match &result {
+        Ok(_) => leased.end_lease().await,
+        Err(_) => leased.end_lease_and_collect().await,
+    });
     result
 }
 

@@ -475,6 +475,7 @@ fn a_zombie_has_an_image_and_no_thread() {
     images.processes.push(Process {
         pid: 25,
         parent: 1,
+        threads: vec![0],
         ..Process::default()
     });
     let error = admission(&images, &spec()).check().unwrap_err();
