@@ -247,8 +247,8 @@ const FORGERIES: &[(&str, &str)] = &[
         "the checkpoint mounts sysfs on \"/data/sys\"",
     ),
     (
-        "table(lambda t: [e for e in t if e['mountpoint'] != '/proc/kcore'])",
-        "\"/proc/kcore\" is masked in the new container",
+        "table(lambda t: [e for e in t if e['mountpoint'] != '/proc/keys'])",
+        "\"/proc/keys\" is masked in the new container",
     ),
     (
         "table(lambda t: [e for e in t if e['mountpoint'] != '/proc/sys'])",

@@ -7,7 +7,7 @@
 //!
 //! A case gets an empty testbed; when it fails, the logs of its nodes are printed. Without root or
 //! mmdebstrap a case is skipped with its reason, or fails if `REQUIRE` lists `node`; elsewhere than in
-//! that machine `vm_` cases are skipped.
+//! that machine `vm_` cases are skipped. A case called `long_...` runs in `make test-long` alone.
 
 mod admission;
 mod consumed_once;
@@ -94,6 +94,7 @@ impl Case {
                 .map(|()| Completion::Completed)
                 .map_err(|error| failed(&error))
         })
+        .with_ignored_flag(self.what.starts_with("long_"))
     }
 }
 

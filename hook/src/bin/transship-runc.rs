@@ -19,6 +19,9 @@ use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The file of this program, whatever has become of its name.
+const OWN_FILE: &str = "/proc/self/exe";
+
 fn main() -> ExitCode {
     let mut args: Vec<OsString> = std::env::args_os().collect();
     let program = if args.is_empty() {
@@ -55,15 +58,18 @@ fn main() -> ExitCode {
 }
 
 fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
-    let own = std::env::current_exe().map_err(|source| RuntimeError::Execute {
+    // Its path has the neighbours; what is started again is this very file, also when another one has
+    // taken its name meanwhile.
+    let beside = std::env::current_exe().map_err(|source| RuntimeError::Execute {
         path: program.into(),
         source,
     })?;
+    let own = PathBuf::from(OWN_FILE);
     let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
     let env = Environment {
         runtime: Runtime::find(program, &own, &path)?,
-        hook: own.with_file_name("transship-hook"),
-        tool: own.with_file_name("transship"),
+        hook: beside.with_file_name("transship-hook"),
+        tool: beside.with_file_name("transship"),
         own,
         run_dir: DEFAULT_RUN_DIR.into(),
         store: Store::at(DEFAULT_ROOT),
