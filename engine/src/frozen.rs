@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
 use transship_proto::runc_options::Options;
 
-use crate::error::{Error, Result, StillPaused};
+use crate::error::{Error, Result, StillPaused, one_line};
 use crate::freeze_guard::FreezeGuard;
 use crate::kill;
 use crate::oci_runtime::OciRuntime;
@@ -35,6 +35,11 @@ pub use crate::freeze_guard::TaskToFreeze;
 /// How long containerd may take to let a container run; then the guard goes on.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
+/// What runc says when it has not seen all tasks frozen in time, on cgroup v1, and has let them go
+/// again. On a busy node the next try may do.
+const NOT_FROZEN: &str = "unable to freeze";
+/// How often a freeze is tried.
+const FREEZES: u32 = 5;
 
 /// Containers that stand still until they are thawed or killed.
 #[derive(Debug)]
@@ -178,7 +183,16 @@ impl Tasks {
 
     async fn pause(&self) -> Result<()> {
         for task in self.ours() {
-            self.node.pause(&task.id).await?;
+            let mut tries = 1;
+            loop {
+                match self.node.pause(&task.id).await {
+                    Err(error) if tries < FREEZES && one_line(&error).contains(NOT_FROZEN) => {
+                        tries += 1;
+                        sleep(PAUSE).await;
+                    }
+                    paused => break paused?,
+                }
+            }
         }
         Ok(())
     }
