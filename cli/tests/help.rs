@@ -5,5 +5,7 @@
 
 #[test]
 fn the_help_is_what_was_reviewed() {
-    trycmd::TestCases::new().case("tests/help/*.md");
+    trycmd::TestCases::new()
+        .env("COLUMNS", "100")
+        .case("tests/help/*.md");
 }
