@@ -33,14 +33,7 @@ const COUNTER: PodContainer<'static> = PodContainer {
     command: &["/usr/bin/counter", "--memory-mb", "16"],
     mounts: &[],
     read_only_mounts: &[],
-    security: PodSecurity {
-        user: None,
-        added: &[],
-        dropped: &[],
-        no_new_privileges: false,
-        default_seccomp: false,
-        protected_paths: false,
-    },
+    security: PodSecurity::NONE,
     tty: false,
     memory_limit: 0,
 };

@@ -178,9 +178,14 @@ fn migrate<'a>(sandbox: &'a str, to: &'a str) -> Vec<&'a str> {
     [&MIGRATE[..], &[sandbox, "--to", to]].concat()
 }
 
-/// Runs transship in node a: it fails with `code` and says `message`, and the counter counts on.
-fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Result<()> {
-    let output = a.command("transship").args(arguments).output()?;
+/// Runs transship in `node`: it fails with `code` and says `message`.
+pub(crate) fn fails_with(
+    node: &Node,
+    arguments: &[&str],
+    code: i32,
+    message: &str,
+) -> anyhow::Result<()> {
+    let output = node.command("transship").args(arguments).output()?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(
         output.status.code() == Some(code),
@@ -191,6 +196,12 @@ fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Re
         error.contains(message),
         "{error:?} does not say {message:?}"
     );
+    Ok(())
+}
+
+/// Runs transship in node a: it fails with `code` and says `message`, and the counter counts on.
+fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Result<()> {
+    fails_with(a, arguments, code, message)?;
     let reached = journey::read_counts(a, "counter").map_err(anyhow::Error::msg)?;
     journey::wait_for_count(a, "counter", reached).context("the source stands still")?;
     Ok(())

@@ -7,6 +7,7 @@ use anyhow::ensure;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
+use crate::journey::fails_with;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const RECORDS: &str = "/var/lib/transship/migrations";
@@ -47,17 +48,7 @@ fn run_alone(node: &Node, id: &str) -> anyhow::Result<()> {
 
 /// Runs transship in node a: it fails with `code` and says `message`, and the container counts on.
 fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Result<()> {
-    let output = a.command("transship").args(arguments).output()?;
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(
-        output.status.code() == Some(code),
-        "{}: {error}",
-        output.status
-    );
-    ensure!(
-        error.contains(message),
-        "{error:?} does not say {message:?}"
-    );
+    fails_with(a, arguments, code, message)?;
     counts_on(a, arguments[1])
 }
 
