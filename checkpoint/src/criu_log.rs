@@ -2,14 +2,19 @@
 //!
 //! ```text
 //! (00.012345)      7: Error (criu/files-reg.c:2189): Can't open file /x on restore: No such file
-//!  since start   pid  level  where                   text
+//! (00.013)    pie: 7: Error (criu/pie/restorer.c:1293): Can't create posix timer - 0: -22
+//!  since start   who  level  where                       text
 //! ```
 //!
-//! The first error is the cause; those after it are what followed from it.
+//! `who` is nobody (CRIU itself), a process id, or the part of CRIU that runs inside of a process
+//! (`pie`) or beside it (`uns`), with one. The first error is the cause; those after it are what
+//! followed from it. What it means and what to do is in the table of [`crate::conditions`].
 
 use std::io::Read;
 use std::path::Path;
 use std::{fs::File, io};
+
+use crate::conditions::Condition;
 
 /// More of a log than this is not read: the first error comes early, the rest is debugging output.
 const LOG_LIMIT: u64 = 64 << 20;
@@ -28,37 +33,8 @@ const CONSEQUENCES: &[&str] = &[
     "cgroupd: recv req error",
 ];
 
-/// Errors that name no cause, and what is known of it.
-const EXPLANATIONS: &[(&str, &str)] = &[
-    (
-        "Can't find sysv shmem",
-        "it is attached to System V shared memory that another container has restored into the \
-         sandbox; CRIU can attach a container only to what it makes itself",
-    ),
-    (
-        "Can't get 1:16 opt",
-        "CRIU before 4.2 cannot dump TCP sockets on Linux 6.16 and later (checkpoint-restore/criu#2705)",
-    ),
-    (
-        "Connected TCP socket",
-        "--tcp established or --tcp close says what becomes of it",
-    ),
-    (
-        "In-flight connection",
-        "--skip-in-flight leaves connections out that have not been accepted",
-    ),
-    (
-        "Can't dump ghost file",
-        "--ghost-limit keeps larger files without a name",
-    ),
-    (
-        "Can't create link remap",
-        "--link-remap keeps open files that have lost their name",
-    ),
-];
-
-/// The first line of `log` that tells why CRIU gave up, without time and place; with a second one
-/// when that adds to it.
+/// The first line of `log` that tells why CRIU gave up, without time and place; with what it means and
+/// what to do, where that is known.
 #[must_use]
 pub fn first_error(log: &str) -> Option<String> {
     let errors: Vec<&str> = log
@@ -69,11 +45,16 @@ pub fn first_error(log: &str) -> Option<String> {
     let cause = errors
         .iter()
         .find(|text| !CONSEQUENCES.iter().any(|known| text.contains(known)))
+        // A process that was killed tells more than that the restore has failed.
+        .or_else(|| {
+            errors
+                .iter()
+                .find(|text| Condition::of_error(text).is_some())
+        })
         .or(errors.first())?;
-    let known = EXPLANATIONS.iter().find(|(text, _)| cause.contains(text));
-    Some(known.map_or_else(
+    Some(Condition::of_error(cause).map_or_else(
         || (*cause).to_owned(),
-        |(_, explanation)| format!("{cause} ({explanation})"),
+        |known| format!("{cause} ({}; {})", known.what, known.remedy),
     ))
 }
 
@@ -90,12 +71,11 @@ pub fn first_error_of(path: &Path) -> io::Result<Option<String>> {
 fn error_text(line: &str) -> Option<&str> {
     let rest = line.trim_start().strip_prefix('(')?;
     let rest = rest.split_once(')')?.1.trim_start();
-    // The pid of the task that speaks, when it is not CRIU itself.
-    let rest = match rest.split_once(':') {
-        Some((pid, rest)) if pid.parse::<u32>().is_ok() => rest.trim_start(),
-        _ => rest,
-    };
-    let rest = rest.strip_prefix("Error (")?;
+    let (who, rest) = rest.split_once("Error (")?;
+    let of_speaker = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | ' ' | '-');
+    if !who.chars().all(of_speaker) {
+        return None;
+    }
     let text = rest.split_once("): ")?.1.trim();
     (!text.is_empty()).then_some(text)
 }
@@ -109,13 +89,13 @@ mod tests {
         let log = "\
 (00.000100) Error (criu/rlimit.c:10): rlimit: Can't setup RLIMIT_NOFILE for self\n\
 (00.001) Warn  (criu/x.c:1): nothing\n\
-(00.012345)      7: Error (criu/files-reg.c:2189): Can't open file /x on restore: No such file\n\
+(00.012345)      7: Error (criu/files-reg.c:2189): Can't open file /x on restore: Permission denied\n\
 (00.013)      7: Error (criu/files-reg.c:2100): Can't open file /x\n\
 (00.014) Error (criu/cr-restore.c:1234): 99 exited, status=1\n\
 (00.015) Error (criu/cr-restore.c:2300): Restoring FAILED.\n";
         assert_eq!(
             first_error(log).as_deref(),
-            Some("Can't open file /x on restore: No such file")
+            Some("Can't open file /x on restore: Permission denied")
         );
     }
 
@@ -127,6 +107,32 @@ mod tests {
             text.starts_with("Can't get 1:16 opt") && text.contains("CRIU before 4.2"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn every_part_of_criu_is_heard() {
+        for who in ["", "     7: ", "pie: 1: ", "pie: ", "uns: ", "lazy-pages: "] {
+            let log = format!(
+                "(00.2) {who}Error (criu/pie/restorer.c:1293): Can't create posix timer - 0: -22\n\
+                 (00.3) Error (criu/cr-restore.c:2300): Restoring FAILED.\n"
+            );
+            let text = first_error(&log).unwrap();
+            assert!(
+                text.starts_with("Can't create posix timer - 0: -22 (")
+                    && text.contains("profiler"),
+                "{who:?}: {text}"
+            );
+        }
+        // A program's own words are none of CRIU's.
+        assert_eq!(first_error("(00.1) said \"x\" Error (a): b\n"), None);
+    }
+
+    #[test]
+    fn who_was_killed_is_told_of() {
+        let log = "(00.1) Error (criu/cr-restore.c:1): 9567 killed by signal 9: Killed\n\
+                   (00.2) Error (criu/cr-restore.c:2): Restoring FAILED.\n";
+        let text = first_error(log).unwrap();
+        assert!(text.contains("memory limit"), "{text}");
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //!      cri_names: labels and annotations of the CRI
 //!      beneath: opens what others have put into a directory
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
+//!      conditions: what keeps a container from being dumped or restored, and what to do
 //! ```
 //!
 //! A plain synchronous library: no runtime, no gRPC, no terminal, no environment. Every byte of a
@@ -19,6 +20,7 @@
 
 pub mod annotations;
 pub mod beneath;
+pub mod conditions;
 pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;
