@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::criu_options::CriuOptions;
 use crate::shared_dirs::{SHARED_DIR, SharedDir};
-use crate::spec::Spec;
 
 /// File name of the manifest inside of a checkpoint.
 pub const MANIFEST_FILE: &str = "transship.json";
@@ -76,32 +75,6 @@ pub enum ManifestError {
         /// The name.
         name: String,
     },
-    /// A pod may not have it.
-    #[error(
-        "the checkpoint {checkpoint:?} is of {owner}; a pod of the Kubernetes namespace {asker:?} \
-         may not restore it"
-    )]
-    Foreign {
-        /// Name of the checkpoint.
-        checkpoint: String,
-        /// Whose it is.
-        owner: String,
-        /// The namespace of the pod that asks for it.
-        asker: String,
-    },
-    /// A pod of another service account asks, on a node that is strict.
-    #[error(
-        "the checkpoint {checkpoint:?} was taken from the service account {owner}, and the pod's is \
-         {asker}: this node is strict, so it may not restore it"
-    )]
-    ServiceAccount {
-        /// Name of the checkpoint.
-        checkpoint: String,
-        /// Whose it is.
-        owner: String,
-        /// Who asks for it.
-        asker: String,
-    },
     /// Two containers of one name.
     #[error("the checkpoint {checkpoint:?} has the container {container:?} twice")]
     Twice {
@@ -109,32 +82,6 @@ pub enum ManifestError {
         checkpoint: String,
         /// The container.
         container: String,
-    },
-    /// Taken on another kind of machine.
-    #[error(
-        "the checkpoint {checkpoint:?} was taken on {found} and cannot be restored on {here}: memory \
-         holds machine code"
-    )]
-    Architecture {
-        /// Name of the checkpoint.
-        checkpoint: String,
-        /// Machine that it was taken on.
-        found: String,
-        /// Machine of this node.
-        here: String,
-    },
-    /// The new container lacks a mount.
-    #[error(
-        "the container {container:?} of the checkpoint {checkpoint:?} has something mounted on \
-         {destination}, and the new one does not"
-    )]
-    Mount {
-        /// Name of the checkpoint.
-        checkpoint: String,
-        /// The container in it.
-        container: String,
-        /// The mount point.
-        destination: String,
     },
     /// No such container.
     #[error("the checkpoint {checkpoint:?} has no container {container:?}; it has {present}")]
@@ -146,14 +93,6 @@ pub enum ManifestError {
         /// Those that are there, for the message.
         present: String,
     },
-}
-
-impl ManifestError {
-    /// Whether somebody asks for a checkpoint that is not theirs.
-    #[must_use]
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Foreign { .. } | Self::ServiceAccount { .. })
-    }
 }
 
 /// Version and features of the format.
@@ -489,66 +428,6 @@ impl Manifest {
         })
     }
 
-    /// Checks that a pod of the Kubernetes namespace `asker` may restore this. The author of a pod
-    /// chooses its annotations, and a checkpoint holds another process's memory: it goes into pods
-    /// of the namespace that it was taken in. Outside of the CRI (`None`) root asks.
-    ///
-    /// # Errors
-    /// [`ManifestError::Foreign`].
-    pub fn check_asker(&self, asker: Option<&str>) -> Result<(), ManifestError> {
-        let Some(asker) = asker else { return Ok(()) };
-        match &self.pod {
-            Some(pod) if pod.namespace == asker && !asker.is_empty() => Ok(()),
-            owner => Err(ManifestError::Foreign {
-                checkpoint: self.name.clone(),
-                owner: owner.as_ref().map_or("no pod".to_owned(), |pod| {
-                    format!("the Kubernetes namespace {:?}", pod.namespace)
-                }),
-                asker: asker.to_owned(),
-            }),
-        }
-    }
-
-    /// Checks that this was taken on a machine as `here` (`uname -m`).
-    ///
-    /// # Errors
-    /// [`ManifestError::Architecture`].
-    pub fn check_architecture(&self, here: &str) -> Result<(), ManifestError> {
-        if self.source.architecture == here {
-            return Ok(());
-        }
-        Err(ManifestError::Architecture {
-            checkpoint: self.name.clone(),
-            found: self.source.architecture.clone(),
-            here: here.to_owned(),
-        })
-    }
-
-    /// Checks that the new spec of a container mounts something wherever the `old` one had a bind
-    /// mount: CRIU takes what is mounted there now for what was mounted there then.
-    ///
-    /// # Errors
-    /// [`ManifestError::Mount`].
-    pub fn check_mounts(
-        &self,
-        container: &str,
-        old: &Spec,
-        new: &Spec,
-    ) -> Result<(), ManifestError> {
-        let there = new.mount_destinations();
-        let missing = old
-            .bind_mounts()
-            .into_iter()
-            .find(|(destination, _)| !there.contains(destination));
-        missing.map_or(Ok(()), |(destination, _)| {
-            Err(ManifestError::Mount {
-                checkpoint: self.name.clone(),
-                container: container.to_owned(),
-                destination: destination.display().to_string(),
-            })
-        })
-    }
-
     /// Bytes of all files.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -677,58 +556,12 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_restores_what_its_own_namespace_has_taken() {
-        let mut taken = manifest();
-        assert!(taken.check_asker(None).is_ok());
-        assert!(taken.check_asker(Some("shop")).is_err(), "of no pod");
-        let namespace = "shop".to_owned();
-        taken.pod = Some(Pod {
-            namespace,
-            ..Pod::default()
-        });
-        assert!(taken.check_asker(Some("shop")).is_ok());
-        let error = taken.check_asker(Some("bank")).unwrap_err().to_string();
-        assert!(
-            error.contains("\"shop\"") && error.contains("\"bank\""),
-            "{error}"
-        );
-        taken.pod = Some(Pod::default());
-        assert!(
-            taken.check_asker(Some("")).is_err(),
-            "an unknown namespace is nobody's"
-        );
-    }
-
-    #[test]
     fn a_container_is_there_once() {
         let mut twice = manifest();
         twice.containers.push(twice.containers[0].clone());
         let error = Manifest::parse(&twice.to_json()).unwrap_err();
         let said = r#"the checkpoint "web" has the container "counter" twice"#;
         assert_eq!(error.to_string(), said);
-    }
-
-    #[test]
-    fn machine_and_mounts_must_fit() {
-        let mut taken = manifest();
-        taken.source.architecture = "aarch64".into();
-        assert!(taken.check_architecture("aarch64").is_ok());
-        let error = taken.check_architecture("x86_64").unwrap_err().to_string();
-        assert!(
-            error.contains("aarch64") && error.contains("x86_64"),
-            "{error}"
-        );
-        let spec = |json: &str| Spec::parse(json.as_bytes()).unwrap();
-        let old = spec(
-            r#"{"mounts":[{"destination":"/proc","type":"proc","source":"proc"},
-                {"destination":"/cache","type":"bind","source":"/a","options":["rbind"]}]}"#,
-        );
-        let new = spec(r#"{"mounts":[{"destination":"/cache","type":"tmpfs"}]}"#);
-        assert!(taken.check_mounts("counter", &old, &new).is_ok());
-        let error = taken
-            .check_mounts("counter", &old, &spec("{}"))
-            .unwrap_err();
-        assert!(error.to_string().contains("/cache"), "{error}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod report;
 use std::process::ExitCode;
 
 use clap::Parser;
+use transship_engine::Error;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
@@ -34,12 +35,7 @@ fn main() -> ExitCode {
             runtime.shutdown_background();
             result
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(Error::failed("cannot start this program's threads").because(error)),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        // Its words come from the other side, which shows them.
-        Err(error) if error.is::<commands::Told>() => ExitCode::from(5),
-        Err(error) => report::report(&error),
-    }
+    result.unwrap_or_else(|error| report::report(&error))
 }

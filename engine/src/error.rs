@@ -20,7 +20,6 @@ use transship_layer::{ExportError, ImportError, UsageError};
 use transship_sandbox::SandboxError;
 
 use crate::interrupt::Interrupted;
-use crate::problem::Problem;
 
 /// A result of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -248,22 +247,6 @@ speaks_for_itself!(
     UsageError,
     WireError,
 );
-
-/// For the modules that still have errors of `anyhow`.
-impl From<anyhow::Error> for Error {
-    fn from(error: anyhow::Error) -> Self {
-        let (kind, hints) = match Problem::in_chain(&error) {
-            Some(problem) => (problem.kind(), problem.hints().to_vec()),
-            None => (Kind::Failed, Vec::new()),
-        };
-        Self {
-            message: None,
-            kind,
-            hints,
-            source: Some(error.into()),
-        }
-    }
-}
 
 impl From<tokio::task::JoinError> for Error {
     fn from(error: tokio::task::JoinError) -> Self {

@@ -6,6 +6,8 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::error::{Context as _, Result};
+
 /// Tells when somebody has asked to give up.
 #[derive(Debug, Clone)]
 pub struct Interrupt(watch::Receiver<Option<&'static str>>);
@@ -17,14 +19,17 @@ pub struct Interrupted(&'static str);
 
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP from their default action.
-    pub fn install() -> std::io::Result<Self> {
+    ///
+    /// # Errors
+    /// The process may not handle signals.
+    pub fn install() -> Result<Self> {
         let (sender, receiver) = watch::channel(None);
         for (kind, name) in [
             (SignalKind::interrupt(), "SIGINT"),
             (SignalKind::terminate(), "SIGTERM"),
             (SignalKind::hangup(), "SIGHUP"),
         ] {
-            let mut signals = signal(kind)?;
+            let mut signals = signal(kind).with_context(|| format!("cannot handle {name}"))?;
             let sender = sender.clone();
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {

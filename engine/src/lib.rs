@@ -9,9 +9,8 @@
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot;  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
-//!  check: findings about this node
+//!  listing: the checkpoints of a store;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told
-//!  problem: as error, for the modules that still use anyhow
 //! ```
 //!
 //! ```no_run
@@ -50,6 +49,7 @@ pub mod frozen;
 pub mod image_blobs;
 pub mod interrupt;
 mod kill;
+pub mod listing;
 pub mod message_queues;
 pub mod migrate;
 pub mod node_service;
@@ -57,7 +57,6 @@ pub mod oci_runtime;
 pub mod overlay_mounts;
 pub mod pod;
 pub mod pod_dirs;
-pub mod problem;
 pub mod progress;
 pub mod receive;
 pub mod restart_policy;

@@ -17,9 +17,10 @@
 //!            inheritable set, limits that the spec does not name, oom_score_adj
 //! ```
 //!
-//! The comparison is pure. `node_config` and `service_account` say who may ask at all.
+//! The comparison is pure. `asker` says who may ask at all, by the rules in `node_config`.
 
 pub mod allowance;
+pub mod asker;
 pub mod capabilities;
 pub mod container_base;
 mod environment;

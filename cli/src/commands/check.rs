@@ -1,10 +1,9 @@
 //! `transship check`
 
-use anyhow::{Result, bail};
-
 use super::{connect, print};
 use crate::args::Global;
 use transship_engine::check::{self, Finding, Verdict};
+use transship_engine::{Error, Result};
 
 pub(crate) async fn run(global: &Global) -> Result<()> {
     let mut findings = check::host::findings();
@@ -12,7 +11,7 @@ pub(crate) async fn run(global: &Global) -> Result<()> {
         Ok(node) => findings.extend(check::containerd::findings(&node).await),
         Err(error) => findings.push(Finding::problem(
             "containerd",
-            format!("{error:#}"),
+            error.one_line(),
             "start containerd, or name its socket with --address",
         )),
     }
@@ -25,7 +24,7 @@ pub(crate) async fn run(global: &Global) -> Result<()> {
         .count();
     match problems {
         0 => Ok(()),
-        1 => bail!("there is 1 problem"),
-        more => bail!("there are {more} problems"),
+        1 => Err(Error::failed("there is 1 problem")),
+        more => Err(Error::failed(format!("there are {more} problems"))),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use transship_engine::Result;
 use transship_engine::checkpoint::{self, Afterwards, Report, Request, Selection};
 use transship_engine::interrupt::Interrupt;
 use transship_engine::timeline::human_bytes;

@@ -1,6 +1,6 @@
 //! `transship container-base ID`: what the runtime front asks before it restores into a container.
 
-use anyhow::Result;
+use transship_engine::{Context as _, Result};
 use transship_sandbox::admission::container_base::ContainerBase;
 
 use super::connect;
@@ -15,6 +15,7 @@ pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
         digest: target.map(|target| target.digest).unwrap_or_default(),
         chain_id,
     };
-    println!("{}", serde_json::to_string(&base)?);
+    let line = serde_json::to_string(&base).context("cannot write JSON")?;
+    println!("{line}");
     Ok(())
 }

@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
 use transship_checkpoint::manifest::{Container, Manifest};
 
 use super::{print, store};
 use crate::args::{Global, NameArgs};
+use transship_engine::Result;
 use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
 

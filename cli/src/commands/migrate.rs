@@ -1,7 +1,7 @@
 //! `transship migrate CONTAINER --to COMMAND`
 
-use anyhow::Result;
 use serde::Serialize;
+use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::migrate::{self, Request};
 use transship_engine::timeline::{Report, human_bytes};

@@ -1,18 +1,21 @@
 //! `transship receive`: a checkpoint, or the target of a migration, on stdin.
 
 use std::path::Path;
+use std::process::ExitCode;
 
-use anyhow::Result;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::receive::{self, Received, Request, comes_from_the_other_side};
 use transship_engine::restore::allowed_by_node;
+use transship_engine::{Kind, Result};
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 
 use super::{connect, print, store};
 use crate::args::{Global, ReceiveArgs};
 use crate::progress::Progress;
+use crate::report::exit_code;
 
-pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<()> {
+/// What the other side has told is not printed: it shows it.
+pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let mut target = args.target.target(args.criu.overrides());
     target
@@ -28,7 +31,7 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<()> {
     // The other side shows how far it is.
     let progress = Progress::new(true);
     let received = receive::receive(
-        async || Ok(connect(global).await?),
+        async || connect(global).await,
         &store,
         request,
         (std::io::stdin(), std::io::stdout()),
@@ -38,9 +41,10 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<()> {
     match received.await {
         Ok(Received::Checkpoint(checkpoint)) => print(global, &checkpoint.manifest, || {
             format!("{}\n", checkpoint.dir.display())
-        }),
-        Ok(Received::Migrated { .. }) => Ok(()),
-        Err(error) if comes_from_the_other_side(&error) => Err(super::Told(error).into()),
-        Err(error) => Err(error.into()),
+        })?,
+        Ok(Received::Migrated { .. }) => {}
+        Err(error) if comes_from_the_other_side(&error) => return Ok(exit_code(Kind::Target)),
+        Err(error) => return Err(error),
     }
+    Ok(ExitCode::SUCCESS)
 }

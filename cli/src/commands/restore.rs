@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::Result;
 use serde::Serialize;
+use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::restore::{self, Request, allowed_by_node};
 use transship_engine::timeline::Report;

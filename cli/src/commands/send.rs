@@ -2,8 +2,8 @@
 
 use std::io::IsTerminal;
 
-use anyhow::{Result, bail};
 use transship_engine::restore::open;
+use transship_engine::{Error, Result};
 
 use super::store;
 use crate::args::SendArgs;
@@ -12,7 +12,10 @@ use crate::progress::Progress;
 pub(crate) fn run(args: &SendArgs) -> Result<()> {
     let stdout = std::io::stdout();
     if stdout.is_terminal() {
-        bail!("a checkpoint is not for a terminal: redirect it, or pipe it to `transship receive`");
+        return Err(
+            Error::refused("a checkpoint cannot be written to a terminal")
+                .hint("redirect it to a file, or pipe it to `transship receive`"),
+        );
     }
     let checkpoint = open(&store(), &args.name)?;
     transship_engine::send::send(&checkpoint, stdout.lock(), &Progress::new(false))?;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
 
 use super::connect;
@@ -11,5 +11,5 @@ use crate::args::Global;
 pub(crate) async fn run(global: &Global, socket: &Path) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
-    Ok(transship_engine::serve::serve(node, socket, interrupt).await?)
+    transship_engine::serve::serve(node, socket, interrupt).await
 }

@@ -5,14 +5,13 @@ use std::io::{self, IsTerminal as _};
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
 use serde::Serialize;
 use transship_checkpoint::manifest::Losses;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::snapshot::{self, Sink, Source, Target, WhileRead};
 use transship_engine::source;
 use transship_engine::timeline::human_bytes;
-use transship_engine::{Error, Kind};
+use transship_engine::{Context as _, Error, Result};
 use transship_layer::ExportStats;
 
 use super::{connect, print};
@@ -33,7 +32,7 @@ async fn export(global: &Global, args: SnapshotExportArgs) -> Result<()> {
     let node = connect(global).await?;
     let found = snapshot::find(&node, &args.name, args.snapshotter.as_deref()).await?;
     if let Some(dir) = &args.raw {
-        return Ok(snapshot::export_raw(&node, &found, dir, &interrupt).await?);
+        return snapshot::export_raw(&node, &found, dir, &interrupt).await;
     }
     let (sink, while_read) = (sink(&args.output)?, while_read(args.no_pause));
     let stats = snapshot::export(&node, &found, sink, while_read, &interrupt).await?;
@@ -64,14 +63,11 @@ fn while_read(no_pause: bool) -> WhileRead {
 /// `-` is stdout, which must not be a terminal.
 fn sink(path: &Path) -> Result<Sink> {
     if path != Path::new("-") {
-        return Ok(Sink::file(path)?);
+        return Sink::file(path);
     }
     if io::stdout().is_terminal() {
-        return Err(
-            Error::new(Kind::Refused, "a layer is nothing for a terminal")
-                .hint("transship snapshot export ... -o FILE, or into a pipe")
-                .into(),
-        );
+        return Err(Error::refused("a layer cannot be written to a terminal")
+            .hint("transship snapshot export ... -o FILE, or into a pipe"));
     }
     Ok(Sink::stdout())
 }
@@ -99,7 +95,7 @@ fn report(global: &Global, stats: &ExportStats) -> Result<()> {
         losses: source::losses(stats),
     };
     if global.json {
-        eprintln!("{}", serde_json::to_string_pretty(&exported)?);
+        eprintln!("{}", super::json(&exported)?);
         return Ok(());
     }
     let bytes = human_bytes(exported.bytes);

@@ -5,6 +5,7 @@ use std::path::Path;
 use transship_checkpoint::annotations::{ColdContainers, OnFailure, Role};
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
+use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::Consumed;
 use transship_sandbox::{PodDir, SandboxError, Staged, State};
@@ -161,8 +162,11 @@ impl Front<'_> {
         };
         let checkpoint = self.env.store.open(wanted)?;
         let manifest = &checkpoint.manifest;
-        let namespace = config.annotations.kubernetes_namespace.as_deref();
-        NodeConfig::read(&self.env.node_config)?.check_namespace(manifest, namespace)?;
+        let pod_asks = Asker {
+            rules: &NodeConfig::read(&self.env.node_config)?,
+            annotations: &config.annotations,
+        };
+        pod_asks.admit(manifest)?;
         let named = manifest
             .containers
             .iter()

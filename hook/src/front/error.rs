@@ -11,6 +11,7 @@ use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
 use transship_sandbox::SandboxError;
 use transship_sandbox::admission::AdmissionError;
+use transship_sandbox::admission::asker::NotForAsker;
 use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
 
 use super::criu_config::CRIU_CONFIG_DIR;
@@ -33,6 +34,9 @@ pub enum FrontError {
     /// A namespace that is gone.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
+    /// The checkpoint is not for who asks.
+    #[error(transparent)]
+    NotForAsker(#[from] NotForAsker),
     /// Something staged that cannot be used.
     #[error(transparent)]
     Stage(#[from] SandboxError),
@@ -224,7 +228,7 @@ impl FrontError {
     /// Whether somebody asks for what is not theirs: then nothing is started, not even cold.
     pub(super) fn is_refusal(&self) -> bool {
         match self {
-            Self::Manifest(error) => error.is_refusal(),
+            Self::NotForAsker(error) => error.is_forbidden(),
             Self::NodeConfig(_)
             | Self::Annotation(_)
             | Self::Closed(_)

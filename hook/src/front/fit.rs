@@ -1,13 +1,10 @@
 //! Whether a checkpoint fits the container that asks for it: asked before anything is changed.
 //!
 //! ```text
-//!  architecture     manifest                       uname
 //!  lengths          manifest                       the files
-//!  options          manifest, annotations          what node.toml lets a pod choose
-//!  service account  manifest                       the token that kubelet mounts, when strict
-//!  mounts           spec.dump                      config.json
-//!  privileges       the images                     config.json, see sandbox/src/admission.rs
+//!  asker            manifest, spec.dump            annotations, config.json: admission/asker.rs
 //!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
+//!  privileges       the images                     config.json: sandbox/src/admission.rs
 //!  once             staged restore (owner)         the container's name in the pod
 //! ```
 //!
@@ -20,9 +17,9 @@ use std::process::{Command, Stdio};
 use transship_checkpoint::manifest::Container;
 use transship_checkpoint::spec::Spec;
 use transship_sandbox::admission::AdmissionError;
+use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::container_base::ContainerBase;
 use transship_sandbox::admission::node_config::NodeConfig;
-use transship_sandbox::admission::service_account;
 use transship_sandbox::{Request, Staged};
 
 use super::admission::{admit, read_spec};
@@ -50,24 +47,24 @@ impl Front<'_> {
         let checkpoint = self.env.store.open(&request.checkpoint)?;
         let manifest = &checkpoint.manifest;
         let container = manifest.container(Some(&request.container))?;
-        let uname = nix::sys::utsname::uname().during("ask for the name of", "this machine")?;
-        manifest.check_architecture(&uname.machine().to_string_lossy())?;
         checkpoint.check_lengths(container)?;
         let old = read_spec(&checkpoint.container_dir(container))?;
-        // Outside of the CRI our own tool has made the container, after it has checked the rest.
-        if !config.cri {
-            return check_privileges(&request, &old, config, bundle);
+        let asker = Asker {
+            rules: &NodeConfig::read(&self.env.node_config)?,
+            annotations: &config.annotations,
+        };
+        asker.admit_container(manifest, container, &old, &config.spec)?;
+        // Outside of the CRI our own tool has made the container, of the image that it found.
+        if config.cri {
+            self.check_base(id, container, &manifest.name)?;
         }
-        let rules = NodeConfig::read(&self.env.node_config)?;
-        rules.check_options(&config.annotations.criu.over(request.criu.clone()))?;
-        rules.check_rootfs(config.annotations.rootfs)?;
-        let asker = config.annotations.kubernetes_namespace.as_deref();
-        let account = asker.and_then(|asker| service_account::of_spec(&config.spec, asker));
-        rules.check_service_account(manifest, asker, account.as_deref())?;
-        manifest.check_mounts(&container.name, &old, &config.spec)?;
-        self.check_base(id, container, &manifest.name)?;
         check_privileges(&request, &old, config, bundle)?;
-        if let Some(name) = &config.annotations.pod_container {
+        if let Some(name) = config
+            .annotations
+            .pod_container
+            .as_ref()
+            .filter(|_| config.cri)
+        {
             staged.reserve_for(name)?;
         }
         Ok(())

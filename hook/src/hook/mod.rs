@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
-use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::store::{Store, StoreError};
-use transship_sandbox::admission::node_config::{ClosedOption, NodeConfig, NodeConfigError};
+use transship_sandbox::admission::asker::{Asker, NotForAsker};
+use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{PodDir, SandboxError};
 
@@ -55,13 +55,10 @@ pub enum HookError {
     Annotation(#[from] AnnotationError),
     /// The checkpoint is not for this pod.
     #[error(transparent)]
-    Manifest(#[from] ManifestError),
+    NotForAsker(#[from] NotForAsker),
     /// The rules of this node.
     #[error(transparent)]
     NodeConfig(#[from] NodeConfigError),
-    /// An option that is not the author's of the pod to choose.
-    #[error(transparent)]
-    Closed(#[from] ClosedOption),
     /// The sandbox's directory.
     #[error("cannot prepare the sandbox {id:?}")]
     Stage {
@@ -84,7 +81,7 @@ impl HookError {
     /// Whether a pod may do without the restore: not when it asks for what is not its own.
     fn may_start_cold(&self) -> bool {
         match self {
-            Self::Manifest(error) => !error.is_refusal(),
+            Self::NotForAsker(error) => !error.is_forbidden(),
             Self::Store { .. } => true,
             _ => false,
         }
@@ -184,18 +181,8 @@ fn stage_all(
             });
         }
     };
-    let asker = annotations.kubernetes_namespace.as_deref();
-    let rules = NodeConfig::read(&node.config)?;
-    rules.check_namespace(&checkpoint.manifest, asker)?;
-    if asker.is_some() {
-        rules.check_rootfs(annotations.rootfs)?;
-        for container in &checkpoint.manifest.containers {
-            rules.check_options(&annotations.criu.over(container.criu.clone()))?;
-        }
-    }
-    let uname = nix::sys::utsname::uname().map_err(|errno| HookError::Input(errno.into()))?;
-    let here = uname.machine().to_string_lossy();
-    checkpoint.manifest.check_architecture(&here)?;
+    let rules = &NodeConfig::read(&node.config)?;
+    Asker { rules, annotations }.admit(&checkpoint.manifest)?;
     for container in &checkpoint.manifest.containers {
         let has_run = |it: &Consumed| it.container(name, &container.name).is_some();
         if !consumed.as_ref().is_some_and(has_run) {

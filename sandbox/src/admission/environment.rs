@@ -54,9 +54,6 @@ impl Environment {
     /// Looks at the node; `rootfs` is the root of the container, as it is mounted now.
     #[must_use]
     pub fn of_node(allowed: &Allowance, rootfs: &Path) -> Self {
-        let machine = nix::sys::utsname::uname()
-            .map(|uname| uname.machine().to_string_lossy().into_owned())
-            .unwrap_or_default();
         let hard_limits = RESOURCES
             .into_iter()
             .map(|resource| getrlimit(resource).map_or(0, |(_, hard)| hard))
@@ -71,7 +68,7 @@ impl Environment {
             fs::symlink_metadata(place).is_ok()
         };
         Self {
-            machine,
+            machine: machine(),
             hard_limits,
             nice: own_nice(),
             present: paths.filter(is_present).cloned().collect(),
@@ -156,6 +153,15 @@ fn lsm() -> Option<&'static str> {
         .try_exists()
         .is_ok_and(|there| there)
         .then_some("selinux")
+}
+
+/// This machine, as in `uname -m`.
+pub(super) fn machine() -> String {
+    // uname(2) fails on a bad pointer only.
+    nix::sys::utsname::uname().map_or_else(
+        |_| String::new(),
+        |uname| uname.machine().to_string_lossy().into_owned(),
+    )
 }
 
 #[cfg(test)]

@@ -15,10 +15,8 @@
 //! allow = []                what `transship receive` takes from a stream
 //! ```
 //!
-//! The author of a pod chooses its annotations, and a checkpoint holds another process's memory: it
-//! goes into pods of the Kubernetes namespace that it was taken in, of the same service account when
-//! `strict`, unless an exception is named here. An unknown key is an error, and then nothing is
-//! restored: a rule that is misspelt must not be a rule that is not there.
+//! `asker.rs` says what the rules mean. An unknown key is an error, and then nothing is restored: a rule
+//! that is misspelt must not be a rule that is not there.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +28,6 @@ use serde::Deserialize;
 
 use transship_checkpoint::annotations::Rootfs;
 use transship_checkpoint::criu_options::{CriuOptions, OPTIONS};
-use transship_checkpoint::manifest::{Manifest, ManifestError};
 
 use super::foreign_spec::Allowed;
 
@@ -144,22 +141,6 @@ impl NodeConfig {
         })
     }
 
-    /// Checks that a pod of the Kubernetes namespace `asker` may restore the checkpoint. Outside of
-    /// the CRI (`None`) root asks.
-    ///
-    /// # Errors
-    /// [`ManifestError::Foreign`].
-    pub fn check_namespace(
-        &self,
-        manifest: &Manifest,
-        asker: Option<&str>,
-    ) -> Result<(), ManifestError> {
-        if asker.is_some_and(|asker| self.is_exception(manifest, asker)) {
-            return Ok(());
-        }
-        manifest.check_asker(asker)
-    }
-
     /// Checks that a pod may be dumped or restored with these options of CRIU.
     ///
     /// # Errors
@@ -191,110 +172,16 @@ impl NodeConfig {
         }
     }
 
-    /// Checks, when `strict`, that a pod of the Kubernetes namespace `asker`, whose service account
-    /// is `account` as far as it can be known, may restore the checkpoint.
-    ///
-    /// # Errors
-    /// [`ManifestError::ServiceAccount`].
-    pub fn check_service_account(
-        &self,
-        manifest: &Manifest,
-        asker: Option<&str>,
-        account: Option<&str>,
-    ) -> Result<(), ManifestError> {
-        let Some(asker) = asker.filter(|_| self.strict) else {
-            return Ok(());
-        };
-        let taken_from = manifest
-            .pod
-            .as_ref()
-            .and_then(|pod| pod.service_account.as_deref());
-        if self.is_exception(manifest, asker) || account.is_some() && account == taken_from {
-            return Ok(());
-        }
-        let named = |account: Option<&str>| {
-            account.map_or("one that is not known".to_owned(), |it| format!("{it:?}"))
-        };
-        Err(ManifestError::ServiceAccount {
-            checkpoint: manifest.name.clone(),
-            owner: named(taken_from),
-            asker: named(account),
-        })
-    }
-
     /// How long a restore may make no progress.
     #[must_use]
     pub fn restore_patience(&self) -> Duration {
         Duration::from_secs(self.restore_patience_seconds)
-    }
-
-    fn is_exception(&self, manifest: &Manifest, asker: &str) -> bool {
-        let owner = manifest.pod.as_ref().map(|pod| pod.namespace.as_str());
-        let owners = self.may_restore.get(asker).into_iter().flatten();
-        owners
-            .map(String::as_str)
-            .any(|allowed| allowed == "*" || !allowed.is_empty() && Some(allowed) == owner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transship_checkpoint::manifest::Pod;
-
-    fn taken(account: Option<&str>) -> Manifest {
-        let mut manifest: Manifest = serde_json::from_str(
-            r#"{"format":{"version":1},"name":"web","created":1,"source":
-               {"hostname":"a","architecture":"x86_64","kernel":"6","containerd":"2"},
-               "containers":[]}"#,
-        )
-        .unwrap();
-        manifest.pod = Some(Pod {
-            namespace: "shop".into(),
-            service_account: account.map(ToOwned::to_owned),
-            ..Pod::default()
-        });
-        manifest
-    }
-
-    #[test]
-    fn exceptions_name_who_may_restore_whose() {
-        let config: NodeConfig =
-            toml::from_str("[may_restore]\nstaging = [\"shop\"]\nops = [\"*\"]\n").unwrap();
-        let allowed = |asker| config.check_namespace(&taken(None), Some(asker)).is_ok();
-        assert!(allowed("shop") && allowed("staging") && allowed("ops"));
-        assert!(!allowed("bank"));
-        let of_no_pod = Manifest {
-            pod: None,
-            ..taken(None)
-        };
-        assert!(config.check_namespace(&of_no_pod, Some("ops")).is_ok());
-        assert!(config.check_namespace(&of_no_pod, Some("staging")).is_err());
-        assert!(config.check_namespace(&of_no_pod, None).is_ok());
-    }
-
-    #[test]
-    fn strict_wants_the_same_service_account_known_on_both_sides() {
-        let mut config = NodeConfig {
-            strict: true,
-            ..NodeConfig::default()
-        };
-        let check = |config: &NodeConfig, taken_from, account| {
-            config.check_service_account(&taken(taken_from), Some("shop"), account)
-        };
-        assert!(check(&config, Some("cart"), Some("cart")).is_ok());
-        for (taken_from, account) in [
-            (Some("cart"), Some("till")),
-            (None, None),
-            (Some("cart"), None),
-            (None, Some("cart")),
-        ] {
-            let error = check(&config, taken_from, account).unwrap_err().to_string();
-            assert!(error.contains("service account"), "{error}");
-        }
-        config.strict = false;
-        assert!(check(&config, None, None).is_ok());
-    }
 
     #[test]
     fn what_loosens_is_the_operators_to_choose() {

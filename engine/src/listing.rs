@@ -1,0 +1,65 @@
+//! The checkpoints of a store, as a list for people and programs.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde::Serialize;
+use transship_checkpoint::store::{Checkpoint, Store};
+
+use crate::error::{Result, one_line};
+
+/// A checkpoint in the list. One that cannot be read has its name and the reason.
+#[derive(Debug, Clone, Default, Serialize)]
+#[non_exhaustive]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// When it was taken, as RFC 3339 has it.
+    pub created: String,
+    /// What its files hold, in bytes.
+    pub bytes: u64,
+    /// The names of its containers.
+    pub containers: Vec<String>,
+    /// The pod that they belonged to, `namespace/name`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// The host name of the node that it was taken on.
+    pub source: String,
+    /// Why it cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// All checkpoints, by name.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn list(store: &Store) -> Result<Vec<Listed>> {
+    let listed = store
+        .list()?
+        .into_iter()
+        .map(|(name, opened)| match opened {
+            Ok(checkpoint) => listed(name, &checkpoint),
+            Err(error) => Listed {
+                name,
+                error: Some(one_line(&error)),
+                ..Listed::default()
+            },
+        });
+    Ok(listed.collect())
+}
+
+fn listed(name: String, checkpoint: &Checkpoint) -> Listed {
+    let manifest = &checkpoint.manifest;
+    let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
+    let names = manifest.containers.iter().map(|container| &container.name);
+    let pod = manifest.pod.as_ref();
+    Listed {
+        name,
+        created: transship_containerd::rfc3339(created),
+        bytes: manifest.size(),
+        containers: names.cloned().collect(),
+        pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),
+        source: manifest.source.hostname.clone(),
+        error: None,
+    }
+}
