@@ -478,7 +478,8 @@ impl<W: Write> Export<'_, W> {
             if is_last {
                 self.links.remove(&attributes.identity);
             }
-            self.xattrs.clear();
+            // With its extended attributes: containerd gives the file those of each of its entries anew, and a
+            // change of the owner takes the capabilities away.
             self.write_entry(path, EntryType::Link, attributes, &target, None)?;
             self.stats.hard_links += 1;
             return Ok(true);

@@ -23,7 +23,7 @@ use crate::path_bytes::{components, join_cleaned, push_component, split_last};
 use crate::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
-use crate::upper_tree::{MAX_LINKS, UpperTree, read_link};
+use crate::upper_tree::{MAX_LINKS, Reached, UpperTree, read_link};
 use crate::xattrs::XattrReader;
 
 /// Prefix of names that aufs kept for itself and that old Docker layers can contain.
@@ -96,8 +96,8 @@ pub struct ImportStats {
     pub dropped_xattrs: u64,
     /// Attributes left out because of `skip_unsupported_xattrs`.
     pub unsupported_xattrs: u64,
-    /// Entries that were skipped: aufs' own, what lies below a deleted name, and whiteouts whose name leads
-    /// through a symlink of the same layer (see docs/layers.md).
+    /// Entries that were skipped: aufs' own, what lies below a deleted name, and deletions whose name leads
+    /// through a symlink or a file of the same layer (see docs/layers.md).
     pub skipped_entries: u64,
 }
 
@@ -151,6 +151,14 @@ fn clean_path(raw: &[u8], path: &mut Vec<u8>) {
     }
 }
 
+/// What of the symlinks in a path was followed.
+enum Followed {
+    /// One; this is the path now.
+    Link(Vec<u8>),
+    /// There is none; this is the path, without `.` and `..`.
+    None(Vec<u8>),
+}
+
 struct Import<R> {
     tar: TarReader<R>,
     tree: UpperTree,
@@ -198,7 +206,7 @@ impl<R: Read> Import<R> {
             return self.apply_root(entry.tar_type, wanted);
         }
         if entry.tar_type == TarType::HardLink {
-            return self.make_hard_link(parent, name, path, &entry.link);
+            return self.make_hard_link(parent, name, path, &entry.link, wanted);
         }
         let led_path;
         let path = if self.tree.enter(parent)? {
@@ -328,6 +336,7 @@ impl<R: Read> Import<R> {
         name: &[u8],
         path: &[u8],
         link: &[u8],
+        wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
         let impossible = || ImportError::refused(path, "it is a hard link to what cannot be one");
         let target = self.resolve_link(link)?;
@@ -363,17 +372,19 @@ impl<R: Read> Import<R> {
                 name,
                 AtFlags::empty(),
             )
-        })
+        })?;
+        self.tree
+            .set_link_attributes((&target_directory, target_name), path, attributes, wanted)
     }
 
     /// The path that a hard link's target means: symlinks before its last component are followed inside of
-    /// the upperdir.
+    /// the upperdir, and `..` leads up from where they have led, as containerd has it.
     fn resolve_link(&self, link: &[u8]) -> Result<Vec<u8>, ImportError> {
-        let mut path = join_cleaned(b"", link);
+        let mut path = link.to_vec();
         for _ in 0..MAX_LINKS {
             match self.follow_first_link(&path)? {
-                Some(led) => path = led,
-                None => return Ok(path),
+                Followed::Link(led) => path = led,
+                Followed::None(resolved) => return Ok(resolved),
             }
         }
         Err(ImportError::refused(
@@ -383,18 +394,33 @@ impl<R: Read> Import<R> {
     }
 
     /// Where a path leads, if one of its components but the last is a symlink of the upperdir.
-    fn follow_first_link(&self, path: &[u8]) -> Result<Option<Vec<u8>>, ImportError> {
+    fn follow_first_link(&self, path: &[u8]) -> Result<Followed, ImportError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let (parent, name) = split_last(path);
-        let mut directory: Option<OwnedFd> = None;
+        let mut directories: Vec<Option<OwnedFd>> = Vec::new();
         let mut done = Vec::new();
-        let mut rest = components(parent);
+        let mut rest = components(path)
+            .filter(|component| *component != b".")
+            .peekable();
         while let Some(component) = rest.next() {
-            let above = directory.as_ref().map_or(self.tree.root(), |fd| fd.as_fd());
-            match openat(above, component, flags, Mode::empty()) {
-                Ok(fd) => directory = Some(fd),
-                Err(Errno::ENOENT) => return Ok(None),
-                Err(Errno::ENOTDIR | Errno::ELOOP) => {
+            if component == b".." {
+                done.truncate(split_last(&done).0.len());
+                directories.pop();
+                continue;
+            }
+            if rest.peek().is_none() {
+                push_component(&mut done, component);
+                break;
+            }
+            let above = match directories.last() {
+                None => Some(self.tree.root()),
+                Some(directory) => directory.as_ref().map(AsFd::as_fd),
+            };
+            let opened = above.map(|above| openat(above, component, flags, Mode::empty()));
+            match (above, opened) {
+                (_, Some(Ok(fd))) => directories.push(Some(fd)),
+                // What is not there is no symlink.
+                (None, _) | (_, None | Some(Err(Errno::ENOENT))) => directories.push(None),
+                (Some(above), Some(Err(Errno::ENOTDIR | Errno::ELOOP))) => {
                     let Some(target) = read_link(above, component, path)? else {
                         return Err(ImportError::refused(
                             path,
@@ -402,15 +428,14 @@ impl<R: Read> Import<R> {
                         ));
                     };
                     let mut led = join_cleaned(&done, &target);
-                    rest.chain([name])
-                        .for_each(|component| push_component(&mut led, component));
-                    return Ok(Some(led));
+                    rest.for_each(|component| push_component(&mut led, component));
+                    return Ok(Followed::Link(led));
                 }
-                Err(errno) => return Err(ImportError::io("open", path, errno)),
+                (_, Some(Err(errno))) => return Err(ImportError::io("open", path, errno)),
             }
             push_component(&mut done, component);
         }
-        Ok(None)
+        Ok(Followed::None(done))
     }
 
     /// Finds a file of the upperdir by its resolved path, and the directory that holds it.
@@ -534,9 +559,9 @@ impl<R: Read> Import<R> {
         if matches!(name, b"" | b"." | b"..") {
             return Err(ImportError::refused(path, "it deletes what is no name"));
         }
-        if self.tree.enter(parent)? {
-            // It means a directory that this layer has replaced by the symlink; what lies where that leads
-            // is another one, of which nothing is deleted.
+        if self.tree.reach(parent)? != Reached::Directly {
+            // It means a directory that this layer has replaced, by a file or by a symlink; what lies where
+            // that leads is another one, of which nothing is deleted.
             self.stats.skipped_entries += 1;
             return Ok(());
         }
@@ -587,8 +612,11 @@ impl<R: Read> Import<R> {
 
     /// `.wh..wh..opq`: nothing of the lower layers is to show in this directory.
     fn hide_directory(&mut self, path: &[u8]) -> Result<(), ImportError> {
+        if self.tree.reach(path)? == Reached::Not {
+            self.stats.skipped_entries += 1;
+            return Ok(());
+        }
         self.stats.opaque_directories += 1;
-        self.tree.enter(path)?;
         let path = self.tree.path().to_vec();
         if path.is_empty() {
             self.root_is_opaque = true;

@@ -156,9 +156,11 @@ impl TimeText {
 
 /// Reads a decimal time; digits beyond nanoseconds are cut off. None when it is none.
 pub(crate) fn parse_time(text: &[u8]) -> Option<Timestamp> {
-    let (negative, text) = match text.strip_prefix(b"-") {
-        Some(rest) => (true, rest),
-        None => (false, text),
+    let (negative, text) = match text {
+        [b'-', rest @ ..] => (true, rest),
+        // As Go reads it.
+        [b'+', rest @ ..] => (false, rest),
+        _ => (false, text),
     };
     let (whole, fraction) = match text.iter().position(|byte| *byte == b'.') {
         Some(dot) => (&text[..dot], &text[dot + 1..]),
@@ -260,7 +262,8 @@ mod tests {
             assert_eq!(format_time(time).as_bytes(), text.as_bytes());
             assert_eq!(parse_time(text.as_bytes()), Some(time), "{text}");
         }
-        for wrong in ["", "-", "1.x", "+1", "1e3", " 1", "99999999999999999999"] {
+        assert_eq!(parse_time(b"+1"), parse_time(b"1"));
+        for wrong in ["", "-", "+-1", "1.x", "1e3", " 1", "99999999999999999999"] {
             assert_eq!(parse_time(wrong.as_bytes()), None, "{wrong}");
         }
         assert_eq!(parse_time(b"1.5000000009"), parse_time(b"1.5"));

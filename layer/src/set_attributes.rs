@@ -83,25 +83,46 @@ impl UpperTree {
         fchownat(&fd, c"", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
             .map_err(|errno| ImportError::io("change the owner of", path, errno))?;
         if inode_type != InodeType::Symlink {
-            // fchmodat2 with AT_EMPTY_PATH came with Linux 6.6. This link of /proc leads to the inode of the
-            // descriptor and nowhere else.
-            let by_descriptor = format!("/proc/self/fd/{}", fd.as_raw_fd());
-            let mode = Mode::from_bits_truncate(wanted.mode);
-            fchmodat(
-                AT_FDCWD,
-                &*by_descriptor,
-                mode,
-                FchmodatFlags::FollowSymlink,
-            )
-            .map_err(|errno| ImportError::io("change the mode of", path, errno))?;
+            chmod_by_descriptor(fd.as_fd(), path, wanted.mode)?;
         }
         self.set_xattrs(XattrHolder::Path(fd.as_fd()), path, wanted.xattrs)?;
-        let times = Timestamps {
-            last_access: rustix_time(wanted.atime),
-            last_modification: rustix_time(wanted.mtime),
-        };
-        utimensat(&fd, c"", &times, rustix::fs::AtFlags::EMPTY_PATH)
-            .map_err(|errno| ImportError::io("set the times of", path, io::Error::from(errno)))
+        set_times_by_descriptor(fd.as_fd(), path, wanted)
+    }
+
+    /// Sets the attributes that the entry of a further hard link gives its file, as containerd and Docker
+    /// do. What is right already is not set again: a change of the owner, even to the same, takes
+    /// capabilities away.
+    pub(crate) fn set_link_attributes(
+        &mut self,
+        (directory, name): (impl AsFd, &[u8]),
+        path: &[u8],
+        linked: InodeAttributes,
+        wanted: WantedAttributes<'_>,
+    ) -> Result<(), ImportError> {
+        let is_symlink = linked.inode_type == InodeType::Symlink;
+        let is_owner_right = (linked.uid, linked.gid) == (wanted.uid, wanted.gid);
+        let is_mode_right = is_symlink || linked.mode == wanted.mode;
+        let are_times_right = linked.mtime == wanted.mtime;
+        if is_owner_right && is_mode_right && are_times_right && wanted.xattrs.is_empty() {
+            return Ok(());
+        }
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(directory, name, flags, Mode::empty())
+            .map_err(|errno| ImportError::io("open", path, errno))?;
+        let found = fstat(&fd).map_err(|errno| ImportError::io("stat", path, errno))?;
+        if InodeAttributes::from(found).identity != linked.identity {
+            return Err(ImportError::refused(path, "somebody else has replaced it"));
+        }
+        if !is_owner_right {
+            let (uid, gid) = (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid));
+            fchownat(&fd, c"", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
+                .map_err(|errno| ImportError::io("change the owner of", path, errno))?;
+        }
+        if !is_symlink && !(is_owner_right && is_mode_right) {
+            chmod_by_descriptor(fd.as_fd(), path, wanted.mode)?;
+        }
+        self.set_xattrs(XattrHolder::Path(fd.as_fd()), path, wanted.xattrs)?;
+        set_times_by_descriptor(fd.as_fd(), path, wanted)
     }
 
     pub(crate) fn set_xattrs(
@@ -191,6 +212,30 @@ pub(crate) fn set_open_times(
     let time = |time: Timestamp| TimeSpec::new(time.secs, i64::from(time.nanos));
     futimens(fd, &time(atime), &time(mtime))
         .map_err(|errno| ImportError::io("set the times of", path, errno))
+}
+
+/// Sets the mode of what an `O_PATH` descriptor stands for. fchmodat2 with AT_EMPTY_PATH came with Linux 6.6;
+/// this link of /proc leads to the inode of the descriptor and nowhere else.
+fn chmod_by_descriptor(fd: BorrowedFd<'_>, path: &[u8], mode: u32) -> Result<(), ImportError> {
+    let by_descriptor = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let mode = Mode::from_bits_truncate(mode);
+    let flags = FchmodatFlags::FollowSymlink;
+    fchmodat(AT_FDCWD, &*by_descriptor, mode, flags)
+        .map_err(|errno| ImportError::io("change the mode of", path, errno))
+}
+
+/// Sets the times of what an `O_PATH` descriptor stands for.
+fn set_times_by_descriptor(
+    fd: BorrowedFd<'_>,
+    path: &[u8],
+    wanted: WantedAttributes<'_>,
+) -> Result<(), ImportError> {
+    let times = Timestamps {
+        last_access: rustix_time(wanted.atime),
+        last_modification: rustix_time(wanted.mtime),
+    };
+    utimensat(fd, c"", &times, rustix::fs::AtFlags::EMPTY_PATH)
+        .map_err(|errno| ImportError::io("set the times of", path, io::Error::from(errno)))
 }
 
 fn rustix_time(time: Timestamp) -> Timespec {

@@ -12,10 +12,13 @@
 //!                then blocks of 21 x (offset[12] length[12])  504 more?
 //! ```
 //!
-//! A number is octal text, or, when the first byte has its high bit set, big-endian base 256.
+//! A number is octal text between NULs and spaces, or, when the first byte has its high bit set, big-endian
+//! base 256.
 //! Where two readers could take the same bytes for different archives, this one follows Go's, by
 //! which containerd reads: types without data have none whatever their size field says, the last of
-//! equal records wins, an archive ends at two zero blocks or at the end of the stream.
+//! equal records wins, an archive ends at two zero blocks or at the end of the stream, also where that
+//! ends in the padding of a file or behind an extended header. A global header (`g`) ends what extended
+//! headers before it have said.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 
@@ -134,16 +137,10 @@ impl<R: Read> TarReader<R> {
     /// at the end of the archive.
     pub(crate) fn next_entry(&mut self, entry: &mut TarEntry) -> Result<bool, ImportError> {
         let mut overrides = Overrides::default();
-        let mut has_overrides = false;
         loop {
-            self.skip_data()?;
             let mut block = [0; BLOCK];
-            if !self.read_block(&mut block)? {
-                return if has_overrides {
-                    Err(self.malformed("it is cut off"))
-                } else {
-                    Ok(false)
-                };
+            if !self.skip_data()? || !self.read_block(&mut block)? {
+                return Ok(false);
             }
             if block == [0; BLOCK] {
                 if self.read_block(&mut block)? && block != [0; BLOCK] {
@@ -171,16 +168,15 @@ impl<R: Read> TarReader<R> {
                 }
                 b'g' => {
                     self.begin_data(size)?;
-                    continue;
+                    overrides = Overrides::default();
                 }
-                b'L' => overrides.long_path = Some(self.read_long_name(size)?),
-                b'K' => overrides.long_link = Some(self.read_long_name(size)?),
+                b'L' => overrides.long_path = self.read_long_name(size)?,
+                b'K' => overrides.long_link = self.read_long_name(size)?,
                 _ => {
                     self.fill_entry(entry, &block, size, &mut overrides)?;
                     return Ok(true);
                 }
             }
-            has_overrides = true;
         }
     }
 
@@ -198,7 +194,7 @@ impl<R: Read> TarReader<R> {
         match path.or_else(|| overrides.path.take()) {
             Some(path) => entry.path.extend_from_slice(&path),
             None => {
-                if let Some(prefix) = ustar_prefix(block) {
+                if let Some(prefix) = prefix_of(block) {
                     entry.path.extend_from_slice(prefix);
                     entry.path.push(b'/');
                 }
@@ -241,7 +237,9 @@ impl<R: Read> TarReader<R> {
         entry.literal_names = overrides.literal_names;
         std::mem::swap(&mut entry.xattrs, &mut overrides.xattrs);
         entry.device = (0, 0);
-        if matches!(entry.tar_type, TarType::CharDevice | TarType::BlockDevice) {
+        let is_device = matches!(entry.tar_type, TarType::CharDevice | TarType::BlockDevice);
+        // The oldest format has no numbers of devices.
+        if is_device && block[257..262] == *b"ustar" {
             entry.device = (
                 self.device_number(&block[329..337])?,
                 self.device_number(&block[337..345])?,
@@ -436,33 +434,39 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    fn skip_data(&mut self) -> Result<(), ImportError> {
+    /// Skips what is left of the current entry. False when the stream ends in the padding behind it.
+    fn skip_data(&mut self) -> Result<bool, ImportError> {
         while self.data_left > 0 {
             let len = self.data(u64::MAX)?.len();
             self.consume(len);
         }
-        self.data_left = std::mem::take(&mut self.padding);
-        while self.data_left > 0 {
-            let len = self.data(u64::MAX)?.len();
-            self.consume(len);
-        }
-        Ok(())
+        let mut padding = [0; BLOCK];
+        let wanted = usize::try_from(std::mem::take(&mut self.padding)).unwrap_or(BLOCK);
+        Ok(self.fill(&mut padding[..wanted])? == wanted)
     }
 
     /// Reads a whole block. False when the stream ended before it.
     fn read_block(&mut self, block: &mut [u8; BLOCK]) -> Result<bool, ImportError> {
+        match self.fill(block)? {
+            0 => Ok(false),
+            BLOCK => Ok(true),
+            _ => Err(self.malformed("it is cut off")),
+        }
+    }
+
+    /// Reads until the buffer is full or the stream ends; returns how many bytes that were.
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<usize, ImportError> {
         let mut filled = 0;
-        while filled < BLOCK {
-            match self.input.read(&mut block[filled..]) {
-                Ok(0) if filled == 0 => return Ok(false),
-                Ok(0) => return Err(self.malformed("it is cut off")),
+        while filled < buffer.len() {
+            match self.input.read(&mut buffer[filled..]) {
+                Ok(0) => break,
                 Ok(len) => filled += len,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(source) => return Err(ImportError::Read { source }),
             }
         }
-        self.offset += BLOCK as u64;
-        Ok(true)
+        self.offset += filled as u64;
+        Ok(filled)
     }
 
     /// Reads the data of a header-like entry into `self.body`.
@@ -483,9 +487,11 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    fn read_long_name(&mut self, size: u64) -> Result<Vec<u8>, ImportError> {
+    /// An empty one says nothing.
+    fn read_long_name(&mut self, size: u64) -> Result<Option<Vec<u8>>, ImportError> {
         self.read_body(size, MAX_LONG_NAME)?;
-        Ok(until_nul(&self.body).to_vec())
+        let name = until_nul(&self.body);
+        Ok((!name.is_empty()).then(|| name.to_vec()))
     }
 
     fn check_sum(&self, header: &Header) -> Result<(), ImportError> {
@@ -544,10 +550,26 @@ fn until_nul(field: &[u8]) -> &[u8] {
     &field[..len]
 }
 
-/// The part of the name in front of `name`; GNU headers have other things in that place.
-fn ustar_prefix(block: &[u8; BLOCK]) -> Option<&[u8]> {
-    let prefix = until_nul(&block[345..500]);
-    (block[257..263] == *b"ustar\0" && !prefix.is_empty()).then_some(prefix)
+/// The part of the name in front of `name`. star has times behind a shorter one, and GNU headers have
+/// times in its place; but Go before 1.8 (Docker's layers until 2017) wrote a prefix into those, too, which
+/// Go reads when no times stand there.
+fn prefix_of(block: &[u8; BLOCK]) -> Option<&[u8]> {
+    let prefix = match &block[257..263] {
+        b"ustar\0" if block[508..512] == *b"tar\0" => until_nul(&block[345..476]),
+        b"ustar\0" => until_nul(&block[345..500]),
+        b"ustar " => {
+            let is_time = |field: &[u8]| field[0] == 0 || parse_number(field).is_some();
+            let prefix = until_nul(&block[345..500]);
+            let are_times = is_time(&block[345..357]) && is_time(&block[357..369]);
+            if are_times || !prefix.is_ascii() {
+                &[]
+            } else {
+                prefix
+            }
+        }
+        _ => &[],
+    };
+    (!prefix.is_empty()).then_some(prefix)
 }
 
 fn parse_number(field: &[u8]) -> Option<i64> {
@@ -562,7 +584,9 @@ fn parse_number(field: &[u8]) -> Option<i64> {
         }
         return i64::try_from(number).ok();
     }
-    let text = until_nul(field).trim_ascii();
+    let is_filling = |byte: &u8| matches!(byte, 0 | b' ');
+    let start = field.iter().position(|byte| !is_filling(byte));
+    let text = until_nul(&field[start.unwrap_or(field.len())..]).trim_ascii_end();
     if text.is_empty() {
         return Some(0);
     }
@@ -582,7 +606,9 @@ fn take_records(body: &[u8], overrides: &mut Overrides) -> Result<(), &'static s
 }
 
 fn take_record(key: &[u8], value: &[u8], overrides: &mut Overrides) -> Result<(), &'static str> {
-    let decimal = || parse_decimal(value).ok_or("a number in an extended header is none");
+    // Go reads a sign, too.
+    let unsigned = value.strip_prefix(b"+").unwrap_or(value);
+    let decimal = || parse_decimal(unsigned).ok_or("a number in an extended header is none");
     let time = || parse_time(value).ok_or("a time in an extended header is none");
     let name = || {
         let ok = !value.contains(&0);

@@ -205,7 +205,7 @@ impl<W: Write> TarWriter<W> {
         if !fits_7(head.gid.into()) {
             push_record(records, b"gid", Decimal::new(head.gid.into()).as_bytes());
         }
-        if octal_time(head.mtime).is_none() {
+        if head.mtime.nanos != 0 || octal_time(head.mtime).is_none() {
             push_record(records, b"mtime", format_time(head.mtime).as_bytes());
         }
         if let Some(literal) = head.literal_names {
@@ -344,10 +344,11 @@ fn fits_7(number: u64) -> bool {
     number <= MAX_OCTAL_7
 }
 
-/// The time as the header's field can say it: whole seconds, not before 1970 nor after 2242.
+/// The seconds as the header's field can say them: not before 1970 nor after 2242. What is finer stands in a
+/// record, but busybox and Perl read this one only.
 fn octal_time(time: Timestamp) -> Option<u64> {
     let secs = u64::try_from(time.secs).ok()?;
-    (time.nanos == 0 && secs <= MAX_OCTAL_11).then_some(secs)
+    (secs <= MAX_OCTAL_11).then_some(secs)
 }
 
 fn put_truncated(field: &mut [u8; 100], bytes: &[u8]) {

@@ -65,14 +65,32 @@ pub(crate) struct TreeCounts {
     pub(crate) whiteouts_made: u64,
 }
 
-/// Where a symlink leads, and what of the path comes after it.
-type Detour = (Vec<u8>, Vec<u8>);
+/// How far a path led without following symlinks.
+enum Way {
+    Whole,
+    /// To a symlink: where that leads, and what of the path comes after it.
+    Link(Vec<u8>, Vec<u8>),
+    Blocked,
+}
 
 /// Where a step down has led.
 enum Step {
     Entered,
     /// There is a symlink, with this text.
     Link(Vec<u8>),
+    /// There is something else that nothing lies below.
+    Blocked,
+}
+
+/// How a directory was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reached {
+    /// By its own path.
+    Directly,
+    /// Through a symlink of the upperdir; `path` tells where it is.
+    ThroughLink,
+    /// Not at all: the upperdir has something on the way that is no directory.
+    Not,
 }
 
 #[derive(Debug)]
@@ -190,16 +208,31 @@ impl UpperTree {
     /// like the lower layer's, or else plain. Returns whether a symlink was followed; `path` tells where it
     /// has led.
     pub(crate) fn enter(&mut self, path: &[u8]) -> Result<bool, ImportError> {
-        let Some((mut wanted, mut rest)) = self.enter_until_link(path)? else {
-            return Ok(false);
-        };
-        for _ in 1..MAX_LINKS {
-            if !rest.is_empty() {
-                push_component(&mut wanted, &rest);
-            }
+        match self.reach(path)? {
+            Reached::Directly => Ok(false),
+            Reached::ThroughLink => Ok(true),
+            Reached::Not => Err(ImportError::refused(
+                path,
+                "something on the way to it is no directory",
+            )),
+        }
+    }
+
+    /// The same, where it is no fault that there is no such directory.
+    pub(crate) fn reach(&mut self, path: &[u8]) -> Result<Reached, ImportError> {
+        let mut reached = Reached::Directly;
+        let mut wanted = path.to_vec();
+        for _ in 0..MAX_LINKS {
             match self.enter_until_link(&wanted)? {
-                Some(next) => (wanted, rest) = next,
-                None => return Ok(true),
+                Way::Whole => return Ok(reached),
+                Way::Blocked => return Ok(Reached::Not),
+                Way::Link(led, rest) => {
+                    wanted = led;
+                    if !rest.is_empty() {
+                        push_component(&mut wanted, &rest);
+                    }
+                    reached = Reached::ThroughLink;
+                }
             }
         }
         Err(ImportError::refused(
@@ -208,9 +241,8 @@ impl UpperTree {
         ))
     }
 
-    /// Goes down until the end, or until there is a symlink: then returns where that leads, and what of
-    /// the path is still to come.
-    fn enter_until_link(&mut self, path: &[u8]) -> Result<Option<Detour>, ImportError> {
+    /// Goes down until the end, or until something is in the way.
+    fn enter_until_link(&mut self, path: &[u8]) -> Result<Way, ImportError> {
         let shared = components(path)
             .zip(&self.names)
             .take_while(|(wanted, open)| *wanted == open.as_slice())
@@ -225,13 +257,16 @@ impl UpperTree {
             .sum::<usize>();
         for name in components(path).skip(shared) {
             end += name.len();
-            if let Step::Link(target) = self.enter_name(name, &path[..end])? {
-                let rest = path[end..].strip_prefix(b"/").unwrap_or_default();
-                return Ok(Some((join_cleaned(&self.path, &target), rest.to_vec())));
+            match self.enter_name(name, &path[..end])? {
+                Step::Entered => end += 1,
+                Step::Blocked => return Ok(Way::Blocked),
+                Step::Link(target) => {
+                    let rest = path[end..].strip_prefix(b"/").unwrap_or_default();
+                    return Ok(Way::Link(join_cleaned(&self.path, &target), rest.to_vec()));
+                }
             }
-            end += 1;
         }
-        Ok(None)
+        Ok(Way::Whole)
     }
 
     fn enter_name(&mut self, name: &[u8], path: &[u8]) -> Result<Step, ImportError> {
@@ -247,10 +282,7 @@ impl UpperTree {
                 }
                 let inode = self.stat_name(name, path)?;
                 if !inode.is_some_and(|inode| inode.is_whiteout_device()) {
-                    return Err(ImportError::refused(
-                        path,
-                        "other entries lie below it, and it is no directory",
-                    ));
+                    return Ok(Step::Blocked);
                 }
             }
             Err(errno) => return Err(ImportError::io("open", path, errno)),

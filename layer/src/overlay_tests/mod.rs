@@ -7,9 +7,11 @@ mod hostile_layers;
 mod kernel_marks;
 mod mounted_overlay;
 mod mounted_stack;
+mod odd_headers;
 mod odd_layers;
 mod random_operations;
 mod round_trip;
+mod tools_read;
 mod tree_state;
 
 /// Whether the test can run; when not, says why, or fails where CI says that it must run.

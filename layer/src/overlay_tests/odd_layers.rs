@@ -132,6 +132,22 @@ fn root_entries_are_resolved_inside_of_the_layer() {
             &["a", "b/old"],
         ),
         (
+            "file, then deletions below it",
+            tar()
+                .file("a", "")
+                .file("a/.wh.old", "")
+                .file("a/.wh..wh..opq", ""),
+            &["a"],
+        ),
+        (
+            "hard link up from where a link leads",
+            tar()
+                .file("usr/x", "")
+                .link(b'2', "c", "/usr/lib")
+                .link(b'1', "y", "c/../x"),
+            &["c", "usr", "usr/x", "y"],
+        ),
+        (
             "device 0:0",
             tar()
                 .raw(b"a", b'3', b"", 0, b"")
@@ -150,6 +166,7 @@ fn root_entries_are_resolved_inside_of_the_layer() {
         let is_replaced = |name: &str| expected.iter().any(|it| it == name);
         let lower = match what {
             "link, then whiteout" | "whiteout, then link" => vec!["b", "way"],
+            "file, then deletions below it" => vec!["b", "b/old", "way"],
             "device 0:0" => vec!["b", "way"],
             "file, then device 0:0" => vec!["a", "b", "way"],
             "opaque marker through a link" => vec!["a", "a/old", "way"],
@@ -274,4 +291,67 @@ fn root_directories_that_nobody_names_have_the_time_of_their_making() {
     }
     let (_, _, dirs) = shown(tar().file("new/x", ""));
     assert!(fs::metadata(dirs.upperdir.join("new")).unwrap().mtime() > 1_000_000);
+}
+
+/// containerd and Docker give a file the owner, mode and times of each further name's entry, too.
+#[test]
+fn root_a_further_name_gives_its_file_attributes() {
+    if !have_root() {
+        return;
+    }
+    let capability: &[u8] = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    let key = "SCHILY.xattr.security.capability";
+    let (_, _, dirs) = shown(
+        tar()
+            .pax(&[(key, capability)])
+            .file("x", "data")
+            .mode(0o4711)
+            .pax(&[
+                ("uid", b"7"),
+                ("mtime", b"5.5"),
+                ("SCHILY.xattr.user.a", b"1"),
+                (key, capability),
+            ])
+            .link(b'1', "y", "x")
+            .mode(0o600)
+            .file("kept", "")
+            // Nothing changes, so the capability stays.
+            .pax(&[(key, capability)])
+            .file("p", "")
+            .link(b'1', "q", "p")
+            .link(b'2', "s", "nowhere")
+            .mode(0o123)
+            .pax(&[("uid", b"8")])
+            .link(b'1', "t", "s"),
+    );
+    let file = fs::metadata(dirs.upperdir.join("x")).unwrap();
+    let is = (
+        file.uid(),
+        file.permissions().mode() & 0o7777,
+        file.mtime(),
+        file.mtime_nsec(),
+    );
+    assert_eq!(is, (7, 0o4711, 5, 500_000_000));
+    let names = |name: &str| {
+        let file = fs::File::open(dirs.upperdir.join(name)).unwrap();
+        let mut names = Vec::new();
+        let holder = XattrHolder::Open(std::os::fd::AsFd::as_fd(&file));
+        XattrReader::new()
+            .for_each(
+                holder,
+                |_| false,
+                |name, _| names.push(String::from_utf8(name.to_vec()).unwrap()),
+            )
+            .unwrap();
+        names.sort();
+        names
+    };
+    assert!(
+        names("x").contains(&"security.capability".to_owned()),
+        "{:?}",
+        names("x")
+    );
+    assert_eq!(names("q"), ["security.capability"]);
+    let link = fs::symlink_metadata(dirs.upperdir.join("t")).unwrap();
+    assert!(link.is_symlink() && link.uid() == 8 && link.nlink() == 2);
 }

@@ -33,6 +33,11 @@ impl FileState {
         }
     }
 
+    /// Forgets when it was changed.
+    pub(crate) fn forget_time(&mut self) {
+        self.mtime = (0, 0);
+    }
+
     /// Forgets what libarchive 3.6 (Debian 12) does not take from PAX records: attributes, which it
     /// knows under a key of its own, and fractions of seconds before 1970, which it adds.
     pub(crate) fn forget_what_libarchive_lacks(&mut self) {
