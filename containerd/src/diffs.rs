@@ -29,12 +29,24 @@ impl Containerd {
         layer: &Descriptor,
         mounts: Vec<Mount>,
     ) -> Result<Descriptor, ContainerdError> {
-        let act = || format!("apply the layer {}", layer.digest);
-        let request = ApplyRequest {
+        self.apply_as_asked(ApplyRequest {
             diff: Some(layer.clone()),
             mounts,
             ..ApplyRequest::default()
-        };
+        })
+        .await
+    }
+
+    /// Hands on a request to apply a layer as it is.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn apply_as_asked(
+        &self,
+        request: ApplyRequest,
+    ) -> Result<Descriptor, ContainerdError> {
+        let digest = request.diff.as_ref().map(|layer| layer.digest.clone());
+        let act = || format!("apply the layer {}", digest.as_deref().unwrap_or_default());
         let answer = DiffClient::new(self.channel())
             .apply(self.request(request))
             .await

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
-use containerd_client::services::v1::{Plugin, PluginsRequest};
+use containerd_client::services::v1::{Plugin, PluginsRequest, ServerResponse};
 
 use crate::{Containerd, ContainerdError, During};
 
@@ -40,16 +40,38 @@ impl Containerd {
         Ok(root.map(PathBuf::from).filter(|root| root.is_absolute()))
     }
 
+    /// Where a snapshotter is configured to lie (`exports.root` of a proxy); None when nobody says.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn snapshotter_root(&self, name: &str) -> Result<Option<PathBuf>, ContainerdError> {
+        let mut plugins = self.plugins("io.containerd.snapshotter.v1").await?;
+        let found = plugins.find(|plugin| plugin.id == name);
+        Ok(found.and_then(|mut plugin| plugin.exports.remove("root").map(PathBuf::from)))
+    }
+
     /// What tells this containerd from all others: it is made once and kept with its state.
     ///
     /// # Errors
     /// The answer of containerd.
     pub async fn server_id(&self) -> Result<String, ContainerdError> {
+        Ok(self.server().await?.uuid)
+    }
+
+    /// Its process, in its own process namespace. containerd 1.6 does not tell.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn server_process(&self) -> Result<Option<u64>, ContainerdError> {
+        Ok(Some(self.server().await?.pid).filter(|pid| *pid != 0))
+    }
+
+    async fn server(&self) -> Result<ServerResponse, ContainerdError> {
         let answer = IntrospectionClient::new(self.channel())
             .server(self.request(()))
             .await
             .during(|| "ask containerd who it is".to_owned())?;
-        Ok(answer.into_inner().uuid)
+        Ok(answer.into_inner())
     }
 
     async fn plugins(

@@ -3,10 +3,12 @@
 //! ```text
 //!  host        kernel, cgroups, CRIU, runc, crun, our own programs, node.toml   (programs are run)
 //!  containerd  version, snapshotter, differ, runtimes of the CRI                (its services are asked)
+//!  layers      whether those of images reach our differ, where snapshots lie    (its configuration is read)
 //! ```
 
 pub mod containerd;
 pub mod host;
+mod layers;
 mod version;
 
 use serde::Serialize;

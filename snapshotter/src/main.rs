@@ -57,7 +57,8 @@ fn main() -> anyhow::Result<ExitCode> {
             None
         } else {
             let socket = inherited.take_or_listen(&config.diff_address)?;
-            Some(diff::start(socket, config.containerd_address.clone()))
+            let containerd = config.containerd_address.clone();
+            Some(diff::start(socket, containerd, Arc::clone(&metrics)))
         };
         inherited.require_none_left()?;
         let read_level = move || arguments.configuration().map(|config| config.log_level);

@@ -6,6 +6,7 @@
 //! transship_snapshotter_snapshots{kind}                gauge       snapshots there are
 //! transship_snapshotter_layer_bytes                    gauge       disk use of counted layers
 //! transship_snapshotter_background_tasks               gauge       deletions and counts to be done
+//! transship_snapshotter_layers_applied_total{by}       counter     layers: by this_differ, by next_differ
 //! ```
 //!
 //! The gauges are asked when somebody scrapes, so that calls pay nothing for them.
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -38,6 +40,15 @@ struct KindLabel {
     kind: &'static str,
 }
 
+/// Labels of layers that the diff service has applied itself, and has had applied by containerd's next one.
+pub(crate) const THIS_DIFFER: &str = "this_differ";
+pub(crate) const NEXT_DIFFER: &str = "next_differ";
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AppliedLabel {
+    by: &'static str,
+}
+
 /// All metrics of one daemon.
 #[derive(Debug)]
 pub struct Metrics {
@@ -47,6 +58,7 @@ pub struct Metrics {
     snapshots: Family<KindLabel, Gauge<u64, AtomicU64>>,
     layer_bytes: Gauge<u64, AtomicU64>,
     background: Gauge<u64, AtomicU64>,
+    applied: Family<AppliedLabel, Counter>,
 }
 
 /// 0.1 ms to 6.5 s.
@@ -63,6 +75,7 @@ impl Default for Metrics {
             snapshots: Family::default(),
             layer_bytes: Gauge::default(),
             background: Gauge::default(),
+            applied: Family::default(),
         };
         let registry = &mut metrics.registry;
         let seconds = Unit::Seconds;
@@ -93,6 +106,11 @@ impl Default for Metrics {
             "Deletions and counts that are still to be done",
             metrics.background.clone(),
         );
+        registry.register(
+            "layers_applied",
+            "Layers that were applied through the diff service",
+            metrics.applied.clone(),
+        );
         metrics
     }
 }
@@ -103,6 +121,11 @@ impl Metrics {
         self.calls
             .get_or_create(&CallLabels { rpc, code })
             .observe(took.as_secs_f64());
+    }
+
+    /// Notes a layer that has been applied.
+    pub(crate) fn note_applied(&self, by: &'static str) {
+        self.applied.get_or_create(&AppliedLabel { by }).inc();
     }
 
     /// Notes a transaction with so many changes.

@@ -74,13 +74,19 @@ impl ContainerdConfig {
             );
             toml += "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"transship-diff\", \"walking\"]\n";
         }
-        if self.transship_snapshotter && tree.has_containerd_2() {
+        if self.transship_snapshotter && tree != Tree::Bookworm {
             // The transfer service unpacks only for snapshotters that are listed; a list replaces
             // its default, which is the built-in overlayfs.
-            for snapshotter in ["transship", "overlayfs"] {
+            let ours = if self.transship_diff {
+                "transship-diff"
+            } else {
+                "walking"
+            };
+            for (snapshotter, differ) in [("transship", ours), ("overlayfs", "walking")] {
                 toml += &format!(
                     "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  \
-                     platform = \"linux/amd64\"\n  snapshotter = \"{snapshotter}\"\n"
+                     platform = \"linux/amd64\"\n  snapshotter = \"{snapshotter}\"\n  \
+                     differ = \"{differ}\"\n"
                 );
             }
         }
@@ -103,11 +109,9 @@ impl ContainerdConfig {
     fn cri_of_2(&self) -> String {
         let images = "plugins.\"io.containerd.cri.v1.images\"";
         let cri = "plugins.\"io.containerd.cri.v1.runtime\"";
-        // With a proxy snapshotter the transfer service refuses CRI pulls ("no unpack platforms
-        // defined") until it is configured for it; the local pull needs nothing.
         format!(
             "version = 3\n\
-             [{images}]\n  snapshotter = \"{snapshotter}\"\n  use_local_image_pull = true\n\
+             [{images}]\n  snapshotter = \"{snapshotter}\"\n\
              [{images}.pinned_images]\n  sandbox = \"{PAUSE_IMAGE}\"\n\
              [{cri}]\n  restrict_oom_score_adj = true\n\
              [{cri}.cni]\n  bin_dirs = [\"/usr/lib/cni\"]\n\
@@ -292,7 +296,7 @@ mod tests {
         let new = config.to_toml(Tree::Forky);
         assert!(new.starts_with("version = 3\n"));
         assert!(new.contains("type = \"diff\""));
-        assert!(new.contains("use_local_image_pull = true"));
+        assert!(new.contains("differ = \"transship-diff\""));
         assert!(new.contains("BinaryName = \"/usr/local/bin/transship-runc\""));
     }
 

@@ -38,6 +38,7 @@ pub async fn findings(node: &Containerd) -> Vec<Finding> {
             "layers are made by the walking differ",
         ));
     }
+    findings.extend(super::layers::findings(node).await);
     findings.extend(runtimes(node).await);
     findings
 }

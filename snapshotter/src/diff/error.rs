@@ -43,6 +43,9 @@ pub(super) enum DiffError {
     /// containerd refused.
     #[error(transparent)]
     Call(#[from] ContainerdError),
+    /// containerd's next differ could not apply the layer either.
+    #[error(transparent)]
+    NextDiffer(ContainerdError),
     /// Nobody waits for the answer any more, or the daemon stops.
     #[error("given up")]
     GivenUp,
@@ -70,6 +73,7 @@ impl DiffError {
             // As containerd's own differ answers when a layer is damaged or its target fails: its
             // errors are untyped there (`archive.Apply`), and gRPC makes `Unknown` of those.
             Self::Import { .. } => Code::Unknown,
+            Self::NextDiffer(error) => error.code(),
             Self::Call(error) => match error.code() {
                 // The blob is no concern of the next differ's either.
                 Code::Unimplemented => Code::Internal,

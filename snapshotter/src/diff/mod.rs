@@ -9,12 +9,14 @@
 //!
 //! containerd asks its differs in order and goes on to the next after `Unimplemented`. So `plan` takes
 //! only mounts whose directories already are the answer, and everything else (mounts of other kinds,
-//! trees that must be compared) is left to containerd's walking differ.
+//! trees that must be compared) is left to containerd's walking differ. An Apply is handed on to it
+//! (handed_on.rs), because the transfer service would not.
 
 mod blob_file;
 mod chunks;
 mod compress;
 mod error;
+mod handed_on;
 mod leases;
 mod media_type;
 mod namespace;
@@ -25,6 +27,7 @@ mod store;
 mod unpack;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_client::tonic::transport;
@@ -33,6 +36,7 @@ use tokio::task::JoinHandle;
 use transship_proto::MESSAGE_LIMIT;
 use transship_proto::diff_server::DiffServer;
 
+use crate::metrics::Metrics;
 use crate::socket::Socket;
 use service::{Calls, DiffService};
 use store::Connection;
@@ -51,10 +55,10 @@ pub struct RunningDiffer {
 }
 
 /// Serves the diff API on `socket`; layers are kept by the containerd that listens on `containerd`.
-pub fn start(socket: Socket, containerd: PathBuf) -> RunningDiffer {
+pub fn start(socket: Socket, containerd: PathBuf, metrics: Arc<Metrics>) -> RunningDiffer {
     let (give_up, given_up) = watch::channel(false);
     let (stop, stopped) = watch::channel(false);
-    let service = DiffService::new(socket.path(), Connection::to(containerd), given_up);
+    let service = DiffService::new(socket.path(), Connection::to(containerd), given_up, metrics);
     let connections = socket.accept_until(ordered(stopped));
     let server = transport::Server::builder()
         .add_service(DiffServer::new(Calls(service)).max_decoding_message_size(MESSAGE_LIMIT))

@@ -22,6 +22,7 @@ use transship_layer::{Compression, ExportError, ImportError, OverlayStack, remov
 use super::blob_file::BlobFile;
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
 use super::error::DiffError;
+use super::handed_on::HandedOn;
 use super::leases::{Lease, Leases};
 use super::media_type;
 use super::namespace;
@@ -30,6 +31,7 @@ use super::plan::{LayerSource, NotOurs, plan_apply, plan_diff};
 use super::store::Connection;
 use super::unpack::{Unpacked, unpack_layer};
 use crate::error::chain;
+use crate::metrics::{Metrics, NEXT_DIFFER, THIS_DIFFER};
 
 /// Calls that are worked on at a time; each holds some MiB and some threads.
 const JOBS: usize = 8;
@@ -48,6 +50,8 @@ pub(super) struct DiffService {
     leases: Leases,
     /// Namespaces that have been cleared of what a killed differ left.
     swept: Mutex<HashSet<String>>,
+    handed_on: HandedOn,
+    metrics: Arc<Metrics>,
 }
 
 /// References and lease ids: `transship-diff-<which differ>-<which process>-<number>`. The first two
@@ -105,6 +109,7 @@ impl DiffService {
         socket: &Path,
         connection: Connection,
         give_up: watch::Receiver<bool>,
+        metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
             connection,
@@ -113,6 +118,8 @@ impl DiffService {
             names: Names::new(socket),
             leases: Leases::default(),
             swept: Mutex::default(),
+            handed_on: HandedOn::default(),
+            metrics,
         })
     }
 
@@ -196,6 +203,7 @@ impl DiffService {
         })
     }
 
+    /// Applies a layer, or has containerd's next differ do it.
     async fn apply_layer(
         &self,
         namespace: Option<String>,
@@ -204,17 +212,63 @@ impl DiffService {
     ) -> Result<Descriptor, DiffError> {
         let layer = request
             .diff
+            .clone()
             .ok_or(DiffError::Invalid("the request names no layer"))?;
-        let target = plan_apply(&request.mounts)?;
-        if !media_type::is_layer(&layer.media_type) || !request.payloads.is_empty() {
-            return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
+        if self.handed_on.contains(&request) {
+            return Err(NotOurs::because("this differ has handed it on").into());
         }
-        let _turn = self.jobs.acquire().await;
         let namespace = match namespace {
             Some(namespace) => namespace,
             None => namespace::with_blob(&self.connection, &layer.digest).await?,
         };
         let containerd = self.containerd(namespace).await?;
+        let applied = self
+            .apply_here(&containerd, &layer, &request, &mut given_up)
+            .await;
+        let reason = match applied {
+            Err(error) if error.code() == Code::Unimplemented => error,
+            applied => {
+                if applied.is_ok() {
+                    self.metrics.note_applied(THIS_DIFFER);
+                }
+                return applied;
+            }
+        };
+        tracing::debug!(
+            layer = layer.digest,
+            reason = chain(&reason),
+            "handed on to the next differ"
+        );
+        let _mark = self.handed_on.begin(&request);
+        let applied = tokio::select! {
+            applied = containerd.apply_as_asked(request) => applied,
+            () = given_up.wait() => return Err(DiffError::GivenUp),
+        };
+        match applied {
+            Ok(applied) => {
+                self.metrics.note_applied(NEXT_DIFFER);
+                Ok(applied)
+            }
+            // There is no other, or it does not know this either.
+            Err(error) if error.code() == Code::Unimplemented => Err(reason),
+            Err(error) => Err(DiffError::NextDiffer(error)),
+        }
+    }
+
+    async fn apply_here(
+        &self,
+        containerd: &Containerd,
+        layer: &Descriptor,
+        request: &ApplyRequest,
+        given_up: &mut GivenUp,
+    ) -> Result<Descriptor, DiffError> {
+        let target = plan_apply(&request.mounts)?;
+        // Payloads are for containerd's stream processors, which layers of these types do not pass. The
+        // CRI sends them with each layer, in case that it is encrypted.
+        if !media_type::is_layer(&layer.media_type) {
+            return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
+        }
+        let _turn = self.jobs.acquire().await;
         let sync = request.sync_fs;
         let digest = layer.digest.clone();
         let unpack = move |blob: &mut (dyn BufRead + Send)| {
@@ -226,7 +280,7 @@ impl DiffService {
             }
             Ok((target, unpacked))
         };
-        let unpacked = match self.connection.open_blob(&containerd, &layer).await? {
+        let unpacked = match self.connection.open_blob(containerd, layer).await? {
             Some(file) => {
                 let (mut blob, stop) = BlobFile::new(file);
                 let mut unpacking = tokio::task::spawn_blocking(move || unpack(&mut blob));
@@ -245,7 +299,7 @@ impl DiffService {
                 let unpacking =
                     tokio::task::spawn_blocking(move || unpack(&mut ChunkReader::new(queue)));
                 let read = tokio::select! {
-                    read = read_into(&pieces, &containerd, &layer) => read,
+                    read = read_into(&pieces, containerd, layer) => read,
                     () = given_up.wait() => Err(DiffError::GivenUp),
                 };
                 if read.is_err() {
