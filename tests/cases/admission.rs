@@ -15,6 +15,7 @@ const RESTORE: (&str, &str) = ("dev.transship/restore", "web");
 /// Nothing that a restricted pod may not have.
 const RESTRICTED: PodSecurity<'static> = PodSecurity {
     user: Some(1000),
+    group: None,
     added: &[],
     dropped: &["ALL"],
     no_new_privileges: true,

@@ -32,6 +32,7 @@ mod pods_closed;
 mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
+mod programs;
 mod reference;
 mod snapshotter;
 mod stale_namespaces;
@@ -155,12 +156,15 @@ fn main() -> ExitCode {
         .chain(pods_ordinary::cases())
         .chain(pods_own_files::cases())
         .chain(pods_shared::cases())
+        .chain(programs::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
         .chain(teardown::cases());
-    let in_vm = vm_cgroups::cases().chain(vm_units::cases());
+    let in_vm = vm_cgroups::cases()
+        .chain(vm_units::cases())
+        .chain(programs::vm_cases());
     let trials = cases
         .map(|case| (Place::Anywhere, case))
         .chain(in_vm.map(|case| (Place::Vm, case)))

@@ -85,6 +85,8 @@ pub struct PodContainer<'a> {
 pub struct PodSecurity<'a> {
     /// User id; that of the image without one.
     pub user: Option<i64>,
+    /// Group id of its processes and of their files; that of the user without one.
+    pub group: Option<i64>,
     /// Capabilities that it has beyond containerd's default ones, without `CAP_`.
     pub added: &'a [&'a str],
     /// Default capabilities that it lacks; `ALL` is known.
@@ -547,6 +549,7 @@ impl PodSecurity<'_> {
     /// What containerd gives a container whose pod says nothing.
     pub const NONE: PodSecurity<'static> = PodSecurity {
         user: None,
+        group: None,
         added: &[],
         dropped: &[],
         no_new_privileges: false,
@@ -562,6 +565,8 @@ impl PodSecurity<'_> {
         };
         LinuxContainerSecurityContext {
             run_as_user: self.user.map(|value| Int64Value { value }),
+            run_as_group: self.group.map(|value| Int64Value { value }),
+            supplemental_groups: self.group.into_iter().collect(),
             capabilities: Some(Capability {
                 add_capabilities: owned(self.added),
                 drop_capabilities: owned(self.dropped),

@@ -197,6 +197,31 @@ impl Image {
         })
     }
 
+    /// An image of one layer, a plain tar.
+    pub(crate) fn of_layer(reference: String, layer: Vec<u8>) -> Image {
+        Image {
+            reference,
+            layers: vec![LayerBlob::plain(layer)],
+            entrypoint: vec!["/bin/bash".to_owned()],
+        }
+    }
+
+    /// This image with one of our programs in /usr/local/bin, under another name.
+    ///
+    /// # Errors
+    /// When the program cannot be built.
+    pub fn with_program(
+        self,
+        reference: &str,
+        program: Workload,
+        settings: &Settings,
+    ) -> Result<Image, TestbedError> {
+        let path = format!("usr/local/bin/{}", program.name());
+        let mut layer = Layer::default();
+        layer.file(&path, &read(&program.build(settings)?)?, 0o755)?;
+        Ok(self.with_layer(reference, layer.finish()?))
+    }
+
     /// This image with one more layer (a plain tar) on top, under another name.
     #[must_use]
     pub fn with_layer(mut self, reference: &str, layer: Vec<u8>) -> Image {
@@ -265,7 +290,7 @@ impl Image {
             "architecture": "amd64",
             "os": "linux",
             "config": {
-                "Env": ["PATH=/usr/bin:/bin"],
+                "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
                 "Entrypoint": self.entrypoint,
                 "ExposedPorts": { format!("{COUNTER_PORT}/tcp"): {} },
             },
@@ -321,16 +346,10 @@ impl Node {
         image: &Image,
         snapshotter: &str,
     ) -> Result<(), TestbedError> {
+        let import = ["images", "import", "--snapshotter", snapshotter, "-"];
         self.command("ctr")
-            .args([
-                "-n",
-                namespace,
-                "images",
-                "import",
-                "--snapshotter",
-                snapshotter,
-                "-",
-            ])
+            .args(["-n", namespace])
+            .args(import)
             .feed(&image.to_archive()?)
             .map(drop)
     }

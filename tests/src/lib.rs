@@ -10,6 +10,7 @@
 //!                 │             ├─ network.rs        veth pairs, routes, names;  ssh.rs: `ssh node-b` from node a
 //!                 │             └─ logs.rs           tails of what containerd, the snapshotter and CRIU wrote
 //!                 ├─ image.rs <── workload.rs        OCI image of busybox and our static programs, for `ctr images import`
+//!                 │      debian_image.rs             the same of Debian's packages, cached as the trees are
 //!                 └─ interrupt.rs, footprint.rs      teardown on signals; proof that nothing is left
 //! ```
 //!
@@ -31,6 +32,7 @@ mod cgroups;
 mod containerd;
 mod cri;
 mod cri_stream;
+mod debian_image;
 mod disk;
 mod enter;
 mod error;
@@ -56,6 +58,7 @@ pub use bed::Testbed;
 pub use containerd::{Containerd, ContainerdConfig};
 pub use cri::{Cri, Pod, PodContainer, PodNamespaces, PodSecurity};
 pub use cri_stream::CriStream;
+pub use debian_image::DebianImage;
 pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};

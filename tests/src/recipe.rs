@@ -65,7 +65,7 @@ impl Recipe {
     fn build(&self, new: &Path, cache_dir: &Path) -> Result<(), TestbedError> {
         for part in &self.parts {
             match part {
-                Part::Base { .. } => part.bootstrap().arg(new).run()?,
+                Part::Base { .. } | Part::Image { .. } => part.bootstrap().arg(new).run()?,
                 Part::Tree(base) => {
                     let base = base.ensure(cache_dir)?;
                     Command::new("cp")
@@ -90,7 +90,9 @@ impl Recipe {
     fn text(&self) -> String {
         let part_text = |part: &Part| match part {
             Part::Tree(tree) => tree.recipe().text(),
-            Part::Base { .. } | Part::Packages { .. } => format!("{:?}", part.bootstrap()),
+            Part::Base { .. } | Part::Image { .. } | Part::Packages { .. } => {
+                format!("{:?}", part.bootstrap())
+            }
         };
         self.parts.iter().map(part_text).collect()
     }
@@ -144,6 +146,13 @@ pub(crate) enum Part {
         /// Further arguments of mmdebstrap.
         hooks: &'static [&'static str],
     },
+    /// A minimal Debian with these packages and nothing else: the root of an image.
+    Image {
+        suite: &'static str,
+        packages: &'static [&'static str],
+        /// Further arguments of mmdebstrap.
+        hooks: &'static [&'static str],
+    },
     /// A copy of another tree.
     Tree(Tree),
     /// Packages of another suite, installed over those that are there.
@@ -167,6 +176,18 @@ impl Part {
                     &format!("--include={}", packages.join(",")),
                 ]);
                 command.arg("--customize-hook=rm -rf \"$1\"/usr/share/{doc,man,locale}");
+                command.args(hooks);
+                suite
+            }
+            Part::Image {
+                suite,
+                packages,
+                hooks,
+            } => {
+                command.args([
+                    "--variant=minbase",
+                    &format!("--include={}", packages.join(",")),
+                ]);
                 command.args(hooks);
                 suite
             }
@@ -223,7 +244,7 @@ fn install_packages(archives: &Path, names: &[&str], tree: &Path) -> Result<(), 
     Ok(())
 }
 
-fn remove_if_there(path: &Path) -> Result<(), TestbedError> {
+pub(crate) fn remove_if_there(path: &Path) -> Result<(), TestbedError> {
     let removed = match path.symlink_metadata() {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
         _ => fs::remove_file(path),

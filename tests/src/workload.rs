@@ -29,9 +29,12 @@ pub enum Workload {
     Podmate,
     /// Counts in several processes without a pause: workload/src/bin/spin.rs.
     Spin,
+    /// Serves on tokio: workload/src/bin/tokio.rs.
+    Tokio,
 }
 
 impl Workload {
+    /// Those of the cases that every run has.
     pub(crate) const ALL: [Workload; 5] = [
         Workload::Counter,
         Workload::Holder,
@@ -47,6 +50,7 @@ impl Workload {
             Workload::Sandbox => "sandbox",
             Workload::Podmate => "podmate",
             Workload::Spin => "spin",
+            Workload::Tokio => "tokio",
         }
     }
 
@@ -69,6 +73,7 @@ impl Workload {
                 "--target",
                 TARGET,
             ])
+            .args((self == Workload::Tokio).then_some("--features=tokio"))
             .args(["--manifest-path", manifest, "--target-dir"])
             .arg(&settings.workload_target_dir)
             // Above all other sources of flags; with --target it leaves build scripts alone.

@@ -6,14 +6,17 @@
 //!   stdout  one line of JSON, the testbed's traces, once all is up
 //!   stderr  how to enter the nodes
 //! testbed prepare TREE...
-//!   builds the trees and the programs of the containers, as far as they are not there
+//!   builds the trees (and "servers", the image of the servers that the tests move) and the programs of
+//!   the containers, as far as they are not there
 //! ```
 
 use std::io::Read as _;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use transship_testbed::{ContainerdConfig, Image, Settings, Testbed, Traces, Tree, Workload};
+use transship_testbed::{
+    ContainerdConfig, DebianImage, Image, Settings, Testbed, Traces, Tree, Workload,
+};
 
 fn main() -> ExitCode {
     if let Some(code) = transship_testbed::node_role(std::env::args_os()) {
@@ -46,7 +49,10 @@ fn tree(name: &str) -> anyhow::Result<Tree> {
 
 fn prepare(names: &[&str], settings: &Settings) -> anyhow::Result<()> {
     for name in names {
-        tree(name)?.ensure(&settings.cache_dir)?;
+        match *name {
+            "servers" => drop(DebianImage::SERVERS.tree(settings)?),
+            name => drop(tree(name)?.ensure(&settings.cache_dir)?),
+        }
     }
     for workload in [Workload::Sandbox, Workload::Counter] {
         workload.build(settings)?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  root.rs     mmdebstrap ──> tree ──> machine-<hash>.ext4 ─────────────┐ vda, writable, thrown away
-//!  root.rs     node trees ──────────> <tree>-<hash>.ext4 (mke2fs -d) ───┤ vdb.., read-only
+//!  root.rs     trees of nodes, images > <tree>-<hash>.ext4 (mke2fs -d) ───┤ vdb.., read-only
 //!  payload.rs  binaries, tests, container programs ──> payload.tar ─────┤ read as it is
 //!  cases.rs    the cases of this boot ──> cases-<boot> ─────────────────┤ read as it is
 //!                                                                       v
@@ -70,7 +70,7 @@ impl Machine<'_> {
     pub fn run(&self, show: impl Fn(&str) + Sync) -> Result<Vec<(String, Verdict)>, TestbedError> {
         let cache = &self.settings.cache_dir;
         let root = root::machine_root(cache)?;
-        let trees = root::tree_images(cache)?;
+        let trees = root::tree_images(self.settings)?;
         let with_kvm = boot::kvm_works(&root.kernel);
         let payload = self.dir.join("payload.tar");
         payload::pack(self, &trees, with_kvm, &payload)?;

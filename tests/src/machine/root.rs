@@ -8,7 +8,7 @@ use crate::error::IoContext as _;
 use crate::recipe::{Part, Recipe, make_once};
 use crate::run::CommandRun as _;
 use crate::tree::CRIU_PACKAGES;
-use crate::{TestbedError, Tree};
+use crate::{DebianImage, Settings, TestbedError, Tree};
 
 /// What makes a tree a machine. Trixie's kernel 6.12, cloud flavour (virtio, no other hardware).
 const PACKAGES: [&str; 7] = [
@@ -104,23 +104,27 @@ pub(super) struct TreeImage {
     pub(super) disk: PathBuf,
 }
 
-/// Gives the disks of all node trees, built when they are not cached.
-pub(super) fn tree_images(cache_dir: &Path) -> Result<Vec<TreeImage>, TestbedError> {
-    Tree::ALL
+/// Gives the disks of all node trees and of the images of Debian that the cases in the machine use, built
+/// when they are not cached.
+pub(super) fn tree_images(settings: &Settings) -> Result<Vec<TreeImage>, TestbedError> {
+    let mut trees = Vec::new();
+    for tree in Tree::ALL {
+        trees.push((tree.to_string(), tree.ensure(&settings.cache_dir)?));
+    }
+    for image in [DebianImage::SERVERS, DebianImage::POSTGRESQL] {
+        trees.push((image.name.to_owned(), image.tree(settings)?));
+    }
+    trees
         .into_iter()
-        .map(|tree| {
-            let path = tree.ensure(cache_dir)?;
+        .map(|(serial, path)| {
             let disk = image_path(&path);
-            make_once(&disk, &format!("{tree}-image"), |new| {
+            make_once(&disk, &format!("{serial}-image"), |new| {
                 make_image(&path, new, size_for(&path)?)
             })?;
+            let dir_name = path.file_name().unwrap_or_default();
             Ok(TreeImage {
-                serial: tree.to_string(),
-                dir_name: path
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned(),
+                serial,
+                dir_name: dir_name.to_string_lossy().into_owned(),
                 disk,
             })
         })
