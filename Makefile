@@ -37,7 +37,7 @@ ensure_tools = @for tool in $(1); do \
 	  || CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install --locked --debug --target-dir target/tools $$tool || exit; \
 	done
 
-.PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-programs test-vm lint demo bench install install-built clean
+.PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-programs test-kubernetes test-vm lint demo bench install install-built clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -68,11 +68,15 @@ test-quick: setup-test build ## Run the tests that need no node
 	$(CARGO) nextest run --workspace -E 'not test(/(^|::)(node|vm)_/)'
 
 test-long: setup-test build ## Run all tests with many more generated cases, and those that take long
-	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all -E 'not test(/_long_program_/)'
+	PROPTEST_CASES=10000 $(CARGO) nextest run --workspace --profile long --run-ignored all -E 'not test(/_long_(program|kubernetes)_/)'
 
 test-programs: setup-test build ## Move Debian's servers between nodes, and write the table of docs/programs.md; ONLY=a part
 	TRANSSHIP_WRITE_TABLE=1 $(CARGO) nextest run --workspace --test node --profile long --run-ignored only \
 	  -E 'test(/_program_$(ONLY)/)'
+
+test-kubernetes: setup-test build ## Move pods between two kubelets under a control plane; ONLY=a part. Its first run builds them: an hour
+	$(CARGO) nextest run --workspace --test node --profile long --run-ignored only \
+	  -E 'test(/_kubernetes_$(ONLY)/)'
 
 test-vm: setup-vm build ## Run tests in a machine with systemd and cgroup v2; ONLY=part of their names
 	rm -rf target/vm/root

@@ -23,6 +23,7 @@ mod frozen;
 mod image_labels;
 mod images_with_links;
 mod journey;
+mod kubernetes;
 mod migration_faults;
 mod node_api;
 mod one_copy;
@@ -147,6 +148,7 @@ fn main() -> ExitCode {
         .chain(images_with_links::cases())
         .chain(image_labels::cases())
         .chain(journey::cases())
+        .chain(kubernetes::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())
         .chain(one_copy::cases())

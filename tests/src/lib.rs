@@ -9,6 +9,7 @@
 //!                 │             ├─ containerd.rs     config.toml, CNI, start and wait
 //!                 │             ├─ network.rs        veth pairs, routes, names;  ssh.rs: `ssh node-b` from node a
 //!                 │             └─ logs.rs           tails of what containerd, the snapshotter and CRIU wrote
+//!                 ├─ kubernetes.rs <── kubernetes_build.rs   a control plane and kubelets, built from Debian's source
 //!                 ├─ image.rs <── workload.rs        OCI image of busybox and our static programs, for `ctr images import`
 //!                 │      debian_image.rs             the same of Debian's packages, cached as the trees are
 //!                 └─ interrupt.rs, footprint.rs      teardown on signals; proof that nothing is left
@@ -41,6 +42,8 @@ mod image;
 mod init;
 mod interrupt;
 pub mod journey;
+mod kubernetes;
+mod kubernetes_build;
 mod logs;
 mod machine;
 mod needs;
@@ -63,6 +66,7 @@ pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};
 pub use image::Image;
+pub use kubernetes::Cluster;
 pub use machine::{Machine, Verdict};
 pub use needs::{Need, Needs};
 pub use network::Link;

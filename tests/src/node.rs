@@ -41,6 +41,8 @@ pub struct NodeOptions {
     pub storage: Storage,
     /// Leaves the v2 "unified" hierarchy out: crun refuses a hybrid of v1 and v2.
     pub without_unified_cgroup: bool,
+    /// Programs of the machine that are shown in the node's /usr/local/bin besides ours.
+    pub programs: Vec<PathBuf>,
 }
 
 /// A running node; clones are handles to the same node, which lives as long as its testbed.
@@ -96,15 +98,14 @@ impl Node {
                 .hierarchies
                 .retain(|hierarchy| hierarchy.v1_options.is_some());
         }
-        let files = BINARIES
+        let ours = BINARIES.map(|binary| settings.binaries_dir.join(binary));
+        let files = ours
             .iter()
-            .map(|binary| {
-                (
-                    settings.binaries_dir.join(binary),
-                    Path::new(BIN_DIR).join(binary),
-                )
+            .chain(&options.programs)
+            .filter_map(|source| {
+                let target = Path::new(BIN_DIR).join(source.file_name()?);
+                source.is_file().then(|| (source.clone(), target))
             })
-            .filter(|(source, _)| source.is_file())
             .collect();
         let plan = InitPlan {
             hostname: hostname.clone(),
