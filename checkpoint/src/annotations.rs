@@ -19,8 +19,12 @@ pub const SANDBOX: &str = "dev.transship/sandbox";
 pub const MISSING_NAMESPACES: &str = "dev.transship/missing-namespaces";
 /// `fail` (default) or `cold-start`: what a create does whose restore failed.
 pub const ON_FAILURE: &str = "dev.transship/on-failure";
-/// `start` (default) or `refuse`: what a create does whose container the checkpoint does not have.
+/// `start` or `refuse`: what a create does whose container the checkpoint does not have. Without it such a
+/// container starts once another one of its pod has been restored.
 pub const COLD_CONTAINERS: &str = "dev.transship/cold-containers";
+/// `false` (default) or `true`: whether the sockets of MPTCP that a pod with a network of its own asks for are
+/// such sockets; else they are those of TCP.
+pub const MPTCP: &str = "dev.transship/mptcp";
 /// `filled`: the files of the checkpoint are in the container's upperdir already.
 pub const ROOTFS: &str = "dev.transship/rootfs";
 /// The prefix of all annotations of Transship. With a name of [`OPTIONS`](crate::criu_options::OPTIONS) it makes the
@@ -28,13 +32,14 @@ pub const ROOTFS: &str = "dev.transship/rootfs";
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 7] = [
+const KNOWN: [&str; 8] = [
     RESTORE,
     RESTORE_CONTAINER,
     SANDBOX,
     MISSING_NAMESPACES,
     ON_FAILURE,
     COLD_CONTAINERS,
+    MPTCP,
     ROOTFS,
 ];
 
@@ -79,11 +84,24 @@ pub enum OnFailure {
 /// What a create does whose container the checkpoint does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ColdContainers {
-    /// Starts it from its image, and says so.
+    /// Starts it from its image, and says so, once another container of the pod has been restored: a
+    /// pod of which the checkpoint has nothing is not meant.
     #[default]
+    BesideRestored,
+    /// The same, whatever has been restored.
     Start,
     /// Fails.
     Refuse,
+}
+
+/// What becomes of sockets of MPTCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mptcp {
+    /// They are sockets of TCP, which CRIU can dump.
+    #[default]
+    Off,
+    /// They are what was asked for.
+    On,
 }
 
 /// What is in a container's upperdir before its restore.
@@ -148,6 +166,8 @@ pub struct Annotations {
     pub on_failure: OnFailure,
     /// See [`COLD_CONTAINERS`].
     pub cold_containers: ColdContainers,
+    /// See [`MPTCP`].
+    pub mptcp: Mptcp,
     /// See [`ROOTFS`].
     pub rootfs: Rootfs,
     /// Choices about CRIU's options.
@@ -205,7 +225,8 @@ impl Annotations {
         };
         let allowed = "\"start\" or \"refuse\"";
         let cold_containers = match choose(COLD_CONTAINERS, "start", "refuse", allowed)? {
-            false => ColdContainers::Start,
+            false if get(COLD_CONTAINERS).is_some() => ColdContainers::Start,
+            false => ColdContainers::BesideRestored,
             true => ColdContainers::Refuse,
         };
         Ok(Self {
@@ -222,6 +243,10 @@ impl Annotations {
             missing_namespaces,
             on_failure,
             cold_containers,
+            mptcp: match choose(MPTCP, "false", "true", "\"false\" or \"true\"")? {
+                false => Mptcp::Off,
+                true => Mptcp::On,
+            },
             // Only our own tool says this.
             rootfs: match get(ROOTFS).map(String::as_str) {
                 Some("filled") => Rootfs::Filled,

@@ -124,6 +124,16 @@ impl Default for CriuOptions {
 }
 
 impl CriuOptions {
+    /// The options of a container that nobody has chosen any for. While a pod is frozen kubelet's probes
+    /// knock at it: to its peer a connection that nobody has accepted is one more try.
+    #[must_use]
+    pub fn of_kind(in_pod: bool) -> Self {
+        Self {
+            skip_in_flight: in_pod,
+            ..Self::default()
+        }
+    }
+
     /// Whether the dump needs options that containerd's `Tasks.Checkpoint` cannot carry: then the
     /// OCI runtime has to be called past it. (`cgroups_mode` is in its message, and no shim
     /// forwards it.)

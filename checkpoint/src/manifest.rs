@@ -121,9 +121,23 @@ pub struct Manifest {
     pub pod: Option<Pod>,
     /// The containers, in the order in which they were dumped.
     pub containers: Vec<Container>,
+    /// The containers of the pod that did not run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_running: Vec<NotRunning>,
     /// What they share.
     #[serde(default, skip_serializing_if = "Shared::is_empty")]
     pub shared: Shared,
+}
+
+/// A container of a pod that did not run when the checkpoint was taken. A reader may leave it unread.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NotRunning {
+    /// Its name in the pod.
+    pub name: String,
+    /// Whether it had ended with 0, and what it has left for the others came along: then it does not run
+    /// again beside those that are restored.
+    #[serde(default)]
+    pub done: bool,
 }
 
 /// The directories that the containers of a pod share.
@@ -339,6 +353,9 @@ impl Manifest {
                 });
             }
         }
+        for container in &manifest.not_running {
+            check_name("the container's name", &container.name)?;
+        }
         for volume in &manifest.shared.volumes {
             check_name("the volume's name", &volume.name)?;
         }
@@ -404,6 +421,12 @@ impl Manifest {
             serde_json::to_vec_pretty(self).expect("strings, numbers and lists are always JSON");
         json.push(b'\n');
         json
+    }
+
+    /// Whether the container of the pod had ended with 0, and does not run again.
+    #[must_use]
+    pub fn is_done(&self, name: &str) -> bool {
+        { self.not_running.iter() }.any(|it| it.done && it.name == name)
     }
 
     /// The container called `name`; without a name the only one.
@@ -473,6 +496,7 @@ mod tests {
             created: 1,
             source: Source::default(),
             pod: None,
+            not_running: Vec::new(),
             shared: Shared::default(),
             containers: vec![Container {
                 name: "counter".into(),

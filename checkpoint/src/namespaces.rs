@@ -20,6 +20,13 @@ use serde_json::Value;
 use crate::annotations::MissingNamespaces;
 use crate::spec::Spec;
 
+/// Whether the spec has a network that is not the node's.
+#[must_use]
+pub fn has_own_network(spec: &Spec) -> bool {
+    let mut kinds = spec.namespaces().iter();
+    kinds.any(|namespace| namespace["type"] == Namespace::Network.oci_name())
+}
+
 /// A kind of namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Namespace {

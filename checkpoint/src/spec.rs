@@ -134,6 +134,43 @@ impl Spec {
         value.as_str().map(ToOwned::to_owned)
     }
 
+    /// Sets what is at a JSON pointer whose parent is there.
+    pub fn set(&mut self, pointer: &str, value: Value) {
+        let (parent, key) = pointer.rsplit_once('/').unwrap_or(("", pointer));
+        if let Some(parent) = self.0.pointer_mut(parent).and_then(Value::as_object_mut) {
+            parent.insert(key.to_owned(), value);
+        }
+    }
+
+    /// Sets a sysctl of its namespaces.
+    pub fn set_sysctl(&mut self, name: &str, value: &str) {
+        let linux = self.object("linux");
+        let sysctls = linux.entry("sysctl").or_insert_with(|| json!({}));
+        if !sysctls.is_object() {
+            // Go writes an absent map as null.
+            *sysctls = json!({});
+        }
+        sysctls[name] = json!(value);
+    }
+
+    /// Keeps those mounts whose destination is one of these.
+    pub fn keep_mounts(&mut self, destinations: &[&str]) {
+        let Some(mounts) = self.0["mounts"].as_array_mut() else {
+            return;
+        };
+        mounts.retain(|mount| {
+            let destination = mount["destination"].as_str();
+            destination.is_some_and(|destination| destinations.contains(&destination))
+        });
+    }
+
+    /// Removes all its hooks.
+    pub fn remove_hooks(&mut self) {
+        if let Some(spec) = self.0.as_object_mut() {
+            spec.remove("hooks");
+        }
+    }
+
     /// Its mounts that have a source, as destination and source, in order.
     pub fn mounts(&self) -> impl Iterator<Item = (&str, &str)> {
         let mounts = self.0["mounts"].as_array().into_iter().flatten();

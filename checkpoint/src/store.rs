@@ -526,6 +526,7 @@ mod tests {
             created: 0,
             source: Source::default(),
             pod: None,
+            not_running: Vec::new(),
             shared: Default::default(),
             containers: vec![Container {
                 name: "c".into(),

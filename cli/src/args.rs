@@ -106,12 +106,31 @@ pub(crate) enum Command {
     /// Let frozen containers run again when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
     FreezeGuard,
+    /// Publish in containerd's events what has become of a container (for the runtime front)
+    #[command(hide = true)]
+    Publish(PublishArgs),
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {
         /// Container id
         id: String,
     },
+}
+
+/// `transship publish`
+#[derive(Debug, Args)]
+pub(crate) struct PublishArgs {
+    /// The last part of the topic
+    #[arg(value_name = "WHAT", value_parser = ["restored", "started-cold", "not-run-again"])]
+    pub(crate) what: String,
+    /// Container id
+    pub(crate) id: String,
+    /// The checkpoint's name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) checkpoint: Option<String>,
+    /// Why
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
 }
 
 /// `transship snapshot`

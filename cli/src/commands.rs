@@ -15,6 +15,7 @@ mod container_base;
 mod inspect;
 mod ls;
 mod migrate;
+mod publish;
 mod receive;
 mod restore;
 mod rm;
@@ -37,6 +38,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Rm(args) => rm::run(&args),
         Command::FreezeGuard => freeze_guard::run().await,
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
+        Command::Publish(args) => publish::run(&global, args).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,
     };

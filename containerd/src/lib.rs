@@ -9,6 +9,7 @@
 //!                            ├─ upload       one blob into the store
 //!                            ├─ diffs        two snapshots compared; a layer applied
 //!                            ├─ leases       what protects new objects from garbage collection
+//!                            ├─ events       what others hear of
 //!                            ├─ plugins      which snapshotters and differs work
 //!                            └─ snapshotter(name) ──> Snapshotter   prepare, mounts, commit, remove ...
 //! ```
@@ -33,6 +34,7 @@ mod containers;
 mod content;
 mod diffs;
 mod error;
+mod events;
 mod images;
 pub mod labels;
 mod leases;

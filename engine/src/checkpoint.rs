@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::criu_options::CriuOverrides;
-use transship_checkpoint::manifest::{Container, Losses, Pod, Shared};
+use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
 use transship_containerd::Containerd;
@@ -25,6 +25,7 @@ use crate::frozen::Frozen;
 use crate::interrupt::Interrupt;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
+use crate::pod_ended;
 use crate::progress::Progress;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
@@ -85,8 +86,10 @@ pub struct Report {
     pub directory: String,
     /// Names of the containers in it.
     pub containers: Vec<String>,
-    /// Ids of the containers of the pod that did not run.
+    /// Names of the containers of the pod that did not run.
     pub left_out: Vec<String>,
+    /// Those of them that had ended with 0, and do not run again when the pod is restored.
+    pub done: Vec<String>,
     /// What the containers share, as in "/dev/shm".
     pub shared: Vec<String>,
     /// What the layers could not say, by the container's name.
@@ -106,7 +109,7 @@ pub struct DumpTarget {
     what: String,
     pod: Option<Pod>,
     sources: Vec<SourceContainer>,
-    left_out: Vec<String>,
+    not_running: Vec<NotRunning>,
     dirs: SharedDirs,
     sandbox: Option<String>,
     dump_patience: Duration,
@@ -141,7 +144,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
                 what: source.id().to_owned(),
                 pod: source.pod.clone(),
                 sources: vec![source],
-                left_out: Vec::new(),
+                not_running: Vec::new(),
                 dirs: SharedDirs::default(),
                 sandbox: None,
                 dump_patience: request.dump_patience,
@@ -154,15 +157,17 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         pod,
         sandbox,
         containers,
-        stopped,
+        ended,
     } = pod::find(&node, selector, &request.criu).await?;
+    let dirs = pod_dirs::find(&containers, &sandbox, request.empty_dirs)?;
+    pod_dirs::check_left_behind(&node, &containers, &sandbox, &dirs).await?;
     Ok(DumpTarget {
-        dirs: pod_dirs::find(&containers, &sandbox, request.empty_dirs)?,
+        not_running: pod_ended::not_running(&ended, &containers, &dirs, &sandbox),
+        dirs,
         node,
         what: format!("{}-{}", pod.namespace, pod.name),
         pod: Some(pod),
         sources: containers,
-        left_out: stopped,
         sandbox: Some(sandbox),
         dump_patience: request.dump_patience,
     })
@@ -289,7 +294,12 @@ async fn keep(
         .collect();
     let name = draft.name().to_owned();
     let pod = target.pod.clone();
-    let manifest = source::manifest(&target.node, &name, pod, containers, shared).await?;
+    let not_running = target.not_running.clone();
+    let left_out = not_running.iter().map(|it| it.name.clone()).collect();
+    let done = { not_running.iter() }.filter(|it| it.done);
+    let done = done.map(|it| it.name.clone()).collect();
+    let manifest =
+        source::manifest(&target.node, &name, pod, containers, not_running, shared).await?;
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
@@ -299,7 +309,8 @@ async fn keep(
         name,
         directory: checkpoint.dir.display().to_string(),
         containers: names,
-        left_out: target.left_out.clone(),
+        left_out,
+        done,
         shared: shared_names,
         losses,
         bytes,

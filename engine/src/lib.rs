@@ -1,7 +1,7 @@
 //! What `transship` does, for the command line, the node's API and whoever else calls it.
 //!
 //! ```text
-//!  checkpoint --> source, pod, pod_dirs (find, dump, export)  --> checkpoint directory
+//!  checkpoint --> source, pod, pod_ended, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation --> receive, restore on the other node
@@ -57,6 +57,7 @@ pub mod oci_runtime;
 pub mod overlay_mounts;
 pub mod pod;
 pub mod pod_dirs;
+pub mod pod_ended;
 pub mod progress;
 pub mod receive;
 pub mod restart_policy;

@@ -1,9 +1,11 @@
 //! The checkpoints of a store, as a list for people and programs.
 
+use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 use transship_checkpoint::store::{Checkpoint, Store};
+use transship_sandbox::consumed::times_restored;
 
 use crate::error::{Result, one_line};
 
@@ -24,21 +26,23 @@ pub struct Listed {
     pub pod: Option<String>,
     /// The host name of the node that it was taken on.
     pub source: String,
+    /// How many pods and containers have been restored from it, as far as this node knows.
+    pub restored: usize,
     /// Why it cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// All checkpoints, by name.
+/// All checkpoints, by name. `records` has what was consumed, by whom.
 ///
 /// # Errors
 /// The store cannot be read.
-pub fn list(store: &Store) -> Result<Vec<Listed>> {
+pub fn list(store: &Store, records: &Path) -> Result<Vec<Listed>> {
     let listed = store
         .list()?
         .into_iter()
         .map(|(name, opened)| match opened {
-            Ok(checkpoint) => listed(name, &checkpoint),
+            Ok(checkpoint) => listed(name, &checkpoint, records),
             Err(error) => Listed {
                 name,
                 error: Some(one_line(&error)),
@@ -48,7 +52,7 @@ pub fn list(store: &Store) -> Result<Vec<Listed>> {
     Ok(listed.collect())
 }
 
-fn listed(name: String, checkpoint: &Checkpoint) -> Listed {
+fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {
     let manifest = &checkpoint.manifest;
     let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
     let names = manifest.containers.iter().map(|container| &container.name);
@@ -60,6 +64,8 @@ fn listed(name: String, checkpoint: &Checkpoint) -> Listed {
         containers: names.cloned().collect(),
         pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),
         source: manifest.source.hostname.clone(),
+        // Who cannot read the records sees none.
+        restored: times_restored(records, manifest).unwrap_or_default(),
         error: None,
     }
 }

@@ -1,7 +1,7 @@
 //! The pod on the source: all its containers, stopped at one moment.
 //!
 //! ```text
-//!  selector --> sandbox record --> container records of the sandbox --> those that run
+//!  selector --> sandbox record that runs --> container records of the sandbox --> those that run
 //!               (CRI labels)       (annotation sandbox-id of the spec)
 //! ```
 //!
@@ -9,6 +9,7 @@
 //! containerd's namespace `k8s.io`.
 
 use containerd_client::services::v1::Container as Record;
+use transship_checkpoint::conditions::Condition;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::labels;
 use transship_checkpoint::criu_options::CriuOverrides;
@@ -16,6 +17,7 @@ use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
 use crate::error::{Error, Result};
+use crate::pod_ended::{self, Ended};
 use crate::source::{self, SourceContainer};
 use transship_containerd::Containerd;
 
@@ -28,14 +30,14 @@ pub struct SourcePod {
     pub sandbox: String,
     /// The containers that run.
     pub containers: Vec<SourceContainer>,
-    /// Names of those that do not: the checkpoint does not have them.
-    pub stopped: Vec<String>,
+    /// Those that do not: the checkpoint does not have them.
+    pub ended: Vec<Ended>,
 }
 
 /// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
 pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
     let records = node.all_containers().await?;
-    let sandbox = find_sandbox(&records, selector)?;
+    let sandbox = the_running_one(node, find_sandboxes(&records, selector)?, selector).await?;
     let mut containers = Vec::new();
     let mut stopped = Vec::new();
     for record in records
@@ -44,13 +46,15 @@ pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Re
     {
         match source::running_task(node, &record.id).await? {
             Ok(task) => containers.push(source::inspect(node, record, &task, criu).await?),
-            Err(_) => stopped.push(record.id.clone()),
+            Err(_) => stopped.push(record),
         }
     }
     if containers.is_empty() {
         let message = format!("the pod {selector:?} has no running container");
         return Err(Error::refused(message));
     }
+    check_users(&containers)?;
+    let ended = pod_ended::find(node, &stopped, &containers).await;
     let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
     let pod = Pod {
         service_account: containers.iter().find_map(account),
@@ -60,11 +64,56 @@ pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Re
         pod,
         sandbox: sandbox.id.clone(),
         containers,
-        stopped,
+        ended,
     })
 }
 
-fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record> {
+/// `hostUsers: false`: a dump is made, and cannot be restored.
+fn check_users(containers: &[SourceContainer]) -> Result<()> {
+    let has_own = |source: &&SourceContainer| {
+        let spec = Spec::parse(&source.spec).ok();
+        let mappings = spec.and_then(|spec| spec.get("/linux/uidMappings").cloned());
+        mappings.is_some_and(|it| it.as_array().is_some_and(|it| !it.is_empty()))
+    };
+    let Some(source) = containers.iter().find(has_own) else {
+        return Ok(());
+    };
+    let condition = Condition::named("user-namespace");
+    let message = format!("{} cannot be dumped: {}", source.called, condition.what);
+    Err(Error::refused(message).hint(condition.remedy))
+}
+
+/// Of the sandboxes of one pod the one that runs: kubelet keeps those that have ended for a while, and a pod
+/// that is made again under its name has one more.
+async fn the_running_one<'a>(
+    node: &Containerd,
+    found: Vec<&'a Record>,
+    selector: &str,
+) -> Result<&'a Record> {
+    if let [one] = found.as_slice() {
+        return Ok(one);
+    }
+    let mut running = Vec::new();
+    for record in &found {
+        if source::running_task(node, &record.id).await?.is_ok() {
+            running.push(*record);
+        }
+    }
+    match running.as_slice() {
+        [one] => Ok(one),
+        [] => Err(Error::refused(format!(
+            "the pod {selector:?} has no running sandbox"
+        ))),
+        several => {
+            let ids: Vec<&str> = several.iter().map(|record| record.id.as_str()).collect();
+            let ids = ids.join(", ");
+            let message = format!("{selector:?} means several pods that run: {ids}");
+            Err(Error::refused(message).hint("name the pod by the id of its sandbox"))
+        }
+    }
+}
+
+fn find_sandboxes<'a>(records: &'a [Record], selector: &str) -> Result<Vec<&'a Record>> {
     let named = |record: &&Record| {
         let label = |name: &str| record.labels.get(name).map_or("", String::as_str);
         selector.split_once('/').is_some_and(|(namespace, name)| {
@@ -81,18 +130,11 @@ fn find_sandbox<'a>(records: &'a [Record], selector: &str) -> Result<&'a Record>
         })
         .filter(|record| named(record) || (selector.len() >= 6 && record.id.starts_with(selector)))
         .collect();
-    match found.as_slice() {
-        [one] => Ok(one),
-        [] => Err(Error::not_found(format!("there is no pod {selector:?}"))
-            .hint("crictl pods; a pod is named by its id or as namespace/name")),
-        several => {
-            let ids: Vec<&str> = several.iter().map(|record| record.id.as_str()).collect();
-            let ids = ids.join(", ");
-            Err(Error::refused(format!(
-                "{selector:?} means several pods: {ids}"
-            )))
-        }
+    if found.is_empty() {
+        return Err(Error::not_found(format!("there is no pod {selector:?}"))
+            .hint("crictl pods; a pod is named by its id or as namespace/name"));
     }
+    Ok(found)
 }
 
 /// The sandbox that a container belongs to; none for a sandbox itself.
@@ -134,17 +176,16 @@ mod tests {
             sandbox("abcdef999999", "db"),
         ];
         for (selector, expected) in [
-            ("abcdef0", Some(0)),
-            ("shop/db", Some(1)),
-            ("shop/none", None),
-            ("abcdef", None),
+            ("abcdef0", vec![0]),
+            ("shop/db", vec![1]),
+            ("shop/none", vec![]),
+            ("abcdef", vec![0, 1]),
         ] {
-            let found = find_sandbox(&records, selector).ok();
-            assert_eq!(
-                found,
-                expected.map(|index: usize| &records[index]),
-                "{selector}"
-            );
+            let found = find_sandboxes(&records, selector).unwrap_or_default();
+            let expected: Vec<_> = { expected.into_iter() }
+                .map(|index: usize| &records[index])
+                .collect();
+            assert_eq!(found, expected, "{selector}");
         }
     }
 }

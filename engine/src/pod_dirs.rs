@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  find: specs --> which there are (a container with a part of one only is refused)
+//!  check: is anything open in one that is left behind?
 //!  export, while all containers stand still: each --> <draft>/.shared/<file>
 //! ```
 
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
+use transship_containerd::Containerd;
 use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file};
+use transship_sandbox::admission::resolve_within;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::error::{Context, Error, Result};
@@ -51,7 +54,93 @@ pub fn find(containers: &[SourceContainer], sandbox: &str, empty_dirs: bool) -> 
     Ok(SharedDirs(dirs))
 }
 
+/// Refuses containers that have something open in an emptyDir which is left behind: the new pod has an empty
+/// one, and CRIU would not find it there.
+///
+/// # Errors
+/// [`crate::Kind::Refused`] with the first file of each container.
+pub async fn check_left_behind(
+    node: &Containerd,
+    containers: &[SourceContainer],
+    sandbox: &str,
+    exported: &SharedDirs,
+) -> Result<()> {
+    let mut reasons = Vec::new();
+    for source in containers {
+        let spec = Spec::parse(&source.spec)
+            .with_context(|| format!("the spec of {:?} is no OCI runtime spec", source.id()))?;
+        let left: Vec<_> = { shared_mounts(&spec, sandbox).into_iter() }
+            .filter(|mount| mount.dir != SharedDir::Shm && !exported.contains(&mount.dir))
+            .collect();
+        if left.is_empty() {
+            continue;
+        }
+        let places: Vec<PathBuf> = spec.mount_destinations();
+        let pids = node.pids(source.id()).await?;
+        let found = pids.iter().find_map(|pid| {
+            open_below(*pid, &places, &|place| {
+                left.iter().find(|it| it.destination == place).cloned()
+            })
+        });
+        if let Some((path, mount)) = found {
+            let SharedDir::EmptyDir(volume) = mount.dir else {
+                continue;
+            };
+            reasons.push(format!(
+                "{} has {path:?} open, which is in the emptyDir {volume:?}",
+                source.called
+            ));
+        }
+    }
+    if reasons.is_empty() {
+        return Ok(());
+    }
+    let reasons = reasons.join("; ");
+    let message = format!("the pod cannot be restored from a checkpoint without it: {reasons}");
+    Err(Error::refused(message).hint("--volumes emptydir takes the content of emptyDirs along"))
+}
+
+/// Something that a process has open, mapped or as its working directory, in a mount that `wanted` knows;
+/// `places` are where the container has mounts.
+fn open_below<M>(
+    pid: u32,
+    places: &[PathBuf],
+    wanted: &dyn Fn(&Path) -> Option<M>,
+) -> Option<(PathBuf, M)> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let root = proc.join("root");
+    // As the kernel shows it: without symbolic links.
+    let resolved: Vec<_> = { places.iter() }
+        .map(|place| (resolve_within(&root, place), place))
+        .collect();
+    let fds = fs::read_dir(proc.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let links = fds.map(|fd| fd.path()).chain([proc.join("cwd")]);
+    let open = links.filter_map(|link| fs::read_link(link).ok());
+    let maps = fs::read_to_string(proc.join("maps")).unwrap_or_default();
+    let mapped = maps
+        .lines()
+        .filter_map(|line| line.find('/').map(|at| line[at..].into()));
+    open.chain(mapped).find_map(|path: PathBuf| {
+        let holds = |(place, _): &&(PathBuf, &PathBuf)| path.starts_with(place);
+        let holder = resolved.iter().filter(holds);
+        let (place, name) = holder.max_by_key(|(place, _)| place.components().count())?;
+        // The volume itself is there again, and files without a name come along by themselves.
+        if path == *place || path.to_string_lossy().ends_with(" (deleted)") {
+            return None;
+        }
+        Some((path, wanted(name)?))
+    })
+}
+
 impl SharedDirs {
+    /// Whether the content of a directory comes along.
+    pub fn contains(&self, dir: &SharedDir) -> bool {
+        self.0.contains_key(dir)
+    }
+
     /// Exports all into the draft, and says what is there now. Nothing may change meanwhile.
     pub fn export(&self, draft: &Path) -> Result<Shared> {
         let mut shared = Shared::default();

@@ -22,8 +22,9 @@ use transship_checkpoint::cri_names::{CRI_NAMESPACE, labels};
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
-    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Losses, Manifest, Pod,
-    ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source, Stdio, check_name,
+    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Losses, Manifest,
+    NotRunning, Pod, ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source,
+    Stdio, check_name,
 };
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::Spec;
@@ -98,7 +99,7 @@ pub fn pod_of(record: &Record, namespace: &str) -> Option<Pod> {
 }
 
 /// The pod's name of a container of the CRI.
-fn name_in_pod<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
+pub fn name_in_pod<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
     cri_kind(record, namespace).filter(|kind| *kind == labels::KIND_CONTAINER)?;
     record
         .labels
@@ -189,7 +190,8 @@ pub async fn inspect(
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
     let annotations = Annotations::read(id, Some(&parsed.annotations()))
         .map_err(|error| Error::refused(format!("{called} cannot be dumped")).because(error))?;
-    let annotated = annotations.criu.over(CriuOptions::default());
+    let in_pod = cri_kind(record, node.namespace()).is_some();
+    let annotated = annotations.criu.over(CriuOptions::of_kind(in_pod));
     let criu = criu.over(annotated.clone());
     let mounts = node
         .snapshotter(&record.snapshotter)
@@ -529,6 +531,7 @@ pub async fn manifest(
     name: &str,
     pod: Option<Pod>,
     containers: Vec<Container>,
+    not_running: Vec<NotRunning>,
     shared: Shared,
 ) -> Result<Manifest> {
     let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
@@ -551,6 +554,7 @@ pub async fn manifest(
         },
         pod,
         containers,
+        not_running,
         shared,
     })
 }

@@ -22,6 +22,11 @@ pub struct MountedOverlay {
     pub flags: Vec<String>,
     /// What `mount(2)` takes as data to mount it again, in the directory [`Self::base`].
     pub data: String,
+    /// Where overlay prepares files.
+    pub workdir: Option<PathBuf>,
+    /// Whether it leaves what is written in memory (`volatile`): then it marks the workdir, and refuses a
+    /// second mount of it.
+    pub is_volatile: bool,
     /// The directory that relative lowerdirs are relative to: containerd shortens a list that is longer than
     /// a page by changing into `<snapshots>`, where each snapshot is `<id>/fs`.
     pub base: PathBuf,
@@ -67,6 +72,11 @@ impl MountedOverlay {
             stack,
             flags: flags.split(',').map(str::to_owned).collect(),
             data: given.join(","),
+            workdir: { options.iter() }
+                .find_map(|option| option.strip_prefix("workdir="))
+                .map(PathBuf::from),
+            is_volatile: { options.iter() }
+                .any(|option| matches!(option.as_str(), "volatile" | "fsync=volatile")),
             base,
         })
     }

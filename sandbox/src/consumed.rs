@@ -27,7 +27,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::manifest::{Manifest, check_name};
 
 use crate::error::{SandboxContext, SandboxError};
 use crate::files::{make_dir, remove_file, replace_durably};
@@ -232,6 +232,35 @@ impl Consumed {
     }
 }
 
+/// How many pods and containers have been restored from a checkpoint, as far as there are records of them.
+///
+/// # Errors
+/// The records cannot be listed.
+pub fn times_restored(dir: &Path, manifest: &Manifest) -> Result<usize, SandboxError> {
+    let records = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        records => records.staging("list", dir)?,
+    };
+    let mut times = 0;
+    for record in records {
+        let path = record.staging("list", dir)?.path();
+        // One that is written at this moment, or that is damaged, which its own pod is told of.
+        let Ok(entries) = read(&path) else { continue };
+        // A container that it lacks has started cold.
+        let restored = |entry: &Entry| match entry {
+            Entry::Container {
+                checkpoint, name, ..
+            } => {
+                *checkpoint == manifest.name
+                    && manifest.containers.iter().any(|it| it.name == *name)
+            }
+            _ => false,
+        };
+        times += usize::from(entries.iter().any(restored));
+    }
+    Ok(times)
+}
+
 /// Held by whoever writes a record, or removes one.
 fn lock(dir: &Path) -> Result<Flock<File>, SandboxError> {
     let file = File::open(dir).staging("open", dir)?;
@@ -374,6 +403,29 @@ mod tests {
         one.give_back("web", "app").unwrap();
         assert_eq!(read("u1").container("web", "app"), None);
         assert!(read("u1").has_any_of("web"), "the volume stays");
+    }
+
+    #[test]
+    fn restores_are_counted_and_cold_starts_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("consumed");
+        let json = br#"{"format":{"version":1},"name":"web","created":0,
+            "source":{"hostname":"","architecture":"","kernel":"","containerd":""},
+            "containers":[{"name":"app","id":"","namespace":"","image":{"name":"","digest":"","chain_id":""},
+                           "snapshotter":"","runtime":"","files":[]}]}"#;
+        let manifest = Manifest::parse(json).unwrap();
+        assert_eq!(times_restored(&dir, &manifest).unwrap(), 0);
+        for (uid, checkpoint, name) in [
+            ("u1", "web", "app"),
+            ("u1", "web", "more"),
+            ("u2", "web", "app"),
+            ("u3", "web", "more"),
+            ("u4", "db", "app"),
+        ] {
+            let mut record = Consumed::by(&dir, &Owner::Pod(uid.to_owned())).unwrap();
+            record.add_container(checkpoint, name, name).unwrap();
+        }
+        assert_eq!(times_restored(&dir, &manifest).unwrap(), 2);
     }
 
     #[test]

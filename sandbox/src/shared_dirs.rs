@@ -25,6 +25,8 @@ const SUB_PATHS: &str = "volume-subpaths";
 pub struct SharedMount {
     /// What it is.
     pub dir: SharedDir,
+    /// Where it is in the container.
+    pub destination: PathBuf,
     /// Where the whole of it is on the node.
     pub source: PathBuf,
     /// Whether the container sees only a part of it.
@@ -36,7 +38,13 @@ pub struct SharedMount {
 #[must_use]
 pub fn shared_mounts(spec: &Spec, sandbox: &str) -> Vec<SharedMount> {
     spec.mounts()
-        .filter_map(|(_, source)| shared_dir(Path::new(source), sandbox))
+        .filter_map(|(destination, source)| {
+            let mount = shared_dir(Path::new(source), sandbox)?;
+            Some(SharedMount {
+                destination: destination.into(),
+                ..mount
+            })
+        })
         .collect()
 }
 
@@ -45,7 +53,15 @@ fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
         .iter()
         .map(|part| part.to_str())
         .collect::<Option<_>>()?;
-    let found = |dir, source: PathBuf, part| Some(SharedMount { dir, source, part });
+    let found = |dir, source: PathBuf, part| {
+        let destination = PathBuf::new();
+        Some(SharedMount {
+            dir,
+            destination,
+            source,
+            part,
+        })
+    };
     match parts.as_slice() {
         [.., "sandboxes", id, "shm"] if *id == sandbox => {
             found(SharedDir::Shm, source.to_path_buf(), false)
@@ -60,6 +76,7 @@ fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
             // A subPath may as well be of a volume of another kind.
             whole.is_dir().then(|| SharedMount {
                 dir: SharedDir::EmptyDir((*volume).to_owned()),
+                destination: PathBuf::new(),
                 source: whole,
                 part: true,
             })

@@ -6,7 +6,7 @@
 //!     ghost    2 MB, no name    ghost-limit           not dumped
 //!     link     another name     link-remap            not dumped
 //!     tcp      to itself        tcp                   not dumped
-//!     flight   not accepted     skip-in-flight, tcp   not dumped
+//!     flight   not accepted     skip-in-flight (default in a pod), tcp   not dumped
 //!     listener a socket
 //!     sender   to the listener  ext-unix-sk           not dumped
 //! ```
@@ -61,13 +61,15 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
     let ids = run_holders(&cri, &pod)?;
     // Each option that is missing is missed by one container, which the refusal names.
     let mut flags = vec!["--ghost-limit=4M", "--link-remap", "--tcp=close"];
+    // The fourth is on in a pod, unless it is switched off.
     flags.extend(["--skip-in-flight", "--ext-unix-sk"]);
     for (missing, name) in ["ghost", "link", "tcp", "flight", "sender"]
         .iter()
         .enumerate()
     {
         let some = flags.iter().enumerate().filter(|(at, _)| *at != missing);
-        let some: Vec<&str> = some.map(|(_, flag)| *flag).collect();
+        let off = (*name == "flight").then_some("--no-skip-in-flight");
+        let some: Vec<&str> = some.map(|(_, flag)| *flag).chain(off).collect();
         let error = checkpoint(&node, &some)?;
         let id = &ids[missing + 2];
         // The connection that nobody accepts is one, too, and may come first.
@@ -81,6 +83,7 @@ fn options_reach_dump_and_restore(bed: &Testbed) -> anyhow::Result<()> {
         ensure!(cri.runs(id)?, "{name} goes on");
     }
     a_terminal_of_another_session(&node, &cri, &ids[1], &flags)?;
+    flags.retain(|flag| *flag != "--skip-in-flight");
     let error = checkpoint(&node, &flags)?;
     ensure!(error.is_empty(), "{error}");
     let manifest = node.read_file("/var/lib/transship/checkpoints/holders/transship.json")?;

@@ -30,9 +30,11 @@ mod one_copy;
 mod pod_refusals;
 mod pods;
 mod pods_closed;
+mod pods_kubelet;
 mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
+mod pods_volumes;
 mod programs;
 mod reference;
 mod snapshotter;
@@ -155,9 +157,11 @@ fn main() -> ExitCode {
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_closed::cases())
+        .chain(pods_kubelet::cases())
         .chain(pods_ordinary::cases())
         .chain(pods_own_files::cases())
         .chain(pods_shared::cases())
+        .chain(pods_volumes::cases())
         .chain(programs::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

@@ -174,20 +174,30 @@ pub(crate) fn send(bed: &Testbed, from: &Node, to: &Node, name: &str) -> anyhow:
 }
 
 pub(crate) fn start(bed: &Testbed, node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {
-    let config = ContainerdConfig {
-        transship_snapshotter,
-        transship_diff: false,
-        ..ContainerdConfig::transship()
-    };
     if transship_snapshotter {
         node.start_snapshotter()?;
     }
-    node.start_containerd(&config)?;
+    start_containerd(node, transship_snapshotter)?;
     let snapshotter = if transship_snapshotter {
         "transship"
     } else {
         "overlayfs"
     };
+    import_images(bed, node, snapshotter)
+}
+
+/// A containerd whose CRI has the runtime front.
+pub(crate) fn start_containerd(node: &Node, transship_snapshotter: bool) -> anyhow::Result<()> {
+    node.start_containerd(&ContainerdConfig {
+        transship_snapshotter,
+        transship_diff: false,
+        ..ContainerdConfig::transship()
+    })?;
+    Ok(())
+}
+
+/// The images of the tests' pods.
+pub(crate) fn import_images(bed: &Testbed, node: &Node, snapshotter: &str) -> anyhow::Result<()> {
     let busybox = bed.tree_dir().join("bin/busybox");
     for image in [
         Image::pause(bed.settings())?,

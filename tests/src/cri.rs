@@ -16,13 +16,13 @@ use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
     Capability, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
     ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest,
-    ExecSyncResponse, FilesystemUsage, ImageFsInfoRequest, ImageSpec, Int64Value,
+    ExecSyncResponse, FilesystemUsage, IdMapping, ImageFsInfoRequest, ImageSpec, Int64Value,
     LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption,
     PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus,
     PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
     SecurityProfile, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest,
+    UpdateContainerResourcesRequest, UserNamespace,
 };
 use tokio::runtime::Runtime;
 
@@ -55,6 +55,8 @@ pub enum PodNamespaces {
     WithProcesses,
     /// IPC alone; network and host name are the node's (`hostNetwork`).
     HostNetwork,
+    /// The usual ones, and users whose ids begin at 100000 on the node (`hostUsers: false`).
+    WithUsers,
 }
 
 /// What a container of a pod is made of.
@@ -181,6 +183,20 @@ impl Cri {
         annotations: &[(&str, &str)],
         namespaces: PodNamespaces,
     ) -> Result<Pod, TestbedError> {
+        self.run_pod_with_sysctls((namespace, name), annotations, namespaces, &[])
+    }
+
+    /// The same, with sysctls that the pod asks for.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_pod_with_sysctls(
+        &self,
+        (namespace, name): (&str, &str),
+        annotations: &[(&str, &str)],
+        namespaces: PodNamespaces,
+        sysctls: &[(&str, &str)],
+    ) -> Result<Pod, TestbedError> {
         // One pod after the other may have the same name.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -208,6 +224,7 @@ impl Cri {
             annotations: owned(annotations),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent,
+                sysctls: owned(sysctls),
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces.options()),
                     ..Default::default()
@@ -593,13 +610,23 @@ impl PodNamespaces {
     fn options(self) -> NamespaceOption {
         let pid = match self {
             PodNamespaces::WithProcesses => NamespaceMode::Pod,
-            PodNamespaces::Usual | PodNamespaces::HostNetwork => NamespaceMode::Container,
+            _ => NamespaceMode::Container,
         };
         let network = match self {
             PodNamespaces::HostNetwork => NamespaceMode::Node,
-            PodNamespaces::Usual | PodNamespaces::WithProcesses => NamespaceMode::Pod,
+            _ => NamespaceMode::Pod,
+        };
+        let ids = || IdMapping {
+            host_id: 100_000,
+            container_id: 0,
+            length: 65_536,
         };
         NamespaceOption {
+            userns_options: (self == PodNamespaces::WithUsers).then(|| UserNamespace {
+                mode: NamespaceMode::Pod.into(),
+                uids: vec![ids()],
+                gids: vec![ids()],
+            }),
             network: network.into(),
             ipc: NamespaceMode::Pod.into(),
             pid: pid.into(),

@@ -21,6 +21,7 @@ pub mod ipc_sysctls;
 pub mod ipcns;
 pub mod mounts;
 pub mod open_files;
+pub mod regular_files;
 pub mod seccomp;
 pub mod shm_mappings;
 mod strict;
@@ -82,6 +83,14 @@ pub enum ImageError {
     Outdated {
         /// The image.
         path: PathBuf,
+    },
+    /// A mount cannot be added to several tables, or to none.
+    #[error("{dir} has {count} mount namespaces, and a mount can be added to one only")]
+    MountNamespaces {
+        /// The images.
+        dir: PathBuf,
+        /// How many there are.
+        count: usize,
     },
     /// A system call failed.
     #[error("cannot {act} {path}")]

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::strict::is_ambiguous;
-use super::{Image, ImageError, Kind, list};
+use super::{Image, ImageError, Kind, list, push_entry};
 
 /// `MS_RDONLY` and the like, as in `mount(2)`.
 pub mod flags {
@@ -105,6 +105,10 @@ struct MntEntry {
     root: String,
     #[prost(string, required, tag = "7")]
     mountpoint: String,
+    #[prost(string, required, tag = "8")]
+    source: String,
+    #[prost(string, required, tag = "9")]
+    options: String,
     #[prost(bool, optional, tag = "12")]
     with_plugin: Option<bool>,
     #[prost(bool, optional, tag = "13")]
@@ -127,6 +131,74 @@ pub fn mounts(dir: &Path) -> Result<Vec<Vec<Mount>>, ImageError> {
         .into_iter()
         .map(|(_, path)| read(&Image::read(&path, Kind::Mounts)?))
         .collect()
+}
+
+/// A mount that the new container has and the old one had not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewMount {
+    /// Under which name the runtime says what is mounted.
+    pub key: String,
+    /// Where, in the container, without symbolic links.
+    pub destination: String,
+    /// `MS_RDONLY` and the like.
+    pub flags: u32,
+}
+
+/// Adds mounts to the only mount namespace in the images of `dir`: CRIU mounts what the images say, and
+/// nothing else of what the runtime offers it.
+///
+/// # Errors
+/// There is not one mount namespace, or its image cannot be read or replaced.
+pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
+    let images = list(dir, Kind::Mounts)?;
+    let [(_, path)] = images.as_slice() else {
+        return Err(ImageError::MountNamespaces {
+            dir: dir.to_path_buf(),
+            count: images.len(),
+        });
+    };
+    let image = Image::read(path, Kind::Mounts)?;
+    let mut mounts = read(&image)?;
+    let mut body = image.body().to_vec();
+    // A mount below another one comes after it.
+    let mut new: Vec<&NewMount> = new.iter().collect();
+    new.sort_by(|one, other| one.destination.cmp(&other.destination));
+    for mount in new {
+        let unused = |used: u32| used.wrapping_add(1);
+        let id = unused(mounts.iter().map(|it| it.id).max().unwrap_or_default());
+        // To CRIU mounts of one device are parts of one file system.
+        let device = unused(mounts.iter().map(|it| it.device).max().unwrap_or_default());
+        let destination = Path::new(&mount.destination);
+        let beneath = |it: &&Mount| destination.starts_with(&it.destination);
+        let parent = { mounts.iter().filter(beneath) }
+            .max_by_key(|it| Path::new(&it.destination).components().count());
+        let entry = MntEntry {
+            fstype: 0,
+            mnt_id: id,
+            root_dev: device,
+            parent_mnt_id: parent.map_or(0, |parent| parent.id),
+            flags: mount.flags,
+            root: "/".to_owned(),
+            mountpoint: mount.destination.clone(),
+            sb_flags: Some(0),
+            ext_key: Some(mount.key.clone()),
+            ..MntEntry::default()
+        };
+        push_entry(&mut body, &entry);
+        mounts.push(Mount {
+            fs_type: FsType::Unsupported,
+            id,
+            parent: entry.parent_mnt_id,
+            device,
+            flags: mount.flags,
+            fs_flags: 0,
+            root: entry.root,
+            destination: entry.mountpoint,
+            external: entry.ext_key,
+            is_foreign: false,
+        });
+    }
+    image.with_body(body).replace(path)
 }
 
 fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
@@ -157,4 +229,50 @@ fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
         });
     }
     Ok(mounts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_mount_is_on_what_it_lies_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mountpoints-12.img");
+        let entry = |mnt_id, mountpoint: &str| MntEntry {
+            mnt_id,
+            mountpoint: mountpoint.to_owned(),
+            root_dev: 30 + mnt_id,
+            ..MntEntry::default()
+        };
+        let mut body = Vec::new();
+        for entry in [entry(5, "/"), entry(6, "/data"), entry(7, "/database")] {
+            push_entry(&mut body, &entry);
+        }
+        Image::new(&path, Kind::Mounts, body)
+            .replace(&path)
+            .unwrap();
+        let new = |destination: &str, flags| NewMount {
+            key: format!("/var{destination}"),
+            destination: destination.to_owned(),
+            flags,
+        };
+        add(
+            dir.path(),
+            &[new("/data/a/b", 0), new("/data/a", flags::READ_ONLY)],
+        )
+        .unwrap();
+        let all = mounts(dir.path()).unwrap().remove(0);
+        let seen = |mount: &Mount| {
+            let external = mount.external.clone().unwrap_or_default();
+            (mount.id, mount.parent, mount.flags, external)
+        };
+        assert_eq!(all.len(), 5);
+        assert_eq!(
+            seen(&all[3]),
+            (8, 6, flags::READ_ONLY, "/var/data/a".into())
+        );
+        assert_eq!(seen(&all[4]), (9, 8, 0, "/var/data/a/b".into()));
+        assert!(all[3].device != all[4].device);
+    }
 }

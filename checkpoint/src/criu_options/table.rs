@@ -75,8 +75,8 @@ pub static OPTIONS: [CriuOption; 12] = [
     CriuOption {
         name: "skip-in-flight",
         values: SWITCH,
-        help: "Leave out TCP connections that have not been accepted yet",
-        off_flag: None,
+        help: "Leave out TCP connections that have not been accepted yet [default: true in a pod]",
+        off_flag: Some("no-skip-in-flight"),
         phase: Phase::Dump,
         dump: "flag of runc 1.3, else file",
         restore: "",
@@ -277,10 +277,12 @@ pub fn documentation() -> String {
                 .collect::<Vec<_>>()
                 .join(", "),
         };
-        let default = if option.off_flag.is_some() {
-            " (default: `true`)"
-        } else {
-            ""
+        let value = |in_pod| (option.get)(&CriuOptions::of_kind(in_pod));
+        let on = |in_pod| option.off_flag.is_some() && value(in_pod).as_deref() == Some("true");
+        let default = match (on(false), on(true)) {
+            (true, true) => " (default: `true`)",
+            (false, true) => " (default: `true` in a pod)",
+            _ => "",
         };
         let author = match option.author {
             Author::Pod => "yes".to_owned(),

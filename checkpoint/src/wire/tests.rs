@@ -34,6 +34,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
         created: 0,
         source: Source::default(),
         pod: None,
+        not_running: Vec::new(),
         shared: Default::default(),
         containers: vec![Container {
             name: "c".into(),

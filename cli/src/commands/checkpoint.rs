@@ -45,6 +45,10 @@ fn text(taken: &Report) -> String {
         let stopped = taken.left_out.join(", ");
         let _ = writeln!(text, "not in it, because they do not run: {stopped}");
     }
+    if !taken.done.is_empty() {
+        let done = taken.done.join(", ");
+        let _ = writeln!(text, "ended with 0, and do not run again: {done}");
+    }
     if !taken.shared.is_empty() {
         let _ = writeln!(text, "with {}", taken.shared.join(", "));
     }

@@ -1,23 +1,33 @@
 //! `transship ls`
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use transship_engine::Result;
 use transship_engine::listing::{Listed, list};
 use transship_engine::timeline::human_bytes;
+use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 
 use super::{print, store};
 use crate::args::Global;
 
 pub(crate) fn run(global: &Global) -> Result<()> {
-    let rows = list(&store())?;
+    let rows = list(&store(), Path::new(DEFAULT_CONSUMED_DIR))?;
     print(global, &rows, || table(&rows))
+}
+
+fn times(count: usize) -> String {
+    match count {
+        0 => "never".to_owned(),
+        1 => "once".to_owned(),
+        count => format!("{count} times"),
+    }
 }
 
 fn table(rows: &[Listed]) -> String {
     let mut text = format!(
-        "{:<36}{:<22}{:>11}  {:<14}{:<24}{}\n",
-        "NAME", "CREATED", "SIZE", "FROM", "POD", "CONTAINERS"
+        "{:<36}{:<22}{:>11}  {:<14}{:<24}{:<10}{}\n",
+        "NAME", "CREATED", "SIZE", "FROM", "POD", "RESTORED", "CONTAINERS"
     );
     for row in rows {
         // Writing to a string cannot fail.
@@ -25,12 +35,13 @@ fn table(rows: &[Listed]) -> String {
             Some(error) => writeln!(text, "{:<36}{error}", row.name),
             None => writeln!(
                 text,
-                "{:<36}{:<22}{:>11}  {:<14}{:<24}{}",
+                "{:<36}{:<22}{:>11}  {:<14}{:<24}{:<10}{}",
                 row.name,
                 row.created,
                 human_bytes(row.bytes),
                 row.source,
                 row.pod.as_deref().unwrap_or("-"),
+                times(row.restored),
                 row.containers.join(" ")
             ),
         };

@@ -165,6 +165,7 @@ impl Transaction<'_> {
             draft.name(),
             None,
             vec![container],
+            Vec::new(),
             Shared::default(),
         )
         .await?;

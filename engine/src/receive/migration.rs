@@ -287,6 +287,7 @@ mod tests {
             source: Source::default(),
             pod: None,
             containers: vec![container],
+            not_running: Vec::new(),
             shared: Default::default(),
         }
     }

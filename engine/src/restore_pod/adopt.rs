@@ -120,6 +120,7 @@ mod tests {
                 files,
                 ..Container::default()
             }],
+            not_running: Vec::new(),
             shared: Default::default(),
         };
         draft.commit(manifest, Durability::Ephemeral).unwrap().dir

@@ -56,7 +56,8 @@ pub(super) fn read_spec(dir: &Path) -> Result<Spec, FrontError> {
     spec.during("read", path)
 }
 
-fn root(spec: &Spec, bundle: &Bundle) -> PathBuf {
+/// Where the root file system of a container is.
+pub(super) fn root(spec: &Spec, bundle: &Bundle) -> PathBuf {
     let path = spec.get("/root/path").and_then(|path| path.as_str());
     bundle.path(path.unwrap_or(ROOTFS))
 }

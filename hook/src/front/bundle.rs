@@ -12,6 +12,7 @@
 //! ```text
 //!  create: restoring ----> held ----> running     restore: restoring ----> running
 //!          (no pid yet)        start
+//!          done -------------------> running     a program that ends with 0 in the container's place
 //! ```
 //!
 //! The marker goes with the bundle, which containerd removes when the container is deleted. One
@@ -66,6 +67,8 @@ pub(super) enum Phase {
     Held,
     /// They run.
     Running,
+    /// It had ended before the checkpoint, and is to end again without running.
+    Done,
 }
 
 /// What the front remembers of a container that it restores.
@@ -102,7 +105,28 @@ pub(super) struct HeldRestore {
     pub(super) staged: PathBuf,
 }
 
+impl HeldRestore {
+    /// Of a container that had ended: nothing is staged for it.
+    pub(super) fn of_done(owner: Owner, checkpoint: &str, container: &str, asker: &str) -> Self {
+        Self {
+            owner,
+            checkpoint: checkpoint.to_owned(),
+            container: container.to_owned(),
+            asker: asker.to_owned(),
+            staged: PathBuf::new(),
+        }
+    }
+}
+
 impl Marker {
+    /// Of a container that had ended.
+    pub(super) fn done(restore: HeldRestore) -> Self {
+        Self {
+            phase: Phase::Done,
+            ..Self::restoring(None, Some(restore))
+        }
+    }
+
     pub(super) fn restoring(own_pod: Option<String>, restore: Option<HeldRestore>) -> Self {
         let (pid, start_time, stopped) = (0, 0, Vec::new());
         Self {

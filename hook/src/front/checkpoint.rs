@@ -39,7 +39,10 @@ impl Front<'_> {
         if self.env.criu_config_named || !config.annotations.ours {
             return Ok(None);
         }
-        let mut criu = config.annotations.criu.over(CriuOptions::default());
+        let mut criu = config
+            .annotations
+            .criu
+            .over(CriuOptions::of_kind(config.cri));
         if config.cri {
             NodeConfig::read(&self.env.node_config)?.check_options(&criu)?;
         }

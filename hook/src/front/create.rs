@@ -2,21 +2,30 @@
 
 use std::path::Path;
 
-use transship_checkpoint::annotations::{ColdContainers, OnFailure, Role};
+use transship_checkpoint::annotations::{Mptcp, OnFailure, Role};
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
-use transship_sandbox::admission::asker::Asker;
-use transship_sandbox::admission::node_config::NodeConfig;
-use transship_sandbox::consumed::Consumed;
-use transship_sandbox::{PodDir, SandboxError, Staged, State};
 
-use super::bundle::{Bundle, Config, Phase};
-use super::held::start_time;
-use super::{FitError, Front, FrontError, Outcome};
+use super::beginning::Beginning;
+use super::bundle::{Bundle, Config};
+use super::{Front, FrontError, Outcome};
 use crate::argv::Arguments;
-use crate::descendants::kill_if_same;
 use crate::one_line;
 use crate::restore_log::{self, LOG_DIR};
+
+/// Sysctl of a network namespace; a new one begins with 1 wherever the kernel has it.
+const MPTCP_SYSCTL: &str = "net.mptcp.enabled";
+const MPTCP_ENABLED: &str = "/proc/sys/net/mptcp/enabled";
+
+/// Makes sockets of MPTCP those of TCP in the sandbox's network: CRIU dumps no other
+/// (checkpoint-restore/criu#2655), and servers in Go ask for MPTCP unless they are told not to. A network
+/// that is the node's, and what the pod says itself, stay as they are.
+fn switch_mptcp_off(spec: &mut Spec, kernel_has_it: bool) {
+    let has_own = namespaces::has_own_network(spec);
+    if kernel_has_it && has_own && spec.get("/linux/sysctl/net.mptcp.enabled").is_none() {
+        spec.set_sysctl(MPTCP_SYSCTL, "0");
+    }
+}
 
 impl Front<'_> {
     pub(super) fn create(&self, create: &Arguments) -> Result<Option<Outcome>, FrontError> {
@@ -26,6 +35,9 @@ impl Front<'_> {
         };
         bundle.remove_marker();
         if config.annotations.role == Role::Sandbox {
+            if config.cri && config.annotations.mptcp == Mptcp::Off {
+                switch_mptcp_off(&mut config.spec, Path::new(MPTCP_ENABLED).exists());
+            }
             self.add_hooks(
                 &mut config.spec,
                 &[HookPoint::CreateRuntime, HookPoint::Poststop],
@@ -34,12 +46,17 @@ impl Front<'_> {
             return Ok(None);
         }
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
-        let found = self.find_fitting_restore(&create.id, &config, &bundle);
+        let found = self.find_fitting_beginning(&create.id, &config, &bundle);
         let outcome = match found {
-            Ok(Some((pod, staged))) => self.restore_held(create, &bundle, config, &pod, &staged),
-            Ok(None) => return self.create_cold(create, &bundle, config),
+            Ok(Beginning::Restored(pod, staged)) => {
+                self.restore_held(create, &bundle, config, &pod, &staged)
+            }
+            Ok(Beginning::Done(restore)) => self.create_done(create, &bundle, config, restore),
+            Ok(Beginning::Cold) => return self.create_cold(create, &bundle, config),
             Err(error) if cold_start && !error.is_refusal() => {
-                self.tell_cold_start(&create.id, &one_line(&error));
+                let checkpoint = config.annotations.restore.as_deref();
+                let reason = one_line(&error);
+                self.tell_cold_start(&create.id, checkpoint, &reason);
                 return self.create_cold(create, &bundle, config);
             }
             Err(error) => Err(error),
@@ -57,14 +74,14 @@ impl Front<'_> {
         })
     }
 
-    fn find_fitting_restore(
+    fn find_fitting_beginning(
         &self,
         id: &str,
         config: &Config,
         bundle: &Bundle,
-    ) -> Result<Option<(PodDir, Staged)>, FrontError> {
-        let found = self.find_restore(id, config, bundle)?;
-        if let Some((_, staged)) = &found {
+    ) -> Result<Beginning, FrontError> {
+        let found = self.find_beginning(id, config, bundle)?;
+        if let Beginning::Restored(_, staged) = &found {
             self.check_fit(id, config, bundle, staged)?;
         }
         Ok(found)
@@ -103,120 +120,35 @@ impl Front<'_> {
         }
         Ok(None)
     }
-
-    /// What to restore for this container, staged now unless the sandbox's hook has done it.
-    fn find_restore(
-        &self,
-        id: &str,
-        config: &Config,
-        bundle: &Bundle,
-    ) -> Result<Option<(PodDir, Staged)>, FrontError> {
-        let wanted = config.annotations.restore.as_deref();
-        let name = config.annotations.container.as_deref().unwrap_or(id);
-        let pod = self.pod_of(id, config)?;
-        let owner = self.owner(id, config, bundle);
-        let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
-        let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
-        let staged = pod.staged(name)?;
-        let named = match (wanted, &staged) {
-            (Some(wanted), _) => Some(wanted.to_owned()),
-            (None, Some(staged)) => Some(staged.request()?.checkpoint),
-            (None, None) => None,
-        };
-        // The container's life has gone on since, also when the sandbox has been made again. Or
-        // another container of the pod has it.
-        if let Some(named) = &named
-            && let Some(owner) = consumed.container(named, name)
-        {
-            if config.cri && owner != asker {
-                return Err(SandboxError::Twice {
-                    checkpoint: named.clone(),
-                    container: name.to_owned(),
-                    owner: owner.to_owned(),
-                    asker: asker.to_owned(),
-                }
-                .into());
-            }
-            return Ok(None);
-        }
-        if let Some(staged) = staged
-            && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
-        {
-            let again = match staged.state()? {
-                State::Staged => true,
-                State::Held(other) if config.cri => {
-                    staged.reserve_for(asker)?;
-                    self.end_given_up(&staged, &other);
-                    true
-                }
-                State::Held(other) => {
-                    check_not_held(&staged, &Bundle::at(&other))?;
-                    true
-                }
-                State::Failed(_) => config.annotations.on_failure == OnFailure::Fail,
-            };
-            return Ok(again.then_some((pod, staged)));
-        }
-        let Some(wanted) = wanted else {
-            return Ok(None);
-        };
-        let checkpoint = self.env.store.open(wanted)?;
-        let manifest = &checkpoint.manifest;
-        let pod_asks = Asker {
-            rules: &NodeConfig::read(&self.env.node_config)?,
-            annotations: &config.annotations,
-        };
-        pod_asks.admit(manifest)?;
-        let named = manifest
-            .containers
-            .iter()
-            .find(|container| container.name == name);
-        let container = match (named, &config.annotations.container) {
-            (Some(container), _) => container,
-            // The pod has a container that the checkpoint does not have: it starts cold, also when
-            // the checkpoint is gone.
-            (None, Some(_)) if config.cri => {
-                let missing = FrontError::from(FitError::NotInCheckpoint {
-                    checkpoint: wanted.to_owned(),
-                    container: name.to_owned(),
-                });
-                if config.annotations.cold_containers == ColdContainers::Refuse {
-                    return Err(missing);
-                }
-                self.tell_cold_start(id, &missing.to_string());
-                consumed.add_container(wanted, name, asker)?;
-                return Ok(None);
-            }
-            (None, Some(name)) => manifest.container(Some(name))?,
-            (None, None) => manifest.container(None)?,
-        };
-        let staged = pod.stage(name, &checkpoint, container)?;
-        Ok(Some((pod, staged)))
-    }
-
-    /// The next attempt of a container that is held: kubelet has given the first one up, and
-    /// containerd may have forgotten it (its shim made it after the call was cancelled).
-    fn end_given_up(&self, staged: &Staged, bundle: &Path) {
-        let Some((pid, start_time)) = staged.holder() else {
-            return;
-        };
-        kill_if_same(pid, start_time);
-        if let Some(id) = bundle.file_name().and_then(|id| id.to_str()) {
-            self.delete_restored(id);
-        }
-    }
 }
 
-/// A restore that another bundle holds is that one's until it is deleted; a bundle that is gone,
-/// or whose held process is, was never started.
-fn check_not_held(staged: &Staged, other: &Bundle) -> Result<(), FrontError> {
-    let Ok(Some(marker)) = other.marker() else {
-        return Ok(());
-    };
-    let alive = start_time(marker.pid).ok() == Some(marker.start_time);
-    if marker.phase == Phase::Held && alive {
-        let path = staged.path().to_path_buf();
-        return Err(SandboxError::Busy { path }.into());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mptcp_is_off_in_a_network_of_its_own_unless_the_pod_says_otherwise() {
+        let own = r#""namespaces":[{"type":"network","path":"/run/netns/x"}]"#;
+        for (linux, kernel_has_it, value) in [
+            (own.to_owned(), true, Some("0")),
+            (own.to_owned(), false, None),
+            (r#""namespaces":[{"type":"ipc"}]"#.to_owned(), true, None),
+            (
+                format!(r#"{own},"sysctl":{{"net.mptcp.enabled":"1"}}"#),
+                true,
+                Some("1"),
+            ),
+            (
+                format!(r#"{own},"sysctl":{{"kernel.shm_rmid_forced":"1"}}"#),
+                true,
+                Some("0"),
+            ),
+        ] {
+            let json = format!(r#"{{"linux":{{{linux}}}}}"#);
+            let mut spec = Spec::parse(json.as_bytes()).unwrap();
+            switch_mptcp_off(&mut spec, kernel_has_it);
+            let found = spec.get("/linux/sysctl/net.mptcp.enabled");
+            assert_eq!(found.and_then(|it| it.as_str()), value, "{linux}");
+        }
     }
-    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use transship_checkpoint::annotations::{self, AnnotationError};
+use transship_checkpoint::annotations::{self, AnnotationError, COLD_CONTAINERS};
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::criu_options::ConfigLineError;
 use transship_checkpoint::manifest::ManifestError;
@@ -144,6 +144,18 @@ pub enum FitError {
         /// The directory.
         what: String,
     },
+    /// A mount, or a file of a volume, that the new pod does not have as it was.
+    #[error("the container {container:?} of the checkpoint {checkpoint:?} {what}: {path}")]
+    Volume {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container in it.
+        container: String,
+        /// Where, in the container.
+        path: PathBuf,
+        /// What is different.
+        what: String,
+    },
     /// A container of the pod that the checkpoint does not have.
     #[error("the checkpoint {checkpoint:?} has no container {container:?}")]
     NotInCheckpoint {
@@ -151,6 +163,20 @@ pub enum FitError {
         checkpoint: String,
         /// The container's name in the pod.
         container: String,
+    },
+    /// The same, in a pod that has not been restored from the checkpoint.
+    #[error(
+        "the checkpoint {checkpoint:?} has no container {container:?} (it has {present}), and no other \
+         container of this pod has been restored from it: \
+         {COLD_CONTAINERS}: start lets such a container start from its image"
+    )]
+    NoneRestored {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The container's name in the pod.
+        container: String,
+        /// Those that the checkpoint has.
+        present: String,
     },
     /// A configuration of CRIU that the operator of the node has not written.
     #[error(
@@ -225,6 +251,14 @@ pub enum RestoreError {
 }
 
 impl FrontError {
+    /// Whether the restore that failed so may have put files into the container.
+    pub(super) fn may_have_filled(&self) -> bool {
+        !matches!(
+            self,
+            Self::Rootfs(RootfsError::NoOverlay { .. } | RootfsError::LostLayer { .. })
+        )
+    }
+
     /// Whether somebody asks for what is not theirs: then nothing is started, not even cold.
     pub(super) fn is_refusal(&self) -> bool {
         match self {

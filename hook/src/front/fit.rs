@@ -11,8 +11,7 @@
 //! The front has no connection to containerd: the program `transship` beside it has, and is run for this
 //! one question, in restores only.
 
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use transship_checkpoint::manifest::Container;
 use transship_checkpoint::spec::Spec;
@@ -91,21 +90,11 @@ impl Front<'_> {
     }
 
     fn ask_for_base(&self, id: &str) -> Result<ContainerBase, FrontError> {
-        let tool = &self.env.tool;
-        // The shim keeps the states of each of containerd's namespaces in a directory of its own.
-        let root = self.globals.root.as_deref().and_then(Path::file_name);
-        let mut command = Command::new(tool);
-        command
-            .arg("-n")
-            .arg(root.unwrap_or(transship_checkpoint::cri_names::CRI_NAMESPACE.as_ref()));
-        if let Some(address) = &self.env.containerd {
-            command.arg("-a").arg(address);
-        }
-        let output = command
+        let output = { self.tool() }
             .args(["container-base", id])
             .stdin(Stdio::null())
             .output()
-            .during("run", tool)?;
+            .during("run", &self.env.tool)?;
         let said = String::from_utf8_lossy(&output.stderr);
         let parsed = match output.status.success() {
             true => serde_json::from_slice(&output.stdout).map_err(std::io::Error::from),

@@ -1,7 +1,7 @@
 //! `create` of a staged container: restores it, and holds it until `start`.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
@@ -38,13 +38,7 @@ impl Front<'_> {
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {
             if config.cri {
-                // In the container's log, where the pod's author looks; one that has no stderr any
-                // more is restored all the same.
-                let checkpoint = staged.request()?.checkpoint;
-                drop(writeln!(
-                    io::stderr(),
-                    "transship: restored from the checkpoint {checkpoint:?}"
-                ));
+                Self::tell_restored(&staged.request()?.checkpoint);
             }
             return Ok(Some(Outcome::Exit(0)));
         };
@@ -67,12 +61,13 @@ impl Front<'_> {
                 Err(error)
             }
             OnFailure::ColdStart => {
-                self.tell_cold_start(&create.id, &one_line(&error));
-                if config.annotations.rootfs == Rootfs::FromImage {
+                if config.annotations.rootfs == Rootfs::FromImage && error.may_have_filled() {
                     bundle.empty_upperdir()?;
                 }
                 // The layer goes on without the memory: no later attempt may bring it back.
                 self.consume(&self.held_restore(&create.id, bundle, &config, staged)?)?;
+                let (checkpoint, reason) = (staged.request()?.checkpoint, one_line(&error));
+                self.tell_cold_start(&create.id, Some(&checkpoint), &reason);
                 self.create_cold(create, bundle, config)
             }
         }
@@ -104,6 +99,9 @@ impl Front<'_> {
         let edits = self.fit_images(images.path(), config, pod)?;
         let of_container = request.images.parent().unwrap_or(&request.images);
         let old = read_spec(of_container)?;
+        if config.cri {
+            Self::fit_volumes(images.path(), config, bundle, &old, &request)?;
+        }
         let admission = admit(images.path(), Some(&old), &config.spec, bundle)
             .map_err(|source| not_admitted(&request, source))?;
         admission.apply(images.path())?;

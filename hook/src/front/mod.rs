@@ -5,11 +5,13 @@
 //! restore).
 
 mod admission;
+mod beginning;
 mod bundle;
 mod checkpoint;
 mod create;
 mod criu_config;
 mod delete;
+mod done;
 mod error;
 mod fit;
 mod held;
@@ -25,10 +27,11 @@ mod shared_pids;
 #[cfg_attr(not(target_arch = "x86_64"), path = "shm_attach_unsupported.rs")]
 mod shm_attach;
 mod start;
+mod tell;
+mod volumes;
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -50,7 +53,7 @@ use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::lazy_pages::LazyPages;
 use crate::one_line;
 use crate::restore_guard::TIMED_OUT;
-use crate::restore_log::{self, LOG_DIR, criu_log_name};
+use crate::restore_log::{LOG_DIR, criu_log_name};
 use crate::runtime::{GuardedRestore, Runtime};
 use crate::runtime_log::append_error;
 
@@ -165,23 +168,6 @@ impl Front<'_> {
         if streams_are_ours || !logged {
             eprintln!("{message}");
         }
-    }
-
-    /// Tells that a container starts its own command although a restore was asked for: to the
-    /// runtime's log, to the node's, and on the container's stderr, where its author looks.
-    fn tell_cold_start(&self, id: &str, reason: &str) {
-        self.report(reason, false);
-        // Nobody could be told that nobody can be told.
-        drop(restore_log::append(
-            Path::new(LOG_DIR),
-            id,
-            restore_log::Outcome::StartedCold,
-            reason,
-        ));
-        drop(writeln!(
-            io::stderr(),
-            "transship: not restored, starts cold: {reason}"
-        ));
     }
 
     /// Runs `restore` and waits for it. The inner error is the reason of a failed restore.

@@ -36,6 +36,17 @@ pub enum RootfsError {
         /// What it is instead.
         source: StackError,
     },
+    /// Its lower layers cannot be mounted again.
+    #[error(
+        "the root file system {path} of the container cannot be filled: its lower layer {lowerdir} is \
+         not there any more, as that of a pod with a user namespace of its own (`hostUsers: false`)"
+    )]
+    LostLayer {
+        /// The mount point.
+        path: PathBuf,
+        /// The lower layer.
+        lowerdir: PathBuf,
+    },
     /// The layer cannot be imported.
     #[error("cannot fill {upperdir} from {layer}")]
     Import {
@@ -69,6 +80,15 @@ fn mount_again(overlay: &MountedOverlay, root: &Path) -> Result<(), RootfsError>
         "nodiratime" => MsFlags::MS_NODIRATIME,
         _ => MsFlags::empty(),
     };
+    if let Some(workdir) = volatile_workdir(overlay) {
+        // Overlay refuses a second mount of a volatile one, because what was written before may not be on
+        // the disk. Of this one all that was written came from here, and no crash lies between.
+        let mark = workdir.join("work/incompat/volatile");
+        match fs::remove_dir_all(&mark) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.during("remove", &mark)?,
+        }
+    }
     // The front does nothing with relative paths of its own; the runtime is started after this
     // with the directory that the shim gave.
     let before = std::env::current_dir().during("find", ".")?;
@@ -82,6 +102,11 @@ fn mount_again(overlay: &MountedOverlay, root: &Path) -> Result<(), RootfsError>
     );
     std::env::set_current_dir(&before).during("enter", &before)?;
     mounted.during("mount", root)
+}
+
+/// The workdir of an overlay that is mounted `volatile` (Linux 5.10).
+fn volatile_workdir(overlay: &MountedOverlay) -> Option<PathBuf> {
+    overlay.workdir.clone().filter(|_| overlay.is_volatile)
 }
 
 impl Bundle {
@@ -131,8 +156,15 @@ impl Bundle {
         let root = path.canonicalize().during("find", &path)?;
         let table = "/proc/self/mountinfo";
         let mountinfo = fs::read_to_string(table).during("read", table)?;
-        let overlay = MountedOverlay::on(&root, &mountinfo)
-            .map_err(|source| RootfsError::NoOverlay { path, source })?;
+        let overlay = match MountedOverlay::on(&root, &mountinfo) {
+            Ok(overlay) => overlay,
+            Err(source) => return Err(RootfsError::NoOverlay { path, source }),
+        };
+        // containerd (`remap-ids`) mounts over idmapped mounts of the layers, which it takes away at once.
+        let lost = { overlay.stack.lowerdirs.iter() }.find(|dir| !dir.is_dir());
+        if let Some(lowerdir) = lost.cloned() {
+            return Err(RootfsError::LostLayer { path, lowerdir });
+        }
         umount2(&root, MntFlags::UMOUNT_NOFOLLOW).during("unmount", &root)?;
         Ok((root, overlay))
     }

@@ -5,6 +5,7 @@ use transship_sandbox::consumed::remove_records_of_the_gone;
 
 use super::bundle::Phase;
 use super::held::{release, start_time};
+use super::tell::Event;
 use super::{Front, FrontContext, FrontError, Outcome, RestoreError};
 
 impl Front<'_> {
@@ -15,6 +16,14 @@ impl Front<'_> {
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
         };
+        if marker.phase == Phase::Done {
+            if let Some(restore) = &marker.restore {
+                self.consume(restore)?;
+            }
+            marker.phase = Phase::Running;
+            bundle.write_marker(&marker)?;
+            return Ok(None);
+        }
         if marker.phase != Phase::Held {
             return Ok(None);
         }
@@ -40,6 +49,7 @@ impl Front<'_> {
             if let Some(pod) = staged.pod() {
                 drop(pod.remove_if_empty());
             }
+            self.publish(id, Event::Restored, Some(&restore.checkpoint), None);
             // Nor are the records of others in the way of this container.
             let (records, run_dir) = (&self.env.consumed, &self.env.run_dir);
             drop(remove_records_of_the_gone(records, run_dir));

@@ -1,0 +1,197 @@
+//! What a container begins with: the memory of a checkpoint, its image, or nothing at all.
+//!
+//! ```text
+//!  taken before by this pod? ──yes─> its image (a checkpoint is consumed once)
+//!  staged by the sandbox's hook? ──yes─> restored
+//!  the checkpoint that it names has it ──> staged now, restored
+//!                               had seen it end with 0 ──> nothing: it does not run again
+//!                               lacks it ──> its image, and not in silence; or refused
+//! ```
+
+use std::path::Path;
+
+use transship_checkpoint::annotations::{ColdContainers, OnFailure};
+use transship_checkpoint::manifest::Manifest;
+use transship_sandbox::admission::asker::Asker;
+use transship_sandbox::admission::node_config::NodeConfig;
+use transship_sandbox::consumed::Consumed;
+use transship_sandbox::{PodDir, SandboxError, Staged, State};
+
+use super::bundle::{Bundle, Config, HeldRestore, Phase};
+use super::held::start_time;
+use super::{FitError, Front, FrontError};
+use crate::descendants::kill_if_same;
+
+/// What a container begins with.
+#[derive(Debug)]
+pub(super) enum Beginning {
+    /// What is staged.
+    Restored(PodDir, Staged),
+    /// Its image.
+    Cold,
+    /// It had ended with 0 when the checkpoint was taken. Its start takes that out of the checkpoint.
+    Done(HeldRestore),
+}
+
+impl Front<'_> {
+    /// What this container begins with; a restore is staged now unless the sandbox's hook has done it.
+    pub(super) fn find_beginning(
+        &self,
+        id: &str,
+        config: &Config,
+        bundle: &Bundle,
+    ) -> Result<Beginning, FrontError> {
+        let wanted = config.annotations.restore.as_deref();
+        let name = config.annotations.container.as_deref().unwrap_or(id);
+        let pod = self.pod_of(id, config)?;
+        let owner = self.owner(id, config, bundle);
+        let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
+        let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
+        let staged = pod.staged(name)?;
+        let named = match (wanted, &staged) {
+            (Some(wanted), _) => Some(wanted.to_owned()),
+            (None, Some(staged)) => Some(staged.request()?.checkpoint),
+            (None, None) => None,
+        };
+        // The container's life has gone on since, also when the sandbox has been made again. Or
+        // another container of the pod has it.
+        if let Some(named) = &named
+            && let Some(owner) = consumed.container(named, name)
+        {
+            if config.cri && owner != asker {
+                return Err(SandboxError::Twice {
+                    checkpoint: named.clone(),
+                    container: name.to_owned(),
+                    owner: owner.to_owned(),
+                    asker: asker.to_owned(),
+                }
+                .into());
+            }
+            return Ok(Beginning::Cold);
+        }
+        if let Some(staged) = staged
+            && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
+        {
+            return self.of_staged(config, asker, pod, staged);
+        }
+        let Some(wanted) = wanted else {
+            return Ok(Beginning::Cold);
+        };
+        let checkpoint = self.env.store.open(wanted)?;
+        let manifest = &checkpoint.manifest;
+        let pod_asks = Asker {
+            rules: &NodeConfig::read(&self.env.node_config)?,
+            annotations: &config.annotations,
+        };
+        pod_asks.admit(manifest)?;
+        let is_named = |it: &&transship_checkpoint::manifest::Container| it.name == name;
+        let container = match manifest.containers.iter().find(is_named) {
+            Some(container) => container,
+            None if config.cri && config.annotations.container.is_some() => {
+                if manifest.is_done(name) {
+                    return Ok(Beginning::Done(HeldRestore::of_done(
+                        owner, wanted, name, asker,
+                    )));
+                }
+                check_lacking(config, manifest, name, &consumed)?;
+                let missing = not_in_checkpoint(manifest, name);
+                self.tell_cold_start(id, Some(wanted), &missing.to_string());
+                consumed.add_container(wanted, name, asker)?;
+                return Ok(Beginning::Cold);
+            }
+            None => manifest.container(config.annotations.container.as_deref())?,
+        };
+        let staged = pod.stage(name, &checkpoint, container)?;
+        Ok(Beginning::Restored(pod, staged))
+    }
+
+    fn of_staged(
+        &self,
+        config: &Config,
+        asker: &str,
+        pod: PodDir,
+        staged: Staged,
+    ) -> Result<Beginning, FrontError> {
+        let again = match staged.state()? {
+            State::Staged => true,
+            State::Held(other) if config.cri => {
+                staged.reserve_for(asker)?;
+                self.end_given_up(&staged, &other);
+                true
+            }
+            State::Held(other) => {
+                check_not_held(&staged, &Bundle::at(&other))?;
+                true
+            }
+            State::Failed(_) => config.annotations.on_failure == OnFailure::Fail,
+        };
+        Ok(match again {
+            true => Beginning::Restored(pod, staged),
+            false => Beginning::Cold,
+        })
+    }
+
+    /// The next attempt of a container that is held: kubelet has given the first one up, and
+    /// containerd may have forgotten it (its shim made it after the call was cancelled).
+    fn end_given_up(&self, staged: &Staged, bundle: &Path) {
+        let Some((pid, start_time)) = staged.holder() else {
+            return;
+        };
+        kill_if_same(pid, start_time);
+        if let Some(id) = bundle.file_name().and_then(|id| id.to_str()) {
+            self.delete_restored(id);
+        }
+    }
+}
+
+fn not_in_checkpoint(manifest: &Manifest, name: &str) -> FrontError {
+    FrontError::from(FitError::NotInCheckpoint {
+        checkpoint: manifest.name.clone(),
+        container: name.to_owned(),
+    })
+}
+
+/// Whether the pod may have the container `name`, which the checkpoint lacks. A pod of whose containers the
+/// checkpoint has none is not the one that was meant; which ones it has is seen as kubelet makes them, and
+/// those that are refused now are made again later.
+fn check_lacking(
+    config: &Config,
+    manifest: &Manifest,
+    name: &str,
+    consumed: &Consumed,
+) -> Result<(), FrontError> {
+    match config.annotations.cold_containers {
+        ColdContainers::Start => Ok(()),
+        ColdContainers::Refuse => Err(not_in_checkpoint(manifest, name)),
+        ColdContainers::BesideRestored => {
+            let mut containers = manifest.containers.iter();
+            let known = manifest.not_running.iter().any(|it| it.name == name);
+            let taken = |name: &str| consumed.container(&manifest.name, name).is_some();
+            if known || containers.any(|container| taken(&container.name)) {
+                return Ok(());
+            }
+            let names: Vec<&str> = { manifest.containers.iter() }
+                .map(|container| container.name.as_str())
+                .collect();
+            Err(FrontError::from(FitError::NoneRestored {
+                checkpoint: manifest.name.clone(),
+                container: name.to_owned(),
+                present: names.join(", "),
+            }))
+        }
+    }
+}
+
+/// A restore that another bundle holds is that one's until it is deleted; a bundle that is gone,
+/// or whose held process is, was never started.
+fn check_not_held(staged: &Staged, other: &Bundle) -> Result<(), FrontError> {
+    let Ok(Some(marker)) = other.marker() else {
+        return Ok(());
+    };
+    let alive = start_time(marker.pid).ok() == Some(marker.start_time);
+    if marker.phase == Phase::Held && alive {
+        let path = staged.path().to_path_buf();
+        return Err(SandboxError::Busy { path }.into());
+    }
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! The volumes of a pod at its restore: kubelet has made new ones, with other files at other paths.
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, Testbed, Tree, journey,
+};
+
+use crate::Case;
+use crate::pods::{IMAGE, start};
+
+const RESTORE: [(&str, &str); 1] = [("dev.transship/restore", "web")];
+/// Holds a file of a ConfigMap and one of an emptyDir open.
+const HOLD: &[&str] = &[
+    "sh",
+    "-c",
+    "exec 3</etc/settings/key 4>/work/log; while :; do sleep 1; done",
+];
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [Case {
+        what: "pod_volumes",
+        tree: Tree::Forky,
+        run: volumes_are_those_of_the_new_pod,
+    }]
+    .into_iter()
+}
+
+fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node, true)?;
+    let cri = node.cri()?;
+    let old = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let volumes = Volumes::make(&node, &old, "..2025_01", "old")?;
+    let id = cri.run_container(&old, &holder(&volumes.mounts()))?;
+    ensure!(cri.runs(&id)?, "it holds its files");
+
+    // The file would not be there when the pod is restored; nothing is paused for finding that out.
+    let take = "transship checkpoint --pod shop/web --name web";
+    let error = node.shell(take).read_failure()?;
+    says(
+        &error,
+        "\"/work/log\" open, which is in the emptyDir \"work\"",
+    )?;
+    says(&error, "--volumes emptydir")?;
+    node.shell(&format!("{take} --volumes emptydir")).run()?;
+    cri.remove_pod(&old)?;
+
+    // The same key, longer, under another date; and a volume more, below another one.
+    let pod = cri.run_pod(("shop", "web"), &RESTORE, PodNamespaces::Usual)?;
+    let volumes = Volumes::make(&node, &pod, "..2026_02", "new and longer")?;
+    let extra = volumes.dir("kubernetes.io~empty-dir/extra");
+    node.shell(&format!("mkdir -p {extra}; echo here >{extra}/file"))
+        .run()?;
+    let mounts = volumes.mounts();
+    let container = PodContainer {
+        read_only_mounts: &[(&extra, "/new/place"), (&extra, "/work/below")],
+        ..holder(&mounts)
+    };
+    let id = cri.run_container(&pod, &container)?;
+    let read = |path: &str| -> anyhow::Result<String> {
+        let answer = cri.exec(&id, &["cat", path])?;
+        ensure!(answer.exit_code == 0, "{path}: {answer:?}");
+        Ok(String::from_utf8(answer.stdout)?)
+    };
+    ensure!(read("/proc/1/fd/3")? == "new and longer\n", "the open file");
+    ensure!(read("/etc/settings/key")? == "new and longer\n", "the key");
+    ensure!(read("/new/place/file")? == "here\n", "the new volume");
+    ensure!(read("/work/below/file")? == "here\n", "the one below");
+    let written = cri.exec(&id, &["touch", "/new/place/file"])?;
+    ensure!(written.exit_code != 0, "it is mounted read-only");
+    cri.remove_pod(&pod)?;
+
+    let lacks = |pod: &Pod| -> anyhow::Result<Volumes> {
+        let volumes = Volumes::make(&node, pod, "..2026_02", "x")?;
+        let settings = volumes.dir("kubernetes.io~configmap/settings");
+        node.shell(&format!("rm {settings}/..2026_02/key")).run()?;
+        Ok(volumes)
+    };
+    refused(
+        &node,
+        &cri,
+        lacks,
+        "has a file open that the new pod's volume lacks: /etc/settings/..2025_01/key",
+    )?;
+    let file = |pod: &Pod| -> anyhow::Result<Volumes> {
+        let volumes = Volumes::make(&node, pod, "..2026_02", "x")?;
+        let settings = volumes.dir("kubernetes.io~configmap/settings");
+        node.shell(&format!("rm -r {settings}; touch {settings}"))
+            .run()?;
+        Ok(volumes)
+    };
+    refused(
+        &node,
+        &cri,
+        file,
+        "has a directory mounted where the new pod has a file",
+    )?;
+    journey::check_no_pod_left(&node)
+}
+
+fn refused(
+    node: &Node,
+    cri: &Cri,
+    volumes: impl FnOnce(&Pod) -> anyhow::Result<Volumes>,
+    said: &str,
+) -> anyhow::Result<()> {
+    let pod = cri.run_pod(("shop", "refused"), &RESTORE, PodNamespaces::Usual)?;
+    let volumes = volumes(&pod)?;
+    let Err(error) = cri.run_container(&pod, &holder(&volumes.mounts())) else {
+        anyhow::bail!("restored although it {said}");
+    };
+    says(&error.to_string(), said)?;
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(node)
+}
+
+fn holder<'a>(mounts: &'a [(&'a str, &'a str)]) -> PodContainer<'a> {
+    PodContainer {
+        name: "holder",
+        image: IMAGE,
+        command: HOLD,
+        mounts,
+        ..PodContainer::default()
+    }
+}
+
+/// The volumes of a pod, as kubelet makes them: `settings`, a ConfigMap, and `work`, an emptyDir.
+struct Volumes {
+    root: String,
+    settings: String,
+    work: String,
+}
+
+impl Volumes {
+    fn make(node: &Node, pod: &Pod, date: &str, value: &str) -> anyhow::Result<Self> {
+        let root = format!("/var/lib/kubelet/pods/{}/volumes", pod.uid());
+        let settings = format!("{root}/kubernetes.io~configmap/settings");
+        let work = format!("{root}/kubernetes.io~empty-dir/work");
+        node.shell(&format!(
+            "mkdir -p {settings}/{date} {work}
+             echo {value} >{settings}/{date}/key
+             ln -s {date} {settings}/..data
+             ln -s ..data/key {settings}/key"
+        ))
+        .run()?;
+        Ok(Self {
+            root,
+            settings,
+            work,
+        })
+    }
+
+    fn dir(&self, volume: &str) -> String {
+        format!("{}/{volume}", self.root)
+    }
+
+    fn mounts(&self) -> [(&str, &str); 2] {
+        [(&self.settings, "/etc/settings"), (&self.work, "/work")]
+    }
+}
+
+fn says(text: &str, said: &str) -> anyhow::Result<()> {
+    ensure!(
+        text.replace('\\', "").contains(said),
+        "{text:?} does not say {said:?}"
+    );
+    Ok(())
+}
