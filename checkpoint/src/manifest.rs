@@ -279,6 +279,19 @@ pub struct Image {
     pub digest: String,
     /// Chain id of the lower layers: what the upperdir is a diff against.
     pub chain_id: String,
+    /// The same layers, made again out of the source's snapshots because their blobs were gone: for a
+    /// migration to a node that has not got the original.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebuilt: Option<Rebuilt>,
+}
+
+/// An image that was made out of snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rebuilt {
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Chain id of its layers: their files are those of the original, their tars are not.
+    pub chain_id: String,
 }
 
 /// The container's streams.
@@ -384,6 +397,7 @@ impl Manifest {
                 &image.chain_id,
             ]
             .into_iter()
+            .chain({ image.rebuilt.iter() }.flat_map(|it| [&it.digest, &it.chain_id]))
             .chain(&container.joined)
         });
         let texts = [

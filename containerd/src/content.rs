@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::{
-    AbortRequest, DeleteContentRequest, Info, InfoRequest, ListStatusesRequest, ReadContentRequest,
-    ReadContentResponse, UpdateRequest,
+    AbortRequest, DeleteContentRequest, Info, InfoRequest, ListContentRequest, ListStatusesRequest,
+    ReadContentRequest, ReadContentResponse, UpdateRequest,
 };
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Streaming};
@@ -55,6 +55,33 @@ impl Containerd {
             Err(status) if status.code() == Code::NotFound => Ok(None),
             answer => present(answer.during(act)?.into_inner().info, "info", act).map(Some),
         }
+    }
+
+    /// The blobs that one of these filters is true of.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn blobs(&self, filters: &[&str]) -> Result<Vec<Info>, ContainerdError> {
+        let act = || "list the content".to_owned();
+        let request = ListContentRequest {
+            filters: { filters.iter() }.map(ToString::to_string).collect(),
+        };
+        let answer = self.content().list(self.request(request)).await;
+        let mut answers = answer.during(act)?.into_inner();
+        let mut blobs = Vec::new();
+        while let Some(answer) = answers.message().await.during(act)? {
+            blobs.extend(answer.info);
+        }
+        Ok(blobs)
+    }
+
+    /// The first bytes of a blob, as many as tell how it is compressed.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub(crate) async fn read_begin(&self, digest: &str) -> Result<Vec<u8>, ContainerdError> {
+        let begin = self.read(digest, 4).await?.next().await?;
+        Ok(begin.unwrap_or_default())
     }
 
     /// The content of a small blob, at most 8 MiB of it.

@@ -27,14 +27,6 @@ pub enum Cause {
     /// An answer that lacks a field which containerd always fills.
     #[error("containerd's answer holds no {0}")]
     Incomplete(&'static str),
-    /// A blob that is not the JSON document which its descriptor promises.
-    #[error("it is no {kind}")]
-    Document {
-        /// What it should be: index, manifest, config.
-        kind: &'static str,
-        /// Why it is not.
-        source: serde_json::Error,
-    },
     /// A layer with other content than the image's config says.
     #[error("its content has the digest {found}, not {expected}")]
     Content {
@@ -43,8 +35,8 @@ pub enum Cause {
         /// Digest in the image's config.
         expected: String,
     },
-    /// Layers that neither the snapshotter nor the image of this node has.
-    #[error("they are not on this node, and the image {image:?} here has other layers")]
+    /// Layers that neither the snapshotter nor an image of this node has.
+    #[error("they are not on this node, and neither {image:?} nor another image here has them")]
     OtherImage {
         /// Name of the image.
         image: String,
@@ -72,7 +64,7 @@ impl ContainerdError {
             Cause::Transport(_) => Code::Unavailable,
             Cause::Header(_) => Code::InvalidArgument,
             Cause::Incomplete(_) => Code::Internal,
-            Cause::Document { .. } | Cause::Content { .. } => Code::DataLoss,
+            Cause::Content { .. } => Code::DataLoss,
             Cause::OtherImage { .. } => Code::FailedPrecondition,
         }
     }

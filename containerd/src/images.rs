@@ -6,14 +6,19 @@
 //! ```
 //!
 //! An index usually names manifests for several platforms; the one that a container uses is the
-//! one whose chain id its snapshot has as parent.
+//! one whose chain id its snapshot has as parent. Other entries are skipped, whatever they are: attestations,
+//! artifacts, platforms that were never fetched. Of each document only those fields are looked at that name
+//! the next one; many tools leave others out that the specification wants.
+//!
+//! A name may mean another image by now: what a container is made of is found by its chain id under every name.
 
 use containerd_client::services::v1::images_client::ImagesClient;
-use containerd_client::services::v1::{Container, CreateImageRequest, GetImageRequest, Image};
+use containerd_client::services::v1::{
+    Container, CreateImageRequest, GetImageRequest, Image, ListImagesRequest,
+};
 use containerd_client::types::Descriptor;
 use data_encoding::HEXLOWER;
-use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::labels::GC_REF_SNAPSHOT;
@@ -30,6 +35,37 @@ pub struct ResolvedImage {
     pub diff_ids: Vec<String>,
     /// Every blob from the image's target down to the layers.
     pub blobs: Vec<Descriptor>,
+}
+
+/// What is looked at in an index or a manifest.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Document {
+    manifests: Option<Vec<serde_json::Value>>,
+    config: Option<Link>,
+    layers: Option<Vec<Link>>,
+}
+
+/// A descriptor.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Link {
+    media_type: String,
+    digest: String,
+    size: i64,
+}
+
+/// What is looked at in a config.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Config {
+    rootfs: Option<RootFs>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RootFs {
+    diff_ids: Option<Vec<String>>,
 }
 
 /// The chain id of layers: what containerd calls the committed snapshot of the topmost one. See
@@ -95,19 +131,61 @@ impl Containerd {
         }
     }
 
-    /// What a container is made of: the chain id below its snapshot, and its image's target if the
-    /// image is still there.
+    /// All image records.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn images(&self) -> Result<Vec<Image>, ContainerdError> {
+        let request = self.request(ListImagesRequest::default());
+        let answer = ImagesClient::new(self.channel()).list(request).await;
+        let answer = answer.during(|| "list the images".to_owned())?;
+        Ok(answer.into_inner().images)
+    }
+
+    /// What a container is made of: the chain id below its snapshot, and the target of an image with these
+    /// layers if the node still has one: that of the container's own name, or another one when that name has
+    /// moved on.
     ///
     /// # Errors
     /// The answer of containerd.
     pub async fn base_of(
         &self,
         record: &Container,
-    ) -> Result<(String, Option<Descriptor>), ContainerdError> {
+    ) -> Result<(String, Option<(Descriptor, ResolvedImage)>), ContainerdError> {
         let snapshots = self.snapshotter(&record.snapshotter);
         let snapshot = snapshots.stat(&record.snapshot_key).await?;
-        let image = self.image(&record.image).await?;
-        Ok((snapshot.parent, image.and_then(|image| image.target)))
+        let image = self.find_image(&record.image, &snapshot.parent).await?;
+        Ok((snapshot.parent, image))
+    }
+
+    /// Looks for an image whose layers have the chain id `chain`: `name` first, then all others.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn find_image(
+        &self,
+        name: &str,
+        chain: &str,
+    ) -> Result<Option<(Descriptor, ResolvedImage)>, ContainerdError> {
+        let named = self.image(name).await?;
+        let mut seen = Vec::new();
+        if let Some(target) = named.and_then(|image| image.target) {
+            if let Some(resolved) = self.resolve_image(&target, chain).await? {
+                return Ok(Some((target, resolved)));
+            }
+            seen.push(target.digest);
+        }
+        for target in self.images().await?.into_iter().filter_map(|it| it.target) {
+            if seen.contains(&target.digest) {
+                continue;
+            }
+            // One that cannot be read is not the one that is looked for.
+            if let Ok(Some(resolved)) = self.resolve_image(&target, chain).await {
+                return Ok(Some((target, resolved)));
+            }
+            seen.push(target.digest);
+        }
+        Ok(None)
     }
 
     /// Looks below `target` for the manifest whose layers have the chain id `chain`.
@@ -126,16 +204,15 @@ impl Containerd {
             if self.blob(&here.digest).await?.is_none() || way.len() > 4 {
                 continue;
             }
-            let document = self.read_document(&here.digest).await?;
-            // Only an index has what an index must have.
-            let Ok(index) = serde_json::from_slice::<ImageIndex>(&document) else {
-                match self.resolve_manifest(&document, &way, chain).await? {
-                    None => continue,
-                    found => return Ok(found),
-                }
+            let Ok(document) = parse::<Document>(&self.read_document(&here.digest).await?) else {
+                continue;
             };
-            for entry in index.manifests() {
-                ways.push(way.iter().cloned().chain([descriptor(entry)]).collect());
+            let entries = document.manifests.iter().flatten();
+            for entry in entries.filter_map(|entry| Link::deserialize(entry).ok()) {
+                ways.push(way.iter().cloned().chain([entry.into()]).collect());
+            }
+            if let Some(found) = self.resolve_manifest(document, &way, chain).await? {
+                return Ok(Some(found));
             }
         }
         Ok(None)
@@ -143,23 +220,24 @@ impl Containerd {
 
     async fn resolve_manifest(
         &self,
-        document: &[u8],
+        manifest: Document,
         way: &[Descriptor],
         chain: &str,
     ) -> Result<Option<ResolvedImage>, ContainerdError> {
-        let digest = way.last().map_or("", |manifest| &manifest.digest);
-        let manifest: ImageManifest = parse(document, "manifest", digest)?;
-        let config = descriptor(manifest.config());
+        let (Some(config), Some(layers)) = (manifest.config, manifest.layers) else {
+            return Ok(None);
+        };
+        let config = Descriptor::from(config);
         if self.blob(&config.digest).await?.is_none() {
             return Ok(None);
         }
-        let document = self.read_document(&config.digest).await?;
-        let parsed: ImageConfiguration = parse(&document, "config", &config.digest)?;
-        let diff_ids = parsed.rootfs().diff_ids().clone();
-        if chain_id(&diff_ids).as_deref() != Some(chain) {
+        let parsed = parse::<Config>(&self.read_document(&config.digest).await?).ok();
+        let rootfs = parsed.and_then(|config| config.rootfs);
+        let diff_ids = rootfs.and_then(|it| it.diff_ids).unwrap_or_default();
+        if chain_id(&diff_ids).as_deref() != Some(chain) || layers.len() != diff_ids.len() {
             return Ok(None);
         }
-        let layers: Vec<_> = manifest.layers().iter().map(descriptor).collect();
+        let layers: Vec<Descriptor> = layers.into_iter().map(Descriptor::from).collect();
         let digest = config.digest.clone();
         let blobs = way
             .iter()
@@ -253,10 +331,7 @@ impl Containerd {
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
-        let resolved = match self.image(name).await?.and_then(|image| image.target) {
-            Some(target) => self.resolve_image(&target, chain).await?,
-            None => None,
-        };
+        let resolved = self.find_image(name, chain).await?.map(|(_, image)| image);
         let image = name.to_owned();
         let resolved = resolved.ok_or(Cause::OtherImage { image });
         let image = resolved.during(|| format!("unpack the layers with the chain id {chain}"))?;
@@ -264,22 +339,18 @@ impl Containerd {
     }
 }
 
-fn parse<T: DeserializeOwned>(
-    document: &[u8],
-    kind: &'static str,
-    digest: &str,
-) -> Result<T, ContainerdError> {
+fn parse<'de, T: Deserialize<'de>>(document: &'de [u8]) -> Result<T, serde_json::Error> {
     serde_json::from_slice(document)
-        .map_err(|source| Cause::Document { kind, source })
-        .during(|| format!("read the blob {digest}"))
 }
 
-fn descriptor(from: &oci_spec::image::Descriptor) -> Descriptor {
-    Descriptor {
-        media_type: from.media_type().to_string(),
-        digest: from.digest().to_string(),
-        size: i64::try_from(from.size()).unwrap_or(i64::MAX),
-        ..Descriptor::default()
+impl From<Link> for Descriptor {
+    fn from(link: Link) -> Self {
+        Self {
+            media_type: link.media_type,
+            digest: link.digest,
+            size: link.size,
+            ..Self::default()
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //!                            ├─ containers   records and specs
 //!                            ├─ tasks        freeze, dump, create, start, kill
 //!                            ├─ images       image -> manifest, config, chain id; unpack
+//!                            ├─ rebuilt_image  an image whose blobs are gone, out of its snapshots
 //!                            ├─ content      blobs out of the store, their labels
 //!                            ├─ upload       one blob into the store
 //!                            ├─ diffs        two snapshots compared; a layer applied
@@ -39,6 +40,7 @@ mod images;
 pub mod labels;
 mod leases;
 mod plugins;
+mod rebuilt_image;
 mod snapshots;
 mod tasks;
 mod upload;

@@ -1,11 +1,62 @@
-//! The blobs of an image as they are offered to another node.
+//! The image of a container as it is offered to another node.
+//!
+//! ```text
+//!  image with the layers of the container ──all blobs are here──────────────> offered
+//!   none, or blobs are gone ──rebuild (other compression, snapshots)─────────> offered
+//!                              `─ other tars: the manifest has both chain ids
+//! ```
+
+use std::time::Duration;
 
 use containerd_client::services::v1::Info;
 use containerd_client::types::Descriptor;
+use transship_checkpoint::manifest::Rebuilt;
 use transship_checkpoint::wire::Blob;
-use transship_containerd::ResolvedImage;
 use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
-use transship_containerd::{Containerd, ContainerdError};
+use transship_containerd::{Containerd, ContainerdError, ResolvedImage, chain_id};
+
+use crate::source::SourceContainer;
+
+/// How long blobs that were made for a migration are kept if nobody ends their lease.
+const LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Makes what is missing of the container's image, so that it can be offered. What was made goes with the
+/// lease that is given back.
+///
+/// # Errors
+/// The answer of containerd. The target may have the layers all the same.
+pub async fn complete(
+    node: &Containerd,
+    source: &mut SourceContainer,
+) -> Result<Option<Containerd>, ContainerdError> {
+    if let Some((_, image)) = &source.image
+        && node.has_all_blobs(image).await?
+    {
+        return Ok(None);
+    }
+    let leased = node.with_lease(LEASE).await?;
+    let container = &mut source.container;
+    let old = source.image.as_ref().map(|(_, image)| image);
+    let (chain, snapshotter) = (container.image.chain_id.clone(), &container.snapshotter);
+    let image = match leased.rebuild_image(old, &chain, snapshotter).await {
+        Ok(image) => image,
+        Err(error) => {
+            // Nobody needs it; it ends by itself.
+            drop(leased.end_lease().await);
+            return Err(error);
+        }
+    };
+    let Some(target) = image.blobs.first().cloned() else {
+        return Ok(Some(leased));
+    };
+    let rebuilt = chain_id(&image.diff_ids).filter(|rebuilt| *rebuilt != chain);
+    container.image.rebuilt = rebuilt.map(|chain_id| Rebuilt {
+        digest: target.digest.clone(),
+        chain_id,
+    });
+    source.image = Some((target, image));
+    Ok(Some(leased))
+}
 
 /// The blobs that this node has, with the labels that tie them together.
 ///

@@ -18,7 +18,8 @@ use transship_checkpoint::wire::WireError;
 use transship_containerd::Containerd;
 
 use crate::conversation::{Conversation, LINK_PATIENCE};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, one_line};
+use crate::image_blobs;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::restart_policy;
@@ -106,7 +107,7 @@ pub async fn migrate(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let container = source::find(node, &request.container, &request.target.criu).await?;
+    let mut container = source::find(node, &request.container, &request.target.criu).await?;
     network::check(&container, request.lose_network)?;
     let record = Record::take(
         Path::new(RECORDS),
@@ -119,6 +120,11 @@ pub async fn migrate(
         record.clear()?;
     }
     record.check_clear(container.id(), node.namespace())?;
+    let made = image_blobs::complete(node, &mut container).await;
+    let made = made.unwrap_or_else(|error| {
+        tracing::warn!(error = %one_line(&error), "parts of the image are missing, and cannot be made again");
+        None
+    });
     let mut remote = Remote::start(node.namespace(), request)?;
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
@@ -142,6 +148,10 @@ pub async fn migrate(
         Ok((pid, source)) => Ok((pid, transaction.finish(source).await)),
         Err(error) => Err(error),
     };
+    if let Some(made) = made {
+        // What is left of it ends by itself.
+        drop(made.end_lease().await);
+    }
     let Transaction {
         mut conversation,
         timeline,

@@ -210,11 +210,7 @@ pub async fn inspect(
         let message = format!("{called} cannot be dumped: {reasons}");
         return Err(Error::refused(message));
     };
-    let (chain_id, target) = node.base_of(record).await?;
-    let image = match &target {
-        Some(target) => node.resolve_image(target, &chain_id).await?,
-        None => None,
-    };
+    let (chain_id, image) = node.base_of(record).await?;
     let options = match &runtime.options {
         Some(any) => Some(Options::decode(&*any.value).with_context(|| {
             format!("the options of the runtime of {id:?} are not those of runc's shim")
@@ -229,11 +225,11 @@ pub async fn inspect(
         namespace: node.namespace().to_owned(),
         image: Image {
             name: record.image.clone(),
-            digest: target
-                .as_ref()
-                .map(|target| target.digest.clone())
+            digest: { image.as_ref() }
+                .map(|(target, _)| target.digest.clone())
                 .unwrap_or_default(),
             chain_id,
+            rebuilt: None,
         },
         snapshotter: record.snapshotter.clone(),
         runtime: runtime.name,
@@ -260,7 +256,7 @@ pub async fn inspect(
         spec,
         snapshot_key: record.snapshot_key.clone(),
         stack,
-        image: target.zip(image),
+        image,
         pod: pod_of(record, node.namespace()).map(|pod| Pod {
             service_account: service_account::of_spec(&parsed, &pod.namespace),
             ..pod

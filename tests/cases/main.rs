@@ -21,6 +21,7 @@ mod foreign_streams;
 mod freeze_containerd;
 mod frozen;
 mod image_labels;
+mod images_incomplete;
 mod images_with_links;
 mod journey;
 mod kubernetes;
@@ -147,6 +148,7 @@ fn main() -> ExitCode {
         .chain(foreign_streams::cases())
         .chain(freeze_containerd::cases())
         .chain(frozen::cases())
+        .chain(images_incomplete::cases())
         .chain(images_with_links::cases())
         .chain(image_labels::cases())
         .chain(journey::cases())

@@ -87,6 +87,8 @@ pub struct Image {
     /// Tar files, lowest first.
     layers: Vec<LayerBlob>,
     entrypoint: Vec<String>,
+    /// Whether its documents say no more than they must.
+    sparse: bool,
 }
 
 impl Image {
@@ -122,6 +124,7 @@ impl Image {
             layers: [base_layer(busybox)?, data.finish()?, bin.finish()?]
                 .map(LayerBlob::plain)
                 .into(),
+            sparse: false,
             entrypoint: vec!["/usr/bin/counter".to_owned()],
         })
     }
@@ -140,6 +143,7 @@ impl Image {
             layers: [base_layer(busybox)?, files.finish()?]
                 .map(LayerBlob::plain)
                 .into(),
+            sparse: false,
             entrypoint: vec!["/usr/bin/holder".to_owned()],
         })
     }
@@ -159,6 +163,7 @@ impl Image {
             layers: [base_layer(busybox)?, bin.finish()?]
                 .map(LayerBlob::plain)
                 .into(),
+            sparse: false,
             entrypoint: vec!["/usr/bin/podmate".to_owned()],
         })
     }
@@ -177,6 +182,7 @@ impl Image {
             layers: [base_layer(busybox)?, bin.finish()?]
                 .map(LayerBlob::plain)
                 .into(),
+            sparse: false,
             entrypoint: vec!["/usr/bin/spin".to_owned()],
         })
     }
@@ -193,6 +199,7 @@ impl Image {
         Ok(Image {
             reference: PAUSE_IMAGE.to_owned(),
             layers: vec![LayerBlob::plain(layer.finish()?)],
+            sparse: false,
             entrypoint: vec!["/pause".to_owned()],
         })
     }
@@ -202,6 +209,7 @@ impl Image {
         Image {
             reference,
             layers: vec![LayerBlob::plain(layer)],
+            sparse: false,
             entrypoint: vec!["/bin/bash".to_owned()],
         }
     }
@@ -258,6 +266,15 @@ impl Image {
         self
     }
 
+    /// This image under another name, with a config that says little more than which layers there are, in an
+    /// index beside what is no image.
+    #[must_use]
+    pub fn with_sparse_documents(mut self, reference: &str) -> Image {
+        reference.clone_into(&mut self.reference);
+        self.sparse = true;
+        self
+    }
+
     /// How many layers it has.
     pub fn layers(&self) -> usize {
         self.layers.len()
@@ -286,7 +303,7 @@ impl Image {
                 descriptor
             })
             .collect();
-        let config = json!({
+        let mut config = json!({
             "architecture": "amd64",
             "os": "linux",
             "config": {
@@ -298,8 +315,14 @@ impl Image {
                 "type": "layers",
                 "diff_ids": self.layers.iter().map(|layer| &layer.diff_id).collect::<Vec<_>>(),
             },
-        })
-        .to_string();
+        });
+        if self.sparse {
+            for (parent, key) in [("", "architecture"), ("", "os"), ("/rootfs", "type")] {
+                let parent = config.pointer_mut(parent).and_then(|it| it.as_object_mut());
+                parent.and_then(|parent| parent.remove(key));
+            }
+        }
+        let config = config.to_string();
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
@@ -307,18 +330,34 @@ impl Image {
             "layers": layers,
         })
         .to_string();
+        let mut blobs = vec![config, manifest.clone()];
         let mut described = blob(MANIFEST, manifest.as_bytes());
+        if self.sparse {
+            let empty = "{}".to_owned();
+            let artifact = json!({
+                "schemaVersion": 2,
+                "config": blob("application/vnd.oci.empty.v1+json", empty.as_bytes()),
+                "layers": [],
+            })
+            .to_string();
+            let mut attached = blob(MANIFEST, artifact.as_bytes());
+            attached["platform"] = json!({ "architecture": "unknown", "os": "unknown" });
+            described["platform"] = json!({ "architecture": "amd64", "os": "linux" });
+            let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [described, attached] });
+            let index = index.to_string();
+            described = blob(INDEX, index.as_bytes());
+            blobs.extend([empty, artifact, index]);
+        }
         described["annotations"] = json!({
             "io.containerd.image.name": self.reference,
             "org.opencontainers.image.ref.name": self.reference,
         });
         let index = json!({ "schemaVersion": 2, "manifests": [described] }).to_string();
-        let blobs = [config.as_bytes(), manifest.as_bytes()];
         for content in self
             .layers
             .iter()
             .map(|layer| &layer.content[..])
-            .chain(blobs)
+            .chain(blobs.iter().map(String::as_bytes))
         {
             archive.file(&format!("blobs/sha256/{}", sha256(content)), content, 0o644)?;
         }
@@ -356,6 +395,7 @@ impl Node {
 }
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 fn blob(media_type: &str, content: &[u8]) -> serde_json::Value {

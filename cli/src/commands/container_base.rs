@@ -9,10 +9,10 @@ use crate::args::Global;
 pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
     let node = connect(global).await?;
     let record = node.container(id).await?;
-    let (chain_id, target) = node.base_of(&record).await?;
+    let (chain_id, image) = node.base_of(&record).await?;
     let base = ContainerBase {
         image: record.image,
-        digest: target.map(|target| target.digest).unwrap_or_default(),
+        digest: image.map(|(target, _)| target.digest).unwrap_or_default(),
         chain_id,
     };
     let line = serde_json::to_string(&base).context("cannot write JSON")?;

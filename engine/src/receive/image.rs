@@ -13,25 +13,27 @@ use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 use crate::conversation::Conversation;
 use crate::error::{Context, Error, Result};
 
+/// What an image is called that was made out of snapshots.
+const REBUILT: &str = "transship/rebuilt";
 /// The longest name of an image, as in the reference grammar of the distribution project.
 const NAME_LIMIT: usize = 255;
 
-/// Takes the blobs that this node lacks, and unpacks the image. Without a record and with the lease of
-/// `node` gone all of it is garbage.
+/// Takes the blobs that this node lacks, and unpacks the image; gives the chain id of the layers that the copy
+/// gets. Without a record and with the lease of `node` gone all of it is garbage.
+///
+/// What the source has made again out of its snapshots is taken only where the original is not.
 pub(super) async fn receive(
     node: &Containerd,
     conversation: &mut Conversation,
     offer: &Offer,
     snapshotter: &str,
-) -> Result<()> {
+) -> Result<String> {
     let image = &offer.container.image;
     let mut missing = Vec::new();
-    if node
-        .snapshotter(snapshotter)
-        .stat(&image.chain_id)
-        .await
-        .is_err()
-    {
+    let own = node
+        .ensure_unpacked(&image.name, &image.chain_id, snapshotter)
+        .await;
+    if own.is_err() {
         for blob in &offer.blobs {
             if node.blob(&blob.digest).await?.is_none() {
                 missing.push(blob.digest.clone());
@@ -63,21 +65,28 @@ pub(super) async fn receive(
             other => return Err(unexpected("the image", &other).into()),
         }
     }
-    if let Some(target) = target_of(offer)
-        && node.blob(&target.digest).await?.is_some()
-        && let Some(resolved) = node
-            .resolve_image(&target, &image.chain_id)
-            .await
-            .context("the image that was offered cannot be read")?
-    {
-        return node
-            .unpack(&resolved, snapshotter)
-            .await
-            .context("the image that was offered cannot be unpacked");
-    }
-    node.ensure_unpacked(&image.name, &image.chain_id, snapshotter)
+    let Err(error) = own else {
+        return Ok(image.chain_id.clone());
+    };
+    let chain = offered_chain(offer);
+    let resolved = match target_of(offer) {
+        Some(target) => { node.resolve_image(&target, chain).await }
+            .context("the image that was offered cannot be read")?,
+        None => None,
+    };
+    let Some(resolved) = resolved else {
+        return Err(error).context("the image is not on this node");
+    };
+    node.unpack(&resolved, snapshotter)
         .await
-        .context("the image is not on this node")
+        .context("the image that was offered cannot be unpacked")?;
+    Ok(chain.to_owned())
+}
+
+/// Chain id of the layers that are offered.
+fn offered_chain(offer: &Offer) -> &str {
+    let image = &offer.container.image;
+    { image.rebuilt.as_ref() }.map_or(&image.chain_id, |rebuilt| &rebuilt.chain_id)
 }
 
 fn target_of(offer: &Offer) -> Option<Descriptor> {
@@ -132,6 +141,7 @@ pub(super) struct ImageName {
 pub(super) async fn choose_name(
     node: &Containerd,
     offer: &Offer,
+    chain: &str,
     allowed: &Allowed,
 ) -> Result<ImageName> {
     let offered = offer.container.image.name.as_str();
@@ -142,6 +152,18 @@ pub(super) async fn choose_name(
         });
     };
     let suffix = format!("@{}", target.digest);
+    if let Some(rebuilt) = &offer.container.image.rebuilt {
+        // It is not what the original's name means.
+        let used = chain == rebuilt.chain_id;
+        let whole = used && is_whole(node, &target, chain).await?;
+        return Ok(ImageName {
+            name: match used {
+                true => format!("{REBUILT}{suffix}"),
+                false => offered.to_owned(),
+            },
+            target: whole.then_some(target),
+        });
+    }
     let plain = offered.strip_suffix(suffix.as_str()).unwrap_or(offered);
     let mut free = false;
     for name in [offered, plain] {

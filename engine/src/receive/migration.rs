@@ -128,9 +128,9 @@ async fn take(
     (interrupt, progress): (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
     progress.step("image");
-    image::receive(node, conversation, offer, &plan.snapshotter).await?;
-    let name = image::choose_name(node, offer, &request.target.allowed).await?;
-    plan.set_image_name(&name.name);
+    let chain = image::receive(node, conversation, offer, &plan.snapshotter).await?;
+    let name = image::choose_name(node, offer, &chain, &request.target.allowed).await?;
+    plan.set_image(&name.name, &chain);
     conversation.send(Message::Ready).await?;
 
     match conversation.receive("the checkpoint").await? {

@@ -55,9 +55,10 @@ pub(super) struct Sandbox {
 }
 
 impl Plan {
-    /// Names the image in the container's record. It is found by its chain id.
-    pub(crate) fn set_image_name(&mut self, name: &str) {
+    /// Names the image in the container's record, and the layers that are below its files.
+    pub(crate) fn set_image(&mut self, name: &str, chain_id: &str) {
         name.clone_into(&mut self.container.image.name);
+        chain_id.clone_into(&mut self.container.image.chain_id);
     }
 }
 

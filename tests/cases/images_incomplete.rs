@@ -1,0 +1,150 @@
+//! Containers whose image is not what it was when they started: its name means another one, its blobs are
+//! gone, are compressed in another way, or its documents say no more than they must. They move all the same.
+
+use anyhow::ensure;
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
+
+use crate::Case;
+
+const NAME: &str = "transship.test/counter:1";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [Case {
+        what: "images_incomplete",
+        tree: Tree::Forky,
+        run: containers_move_without_their_image,
+    }]
+    .into_iter()
+}
+
+fn containers_move_without_their_image(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let to_b = bed.ssh(&a, &b)?;
+
+    // The name has moved on, and nothing else keeps the old manifest.
+    run(&a, NAME, "moved")?;
+    let counter = journey::counter_image(bed)?;
+    let newer = counter.clone().with_layer(NAME, layer("newer")?);
+    a.import_image(&newer, "transship")?;
+    a.ctr(&["content", "prune", "references"])?;
+    let digest = a.shell(&format!(
+        "ctr images ls | awk '$1 == \"{NAME}\" {{print $3}}'"
+    ));
+    let digest = { digest }.read()?;
+    let take = "transship checkpoint moved --name moved; transship inspect moved";
+    let inspected = a.shell(take).read()?;
+    ensure!(
+        !inspected.contains(digest.trim()),
+        "it is not of {digest}: {inspected}"
+    );
+    a.shell("transship rm moved").run()?;
+    moves(&a, &to_b, &b, "moved")?;
+    let images = b.ctr(&["images", "ls", "-q"])?;
+    ensure!(
+        images.contains("transship/rebuilt@sha256:") && !images.contains(NAME),
+        "{images}"
+    );
+    // It is an ordinary container on an ordinary image there.
+    moves(&b, &bed.ssh(&b, &a)?, &a, "moved")?;
+    journey::remove_container(&a, "moved")?;
+
+    // Another name has the image, and the blobs of its layers have been discarded.
+    let kept = counter
+        .clone()
+        .with_layer("transship.test/kept:1", layer("kept")?);
+    a.import_image(&kept, "transship")?;
+    a.ctr(&[
+        "images",
+        "tag",
+        "transship.test/kept:1",
+        "transship.test/also:1",
+    ])?;
+    run(&a, "transship.test/kept:1", "thin")?;
+    a.ctr(&["images", "rm", "--sync", "transship.test/kept:1"])?;
+    a.shell(&format!(
+        "ctr content rm {}",
+        top_layer(&a, "transship.test/also:1")?
+    ))
+    .run()?;
+    moves(&a, &to_b, &b, "thin")?;
+
+    // The compressed form of the layer is gone, the plain one is there.
+    let top = layer("forms")?;
+    let plain = counter
+        .clone()
+        .with_layer("transship.test/plain:1", top.clone());
+    a.write_file("/root/top", &top)?;
+    a.shell("gzip -k /root/top").run()?;
+    let gzip = ("+gzip", a.read_file("/root/top.gz")?);
+    let zipped = counter
+        .clone()
+        .with_compressed_layer("transship.test/zipped:1", &top, gzip);
+    a.import_image(&plain, "transship")?;
+    a.import_image(&zipped, "transship")?;
+    run(&a, "transship.test/zipped:1", "form")?;
+    a.shell(&format!(
+        "ctr content rm {}",
+        top_layer(&a, "transship.test/zipped:1")?
+    ))
+    .run()?;
+    moves(&a, &to_b, &b, "form")?;
+    let images = b.ctr(&["images", "ls", "-q"])?;
+    ensure!(
+        images.contains("transship.test/zipped:1@sha256:"),
+        "the same layers have the same name: {images}"
+    );
+
+    let sparse = counter.with_sparse_documents("transship.test/sparse:1");
+    a.import_image(&sparse, "transship")?;
+    run(&a, "transship.test/sparse:1", "sparse")?;
+    moves(&a, &to_b, &b, "sparse")?;
+
+    for node in [&a, &b] {
+        let leases = node.ctr(&["leases", "ls", "-q"])?;
+        // The differ keeps its own for an hour.
+        let left = leases.lines().find(|id| !id.starts_with("transship-diff-"));
+        ensure!(left.is_none(), "{leases}");
+        let views = node.shell("ctr snapshots --snapshotter transship ls | grep rebuild || true");
+        let views = { views }.read()?;
+        ensure!(views.is_empty(), "{views}");
+    }
+    Ok(())
+}
+
+fn run(node: &Node, image: &str, id: &str) -> anyhow::Result<()> {
+    let program = "/usr/bin/counter --memory-mb 1";
+    node.shell(&format!(
+        "ctr run --detach --snapshotter transship {image} {id} {program}"
+    ))
+    .run()?;
+    journey::wait_for_count(node, id, 3)?;
+    Ok(())
+}
+
+fn moves(from: &Node, ssh: &str, to: &Node, id: &str) -> anyhow::Result<()> {
+    let before = journey::read_counts(from, id).map_err(anyhow::Error::msg)?;
+    from.command("transship")
+        .args(["migrate", id, "--to", ssh])
+        .run()?;
+    journey::wait_for_count(to, id, before)?;
+    Ok(())
+}
+
+/// Digest of the topmost layer of an image whose target is a manifest.
+fn top_layer(node: &Node, image: &str) -> anyhow::Result<String> {
+    let digest = node.shell(&format!(
+        "manifest=$(ctr images ls | awk '$1 == \"{image}\" {{print $3}}')
+         ctr content get $manifest | jq -r '.layers[-1].digest'"
+    ));
+    Ok({ digest }.read()?.trim().to_owned())
+}
+
+/// A layer with one file.
+fn layer(name: &str) -> anyhow::Result<Vec<u8>> {
+    let mut layer = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(name.len() as u64);
+    header.set_mode(0o644);
+    layer.append_data(&mut header, format!("data/{name}"), name.as_bytes())?;
+    Ok(layer.into_inner()?)
+}
