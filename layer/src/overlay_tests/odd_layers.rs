@@ -355,3 +355,47 @@ fn root_a_further_name_gives_its_file_attributes() {
     let link = fs::symlink_metadata(dirs.upperdir.join("t")).unwrap();
     assert!(link.is_symlink() && link.uid() == 8 && link.nlink() == 2);
 }
+
+/// What containerd makes of entries depends on their order, and on hidden files.
+#[test]
+fn root_neither_order_nor_hidden_files_give_attributes() {
+    if !have_root() {
+        return;
+    }
+    let mut dirs = OverlayDirs::on_disk();
+    let hidden = dirs.lowerdirs[0].join("a/sub");
+    fs::create_dir_all(&hidden).unwrap();
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o700)).unwrap();
+    let import = |dirs: &OverlayDirs, layer: TarBytes| {
+        import_into_upperdir(&layer.end()[..], &dirs.stack(), &image_options()).unwrap();
+    };
+    import(&dirs, tar().file(".wh.a", "").mode(0o711).dir("a"));
+    dirs.commit();
+    import(
+        &dirs,
+        tar()
+            .file("a/sub/x", "")
+            .pax(&[("SCHILY.xattr.user.first", b"1")])
+            .dir("d")
+            .pax(&[("SCHILY.xattr.user.last", b"2")])
+            .dir("d")
+            .file("f", "")
+            .pax(&[("mtime", b"5")])
+            .dir("l")
+            .link(b'2', "l", "f")
+            .file("global", "")
+            .raw(b"global", b'g', b"", 0, b""),
+    );
+    let sub = fs::metadata(dirs.upperdir.join("a/sub")).unwrap();
+    assert_eq!(sub.permissions().mode() & 0o7777, 0o755);
+    let directory = fs::File::open(dirs.upperdir.join("d")).unwrap();
+    let mut names = Vec::new();
+    let holder = XattrHolder::Open(std::os::fd::AsFd::as_fd(&directory));
+    XattrReader::new()
+        .for_each(holder, |_| false, |name, _| names.push(name.to_vec()))
+        .unwrap();
+    assert_eq!(names, [b"user.last"]);
+    let file = fs::metadata(dirs.upperdir.join("f")).unwrap();
+    assert_eq!(file.mtime(), 1_000_000);
+    assert!(dirs.upperdir.join("global").exists());
+}

@@ -623,3 +623,43 @@ impl transship_proto::diff_server::Differ for Calls {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    #[test]
+    fn what_is_left_to_another_differ_is_left_with_an_empty_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        fs::write(&outside, "kept").unwrap();
+        let target = dir.path().join("target");
+        let fill = || {
+            fs::create_dir_all(target.join("a/b")).unwrap();
+            fs::write(target.join("a/b/file"), "").unwrap();
+            fs::write(target.join(".hidden"), "").unwrap();
+            drop(symlink(&outside, target.join("link")));
+            fs::set_permissions(target.join("a"), fs::Permissions::from_mode(0o500)).unwrap();
+        };
+        let digest = || "sha256:00".to_owned();
+        let odd = || ImportError::Refused {
+            path: "a/b".into(),
+            reason: "odd",
+        };
+        fill();
+        let left = left_or_failed(odd(), digest(), &target);
+        assert_eq!(left.code(), Code::Unimplemented);
+        assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+        assert!(outside.exists());
+        // What is damaged is so for everybody: the caller removes it.
+        fill();
+        let damaged = ImportError::Malformed {
+            offset: 0,
+            reason: "cut off",
+        };
+        let failed = left_or_failed(damaged, digest(), &target);
+        assert_eq!(failed.code(), Code::Unknown);
+        assert_ne!(fs::read_dir(&target).unwrap().count(), 0);
+    }
+}
