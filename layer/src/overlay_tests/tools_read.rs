@@ -203,3 +203,56 @@ fn root_an_image_of_our_layers_passes_through_other_stores() {
         assert_eq!(diff_ids(dir, &format!("{program}:ours")), ours, "{program}");
     }
 }
+
+/// Debian's registry on the loopback of a network namespace of its own: pushed by skopeo, pulled, pushed again
+/// and built upon by buildah.
+const THROUGH_REGISTRY: &str = "
+    ip link set lo up
+    printf 'version: 0.1\\nstorage: {filesystem: {rootdirectory: %s/blobs}}\\nhttp: {addr: 127.0.0.1:5000}\\n' $PWD >registry.yml
+    docker-registry serve registry.yml >registry.log 2>&1 & registry=$!
+    trap 'kill $registry' EXIT
+    at=docker://127.0.0.1:5000
+    until skopeo copy --quiet --dest-tls-verify=false oci:image:ours $at/ours:1 2>push.log; do
+        kill -0 $registry || { cat registry.log push.log >&2; exit 1; }
+        sleep 0.1
+    done
+    b='buildah --root store --runroot run --storage-driver vfs'
+    $b pull --quiet --tls-verify=false $at/ours:1
+    $b push --quiet --tls-verify=false 127.0.0.1:5000/ours:1 $at/again:1
+    container=$($b from 127.0.0.1:5000/ours:1)
+    $b copy --quiet $container registry.yml /added
+    $b commit --quiet --tls-verify=false $container $at/built:1
+    for name in again built; do
+        skopeo copy --quiet --src-tls-verify=false $at/$name:1 oci:$name:ours
+    done";
+
+#[test]
+fn root_our_layers_go_through_a_registry() {
+    let programs = ["umoci", "skopeo", "buildah", "docker-registry"];
+    if !have_root() || !programs.into_iter().all(have) {
+        return;
+    }
+    let (dirs, expected) = image_layer("150");
+    let dir = dirs.base.path();
+    let run = |program: &str, arguments: &[&str]| {
+        succeed(Command::new(program).args(arguments).current_dir(dir));
+    };
+    run("umoci", &["init", "--layout", "image"]);
+    run("umoci", &["new", "--image", "image:ours"]);
+    run(
+        "umoci",
+        &["raw", "add-layer", "--image", "image:ours", "layer.tar"],
+    );
+    let ours = diff_ids(dir, "image:ours");
+    run(
+        "timeout",
+        &["120", "unshare", "--net", "sh", "-euc", THROUGH_REGISTRY],
+    );
+    assert_eq!(diff_ids(dir, "again:ours"), ours);
+    let built = diff_ids(dir, "built:ours");
+    assert_eq!(built.as_array().map(Vec::len), Some(2), "{built}");
+    assert_eq!(built[0], ours[0]);
+    run("umoci", &["unpack", "--image", "again:ours", "bundle"]);
+    let found = differences(&expected, &common(&dir.join("bundle/rootfs")));
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
