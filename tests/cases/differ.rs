@@ -13,6 +13,7 @@ use crate::Case;
 
 mod api;
 mod disks;
+mod pulls;
 mod random_layers;
 
 /// A plain layer: what `ctr snapshots diff` is asked for to look into it.
@@ -20,7 +21,7 @@ const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    let cases: [(_, fn(&Testbed) -> _); 8] = [
+    let cases: [(_, fn(&Testbed) -> _); 9] = [
         ("differ_diff", a_diff_applies_as_what_was_changed),
         ("differ_apply", a_layer_is_applied_as_containerd_does),
         ("differ_checkpoint", a_checkpoint_of_ctr_goes_through_it),
@@ -29,19 +30,28 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         ("differ_disk_full", a_full_disk_leaves_nothing_half),
         ("differ_direct", layers_go_out_and_in_directly),
         ("differ_api", api::clients_get_what_containerd_promises),
+        ("long_pulls", pulls::every_pull_reaches_our_differ),
     ];
     let on_both = cases.into_iter().flat_map(|(what, run)| {
         [Tree::Trixie, Tree::Forky]
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    let random = Case {
-        what: "differ_random_layers",
+    let random: [(_, fn(&Testbed) -> _); 2] = [
+        (
+            "long_random_layers",
+            random_layers::random_stacks_become_the_same_trees,
+        ),
+        (
+            "long_damaged_layers",
+            random_layers::damaged_layers_are_taken_as_containerd_takes_them,
+        ),
+    ];
+    let random = random.map(|(what, run)| Case {
+        what,
         tree: Tree::Forky,
-        run: random_layers::random_stacks_become_the_same_trees,
-    };
-    // Asked for by name: it has not been seen to pass on a node yet.
-    let random = std::env::var_os("RANDOM_LAYERS").map(|_| random);
+        run,
+    });
     on_both.chain(random).chain(disks::cases())
 }
 

@@ -44,6 +44,7 @@ pub(super) struct Api<'n> {
     node: &'n Node,
     runtime: Runtime,
     containerd: Containerd,
+    snapshotter: &'static str,
     has_lease: bool,
 }
 
@@ -58,8 +59,20 @@ impl<'n> Api<'n> {
             node,
             runtime,
             containerd,
+            snapshotter: TRANSSHIP,
             has_lease: false,
         })
+    }
+
+    /// What answers on another socket of the node.
+    pub(super) fn at(&self, socket: &str) -> anyhow::Result<Containerd> {
+        let socket = self.node.path_from_outside(socket);
+        Ok(self.run(Containerd::connect(&socket, "default"))?)
+    }
+
+    /// From now on snapshots are those of another snapshotter.
+    pub(super) fn use_snapshotter(&mut self, snapshotter: &'static str) {
+        self.snapshotter = snapshotter;
     }
 
     fn run<T>(
@@ -75,7 +88,7 @@ impl<'n> Api<'n> {
     }
 
     fn snapshots(&self) -> Snapshotter {
-        self.containerd.snapshotter(TRANSSHIP)
+        self.containerd.snapshotter(self.snapshotter)
     }
 
     pub(super) fn prepare(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
@@ -87,19 +100,14 @@ impl<'n> Api<'n> {
         Ok(self.run(self.snapshots().remove(key))?)
     }
 
-    pub(super) fn node(&self) -> &'n Node {
-        self.node
-    }
-
     pub(super) fn commit(&self, key: &str, name: &str) -> anyhow::Result<()> {
         let (snapshots, labels) = (self.snapshots(), self.keep_labels());
         Ok(self.run(snapshots.commit(name, key, labels))?)
     }
 
-    pub(super) fn view(&self, key: &str, parent: &str) -> anyhow::Result<()> {
+    pub(super) fn view(&self, key: &str, parent: &str) -> anyhow::Result<Vec<Mount>> {
         let (snapshots, labels) = (self.snapshots(), self.keep_labels());
-        self.run(snapshots.view(key, parent, labels))?;
-        Ok(())
+        Ok(self.run(snapshots.view(key, parent, labels))?)
     }
 
     /// Diff of an active snapshot against its parent, through a view, as `rootfs.CreateDiff` of
@@ -130,7 +138,16 @@ impl<'n> Api<'n> {
     }
 
     pub(super) fn apply(&self, layer: &Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
-        let applied = self.run(self.containerd.apply(layer, mounts));
+        self.apply_through(&self.containerd, layer, mounts)
+    }
+
+    pub(super) fn apply_through(
+        &self,
+        differ: &Containerd,
+        layer: &Descriptor,
+        mounts: Vec<Mount>,
+    ) -> Result<Descriptor, Code> {
+        let applied = self.run(differ.apply(layer, mounts));
         applied.map_err(|error| error.code())
     }
 
@@ -165,6 +182,14 @@ impl<'n> Api<'n> {
         Ok(serde_json::from_slice(&self.read(digest)?)?)
     }
 
+    /// Ends the lease, with what lies under it, and begins another one.
+    pub(super) fn renew_lease(&mut self, id: &str) -> anyhow::Result<()> {
+        if self.has_lease {
+            self.end_lease()?;
+        }
+        self.begin_lease(id)
+    }
+
     /// A lease of the client's own; what is asked for next goes under it.
     fn begin_lease(&mut self, id: &str) -> anyhow::Result<()> {
         self.containerd = self.run(self.containerd.with_lease_called(id, LEASE_LIFETIME))?;
@@ -181,7 +206,7 @@ impl<'n> Api<'n> {
     }
 }
 
-fn digest_of(content: &[u8]) -> String {
+pub(super) fn digest_of(content: &[u8]) -> String {
     format!("sha256:{}", HEXLOWER.encode(&Sha256::digest(content)))
 }
 
