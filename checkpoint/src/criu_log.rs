@@ -3,11 +3,12 @@
 //! ```text
 //! (00.012345)      7: Error (criu/files-reg.c:2189): Can't open file /x on restore: No such file
 //! (00.013)    pie: 7: Error (criu/pie/restorer.c:1293): Can't create posix timer - 0: -22
+//! pie: 1: Error (criu/pie/parasite.c:588): send_fds failed (-22)
 //!  since start   who  level  where                       text
 //! ```
 //!
 //! `who` is nobody (CRIU itself), a process id, or the part of CRIU that runs inside of a process
-//! (`pie`) or beside it (`uns`), with one. The first error is the cause; those after it are what
+//! (`pie`) or beside it (`uns`), with one; at a dump that part does not know the time. The first error is the cause; those after it are what
 //! followed from it. What it means and what to do is in the table of [`crate::conditions`].
 
 use std::io::Read;
@@ -69,8 +70,11 @@ pub fn first_error_of(path: &Path) -> io::Result<Option<String>> {
 }
 
 fn error_text(line: &str) -> Option<&str> {
-    let rest = line.trim_start().strip_prefix('(')?;
-    let rest = rest.split_once(')')?.1.trim_start();
+    let line = line.trim_start();
+    let rest = match line.strip_prefix('(') {
+        Some(timed) => timed.split_once(')')?.1.trim_start(),
+        None => line,
+    };
     let (who, rest) = rest.split_once("Error (")?;
     let of_speaker = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | ' ' | '-');
     if !who.chars().all(of_speaker) {
@@ -119,12 +123,68 @@ mod tests {
             let text = first_error(&log).unwrap();
             assert!(
                 text.starts_with("Can't create posix timer - 0: -22 (")
-                    && text.contains("profiler"),
+                    && text.contains("SIGEV_THREAD_ID"),
                 "{who:?}: {text}"
             );
         }
         // A program's own words are none of CRIU's.
         assert_eq!(first_error("(00.1) said \"x\" Error (a): b\n"), None);
+    }
+
+    /// Beginnings of what CRIU 4.2.1 has said of containers in these conditions.
+    #[test]
+    fn real_logs_are_understood() {
+        let limit = "(00.001) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: \
+                     Operation not permitted\n";
+        for (name, said) in [
+            (
+                "mptcp",
+                "(00.218151) Error (criu/sk-inet.c:137): inet: Unsupported proto 262 for socket 2ac01f\n\
+                 (00.218156) Error (criu/sk-inet.c:139): inet: For Go programs, consider using \
+                 \"GODEBUG=multipathtcp=0\" to disable MPTCP\n",
+            ),
+            (
+                "socket-kind",
+                "(00.016244) Error (criu/sockets.c:767): sockets: BUG! Unknown socket collected (family 40)\n",
+            ),
+            (
+                "io-uring",
+                "pie: 1: Error (criu/pie/parasite.c:588): send_fds failed (-22)\n\
+                 (00.035323) Error (criu/parasite-syscall.c:280): Can't retrieve FDs from socket\n",
+            ),
+            (
+                "io-uring",
+                "(00.1) Error (criu/proc_parse.c:1): Unknown shit 600 (anon_inode:[io_uring])\n",
+            ),
+            (
+                "tcp",
+                "(00.038431) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using \
+                 --tcp-established option.\n",
+            ),
+            (
+                "ghost-limit",
+                "(00.084809) Error (criu/files-reg.c:1031): Can't dump ghost file /data/ghost of 2097152 size, \
+                 increase limit\n",
+            ),
+            (
+                "link-remap",
+                "(00.067312) Error (criu/files-reg.c:1122): Can't create link remap for /dev/shm/sem.made. Use \
+                 link-remap option.\n",
+            ),
+            (
+                "hidden-mount",
+                "(00.020205) Error (criu/files-reg.c:1790): Can't lookup mount=188 for fd=3 path=/orders\n",
+            ),
+        ] {
+            let log = format!(
+                "{limit}{said}(00.9) Error (criu/cr-dump.c:1545): Dump files (pid: 4) failed\n"
+            );
+            let text = first_error(&log).unwrap();
+            assert!(
+                text.contains(Condition::named(name).remedy),
+                "{name}: {text}"
+            );
+        }
     }
 
     #[test]

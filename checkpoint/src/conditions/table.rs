@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 44] = [
+pub static CONDITIONS: [Condition; 45] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -94,7 +94,8 @@ pub static CONDITIONS: [Condition; 44] = [
                  seccompProfile RuntimeDefault; containerd 1.7.10 and later), or after \
                  sysctl kernel.io_uring_disabled=2: programs then do without",
         seen: "/proc/PID/fd",
-        criu_says: &["anon_inode:[io_uring]"],
+        // A ring cannot be sent through a socket, as CRIU does with descriptors.
+        criu_says: &["anon_inode:[io_uring]", "send_fds failed (-22)"],
     },
     Condition {
         name: "landlock-ruleset",
@@ -141,6 +142,14 @@ pub static CONDITIONS: [Condition; 44] = [
         criu_says: &[],
     },
     Condition {
+        name: "hidden-mount",
+        effect: Effect::NoDump,
+        what: "it has files open on a mount that it does not see: a POSIX message queue, or what was unmounted",
+        remedy: "close them before the checkpoint",
+        seen: "",
+        criu_says: &["Can't lookup mount="],
+    },
+    Condition {
         name: "ghost-limit",
         effect: Effect::NoDump,
         what: "it has large files open whose names are removed",
@@ -169,10 +178,10 @@ pub static CONDITIONS: [Condition; 44] = [
     Condition {
         name: "thread-timer",
         effect: Effect::NoRestore,
-        what: "it has POSIX timers that signal one thread (SIGEV_THREAD_ID), as profilers do; CRIU restores \
-               none",
-        remedy: "stop the profiler, or the timers",
-        seen: "/proc/PID/timers",
+        what: "it has POSIX timers that signal one thread (SIGEV_THREAD_ID), which CRIU writes down by an id \
+               that the container does not know",
+        remedy: "stop the profiler or the timers before the checkpoint",
+        seen: "",
         criu_says: &["Can't create posix timer"],
     },
     Condition {
