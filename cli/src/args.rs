@@ -109,6 +109,12 @@ pub(crate) enum Command {
     /// Publish in containerd's events what has become of a container (for the runtime front)
     #[command(hide = true)]
     Publish(PublishArgs),
+    /// Kill and delete the task of a container (for the runtime front)
+    #[command(hide = true)]
+    DeleteTask {
+        /// Container id
+        id: String,
+    },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {

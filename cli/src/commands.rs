@@ -37,6 +37,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
         Command::FreezeGuard => freeze_guard::run().await,
+        Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::Publish(args) => publish::run(&global, args).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,

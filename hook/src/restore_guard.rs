@@ -103,8 +103,15 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
 /// # Errors
 /// A failed system call.
 pub(crate) fn lock(work: &Path) -> io::Result<Flock<File>> {
-    let dir = File::open(work)?;
-    Flock::lock(dir, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+    lock_dir(File::open(work)?)
+}
+
+/// The same for a work directory that is open.
+///
+/// # Errors
+/// A failed system call.
+pub(crate) fn lock_dir(work: File) -> io::Result<Flock<File>> {
+    Flock::lock(work, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
 fn has_ended(process: &impl AsFd) -> io::Result<bool> {

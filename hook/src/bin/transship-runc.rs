@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 use transship_hook::argv::Invocation;
-use transship_hook::front::{Environment, Outcome, serve};
+use transship_hook::front::{Environment, HOLD_WATCH_ROLE, Outcome, serve, serve_watch};
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
 };
@@ -51,13 +51,25 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    match run(&program, args) {
-        Ok(code) => code,
-        Err(error) => fail(&error),
+    let env = match environment(&program) {
+        Ok(env) => env,
+        Err(error) => return fail(&error),
+    };
+    if args.first().is_some_and(|first| first == HOLD_WATCH_ROLE) {
+        return match serve_watch(&env, args.split_off(1)) {
+            Ok(()) => ExitCode::SUCCESS,
+            // Nobody listens to it.
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    match serve(&env, Invocation::read(args)) {
+        Outcome::Exec(args) => fail(&env.runtime.exec(&args, None)),
+        Outcome::ExecWithCriuConfig(args, config) => fail(&env.runtime.exec(&args, Some(&config))),
+        Outcome::Exit(code) => ExitCode::from(code),
     }
 }
 
-fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
+fn environment(program: &OsStr) -> Result<Environment, RuntimeError> {
     // Its path has the neighbours; what is started again is this very file, also when another one has
     // taken its name meanwhile.
     let beside = std::env::current_exe().map_err(|source| RuntimeError::Execute {
@@ -66,7 +78,7 @@ fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
     })?;
     let own = PathBuf::from(OWN_FILE);
     let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
-    let env = Environment {
+    Ok(Environment {
         runtime: Runtime::find(program, &own, &path)?,
         hook: beside.with_file_name("transship-hook"),
         tool: beside.with_file_name("transship"),
@@ -77,12 +89,7 @@ fn run(program: &OsStr, args: Vec<OsString>) -> Result<ExitCode, RuntimeError> {
         containerd: containerd_socket(),
         node_config: NODE_CONFIG.into(),
         criu_config_named: std::env::var_os(CRIU_CONFIG_VARIABLE).is_some(),
-    };
-    match serve(&env, Invocation::read(args)) {
-        Outcome::Exec(args) => Err(env.runtime.exec(&args, None)),
-        Outcome::ExecWithCriuConfig(args, config) => Err(env.runtime.exec(&args, Some(&config))),
-        Outcome::Exit(code) => Ok(ExitCode::from(code)),
-    }
+    })
 }
 
 /// The shim's environment names the socket for shims, which lies beside the one for all others.

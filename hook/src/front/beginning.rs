@@ -67,6 +67,8 @@ impl Front<'_> {
                 }
                 .into());
             }
+            let reason = format!("the checkpoint {named:?} has been restored for it before");
+            self.tell_cold_start(id, Some(named), &reason);
             return Ok(Beginning::Cold);
         }
         if let Some(staged) = staged

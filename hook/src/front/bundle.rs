@@ -159,6 +159,11 @@ impl Bundle {
         &self.dir
     }
 
+    /// Whether it has not been removed.
+    pub(super) fn is_there(&self) -> bool {
+        fs::symlink_metadata(self.path(CONFIG_FILE)).is_ok()
+    }
+
     pub(super) fn path(&self, file: impl AsRef<Path>) -> PathBuf {
         self.dir.join(file)
     }

@@ -42,7 +42,7 @@ impl Front<'_> {
             if let Some(restore) = marker.restore.filter(|_| marker.phase != Phase::Running) {
                 // The container is deleted whatever this does; a restore that is still held by this
                 // bundle is known for what it is by the next attempt.
-                drop(self.give_back(&restore));
+                drop(self.give_back(&restore, &bundle));
             }
         }
         Ok(Some(Outcome::Exit(exit_code(status))))

@@ -35,11 +35,20 @@ impl Front<'_> {
         let _claim = staged.claim()?;
         let plan = self.plan_namespaces(&create.id, &config, true)?;
         let original = Spec::parse(&config.original).expect("it was parsed before");
+        let work = bundle.path("work");
+        match fs::create_dir(&work) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).during("create", &work);
+            }
+            _ => {}
+        }
+        let watch = self.watch_hold(create, bundle)?;
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {
             if config.cri {
                 Self::tell_restored(&staged.request()?.checkpoint);
             }
+            watch.held();
             return Ok(Some(Outcome::Exit(0)));
         };
         if plan.has_made() {
@@ -114,12 +123,6 @@ impl Front<'_> {
         bundle.replace_config(&config.spec)?;
 
         let work = bundle.path("work");
-        match fs::create_dir(&work) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).during("create", &work);
-            }
-            _ => {}
-        }
         self.remove_aborted_restore(&create.id, bundle);
         let own_pod = plan.has_made().then(|| create.id.clone());
         let held_restore = self.held_restore(&create.id, bundle, config, staged)?;
@@ -206,14 +209,28 @@ impl Front<'_> {
         Ok(consumed.add_container(&restore.checkpoint, name, asker)?)
     }
 
-    /// Takes back a restore whose container has not run: the next attempt restores it again.
-    pub(super) fn give_back(&self, restore: &HeldRestore) -> Result<(), FrontError> {
-        Consumed::by(&self.env.consumed, &restore.owner)?
-            .give_back(&restore.checkpoint, &restore.container)?;
+    /// Takes back a restore whose container, in this bundle, has not run: the next attempt restores it
+    /// again. One that has begun to do so already has it.
+    pub(super) fn give_back(
+        &self,
+        restore: &HeldRestore,
+        bundle: &Bundle,
+    ) -> Result<(), FrontError> {
+        let consumed = Consumed::by(&self.env.consumed, &restore.owner)?;
+        let give_back =
+            |mut consumed: Consumed| consumed.give_back(&restore.checkpoint, &restore.container);
+        if restore.staged.as_os_str().is_empty() {
+            return Ok(give_back(consumed)?);
+        }
         let staged = Staged::at(restore.staged.clone());
         let Some(pod) = staged.pod().filter(|_| staged.path().is_dir()) else {
             return Ok(());
         };
+        let own = std::path::absolute(bundle.dir()).during("find", bundle.dir())?;
+        if matches!(staged.state()?, State::Held(other) if other != own) {
+            return Ok(());
+        }
+        give_back(consumed)?;
         // Without the sandbox's hook the next attempt stages it again.
         if matches!(restore.owner, Owner::Layer(_)) || pod.pins().is_empty() {
             staged.remove()?;

@@ -16,6 +16,7 @@ mod error;
 mod fit;
 mod held;
 mod held_restore;
+mod hold_watch;
 mod native_restore;
 mod pod_connections;
 mod reason;
@@ -43,6 +44,7 @@ use transship_sandbox::admission::node_config::NodeConfig;
 
 pub use error::{FitError, FrontError, RestoreError};
 pub(crate) use held::start_time;
+pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
 pub use rootfs::RootfsError;
 
 use self::error::FrontContext;

@@ -7,6 +7,7 @@ use super::bundle::Phase;
 use super::held::{release, start_time};
 use super::tell::Event;
 use super::{Front, FrontContext, FrontError, Outcome, RestoreError};
+use crate::restore_guard;
 
 impl Front<'_> {
     pub(super) fn start(&self, id: &str) -> Result<Option<Outcome>, FrontError> {
@@ -27,6 +28,12 @@ impl Front<'_> {
         if marker.phase != Phase::Held {
             return Ok(None);
         }
+        // The watch of the hold ends what is not started in time: it or this.
+        let work = bundle.path("work");
+        let _lock = restore_guard::lock(&work).during("lock", &work)?;
+        let Some(mut marker) = bundle.marker()? else {
+            return Ok(None);
+        };
         let pid = marker.pid;
         // Killed while it was held, and its pid perhaps given to another.
         if start_time(pid).ok() != Some(marker.start_time) {

@@ -1,0 +1,180 @@
+//! The process that ends a restore which nobody starts.
+//!
+//! ```text
+//!  shim ── front ── hold watch        started before the restore; the pipe on its stdin ends with the front
+//!            └──── guard ── runc ── CRIU ── tasks
+//!
+//!  the marker says, when the front is gone:
+//!    running, or nothing    the container was started, or deleted: ends
+//!    restoring              the front was killed: what the runtime has made is deleted
+//!    held                   the same, if the front was killed before it could say so; else, of the CRI,
+//!                           if `start` does not come within PATIENCE
+//! ```
+//!
+//! A shim whose call of `create` has passed its deadline kills the front, at any moment. What the runtime
+//! has made by then, and the file system that it has mounted for CRIU, have no container in the shim: nobody
+//! would delete them, and containerd removes the bundle. And a call that passes its
+//! deadline between `create` and `start` leaves containerd (seen with 2.1.9) with a task that its CRI
+//! plugin does not know: neither the container nor its pod can be removed, until somebody deletes the task.
+//! The CRI has one call for both, so what is held there without a start has been given up. Elsewhere a
+//! created container may wait for its start as long as it likes.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{ChildStdin, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::bundle::{Bundle, Phase};
+use super::held::start_time;
+use super::{Environment, Front, FrontContext, FrontError};
+use crate::argv::{self, Arguments, Invocation};
+use crate::descendants::kill_if_same;
+use crate::restore_guard;
+use crate::restore_log::{self, LOG_DIR};
+
+/// First argument of the front as watch; the rest are those of the call of `create`.
+pub const ROLE: &str = "transship-hold-watch";
+/// How long after `create` the start of a container of the CRI may come. One that comes later fails,
+/// and the next attempt is restored again.
+const PATIENCE: Duration = Duration::from_secs(20);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The front's end of the pipe to its watch, which sees when the front is gone.
+#[derive(Debug)]
+pub(super) struct HoldWatch(Option<ChildStdin>);
+
+impl HoldWatch {
+    /// The container is held, and the caller is about to hear of it.
+    pub(super) fn held(mut self) {
+        // A watch that is gone watches nothing.
+        drop(self.0.as_mut().map(|pipe| pipe.write_all(b"\n")));
+    }
+}
+
+impl Front<'_> {
+    /// Starts the watch of this call of `create`. It must be there until nothing is left of a failure.
+    pub(super) fn watch_hold(
+        &self,
+        create: &Arguments,
+        bundle: &Bundle,
+    ) -> Result<HoldWatch, FrontError> {
+        let (own, work) = (&self.env.own, bundle.path("work"));
+        let dir = File::open(&work).during("open", &work)?;
+        let mut child = Command::new(own)
+            // The front finds its runtime by its own name.
+            .arg0(self.env.runtime.name())
+            .arg(ROLE)
+            .args(self.with_globals("create", create.to_args()))
+            .stdin(Stdio::piped())
+            // containerd may remove the bundle while the guard of the restore still has its lock.
+            .stdout(dir)
+            // That of the call is the container's, and this may outlive it.
+            .stderr(Stdio::null())
+            .spawn()
+            .during("run", own)?;
+        Ok(HoldWatch(child.stdin.take()))
+    }
+
+    /// `told`: the caller may have heard that the container is held.
+    fn watch(&self, create: &Arguments, work: &File, told: bool) -> Result<(), FrontError> {
+        let bundle = Bundle::of(create);
+        let cri = bundle.any_config(&create.id)?.is_some_and(|it| it.cri);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The guard of the restore may outlive the front; and a start that has begun is waited for.
+            let lock = work.try_clone().and_then(restore_guard::lock_dir);
+            let lock = lock.during("lock", bundle.path("work"))?;
+            if !bundle.is_there() {
+                return self.delete_rest(&create.id, &bundle);
+            }
+            let Some(marker) = bundle.marker()? else {
+                return Ok(());
+            };
+            match marker.phase {
+                Phase::Running | Phase::Done => return Ok(()),
+                Phase::Held if told => {}
+                Phase::Restoring | Phase::Held => {
+                    drop(lock);
+                    return self.end(&create.id, &bundle);
+                }
+            }
+            if !cri {
+                return Ok(());
+            }
+            // One that has been killed, by the next attempt for instance, has been given up, too.
+            let is_there = start_time(marker.pid).ok() == Some(marker.start_time);
+            if !is_there || Instant::now() > deadline {
+                kill_if_same(marker.pid, marker.start_time);
+                drop(lock);
+                return self.end_given_up_hold(&create.id, &bundle);
+            }
+            drop(lock);
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn end_given_up_hold(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
+        let reason =
+            "it was restored, and given up before it was started: the next attempt is restored";
+        // Nobody could be told that nobody can be told.
+        let failed = restore_log::Outcome::Failed;
+        drop(restore_log::append(Path::new(LOG_DIR), id, failed, reason));
+        // containerd has the shim delete it, which calls `delete`. What containerd does not know, the
+        // shim may not know either.
+        drop(self.tool().args(["delete-task", id]).output());
+        self.end(id, bundle)
+    }
+
+    fn end(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
+        self.delete(id, true)?;
+        // Without a bundle it has done nothing.
+        self.delete_rest(id, bundle)
+    }
+
+    /// Deletes what the runtime has of a container whose bundle is gone.
+    fn delete_rest(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
+        let Some(state) = self.state_dir(id) else {
+            return Ok(());
+        };
+        if bundle.is_there() || !state.is_dir() {
+            return Ok(());
+        }
+        self.unmount_criu_root(id, bundle);
+        // The log that the caller has named was in the bundle, and without it no runtime does anything.
+        let mut args: Vec<OsString> = Vec::new();
+        if let Some(root) = &self.globals.root {
+            args.extend(["--root".into(), root.into()]);
+        }
+        if self.globals.systemd_cgroup {
+            args.push("--systemd-cgroup".into());
+        }
+        args.extend(["delete".into(), "--force".into(), id.into()]);
+        self.env.runtime.run(&self.env.own, &args)?;
+        self.remove_aborted_restore(id, bundle);
+        Ok(())
+    }
+}
+
+/// The watch; `args` are those of a call of `create`.
+///
+/// # Errors
+/// What was left could not be deleted.
+pub fn serve_watch(env: &Environment, args: Vec<OsString>) -> Result<(), FrontError> {
+    // A signal to the session of whoever made the container is not for this.
+    let _ = rustix::process::setsid();
+    let work = io::stdout().as_fd().try_clone_to_owned();
+    let work = File::from(work.during("take", "the work directory")?);
+    let mut said = Vec::new();
+    drop(io::stdin().read_to_end(&mut said));
+    let call = Invocation::read(args);
+    let argv::Command::Create(create) = &call.command else {
+        return Ok(());
+    };
+    let globals = &call.globals;
+    Front { env, globals }.watch(create, &work, !said.is_empty())
+}
