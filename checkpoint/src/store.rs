@@ -245,6 +245,18 @@ impl Store {
         })
     }
 
+    /// Removes the drafts whose maker has ended without a word.
+    ///
+    /// # Errors
+    /// A failing system call.
+    pub fn remove_orphans(&self) -> Result<(), StoreError> {
+        if !self.root.is_dir() {
+            return Ok(());
+        }
+        let _names = self.lock_names()?;
+        self.remove_orphaned_drafts()
+    }
+
     /// Removes a checkpoint.
     ///
     /// # Errors

@@ -23,6 +23,10 @@
 //!   < Running
 //!   < Durable          a power cut of the target loses nothing: the source is removed
 //!   either side, instead of its next message: Failed
+//!
+//! what became of a migration whose connection broke after Commit (source >, target <):
+//!   > Ask              its name
+//!   < Answer
 //! ```
 //!
 //! What becomes of the container on the target (its id, namespace, snapshotter, runtime, output) is
@@ -46,7 +50,7 @@ pub use receiver::{Limits, Receiver};
 pub use sender::Sender;
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
@@ -130,6 +134,9 @@ pub struct Offer {
     /// [`PROTOCOL`] of the source; 0: one that did not say it yet.
     #[serde(default)]
     pub protocol: u32,
+    /// What both sides call this migration: 32 hexadecimal digits that nobody guesses.
+    #[serde(default)]
+    pub migration: String,
     /// What tells the source's containerd from all others; empty: not known.
     #[serde(default)]
     pub node: String,
@@ -156,6 +163,20 @@ pub struct Blob {
     pub media_type: String,
     /// Labels in the source's content store: they keep children from garbage collection.
     pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// What became of the copy of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It runs, or has run, and all of it is on the disk.
+    Runs,
+    /// It has never run, never will, and nothing of it is left.
+    Aborted,
+    /// The target is still at it.
+    Undecided,
+    /// It was told to run and is not there any more: nobody knows whether it has run.
+    Lost,
 }
 
 /// One message.
@@ -212,6 +233,16 @@ pub enum Message {
     },
     /// Files, records and image of the copy are on the target's disk.
     Durable,
+    /// What became of a migration?
+    Ask {
+        /// Its name.
+        migration: String,
+    },
+    /// The answer.
+    Answer {
+        /// What became of the copy.
+        outcome: Outcome,
+    },
     /// The side that sends this has given up and cleaned up.
     Failed {
         /// Why, for people.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_engine::conversation::LINK_PATIENCE;
 use transship_engine::restore::Target;
@@ -34,7 +34,7 @@ Exit codes:
   3  the container, checkpoint or node does not exist
   4  refused before anything was touched; the reasons are printed
   5  the other node failed or cannot be reached; the source runs on
-  6  the connection broke in the moment of commitment; the source is left paused";
+  6  the connection broke in the moment of commitment; the source is left paused: transship recover";
 
 const CHECK_EXIT_CODES: &str = "\
 Each line is one of
@@ -45,6 +45,12 @@ Each line is one of
 Exit codes:
   0  no problem
   1  a problem, or several";
+
+const RECOVER_EXIT_CODES: &str = "\
+Exit codes:
+  0  all are decided, or there were none
+  3  there is no such migration
+  6  some are not decided; their sources stay paused";
 
 /// Which containerd, which of its namespaces, and how to print.
 #[derive(Debug, Clone, Args)]
@@ -81,6 +87,9 @@ pub(crate) enum Command {
     Restore(RestoreArgs),
     /// Move a running container to another node
     Migrate(MigrateArgs),
+    /// Decide migrations whose command has ended before it knew which copy runs
+    #[command(after_help = RECOVER_EXIT_CODES)]
+    Recover(RecoverArgs),
     /// Write a checkpoint to stdout
     Send(SendArgs),
     /// Read a checkpoint, or a migration, from stdin
@@ -109,6 +118,10 @@ pub(crate) enum Command {
     /// Publish in containerd's events what has become of a container (for the runtime front)
     #[command(hide = true)]
     Publish(PublishArgs),
+    /// End an arriving migration whose command is gone when the pipe on stdin ends (this program starts
+    /// it)
+    #[command(hide = true)]
+    ReceiveGuard,
     /// Kill and delete the task of a container (for the runtime front)
     #[command(hide = true)]
     DeleteTask {
@@ -233,6 +246,17 @@ pub(crate) struct CheckpointArgs {
     /// Leave the container paused
     #[arg(long)]
     pub(crate) leave_paused: bool,
+    /// The pod moves: leave it paused, and let nothing of it start on this node any more, unless the
+    /// checkpoint fails (recover --pod takes that back)
+    #[arg(long, requires = "pod")]
+    pub(crate) moved: bool,
+    /// With --moved where another runtime than transship's front would start the pod again: you delete it
+    /// before its liveness probes fail
+    #[arg(long, requires = "moved")]
+    pub(crate) source_pod_will_be_deleted: bool,
+    /// How long it may stand still.
+    #[command(flatten)]
+    pub(crate) freeze: FreezeArgs,
     /// When a dump is given up.
     #[command(flatten)]
     pub(crate) dump: DumpArgs,
@@ -305,6 +329,15 @@ impl TargetArgs {
             allowed: self.allow.iter().copied().collect(),
         }
     }
+}
+
+/// How long containers may stand still.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct FreezeArgs {
+    /// Give up when the container has stood still for this long, such as 800ms or 5s; it goes on
+    /// running. A dump by CRIU that has begun is waited for
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) max_freeze: Option<Duration>,
 }
 
 /// When the link of a migration is given up.
@@ -383,6 +416,9 @@ pub(crate) struct MigrateArgs {
     /// Let the container lose what does not come along
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) allow_lost: Vec<LostArg>,
+    /// How long it may stand still.
+    #[command(flatten)]
+    pub(crate) freeze: FreezeArgs,
     /// When the link is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,
@@ -395,6 +431,26 @@ pub(crate) struct MigrateArgs {
     /// What CRIU is told.
     #[command(flatten)]
     pub(crate) criu: CriuArgs<Moves>,
+}
+
+/// `transship recover`
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("by_hand").requires("what"), group = ArgGroup::new("what").args(["container", "pod"]))]
+pub(crate) struct RecoverArgs {
+    /// Container id [default: all that are not decided, of all namespaces]
+    pub(crate) container: Option<String>,
+    /// Instead a pod that checkpoint --moved has left paused, by its id or as namespace/name
+    #[arg(long, requires = "by_hand", conflicts_with = "once")]
+    pub(crate) pod: Option<String>,
+    /// Ask each other node once only, instead of until it answers
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Without asking: the copy does not run and never will; let the source run on
+    #[arg(long, group = "by_hand")]
+    pub(crate) source_runs: bool,
+    /// Without asking: the copy runs; end the source. Its files stay
+    #[arg(long, group = "by_hand")]
+    pub(crate) target_runs: bool,
 }
 
 /// `transship send`

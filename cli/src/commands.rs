@@ -17,6 +17,7 @@ mod ls;
 mod migrate;
 mod publish;
 mod receive;
+mod recover;
 mod restore;
 mod rm;
 mod send;
@@ -32,11 +33,13 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Checkpoint(args) => checkpoint::run(&global, args).await,
         Command::Restore(args) => restore::run(&global, args).await,
         Command::Migrate(args) => migrate::run(&global, args).await,
+        Command::Recover(args) => recover::run(&global, &args).await,
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
         Command::FreezeGuard => freeze_guard::run().await,
+        Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::Publish(args) => publish::run(&global, args).await,

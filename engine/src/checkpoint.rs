@@ -13,6 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::Instant;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared};
@@ -21,8 +22,9 @@ use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
-use crate::frozen::Frozen;
+use crate::frozen::{Frozen, at_most};
 use crate::interrupt::Interrupt;
+use crate::moved_pods::Mark;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
@@ -42,6 +44,23 @@ pub struct Request {
     pub empty_dirs: bool,
     /// How long the dump of a container may write nothing.
     pub dump_patience: Duration,
+    /// How long the containers may stand still; none: as long as it takes. A dump by CRIU that has begun
+    /// is waited for all the same.
+    pub max_freeze: Option<Duration>,
+    /// Whether the pod moves: then nothing of it starts here any more, unless the checkpoint fails.
+    pub moves: Moves,
+}
+
+/// Whether a pod is moved away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Moves {
+    /// It stays.
+    #[default]
+    No,
+    /// The runtime front keeps kubelet from starting it again.
+    Marked,
+    /// The same where the front runs it; else the caller deletes the pod in time.
+    WillBeDeleted,
 }
 
 impl Request {
@@ -52,6 +71,8 @@ impl Request {
             criu: CriuOverrides::default(),
             empty_dirs: false,
             dump_patience: PROGRESS_PATIENCE,
+            max_freeze: None,
+            moves: Moves::No,
         }
     }
 }
@@ -113,6 +134,8 @@ pub struct DumpTarget {
     dirs: SharedDirs,
     sandbox: Option<String>,
     dump_patience: Duration,
+    max_freeze: Option<Duration>,
+    moves: Moves,
 }
 
 impl DumpTarget {
@@ -148,6 +171,8 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
                 dirs: SharedDirs::default(),
                 sandbox: None,
                 dump_patience: request.dump_patience,
+                max_freeze: request.max_freeze,
+                moves: Moves::No,
             });
         }
     };
@@ -170,6 +195,8 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         sources: containers,
         sandbox: Some(sandbox),
         dump_patience: request.dump_patience,
+        max_freeze: request.max_freeze,
+        moves: request.moves,
     })
 }
 
@@ -186,14 +213,38 @@ pub async fn checkpoint(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
+    let mark = match (&target.pod, target.moves) {
+        (_, Moves::No) | (None, _) => None,
+        (Some(pod), moves) => {
+            let will_be_deleted = moves == Moves::WillBeDeleted;
+            Some(Mark::set(pod, &target.sources, name, will_be_deleted)?)
+        }
+    };
+    let taken = take(target, name, store, afterwards, interrupt, progress).await;
+    match (taken, mark) {
+        (Err(error), Some(mark)) => Err(mark.take_back(error)),
+        (taken, _) => taken,
+    }
+}
+
+async fn take(
+    target: &DumpTarget,
+    name: &str,
+    store: &Store,
+    afterwards: Afterwards,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
     let mut timeline = Timeline::begin();
     let draft = store.draft(name)?;
 
     progress.step("dump");
     timeline.freeze();
+    let began = Instant::now();
     let tasks = target.sources.iter().map(SourceContainer::to_freeze);
     let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
-    let dumped = match dump_all(target, draft.dir(), &mut timeline).await {
+    let dump = dump_all(target, draft.dir(), &mut timeline);
+    let dumped = match at_most(target.max_freeze, began, dump).await {
         Ok(dumped) => dumped,
         Err(error) => return Err(frozen.thaw_after(error).await),
     };

@@ -3,31 +3,26 @@
 //! standing still for ever.
 //!
 //! ```text
-//!  transship ──── pipe ────> PROGRAM freeze-guard              (a session of its own)
-//!     │ JSON: what is frozen     reads it, and waits
-//!     │ a byte: done             reads it: ends
+//!  transship ──── pipe ────> PROGRAM freeze-guard              (see guard_process)
 //!     └ end of file              waits for the dump, lets them run, removes the draft
 //! ```
 //!
-//! It is started before the freeze, so that there is no moment without it, and does nothing as long
-//! as the pipe is open. A dump that containerd or the runtime is taking goes on without its caller;
+//! It is started before the freeze. A dump that containerd or the runtime is taking goes on without its caller;
 //! CRIU must come to its end, or it would leave its code in the tasks.
 //!
 //! It ends when it has seen each container run, or has seen that it is gone. Where containerd does not
 //! answer, the OCI runtime lets the container run.
 
 use std::fs;
-use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
+use crate::guard_process::{self, GuardProcess};
 use crate::oci_runtime::OciRuntime;
 use crate::stuck_dump;
 use crate::thaw::{self, Seen};
@@ -69,11 +64,7 @@ struct Orders {
 
 /// Lets containers run should this process vanish, or drop it without [`Self::stand_down`].
 #[derive(Debug)]
-pub struct FreezeGuard {
-    pipe: PipeWriter,
-    // Waited for by tokio when it has ended.
-    _process: Child,
-}
+pub struct FreezeGuard(GuardProcess);
 
 impl FreezeGuard {
     /// Starts the guard of these tasks, whose dump is written below `draft`.
@@ -88,29 +79,12 @@ impl FreezeGuard {
             draft: draft.map(Path::to_path_buf),
             tasks: to_thaw.cloned().collect(),
         };
-        let mut line = serde_json::to_vec(&orders).context("cannot write the guard's orders")?;
-        line.push(b'\n');
-        let (reader, mut pipe) = io::pipe().context("cannot make a pipe")?;
-        let process = Command::new("/proc/self/exe")
-            .arg(ARGUMENT)
-            .stdin(reader)
-            // It may outlive us, and whoever waits for the end of our output must not wait for it.
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start the guard of the frozen containers")?;
-        pipe.write_all(&line)
-            .context("cannot give the guard of the frozen containers its orders")?;
-        Ok(Self {
-            pipe,
-            _process: process,
-        })
+        GuardProcess::start(ARGUMENT, &orders).map(Self)
     }
 
     /// The containers run, or are to stay as they are.
-    pub fn stand_down(mut self) {
-        // A guard that is gone stands down as well.
-        drop(self.pipe.write_all(b"."));
+    pub fn stand_down(self) {
+        self.0.stand_down();
     }
 }
 
@@ -119,9 +93,7 @@ impl FreezeGuard {
 /// # Errors
 /// Its orders cannot be read, or the draft cannot be removed.
 pub async fn run() -> Result<()> {
-    // No signal of the terminal is meant for it.
-    let _ = nix::unistd::setsid();
-    let Some(orders) = tokio::task::spawn_blocking(read_orders).await?? else {
+    let Some(orders) = guard_process::orders::<Orders>().await? else {
         return Ok(());
     };
     if let Some(draft) = &orders.draft {
@@ -134,23 +106,6 @@ pub async fn run() -> Result<()> {
         Some(draft) => remove_draft(draft).await,
         None => Ok(()),
     }
-}
-
-/// Waits for the end of the pipe; none when there is nothing to do.
-fn read_orders() -> Result<Option<Orders>> {
-    let mut input = BufReader::new(io::stdin());
-    let mut line = String::new();
-    let mut said = Vec::new();
-    input
-        .read_line(&mut line)
-        .and_then(|_| input.read_to_end(&mut said))
-        .context("cannot read what is frozen")?;
-    // Without a whole line nothing is frozen yet.
-    if !line.ends_with('\n') || !said.is_empty() {
-        return Ok(None);
-    }
-    let orders = serde_json::from_str(&line).context("cannot read what is frozen")?;
-    Ok(Some(orders))
 }
 
 /// Tries until the task has been seen to run, or is gone.

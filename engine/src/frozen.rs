@@ -154,6 +154,15 @@ impl Frozen {
 }
 
 impl Committed {
+    /// Paused tasks whose command has ended.
+    pub(crate) fn of(node: &Containerd, tasks: Vec<TaskToFreeze>) -> Self {
+        Self(Tasks {
+            node: node.clone(),
+            tasks,
+            draft: None,
+        })
+    }
+
     /// Lets them run: no copy does.
     ///
     /// # Errors
@@ -227,6 +236,24 @@ impl Tasks {
             }
             sleep(PAUSE).await;
         }
+    }
+}
+
+/// Runs what is done while containers stand still, for at most `most` since `began`.
+pub(crate) async fn at_most<T>(
+    most: Option<Duration>,
+    began: Instant,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let Some(most) = most else {
+        return work.await;
+    };
+    match tokio::time::timeout_at(began + most, work).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::failed(format!(
+            "it has stood still for {} ms, and not more is allowed (--max-freeze)",
+            began.elapsed().as_millis()
+        ))),
     }
 }
 

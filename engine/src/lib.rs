@@ -4,10 +4,12 @@
 //!  checkpoint --> source, pod, pod_ended, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  send, receive                             <-> checkpoint directory as a stream
-//!  migrate --> conversation --> receive, restore on the other node
+//!  migrate --> conversation --> receive, restore on the other node;  migrate::recover: the end of one that
+//!  was cut off
 //!  restart_policy: keeps containerd from starting what a migration has frozen
+//!  moved_pods: pods that must not start again where they were
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
-//!  cannot;  kill: their end;  stuck_dump: ends a dump
+//!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  listing: the checkpoints of a store;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told
@@ -36,8 +38,9 @@
 //! ```
 //!
 //! # What a program that calls it must do
-//! Two of its parts run the calling program again: the guard of frozen containers
-//! (`PROGRAM freeze-guard`, which calls [`freeze_guard::run`]), and the export of the upperdir in the
+//! Three of its parts run the calling program again: the guard of frozen containers
+//! (`PROGRAM freeze-guard`, which calls [`freeze_guard::run`]), that of a migration that arrives
+//! (`PROGRAM receive-guard`, [`receive::run_guard`]), and the export of the upperdir in the
 //! middle of a dump with `link-remap` (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`).
 
 pub mod check;
@@ -46,12 +49,14 @@ pub mod conversation;
 pub mod error;
 pub mod freeze_guard;
 pub mod frozen;
+mod guard_process;
 pub mod image_blobs;
 pub mod interrupt;
 mod kill;
 pub mod listing;
 pub mod message_queues;
 pub mod migrate;
+pub mod moved_pods;
 pub mod node_service;
 pub mod oci_runtime;
 pub mod overlay_mounts;

@@ -1,13 +1,14 @@
 //! The source's side of a migration.
 //!
 //! ```text
-//!              before Commit                 | Commit sent     | Running heard    | Durable heard
-//!   on failure: source resumes, target       | source stays    | source is ended, | source is
-//!               removes what it made         | paused; record  | its files stay   | removed
+//!              before Commit                 | Commit sent        | Running heard      | Durable heard
+//!   on failure: source resumes, target       | the target is asked | source is ended,   | source is
+//!               removes what it made         | (ask); else source  | its files stay     | removed, and
+//!                                            | stays paused        | until it is asked  | the record
 //! ```
 //!
-//! `record` is the file of this one migration: it keeps others from the same container, and tells what
-//! was under way when this process ended after `Commit`. `restart_policy` keeps containerd from making
+//! `record` is the file of this one migration: it keeps others from the same container, and from `Commit`
+//! on tells what is under way; `recover` ends what this process has left. `restart_policy` keeps containerd from making
 //! a second copy meanwhile. `transaction` is the talk with the target (`engine::receive`).
 
 use std::path::Path;
@@ -22,16 +23,21 @@ use crate::error::{Context, Error, Kind, Result, one_line};
 use crate::image_blobs;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
+use crate::receive::new_migration;
 use crate::restart_policy;
 use crate::restore::Target;
 use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
+mod ask;
 mod network;
 mod record;
+mod recover;
 mod remote;
 mod transaction;
 
+pub use record::Pending;
+pub use recover::{Decided, Decision, pending, recover};
 pub use remote::receive_arguments;
 
 use record::Record;
@@ -55,6 +61,8 @@ pub struct Request {
     pub lose_network: bool,
     /// How long a dump may write nothing.
     pub dump_patience: Duration,
+    /// How long the source may stand still before the copy is told to run; none: as long as it takes.
+    pub max_freeze: Option<Duration>,
     /// How long the link may be silent.
     pub link_patience: Duration,
     /// What becomes of it on the other node; CRIU's options are those of the dump, too.
@@ -72,6 +80,7 @@ impl Request {
             keep_source: false,
             lose_network: false,
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
+            max_freeze: None,
             link_patience: LINK_PATIENCE,
             target: Target::default(),
         }
@@ -83,8 +92,8 @@ impl Request {
 pub struct Report {
     /// Its id there.
     pub container: String,
-    /// Process id of its first process there.
-    pub pid: u32,
+    /// Process id of its first process there, if the other node has said it.
+    pub pid: Option<u32>,
     /// Bytes that were moved.
     pub bytes: u64,
     /// What took how long.
@@ -125,6 +134,16 @@ pub async fn migrate(
         tracing::warn!(error = %one_line(&error), "parts of the image are missing, and cannot be made again");
         None
     });
+    let pending = Pending {
+        migration: new_migration()?,
+        namespace: node.namespace().to_owned(),
+        container: container.id().to_owned(),
+        to: request.to.clone(),
+        remote_program: request.remote_program.clone(),
+        was_paused: container.was_paused,
+        keep_source: request.keep_source,
+        since: String::new(),
+    };
     let mut remote = Remote::start(node.namespace(), request)?;
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
@@ -133,6 +152,8 @@ pub async fn migrate(
         store,
         request,
         record: &record,
+        pending,
+        durable: false,
         conversation: Conversation::new(input, output, interrupt.clone()),
         timeline: Timeline::begin(),
         progress,
@@ -141,7 +162,9 @@ pub async fn migrate(
         estimate: 0,
     };
     let result = transaction.carry_out().await;
-    if let Err(error) = &result {
+    if let Err(error) = &result
+        && error.kind() != Kind::Uncertain
+    {
         transaction.conversation.give_up(error.one_line()).await;
     }
     let moved = match result {
@@ -163,7 +186,7 @@ pub async fn migrate(
     let status = remote.end(cut_short).await;
     let (pid, finished) = moved.map_err(|error| remote::blame(error, request, status.as_ref()))?;
     let id = container.id();
-    finished.with_context(|| format!("{id:?} runs on the other node, pid {pid} there"))?;
+    finished.with_context(|| format!("{id:?} runs on the other node"))?;
     Ok(Report {
         container: request.target.id.clone().unwrap_or_else(|| id.to_owned()),
         pid,
@@ -178,12 +201,18 @@ async fn end_source(node: &Containerd, container: &SourceContainer) -> Result<()
 }
 
 /// Removes what is left of the source.
-async fn remove_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
-    node.delete_container(container.id()).await?;
-    node.snapshotter(&container.container.snapshotter)
-        .remove_if_exists(&container.snapshot_key)
-        .await?;
-    Ok(())
+async fn remove_source(node: &Containerd, id: &str) -> Result<()> {
+    let record = match node.container(id).await {
+        Err(error) if error.is_not_found() => return Ok(()),
+        record => record?,
+    };
+    let removed = async {
+        node.delete_container(id).await?;
+        node.snapshotter(&record.snapshotter)
+            .remove_if_exists(&record.snapshot_key)
+            .await
+    };
+    removed.await.context("it could not be removed here")
 }
 
 /// The error, and that the source runs on, as far as `thawed` says so.

@@ -64,6 +64,17 @@ impl OciRuntime {
         }
     }
 
+    /// Its program, without directories.
+    pub(crate) fn name(&self) -> String {
+        let name = self.binary.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    /// Whether it is transship's front, which looks after the container's later lives.
+    pub(crate) fn is_front(&self) -> bool {
+        self.name().starts_with("transship-")
+    }
+
     /// Dumps a container into `images` and leaves it as it is.
     ///
     /// # Errors

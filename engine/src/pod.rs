@@ -37,7 +37,7 @@ pub struct SourcePod {
 /// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
 pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
     let records = node.all_containers().await?;
-    let sandbox = the_running_one(node, find_sandboxes(&records, selector)?, selector).await?;
+    let sandbox = find_sandbox(node, &records, selector).await?;
     let mut containers = Vec::new();
     let mut stopped = Vec::new();
     for record in records
@@ -66,6 +66,15 @@ pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Re
         containers,
         ended,
     })
+}
+
+/// The sandbox with this id (or the beginning of it), or of `namespace/name` the one that runs.
+pub(crate) async fn find_sandbox<'a>(
+    node: &Containerd,
+    records: &'a [Record],
+    selector: &str,
+) -> Result<&'a Record> {
+    the_running_one(node, find_sandboxes(records, selector)?, selector).await
 }
 
 /// `hostUsers: false`: a dump is made, and cannot be restored.
@@ -138,7 +147,7 @@ fn find_sandboxes<'a>(records: &'a [Record], selector: &str) -> Result<Vec<&'a R
 }
 
 /// The sandbox that a container belongs to; none for a sandbox itself.
-fn sandbox_of(record: &Record) -> Option<String> {
+pub(crate) fn sandbox_of(record: &Record) -> Option<String> {
     if record
         .labels
         .get(labels::KIND)

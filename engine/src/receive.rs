@@ -6,6 +6,8 @@
 //!              image       blobs and layers, under a lease
 //!              restore::hold, start
 //!              durable     on the disk before the source is removed
+//!              arrival     the record of how far it has come;  settle: the end of one that was cut off
+//!  Ask   --> what became of a migration
 //! ```
 //!
 //! The target makes nothing that it cannot take back until the source says `Commit`; the protocol
@@ -17,7 +19,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
-use transship_checkpoint::wire::{Limits, Message, WireError, unexpected};
+use transship_checkpoint::wire::{Limits, Message, Outcome, WireError, unexpected};
 use transship_containerd::Containerd;
 
 use crate::conversation::{Conversation, LINK_PATIENCE};
@@ -26,10 +28,15 @@ use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::restore::Target;
 
+mod arrival;
 mod durable;
 mod image;
 mod leases;
 mod migration;
+mod settle;
+
+pub use arrival::{Arrivals, new_migration};
+pub use settle::{ARGUMENT as GUARD_ARGUMENT, run_guard, settle_all};
 
 /// Bytes of the store's file system that stay free.
 pub const KEEP_FREE: u64 = 64 << 20;
@@ -70,6 +77,8 @@ pub enum Received {
         /// Process id of its first process.
         pid: u32,
     },
+    /// Nothing: the source of an earlier migration has asked what became of it.
+    Asked(Outcome),
 }
 
 /// Receives a checkpoint or a migration. `connect` makes the connection to containerd, which a
@@ -122,6 +131,24 @@ pub async fn receive(
                 conversation.give_up(error.one_line()).await;
             }
             result
+        }
+        Message::Ask { migration } => {
+            conversation.watch(request.link_patience)?;
+            let answer = async {
+                let node = connect().await?;
+                settle::outcome(&node, store, &Arrivals::default(), &migration).await
+            };
+            match answer.await {
+                Ok(outcome) => {
+                    let told = conversation.send(Message::Answer { outcome }).await;
+                    conversation.close();
+                    told.map(|()| Received::Asked(outcome))
+                }
+                Err(error) => {
+                    conversation.give_up(error.one_line()).await;
+                    Err(error)
+                }
+            }
         }
         other => Err(unexpected("a checkpoint or a migration", &other).into()),
     }

@@ -25,7 +25,7 @@ mod plan;
 mod spec;
 mod target;
 
-pub use held::{LEASE, Restored, hold};
+pub use held::{LEASE, Restored, hold, remove_copy, settle};
 pub use plan::{Plan, plan};
 pub use target::{Target, allowed_by_node};
 

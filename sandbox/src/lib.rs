@@ -25,6 +25,7 @@ mod files;
 mod ipc_record;
 mod linked_images;
 mod loopback;
+pub mod moved;
 mod pins;
 mod pod_dir;
 pub mod shared_dirs;

@@ -25,6 +25,7 @@ mod images_incomplete;
 mod images_with_links;
 mod journey;
 mod kubernetes;
+mod migration_cut;
 mod migration_faults;
 mod node_api;
 mod one_copy;
@@ -32,6 +33,7 @@ mod pod_refusals;
 mod pods;
 mod pods_closed;
 mod pods_kubelet;
+mod pods_moved;
 mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
@@ -153,6 +155,8 @@ fn main() -> ExitCode {
         .chain(image_labels::cases())
         .chain(journey::cases())
         .chain(kubernetes::cases())
+        .chain(migration_cut::cases())
+        .chain(pods_moved::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())
         .chain(one_copy::cases())

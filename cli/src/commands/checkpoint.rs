@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use transship_engine::Result;
-use transship_engine::checkpoint::{self, Afterwards, Report, Request, Selection};
+use transship_engine::checkpoint::{self, Afterwards, Moves, Report, Request, Selection};
 use transship_engine::interrupt::Interrupt;
 use transship_engine::timeline::human_bytes;
 
@@ -24,8 +24,14 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         criu: args.criu.overrides(),
         empty_dirs: args.volumes.contains(&VolumesArg::EmptyDir),
         dump_patience: args.dump.patience(),
+        max_freeze: args.freeze.max_freeze,
+        moves: match (args.moved, args.source_pod_will_be_deleted) {
+            (false, _) => Moves::No,
+            (true, false) => Moves::Marked,
+            (true, true) => Moves::WillBeDeleted,
+        },
     };
-    let afterwards = if args.leave_paused {
+    let afterwards = if args.leave_paused || args.moved {
         Afterwards::Paused
     } else {
         Afterwards::Run

@@ -13,7 +13,7 @@ use crate::progress::Progress;
 #[derive(Serialize)]
 struct Migrated {
     container: String,
-    pid: u32,
+    pid: Option<u32>,
     bytes: u64,
     timeline: Report,
 }
@@ -32,10 +32,11 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
         timeline: done.timeline.report(),
     };
     print(global, &shown, || {
+        let pid = shown.pid.map(|pid| format!(", pid {pid} there"));
         format!(
-            "{} runs on the other node, pid {} there ({} moved)\n{}",
+            "{} runs on the other node{} ({} moved)\n{}",
             shown.container,
-            shown.pid,
+            pid.unwrap_or_default(),
             human_bytes(shown.bytes),
             done.timeline.draw()
         )
@@ -49,6 +50,7 @@ fn request(args: MigrateArgs) -> Request {
         keep_source: args.keep_source,
         lose_network: args.allow_lost.contains(&LostArg::Network),
         dump_patience: args.dump.patience(),
+        max_freeze: args.freeze.max_freeze,
         link_patience: args.link.patience(),
         target: args.target.target(args.criu.overrides()),
         ..Request::new(args.container, args.to)

@@ -42,7 +42,7 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<ExitCode> 
         Ok(Received::Checkpoint(checkpoint)) => print(global, &checkpoint.manifest, || {
             format!("{}\n", checkpoint.dir.display())
         })?,
-        Ok(Received::Migrated { .. }) => {}
+        Ok(Received::Migrated { .. } | Received::Asked(_)) => {}
         Err(error) if comes_from_the_other_side(&error) => return Ok(exit_code(Kind::Target)),
         Err(error) => return Err(error),
     }

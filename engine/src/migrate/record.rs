@@ -2,25 +2,49 @@
 //!
 //! ```text
 //! /run/transship/migrations/<namespace>:<container>        locked (flock): a migration is under way
-//! /var/lib/transship/migrations/<namespace>:<container>    Commit has been sent: the command that leads
-//!                                                          to the target, and the time. Left behind
-//!                                                          with the container paused: nobody knows
-//!                                                          which copy runs
+//! /var/lib/transship/migrations/<namespace>:<container>    JSON: Pending. `Commit` is about to be sent,
+//!                                                          or has been, and the source is not gone yet
 //! ```
+//!
+//! A record whose lock nobody has was left behind: nobody knows which copy runs, until
+//! `transship recover` has asked the target.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 
 /// As much of a record as is read, in bytes.
-const LIMIT: u64 = 4096;
+const LIMIT: u64 = 64 << 10;
+/// The end of the name of a record that is being written.
+const UNFINISHED: &str = "~";
+
+/// A migration whose end is not known here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// What both sides call it.
+    pub migration: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Id of the container here.
+    pub container: String,
+    /// The command that leads to the other node.
+    pub to: String,
+    /// The program's path there.
+    pub remote_program: String,
+    /// Whether somebody had paused it before.
+    pub was_paused: bool,
+    /// Whether record and snapshot stay here.
+    pub keep_source: bool,
+    /// When `Commit` was sent, as in RFC 3339.
+    pub since: String,
+}
 
 /// The record of one migration, whose lock is held as long as this is there.
 #[derive(Debug)]
@@ -66,44 +90,41 @@ impl Record {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// # Errors
     /// An earlier migration of the container, which is paused, has not been decided.
     pub(super) fn check_clear(&self, id: &str, namespace: &str) -> Result<()> {
-        let file = match File::open(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            file => file,
+        let Some(pending) = read(&self.path)? else {
+            return Ok(());
         };
-        let mut text = String::new();
-        file.and_then(|file| file.take(LIMIT).read_to_string(&mut text))
-            .with_context(|| format!("cannot read {}", self.path.display()))?;
-        let to = text.lines().next().unwrap_or_default();
+        let to = pending.to;
         Err(Error::refused(format!(
             "an earlier migration of {id:?} by {to:?} has not been decided: it may run there"
         ))
-        .hint("if it does not, let it go on here first:")
-        .hint(format!("  ctr -n {namespace} tasks resume {id}")))
+        .hint(format!("transship -n {namespace} recover {id}")))
     }
 
     /// Writes down that the target is told to let the copy run.
-    pub(super) fn write(&self, to: &str) -> Result<()> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.map_or(0, |since| since.as_secs());
+    pub(super) fn write(&self, pending: &Pending) -> Result<()> {
+        let failed = || format!("cannot write {}", self.path.display());
+        let json = serde_json::to_vec(pending).with_context(failed)?;
+        let mut new = self.path.clone().into_os_string();
+        // No id of containerd ends so.
+        new.push(UNFINISHED);
         let written = || {
             let mut file = OpenOptions::new()
                 .write(true)
-                .create_new(true)
+                .create(true)
+                .truncate(true)
                 .mode(0o600)
-                .open(&self.path)?;
-            file.write_all(format!("{}\n{now}\n", to.escape_debug()).as_bytes())?;
+                .custom_flags(nix::libc::O_NOFOLLOW)
+                .open(&new)?;
+            file.write_all(&json)?;
             file.sync_all()?;
+            fs::rename(&new, &self.path)?;
             let dir = self.path.parent().unwrap_or(Path::new("/"));
             File::open(dir)?.sync_all()
         };
-        written().with_context(|| format!("cannot write {}", self.path.display()))
+        written().with_context(failed)
     }
 
     /// It is known which copy runs.
@@ -113,6 +134,38 @@ impl Record {
             removed => removed.with_context(|| format!("cannot remove {}", self.path.display())),
         }
     }
+}
+
+/// All records in a directory.
+pub(super) fn list(records: &Path) -> Result<Vec<Pending>> {
+    let failed = || format!("cannot list {}", records.display());
+    let entries = match fs::read_dir(records) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(failed)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(failed)?.path();
+        // One that was being written when the node went down: nothing was sent.
+        if !path.to_string_lossy().ends_with(UNFINISHED) {
+            found.extend(read(&path)?);
+        }
+    }
+    found.sort_by(|a, b| a.since.cmp(&b.since));
+    Ok(found)
+}
+
+fn read(path: &Path) -> Result<Option<Pending>> {
+    let failed = || format!("cannot read {}", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.with_context(failed)?,
+    };
+    let mut json = Vec::new();
+    file.take(LIMIT)
+        .read_to_end(&mut json)
+        .with_context(failed)?;
+    serde_json::from_slice(&json).map(Some).with_context(failed)
 }
 
 #[cfg(test)]
@@ -140,13 +193,26 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let record = take(dir.path(), "default").unwrap();
         record.check_clear("web", "default").unwrap();
-        record.write("ssh node-b").unwrap();
+        let pending = Pending {
+            migration: "0123".into(),
+            namespace: "default".into(),
+            container: "web".into(),
+            to: "ssh node-b".into(),
+            remote_program: "transship".into(),
+            was_paused: false,
+            keep_source: false,
+            since: "2026-01-02T03:04:05Z".into(),
+        };
+        record.write(&pending).unwrap();
         drop(record);
+        let records = dir.path().join("records");
+        assert_eq!(list(&records).unwrap(), [pending]);
         let record = take(dir.path(), "default").unwrap();
         let error = record.check_clear("web", "default").unwrap_err();
         assert!(error.to_string().contains("ssh node-b"), "{error}");
         record.clear().unwrap();
         record.check_clear("web", "default").unwrap();
-        assert_eq!(fs::read_dir(dir.path().join("records")).unwrap().count(), 0);
+        assert!(list(&records).unwrap().is_empty());
+        assert!(list(&dir.path().join("none")).unwrap().is_empty());
     }
 }

@@ -26,14 +26,15 @@ impl Remote {
     /// Runs `COMMAND transship receive ...`; the command goes through a shell, so that it can have
     /// arguments of its own.
     pub(super) fn start(namespace: &str, request: &Request) -> Result<Self> {
-        let to = &request.to;
+        let words = receive_arguments(namespace, request);
+        Self::run(&request.to, &request.remote_program, &words)
+    }
+
+    /// Runs `to program words`.
+    pub(super) fn run(to: &str, program: &str, words: &[String]) -> Result<Self> {
         let child = Command::new("sh")
-            .args(["-c", &format!("{to} \"$@\""), "sh", &request.remote_program])
-            .args(
-                receive_arguments(namespace, request)
-                    .iter()
-                    .map(|word| quoted(word)),
-            )
+            .args(["-c", &format!("{to} \"$@\""), "sh", program])
+            .args(words.iter().map(|word| quoted(word)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -7,16 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use transship_checkpoint::manifest::{Container, IMAGES_DIR, Shared};
 use transship_checkpoint::store::{Draft, Store, list_files};
-use transship_checkpoint::wire::{Message, Offer, PROTOCOL, unexpected};
+use transship_checkpoint::wire::{Message, Offer, Outcome, PROTOCOL, unexpected};
 use transship_containerd::{Containerd, unique};
 
-use super::record::Record;
+use super::ask::Question;
+use super::record::{Pending, Record};
+use super::recover::undecided;
 use super::{Request, end_source, is_refusal_of_target, remove_source, resume_source};
 use crate::conversation::Conversation;
-use crate::error::{Context, Error, Kind, Result};
-use crate::frozen::{Committed, Frozen};
+use crate::error::{Context, Error, Result};
+use crate::frozen::{Committed, Frozen, at_most};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -44,6 +47,10 @@ pub(super) struct Transaction<'a> {
     pub(super) store: &'a Store,
     pub(super) request: &'a Request,
     pub(super) record: &'a Record,
+    /// What the record says.
+    pub(super) pending: Pending,
+    /// Whether the copy is known to be on the target's disk.
+    pub(super) durable: bool,
     pub(super) conversation: Conversation,
     pub(super) timeline: Timeline,
     pub(super) progress: &'a dyn Progress,
@@ -56,19 +63,21 @@ pub(super) struct Transaction<'a> {
 impl Transaction<'_> {
     /// Everything up to the moment when the copy runs; gives the source, which still stands still. On
     /// failure the source runs, unless nobody can know which does.
-    pub(super) async fn carry_out(&mut self) -> Result<(u32, Committed)> {
+    pub(super) async fn carry_out(&mut self) -> Result<(Option<u32>, Committed)> {
         self.offer().await?;
         let name = format!("migration-{}-{}", self.container.id(), unique());
         let draft = self.store.draft(&name)?;
         self.interrupt.check()?;
         self.timeline.freeze();
+        let began = Instant::now();
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
                 return Err(resume_source(self.node, self.container, Ok(()), error).await);
             }
         };
-        if let Err(error) = self.move_and_record(&draft).await {
+        let most = self.request.max_freeze;
+        if let Err(error) = at_most(most, began, self.move_and_record(&draft)).await {
             frozen.wait_for_dump().await;
             let thawed = frozen.thaw().await;
             let error = resume_source(self.node, self.container, thawed, error).await;
@@ -88,7 +97,8 @@ impl Transaction<'_> {
     async fn move_and_record(&mut self, draft: &Draft) -> Result<()> {
         self.move_frozen(draft).await?;
         self.interrupt.check()?;
-        self.record.write(&self.request.to)
+        self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
+        self.record.write(&self.pending)
     }
 
     /// Says what will come, and sends the parts of the image that the target lacks.
@@ -104,6 +114,7 @@ impl Transaction<'_> {
         let spec = String::from_utf8(self.container.spec.clone());
         let offer = Offer {
             protocol: PROTOCOL,
+            migration: self.pending.migration.clone(),
             node: self.node.server_id().await?,
             container: self.container.container.clone(),
             spec: spec.context("the spec is not text")?,
@@ -224,9 +235,9 @@ impl Transaction<'_> {
             })
             .await?;
 
-        let dumped = Arc::new(AtomicBool::new(false));
+        let dumped = SetAtEnd(Arc::new(AtomicBool::new(false)));
         let follow = {
-            let (name, dir, dumped) = (name.clone(), dir.clone(), Arc::clone(&dumped));
+            let (name, dir, dumped) = (name.clone(), dir.clone(), Arc::clone(&dumped.0));
             let mut count = self.progress.counter();
             self.conversation.write(move |sender| {
                 let complete = || dumped.load(Ordering::Acquire);
@@ -243,7 +254,7 @@ impl Transaction<'_> {
                 .container
                 .dump(self.node, draft.dir(), self.request.dump_patience)
                 .await;
-            dumped.store(true, Ordering::Release);
+            drop(dumped);
             result
         };
         let (dump, followed) = tokio::join!(dump, follow);
@@ -298,7 +309,7 @@ impl Transaction<'_> {
     }
 
     /// The one moment in which a lost connection leaves it open which copy runs.
-    async fn commit(&mut self, source: Committed) -> Result<(u32, Committed)> {
+    async fn commit(&mut self, source: Committed) -> Result<(Option<u32>, Committed)> {
         let from = self.timeline.now();
         let sent = self
             .conversation
@@ -312,22 +323,56 @@ impl Transaction<'_> {
             }
             Err(error) => Err(error),
         };
-        match answer {
+        let lost = match answer {
             Ok(Message::Running { pid }) => {
                 self.timeline.thaw();
                 self.timeline.step("commit", from, None);
-                Ok((pid, source))
+                return Ok((Some(pid), source));
             }
-            Ok(other) => Err(self.uncertain(unexpected("the copy to run", &other).into())),
+            Ok(other) => unexpected("the copy to run", &other).into(),
             // The target says that its copy does not run.
             Err(error) if is_refusal_of_target(&error) => {
-                let thawed = source.thaw().await;
-                let error = resume_source(self.node, self.container, thawed, error).await;
-                self.record.clear()?;
-                Err(error)
+                return Err(self.resume(source, error).await);
             }
-            Err(error) => Err(self.uncertain(error)),
+            Err(error) => error,
+        };
+        // The target must see that nothing more comes.
+        self.conversation.close();
+        self.progress.step("asking the other node which copy runs");
+        match self.ask().await {
+            Ok(Outcome::Runs) => {
+                self.durable = true;
+                self.timeline.thaw();
+                self.timeline.step("commit", from, None);
+                Ok((None, source))
+            }
+            Ok(Outcome::Aborted) => Err(self.resume(source, lost).await),
+            Ok(outcome) => Err(undecided(&self.pending, outcome).because(lost)),
+            Err(_) => Err(undecided(&self.pending, Outcome::Undecided).because(lost)),
         }
+    }
+
+    /// The copy never runs.
+    async fn resume(&self, source: Committed, error: Error) -> Error {
+        let thawed = source.thaw().await;
+        let error = resume_source(self.node, self.container, thawed, error).await;
+        match self.record.clear() {
+            Ok(()) => error,
+            Err(left) => left.after(error),
+        }
+    }
+
+    /// Asks until the target must have noticed that the link is gone.
+    async fn ask(&self) -> Result<Outcome> {
+        let question = Question {
+            to: &self.request.to,
+            remote_program: &self.request.remote_program,
+            namespace: self.node.namespace(),
+            migration: &self.pending.migration,
+            link_patience: self.request.link_patience,
+        };
+        let patience = self.request.link_patience * 2;
+        question.ask_on(Some(patience), self.interrupt).await
     }
 
     /// The copy runs: ends the source, and removes it as soon as a power cut of the target loses
@@ -339,57 +384,47 @@ impl Transaction<'_> {
         end_source(self.node, self.container)
             .await
             .context("it could not be ended here")?;
-        self.record.clear()?;
         self.progress.step("sync");
-        let id = self.container.id();
-        let namespace = self.node.namespace();
+        if !self.durable {
+            self.wait_for_disk().await?;
+        }
+        self.timeline.step("sync", from, None);
+        if !self.request.keep_source {
+            remove_source(self.node, self.container.id()).await?;
+        }
+        self.record.clear()
+    }
+
+    async fn wait_for_disk(&mut self) -> Result<()> {
         let durable = self
             .conversation
             .receive_within("the target's disk", DURABLE_DEADLINE, Duration::ZERO)
             .await;
-        match durable {
-            Ok(Message::Durable) => {}
-            other => {
-                let error = match other {
-                    Ok(other) => unexpected("the target's disk", &other).into(),
-                    Err(error) => error,
-                };
-                return Err(Error::failed(
-                    "whether its files are on the disk there is not known, so they stay here, \
-                     stopped",
-                )
-                .hint("once they are, remove them here:")
-                .hint(format!("  ctr -n {namespace} containers rm {id}"))
-                .because(error));
-            }
+        let error = match durable {
+            Ok(Message::Durable) => return Ok(()),
+            Ok(other) => unexpected("the target's disk", &other).into(),
+            Err(error) => error,
+        };
+        self.conversation.close();
+        if matches!(self.ask().await, Ok(Outcome::Runs)) {
+            return Ok(());
         }
-        self.timeline.step("sync", from, None);
-        match self.request.keep_source {
-            true => Ok(()),
-            false => remove_source(self.node, self.container)
-                .await
-                .context("it could not be removed here"),
-        }
-    }
-
-    fn uncertain(&self, error: Error) -> Error {
-        let id = self.container.id();
-        let namespace = self.node.namespace();
-        Error::new(
-            Kind::Uncertain,
-            format!(
-                "the connection broke while the copy of {id:?} was told to run; it is left paused \
-                 here, and {} says so",
-                self.record.path().display()
-            ),
+        let (namespace, id) = (self.node.namespace(), self.container.id());
+        Err(Error::failed(
+            "whether its files are on the disk there is not known, so they stay here, stopped",
         )
-        .hint("if it runs on the other node, remove it here:")
-        .hint(format!(
-            "  ctr -n {namespace} tasks rm -f {id} && ctr -n {namespace} containers rm {id}"
-        ))
-        .hint("if it does not, let it go on here:")
-        .hint(format!("  ctr -n {namespace} tasks resume {id}"))
-        .because(error)
+        .hint("this asks again, and removes them here when they are:")
+        .hint(format!("  transship -n {namespace} recover {id}"))
+        .because(error))
+    }
+}
+
+/// Tells who follows the dump that it has ended, whatever has ended it.
+struct SetAtEnd(Arc<AtomicBool>);
+
+impl Drop for SetAtEnd {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

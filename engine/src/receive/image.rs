@@ -10,6 +10,7 @@ use transship_containerd::Containerd;
 use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
+use super::arrival::ImageToName;
 use crate::conversation::Conversation;
 use crate::error::{Context, Error, Result};
 
@@ -221,12 +222,10 @@ async fn is_whole(node: &Containerd, target: &Descriptor, chain: &str) -> Result
 }
 
 impl ImageName {
-    /// Makes the record, for the copy that runs.
-    pub(super) async fn record(&self, node: &Containerd) -> Result<()> {
-        match &self.target {
-            Some(target) => Ok(node.create_image(&self.name, target.clone()).await?),
-            None => Ok(()),
-        }
+    /// What the image will be recorded as, when the copy runs.
+    pub(super) fn to_record(&self) -> Option<ImageToName> {
+        let target = self.target.as_ref()?;
+        Some(ImageToName::new(&self.name, target))
     }
 }
 

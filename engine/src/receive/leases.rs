@@ -18,15 +18,21 @@ const PREFIX: &str = "transship-receive-";
 
 /// The same containerd under a lease of this process, without leases of processes that are gone.
 pub(super) async fn take(node: &Containerd, lifetime: Duration) -> Result<Containerd> {
+    end_those_of_the_gone(node).await?;
+    let pid = std::process::id();
+    let start = started(pid).unwrap_or_default();
+    let id = format!("{PREFIX}{pid}-{start}-{}", unique());
+    Ok(node.with_lease_called(&id, lifetime).await?)
+}
+
+/// Ends the leases of processes that were killed in the middle of a migration.
+pub(super) async fn end_those_of_the_gone(node: &Containerd) -> Result<()> {
     for id in node.lease_ids().await? {
         if owner(&id).is_some_and(|(pid, start)| started(pid) != Some(start)) {
             node.end_lease_called(&id).await?;
         }
     }
-    let pid = std::process::id();
-    let start = started(pid).unwrap_or_default();
-    let id = format!("{PREFIX}{pid}-{start}-{}", unique());
-    Ok(node.with_lease_called(&id, lifetime).await?)
+    Ok(())
 }
 
 fn owner(lease: &str) -> Option<(u32, u64)> {

@@ -9,8 +9,8 @@ use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
 use transship_checkpoint::wire::{Limits, Message, Offer, PROTOCOL, printable, unexpected};
 use transship_containerd::{Containerd, unique};
 
-use super::image::{self, ImageName};
-use super::{KEEP_FREE, Received, Request, durable, keep, leases, receive_files};
+use super::arrival::{Arrival, Arrivals, Locked, State};
+use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle};
 use crate::conversation::Conversation;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
@@ -33,6 +33,7 @@ pub(super) async fn accept(
     around: (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
     let plan = check_offer(node, store, &offer, request).await?;
+    let guard = settle::guard(node, store, &offer.migration)?;
     // All that is made is garbage until the copy runs.
     let leased = leases::take(node, LEASE).await?;
     let result = take(&leased, store, conversation, &offer, plan, request, around).await;
@@ -42,6 +43,10 @@ pub(super) async fn accept(
         Ok(_) => leased.end_lease().await,
         Err(_) => leased.end_lease_and_collect().await,
     });
+    // What has not come to its end is the guard's.
+    if Arrivals::default().has_ended(&offer.migration)? {
+        guard.stand_down();
+    }
     result
 }
 
@@ -145,13 +150,47 @@ async fn take(
     let stream = receive_files(conversation, draft.dir(), limits, progress).await?;
     let manifest = as_offered(offer, stream, draft.name())?;
     let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
-    let held = agree(node, conversation, plan, &checkpoint, interrupt).await;
-    // Consumed, or of no use to anybody: the source has all of it.
-    let removed = store.remove(&checkpoint.manifest.name);
-    let (restored, pid) = held?;
-    let container = restored.id().to_owned();
-    let kept = finish(node, conversation, restored, &name).await;
-    kept.and(removed.map_err(Into::into))?;
+    let name_here = checkpoint.manifest.name.clone();
+    let arrival = Arrival {
+        state: State::Arriving,
+        namespace: node.namespace().to_owned(),
+        container: plan.id.clone(),
+        name: offer.container.name.clone(),
+        snapshotter: plan.snapshotter.clone(),
+        checkpoint: name_here.clone(),
+        upperdir: None,
+        image: name.to_record(),
+    };
+    let begun = Arrivals::default().begin(&offer.migration, arrival);
+    // Of use to nobody without a record: the source has all of it.
+    let mut locked = begun.inspect_err(|_| drop(store.remove(&name_here)))?;
+    let agreed = agree(
+        node,
+        conversation,
+        plan,
+        &checkpoint,
+        &mut locked,
+        interrupt,
+    )
+    .await;
+    let restored = match agreed {
+        Ok(restored) => restored,
+        Err(error) => {
+            return Err(match settle::abort(node, store, &mut locked).await {
+                Ok(()) => error,
+                Err(left) => left.after(error),
+            });
+        }
+    };
+    let (container, pid) = (restored.id().to_owned(), restored.pid);
+    // The copy runs, whether the source hears it or not; nothing takes it back.
+    let running = Message::Running { pid };
+    let told = conversation.send_with_grace(running, TELL_GRACE).await;
+    settle::write_out(node, store, &mut locked).await?;
+    told?;
+    let told = conversation.send(Message::Durable).await;
+    conversation.close();
+    told?;
     Ok(Received::Migrated { container, pid })
 }
 
@@ -192,60 +231,34 @@ fn as_offered(offer: &Offer, stream: Manifest, name: &str) -> Result<Manifest> {
     })
 }
 
-/// Restores, and lets the copy run when the source has committed itself.
+/// Restores, and lets the copy run when the source has committed itself. After a failure what there is
+/// of the copy has not run.
 async fn agree(
     node: &Containerd,
     conversation: &mut Conversation,
     plan: Plan,
     checkpoint: &Checkpoint,
+    locked: &mut Locked,
     interrupt: &Interrupt,
-) -> Result<(Restored, u32)> {
+) -> Result<Restored> {
     conversation.send(Message::Received).await?;
     match conversation.receive("the word to restore").await? {
         Message::Restore => {}
         other => return Err(unexpected("the word to restore", &other).into()),
     }
     let restored = restore::hold(node, plan, checkpoint).await?;
-    let agreed = async {
-        interrupt.check()?;
-        conversation.send(Message::Restored).await?;
-        match conversation.receive("the commitment").await? {
-            Message::Commit => restored.start().await,
-            other => Err(unexpected("the commitment", &other).into()),
-        }
-    };
-    let agreed = agreed.await;
-    match agreed {
-        Ok(pid) => Ok((restored, pid)),
-        Err(error) => Err(restored.undo_after(error).await),
+    locked.arrival.upperdir = Some(restored.upperdir().to_path_buf());
+    interrupt.check()?;
+    conversation.send(Message::Restored).await?;
+    match conversation.receive("the commitment").await? {
+        Message::Commit => {}
+        other => return Err(unexpected("the commitment", &other).into()),
     }
-}
-
-/// From here on the copy runs, whether the source hears it or not; nothing takes it back.
-async fn finish(
-    node: &Containerd,
-    conversation: &mut Conversation,
-    restored: Restored,
-    image: &ImageName,
-) -> Result<()> {
-    let pid = restored.pid;
-    let running = Message::Running { pid };
-    let told = conversation.send_with_grace(running, TELL_GRACE).await;
-    let upperdir = restored.upperdir().to_path_buf();
-    let settled = async {
-        restored.settle().await?;
-        image.record(node).await?;
-        durable::sync(node, &upperdir).await
-    };
-    let settled = settled.await;
-    match (told, settled) {
-        (Ok(()), Ok(())) => {
-            let told = conversation.send(Message::Durable).await;
-            conversation.close();
-            told
-        }
-        (told, settled) => settled.and(told),
-    }
+    locked.set(State::Committed)?;
+    restored.start().await?;
+    // Without this word the next one who looks sees that it runs.
+    drop(locked.set(State::Runs));
+    Ok(restored)
 }
 
 #[cfg(test)]
@@ -257,6 +270,7 @@ mod tests {
     fn offer() -> Offer {
         Offer {
             protocol: PROTOCOL,
+            migration: String::new(),
             node: String::new(),
             container: Container {
                 name: "web".into(),

@@ -29,7 +29,6 @@ const RUNTIME: &str = "io.containerd.runc.v2";
 pub struct Restored {
     node: Containerd,
     plan: Plan,
-    spec: Vec<u8>,
     upperdir: PathBuf,
     /// Process id of its first process.
     pub pid: u32,
@@ -41,14 +40,13 @@ pub struct Restored {
 /// Nothing of it is left then, or the error says what.
 pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Result<Restored> {
     match make(node, &plan, checkpoint).await {
-        Ok((pid, spec, upperdir)) => Ok(Restored {
+        Ok((pid, upperdir)) => Ok(Restored {
             node: node.clone(),
             plan,
-            spec,
             upperdir,
             pid,
         }),
-        Err(error) => Err(match remove(node, &plan).await {
+        Err(error) => Err(match remove_copy(node, &plan.id, &plan.snapshotter).await {
             Ok(()) => error,
             Err(left) => Error::failed(format!(
                 "and not all of it could be removed: {}",
@@ -59,11 +57,7 @@ pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Res
     }
 }
 
-async fn make(
-    node: &Containerd,
-    plan: &Plan,
-    checkpoint: &Checkpoint,
-) -> Result<(u32, Vec<u8>, PathBuf)> {
+async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result<(u32, PathBuf)> {
     let container = &plan.container;
     let held = asking_for_restore(plan, &checkpoint.manifest.name);
     let image = &container.image;
@@ -96,7 +90,7 @@ async fn make(
         image: image.name.clone(),
         runtime: RUNTIME.to_owned(),
         runtime_options: Some(containerd_client::to_any(&options)),
-        spec: json.clone(),
+        spec: json,
         snapshotter: plan.snapshotter.clone(),
         snapshot_key: plan.id.clone(),
     })
@@ -105,7 +99,7 @@ async fn make(
     let pid = node
         .create_task(&plan.id, mounts, Output { stdout, stderr })
         .await?;
-    Ok((pid, json, upperdir))
+    Ok((pid, upperdir))
 }
 
 fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
@@ -143,23 +137,17 @@ impl Restored {
         Ok(self.pid)
     }
 
-    /// Makes the running copy a container like any other: started again, it starts its program, so
-    /// what asked for the restore leaves its record.
+    /// Makes the running copy a container like any other; see [`settle`].
     ///
     /// # Errors
     /// It runs all the same.
     pub async fn settle(self) -> Result<()> {
-        let spec = without_restore(&self.spec)?;
-        let id = &self.plan.id;
-        self.node
-            .update_spec(id, spec)
-            .await
-            .with_context(|| format!("{id:?} runs, but its record still asks for the restore"))
+        settle(&self.node, &self.plan.id).await
     }
 
     /// Removes all that was made, because of this error.
     pub async fn undo_after(self, error: Error) -> Error {
-        match remove(&self.node, &self.plan).await {
+        match remove_copy(&self.node, &self.plan.id, &self.plan.snapshotter).await {
             Ok(()) => error,
             Err(left) => Error::failed(format!(
                 "{:?} could not be removed again ({}) after this",
@@ -171,14 +159,30 @@ impl Restored {
     }
 }
 
-async fn remove(node: &Containerd, plan: &Plan) -> Result<()> {
-    node.kill_task(&plan.id).await?;
-    match node.delete_container(&plan.id).await {
+/// Makes a restored container that runs one like any other: started again, it starts its program, so
+/// what asked for the restore leaves its record.
+///
+/// # Errors
+/// It runs all the same.
+pub async fn settle(node: &Containerd, id: &str) -> Result<()> {
+    let settle = async {
+        let spec = node.container(id).await?.spec.unwrap_or_default().value;
+        Ok(node.update_spec(id, without_restore(&spec)?).await?)
+    };
+    let settled: Result<()> = settle.await;
+    settled.with_context(|| format!("{id:?} runs, but its record still asks for the restore"))
+}
+
+/// Removes what there is of a copy: task, record and snapshot.
+///
+/// # Errors
+/// What containerd answers.
+pub async fn remove_copy(node: &Containerd, id: &str, snapshotter: &str) -> Result<()> {
+    node.kill_task(id).await?;
+    match node.delete_container(id).await {
         Err(error) if !error.is_not_found() => return Err(error.into()),
         _ => {}
     }
-    node.snapshotter(&plan.snapshotter)
-        .remove_if_exists(&plan.id)
-        .await?;
+    node.snapshotter(snapshotter).remove_if_exists(id).await?;
     Ok(())
 }

@@ -15,6 +15,7 @@ use transship_hook::{lazy_pages, one_line, restore_guard};
 use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
+use transship_sandbox::moved::DEFAULT_MOVED_DIR;
 
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -86,6 +87,7 @@ fn environment(program: &OsStr) -> Result<Environment, RuntimeError> {
         run_dir: DEFAULT_RUN_DIR.into(),
         store: Store::at(DEFAULT_ROOT),
         consumed: DEFAULT_CONSUMED_DIR.into(),
+        moved: DEFAULT_MOVED_DIR.into(),
         containerd: containerd_socket(),
         node_config: NODE_CONFIG.into(),
         criu_config_named: std::env::var_os(CRIU_CONFIG_VARIABLE).is_some(),

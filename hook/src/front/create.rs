@@ -30,6 +30,7 @@ fn switch_mptcp_off(spec: &mut Spec, kernel_has_it: bool) {
 impl Front<'_> {
     pub(super) fn create(&self, create: &Arguments) -> Result<Option<Outcome>, FrontError> {
         let bundle = Bundle::of(create);
+        self.refuse_moved(&bundle)?;
         let Some(mut config) = bundle.our_config(&create.id)? else {
             return Ok(None);
         };

@@ -92,6 +92,17 @@ pub enum FitError {
         /// Its id.
         id: String,
     },
+    /// The pod runs elsewhere.
+    #[error(
+        "the pod {pod:?} has been moved away (checkpoint {checkpoint:?}) and starts nothing here any more; \
+         where it was not, transship recover --pod {pod} --source-runs takes that back"
+    )]
+    Moved {
+        /// Its namespace and name.
+        pod: String,
+        /// What it has become.
+        checkpoint: String,
+    },
     /// The checkpoint would give its processes more than the container may have.
     #[error("cannot restore {what}")]
     NotAdmitted {

@@ -17,6 +17,7 @@ mod fit;
 mod held;
 mod held_restore;
 mod hold_watch;
+mod moved;
 mod native_restore;
 mod pod_connections;
 mod reason;
@@ -79,6 +80,8 @@ pub struct Environment {
     pub store: Store,
     /// What has been consumed, by whom.
     pub consumed: PathBuf,
+    /// Marks of pods that have been moved away.
+    pub moved: PathBuf,
     /// The program `transship`, which can ask containerd.
     pub tool: PathBuf,
     /// containerd's socket, if it is known.

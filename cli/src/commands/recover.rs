@@ -1,0 +1,89 @@
+//! `transship recover [CONTAINER]`
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+use transship_engine::interrupt::Interrupt;
+use transship_engine::migrate::{Decided, Decision, Pending, pending, recover};
+use transship_engine::moved_pods;
+use transship_engine::receive::{Arrivals, settle_all};
+use transship_engine::{Error, Kind, Result};
+
+use super::{connect, print, store};
+use crate::args::{Global, RecoverArgs};
+
+#[derive(Serialize)]
+struct Line {
+    namespace: String,
+    container: String,
+    to: String,
+    since: String,
+    outcome: &'static str,
+}
+
+pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let node = connect(global).await?;
+    if let Some(pod) = &args.pod {
+        moved_pods::decide(&node, pod, args.source_runs).await?;
+        return print(global, pod, String::new);
+    }
+    let decision = match (args.source_runs, args.target_runs) {
+        (true, _) => Decision::SourceRuns,
+        (_, true) => Decision::TargetRuns,
+        _ => Decision::Ask(args.once.then_some(Duration::ZERO)),
+    };
+    // What has arrived here and was cut off; others may wait for an answer of this node.
+    let lost = settle_all(&node, &store(), &Arrivals::default()).await?;
+    for migration in lost {
+        tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
+    }
+    let wanted = |it: &Pending| match &args.container {
+        Some(id) => *id == it.container && it.namespace == global.namespace,
+        None => true,
+    };
+    let found: Vec<_> = pending()?.into_iter().filter(wanted).collect();
+    if let (Some(id), true) = (&args.container, found.is_empty()) {
+        let message = format!("there is no migration of {id:?} that is not decided");
+        return Err(Error::not_found(message)
+            .hint("transship recover --once")
+            .into());
+    }
+    let (mut lines, mut undecided) = (Vec::new(), None);
+    for pending in found {
+        let decided = recover(&node, &pending, decision, &interrupt).await;
+        let outcome = match &decided {
+            Ok(Decided::SourceRuns) => "runs on here",
+            Ok(Decided::TargetRuns) => "runs on the other node; removed here",
+            Ok(Decided::TargetRunsFilesStay) => "has ended here; its files stay",
+            Ok(Decided::Ended) => "has ended here, and never ran on the other node",
+            Err(_) => "not decided; paused here",
+        };
+        undecided = undecided.or(decided.err());
+        lines.push(Line {
+            namespace: pending.namespace,
+            container: pending.container,
+            to: pending.to,
+            since: pending.since,
+            outcome,
+        });
+    }
+    print(global, &lines, || {
+        let mut text = String::new();
+        for it in &lines {
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "{}/{} to {:?} since {}: {}",
+                it.namespace, it.container, it.to, it.since, it.outcome
+            );
+        }
+        text
+    })?;
+    match undecided {
+        Some(error) if error.kind() == Kind::Uncertain => Err(error),
+        Some(error) => Err(Error::new(Kind::Uncertain, "not all could be decided").because(error)),
+        None => Ok(()),
+    }
+}

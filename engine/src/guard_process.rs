@@ -1,0 +1,85 @@
+//! A guard: this program once more, in a session of its own, at the end of a pipe.
+//!
+//! ```text
+//!  transship ──── pipe ────> PROGRAM <argument>
+//!     │ JSON and newline: orders    reads them, and waits
+//!     │ a byte: stand down          reads it: ends
+//!     └ end of file                 does what its orders say
+//! ```
+//!
+//! It is started before there is anything to guard, so that there is no moment without it.
+
+use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
+use std::process::Stdio;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::process::{Child, Command};
+
+use crate::error::{Context, Result};
+
+/// Acts should this process vanish, or drop it without [`Self::stand_down`].
+#[derive(Debug)]
+pub(crate) struct GuardProcess {
+    pipe: PipeWriter,
+    // Waited for by tokio when it has ended.
+    _process: Child,
+}
+
+impl GuardProcess {
+    /// Starts the guard whose first argument is `argument`.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub(crate) fn start(argument: &str, orders: &impl Serialize) -> Result<Self> {
+        let failed = || format!("cannot start {argument}");
+        let mut line = serde_json::to_vec(orders).with_context(failed)?;
+        line.push(b'\n');
+        let (reader, mut pipe) = io::pipe().with_context(failed)?;
+        let process = Command::new("/proc/self/exe")
+            .arg(argument)
+            .stdin(reader)
+            // It may outlive us, and whoever waits for the end of our output must not wait for it.
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(failed)?;
+        pipe.write_all(&line).with_context(failed)?;
+        Ok(Self {
+            pipe,
+            _process: process,
+        })
+    }
+
+    /// There is nothing left to guard.
+    pub(crate) fn stand_down(mut self) {
+        // A guard that is gone stands down as well.
+        drop(self.pipe.write_all(b"."));
+    }
+}
+
+/// The guard's side: its orders, when the pipe has ended; none when there is nothing to do.
+///
+/// # Errors
+/// They cannot be read.
+pub(crate) async fn orders<O: DeserializeOwned + Send + 'static>() -> Result<Option<O>> {
+    // No signal of the terminal is meant for it.
+    let _ = nix::unistd::setsid();
+    tokio::task::spawn_blocking(read_orders).await?
+}
+
+fn read_orders<O: DeserializeOwned>() -> Result<Option<O>> {
+    let mut input = BufReader::new(io::stdin());
+    let mut line = String::new();
+    let mut said = Vec::new();
+    input
+        .read_line(&mut line)
+        .and_then(|_| input.read_to_end(&mut said))
+        .context("cannot read the orders")?;
+    // Without a whole line nothing was begun yet.
+    if !line.ends_with('\n') || !said.is_empty() {
+        return Ok(None);
+    }
+    let orders = serde_json::from_str(&line).context("cannot read the orders")?;
+    Ok(Some(orders))
+}

@@ -1,0 +1,98 @@
+//! What became of the copy, asked of the other node over a connection of its own.
+//!
+//! ```text
+//!  > Ask { migration }
+//!  < Answer { runs | aborted | undecided | lost }
+//! ```
+
+use std::time::Duration;
+
+use transship_checkpoint::wire::{Message, Outcome, unexpected};
+
+use super::remote::Remote;
+use crate::conversation::Conversation;
+use crate::error::{Error, Kind, Result};
+use crate::interrupt::Interrupt;
+
+/// How long one question may take: the target writes the copy to its disk before it answers.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(600);
+/// The pause between two questions, at first and at most.
+const PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Whom to ask, and for what.
+#[derive(Debug, Clone)]
+pub(super) struct Question<'a> {
+    /// The command that leads to the other node.
+    pub(super) to: &'a str,
+    /// The program's path there.
+    pub(super) remote_program: &'a str,
+    /// containerd's namespace.
+    pub(super) namespace: &'a str,
+    /// The migration.
+    pub(super) migration: &'a str,
+    /// How long the link may be silent.
+    pub(super) link_patience: Duration,
+}
+
+impl Question<'_> {
+    /// Asks once.
+    ///
+    /// # Errors
+    /// [`Kind::Target`]: there is no answer.
+    pub(super) async fn ask(&self, interrupt: &Interrupt) -> Result<Outcome> {
+        let words = [
+            format!("--namespace={}", self.namespace),
+            "receive".to_owned(),
+            format!("--link-timeout={}", self.link_patience.as_secs()),
+        ];
+        let mut remote = Remote::run(self.to, self.remote_program, &words)?;
+        let (input, output) = remote.pipes()?;
+        let mut conversation = Conversation::new(input, output, interrupt.clone());
+        let migration = self.migration.to_owned();
+        let asked = async {
+            conversation.send(Message::Ask { migration }).await?;
+            conversation.watch(self.link_patience)?;
+            let answer = "what became of the copy";
+            let answer = conversation.receive_within(answer, ANSWER_DEADLINE, Duration::ZERO);
+            match answer.await? {
+                Message::Answer { outcome } => Ok(outcome),
+                other => Err(unexpected("what became of the copy", &other).into()),
+            }
+        };
+        let answer = asked.await;
+        conversation.close();
+        remote.end(answer.is_err()).await;
+        answer.map_err(|error: Error| {
+            let to = self.to;
+            let message = format!("the other node, asked through {to:?}, does not say which runs");
+            Error::new(Kind::Target, message).because(error)
+        })
+    }
+
+    /// Asks until the answer is one, or `patience` has gone by; none of it: for ever.
+    ///
+    /// # Errors
+    /// As [`Self::ask`], or an interrupt.
+    pub(super) async fn ask_on(
+        &self,
+        patience: Option<Duration>,
+        interrupt: &Interrupt,
+    ) -> Result<Outcome> {
+        let deadline = patience.map(|patience| tokio::time::Instant::now() + patience);
+        let mut pause = PAUSE;
+        loop {
+            let answer = self.ask(interrupt).await;
+            interrupt.check()?;
+            let decided = matches!(answer, Ok(Outcome::Runs | Outcome::Aborted | Outcome::Lost));
+            if decided || deadline.is_some_and(|at| tokio::time::Instant::now() > at) {
+                return answer;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                interrupted = interrupt.wait() => return Err(interrupted.into()),
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}

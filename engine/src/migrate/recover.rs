@@ -1,0 +1,179 @@
+//! The end of a migration whose command has ended before it knew which copy runs.
+//!
+//! ```text
+//!  the source        the record, and the target's answer (or a person's)
+//!  runs              somebody has let it run: the record goes
+//!  paused, or gone   runs       it is ended, and removed
+//!                    aborted    it runs on
+//!                    lost       a person decides: it ran there, and is gone
+//!                    (none)     it stays as it is; asked again
+//! ```
+
+use std::path::Path;
+use std::time::Duration;
+
+use containerd_client::types::v1::Status;
+use transship_checkpoint::wire::Outcome;
+use transship_containerd::Containerd;
+
+use super::ask::Question;
+use super::record::{Pending, Record};
+use super::{LOCKS, RECORDS, record};
+use crate::conversation::LINK_PATIENCE;
+use crate::error::{Context, Error, Kind, Result};
+use crate::freeze_guard::TaskToFreeze;
+use crate::frozen::Committed;
+use crate::interrupt::Interrupt;
+use crate::restart_policy;
+
+/// Who decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// The other node; it is asked until it answers, or for this long.
+    Ask(Option<Duration>),
+    /// A person: the copy does not run, and never will.
+    SourceRuns,
+    /// A person: the copy runs.
+    TargetRuns,
+}
+
+/// What was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decided {
+    /// The source runs on.
+    SourceRuns,
+    /// The copy runs; the source has been ended and removed, or kept as it was asked for.
+    TargetRuns,
+    /// The copy runs; the source has been ended. Whether the copy is on the disk there is not known, so
+    /// its files stay here.
+    TargetRunsFilesStay,
+    /// Neither runs: the source has ended here, and the copy never ran.
+    Ended,
+}
+
+/// The migrations that have not been decided, of all of containerd's namespaces.
+///
+/// # Errors
+/// The records cannot be read.
+pub fn pending() -> Result<Vec<Pending>> {
+    record::list(Path::new(RECORDS))
+}
+
+/// Decides one migration.
+///
+/// # Errors
+/// [`Kind::Uncertain`]: it is not known which copy runs, and the source stays as it is.
+pub async fn recover(
+    node: &Containerd,
+    pending: &Pending,
+    decision: Decision,
+    interrupt: &Interrupt,
+) -> Result<Decided> {
+    let node = node.in_namespace(&pending.namespace)?;
+    let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
+    let record = Record::take(records, locks, &pending.namespace, &pending.container)?;
+    let id = &pending.container;
+    let task = match node.task(id).await {
+        Err(error) if error.is_not_found() => None,
+        task => Some(task?),
+    };
+    if task
+        .as_ref()
+        .is_some_and(|task| task.status() == Status::Running)
+    {
+        return let_be(&node, &record, id)
+            .await
+            .map(|()| Decided::SourceRuns);
+    }
+    let source = match &task {
+        Some(task) if task.status() == Status::Paused => {
+            let source = node.container(id).await?;
+            let was_paused = pending.was_paused;
+            let task = TaskToFreeze::of(&node, &source, task);
+            Some(Committed::of(
+                &node,
+                vec![TaskToFreeze { was_paused, ..task }],
+            ))
+        }
+        _ => None,
+    };
+    let outcome = match decision {
+        Decision::SourceRuns => Outcome::Aborted,
+        Decision::TargetRuns => Outcome::Runs,
+        Decision::Ask(patience) => ask(pending, patience, interrupt).await?,
+    };
+    match (outcome, source) {
+        (Outcome::Runs, source) => {
+            if let Some(source) = source {
+                source.kill().await.context("it could not be ended here")?;
+            }
+            node.kill_task(id)
+                .await
+                .context("it could not be ended here")?;
+            if decision == Decision::TargetRuns {
+                record.clear()?;
+                return Ok(Decided::TargetRunsFilesStay);
+            }
+            if !pending.keep_source {
+                super::remove_source(&node, id).await?;
+            }
+            record.clear()?;
+            Ok(Decided::TargetRuns)
+        }
+        (Outcome::Aborted, Some(source)) => {
+            source.thaw().await?;
+            let_be(&node, &record, id).await?;
+            Ok(Decided::SourceRuns)
+        }
+        (Outcome::Aborted, None) => {
+            let_be(&node, &record, id).await?;
+            Ok(Decided::Ended)
+        }
+        (Outcome::Undecided | Outcome::Lost, _) => Err(undecided(pending, outcome)),
+    }
+}
+
+/// It is this node's alone again.
+async fn let_be(node: &Containerd, record: &Record, id: &str) -> Result<()> {
+    restart_policy::put_back(node, id).await?;
+    record.clear()
+}
+
+async fn ask(
+    pending: &Pending,
+    patience: Option<Duration>,
+    interrupt: &Interrupt,
+) -> Result<Outcome> {
+    let question = Question {
+        to: &pending.to,
+        remote_program: &pending.remote_program,
+        namespace: &pending.namespace,
+        migration: &pending.migration,
+        link_patience: LINK_PATIENCE,
+    };
+    let answer = question.ask_on(patience, interrupt).await;
+    answer.map_err(|error| undecided(pending, Outcome::Undecided).because(error))
+}
+
+/// The one state in which nobody may guess.
+pub(super) fn undecided(pending: &Pending, outcome: Outcome) -> Error {
+    let id = &pending.container;
+    let to = &pending.to;
+    let what = match outcome {
+        Outcome::Lost => format!(
+            "the copy of {id:?} was told to run through {to:?} and is not there any more: it has ended, \
+             or its node went down; the source is left paused here"
+        ),
+        _ => format!(
+            "it is not known whether the copy of {id:?} runs, which was told to through {to:?}; the \
+             source is left paused here"
+        ),
+    };
+    let recover = format!("transship -n {} recover {id}", pending.namespace);
+    Error::new(Kind::Uncertain, what)
+        .hint("ask the other node again:")
+        .hint(format!("  {recover}"))
+        .hint("or decide by hand, when you have looked there:")
+        .hint(format!("  {recover} --source-runs"))
+        .hint(format!("  {recover} --target-runs"))
+}

@@ -1,0 +1,109 @@
+//! Pods that move: their mark on the node that they leave, and what becomes of them there.
+//!
+//! ```text
+//!  checkpoint --moved:  mark, freeze, dump  ──> paused, and marked: kubelet starts no second copy
+//!                         └ failed: unmarked, runs
+//!  recover --pod:       --source-runs       ──> runs again, unmarked
+//!                       --target-runs       ──> killed while it stands still; stays marked
+//! ```
+
+use std::path::Path;
+
+use containerd_client::services::v1::Container as Record;
+use containerd_client::types::v1::Status;
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
+use transship_checkpoint::manifest::Pod;
+use transship_containerd::Containerd;
+use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR, Moved};
+
+use crate::error::{Error, Result};
+use crate::freeze_guard::TaskToFreeze;
+use crate::frozen::Committed;
+use crate::pod;
+use crate::source::{self, SourceContainer};
+
+/// The mark of a pod that is about to move.
+#[derive(Debug)]
+pub(crate) struct Mark {
+    uid: String,
+}
+
+impl Mark {
+    /// Writes it.
+    ///
+    /// # Errors
+    /// It would keep nobody from starting the pod again, or cannot be written.
+    pub(crate) fn set(
+        pod: &Pod,
+        containers: &[SourceContainer],
+        checkpoint: &str,
+        will_be_deleted: bool,
+    ) -> Result<Self> {
+        let called = format!("{}/{}", pod.namespace, pod.name);
+        let foreign = containers.iter().find(|it| !it.runtime.is_front());
+        if let Some(foreign) = foreign.filter(|_| !will_be_deleted) {
+            return Err(Error::refused(format!(
+                "nothing would keep kubelet from starting {called} again here: the runtime of {} is {}, \
+                 and not transship's front; --source-pod-will-be-deleted says that you delete the pod \
+                 before its probes fail",
+                foreign.called,
+                foreign.runtime.name(),
+            )));
+        }
+        let moved = Moved {
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            checkpoint: checkpoint.to_owned(),
+        };
+        moved::mark(Path::new(DEFAULT_MOVED_DIR), &pod.uid, &moved)?;
+        Ok(Self {
+            uid: pod.uid.clone(),
+        })
+    }
+
+    /// The pod does not move; the error says why.
+    pub(crate) fn take_back(self, error: Error) -> Error {
+        match moved::unmark(Path::new(DEFAULT_MOVED_DIR), &self.uid) {
+            Ok(()) => error,
+            Err(left) => Error::from(left).after(error),
+        }
+    }
+}
+
+/// Decides what becomes of a pod that `checkpoint --moved` has left paused: it runs on here, or its
+/// processes end, without another instruction.
+///
+/// # Errors
+/// There is no such pod, or it cannot be let go or ended.
+pub async fn decide(node: &Containerd, selector: &str, source_runs: bool) -> Result<()> {
+    let node = node.in_namespace(CRI_NAMESPACE)?;
+    let records = node.all_containers().await?;
+    let sandbox = pod::find_sandbox(&node, &records, selector).await?;
+    let uid = source::pod_of(sandbox, node.namespace())
+        .unwrap_or_default()
+        .uid;
+    let dir = Path::new(DEFAULT_MOVED_DIR);
+    if moved::find(dir, &uid)?.is_none() {
+        return Err(Error::not_found(format!(
+            "the pod {selector:?} has not been moved"
+        )));
+    }
+    let of_pod = |record: &&Record| pod::sandbox_of(record).as_deref() == Some(&sandbox.id);
+    let mut paused = Vec::new();
+    for record in records.iter().filter(of_pod) {
+        if let Ok(task) = source::running_task(&node, &record.id).await?
+            && task.status() == Status::Paused
+        {
+            let task = TaskToFreeze::of(&node, record, &task);
+            let was_paused = false;
+            paused.push(TaskToFreeze { was_paused, ..task });
+        }
+    }
+    let paused = Committed::of(&node, paused);
+    if !source_runs {
+        return paused.kill().await;
+    }
+    // Whatever ends while it was marked may start again now.
+    moved::unmark(dir, &uid)?;
+    paused.thaw().await
+}

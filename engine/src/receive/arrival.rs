@@ -1,0 +1,404 @@
+//! The record of a migration that arrives: what its source may believe when it has not heard the answer
+//! to `Commit`.
+//!
+//! ```text
+//! /var/lib/transship/arrivals/<migration>     JSON: Arrival; <migration> is 32 hexadecimal digits
+//! /run/transship/arrivals/<migration>         locked (flock) by whoever works on it: `receive`, its
+//!                                             guard, or who answers the source's question
+//!
+//!              Commit heard   let go       written out
+//!  arriving ───> committed ───> runs ───> durable
+//!      └─────────────┴───> aborted
+//! ```
+//!
+//! Each state is on the disk before anybody hears of it, and `committed` before the copy is let go.
+//! Whoever finds a record that is not locked brings it to its end ([`super::settle`]). The ends, `durable`
+//! and `aborted`, stay for 30 days: as long as a source may ask.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use containerd_client::types::Descriptor;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+
+/// Where records of arrivals are.
+const ARRIVALS: &str = "/var/lib/transship/arrivals";
+/// Where their locks are.
+const LOCKS: &str = "/run/transship/arrivals";
+/// As much of a record as is read, in bytes.
+const LIMIT: u64 = 64 << 10;
+/// How long the end of a migration is remembered.
+const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
+const DIGITS: usize = 32;
+
+/// How far a migration has come here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// The copy is being made, or held.
+    Arriving,
+    /// The source has committed itself; the copy is being let go.
+    Committed,
+    /// The copy has been let go.
+    Runs,
+    /// The same, and all of it is on the disk.
+    Durable,
+    /// It has never run, and nothing of it is left.
+    Aborted,
+}
+
+/// What there is of the copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// How far it has come.
+    pub state: State,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Id of the container.
+    pub container: String,
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its snapshotter; the snapshot has the container's id.
+    pub snapshotter: String,
+    /// The checkpoint in the store that it is restored from.
+    pub checkpoint: String,
+    /// Where its files are, once there are some.
+    #[serde(default)]
+    pub upperdir: Option<PathBuf>,
+    /// The image that its record will name, unless the node has it by a name.
+    #[serde(default)]
+    pub image: Option<ImageToName>,
+}
+
+/// An image without a record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageToName {
+    /// What it will be called.
+    pub name: String,
+    digest: String,
+    media_type: String,
+    size: i64,
+}
+
+impl ImageToName {
+    pub(super) fn new(name: &str, target: &Descriptor) -> Self {
+        Self {
+            name: name.to_owned(),
+            digest: target.digest.clone(),
+            media_type: target.media_type.clone(),
+            size: target.size,
+        }
+    }
+
+    pub(super) fn target(&self) -> Descriptor {
+        Descriptor {
+            digest: self.digest.clone(),
+            media_type: self.media_type.clone(),
+            size: self.size,
+            ..Descriptor::default()
+        }
+    }
+}
+
+/// A record and its lock.
+#[derive(Debug)]
+pub struct Locked {
+    path: PathBuf,
+    /// What the record says.
+    pub arrival: Arrival,
+    _lock: Flock<File>,
+}
+
+/// What is found of a migration.
+#[derive(Debug)]
+pub enum Found {
+    /// Nothing: it has not come so far, or a month has gone by.
+    Nothing,
+    /// Somebody works on it.
+    Busy,
+    /// Its record.
+    Record(Locked),
+}
+
+/// The records of a node.
+#[derive(Debug, Clone)]
+pub struct Arrivals {
+    records: PathBuf,
+    locks: PathBuf,
+}
+
+impl Default for Arrivals {
+    fn default() -> Self {
+        Self::at(Path::new(ARRIVALS), Path::new(LOCKS))
+    }
+}
+
+impl Arrivals {
+    /// Records in `records`, locks in `locks`.
+    pub fn at(records: &Path, locks: &Path) -> Self {
+        Self {
+            records: records.to_path_buf(),
+            locks: locks.to_path_buf(),
+        }
+    }
+
+    /// Begins the record of a migration.
+    ///
+    /// # Errors
+    /// There is one already, or it cannot be written.
+    pub(super) fn begin(&self, migration: &str, arrival: Arrival) -> Result<Locked> {
+        check_id(migration)?;
+        let lock = self.lock(migration)?;
+        let path = self.records.join(migration);
+        let lock = lock.filter(|_| !path.exists()).ok_or_else(|| {
+            Error::refused(format!("the migration {migration} has been here before"))
+        })?;
+        // What is too old stays until the next one comes.
+        drop(self.forget_old());
+        let mut locked = Locked {
+            path,
+            arrival,
+            _lock: lock,
+        };
+        let state = locked.arrival.state;
+        locked.set(state)?;
+        Ok(locked)
+    }
+
+    /// Finds the record of a migration, and locks it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn open(&self, migration: &str) -> Result<Found> {
+        check_id(migration)?;
+        let Some(lock) = self.lock(migration)? else {
+            return Ok(Found::Busy);
+        };
+        let path = self.records.join(migration);
+        let Some(arrival) = read(&path)? else {
+            return Ok(Found::Nothing);
+        };
+        Ok(Found::Record(Locked {
+            path,
+            arrival,
+            _lock: lock,
+        }))
+    }
+
+    /// The state of a migration, whoever works on it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn state(&self, migration: &str) -> Result<Option<State>> {
+        check_id(migration)?;
+        Ok(read(&self.records.join(migration))?.map(|arrival| arrival.state))
+    }
+
+    /// Whether there is nothing left to be done for a migration.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(super) fn has_ended(&self, migration: &str) -> Result<bool> {
+        let state = self.state(migration)?;
+        Ok(state.is_none_or(|state| matches!(state, State::Durable | State::Aborted)))
+    }
+
+    /// The migrations that have not come to their end.
+    ///
+    /// # Errors
+    /// The records cannot be read.
+    pub fn unfinished(&self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for migration in self.all()? {
+            if !self.has_ended(&migration)? {
+                found.push(migration);
+            }
+        }
+        Ok(found)
+    }
+
+    fn all(&self) -> Result<Vec<String>> {
+        let failed = || format!("cannot list {}", self.records.display());
+        let entries = match fs::read_dir(&self.records) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(failed)?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.with_context(failed)?.file_name();
+            names.extend(name.into_string().ok().filter(|name| is_id(name)));
+        }
+        Ok(names)
+    }
+
+    fn forget_old(&self) -> Result<()> {
+        for migration in self.all()? {
+            let path = self.records.join(&migration);
+            let age = fs::metadata(&path).and_then(|meta| meta.modified());
+            let age = age.ok().and_then(|modified| modified.elapsed().ok());
+            let state = self.state(&migration)?;
+            if age.is_some_and(|age| age > REMEMBERED)
+                && matches!(state, Some(State::Durable | State::Aborted))
+            {
+                fs::remove_file(&path)
+                    .with_context(|| format!("cannot remove {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// None when somebody has it.
+    fn lock(&self, migration: &str) -> Result<Option<Flock<File>>> {
+        for dir in [&self.records, &self.locks] {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        let path = self.locks.join(migration);
+        let failed = || format!("cannot lock {}", path.display());
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(&path)
+            .with_context(failed)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno).with_context(failed),
+        }
+    }
+}
+
+impl Locked {
+    /// Writes down how far the migration has come; on the disk when this returns.
+    ///
+    /// # Errors
+    /// A system call failed; the record is as it was.
+    pub(super) fn set(&mut self, state: State) -> Result<()> {
+        let arrival = Arrival {
+            state,
+            ..self.arrival.clone()
+        };
+        let new = self.path.with_extension("new");
+        let json = serde_json::to_vec(&arrival).context("cannot write the record of an arrival")?;
+        let write = || {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .custom_flags(nix::libc::O_NOFOLLOW)
+                .open(&new)?;
+            file.write_all(&json)?;
+            file.sync_all()?;
+            fs::rename(&new, &self.path)?;
+            File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.arrival = arrival;
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Arrival>> {
+    let failed = || format!("cannot read {}", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.with_context(failed)?,
+    };
+    let mut json = Vec::new();
+    file.take(LIMIT)
+        .read_to_end(&mut json)
+        .with_context(failed)?;
+    serde_json::from_slice(&json).map(Some).with_context(failed)
+}
+
+/// A name for a migration that nobody guesses.
+///
+/// # Errors
+/// The kernel gives no random bytes.
+pub fn new_migration() -> Result<String> {
+    let mut bytes = [0; DIGITS / 2];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .context("cannot read /dev/urandom")?;
+    Ok(transship_checkpoint::store::hex(&bytes))
+}
+
+fn is_id(migration: &str) -> bool {
+    migration.len() == DIGITS && migration.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
+/// It becomes the name of a file.
+fn check_id(migration: &str) -> Result<()> {
+    match is_id(migration) {
+        true => Ok(()),
+        false => Err(Error::refused("the name of the migration is no such name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arrival() -> Arrival {
+        Arrival {
+            state: State::Arriving,
+            namespace: "default".into(),
+            container: "web".into(),
+            name: "web".into(),
+            snapshotter: "transship".into(),
+            checkpoint: "migration-web-1".into(),
+            upperdir: None,
+            image: None,
+        }
+    }
+
+    #[test]
+    fn a_record_is_one_migrations_and_one_workers() {
+        let dir = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::at(&dir.path().join("records"), &dir.path().join("locks"));
+        let id = new_migration().unwrap();
+        assert!(matches!(arrivals.open(&id).unwrap(), Found::Nothing));
+        let mut locked = arrivals.begin(&id, arrival()).unwrap();
+        assert!(matches!(arrivals.open(&id).unwrap(), Found::Busy));
+        assert!(arrivals.begin(&id, arrival()).is_err());
+        assert_eq!(arrivals.unfinished().unwrap(), [id.clone()]);
+        locked.set(State::Committed).unwrap();
+        drop(locked);
+        let Found::Record(mut locked) = arrivals.open(&id).unwrap() else {
+            panic!("there is a record");
+        };
+        assert_eq!(locked.arrival.state, State::Committed);
+        locked.set(State::Durable).unwrap();
+        drop(locked);
+        assert!(arrivals.unfinished().unwrap().is_empty());
+        assert!(arrivals.begin(&id, arrival()).is_err(), "once");
+        assert_ne!(new_migration().unwrap(), id);
+    }
+
+    #[test]
+    fn a_name_leads_nowhere_else() {
+        let arrivals = Arrivals::at(Path::new("/nowhere"), Path::new("/nowhere"));
+        for name in [
+            "",
+            "x",
+            "../../../../../../etc/passwd/12345",
+            &"g".repeat(32),
+        ] {
+            assert!(arrivals.open(name).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The end of a migration whose `receive` has not come to it: killed, or its node went down.
+//!
+//! ```text
+//!  arriving               the copy is removed                                  -> aborted
+//!  committed, held        it is let go                                         -> runs
+//!  committed, runs                                                             -> runs
+//!  committed, and gone    it has never run (the front's record says so)        -> aborted
+//!                         it may have run                                      stays; the source hears `lost`
+//!  runs                   its record, image and files are written out          -> durable
+//! ```
+//!
+//! Three call this: the guard of `receive` (a process of its own, see [`crate::guard_process`]), who
+//! answers a source that asks, and `transship recover` on this node, for what was left by a power cut.
+
+use std::path::Path;
+use std::time::Duration;
+
+use containerd_client::types::v1::Status;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+use transship_checkpoint::store::{Store, StoreError};
+use transship_checkpoint::wire::Outcome;
+use transship_containerd::Containerd;
+use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
+
+use super::arrival::{Arrivals, Found, Locked, State};
+use super::{durable, leases};
+use crate::error::{Context, Error, Result};
+use crate::guard_process::{self, GuardProcess};
+use crate::restore::{self, remove_copy};
+
+/// The first argument of the guard's process.
+pub const ARGUMENT: &str = "receive-guard";
+/// How long the guard goes on when containerd does not answer; `transship recover` does it later.
+const PATIENCE: Duration = Duration::from_secs(600);
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// What the guard is told.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    /// containerd's socket.
+    address: std::path::PathBuf,
+    /// containerd's namespace.
+    namespace: String,
+    /// The store's directory.
+    store: std::path::PathBuf,
+    migration: String,
+}
+
+/// Starts the guard of a migration.
+///
+/// # Errors
+/// When the process cannot be started.
+pub(super) fn guard(node: &Containerd, store: &Store, migration: &str) -> Result<GuardProcess> {
+    let orders = Orders {
+        address: node.address().to_path_buf(),
+        namespace: node.namespace().to_owned(),
+        store: store.root().to_path_buf(),
+        migration: migration.to_owned(),
+    };
+    GuardProcess::start(ARGUMENT, &orders)
+}
+
+/// The guard's own life, with its orders on stdin.
+///
+/// # Errors
+/// The migration has not come to its end in time.
+pub async fn run_guard() -> Result<()> {
+    let Some(orders) = guard_process::orders::<Orders>().await? else {
+        return Ok(());
+    };
+    let store = Store::at(&orders.store);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let settle = async {
+            let node = Containerd::connect(&orders.address, &orders.namespace).await?;
+            let outcome = outcome(&node, &store, &Arrivals::default(), &orders.migration).await?;
+            if outcome != Outcome::Undecided {
+                // After the record of the image, which keeps its blobs.
+                leases::end_those_of_the_gone(&node).await?;
+                store.remove_orphans()?;
+            }
+            Ok(outcome)
+        };
+        match settle.await {
+            Ok(Outcome::Undecided) => {}
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => {}
+            Ok(_) => return Ok(()),
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// What became of a migration; one that nobody works on is brought to its end.
+///
+/// # Errors
+/// containerd does not answer, or a record cannot be read.
+pub(super) async fn outcome(
+    node: &Containerd,
+    store: &Store,
+    arrivals: &Arrivals,
+    migration: &str,
+) -> Result<Outcome> {
+    match arrivals.open(migration)? {
+        // Without a record nothing was restored: `Commit` has not been heard, and the only process
+        // that could hear it has the lock as long as there is a copy.
+        Found::Nothing => Ok(Outcome::Aborted),
+        Found::Record(mut locked) => settle(node, store, &mut locked).await,
+        // The copy runs, whatever is still being written.
+        Found::Busy => Ok(match arrivals.state(migration)? {
+            Some(State::Durable) => Outcome::Runs,
+            _ => Outcome::Undecided,
+        }),
+    }
+}
+
+/// Brings all that nobody works on to its end; gives the migrations that may be lost.
+///
+/// # Errors
+/// The first failure; the others have been tried.
+pub async fn settle_all(
+    node: &Containerd,
+    store: &Store,
+    arrivals: &Arrivals,
+) -> Result<Vec<String>> {
+    let (mut lost, mut failed) = (Vec::new(), None);
+    for migration in arrivals.unfinished()? {
+        match outcome(node, store, arrivals, &migration).await {
+            Ok(Outcome::Lost) => lost.push(migration),
+            Ok(_) => {}
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    failed.map_or(Ok(lost), Err)
+}
+
+async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<Outcome> {
+    let node = node.in_namespace(&locked.arrival.namespace)?;
+    loop {
+        match locked.arrival.state {
+            State::Durable => return Ok(Outcome::Runs),
+            State::Aborted => return Ok(Outcome::Aborted),
+            State::Arriving => abort(&node, store, locked).await?,
+            State::Committed => {
+                if !let_go(&node, store, locked).await? {
+                    return Ok(Outcome::Lost);
+                }
+            }
+            State::Runs => write_out(&node, store, locked).await?,
+        }
+    }
+}
+
+/// Removes what there is of the copy, which has not run.
+pub(super) async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
+    let arrival = &locked.arrival;
+    remove_copy(node, &arrival.container, &arrival.snapshotter).await?;
+    remove_checkpoint(store, &arrival.checkpoint)?;
+    locked.set(State::Aborted)
+}
+
+/// Lets the copy of a source go that has committed itself. False: it is gone, and may have run.
+async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<bool> {
+    let id = locked.arrival.container.clone();
+    let status = match node.task(&id).await {
+        Err(error) if error.is_not_found() => Status::Stopped,
+        task => task?.status(),
+    };
+    match status {
+        Status::Created => {
+            // Whether it has is seen the next time round.
+            node.start_task(&id).await?;
+            locked.set(State::Runs)?;
+        }
+        Status::Running | Status::Paused | Status::Pausing => locked.set(State::Runs)?,
+        Status::Stopped | Status::Unknown if has_run(locked)? => return Ok(false),
+        Status::Stopped | Status::Unknown => abort(node, store, locked).await?,
+    }
+    Ok(true)
+}
+
+/// Whether the runtime front has let it go: it writes that down before the first instruction.
+fn has_run(locked: &Locked) -> Result<bool> {
+    let arrival = &locked.arrival;
+    let Some(upperdir) = arrival.upperdir.clone().filter(|it| it.exists()) else {
+        return Ok(true);
+    };
+    let consumed = Consumed::by(Path::new(DEFAULT_CONSUMED_DIR), &Owner::Layer(upperdir))?;
+    let found = consumed.container(&arrival.checkpoint, &arrival.name);
+    Ok(found.is_some())
+}
+
+/// Makes the copy a container like any other, and writes all of it to the disk.
+pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
+    let arrival = locked.arrival.clone();
+    match restore::settle(node, &arrival.container).await {
+        // It has ended since, and been removed.
+        Err(error) if node.container(&arrival.container).await.is_ok() => return Err(error),
+        _ => {}
+    }
+    if let Some(image) = &arrival.image {
+        node.create_image(&image.name, image.target()).await?;
+    }
+    match &arrival.upperdir {
+        Some(upperdir) if upperdir.exists() => durable::sync(node, upperdir).await?,
+        _ => {}
+    }
+    remove_checkpoint(store, &arrival.checkpoint)?;
+    locked.set(State::Durable)
+}
+
+fn remove_checkpoint(store: &Store, name: &str) -> Result<()> {
+    match store.remove(name) {
+        Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(Error::from(error)).context("the files of the migration are left"),
+    }
+}

@@ -1,0 +1,272 @@
+//! A migration that is cut off at each of its moments: its command is killed on the source, its
+//! `transship receive` on the target, or the link between them. One copy runs in the end, on the side that
+//! the moment decides, and counts without a missing or repeated value.
+//!
+//! ```text
+//!  frozen      the checkpoint has arrived, neither copy runs            the source
+//!  create      the target restores                                      the source
+//!  start       Commit has been heard, the copy is about to be let go    the target
+//!  running     the copy runs, and nobody knows                          the target
+//! ```
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+
+use crate::Case;
+use crate::migration_faults::{counts_on, run_alone};
+
+const PATIENCE: Duration = Duration::from_secs(90);
+const RECOVER: &str = "transship recover --once";
+
+/// Stops at the moments that /run/stop-at-* name, until that file is gone.
+const PACED_FRONT: &str = r#"#!/bin/sh
+stop_at() {
+    [ -e /run/stop-at-$1 ] || return 0
+    touch /run/at-$1
+    while [ -e /run/stop-at-$1 ]; do sleep 0.02; done
+}
+case " $* " in
+    *" create "*) stop_at create ;;
+    *" start "*)
+        stop_at start
+        /usr/local/bin/transship-runc "$@" || exit
+        stop_at running
+        exit
+        ;;
+esac
+exec /usr/local/bin/transship-runc "$@"
+"#;
+const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\nexec ssh node-b \"$@\"\n";
+const MOVE: &str = r#"#!/bin/sh
+transship migrate "$1" --to /usr/local/bin/link --link-timeout 3 \
+    --runtime-binary /usr/local/bin/paced-front --before-restore '
+    [ -e /run/stop-at-frozen ] || exit 0
+    touch /run/at-frozen
+    while [ -e /run/stop-at-frozen ]; do sleep 0.02; done'
+echo $? >/run/moved
+"#;
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [
+        Case {
+            what: "migration_cut",
+            tree: Tree::Forky,
+            run: |bed| one_copy_whatever_is_cut(bed, &SOME, &HANDS[..1]),
+        },
+        Case {
+            what: "long_migration_cut",
+            tree: Tree::Forky,
+            run: |bed| one_copy_whatever_is_cut(bed, &ALL, &HANDS),
+        },
+    ]
+    .into_iter()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Source,
+    Target,
+    Link,
+}
+
+use Cut::{Link, Source, Target};
+
+/// Each moment once, and each thing that can be cut.
+const SOME: [(&str, Cut); 4] = [
+    ("frozen", Target),
+    ("create", Source),
+    ("start", Link),
+    ("running", Target),
+];
+const ALL: [(&str, Cut); 12] = [
+    ("frozen", Source),
+    ("frozen", Target),
+    ("frozen", Link),
+    ("create", Source),
+    ("create", Target),
+    ("create", Link),
+    ("start", Source),
+    ("start", Target),
+    ("start", Link),
+    ("running", Source),
+    ("running", Target),
+    ("running", Link),
+];
+/// What a person decides, and of which container.
+const HANDS: [(&str, &str); 2] = [
+    ("--source-runs", "by-hand-a"),
+    ("--target-runs", "by-hand-b"),
+];
+
+fn one_copy_whatever_is_cut(
+    bed: &Testbed,
+    cuts: &[(&str, Cut)],
+    hands: &[(&str, &str)],
+) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    bed.ssh(&a, &b)?;
+    for (node, path, script) in [
+        (&b, "/usr/local/bin/paced-front", PACED_FRONT),
+        (&a, "/usr/local/bin/link", LINK),
+        (&a, "/usr/local/bin/move", MOVE),
+    ] {
+        node.write_file(path, script)?;
+        node.shell(&format!("chmod +x {path}")).run()?;
+    }
+    for (moment, cut) in cuts {
+        cut_at(&a, &b, moment, *cut).with_context(|| format!("{cut:?} cut at: {moment}"))?;
+    }
+    for (flag, id) in hands {
+        a_person_decides(&a, &b, flag, id).with_context(|| (*flag).to_owned())?;
+    }
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
+    let copy_runs = matches!(moment, "start" | "running");
+    let id = format!("{moment}-{cut:?}").to_lowercase();
+    begin(a, b, moment, &id)?;
+    match cut {
+        Cut::Source => a.shell("pkill -KILL -x transship").run()?,
+        Cut::Target => b.shell("pkill -KILL -x transship").run()?,
+        Cut::Link => a.shell("touch /run/cut; pkill -KILL -x ssh").run()?,
+    }
+    go_on(a, b)?;
+    if cut == Cut::Link {
+        let code = wait_for_end(a)?;
+        ensure!(
+            code == if copy_runs { "6" } else { "5" },
+            "exit code {code}"
+        );
+        if copy_runs {
+            check_undecided(a, &id)?;
+        }
+        a.shell("rm /run/cut").run()?;
+    }
+    let (runs, ended) = if copy_runs { (b, a) } else { (a, b) };
+    poll_until("one copy", PATIENCE, || {
+        // A command that is still at work has the lock, and decides by itself.
+        let recovered = a.shell(RECOVER).read().map_err(|error| error.to_string())?;
+        let tasks = |node: &Node| {
+            node.ctr(&["tasks", "ls"])
+                .map_err(|error| error.to_string())
+        };
+        let (here, there) = (tasks(runs)?, tasks(ended)?);
+        match here.contains(&id) && here.contains("RUNNING") && !there.contains(&id) {
+            true => Ok(()),
+            false => Err(format!("{recovered}: {here}, and {there}")),
+        }
+    })?;
+    counts_on(runs, &id)?;
+    poll_until("the end of all that moved it", PATIENCE, || {
+        nobody_is_left(a, b)
+    })?;
+    journey::remove_container(runs, &id)?;
+    journey::check_nothing_left(a)?;
+    journey::check_nothing_left(b)
+}
+
+fn begin(a: &Node, b: &Node, moment: &str, id: &str) -> anyhow::Result<()> {
+    run_alone(a, id)?;
+    let stops = if moment == "frozen" { a } else { b };
+    a.shell("rm -f /run/moved").run()?;
+    stops
+        .shell(&format!("rm -f /run/at-*; touch /run/stop-at-{moment}"))
+        .run()?;
+    a.start_daemon("move", &["/usr/local/bin/move", id])?;
+    let there = format!("test -e /run/at-{moment}");
+    poll_until(moment, PATIENCE, || {
+        let reached = stops.shell(&there).run();
+        reached.map_err(|error| match wait_said(a) {
+            Some(code) => format!("it has ended with {code}"),
+            None => error.to_string(),
+        })
+    })?;
+    Ok(())
+}
+
+fn go_on(a: &Node, b: &Node) -> anyhow::Result<()> {
+    for node in [a, b] {
+        node.shell("rm -f /run/stop-at-*").run()?;
+    }
+    Ok(())
+}
+
+fn wait_said(a: &Node) -> Option<String> {
+    let code = a.shell("cat /run/moved 2>/dev/null").read().ok()?;
+    (!code.is_empty()).then(|| code.trim().to_owned())
+}
+
+fn wait_for_end(a: &Node) -> anyhow::Result<String> {
+    let end = "the end of the migration";
+    Ok(poll_until(end, PATIENCE, || {
+        wait_said(a).ok_or_else(|| "it goes on".to_owned())
+    })?)
+}
+
+/// The source is paused, and its record says what to do.
+fn check_undecided(a: &Node, id: &str) -> anyhow::Result<()> {
+    let tasks = a.ctr(&["tasks", "ls"])?;
+    ensure!(tasks.contains("PAUSED"), "{tasks}");
+    let again = a
+        .command("transship")
+        .args(["migrate", id, "--to", "/usr/local/bin/link"])
+        .read_failure()?;
+    ensure!(again.contains("has not been decided"), "{again}");
+    let asked = a
+        .command("transship")
+        .args(["recover", "--once"])
+        .output()?;
+    let said = String::from_utf8_lossy(&asked.stdout).into_owned();
+    ensure!(
+        asked.status.code() == Some(6) && said.contains("not decided; paused here"),
+        "{asked:?}"
+    );
+    Ok(())
+}
+
+/// Neither a command, nor a guard of one.
+fn nobody_is_left(a: &Node, b: &Node) -> Result<(), String> {
+    for node in [a, b] {
+        let left = node.shell("pgrep -af '[f]reeze-guard|[r]eceive' || true");
+        let left = { left }.read().map_err(|error| error.to_string())?;
+        if !left.is_empty() {
+            return Err(left);
+        }
+    }
+    Ok(())
+}
+
+/// When the other node does not answer any more.
+fn a_person_decides(a: &Node, b: &Node, flag: &str, id: &str) -> anyhow::Result<()> {
+    begin(a, b, "start", id)?;
+    a.shell("touch /run/cut; pkill -KILL -x ssh").run()?;
+    go_on(a, b)?;
+    wait_for_end(a)?;
+    poll_until("the copy", PATIENCE, || {
+        counts_on(b, id).map_err(|error| error.to_string())
+    })?;
+    poll_until("the end of the other side", PATIENCE, || {
+        nobody_is_left(b, b)
+    })?;
+    if flag == "--source-runs" {
+        journey::remove_container(b, id)?;
+    }
+    let decide = ["recover", id, flag];
+    let said = a.command("transship").args(decide).read()?;
+    let gone = a.command("transship").args(decide).read_failure()?;
+    ensure!(gone.contains("no migration of"), "{said} {gone}");
+    let runs = if flag == "--source-runs" {
+        a
+    } else {
+        ensure!(a.ctr(&["tasks", "ls", "-q"])?.is_empty(), "{said}");
+        a.ctr(&["containers", "delete", id])?;
+        b
+    };
+    counts_on(runs, id)?;
+    journey::remove_container(runs, id)?;
+    Ok(a.shell("rm /run/cut").run()?)
+}

@@ -1,0 +1,139 @@
+//! A pod that has been moved away starts nothing any more where it was, whatever kubelet tries: a liveness
+//! probe that fails while the pod stands still makes no second, cold copy.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Cri, Image, Pod, PodContainer, PodNamespaces, Testbed, Tree,
+    journey, poll_until,
+};
+
+use crate::Case;
+use crate::pods::{FIRST, reached, start};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MARKS: &str = "ls /var/lib/transship/moved 2>/dev/null || true";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [Case {
+        what: "pod_moved",
+        tree: Tree::Forky,
+        run: a_moved_pod_starts_nothing,
+    }]
+    .into_iter()
+}
+
+fn a_moved_pod_starts_nothing(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node, true)?;
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &FIRST)?;
+
+    node.shell("transship checkpoint --pod shop/web --name one --moved")
+        .run()?;
+    refused(&cri, &pod, 1)?;
+    node.shell("transship recover --pod shop/web --source-runs")
+        .run()?;
+    let before = reached(&cri, &id)?;
+    counts_on(&cri, &id, before)?;
+    ensure!(node.shell(MARKS).read()?.is_empty(), "the mark is gone");
+    let more = PodContainer {
+        name: "more",
+        command: &["/usr/bin/counter", "--memory-mb", "1", "--port", "7002"],
+        ..FIRST
+    };
+    let more = cri.run_container(&pod, &more)?;
+    cri.stop_container(&more, 0)?;
+
+    // One that fails moves nothing.
+    let failed = node.command("transship");
+    let taken = [
+        "checkpoint",
+        "--pod",
+        "shop/web",
+        "--name",
+        "one",
+        "--moved",
+    ];
+    let said = { failed }.args(taken).read_failure()?;
+    ensure!(said.contains("one"), "{said}");
+    ensure!(node.shell(MARKS).read()?.is_empty(), "{said}");
+    let before = reached(&cri, &id)?;
+    counts_on(&cri, &id, before)?;
+
+    node.shell("transship checkpoint --pod shop/web --name two --moved")
+        .run()?;
+    // As kubelet does after the third probe without an answer; it makes the sandbox again, too.
+    cri.stop_container(&id, 0)?;
+    refused(&cri, &pod, 2)?;
+    node.shell("transship recover --pod shop/web --target-runs")
+        .run()?;
+    cri.stop_pod(&pod)?;
+    let Err(error) = cri.run_pod_again(&pod) else {
+        anyhow::bail!("its sandbox is made again");
+    };
+    ensure!(error.to_string().contains("has been moved away"), "{error}");
+    cri.remove_pod(&pod)?;
+
+    // A pod of the same name is another one.
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &FIRST)?;
+    ensure!(cri.runs(&id)?, "it runs");
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(&node)?;
+    without_the_front(bed)
+}
+
+fn without_the_front(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("b")?;
+    node.start_snapshotter()?;
+    let config = ContainerdConfig {
+        transship_diff: false,
+        runtime_binary: None,
+        ..ContainerdConfig::transship()
+    };
+    node.start_containerd(&config)?;
+    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
+        node.import_image_into("k8s.io", &image, "transship")?;
+    }
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &FIRST)?;
+    let command = [
+        "checkpoint",
+        "--pod",
+        "shop/web",
+        "--name",
+        "one",
+        "--moved",
+    ];
+    let said = { node.command("transship") }.args(command).read_failure()?;
+    ensure!(said.contains("--source-pod-will-be-deleted"), "{said}");
+    ensure!(cri.runs(&id)?, "it runs on");
+    node.command("transship")
+        .args(command)
+        .arg("--source-pod-will-be-deleted")
+        .run()?;
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(&node)
+}
+
+fn refused(cri: &Cri, pod: &Pod, attempt: u32) -> anyhow::Result<()> {
+    let container = PodContainer { attempt, ..FIRST };
+    let Err(error) = cri.run_container(pod, &container) else {
+        anyhow::bail!("a second copy runs");
+    };
+    let said = error.to_string();
+    ensure!(said.contains("has been moved away"), "{said}");
+    Ok(())
+}
+
+fn counts_on(cri: &Cri, id: &str, before: u64) -> anyhow::Result<()> {
+    poll_until("it counts on", PATIENCE, || match reached(cri, id) {
+        Ok(now) if now > before => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    Ok(())
+}
