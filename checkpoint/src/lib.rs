@@ -30,4 +30,5 @@ pub mod namespaces;
 pub mod shared_dirs;
 pub mod spec;
 pub mod store;
+pub mod task_attributes;
 pub mod wire;

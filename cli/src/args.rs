@@ -360,6 +360,8 @@ impl LinkArgs {
 pub(crate) enum LostArg {
     /// Network interfaces of its own
     Network,
+    /// Processes that have come into it by exec
+    Exec,
 }
 
 /// A number of bytes with a suffix, as in 16M.

@@ -74,6 +74,7 @@ pub mod shim_options;
 pub mod snapshot;
 pub mod source;
 pub mod stuck_dump;
+mod task_attributes;
 mod thaw;
 pub mod timeline;
 

@@ -30,6 +30,7 @@ use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
 mod ask;
+mod joined;
 mod network;
 mod record;
 mod recover;
@@ -59,6 +60,8 @@ pub struct Request {
     pub keep_source: bool,
     /// Whether a container may lose the network interfaces of its own.
     pub lose_network: bool,
+    /// Whether processes may end that have come into the container by exec.
+    pub lose_joined: bool,
     /// How long a dump may write nothing.
     pub dump_patience: Duration,
     /// How long the source may stand still before the copy is told to run; none: as long as it takes.
@@ -79,6 +82,7 @@ impl Request {
             before_restore: None,
             keep_source: false,
             lose_network: false,
+            lose_joined: false,
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
             max_freeze: None,
             link_patience: LINK_PATIENCE,
@@ -118,6 +122,7 @@ pub async fn migrate(
 ) -> Result<Report> {
     let mut container = source::find(node, &request.container, &request.target.criu).await?;
     network::check(&container, request.lose_network)?;
+    joined::check(node, &container, request.lose_joined).await?;
     let record = Record::take(
         Path::new(RECORDS),
         Path::new(LOCKS),

@@ -28,6 +28,7 @@ use transship_checkpoint::manifest::{
 };
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::Spec;
+use transship_checkpoint::task_attributes::TASKS_FILE;
 use transship_layer::{ExportOptions, ExportStats, OverlayStack, export_upperdir_to_file};
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
@@ -39,6 +40,7 @@ use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::shim_options;
 use crate::stuck_dump;
+use crate::task_attributes;
 use transship_containerd::Containerd;
 use transship_containerd::ResolvedImage;
 
@@ -377,6 +379,11 @@ impl SourceContainer {
         fs::File::create_new(&spec)
             .and_then(|mut file| file.write_all(&self.spec))
             .with_context(|| format!("cannot write {}", spec.display()))?;
+        let attributes = task_attributes::read(&node.pids(self.id()).await?);
+        let attributes = serde_json::to_vec(&attributes).context("cannot write of tasks")?;
+        fs::File::create_new(dir.join(TASKS_FILE))
+            .and_then(|mut file| file.write_all(&attributes))
+            .with_context(|| format!("cannot write {TASKS_FILE}"))?;
         let diff = dir.join(ROOTFS_DIFF_FILE);
         // A link that CRIU makes for a file without a name is there during the dump only.
         let export_inside = self.container.criu.link_remap;

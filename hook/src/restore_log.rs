@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! restores.log          a line each; from 1 MiB on it becomes restores.log.1
-//!   2026-01-02T03:04:05Z container=ID outcome=failed|started-cold REASON
+//!   2026-01-02T03:04:05Z container=ID outcome=failed|started-cold|incomplete REASON
 //! restore-<namespace>_<pod>_<container>.log      the last failed restore of that container of a pod
 //! restore-<id>.log                               the same outside of the CRI
 //! ```
@@ -41,6 +41,8 @@ pub enum Outcome {
     Failed,
     /// It starts its own command on its own files.
     StartedCold,
+    /// It is restored, but for what the line says.
+    Incomplete,
 }
 
 /// Adds a line.
@@ -52,6 +54,7 @@ pub fn append(dir: &Path, id: &str, outcome: Outcome, reason: &str) -> io::Resul
     let outcome = match outcome {
         Outcome::Failed => "failed",
         Outcome::StartedCold => "started-cold",
+        Outcome::Incomplete => "incomplete",
     };
     let path = dir.join(LOG_FILE);
     if fs::metadata(&path).is_ok_and(|meta| meta.len() >= LOG_LIMIT) {

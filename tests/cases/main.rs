@@ -27,6 +27,7 @@ mod journey;
 mod kubernetes;
 mod migration_cut;
 mod migration_faults;
+mod migration_keeps;
 mod node_api;
 mod one_copy;
 mod pod_refusals;
@@ -156,6 +157,7 @@ fn main() -> ExitCode {
         .chain(journey::cases())
         .chain(kubernetes::cases())
         .chain(migration_cut::cases())
+        .chain(migration_keeps::cases())
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())

@@ -41,7 +41,12 @@ pub(crate) fn run_alone(node: &Node, id: &str) -> anyhow::Result<()> {
 }
 
 /// Runs transship in node a: it fails with `code` and says `message`, and the container counts on.
-fn refused(a: &Node, arguments: &[&str], code: i32, message: &str) -> anyhow::Result<()> {
+pub(crate) fn refused(
+    a: &Node,
+    arguments: &[&str],
+    code: i32,
+    message: &str,
+) -> anyhow::Result<()> {
     fails_with(a, arguments, code, message)?;
     counts_on(a, arguments[1])
 }

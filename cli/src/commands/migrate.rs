@@ -49,6 +49,7 @@ fn request(args: MigrateArgs) -> Request {
         before_restore: args.before_restore,
         keep_source: args.keep_source,
         lose_network: args.allow_lost.contains(&LostArg::Network),
+        lose_joined: args.allow_lost.contains(&LostArg::Exec),
         dump_patience: args.dump.patience(),
         max_freeze: args.freeze.max_freeze,
         link_patience: args.link.patience(),

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
-use transship_checkpoint::criu_images::tasks;
+use transship_checkpoint::criu_images::{tasks, timers};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
@@ -18,7 +18,7 @@ use super::criu_config::CriuConfig;
 use super::fit::not_admitted;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
-use super::{Front, FrontContext, FrontError, Outcome, RestoreError, held};
+use super::{Front, FrontContext, FrontError, Outcome, RestoreError, held, task_attributes};
 use crate::argv::Arguments;
 use crate::one_line;
 
@@ -114,6 +114,8 @@ impl Front<'_> {
         let admission = admit(images.path(), Some(&old), &config.spec, bundle)
             .map_err(|source| not_admitted(&request, source))?;
         admission.apply(images.path())?;
+        let attributes = task_attributes::read(of_container).during("read", of_container)?;
+        timers::advance_wall_clock(images.path(), task_attributes::since_freeze(&attributes))?;
         let mut criu = config.annotations.criu.over(request.criu);
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
@@ -163,6 +165,11 @@ impl Front<'_> {
                     source,
                 })
             })?;
+            let proc = format!("/proc/{pid}");
+            let lost = task_attributes::give_back(pid, &attributes).during("look at", &proc)?;
+            if !lost.is_empty() {
+                Self::tell_incomplete(&create.id, config.cri, &lost.join("; "));
+            }
             let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             staged.set_holder(pid, start_time)?;
             bundle.write_marker(&Marker {

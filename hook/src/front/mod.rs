@@ -29,6 +29,7 @@ mod shared_pids;
 #[cfg_attr(not(target_arch = "x86_64"), path = "shm_attach_unsupported.rs")]
 mod shm_attach;
 mod start;
+mod task_attributes;
 mod tell;
 mod volumes;
 

@@ -62,6 +62,16 @@ impl Front<'_> {
         say(&format!("restored from the checkpoint {checkpoint:?}"));
     }
 
+    /// Tells what a restored container lacks: to the node's log, and in the container's own.
+    pub(super) fn tell_incomplete(id: &str, cri: bool, lost: &str) {
+        // Nobody could be told that nobody can be told.
+        let outcome = restore_log::Outcome::Incomplete;
+        drop(restore_log::append(Path::new(LOG_DIR), id, outcome, lost));
+        if cri {
+            say(&format!("restored without: {lost}"));
+        }
+    }
+
     /// Tells that a container does not run again.
     pub(super) fn tell_done(&self, id: &str, checkpoint: &str) {
         say(&format!(

@@ -1,0 +1,114 @@
+//! What CRIU does not keep of the tasks of a container: in its directory of the checkpoint, beside the spec.
+//!
+//! ```text
+//! tasks.json   { "frozen_at": 1767323045000000000,
+//!                "tasks": [ { "id": 7, "cpus": [0, 1], "timer_slack": 123456,
+//!                             "io_priority": { "class": "best-effort", "level": 7 } } ] }
+//! ```
+//!
+//! Only tasks are there, and only those of their attributes, that are not what every new task has.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file.
+pub const TASKS_FILE: &str = "tasks.json";
+/// Longest file that is read, in bytes.
+pub const TASKS_LIMIT: u64 = 16 << 20;
+/// Nanoseconds that the kernel gives to every program.
+pub const DEFAULT_TIMER_SLACK: u64 = 50_000;
+
+/// The attributes of the tasks of one container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskAttributes {
+    /// When the container stood still, in nanoseconds of the wall clock since 1970.
+    pub frozen_at: u64,
+    /// Those that are not as every new task.
+    #[serde(default)]
+    pub tasks: Vec<Task>,
+}
+
+/// One thread.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Its id in the container.
+    pub id: u32,
+    /// The processors that it chose of those that the container may use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<usize>,
+    /// Nanoseconds by which its timers may be late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timer_slack: Option<u64>,
+    /// Its I/O priority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_priority: Option<IoPriority>,
+}
+
+impl Task {
+    /// Whether there is nothing to say of it.
+    #[must_use]
+    pub fn is_ordinary(&self) -> bool {
+        self.cpus.is_empty() && self.timer_slack.is_none() && self.io_priority.is_none()
+    }
+}
+
+/// As ioprio_set(2) has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoPriority {
+    /// Its class.
+    pub class: IoClass,
+    /// From 0, the best, to 7.
+    pub level: u8,
+}
+
+/// `IOPRIO_CLASS_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoClass {
+    /// Before all others.
+    Realtime,
+    /// The usual one.
+    BestEffort,
+    /// After all others.
+    Idle,
+}
+
+/// Reads a list as in `Cpus_allowed_list`: `0-3,8`. What is none gives nothing.
+#[must_use]
+pub fn parse_cpus(list: &str) -> Vec<usize> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.trim().parse::<usize>().ok()?..=last.trim().parse::<usize>().ok()?)
+    };
+    let ranges: Option<Vec<_>> = list.trim().split(',').map(range).collect();
+    let cpus = ranges.unwrap_or_default().into_iter().flatten();
+    // More than any kernel has: a list of somebody else's.
+    cpus.take(1 << 16).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_read() {
+        assert_eq!(parse_cpus("0-2,8\n"), [0, 1, 2, 8]);
+        assert_eq!(parse_cpus("5"), [5]);
+        assert!(parse_cpus("").is_empty());
+        assert!(parse_cpus("1-x").is_empty());
+        assert_eq!(parse_cpus("0-99999999").len(), 1 << 16);
+    }
+
+    #[test]
+    fn what_is_ordinary_is_not_written() {
+        let task = Task {
+            id: 7,
+            timer_slack: Some(1),
+            ..Task::default()
+        };
+        assert!(!task.is_ordinary() && Task::default().is_ordinary());
+        assert_eq!(
+            serde_json::to_string(&task).unwrap(),
+            r#"{"id":7,"timer_slack":1}"#
+        );
+    }
+}

@@ -1,0 +1,168 @@
+//! What CRIU does not keep of frozen tasks, read from the kernel: affinity, timer slack, I/O priority, and
+//! the moment of the freeze.
+//!
+//! ```text
+//!  /proc/PID/task/TID/status    NSpid, Cpus_allowed_list    cpus, where they are fewer than the cpuset's
+//!  /proc/TID/timerslack_ns
+//!  ionice -p TID...             ioprio_get(2) has no safe binding; without the program there is none
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use transship_checkpoint::task_attributes::{
+    DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes, parse_cpus,
+};
+
+const CGROUPS: &str = "/sys/fs/cgroup";
+const ONLINE: &str = "/sys/devices/system/cpu/online";
+/// Threads that one call of `ionice` is given.
+const AT_ONCE: usize = 512;
+
+/// The attributes of all threads of these frozen processes, now.
+pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let frozen_at = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
+    let mut tasks: Vec<(u32, Task)> = Vec::new();
+    for pid in pids {
+        let allowed = allowed_cpus(*pid);
+        let threads = fs::read_dir(format!("/proc/{pid}/task"));
+        let names = threads.into_iter().flatten().flatten();
+        for tid in names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+            tasks.extend(task(*pid, tid, &allowed).map(|task| (tid, task)));
+        }
+    }
+    for chunk in tasks.chunks_mut(AT_ONCE) {
+        let tids: Vec<u32> = chunk.iter().map(|(tid, _)| *tid).collect();
+        let priorities = io_priorities(&tids);
+        if priorities.len() == chunk.len() {
+            for ((_, task), priority) in chunk.iter_mut().zip(priorities) {
+                task.io_priority = priority;
+            }
+        }
+    }
+    TaskAttributes {
+        frozen_at: frozen_at.unwrap_or_default(),
+        tasks: tasks
+            .into_iter()
+            .map(|(_, task)| task)
+            .filter(|task| !task.is_ordinary())
+            .collect(),
+    }
+}
+
+fn task(pid: u32, tid: u32, allowed: &[usize]) -> Option<Task> {
+    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+    let cpus = parse_cpus(field("Cpus_allowed_list:")?);
+    let slack = fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).ok();
+    let slack = slack.and_then(|text| text.trim().parse().ok());
+    Some(Task {
+        // One for each pid namespace, the innermost last.
+        id: field("NSpid:")?.split_whitespace().last()?.parse().ok()?,
+        cpus: if cpus.len() < allowed.len() {
+            cpus
+        } else {
+            Vec::new()
+        },
+        timer_slack: slack.filter(|slack| *slack != DEFAULT_TIMER_SLACK),
+        io_priority: None,
+    })
+}
+
+/// The processors of the process's cpuset; where that cannot be found, those of the machine.
+fn allowed_cpus(pid: u32) -> Vec<usize> {
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let of_cpuset = cgroups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?);
+        let has_it = controllers.split(',').any(|it| it == "cpuset");
+        has_it.then(|| {
+            (
+                Path::new(CGROUPS).join("cpuset"),
+                path.to_owned(),
+                "cpuset.effective_cpus",
+            )
+        })
+    });
+    let unified = || {
+        let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
+        Some((
+            PathBuf::from(CGROUPS),
+            path.to_owned(),
+            "cpuset.cpus.effective",
+        ))
+    };
+    let found = of_cpuset.or_else(unified).and_then(|(root, path, file)| {
+        let dir = root.join(path.trim_start_matches('/'));
+        // On v2 a cgroup without the controller has the set of the one above.
+        let mut above = dir.ancestors().take_while(|dir| dir.starts_with(&root));
+        above.find_map(|dir| fs::read_to_string(dir.join(file)).ok())
+    });
+    let list = found.or_else(|| fs::read_to_string(ONLINE).ok());
+    parse_cpus(&list.unwrap_or_default())
+}
+
+/// One for each thread, in their order; empty when they cannot be had.
+fn io_priorities(tids: &[u32]) -> Vec<Option<IoPriority>> {
+    let output = Command::new("ionice")
+        .arg("-p")
+        .args(tids.iter().map(u32::to_string))
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output();
+    let Ok(output) = output else {
+        return Vec::new();
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().map(parse_priority).collect()
+}
+
+/// As in `best-effort: prio 7`; `none` is what every task has.
+fn parse_priority(line: &str) -> Option<IoPriority> {
+    let (class, level) = line.split_once(": prio ").unwrap_or((line, "0"));
+    let class = match class.trim() {
+        "realtime" => IoClass::Realtime,
+        "best-effort" => IoClass::BestEffort,
+        "idle" => IoClass::Idle,
+        _ => return None,
+    };
+    let level = level.trim().parse().ok()?;
+    Some(IoPriority { class, level })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_tells_what_is_not_ordinary() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id();
+        fs::write(format!("/proc/{pid}/timerslack_ns"), "123456").ok();
+        let slack = fs::read_to_string(format!("/proc/{pid}/timerslack_ns"));
+        let read = read(&[pid]);
+        let found = read
+            .tasks
+            .iter()
+            .find(|task| task.timer_slack == Some(123_456));
+        // Another user's may be neither read nor written.
+        assert_eq!(found.is_some(), slack.is_ok_and(|it| it.trim() == "123456"));
+        assert!(read.frozen_at > 1_700_000_000_000_000_000);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn priorities_are_read_as_they_are_printed() {
+        let level = |class, level| Some(IoPriority { class, level });
+        assert_eq!(
+            parse_priority("best-effort: prio 7"),
+            level(IoClass::BestEffort, 7)
+        );
+        assert_eq!(parse_priority("idle"), level(IoClass::Idle, 0));
+        assert_eq!(parse_priority("none: prio 4"), None);
+    }
+}

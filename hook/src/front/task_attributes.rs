@@ -1,0 +1,178 @@
+//! What CRIU does not keep of tasks, given back to them while they are held; see
+//! [`transship_checkpoint::task_attributes`].
+//!
+//! The file is part of the checkpoint, so what it may do is bounded: a task gets processors of its own
+//! cpuset only, and a real-time I/O priority only where the container may have one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::task_attributes::{
+    IoClass, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, parse_cpus,
+};
+
+use crate::descendants::tree;
+
+/// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
+const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
+
+/// Reads the file in a container's directory of the checkpoint. A checkpoint without one says nothing.
+///
+/// # Errors
+/// It cannot be read.
+pub(super) fn read(dir: &Path) -> io::Result<TaskAttributes> {
+    let file = Path::new(TASKS_FILE);
+    match read_regular(dir, file, Links::Refused, TASKS_LIMIT) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(TaskAttributes::default()),
+        json => Ok(serde_json::from_slice(&json?)?),
+    }
+}
+
+/// Nanoseconds of the wall clock since the freeze.
+pub(super) fn since_freeze(attributes: &TaskAttributes) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
+    match attributes.frozen_at {
+        0 => 0,
+        frozen_at => now.unwrap_or_default().saturating_sub(frozen_at),
+    }
+}
+
+/// Gives the held tasks below `root` what they had. Gives what they cannot have, for people.
+///
+/// # Errors
+/// The tasks cannot be listed.
+pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Vec<String>> {
+    let wanted: BTreeMap<u32, &Task> = attributes
+        .tasks
+        .iter()
+        .map(|task| (task.id, task))
+        .collect();
+    let mut lost = Vec::new();
+    if wanted.is_empty() {
+        return Ok(lost);
+    }
+    for pid in tree(root)? {
+        for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let name = entry?.file_name();
+            let Some(tid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+            let id = field("NSpid:").and_then(|ids| ids.split_whitespace().last()?.parse().ok());
+            let Some(task) = id.and_then(|id: u32| wanted.get(&id)) else {
+                continue;
+            };
+            let allowed = parse_cpus(field("Cpus_allowed_list:").unwrap_or_default());
+            let bounding = field("CapBnd:").and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
+            lost.extend(give_one(tid, task, &allowed, bounding.unwrap_or_default()));
+        }
+    }
+    Ok(lost)
+}
+
+fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<String> {
+    let mut lost = Vec::new();
+    let id = task.id;
+    if !task.cpus.is_empty() && !set_cpus(tid, &task.cpus, allowed) {
+        lost.push(format!(
+            "the processors of task {id} ({:?}) are not the container's here, it may use all",
+            task.cpus
+        ));
+    }
+    if let Some(slack) = task.timer_slack
+        && fs::write(format!("/proc/{tid}/timerslack_ns"), slack.to_string()).is_err()
+    {
+        lost.push(format!("the timer slack of task {id}, {slack} ns"));
+    }
+    if let Some(priority) = task.io_priority {
+        let (class, may_be) = match priority.class {
+            IoClass::Realtime => ("1", bounding & REALTIME_CAPABILITIES != 0),
+            IoClass::BestEffort => ("2", true),
+            IoClass::Idle => ("3", true),
+        };
+        if !may_be || !ionice(tid, class, priority.level.min(7)) {
+            lost.push(format!("the I/O priority of task {id}, {priority:?}"));
+        }
+    }
+    lost
+}
+
+fn set_cpus(tid: i32, cpus: &[usize], allowed: &[usize]) -> bool {
+    let mut set = CpuSet::new();
+    let mut any = false;
+    for cpu in cpus.iter().filter(|cpu| allowed.contains(cpu)) {
+        any |= set.set(*cpu).is_ok();
+    }
+    any && sched_setaffinity(Pid::from_raw(tid), &set).is_ok()
+}
+
+fn ionice(tid: i32, class: &str, level: u8) -> bool {
+    let mut command = Command::new("ionice");
+    command.args(["-c", class]);
+    if class != "3" {
+        command.args(["-n", &level.to_string()]);
+    }
+    let status = command
+        .args(["-p", &tid.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_gets_processors_of_its_own_cpuset_only() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let status = || fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let cpus = || {
+            let status = status();
+            let list = status
+                .lines()
+                .find_map(|it| it.strip_prefix("Cpus_allowed_list:"));
+            parse_cpus(list.unwrap())
+        };
+        let first = cpus()[0];
+        let task = |cpus| Task {
+            id: u32::try_from(pid).unwrap(),
+            cpus,
+            ..Task::default()
+        };
+        let attributes = |cpus| TaskAttributes {
+            frozen_at: 0,
+            tasks: vec![task(cpus)],
+        };
+        let lost = give_back(pid, &attributes(vec![60_000])).unwrap();
+        assert_eq!(lost.len(), 1, "{lost:?}");
+        assert!(
+            give_back(pid, &attributes(vec![first, 60_000]))
+                .unwrap()
+                .is_empty()
+        );
+        assert_eq!(cpus(), [first]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_without_the_file_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = read(dir.path()).unwrap();
+        assert_eq!(since_freeze(&read), 0);
+        assert!(read.tasks.is_empty());
+    }
+}

@@ -1,0 +1,135 @@
+//! What CRIU does not keep, and the copy has all the same; and what it cannot have, which is refused.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+
+use crate::Case;
+use crate::migration_faults::{counts_on, refused, run_alone};
+
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How long the source stands still at least, in seconds.
+const STANDS_STILL: u64 = 10;
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [
+        Case {
+            what: "migration_keeps",
+            tree: Tree::Forky,
+            run: attributes_of_tasks_come_along,
+        },
+        Case {
+            what: "long_wall_clock",
+            tree: Tree::Forky,
+            run: timers_fire_at_their_moment,
+        },
+    ]
+    .into_iter()
+}
+
+fn attributes_of_tasks_come_along(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    run_alone(&a, "counter")?;
+    let migrate = ["migrate", "counter", "--to", ssh.as_str()];
+
+    // Its parent is the shim: it would stay behind, and end there.
+    a.shell("ctr tasks exec --detach --exec-id more counter /bin/busybox sleep 1000")
+        .run()?;
+    refused(&a, &migrate, 4, "--allow-lost exec")?;
+    a.shell("pkill -KILL -f '[s]leep 1000'").run()?;
+    poll_until("the end of the exec", PATIENCE, || {
+        let left = a.shell("! pgrep -f '[s]leep 1000'");
+        { left }.run().map_err(|error| error.to_string())
+    })?;
+
+    let pid = journey::task_pid(&a, "counter")?;
+    a.shell(&format!(
+        "taskset -pc 0 {pid}; ionice -c 2 -n 7 -p {pid}; echo 123456 >/proc/{pid}/timerslack_ns"
+    ))
+    .run()?;
+    let before = attributes(&a)?;
+    ensure!(
+        before.contains("123456") && before.contains("best-effort: prio 7"),
+        "{before}"
+    );
+    a.command("transship").args(migrate).run()?;
+    counts_on(&b, "counter")?;
+    let after = attributes(&b)?;
+    ensure!(after == before, "{before} and then {after}");
+    journey::remove_container(&b, "counter")?;
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+fn attributes(node: &Node) -> anyhow::Result<String> {
+    let pid = journey::task_pid(node, "counter")?;
+    let read = node.shell(&format!(
+        "grep Cpus_allowed_list /proc/{pid}/status; ionice -p {pid}; cat /proc/{pid}/timerslack_ns"
+    ));
+    Ok({ read }.read()?)
+}
+
+/// A timer that is set to a moment of the wall clock while the container stands still is not late by that
+/// time.
+fn timers_fire_at_their_moment(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    for node in [&a, &b] {
+        node.shell("mkdir -p /srv/timer").run()?;
+    }
+    // timerfd_create(CLOCK_REALTIME), timerfd_settime(TFD_TIMER_ABSTIME), on x86-64.
+    a.write_file(
+        "/srv/timer/program",
+        "my $due = time + 30;
+         my $fd = syscall(283, 0, 0);
+         syscall(286, $fd, 1, pack('q4', 0, 0, $due, 0), 0) == 0 or die;
+         open(my $set, '>', '/timer/set'); close($set);
+         open(my $timer, '<&=', $fd);
+         sysread($timer, my $ticks, 8);
+         my $late = time - $due;
+         open(my $fired, '>', '/timer/fired'); print $fired $late; close($fired);
+         sleep 1000;",
+    )?;
+    let mut run = vec!["run", "--detach", "--snapshotter", "transship"];
+    let mounts = [
+        "/usr:/usr",
+        "/usr/lib:/lib",
+        "/usr/lib64:/lib64",
+        "/srv/timer:/timer",
+    ]
+    .map(|it| {
+        let (from, to) = it.split_once(':').unwrap_or((it, it));
+        format!("type=bind,src={from},dst={to},options=bind:rw")
+    });
+    run.extend(mounts.iter().flat_map(|it| ["--mount", it.as_str()]));
+    run.extend([
+        "transship.test/counter:1",
+        "timer",
+        "/usr/bin/perl",
+        "/timer/program",
+    ]);
+    a.ctr(&run)?;
+    poll_until("the timer", PATIENCE, || {
+        let set = a.shell("test -e /srv/timer/set");
+        { set }.run().map_err(|error| error.to_string())
+    })?;
+    let before_restore =
+        format!("sleep {STANDS_STILL}; tar -c -C /srv timer | {ssh} tar -x -C /srv");
+    a.command("transship")
+        .args(["migrate", "timer", "--to", &ssh, "--allow", "host-mounts"])
+        .args(["--before-restore", &before_restore])
+        .run()?;
+    let early = b.shell("test ! -e /srv/timer/fired").run().is_ok();
+    let late: u64 = poll_until("the timer's moment", PATIENCE, || {
+        let late = b.shell("cat /srv/timer/fired").read();
+        late.map_err(|error| error.to_string())?
+            .parse()
+            .map_err(|error| format!("{error}"))
+    })?;
+    // A migration that has taken longer than the timer says nothing.
+    ensure!(!early || late < STANDS_STILL, "it was {late} s late");
+    journey::remove_container(&b, "timer")?;
+    Ok(())
+}
