@@ -22,7 +22,7 @@ use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 use crate::statistics::millis;
 
-/// A restore through the CRI may take so many times the bare one.
+/// How many times longer than the bare restore one through the CRI may take.
 const MOST: Goal = Goal::RatioAtMost(1.3);
 const BARE: &str = "runc restore";
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -22,7 +22,7 @@ pub use config_line::{ConfigLine, ConfigLineError};
 pub use overrides::{CriuOverrides, OptionError};
 pub use table::{Author, CriuOption, OPTIONS, Phase, SWITCH, documentation};
 
-/// What becomes of established TCP connections.
+/// How a dump treats established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tcp {

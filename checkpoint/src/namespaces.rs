@@ -99,11 +99,11 @@ impl fmt::Display for Namespace {
     }
 }
 
-/// What becomes of the namespaces that have a path.
+/// How the namespaces that have a path are replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan(BTreeMap<Namespace, Action>);
 
-/// What becomes of one namespace that has a path.
+/// How one namespace that has a path is replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Join the one at this path instead.

@@ -29,7 +29,7 @@
 //!   < Answer
 //! ```
 //!
-//! What becomes of the container on the target (its id, namespace, snapshotter, runtime, output) is
+//! How the container is made on the target (its id, namespace, snapshotter, runtime, output) is
 //! said by the arguments of `transship receive` there, never by the stream: an operator who fixes them
 //! (`ssh -o command=`, a unit) has fixed all that a sender can choose.
 //!

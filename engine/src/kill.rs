@@ -32,7 +32,7 @@ pub(crate) async fn kill_frozen(node: &Containerd, tasks: &[TaskToFreeze]) -> Re
     for task in tasks {
         let pids = match node.pids(&task.id).await {
             Ok(pids) => pids,
-            // The runtime knows them, too.
+            // The runtime knows them as well.
             Err(error) => task.runtime.pids(&task.id).await.map_err(|_| error)?,
         };
         for pid in pids {

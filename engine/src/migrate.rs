@@ -68,7 +68,7 @@ pub struct Request {
     pub max_freeze: Option<Duration>,
     /// How long the link may be silent.
     pub link_patience: Duration,
-    /// What becomes of it on the other node; CRIU's options are those of the dump, too.
+    /// How it is made on the other node. CRIU's options hold for the dump as well.
     pub target: Target,
 }
 

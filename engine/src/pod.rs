@@ -30,7 +30,7 @@ pub struct SourcePod {
     pub sandbox: String,
     /// The containers that run.
     pub containers: Vec<SourceContainer>,
-    /// Those that do not: the checkpoint does not have them.
+    /// The containers that do not run, which the checkpoint leaves out.
     pub ended: Vec<Ended>,
 }
 

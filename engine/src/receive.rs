@@ -46,7 +46,7 @@ pub const KEEP_FREE: u64 = 64 << 20;
 pub struct Request {
     /// Name under which a checkpoint is kept; none: the one it has.
     pub name: Option<String>,
-    /// What becomes of a container that is migrated here.
+    /// How a container that is migrated here is made.
     pub target: Target,
     /// Bytes that are taken, at most.
     pub max_size: Option<u64>,

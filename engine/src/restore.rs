@@ -36,7 +36,7 @@ pub struct Request<'a> {
     pub name: &'a str,
     /// Which of its containers, when it has several.
     pub container: Option<&'a str>,
-    /// What becomes of it.
+    /// How it is made here.
     pub target: Target,
 }
 

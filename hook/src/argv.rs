@@ -148,7 +148,7 @@ impl Arguments {
         self
     }
 
-    /// The arguments with flags in the place of those that they have already.
+    /// The arguments, with the values of these flags replaced.
     #[must_use]
     pub fn with_flags(mut self, flags: Vec<RuntimeFlag>) -> Self {
         for (name, value) in flags {

@@ -15,7 +15,7 @@
 //!
 //! Progress is what CRIU's processes read, and new ones: CRIU can wait for ever for a task that has
 //! died, and try for ever to read from images that are too short, with a line in its log each time.
-//! That log lies in `/run`, in memory: one that becomes too large ends the restore, too.
+//! That log lies in `/run`, in memory: a log that grows too large ends the restore as well.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;

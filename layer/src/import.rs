@@ -232,7 +232,7 @@ impl<R: Read> Import<R> {
     }
 
     /// What an image says of `/` is not the container's root directory: that belongs to the snapshot, and
-    /// containerd ignores it, too.
+    /// as containerd does.
     fn apply_root(
         &mut self,
         tar_type: TarType,

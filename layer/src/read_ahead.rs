@@ -28,11 +28,11 @@ use crate::overlay_marks::OverlayXattrs;
 
 /// Jobs that may wait for the walk: each holds up to 256 KiB, or a descriptor.
 const MAX_OUTSTANDING: usize = 16;
-/// With the above taken up by the directories on the way down, each further one may have so many.
+/// Jobs that a directory may queue when its ancestors already use up the limit above.
 const MIN_OWN: usize = 2;
-/// Descriptors and memory stay bounded in a deep tree, too.
+/// Descriptors and memory stay bounded in a deep tree as well.
 const MAX_OUTSTANDING_DEEP: usize = 64;
-/// So many jobs must wait before threads are started: a small layer is done sooner without.
+/// Jobs that must wait before threads are started: a small layer is done sooner without them.
 const JOBS_FOR_THREADS: usize = if cfg!(test) { 1 } else { 4 };
 /// More do not help: one thread writes what they load.
 const MAX_THREADS: usize = 4;

@@ -49,7 +49,7 @@ pub(crate) fn replace_durably(path: &Path, bytes: &[u8]) -> Result<(), SandboxEr
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        // The name, too.
+        // The name as well.
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
     write()

@@ -210,7 +210,7 @@ fn same_file(a: &Path, b: &Path) -> io::Result<bool> {
 }
 
 fn unmount_all(path: &Path) -> Result<(), SandboxError> {
-    // A second pin over the first must go, too. MNT_DETACH: somebody may be looking at it.
+    // A second pin over the first must go as well. MNT_DETACH: somebody may be looking at it.
     while is_namespace(path) {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}

@@ -128,7 +128,7 @@ impl Metrics {
         self.applied.get_or_create(&AppliedLabel { by }).inc();
     }
 
-    /// Notes a transaction with so many changes.
+    /// Notes a transaction and the number of its changes.
     pub(crate) fn note_batch(&self, changes: usize) {
         self.batches
             .observe(f64::from(u32::try_from(changes).unwrap_or(u32::MAX)));

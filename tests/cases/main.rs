@@ -40,6 +40,7 @@ mod pods_own_files;
 mod pods_shared;
 mod pods_volumes;
 mod programs;
+mod readme;
 mod reference;
 mod snapshotter;
 mod stale_namespaces;

@@ -1,5 +1,5 @@
 //! A restored container is an ordinary one: whatever kubelet and people do to a container, they do to
-//! it, and what becomes of the pod that it was taken from does not matter to it.
+//! it, and it does not depend on the pod that it was taken from.
 
 use std::time::Duration;
 

@@ -253,7 +253,7 @@ fn check_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until each container has made so many steps, and gives the last of each.
+/// Waits until each container has made the given number of steps, and gives the last of each.
 fn wait_for(node: &Node, pod: &Pod, counts: [u64; 3]) -> anyhow::Result<[Step; 3]> {
     let mut last = Vec::new();
     for (role, count) in ROLES.into_iter().zip(counts) {

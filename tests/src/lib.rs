@@ -35,6 +35,8 @@ mod cri;
 mod cri_stream;
 mod debian_image;
 mod disk;
+#[cfg(test)]
+mod documented_tests;
 mod enter;
 mod error;
 mod footprint;

@@ -21,7 +21,7 @@ const SIZE_STEPS: u32 = 8_401;
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// An image of so many files in one layer.
+/// An image with this number of files in one layer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BigImage {
     pub(super) files: u32,

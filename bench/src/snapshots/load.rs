@@ -76,7 +76,7 @@ impl Target {
         Ok(())
     }
 
-    /// Runs cycles with so many clients for so long.
+    /// Runs cycles with `clients` clients for the given time.
     pub(crate) async fn run(&self, clients: usize, length: Duration) -> Result<Turn> {
         // Keys are never used again: containerd removes some time after it was told.
         static TURN: AtomicU64 = AtomicU64::new(0);

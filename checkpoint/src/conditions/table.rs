@@ -62,7 +62,7 @@ pub static CONDITIONS: [Condition; 45] = [
         name: "tcp",
         effect: Effect::NoDump,
         what: "it has TCP connections",
-        remedy: "--tcp established or --tcp close says what becomes of them",
+        remedy: "choose --tcp established or --tcp close",
         seen: "/proc/PID/net/tcp, tcp6",
         criu_says: &["Connected TCP socket"],
     },

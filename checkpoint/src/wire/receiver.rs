@@ -15,7 +15,7 @@ use super::{
 use crate::manifest::{self, Manifest, check_name};
 use crate::store::hex;
 
-/// What a file costs beside its content, in bytes: a stream of empty files ends, too.
+/// What a file costs beside its content, in bytes: so a stream of empty files has an end as well.
 const FILE_COST: u64 = 4096;
 /// After this many bytes the free space is looked at again.
 const ROOM_INTERVAL: u64 = 64 << 20;

@@ -90,7 +90,7 @@ fn processes_below(root: u32) -> Vec<Pid> {
         .collect()
 }
 
-/// The arguments of `transship` on the other node: what becomes of the container there. They are
+/// The arguments of `transship` on the other node: how the container is made there. They are
 /// arguments, because a node whose operator lets nobody choose them ignores them.
 pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
     let target = &request.target;

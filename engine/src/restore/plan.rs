@@ -278,7 +278,7 @@ async fn find_sandbox(
     }))
 }
 
-/// Files and directories of the source that the container has mounted must be on this node, too.
+/// Files and directories of the source that the container has mounted must exist on this node as well.
 fn missing_mount_sources(spec: &Value, reasons: &mut Vec<String>) {
     for mount in spec["mounts"].as_array().into_iter().flatten() {
         let bind = mount["options"]

@@ -79,7 +79,7 @@ pub(super) fn asking_for_restore(plan: &Plan, checkpoint: &str) -> Spec {
     spec.set_annotation(RESTORE, checkpoint);
     spec.set_annotation(RESTORE_CONTAINER, &plan.container.name);
     spec.set_annotation(ROOTFS, "filled");
-    // The next dump has them, too.
+    // For the next dump.
     for (name, value) in plan.criu.choices(&plan.container.criu) {
         spec.set_annotation(&format!("{PREFIX}{name}"), &value);
     }

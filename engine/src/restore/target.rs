@@ -8,7 +8,7 @@ use transship_sandbox::admission::node_config::NodeConfig;
 
 use crate::error::{Error, Result};
 
-/// What becomes of a container on this node. No part of it comes from a checkpoint or a stream.
+/// How a container is made on this node. No part of it comes from a checkpoint or a stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Target {
     /// Container id; none: that of the source.

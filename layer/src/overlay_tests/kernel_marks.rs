@@ -375,7 +375,7 @@ fn root_paths_longer_and_deeper_than_any_limit_survive() {
     remove_tree(&work).unwrap();
 }
 
-/// A writer that does something to the upperdir after so many bytes.
+/// A writer that changes the upperdir after a given number of bytes.
 struct Meddling<F: FnMut()> {
     left: usize,
     meddle: F,

@@ -1,4 +1,4 @@
-//! Layers that few tools write and that containerd takes: what becomes of their entries.
+//! Layers that few tools write and that containerd takes, and how their entries are applied.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};

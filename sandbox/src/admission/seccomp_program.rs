@@ -312,7 +312,7 @@ fn leaf(mut rules: Vec<Checked>, default: u32) -> Result<Vec<Instruction>, Strin
 enum To {
     /// The next instruction.
     Next,
-    /// The condition holds: behind its last instruction, so many further on.
+    /// The condition holds: continue this many instructions behind its last one.
     Holds(u8),
     /// It does not: behind the rule.
     Fails,

@@ -27,10 +27,10 @@ const MAX_WORKERS: usize = 8;
 /// What zstd itself and containerd's writer take by default.
 const ZSTD_LEVEL: i32 = 3;
 
-/// What is looked at of a chunk before it is compressed with gzip: so many pieces of this size.
+/// Sampling before gzip: how many pieces of which size are tried of each chunk.
 const SAMPLES: usize = 16;
 const SAMPLE_BYTES: usize = 2 << 10;
-/// Less than one part in so many is not worth the time.
+/// A chunk is stored when gzip would save less than one part in this number.
 const WORTH: usize = 50;
 
 type Block = io::Result<Vec<u8>>;
