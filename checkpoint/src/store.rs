@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
+use transship_path_error::{During as _, PathError};
 
 use crate::beneath::{Links, open_regular};
 use crate::manifest::{
@@ -63,29 +64,8 @@ pub enum StoreError {
         what: String,
     },
     /// A system call failed.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act.
-        act: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-pub(crate) trait IoContext<T> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, StoreError>;
-}
-
-impl<T, E: Into<io::Error>> IoContext<T> for Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, StoreError> {
-        self.map_err(|error| StoreError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: error.into(),
-        })
-    }
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// The directory of checkpoints.
@@ -158,7 +138,7 @@ impl Store {
                     root: self.root.clone(),
                 });
             }
-            Err(error) => return Err(error).during("open", &path),
+            Err(error) => return Ok(Err(error).during("open", &path)?),
         };
         let mut json = Vec::new();
         file.take(MANIFEST_LIMIT)
@@ -179,7 +159,7 @@ impl Store {
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error).during("list", &self.root),
+            Err(error) => return Ok(Err(error).during("list", &self.root)?),
         };
         let mut names = Vec::new();
         for entry in entries {
@@ -284,11 +264,11 @@ impl Store {
         match fs::rename(&dir, &gone) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
-            Err(error) => return Err(error).during("remove", &dir),
+            Err(error) => return Ok(Err(error).during("remove", &dir)?),
         }
         let _ours = lock(&gone, FlockArg::LockExclusiveNonblock)?;
         drop(names);
-        fs::remove_dir_all(&gone).during("remove", &gone)
+        Ok(fs::remove_dir_all(&gone).during("remove", &gone)?)
     }
 
     /// Held while a directory of the store gets its name and is not locked by its maker.
@@ -313,7 +293,7 @@ impl Store {
             if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
                 match fs::remove_dir_all(entry.path()) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(error).during("remove", entry.path());
+                        return Ok(Err(error).during("remove", entry.path())?);
                     }
                     _ => {}
                 }
@@ -325,9 +305,9 @@ impl Store {
 
 fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
     let file = File::open(dir).during("open", dir)?;
-    Flock::lock(file, how)
+    Ok(Flock::lock(file, how)
         .map_err(|(_, errno)| errno)
-        .during("lock", dir)
+        .during("lock", dir)?)
 }
 
 impl Draft {

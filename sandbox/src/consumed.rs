@@ -29,7 +29,9 @@ use sha2::{Digest, Sha256};
 
 use transship_checkpoint::manifest::{Manifest, check_name};
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::{make_dir, remove_file, replace_durably};
 use crate::pod_dir::UID_FILE;
 
@@ -91,7 +93,7 @@ impl Owner {
 
 /// Another snapshot may get the path of one that was removed, but not its moment of birth.
 fn layer_file(upperdir: &Path) -> Result<String, SandboxError> {
-    let meta = fs::metadata(upperdir).staging("look at", upperdir)?;
+    let meta = fs::metadata(upperdir).during("look at", upperdir)?;
     let born = meta.created().unwrap_or(UNIX_EPOCH);
     let born = born.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut hash = Sha256::new();
@@ -239,11 +241,11 @@ impl Consumed {
 pub fn times_restored(dir: &Path, manifest: &Manifest) -> Result<usize, SandboxError> {
     let records = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-        records => records.staging("list", dir)?,
+        records => records.during("list", dir)?,
     };
     let mut times = 0;
     for record in records {
-        let path = record.staging("list", dir)?.path();
+        let path = record.during("list", dir)?.path();
         // One that is written at this moment, or that is damaged, which its own pod is told of.
         let Ok(entries) = read(&path) else { continue };
         // A container that it lacks has started cold.
@@ -263,16 +265,16 @@ pub fn times_restored(dir: &Path, manifest: &Manifest) -> Result<usize, SandboxE
 
 /// Held by whoever writes a record, or removes one.
 fn lock(dir: &Path) -> Result<Flock<File>, SandboxError> {
-    let file = File::open(dir).staging("open", dir)?;
-    Flock::lock(file, FlockArg::LockExclusive)
+    let file = File::open(dir).during("open", dir)?;
+    Ok(Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
-        .staging("lock", dir)
+        .during("lock", dir)?)
 }
 
 fn read(path: &Path) -> Result<Vec<Entry>, SandboxError> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        text => text.staging("read", path)?,
+        text => text.during("read", path)?,
     };
     let entries = text.lines().map(|line| {
         Entry::parse(line).ok_or_else(|| SandboxError::Damaged {
@@ -330,8 +332,8 @@ pub fn remove_records_of_the_gone(dir: &Path, run_dir: &Path) -> Result<(), Sand
     // A record that is being written has another name for a moment.
     let _lock = lock(dir)?;
     let living = living_pods(run_dir);
-    for entry in fs::read_dir(dir).staging("list", dir)? {
-        let path = entry.staging("list", dir)?.path();
+    for entry in fs::read_dir(dir).during("list", dir)? {
+        let path = entry.during("list", dir)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let gone = if let Some(uid) = name.strip_prefix("pod-") {
             let age = fs::metadata(&path)

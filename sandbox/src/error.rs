@@ -1,10 +1,10 @@
 //! What can go wrong with the directories and namespaces of a sandbox.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::manifest::ManifestError;
+use transship_path_error::PathError;
 
 /// A failure around a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -46,27 +46,6 @@ pub enum SandboxError {
         what: String,
     },
     /// A system call failed.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act.
-        act: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-pub(crate) trait SandboxContext<T> {
-    fn staging(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, SandboxError>;
-}
-
-impl<T, E: Into<io::Error>> SandboxContext<T> for Result<T, E> {
-    fn staging(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, SandboxError> {
-        self.map_err(|error| SandboxError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: error.into(),
-        })
-    }
+    #[error(transparent)]
+    Io(#[from] PathError),
 }

@@ -5,26 +5,32 @@ use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 
 pub(crate) fn make_dir(dir: &Path) -> Result<(), SandboxError> {
-    DirBuilder::new()
+    Ok(DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .staging("create", dir)
+        .during("create", dir)?)
 }
 
 pub(crate) fn remove_tree(dir: &Path) -> Result<(), SandboxError> {
     match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).staging("remove", dir),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Ok(Err(error).during("remove", dir)?)
+        }
         _ => Ok(()),
     }
 }
 
 pub(crate) fn remove_file(path: &Path) -> Result<(), SandboxError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).staging("remove", path),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Ok(Err(error).during("remove", path)?)
+        }
         _ => Ok(()),
     }
 }
@@ -36,9 +42,9 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SandboxError> {
         file.write_all(bytes)?;
         fs::rename(&new, path)
     };
-    write()
+    Ok(write()
         .inspect_err(|_| drop(fs::remove_file(&new)))
-        .staging("write", path)
+        .during("write", path)?)
 }
 
 /// [`replace`], beyond a power cut.
@@ -52,7 +58,7 @@ pub(crate) fn replace_durably(path: &Path, bytes: &[u8]) -> Result<(), SandboxEr
         // The name as well.
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
-    write()
+    Ok(write()
         .inspect_err(|_| drop(fs::remove_file(&new)))
-        .staging("write", path)
+        .during("write", path)?)
 }

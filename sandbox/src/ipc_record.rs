@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use transship_checkpoint::criu_images::ipcns::{IpcObject, objects, remove_objects};
 use transship_checkpoint::criu_images::shm_mappings::{Attachment, detach};
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::replace;
 use crate::pod_dir::PodDir;
 
@@ -67,11 +69,11 @@ impl PodDir {
 
     pub(crate) fn has_ipc_record(&self) -> Result<bool, SandboxError> {
         let path = self.path().join(IPC_FILE);
-        path.try_exists().staging("look for", &path)
+        Ok(path.try_exists().during("look for", &path)?)
     }
 
     fn ipc_record(&self, namespace: &Path) -> Result<Record, SandboxError> {
-        let meta = fs::metadata(namespace).staging("look at", namespace)?;
+        let meta = fs::metadata(namespace).during("look at", namespace)?;
         let identity = (meta.dev(), meta.ino());
         let path = self.path().join(IPC_FILE);
         let record: Record = match fs::read(&path) {
@@ -80,7 +82,7 @@ impl PodDir {
                 what: error.to_string(),
             })?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Record::default(),
-            Err(error) => return Err(error).staging("read", &path),
+            Err(error) => return Ok(Err(error).during("read", &path)?),
         };
         if record.namespace == identity {
             Ok(record)

@@ -29,7 +29,9 @@ use nix::unistd::linkat;
 
 use transship_checkpoint::manifest::LINKED_PREFIX;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 
 /// A directory of links to images; it goes away with this.
 #[derive(Debug)]
@@ -46,18 +48,18 @@ impl LinkedImages {
     /// A system call failed; nothing is left then.
     pub fn of(from: &Path) -> Result<Self, SandboxError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let from = from.canonicalize().staging("find", from)?;
+        let from = from.canonicalize().during("find", from)?;
         remove_orphans(&from)?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = from.with_file_name(format!("{LINKED_PREFIX}{}-{count}", std::process::id()));
         DirBuilder::new()
             .mode(0o700)
             .create(&dir)
-            .staging("create", &dir)?;
-        let lock = File::open(&dir).staging("open", &dir)?;
+            .during("create", &dir)?;
+        let lock = File::open(&dir).during("open", &dir)?;
         let lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, errno)| io::Error::from(errno))
-            .staging("lock", &dir)?;
+            .during("lock", &dir)?;
         let linked = Self { dir, _lock: lock };
         linked.fill(&from)?;
         Ok(linked)
@@ -65,11 +67,11 @@ impl LinkedImages {
 
     fn fill(&self, from: &Path) -> Result<(), SandboxError> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut images = Dir::open(from, flags, Mode::empty()).staging("list", from)?;
+        let mut images = Dir::open(from, flags, Mode::empty()).during("list", from)?;
         let names = images.iter().map(|entry| Ok(entry?.file_name().to_owned()));
         let names = names.collect::<Result<Vec<CString>, Errno>>();
-        let links = File::open(&self.dir).staging("open", &self.dir)?;
-        for name in names.staging("list", from)? {
+        let links = File::open(&self.dir).during("open", &self.dir)?;
+        for name in names.during("list", from)? {
             if matches!(name.to_bytes(), b"." | b"..") {
                 continue;
             }
@@ -82,7 +84,7 @@ impl LinkedImages {
                     Errno::EPERM => Ok(()),
                     errno => Err(errno),
                 })
-                .staging("link", &path)?;
+                .during("link", &path)?;
             // The link is in a directory that nobody else writes to: it is looked at, not the name
             // where others may.
             let found = fstatat(&links, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
@@ -118,8 +120,8 @@ impl Drop for LinkedImages {
 /// The directory cannot be listed.
 pub(crate) fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
     let parent = from.parent().unwrap_or(Path::new("/"));
-    for entry in fs::read_dir(parent).staging("list", parent)? {
-        let entry = entry.staging("list", parent)?;
+    for entry in fs::read_dir(parent).during("list", parent)? {
+        let entry = entry.during("list", parent)?;
         if !entry
             .file_name()
             .to_string_lossy()

@@ -19,7 +19,9 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::manifest::check_name;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::{make_dir, remove_file, replace_durably};
 
 /// Where the marks are.
@@ -60,7 +62,7 @@ pub fn find(dir: &Path, uid: &str) -> Result<Option<Moved>, SandboxError> {
     let path = dir.join(uid);
     let json = match fs::read(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        json => json.staging("read", &path)?,
+        json => json.during("read", &path)?,
     };
     let moved = serde_json::from_slice(&json).map_err(|error| SandboxError::Damaged {
         path,
@@ -85,8 +87,8 @@ pub fn unmark(dir: &Path, uid: &str) -> Result<(), SandboxError> {
 }
 
 fn remove_of_the_gone(dir: &Path) -> Result<(), SandboxError> {
-    for entry in fs::read_dir(dir).staging("list", dir)? {
-        let path = entry.staging("list", dir)?.path();
+    for entry in fs::read_dir(dir).during("list", dir)? {
+        let path = entry.during("list", dir)?.path();
         let age = fs::metadata(&path).and_then(|meta| meta.modified());
         let age = age.map(|then| SystemTime::now().duration_since(then).unwrap_or_default());
         let known = path

@@ -20,7 +20,9 @@ use transship_checkpoint::criu_images::ipc_sysctls::{self, IpcSysctls};
 use transship_checkpoint::criu_images::utsns::UtsNames;
 use transship_checkpoint::namespaces::Namespace;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::{make_dir, remove_file};
 use crate::pod_dir::PodDir;
 
@@ -45,7 +47,7 @@ impl PodDir {
                 // A sandbox without a user namespace of its own has the host's: nobody joins that.
                 let optional = matches!(namespace, Namespace::User | Namespace::Cgroup);
                 let host = Path::new("/proc/self/ns").join(namespace.proc_name());
-                if optional && same_file(&source, &host).staging("look at", &source)? {
+                if optional && same_file(&source, &host).during("look at", &source)? {
                     continue;
                 }
                 self.pin_one(namespace, &source)?;
@@ -69,8 +71,8 @@ impl PodDir {
         make_dir(&self.path().join("ns"))?;
         let pin = self.pin_path(namespace);
         unmount_all(&pin)?;
-        File::create(&pin).staging("create", &pin)?;
-        mount(
+        File::create(&pin).during("create", &pin)?;
+        Ok(mount(
             Some(source),
             &pin,
             None::<&str>,
@@ -78,7 +80,7 @@ impl PodDir {
             None::<&str>,
         )
         .inspect_err(|_| drop(fs::remove_file(&pin)))
-        .staging("bind mount onto", &pin)
+        .during("bind mount onto", &pin)?)
     }
 
     /// The pins that are there.
@@ -103,7 +105,7 @@ impl PodDir {
         }
         match fs::remove_dir(self.path().join("ns")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).staging("remove", self.path().join("ns"))
+                Ok(Err(error).during("remove", self.path().join("ns"))?)
             }
             _ => Ok(()),
         }
@@ -162,8 +164,8 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, SandboxError> {
     thread::scope(|scope| {
         scope
             .spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNET).staging("make a network namespace for", &pin)?;
-                crate::loopback::raise().staging("raise the loopback interface of", &pin)?;
+                unshare(CloneFlags::CLONE_NEWNET).during("make a network namespace for", &pin)?;
+                crate::loopback::raise().during("raise the loopback interface of", &pin)?;
                 pod.pin_one(Namespace::Network, Path::new("/proc/thread-self/ns/net"))
             })
             .join()
@@ -191,13 +193,13 @@ pub(crate) fn in_thread<T: Send>(
     path: &Path,
     run: impl FnOnce() -> io::Result<T> + Send,
 ) -> Result<T, SandboxError> {
-    thread::scope(|scope| {
+    Ok(thread::scope(|scope| {
         scope
             .spawn(run)
             .join()
             .expect("the thread returns its errors")
     })
-    .staging(act, path)
+    .during(act, path)?)
 }
 
 fn is_namespace(path: &Path) -> bool {
@@ -215,7 +217,7 @@ fn unmount_all(path: &Path) -> Result<(), SandboxError> {
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
             Err(Errno::ENOENT | Errno::EINVAL) => break,
-            Err(errno) => return Err(errno).staging("unmount", path),
+            Err(errno) => return Ok(Err(errno).during("unmount", path)?),
         }
     }
     Ok(())

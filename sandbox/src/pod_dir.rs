@@ -11,7 +11,9 @@ use nix::fcntl::{Flock, FlockArg};
 use transship_checkpoint::manifest::{Container, IMAGES_DIR, check_name};
 use transship_checkpoint::store::Checkpoint;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::{make_dir, remove_tree, replace};
 use crate::linked_images;
 use crate::staged::{Request, STATE_FILE, Staged, State};
@@ -72,12 +74,12 @@ impl PodDir {
         let path = self.dir.join("lock");
         loop {
             self.make()?;
-            let file = File::create(&path).staging("create", &path)?;
+            let file = File::create(&path).during("create", &path)?;
             let lock = Flock::lock(file, FlockArg::LockExclusive)
                 .map_err(|(_, errno)| errno)
-                .staging("lock", &path)?;
+                .during("lock", &path)?;
             // Who had it before may have removed the directory.
-            if lock.metadata().staging("look at", &path)?.nlink() > 0 {
+            if lock.metadata().during("look at", &path)?.nlink() > 0 {
                 return Ok(lock);
             }
         }
@@ -96,7 +98,7 @@ impl PodDir {
         check_name("the container's name", name)?;
         let images = checkpoint.dir.join(&container.name).join(IMAGES_DIR);
         // A checkpoint that has lost its images is told of when the sandbox comes up.
-        fs::read_dir(&images).staging("list", &images)?;
+        fs::read_dir(&images).during("list", &images)?;
         let parent = self.dir.join("restore");
         make_dir(&parent)?;
         let new = parent.join(format!(".new-{}", std::process::id()));
@@ -117,7 +119,7 @@ impl PodDir {
         fill()
             .and_then(|()| {
                 remove_tree(staged.path())?;
-                fs::rename(&new, staged.path()).staging("rename", &new)
+                Ok(fs::rename(&new, staged.path()).during("rename", &new)?)
             })
             .inspect_err(|_| drop(fs::remove_dir_all(&new)))?;
         Ok(staged)
@@ -130,10 +132,7 @@ impl PodDir {
     pub fn staged(&self, name: &str) -> Result<Option<Staged>, SandboxError> {
         check_name("the container's name", name)?;
         let dir = self.dir.join("restore").join(name);
-        let found = dir
-            .join(STATE_FILE)
-            .try_exists()
-            .staging("look for", &dir)?;
+        let found = dir.join(STATE_FILE).try_exists().during("look for", &dir)?;
         Ok(found.then_some(Staged::at(dir)))
     }
 
@@ -143,7 +142,7 @@ impl PodDir {
     /// A system call failed.
     pub fn is_filled(&self, file: &str) -> Result<bool, SandboxError> {
         let path = self.dir.join(format!("{FILLED_PREFIX}{file}"));
-        path.try_exists().staging("look for", &path)
+        Ok(path.try_exists().during("look for", &path)?)
     }
 
     /// Remembers that it has.
@@ -162,8 +161,8 @@ impl PodDir {
     pub fn waiting(&self) -> Result<Vec<String>, SandboxError> {
         let dir = self.dir.join("restore");
         let mut waiting = Vec::new();
-        for entry in fs::read_dir(&dir).staging("list", &dir)? {
-            let name = entry.staging("list", &dir)?.file_name();
+        for entry in fs::read_dir(&dir).during("list", &dir)? {
+            let name = entry.during("list", &dir)?.file_name();
             if let Some(name) = name.to_str().filter(|name| !name.starts_with(".new-"))
                 && let Some(staged) = self.staged(name)?
                 && staged.state()? == State::Staged
@@ -193,7 +192,7 @@ impl PodDir {
     pub fn remove(&self) -> Result<(), SandboxError> {
         self.unpin()?;
         for entry in fs::read_dir(self.dir.join("restore")).into_iter().flatten() {
-            let entry = entry.staging("list", &self.dir)?;
+            let entry = entry.during("list", &self.dir)?;
             // The checkpoint may have gone before the pod.
             if let Ok(request) = Staged::at(entry.path()).request() {
                 drop(linked_images::remove_orphans(&request.images));
@@ -217,7 +216,7 @@ impl PodDir {
                 Err(error) if error.raw_os_error() == Some(Errno::ENOTEMPTY as i32) => {
                     return Ok(());
                 }
-                Err(error) => return Err(error).staging("remove", self.dir.join(entry)),
+                Err(error) => return Ok(Err(error).during("remove", self.dir.join(entry))?),
             }
         }
         remove_tree(&self.dir)

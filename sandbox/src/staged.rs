@@ -27,7 +27,9 @@ use serde::{Deserialize, Serialize};
 
 use transship_checkpoint::criu_options::CriuOptions;
 
-use crate::error::{SandboxContext, SandboxError};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
 use crate::files::{remove_tree, replace};
 use crate::pod_dir::PodDir;
 
@@ -92,7 +94,7 @@ impl Staged {
     /// The file cannot be read, or is not one of ours.
     pub fn state(&self) -> Result<State, SandboxError> {
         let path = self.dir.join(STATE_FILE);
-        let text = fs::read_to_string(&path).staging("read", &path)?;
+        let text = fs::read_to_string(&path).during("read", &path)?;
         let (word, reason) = text.split_once('\n').unwrap_or((&text, ""));
         match word {
             "staged" => Ok(State::Staged),
@@ -156,7 +158,7 @@ impl Staged {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 replace(&path, container.as_bytes())
             }
-            Err(error) => Err(error).staging("read", &path),
+            Err(error) => Ok(Err(error).during("read", &path)?),
         }
     }
 
@@ -166,7 +168,7 @@ impl Staged {
     /// The file cannot be read, or is not one of ours.
     pub fn request(&self) -> Result<Request, SandboxError> {
         let path = self.dir.join(REQUEST_FILE);
-        let json = fs::read(&path).staging("read", &path)?;
+        let json = fs::read(&path).during("read", &path)?;
         serde_json::from_slice(&json).map_err(|error| SandboxError::Damaged {
             path,
             what: error.to_string(),
@@ -183,13 +185,13 @@ impl Staged {
     /// # Errors
     /// [`SandboxError::Busy`], or a system call failed.
     pub fn claim(&self) -> Result<Flock<File>, SandboxError> {
-        let dir = File::open(&self.dir).staging("open", &self.dir)?;
+        let dir = File::open(&self.dir).during("open", &self.dir)?;
         match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(lock),
             Err((_, Errno::EWOULDBLOCK)) => Err(SandboxError::Busy {
                 path: self.dir.clone(),
             }),
-            Err((_, errno)) => Err(errno).staging("lock", &self.dir),
+            Err((_, errno)) => Ok(Err(errno).during("lock", &self.dir)?),
         }
     }
 

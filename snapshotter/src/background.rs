@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::error::{IoContext, Result, SnapshotError, chain};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError, chain};
 
 /// How long orders are gathered before the first is carried out; a stop does not wait for it.
 const GATHERING: Duration = Duration::from_millis(100);

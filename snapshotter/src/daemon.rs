@@ -14,7 +14,9 @@ use tokio::sync::oneshot;
 
 use crate::config::Config;
 use crate::disk;
-use crate::error::{IoContext, Result, SnapshotError, chain};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError, chain};
 use crate::fault::Faults;
 use crate::fsck::{self, Problem};
 use crate::metadata::Metadata;
@@ -56,7 +58,7 @@ impl RootLock {
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(SnapshotError::Invalid {
                 reason: format!("another transship-snapshotter uses {}", root.display()),
             }),
-            Err((_, error)) => Err(error).during("lock", path),
+            Err((_, error)) => Ok(Err(error).during("lock", path)?),
         }
     }
 }
@@ -192,6 +194,6 @@ impl Systemd {
                 _ => datagram.send_to(state.as_bytes(), socket),
             }
         };
-        send().map(drop).during("notify systemd through", socket)
+        Ok(send().map(drop).during("notify systemd through", socket)?)
     }
 }

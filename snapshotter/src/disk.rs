@@ -19,7 +19,9 @@ use std::path::Path;
 use prost::Message;
 use rustix::fs::XattrFlags;
 
-use crate::error::{IoContext, Result, chain};
+use transship_path_error::During as _;
+
+use crate::error::{Result, chain};
 use crate::mounts::SnapshotPaths;
 use crate::record::Record;
 
@@ -62,11 +64,11 @@ impl Entry {
 /// # Errors
 /// I/O errors.
 pub fn create_private_dir(path: &Path) -> Result<()> {
-    DirBuilder::new()
+    Ok(DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .during("create directory", path)
+        .during("create directory", path)?)
 }
 
 /// Lists `snapshots/`.
@@ -141,7 +143,7 @@ pub fn owner(paths: &SnapshotPaths, id: u64) -> Result<(u32, u32)> {
 /// I/O errors.
 pub fn publish(paths: &SnapshotPaths, id: u64) -> Result<()> {
     let dir = paths.new_dir(id);
-    fs::rename(&dir, paths.dir(id)).during("rename", dir)
+    Ok(fs::rename(&dir, paths.dir(id)).during("rename", dir)?)
 }
 
 /// `dir`, which is that of the snapshot `id` or was to become it, becomes `gone-<id>`. A directory that
@@ -152,7 +154,7 @@ pub fn publish(paths: &SnapshotPaths, id: u64) -> Result<()> {
 pub fn retire(paths: &SnapshotPaths, id: u64, dir: &Path) -> Result<()> {
     match fs::rename(dir, paths.gone_dir(id)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.during("rename", dir),
+        other => Ok(other.during("rename", dir)?),
     }
 }
 
@@ -161,7 +163,7 @@ pub fn retire(paths: &SnapshotPaths, id: u64, dir: &Path) -> Result<()> {
 /// # Errors
 /// I/O errors: the first one that stops the deletion.
 pub fn delete_tree(dir: &Path) -> Result<()> {
-    transship_layer::remove_tree(dir).during("delete", dir)
+    Ok(transship_layer::remove_tree(dir).during("delete", dir)?)
 }
 
 /// Writes the copy of the record onto its directory; labels that do not fit are left out.
@@ -183,7 +185,7 @@ pub fn write_copy(dir: &Path, key: &str, record: &Record) -> Result<()> {
         }
         outcome => outcome,
     };
-    outcome.during("describe", dir)
+    Ok(outcome.during("describe", dir)?)
 }
 
 fn set_attribute(dir: &Path, value: &[u8]) -> rustix::io::Result<()> {
@@ -205,7 +207,7 @@ pub fn read_copy(dir: &Path) -> Result<Option<Record>> {
         match rustix::fs::lgetxattr(dir, name, &mut value[..]) {
             Ok(length) => return Ok(Record::decode(&value[..length]).ok()),
             Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
-            Err(error) => return Err(error).during("read the description of", dir),
+            Err(error) => return Ok(Err(error).during("read the description of", dir)?),
         }
     }
     Ok(None)

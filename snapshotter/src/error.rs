@@ -5,8 +5,9 @@
 
 use std::error::Error;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use transship_path_error::PathError;
 
 /// An act on a snapshot that was refused or failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -69,15 +70,8 @@ pub enum SnapshotError {
         reason: String,
     },
     /// A file system call failed.
-    #[error("cannot {act} {}", path.display())]
-    Io {
-        /// What was being done, as in "create directory".
-        act: &'static str,
-        /// The path it was done to.
-        path: PathBuf,
-        /// Why it failed.
-        source: Arc<io::Error>,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// The metadata database failed.
     #[error("cannot {act} the snapshot metadata")]
     Database {
@@ -105,25 +99,6 @@ pub enum SnapshotError {
 /// The result of an act on a snapshot.
 pub type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 
-/// Says during which act on which path an I/O error happened.
-pub trait IoContext<T> {
-    /// Wraps the error with the act ("create directory") and the path.
-    ///
-    /// # Errors
-    /// The wrapped error.
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T>;
-}
-
-impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T> {
-        self.map_err(|source| SnapshotError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: Arc::new(source.into()),
-        })
-    }
-}
-
 impl SnapshotError {
     /// Wraps a database error with the act during which it happened.
     pub(crate) fn database(act: &'static str, source: impl Into<redb::Error>) -> Self {
@@ -137,7 +112,7 @@ impl SnapshotError {
     #[must_use]
     pub fn io_source(&self) -> Option<&io::Error> {
         match self {
-            Self::Io { source, .. } => Some(source),
+            Self::Io(error) => Some(&error.source),
             Self::Database { source, .. } | Self::UnknownOutcome { source } => {
                 match source.as_ref() {
                     redb::Error::Io(source) => Some(source),

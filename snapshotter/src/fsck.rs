@@ -23,7 +23,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::disk::{self, Entry};
-use crate::error::{IoContext, Result, SnapshotError, chain};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError, chain};
 use crate::metadata::Metadata;
 use crate::mounts::SnapshotPaths;
 use crate::record::{Kind, Record};
@@ -387,6 +389,6 @@ fn is_dir(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(metadata.is_dir()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error).during("stat", path),
+        Err(error) => Ok(Err(error).during("stat", path)?),
     }
 }

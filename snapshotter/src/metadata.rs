@@ -46,7 +46,9 @@ use redb::{
     ReadableTableMetadata, StorageBackend, Table, TableDefinition, WriteTransaction,
 };
 
-use crate::error::{IoContext, Result, SnapshotError};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError};
 use crate::journal::{AnyChange, Changes, Counter, Journal, JournalFile, Link, Put, TableChange};
 use crate::record::Record;
 use crate::reserve::{Reserve, ReservingFile};

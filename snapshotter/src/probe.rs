@@ -5,7 +5,9 @@ use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::error::{IoContext, Result, SnapshotError};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError};
 
 /// The options of every overlay mount: the configured ones, then `userxattr` and `index=off` where
 /// they are needed and not configured.

@@ -321,7 +321,7 @@ fn code_of(error: &SnapshotError) -> Code {
             Code::FailedPrecondition
         }
         E::Damaged { .. } => Code::DataLoss,
-        E::Io { .. } | E::Database { .. } | E::UnknownOutcome { .. } => {
+        E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } => {
             match error.io_source().map(io::Error::kind) {
                 // No space, over quota; EMFILE and ENFILE have no stable kind.
                 Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {

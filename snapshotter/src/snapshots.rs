@@ -40,7 +40,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::background::Background;
 use crate::disk::{self, Entry};
 use crate::dispatch::Work;
-use crate::error::{IoContext, Result, SnapshotError, chain};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError, chain};
 use crate::fault::{Faults, Step};
 use crate::filter::Filter;
 use crate::labels;

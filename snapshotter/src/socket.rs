@@ -14,7 +14,9 @@ use tokio::sync::mpsc::Sender;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::disk;
-use crate::error::{IoContext, Result, SnapshotError};
+use transship_path_error::During as _;
+
+use crate::error::{Result, SnapshotError};
 
 /// How long after its path is gone a socket still takes connections.
 const LATE_CONNECTIONS: Duration = Duration::from_millis(20);
@@ -44,7 +46,7 @@ impl Inherited {
             return Socket::listen(path);
         };
         let listener = self.0.swap_remove(found);
-        listener
+        Ok(listener
             .set_nonblocking(true)
             .and_then(|()| UnixListener::from_std(listener))
             .map(|listener| Socket {
@@ -52,7 +54,7 @@ impl Inherited {
                 path: path.to_path_buf(),
                 remove_path: false,
             })
-            .during("listen on", path)
+            .during("listen on", path)?)
     }
 
     /// To be called when every address of the configuration has its socket.
@@ -96,7 +98,7 @@ impl Socket {
         }
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).during("stat", path),
+            Err(error) => return Ok(Err(error).during("stat", path)?),
             Ok(found) if !found.file_type().is_socket() => {
                 return Err(SnapshotError::Invalid {
                     reason: format!("{} is there and is not a socket", path.display()),

@@ -10,7 +10,9 @@ use std::path::Path;
 
 use walkdir::WalkDir;
 
-use crate::error::{IoContext, Result};
+use transship_path_error::During as _;
+
+use crate::error::Result;
 use crate::record::Usage;
 
 /// Counts the tree at `dir` however large and deep it is. What vanishes meanwhile is not counted.

@@ -11,7 +11,9 @@ use std::thread;
 
 use tokio::sync::oneshot;
 
-use crate::error::{IoContext, Result};
+use transship_path_error::During as _;
+
+use crate::error::Result;
 
 type Job = Box<dyn FnOnce() + Send>;
 

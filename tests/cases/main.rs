@@ -172,6 +172,7 @@ fn main() -> ExitCode {
         .chain(pods_shared::cases())
         .chain(pods_volumes::cases())
         .chain(programs::cases())
+        .chain(readme::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())

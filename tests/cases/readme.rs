@@ -82,7 +82,11 @@ fn the_screens_are_what_the_commands_print(bed: &Testbed) -> anyhow::Result<()> 
     journey::wait_for_count(&a, "web", 5)?;
     let ssh = bed.ssh(&a, &b)?;
     let screens = screens();
-    ensure!(screens.len() >= 4, "the README has {} screens", screens.len());
+    ensure!(
+        screens.len() >= 4,
+        "the README has {} screens",
+        screens.len()
+    );
     for screen in screens {
         let command = screen.command.replace("ssh node-b", &ssh);
         let printed = a.shell(&command).read().context(screen.command.clone())?;

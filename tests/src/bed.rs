@@ -19,9 +19,9 @@ use std::sync::{Arc, Mutex};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::cgroups::NodeCgroups;
-use crate::error::IoContext as _;
 use crate::node::{CGROUPS_FILE, Node, NodeOptions, lock};
 use crate::{Settings, TestbedError, Tree, interrupt};
+use transship_path_error::During as _;
 
 /// Some nodes on the same tree; all of it ends when this is dropped.
 #[derive(Debug)]
@@ -182,16 +182,16 @@ impl BedInner {
         }
         match fs::remove_dir_all(&self.dir) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => result,
-            removed => result.and(removed.during("remove", &self.dir)),
+            removed => result.and(Ok(removed.during("remove", &self.dir)?)),
         }
     }
 }
 
 fn lock_dir(dir: &Path, how: FlockArg) -> Result<Flock<File>, TestbedError> {
     let file = File::open(dir).during("open", dir)?;
-    Flock::lock(file, how)
+    Ok(Flock::lock(file, how)
         .map_err(|(_, errno)| errno)
-        .during("lock", dir)
+        .during("lock", dir)?)
 }
 
 /// Removes what killed testbeds left; what cannot be removed is told and left for the next time.
@@ -219,5 +219,5 @@ fn remove_stale(dir: &Path) -> Result<(), TestbedError> {
             .during("parse", &file)?;
         cgroups.remove()?;
     }
-    fs::remove_dir_all(dir).during("remove", dir)
+    Ok(fs::remove_dir_all(dir).during("remove", dir)?)
 }

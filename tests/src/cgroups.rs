@@ -15,8 +15,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::TestbedError;
-use crate::error::IoContext as _;
 use crate::poll::poll_until;
+use transship_path_error::During as _;
 
 /// One hierarchy, as a node mounts it again.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]

@@ -13,8 +13,8 @@ use std::process::Command;
 use nix::unistd::{Whence, lseek};
 
 use crate::TestbedError;
-use crate::error::IoContext as _;
 use crate::run::CommandRun as _;
+use transship_path_error::During as _;
 
 /// Block size of all these file systems.
 const BLOCK: usize = 4096;

@@ -1,22 +1,16 @@
 //! What can go wrong with a testbed.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use transship_path_error::PathError;
 
 /// An error of the testbed; its `Display` leaves the cause to the chain.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TestbedError {
     /// A file or directory could not be used.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act, as in "create".
-        act: &'static str,
-        /// What it was done to.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// A command could not be started.
     #[error("cannot start `{line}`")]
     Start {
@@ -92,20 +86,5 @@ pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", one_line(source)),
         None => error.to_string(),
-    }
-}
-
-/// Adds the act and the path to an I/O error.
-pub(crate) trait IoContext<T> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, TestbedError>;
-}
-
-impl<T, E: Into<std::io::Error>> IoContext<T> for Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, TestbedError> {
-        self.map_err(|source| TestbedError::Io {
-            act,
-            path: path.as_ref().to_owned(),
-            source: source.into(),
-        })
     }
 }

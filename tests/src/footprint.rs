@@ -10,8 +10,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::IoContext as _;
 use crate::{Testbed, TestbedError};
+use transship_path_error::During as _;
 
 /// Kinds of namespaces that each node has of its own, as in /proc/PID/ns.
 const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "uts", "ipc", "cgroup"];

@@ -17,9 +17,9 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use crate::containerd::PAUSE_IMAGE;
-use crate::error::IoContext as _;
 use crate::run::CommandRun as _;
 use crate::{Node, Settings, TestbedError, Workload};
+use transship_path_error::During as _;
 
 /// Applets of busybox that tests use inside of containers.
 const APPLETS: [&str; 30] = [
@@ -416,7 +416,7 @@ fn sha256(content: &[u8]) -> String {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TestbedError> {
-    fs::read(path).during("read", path)
+    Ok(fs::read(path).during("read", path)?)
 }
 
 fn base_layer(busybox: &Path) -> Result<Vec<u8>, TestbedError> {
@@ -476,7 +476,7 @@ impl Layer {
     }
 
     fn finish(self) -> Result<Vec<u8>, TestbedError> {
-        self.0.into_inner().during("finish", "image archive")
+        Ok(self.0.into_inner().during("finish", "image archive")?)
     }
 }
 

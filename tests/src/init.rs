@@ -29,7 +29,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::TestbedError;
 use crate::cgroups::Hierarchy;
-use crate::error::{IoContext as _, one_line};
+use transship_path_error::During as _;
+
+use crate::error::one_line;
 
 /// First argument that asks for this role.
 pub(crate) const ROLE: &str = "testbed-init";
@@ -272,18 +274,18 @@ fn switch_root(root: &Path) -> Result<(), TestbedError> {
 }
 
 fn make_dir(path: &Path) -> Result<(), TestbedError> {
-    fs::create_dir(path).during("create", path)
+    Ok(fs::create_dir(path).during("create", path)?)
 }
 
 fn bind(source: &Path, target: &Path) -> Result<(), TestbedError> {
-    mount(
+    Ok(mount(
         Some(source),
         target,
         None::<&str>,
         MsFlags::MS_BIND,
         None::<&str>,
     )
-    .during("bind-mount", source)
+    .during("bind-mount", source)?)
 }
 
 fn attach(
@@ -293,7 +295,7 @@ fn attach(
     flags: MsFlags,
     data: &str,
 ) -> Result<(), TestbedError> {
-    mount(source, target, kind, flags, Some(data)).during("mount", target)
+    Ok(mount(source, target, kind, flags, Some(data)).during("mount", target)?)
 }
 
 fn reap_until_stdin_ends() -> nix::Result<()> {

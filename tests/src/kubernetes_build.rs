@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::error::IoContext as _;
+use transship_path_error::During as _;
 use crate::recipe::{make_once, remove_if_there, short_hash};
 use crate::run::CommandRun as _;
 use crate::{DebianImage, Settings, TestbedError};

@@ -11,10 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cgroups::NodeCgroups;
-use crate::error::IoContext as _;
 use crate::init::{self, InitPlan, Report};
 use crate::run::CommandRun as _;
 use crate::{Settings, TestbedError, Tree, enter};
+use transship_path_error::During as _;
 
 /// Our binaries, shown in a node as far as they have been built.
 const BINARIES: [&str; 4] = [
@@ -366,7 +366,7 @@ impl Node {
         let mut child = self.take_daemon(name)?;
         self.shell(&format!("kill -{signal} \"$(cat /run/{name}.pid)\""))
             .run()?;
-        child.wait().during("wait for", name).map(drop)
+        Ok(child.wait().during("wait for", name).map(drop)?)
     }
 
     /// Waits until a program of [`Node::start_daemon`] has ended by itself, with whatever status.
@@ -375,7 +375,7 @@ impl Node {
     /// When no such program was started.
     pub fn wait_for_daemon_end(&self, name: &str) -> Result<(), TestbedError> {
         let mut child = self.take_daemon(name)?;
-        child.wait().during("wait for", name).map(drop)
+        Ok(child.wait().during("wait for", name).map(drop)?)
     }
 
     fn take_daemon(&self, name: &str) -> Result<Child, TestbedError> {
@@ -416,7 +416,7 @@ impl Node {
             daemon.wait().during("wait for", self.name())?;
         }
         self.inner.cgroups.remove()?;
-        fs::remove_dir_all(&self.inner.dir).during("remove", &self.inner.dir)
+        Ok(fs::remove_dir_all(&self.inner.dir).during("remove", &self.inner.dir)?)
     }
 
     pub(crate) fn cgroups(&self) -> &NodeCgroups {

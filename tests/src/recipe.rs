@@ -14,9 +14,9 @@ use std::process::Command;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 
-use crate::error::IoContext as _;
 use crate::run::CommandRun as _;
 use crate::{TestbedError, Tree};
+use transship_path_error::During as _;
 
 /// What a node consists of besides the minimal base.
 ///
@@ -122,7 +122,7 @@ pub(crate) fn make_once(
     let new = cache_dir.join(format!("{name}.new"));
     remove_if_there(&new)?;
     make(&new)?;
-    fs::rename(&new, path).during("rename to", path)
+    Ok(fs::rename(&new, path).during("rename to", path)?)
 }
 
 /// First digits of the SHA-256 of a text.
@@ -251,6 +251,6 @@ pub(crate) fn remove_if_there(path: &Path) -> Result<(), TestbedError> {
     };
     match removed {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other.during("remove", path),
+        other => Ok(other.during("remove", path)?),
     }
 }

@@ -11,8 +11,10 @@ use transship_sandbox::admission::{
     Admission, AdmissionError, Allowance, Environment, Restored, compare, resolve_within,
 };
 
+use transship_path_error::During as _;
+
+use super::FrontError;
 use super::bundle::Bundle;
-use super::{FrontContext, FrontError};
 
 /// A container's root, below its bundle.
 const ROOTFS: &str = "rootfs";
@@ -45,7 +47,7 @@ pub(super) fn take_oom_score(spec: &Spec) -> Result<(), FrontError> {
     let Some(score) = spec.get("/process/oomScoreAdj") else {
         return Ok(());
     };
-    fs::write(OOM_SCORE_ADJ, score.to_string()).during("write", OOM_SCORE_ADJ)
+    Ok(fs::write(OOM_SCORE_ADJ, score.to_string()).during("write", OOM_SCORE_ADJ)?)
 }
 
 /// Reads the spec that the container was dumped with, in its directory of the checkpoint.
@@ -53,7 +55,7 @@ pub(super) fn read_spec(dir: &Path) -> Result<Spec, FrontError> {
     let path = dir.join(SPEC_FILE);
     let json = read_regular(dir, Path::new(SPEC_FILE), Links::Refused, SPEC_LIMIT);
     let spec = Spec::parse(&json.during("read", &path)?).map_err(std::io::Error::from);
-    spec.during("read", path)
+    Ok(spec.during("read", path)?)
 }
 
 /// Where the root file system of a container is.

@@ -29,8 +29,10 @@ use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
 use transship_layer::MountedOverlay;
 use transship_sandbox::consumed::Owner;
 
+use transship_path_error::During as _;
+
 use super::criu_config;
-use super::{Front, FrontContext, FrontError};
+use super::{Front, FrontError};
 use crate::argv::Arguments;
 
 const MARKER_FILE: &str = "transship.json";
@@ -217,7 +219,7 @@ impl Bundle {
 
     pub(super) fn replace_config(&self, spec: &Spec) -> Result<(), FrontError> {
         let path = self.path(CONFIG_FILE);
-        replace_file(&path, spec).during("rewrite", &path)
+        Ok(replace_file(&path, spec).during("rewrite", &path)?)
     }
 
     pub(super) fn write_marker(&self, marker: &Marker) -> Result<(), FrontError> {
@@ -225,7 +227,7 @@ impl Bundle {
         let new = self.path("transship.json.new");
         let json = serde_json::to_vec(marker).expect("numbers and strings are JSON");
         fs::write(&new, json).during("write", &new)?;
-        fs::rename(&new, &path).during("write", &path)
+        Ok(fs::rename(&new, &path).during("write", &path)?)
     }
 
     pub(super) fn marker(&self) -> Result<Option<Marker>, FrontError> {
@@ -233,12 +235,12 @@ impl Bundle {
         let json = match fs::read(&path) {
             Ok(json) => json,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).during("read", &path),
+            Err(error) => return Ok(Err(error).during("read", &path)?),
         };
-        serde_json::from_slice(&json)
+        Ok(serde_json::from_slice(&json)
             .map(Some)
             .map_err(io::Error::from)
-            .during("read", &path)
+            .during("read", &path)?)
     }
 
     /// Removes the marker of an earlier container in the same bundle.

@@ -18,7 +18,9 @@ use std::fs;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_sandbox::admission::node_config::NodeConfig;
 
-use super::{FitError, Front, FrontContext, FrontError, Outcome};
+use transship_path_error::During as _;
+
+use super::{FitError, Front, FrontError, Outcome};
 use crate::argv::Arguments;
 
 /// In the bundle.

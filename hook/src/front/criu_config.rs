@@ -14,8 +14,10 @@ use transship_checkpoint::annotations;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_checkpoint::spec::Spec;
 
+use transship_path_error::During as _;
+
 use super::bundle::Bundle;
-use super::{FitError, FrontContext, FrontError};
+use super::{FitError, FrontError};
 
 /// In the bundle.
 pub(super) const CONFIG_FILE: &str = "transship-criu.conf";
@@ -70,16 +72,16 @@ impl CriuConfig {
         match &self.own {
             Some(own) => self.replace(|new| symlink(own, new)),
             // The runtimes take a file that does not exist for none.
-            None => fs::remove_file(&self.path).during("remove", &self.path),
+            None => Ok(fs::remove_file(&self.path).during("remove", &self.path)?),
         }
     }
 
     fn replace(&self, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), FrontError> {
         let new = self.path.with_extension("new");
         drop(fs::remove_file(&new));
-        make(&new)
+        Ok(make(&new)
             .and_then(|()| fs::rename(&new, &self.path))
-            .during("write", &self.path)
+            .during("write", &self.path)?)
     }
 }
 
@@ -104,7 +106,7 @@ fn read(own: Option<&Path>) -> Result<String, FrontError> {
     match fs::read_to_string(own) {
         // As the runtimes have it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        text => text.during("read", own),
+        text => Ok(text.during("read", own)?),
     }
 }
 

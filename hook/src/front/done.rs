@@ -15,8 +15,10 @@ use std::path::Path;
 
 use serde_json::json;
 
+use transship_path_error::During as _;
+
 use super::bundle::{Bundle, Config, HeldRestore, Marker};
-use super::{Front, FrontContext, FrontError, Outcome};
+use super::{Front, FrontError, Outcome};
 use crate::argv::Arguments;
 
 /// Below the bundle.
@@ -79,7 +81,7 @@ fn write_root(root: &Path, program: &[u8]) -> Result<(), FrontError> {
     }
     let path = root.join(PROGRAM);
     fs::write(&path, program).during("write", &path)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).during("open", &path)
+    Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).during("open", &path)?)
 }
 
 /// An ELF file that ends with 0.

@@ -1,7 +1,7 @@
 //! Why a call of the front fails, by subject.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use transship_checkpoint::annotations::{self, AnnotationError, COLD_CONTAINERS};
 use transship_checkpoint::criu_images::ImageError;
@@ -9,6 +9,7 @@ use transship_checkpoint::criu_options::ConfigLineError;
 use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
+use transship_path_error::PathError;
 use transship_sandbox::SandboxError;
 use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::asker::NotForAsker;
@@ -71,15 +72,8 @@ pub enum FrontError {
         path: PathBuf,
     },
     /// A system call failed.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act.
-        act: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// A checkpoint that does not fit the container, or the pod, that asks for it.
@@ -282,19 +276,5 @@ impl FrontError {
             }
             _ => false,
         }
-    }
-}
-
-pub(super) trait FrontContext<T> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError>;
-}
-
-impl<T, E: Into<io::Error>> FrontContext<T> for Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, FrontError> {
-        self.map_err(|error| FrontError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: error.into(),
-        })
     }
 }

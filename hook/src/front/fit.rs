@@ -21,9 +21,11 @@ use transship_sandbox::admission::container_base::ContainerBase;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::{Request, Staged};
 
+use transship_path_error::During as _;
+
 use super::admission::{admit, read_spec};
 use super::bundle::{Bundle, Config};
-use super::{FitError, Front, FrontContext, FrontError};
+use super::{FitError, Front, FrontError};
 
 pub(super) fn not_admitted(request: &Request, source: AdmissionError) -> FrontError {
     let (container, checkpoint) = (&request.container, &request.checkpoint);
@@ -100,7 +102,7 @@ impl Front<'_> {
             true => serde_json::from_slice(&output.stdout).map_err(std::io::Error::from),
             false => Err(std::io::Error::other(said.trim().to_owned())),
         };
-        parsed.during("ask containerd for the image of", id)
+        Ok(parsed.during("ask containerd for the image of", id)?)
     }
 }
 

@@ -12,13 +12,15 @@ use transship_checkpoint::spec::Spec;
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
 
+use transship_path_error::During as _;
+
 use super::admission::{admit, read_spec, take_oom_score};
 use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::fit::not_admitted;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
-use super::{Front, FrontContext, FrontError, Outcome, RestoreError, held, task_attributes};
+use super::{Front, FrontError, Outcome, RestoreError, held, task_attributes};
 use crate::argv::Arguments;
 use crate::one_line;
 
@@ -38,7 +40,7 @@ impl Front<'_> {
         let work = bundle.path("work");
         match fs::create_dir(&work) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).during("create", &work);
+                return Ok(Err(error).during("create", &work)?);
             }
             _ => {}
         }
@@ -251,8 +253,9 @@ impl Front<'_> {
 pub(super) fn read_pid(arguments: &Arguments) -> Result<i32, FrontError> {
     let path = Path::new(arguments.value("pid-file").unwrap_or_default());
     let text = fs::read_to_string(path).during("read", path)?;
-    text.trim()
+    Ok(text
+        .trim()
         .parse()
         .map_err(io::Error::other)
-        .during("read", path)
+        .during("read", path)?)
 }

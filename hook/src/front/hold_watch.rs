@@ -29,9 +29,11 @@ use std::process::{ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use transship_path_error::During as _;
+
 use super::bundle::{Bundle, Phase};
 use super::held::start_time;
-use super::{Environment, Front, FrontContext, FrontError};
+use super::{Environment, Front, FrontError};
 use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
 use crate::restore_guard;

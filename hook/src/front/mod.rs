@@ -49,10 +49,9 @@ pub(crate) use held::start_time;
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
 pub use rootfs::RootfsError;
 
-use self::error::FrontContext;
-
 use self::bundle::{Bundle, Config};
 use self::held_restore::read_pid;
+
 use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::lazy_pages::LazyPages;
 use crate::one_line;

@@ -19,6 +19,7 @@ use transship_layer::{
     ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
     remove_contents,
 };
+use transship_path_error::{During as _, PathError};
 
 use super::bundle::Bundle;
 
@@ -58,15 +59,8 @@ pub enum RootfsError {
         source: ImportError,
     },
     /// A system call failed.
-    #[error("cannot {act} {path}")]
-    Io {
-        /// The act.
-        act: &'static str,
-        /// What it was done to.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// Mounts an overlay on `root` as it was.
@@ -101,7 +95,7 @@ fn mount_again(overlay: &MountedOverlay, root: &Path) -> Result<(), RootfsError>
         Some(overlay.data.as_str()),
     );
     std::env::set_current_dir(&before).during("enter", &before)?;
-    mounted.during("mount", root)
+    Ok(mounted.during("mount", root)?)
 }
 
 /// The workdir of an overlay that is mounted `volatile` (Linux 5.10).
@@ -148,7 +142,7 @@ impl Bundle {
         let upperdir = &overlay.stack.top;
         let emptied = remove_contents(upperdir).during("empty", upperdir);
         mount_again(&overlay, &root)?;
-        emptied
+        Ok(emptied?)
     }
 
     fn unmount_rootfs(&self) -> Result<(PathBuf, MountedOverlay), RootfsError> {
@@ -167,19 +161,5 @@ impl Bundle {
         }
         umount2(&root, MntFlags::UMOUNT_NOFOLLOW).during("unmount", &root)?;
         Ok((root, overlay))
-    }
-}
-
-trait RootfsContext<T> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, RootfsError>;
-}
-
-impl<T, E: Into<io::Error>> RootfsContext<T> for Result<T, E> {
-    fn during(self, act: &'static str, path: impl AsRef<Path>) -> Result<T, RootfsError> {
-        self.map_err(|error| RootfsError::Io {
-            act,
-            path: path.as_ref().to_path_buf(),
-            source: error.into(),
-        })
     }
 }

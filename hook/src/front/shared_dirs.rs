@@ -17,9 +17,11 @@ use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{PodDir, Request};
 
+use transship_path_error::During as _;
+
 use super::bundle::Config;
 use super::rootfs::RootfsError;
-use super::{FitError, Front, FrontContext, FrontError};
+use super::{FitError, Front, FrontError};
 
 impl Front<'_> {
     /// Fills those directories that the container mounts and that have not been filled yet.

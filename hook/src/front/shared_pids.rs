@@ -11,8 +11,10 @@ use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_sandbox::Request;
 
+use transship_path_error::During as _;
+
 use super::bundle::Config;
-use super::{FitError, FrontContext, FrontError};
+use super::{FitError, FrontError};
 
 /// Checks that the ids of the container's processes and threads are free in the process namespace
 /// that it joins, if it joins one.

@@ -3,10 +3,12 @@
 use transship_sandbox::Staged;
 use transship_sandbox::consumed::remove_records_of_the_gone;
 
+use transship_path_error::During as _;
+
 use super::bundle::Phase;
 use super::held::{release, start_time};
 use super::tell::Event;
-use super::{Front, FrontContext, FrontError, Outcome, RestoreError};
+use super::{Front, FrontError, Outcome, RestoreError};
 use crate::restore_guard;
 
 impl Front<'_> {

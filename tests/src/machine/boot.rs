@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::cases::Cases;
 use super::root::{MachineRoot, TreeImage};
 use crate::TestbedError;
-use crate::error::IoContext as _;
+use transship_path_error::During as _;
 
 const QEMU: &str = "qemu-system-x86_64";
 const MEMORY: &str = "3072";

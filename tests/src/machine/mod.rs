@@ -35,8 +35,8 @@ use std::time::Instant;
 use cases::Cases;
 pub use cases::Verdict;
 
-use crate::error::IoContext as _;
 use crate::{Settings, TestbedError};
+use transship_path_error::During as _;
 
 /// In the machine, and nowhere else: tests with the prefix `vm_` may do to it what they want.
 pub(crate) const MARKER: &str = "/etc/transship-vm";
@@ -129,5 +129,5 @@ fn fresh_dir(path: &Path) -> Result<(), TestbedError> {
     if path.try_exists().during("look for", path)? {
         fs::remove_dir_all(path).during("remove", path)?;
     }
-    fs::create_dir_all(path).during("create", path)
+    Ok(fs::create_dir_all(path).during("create", path)?)
 }

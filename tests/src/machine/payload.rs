@@ -16,9 +16,9 @@ use std::process::Command;
 use super::cases::{ALL_DONE, BEGINS, ENDS};
 use super::root::TreeImage;
 use super::{Machine, fresh_dir};
-use crate::error::IoContext as _;
 use crate::run::CommandRun as _;
 use crate::{TestbedError, Workload};
+use transship_path_error::During as _;
 
 /// Software emulation is about ten times slower than the processor.
 const SLOWDOWN: u32 = 10;
@@ -62,7 +62,7 @@ pub(super) fn pack(
         .arg("-C")
         .args([&dir, Path::new(".")])
         .run()?;
-    fs::remove_dir_all(&dir).during("remove", &dir)
+    Ok(fs::remove_dir_all(&dir).during("remove", &dir)?)
 }
 
 /// A case that takes longer than this hangs: the others shall get their turn.

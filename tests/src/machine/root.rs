@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::error::IoContext as _;
 use crate::recipe::{Part, Recipe, make_once};
 use crate::run::CommandRun as _;
 use crate::tree::CRIU_PACKAGES;
 use crate::{DebianImage, Settings, TestbedError, Tree};
+use transship_path_error::During as _;
 
 /// What makes a tree a machine. Trixie's kernel 6.12, cloud flavour (virtio, no other hardware).
 const PACKAGES: [&str; 7] = [
