@@ -4,7 +4,7 @@
 //! The order in which reasons to refuse are found is containerd's (core/snapshots/storage/bolt.go of
 //! 2.1.9), so that a request with two faults gets the same answer from both.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::error::{Result, SnapshotError};
 use crate::metadata::Metadata;
@@ -36,9 +36,6 @@ impl Metadata {
             }
             if batch.contains(&key)? {
                 return Ok(Err(SnapshotError::AlreadyExists { key }));
-            }
-            if let Some(parent) = record.ancestors.first() {
-                batch.link(*parent, record.id)?;
             }
             batch.put(&key, &record)?;
             Ok(Ok(()))
@@ -89,7 +86,7 @@ impl Metadata {
     /// A missing snapshot or one with children, I/O errors.
     pub fn remove(&self, key: &str) -> Result<u64> {
         let key = key.to_owned();
-        self.write(move |batch| {
+        self.write_urgently(move |batch| {
             let record = match batch.get(&key)? {
                 Ok(Some(record)) => record,
                 Ok(None) => return Ok(Err(SnapshotError::NotFound { key })),
@@ -97,9 +94,6 @@ impl Metadata {
             };
             if batch.has_children(record.id)? {
                 return Ok(Err(SnapshotError::HasChildren { key }));
-            }
-            if let Some(parent) = record.ancestors.first() {
-                batch.unlink(*parent, record.id)?;
             }
             batch.delete(&key)?;
             Ok(Ok(record.id))
@@ -146,7 +140,7 @@ impl Metadata {
         })
     }
 
-    /// Stores records as they are, with their links to their parents, for `fsck`.
+    /// Stores records as they are, for `fsck`.
     ///
     /// # Errors
     /// I/O errors.
@@ -154,9 +148,6 @@ impl Metadata {
         self.write(move |batch| {
             for (key, record) in &records {
                 batch.put(key, record)?;
-                if let Some(parent) = record.ancestors.first() {
-                    batch.link(*parent, record.id)?;
-                }
             }
             Ok(Ok(()))
         })
@@ -170,23 +161,6 @@ impl Metadata {
         let key = key.to_owned();
         self.write(move |batch| {
             batch.delete(&key)?;
-            Ok(Ok(()))
-        })
-    }
-
-    /// Replaces the index of children, for `fsck`.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn replace_children(&self, links: BTreeSet<(u64, u64)>) -> Result<()> {
-        let old = self.children()?;
-        self.write(move |batch| {
-            for (parent, child) in old {
-                batch.unlink(parent, child)?;
-            }
-            for (parent, child) in links {
-                batch.link(parent, child)?;
-            }
             Ok(Ok(()))
         })
     }

@@ -18,8 +18,9 @@ use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError, chain};
 use crate::fault::Faults;
+use crate::from_redb;
 use crate::fsck::{self, Problem};
-use crate::metadata::Metadata;
+use crate::metadata::{self, Metadata};
 use crate::metrics::{self, Metrics};
 use crate::mounts::SnapshotPaths;
 use crate::probe;
@@ -99,8 +100,9 @@ pub fn open_snapshots(
     };
     tracing::info!(root = %root.display(), options = ?options.overlay_options, "overlay options");
     let batches = Arc::clone(metrics);
-    let metadata = Metadata::open(&root.join("metadata.redb"), config.metadata_cache_mib << 20)?
+    let mut metadata = Metadata::open(&root.join(metadata::FILE), config.metadata_cache_mib << 20)?
         .observed_by(move |changes| batches.note_batch(changes));
+    from_redb::take_over(&root, &mut metadata)?;
     Ok((lock, Snapshots::open(paths, metadata, options, faults)?))
 }
 

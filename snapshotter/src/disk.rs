@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <root>/lock                   flock: one daemon per root
-//! <root>/metadata.redb          see metadata.rs
+//! <root>/metadata.sqlite*       see metadata.rs
+//! <root>/metadata.reserve       see reserve.rs
 //! <root>/snapshots/new-<id>/    being made: not a snapshot yet
 //! <root>/snapshots/<id>/fs      what the snapshot adds (the upperdir, later a lowerdir)
 //! <root>/snapshots/<id>/work    scratch space of overlayfs, only for snapshots made by Prepare

@@ -78,14 +78,17 @@ pub enum SnapshotError {
         /// What was being done, as in "read".
         act: &'static str,
         /// Why it failed.
-        source: Arc<redb::Error>,
+        source: Arc<rusqlite::Error>,
     },
-    /// A write may or may not have reached the disk and the database cannot be asked.
-    #[error("cannot tell whether the snapshot metadata was written: it cannot be opened again")]
+    /// A write failed when it was being made durable: whether it is there is known after the next start.
+    #[error("cannot tell whether the snapshot metadata was written")]
     UnknownOutcome {
         /// Why the write failed.
-        source: Arc<redb::Error>,
+        source: Arc<rusqlite::Error>,
     },
+    /// The call in whose thread the transaction was made has panicked.
+    #[error("another call panicked while it wrote the snapshot metadata")]
+    LeaderPanicked,
     /// What is stored cannot be understood.
     #[error("the stored record of snapshot {key:?} is damaged: {reason}")]
     Damaged {
@@ -101,10 +104,31 @@ pub type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 
 impl SnapshotError {
     /// Wraps a database error with the act during which it happened.
-    pub(crate) fn database(act: &'static str, source: impl Into<redb::Error>) -> Self {
+    pub(crate) fn database(act: &'static str, source: rusqlite::Error) -> Self {
         Self::Database {
             act,
-            source: Arc::new(source.into()),
+            source: Arc::new(source),
+        }
+    }
+
+    /// Whether the disk has no room, or the user no quota left.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        match self {
+            Self::Database { source, .. } | Self::UnknownOutcome { source } => {
+                // The second: no room for the WAL's index.
+                matches!(
+                    source.sqlite_error(),
+                    Some(error) if error.code == rusqlite::ErrorCode::DiskFull
+                        || error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
+                )
+            }
+            _ => self.io_source().is_some_and(|io| {
+                matches!(
+                    io.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                )
+            }),
         }
     }
 
@@ -113,12 +137,6 @@ impl SnapshotError {
     pub fn io_source(&self) -> Option<&io::Error> {
         match self {
             Self::Io(error) => Some(&error.source),
-            Self::Database { source, .. } | Self::UnknownOutcome { source } => {
-                match source.as_ref() {
-                    redb::Error::Io(source) => Some(source),
-                    _ => None,
-                }
-            }
             _ => None,
         }
     }

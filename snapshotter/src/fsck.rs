@@ -5,7 +5,6 @@
 //! database missing or unreadable                    moved aside; rebuilt from the directories
 //! record damaged                                    taken from its directory, else dropped
 //! record whose parent or chain is wrong             left: its files are not what it says
-//! index of children wrong                           mended
 //! directory of an active snapshot or view missing   made anew, empty
 //! directory of a layer missing                      left: remove the image and pull it again
 //! copy of the record on a directory out of date     written anew
@@ -19,20 +18,23 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use crate::disk::{self, Entry};
 use transship_path_error::During as _;
 
+use crate::disk::{self, Entry};
 use crate::error::{Result, SnapshotError, chain};
-use crate::metadata::Metadata;
+use crate::from_redb;
+use crate::metadata::{self, Metadata};
 use crate::mounts::SnapshotPaths;
 use crate::record::{Kind, Record};
 
 /// Ids that a rebuild leaves out: how many snapshots were removed after the youngest one that is left
 /// is not known.
 const REBUILD_GAP: u64 = 1 << 20;
+
+/// Bytes of page cache while the whole file is read.
+const CHECK_CACHE: usize = 64 << 20;
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +79,7 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
         repair,
         problems: Vec::new(),
     };
-    let database = root.join("metadata.redb");
+    let database = root.join(metadata::FILE);
     let entries = disk::list(&paths)?;
     let ids: BTreeSet<u64> = entries
         .iter()
@@ -89,7 +91,7 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
             }
         })
         .collect();
-    let metadata = match open_database(&database) {
+    let metadata = match open_database(root, &database) {
         Ok(metadata) if metadata.is_fresh() && !ids.is_empty() => {
             check.note(
                 format!("{} is new, but there are snapshots", database.display()),
@@ -107,11 +109,10 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
                 repair,
             );
             if repair && database.try_exists().during("look for", &database)? {
-                let aside = root.join("metadata.redb.damaged");
-                fs::rename(&database, &aside).during("rename", &database)?;
+                move_aside(&database)?;
             }
             repair
-                .then(|| Metadata::open_checked(&database))
+                .then(|| Metadata::open_checked(&database, CHECK_CACHE))
                 .transpose()?
         }
     };
@@ -122,17 +123,33 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
     Ok(check.problems)
 }
 
-/// Opens the database with all its checksums verified.
-fn open_database(path: &Path) -> Result<Metadata, String> {
-    if !path.try_exists().map_err(|error| error.to_string())? {
+/// Opens the database, with the structure of the whole file checked; that of an earlier release is taken over.
+fn open_database(root: &Path, path: &Path) -> Result<Metadata, String> {
+    let exists = |path: &Path| path.try_exists().map_err(|error| error.to_string());
+    if !exists(path)? && !from_redb::is_in(root).map_err(|error| chain(&error))? {
         return Err("it does not exist".to_owned());
     }
-    // redb promises errors for damaged files only where it checks; a panic says "damaged" as well.
-    match catch_unwind(AssertUnwindSafe(|| Metadata::open_checked(path))) {
-        Ok(Ok(metadata)) => Ok(metadata),
-        Ok(Err(error)) => Err(chain(&error)),
-        Err(_) => Err("its structure is damaged".to_owned()),
+    let open = || {
+        let mut metadata = Metadata::open_checked(path, CHECK_CACHE)?;
+        from_redb::take_over(root, &mut metadata)?;
+        Ok(metadata)
+    };
+    open().map_err(|error: SnapshotError| chain(&error))
+}
+
+/// Renames a damaged database and its WAL, which must not meet another database.
+fn move_aside(database: &Path) -> Result<()> {
+    for suffix in ["", "-wal", "-shm"] {
+        let mut path = database.as_os_str().to_owned();
+        path.push(suffix);
+        let mut aside = path.clone();
+        aside.push(".damaged");
+        match fs::rename(&path, &aside) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            outcome => outcome.during("rename", path)?,
+        }
     }
+    Ok(())
 }
 
 struct Check<'a> {
@@ -161,7 +178,6 @@ impl Check<'_> {
             .iter()
             .map(|(key, record)| (record.id, key.as_str()))
             .collect();
-        let mut links = BTreeSet::new();
         for (key, record) in &records {
             if by_id[&record.id] != key {
                 let other = by_id[&record.id];
@@ -195,13 +211,7 @@ impl Check<'_> {
                     false,
                 );
             }
-            links.extend(record.ancestors.first().map(|parent| (*parent, record.id)));
             self.compare_directory(key, record)?;
-        }
-        let stored: BTreeSet<_> = metadata.children()?.into_iter().collect();
-        if stored != links {
-            let what = "the index of children does not fit the snapshots".to_owned();
-            self.mend(what, || metadata.replace_children(links))?;
         }
         for (name, entry) in entries {
             let dir = self.paths.snapshots().join(name);

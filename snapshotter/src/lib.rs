@@ -8,8 +8,9 @@
 //!                      labels.rs, mounts.rs (pure) ---/  |      \
 //!                                                        v       v
 //!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
-//!            record.rs:  how it is stored    redb, group commit  usage.rs     background.rs
-//!                                             journal.rs
+//!            record.rs:  how it is stored    SQLite              usage.rs     background.rs
+//!            from_redb.rs: earlier releases  group_commit.rs
+//!                                            reserve.rs
 //! ```
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
@@ -30,8 +31,9 @@ pub mod dispatch;
 pub mod error;
 pub mod fault;
 pub mod filter;
+pub mod from_redb;
 pub mod fsck;
-mod journal;
+mod group_commit;
 pub mod labels;
 pub mod logging;
 pub mod metadata;

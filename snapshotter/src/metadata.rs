@@ -1,130 +1,92 @@
 //! The metadata database: which snapshots there are.
 //!
-//! One redb file, `metadata.redb`, with three tables:
+//! One SQLite database in WAL mode, `metadata.sqlite` (with `-wal` and `-shm` beside it while the daemon runs):
 //!
 //! ```text
-//! snapshots   key (str)             -> record (bytes, drawn in record.rs)
-//! children    (parent id, child id) -> ()          is anything built on this snapshot?
-//! counters    "format"   -> 2                      version of this layout
-//!             "next_id"  -> ids below it were or may have been given out; higher ones never
-//!             "batch"    -> number of the last write transaction
-//!             "journal"  -> what the journal's records call this database
+//! snapshots   key TEXT, primary      parent INTEGER            record BLOB
+//!             the name               id of the parent          drawn in record.rs
+//!                                    NULL: none; indexed
+//! counters    name TEXT, primary     value INTEGER
+//!             "next_id"              ids below it were or may have been given out; higher ones never
+//! user_version  0: nothing was ever stored; 3: this layout (1 and 2 were redb's, see from_redb.rs)
 //! ```
 //!
-//! and beside it the journal of what redb does not have on disk yet (journal.rs).
+//! Every write is durable before its caller goes on, and transactions are shared (group_commit.rs): one is an append
+//! to the WAL and one sync (`synchronous=FULL`). Every [`CHECKPOINT_PAGES`] pages SQLite copies the WAL into the
+//! database and begins it anew, in blocks that it has already.
 //!
-//! Every write is durable before its caller goes on, and transactions are shared: while one is being
-//! synced, the changes of other threads queue up and become the next one (group commit). A transaction
-//! is synced once, in the journal, and made in redb without durability, where others see it only then;
-//! one for which the journal has no room is made durable in redb, and with it all before. (There too one
-//! sync is enough: redb's commit slot carries a checksum of all that it points to, so a torn one is
-//! recognised and the one before holds. Two-phase commit with quick repair syncs twice and writes half as
-//! much again; what it spares after a crash is one walk over the file, a second per million snapshots.)
-//! At opening, what the journal has and redb has not is made durable in redb, before anything is read.
-//! Without a journal (no room for one) each transaction is made durable in redb, and so it is when the disk
-//! is nearly full, as what redb holds back needs room later. There is no writer thread; the first caller to find nobody writing leads a batch
-//! and then hands the lead to the first caller of the next. A change that is refused ("already
-//! exists") writes nothing and disturbs no other change of its batch.
+//! Reads have connections of their own: they see the last transaction that is durable, and never wait for a sync.
+//! While a List goes on the WAL cannot begin anew, and grows.
 //!
-//! redb gives up a database handle at its first I/O error, and so does this after one of the journal. Then
-//! the handle is replaced by a newly opened one, and the number of the last transaction found tells
-//! whether the one that failed had reached the disk.
+//! When the disk fails in the middle of a COMMIT, nobody can tell whether the transaction is in the WAL, and SQLite
+//! would take it up at the next start. So the connection is closed then and the WAL read anew, and the caller hears
+//! that the outcome is unknown.
 
-use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::hash::{BuildHasher, Hasher};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::vec;
 
 use prost::Message;
-use redb::{
-    Database, DatabaseError, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable,
-    ReadableTableMetadata, StorageBackend, Table, TableDefinition, WriteTransaction,
-};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
 
 use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError};
-use crate::journal::{AnyChange, Changes, Counter, Journal, JournalFile, Link, Put, TableChange};
+use crate::group_commit::{Apply, Deliver, GroupCommit};
 use crate::record::Record;
-use crate::reserve::{Reserve, ReservingFile};
+use crate::reserve::Reserve;
 
-const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
-const CHILDREN: TableDefinition<'_, (u64, u64), ()> = TableDefinition::new("children");
-const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters");
-
-/// 2 brought the journal, without which transactions are lost.
-const FORMAT: u64 = 2;
+/// Name of the database in the root directory.
+pub const FILE: &str = "metadata.sqlite";
+const FORMAT: u32 = 3;
 /// How many ids one write of "next_id" makes available.
 const ID_RESERVE: u64 = 4096;
-/// Upper bound of a batch, so that its first callers do not wait for a crowd.
-const BATCH_LIMIT: usize = 256;
-/// Page cache while every page is verified.
-const CHECK_CACHE: usize = 64 << 20;
+/// Pages of 4 KiB in the WAL at which it is copied into the database.
+const CHECKPOINT_PAGES: u32 = 1000;
+/// KiB of page cache of a connection that reads.
+const READ_CACHE: usize = 256;
+/// Records that [`Walk`] reads at a time.
+const WALK_STEP: u32 = 256;
 
-type Opener = dyn Fn() -> std::result::Result<Database, DatabaseError> + Send + Sync;
+const SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS snapshots
+        (key TEXT PRIMARY KEY, parent INTEGER, record BLOB NOT NULL) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS children ON snapshots (parent) WHERE parent IS NOT NULL;
+    CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+";
 
 /// The database of snapshots. Shared by reference between threads.
 pub struct Metadata {
-    opener: Box<Opener>,
-    /// `None` after an I/O error until reopening succeeds.
-    database: RwLock<Option<Database>>,
-    /// Held by who writes; never before `database`.
-    journal: Mutex<Option<Journal>>,
-    /// Number of the last transaction that was on disk when the database was opened.
-    recovered: AtomicU64,
-    queue: Mutex<Queue>,
+    path: PathBuf,
+    cache_bytes: usize,
+    /// `None` after an error that leaves the outcome of a transaction unknown.
+    writer: Mutex<Option<Connection>>,
+    reader: Mutex<Option<Connection>>,
+    queue: GroupCommit,
     next_id: AtomicU64,
     reserved_id: AtomicU64,
-    reserve: Arc<Reserve>,
-    fresh: bool,
+    reserve: Reserve,
+    is_fresh: bool,
     batch_observer: Box<dyn Fn(usize) + Send + Sync>,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: Vec<Job>,
-    led: bool,
-}
-
-/// A change waiting for its transaction.
-struct Job {
-    apply: Apply,
-    promote: Box<dyn Fn() + Send>,
-    fail: Box<dyn Fn(SnapshotError) + Send>,
-}
-
-/// Makes the change inside the transaction.
-type Apply = Box<dyn FnOnce(&mut Batch<'_>) -> Result<Deliver, redb::Error> + Send>;
-
-/// Tells a caller how its transaction ended.
-type Deliver = Box<dyn FnOnce() + Send>;
-
-enum Signal<T> {
-    /// Nobody leads any more: lead the next batch, which holds this caller's change.
-    Lead,
-    Done(Result<T>),
 }
 
 /// The tables inside a write transaction.
 pub(crate) struct Batch<'t> {
-    snapshots: Table<'t, &'static str, &'static [u8]>,
-    children: Table<'t, (u64, u64), ()>,
-    counters: Table<'t, &'static str, u64>,
-    /// What was done so far.
-    changes: Changes,
+    connection: &'t Connection,
+    has_changes: bool,
 }
 
 /// How a change ended inside its transaction, before the transaction is durable.
-pub(crate) type Change<T> = Result<Result<T>, redb::Error>;
+pub(crate) type Change<T> = Result<Result<T>, rusqlite::Error>;
 
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Metadata")
+            .field("path", &self.path)
             .field("next_id", &self.next_id)
             .finish_non_exhaustive()
     }
@@ -137,47 +99,61 @@ impl Metadata {
     /// # Errors
     /// I/O errors, a damaged file, or a layout written by a newer version.
     pub fn open(path: &Path, cache_bytes: usize) -> Result<Self> {
-        Self::open_path(path, cache_bytes, false)
+        let reserve = Reserve::beside(path)?;
+        let open = || open_writer(path, cache_bytes);
+        let writer = match open() {
+            // On a full disk snapshots must be removable: the WAL and its index need some blocks.
+            Err(error) if error.is_disk_full() && reserve.give_up()? => open()?,
+            outcome => outcome?,
+        };
+        let format: u32 = writer
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(|error| SnapshotError::database("open", error))?;
+        if format > FORMAT {
+            return Err(SnapshotError::Invalid {
+                reason: format!(
+                    "the metadata has layout {format}, this version knows only {FORMAT}"
+                ),
+            });
+        }
+        let mut metadata = Self {
+            path: path.to_path_buf(),
+            cache_bytes,
+            writer: Mutex::new(Some(writer)),
+            reader: Mutex::new(None),
+            queue: GroupCommit::default(),
+            next_id: AtomicU64::new(0),
+            reserved_id: AtomicU64::new(0),
+            reserve,
+            is_fresh: format == 0,
+            batch_observer: Box::new(|_| {}),
+        };
+        let next_id = metadata.write_urgently(|batch| {
+            let next_id = batch.counter("next_id")?.max(1);
+            batch.set_counter("next_id", next_id + ID_RESERVE)?;
+            Ok(Ok(next_id))
+        })?;
+        *metadata.next_id.get_mut() = next_id;
+        *metadata.reserved_id.get_mut() = next_id + ID_RESERVE;
+        // Opens the files that reads need, while there are descriptors.
+        metadata.get("")?;
+        Ok(metadata)
     }
 
-    /// As [`Metadata::open`], and verifies every checksum of the file.
+    /// As [`Metadata::open`], and checks the structure of the whole file.
     ///
     /// # Errors
     /// As [`Metadata::open`].
-    pub fn open_checked(path: &Path) -> Result<Self> {
-        Self::open_path(path, CHECK_CACHE, true)
-    }
-
-    fn open_path(path: &Path, cache_bytes: usize, checked: bool) -> Result<Self> {
-        let open_file = |path: &Path| {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(path)
-        };
-        let reserve = Arc::new(Reserve::default());
-        let of_file = Arc::clone(&reserve);
-        let journal_path = path.with_extension("journal");
-        let journal = open_file(&journal_path).during("open", &journal_path)?;
-        reserve.watch(&journal).during("look at", &journal_path)?;
-        let path = path.to_path_buf();
-        let open_database = move || {
-            Database::builder()
-                .set_cache_size(cache_bytes)
-                .set_check_integrity_on_open(checked)
-                .create_with_backend(ReservingFile::new(open_file(&path)?, &of_file)?)
-        };
-        let journal: Box<dyn StorageBackend> = Box::new(JournalFile(journal));
-        let mut metadata = Self::open_with(open_database, Some(journal))?;
-        metadata.reserve = reserve;
-        // The names of both files, before anything relies on them.
-        let dir = journal_path.parent().unwrap_or(Path::new("/"));
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .during("sync", dir)?;
+    pub fn open_checked(path: &Path, cache_bytes: usize) -> Result<Self> {
+        let metadata = Self::open(path, cache_bytes)?;
+        let fault: String = metadata.read(|connection| {
+            connection.query_row("PRAGMA integrity_check(1)", (), |row| row.get(0))
+        })?;
+        if fault != "ok" {
+            return Err(SnapshotError::Invalid {
+                reason: format!("{} is damaged: {fault}", path.display()),
+            });
+        }
         Ok(metadata)
     }
 
@@ -186,61 +162,14 @@ impl Metadata {
     /// # Errors
     /// A full disk.
     pub fn require_room(&self) -> Result<()> {
-        self.reserve
-            .refill()
-            .map_err(|error| SnapshotError::database("reserve room for", redb::Error::Io(error)))
-    }
-
-    /// Opens the database that `opener` yields; it is called again after an I/O error. Crash tests
-    /// pass storage backends of their own. Without a journal every transaction is made durable in the
-    /// database.
-    ///
-    /// # Errors
-    /// As [`Metadata::open`].
-    pub fn open_with(
-        opener: impl Fn() -> std::result::Result<Database, DatabaseError> + Send + Sync + 'static,
-        journal: Option<Box<dyn StorageBackend>>,
-    ) -> Result<Self> {
-        let journal = journal.and_then(|file| match Journal::open(file) {
-            Ok(journal) => Some(journal),
-            Err(error) => {
-                // Snapshots must be removable on a full disk.
-                tracing::warn!(error = %error, "going on without a journal, more slowly");
-                None
-            }
-        });
-        let mut metadata = Self {
-            opener: Box::new(opener),
-            database: RwLock::new(None),
-            journal: Mutex::new(journal),
-            recovered: AtomicU64::new(0),
-            queue: Mutex::default(),
-            next_id: AtomicU64::new(0),
-            reserved_id: AtomicU64::new(0),
-            reserve: Arc::default(),
-            fresh: false,
-            batch_observer: Box::new(|_| {}),
-        };
-        metadata.reopen("open")?;
-        let (format, next_id) = metadata.write(|batch| {
-            let format = batch.counter("format")?;
-            let next_id = batch.counter("next_id")?.max(1);
-            batch.set_counter("next_id", next_id + ID_RESERVE)?;
-            Ok(Ok((format, next_id)))
-        })?;
-        metadata.fresh = format == 0;
-        metadata.next_id.store(next_id, Ordering::Relaxed);
-        metadata
-            .reserved_id
-            .store(next_id + ID_RESERVE, Ordering::Relaxed);
-        Ok(metadata)
+        self.reserve.refill()
     }
 
     /// Whether the file was created by this opening (or one that never came to
     /// [`Metadata::mark_used`]).
     #[must_use]
     pub fn is_fresh(&self) -> bool {
-        self.fresh
+        self.is_fresh
     }
 
     /// Notes that the database is the one that belongs to the snapshot directories.
@@ -248,13 +177,30 @@ impl Metadata {
     /// # Errors
     /// When the change cannot be written.
     pub fn mark_used(&self) -> Result<()> {
-        if !self.fresh {
+        if !self.is_fresh {
             return Ok(());
         }
         self.write(|batch| {
-            batch.set_counter("format", FORMAT)?;
+            batch.set_format()?;
             Ok(Ok(()))
         })
+    }
+
+    /// Fills the empty database with records and the first free id, and notes that it is the one that belongs to
+    /// the snapshot directories: all or nothing.
+    pub(crate) fn fill(&mut self, records: Vec<(String, Record)>, next_id: u64) -> Result<()> {
+        let reserved = next_id + ID_RESERVE;
+        self.write(move |batch| {
+            for (key, record) in &records {
+                batch.put(key, record)?;
+            }
+            batch.set_counter("next_id", reserved)?;
+            batch.set_format()?;
+            Ok(Ok(()))
+        })?;
+        (*self.next_id.get_mut(), *self.reserved_id.get_mut()) = (next_id, reserved);
+        self.is_fresh = false;
+        Ok(())
     }
 
     /// Has `observe` called with the number of changes of each batch, before the callers go on.
@@ -317,14 +263,9 @@ impl Metadata {
     /// # Errors
     /// I/O errors or a damaged record.
     pub fn get(&self, key: &str) -> Result<Option<Record>> {
-        self.read(|database| {
-            let snapshots = database.begin_read()?.open_table(SNAPSHOTS)?;
-            Ok(snapshots
-                .get(key)?
-                .map(|value| Record::decode(value.value())))
-        })?
-        .transpose()
-        .map_err(|e| damaged(key, &e))
+        self.read(|connection| find(connection, key))?
+            .map(|bytes| decode(key, &bytes))
+            .transpose()
     }
 
     /// All records in the order of their keys, as they are now, whatever is written meanwhile.
@@ -332,61 +273,28 @@ impl Metadata {
     /// # Errors
     /// I/O errors; the iterator yields those that happen later, and damaged records.
     pub fn walk(&self) -> Result<Walk> {
-        let snapshots = self.read(|db| Ok(db.begin_read()?.open_table(SNAPSHOTS)?))?;
-        let range = snapshots
-            .range::<&str>(..)
-            .map_err(|e| SnapshotError::database("read", e))?;
+        let connection = open_reader(&self.path)?;
+        // Without a statement the transaction would begin at the first step.
+        let begin = "BEGIN; SELECT 1 FROM snapshots LIMIT 1";
+        (connection.execute_batch(begin)).map_err(|e| SnapshotError::database("read", e))?;
         Ok(Walk {
-            range,
-            _snapshots: snapshots,
+            connection,
+            last: String::new(),
+            step: Vec::new().into_iter(),
+            is_over: false,
         })
     }
 
-    /// Number of snapshots.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn len(&self) -> Result<u64> {
-        self.read(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?.len()?))
-    }
-
-    /// Whether there is no snapshot at all.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn is_empty(&self) -> Result<bool> {
-        Ok(self.len()? == 0)
-    }
-
-    /// Every (parent id, child id) that the index of children holds, for `fsck`.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn children(&self) -> Result<Vec<(u64, u64)>> {
-        self.read(|database| {
-            let children = database.begin_read()?.open_table(CHILDREN)?;
-            let mut pairs = Vec::new();
-            for entry in children.iter()? {
-                pairs.push(entry?.0.value());
-            }
-            Ok(pairs)
-        })
-    }
-
-    fn read<T>(&self, act: impl Fn(&Database) -> Result<T, redb::Error>) -> Result<T> {
-        for attempt in 0.. {
-            let guard = self.database.read().unwrap_or_else(PoisonError::into_inner);
-            let outcome = match guard.as_ref() {
-                Some(database) => act(database),
-                None => Err(redb::Error::PreviousIo),
-            };
-            drop(guard);
-            match outcome {
-                Err(error) if attempt == 0 && gave_up(&error) => self.reopen("read")?,
-                outcome => return outcome.map_err(|e| SnapshotError::database("read", e)),
-            }
-        }
-        unreachable!("the loop returns at its second turn")
+    fn read<T>(&self, act: impl Fn(&Connection) -> Result<T, rusqlite::Error>) -> Result<T> {
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = match reader.take() {
+            Some(connection) => connection,
+            None => open_reader(&self.path)?,
+        };
+        // One that failed is not used again.
+        let found = act(&connection).map_err(|e| SnapshotError::database("read", e))?;
+        *reader = Some(connection);
+        Ok(found)
     }
 
     /// Runs `change` inside a write transaction that other callers may share, and returns when it is
@@ -395,346 +303,244 @@ impl Metadata {
         &self,
         change: impl FnOnce(&mut Batch<'_>) -> Change<T> + Send + 'static,
     ) -> Result<T> {
-        let (sender, receiver) = sync_channel(2);
-        let lead = {
-            let mut queue = self.lock_queue();
-            queue.waiting.push(Job::new(change, sender));
-            !std::mem::replace(&mut queue.led, true)
-        };
-        if lead {
-            self.lead_batch();
-        }
-        self.wait(&receiver)
+        self.queue.write(change, |applies| self.run_batch(applies))
     }
 
-    fn wait<T>(&self, receiver: &Receiver<Signal<T>>) -> Result<T> {
-        loop {
-            match receiver.recv() {
-                Ok(Signal::Lead) => self.lead_batch(),
-                Ok(Signal::Done(result)) => return result,
-                // The leader's thread died in the middle of the batch.
-                Err(_) => return Err(SnapshotError::database("write", redb::Error::PreviousIo)),
+    /// As [`Metadata::write`], with the room of the reserve when the disk is full.
+    pub(crate) fn write_urgently<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Batch<'_>) -> Change<T> + Clone + Send + 'static,
+    ) -> Result<T> {
+        match self.write(change.clone()) {
+            Err(error) if error.is_disk_full() => {
+                self.reserve.give_up()?;
+                self.empty_wal();
+                self.write(change)
             }
+            outcome => outcome,
         }
     }
 
-    fn lead_batch(&self) {
-        // Hands the lead on even when the transaction panics: others must not wait for ever.
-        struct HandOver<'a>(&'a Metadata);
-        impl Drop for HandOver<'_> {
-            fn drop(&mut self) {
-                let mut queue = self.0.lock_queue();
-                match queue.waiting.first() {
-                    Some(next) => (next.promote)(),
-                    None => queue.led = false,
-                }
-            }
-        }
-        let jobs = {
-            let mut queue = self.lock_queue();
-            let count = queue.waiting.len().min(BATCH_LIMIT);
-            queue.waiting.drain(..count).collect::<Vec<_>>()
-        };
-        let _hand_over = HandOver(self);
-        (self.batch_observer)(jobs.len());
-        let (applies, fails): (Vec<_>, Vec<_>) =
-            jobs.into_iter().map(|job| (job.apply, job.fail)).unzip();
-        match self.run_batch(applies) {
-            Ok(deliveries) => deliveries.into_iter().for_each(|deliver| deliver()),
-            Err(error) => fails.into_iter().for_each(|fail| fail(error.clone())),
+    /// Copies the WAL into the database, so that it begins anew in the blocks that it has.
+    fn empty_wal(&self) {
+        if let Some(connection) = self.lock_writer().as_ref()
+            && let Err(error) = connection.execute_batch("PRAGMA wal_checkpoint")
+        {
+            tracing::warn!(%error, "cannot copy the WAL into the database");
         }
     }
 
     fn run_batch(&self, applies: Vec<Apply>) -> Result<Vec<Deliver>> {
-        if self
-            .database
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_none()
+        (self.batch_observer)(applies.len());
+        let mut writer = self.lock_writer();
+        let connection = match writer.take() {
+            Some(connection) => connection,
+            None => open_writer(&self.path, self.cache_bytes)?,
+        };
+        let outcome = run_transaction(&connection, applies);
+        match &outcome {
+            // What the WAL holds is read anew, by both connections.
+            Err(SnapshotError::UnknownOutcome { .. }) => {
+                *self.reader.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            }
+            _ => *writer = Some(connection),
+        }
+        outcome
+    }
+
+    fn lock_writer(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn run_transaction(connection: &Connection, applies: Vec<Apply>) -> Result<Vec<Deliver>> {
+    let fail = |error| SnapshotError::database("write", error);
+    let begin = || connection.prepare_cached("BEGIN IMMEDIATE")?.execute(());
+    begin().map_err(fail)?;
+    let roll_back = || {
+        // SQLite has done it already after some errors.
+        if !connection.is_autocommit()
+            && let Err(error) = connection.execute_batch("ROLLBACK")
         {
-            self.reopen("write")?;
+            tracing::warn!(%error, "cannot roll back");
         }
-        let mut deliveries = Vec::with_capacity(applies.len());
-        let (mut number, mut is_in_journal) = (u64::MAX, false);
-        let outcome = {
-            let guard = self.database.read().unwrap_or_else(PoisonError::into_inner);
-            let database = guard.as_ref();
-            database.map_or(Err(redb::Error::PreviousIo), |database| {
-                let mut transaction = database.begin_write()?;
-                let mut batch = Batch::of(&transaction)?;
-                for apply in applies {
-                    deliveries.push(apply(&mut batch)?);
-                }
-                // Nothing but refusals: nothing to make durable.
-                if batch.changes.changes.is_empty() {
-                    return Ok(());
-                }
-                number = batch.counter("batch")? + 1;
-                batch.set_counter("batch", number)?;
-                let changes = batch.into_changes();
-                let mut journal = self.lock_journal();
-                let journal = journal.as_mut();
-                match journal {
-                    // A durable transaction of redb needs room for all that was not durable before.
-                    Some(journal) if self.reserve.has_ample_room() => {
-                        is_in_journal = true;
-                        is_in_journal = journal.append(number, &changes)?;
-                        if is_in_journal {
-                            transaction
-                                .set_durability(Durability::None)
-                                .map_err(redb::Error::from)?;
-                            return Ok(transaction.commit()?);
-                        }
-                        transaction.commit()?;
-                        journal.restart(number);
-                    }
-                    Some(journal) => {
-                        transaction.commit()?;
-                        journal.restart(number);
-                    }
-                    None => transaction.commit()?,
-                }
-                Ok(())
-            })
-        };
-        let Err(error) = outcome else {
-            return Ok(deliveries);
-        };
-        if !gave_up(&error) && !is_in_journal {
-            return Err(SnapshotError::database("write", error));
-        }
-        // It may have reached the disk all the same; only the disk knows.
-        self.give_up();
-        if self.reopen("write").is_err() {
-            return Err(SnapshotError::UnknownOutcome {
-                source: Arc::new(error),
-            });
-        }
-        if self.recovered.load(Ordering::Acquire) >= number {
-            Ok(deliveries)
-        } else {
-            Err(SnapshotError::database("write", error))
-        }
+    };
+    let mut batch = Batch {
+        connection,
+        has_changes: false,
+    };
+    let deliveries: Result<Vec<_>, _> =
+        applies.into_iter().map(|apply| apply(&mut batch)).collect();
+    let deliveries = deliveries.map_err(|error| {
+        roll_back();
+        fail(error)
+    })?;
+    if !batch.has_changes {
+        roll_back();
+        return Ok(deliveries);
     }
-
-    /// Has the database opened anew before it is used again.
-    fn give_up(&self) {
-        let mut guard = (self.database.write()).unwrap_or_else(PoisonError::into_inner);
-        *guard = None;
-    }
-
-    /// Replaces a database handle that redb or [`Metadata::give_up`] has given up.
-    fn reopen(&self, act: &'static str) -> Result<()> {
-        let mut guard = self
-            .database
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(database) = guard.as_ref() {
-            // Another thread may have been faster.
-            match database.begin_read().and_then(|read| {
-                read.open_table(COUNTERS)
-                    .map(drop)
-                    .map_err(|_| redb::StorageError::PreviousIo.into())
-            }) {
-                Ok(()) if database.try_begin_write().is_ok() => return Ok(()),
-                _ => {}
-            }
+    let commit = || connection.prepare_cached("COMMIT")?.execute(());
+    match commit() {
+        Ok(_) => Ok(deliveries),
+        // The record that ends a transaction is the last of its frames: without room it was not written.
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
+            roll_back();
+            Err(fail(error))
         }
-        // The file lock of the old handle must go before the new one is opened.
-        *guard = None;
-        let database = (self.opener)().map_err(|e| SnapshotError::database(act, e))?;
-        self.recover(&database)
-            .map_err(|e| SnapshotError::database(act, e))??;
-        *guard = Some(database);
-        Ok(())
-    }
-
-    /// Brings a database that was just opened up to date with the journal, and begins the journal anew.
-    fn recover(&self, database: &Database) -> Change<()> {
-        let mut journal = self.lock_journal();
-        let transaction = database.begin_write()?;
-        let mut batch = Batch::of(&transaction)?;
-        let format = batch.counter("format")?;
-        if format > FORMAT {
-            return Ok(Err(SnapshotError::Invalid {
-                reason: format!(
-                    "the metadata has layout {format}, this version knows only {FORMAT}"
-                ),
-            }));
-        }
-        if format > 0 {
-            batch.set_counter("format", FORMAT)?;
-        }
-        let mut last = batch.counter("batch")?;
-        let mut name = batch.counter("journal")?;
-        if name == 0 {
-            // Any number that no other database has; the hasher's keys are random.
-            name = RandomState::new().build_hasher().finish() | 1;
-            batch.set_counter("journal", name)?;
-        } else if let Some(journal) = journal.as_ref() {
-            let (transactions, newest) = journal.read(name, last).map_err(redb::Error::Io)?;
-            for changes in transactions {
-                batch.repeat(changes)?;
-            }
-            last = newest;
-        }
-        // A number of its own: with it, all records of the journal are of an earlier pass.
-        batch.set_counter("batch", last + 1)?;
-        drop(batch);
-        transaction.commit()?;
-        if let Some(journal) = journal.as_mut() {
-            journal.begin(name, last + 1);
-        }
-        self.recovered.store(last, Ordering::Release);
-        Ok(Ok(()))
-    }
-
-    fn lock_journal(&self) -> MutexGuard<'_, Option<Journal>> {
-        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        Err(source) => Err(SnapshotError::UnknownOutcome {
+            source: Arc::new(source),
+        }),
     }
 }
 
-impl Job {
-    fn new<T: Send + 'static>(
-        change: impl FnOnce(&mut Batch<'_>) -> Change<T> + Send + 'static,
-        sender: SyncSender<Signal<T>>,
-    ) -> Self {
-        // A send fails only when the caller is gone, and then nobody wants to know.
-        let (promoter, failer) = (sender.clone(), sender.clone());
-        Self {
-            apply: Box::new(move |batch| {
-                let result = change(batch)?;
-                Ok(Box::new(move || drop(sender.send(Signal::Done(result)))))
-            }),
-            promote: Box::new(move || drop(promoter.send(Signal::Lead))),
-            fail: Box::new(move |error| drop(failer.send(Signal::Done(Err(error))))),
-        }
-    }
+fn open_writer(path: &Path, cache_bytes: usize) -> Result<Connection> {
+    // SQLite would make it readable for all; what is beside it gets the mode of the database.
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .during("open", path)?;
+    let open = || {
+        let connection = connect(path, cache_bytes >> 10)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        // NORMAL syncs only when the WAL is copied: a power failure would take back what was acknowledged.
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+        connection.execute_batch(SCHEMA)?;
+        Ok(connection)
+    };
+    let connection = open().map_err(|error| SnapshotError::database("open", error))?;
+    // The name of the database: SQLite syncs that of the WAL alone.
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .during("sync", dir)?;
+    Ok(connection)
 }
 
-impl<'t> Batch<'t> {
-    fn of(transaction: &'t WriteTransaction) -> Result<Self, redb::Error> {
-        Ok(Self {
-            snapshots: transaction.open_table(SNAPSHOTS)?,
-            children: transaction.open_table(CHILDREN)?,
-            counters: transaction.open_table(COUNTERS)?,
-            changes: Changes::default(),
-        })
-    }
+fn open_reader(path: &Path) -> Result<Connection> {
+    connect(path, READ_CACHE).map_err(|error| SnapshotError::database("open", error))
+}
 
-    /// Closes the tables.
-    fn into_changes(self) -> Changes {
-        self.changes
-    }
+fn connect(path: &Path, cache_kib: usize) -> Result<Connection, rusqlite::Error> {
+    // No mutex of SQLite's own: no two threads use a connection at the same time.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.pragma_update(None, "cache_size", format!("-{cache_kib}"))?;
+    Ok(connection)
+}
 
-    fn note(&mut self, change: TableChange) {
-        let change = Some(change);
-        self.changes.changes.push(AnyChange { change });
-    }
+fn find(connection: &Connection, key: &str) -> Result<Option<Vec<u8>>, rusqlite::Error> {
+    connection
+        .prepare_cached("SELECT record FROM snapshots WHERE key = ?1")?
+        .query_row([key], |row| row.get(0))
+        .optional()
+}
 
-    /// Does again what another batch did.
-    fn repeat(&mut self, changes: Changes) -> Result<(), redb::Error> {
-        for change in changes.changes {
-            match change.change {
-                Some(TableChange::Put(put)) => {
-                    (self.snapshots).insert(put.key.as_str(), put.record.as_slice())?;
-                }
-                Some(TableChange::Delete(key)) => drop(self.snapshots.remove(key.as_str())?),
-                Some(TableChange::Link(link)) => {
-                    (self.children).insert((link.parent, link.child), ())?;
-                }
-                Some(TableChange::Unlink(link)) => {
-                    drop(self.children.remove((link.parent, link.child))?);
-                }
-                Some(TableChange::Counter(counter)) => {
-                    (self.counters).insert(counter.name.as_str(), counter.value)?;
-                }
-                None => {}
-            }
-        }
-        Ok(())
-    }
-
+impl Batch<'_> {
     /// The record under `key`.
     pub(crate) fn get(&self, key: &str) -> Change<Option<Record>> {
-        let value = self.snapshots.get(key)?;
-        Ok(value
-            .map(|value| Record::decode(value.value()))
-            .transpose()
-            .map_err(|e| damaged(key, &e)))
+        let found = find(self.connection, key)?;
+        Ok(found.map(|bytes| decode(key, &bytes)).transpose())
     }
 
     /// Whether `key` is taken.
-    pub(crate) fn contains(&self, key: &str) -> Result<bool, redb::Error> {
-        Ok(self.snapshots.get(key)?.is_some())
+    pub(crate) fn contains(&self, key: &str) -> Result<bool, rusqlite::Error> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM snapshots WHERE key = ?1")?
+            .exists([key])
     }
 
     /// Stores `record` under `key`.
-    pub(crate) fn put(&mut self, key: &str, record: &Record) -> Result<(), redb::Error> {
-        let record = record.encode_to_vec();
-        self.snapshots.insert(key, record.as_slice())?;
-        let key = key.to_owned();
-        self.note(TableChange::Put(Put { key, record }));
-        Ok(())
+    pub(crate) fn put(&mut self, key: &str, record: &Record) -> Result<(), rusqlite::Error> {
+        self.has_changes = true;
+        let parent = record
+            .ancestors
+            .first()
+            .copied()
+            .map(to_stored)
+            .transpose()?;
+        self.connection
+            .prepare_cached(
+                "INSERT OR REPLACE INTO snapshots (key, parent, record) VALUES (?1, ?2, ?3)",
+            )?
+            .execute((key, parent, record.encode_to_vec()))
+            .map(drop)
     }
 
     /// Removes the record under `key`.
-    pub(crate) fn delete(&mut self, key: &str) -> Result<(), redb::Error> {
-        self.snapshots.remove(key)?;
-        self.note(TableChange::Delete(key.to_owned()));
-        Ok(())
-    }
-
-    /// Notes that `child` is built on `parent`.
-    pub(crate) fn link(&mut self, parent: u64, child: u64) -> Result<(), redb::Error> {
-        self.children.insert((parent, child), ())?;
-        self.note(TableChange::Link(Link { parent, child }));
-        Ok(())
-    }
-
-    /// Forgets that `child` is built on `parent`.
-    pub(crate) fn unlink(&mut self, parent: u64, child: u64) -> Result<(), redb::Error> {
-        self.children.remove((parent, child))?;
-        self.note(TableChange::Unlink(Link { parent, child }));
-        Ok(())
+    pub(crate) fn delete(&mut self, key: &str) -> Result<(), rusqlite::Error> {
+        self.has_changes = true;
+        self.connection
+            .prepare_cached("DELETE FROM snapshots WHERE key = ?1")?
+            .execute([key])
+            .map(drop)
     }
 
     /// Whether anything is built on `parent`.
-    pub(crate) fn has_children(&self, parent: u64) -> Result<bool, redb::Error> {
-        Ok(self
-            .children
-            .range((parent, 0)..=(parent, u64::MAX))?
-            .next()
-            .transpose()?
-            .is_some())
+    pub(crate) fn has_children(&self, parent: u64) -> Result<bool, rusqlite::Error> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM snapshots WHERE parent = ?1")?
+            .exists([to_stored(parent)?])
     }
 
-    fn counter(&self, name: &str) -> Result<u64, redb::Error> {
-        Ok(self.counters.get(name)?.map_or(0, |value| value.value()))
+    fn set_format(&mut self) -> Result<(), rusqlite::Error> {
+        self.has_changes = true;
+        self.connection.pragma_update(None, "user_version", FORMAT)
     }
 
-    fn set_counter(&mut self, name: &str, value: u64) -> Result<(), redb::Error> {
-        self.counters.insert(name, value)?;
-        let name = name.to_owned();
-        self.note(TableChange::Counter(Counter { name, value }));
-        Ok(())
+    fn counter(&self, name: &str) -> Result<u64, rusqlite::Error> {
+        let value: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT value FROM counters WHERE name = ?1")?
+            .query_row([name], |row| row.get(0))
+            .optional()?;
+        Ok(value.map_or(0, i64::unsigned_abs))
     }
+
+    fn set_counter(&mut self, name: &str, value: u64) -> Result<(), rusqlite::Error> {
+        self.has_changes = true;
+        self.connection
+            .prepare_cached("INSERT OR REPLACE INTO counters (name, value) VALUES (?1, ?2)")?
+            .execute((name, to_stored(value)?))
+            .map(drop)
+    }
+}
+
+/// SQLite's integers have a sign.
+fn to_stored(number: u64) -> Result<i64, rusqlite::Error> {
+    i64::try_from(number).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
 }
 
 /// Iterates over all records of one moment; see [`Metadata::walk`].
+#[derive(Debug)]
 pub struct Walk {
-    range: redb::Range<'static, &'static str, &'static [u8]>,
-    // The range reads from the transaction that this table keeps alive.
-    _snapshots: ReadOnlyTable<&'static str, &'static [u8]>,
+    /// In a transaction, which ends with the connection.
+    connection: Connection,
+    last: String,
+    step: vec::IntoIter<(String, Vec<u8>)>,
+    is_over: bool,
 }
 
-impl fmt::Debug for Walk {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Walk").finish_non_exhaustive()
+impl Walk {
+    fn read_step(&mut self) -> Result<(), rusqlite::Error> {
+        let rows: Vec<_> = self
+            .connection
+            .prepare_cached(
+                "SELECT key, record FROM snapshots WHERE key > ?1 ORDER BY key LIMIT ?2",
+            )?
+            .query_map((&self.last, WALK_STEP), |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })?
+            .collect::<Result<_, _>>()?;
+        self.is_over = rows.len() < WALK_STEP as usize;
+        if let Some((key, _)) = rows.last() {
+            self.last.clone_from(key);
+        }
+        self.step = rows.into_iter();
+        Ok(())
     }
 }
 
@@ -742,30 +548,20 @@ impl Iterator for Walk {
     type Item = Result<(String, Record)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let entry = self.range.next()?;
-        Some(
-            entry
-                .map_err(|e| SnapshotError::database("read", e))
-                .and_then(|(key, value)| {
-                    let key = key.value().to_owned();
-                    let record = Record::decode(value.value()).map_err(|e| damaged(&key, &e))?;
-                    Ok((key, record))
-                }),
-        )
+        if self.step.as_slice().is_empty() && !self.is_over {
+            if let Err(error) = self.read_step() {
+                self.is_over = true;
+                return Some(Err(SnapshotError::database("read", error)));
+            }
+        }
+        let (key, bytes) = self.step.next()?;
+        Some(decode(&key, &bytes).map(|record| (key, record)))
     }
 }
 
-fn damaged(key: &str, error: &prost::DecodeError) -> SnapshotError {
-    SnapshotError::Damaged {
+fn decode(key: &str, bytes: &[u8]) -> Result<Record> {
+    Record::decode(bytes).map_err(|error| SnapshotError::Damaged {
         key: key.to_owned(),
         reason: error.to_string(),
-    }
-}
-
-/// Whether redb refuses all further work on the handle after this error.
-fn gave_up(error: &redb::Error) -> bool {
-    matches!(
-        error,
-        redb::Error::Io(_) | redb::Error::PreviousIo | redb::Error::DatabaseClosed
-    )
+    })
 }

@@ -1,193 +1,84 @@
-//! The database file, with room kept behind its end.
+//! Room on the disk for removals.
 //!
-//! redb writes changed pages to new places, so even the deletion of a record needs room: on a full disk
-//! nothing could be removed any more, and there would never be room again. So the blocks of the next
-//! [`RESERVE`] bytes always belong to the file already (fallocate with KEEP_SIZE):
-//!
-//! ```text
-//! |  what redb knows  |  reserve, 1 MiB  |
-//! 0              length                    allocated
-//! ```
-//!
-//! When the reserve cannot be refilled, only removals may use it, until it can. Already when the disk has
-//! less than [`AMPLE`] left, every transaction is made durable in redb at once (see metadata.rs): so that
-//! a full disk never meets a pass of the journal whose pages are still to be written. File systems without
-//! fallocate have no reserve and behave as redb does.
+//! Even the deletion of a record needs room, in SQLite's WAL: on a full disk nothing could be removed any more,
+//! and there would never be room again. So a file `metadata.reserve` of [`LENGTH`] bytes lies beside the database.
+//! When a removal, or the start of the daemon, finds the disk full, it is deleted; then nothing new is made until
+//! it can be made again. File systems without fallocate have no reserve.
 
-use std::fmt;
-use std::fs::File;
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::ops::Bound;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::statvfs::fstatvfs;
-use redb::backends::FileBackend;
-use redb::{BackendError, DatabaseError, StorageBackend};
 
-/// A removal rewrites a dozen pages of 4 KiB; this is room for many before the first gets its pages
-/// back.
-const RESERVE: u64 = 1 << 20;
+use transship_path_error::During as _;
 
-/// Room on the disk at which nothing may be put off: many times what one pass of the journal makes redb
-/// write.
-const AMPLE: u64 = 64 << 20;
+use crate::error::{Result};
 
-/// Whether the reserve is full. It outlives the database handles that come and go with I/O errors.
-#[derive(Debug, Default)]
+/// Many removals, each of which makes room, and what the WAL holds when it is copied into the database.
+const LENGTH: u32 = 1 << 20;
+
+/// The file that keeps the room.
+#[derive(Debug)]
 pub(crate) struct Reserve {
+    path: PathBuf,
     is_low: AtomicBool,
-    file: Mutex<Option<File>>,
-    /// Any file on the disk, to ask for its room; without one there always is some.
-    watched: OnceLock<File>,
 }
 
 impl Reserve {
-    /// Watches the disk that `file` lies on.
+    /// Takes the reserve of the database at `path`; it is made if there is room.
     ///
     /// # Errors
-    /// When the process has no more descriptors.
-    pub(crate) fn watch(&self, file: &File) -> io::Result<()> {
-        // A second file would be on the same disk.
-        drop(self.watched.set(file.try_clone()?));
-        Ok(())
-    }
-
-    /// Whether the reserve is full and the disk far from it, so that what is written later finds room.
-    pub(crate) fn has_ample_room(&self) -> bool {
-        if self.is_low.load(Ordering::Acquire) {
-            return false;
-        }
-        let Some(file) = self.watched.get() else {
-            return true;
+    /// I/O errors other than a full disk.
+    pub(crate) fn beside(path: &Path) -> Result<Self> {
+        let reserve = Self {
+            path: path.with_extension("reserve"),
+            is_low: AtomicBool::new(true),
         };
-        fstatvfs(file).is_ok_and(|disk| disk.blocks_available() * disk.fragment_size() >= AMPLE)
+        match reserve.refill() {
+            Err(error) if !error.is_disk_full() => Err(error),
+            _ => Ok(reserve),
+        }
     }
 
-    /// Refills the reserve if it is not full.
+    /// Makes the reserve if it is not there.
     ///
     /// # Errors
     /// When there is no room.
-    pub(crate) fn refill(&self) -> io::Result<()> {
+    pub(crate) fn refill(&self) -> Result<()> {
         if !self.is_low.load(Ordering::Acquire) {
             return Ok(());
         }
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(file) = file.as_ref() else {
-            return Ok(());
+        let make = || {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&self.path)?;
+            match fallocate(file, FallocateFlags::empty(), 0, i64::from(LENGTH)) {
+                Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+                Err(error) => Err(io::Error::from(error)),
+            }
         };
-        self.allocate(file, file.metadata()?.len())
+        make().during("reserve room in", &self.path)?;
+        self.is_low.store(false, Ordering::Release);
+        Ok(())
     }
 
-    fn allocate(&self, file: &File, length: u64) -> io::Result<()> {
-        let end = i64::try_from(length + RESERVE).map_err(|_| Errno::EFBIG)?;
-        let outcome = fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, end);
-        self.is_low
-            .store(outcome == Err(Errno::ENOSPC), Ordering::Release);
-        match outcome {
-            Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
-            Err(error) => Err(error.into()),
+    /// Gives the room back to the disk; `false`: there was none.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub(crate) fn give_up(&self) -> Result<bool> {
+        self.is_low.store(true, Ordering::Release);
+        match fs::remove_file(&self.path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Ok(Err(error).during("delete", &self.path)?),
         }
-    }
-}
-
-/// The database file.
-pub(crate) struct ReservingFile {
-    inner: FileBackend,
-    file: File,
-    reserve: Arc<Reserve>,
-}
-
-impl fmt::Debug for ReservingFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReservingFile")
-            .field("reserve", &self.reserve)
-            .finish_non_exhaustive()
-    }
-}
-
-impl ReservingFile {
-    /// Keeps room behind the end of `file`.
-    pub(crate) fn new(file: File, reserve: &Arc<Reserve>) -> Result<Self, DatabaseError> {
-        let (copy, other) = (file.try_clone()?, file.try_clone()?);
-        *reserve.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(other);
-        let this = Self {
-            inner: FileBackend::new(file)?,
-            file: copy,
-            reserve: Arc::clone(reserve),
-        };
-        this.keep_reserve(this.file.metadata()?.len())?;
-        Ok(this)
-    }
-
-    /// Being without a reserve is no failure of what redb asked for.
-    fn keep_reserve(&self, length: u64) -> io::Result<()> {
-        match self.reserve.allocate(&self.file, length) {
-            Err(error) if error.kind() != io::ErrorKind::StorageFull => Err(error),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl StorageBackend for ReservingFile {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.inner.read(offset, out)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)?;
-        self.keep_reserve(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.inner.write(offset, data)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        // The copy shares the file's lock, which would stay as long as the copy.
-        *self
-            .reserve
-            .file
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = None;
-        self.inner.close()
-    }
-
-    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.inner.try_lock_range(start, end)
-    }
-
-    fn try_lock_shared_range(
-        &self,
-        start: Bound<u64>,
-        end: Bound<u64>,
-    ) -> Result<bool, BackendError> {
-        self.inner.try_lock_shared_range(start, end)
-    }
-
-    fn lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.inner.lock_range(start, end)
-    }
-
-    fn lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.inner.lock_shared_range(start, end)
-    }
-
-    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.inner.unlock_range(start, end)
-    }
-
-    fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.inner.query_lock_range(start, end)
     }
 }

@@ -321,12 +321,10 @@ fn code_of(error: &SnapshotError) -> Code {
             Code::FailedPrecondition
         }
         E::Damaged { .. } => Code::DataLoss,
-        E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } => {
+        E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } | E::LeaderPanicked => {
             match error.io_source().map(io::Error::kind) {
-                // No space, over quota; EMFILE and ENFILE have no stable kind.
-                Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-                    Code::ResourceExhausted
-                }
+                _ if error.is_disk_full() => Code::ResourceExhausted,
+                // EMFILE and ENFILE have no stable kind.
                 Some(io::ErrorKind::ReadOnlyFilesystem) => Code::FailedPrecondition,
                 _ if error.io_source().is_some_and(is_out_of_files) => Code::ResourceExhausted,
                 _ => Code::Internal,

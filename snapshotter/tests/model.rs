@@ -1,5 +1,5 @@
 //! The snapshots as a state machine against a `BTreeMap`: any sequence of calls gives the answers that
-//! containerd's rules give, and leaves what they say. Runs without root, with the database in memory.
+//! containerd's rules give, and leaves what they say. Runs without root, in memory.
 #![allow(clippy::tests_outside_test_module, reason = "the whole file is tests")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -8,12 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use redb::Database;
-use redb::backends::InMemoryBackend;
 use transship_snapshotter::error::SnapshotError;
 use transship_snapshotter::fault::Faults;
 use transship_snapshotter::filter::Filter;
-use transship_snapshotter::metadata::Metadata;
+use transship_snapshotter::metadata::{self, Metadata};
 use transship_snapshotter::mounts::SnapshotPaths;
 use transship_snapshotter::record::Kind;
 use transship_snapshotter::snapshots::{Options, Snapshots};
@@ -154,8 +152,7 @@ impl Model {
 }
 
 fn open(root: &Path) -> Arc<Snapshots> {
-    let memory = || Database::builder().create_with_backend(InMemoryBackend::new());
-    let metadata = Metadata::open_with(memory, Some(Box::new(InMemoryBackend::new()))).unwrap();
+    let metadata = Metadata::open(&root.join(metadata::FILE), 1 << 20).unwrap();
     let paths = SnapshotPaths::below(root).unwrap();
     Arc::new(Snapshots::open(paths, metadata, Options::default(), Faults::default()).unwrap())
 }
@@ -175,7 +172,7 @@ fn name(n: u8) -> String {
 }
 
 fn run(calls: &[Call]) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let snapshots = open(dir.path());
     let mut model = Model::default();
     for call in calls {
