@@ -44,7 +44,9 @@ Each line is one of
 
 Exit codes:
   0  no problem
-  1  a problem, or several";
+  1  a problem, or several
+  3  the container or pod does not exist
+  4  it does not run";
 
 const RECOVER_EXIT_CODES: &str = "\
 Exit codes:
@@ -103,9 +105,10 @@ pub(crate) enum Command {
     /// Write what a snapshot changes as an OCI layer, or read it from one
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Tell whether this node can checkpoint and restore, and what to do where it cannot
+    /// Tell whether this node can checkpoint and restore, or a container be moved, and what to do where
+    /// it cannot
     #[command(after_help = CHECK_EXIT_CODES)]
-    Check,
+    Check(CheckArgs),
     /// Serve the node's API: checkpoint and restore of pods, export and import of snapshots
     Serve {
         /// Unix socket (mode 0600)
@@ -257,10 +260,33 @@ pub(crate) struct CheckpointArgs {
     /// How long it may stand still.
     #[command(flatten)]
     pub(crate) freeze: FreezeArgs,
+    /// Try a restore of it at once: into a container of its own, which executes nothing and is removed
+    #[arg(long, conflicts_with_all = ["pod", "leave_paused"])]
+    pub(crate) verify_restore: bool,
     /// When a dump is given up.
     #[command(flatten)]
     pub(crate) dump: DumpArgs,
     /// What CRIU is told.
+    #[command(flatten)]
+    pub(crate) criu: CriuArgs<Dumps>,
+}
+
+/// `transship check`
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Container to look at: everything that keeps it from being moved, at once
+    #[arg(conflicts_with_all = ["pod", "node"])]
+    pub(crate) container: Option<String>,
+    /// Pod of the CRI to look at, by its id or as namespace/name
+    #[arg(long, conflicts_with = "node")]
+    pub(crate) pod: Option<String>,
+    /// Print what another node has to know of this one, as JSON
+    #[arg(long, conflicts_with = "other")]
+    pub(crate) node: bool,
+    /// Compare with the node on which check --node has printed FILE
+    #[arg(long = "for", value_name = "FILE")]
+    pub(crate) other: Option<PathBuf>,
+    /// What CRIU would be told.
     #[command(flatten)]
     pub(crate) criu: CriuArgs<Dumps>,
 }

@@ -29,7 +29,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
     let global = cli.global;
     let done = match cli.command {
         Command::Receive(args) => return receive::run(&global, args).await,
-        Command::Check => check::run(&global).await,
+        Command::Check(args) => check::run(&global, args).await,
         Command::Checkpoint(args) => checkpoint::run(&global, args).await,
         Command::Restore(args) => restore::run(&global, args).await,
         Command::Migrate(args) => migrate::run(&global, args).await,

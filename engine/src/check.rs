@@ -1,14 +1,20 @@
-//! Whether this node can checkpoint and restore: findings, a line each.
+//! Whether this node can checkpoint and restore, and whether a container can be moved: findings, a line
+//! each.
 //!
 //! ```text
 //!  host        kernel, cgroups, CRIU, runc, crun, our own programs, node.toml   (programs are run)
 //!  containerd  version, snapshotter, differ, runtimes of the CRI                (its services are asked)
 //!  layers      whether those of images reach our differ, where snapshots lie    (its configuration is read)
+//!  container   the conditions that containers are in (engine::conditions)
+//!  node_facts  this node for another one  --> compare: what a container would come up against there
 //! ```
 
+mod compare;
+pub mod container;
 pub mod containerd;
 pub mod host;
 mod layers;
+pub mod node_facts;
 mod version;
 
 use serde::Serialize;

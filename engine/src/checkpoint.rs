@@ -29,6 +29,7 @@ use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
 use crate::progress::Progress;
+use crate::restore::verify;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
@@ -61,6 +62,8 @@ pub enum Moves {
     Marked,
     /// The same where the front runs it; else the caller deletes the pod in time.
     WillBeDeleted,
+    /// Whether a restore of it is tried at once.
+    pub verify_restore: bool,
 }
 
 impl Request {
@@ -73,6 +76,7 @@ impl Request {
             dump_patience: PROGRESS_PATIENCE,
             max_freeze: None,
             moves: Moves::No,
+            verify_restore: false,
         }
     }
 }
@@ -118,6 +122,8 @@ pub struct Report {
     pub losses: BTreeMap<String, Losses>,
     /// Bytes of all files.
     pub bytes: u64,
+    /// Whether a restore of it was tried, and succeeded.
+    pub restore_tried: bool,
     /// What took how long.
     #[serde(serialize_with = "timeline::serialize")]
     pub timeline: Timeline,
@@ -136,6 +142,7 @@ pub struct DumpTarget {
     dump_patience: Duration,
     max_freeze: Option<Duration>,
     moves: Moves,
+    verify_restore: bool,
 }
 
 impl DumpTarget {
@@ -162,6 +169,10 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         Selection::Pod(selector) => selector,
         Selection::Container(id) => {
             let source = source::find(node, id, &request.criu).await?;
+            if request.verify_restore {
+                let memory = source.estimate(node).await?;
+                verify::can_be_tried(&source.spec, &source.called, memory)?;
+            }
             return Ok(DumpTarget {
                 node: node.clone(),
                 what: source.id().to_owned(),
@@ -173,9 +184,15 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
                 dump_patience: request.dump_patience,
                 max_freeze: request.max_freeze,
                 moves: Moves::No,
+                verify_restore: request.verify_restore,
             });
         }
     };
+    if request.verify_restore {
+        let message =
+            "a restore of a pod cannot be tried: it needs a pod of its own, which a CRI makes";
+        return Err(Error::refused(message));
+    }
     // The CRI's containers are in no other namespace.
     let node = node.in_namespace(CRI_NAMESPACE)?;
     let SourcePod {
@@ -197,6 +214,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         dump_patience: request.dump_patience,
         max_freeze: request.max_freeze,
         moves: request.moves,
+        verify_restore: false,
     })
 }
 
@@ -251,7 +269,15 @@ async fn take(
     if afterwards == Afterwards::Run {
         frozen.thaw().await?;
         timeline.thaw();
-        return keep(target, draft, dumped, timeline, interrupt, progress).await;
+        let mut report = keep(target, draft, dumped, timeline, interrupt, progress).await?;
+        if target.verify_restore {
+            progress.step("trial of a restore");
+            let from = report.timeline.now();
+            verify::try_restore(&target.node, store, name).await?;
+            report.timeline.step("trial", from, None);
+            report.restore_tried = true;
+        }
+        return Ok(report);
     }
     timeline.thaw();
     let kept = keep(target, draft, dumped, timeline, interrupt, progress).await;
@@ -365,6 +391,7 @@ async fn keep(
         shared: shared_names,
         losses,
         bytes,
+        restore_tried: false,
         timeline,
     })
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!  checkpoint --> source, pod, pod_ended, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
+//!  conditions: what keeps a running container from being moved, seen before anything is frozen
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation --> receive, restore on the other node;  migrate::recover: the end of one that
 //!  was cut off
@@ -45,6 +46,7 @@
 
 pub mod check;
 pub mod checkpoint;
+pub mod conditions;
 pub mod conversation;
 pub mod error;
 pub mod freeze_guard;
@@ -54,7 +56,6 @@ pub mod image_blobs;
 pub mod interrupt;
 mod kill;
 pub mod listing;
-pub mod message_queues;
 pub mod migrate;
 pub mod moved_pods;
 pub mod node_service;
@@ -77,6 +78,7 @@ pub mod stuck_dump;
 mod task_attributes;
 mod thaw;
 pub mod timeline;
+mod timer_threads;
 
 pub use error::{Context, Error, Kind, Result};
 pub use progress::{Progress, Silent};

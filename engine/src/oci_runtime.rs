@@ -24,6 +24,7 @@ use tokio::time::timeout;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 
+use crate::conditions::SCAN_PATH;
 use crate::error::{Context, Error, Result};
 
 /// Where containerd's runc shim lets the runtimes keep their states (`process.RuncRoot`).
@@ -75,7 +76,8 @@ impl OciRuntime {
         self.name().starts_with("transship-")
     }
 
-    /// Dumps a container into `images` and leaves it as it is.
+    /// Dumps a container into `images` and leaves it as it is; CRIU looks for watched files at
+    /// `watched`.
     ///
     /// # Errors
     /// What the runtime says; CRIU's log is in `work`.
@@ -83,8 +85,8 @@ impl OciRuntime {
         &self,
         id: &str,
         criu: &CriuOptions,
-        images: &Path,
-        work: &Path,
+        (images, work): (&Path, &Path),
+        watched: &[String],
         export: Option<ExportInside<'_>>,
     ) -> Result<()> {
         let known = self.checkpoint_help().await?;
@@ -93,6 +95,9 @@ impl OciRuntime {
         for (name, value) in options {
             flags.push(format!("--{name}").into());
             flags.extend(value.map(OsString::from));
+        }
+        for path in watched {
+            lines.push(ConfigLine::with(SCAN_PATH, path)?);
         }
         if let Some(export) = &export {
             let script = work.join("post-dump.sh");

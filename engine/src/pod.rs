@@ -9,16 +9,15 @@
 //! containerd's namespace `k8s.io`.
 
 use containerd_client::services::v1::Container as Record;
-use transship_checkpoint::conditions::Condition;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::labels;
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pod_ended::{self, Ended};
-use crate::source::{self, SourceContainer};
+use crate::source::{self, Looked, SourceContainer};
 use transship_containerd::Containerd;
 
 /// A pod, with those of its containers that run.
@@ -39,21 +38,36 @@ pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Re
     let records = node.all_containers().await?;
     let sandbox = find_sandbox(node, &records, selector).await?;
     let mut containers = Vec::new();
-    let mut stopped = Vec::new();
+    let (mut stopped, mut refused) = (Vec::new(), Vec::new());
     for record in records
         .iter()
         .filter(|record| sandbox_of(record).as_deref() == Some(&sandbox.id))
     {
         match source::running_task(node, &record.id).await? {
-            Ok(task) => containers.push(source::inspect(node, record, &task, criu).await?),
+            Ok(task) => match source::inspect(node, record, &task, criu).await {
+                Ok(container) => containers.push(container),
+                Err(error) if error.kind() == Kind::Refused => refused.push(error),
+                Err(error) => return Err(error),
+            },
             Err(_) => stopped.push(record),
         }
+    }
+    if let Some(first) = refused.pop() {
+        // All reasons of all containers, at once.
+        let all: Vec<String> = refused
+            .iter()
+            .chain([&first])
+            .map(Error::one_line)
+            .collect();
+        return Err(match refused.is_empty() {
+            true => first,
+            false => Error::refused(all.join("; ")),
+        });
     }
     if containers.is_empty() {
         let message = format!("the pod {selector:?} has no running container");
         return Err(Error::refused(message));
     }
-    check_users(&containers)?;
     let ended = pod_ended::find(node, &stopped, &containers).await;
     let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
     let pod = Pod {
@@ -77,19 +91,24 @@ pub(crate) async fn find_sandbox<'a>(
     the_running_one(node, find_sandboxes(records, selector)?, selector).await
 }
 
-/// `hostUsers: false`: a dump is made, and cannot be restored.
-fn check_users(containers: &[SourceContainer]) -> Result<()> {
-    let has_own = |source: &&SourceContainer| {
-        let spec = Spec::parse(&source.spec).ok();
-        let mappings = spec.and_then(|spec| spec.get("/linux/uidMappings").cloned());
-        mappings.is_some_and(|it| it.as_array().is_some_and(|it| !it.is_empty()))
-    };
-    let Some(source) = containers.iter().find(has_own) else {
-        return Ok(());
-    };
-    let condition = Condition::named("user-namespace");
-    let message = format!("{} cannot be dumped: {}", source.called, condition.what);
-    Err(Error::refused(message).hint(condition.remedy))
+/// Looks at all containers of the pod that run.
+pub async fn look(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<Vec<Looked>> {
+    let records = node.all_containers().await?;
+    let sandbox = find_sandbox(node, &records, selector).await?;
+    let mut looked = Vec::new();
+    for record in records
+        .iter()
+        .filter(|record| sandbox_of(record).as_deref() == Some(&sandbox.id))
+    {
+        if let Ok(task) = source::running_task(node, &record.id).await? {
+            looked.push(source::look(node, record, &task, criu).await?);
+        }
+    }
+    if looked.is_empty() {
+        let message = format!("the pod {selector:?} has no running container");
+        return Err(Error::refused(message));
+    }
+    Ok(looked)
 }
 
 /// Of the sandboxes of one pod the one that runs: kubelet keeps those that have ended for a while, and a pod

@@ -7,6 +7,8 @@
 //!      Restored::settle            an ordinary container;  Restored::undo: nothing is left
 //! ```
 //!
+//! `verify` tries a restore and removes it.
+//!
 //! What the checkpoint says is its maker's word: the spec, the labels and the options of the manifest
 //! go through `transship_sandbox::admission::foreign_spec`, and everything that leads to a program, a
 //! path or a privilege of this node comes from the [`Target`], which the node's operator fills in.
@@ -24,6 +26,7 @@ mod held;
 mod plan;
 mod spec;
 mod target;
+pub mod verify;
 
 pub use held::{LEASE, Restored, hold, remove_copy, settle};
 pub use plan::{Plan, plan};

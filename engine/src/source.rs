@@ -1,9 +1,9 @@
 //! The container on the source: found, looked at, frozen, dumped.
 //!
 //! ```text
-//!  find --> preflight --> freeze --> dump (CRIU)        --> <draft>/<container>/checkpoint
-//!                               `--> export (upperdir)  --> <draft>/<container>/rootfs-diff.tar
-//!                               thaw
+//!  find --> look (conditions) --> freeze --> dump (CRIU)        --> <draft>/<container>/checkpoint
+//!                                       `--> export (upperdir)  --> <draft>/<container>/rootfs-diff.tar
+//!                                       thaw
 //! ```
 //!
 //! The dump and the export run side by side: both only need the container to stand still.
@@ -33,14 +33,15 @@ use transship_layer::{ExportOptions, ExportStats, OverlayStack, export_upperdir_
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 
+use crate::conditions::{self, Found, Needs, Subject};
 use crate::error::{Context, Error, Result};
 use crate::freeze_guard::TaskToFreeze;
-use crate::message_queues;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
+use crate::timer_threads;
 use transship_containerd::Containerd;
 use transship_containerd::ResolvedImage;
 
@@ -72,6 +73,8 @@ pub struct SourceContainer {
     pub pid: u32,
     /// Tasks that somebody has stopped with a signal.
     pub stopped: Vec<String>,
+    /// What CRIU is to look for by its path.
+    watched: Vec<String>,
     /// Whether containerd's own dump, with what the front adds by the annotations, has the options
     /// that are wanted.
     by_containerd: bool,
@@ -128,6 +131,20 @@ fn checkpoint_name(record: &Record, namespace: &str) -> Result<String> {
 
 /// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
 pub async fn find(node: &Containerd, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
+    let (record, task) = find_running(node, id).await?;
+    inspect(node, &record, &task, criu).await
+}
+
+/// Finds the container `id` and looks at it.
+///
+/// # Errors
+/// [`crate::Kind::NotFound`], or it does not run.
+pub async fn look_for(node: &Containerd, id: &str, criu: &CriuOverrides) -> Result<Looked> {
+    let (record, task) = find_running(node, id).await?;
+    look(node, &record, &task, criu).await
+}
+
+async fn find_running(node: &Containerd, id: &str) -> Result<(Record, Process)> {
     let record = match node.container(id).await {
         Err(error) if error.is_not_found() => {
             return Err(Error::not_found(format!(
@@ -139,7 +156,7 @@ pub async fn find(node: &Containerd, id: &str, criu: &CriuOverrides) -> Result<S
         record => record?,
     };
     match running_task(node, id).await? {
-        Ok(task) => inspect(node, &record, &task, criu).await,
+        Ok(task) => Ok((record, task)),
         Err(state) => Err(not_running(node, id, &state)),
     }
 }
@@ -163,30 +180,76 @@ fn not_running(node: &Containerd, id: &str, state: &str) -> Error {
     .hint(format!("ctr -n {} tasks start -d {id}", node.namespace()))
 }
 
+/// A container that was looked at.
+#[derive(Debug)]
+pub struct Looked {
+    /// What people call it.
+    pub called: String,
+    /// What keeps it from being moved, and what it would lose.
+    pub found: Vec<Found>,
+    /// What it needs of a node.
+    pub needs: Needs,
+    /// The container; none when it is not known how to dump it.
+    pub source: Option<SourceContainer>,
+}
+
 /// Checks that a running container can be dumped: all reasons why not, at once.
+///
+/// # Errors
+/// [`crate::Kind::Refused`] with the reasons.
 pub async fn inspect(
     node: &Containerd,
     record: &Record,
     task: &Process,
     criu: &CriuOverrides,
 ) -> Result<SourceContainer> {
+    let Looked {
+        called,
+        found,
+        source,
+        needs: _,
+    } = look(node, record, task, criu).await?;
+    let (hindering, losing): (Vec<&Found>, Vec<&Found>) =
+        found.iter().partition(|found| found.hinders());
+    let reasons = hindering.iter().map(|found| found.line());
+    let reasons = reasons.collect::<Vec<_>>().join("; ");
+    match source.filter(|_| hindering.is_empty()) {
+        Some(source) => {
+            for found in losing {
+                tracing::warn!("{called}: {}", found.line());
+            }
+            Ok(source)
+        }
+        None => {
+            let message = format!("{called} cannot be dumped: {reasons}");
+            Err(Error::refused(message))
+        }
+    }
+}
+
+/// Looks at a running container.
+///
+/// # Errors
+/// It cannot be looked at, or its annotations mean nothing.
+pub async fn look(
+    node: &Containerd,
+    record: &Record,
+    task: &Process,
+    criu: &CriuOverrides,
+) -> Result<Looked> {
     let id = &record.id;
     let name = checkpoint_name(record, node.namespace())?;
     let called = called(record, node.namespace());
-    let mut reasons = Vec::new();
+    let mut found = Vec::new();
     let runtime = record.runtime.clone().unwrap_or_default();
     if runtime.name != "io.containerd.runc.v2" {
-        reasons.push(format!(
-            "its runtime is {}; only io.containerd.runc.v2 (runc, crun) can dump",
-            runtime.name
-        ));
+        found.push(Found::new("runtime", [runtime.name.clone()]));
     }
     if task.terminal && cri_kind(record, node.namespace()).is_none() {
         // The CRI makes a new one with the new container.
-        reasons.push("it has a terminal, which cannot be handed to another node yet".to_owned());
+        found.push(Found::new("terminal", []));
     }
     let pids = node.pids(id).await?;
-    reasons.extend(message_queues::refusal(&pids));
     let spec = record.spec.clone().unwrap_or_default().value;
     let parsed =
         Spec::parse(&spec).with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
@@ -201,16 +264,25 @@ pub async fn inspect(
         .await?;
     let stack = overlay_stack(&mounts)
         .inspect_err(|error| {
-            reasons.push(format!(
-                "the upperdir to export is not known from the mounts of its snapshotter {:?}: {error}",
-                record.snapshotter
-            ));
+            let why = format!("{:?}: {error}", record.snapshotter);
+            found.push(Found::new("upperdir", [why]));
         })
         .ok();
-    let Some(stack) = stack.filter(|_| reasons.is_empty()) else {
-        let reasons = reasons.join("; ");
-        let message = format!("{called} cannot be dumped: {reasons}");
-        return Err(Error::refused(message));
+    let subject = Subject {
+        init: task.pid,
+        pids: pids.clone(),
+        spec: parsed.clone(),
+        criu: criu.clone(),
+    };
+    let seen = conditions::look(&subject).await?;
+    found.extend(seen.found);
+    let Some(stack) = stack else {
+        return Ok(Looked {
+            called,
+            found,
+            needs: seen.needs,
+            source: None,
+        });
     };
     let (chain_id, image) = node.base_of(record).await?;
     let options = match &runtime.options {
@@ -220,7 +292,9 @@ pub async fn inspect(
         None => None,
     };
     // The front applies the annotations to what containerd asks for, and must not undo a flag.
-    let by_containerd = !criu.exceed_containerd() && (criu == annotated || !annotations.ours);
+    let by_containerd = !criu.exceed_containerd()
+        && (criu == annotated || !annotations.ours)
+        && seen.watched.is_empty();
     let container = Container {
         name,
         id: id.clone(),
@@ -253,7 +327,7 @@ pub async fn inspect(
         losses: Losses::default(),
         files: Vec::new(),
     };
-    Ok(SourceContainer {
+    let source = SourceContainer {
         container,
         spec,
         snapshot_key: record.snapshot_key.clone(),
@@ -264,11 +338,18 @@ pub async fn inspect(
             ..pod
         }),
         was_paused: task.status() == Status::Paused,
-        called,
+        called: called.clone(),
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
+        watched: seen.watched,
         by_containerd,
         runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
+    };
+    Ok(Looked {
+        called,
+        found,
+        needs: seen.needs,
+        source: Some(source),
     })
 }
 
@@ -332,7 +413,7 @@ impl SourceContainer {
             figures: &figures,
         });
         self.runtime
-            .dump(self.id(), criu, images, work, export)
+            .dump(self.id(), criu, (images, work), &self.watched, export)
             .await
     }
 
@@ -422,6 +503,7 @@ impl SourceContainer {
             });
         }
         let upperdir = exported?;
+        timer_threads::translate(&images).await?;
         // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
         if log.try_exists().unwrap_or(false) {
             fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;

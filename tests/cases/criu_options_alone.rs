@@ -65,7 +65,7 @@ fn a_connection_moves_with_its_address(node: &Node) -> anyhow::Result<()> {
         &["--with-ns", &network],
         &["peer=10.77.0.1:7100"],
     )?;
-    refused(node, "moved", &[], "CRIU cannot dump")?;
+    refused(node, "moved", &[], "it has TCP connections")?;
     checkpoint(node, "moved", &["--tcp=established", "--leave-paused"])?;
     // What it says in dying does not get out.
     node.shell("ip -n moved link set eth0 down").run()?;
@@ -305,7 +305,7 @@ fn options_of_dumps_that_others_take(bed: &Testbed) -> anyhow::Result<()> {
     dump("told").run()?;
     holds(&node, "told", "tcp ok\n")?;
     // What is said on the command line wins over the annotations.
-    refused(&node, "told", &["--ghost-limit=1M"], "CRIU cannot dump")?;
+    refused(&node, "told", &["--ghost-limit=1M"], "--ghost-limit SIZE")?;
     refused(&node, "told", &["--no-file-locks"], "CRIU cannot dump")?;
     journey::remove_container(&node, "told")?;
     node.ctr(&["containers", "restore", "--live", "--rw", "told", image])?;

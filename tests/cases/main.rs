@@ -10,6 +10,7 @@
 //! that machine `vm_` cases are skipped. A case called `long_...` runs in `make test-long` alone.
 
 mod admission;
+mod conditions;
 mod consumed_once;
 mod crit;
 mod criu_options;
@@ -142,6 +143,7 @@ fn main() -> ExitCode {
     }
     let cases = starts::cases()
         .chain(admission::cases())
+        .chain(conditions::cases())
         .chain(consumed_once::cases())
         .chain(crit::cases())
         .chain(criu_options::cases())

@@ -161,7 +161,7 @@ fn remove(cri: &Cri, pod: &Pod) -> anyhow::Result<()> {
     })?)
 }
 
-/// CRIU can dump no stream of a unix socket whose other end is in another container: it says so, and
+/// CRIU can dump no stream of a unix socket whose other end is in another container: that is said, and
 /// the pod goes on.
 fn a_half_of_a_stream_is_refused(
     node: &Node,
@@ -187,7 +187,7 @@ fn a_half_of_a_stream_is_refused(
         ["server", "client"]
             .iter()
             .any(|name| error.contains(&format!("container {name:?}")))
-            && error.contains("unix: "),
+            && error.contains("unix socket"),
         "{error}"
     );
     let list = node.command("transship").args(["ls", "--json"]).read()?;

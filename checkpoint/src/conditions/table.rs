@@ -180,7 +180,7 @@ pub static CONDITIONS: [Condition; 45] = [
         effect: Effect::NoRestore,
         what: "it has POSIX timers that signal one thread (SIGEV_THREAD_ID), which CRIU writes down by an id \
                that the container does not know",
-        remedy: "stop the profiler or the timers before the checkpoint",
+        remedy: "take the checkpoint with transship, which puts that right",
         seen: "",
         criu_says: &["Can't create posix timer"],
     },

@@ -27,6 +27,7 @@ pub mod shm_mappings;
 mod strict;
 pub mod tasks;
 pub mod threads;
+pub mod thread_timers;
 pub mod timers;
 pub mod user_namespace;
 pub mod utsns;

@@ -30,6 +30,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
             (true, false) => Moves::Marked,
             (true, true) => Moves::WillBeDeleted,
         },
+        verify_restore: args.verify_restore,
     };
     let afterwards = if args.leave_paused || args.moved {
         Afterwards::Paused
@@ -57,6 +58,9 @@ fn text(taken: &Report) -> String {
     }
     if !taken.shared.is_empty() {
         let _ = writeln!(text, "with {}", taken.shared.join(", "));
+    }
+    if taken.restore_tried {
+        text += "a restore of it was tried, and succeeded\n";
     }
     for (container, losses) in &taken.losses {
         let _ = writeln!(

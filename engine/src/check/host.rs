@@ -20,8 +20,7 @@ const CRUN_CONFIG: Version = Version(1, 24, 0);
 
 /// All of it.
 pub fn findings() -> Vec<Finding> {
-    let cgroup2 =
-        statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    let cgroup2 = has_cgroup2();
     let kernel = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
@@ -38,8 +37,13 @@ pub fn findings() -> Vec<Finding> {
     findings
 }
 
+/// Whether containers here are in cgroups of v2 alone.
+pub(super) fn has_cgroup2() -> bool {
+    statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
 /// stdout of a program that ends well; else why not.
-fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
+pub(super) fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(program).args(arguments).output();
     let output = output.map_err(|error| format!("cannot be run: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();

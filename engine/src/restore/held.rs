@@ -145,6 +145,16 @@ impl Restored {
         settle(&self.node, &self.plan.id).await
     }
 
+    /// Removes all that was made.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub async fn undo(self) -> Result<()> {
+        let id = &self.plan.id;
+        let removed = remove(&self.node, &self.plan).await;
+        removed.with_context(|| format!("{id:?} could not be removed again"))
+    }
+
     /// Removes all that was made, because of this error.
     pub async fn undo_after(self, error: Error) -> Error {
         match remove_copy(&self.node, &self.plan.id, &self.plan.snapshotter).await {

@@ -13,6 +13,8 @@
 //!   in-flight=PORT    a connection to itself that it never accepts
 //! ```
 //!
+//! and those of `rare`, which CRIU cannot dump.
+//!
 //! On every tick it replaces `/data/state`, a line a need and the number of the tick last:
 //!
 //! ```text
@@ -32,6 +34,9 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
+#[path = "holder/rare.rs"]
+mod rare;
+
 const TICK: Duration = Duration::from_millis(50);
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,6 +55,7 @@ enum Held {
         #[expect(dead_code, reason = "it is held")] TcpListener,
         #[expect(dead_code, reason = "it is held")] TcpStream,
     ),
+    Rare(rare::Rare),
 }
 
 fn main() -> ExitCode {
@@ -150,7 +156,10 @@ fn take(need: &str) -> io::Result<Held> {
             let client = TcpStream::connect(listener.local_addr()?)?;
             Held::InFlight(listener, client)
         }
-        _ => return Err(io::Error::other(format!("unknown need {need}"))),
+        _ => match rare::take(name, value)? {
+            Some(rare) => Held::Rare(rare),
+            None => return Err(io::Error::other(format!("unknown need {need}"))),
+        },
     })
 }
 
@@ -185,6 +194,7 @@ fn check(held: &mut Held) -> io::Result<()> {
         }
         Held::Tcp(client, server) => pass(client, server),
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
+        Held::Rare(rare) => rare::check(rare),
     }
 }
 

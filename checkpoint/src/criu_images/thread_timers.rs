@@ -1,0 +1,128 @@
+//! `core-<pid>.img`: POSIX timers that signal one thread (`SIGEV_THREAD_ID`).
+//!
+//! ```text
+//! core_entry         3 tc
+//! task_core_entry    7 timers
+//! task_timers_entry  4 posix, repeated
+//! posix_timer_entry  4 it_sigev_notify   11 notify_thread_id
+//! ```
+//!
+//! CRIU 4.2 writes the thread's id down as `/proc/PID/timers` tells it outside of the container, and asks
+//! for that id inside, where no thread has it: "Can't create posix timer - 0: -22". So the ids are
+//! translated right after the dump, while the threads are still there to be asked.
+
+use std::path::Path;
+
+use super::strict::{edit_submessage, fields, set_varints, submessage};
+use super::{Image, ImageError, Kind, list, push_bytes};
+
+const TC: u64 = 3;
+const TIMERS: u64 = 7;
+const POSIX: u64 = 4;
+const NOTIFY: u64 = 4;
+const NOTIFY_THREAD_ID: u64 = 11;
+/// `SIGEV_THREAD_ID`.
+const TO_A_THREAD: u64 = 4;
+
+/// Gives each timer that signals a thread the thread's id in the container. `translate` knows it by the
+/// process's id in the container and the thread's id outside; what it does not know is left.
+///
+/// # Errors
+/// An image that cannot be read or replaced.
+pub fn translate_threads(
+    dir: &Path,
+    translate: impl Fn(u32, u32) -> Option<u32>,
+) -> Result<(), ImageError> {
+    for (pid, path) in list(dir, Kind::Core)? {
+        let image = Image::read(&path, Kind::Core)?;
+        let mut entries = image.entries();
+        let Some(core) = entries.next_bytes()? else {
+            continue;
+        };
+        let Some(edited) = edited(core, |thread| translate(pid, thread)) else {
+            continue;
+        };
+        let mut body = Vec::with_capacity(image.body().len());
+        push_bytes(&mut body, &edited);
+        body.extend(&image.body()[entries.position()..]);
+        image.with_body(body).replace(&path)?;
+    }
+    Ok(())
+}
+
+/// The edited message; none when there is nothing to edit.
+fn edited(core: &[u8], translate: impl Fn(u32) -> Option<u32>) -> Option<Vec<u8>> {
+    let timers = submessage(submessage(core, TC)?, TIMERS)?;
+    let mut new = Vec::with_capacity(timers.len());
+    let mut changed = false;
+    for field in fields(timers)? {
+        let timer = timers.get(field.value)?;
+        let thread = (field.number == POSIX).then(|| thread_of(timer)).flatten();
+        match thread.and_then(&translate) {
+            Some(inside) => {
+                changed = true;
+                let timer = set_varints(timer, NOTIFY_THREAD_ID, &[inside.into()]);
+                new.extend(edit_submessage(&[], POSIX, |_| timer));
+            }
+            None => new.extend(timers.get(field.whole)?),
+        }
+    }
+    changed.then(|| edit_submessage(core, TC, |tc| edit_submessage(tc, TIMERS, |_| new)))
+}
+
+/// The thread that a timer signals.
+fn thread_of(timer: &[u8]) -> Option<u32> {
+    let notify = submessage_varint(timer, NOTIFY)?;
+    let thread = submessage_varint(timer, NOTIFY_THREAD_ID)?;
+    (notify & TO_A_THREAD != 0).then(|| u32::try_from(thread).ok())?
+}
+
+fn submessage_varint(message: &[u8], number: u64) -> Option<u64> {
+    prost::encoding::decode_varint(&mut submessage(message, number)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timer(notify: u64, thread: u64) -> Vec<u8> {
+        let timer = set_varints(&[], 1, &[0]);
+        let timer = set_varints(&timer, NOTIFY, &[notify]);
+        set_varints(&timer, NOTIFY_THREAD_ID, &[thread])
+    }
+
+    fn core(timers: &[Vec<u8>]) -> Vec<u8> {
+        let mut all = set_varints(&[], 1, &[9]);
+        for timer in timers {
+            all.extend(edit_submessage(&[], POSIX, |_| timer.clone()));
+        }
+        let tc = edit_submessage(&set_varints(&[], 1, &[1]), TIMERS, |_| all);
+        edit_submessage(&set_varints(&[], 1, &[1]), TC, |_| tc)
+    }
+
+    #[test]
+    fn threads_are_named_as_the_container_knows_them() {
+        let inside = |thread| (thread == 4711).then_some(7);
+        let old = core(&[timer(4, 4711), timer(0, 4711), timer(4, 12)]);
+        let new = core(&[timer(4, 7), timer(0, 4711), timer(4, 12)]);
+        assert_eq!(edited(&old, inside), Some(new.clone()));
+        // A second time there is nothing to do.
+        assert_eq!(edited(&new, inside), None);
+        for cut in 0..old.len() {
+            drop(edited(&old[..cut], inside));
+        }
+    }
+
+    #[test]
+    fn images_are_replaced_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut body = Vec::new();
+        push_bytes(&mut body, &core(&[timer(4, 4711)]));
+        let path = dir.path().join("core-3.img");
+        Image::new(&path, Kind::Core, body).replace(&path).unwrap();
+        translate_threads(dir.path(), |pid, thread| Some(pid + thread)).unwrap();
+        let image = Image::read(&path, Kind::Core).unwrap();
+        let bytes = image.entries().next_bytes().unwrap().unwrap();
+        assert_eq!(bytes, core(&[timer(4, 4714)]));
+    }
+}

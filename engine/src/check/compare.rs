@@ -1,0 +1,334 @@
+//! Whether a container of this node can go on on another one.
+
+use std::collections::BTreeSet;
+
+use super::node_facts::{INOTIFY_INSTANCES, MAX_MAP_COUNT, NR_OPEN, NodeFacts, PID_MAX};
+use super::{Finding, Version};
+use crate::conditions::Needs;
+
+/// Beginnings of the names of processor features that are instructions: a program that has found one
+/// uses it for as long as it runs.
+const INSTRUCTIONS: [&str; 37] = [
+    "3dnow",
+    "abm",
+    "adx",
+    "aes",
+    "amx",
+    "asimd",
+    "atomics",
+    "avx",
+    "bmi",
+    "clflushopt",
+    "clwb",
+    "clzero",
+    "cmov",
+    "crc32",
+    "cx16",
+    "cx8",
+    "erms",
+    "f16c",
+    "fma",
+    "fsgsbase",
+    "fsrm",
+    "fxsr",
+    "gfni",
+    "lahf",
+    "mmx",
+    "mov",
+    "pclmul",
+    "popcnt",
+    "pku",
+    "rd",
+    "rtm",
+    "sha",
+    "sse",
+    "ssse",
+    "sve",
+    "vpclmul",
+    "xsave",
+];
+
+/// What a container with these needs would come up against on the other node.
+pub(super) fn findings(needs: &Needs, here: &NodeFacts, there: &NodeFacts) -> Vec<Finding> {
+    let mut found = Vec::new();
+    programs(&mut found, here, there);
+    processor(&mut found, here, there);
+    limits(&mut found, needs, there);
+    room(&mut found, needs, there);
+    profiles(&mut found, needs, there);
+    if there.cgroups != here.cgroups {
+        found.push(Finding::note(
+            "cgroups",
+            format!("v{} there, v{} here", there.cgroups, here.cgroups),
+            "cgroups below its own are not restored: --manage-cgroups-mode ignore",
+        ));
+    }
+    if there.clock > here.clock {
+        let seconds = there.clock - here.clock;
+        found.push(Finding::note(
+            "clock",
+            format!("that node's clock is {seconds} s ahead of this one's, at least"),
+            "let both follow one time server",
+        ));
+    }
+    found
+}
+
+fn programs(found: &mut Vec<Finding>, here: &NodeFacts, there: &NodeFacts) {
+    if there.architecture != here.architecture || there.page_size != here.page_size {
+        let of =
+            |node: &NodeFacts| format!("{} with pages of {}", node.architecture, node.page_size);
+        let text = format!("{} there, {} here", of(there), of(here));
+        found.push(Finding::problem(
+            "architecture",
+            text,
+            "a process stays on its architecture",
+        ));
+    }
+    let version = |text: &Option<String>| Version::find(text.as_deref().unwrap_or_default());
+    match (version(&here.criu), version(&there.criu)) {
+        (_, None) => found.push(Finding::problem(
+            "CRIU",
+            "is not there",
+            "install CRIU 4.2 or later",
+        )),
+        (Some(own), Some(other)) if other < own => {
+            let text = format!(
+                "{} there is older than {} here, whose images it may not read",
+                there.criu.as_deref().unwrap_or_default(),
+                here.criu.as_deref().unwrap_or_default()
+            );
+            found.push(Finding::note(
+                "CRIU",
+                text,
+                "install the same version there",
+            ));
+        }
+        _ => {}
+    }
+    if there.runc.is_none() && there.crun.is_none() {
+        found.push(Finding::problem(
+            "runtime",
+            "neither runc nor crun is there",
+            "install runc",
+        ));
+    }
+    if there.containerd.is_none() {
+        found.push(Finding::problem(
+            "containerd",
+            "did not answer there",
+            "start it",
+        ));
+    }
+    let kernel = |node: &NodeFacts| Version::find(&node.kernel);
+    if kernel(there) < kernel(here) {
+        let text = format!("{} there is older than {} here", there.kernel, here.kernel);
+        let remedy = "a program that has found out what its kernel can do may ask for more";
+        found.push(Finding::note("kernel", text, remedy));
+    }
+}
+
+fn processor(found: &mut Vec<Finding>, here: &NodeFacts, there: &NodeFacts) {
+    let theirs: BTreeSet<&str> = there
+        .processor
+        .features
+        .iter()
+        .map(String::as_str)
+        .collect();
+    let lacking: Vec<&str> = here
+        .processor
+        .features
+        .iter()
+        .map(String::as_str)
+        .filter(|feature| INSTRUCTIONS.iter().any(|known| feature.starts_with(known)))
+        .filter(|feature| !theirs.contains(feature))
+        .collect();
+    if !lacking.is_empty() && here.architecture == there.architecture {
+        found.push(Finding::problem(
+            "processor",
+            format!(
+                "{} there lacks {}",
+                there.processor.model,
+                lacking.join(", ")
+            ),
+            "move to the same or a newer model, or give the virtual machines one model",
+        ));
+    }
+}
+
+fn limits(found: &mut Vec<Finding>, needs: &Needs, there: &NodeFacts) {
+    for (name, needed, what) in [
+        (MAX_MAP_COUNT, needs.mappings, "mappings in one process"),
+        (NR_OPEN, needs.open_files, "as a limit of open files"),
+        (PID_MAX, needs.process_id, "as a process id"),
+        (
+            INOTIFY_INSTANCES,
+            needs.inotify_instances,
+            "inotify instances",
+        ),
+    ] {
+        // pid_max itself is given to no process.
+        let room = there.limits.get(name).copied().unwrap_or(u64::MAX);
+        let fits = if name == PID_MAX {
+            needed < room
+        } else {
+            needed <= room
+        };
+        if !fits {
+            found.push(Finding::problem(
+                "limit",
+                format!("{name} is {room} there, and it has {needed} {what}"),
+                format!("sysctl -w {name}={} there", needed + 1),
+            ));
+        }
+    }
+}
+
+fn room(found: &mut Vec<Finding>, needs: &Needs, there: &NodeFacts) {
+    for (what, needed, free, remedy) in [
+        (
+            "memory",
+            needs.memory,
+            there.free_memory,
+            "make room, or choose another node",
+        ),
+        (
+            "disk",
+            needs.memory,
+            there.free_disk,
+            "make room below /var/lib/transship there",
+        ),
+    ] {
+        if needed > free {
+            let text = format!("it needs {needed} bytes, and {free} are free there");
+            found.push(Finding::problem(what, text, remedy));
+        }
+    }
+}
+
+fn profiles(found: &mut Vec<Finding>, needs: &Needs, there: &NodeFacts) {
+    for (module, profile) in [("apparmor", &needs.apparmor), ("selinux", &needs.selinux)] {
+        let Some(profile) = profile else {
+            continue;
+        };
+        if !there.security_modules.iter().any(|it| it == module) {
+            found.push(Finding::problem(
+                "security module",
+                format!(
+                    "it has the profile {profile:?} of {module}, which that node does not have"
+                ),
+                "choose a node with it, or run the container without",
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::super::node_facts::Processor;
+    use super::*;
+
+    fn node() -> NodeFacts {
+        NodeFacts {
+            format: 1,
+            transship: String::new(),
+            architecture: "x86_64".into(),
+            page_size: 4096,
+            kernel: "6.12.1".into(),
+            criu: Some("4.2.1".into()),
+            runc: Some("1.3.6".into()),
+            crun: None,
+            containerd: Some("2.1.9".into()),
+            cgroups: 2,
+            security_modules: vec!["apparmor".into()],
+            processor: Processor {
+                model: "new".into(),
+                features: ["avx2", "avx512f", "pti", "sse2"].map(String::from).into(),
+            },
+            limits: [
+                (MAX_MAP_COUNT, 65530),
+                (NR_OPEN, 1024),
+                (PID_MAX, 32768),
+                (INOTIFY_INSTANCES, 128),
+            ]
+            .map(|(name, value)| (name.to_owned(), value))
+            .into(),
+            free_memory: 1 << 30,
+            free_disk: 1 << 30,
+            clock: 1000,
+        }
+    }
+
+    fn found(needs: &Needs, there: &NodeFacts, verdict: Verdict) -> Vec<&'static str> {
+        let all = findings(needs, &node(), there);
+        let all = all.into_iter().filter(|finding| finding.verdict == verdict);
+        all.map(|finding| finding.what).collect()
+    }
+
+    #[test]
+    fn the_same_node_has_all() {
+        let needs = Needs {
+            mappings: 65530,
+            process_id: 32767,
+            inotify_instances: 128,
+            memory: 1 << 30,
+            apparmor: Some("docker-default".into()),
+            ..Needs::default()
+        };
+        assert_eq!(findings(&needs, &node(), &node()), []);
+    }
+
+    #[test]
+    fn a_lesser_node_is_told_of_in_all_points() {
+        let there = NodeFacts {
+            architecture: "aarch64".into(),
+            criu: None,
+            runc: None,
+            containerd: None,
+            security_modules: Vec::new(),
+            ..node()
+        };
+        let needs = Needs {
+            apparmor: Some("p".into()),
+            process_id: 32768,
+            memory: 2 << 30,
+            ..Needs::default()
+        };
+        let all = [
+            "architecture",
+            "CRIU",
+            "runtime",
+            "containerd",
+            "limit",
+            "memory",
+            "disk",
+        ];
+        let all = [&all[..], &["security module"]].concat();
+        assert_eq!(found(&needs, &there, Verdict::Problem), all);
+
+        let older = NodeFacts {
+            criu: Some("4.1.0".into()),
+            kernel: "6.1.0".into(),
+            cgroups: 1,
+            clock: 1005,
+            ..node()
+        };
+        let notes = found(&Needs::default(), &older, Verdict::Note);
+        assert_eq!(notes, ["CRIU", "kernel", "cgroups", "clock"]);
+    }
+
+    #[test]
+    fn instructions_count_and_mitigations_do_not() {
+        let there = NodeFacts {
+            processor: Processor {
+                model: "old".into(),
+                features: ["avx2", "sse2"].map(String::from).into(),
+            },
+            ..node()
+        };
+        let all = findings(&Needs::default(), &node(), &there);
+        assert_eq!(all.len(), 1, "{all:?}");
+        assert_eq!(all[0].found, "old there lacks avx512f");
+    }
+}

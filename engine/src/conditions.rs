@@ -1,0 +1,238 @@
+//! What keeps a running container from being moved, seen in `/proc` before anything is frozen: all of
+//! it at once.
+//!
+//! ```text
+//!  Subject (spec, options, process ids)
+//!     |--> processes: /proc/PID of the container's own tree, read once, with a bound
+//!     |       |--> open_files, devices   what descriptors are of, and which have lost their names
+//!     |       |--> sockets               kinds, connections;  outside_sockets --> sock_diag
+//!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
+//!     |       |--> message_queues, namespaces, privileges
+//!     |       `--> needs                 counted, to be compared with another node
+//!     `--> mounts, read_only_root
+//!            `--> (name of a condition, on what) --> Found, by the table of transship-checkpoint
+//! ```
+//!
+//! A probe says what is there, never what to do: text and remedy are the table's. Only what CRIU is
+//! known to refuse is told of; what is not seen here, CRIU says itself.
+
+use std::time::Duration;
+
+use transship_checkpoint::conditions::{CONDITIONS, Condition, Effect};
+use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::spec::Spec;
+
+use crate::error::Result;
+
+mod devices;
+mod message_queues;
+mod mounts;
+mod namespaces;
+mod needs;
+mod open_files;
+mod outside_sockets;
+mod privileges;
+mod processes;
+mod read_only_root;
+mod sock_diag;
+mod sockets;
+mod watches;
+
+pub use needs::Needs;
+use processes::Processes;
+pub(crate) use watches::SCAN_PATH;
+
+/// So many of a kind are named.
+const NAMED: usize = 4;
+/// How long a connection that may be about to end is given for it.
+const MOMENT: Duration = Duration::from_millis(100);
+
+/// The container that is looked at.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// Its first process.
+    pub init: u32,
+    /// All processes of its cgroup.
+    pub pids: Vec<u32>,
+    /// Its OCI spec.
+    pub spec: Spec,
+    /// What CRIU would be told.
+    pub criu: CriuOptions,
+}
+
+/// One condition that the container is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Which.
+    pub condition: &'static Condition,
+    /// What of the container is in it; may be empty.
+    pub on: Vec<String>,
+}
+
+/// What a look has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// In the order of the table.
+    pub found: Vec<Found>,
+    /// Paths at which CRIU must look for files that are watched.
+    pub watched: Vec<String>,
+    /// What it needs of a node.
+    pub needs: Needs,
+}
+
+/// The name of a condition, and what is in it.
+type Hit = (&'static str, String);
+
+impl Found {
+    /// One that is not seen in `/proc`.
+    pub fn new(name: &str, on: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            condition: Condition::named(name),
+            on: on.into_iter().collect(),
+        }
+    }
+
+    /// What is so, and on what.
+    pub fn text(&self) -> String {
+        let what = self.condition.what;
+        match self.on.as_slice() {
+            [] => what.to_owned(),
+            on if on.len() <= NAMED => format!("{what} ({})", on.join(", ")),
+            on => {
+                let more = on.len() - NAMED;
+                format!("{what} ({} and {more} more)", on[..NAMED].join(", "))
+            }
+        }
+    }
+
+    /// Whether the container cannot be moved so.
+    pub fn hinders(&self) -> bool {
+        self.condition.effect != Effect::Loses
+    }
+
+    /// What is so, and what to do about it.
+    pub fn line(&self) -> String {
+        format!("{}: {}", self.text(), self.condition.remedy)
+    }
+}
+
+/// Looks at a running container.
+///
+/// # Errors
+/// A thread panicked. What cannot be read is not told of.
+pub async fn look(subject: &Subject) -> Result<Findings> {
+    let mut findings = look_once(subject).await?;
+    // A connection may have been about to end, as those of probes are.
+    let passing = |found: &Found| matches!(found.condition.name, "tcp" | "in-flight");
+    if findings.found.iter().any(passing) {
+        tokio::time::sleep(MOMENT).await;
+        let again = look_once(subject).await?;
+        findings.found.retain_mut(|found| {
+            let still = again
+                .found
+                .iter()
+                .find(|it| it.condition == found.condition);
+            if passing(found) {
+                found
+                    .on
+                    .retain(|on| still.is_some_and(|still| still.on.contains(on)));
+            }
+            !passing(found) || !found.on.is_empty()
+        });
+    }
+    Ok(findings)
+}
+
+async fn look_once(subject: &Subject) -> Result<Findings> {
+    let subject = subject.clone();
+    Ok(tokio::task::spawn_blocking(move || look_at(&subject)).await?)
+}
+
+fn look_at(subject: &Subject) -> Findings {
+    let processes = Processes::read(subject.init, &subject.pids);
+    let mut hits = open_files::hits(subject, &processes);
+    hits.extend(devices::hits(&processes));
+    let owned = sockets::owned(&processes);
+    hits.extend(sockets::hits(subject, &owned));
+    hits.extend(outside_sockets::hits(subject, &owned));
+    hits.extend(message_queues::hits(&processes));
+    hits.extend(namespaces::hits(subject, &processes));
+    hits.extend(privileges::hits(&processes));
+    hits.extend(mounts::hits(subject));
+    hits.extend(read_only_root::hits(&subject.spec));
+    let (watched, lost) = watches::find(subject, &processes);
+    hits.extend(lost);
+    Findings {
+        found: grouped(hits),
+        watched,
+        needs: needs::of(&subject.spec, &processes),
+    }
+}
+
+/// One `Found` for each condition, in the order of the table, naming each thing once.
+fn grouped(hits: Vec<Hit>) -> Vec<Found> {
+    let of = |condition: &'static Condition| {
+        let mine = hits.iter().filter(|(name, _)| *name == condition.name);
+        let mut on: Vec<String> = mine.map(|(_, on)| on.clone()).collect();
+        let there = !on.is_empty();
+        on.retain(|on| !on.is_empty());
+        let mut seen = std::collections::BTreeSet::new();
+        on.retain(|on| seen.insert(on.clone()));
+        there.then_some(Found { condition, on })
+    };
+    CONDITIONS.iter().filter_map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_found_is_told_once_in_the_order_of_the_table() {
+        let hits = vec![
+            ("tcp", "a".to_owned()),
+            ("mptcp", "7 (x)".to_owned()),
+            ("tcp", "b".to_owned()),
+            ("tcp", "a".to_owned()),
+            ("exec", String::new()),
+        ];
+        let found = grouped(hits);
+        let lines: Vec<String> = found.iter().map(Found::text).collect();
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert!(lines[0].contains("Multipath") && lines[0].ends_with("(7 (x))"));
+        assert_eq!(lines[1], "it has TCP connections (a, b)");
+        assert!(!found[2].hinders() && !lines[2].contains('('), "{lines:?}");
+    }
+
+    #[test]
+    fn of_many_some_are_named() {
+        let on = (0..9).map(|at| at.to_string());
+        let text = Found::new("tcp", on).text();
+        assert_eq!(text, "it has TCP connections (0, 1, 2, 3 and 5 more)");
+    }
+
+    #[tokio::test]
+    async fn a_program_without_oddities_is_clean() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        let subject = Subject {
+            init: pid,
+            pids: vec![pid],
+            spec: Spec::parse(b"{}").unwrap(),
+            criu: CriuOptions::default(),
+        };
+        let findings = look(&subject).await.unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let hinders: Vec<_> = findings.found.iter().filter(|it| it.hinders()).collect();
+        // Where it runs, the mounts and the user are those of the caller.
+        let own = ["hook-mount", "rlimit", "outside-socket", "tcp", "device"];
+        assert!(
+            hinders.iter().all(|it| own.contains(&it.condition.name)),
+            "{hinders:?}"
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! Namespaces: processes that have left those of the first one, and those that CRIU cannot restore.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use super::processes::{Processes, Seen};
+use super::{Hit, Subject};
+
+/// All but the mount namespace, of which CRIU knows several, and that of cgroups.
+const KINDS: [&str; 6] = ["ipc", "net", "pid", "time", "user", "uts"];
+/// System V memory in `/proc/PID/maps`.
+const SYSTEM_V: &str = "/SYSV";
+
+pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
+    let first = namespaces(subject.init);
+    let mut hits = Vec::new();
+    for seen in &processes.tree {
+        let own = namespaces(seen.pid);
+        let other = |kind: &&str| own.get(kind).is_some_and(|it| first.get(kind) != Some(it));
+        let other: Vec<&str> = KINDS.iter().copied().filter(|kind| other(kind)).collect();
+        if !other.is_empty() && !first.is_empty() {
+            let other = other.join(", ");
+            hits.push(("nested-namespace", format!("{other} of {}", seen.called())));
+        }
+    }
+    let node = |kind| fs::read_link(format!("/proc/self/ns/{kind}")).ok();
+    if first
+        .get("user")
+        .is_some_and(|user| Some(user) != node("user").as_ref())
+    {
+        hits.push(("user-namespace", String::new()));
+    }
+    if first.get("ipc") == node("ipc").as_ref() {
+        let attached = processes.tree.iter().filter(|seen| has_system_v(seen));
+        hits.extend(attached.map(|seen| ("node-ipc", seen.called())));
+    }
+    hits
+}
+
+fn namespaces(pid: u32) -> BTreeMap<&'static str, PathBuf> {
+    // One that has ended meanwhile is in none.
+    let link = |kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+    KINDS
+        .into_iter()
+        .filter_map(|kind| Some((kind, link(kind)?)))
+        .collect()
+}
+
+fn has_system_v(seen: &Seen) -> bool {
+    use procfs::process::MMapPath;
+    let mut maps = seen.process.maps().into_iter().flatten();
+    maps.any(|map| match &map.pathname {
+        MMapPath::Vsys(_) => true,
+        MMapPath::Path(path) => path.to_string_lossy().starts_with(SYSTEM_V),
+        _ => false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_checkpoint::criu_options::CriuOptions;
+    use transship_checkpoint::spec::Spec;
+
+    use super::*;
+
+    #[test]
+    fn root_a_process_in_another_namespace_is_named() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let script = "unshare --uts sleep 1000 & echo; wait";
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let init = shell.id();
+        let subject = Subject {
+            init,
+            pids: Vec::new(),
+            spec: Spec::parse(b"{}").unwrap(),
+            criu: CriuOptions::default(),
+        };
+        let children = format!("/proc/{init}/task/{init}/children");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let (child, hits) = loop {
+            let text = fs::read_to_string(&children).unwrap();
+            let child = text
+                .split_whitespace()
+                .next()
+                .map(|it| it.parse::<u32>().unwrap());
+            if let Some(child) = child {
+                let hits = hits(&subject, &Processes::read(init, &[init, child]));
+                if !hits.is_empty() {
+                    break (child, hits);
+                }
+            }
+            assert!(
+                std::time::Instant::now() < deadline,
+                "no child in another namespace"
+            );
+            std::thread::yield_now();
+        };
+        let kill = |pid: u32| {
+            let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        };
+        kill(child);
+        shell.wait().unwrap();
+        assert_eq!(hits.len(), 1, "{hits:?}");
+        assert_eq!(hits[0].0, "nested-namespace");
+        assert!(
+            hits[0].1.starts_with(&format!("uts of {child} (")),
+            "{hits:?}"
+        );
+    }
+}

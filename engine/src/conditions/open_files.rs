@@ -1,0 +1,171 @@
+//! Open and mapped files: kinds that CRIU does not know, and files that have lost their names.
+//!
+//! ```text
+//!  /proc/PID/fd/N     -> anon_inode:[io_uring]    a kind
+//!  /proc/PID/fd/N     -> /data/x (deleted)        no link left: a ghost file, up to a limit
+//!  /proc/PID/maps     /dev/shm/sem.y (deleted)    links left: found by another name (link-remap)
+//! ```
+//!
+//! A ghost file is kept in the images. For one that has another name CRIU makes a link beside it for
+//! the time of the dump; it comes along where the files are exported within that time (the upperdir)
+//! or dumped by CRIU (a tmpfs of the container), and not on a bind mount.
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use procfs::process::{FDTarget, MMapPath};
+use transship_checkpoint::spec::Spec;
+
+use super::processes::{Processes, Seen};
+use super::{Hit, Subject};
+
+const DELETED: &str = " (deleted)";
+/// CRIU's own `ghost-limit`.
+const GHOST_LIMIT: u64 = 1 << 20;
+/// More mappings of one process than this are not looked at.
+const MAPPINGS: usize = 1 << 20;
+/// Anonymous inodes that CRIU dumps.
+const KNOWN_KINDS: [&str; 7] = [
+    "[eventfd]",
+    "[eventpoll]",
+    "inotify",
+    "[fanotify]",
+    "[signalfd]",
+    "[timerfd]",
+    "[pidfd]",
+];
+/// Names of memory that has none, and of which CRIU knows better.
+const MEMORY: [&str; 5] = ["/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/[aio]"];
+
+pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
+    let mut hits = Vec::new();
+    for (seen, number, target) in processes.descriptors() {
+        match target {
+            FDTarget::AnonInode(kind) => hits.extend(unknown_kind(seen, kind)),
+            FDTarget::Path(path) => {
+                let metadata = || fs::metadata(seen.descriptor(number)).ok();
+                hits.extend(without_its_name(subject, path, metadata));
+            }
+            _ => {}
+        }
+    }
+    for seen in &processes.tree {
+        hits.extend(mapped(subject, seen));
+    }
+    hits
+}
+
+fn unknown_kind(seen: &Seen, kind: &str) -> Option<Hit> {
+    let name = match kind {
+        "[io_uring]" => "io-uring",
+        "[landlock-ruleset]" => "landlock-ruleset",
+        // With or without the bracket of older kernels; BPF maps are dumped.
+        kind if KNOWN_KINDS.contains(&kind) || kind == "bpf-map" => return None,
+        _ => "open-file-kind",
+    };
+    let of = match name {
+        "open-file-kind" => format!("{kind} of {}", seen.called()),
+        _ => seen.called(),
+    };
+    Some((name, of))
+}
+
+fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
+    let maps = seen.process.maps().into_iter().flatten().take(MAPPINGS);
+    let hits = maps.filter_map(|map| {
+        let MMapPath::Path(path) = &map.pathname else {
+            return None;
+        };
+        let (from, to) = map.address;
+        let file = format!("/proc/{}/map_files/{from:x}-{to:x}", seen.pid);
+        without_its_name(subject, path, || fs::metadata(file).ok())
+    });
+    hits.collect()
+}
+
+fn without_its_name(
+    subject: &Subject,
+    path: &Path,
+    metadata: impl FnOnce() -> Option<Metadata>,
+) -> Option<Hit> {
+    let name = path.to_str()?.strip_suffix(DELETED)?;
+    if MEMORY.iter().any(|memory| name.starts_with(memory)) {
+        return None;
+    }
+    let file = metadata().filter(Metadata::is_file)?;
+    let limit = subject.criu.ghost_limit.unwrap_or(GHOST_LIMIT);
+    let shown = name.escape_debug();
+    match file.nlink() {
+        0 => {
+            let size = file.len().min(file.blocks() * 512);
+            (size > limit).then(|| ("ghost-limit", format!("{shown}, {size} bytes")))
+        }
+        _ if on_bind_mount(&subject.spec, Path::new(name)) => {
+            Some(("shared-link-remap", shown.to_string()))
+        }
+        _ => (!subject.criu.link_remap).then(|| ("link-remap", shown.to_string())),
+    }
+}
+
+fn on_bind_mount(spec: &Spec, path: &Path) -> bool {
+    let binds: Vec<PathBuf> = spec.bind_mounts().into_iter().map(|(at, _)| at).collect();
+    let mounts = spec.mount_destinations();
+    let longest = mounts
+        .iter()
+        .filter(|at| path.starts_with(at))
+        .max_by_key(|at| at.components().count());
+    longest.is_some_and(|at| binds.contains(at))
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_checkpoint::criu_options::CriuOptions;
+
+    use super::*;
+
+    fn subject(criu: CriuOptions) -> Subject {
+        let spec = br#"{"mounts":[{"destination":"/dev","type":"tmpfs"},
+            {"destination":"/dev/shm","type":"bind","source":"/run/shm","options":["rbind"]}]}"#;
+        Subject {
+            init: 1,
+            pids: Vec::new(),
+            spec: Spec::parse(spec).unwrap(),
+            criu,
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_lost_counts_by_the_mount_and_the_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        fs::write(&path, vec![1; 3 << 20]).unwrap();
+        let linked = fs::metadata(&path).unwrap();
+        let file = fs::File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let ghost = file.metadata().unwrap();
+        let name = |path: &str, of: &Metadata, criu: &CriuOptions| {
+            let hit =
+                without_its_name(&subject(criu.clone()), Path::new(path), || Some(of.clone()));
+            hit.map(|(name, _)| name)
+        };
+        let none = CriuOptions::default();
+        let all = CriuOptions {
+            link_remap: true,
+            ghost_limit: Some(4 << 20),
+            ..CriuOptions::default()
+        };
+        for (path, of, told, untold) in [
+            ("/data/x (deleted)", &ghost, Some("ghost-limit"), None),
+            ("/data/x (deleted)", &linked, Some("link-remap"), None),
+            ("/dev/x (deleted)", &linked, Some("link-remap"), None),
+            ("/data/x", &linked, None, None),
+            ("/memfd:x (deleted)", &ghost, None, None),
+        ] {
+            assert_eq!(name(path, of, &none), told, "{path}");
+            assert_eq!(name(path, of, &all), untold, "{path}");
+        }
+        let semaphore = name("/dev/shm/sem.x (deleted)", &linked, &all);
+        assert_eq!(semaphore, Some("shared-link-remap"));
+    }
+}

@@ -1,0 +1,41 @@
+//! Unix sockets whose other end is held by a process that CRIU would not dump with them.
+
+use procfs::process::{FDTarget, all_processes};
+
+use super::sock_diag::unix_peers;
+use super::sockets::Owned;
+use super::{Hit, Subject};
+
+const DATAGRAM: u8 = 2;
+
+pub(super) fn hits(subject: &Subject, owned: &Owned<'_>) -> Vec<Hit> {
+    if owned.is_empty() {
+        return Vec::new();
+    }
+    let peers = unix_peers(subject.init);
+    let outside = owned.iter().filter_map(|(inode, (seen, _))| {
+        let end = peers.get(inode)?;
+        let kept = end.kind == DATAGRAM && subject.criu.ext_unix_sk;
+        (!kept && !owned.contains_key(&end.peer)).then_some((seen, end.peer))
+    });
+    let outside: Vec<_> = outside.collect();
+    if outside.is_empty() {
+        return Vec::new();
+    }
+    // One that nobody holds is on its way in a message, which CRIU may know of.
+    let held = outside.into_iter().filter_map(|(seen, peer)| {
+        let holder = holder_of(peer)?;
+        Some(("outside-socket", format!("{} to {holder}", seen.called())))
+    });
+    held.collect()
+}
+
+fn holder_of(inode: u64) -> Option<String> {
+    let mut all = all_processes().into_iter().flatten().flatten();
+    let holder = all.find(|process| {
+        let mut open = process.fd().into_iter().flatten().flatten();
+        open.any(|open| open.target == FDTarget::Socket(inode))
+    })?;
+    let name = holder.stat().ok()?.comm;
+    Some(format!("{} ({})", holder.pid, name.escape_debug()))
+}

@@ -1,0 +1,57 @@
+//! What CRIU may not do to a process: read its limits, trace it; and what it does not come to.
+
+use procfs::process::{Process, Status};
+
+use super::Hit;
+use super::processes::{Processes, Seen};
+
+/// `CAP_SYS_RESOURCE` in a mask of capabilities.
+const SYS_RESOURCE: u64 = 1 << 24;
+
+pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
+    let mut hits = Vec::new();
+    let may_read_limits = of_runtime(processes).is_none_or(|by| by.capeff & SYS_RESOURCE != 0);
+    for seen in &processes.tree {
+        let status = &seen.status;
+        if !may_read_limits && !is_roots(status) {
+            let (uid, gid) = (status.ruid, status.rgid);
+            hits.push(("rlimit", format!("{} as {uid}:{gid}", seen.called())));
+        }
+        if status.tracerpid != 0 {
+            let by = format!("{} by {}", seen.called(), status.tracerpid);
+            hits.push(("traced", by));
+        }
+        if is_dead_leader(seen) {
+            hits.push(("dead-leader", seen.called()));
+        }
+    }
+    let exec = processes
+        .others
+        .iter()
+        .filter(|seen| !seen.status.state.starts_with('Z'));
+    hits.extend(exec.map(|seen| ("exec", seen.called())));
+    hits
+}
+
+/// Who will run CRIU has the capabilities of the shim, which is the parent of the first process.
+fn of_runtime(processes: &Processes) -> Option<Status> {
+    let in_tree = |pid: i32| processes.tree.iter().any(|it| it.status.pid == pid);
+    let first = processes.tree.iter().find(|it| !in_tree(it.status.ppid))?;
+    Process::new(first.status.ppid).ok()?.status().ok()
+}
+
+/// Whether `prlimit` of root needs no capability (`check_prlimit_permission` of the kernel).
+fn is_roots(status: &Status) -> bool {
+    let users = [status.ruid, status.euid, status.suid];
+    let groups = [status.rgid, status.egid, status.sgid];
+    users.into_iter().chain(groups).all(|id| id == 0)
+}
+
+/// Whether the first thread has ended and others go on.
+fn is_dead_leader(seen: &Seen) -> bool {
+    seen.status.state.starts_with('Z')
+        && seen
+            .process
+            .tasks()
+            .is_ok_and(|tasks| tasks.flatten().count() > 1)
+}

@@ -1,0 +1,132 @@
+//! The processes of a container, read from `/proc` once for all probes.
+//!
+//! CRIU dumps the first process and all that descend from it. What has come by exec is in the cgroup,
+//! but descends from the shim.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use procfs::process::{FDTarget, Process, Status};
+
+/// More processes than this are not looked at.
+const PROCESSES: usize = 8192;
+/// More descriptors than this, of all processes, are not looked at.
+const DESCRIPTORS: usize = 1 << 20;
+
+/// What CRIU would dump, and what it would leave out.
+#[derive(Debug, Default)]
+pub(crate) struct Processes {
+    /// The first process and its descendants.
+    pub(crate) tree: Vec<Seen>,
+    /// The others of the cgroup.
+    pub(crate) others: Vec<Seen>,
+}
+
+/// One process.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) pid: u32,
+    pub(crate) process: Process,
+    pub(crate) status: Status,
+    pub(crate) descriptors: Vec<(i32, FDTarget)>,
+}
+
+impl Seen {
+    /// What people call it.
+    pub(crate) fn called(&self) -> String {
+        format!("{} ({})", self.pid, self.status.name.escape_debug())
+    }
+
+    /// The path of a descriptor's file.
+    pub(crate) fn descriptor(&self, number: i32) -> String {
+        format!("/proc/{}/fd/{number}", self.pid)
+    }
+
+    fn read(pid: u32) -> Option<Self> {
+        let process = Process::new(pid.cast_signed()).ok()?;
+        let status = process.status().ok()?;
+        Some(Self {
+            pid,
+            process,
+            status,
+            descriptors: Vec::new(),
+        })
+    }
+
+    fn parent(&self) -> u32 {
+        self.status.ppid.cast_unsigned()
+    }
+}
+
+impl Processes {
+    /// Reads those that are there; one that has ended is none.
+    pub(crate) fn read(init: u32, pids: &[u32]) -> Self {
+        let pids: BTreeSet<u32> = pids.iter().copied().chain([init]).collect();
+        let seen = pids.into_iter().take(PROCESSES).filter_map(Seen::read);
+        let parents: BTreeMap<u32, Seen> = seen.map(|seen| (seen.pid, seen)).collect();
+        let in_tree: BTreeSet<u32> = parents
+            .keys()
+            .copied()
+            .filter(|pid| descends(*pid, init, &parents))
+            .collect();
+        let mut room = DESCRIPTORS;
+        let mut processes = Self::default();
+        for (pid, mut seen) in parents {
+            if in_tree.contains(&pid) {
+                let open = seen.process.fd().into_iter().flatten().flatten().take(room);
+                seen.descriptors = open.map(|open| (open.fd, open.target)).collect();
+                room -= seen.descriptors.len();
+                processes.tree.push(seen);
+            } else {
+                processes.others.push(seen);
+            }
+        }
+        processes
+    }
+
+    /// All descriptors of the tree.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = (&Seen, i32, &FDTarget)> {
+        self.tree.iter().flat_map(|seen| {
+            let open = seen.descriptors.iter();
+            open.map(move |(number, target)| (seen, *number, target))
+        })
+    }
+}
+
+fn descends(pid: u32, init: u32, all: &BTreeMap<u32, Seen>) -> bool {
+    let mut at = pid;
+    // A chain is no longer than there are processes.
+    for _ in 0..=all.len() {
+        if at == init {
+            return true;
+        }
+        match all.get(&at) {
+            Some(seen) => at = seen.parent(),
+            None => return false,
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_descend_from_the_first_process_is_apart() {
+        let spawn = || {
+            std::process::Command::new("sleep")
+                .arg("1000")
+                .spawn()
+                .unwrap()
+        };
+        let (mut first, mut second) = (spawn(), spawn());
+        let processes = Processes::read(first.id(), &[first.id(), second.id(), u32::MAX]);
+        for child in [&mut first, &mut second] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        let pids = |seen: &[Seen]| seen.iter().map(|it| it.pid).collect::<Vec<_>>();
+        assert_eq!(pids(&processes.tree), [first.id()]);
+        assert_eq!(pids(&processes.others), [second.id()]);
+    }
+}

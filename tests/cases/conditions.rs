@@ -1,0 +1,440 @@
+//! What keeps a container from being moved: each condition is made in a real container; `check` names
+//! it and what to do, `checkpoint` refuses before anything is frozen, and CRIU, asked past us, refuses
+//! too, with words that our table knows. A clean program passes the check and then migrates.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use transship_checkpoint::conditions::Condition;
+use transship_checkpoint::criu_log;
+use transship_testbed::{
+    CommandRun as _, Cri, Image, Node, PodContainer, PodNamespaces, Testbed, Tree, journey,
+    poll_until,
+};
+
+use crate::Case;
+
+const IMAGE: &str = "transship.test/holder:1";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    [
+        Case {
+            what: "conditions",
+            tree: Tree::Forky,
+            run: each_condition_is_told_before_a_freeze,
+        },
+        Case {
+            what: "conditions_pod",
+            tree: Tree::Forky,
+            run: the_conditions_of_a_pod_are_told_at_once,
+        },
+    ]
+    .into_iter()
+}
+
+/// A condition, and how a container comes into it.
+struct Row {
+    name: &'static str,
+    /// Arguments of `ctr run`.
+    run: &'static [&'static str],
+    /// What the holder holds, or another program.
+    command: &'static [&'static str],
+    /// What is decided otherwise, so that this condition is the only one.
+    flags: &'static [&'static str],
+    /// Not asked of one that is stopped by its tracer: CRIU would wait for ever for it in the freezer of
+    /// cgroup v1.
+    asked_of_criu: bool,
+}
+
+const HOLDER: &str = "/usr/bin/holder";
+
+/// open_tree of a directory of the node, and move_mount of it in the namespace of a process.
+const MOUNT_INTO: &str = r#"
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+tree = libc.syscall(428, -100, b"/var/lib/driver", 1)
+namespace = os.open(f"/proc/{sys.argv[1]}/ns/mnt", os.O_RDONLY)
+root = os.open(f"/proc/{sys.argv[1]}/root", os.O_RDONLY)
+if tree < 0 or libc.setns(namespace, 0x20000):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.fchdir(root)
+os.chroot(".")
+if libc.syscall(429, tree, b"", -100, b"/driver", 4):
+    sys.exit(os.strerror(ctypes.get_errno()))
+"#;
+
+const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
+    Row {
+        name,
+        run: &[],
+        command,
+        flags: &[],
+        asked_of_criu: true,
+    }
+}
+
+const ROWS: [Row; 16] = [
+    row("mptcp", &[HOLDER, "mptcp"]),
+    row("socket-kind", &[HOLDER, "vsock"]),
+    row("io-uring", &[HOLDER, "io-uring"]),
+    row("open-file-kind", &[HOLDER, "uffd"]),
+    row("tcp", &[HOLDER, "tcp=7001"]),
+    Row {
+        flags: &["--tcp=established"],
+        ..row("in-flight", &[HOLDER, "in-flight=7002"])
+    },
+    row("ghost-limit", &[HOLDER, "ghost=2097152"]),
+    row("link-remap", &[HOLDER, "link"]),
+    row("link-remap", &[HOLDER, "semaphore"]),
+    row("message-queue", &[HOLDER, "queue=/orders"]),
+    Row {
+        asked_of_criu: false,
+        ..row("traced", &[HOLDER, "traced"])
+    },
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        ..row("nested-namespace", &[HOLDER, "unshared"])
+    },
+    Row {
+        run: &["--device", "/dev/fuse"],
+        ..row("device", &[HOLDER, "device=/dev/fuse"])
+    },
+    Row {
+        run: &[
+            "--mount",
+            "type=bind,src=/run/outside,dst=/outside,options=rbind:rw",
+        ],
+        ..row("outside-socket", &[HOLDER, "datagrams=/outside/socket"])
+    },
+    Row {
+        run: &["--user", "1000:1000"],
+        ..row("rlimit", &["/bin/sleep", "100000"])
+    },
+    // A mount that somebody makes later: see `mount_from_outside`.
+    row("hook-mount", &[HOLDER, "lock"]),
+];
+
+fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    a.import_image(&holder, "transship")?;
+    prepare(&a)?;
+    let mut wrong = Vec::new();
+    let mut note = |of: &str, done: anyhow::Result<()>| {
+        wrong.extend(done.err().map(|error| format!("{of}: {error:#}")));
+    };
+    for (at, row) in ROWS.iter().enumerate() {
+        note(row.name, condition(&a, &format!("odd{at}"), row));
+    }
+    note("several", several_are_told_at_once(&a));
+    note("compared", another_node_is_compared(&a, &b));
+    note("clean", a_clean_program_passes_and_migrates(&a, &b, &ssh));
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// The other end of a socket, and a device that containers do not have.
+fn prepare(node: &Node) -> anyhow::Result<()> {
+    node.shell("mkdir -p /run/outside; test -e /dev/fuse || mknod /dev/fuse c 10 229")
+        .run()?;
+    run(node, "teacher", &[], &[HOLDER, "lock"])?;
+    let pid = journey::task_pid(node, "teacher")?;
+    node.shell(&format!(
+        "mkdir -p /data; cp /proc/{pid}/root/usr/bin/holder /usr/local/bin/holder"
+    ))
+    .run()?;
+    journey::remove_container(node, "teacher")?;
+    node.start_daemon("receiver", &["holder", "receive=/run/outside/socket"])?;
+    poll_until("the socket outside", PATIENCE, || {
+        let there = node.shell("test -S /run/outside/socket");
+        { there }.run().map_err(|error| error.to_string())
+    })?;
+    Ok(())
+}
+
+fn condition(node: &Node, id: &str, row: &Row) -> anyhow::Result<()> {
+    if row.name == "rlimit" && has_sys_resource(node)? {
+        return Ok(());
+    }
+    run(node, id, row.run, row.command)?;
+    let pid = journey::task_pid(node, id)?;
+    if row.name == "hook-mount" {
+        mount_from_outside(node, pid)?;
+    }
+    let known = Condition::named(row.name);
+    let found = check(node, id, row.flags)?;
+    ensure!(names(&found) == [row.name], "{found}");
+    let text = found.to_string();
+    ensure!(
+        text.contains("\"verdict\":\"problem\"") && text.contains("remedy"),
+        "{text}"
+    );
+
+    let mut checkpoint = node.command("transship");
+    checkpoint
+        .args(["checkpoint", id, "--name", "refused"])
+        .args(row.flags);
+    let output = checkpoint.output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(4), "{said}");
+    ensure!(
+        said.contains(known.what) && said.contains(known.remedy),
+        "{said}"
+    );
+
+    if row.asked_of_criu {
+        let log = refused_by_criu(node, id, row)?;
+        let error = criu_log::first_error(&log).context("CRIU gives no reason")?;
+        let explained = known.criu_says.is_empty() || error.contains(known.remedy);
+        ensure!(explained, "{error}");
+    }
+    node.shell(&format!("kill -0 {pid}")).run()?;
+    journey::remove_container(node, id).or_else(|_| {
+        node.shell(&format!(
+            "kill -9 {pid}; ctr tasks rm -f {id}; ctr containers rm {id}"
+        ))
+        .run()
+    })?;
+    Ok(())
+}
+
+/// As a hook or `nsenter` does it: a part of the node's disk, in the container's mount namespace alone.
+fn mount_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
+    node.write_file("/usr/local/bin/mount-into.py", MOUNT_INTO)?;
+    node.shell(&format!(
+        "mkdir -p /var/lib/driver /proc/{pid}/root/driver
+         python3 /usr/local/bin/mount-into.py {pid}; grep -q ' /driver ' /proc/{pid}/mountinfo"
+    ))
+    .run()?;
+    Ok(())
+}
+
+fn has_sys_resource(node: &Node) -> anyhow::Result<bool> {
+    let status = String::from_utf8(node.read_file("/proc/1/status")?)?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = u64::from_str_radix(mask.context("no CapEff")?.trim(), 16)?;
+    Ok(mask & 1 << 24 != 0)
+}
+
+/// CRIU's log of a dump that runc alone asks for, and that fails.
+fn refused_by_criu(node: &Node, id: &str, row: &Row) -> anyhow::Result<String> {
+    let established = if row.flags.is_empty() {
+        ""
+    } else {
+        "--tcp-established"
+    };
+    node.shell(&format!(
+        "rm -rf /var/tmp/past; mkdir -p /var/tmp/past/images
+         timeout -s KILL 60 runc --root /run/containerd/runc/default checkpoint --leave-running \
+              --file-locks {established} --image-path /var/tmp/past/images --work-path /var/tmp/past {id}"
+    ))
+    .read_failure()?;
+    let log = node.read_file("/var/tmp/past/dump.log").unwrap_or_default();
+    Ok(String::from_utf8_lossy(&log).into_owned())
+}
+
+/// A program with three of them hears of all three, and of none that a flag decides.
+fn several_are_told_at_once(node: &Node) -> anyhow::Result<()> {
+    let needs = [HOLDER, "tcp=7003", "ghost=2097152", "link", "io-uring"];
+    run(node, "several", &[], &needs)?;
+    let found = check(node, "several", &[])?;
+    let all = ["tcp", "io-uring", "ghost-limit", "link-remap"];
+    ensure!(names(&found) == all, "{found}");
+    let flags = ["--tcp=close", "--ghost-limit=4M", "--link-remap"];
+    let found = check(node, "several", &flags)?;
+    ensure!(names(&found) == ["io-uring"], "{found}");
+    // What has come by exec is told of, and hinders nothing.
+    node.shell("ctr tasks exec --exec-id guest --detach several /bin/sleep 100000")
+        .run()?;
+    let found = check(node, "several", &flags)?;
+    ensure!(names(&found) == ["io-uring", "exec"], "{found}");
+    let missing = node
+        .command("transship")
+        .args(["check", "nobody"])
+        .output()?;
+    ensure!(missing.status.code() == Some(3), "{missing:?}");
+    Ok(journey::remove_container(node, "several")?)
+}
+
+fn another_node_is_compared(a: &Node, b: &Node) -> anyhow::Result<()> {
+    let facts = b.shell("transship check --node").read()?;
+    let facts: Value = serde_json::from_str(&facts)?;
+    ensure!(
+        facts["criu"].is_string() && facts["containerd"].is_string(),
+        "{facts}"
+    );
+    run(a, "compared", &[], &[HOLDER, "lock"])?;
+    let mut there = facts.clone();
+    a.write_file("/tmp/b.json", there.to_string())?;
+    let found = check(a, "compared", &["--for", "/tmp/b.json"])?;
+    ensure!(names(&found).is_empty(), "{found}");
+    there["limits"]["vm.max_map_count"] = 3.into();
+    there["processor"]["features"] = Value::Array(Vec::new());
+    there["criu"] = Value::Null;
+    a.write_file("/tmp/less.json", there.to_string())?;
+    let found = check(a, "compared", &["--for", "/tmp/less.json"])?;
+    ensure!(names(&found) == ["CRIU", "processor", "limit"], "{found}");
+    Ok(journey::remove_container(a, "compared")?)
+}
+
+/// It watches a directory of the image, which CRIU does not find by itself, and has a timer that CRIU
+/// writes down wrongly: the check passes, and the watch goes on after the migration.
+fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow::Result<()> {
+    run(
+        a,
+        "clean",
+        &[],
+        &[HOLDER, "watch=/usr/bin", "watch=/data", "lock"],
+    )?;
+    let found = check(a, "clean", &[])?;
+    ensure!(names(&found).is_empty(), "{found}");
+    a_restore_can_be_tried(a)?;
+    let mut migrate = a.command("transship");
+    migrate.args(["migrate", "clean", "--to", ssh, "--allow", "host-mounts"]);
+    migrate.run()?;
+    let events = || -> Result<u64, String> {
+        let text = journey::read_in_container(b, "clean", "/data/events")?;
+        text.trim().parse().map_err(|_| text)
+    };
+    let before = poll_until("the events so far", PATIENCE, events)?;
+    let pid = journey::task_pid(b, "clean")?;
+    b.shell(&format!(
+        "nsenter -t {pid} --mount --root touch /usr/bin/holder"
+    ))
+    .run()?;
+    poll_until("an event", PATIENCE, || match events()? {
+        now if now > before => Ok(()),
+        now => Err(format!("{now} bytes")),
+    })?;
+    Ok(journey::remove_container(b, "clean")?)
+}
+
+/// The trial leaves nothing but the checkpoint, consumes nothing, and keeps its hands off what is shared.
+fn a_restore_can_be_tried(node: &Node) -> anyhow::Result<()> {
+    let try_it = |id: &str| {
+        let mut checkpoint = node.command("transship");
+        checkpoint.args(["checkpoint", id, "--name", "tried", "--verify-restore"]);
+        checkpoint
+    };
+    let said = try_it("clean").read()?;
+    ensure!(
+        said.contains("a restore of it was tried, and succeeded"),
+        "{said}"
+    );
+    let left = "ctr containers ls -q; ctr snapshots --snapshotter transship ls; ctr leases ls";
+    let left = node.shell(left).read()?;
+    ensure!(!left.contains("verify"), "{left}");
+    node.shell("transship restore tried --id tried && transship rm tried")
+        .run()?;
+    journey::remove_container(node, "tried")?;
+    let writable = [
+        "--mount",
+        "type=bind,src=/run/outside,dst=/outside,options=rbind:rw",
+    ];
+    run(node, "sharing", &writable, &[HOLDER, "lock"])?;
+    let said = try_it("sharing").read_failure()?;
+    ensure!(
+        said.contains("/outside") && said.contains("without --verify-restore"),
+        "{said}"
+    );
+    Ok(journey::remove_container(node, "sharing")?)
+}
+
+/// All containers of a pod are looked at, and a named semaphore is refused with or without the option
+/// that would make a checkpoint of it that cannot be restored.
+fn the_conditions_of_a_pod_are_told_at_once(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    journey::start_services(&node)?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    for image in [Image::pause(bed.settings())?, holder] {
+        node.import_image_into("k8s.io", &image, "transship")?;
+    }
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "odd"), &[], PodNamespaces::Usual)?;
+    for (name, needs) in [
+        ("ring", [HOLDER, "io-uring"]),
+        ("named", [HOLDER, "semaphore"]),
+    ] {
+        let id = cri.run_container(&pod, &container(name, &needs))?;
+        ticks(&cri, &id)?;
+    }
+    for flags in [&[][..], &["--link-remap"]] {
+        let mut check = node.command("transship");
+        check
+            .args(["--json", "check", "--pod", "shop/odd"])
+            .args(flags);
+        let found: Value = serde_json::from_slice(&check.output()?.stdout)?;
+        let mut all = names(&found);
+        all.sort_unstable();
+        ensure!(all == ["io-uring", "shared-link-remap"], "{found}");
+        let mut checkpoint = node.command("transship");
+        checkpoint.args(["checkpoint", "--pod", "shop/odd", "--name", "odd"]);
+        let said = checkpoint.args(flags).read_failure()?;
+        for name in ["\"ring\"", "\"named\"", "io_uring", "sem."] {
+            ensure!(said.contains(name), "{name}: {said}");
+        }
+    }
+    cri.remove_pod(&pod)?;
+    journey::check_no_pod_left(&node)
+}
+
+fn container<'a>(name: &'a str, command: &'a [&'a str]) -> PodContainer<'a> {
+    PodContainer {
+        name,
+        image: IMAGE,
+        command,
+        ..PodContainer::default()
+    }
+}
+
+fn ticks(cri: &Cri, id: &str) -> anyhow::Result<()> {
+    Ok(poll_until("the holder", PATIENCE, || {
+        let answer = cri.exec(id, &["cat", "/data/state"]);
+        let answer = answer.map_err(|error| error.to_string())?;
+        let state = String::from_utf8_lossy(&answer.stdout).into_owned();
+        state.contains("tick ").then_some(()).ok_or(state)
+    })?)
+}
+
+fn run(node: &Node, id: &str, more: &[&str], command: &[&str]) -> anyhow::Result<()> {
+    let mut arguments = vec!["run", "--detach", "--snapshotter", "transship"];
+    arguments.extend(["--runc-binary", journey::FRONT]);
+    arguments.extend(more);
+    arguments.extend([IMAGE, id]);
+    arguments.extend(command);
+    node.ctr(&arguments)?;
+    if command[0] == HOLDER {
+        poll_until("the holder's state", PATIENCE, || {
+            let state = journey::read_in_container(node, id, "/data/state")?;
+            state.contains("tick ").then_some(()).ok_or(state)
+        })?;
+    }
+    Ok(())
+}
+
+/// What `check` has found, with the verdicts; it fails where there is a problem.
+fn check(node: &Node, id: &str, more: &[&str]) -> anyhow::Result<Value> {
+    let mut command = node.command("transship");
+    let output = command.args(["--json", "check", id]).args(more).output()?;
+    let found: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let problem = found.to_string().contains("\"verdict\":\"problem\"");
+    ensure!(
+        output.status.code() == Some(i32::from(problem)),
+        "{output:?}"
+    );
+    Ok(found)
+}
+
+/// Names of what is not as it should be, of all containers.
+fn names(found: &Value) -> Vec<&str> {
+    let containers = found.as_array().into_iter().flatten();
+    let findings = containers.flat_map(|it| it["findings"].as_array().into_iter().flatten());
+    findings
+        .filter(|finding| finding["verdict"] != "ok")
+        .filter_map(|finding| finding["what"].as_str())
+        .collect()
+}
