@@ -50,6 +50,8 @@ pub struct Request {
     pub max_freeze: Option<Duration>,
     /// Whether the pod moves: then nothing of it starts here any more, unless the checkpoint fails.
     pub moves: Moves,
+    /// Whether a restore of it is tried at once.
+    pub verify_restore: bool,
 }
 
 /// Whether a pod is moved away.
@@ -62,8 +64,6 @@ pub enum Moves {
     Marked,
     /// The same where the front runs it; else the caller deletes the pod in time.
     WillBeDeleted,
-    /// Whether a restore of it is tried at once.
-    pub verify_restore: bool,
 }
 
 impl Request {

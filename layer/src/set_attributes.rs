@@ -118,7 +118,7 @@ impl UpperTree {
             fchownat(&fd, c"", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
                 .map_err(|errno| ImportError::io("change the owner of", path, errno))?;
         }
-        if !is_symlink && !(is_owner_right && is_mode_right) {
+        if !(is_symlink || is_owner_right && is_mode_right) {
             chmod_by_descriptor(fd.as_fd(), path, wanted.mode)?;
         }
         self.set_xattrs(XattrHolder::Path(fd.as_fd()), path, wanted.xattrs)?;

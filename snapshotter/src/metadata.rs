@@ -548,11 +548,12 @@ impl Iterator for Walk {
     type Item = Result<(String, Record)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.step.as_slice().is_empty() && !self.is_over {
-            if let Err(error) = self.read_step() {
-                self.is_over = true;
-                return Some(Err(SnapshotError::database("read", error)));
-            }
+        if self.step.as_slice().is_empty()
+            && !self.is_over
+            && let Err(error) = self.read_step()
+        {
+            self.is_over = true;
+            return Some(Err(SnapshotError::database("read", error)));
         }
         let (key, bytes) = self.step.next()?;
         Some(decode(&key, &bytes).map(|record| (key, record)))

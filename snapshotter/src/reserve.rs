@@ -16,7 +16,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use transship_path_error::During as _;
 
-use crate::error::{Result};
+use crate::error::Result;
 
 /// Many removals, each of which makes room, and what the WAL holds when it is copied into the database.
 const LENGTH: u32 = 1 << 20;

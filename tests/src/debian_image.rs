@@ -90,9 +90,9 @@ impl DebianImage {
         query
             .arg("--admindir")
             .arg(self.tree(settings)?.join("var/lib/dpkg"));
-        Ok(query
+        query
             .args(["--show", "--showformat=${Version}", package])
-            .read()?)
+            .read()
     }
 
     /// Makes its tree, if it is not cached, and gives its path.

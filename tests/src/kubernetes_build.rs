@@ -9,10 +9,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use transship_path_error::During as _;
 use crate::recipe::{make_once, remove_if_there, short_hash};
 use crate::run::CommandRun as _;
 use crate::{DebianImage, Settings, TestbedError};
+use transship_path_error::During as _;
 
 const SUITE: &str = "bookworm";
 const NEEDED: &str = "ca-certificates,dpkg-dev,golang-go,make,procps,rsync";

@@ -46,9 +46,7 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
     let found: Vec<_> = pending()?.into_iter().filter(wanted).collect();
     if let (Some(id), true) = (&args.container, found.is_empty()) {
         let message = format!("there is no migration of {id:?} that is not decided");
-        return Err(Error::not_found(message)
-            .hint("transship recover --once")
-            .into());
+        return Err(Error::not_found(message).hint("transship recover --once"));
     }
     let (mut lines, mut undecided) = (Vec::new(), None);
     for pending in found {

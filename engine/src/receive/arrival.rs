@@ -124,7 +124,7 @@ pub enum Found {
     /// Somebody works on it.
     Busy,
     /// Its record.
-    Record(Locked),
+    Record(Box<Locked>),
 }
 
 /// The records of a node.
@@ -157,7 +157,9 @@ impl Arrivals {
         check_id(migration)?;
         let lock = self.lock(migration)?;
         let path = self.records.join(migration);
-        let lock = lock.filter(|_| !path.exists()).ok_or_else(|| {
+        let is_there = path.try_exists();
+        let is_there = is_there.with_context(|| format!("cannot look for {}", path.display()))?;
+        let lock = lock.filter(|_| !is_there).ok_or_else(|| {
             Error::refused(format!("the migration {migration} has been here before"))
         })?;
         // What is too old stays until the next one comes.
@@ -185,11 +187,11 @@ impl Arrivals {
         let Some(arrival) = read(&path)? else {
             return Ok(Found::Nothing);
         };
-        Ok(Found::Record(Locked {
+        Ok(Found::Record(Box::new(Locked {
             path,
             arrival,
             _lock: lock,
-        }))
+        })))
     }
 
     /// The state of a migration, whoever works on it.
@@ -375,7 +377,7 @@ mod tests {
         let mut locked = arrivals.begin(&id, arrival()).unwrap();
         assert!(matches!(arrivals.open(&id).unwrap(), Found::Busy));
         assert!(arrivals.begin(&id, arrival()).is_err());
-        assert_eq!(arrivals.unfinished().unwrap(), [id.clone()]);
+        assert_eq!(arrivals.unfinished().unwrap(), std::slice::from_ref(&id));
         locked.set(State::Committed).unwrap();
         drop(locked);
         let Found::Record(mut locked) = arrivals.open(&id).unwrap() else {

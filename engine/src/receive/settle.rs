@@ -12,7 +12,7 @@
 //! Three call this: the guard of `receive` (a process of its own, see [`crate::guard_process`]), who
 //! answers a source that asks, and `transship recover` on this node, for what was left by a power cut.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::types::v1::Status;
@@ -23,7 +23,7 @@ use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 
-use super::arrival::{Arrivals, Found, Locked, State};
+use super::arrival::{Arrival, Arrivals, Found, Locked, State};
 use super::{durable, leases};
 use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
@@ -183,12 +183,22 @@ async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
 /// Whether the runtime front has let it go: it writes that down before the first instruction.
 fn has_run(locked: &Locked) -> Result<bool> {
     let arrival = &locked.arrival;
-    let Some(upperdir) = arrival.upperdir.clone().filter(|it| it.exists()) else {
+    let Some(upperdir) = upperdir_left(arrival)? else {
         return Ok(true);
     };
     let consumed = Consumed::by(Path::new(DEFAULT_CONSUMED_DIR), &Owner::Layer(upperdir))?;
     let found = consumed.container(&arrival.checkpoint, &arrival.name);
     Ok(found.is_some())
+}
+
+/// The upperdir of the copy, unless the copy has been removed since.
+fn upperdir_left(arrival: &Arrival) -> Result<Option<PathBuf>> {
+    let Some(upperdir) = arrival.upperdir.clone() else {
+        return Ok(None);
+    };
+    let is_there = upperdir.try_exists();
+    let is_there = is_there.with_context(|| format!("cannot look for {}", upperdir.display()))?;
+    Ok(is_there.then_some(upperdir))
 }
 
 /// Makes the copy a container like any other, and writes all of it to the disk.
@@ -202,9 +212,8 @@ pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Loc
     if let Some(image) = &arrival.image {
         node.create_image(&image.name, image.target()).await?;
     }
-    match &arrival.upperdir {
-        Some(upperdir) if upperdir.exists() => durable::sync(node, upperdir).await?,
-        _ => {}
+    if let Some(upperdir) = upperdir_left(&arrival)? {
+        durable::sync(node, &upperdir).await?;
     }
     remove_checkpoint(store, &arrival.checkpoint)?;
     locked.set(State::Durable)

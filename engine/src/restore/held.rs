@@ -151,7 +151,7 @@ impl Restored {
     /// What could not be removed.
     pub async fn undo(self) -> Result<()> {
         let id = &self.plan.id;
-        let removed = remove(&self.node, &self.plan).await;
+        let removed = remove_copy(&self.node, id, &self.plan.snapshotter).await;
         removed.with_context(|| format!("{id:?} could not be removed again"))
     }
 

@@ -6,6 +6,8 @@ use transship_checkpoint::annotations::{Mptcp, OnFailure, Role};
 use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
 
+use transship_path_error::During as _;
+
 use super::beginning::Beginning;
 use super::bundle::{Bundle, Config};
 use super::{Front, FrontError, Outcome};
@@ -37,7 +39,9 @@ impl Front<'_> {
         bundle.remove_marker();
         if config.annotations.role == Role::Sandbox {
             if config.cri && config.annotations.mptcp == Mptcp::Off {
-                switch_mptcp_off(&mut config.spec, Path::new(MPTCP_ENABLED).exists());
+                let sysctl = Path::new(MPTCP_ENABLED);
+                let is_there = sysctl.try_exists().during("look for", sysctl)?;
+                switch_mptcp_off(&mut config.spec, is_there);
             }
             self.add_hooks(
                 &mut config.spec,

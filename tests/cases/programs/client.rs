@@ -192,8 +192,9 @@ impl<'a> Client<'a> {
             let now = self.now.lock().expect("no holder panics");
             let (place, moves, stop) = (now.place.clone(), now.moves, now.stop);
             drop(now);
-            if stop || place.is_none() || asker.as_ref().is_some_and(|(of, _)| *of != moves) {
-                asker.take().map(|(_, before)| before.end());
+            let is_over = |(of, _): &mut (u64, Asker)| stop || place.is_none() || *of != moves;
+            if let Some((_, before)) = asker.take_if(is_over) {
+                before.end();
             }
             if stop {
                 return Ok(());
@@ -218,7 +219,9 @@ impl<'a> Client<'a> {
             self.unanswered.fetch_add(1, Ordering::Relaxed);
             let why = answer.unwrap_or_else(|error| {
                 // Its container has ended.
-                asker.take().map(|(_, ended)| ended.end());
+                if let Some((_, ended)) = asker.take() {
+                    ended.end();
+                }
                 error.to_string()
             });
             self.change(|now| now.refusal = why);

@@ -293,7 +293,7 @@ impl Below {
         }
         let xattrs = match &kind {
             Kind::Directory => vec![("user.directory".to_owned(), pick.value.clone())],
-            Kind::File(_) | Kind::HardLink(_) if pick.len % 3 == 0 => vec![
+            Kind::File(_) | Kind::HardLink(_) if pick.len.is_multiple_of(3) => vec![
                 ("user.file".to_owned(), pick.value.clone()),
                 ("user.é".to_owned(), vec![]),
             ],
