@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use tokio::time::Instant;
 use transship_checkpoint::manifest::{Container, IMAGES_DIR, Shared};
 use transship_checkpoint::store::{Draft, Store, list_files};
@@ -292,13 +294,16 @@ impl Transaction<'_> {
             .stdin(Stdio::null())
             // The caller's stdout is for the result.
             .stdout(std::io::stderr())
-            .kill_on_drop(true)
+            .process_group(0)
             .spawn()
             .with_context(failed)?;
+        let group = ProcessGroup::of(&child);
         let status = tokio::select! {
             status = child.wait() => status.with_context(failed)?,
             interrupted = self.interrupt.wait() => return Err(interrupted.into()),
         };
+        // What it has left running on purpose goes on.
+        group.forget();
         if !status.success() {
             return Err(Error::failed(format!(
                 "the command before the restore failed ({status}): {command}"
@@ -425,6 +430,30 @@ struct SetAtEnd(Arc<AtomicBool>);
 impl Drop for SetAtEnd {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
+    }
+}
+
+/// A command and all that it has started: killed when the wait for it is given up.
+struct ProcessGroup(Option<Pid>);
+
+impl ProcessGroup {
+    /// That of a child which leads its own, and has not been waited for.
+    fn of(child: &tokio::process::Child) -> Self {
+        let leader = child.id().and_then(|id| i32::try_from(id).ok());
+        Self(leader.map(Pid::from_raw))
+    }
+
+    fn forget(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // One that has ended meanwhile is as good.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
     }
 }
 
