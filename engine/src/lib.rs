@@ -13,7 +13,8 @@
 //!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  listing: the checkpoints of a store;  check: findings about this node
-//!  error: one error type, with its kind and what to do next;  progress: what the caller is told
+//!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
+//!  durable_record: small files that outlive a power cut
 //! ```
 //!
 //! ```no_run
@@ -48,6 +49,7 @@ pub mod check;
 pub mod checkpoint;
 pub mod conditions;
 pub mod conversation;
+mod durable_record;
 pub mod error;
 pub mod freeze_guard;
 pub mod frozen;

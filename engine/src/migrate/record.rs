@@ -10,7 +10,7 @@
 //! `transship recover` has asked the target.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -18,12 +18,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::durable_record;
 use crate::error::{Context, Error, Result};
-
-/// As much of a record as is read, in bytes.
-const LIMIT: u64 = 64 << 10;
-/// The end of the name of a record that is being written.
-const UNFINISHED: &str = "~";
 
 /// A migration whose end is not known here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,7 +89,7 @@ impl Record {
     /// # Errors
     /// An earlier migration of the container, which is paused, has not been decided.
     pub(super) fn check_clear(&self, id: &str, namespace: &str) -> Result<()> {
-        let Some(pending) = read(&self.path)? else {
+        let Some(pending) = durable_record::read::<Pending>(&self.path)? else {
             return Ok(());
         };
         let to = pending.to;
@@ -105,26 +101,7 @@ impl Record {
 
     /// Writes down that the target is told to let the copy run.
     pub(super) fn write(&self, pending: &Pending) -> Result<()> {
-        let failed = || format!("cannot write {}", self.path.display());
-        let json = serde_json::to_vec(pending).with_context(failed)?;
-        let mut new = self.path.clone().into_os_string();
-        // No id of containerd ends so.
-        new.push(UNFINISHED);
-        let written = || {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .custom_flags(nix::libc::O_NOFOLLOW)
-                .open(&new)?;
-            file.write_all(&json)?;
-            file.sync_all()?;
-            fs::rename(&new, &self.path)?;
-            let dir = self.path.parent().unwrap_or(Path::new("/"));
-            File::open(dir)?.sync_all()
-        };
-        written().with_context(failed)
+        durable_record::write(&self.path, pending)
     }
 
     /// It is known which copy runs.
@@ -147,25 +124,12 @@ pub(super) fn list(records: &Path) -> Result<Vec<Pending>> {
     for entry in entries {
         let path = entry.with_context(failed)?.path();
         // One that was being written when the node went down: nothing was sent.
-        if !path.to_string_lossy().ends_with(UNFINISHED) {
-            found.extend(read(&path)?);
+        if !path.to_string_lossy().ends_with(durable_record::UNFINISHED) {
+            found.extend(durable_record::read::<Pending>(&path)?);
         }
     }
     found.sort_by(|a, b| a.since.cmp(&b.since));
     Ok(found)
-}
-
-fn read(path: &Path) -> Result<Option<Pending>> {
-    let failed = || format!("cannot read {}", path.display());
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.with_context(failed)?,
-    };
-    let mut json = Vec::new();
-    file.take(LIMIT)
-        .read_to_end(&mut json)
-        .with_context(failed)?;
-    serde_json::from_slice(&json).map(Some).with_context(failed)
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@
 //! and `aborted`, stay for 30 days: as long as a source may ask.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,14 +26,13 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::durable_record;
 use crate::error::{Context, Error, Result};
 
 /// Where records of arrivals are.
 const ARRIVALS: &str = "/var/lib/transship/arrivals";
 /// Where their locks are.
 const LOCKS: &str = "/run/transship/arrivals";
-/// As much of a record as is read, in bytes.
-const LIMIT: u64 = 64 << 10;
 /// How long the end of a migration is remembered.
 const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
 const DIGITS: usize = 32;
@@ -184,7 +183,7 @@ impl Arrivals {
             return Ok(Found::Busy);
         };
         let path = self.records.join(migration);
-        let Some(arrival) = read(&path)? else {
+        let Some(arrival) = durable_record::read::<Arrival>(&path)? else {
             return Ok(Found::Nothing);
         };
         Ok(Found::Record(Box::new(Locked {
@@ -200,7 +199,10 @@ impl Arrivals {
     /// It cannot be read.
     pub fn state(&self, migration: &str) -> Result<Option<State>> {
         check_id(migration)?;
-        Ok(read(&self.records.join(migration))?.map(|arrival| arrival.state))
+        Ok(
+            durable_record::read::<Arrival>(&self.records.join(migration))?
+                .map(|arrival| arrival.state),
+        )
     }
 
     /// Whether there is nothing left to be done for a migration.
@@ -293,38 +295,10 @@ impl Locked {
             state,
             ..self.arrival.clone()
         };
-        let new = self.path.with_extension("new");
-        let json = serde_json::to_vec(&arrival).context("cannot write the record of an arrival")?;
-        let write = || {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .custom_flags(nix::libc::O_NOFOLLOW)
-                .open(&new)?;
-            file.write_all(&json)?;
-            file.sync_all()?;
-            fs::rename(&new, &self.path)?;
-            File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()
-        };
-        write().with_context(|| format!("cannot write {}", self.path.display()))?;
+        durable_record::write(&self.path, &arrival)?;
         self.arrival = arrival;
         Ok(())
     }
-}
-
-fn read(path: &Path) -> Result<Option<Arrival>> {
-    let failed = || format!("cannot read {}", path.display());
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.with_context(failed)?,
-    };
-    let mut json = Vec::new();
-    file.take(LIMIT)
-        .read_to_end(&mut json)
-        .with_context(failed)?;
-    serde_json::from_slice(&json).map(Some).with_context(failed)
 }
 
 /// A name for a migration that nobody guesses.

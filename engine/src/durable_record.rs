@@ -1,0 +1,62 @@
+//! Small JSON files that are on the disk, whole, when their writer goes on.
+//!
+//! ```text
+//! <path>~   being written, synced; then renamed to <path>, and the directory is synced
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Context as _, Result};
+
+/// What the name of a record ends with that is being written; no id of containerd ends so.
+pub(crate) const UNFINISHED: &str = "~";
+/// Longest record that is read, in bytes.
+const LIMIT: u64 = 64 << 10;
+
+/// Writes `record`, in the place of what `path` had.
+///
+/// # Errors
+/// A system call failed; the file is as it was.
+pub(crate) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
+    let failed = || format!("cannot write {}", path.display());
+    let json = serde_json::to_vec(record).with_context(failed)?;
+    let mut new = path.as_os_str().to_owned();
+    new.push(UNFINISHED);
+    let written = || {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(&new)?;
+        file.write_all(&json)?;
+        file.sync_all()?;
+        fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    };
+    written().with_context(failed)
+}
+
+/// Reads the record in `path`, if there is one.
+///
+/// # Errors
+/// It cannot be read, or is none.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let failed = || format!("cannot read {}", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.with_context(failed)?,
+    };
+    let mut json = Vec::new();
+    file.take(LIMIT)
+        .read_to_end(&mut json)
+        .with_context(failed)?;
+    serde_json::from_slice(&json).map(Some).with_context(failed)
+}
