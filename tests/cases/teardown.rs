@@ -25,7 +25,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     })
 }
 
-/// A testbed with all that can outlive it: two linked nodes, containerd, a container on a CNI
+/// A testbed with all that can outlive it: two linked nodes, containerd, a paused container on a CNI
 /// network, an sshd, a process that ignores signals.
 fn fill(bed: &Testbed) -> anyhow::Result<Footprint> {
     let (a, b) = (bed.node("a")?, bed.node("b")?);
@@ -44,6 +44,7 @@ fn fill(bed: &Testbed) -> anyhow::Result<Footprint> {
         "--memory-mb",
         "1",
     ])?;
+    a.ctr(&["tasks", "pause", "web"])?;
     a.start_daemon(
         "stubborn",
         &[

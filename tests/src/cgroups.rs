@@ -132,8 +132,20 @@ impl NodeCgroups {
             .collect()
     }
 
+    /// Lets what is frozen in the node run, so that a SIGKILL reaches it: a v1 freezer keeps the processes
+    /// of a paused container alive, and with them PID 1 of their namespace, for ever.
+    pub(crate) fn thaw(&self) {
+        for hierarchy in &self.hierarchies {
+            let options = hierarchy.v1_options.as_deref();
+            if options.is_some_and(|options| has_option(options, "freezer")) {
+                thaw_tree(&hierarchy.node_dir);
+            }
+        }
+    }
+
     /// Removes the cgroups and all below them, once the node's processes are dead.
     pub(crate) fn remove(&self) -> Result<(), TestbedError> {
+        self.thaw();
         for hierarchy in &self.hierarchies {
             // A killed process leaves its cgroup a moment after its parent has been told.
             poll_until(
@@ -239,6 +251,16 @@ fn remove_tree(dir: &Path) -> std::io::Result<()> {
         }
     }
     fs::remove_dir(dir)
+}
+
+/// Thaws a cgroup and those below it; one that is removed meanwhile has nothing frozen.
+fn thaw_tree(dir: &Path) {
+    drop(fs::write(dir.join("freezer.state"), "THAWED"));
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            thaw_tree(&entry.path());
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -13,7 +14,7 @@ use nix::unistd::Pid;
 use crate::cgroups::NodeCgroups;
 use crate::init::{self, InitPlan, Report};
 use crate::run::CommandRun as _;
-use crate::{Settings, TestbedError, Tree, enter};
+use crate::{Settings, TestbedError, Tree, enter, poll_until};
 use transship_path_error::During as _;
 
 /// Our binaries, shown in a node as far as they have been built.
@@ -411,7 +412,14 @@ impl Node {
         // PID 1 cannot have been reaped: its parent `unshare` has not been waited for, and waits
         // itself until the kernel has killed the whole PID namespace.
         kill(self.inner.pid, Signal::SIGKILL).during("kill node", self.name())?;
-        process.unshare.wait().during("wait for", "unshare")?;
+        poll_until("the end of a node", END_DEADLINE, || {
+            self.inner.cgroups.thaw();
+            match process.unshare.try_wait() {
+                Ok(Some(_)) => Ok(()),
+                Ok(None) => Err(format!("processes of node {} live", self.name())),
+                Err(error) => Err(error.to_string()),
+            }
+        })?;
         for daemon in std::mem::take(&mut *lock(&self.inner.daemons)).values_mut() {
             daemon.wait().during("wait for", self.name())?;
         }
@@ -423,6 +431,9 @@ impl Node {
         &self.inner.cgroups
     }
 }
+
+/// For the kernel to end all processes of a node.
+const END_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Where our binaries lie in a node.
 pub(crate) const BIN_DIR: &str = "/usr/local/bin";
