@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [
         Case {
-            what: "conditions",
+            what: "long_conditions",
             tree: Tree::Forky,
             run: each_condition_is_told_before_a_freeze,
         },

@@ -30,7 +30,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         ("differ_disk_full", a_full_disk_leaves_nothing_half),
         ("differ_direct", layers_go_out_and_in_directly),
         ("differ_api", api::clients_get_what_containerd_promises),
-        ("long_pulls", pulls::every_pull_reaches_our_differ),
+        ("differ_pulls", pulls::every_pull_reaches_our_differ),
     ];
     let on_both = cases.into_iter().flat_map(|(what, run)| {
         [Tree::Trixie, Tree::Forky]

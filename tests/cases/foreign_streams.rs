@@ -5,8 +5,11 @@
 //!  "transship stream 1\n" frames made here  -->  transship receive
 //! ```
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
+use transship_checkpoint::wire::PROTOCOL;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
 
 use crate::Case;
@@ -93,9 +96,16 @@ fn offer(good: &Forgery, target: &Value) -> Value {
     let mut container = good.manifest["containers"][0].clone();
     container["files"] = json!([]);
     json!({
-        "message": "offer", "protocol": 2, "container": container, "spec": good.spec.to_string(),
+        "message": "offer", "protocol": PROTOCOL, "migration": migration_name(),
+        "container": container, "spec": good.spec.to_string(),
         "architecture": std::env::consts::ARCH, "target": target, "blobs": [], "estimate": 1000,
     })
+}
+
+/// A name that no migration has had on the node.
+fn migration_name() -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    format!("{:032x}", LAST.fetch_add(1, Ordering::Relaxed))
 }
 
 fn a_runtime_of_the_sender_is_not_run(node: &Node, good: &Forgery) -> anyhow::Result<()> {

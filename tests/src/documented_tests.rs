@@ -14,6 +14,8 @@ fn source_of(name: &str) -> Option<String> {
             let rest: Vec<&str> = words.skip(1).collect();
             (!rest.is_empty()).then(|| format!("\"{}\"", rest.join("_")))
         }
+        // Metrics.
+        "transship" => None,
         // Shorter names are of other things.
         _ => (name.matches('_').count() >= 3).then(|| format!("fn {name}(")),
     }
