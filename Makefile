@@ -55,8 +55,9 @@ setup-lint: setup
 setup-vm: setup
 	$(call ensure,$(PACKAGES_VM))
 
-build: ## Build all binaries (debug; the tests use these)
-	$(CARGO) build --workspace --bins
+# The tests with them: their dependencies have other features, and everything would be compiled twice.
+build: ## Build all binaries and tests (debug)
+	$(CARGO) build --workspace --bins --tests
 
 trees: build ## Build the Debian trees of the tests' nodes, once
 	@$(AS_ROOT) target/debug/testbed prepare bookworm trixie forky servers
