@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Every write is durable before its caller goes on, and transactions are shared (group_commit.rs): one is an append
-//! to the WAL and one sync (`synchronous=FULL`). Every [`CHECKPOINT_PAGES`] pages SQLite copies the WAL into the
+//! to the WAL and one sync (`synchronous=FULL`). Every 1000 pages SQLite copies the WAL into the
 //! database and begins it anew, in blocks that it has already.
 //!
 //! Reads have connections of their own: they see the last transaction that is durable, and never wait for a sync.
