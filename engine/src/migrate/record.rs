@@ -9,13 +9,11 @@
 //! A record whose lock nobody has was left behind: nobody knows which copy runs, until
 //! `transship recover` has asked the target.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
 use crate::durable_record;
@@ -55,34 +53,15 @@ impl Record {
     /// # Errors
     /// Another migration has it.
     pub(super) fn take(records: &Path, locks: &Path, namespace: &str, id: &str) -> Result<Self> {
-        for dir in [records, locks] {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .with_context(|| format!("cannot make {}", dir.display()))?;
-        }
         let name = format!("{namespace}:{id}");
-        let path = locks.join(&name);
-        let failed = || format!("cannot lock {}", path.display());
-        // It stays until the node boots: who removed it would take it from the next one.
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(&path)
-            .with_context(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self {
+        match durable_record::lock(records, locks, &name)? {
+            Some(lock) => Ok(Self {
                 path: records.join(name),
                 _lock: lock,
             }),
-            Err((_, Errno::EWOULDBLOCK)) => Err(Error::refused(format!(
+            None => Err(Error::refused(format!(
                 "another migration of {id:?} is under way"
             ))),
-            Err((_, errno)) => Err(errno).with_context(failed),
         }
     }
 

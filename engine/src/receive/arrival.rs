@@ -15,15 +15,13 @@
 //! Whoever finds a record that is not locked brings it to its end ([`super::settle`]). The ends, `durable`
 //! and `aborted`, stay for 30 days: as long as a source may ask.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read as _};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::types::Descriptor;
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
 use crate::durable_record;
@@ -260,28 +258,7 @@ impl Arrivals {
 
     /// None when somebody has it.
     fn lock(&self, migration: &str) -> Result<Option<Flock<File>>> {
-        for dir in [&self.records, &self.locks] {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .with_context(|| format!("cannot make {}", dir.display()))?;
-        }
-        let path = self.locks.join(migration);
-        let failed = || format!("cannot lock {}", path.display());
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(&path)
-            .with_context(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(lock)),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, errno)) => Err(errno).with_context(failed),
-        }
+        durable_record::lock(&self.records, &self.locks, migration)
     }
 }
 
