@@ -1,9 +1,10 @@
-//! A migration beside the stock checkpoint of the same container.
+//! A migration beside what CRIU takes alone, and beside the stock checkpoint of the same container.
 //!
 //! ```text
-//!   node a: sandbox, counter ── ctr containers checkpoint --rw --task ──> an image; frozen from
-//!                    │                                                    /tasks/paused to /tasks/resumed
-//!                    └── transship migrate ──> node b: runs there
+//!   node a: sandbox, counter ── transship migrate ──> node b: runs there
+//!           another one      ── runc checkpoint, runc restore, in memory, on the same node: the floor
+//!           another one      ── ctr containers checkpoint --rw --task ──> an image; frozen from
+//!                                                                         /tasks/paused to /tasks/resumed
 //! ```
 //!
 //! The stock command is given the smaller job: its checkpoint stays on the node (`ctr images export`
@@ -16,9 +17,9 @@ use serde::Deserialize;
 use transship_testbed::{CommandRun as _, Node, Testbed, journey, poll_until};
 
 use crate::node_clock::time_in_node;
-use crate::report::{Better, Row};
+use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
-use crate::statistics::{median, median_millis, millis};
+use crate::statistics::millis;
 
 const STOCK: &str = "ctr containers checkpoint";
 const EVENTS: &str = "events";
@@ -45,72 +46,174 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     let ssh = bed.ssh(&a, &b)?;
     // Lines of stdout, one an event: time, zone, topic.
     a.start_daemon(EVENTS, &["ctr", "events"])?;
-    let (mut total, mut frozen, mut checkpoint, mut stock_frozen) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut exported = String::new();
-    for round in 0..sizes.slow_rounds {
-        eprintln!("   round {}", round + 1);
-        let (here, there) = (format!("sandbox-{round}"), format!("sandbox-b{round}"));
-        let counter = format!("counter-{round}");
-        journey::run_sandbox(&a, &here)?;
-        journey::run_counter(&a, &counter, &here, sizes.memory_mb, &[])?;
-        journey::ask(&a, &journey::sandbox_address(&a, &here)?)?;
-        journey::run_sandbox(&b, &there)?;
+    let mut course = Course {
+        a: &a,
+        b: &b,
+        ssh: &ssh,
+        turn: 0,
+    };
+    let mut rows = Vec::new();
+    for memory in &sizes.migration_memory_mb {
+        rows.extend(course.measure(*memory, sizes)?);
+    }
+    a.stop_daemon(EVENTS, "TERM")?;
+    Ok(rows)
+}
 
-        let image = format!("transship.test/stock:{round}");
-        let command = format!("timed ctr containers checkpoint --rw --task {counter} {image}");
-        checkpoint.extend(time_in_node(&a, &command)?);
-        stock_frozen.push(last_pause(&a)?);
-        let export = format!("ctr images export /dev/null {image}");
-        exported = match a.shell(&export).run() {
-            Ok(()) => "its image could be exported".to_owned(),
-            Err(error) => format!("its image cannot leave the node: {}", last_line(&error)),
+/// The two nodes, and how many containers have gone.
+struct Course<'a> {
+    a: &'a Node,
+    b: &'a Node,
+    ssh: &'a str,
+    turn: usize,
+}
+
+/// How long the program stood still, in milliseconds, and what the command took.
+struct Took {
+    frozen: f64,
+    total: f64,
+}
+
+impl Course<'_> {
+    fn measure(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Vec<Row>> {
+        let (mut with, mut without, mut floor) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut total, mut stock, mut checkpoint) = (Vec::new(), Vec::new(), Vec::new());
+        let mut exported = String::new();
+        for round in 0..sizes.migrations {
+            eprintln!("   {memory_mb} MB, round {}", round + 1);
+            let took = self.migrate(memory_mb, &[])?;
+            with.push(took.frozen);
+            total.push(took.total);
+            without.push(
+                self.migrate(memory_mb, &["--max-precopy-rounds", "0"])?
+                    .frozen,
+            );
+            floor.push(self.bare(memory_mb)?);
+            let (times, frozen, export) = self.stock(memory_mb)?;
+            checkpoint.push(times);
+            stock.push(frozen);
+            exported = export;
+        }
+        let (from, until) = match memory_mb {
+            0..100 => (1.5, 1.5),
+            _ => (0.7, 1.1),
         };
-        a.ctr(&["images", "rm", "--sync", &image])?;
+        let size = format!("{memory_mb} MB in memory");
+        let row = |name: String, ours: &[f64], peer, theirs: &[f64], better| {
+            Row::of_pairs(name, "ms", ours, peer, theirs, better)
+        };
+        let beside_floor = |name, ours: &[f64]| {
+            row(
+                format!("frozen, {size}, {name}"),
+                ours,
+                FLOOR,
+                &floor,
+                Better::Growth,
+            )
+        };
+        let beside_stock = |name, ours: &[f64]| {
+            let name = format!("frozen, {size}, {name}: beside a checkpoint alone");
+            row(name, ours, STOCK, &stock, Better::Less)
+        };
+        let whole = format!("whole command, {size}: beside a checkpoint alone");
+        Ok(vec![
+            beside_floor("memory sent before", &with).goal(Goal::RatioAtMost(from)),
+            beside_floor("all in the freeze", &without).goal(Goal::RatioAtMost(until)),
+            beside_stock("memory sent before", &with).note(exported),
+            beside_stock("all in the freeze", &without),
+            row(whole, &total, STOCK, &checkpoint, Better::Less),
+        ])
+    }
 
-        let mut migrate = a.command("transship");
-        migrate.args([
-            "migrate",
-            &counter,
-            "--to",
-            &ssh,
-            "--sandbox",
-            &there,
-            "--json",
-        ]);
+    /// A counter in a sandbox that answers; gives the ids of both.
+    fn counter(&mut self, memory_mb: u32) -> Result<(String, String)> {
+        self.turn += 1;
+        let (sandbox, counter) = (
+            format!("sandbox-{}", self.turn),
+            format!("counter-{}", self.turn),
+        );
+        journey::run_sandbox(self.a, &sandbox)?;
+        journey::run_counter(self.a, &counter, &sandbox, memory_mb, &[])?;
+        journey::ask(self.a, &journey::sandbox_address(self.a, &sandbox)?)?;
+        Ok((sandbox, counter))
+    }
+
+    fn migrate(&mut self, memory_mb: u32, more: &[&str]) -> Result<Took> {
+        let (here, counter) = self.counter(memory_mb)?;
+        let there = format!("{here}-b");
+        journey::run_sandbox(self.b, &there)?;
+        let mut migrate = self.a.command("transship");
+        migrate.args(["migrate", &counter, "--to", self.ssh]);
+        migrate.args(["--sandbox", &there, "--json"]).args(more);
         let text = migrate.read()?;
         let migrated: Migrated = serde_json::from_str(&text)
             .with_context(|| format!("cannot parse the answer of transship migrate: {text:?}"))?;
-        total.push(migrated.timeline.total_seconds * 1e3);
-        frozen.push(migrated.timeline.frozen_seconds * 1e3);
-        let reply = journey::ask(&b, &journey::sandbox_address(&b, &there)?)?;
+        let reply = journey::ask(self.b, &journey::sandbox_address(self.b, &there)?)?;
         ensure!(
             reply.memory_ok,
             "the copy's memory is not what it was: {reply:?}"
         );
-        for (node, id) in [(&a, &here), (&b, &counter), (&b, &there)] {
+        for (node, id) in [(self.a, &here), (self.b, &counter), (self.b, &there)] {
             remove_container(node, id)?;
         }
+        Ok(Took {
+            frozen: migrated.timeline.frozen_seconds * 1e3,
+            total: migrated.timeline.total_seconds * 1e3,
+        })
     }
-    a.stop_daemon(EVENTS, "TERM")?;
-    let middle = |values: &[f64]| median(values).unwrap_or(f64::NAN);
-    let size = format!("{} MB in memory", sizes.memory_mb);
-    Ok(vec![
-        Row::new(
-            format!("frozen, {size}: the migration beside a checkpoint alone"),
-            "ms",
-            middle(&frozen),
-        )
-        .beside(STOCK, middle(&stock_frozen), Better::Less)
-        .note(exported),
-        Row::new(
-            format!("whole command, {size}: the migration beside a checkpoint alone"),
-            "ms",
-            middle(&total),
-        )
-        .beside(STOCK, median_millis(&checkpoint), Better::Less),
-    ])
+
+    /// `runc checkpoint` and `runc restore` of the same container in memory, on one node: no transfer.
+    fn bare(&mut self, memory_mb: u32) -> Result<f64> {
+        let (sandbox, counter) = self.counter(memory_mb)?;
+        let script = BARE.replace("COUNTER", &counter);
+        let times = time_in_node(self.a, &script)?;
+        for id in [&counter, &sandbox] {
+            remove_container(self.a, id)?;
+        }
+        Ok(times.iter().map(|time| millis(*time)).sum())
+    }
+
+    /// The stock checkpoint: how long it takes, how long the container is paused, and whether its image can
+    /// leave the node.
+    fn stock(&mut self, memory_mb: u32) -> Result<(f64, f64, String)> {
+        let (sandbox, counter) = self.counter(memory_mb)?;
+        let image = format!("transship.test/stock:{}", self.turn);
+        let command = format!("timed ctr containers checkpoint --rw --task {counter} {image}");
+        let times = time_in_node(self.a, &command)?;
+        let frozen = last_pause(self.a)?;
+        let export = format!("ctr images export /dev/null {image}");
+        let exported = match self.a.shell(&export).run() {
+            Ok(()) => "its image could be exported".to_owned(),
+            Err(error) => format!("its image cannot leave the node: {}", last_line(&error)),
+        };
+        self.a.ctr(&["images", "rm", "--sync", &image])?;
+        for id in [&counter, &sandbox] {
+            remove_container(self.a, id)?;
+        }
+        Ok((
+            times.iter().map(|time| millis(*time)).sum(),
+            frozen,
+            exported,
+        ))
+    }
 }
+
+const FLOOR: &str = "runc checkpoint + restore";
+/// Files as they are when it has been dumped; its output goes where the shim's does, into a pipe.
+const BARE: &str = r#"
+task=/run/containerd/io.containerd.runtime.v2.task/default/COUNTER
+mkdir -p /run/bare; mount -t tmpfs tmpfs /run/bare; mkdir /run/bare/bundle; cd /run/bare
+dump() { runc --root /run/containerd/runc/default checkpoint --image-path images --work-path work COUNTER; }
+jq '.root.path = "rootfs" | .linux.cgroupsPath = "/bare" | .annotations = {}' $task/config.json >bundle/config.json
+timed dump
+cp -a $task/rootfs bundle/rootfs
+mkfifo out; cat out >/dev/null 2>&1 & exec 5>out
+bare() {
+  runc restore --detach --pid-file pid --bundle bundle --image-path images --work-path work bare 1>&5 2>&5 </dev/null
+}
+timed bare
+exec 5>&-; runc delete --force bare
+cd /; umount /run/bare"#;
 
 /// How long the last pause of a task on the node was, in milliseconds.
 fn last_pause(node: &Node) -> Result<f64> {

@@ -25,8 +25,10 @@ pub(crate) struct Sizes {
     pub(crate) large_file_bytes: u64,
     /// Turns of what takes tens of seconds.
     pub(crate) slow_rounds: usize,
-    /// Memory of the migrated container.
-    pub(crate) memory_mb: u32,
+    /// Memory of the migrated containers.
+    pub(crate) migration_memory_mb: Vec<u32>,
+    /// Migrations of each kind.
+    pub(crate) migrations: usize,
     /// Restores through the CRI, and bare.
     pub(crate) restores: usize,
     /// Pairs of create and delete.
@@ -47,7 +49,8 @@ impl Sizes {
             many_changes: 50_000,
             large_file_bytes: 2 << 30,
             slow_rounds: 3,
-            memory_mb: 200,
+            migration_memory_mb: vec![16, 500],
+            migrations: 10,
             restores: 25,
             pairs: 100,
         }
@@ -66,7 +69,8 @@ impl Sizes {
             many_changes: 1_000,
             large_file_bytes: 64 << 20,
             slow_rounds: 1,
-            memory_mb: 16,
+            migration_memory_mb: vec![16],
+            migrations: 1,
             restores: 2,
             pairs: 5,
         }

@@ -6,17 +6,23 @@
 //!   'm'       one Message as JSON, at most 64 MiB
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
 //!   'a'       empty: the sender is alive and has nothing to say yet (migrations only)
+//!   'p'       pages of memory that the target shall keep, at most 1 MiB: before the files (migrations only)
+//!   'r'       instead of 'd': runs of pages that it has, see pages.rs, for at most 1 MiB of the file
 //!
 //! one way (send | receive):
 //!   Begin  (File data* FileEnd)*  End
 //!
 //! migration (source >, target <):
 //!   > Offer            what is coming; the target checks all that it can
-//!   < Need             the blobs of the image that it lacks
-//!   > (Blob data*)*  ImageEnd
+//!   < Need             the blobs of the image that it lacks, and where it can be reached directly
+//!   > (Blob data*)*  ImageEnd            which says how many direct connections there are: n
 //!   < Ready            the image is unpacked: the source freezes the container
-//!   > Begin (File data* FileEnd)* End     the first while CRIU still writes it
-//!   < Received         all digests are right
+//!   n = 0:
+//!   > Begin (File data* FileEnd)* End    files while CRIU still writes them
+//!   n > 0:
+//!   > Begin End                          and through each direct connection, a stream of its own:
+//!     > (File data* FileEnd)* FilesEnd
+//!   < Received         all of it is right
 //!   > Restore
 //!   < Restored         the copy exists and is held before its first instruction
 //!   > Commit
@@ -34,28 +40,36 @@
 //! (`ssh -o command=`, a unit) has fixed all that a sender can choose.
 //!
 //! Data frames after `Blob` add up to exactly the announced size. A file has no size before its end,
-//! because it may still grow; its digest comes in the manifest, so that it is read once.
+//! because it may still grow. Its digest comes in the manifest, so that it is read once; in a migration, whose
+//! files outlive it on neither node, the XXH3 of it comes with `FileEnd`: it finds what a network or a disk has
+//! damaged, and who may send a container needs no collision to send another one.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Container, Manifest, ManifestError};
 
+mod check;
+mod pages;
 mod receiver;
 mod sender;
 
-pub use receiver::{Limits, Receiver};
-pub use sender::Sender;
+pub use pages::{KnownPages, PAGE};
+pub use receiver::{Arriving, Limits, Receiver};
+pub use sender::{How, Sender};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
 const DATA: u8 = b'd';
 const ALIVE: u8 = b'a';
+const PAGES: u8 = b'p';
+const KNOWN: u8 = b'r';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
 /// As much of the other side's words as is shown, in bytes.
@@ -150,6 +164,27 @@ pub struct Offer {
     pub blobs: Vec<Blob>,
     /// Bytes of memory and upperdir, as far as they can be known before the freeze.
     pub estimate: u64,
+    /// The source's public key for direct connections: a SubjectPublicKeyInfo in base64; empty: it makes none.
+    #[serde(default)]
+    pub key: String,
+}
+
+/// Where the target can be reached directly.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataPlace {
+    /// Addresses with their ports.
+    pub addresses: Vec<SocketAddr>,
+    /// The target's public key, as the source's in [`Offer`].
+    pub key: String,
+}
+
+/// How the files of a stream are checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// By the SHA-256 in the manifest.
+    Sha256,
+    /// By the XXH3 (128 bits) after each file; the manifest has no digests.
+    Xxh3,
 }
 
 /// One blob of an image.
@@ -189,6 +224,9 @@ pub enum Message {
     Need {
         /// Their digests.
         digests: Vec<String>,
+        /// Where files can be sent directly.
+        #[serde(default)]
+        direct: Option<DataPlace>,
     },
     /// A blob follows.
     Blob {
@@ -198,7 +236,11 @@ pub enum Message {
         size: u64,
     },
     /// No more blobs.
-    ImageEnd,
+    ImageEnd {
+        /// Direct connections that files will come through; 0: they come with the messages.
+        #[serde(default)]
+        direct: usize,
+    },
     /// The target waits for the checkpoint.
     Ready,
     /// A checkpoint follows.
@@ -212,13 +254,19 @@ pub enum Message {
         path: String,
     },
     /// The file is whole.
-    FileEnd,
+    FileEnd {
+        /// Its XXH3 in hexadecimal digits, in a migration.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        xxh3: Option<String>,
+    },
+    /// No more files come through this direct connection.
+    FilesEnd,
     /// The checkpoint is whole.
     End {
         /// Its manifest.
         manifest: Box<Manifest>,
     },
-    /// The checkpoint has arrived and its digests are right.
+    /// The checkpoint has arrived, and all of it is right.
     Received,
     /// The target shall restore.
     Restore,

@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_engine::conversation::LINK_PATIENCE;
+use transship_engine::data_channel::DataAddress;
+use transship_engine::migrate::PrecopyBounds;
 use transship_engine::restore::Target;
 use transship_engine::stuck_dump::PROGRESS_PATIENCE;
 use transship_sandbox::admission::foreign_spec::Allow;
@@ -450,6 +452,16 @@ pub(crate) struct MigrateArgs {
     /// When the link is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,
+    /// How often memory is gone through and sent while the container still runs, at most; 0: only in the freeze
+    #[arg(long, value_name = "ROUNDS", default_value_t = PrecopyBounds::default().rounds)]
+    pub(crate) max_precopy_rounds: u32,
+    /// How long that may take, at most
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) max_precopy_time: Option<Duration>,
+    /// Address at which the other node listens for the bulk of the data, none for the command's pipe
+    /// [default: the one that ssh has reached it by]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) data_address: Option<DataAddress>,
     /// When a dump is given up.
     #[command(flatten)]
     pub(crate) dump: DumpArgs,
@@ -494,13 +506,17 @@ pub(crate) struct ReceiveArgs {
     /// Name under which a checkpoint is kept [default: the one it has]
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Most that is taken, such as 64G [default: of a checkpoint what fits, of a migration the double
+    /// Most that is taken, such as 64G [default: of a checkpoint what fits, of a migration three times
     /// of what its source has told, and 1 GiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) max_size: Option<u64>,
     /// When the link of a migration is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,
+    /// Address of this node at which the source of a migration may connect directly, encrypted, for the bulk of
+    /// the data; none: it may not [default: the one that ssh has been reached by]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) data_address: Option<DataAddress>,
     /// What a container that is migrated here becomes.
     #[command(flatten)]
     pub(crate) target: TargetArgs,

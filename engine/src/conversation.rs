@@ -4,21 +4,23 @@
 //! ```text
 //!  sender   --> pipe     frames; signs of life from a thread of its own while there is nothing to say
 //!  receiver <-- pipe     moves into a blocking task for each step and comes back
+//!  direct   --> or <--   files through connections of their own (data_channel), where there are some
 //! ```
 //!
 //! A step ends with its result, an interrupt, or because the link has stalled: a live side is heard
 //! every few seconds, whatever it is doing, so silence for [`Conversation::watch`]'s patience means that
 //! the link or the other node is gone. A step that is abandoned takes the conversation with it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinHandle;
-use transship_checkpoint::wire::{Message, Receiver, Sender, WireError};
+use tokio::task::{JoinError, JoinSet};
+use transship_checkpoint::wire::{Message, Receiver, Sender, WireError, unexpected};
 
+use crate::data_channel::{Connections, EndAtDrop};
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 
@@ -33,8 +35,10 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// What a step that writes waits for.
 const READER: &str = "the other node to read";
 
-type Writing = Sender<Watched<Box<dyn Write + Send>>>;
-type Reading = Receiver<Watched<Box<dyn Read + Send>>>;
+/// The sending half of a pipe or connection.
+pub type Writing = Sender<Watched<Box<dyn Write + Send>>>;
+/// The receiving half of one.
+pub type Reading = Receiver<Watched<Box<dyn Read + Send>>>;
 
 /// When something last went through a pipe, in milliseconds of a common clock.
 #[derive(Debug)]
@@ -75,6 +79,12 @@ pub struct Watched<P> {
 impl<P: Write> Write for Watched<P> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let written = self.pipe.write(buffer)?;
+        self.activity.mark();
+        Ok(written)
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let written = self.pipe.write_vectored(pieces)?;
         self.activity.mark();
         Ok(written)
     }
@@ -138,6 +148,20 @@ pub struct Conversation {
     read: Arc<Activity>,
     patience: Option<Duration>,
     heartbeat: Option<Heartbeat>,
+    direct: Option<Direct>,
+}
+
+/// The connections that files go through. Dropped, they end.
+struct Direct {
+    links: Links,
+    activity: Arc<Activity>,
+    _heartbeats: Vec<Heartbeat>,
+    _end: EndAtDrop,
+}
+
+enum Links {
+    Sending(Vec<Writing>),
+    Receiving(Vec<Reading>),
 }
 
 impl std::fmt::Debug for Conversation {
@@ -189,6 +213,158 @@ impl Conversation {
             read,
             patience: None,
             heartbeat: None,
+            direct: None,
+        }
+    }
+
+    /// From now on files are sent through these connections.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn send_files_through(&mut self, connections: Connections) -> Result<()> {
+        let activity = Activity::new();
+        let (connections, end) = connections.split();
+        let senders: Vec<Writing> = { connections.into_iter() }
+            .map(|connection| {
+                Sender::new(Watched {
+                    pipe: Box::new(connection) as Box<dyn Write + Send>,
+                    activity: Arc::clone(&activity),
+                })
+            })
+            .collect();
+        let interval = self.patience.unwrap_or(LINK_PATIENCE) / BEATS;
+        let beats = senders.iter().cloned();
+        let heartbeats = beats.map(|sender| Heartbeat::start(sender, interval));
+        self.direct = Some(Direct {
+            _heartbeats: heartbeats.collect::<Result<_>>()?,
+            links: Links::Sending(senders),
+            activity,
+            _end: end,
+        });
+        Ok(())
+    }
+
+    /// From now on files are received through these connections.
+    pub fn receive_files_through(&mut self, connections: Connections) {
+        let activity = Activity::new();
+        let (connections, end) = connections.split();
+        let receivers = connections.into_iter().map(|connection| {
+            Receiver::new(Watched {
+                pipe: Box::new(connection) as Box<dyn Read + Send>,
+                activity: Arc::clone(&activity),
+            })
+        });
+        self.direct = Some(Direct {
+            links: Links::Receiving(receivers.collect()),
+            activity: Arc::clone(&activity),
+            _heartbeats: Vec::new(),
+            _end: end,
+        });
+    }
+
+    /// Sends files: `step` is run for each connection, or once for the pipe.
+    ///
+    /// # Errors
+    /// As [`Self::write`]; the other side's reason, where it has told one.
+    pub async fn write_files<T: Send + 'static>(
+        &mut self,
+        step: impl Fn(&Writing) -> Result<T, WireError> + Clone + Send + 'static,
+    ) -> Result<Vec<T>> {
+        let Some(direct) = &self.direct else {
+            return Ok(vec![self.write(move |sender| step(sender)).await?]);
+        };
+        let Links::Sending(senders) = &direct.links else {
+            return Err(given_up());
+        };
+        self.interrupt.check()?;
+        direct.activity.mark();
+        let mut all = JoinSet::new();
+        for sender in senders {
+            let (step, sender) = (step.clone(), sender.clone());
+            all.spawn_blocking(move || {
+                let done = step(&sender)?;
+                sender.send(&Message::FilesEnd)?;
+                Ok(done)
+            });
+        }
+        let all = tokio::spawn(join_all(all));
+        match self.wait(all, &direct.activity, Bounds::of(READER)).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) | Err(error) => Err(self.reason_for(error).await),
+        }
+    }
+
+    /// Runs a step that writes to one of the connections for files, or to the pipe.
+    ///
+    /// # Errors
+    /// As [`Self::write_files`].
+    pub async fn write_data<T: Send + 'static>(
+        &mut self,
+        step: impl FnOnce(&Writing) -> Result<T, WireError> + Send + 'static,
+    ) -> Result<T> {
+        let first = match self.direct.as_ref().map(|direct| &direct.links) {
+            Some(Links::Sending(senders)) => senders.first().cloned(),
+            _ => None,
+        };
+        let (Some(direct), Some(sender)) = (&self.direct, first) else {
+            return self.write(step).await;
+        };
+        self.interrupt.check()?;
+        direct.activity.mark();
+        let task = tokio::task::spawn_blocking(move || step(&sender));
+        let done = self.wait(task, &direct.activity, Bounds::of(READER)).await;
+        match done.and_then(|done| Ok(done?)) {
+            Ok(done) => Ok(done),
+            Err(error) => Err(self.reason_for(error).await),
+        }
+    }
+
+    /// Receives files: `step` is run for each connection, beside `rest`, which is what the pipe says; or
+    /// once for the pipe, and gives what came after the files.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; the other side's reason, where it has told one.
+    pub async fn read_files(
+        &mut self,
+        step: impl FnMut(&mut Reading) -> Result<Message, WireError> + Clone + Send + 'static,
+    ) -> Result<Message> {
+        let Some(mut direct) = self.direct.take() else {
+            let mut step = step;
+            return self.read(move |receiver| step(receiver)).await;
+        };
+        let Links::Receiving(receivers) = &mut direct.links else {
+            return Err(given_up());
+        };
+        direct.activity.mark();
+        let mut all = JoinSet::new();
+        for mut receiver in std::mem::take(receivers) {
+            let mut step = step.clone();
+            all.spawn_blocking(move || match step(&mut receiver)? {
+                Message::FilesEnd => Ok(()),
+                other => Err(unexpected("the end of the files", &other)),
+            });
+        }
+        let mut all = tokio::spawn(join_all(all));
+        let end = self.receive("the end of the checkpoint").await?;
+        // What comes after it on the pipe needs an answer first.
+        let files = self
+            .wait(&mut all, &direct.activity, Bounds::of("files"))
+            .await;
+        match files {
+            Ok(Ok(_)) => {
+                self.direct = Some(direct);
+                Ok(end)
+            }
+            Ok(Err(error)) | Err(error) => Err(error),
+        }
+    }
+
+    /// What the other side says about it, if it says something; else the error.
+    async fn reason_for(&mut self, error: Error) -> Error {
+        let said = self.receive_within("the other node's reason", FAREWELL, Duration::ZERO);
+        match said.await {
+            Err(reason) if matches!(reason.cause(), Some(WireError::Failed { .. })) => reason,
+            _ => error,
         }
     }
 
@@ -268,7 +444,7 @@ impl Conversation {
     /// Waits for a step within its bounds.
     async fn wait<T>(
         &self,
-        mut task: JoinHandle<T>,
+        mut task: impl Future<Output = Result<T, JoinError>> + Unpin,
         activity: &Activity,
         bounds: Bounds,
     ) -> Result<T> {
@@ -364,6 +540,7 @@ impl Conversation {
     /// Ends the conversation: nothing can be taken back after this, so nobody gives up any more.
     pub fn close(&mut self) {
         self.heartbeat = None;
+        self.direct = None;
         self.sender = None;
         self.receiver = None;
     }
@@ -379,6 +556,15 @@ impl Conversation {
         }
         self.close();
     }
+}
+
+/// Waits for all of them, or for the first that fails.
+async fn join_all<T: 'static>(mut all: JoinSet<Result<T, WireError>>) -> Result<Vec<T>> {
+    let mut done = Vec::new();
+    while let Some(one) = all.join_next().await {
+        done.push(one??);
+    }
+    Ok(done)
 }
 
 fn given_up() -> Error {

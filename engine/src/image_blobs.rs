@@ -77,15 +77,21 @@ pub async fn offer_blobs(
 }
 
 fn offered(descriptor: &Descriptor, info: Info) -> Blob {
-    let is_kept = |label: &String| label.starts_with(GC_REF_CONTENT) || label == UNCOMPRESSED;
     Blob {
         digest: descriptor.digest.clone(),
         size: u64::try_from(info.size).unwrap_or_default(),
         media_type: descriptor.media_type.clone(),
-        labels: info
-            .labels
-            .into_iter()
-            .filter(|(label, _)| is_kept(label))
-            .collect(),
+        labels: tying_labels(info.labels),
     }
+}
+
+/// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or
+/// say where it comes from.
+pub fn tying_labels<M: FromIterator<(String, String)>>(
+    labels: impl IntoIterator<Item = (String, String)>,
+) -> M {
+    let ties = |name: &str| name.starts_with(GC_REF_CONTENT) || name == UNCOMPRESSED;
+    { labels.into_iter() }
+        .filter(|(name, _)| ties(name))
+        .collect()
 }

@@ -5,7 +5,7 @@
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
 //!  send, receive                             <-> checkpoint directory as a stream
-//!  migrate --> conversation --> receive, restore on the other node;  migrate::recover: the end of one that
+//!  migrate --> conversation (pipe), data_channel (TLS) --> receive, restore on the other node;  migrate::recover: the end of one that
 //!  was cut off
 //!  restart_policy: keeps containerd from starting what a migration has frozen
 //!  moved_pods: pods that must not start again where they were
@@ -49,6 +49,7 @@ pub mod check;
 pub mod checkpoint;
 pub mod conditions;
 pub mod conversation;
+pub mod data_channel;
 mod durable_record;
 pub mod error;
 pub mod freeze_guard;

@@ -19,6 +19,7 @@ use transship_checkpoint::wire::WireError;
 use transship_containerd::Containerd;
 
 use crate::conversation::{Conversation, LINK_PATIENCE};
+use crate::data_channel::DataAddress;
 use crate::error::{Context, Error, Kind, Result, one_line};
 use crate::image_blobs;
 use crate::interrupt::Interrupt;
@@ -30,13 +31,15 @@ use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
 mod ask;
-mod joined;
+mod dump_files;
 mod network;
+mod precopy;
 mod record;
 mod recover;
 mod remote;
 mod transaction;
 
+pub use precopy::Bounds as PrecopyBounds;
 pub use record::Pending;
 pub use recover::{Decided, Decision, pending, recover};
 pub use remote::receive_arguments;
@@ -68,6 +71,10 @@ pub struct Request {
     pub max_freeze: Option<Duration>,
     /// How long the link may be silent.
     pub link_patience: Duration,
+    /// What is sent before the freeze.
+    pub precopy: PrecopyBounds,
+    /// Where the other node is to listen for the bulk of the data; none: where it thinks best.
+    pub data_address: Option<DataAddress>,
     /// How it is made on the other node. CRIU's options hold for the dump as well.
     pub target: Target,
 }
@@ -86,6 +93,8 @@ impl Request {
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
             max_freeze: None,
             link_patience: LINK_PATIENCE,
+            precopy: PrecopyBounds::default(),
+            data_address: None,
             target: Target::default(),
         }
     }
@@ -109,6 +118,19 @@ pub const RECORDS: &str = "/var/lib/transship/migrations";
 /// Where the locks of migrations are.
 const LOCKS: &str = "/run/transship/migrations";
 
+/// Processes that came by exec descend from the shim; CRIU dumps what descends from the first one.
+fn check_exec(container: &SourceContainer, may_be_lost: bool) -> Result<()> {
+    let exec = { container.losing.iter() }.find(|found| found.condition.name == "exec");
+    match exec.filter(|_| !may_be_lost) {
+        Some(found) => Err(Error::refused(format!(
+            "{:?} would lose processes: {}; or let it lose them (--allow-lost exec)",
+            container.id(),
+            found.line()
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// Moves a running container to another node.
 ///
 /// # Errors
@@ -122,7 +144,7 @@ pub async fn migrate(
 ) -> Result<Report> {
     let mut container = source::find(node, &request.container, &request.target.criu).await?;
     network::check(&container, request.lose_network)?;
-    joined::check(node, &container, request.lose_joined).await?;
+    check_exec(&container, request.lose_joined)?;
     let record = Record::take(
         Path::new(RECORDS),
         Path::new(LOCKS),

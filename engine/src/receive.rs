@@ -15,15 +15,19 @@
 //! [`Request`]: the sender has no part in it.
 
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
-use transship_checkpoint::wire::{Limits, Message, Outcome, WireError, unexpected};
+use transship_checkpoint::wire::{
+    Arriving, Check, Limits, Message, Outcome, WireError, unexpected,
+};
 use transship_containerd::Containerd;
 
-use crate::conversation::{Conversation, LINK_PATIENCE};
-use crate::error::{Context, Result};
+use crate::conversation::{Conversation, LINK_PATIENCE, Reading};
+use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::restore::Target;
@@ -52,6 +56,8 @@ pub struct Request {
     pub max_size: Option<u64>,
     /// How long the link of a migration may be silent.
     pub link_patience: Duration,
+    /// Addresses of this node at which the source may connect directly; none: it may not.
+    pub data_addresses: Vec<IpAddr>,
 }
 
 impl Default for Request {
@@ -61,6 +67,7 @@ impl Default for Request {
             target: Target::default(),
             max_size: None,
             link_patience: LINK_PATIENCE,
+            data_addresses: Vec::new(),
         }
     }
 }
@@ -104,8 +111,14 @@ pub async fn receive(
                 keep_free: KEEP_FREE,
             };
             let draft = store.draft(&name)?;
-            let mut manifest =
-                receive_files(&mut conversation, draft.dir(), limits, progress).await?;
+            let mut manifest = receive_files(
+                &mut conversation,
+                draft.dir(),
+                limits,
+                Check::Sha256,
+                progress,
+            )
+            .await?;
             manifest.name = name;
             let checkpoint = keep(draft, manifest, Durability::Synced).await?;
             Ok(Received::Checkpoint(Box::new(checkpoint)))
@@ -159,19 +172,34 @@ pub fn comes_from_the_other_side(error: &crate::error::Error) -> bool {
     matches!(error.cause::<WireError>(), Some(WireError::Failed { .. }))
 }
 
-/// Receives the files of a checkpoint into `dir`.
+/// Receives the files of a checkpoint into `dir`, and compares them with its manifest.
 async fn receive_files(
     conversation: &mut Conversation,
     dir: &Path,
     limits: Limits,
+    check: Check,
     progress: &dyn Progress,
 ) -> Result<transship_checkpoint::manifest::Manifest> {
     progress.step("receive");
-    let mut count = progress.counter();
-    let dir = dir.to_path_buf();
-    conversation
-        .read(move |receiver| receiver.receive_files(&dir, &limits, &mut count))
-        .await
+    let count = Arc::new(Mutex::new(progress.counter()));
+    let arriving = Arc::new(Arriving::into_dir(dir, limits, check));
+    let end = {
+        let arriving = Arc::clone(&arriving);
+        let step = move |receiver: &mut Reading| {
+            receiver.receive_files(&arriving, &mut |bytes| {
+                if let Ok(mut count) = count.lock() {
+                    count(bytes);
+                }
+            })
+        };
+        conversation.read_files(step).await?
+    };
+    let arriving =
+        Arc::into_inner(arriving).ok_or_else(|| Error::failed("a file still arrives"))?;
+    match end {
+        Message::End { manifest } => Ok(arriving.compare(&manifest)?),
+        other => Err(unexpected("the end of the checkpoint", &other).into()),
+    }
 }
 
 async fn keep(

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use transship_checkpoint::store::Checkpoint;
-use transship_checkpoint::wire::{Message, Sender};
+use transship_checkpoint::wire::{Check, How, Message, Sender};
 
 use crate::error::Result;
 use crate::progress::Progress;
@@ -24,7 +24,8 @@ pub fn send(checkpoint: &Checkpoint, out: impl Write, progress: &dyn Progress) -
     for (name, files) in manifest.directories() {
         let dir = checkpoint.dir.join(name);
         for file in files {
-            sender.send_file(name, &dir, &file.path, &|| true, &mut *count)?;
+            let mut how = How::whole(Check::Sha256, &mut *count);
+            sender.send_file(name, &dir, &file.path, &mut how)?;
         }
     }
     sender.send(&Message::End {

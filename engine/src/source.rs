@@ -73,6 +73,8 @@ pub struct SourceContainer {
     pub pid: u32,
     /// Tasks that somebody has stopped with a signal.
     pub stopped: Vec<String>,
+    /// What it would lose.
+    pub losing: Vec<Found>,
     /// What CRIU is to look for by its path.
     watched: Vec<String>,
     /// Whether containerd's own dump, with what the front adds by the annotations, has the options
@@ -209,16 +211,16 @@ pub async fn inspect(
         source,
         needs: _,
     } = look(node, record, task, criu).await?;
-    let (hindering, losing): (Vec<&Found>, Vec<&Found>) =
-        found.iter().partition(|found| found.hinders());
+    let (hindering, losing): (Vec<Found>, Vec<Found>) =
+        found.into_iter().partition(|found| found.hinders());
     let reasons = hindering.iter().map(|found| found.line());
     let reasons = reasons.collect::<Vec<_>>().join("; ");
     match source.filter(|_| hindering.is_empty()) {
         Some(source) => {
-            for found in losing {
+            for found in &losing {
                 tracing::warn!("{called}: {}", found.line());
             }
-            Ok(source)
+            Ok(SourceContainer { losing, ..source })
         }
         None => {
             let message = format!("{called} cannot be dumped: {reasons}");
@@ -341,6 +343,7 @@ pub async fn look(
         called: called.clone(),
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
+        losing: Vec::new(),
         watched: seen.watched,
         by_containerd,
         runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
@@ -575,10 +578,15 @@ fn exported_inside(diff: &Path, figures: &Path, took: Duration) -> Result<Layer>
     })
 }
 
+/// Who sends the files of the dump takes one that has its name for whole.
 fn export(stack: &OverlayStack, to: &Path) -> Result<ExportStats> {
-    let file = fs::File::create_new(to).with_context(|| format!("cannot make {}", to.display()))?;
-    export_upperdir_to_file(stack, &file, &ExportOptions::default())
-        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))
+    let part = to.with_extension("part");
+    let file =
+        fs::File::create_new(&part).with_context(|| format!("cannot make {}", part.display()))?;
+    let stats = export_upperdir_to_file(stack, &file, &ExportOptions::default())
+        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))?;
+    fs::rename(&part, to).with_context(|| format!("cannot rename {}", part.display()))?;
+    Ok(stats)
 }
 
 /// What an export has left out, for the manifest.

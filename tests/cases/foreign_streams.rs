@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use transship_checkpoint::wire::PROTOCOL;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
 
+use twox_hash::XxHash3_128;
+
 use crate::Case;
 use crate::foreign_checkpoints::Forgery;
 
@@ -64,20 +66,22 @@ impl Stream {
         self.frame(b'm', json.as_bytes())
     }
 
-    /// The files of the checkpoint `evil`, with their manifest.
+    /// The files of the checkpoint `evil` as a migration brings them: a check after each, and a manifest
+    /// without digests.
     fn files(mut self, node: &Node, manifest: &Value) -> anyhow::Result<Self> {
+        let mut manifest = manifest.clone();
         self = self.message(&json!({"message": "begin", "name": "evil"}));
-        let files = manifest["containers"][0]["files"].as_array();
+        let files = manifest["containers"][0]["files"].as_array_mut();
         for file in files.context("no files")? {
             let path = file["path"].as_str().unwrap_or_default();
             self = self.message(&json!({"message": "file", "path": format!("web/{path}")}));
-            for piece in node
-                .read_file(&format!("{STORE}/evil/web/{path}"))?
-                .chunks(1 << 20)
-            {
+            let content = node.read_file(&format!("{STORE}/evil/web/{path}"))?;
+            for piece in content.chunks(1 << 20) {
                 self = self.frame(b'd', piece);
             }
-            self = self.message(&json!({"message": "file-end"}));
+            let xxh3 = format!("{:032x}", XxHash3_128::oneshot(&content));
+            self = self.message(&json!({"message": "file-end", "xxh3": xxh3}));
+            file["sha256"] = json!("");
         }
         Ok(self.message(&json!({"message": "end", "manifest": manifest})))
     }

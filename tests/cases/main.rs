@@ -48,6 +48,7 @@ mod stale_namespaces;
 mod starts;
 mod stock;
 mod teardown;
+mod upperdir_told;
 mod vm_cgroups;
 mod vm_units;
 
@@ -179,7 +180,8 @@ fn main() -> ExitCode {
         .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
-        .chain(teardown::cases());
+        .chain(teardown::cases())
+        .chain(upperdir_told::cases());
     let in_vm = vm_cgroups::cases()
         .chain(vm_units::cases())
         .chain(programs::vm_cases());

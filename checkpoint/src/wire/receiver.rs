@@ -1,19 +1,23 @@
 //! The receiving half of a stream: every byte of it is hostile.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::mem;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use sha2::{Digest, Sha256};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
 
+use super::check::Running;
+use super::pages::PageStore;
 use super::{
-    ALIVE, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, printable,
-    unexpected,
+    ALIVE, Check, DATA, DATA_LIMIT, KNOWN, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, PAGES,
+    WireError, printable, unexpected,
 };
 use crate::manifest::{self, Manifest, check_name};
-use crate::store::hex;
 
 /// What a file costs beside its content, in bytes: so a stream of empty files has an end as well.
 const FILE_COST: u64 = 4096;
@@ -29,10 +33,12 @@ pub struct Limits {
     pub keep_free: u64,
 }
 
-/// What comes next.
+/// What comes next. Data is in the receiver's buffer.
 enum Frame {
     Message(Message),
-    Data(Vec<u8>),
+    Data,
+    Pages,
+    Known,
 }
 
 /// The receiving half.
@@ -40,127 +46,46 @@ enum Frame {
 pub struct Receiver<R> {
     input: R,
     begun: bool,
+    payload: Vec<u8>,
 }
 
-/// What has been taken of a checkpoint so far.
-struct Taken<'a> {
-    dir: &'a Path,
-    limits: &'a Limits,
+/// What has come of a checkpoint so far, through one stream or several.
+#[derive(Debug)]
+pub struct Arriving {
+    dir: PathBuf,
+    limits: Limits,
+    check: Check,
+    taken: Mutex<Taken>,
+    pages: PageStore,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
     bytes: u64,
     look_at: u64,
+    /// By their paths in the checkpoint.
+    files: BTreeMap<String, manifest::File>,
 }
 
-impl Taken<'_> {
-    fn add(&mut self, bytes: u64) -> Result<(), WireError> {
-        self.bytes = self.bytes.saturating_add(bytes);
-        if self.bytes > self.limits.max_bytes {
-            return Err(WireError::TooLarge {
-                limit: self.limits.max_bytes,
-            });
-        }
-        if self.bytes >= self.look_at {
-            self.look_at = self.bytes.saturating_add(ROOM_INTERVAL);
-            self.check_room()?;
-        }
-        Ok(())
-    }
-
-    fn check_room(&self) -> Result<(), WireError> {
-        let stat = nix::sys::statvfs::statvfs(self.dir).map_err(|errno| WireError::File {
-            act: "ask for the free space of",
-            path: self.dir.to_path_buf(),
-            source: errno.into(),
-        })?;
-        let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-        if free < self.limits.keep_free {
-            return Err(WireError::NoRoom {
-                path: self.dir.to_path_buf(),
-                free,
-                kept: self.limits.keep_free,
-            });
-        }
-        Ok(())
-    }
-}
-
-impl<R: Read> Receiver<R> {
-    /// Receives from `input`.
-    pub fn new(input: R) -> Self {
+impl Arriving {
+    /// Nothing yet, into `dir`, which is empty.
+    pub fn into_dir(dir: impl Into<PathBuf>, limits: Limits, check: Check) -> Self {
         Self {
-            input,
-            begun: false,
-        }
-    }
-
-    /// Receives the next message. `expected` says what should come, for the error.
-    ///
-    /// # Errors
-    /// [`WireError::Failed`] when the other side has given up, [`WireError::Ended`] when it is
-    /// gone.
-    pub fn receive(&mut self, expected: &'static str) -> Result<Message, WireError> {
-        match self.frame(expected)? {
-            Frame::Message(message) => Ok(message),
-            Frame::Data(_) => Err(WireError::Protocol {
-                what: format!("{expected} was expected, data came"),
-            }),
-        }
-    }
-
-    /// Receives the data of `size` bytes piece by piece.
-    ///
-    /// # Errors
-    /// Those of the stream, and those of `sink`.
-    pub fn receive_data(
-        &mut self,
-        size: u64,
-        sink: &mut dyn FnMut(Vec<u8>) -> Result<(), WireError>,
-    ) -> Result<(), WireError> {
-        let mut left = size;
-        while left > 0 {
-            let piece = match self.frame("data")? {
-                Frame::Data(piece) => piece,
-                Frame::Message(other) => return Err(unexpected("data", &other)),
-            };
-            left = left
-                .checked_sub(piece.len() as u64)
-                .ok_or_else(|| WireError::Protocol {
-                    what: "more data than announced".to_owned(),
-                })?;
-            sink(piece)?;
-        }
-        Ok(())
-    }
-
-    /// Receives the files of a checkpoint into `dir`, which is empty, until [`Message::End`], and
-    /// checks them against the manifest.
-    ///
-    /// # Errors
-    /// Anything that is not as announced, or more than `limits`.
-    pub fn receive_files(
-        &mut self,
-        dir: &Path,
-        limits: &Limits,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<Manifest, WireError> {
-        let mut taken = Taken {
-            dir,
+            dir: dir.into(),
             limits,
-            bytes: 0,
-            look_at: 0,
-        };
-        let mut arrived: BTreeMap<String, manifest::File> = BTreeMap::new();
-        let manifest = loop {
-            match self.receive("a file of the checkpoint")? {
-                Message::File { path } => {
-                    taken.add(FILE_COST)?;
-                    // One that came before is there, and is not written to.
-                    let file = self.receive_file(&path, &mut taken, progress)?;
-                    arrived.insert(path, file);
-                }
-                Message::End { manifest } => break manifest,
-                other => return Err(unexpected("a file of the checkpoint", &other)),
-            }
-        };
+            check,
+            taken: Mutex::default(),
+            pages: PageStore::default(),
+        }
+    }
+
+    /// Compares what has come with the manifest that has come last.
+    ///
+    /// # Errors
+    /// [`WireError::Damaged`] names the first file that differs, or a manifest that is none.
+    pub fn compare(self, manifest: &Manifest) -> Result<Manifest, WireError> {
+        let taken = self.taken.into_inner();
+        let mut arrived = taken.unwrap_or_else(PoisonError::into_inner).files;
         // The names inside were not checked by the generic parser.
         let manifest = Manifest::parse(&manifest.to_json())?;
         for (dir, files) in manifest.directories() {
@@ -180,13 +105,147 @@ impl<R: Read> Receiver<R> {
         }
     }
 
+    /// Beside the files, and gone with this.
+    fn unnamed_file(&self) -> Result<File, WireError> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        let file = open(&self.dir, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        file.map(File::from).map_err(|errno| WireError::File {
+            act: "make a file in",
+            path: self.dir.clone(),
+            source: errno.into(),
+        })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        // One that panicked has counted, or has not.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, bytes: u64) -> Result<(), WireError> {
+        let mut taken = self.taken();
+        taken.bytes = taken.bytes.saturating_add(bytes);
+        if taken.bytes > self.limits.max_bytes {
+            return Err(WireError::TooLarge {
+                limit: self.limits.max_bytes,
+            });
+        }
+        if taken.bytes >= taken.look_at {
+            taken.look_at = taken.bytes.saturating_add(ROOM_INTERVAL);
+            drop(taken);
+            self.check_room()?;
+        }
+        Ok(())
+    }
+
+    fn check_room(&self) -> Result<(), WireError> {
+        let stat = nix::sys::statvfs::statvfs(&self.dir).map_err(|errno| WireError::File {
+            act: "ask for the free space of",
+            path: self.dir.clone(),
+            source: errno.into(),
+        })?;
+        let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+        if free < self.limits.keep_free {
+            return Err(WireError::NoRoom {
+                path: self.dir.clone(),
+                free,
+                kept: self.limits.keep_free,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read> Receiver<R> {
+    /// Receives from `input`.
+    pub fn new(input: R) -> Self {
+        Self {
+            input,
+            begun: false,
+            payload: Vec::new(),
+        }
+    }
+
+    /// Receives the next message. `expected` says what should come, for the error.
+    ///
+    /// # Errors
+    /// [`WireError::Failed`] when the other side has given up, [`WireError::Ended`] when it is
+    /// gone.
+    pub fn receive(&mut self, expected: &'static str) -> Result<Message, WireError> {
+        match self.frame(expected)? {
+            Frame::Message(message) => Ok(message),
+            _ => Err(WireError::Protocol {
+                what: format!("{expected} was expected, data came"),
+            }),
+        }
+    }
+
+    /// Receives the data of `size` bytes piece by piece.
+    ///
+    /// # Errors
+    /// Those of the stream, and those of `sink`.
+    pub fn receive_data(
+        &mut self,
+        size: u64,
+        sink: &mut dyn FnMut(Vec<u8>) -> Result<(), WireError>,
+    ) -> Result<(), WireError> {
+        let mut left = size;
+        while left > 0 {
+            let piece = match self.frame("data")? {
+                Frame::Data => mem::take(&mut self.payload),
+                Frame::Message(other) => return Err(unexpected("data", &other)),
+                Frame::Pages | Frame::Known => return Err(misplaced()),
+            };
+            left = left
+                .checked_sub(piece.len() as u64)
+                .ok_or_else(|| WireError::Protocol {
+                    what: "more data than announced".to_owned(),
+                })?;
+            sink(piece)?;
+        }
+        Ok(())
+    }
+
+    /// Receives files of a checkpoint, until another message comes; gives that.
+    ///
+    /// # Errors
+    /// Anything that is not as announced, or more than is taken.
+    pub fn receive_files(
+        &mut self,
+        arriving: &Arriving,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Message, WireError> {
+        loop {
+            let message = match self.frame("a file of the checkpoint")? {
+                Frame::Message(message) => message,
+                Frame::Pages if arriving.check == Check::Xxh3 => {
+                    arriving.add(self.payload.len() as u64)?;
+                    arriving
+                        .pages
+                        .append(&self.payload, || arriving.unnamed_file())?;
+                    progress(self.payload.len() as u64);
+                    continue;
+                }
+                _ => return Err(misplaced()),
+            };
+            match message {
+                Message::File { path } => {
+                    arriving.add(FILE_COST)?;
+                    // One that came before is there, and is not written to.
+                    let file = self.receive_file(&path, arriving, progress)?;
+                    arriving.taken().files.insert(path, file);
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
     fn receive_file(
         &mut self,
         path: &str,
-        taken: &mut Taken<'_>,
+        arriving: &Arriving,
         progress: &mut dyn FnMut(u64),
     ) -> Result<manifest::File, WireError> {
-        let mut full = taken.dir.to_path_buf();
+        let mut full = arriving.dir.clone();
         let mut parts = path.split('/').peekable();
         while let Some(part) = parts.next() {
             check_name("the path in the stream", part)?;
@@ -216,25 +275,36 @@ impl<R: Read> Receiver<R> {
             .mode(0o600)
             .open(&full)
             .map_err(|e| failed("make", e))?;
-        let mut hasher = Sha256::new();
+        let mut hasher = Running::of(arriving.check);
         let mut size = 0;
-        loop {
+        let mut write = |piece: &[u8]| {
+            arriving.add(piece.len() as u64)?;
+            hasher.update(piece);
+            size += piece.len() as u64;
+            file.write_all(piece).map_err(|e| failed("write", e))
+        };
+        let said = loop {
             match self.frame("the rest of a file")? {
-                Frame::Data(piece) => {
-                    taken.add(piece.len() as u64)?;
-                    hasher.update(&piece);
-                    file.write_all(&piece).map_err(|e| failed("write", e))?;
-                    size += piece.len() as u64;
-                    progress(piece.len() as u64);
+                Frame::Data => {
+                    write(&self.payload)?;
+                    progress(self.payload.len() as u64);
                 }
-                Frame::Message(Message::FileEnd) => break,
+                Frame::Known => arriving.pages.resolve(&self.payload, &mut write)?,
+                Frame::Pages => return Err(misplaced()),
+                Frame::Message(Message::FileEnd { xxh3 }) => break xxh3,
                 Frame::Message(other) => return Err(unexpected("the rest of a file", &other)),
             }
+        };
+        let done = hasher.finish();
+        if done.xxh3.is_some() && done.xxh3 != said {
+            return Err(WireError::Damaged {
+                path: path.to_owned(),
+            });
         }
         Ok(manifest::File {
             path: path.to_owned(),
             size,
-            sha256: hex(&hasher.finalize()),
+            sha256: done.sha256,
         })
     }
 
@@ -262,7 +332,7 @@ impl<R: Read> Receiver<R> {
         };
         let limit = match kind {
             MESSAGE => MESSAGE_LIMIT,
-            DATA => DATA_LIMIT,
+            DATA | PAGES | KNOWN => DATA_LIMIT,
             other => {
                 return Err(WireError::Protocol {
                     what: format!("a frame of kind {other:#x}"),
@@ -274,12 +344,17 @@ impl<R: Read> Receiver<R> {
                 what: format!("a frame of {length} bytes"),
             });
         }
-        let mut payload = vec![0; length];
+        let mut payload = mem::take(&mut self.payload);
+        payload.resize(length, 0);
         self.read(&mut payload, expected)?;
-        if kind == DATA {
-            return Ok(Frame::Data(payload));
+        self.payload = payload;
+        match kind {
+            DATA => return Ok(Frame::Data),
+            PAGES => return Ok(Frame::Pages),
+            KNOWN => return Ok(Frame::Known),
+            _ => {}
         }
-        match serde_json::from_slice(&payload) {
+        match serde_json::from_slice(&self.payload) {
             Ok(Message::Failed { reason }) => Err(WireError::Failed {
                 reason: printable(&reason),
             }),
@@ -302,6 +377,12 @@ impl<R: Read> Receiver<R> {
                     source,
                 },
             })
+    }
+}
+
+fn misplaced() -> WireError {
+    WireError::Protocol {
+        what: "data came where none belongs".to_owned(),
     }
 }
 

@@ -1,16 +1,15 @@
 //! The sending half of a stream.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
-
-use super::{ALIVE, DATA, DATA_LIMIT, MAGIC, MESSAGE, Message, WireError};
+use super::check::Running;
+use super::pages::{KnownPages, Part};
+use super::{ALIVE, Check, DATA, DATA_LIMIT, KNOWN, MAGIC, MESSAGE, Message, PAGES, WireError};
 use crate::manifest;
-use crate::store::hex;
 
 /// How long a file that does not grow at the moment is left alone.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(1);
@@ -25,6 +24,41 @@ pub struct Sender<W> {
 struct Out<W> {
     out: W,
     begun: bool,
+}
+
+/// How a file is sent.
+pub struct How<'a> {
+    /// How the other side finds damage.
+    pub check: Check,
+    /// Pages that the other side has, for a file of memory.
+    pub known: Option<&'a KnownPages>,
+    /// Says that the file is whole; until then it is followed while it grows.
+    pub complete: &'a dyn Fn() -> bool,
+    /// Gets the length of each piece.
+    pub progress: &'a mut dyn FnMut(u64),
+    /// Is raised by the bytes that were sent of it.
+    pub sent: u64,
+}
+
+impl std::fmt::Debug for How<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("How")
+            .field("check", &self.check)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> How<'a> {
+    /// A file that is whole.
+    pub fn whole(check: Check, progress: &'a mut dyn FnMut(u64)) -> Self {
+        Self {
+            check,
+            known: None,
+            complete: &|| true,
+            progress,
+            sent: 0,
+        }
+    }
 }
 
 impl<W> Clone for Sender<W> {
@@ -63,8 +97,7 @@ impl<W: Write> Sender<W> {
     }
 
     /// Sends a file of a checkpoint and returns its entry for the manifest. `path` is its path in
-    /// the container's directory `dir`; `progress` gets the length of each piece. A file that is
-    /// still being written is followed until `complete` says that it is whole.
+    /// the container's directory `dir`.
     ///
     /// # Errors
     /// [`WireError::File`] and [`WireError::Stream`].
@@ -73,8 +106,7 @@ impl<W: Write> Sender<W> {
         container: &str,
         dir: &Path,
         path: &str,
-        complete: &dyn Fn() -> bool,
-        progress: &mut dyn FnMut(u64),
+        how: &mut How<'_>,
     ) -> Result<manifest::File, WireError> {
         let full = dir.join(path);
         let failed = |act, source| WireError::File {
@@ -86,30 +118,67 @@ impl<W: Write> Sender<W> {
         self.send(&Message::File {
             path: format!("{container}/{path}"),
         })?;
-        let mut hasher = Sha256::new();
+        let mut hasher = Running::of(how.check);
         let mut buffer = vec![0; DATA_LIMIT];
-        let mut size = 0;
+        // Of the buffer: what has been read, and begins at a page.
+        let (mut size, mut filled) = (0, 0);
         loop {
             // Asked before the read: what was written until then is seen by it.
-            let whole = complete();
-            let read = file.read(&mut buffer).map_err(|e| failed("read", e))?;
-            if read > 0 {
-                hasher.update(&buffer[..read]);
-                self.frame(DATA, &buffer[..read])?;
-                size += read as u64;
-                progress(read as u64);
+            let whole = (how.complete)();
+            let read = file
+                .read(&mut buffer[filled..])
+                .map_err(|e| failed("read", e))?;
+            filled += read;
+            if read > 0 && filled < buffer.len() && how.known.is_some() {
+                // Pages are compared as a whole.
+                continue;
+            }
+            if filled > 0 && (read > 0 || whole) {
+                let piece = &buffer[..filled];
+                hasher.update(piece);
+                let parts = match how.known {
+                    Some(known) => known.split(piece),
+                    None => vec![Part::New(piece)],
+                };
+                how.sent += self.send_parts(parts)?;
+                size += filled as u64;
+                (how.progress)(filled as u64);
+                filled = 0;
             } else if whole {
                 break;
             } else {
                 std::thread::sleep(FOLLOW_INTERVAL);
             }
         }
-        self.send(&Message::FileEnd)?;
+        let done = hasher.finish();
+        self.send(&Message::FileEnd { xxh3: done.xxh3 })?;
         Ok(manifest::File {
             path: path.to_owned(),
             size,
-            sha256: hex(&hasher.finalize()),
+            sha256: done.sha256,
         })
+    }
+
+    /// Gives the bytes that they have.
+    fn send_parts(&self, parts: Vec<Part<'_>>) -> Result<u64, WireError> {
+        let mut sent = 0;
+        for part in parts {
+            let (kind, bytes) = match &part {
+                Part::New(bytes) => (DATA, *bytes),
+                Part::Known(runs) => (KNOWN, runs.as_slice()),
+            };
+            self.frame(kind, bytes)?;
+            sent += bytes.len() as u64;
+        }
+        Ok(sent)
+    }
+
+    /// Sends pages that the other side shall keep.
+    ///
+    /// # Errors
+    /// [`WireError::Stream`].
+    pub fn send_pages(&self, pages: &[u8]) -> Result<(), WireError> {
+        { pages.chunks(DATA_LIMIT) }.try_for_each(|piece| self.frame(PAGES, piece))
     }
 
     /// Sends a piece of a blob, of any length.
@@ -135,10 +204,9 @@ impl<W: Write> Sender<W> {
         header.push(kind);
         header.extend_from_slice(&length.to_le_bytes());
         let out = &mut half.out;
-        out.write_all(&header)
-            .and_then(|()| out.write_all(payload))
+        write_both(out, &header, payload)
             .and_then(|()| match kind {
-                DATA => Ok(()),
+                DATA | PAGES | KNOWN => Ok(()),
                 _ => out.flush(),
             })
             .map_err(|source| WireError::Stream {
@@ -146,4 +214,19 @@ impl<W: Write> Sender<W> {
                 source,
             })
     }
+}
+
+/// Writes both, in one call where that can be: each call wakes who reads.
+fn write_both(out: &mut impl Write, header: &[u8], payload: &[u8]) -> io::Result<()> {
+    let mut pieces = [IoSlice::new(header), IoSlice::new(payload)];
+    let mut left: &mut [IoSlice<'_>] = &mut pieces;
+    while left.iter().any(|piece| !piece.is_empty()) {
+        match out.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut left, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }

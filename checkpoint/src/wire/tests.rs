@@ -21,7 +21,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
     for path in ["checkpoint/pages-1.img", "spec.dump"] {
         files.push(
             sender
-                .send_file("c", dir, path, &|| true, &mut |_| {})
+                .send_file("c", dir, path, &mut How::whole(Check::Sha256, &mut |_| {}))
                 .unwrap(),
         );
     }
@@ -59,12 +59,24 @@ fn source_dir() -> tempfile::TempDir {
     dir
 }
 
+fn receive_all(
+    receiver: &mut Receiver<&[u8]>,
+    dir: &Path,
+    limits: Limits,
+) -> Result<Manifest, WireError> {
+    let arriving = Arriving::into_dir(dir, limits, Check::Sha256);
+    match receiver.receive_files(&arriving, &mut |_| {})? {
+        Message::End { manifest } => arriving.compare(&manifest),
+        other => Err(unexpected("the end", &other)),
+    }
+}
+
 fn receive(stream: &[u8]) -> (tempfile::TempDir, Result<Manifest, WireError>) {
     let target = tempfile::tempdir().unwrap();
     let mut receiver = Receiver::new(stream);
     let received = receiver
         .receive("a checkpoint")
-        .and_then(|_| receiver.receive_files(target.path(), &LIMITS, &mut |_| {}));
+        .and_then(|_| receive_all(&mut receiver, target.path(), LIMITS));
     (target, received)
 }
 
@@ -130,7 +142,7 @@ fn the_same_file_twice_is_refused() {
     for _ in 0..2 {
         sender.send(&Message::File { path: "c/f".into() }).unwrap();
         sender.send_data(b"x").unwrap();
-        sender.send(&Message::FileEnd).unwrap();
+        sender.send(&Message::FileEnd { xxh3: None }).unwrap();
     }
     let error = receive(&stream).1.unwrap_err();
     assert!(
@@ -178,8 +190,13 @@ fn a_file_that_still_grows_is_followed() {
     };
     let mut stream = Vec::new();
     let sender = Sender::new(&mut stream);
+    let mut ignored = |_| {};
+    let mut how = How {
+        complete: &complete,
+        ..How::whole(Check::Sha256, &mut ignored)
+    };
     let file = sender
-        .send_file("c", dir.path(), "pages-1.img", &complete, &mut |_| {})
+        .send_file("c", dir.path(), "pages-1.img", &mut how)
         .unwrap();
     assert_eq!(file.size, 9);
     assert_eq!(file.sha256, hex(&Sha256::digest(b"begin end")));
@@ -197,7 +214,7 @@ fn a_stream_ends_at_the_limits() {
         let target = tempfile::tempdir().unwrap();
         let mut receiver = Receiver::new(&stream[..]);
         receiver.receive("a checkpoint").unwrap();
-        receiver.receive_files(target.path(), &limits, &mut |_| {})
+        receive_all(&mut receiver, target.path(), limits)
     };
     assert!(received(limits(4 << 20, 0)).is_ok());
     let error = received(limits(1 << 20, 0)).unwrap_err();
@@ -236,4 +253,88 @@ fn an_offer_of_an_earlier_program_is_read_as_such() {
         panic!("no offer");
     };
     assert_eq!(offer.protocol, 0);
+}
+
+#[test]
+fn a_file_of_a_migration_brings_its_own_check() {
+    let source = source_dir();
+    let mut stream = Vec::new();
+    let sender = Sender::new(&mut stream);
+    let path = "checkpoint/pages-1.img";
+    let sent = sender.send_file(
+        "c",
+        source.path(),
+        path,
+        &mut How::whole(Check::Xxh3, &mut |_| {}),
+    );
+    assert_eq!(sent.unwrap().sha256, "");
+    sender.send(&Message::FilesEnd).unwrap();
+    let receive = |stream: &[u8]| {
+        let target = tempfile::tempdir().unwrap();
+        let arriving = Arriving::into_dir(target.path(), LIMITS, Check::Xxh3);
+        Receiver::new(stream).receive_files(&arriving, &mut |_| {})
+    };
+    assert_eq!(receive(&stream).unwrap(), Message::FilesEnd);
+    let middle = stream.len() / 2;
+    stream[middle] ^= 1;
+    let error = receive(&stream).unwrap_err();
+    assert!(matches!(error, WireError::Damaged { .. }), "{error}");
+    // A sender that leaves it out is no migration's.
+    let mut stream = Vec::new();
+    let sender = Sender::new(&mut stream);
+    sender.send(&Message::File { path: "c/f".into() }).unwrap();
+    sender.send(&Message::FileEnd { xxh3: None }).unwrap();
+    let error = receive(&stream).unwrap_err();
+    assert!(matches!(error, WireError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn pages_that_are_there_are_not_sent_again() {
+    let source = tempfile::tempdir().unwrap();
+    let memory: Vec<u8> = (0..700u32)
+        .flat_map(|at| [(at % 251).to_le_bytes()[0]; PAGE])
+        .collect();
+    fs::write(
+        source.path().join("pages-1.img"),
+        [&memory[..], b"end"].concat(),
+    )
+    .unwrap();
+    let mut known = KnownPages::new(1);
+    let mut stream = Vec::new();
+    let sender = Sender::new(&mut stream);
+    let mut new = Vec::new();
+    for page in memory.chunks(PAGE).take(200) {
+        if known.offer(page) {
+            new.extend_from_slice(page);
+        }
+    }
+    sender.send_pages(&new).unwrap();
+    let mut ignored = |_| {};
+    let mut how = How {
+        known: Some(&known),
+        ..How::whole(Check::Xxh3, &mut ignored)
+    };
+    let sent = sender.send_file("c", source.path(), "pages-1.img", &mut how);
+    let size = sent.unwrap().size;
+    sender.send(&Message::FilesEnd).unwrap();
+    drop(sender);
+    assert!(stream.len() < 400 * PAGE, "{}", stream.len());
+    let receive = |check| {
+        let target = tempfile::tempdir().unwrap();
+        let arriving = Arriving::into_dir(target.path(), LIMITS, check);
+        let end = Receiver::new(&stream[..]).receive_files(&arriving, &mut |_| {});
+        (target, end)
+    };
+    let (target, end) = receive(Check::Xxh3);
+    assert_eq!(end.unwrap(), Message::FilesEnd);
+    let came = fs::read(target.path().join("c/pages-1.img")).unwrap();
+    assert_eq!(
+        (came.len() as u64, &came[..memory.len()]),
+        (size, &memory[..])
+    );
+    // A checkpoint that is kept is read as it lies.
+    assert!(matches!(
+        receive(Check::Sha256).1,
+        Err(WireError::Protocol { .. })
+    ));
 }

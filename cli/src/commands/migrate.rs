@@ -3,7 +3,7 @@
 use serde::Serialize;
 use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
-use transship_engine::migrate::{self, Request};
+use transship_engine::migrate::{self, PrecopyBounds, Request};
 use transship_engine::timeline::{Report, human_bytes};
 
 use super::{connect, print, store};
@@ -53,6 +53,11 @@ fn request(args: MigrateArgs) -> Request {
         dump_patience: args.dump.patience(),
         max_freeze: args.freeze.max_freeze,
         link_patience: args.link.patience(),
+        precopy: PrecopyBounds {
+            rounds: args.max_precopy_rounds,
+            time: (args.max_precopy_time).unwrap_or(PrecopyBounds::default().time),
+        },
+        data_address: args.data_address,
         target: args.target.target(args.criu.overrides()),
         ..Request::new(args.container, args.to)
     }

@@ -1,8 +1,10 @@
 //! `transship receive`: a checkpoint, or the target of a migration, on stdin.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
 
+use transship_engine::data_channel::DataAddress;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::receive::{self, Received, Request, comes_from_the_other_side};
 use transship_engine::restore::allowed_by_node;
@@ -26,6 +28,7 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<ExitCode> 
         target,
         max_size: args.max_size,
         link_patience: args.link.patience(),
+        data_addresses: data_addresses(args.data_address),
     };
     let store = store();
     // The other side shows how far it is.
@@ -47,4 +50,14 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<ExitCode> 
         Err(error) => return Err(error),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// sshd says by which address it has been reached: "client port server port".
+fn data_addresses(said: Option<DataAddress>) -> Vec<IpAddr> {
+    let by_ssh = || {
+        let connection = std::env::var("SSH_CONNECTION").ok()?;
+        connection.split(' ').nth(2)?.parse().ok()
+    };
+    let address = said.map_or_else(by_ssh, DataAddress::address);
+    address.into_iter().collect()
 }

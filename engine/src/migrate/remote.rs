@@ -1,8 +1,10 @@
 //! The command that leads to the other node, and `transship receive` there.
 
+use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::Process;
@@ -15,6 +17,8 @@ use crate::error::{Context, Error, Kind, Result};
 /// How long the command may take to end by itself.
 const END_PATIENCE: u32 = 100;
 const END_LOOK: Duration = Duration::from_millis(50);
+/// Bytes of a pipe to the command.
+const PIPE: i32 = 1 << 20;
 
 /// The running command.
 #[derive(Debug)]
@@ -39,6 +43,13 @@ impl Remote {
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("cannot run {to:?}"))?;
+        for pipe in [
+            child.stdin.as_ref().map(AsFd::as_fd),
+            child.stdout.as_ref().map(AsFd::as_fd),
+        ] {
+            // A frame in one go, where that much is allowed; each switch between two programs costs time.
+            let _ = pipe.map(|pipe| fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE)));
+        }
         Ok(Self { child })
     }
 
@@ -108,6 +119,7 @@ pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
     ] {
         words.extend(value.iter().map(|value| format!("--{flag}={value}")));
     }
+    words.extend({ request.data_address.iter() }.map(|at| format!("--data-address={at}")));
     if target.new_namespaces {
         words.push("--new-namespaces".to_owned());
     }

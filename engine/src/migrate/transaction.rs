@@ -1,25 +1,27 @@
 //! The talk with the target, step by step.
 
-use std::fs;
-use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::time::Instant;
-use transship_checkpoint::manifest::{Container, IMAGES_DIR, Shared};
-use transship_checkpoint::store::{Draft, Store, list_files};
-use transship_checkpoint::wire::{Message, Offer, Outcome, PROTOCOL, unexpected};
+use transship_checkpoint::manifest::{Container, Shared};
+use transship_checkpoint::store::{Draft, Store};
+use transship_checkpoint::wire::{
+    Check, DataPlace, How, KnownPages, Message, Offer, Outcome, PROTOCOL, unexpected,
+};
 use transship_containerd::{Containerd, unique};
 
 use super::ask::Question;
+use super::dump_files::{DumpFiles, is_memory};
+use super::precopy::{Rounds, go_through, seed};
 use super::record::{Pending, Record};
 use super::recover::undecided;
 use super::{Request, end_source, is_refusal_of_target, remove_source, resume_source};
 use crate::conversation::Conversation;
+use crate::data_channel::Identity;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, at_most};
 use crate::image_blobs::offer_blobs;
@@ -69,6 +71,12 @@ impl Transaction<'_> {
         self.offer().await?;
         let name = format!("migration-{}-{}", self.container.id(), unique());
         let draft = self.store.draft(&name)?;
+        self.conversation
+            .send(Message::Begin {
+                name: draft.name().to_owned(),
+            })
+            .await?;
+        let known = Arc::new(self.send_memory().await?);
         self.interrupt.check()?;
         self.timeline.freeze();
         let began = Instant::now();
@@ -79,7 +87,7 @@ impl Transaction<'_> {
             }
         };
         let most = self.request.max_freeze;
-        if let Err(error) = at_most(most, began, self.move_and_record(&draft)).await {
+        if let Err(error) = at_most(most, began, self.move_and_record(&draft, known)).await {
             frozen.wait_for_dump().await;
             let thawed = frozen.thaw().await;
             let error = resume_source(self.node, self.container, thawed, error).await;
@@ -90,14 +98,44 @@ impl Transaction<'_> {
         self.commit(frozen.commit()).await
     }
 
+    /// Sends memory while the container runs, and gives what the target has of it.
+    async fn send_memory(&mut self) -> Result<KnownPages> {
+        let mut known = KnownPages::new(seed()?);
+        let mut rounds = Rounds::within(self.request.precopy);
+        let from = self.timeline.now();
+        while rounds.go_on() {
+            self.progress.bytes("memory, while it runs", self.estimate);
+            let pids = self.node.pids(self.container.id()).await?;
+            let mut count = self.progress.counter();
+            let (back, pages) = self
+                .conversation
+                .write_data(move |sender| {
+                    let pages = go_through(&pids, &mut known, &mut |pages| {
+                        count(pages.len() as u64);
+                        sender.send_pages(pages)
+                    })?;
+                    Ok((known, pages))
+                })
+                .await?;
+            known = back;
+            rounds.add(pages);
+        }
+        if rounds.done > 0 {
+            self.timeline.step("precopy", from, Some(rounds.bytes));
+            self.timeline.note(format!("{} rounds", rounds.done));
+            self.bytes += rounds.bytes;
+        }
+        Ok(known)
+    }
+
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
         restart_policy::suspend(self.node, self.container.id()).await?;
         let tasks = vec![self.container.to_freeze()];
         Frozen::freeze(self.node, tasks, Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft) -> Result<()> {
-        self.move_frozen(draft).await?;
+    async fn move_and_record(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<()> {
+        self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
         self.record.write(&self.pending)
@@ -114,7 +152,9 @@ impl Transaction<'_> {
         self.estimate = self.container.estimate(self.node).await?;
         let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
         let spec = String::from_utf8(self.container.spec.clone());
+        let identity = Arc::new(Identity::new()?);
         let offer = Offer {
+            key: identity.public().to_owned(),
             protocol: PROTOCOL,
             migration: self.pending.migration.clone(),
             node: self.node.server_id().await?,
@@ -128,8 +168,8 @@ impl Transaction<'_> {
             .send(Message::Offer(Box::new(offer)))
             .await?;
         self.conversation.watch(self.request.link_patience)?;
-        let needed = match self.conversation.receive("the target's answer").await? {
-            Message::Need { digests } => digests,
+        let (needed, place) = match self.conversation.receive("the target's answer").await? {
+            Message::Need { digests, direct } => (digests, direct),
             other => return Err(unexpected("the target's answer", &other).into()),
         };
         let mut bytes = 0;
@@ -137,7 +177,8 @@ impl Transaction<'_> {
             self.send_blob(&blob.digest, blob.size).await?;
             bytes += blob.size;
         }
-        self.conversation.send(Message::ImageEnd).await?;
+        let direct = self.connect(identity, place).await?;
+        self.conversation.send(Message::ImageEnd { direct }).await?;
         match self
             .conversation
             .receive("the target to have the image")
@@ -152,6 +193,32 @@ impl Transaction<'_> {
         }
         self.bytes += bytes;
         Ok(())
+    }
+
+    /// Connects directly, if the target can be reached so; gives the number of connections.
+    async fn connect(
+        &mut self,
+        identity: Arc<Identity>,
+        place: Option<DataPlace>,
+    ) -> Result<usize> {
+        let Some(DataPlace { addresses, key }) = place else {
+            return Ok(0);
+        };
+        let connecting = move || identity.connect(&addresses, &key);
+        match tokio::task::spawn_blocking(connecting).await? {
+            Ok(connections) => {
+                let count = connections.count();
+                self.conversation.send_files_through(connections)?;
+                Ok(count)
+            }
+            Err(error) => {
+                tracing::info!(
+                    "no direct connection, all goes through the command: {}",
+                    error.one_line()
+                );
+                Ok(0)
+            }
+        }
     }
 
     async fn send_blob(&mut self, digest: &str, size: u64) -> Result<()> {
@@ -171,8 +238,8 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft) -> Result<()> {
-        let container = self.dump_and_send(draft).await?;
+    async fn move_frozen(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<()> {
+        let container = self.dump_and_send(draft, known).await?;
         let manifest = source::manifest(
             self.node,
             draft.name(),
@@ -224,62 +291,57 @@ impl Transaction<'_> {
         }
     }
 
-    /// Dumps the container and sends its files; the pages, which are most of it, while CRIU still
+    /// Dumps the container and sends its files; those of memory, which are most of it, while CRIU still
     /// writes them.
-    async fn dump_and_send(&mut self, draft: &Draft) -> Result<Container> {
+    async fn dump_and_send(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<Container> {
         let from = self.timeline.now();
         let mut container = self.container.container.clone();
         let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
         self.progress.bytes("dump and transfer", self.estimate);
-        self.conversation
-            .send(Message::Begin {
-                name: draft.name().to_owned(),
-            })
-            .await?;
-
-        let dumped = SetAtEnd(Arc::new(AtomicBool::new(false)));
+        let files = Arc::new(DumpFiles::of(&dir, !container.criu.link_remap));
+        let count = Arc::new(Mutex::new(self.progress.counter()));
         let follow = {
-            let (name, dir, dumped) = (name.clone(), dir.clone(), Arc::clone(&dumped.0));
-            let mut count = self.progress.counter();
-            self.conversation.write(move |sender| {
-                let complete = || dumped.load(Ordering::Acquire);
-                match first_pages(&dir, &complete) {
-                    Some(path) => sender
-                        .send_file(&name, &dir, &path, &complete, &mut count)
-                        .map(Some),
-                    None => Ok(None),
+            let (name, dir, files) = (name.clone(), dir.clone(), Arc::clone(&files));
+            self.conversation.write_files(move |sender| {
+                let (mut sent, mut bytes) = (Vec::new(), 0);
+                while let Some(path) = files.next() {
+                    let mut how = How {
+                        check: Check::Xxh3,
+                        known: is_memory(&path).then_some(&*known),
+                        complete: &|| files.is_whole(&path),
+                        progress: &mut |bytes| {
+                            if let Ok(mut count) = count.lock() {
+                                count(bytes);
+                            }
+                        },
+                        sent: 0,
+                    };
+                    sent.push(sender.send_file(&name, &dir, &path, &mut how)?);
+                    bytes += how.sent;
                 }
+                Ok((sent, bytes))
             })
         };
         let dump = async {
+            let end = SetAtEnd(&files);
             let result = self
                 .container
                 .dump(self.node, draft.dir(), self.request.dump_patience)
                 .await;
-            drop(dumped);
+            end.set(result.is_ok());
             result
         };
         let (dump, followed) = tokio::join!(dump, follow);
         let Dumped { criu, upperdir } = dump?;
-        container.files.extend(followed?);
+        let (files, bytes): (Vec<_>, Vec<u64>) = followed?.into_iter().unzip();
+        container.files = files.into_iter().flatten().collect();
+        let bytes = bytes.iter().sum();
         container.losses = upperdir.losses;
         self.timeline.step_of("dump", from, criu, None);
         self.timeline
             .step_of("upperdir", from, upperdir.took, Some(upperdir.bytes));
         self.interrupt.check()?;
 
-        for path in list_files(&dir)? {
-            if container.files.iter().any(|sent| sent.path == path) {
-                continue;
-            }
-            let (name, dir, mut count) = (name.clone(), dir.clone(), self.progress.counter());
-            let file = self
-                .conversation
-                .write(move |sender| sender.send_file(&name, &dir, &path, &|| true, &mut count))
-                .await?;
-            container.files.push(file);
-        }
-        let bytes = container.files.iter().map(|file| file.size).sum();
         self.timeline.step("transfer", from, Some(bytes));
         self.bytes += bytes;
         Ok(container)
@@ -425,11 +487,18 @@ impl Transaction<'_> {
 }
 
 /// Tells who follows the dump that it has ended, whatever has ended it.
-struct SetAtEnd(Arc<AtomicBool>);
+struct SetAtEnd<'a>(&'a DumpFiles);
 
-impl Drop for SetAtEnd {
+impl SetAtEnd<'_> {
+    fn set(self, well: bool) {
+        self.0.ended(well);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for SetAtEnd<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        self.0.ended(false);
     }
 }
 
@@ -454,23 +523,5 @@ impl Drop for ProcessGroup {
             // One that has ended meanwhile is as good.
             let _ = killpg(group, Signal::SIGKILL);
         }
-    }
-}
-
-/// Waits for the first file of memory pages and gives its path in the container's directory; none
-/// when the dump ends without one.
-fn first_pages(dir: &Path, complete: &dyn Fn() -> bool) -> Option<String> {
-    loop {
-        let whole = complete();
-        let names = fs::read_dir(dir.join(IMAGES_DIR))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        let pages = names.find(|name| name.starts_with("pages-"));
-        if pages.is_some() || whole {
-            return pages.map(|name| format!("{IMAGES_DIR}/{name}"));
-        }
-        std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,18 +1,18 @@
 //! The image of a container that is migrated here: blobs and layers, which are garbage until the copy
 //! runs, and then the record.
 
-use std::collections::HashMap;
-
 use containerd_client::types::Descriptor;
 use tokio::sync::mpsc;
-use transship_checkpoint::wire::{Blob, Message, Offer, unexpected};
+use tokio::task::JoinHandle;
+use transship_checkpoint::wire::{Blob, DataPlace, Message, Offer, unexpected};
 use transship_containerd::Containerd;
-use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
 use crate::conversation::Conversation;
+use crate::data_channel::Connections;
 use crate::error::{Context, Error, Result};
+use crate::image_blobs::tying_labels;
 
 /// What an image is called that was made out of snapshots.
 const REBUILT: &str = "transship/rebuilt";
@@ -28,6 +28,7 @@ pub(super) async fn receive(
     conversation: &mut Conversation,
     offer: &Offer,
     snapshotter: &str,
+    listening: Option<Listening>,
 ) -> Result<String> {
     let image = &offer.container.image;
     let mut missing = Vec::new();
@@ -41,9 +42,11 @@ pub(super) async fn receive(
             }
         }
     }
+    let (direct, accepting) = listening.unzip();
     conversation
         .send(Message::Need {
             digests: missing.clone(),
+            direct,
         })
         .await?;
     loop {
@@ -62,7 +65,14 @@ pub(super) async fn receive(
                 missing.swap_remove(at);
                 receive_blob(node, conversation, blob).await?;
             }
-            Message::ImageEnd => break,
+            Message::ImageEnd { direct: 0 } => break,
+            Message::ImageEnd { .. } => {
+                let accepting = accepting.ok_or_else(|| {
+                    Error::failed("the source has connected directly, where nobody has listened")
+                })?;
+                conversation.receive_files_through(accepting.await??);
+                break;
+            }
             other => return Err(unexpected("the image", &other).into()),
         }
     }
@@ -83,6 +93,9 @@ pub(super) async fn receive(
         .context("the image that was offered cannot be unpacked")?;
     Ok(chain.to_owned())
 }
+
+/// Where the source may connect directly, and the wait for it.
+pub(super) type Listening = (DataPlace, JoinHandle<Result<Connections>>);
 
 /// Chain id of the layers that are offered.
 fn offered_chain(offer: &Offer) -> &str {
@@ -107,7 +120,9 @@ async fn receive_blob(
 ) -> Result<()> {
     let (size, digest) = (blob.size, blob.digest.as_str());
     let (pieces, queue) = mpsc::channel(4);
-    let write = node.write_blob(digest, size, kept_labels(blob), queue);
+    // The source has no part in which labels are written here.
+    let labels = tying_labels(blob.labels.clone());
+    let write = node.write_blob(digest, size, labels, queue);
     let read = conversation.read(move |receiver| {
         receiver.receive_data(size, &mut |piece| {
             // A writer that has gone says why by itself; the stream is read to the end.
@@ -118,14 +133,6 @@ async fn receive_blob(
     let (written, read) = tokio::join!(write, read);
     read?;
     Ok(written?)
-}
-
-/// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or
-/// say where it comes from.
-fn kept_labels(blob: &Blob) -> HashMap<String, String> {
-    let kept = |name: &str| name.starts_with(GC_REF_CONTENT) || name == UNCOMPRESSED;
-    let labels = blob.labels.clone().into_iter();
-    labels.filter(|(name, _)| kept(name)).collect()
 }
 
 /// What the image is called here.
@@ -231,6 +238,8 @@ impl ImageName {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
     #[test]
@@ -254,16 +263,8 @@ mod tests {
             "containerd.io/uncompressed",
             "containerd.io/distribution.source.docker.io",
         ];
-        let blob = Blob {
-            digest: "sha256:0".into(),
-            size: 0,
-            media_type: String::new(),
-            labels: names
-                .iter()
-                .map(|name| ((*name).into(), "x".into()))
-                .collect(),
-        };
-        let mut kept: Vec<_> = kept_labels(&blob).into_keys().collect();
+        let labels = names.map(|name| (name.to_owned(), "x".to_owned()));
+        let mut kept: Vec<_> = tying_labels::<HashMap<_, _>>(labels).into_keys().collect();
         kept.sort_unstable();
         assert_eq!(
             kept,

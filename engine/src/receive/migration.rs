@@ -1,24 +1,28 @@
 //! The target's side of a migration, from the offer to the moment when the source may be removed.
 
+use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
 use transship_checkpoint::manifest::{Container, Manifest, SPEC_FILE, check_name};
-use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
-use transship_checkpoint::wire::{Limits, Message, Offer, PROTOCOL, printable, unexpected};
+use transship_checkpoint::store::{Checkpoint, Durability, Store};
+use transship_checkpoint::wire::{
+    Check, DataPlace, Limits, Message, Offer, PROTOCOL, printable, unexpected,
+};
 use transship_containerd::{Containerd, unique};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
 use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle};
 use crate::conversation::Conversation;
+use crate::data_channel::Identity;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::restore::{self, LEASE, Plan, Restored};
 use crate::timeline::human_bytes;
 
-/// What memory may grow between the offer and the freeze, in bytes, beside the double of it.
+/// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
 const SLACK: u64 = 1 << 30;
 
 /// How long an interrupt waits until the source knows that the copy runs.
@@ -86,12 +90,12 @@ async fn check_offer(
     }
     let spec = offer.spec.as_bytes();
     let plan = restore::plan(node, &offer.container, spec, &request.target).await?;
-    // Twice: the checkpoint, and the upperdir filled from it.
+    // Three times: memory that comes before the freeze, the checkpoint, and the upperdir filled from it.
     let blobs = offer
         .blobs
         .iter()
         .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
-    let needed = offer.estimate.saturating_mul(2);
+    let needed = offer.estimate.saturating_mul(3);
     let most = request.max_size.unwrap_or(u64::MAX);
     if offer.estimate.saturating_add(blobs) > most {
         return Err(Error::refused(format!(
@@ -133,7 +137,8 @@ async fn take(
     (interrupt, progress): (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
     progress.step("image");
-    let chain = image::receive(node, conversation, offer, &plan.snapshotter).await?;
+    let listening = listen(offer, &request.data_addresses);
+    let chain = image::receive(node, conversation, offer, &plan.snapshotter, listening).await?;
     let name = image::choose_name(node, offer, &chain, &request.target.allowed).await?;
     plan.set_image(&name.name, &chain);
     conversation.send(Message::Ready).await?;
@@ -147,8 +152,10 @@ async fn take(
         max_bytes: most_bytes(offer, request),
         keep_free: KEEP_FREE,
     };
-    let stream = receive_files(conversation, draft.dir(), limits, progress).await?;
-    let manifest = as_offered(offer, stream, draft.name())?;
+    let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
+    let spec = draft.dir().join(&offer.container.name).join(SPEC_FILE);
+    let spec = fs::read(&spec).with_context(|| format!("cannot read {}", spec.display()))?;
+    let manifest = as_offered(offer, stream, &spec, draft.name())?;
     let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
     let name_here = checkpoint.manifest.name.clone();
     let arrival = Arrival {
@@ -194,14 +201,35 @@ async fn take(
     Ok(Received::Migrated { container, pid })
 }
 
+/// Waits for the source to connect directly; none where it cannot be waited for.
+fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Listening> {
+    if addresses.is_empty() || offer.key.is_empty() {
+        return None;
+    }
+    let listening = || {
+        let identity = Identity::new()?;
+        let listener = identity.listen(addresses, &offer.key)?;
+        let place = DataPlace {
+            addresses: listener.addresses()?,
+            key: identity.public().to_owned(),
+        };
+        Ok((place, tokio::task::spawn_blocking(|| listener.accept())))
+    };
+    let listening: Result<_> = listening();
+    let told = listening.inspect_err(|error| {
+        tracing::info!("no direct connection: {}", error.one_line());
+    });
+    told.ok()
+}
+
 fn most_bytes(offer: &Offer, request: &Request) -> u64 {
-    let expected = offer.estimate.saturating_mul(2).saturating_add(SLACK);
+    let expected = offer.estimate.saturating_mul(3).saturating_add(SLACK);
     request.max_size.map_or(expected, |most| most.min(expected))
 }
 
 /// What was checked is what is used: the container and the spec are those of the offer, the stream
 /// has brought files.
-fn as_offered(offer: &Offer, stream: Manifest, name: &str) -> Result<Manifest> {
+fn as_offered(offer: &Offer, stream: Manifest, spec: &[u8], name: &str) -> Result<Manifest> {
     let differs = |what: &str| {
         Error::failed(format!(
             "{what} of the stream is not the one that was offered"
@@ -220,8 +248,7 @@ fn as_offered(offer: &Offer, stream: Manifest, name: &str) -> Result<Manifest> {
     if *container != offered || stream.pod.is_some() || !stream.shared.is_empty() {
         return Err(differs("the container"));
     }
-    let spec = files.iter().find(|file| file.path == SPEC_FILE);
-    if spec.is_none_or(|file| file.sha256 != hex(&Sha256::digest(offer.spec.as_bytes()))) {
+    if spec != offer.spec.as_bytes() {
         return Err(differs(SPEC_FILE));
     }
     Ok(Manifest {
@@ -280,15 +307,16 @@ mod tests {
             architecture: "x86_64".into(),
             blobs: Vec::new(),
             estimate: u64::MAX,
+            key: String::new(),
         }
     }
 
-    fn stream(spec: &str) -> Manifest {
+    fn stream() -> Manifest {
         let mut container = offer().container;
         container.files = vec![File {
             path: SPEC_FILE.into(),
             size: 2,
-            sha256: hex(&Sha256::digest(spec.as_bytes())),
+            sha256: String::new(),
         }];
         let format = Format {
             version: 1,
@@ -308,10 +336,10 @@ mod tests {
 
     #[test]
     fn a_stream_brings_files_and_nothing_else() {
-        let taken = as_offered(&offer(), stream("{}"), "here").unwrap();
+        let taken = as_offered(&offer(), stream(), b"{}", "here").unwrap();
         assert_eq!(taken.name, "here");
         assert_eq!(taken.containers[0].files.len(), 1);
-        assert!(as_offered(&offer(), stream("{ }"), "here").is_err());
+        assert!(as_offered(&offer(), stream(), b"{ }", "here").is_err());
         let changes: [fn(&mut Manifest); 4] = [
             |it| it.containers[0].criu.ext_unix_sk = true,
             |it| it.pod = Some(Default::default()),
@@ -319,9 +347,9 @@ mod tests {
             |it| it.shared.shm.push("web".into()),
         ];
         for change in changes {
-            let mut other = stream("{}");
+            let mut other = stream();
             change(&mut other);
-            let error = as_offered(&offer(), other, "here").unwrap_err();
+            let error = as_offered(&offer(), other, b"{}", "here").unwrap_err();
             assert!(error.to_string().contains("offered"), "{error}");
         }
     }

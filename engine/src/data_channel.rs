@@ -1,0 +1,514 @@
+//! A direct, encrypted connection between the two nodes of a migration, for the bulk of the data.
+//!
+//! ```text
+//!  source                                          target
+//!   Identity ──public key, in Offer─────────────>   Identity
+//!            <──public key, addresses, in Need───   Listener (an address of its own, any port)
+//!   connect ══ STREAMS × TLS 1.3 over TCP ══════>   accept
+//! ```
+//!
+//! Each side proves the key that it has named over the command's channel, and takes no other: raw public
+//! keys (RFC 7250), made for one migration. Nobody else gets further than the handshake, and the listener
+//! is gone as soon as the source has come, or after [`PATIENCE`]. Where the other node cannot be reached
+//! directly, the command's pipe carries everything.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use data_encoding::BASE64;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ring::rand::SystemRandom;
+use ring::signature::Ed25519KeyPair;
+use rustls::client::AlwaysResolvesClientRawPublicKeys;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::verify_tls13_signature_with_raw_key;
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring as provider};
+use rustls::pki_types::{
+    CertificateDer, PrivatePkcs8KeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
+};
+use rustls::server::AlwaysResolvesServerRawPublicKeys;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
+    ServerConfig, ServerConnection, SignatureScheme, StreamOwned,
+};
+
+use crate::error::{Context as _, Error, Result};
+
+/// Connections of one migration: a file goes through one of them, so that the layer of the upperdir does not
+/// wait for the memory.
+pub const STREAMS: usize = 2;
+/// How long the source may take to come.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long one handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+/// More addresses than this are not tried.
+const ADDRESSES: usize = 4;
+/// Bytes that the session takes before it writes: one frame of the stream.
+const BUFFER: usize = 1 << 20;
+/// The name in the handshake, which means nothing: keys are compared.
+const NAME: &str = "transship";
+
+/// Where the target is to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataAddress {
+    /// Nowhere: all goes through the command.
+    Nowhere,
+    /// At this address of its own.
+    At(IpAddr),
+}
+
+/// What [`DataAddress::Nowhere`] is called on command lines.
+const NOWHERE: &str = "none";
+
+impl FromStr for DataAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            NOWHERE => Ok(Self::Nowhere),
+            text => { text.parse().map(Self::At) }
+                .map_err(|_| format!("{text:?} is neither an IP address nor {NOWHERE:?}")),
+        }
+    }
+}
+
+impl std::fmt::Display for DataAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str(NOWHERE),
+            Self::At(address) => address.fmt(f),
+        }
+    }
+}
+
+impl DataAddress {
+    /// The address, if it is one.
+    pub fn address(self) -> Option<IpAddr> {
+        match self {
+            Self::Nowhere => None,
+            Self::At(address) => Some(address),
+        }
+    }
+}
+
+/// One connection: a file after the other goes through it, one way.
+pub type Connection = Box<dyn Link>;
+
+/// Both directions of a connection.
+pub trait Link: Read + Write + Send {}
+
+impl<L: Read + Write + Send> Link for L {}
+
+/// The key of this side, for one migration.
+#[derive(Debug)]
+pub struct Identity {
+    certified: Arc<CertifiedKey>,
+    public: String,
+}
+
+/// Connections, and the sockets below them: to end a read or write that another thread sits in.
+pub struct Connections {
+    connections: Vec<Connection>,
+    sockets: Vec<TcpStream>,
+}
+
+/// Ends the connections when it is dropped, whoever sits in them.
+#[derive(Debug)]
+pub struct EndAtDrop(Vec<TcpStream>);
+
+/// Where the source is waited for.
+#[derive(Debug)]
+pub struct Listener {
+    listeners: Vec<TcpListener>,
+    config: Arc<ServerConfig>,
+}
+
+impl std::fmt::Debug for Connections {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connections")
+            .field("sockets", &self.sockets)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for EndAtDrop {
+    fn drop(&mut self) {
+        for socket in &self.0 {
+            // One that the other side has ended is as good.
+            drop(socket.shutdown(Shutdown::Both));
+        }
+    }
+}
+
+impl Connections {
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// The connections, and what ends them.
+    pub fn split(self) -> (Vec<Connection>, EndAtDrop) {
+        (self.connections, EndAtDrop(self.sockets))
+    }
+
+    fn none() -> Self {
+        Self {
+            connections: Vec::new(),
+            sockets: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, socket: &TcpStream, connection: Connection) -> io::Result<()> {
+        self.sockets.push(socket.try_clone()?);
+        self.connections.push(connection);
+        Ok(())
+    }
+}
+
+impl Identity {
+    /// A new key.
+    ///
+    /// # Errors
+    /// The system has no random numbers.
+    pub fn new() -> Result<Self> {
+        let failed = || Error::failed("cannot make a key for the direct connection");
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new());
+        let document = document.map_err(|_| failed())?;
+        let key = provider::sign::any_eddsa_type(&PrivatePkcs8KeyDer::from(document.as_ref()));
+        let key = key.map_err(|error| failed().because(error))?;
+        let public = key.public_key().ok_or_else(failed)?.into_owned();
+        let raw = CertificateDer::from(public.to_vec());
+        Ok(Self {
+            certified: Arc::new(CertifiedKey::new(vec![raw], key)),
+            public: BASE64.encode(&public),
+        })
+    }
+
+    /// What the other side has to know: a SubjectPublicKeyInfo in base64.
+    pub fn public(&self) -> &str {
+        &self.public
+    }
+
+    /// Listens at these addresses for the owner of `key`.
+    ///
+    /// # Errors
+    /// No such key, or none of the addresses is this node's.
+    pub fn listen(&self, addresses: &[IpAddr], key: &str) -> Result<Listener> {
+        let failed = "cannot listen for the direct connection";
+        let config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .context(failed)?
+            .with_client_cert_verifier(Pinned::of(key)?)
+            .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(
+                Arc::clone(&self.certified),
+            )));
+        let mut listeners = Vec::new();
+        let mut refused = None;
+        for address in addresses.iter().take(ADDRESSES) {
+            let listener = TcpListener::bind((*address, 0)).and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                Ok(listener)
+            });
+            match listener {
+                Ok(listener) => listeners.push(listener),
+                Err(error) => refused = Some(error),
+            }
+        }
+        match refused {
+            Some(error) if listeners.is_empty() => Err(error).context(failed),
+            _ => Ok(Listener {
+                listeners,
+                config: Arc::new(config),
+            }),
+        }
+    }
+
+    /// Connects to the owner of `key` at the first of these addresses that answers.
+    ///
+    /// # Errors
+    /// None answers, or not with that key.
+    pub fn connect(&self, addresses: &[SocketAddr], key: &str) -> Result<Connections> {
+        let config = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .context("cannot prepare the direct connection")?
+            .dangerous()
+            .with_custom_certificate_verifier(Pinned::of(key)?)
+            .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(
+                Arc::clone(&self.certified),
+            )));
+        let config = Arc::new(config);
+        let mut why = Error::failed("the other node names no address");
+        for address in addresses.iter().take(ADDRESSES) {
+            match connect_to(address, &config) {
+                Ok(connections) => return Ok(connections),
+                Err(error) => {
+                    why = Error::failed(format!("cannot connect to {address}")).because(error);
+                }
+            }
+        }
+        Err(why)
+    }
+}
+
+fn connect_to(address: &SocketAddr, config: &Arc<ClientConfig>) -> io::Result<Connections> {
+    let mut connections = Connections::none();
+    for _ in 0..STREAMS {
+        let socket = TcpStream::connect_timeout(address, HANDSHAKE)?;
+        let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
+        let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
+        let mut stream = StreamOwned::new(session, socket.try_clone()?);
+        stream.conn.set_buffer_limit(Some(BUFFER));
+        during_handshake(&socket, || {
+            // The other side says when it has seen our key, and that it has not only one of these.
+            let mut seen = [0];
+            stream.read_exact(&mut seen)
+        })?;
+        connections.add(&socket, Box::new(stream))?;
+    }
+    Ok(connections)
+}
+
+/// With a deadline for each read and write.
+fn during_handshake<T>(socket: &TcpStream, shake: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(HANDSHAKE))?;
+    socket.set_write_timeout(Some(HANDSHAKE))?;
+    let done = shake()?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)?;
+    Ok(done)
+}
+
+impl Listener {
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn addresses(&self) -> Result<Vec<SocketAddr>> {
+        let addresses = self.listeners.iter().map(TcpListener::local_addr);
+        let addresses: io::Result<_> = addresses.collect();
+        addresses.context("cannot tell where the direct connection is waited for")
+    }
+
+    /// Waits for the source. Who has not its key is sent away.
+    ///
+    /// # Errors
+    /// It has not come in time.
+    pub fn accept(self) -> Result<Connections> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut connections = Connections::none();
+        while connections.count() < STREAMS {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let message = "nobody has come for the direct connection";
+                return Err(Error::failed(message));
+            }
+            let wanted = { self.listeners.iter() }
+                .map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+            let mut wanted: Vec<PollFd<'_>> = wanted.collect();
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            poll(&mut wanted, left).context("cannot wait for the direct connection")?;
+            for listener in &self.listeners {
+                // One that gave up meanwhile, or is a stranger, leaves room for the next one.
+                if let Ok((socket, _)) = listener.accept() {
+                    drop(self.shake_hands(&socket, &mut connections));
+                }
+            }
+        }
+        Ok(connections)
+    }
+
+    fn shake_hands(&self, socket: &TcpStream, connections: &mut Connections) -> io::Result<()> {
+        socket.set_nonblocking(false)?;
+        let session = ServerConnection::new(Arc::clone(&self.config)).map_err(io::Error::other)?;
+        let mut stream = StreamOwned::new(session, socket.try_clone()?);
+        during_handshake(socket, || {
+            stream.conn.complete_io(&mut stream.sock)?;
+            stream.write_all(&[1])?;
+            stream.flush()
+        })?;
+        connections.add(socket, Box::new(stream))
+    }
+}
+
+/// Takes one key, and no other.
+#[derive(Debug)]
+struct Pinned {
+    key: Vec<u8>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Pinned {
+    fn of(key: &str) -> Result<Arc<Self>> {
+        let key = BASE64.decode(key.as_bytes());
+        let provider: CryptoProvider = provider::default_provider();
+        Ok(Arc::new(Self {
+            key: key.context("the other node's key for the direct connection is none")?,
+            algorithms: provider.signature_verification_algorithms,
+        }))
+    }
+
+    fn compare(&self, found: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+        match found.as_ref() == self.key {
+            true => Ok(()),
+            false => Err(rustls::Error::InvalidCertificate(
+                CertificateError::ApplicationVerificationFailure,
+            )),
+        }
+    }
+
+    fn verify(
+        &self,
+        message: &[u8],
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let key = SubjectPublicKeyInfoDer::from(self.key.as_slice());
+        verify_tls13_signature_with_raw_key(message, &key, signature, &self.algorithms)
+    }
+}
+
+fn only_tls13() -> rustls::Error {
+    rustls::Error::General("only TLS 1.3 is spoken".to_owned())
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        found: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.compare(found)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        _cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify(message, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}
+
+impl ClientCertVerifier for Pinned {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        found: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.compare(found)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        _cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify(message, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+
+    use super::*;
+
+    fn here() -> Vec<IpAddr> {
+        vec![Ipv4Addr::LOCALHOST.into()]
+    }
+
+    #[test]
+    fn the_two_sides_meet_and_data_goes_through() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let listener = target.listen(&here(), source.public()).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let accepting = thread::spawn(|| listener.accept());
+        let there = source.connect(&addresses, target.public()).unwrap();
+        let here = accepting.join().unwrap().unwrap();
+        assert_eq!((there.count(), here.count()), (STREAMS, STREAMS));
+        let ((mut sending, _there), (mut receiving, end)) = (there.split(), here.split());
+        let sent = vec![7; 3 << 20];
+        let reading = thread::spawn(move || {
+            let mut came = vec![0; 3 << 20];
+            receiving[0]
+                .read_exact(&mut came)
+                .map(|()| (came, receiving))
+        });
+        sending[0].write_all(&sent).unwrap();
+        sending[0].flush().unwrap();
+        let (came, mut receiving) = reading.join().unwrap().unwrap();
+        assert_eq!(came, sent);
+        let waiting = thread::spawn(move || receiving[1].read(&mut [0]));
+        drop(end);
+        // Whatever it gets, it does not wait any more.
+        drop(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn a_stranger_gets_nothing_and_hinders_nobody() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let stranger = Identity::new().unwrap();
+        let listener = target.listen(&here(), source.public()).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let accepting = thread::spawn(|| listener.accept());
+        assert!(stranger.connect(&addresses, target.public()).is_err());
+        assert!(source.connect(&addresses, stranger.public()).is_err());
+        assert!(source.connect(&addresses, target.public()).is_ok());
+        assert!(accepting.join().unwrap().is_ok());
+        assert!(source.connect(&addresses, target.public()).is_err());
+        assert!(target.listen(&here(), "no key").is_err());
+    }
+}
