@@ -109,6 +109,8 @@ pub struct Report {
     pub pid: Option<u32>,
     /// Bytes that were moved.
     pub bytes: u64,
+    /// Direct connections that they went through; 0: all went through the command.
+    pub direct: usize,
     /// What took how long.
     pub timeline: Timeline,
 }
@@ -186,6 +188,7 @@ pub async fn migrate(
         progress,
         interrupt,
         bytes: 0,
+        direct: 0,
         estimate: 0,
     };
     let result = transaction.carry_out().await;
@@ -206,6 +209,7 @@ pub async fn migrate(
         mut conversation,
         timeline,
         bytes,
+        direct,
         ..
     } = transaction;
     conversation.close();
@@ -218,6 +222,7 @@ pub async fn migrate(
         container: request.target.id.clone().unwrap_or_else(|| id.to_owned()),
         pid,
         bytes,
+        direct,
         timeline,
     })
 }

@@ -27,6 +27,7 @@ mod images_with_links;
 mod journey;
 mod kubernetes;
 mod migration_cut;
+mod migration_direct;
 mod migration_faults;
 mod migration_keeps;
 mod node_api;
@@ -161,6 +162,7 @@ fn main() -> ExitCode {
         .chain(journey::cases())
         .chain(kubernetes::cases())
         .chain(migration_cut::cases())
+        .chain(migration_direct::cases())
         .chain(migration_keeps::cases())
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())

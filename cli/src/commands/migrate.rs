@@ -15,6 +15,7 @@ struct Migrated {
     container: String,
     pid: Option<u32>,
     bytes: u64,
+    direct: usize,
     timeline: Report,
 }
 
@@ -29,6 +30,7 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
         container: done.container,
         pid: done.pid,
         bytes: done.bytes,
+        direct: done.direct,
         timeline: done.timeline.report(),
     };
     print(global, &shown, || {

@@ -60,6 +60,8 @@ pub(super) struct Transaction<'a> {
     pub(super) progress: &'a dyn Progress,
     pub(super) interrupt: &'a Interrupt,
     pub(super) bytes: u64,
+    /// Connections to the target beside the command.
+    pub(super) direct: usize,
     /// Bytes of memory and files, as far as they can be known before.
     pub(super) estimate: u64,
 }
@@ -178,6 +180,7 @@ impl Transaction<'_> {
             bytes += blob.size;
         }
         let direct = self.connect(identity, place).await?;
+        self.direct = direct;
         self.conversation.send(Message::ImageEnd { direct }).await?;
         match self
             .conversation
