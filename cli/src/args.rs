@@ -262,6 +262,9 @@ pub(crate) struct CheckpointArgs {
     /// How long it may stand still.
     #[command(flatten)]
     pub(crate) freeze: FreezeArgs,
+    /// What is told afterwards.
+    #[command(flatten)]
+    pub(crate) timeline: TimelineArgs,
     /// Try a restore of it at once: into a container of its own, which executes nothing and is removed
     #[arg(long, conflicts_with_all = ["pod", "leave_paused"])]
     pub(crate) verify_restore: bool,
@@ -359,6 +362,14 @@ impl TargetArgs {
     }
 }
 
+/// What is told afterwards.
+#[derive(Debug, Args)]
+pub(crate) struct TimelineArgs {
+    /// Draw what took how long into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub(crate) timeline: Option<PathBuf>,
+}
+
 /// How long containers may stand still.
 #[derive(Debug, Clone, Copy, Args)]
 pub(crate) struct FreezeArgs {
@@ -449,6 +460,9 @@ pub(crate) struct MigrateArgs {
     /// How long it may stand still.
     #[command(flatten)]
     pub(crate) freeze: FreezeArgs,
+    /// What is told afterwards.
+    #[command(flatten)]
+    pub(crate) timeline: TimelineArgs,
     /// When the link is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,

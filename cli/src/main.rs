@@ -3,13 +3,14 @@
 //! ```text
 //!  args --> commands/{checkpoint, restore, migrate, receive, snapshot, check, serve} --> transship-engine
 //!           commands/{send, inspect, ls, rm}                                         --> checkpoint directory
-//!  progress: bars and lines while it goes on;  report: errors and exit codes
+//!  progress: bars and lines while it goes on;  timeline_file: --timeline;  report: errors and exit codes
 //! ```
 
 mod args;
 mod commands;
 mod progress;
 mod report;
+mod timeline_file;
 
 use std::process::ExitCode;
 

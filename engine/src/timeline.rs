@@ -1,9 +1,11 @@
-//! What took how long, drawn for people and listed for programs.
+//! What took how long, drawn for people, as a picture, and listed for programs.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+
+mod svg;
 
 /// Width of the drawn time axis, in characters.
 const AXIS: usize = 36;
@@ -164,6 +166,13 @@ impl Timeline {
                 })
                 .collect(),
         }
+    }
+
+    /// The same as a picture, a whole SVG file.
+    pub fn svg(&self) -> String {
+        let total = self.total();
+        let frozen = self.frozen.map(|(from, to)| (from, to.unwrap_or(total)));
+        svg::draw(&self.steps, frozen, total)
     }
 
     /// The drawing: one bar a step on a common axis, the freeze below.

@@ -10,10 +10,12 @@ use transship_engine::timeline::human_bytes;
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
 use crate::progress::Progress;
+use crate::timeline_file::TimelineFile;
 
 pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     // A freeze must end as it should, whatever the terminal sends meanwhile.
     let interrupt = Interrupt::install()?;
+    let picture = TimelineFile::open(args.timeline.timeline)?;
     let progress = Progress::new(global.json);
     let of = match args.pod {
         Some(pod) => Selection::Pod(pod),
@@ -42,7 +44,8 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     let taken =
         checkpoint::checkpoint(&target, &name, &store(), afterwards, &interrupt, &progress).await?;
     drop(progress);
-    print(global, &taken, || text(&taken))
+    print(global, &taken, || text(&taken))?;
+    picture.write(&taken.timeline)
 }
 
 fn text(taken: &Report) -> String {

@@ -9,6 +9,7 @@ use transship_engine::timeline::{Report, human_bytes};
 use super::{connect, print, store};
 use crate::args::{Global, LostArg, MigrateArgs};
 use crate::progress::Progress;
+use crate::timeline_file::TimelineFile;
 
 #[derive(Serialize)]
 struct Migrated {
@@ -19,7 +20,8 @@ struct Migrated {
     timeline: Report,
 }
 
-pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
+pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
+    let picture = TimelineFile::open(args.timeline.timeline.take())?;
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
     let request = request(args);
@@ -42,7 +44,8 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<()> {
             human_bytes(shown.bytes),
             done.timeline.draw()
         )
-    })
+    })?;
+    picture.write(&done.timeline)
 }
 
 fn request(args: MigrateArgs) -> Request {
