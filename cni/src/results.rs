@@ -1,0 +1,131 @@
+//! What plugins have made, as libcni keeps it.
+//!
+//! ```text
+//!  /var/lib/cni/results/<network>-<container>-<interface>
+//!      { "kind": "cniCacheV1", "containerId", "config": base64, "ifName", "networkName",
+//!        "result": { "cniVersion", "interfaces": [{ "name", "mac", "sandbox" }],
+//!                    "ips": [{ "address": "10.88.0.5/16", "interface": 2 }], ... } }
+//! ```
+//!
+//! Results before version 0.3.0 of the specification have `ip4` and `ip6` instead of lists.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use data_encoding::BASE64;
+use serde_json::{Value, json};
+use transship_path_error::During as _;
+
+use crate::config::Network;
+use crate::{Address, Attachment, CniError};
+
+const KIND: &str = "cniCacheV1";
+
+/// The networks of a container, by its results.
+pub(crate) fn read(dir: &Path, container: &str) -> Result<Vec<Attachment>, CniError> {
+    let mut files = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => {
+            let paths: io::Result<Vec<_>> = { entries.during("list", dir)? }
+                .map(|entry| Ok(entry?.path()))
+                .collect();
+            paths.during("list", dir)?
+        }
+    };
+    files.sort();
+    let mut found = Vec::new();
+    for file in files {
+        let named = file.file_name().and_then(|name| name.to_str());
+        // Its parts may have dashes themselves: what it says counts.
+        if !named.is_some_and(|name| name.contains(container)) {
+            continue;
+        }
+        let text = fs::read(&file).during("read", &file)?;
+        let json: Value = serde_json::from_slice(&text).unwrap_or_default();
+        if json["kind"] == KIND && json["containerId"] == container {
+            found.extend(attachment(&json));
+        }
+    }
+    Ok(found)
+}
+
+fn attachment(json: &Value) -> Option<Attachment> {
+    let interface = json["ifName"].as_str()?.to_owned();
+    let (addresses, mac) = given(&json["result"], &interface);
+    Some(Attachment {
+        network: json["networkName"].as_str()?.to_owned(),
+        interface,
+        addresses,
+        mac,
+        address: Address::New,
+    })
+}
+
+/// The addresses and the hardware address of an interface of the container in a result.
+pub(crate) fn given(result: &Value, interface: &str) -> (Vec<String>, String) {
+    let interfaces = result["interfaces"].as_array();
+    let interfaces = interfaces.map(Vec::as_slice).unwrap_or_default();
+    let is_own = |it: &&Value| {
+        it["name"] == interface && it["sandbox"].as_str().is_some_and(|it| !it.is_empty())
+    };
+    let mac = interfaces
+        .iter()
+        .find(is_own)
+        .and_then(|it| it["mac"].as_str());
+    let listed = result["ips"].as_array().into_iter().flatten();
+    let listed = listed.filter(|ip| match ip["interface"].as_u64() {
+        Some(at) => {
+            let at = usize::try_from(at).ok().and_then(|at| interfaces.get(at));
+            at.is_none_or(|at| is_own(&at))
+        }
+        None => true,
+    });
+    let listed = listed.filter_map(|ip| ip["address"].as_str());
+    let old = ["ip4", "ip6"]
+        .into_iter()
+        .filter_map(|kind| result[kind]["ip"].as_str());
+    let addresses = listed.chain(old).map(str::to_owned).collect();
+    (addresses, mac.unwrap_or_default().to_owned())
+}
+
+pub(crate) fn read_result(dir: &Path, container: &str, of: &Attachment) -> Option<Value> {
+    let text = fs::read(path(dir, container, of)).ok()?;
+    let mut json: Value = serde_json::from_slice(&text).ok()?;
+    Some(json["result"].take()).filter(|result| !result.is_null())
+}
+
+pub(crate) fn write(
+    dir: &Path,
+    container: &str,
+    of: &Attachment,
+    network: &Network,
+    result: &Value,
+) -> Result<(), CniError> {
+    fs::create_dir_all(dir).during("create", dir)?;
+    let path = path(dir, container, of);
+    let json = json!({
+        "kind": KIND,
+        "containerId": container,
+        "config": BASE64.encode(&network.text),
+        "ifName": of.interface,
+        "networkName": of.network,
+        "result": result,
+    });
+    Ok(fs::write(&path, json.to_string()).during("write", &path)?)
+}
+
+pub(crate) fn remove(dir: &Path, container: &str, of: &Attachment) {
+    // Without it the container is in no network; one that stays is written over.
+    drop(fs::remove_file(path(dir, container, of)));
+}
+
+fn path(dir: &Path, container: &str, of: &Attachment) -> PathBuf {
+    let plain = |text: &str| text.replace('/', "_");
+    dir.join(format!(
+        "{}-{}-{}",
+        plain(&of.network),
+        plain(container),
+        plain(&of.interface)
+    ))
+}

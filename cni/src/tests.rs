@@ -1,0 +1,162 @@
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use serde_json::{Value, json};
+
+use super::*;
+
+/// Writes down how it was called; `first` gives an interface, `second` hands on what came before.
+const PLUGIN: &str = r#"#!/bin/sh
+input=$(cat)
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME $CNI_ARGS $input" >>"$0.calls"
+[ "$CNI_COMMAND" = ADD ] || exit 0
+case "$0" in
+*fails) echo '{"code": 11, "msg": "no more addresses", "details": "all are taken"}'; exit 1;;
+*) echo '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1"},{"name":"eth0","mac":"0a:01","sandbox":"/ns"}],
+   "ips":[{"address":"10.1.0.9/24","interface":1}]}';;
+esac
+"#;
+
+struct Bed {
+    dir: tempfile::TempDir,
+    cni: Cni,
+}
+
+fn bed(plugins: &Value) -> Bed {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for made in ["net.d", "bin"] {
+        fs::create_dir(at(made)).unwrap();
+    }
+    for plugin in ["first", "second", "fails"] {
+        let path = at("bin").join(plugin);
+        fs::write(&path, PLUGIN).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let list = json!({"cniVersion": "1.0.0", "name": "lan", "plugins": plugins});
+    fs::write(at("net.d/20-lan.conflist"), list.to_string()).unwrap();
+    fs::write(at("net.d/10-broken.conflist"), "{").unwrap();
+    let cni = Cni {
+        config_dir: at("net.d"),
+        plugin_dirs: vec![at("nowhere"), at("bin")],
+        results_dir: at("results"),
+    };
+    Bed { dir, cni }
+}
+
+impl Bed {
+    fn calls(&self, plugin: &str) -> Vec<String> {
+        let calls = self.dir.path().join(format!("bin/{plugin}.calls"));
+        let text = fs::read_to_string(calls).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+}
+
+fn attachment(address: Address, ip: &str) -> Attachment {
+    Attachment {
+        network: "lan".into(),
+        interface: "eth0".into(),
+        addresses: vec![ip.into()],
+        mac: "0A:01".into(),
+        address,
+    }
+}
+
+const PLACE: Place<'static> = Place {
+    container: "default-web",
+    namespace: None,
+};
+
+#[test]
+fn plugins_are_called_in_turn_and_what_they_made_is_kept() {
+    let bed = bed(&json!([
+        {"type": "first", "capabilities": {"ips": true, "mac": true}},
+        {"type": "second", "capabilities": {"portMappings": true}},
+    ]));
+    bed.cni.check("lan").unwrap();
+    assert_eq!(bed.cni.default_network().unwrap().as_deref(), Some("lan"));
+    let kept = attachment(Address::Keep, "10.1.0.9/24");
+    bed.cni.add(PLACE, &kept).unwrap();
+    let first = &bed.calls("first")[0];
+    assert!(
+        first.starts_with("ADD default-web  eth0 IgnoreUnknown=1;MAC=0A:01;IP=10.1.0.9 {"),
+        "{first}"
+    );
+    assert!(
+        first.contains(r#""runtimeConfig":{"ips":["10.1.0.9/24"],"mac":"0A:01"}"#)
+            && !first.contains("prevResult")
+            && !first.contains("capabilities"),
+        "{first}"
+    );
+    let second = &bed.calls("second")[0];
+    assert!(
+        second.contains(r#""prevResult":{"#) && !second.contains("runtimeConfig"),
+        "{second}"
+    );
+    let found = bed.cni.of_container("default-web").unwrap();
+    let mut made = attachment(Address::New, "10.1.0.9/24");
+    made.mac = "0a:01".into();
+    assert_eq!(found, [made]);
+    assert!(bed.cni.of_container("default-we").unwrap().is_empty());
+
+    bed.cni.del(PLACE, &kept).unwrap();
+    let del = &bed.calls("first")[1];
+    assert!(
+        del.starts_with("DEL ") && del.contains("prevResult"),
+        "{del}"
+    );
+    assert!(bed.cni.of_container("default-web").unwrap().is_empty());
+}
+
+#[test]
+fn an_address_that_is_not_given_is_given_back() {
+    let bed = bed(&json!([{"type": "first"}]));
+    let other = attachment(Address::Keep, "10.1.0.7/24");
+    let error = bed.cni.add(PLACE, &other).unwrap_err().to_string();
+    assert!(
+        error.contains("10.1.0.7/24") && error.contains("10.1.0.9/24"),
+        "{error}"
+    );
+    assert!(bed.calls("first")[1].starts_with("DEL "));
+    bed.cni
+        .add(PLACE, &attachment(Address::New, "10.1.0.7/24"))
+        .unwrap();
+}
+
+#[test]
+fn what_is_missing_or_fails_is_named() {
+    let bed = bed(&json!([{"type": "first"}, {"type": "fails"}]));
+    let new = attachment(Address::New, "10.1.0.9/24");
+    let error = bed.cni.add(PLACE, &new).unwrap_err().to_string();
+    assert!(
+        error.contains("no more addresses: all are taken"),
+        "{error}"
+    );
+    assert!(bed.cni.of_container("default-web").unwrap().is_empty());
+    let error = bed.cni.check("wan").unwrap_err().to_string();
+    assert!(error.contains("\"wan\""), "{error}");
+    for missing in ["gone", "../first", ""] {
+        let bed = self::bed(&json!([{ "type": missing }]));
+        let error = bed.cni.check("lan").unwrap_err();
+        assert!(matches!(error, CniError::NoPlugin { .. }), "{error}");
+    }
+}
+
+#[test]
+fn words_that_would_be_others_are_seen() {
+    let good = attachment(Address::Keep, "fd00::9/64");
+    assert!(good.is_plain());
+    let changes: [fn(&mut Attachment); 6] = [
+        |it| it.network = "../lan".into(),
+        |it| it.interface = "eth0;x".into(),
+        |it| it.interface = "interface-too-long".into(),
+        |it| it.mac = "0a:01;IP=10.0.0.1".into(),
+        |it| it.addresses = vec!["10.0.0.1".into()],
+        |it| it.addresses.push("10.0.0.1;x/24".into()),
+    ];
+    for change in changes {
+        let mut bad = good.clone();
+        change(&mut bad);
+        assert!(!bad.is_plain(), "{bad:?}");
+    }
+}
