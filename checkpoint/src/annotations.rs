@@ -27,12 +27,15 @@ pub const COLD_CONTAINERS: &str = "dev.transship/cold-containers";
 pub const MPTCP: &str = "dev.transship/mptcp";
 /// `filled`: the files of the checkpoint are in the container's upperdir already.
 pub const ROOTFS: &str = "dev.transship/rootfs";
+/// Networks of CNI that a restored container of its own network is put into, as JSON: `transship_cni::Networks`.
+/// Our own tool says this, of no container of a pod.
+pub const NETWORKS: &str = "dev.transship/networks";
 /// The prefix of all annotations of Transship. With a name of [`OPTIONS`](crate::criu_options::OPTIONS) it makes the
 /// annotation of that option of CRIU.
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 9] = [
     RESTORE,
     RESTORE_CONTAINER,
     SANDBOX,
@@ -41,6 +44,7 @@ const KNOWN: [&str; 8] = [
     COLD_CONTAINERS,
     MPTCP,
     ROOTFS,
+    NETWORKS,
 ];
 
 /// runc and crun read a CRIU configuration file from the path in this annotation; see runc's
@@ -170,6 +174,8 @@ pub struct Annotations {
     pub mptcp: Mptcp,
     /// See [`ROOTFS`].
     pub rootfs: Rootfs,
+    /// See [`NETWORKS`].
+    pub networks: Option<String>,
     /// Choices about CRIU's options.
     pub criu: CriuOverrides,
     /// Whether any annotation of ours is present. If not, the runtime front stays out of the way.
@@ -252,6 +258,9 @@ impl Annotations {
                 Some("filled") => Rootfs::Filled,
                 _ => Rootfs::FromImage,
             },
+            networks: get(NETWORKS)
+                .filter(|_| get(cri::CONTAINER_TYPE).is_none())
+                .cloned(),
             criu: read_criu(annotations)?,
             ours: annotations.is_some_and(|all| all.keys().any(|key| key.starts_with(PREFIX))),
         })

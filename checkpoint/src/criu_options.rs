@@ -240,14 +240,11 @@ impl CriuOptions {
         lines
     }
 
-    /// The CRIU configuration of a restore: `own` lines first, then those of the options. One that
-    /// is `held` lets no task run before it is let go.
+    /// The CRIU configuration of a restore: `own` lines first, then those of the options.
     #[must_use]
-    pub fn restore_config(&self, own: &str, held: bool) -> String {
+    pub fn restore_config(&self, own: &str) -> String {
         let own = own.lines().map(|line| format!("{line}\n"));
-        let mut lines = self.restore_lines();
-        lines.extend(held.then(|| ConfigLine::switch("leave-stopped")));
-        own.collect::<String>() + &ConfigLine::to_text(&lines)
+        own.collect::<String>() + &ConfigLine::to_text(&self.restore_lines())
     }
 
     fn common_flags(&self) -> Vec<RuntimeFlag> {
@@ -288,16 +285,16 @@ mod tests {
     }
 
     #[test]
-    fn a_held_restore_keeps_what_the_container_has() {
+    fn a_restore_keeps_what_the_container_has() {
         let options = CriuOptions {
             tcp: Tcp::Close,
             ..CriuOptions::default()
         };
         assert_eq!(
-            options.restore_config("# mine\nno-file-locks", true),
-            "# mine\nno-file-locks\ntcp-close\nleave-stopped\n"
+            options.restore_config("# mine\nno-file-locks"),
+            "# mine\nno-file-locks\ntcp-close\n"
         );
-        assert_eq!(options.restore_config("", false), "tcp-close\n");
+        assert_eq!(options.restore_config(""), "tcp-close\n");
     }
 
     #[test]

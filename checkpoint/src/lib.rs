@@ -11,6 +11,7 @@
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
 //!      cri_names: labels and annotations of the CRI
 //!      beneath: opens what others have put into a directory
+//!      container_log: what a container has written so far
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
 //!      conditions: what keeps a container from being dumped or restored, and what to do
 //! ```
@@ -21,6 +22,7 @@
 pub mod annotations;
 pub mod beneath;
 pub mod conditions;
+pub mod container_log;
 pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;

@@ -17,6 +17,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use transship_cni::Attachment;
 
 use crate::criu_options::CriuOptions;
 use crate::shared_dirs::{SHARED_DIR, SharedDir};
@@ -229,6 +230,9 @@ pub struct Container {
     /// The namespaces that it shared with a sandbox, as in the OCI spec (`network`, `ipc`, ...).
     #[serde(default)]
     pub joined: Vec<String>,
+    /// The networks of CNI that it was in by itself. A reader may leave it unread.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<Attachment>,
     /// The container's streams as containerd knew them.
     #[serde(default)]
     pub stdio: Stdio,
@@ -521,6 +525,7 @@ mod tests {
                 runtime: "io.containerd.runc.v2".into(),
                 runtime_options: None,
                 joined: vec!["network".into()],
+                networks: Vec::new(),
                 stdio: Stdio::default(),
                 criu: CriuOptions::default(),
                 labels: BTreeMap::new(),

@@ -5,7 +5,11 @@
 //!     shm.tar                 content of /dev/shm
 //!     emptydir-<volume>.tar   content of one emptyDir volume
 //!     (each an OCI layer tar without whiteouts)
+//! <checkpoint>/<container>/
+//!     shared-links.json       [{ "link": "link_remap.3", "name": "sem.jobs" }]
 //! ```
+
+use serde::{Deserialize, Serialize};
 
 /// Directory of the shared directories inside of a checkpoint. No container is called so.
 pub const SHARED_DIR: &str = ".shared";
@@ -27,5 +31,32 @@ impl SharedDir {
             Self::Shm => "shm.tar".to_owned(),
             Self::EmptyDir(volume) => format!("emptydir-{volume}.tar"),
         }
+    }
+}
+
+/// Links that CRIU has made for a dump (`link-remap`), in a container's directory of the checkpoint: JSON, a list
+/// of [`DumpLink`].
+pub const LINKS_FILE: &str = "shared-links.json";
+/// Largest such file that is read, in bytes.
+pub const LINKS_LIMIT: u64 = 1 << 20;
+/// What CRIU calls its links; a number follows.
+pub const LINK_PREFIX: &str = "link_remap.";
+
+/// A name that CRIU gave a file of `/dev/shm` for the time of a dump, because the one by which it was opened is
+/// gone. The images know the file by it, so it must be there at the restore.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpLink {
+    /// CRIU's name, in `/dev/shm`.
+    pub link: String,
+    /// Another name of the same file there.
+    pub name: String,
+}
+
+impl DumpLink {
+    /// Whether both are plain names, and the first is one of CRIU's.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        let plain = |name: &str| !name.contains('/') && !matches!(name, "" | "." | "..");
+        self.link.starts_with(LINK_PREFIX) && plain(&self.link) && plain(&self.name)
     }
 }

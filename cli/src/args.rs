@@ -8,7 +8,7 @@ use transship_checkpoint::criu_options::CriuOverrides;
 use transship_engine::conversation::LINK_PATIENCE;
 use transship_engine::data_channel::DataAddress;
 use transship_engine::migrate::PrecopyBounds;
-use transship_engine::restore::Target;
+use transship_engine::restore::{AddressChoice, Target};
 use transship_engine::stuck_dump::PROGRESS_PATIENCE;
 use transship_sandbox::admission::foreign_spec::Allow;
 
@@ -132,6 +132,14 @@ pub(crate) enum Command {
     DeleteTask {
         /// Container id
         id: String,
+    },
+    /// Write down the links that CRIU has made in a pod's /dev/shm (for CRIU's action script)
+    #[command(hide = true)]
+    DumpLinks {
+        /// The directory
+        dir: PathBuf,
+        /// The file that is made
+        to: PathBuf,
     },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
@@ -303,9 +311,26 @@ pub(crate) struct DumpArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = PROGRESS_PATIENCE.as_secs(),
           value_parser = clap::value_parser!(u64).range(1..))]
     dump_timeout: u64,
+    /// What comes along of the log of a pod's container, or of a file that the output goes to: it is put in front
+    /// of what the restored container writes
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = LogsArg::Newest)]
+    logs: LogsArg,
+}
+
+/// Which lines of a log come along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogsArg {
+    /// The newest 16 MiB
+    Newest,
+    /// None
+    None,
 }
 
 impl DumpArgs {
+    pub(crate) fn leave_logs(self) -> bool {
+        self.logs == LogsArg::None
+    }
+
     pub(crate) fn patience(self) -> Duration {
         Duration::from_secs(self.dump_timeout)
     }
@@ -340,6 +365,10 @@ pub(crate) struct TargetArgs {
     /// Where its output goes: file:///path or binary:///path, as in ctr [default: nowhere]
     #[arg(long)]
     pub(crate) log_uri: Option<String>,
+    /// What a container that was in networks of CNI by itself gets here: an address that the network has, the
+    /// address that it had, or no network [default: new, in the first network of the node]
+    #[arg(long, value_enum, value_name = "ADDRESS")]
+    pub(crate) network: Option<AddressArg>,
     /// Let the checkpoint have this, which other containers do not have (most of it is root on the
     /// node): hooks, criu-options, devices, host-mounts, capabilities, host-namespaces, cgroup-path,
     /// unmasked-paths, other-fields, image-name [default: what /etc/transship/node.toml allows]
@@ -356,6 +385,7 @@ impl TargetArgs {
             snapshotter: self.snapshotter.clone(),
             runtime_binary: self.runtime_binary.clone(),
             log_uri: self.log_uri.clone(),
+            address: self.network.map(AddressArg::choice),
             criu,
             allowed: self.allow.iter().copied().collect(),
         }
@@ -391,6 +421,27 @@ pub(crate) struct LinkArgs {
 impl LinkArgs {
     pub(crate) fn patience(self) -> Duration {
         Duration::from_secs(self.link_timeout)
+    }
+}
+
+/// What becomes of a container's own address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AddressArg {
+    /// One that the network there has
+    New,
+    /// The one that it had; it is removed here before
+    Keep,
+    /// None: it has no network
+    None,
+}
+
+impl AddressArg {
+    fn choice(self) -> AddressChoice {
+        match self {
+            Self::New => AddressChoice::New,
+            Self::Keep => AddressChoice::Keep,
+            Self::None => AddressChoice::None,
+        }
     }
 }
 

@@ -42,6 +42,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
+        Command::DumpLinks { dir, to } => transship_engine::dump_links::write(&dir, &to),
         Command::Publish(args) => publish::run(&global, args).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,
         Command::Snapshot(command) => snapshot::run(&global, command).await,

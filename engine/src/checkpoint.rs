@@ -52,6 +52,8 @@ pub struct Request {
     pub moves: Moves,
     /// Whether a restore of it is tried at once.
     pub verify_restore: bool,
+    /// Whether what the containers have written stays behind.
+    pub leave_logs: bool,
 }
 
 /// Whether a pod is moved away.
@@ -77,6 +79,7 @@ impl Request {
             max_freeze: None,
             moves: Moves::No,
             verify_restore: false,
+            leave_logs: false,
         }
     }
 }
@@ -168,7 +171,8 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
     let selector = match &request.of {
         Selection::Pod(selector) => selector,
         Selection::Container(id) => {
-            let source = source::find(node, id, &request.criu).await?;
+            let mut source = source::find(node, id, &request.criu).await?;
+            source.log = source.log.filter(|_| !request.leave_logs);
             if request.verify_restore {
                 let memory = source.estimate(node).await?;
                 verify::can_be_tried(&source.spec, &source.called, memory)?;
@@ -198,9 +202,12 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
     let SourcePod {
         pod,
         sandbox,
-        containers,
+        mut containers,
         ended,
     } = pod::find(&node, selector, &request.criu).await?;
+    if request.leave_logs {
+        containers.iter_mut().for_each(|source| source.log = None);
+    }
     let dirs = pod_dirs::find(&containers, &sandbox, request.empty_dirs)?;
     pod_dirs::check_left_behind(&node, &containers, &sandbox, &dirs).await?;
     Ok(DumpTarget {
@@ -299,11 +306,17 @@ type AllDumped = (Vec<Container>, Shared);
 
 /// Dumps all frozen containers, one after the other.
 async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) -> Result<AllDumped> {
-    // Beside the dumps: those only read memory.
-    let export = tokio::task::spawn_blocking({
+    let mut export = tokio::task::spawn_blocking({
         let (dirs, draft) = (target.dirs.clone(), draft.to_path_buf());
         move || dirs.export(&draft)
     });
+    // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.
+    if target.sources.iter().any(|it| it.container.criu.link_remap) {
+        let shared = (&mut export)
+            .await
+            .context("the export of volumes panicked")??;
+        return Ok((dump_one_by_one(target, draft, timeline).await?, shared));
+    }
     let dumped = dump_one_by_one(target, draft, timeline).await;
     // Whatever the dumps did: nobody may thaw while it reads.
     let shared = export.await.context("the export of volumes panicked")?;

@@ -4,6 +4,9 @@
 //!  checkpoint --> source, pod, pod_ended, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
+//!  container_log: where a container's output goes
+//!  dump_links: names in /dev/shm that CRIU's images need
+//!  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation (pipe), data_channel (TLS) --> receive, restore on the other node;  migrate::recover: the end of one that
 //!  was cut off
@@ -42,14 +45,17 @@
 //! # What a program that calls it must do
 //! Three of its parts run the calling program again: the guard of frozen containers
 //! (`PROGRAM freeze-guard`, which calls [`freeze_guard::run`]), that of a migration that arrives
-//! (`PROGRAM receive-guard`, [`receive::run_guard`]), and the export of the upperdir in the
-//! middle of a dump with `link-remap` (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`).
+//! (`PROGRAM receive-guard`, [`receive::run_guard`]), and in the middle of a dump with `link-remap` the export of
+//! the upperdir (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`) and the links of a pod's
+//! `/dev/shm` (`PROGRAM dump-links DIRECTORY FILE`, [`dump_links::write`]).
 
 pub mod check;
 pub mod checkpoint;
 pub mod conditions;
+pub mod container_log;
 pub mod conversation;
 pub mod data_channel;
+pub mod dump_links;
 mod durable_record;
 pub mod error;
 pub mod freeze_guard;
@@ -64,6 +70,7 @@ pub mod moved_pods;
 pub mod node_service;
 pub mod oci_runtime;
 pub mod overlay_mounts;
+mod own_networks;
 pub mod pod;
 pub mod pod_dirs;
 pub mod pod_ended;

@@ -1,4 +1,4 @@
-//! The checkpoints of a store, as a list for people and programs.
+//! The checkpoints of a store and the migrations that are not decided, as a list for people and programs.
 
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
@@ -8,8 +8,10 @@ use transship_checkpoint::store::{Checkpoint, Store};
 use transship_sandbox::consumed::times_restored;
 
 use crate::error::{Result, one_line};
+use crate::migrate::{Pending, pending};
 
-/// A checkpoint in the list. One that cannot be read has its name and the reason.
+/// A checkpoint in the list; one that cannot be read has its name and the reason. Or a migration of which nobody
+/// knows yet which copy runs, by `namespace/container`.
 #[derive(Debug, Clone, Default, Serialize)]
 #[non_exhaustive]
 pub struct Listed {
@@ -28,6 +30,9 @@ pub struct Listed {
     pub source: String,
     /// How many pods and containers have been restored from it, as far as this node knows.
     pub restored: usize,
+    /// The migration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub undecided: Option<Pending>,
     /// Why it cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -52,6 +57,20 @@ pub fn list(store: &Store, records: &Path) -> Result<Vec<Listed>> {
     Ok(listed.collect())
 }
 
+/// Migrations that have not been decided.
+///
+/// # Errors
+/// The records cannot be read.
+pub fn undecided() -> Result<Vec<Listed>> {
+    let listed = pending()?.into_iter().map(|migration| Listed {
+        name: format!("{}/{}", migration.namespace, migration.container),
+        created: migration.since.clone(),
+        undecided: Some(migration),
+        ..Listed::default()
+    });
+    Ok(listed.collect())
+}
+
 fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {
     let manifest = &checkpoint.manifest;
     let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
@@ -66,6 +85,7 @@ fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {
         source: manifest.source.hostname.clone(),
         // Who cannot read the records sees none.
         restored: times_restored(records, manifest).unwrap_or_default(),
+        undecided: None,
         error: None,
     }
 }

@@ -41,7 +41,7 @@ mod transaction;
 
 pub use precopy::Bounds as PrecopyBounds;
 pub use record::Pending;
-pub use recover::{Decided, Decision, pending, recover};
+pub use recover::{Decided, Decision, pending, recover_all};
 pub use remote::receive_arguments;
 
 use record::Record;
@@ -65,6 +65,8 @@ pub struct Request {
     pub lose_network: bool,
     /// Whether processes may end that have come into the container by exec.
     pub lose_joined: bool,
+    /// Whether what it has written stays behind.
+    pub leave_logs: bool,
     /// How long a dump may write nothing.
     pub dump_patience: Duration,
     /// How long the source may stand still before the copy is told to run; none: as long as it takes.
@@ -90,6 +92,7 @@ impl Request {
             keep_source: false,
             lose_network: false,
             lose_joined: false,
+            leave_logs: false,
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
             max_freeze: None,
             link_patience: LINK_PATIENCE,
@@ -145,7 +148,10 @@ pub async fn migrate(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let mut container = source::find(node, &request.container, &request.target.criu).await?;
-    network::check(&container, request.lose_network)?;
+    network::check(&mut container, request)?;
+    // Without a file there, it would come along for nothing.
+    let wanted = !request.leave_logs && request.target.log_uri.is_some();
+    container.log = container.log.filter(|_| wanted);
     check_exec(&container, request.lose_joined)?;
     let record = Record::take(
         Path::new(RECORDS),
@@ -171,6 +177,7 @@ pub async fn migrate(
         remote_program: request.remote_program.clone(),
         was_paused: container.was_paused,
         keep_source: request.keep_source,
+        networks: container.container.networks.clone(),
         since: String::new(),
     };
     let mut remote = Remote::start(node.namespace(), request)?;

@@ -6,7 +6,8 @@
 //! ```text
 //!  RUNTIME --root ROOT/NAMESPACE checkpoint FLAGS --leave-running ID
 //!     CRIU_CONFIG_FILE = <work>/criu.conf     what is no flag of this runtime
-//!         action-script <work>/post-dump.sh   exports the upperdir while CRIU's links are in it
+//!         action-script <work>/post-dump.sh   exports the upperdir while CRIU's links are in it, and writes
+//!                                             down those in /dev/shm
 //! ```
 //!
 //! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
@@ -51,6 +52,8 @@ pub struct ExportInside<'a> {
     pub to: &'a Path,
     /// Where its figures go: JSON of `transship snapshot export`.
     pub figures: &'a Path,
+    /// `/dev/shm` of the pod, and where the links in it are written down.
+    pub links: Option<(&'a Path, &'a Path)>,
 }
 
 impl OciRuntime {
@@ -214,9 +217,18 @@ fn write_script(script: &Path, id: &str, export: &ExportInside<'_>) -> Result<()
     let program = std::env::current_exe().context("cannot find this program")?;
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let path = |path: &Path| quoted(&path.to_string_lossy());
+    let links = export.links.map(|(dir, to)| {
+        format!(
+            "{} dump-links {} {} || exit 1\n",
+            path(&program),
+            path(dir),
+            path(to)
+        )
+    });
     let text = format!(
-        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n\
+        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n{}\
          exec {} --json -a {} -n {} snapshot export --no-pause -o {} {} 2>{}\n",
+        links.unwrap_or_default(),
         path(&program),
         path(export.address),
         quoted(export.namespace),

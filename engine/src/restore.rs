@@ -23,6 +23,7 @@ use crate::progress::Progress;
 use crate::timeline::Timeline;
 
 mod held;
+mod networks;
 mod plan;
 mod spec;
 mod target;
@@ -30,7 +31,7 @@ pub mod verify;
 
 pub use held::{LEASE, Restored, hold, remove_copy, settle};
 pub use plan::{Plan, plan};
-pub use target::{Target, allowed_by_node};
+pub use target::{AddressChoice, Target, allowed_by_node};
 
 /// What to restore, and as what.
 #[derive(Debug, Default)]

@@ -10,23 +10,32 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
 use transship_proto::MESSAGE_LIMIT;
 use transship_proto::node_api::NodeServer;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, one_line};
 use crate::interrupt::{Interrupt, Interrupted};
+use crate::migrate::{Decision, recover_all};
 use crate::node_service::NodeService;
 
 /// How long the answers to the last calls may take on their way.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
-/// Serves the node's API until somebody asks to give up; calls under way come to their end.
+/// Serves the node's API until somebody asks to give up; calls under way come to their end. Migrations that were
+/// cut off are decided meanwhile.
 ///
 /// # Errors
 /// When the socket is in use or cannot be made.
-pub async fn serve(node: Containerd, socket: &Path, interrupt: Interrupt) -> Result<()> {
+pub async fn serve(
+    node: Containerd,
+    store: &Store,
+    socket: &Path,
+    interrupt: Interrupt,
+) -> Result<()> {
     let listener = listen(socket)?;
+    let recovering = tokio::spawn(recover(node.clone(), store.clone(), interrupt.clone()));
     let service = NodeService::new(node, interrupt.clone());
     let calls = service.calls();
     tracing::info!(socket = %socket.display(), "listening");
@@ -46,7 +55,30 @@ pub async fn serve(node: Containerd, socket: &Path, interrupt: Interrupt) -> Res
     };
     // Another one may have taken its place only after this one has ended.
     drop(fs::remove_file(socket));
+    // What is not decided stays as it is, and has its record.
+    recovering.abort();
     served.context("cannot serve")
+}
+
+/// Asks the other node of each migration that was cut off until it answers.
+async fn recover(node: Containerd, store: Store, interrupt: Interrupt) {
+    let ask = Decision::Ask(None);
+    let decided = match recover_all(&node, &store, |_| true, ask, &interrupt).await {
+        Ok(decided) => decided,
+        Err(error) => {
+            tracing::warn!(error = %one_line(&error), "migrations that were cut off stay as they are");
+            return;
+        }
+    };
+    for (pending, decided) in decided {
+        let container = format!("{}/{}", pending.namespace, pending.container);
+        match decided {
+            Ok(decided) => tracing::info!(%container, ?decided, "a migration that was cut off"),
+            Err(error) => {
+                tracing::warn!(%container, error = %one_line(&error), "a migration that was cut off");
+            }
+        }
+    }
 }
 
 /// A socket that appears with its mode: nobody can connect before it has it.

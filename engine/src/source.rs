@@ -10,7 +10,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::Container as Record;
@@ -18,6 +18,8 @@ use containerd_client::types::v1::{Process, Status};
 use prost::Message;
 use serde::Deserialize;
 use transship_checkpoint::annotations::Annotations;
+use transship_checkpoint::container_log::keep as keep_log;
+use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::{CRI_NAMESPACE, labels};
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
@@ -27,17 +29,21 @@ use transship_checkpoint::manifest::{
     Stdio, check_name,
 };
 use transship_checkpoint::namespaces;
+use transship_checkpoint::shared_dirs::{LINKS_FILE, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::task_attributes::TASKS_FILE;
 use transship_layer::{ExportOptions, ExportStats, OverlayStack, export_upperdir_to_file};
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
+use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::conditions::{self, Found, Needs, Subject};
+use crate::container_log;
 use crate::error::{Context, Error, Result};
 use crate::freeze_guard::TaskToFreeze;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
+use crate::own_networks;
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
@@ -75,6 +81,8 @@ pub struct SourceContainer {
     pub stopped: Vec<String>,
     /// What it would lose.
     pub losing: Vec<Found>,
+    /// Its log, which comes along.
+    pub log: Option<PathBuf>,
     /// What CRIU is to look for by its path.
     watched: Vec<String>,
     /// Whether containerd's own dump, with what the front adds by the annotations, has the options
@@ -319,6 +327,7 @@ pub async fn look(
             .keys()
             .map(|kind| kind.oci_name().to_owned())
             .collect(),
+        networks: own_networks::of_container(node.namespace(), id, task.pid, &parsed)?,
         stdio: Stdio {
             terminal: task.terminal,
             stdout: task.stdout.clone(),
@@ -344,6 +353,7 @@ pub async fn look(
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
         losing: Vec::new(),
+        log: container_log::path(record, &task.stdout),
         watched: seen.watched,
         by_containerd,
         runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
@@ -409,11 +419,14 @@ impl SourceContainer {
             return Ok(node.dump(self.id(), &options).await?);
         }
         let figures = work.join(FIGURES_FILE);
+        let shm = shm_of_pod(&self.spec)?;
+        let links = work.with_file_name(LINKS_FILE);
         let export = export_inside.map(|to| ExportInside {
             address: node.address(),
             namespace: node.namespace(),
             to,
             figures: &figures,
+            links: shm.as_deref().map(|shm| (shm, links.as_path())),
         });
         self.runtime
             .dump(self.id(), criu, (images, work), &self.watched, export)
@@ -506,6 +519,16 @@ impl SourceContainer {
             });
         }
         let upperdir = exported?;
+        // Its last lines have had the time of the dump to get there.
+        if let Some(log) = &self.log
+            && let Err(error) = keep_log(log, &dir)
+        {
+            let called = &self.called;
+            tracing::warn!(
+                "the log {} of {called} does not come along: {error}",
+                log.display()
+            );
+        }
         timer_threads::translate(&images).await?;
         // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
         if log.try_exists().unwrap_or(false) {
@@ -514,6 +537,18 @@ impl SourceContainer {
         fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
         Ok(Dumped { criu, upperdir })
     }
+}
+
+/// `/dev/shm` of the sandbox, for a container of a pod.
+fn shm_of_pod(spec: &[u8]) -> Result<Option<PathBuf>> {
+    let spec = Spec::parse(spec).context("the spec is no OCI runtime spec")?;
+    let annotations = spec.annotations();
+    let Some(sandbox) = annotations.get(SANDBOX_ID) else {
+        return Ok(None);
+    };
+    let mut mounts = shared_mounts(&spec, sandbox).into_iter();
+    let shm = mounts.find(|mount| mount.dir == SharedDir::Shm);
+    Ok(shm.map(|mount| mount.source))
 }
 
 /// A dump that has been given up.

@@ -93,6 +93,13 @@ pub enum Command {
         /// Whether it may be running.
         force: bool,
     },
+    /// Sends a signal to one.
+    Kill {
+        /// The container.
+        id: String,
+        /// The signal's name or number.
+        signal: String,
+    },
     /// Something that the front leaves alone.
     Other,
 }
@@ -261,6 +268,9 @@ impl Invocation {
 }
 
 fn read_command(command: &OsStr, args: &[OsString]) -> Command {
+    if command == "kill" {
+        return read_kill(args).unwrap_or(Command::Other);
+    }
     let Some(arguments) = read_arguments(args) else {
         return Command::Other;
     };
@@ -276,6 +286,19 @@ fn read_command(command: &OsStr, args: &[OsString]) -> Command {
         },
         _ => Command::Other,
     }
+}
+
+/// `kill [--all] ID [SIGNAL]`
+fn read_kill(args: &[OsString]) -> Option<Command> {
+    let mut words = args.iter().filter(|arg| split_flag(arg).is_none());
+    let id = words.next()?.to_str()?.to_owned();
+    let signal = words
+        .next()
+        .map_or(Some("TERM"), |signal| signal.to_str())?;
+    Some(Command::Kill {
+        id,
+        signal: signal.to_owned(),
+    })
 }
 
 /// `None` without an id, or with more than one: then it is not for the front to judge.

@@ -12,6 +12,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::freezer::thaw_killed;
+
 /// How often [`kill_below`] looks for processes that have been made since it looked last.
 const LOOKS: usize = 100;
 
@@ -51,7 +53,7 @@ pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
 }
 
 /// Kills all processes below `root`, but not those in `spared` and below them. They are stopped
-/// first, so that none makes another one behind the back of this.
+/// first, so that none makes another one behind the back of this; frozen ones are let go to their end.
 ///
 /// # Errors
 /// `/proc` cannot be read.
@@ -83,6 +85,7 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
     for process in found.values() {
         let _ = pidfd_send_signal(process, Signal::KILL);
     }
+    thaw_killed(&found.into_keys().collect());
     Ok(())
 }
 
@@ -126,6 +129,8 @@ impl Process {
         }
         let killed = kill_below(self.pid, &[]);
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let below = tree(self.pid)?.into_iter().collect();
+        thaw_killed(&below);
         killed
     }
 

@@ -8,8 +8,12 @@
 //!                              restore  repairs namespaces and images, runs the runtime
 //!                              checkpoint  adds the options of the annotations
 //!                              delete   takes away what the restore left
+//!                              kill     of one that is held: all of it, before it runs
 //!                              else     execs the runtime, untouched
 //!                           config.json, /run/transship <--- transship-checkpoint (spec), transship-sandbox
+//!
+//! CRIU --action script--> hold_script: own_networks are made before the sockets; freezes (freezer) what
+//!                                      is about to run
 //!
 //! runtime --state JSON--> hook: createRuntime  pins the sandbox's namespaces, stages its restores
 //!                               poststop       removes both
@@ -20,9 +24,12 @@
 
 pub mod argv;
 mod descendants;
+mod freezer;
 pub mod front;
+pub mod hold_script;
 pub mod hook;
 pub mod lazy_pages;
+mod own_networks;
 pub mod restore_guard;
 pub mod restore_log;
 pub mod runtime;

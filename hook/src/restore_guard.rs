@@ -33,6 +33,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::descendants::{children, kill_below, work_done};
+use crate::hold_script;
 use crate::runtime::{SUPERVISED, exit_code};
 
 /// First argument of the front as guard.
@@ -73,6 +74,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
     if has_ended(&front)? {
         return Err(io::Error::other("the caller is gone"));
     }
+    hold_script::guard(work)?;
     let own = std::process::id();
     let mut child = Command::new("/proc/self/exe")
         .arg(SUPERVISED)

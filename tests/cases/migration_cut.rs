@@ -143,8 +143,12 @@ fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
         );
         if copy_runs {
             check_undecided(a, &id)?;
+            a.start_daemon("serve", &["transship", "serve"])?;
         }
         a.shell("rm /run/cut").run()?;
+        if copy_runs {
+            the_service_decides(a)?;
+        }
     }
     let (runs, ended) = if copy_runs { (b, a) } else { (a, b) };
     poll_until("one copy", PATIENCE, || {
@@ -225,7 +229,27 @@ fn check_undecided(a: &Node, id: &str) -> anyhow::Result<()> {
         asked.status.code() == Some(6) && said.contains("not decided; paused here"),
         "{asked:?}"
     );
+    let listed = a.shell("transship ls").read()?;
+    let recover = format!("transship -n default recover {id}");
+    ensure!(
+        listed.contains(&format!("default/{id} ")) && listed.contains(&recover),
+        "{listed}"
+    );
     Ok(())
+}
+
+/// The node's service goes on asking, and ends what is decided.
+fn the_service_decides(a: &Node) -> anyhow::Result<()> {
+    poll_until("the service", PATIENCE, || {
+        let left = a.shell("ls /var/lib/transship/migrations").read();
+        match left.map_err(|error| error.to_string())? {
+            left if left.is_empty() => Ok(()),
+            left => Err(left),
+        }
+    })?;
+    let listed = a.shell("transship ls").read()?;
+    ensure!(!listed.contains("not decided"), "{listed}");
+    Ok(a.stop_daemon("serve", "TERM")?)
 }
 
 /// Neither a command, nor a guard of one.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
 use crate::migration_faults::{counts_on, refused, run_alone};
@@ -59,8 +59,54 @@ fn attributes_of_tasks_come_along(bed: &Testbed) -> anyhow::Result<()> {
     let after = attributes(&b)?;
     ensure!(after == before, "{before} and then {after}");
     journey::remove_container(&b, "counter")?;
+    no_signal_is_heard_of(bed, (&a, &b), &ssh)?;
     journey::check_nothing_left(&a)?;
     journey::check_nothing_left(&b)
+}
+
+/// A program that counts each SIGCONT, and each SIGCHLD of a child that was stopped or went on, gets none by
+/// a migration, a checkpoint, a restore that is tried and a restore.
+fn no_signal_is_heard_of(bed: &Testbed, (a, b): (&Node, &Node), ssh: &str) -> anyhow::Result<()> {
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    a.import_image(&holder, "transship")?;
+    a.ctr(&[
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        "transship.test/holder:1",
+        "signals",
+        "/usr/bin/holder",
+        "signals",
+    ])?;
+    hears_nothing(a)?;
+    a.command("transship")
+        .args(["migrate", "signals", "--to", ssh])
+        .run()?;
+    hears_nothing(b)?;
+    b.shell("transship checkpoint signals --name signals --verify-restore")
+        .run()?;
+    hears_nothing(b)?;
+    journey::remove_container(b, "signals")?;
+    b.shell("transship restore signals && transship rm signals")
+        .run()?;
+    hears_nothing(b)?;
+    Ok(journey::remove_container(b, "signals")?)
+}
+
+/// It ticks on, and no signal has come.
+fn hears_nothing(node: &Node) -> anyhow::Result<()> {
+    let tick = || -> Result<u64, String> {
+        let state = journey::read_in_container(node, "signals", "/data/state")?;
+        let tick = state.strip_prefix("signals ok\ntick ");
+        tick.and_then(|tick| tick.trim().parse().ok()).ok_or(state)
+    };
+    let before = poll_until("the holder", PATIENCE, tick)?;
+    poll_until("a tick", PATIENCE, || match tick()? {
+        now if now > before => Ok(()),
+        now => Err(format!("it is at {now}")),
+    })?;
+    Ok(())
 }
 
 fn attributes(node: &Node) -> anyhow::Result<String> {

@@ -49,6 +49,14 @@ fn what_kubelet_sees(bed: &Testbed) -> anyhow::Result<()> {
     ended(&cri, &init)?;
     let id = cri.run_container(&old, &first(&mounts))?;
     cri.exec(&id, &["touch", "/work/db/rows"])?;
+    cri.exec(&id, &["sh", "-c", "echo written before >/proc/1/fd/1"])?;
+    let written = poll_until("a line in the log", PATIENCE, || {
+        let log = log_of(&node, &old, "first").map_err(|error| error.to_string())?;
+        match log.ends_with("stdout F written before\n") {
+            true => Ok(log),
+            false => Err(log),
+        }
+    })?;
     let before = reached(&cri, &id)?;
     // Two pods of that name are there; one runs.
     let taken = node
@@ -62,6 +70,11 @@ fn what_kubelet_sees(bed: &Testbed) -> anyhow::Result<()> {
     let work = volume(&node, &pod)?;
     let mounts = [(work.as_str(), "/work")];
     a_sidecar_comes_first(&node, &cri, &pod, &mounts, before)?;
+    let log = log_of(&node, &pod, "first")?;
+    ensure!(
+        log.starts_with(&written),
+        "{log} does not begin with {written}"
+    );
     a_lacking_container_is_told_of(&node, &cri, &pod)?;
     cri.remove_pod(&pod)?;
     strangers_are_refused(&node, &cri)?;

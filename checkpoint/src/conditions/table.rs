@@ -84,6 +84,7 @@ pub static CONDITIONS: [Condition; 45] = [
             "External socket is used",
             "Can't dump half of stream unix connection",
             "name-less external socket",
+            "without peer",
         ],
     },
     Condition {
@@ -160,7 +161,8 @@ pub static CONDITIONS: [Condition; 45] = [
     Condition {
         name: "link-remap",
         effect: Effect::NoDump,
-        what: "it has files open that have lost the name they were opened by, but not all names",
+        what: "it has files open that have lost the name they were opened by, but not all names (a named \
+               semaphore has, in the process that has made it)",
         remedy: "--link-remap keeps them",
         seen: "/proc/PID/fd, /proc/PID/map_files",
         criu_says: &["Can't create link remap for"],
@@ -168,12 +170,10 @@ pub static CONDITIONS: [Condition; 45] = [
     Condition {
         name: "shared-link-remap",
         effect: Effect::NoRestore,
-        what: "files of a volume or of the pod's /dev/shm are open by a name that they have lost (a named \
-               semaphore is, in the process that has made it)",
-        remedy: "make the semaphore in a process that ends, or use an unnamed one in shared memory; a \
-                 container outside of a pod can be dumped with --link-remap",
+        what: "files of a volume are open by a name that they have lost, but not all names",
+        remedy: "close them, or keep such files outside of volumes",
         seen: "/proc/PID/fd, /proc/PID/map_files",
-        criu_says: &["Can't link dev/shm/link_remap"],
+        criu_says: &["/link_remap."],
     },
     Condition {
         name: "thread-timer",
@@ -233,6 +233,7 @@ pub static CONDITIONS: [Condition; 45] = [
         seen: "/proc/PID/mountinfo",
         criu_says: &[
             "has unreachable sharing",
+            "doesn't have a proper root mount",
             "is autodetected external mount",
             "No mapping for",
         ],

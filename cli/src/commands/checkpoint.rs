@@ -33,6 +33,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
             (true, true) => Moves::WillBeDeleted,
         },
         verify_restore: args.verify_restore,
+        leave_logs: args.dump.leave_logs(),
     };
     let afterwards = if args.leave_paused || args.moved {
         Afterwards::Paused

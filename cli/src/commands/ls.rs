@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use transship_engine::Result;
-use transship_engine::listing::{Listed, list};
+use transship_engine::listing::{Listed, list, undecided};
 use transship_engine::timeline::human_bytes;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 
@@ -12,7 +12,8 @@ use super::{print, store};
 use crate::args::Global;
 
 pub(crate) fn run(global: &Global) -> Result<()> {
-    let rows = list(&store(), Path::new(DEFAULT_CONSUMED_DIR))?;
+    let mut rows = list(&store(), Path::new(DEFAULT_CONSUMED_DIR))?;
+    rows.extend(undecided()?);
     print(global, &rows, || table(&rows))
 }
 
@@ -31,9 +32,14 @@ fn table(rows: &[Listed]) -> String {
     );
     for row in rows {
         // Writing to a string cannot fail.
-        let _ = match &row.error {
-            Some(error) => writeln!(text, "{:<36}{error}", row.name),
-            None => writeln!(
+        let _ = match (&row.error, &row.undecided) {
+            (Some(error), _) => writeln!(text, "{:<36}{error}", row.name),
+            (None, Some(migration)) => writeln!(
+                text,
+                "{:<36}{:<22}paused; whether it runs by {:?} is not decided: transship -n {} recover {}",
+                row.name, row.created, migration.to, migration.namespace, migration.container
+            ),
+            (None, None) => writeln!(
                 text,
                 "{:<36}{:<22}{:>11}  {:<14}{:<24}{:<10}{}",
                 row.name,

@@ -55,6 +55,7 @@ fn request(args: MigrateArgs) -> Request {
         keep_source: args.keep_source,
         lose_network: args.allow_lost.contains(&LostArg::Network),
         lose_joined: args.allow_lost.contains(&LostArg::Exec),
+        leave_logs: args.dump.leave_logs(),
         dump_patience: args.dump.patience(),
         max_freeze: args.freeze.max_freeze,
         link_patience: args.link.patience(),
@@ -80,7 +81,7 @@ mod tests {
     #[test]
     fn the_other_node_reads_what_this_one_writes() {
         let line = "transship migrate web --to x --id web2 --sandbox s --snapshotter overlayfs \
-                    --runtime-binary /r --log-uri file:///l --lsm-profile apparmor:p \
+                    --runtime-binary /r --log-uri file:///l --lsm-profile apparmor:p --network keep \
                     --lsm-mount-context c --manage-cgroups-mode ignore --ext-unix-sk=true \
                     --allow hooks --allow devices --link-timeout 5";
         let Command::Migrate(args) = Cli::parse_from(line.split_whitespace()).command else {

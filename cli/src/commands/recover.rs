@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 use transship_engine::interrupt::Interrupt;
-use transship_engine::migrate::{Decided, Decision, Pending, pending, recover};
+use transship_engine::migrate::{Decided, Decision, Pending, recover_all};
 use transship_engine::moved_pods;
-use transship_engine::receive::{Arrivals, settle_all};
 use transship_engine::{Error, Kind, Result};
 
 use super::{connect, print, store};
@@ -34,23 +33,17 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
         (_, true) => Decision::TargetRuns,
         _ => Decision::Ask(args.once.then_some(Duration::ZERO)),
     };
-    // What has arrived here and was cut off; others may wait for an answer of this node.
-    let lost = settle_all(&node, &store(), &Arrivals::default()).await?;
-    for migration in lost {
-        tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
-    }
     let wanted = |it: &Pending| match &args.container {
         Some(id) => *id == it.container && it.namespace == global.namespace,
         None => true,
     };
-    let found: Vec<_> = pending()?.into_iter().filter(wanted).collect();
+    let found = recover_all(&node, &store(), wanted, decision, &interrupt).await?;
     if let (Some(id), true) = (&args.container, found.is_empty()) {
         let message = format!("there is no migration of {id:?} that is not decided");
         return Err(Error::not_found(message).hint("transship recover --once"));
     }
     let (mut lines, mut undecided) = (Vec::new(), None);
-    for pending in found {
-        let decided = recover(&node, &pending, decision, &interrupt).await;
+    for (pending, decided) in found {
         let outcome = match &decided {
             Ok(Decided::SourceRuns) => "runs on here",
             Ok(Decided::TargetRuns) => "runs on the other node; removed here",

@@ -6,8 +6,8 @@
 //! id  parent device  root       mount point                    type
 //! ```
 //!
-//! CRIU makes again what has no device (proc, tmpfs, ...), what the runtime tells it of (the spec's
-//! bind mounts), and a part of a file system that the container has another mount of.
+//! CRIU makes again what has no device (proc, tmpfs, ...) when the whole of it is mounted, what the runtime
+//! tells it of (the spec's bind mounts), and a part of a file system that the container has another mount of.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,9 @@ fn foreign<'m>(
                     && Path::new(&mount.root).starts_with(&other.root)
             })
         };
-        !of_spec && !MADE_AGAIN.contains(&mount.fs_type.as_str()) && !part()
+        // Of a part alone CRIU cannot make the whole.
+        let whole = mount.root == "/" && MADE_AGAIN.contains(&mount.fs_type.as_str());
+        !of_spec && !whole && !part()
     })
 }
 
@@ -113,7 +115,10 @@ mod tests {
 315 310 254:0 /usr/lib/driver /driver rw master:1 - ext4 /dev/vda rw
 316 310 0:60 / /own rw - tmpfs tmpfs rw
 317 312 254:1 / /data/disk rw - ext4 /dev/vdb rw
-318 310 254:2 / /dev/nvidia0 rw - ext4 /dev/vdb rw";
+318 310 254:2 / /dev/nvidia0 rw - ext4 /dev/vdb rw
+319 310 0:61 /var/lib/driver /tool rw - overlay overlay rw
+320 310 0:62 /made /made rw - tmpfs tmpfs rw
+321 316 0:60 /part /part rw - tmpfs tmpfs rw";
         let mounts: Vec<MountInfo> = mounts
             .lines()
             .map(|line| MountInfo::from_line(line).unwrap())
@@ -124,6 +129,6 @@ mod tests {
         let found: Vec<_> = foreign(&mounts, &known)
             .map(|it| it.mount_point.to_str().unwrap())
             .collect();
-        assert_eq!(found, ["/driver"]);
+        assert_eq!(found, ["/driver", "/tool", "/made"]);
     }
 }

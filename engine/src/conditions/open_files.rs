@@ -7,15 +7,19 @@
 //! ```
 //!
 //! A ghost file is kept in the images. For one that has another name CRIU makes a link beside it for
-//! the time of the dump; it comes along where the files are exported within that time (the upperdir)
-//! or dumped by CRIU (a tmpfs of the container), and not on a bind mount.
+//! the time of the dump; it comes along where the files are exported within that time (the upperdir),
+//! dumped by CRIU (a tmpfs of the container) or the link is written down ([`crate::dump_links`]: `/dev/shm` of a
+//! pod), and not on another bind mount.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use procfs::process::{FDTarget, MMapPath};
+use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
+use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
+use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
@@ -101,15 +105,24 @@ fn without_its_name(
             let size = file.len().min(file.blocks() * 512);
             (size > limit).then(|| ("ghost-limit", format!("{shown}, {size} bytes")))
         }
-        _ if on_bind_mount(&subject.spec, Path::new(name)) => {
+        _ if is_left_behind(&subject.spec, Path::new(name)) => {
             Some(("shared-link-remap", shown.to_string()))
         }
         _ => (!subject.criu.link_remap).then(|| ("link-remap", shown.to_string())),
     }
 }
 
-fn on_bind_mount(spec: &Spec, path: &Path) -> bool {
-    let binds: Vec<PathBuf> = spec.bind_mounts().into_iter().map(|(at, _)| at).collect();
+/// Whether a file is in a bind mount whose links are not in the checkpoint: all but `/dev/shm` of the pod.
+fn is_left_behind(spec: &Spec, path: &Path) -> bool {
+    let annotations = spec.annotations();
+    let sandbox = annotations.get(SANDBOX_ID).map(String::as_str);
+    let shared = shared_mounts(spec, sandbox.unwrap_or_default());
+    let shm: Vec<&PathBuf> = { shared.iter() }
+        .filter(|it| it.dir == SharedDir::Shm)
+        .map(|it| &it.destination)
+        .collect();
+    let mut binds: Vec<PathBuf> = spec.bind_mounts().into_iter().map(|(at, _)| at).collect();
+    binds.retain(|at| !shm.contains(&at));
     let mounts = spec.mount_destinations();
     let longest = mounts
         .iter()
@@ -126,7 +139,9 @@ mod tests {
 
     fn subject(criu: CriuOptions) -> Subject {
         let spec = br#"{"mounts":[{"destination":"/dev","type":"tmpfs"},
-            {"destination":"/dev/shm","type":"bind","source":"/run/shm","options":["rbind"]}]}"#;
+            {"destination":"/vol","type":"bind","source":"/run/vol","options":["rbind"]},
+            {"destination":"/dev/shm","type":"bind","source":"/run/x/sandboxes/s1/shm","options":["rbind"]}],
+            "annotations":{"io.kubernetes.cri.sandbox-id":"s1"}}"#;
         Subject {
             init: 1,
             pids: Vec::new(),
@@ -159,13 +174,19 @@ mod tests {
             ("/data/x (deleted)", &ghost, Some("ghost-limit"), None),
             ("/data/x (deleted)", &linked, Some("link-remap"), None),
             ("/dev/x (deleted)", &linked, Some("link-remap"), None),
+            (
+                "/dev/shm/sem.x (deleted)",
+                &linked,
+                Some("link-remap"),
+                None,
+            ),
             ("/data/x", &linked, None, None),
             ("/memfd:x (deleted)", &ghost, None, None),
         ] {
             assert_eq!(name(path, of, &none), told, "{path}");
             assert_eq!(name(path, of, &all), untold, "{path}");
         }
-        let semaphore = name("/dev/shm/sem.x (deleted)", &linked, &all);
-        assert_eq!(semaphore, Some("shared-link-remap"));
+        let shared = name("/vol/x (deleted)", &linked, &all);
+        assert_eq!(shared, Some("shared-link-remap"));
     }
 }

@@ -1,87 +1,116 @@
-//! A network of its own does not come along: the interfaces of a network namespace belong to the node.
+//! The networks of a container that has a network namespace of its own.
+//!
+//! ```text
+//!              new                                 keep
+//!  frozen                                          CNI DEL here
+//!  restored    CNI ADD on the target (runtime front, before the sockets are made again)
+//!  aborted     the target's is removed             the same, and CNI ADD here with what it had
+//!  runs        CNI DEL here                        (done)
+//! ```
+//!
+//! Interfaces that CNI has not made belong to the node, and are refused before anything happens.
 
-use std::fs;
+use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use transship_checkpoint::spec::Spec;
+use transship_cni::{Address, Attachment, Cni, Place, container_name};
+
+use super::Request;
+use super::record::Pending;
+use crate::error::{Context, Error, Result};
+use crate::own_networks::{has_own_network, interfaces};
+use crate::restore::AddressChoice;
 use crate::source::SourceContainer;
 
-/// What the kernel puts into a new network namespace by itself: loopback, and the fallback devices of
-/// tunnel modules (`net.core.fb_tunnels_only_for_init_net`).
-const OF_EVERY_NAMESPACE: [&str; 11] = [
-    "lo",
-    "tunl0",
-    "gre0",
-    "gretap0",
-    "erspan0",
-    "ip_vti0",
-    "ip6_vti0",
-    "sit0",
-    "ip6tnl0",
-    "ip6gre0",
-    "ip6gretap0",
-];
-
-/// Refuses a container whose interfaces would be lost, unless they may be.
-pub(super) fn check(container: &SourceContainer, may_be_lost: bool) -> Result<()> {
-    let own = !container
-        .container
-        .joined
-        .iter()
-        .any(|kind| kind == "network");
-    if may_be_lost || !own || is_network_of_node(&container.spec) {
+/// Refuses a container whose interfaces would be lost, unless they may be; then it has no networks.
+pub(super) fn check(container: &mut SourceContainer, request: &Request) -> Result<()> {
+    let networks = &mut container.container.networks;
+    if request.lose_network || request.target.address == Some(AddressChoice::None) {
+        networks.clear();
         return Ok(());
     }
+    let id = container.container.id.clone();
+    let spec = Spec::parse(&container.spec);
+    let spec = spec.with_context(|| format!("the spec of {id:?} is no OCI runtime spec"))?;
+    if !has_own_network(&spec) {
+        return Ok(());
+    }
+    if request.target.address == Some(AddressChoice::Keep) {
+        for network in networks.iter_mut() {
+            network.address = Address::Keep;
+        }
+    }
+    let made = |name: &String| networks.iter().any(|network| network.interface == *name);
     // A program that has ended is found by the freeze.
-    let table = fs::read_to_string(format!("/proc/{}/net/dev", container.pid)).unwrap_or_default();
-    let lost = own_interfaces(&table);
+    let lost: Vec<String> = { interfaces(container.pid).into_iter() }
+        .filter(|name| !made(name))
+        .collect();
     if lost.is_empty() {
         return Ok(());
     }
-    let id = container.id();
     Err(Error::refused(format!(
-        "{id:?} has network interfaces of its own, which stay behind: {}; run it in the network of a \
-         sandbox (--sandbox on the other node), or let it lose them (--allow-lost network)",
+        "{id:?} has network interfaces of its own that CNI has not made, which stay behind: {}; run it in the \
+         network of a sandbox (--sandbox on the other node), or let it lose them (--allow-lost network)",
         lost.join(", ")
     )))
 }
 
-fn is_network_of_node(spec: &[u8]) -> bool {
-    let spec: serde_json::Value = serde_json::from_slice(spec).unwrap_or_default();
-    let mut namespaces = spec["linux"]["namespaces"].as_array().into_iter().flatten();
-    namespaces.all(|namespace| namespace["type"] != "network")
+/// Whether the addresses come along, so that they must be gone here before the copy has them.
+fn are_kept(pending: &Pending) -> bool {
+    let mut networks = pending.networks.iter();
+    networks.any(|network| network.address == Address::Keep)
 }
 
-/// The interfaces in `/proc/PID/net/dev`, without those of every namespace.
-fn own_interfaces(table: &str) -> Vec<&str> {
-    let names = table
-        .lines()
-        .skip(2)
-        .filter_map(|line| line.split_once(':'));
-    names
-        .map(|(name, _)| name.trim())
-        .filter(|name| !OF_EVERY_NAMESPACE.contains(name))
-        .collect()
+/// Before the copy is made: takes the addresses away here that it is to have.
+pub(super) async fn give_away(pending: &Pending, pid: u32) -> Result<()> {
+    if !are_kept(pending) {
+        return Ok(());
+    }
+    remove(pending, Some(namespace_of(pid))).await
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interfaces_that_somebody_made_are_found() {
-        let table = "Inter-|   Receive  |  Transmit\n face |bytes |bytes\n    lo: 0 0\n  tunl0: 0\n  \
-                     eth0: 5 5\n";
-        assert_eq!(own_interfaces(table), ["eth0"]);
-        assert!(own_interfaces("").is_empty());
+/// The source goes on: it has its addresses again.
+pub(super) async fn take_back(pending: &Pending, pid: u32) -> Result<()> {
+    if !are_kept(pending) {
+        return Ok(());
     }
+    let there = interfaces(pid);
+    let (networks, namespace) = (pending.networks.clone(), namespace_of(pid));
+    let container = container_name(&pending.namespace, &pending.container);
+    let added = tokio::task::spawn_blocking(move || {
+        let place = Place {
+            container: &container,
+            namespace: Some(&namespace),
+        };
+        let mut gone = { networks.iter() }.filter(|it| !there.contains(&it.interface));
+        gone.try_for_each(|network| Cni::default().add(place, network))
+    });
+    let id = &pending.container;
+    let failed = || format!("{id:?} runs on here without its network");
+    added.await?.with_context(failed)
+}
 
-    #[test]
-    fn without_a_namespace_it_is_the_nodes() {
-        assert!(is_network_of_node(
-            br#"{"linux":{"namespaces":[{"type":"pid"}]}}"#
-        ));
-        assert!(!is_network_of_node(
-            br#"{"linux":{"namespaces":[{"type":"network"}]}}"#
-        ));
-    }
+/// The copy runs: nothing here is the source's any more.
+pub(super) async fn forget(pending: &Pending) -> Result<()> {
+    remove(pending, None).await
+}
+
+async fn remove(pending: &Pending, namespace: Option<PathBuf>) -> Result<()> {
+    let networks = pending.networks.clone();
+    let container = container_name(&pending.namespace, &pending.container);
+    let id = &pending.container;
+    let failed = || format!("the network of {id:?} could not be removed here");
+    let removed = tokio::task::spawn_blocking(move || {
+        let place = Place {
+            container: &container,
+            namespace: namespace.as_deref(),
+        };
+        let mut networks = networks.iter().rev();
+        networks.try_for_each(|network: &Attachment| Cni::default().del(place, network))
+    });
+    removed.await?.with_context(failed)
+}
+
+fn namespace_of(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string()).join("ns/net")
 }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
+use transship_cni::Attachment;
 
 use crate::durable_record;
 use crate::error::{Context, Error, Result};
@@ -36,6 +37,9 @@ pub struct Pending {
     pub was_paused: bool,
     /// Whether record and snapshot stay here.
     pub keep_source: bool,
+    /// The networks of CNI that it is in by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<Attachment>,
     /// When `Commit` was sent, as in RFC 3339.
     pub since: String,
 }
@@ -144,6 +148,7 @@ mod tests {
             remote_program: "transship".into(),
             was_paused: false,
             keep_source: false,
+            networks: Vec::new(),
             since: "2026-01-02T03:04:05Z".into(),
         };
         record.write(&pending).unwrap();

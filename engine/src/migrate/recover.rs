@@ -13,17 +13,22 @@ use std::path::Path;
 use std::time::Duration;
 
 use containerd_client::types::v1::Status;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::{JoinSet, LocalSet};
+use transship_checkpoint::store::Store;
 use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
 
 use super::ask::Question;
 use super::record::{Pending, Record};
-use super::{LOCKS, RECORDS, record};
+use super::{LOCKS, RECORDS, network, record};
 use crate::conversation::LINK_PATIENCE;
 use crate::error::{Context, Error, Kind, Result};
 use crate::freeze_guard::TaskToFreeze;
 use crate::frozen::Committed;
 use crate::interrupt::Interrupt;
+use crate::receive::{Arrivals, settle_all};
 use crate::restart_policy;
 
 /// Who decides.
@@ -59,11 +64,58 @@ pub fn pending() -> Result<Vec<Pending>> {
     record::list(Path::new(RECORDS))
 }
 
+/// Decides all migrations that are `wanted`, side by side: one whose node does not answer keeps no other
+/// waiting. What was arriving here and was cut off comes to its end first, because others may wait for that.
+///
+/// # Errors
+/// The records cannot be read. What became of each is told with it.
+pub async fn recover_all(
+    node: &Containerd,
+    store: &Store,
+    wanted: impl Fn(&Pending) -> bool,
+    decision: Decision,
+    interrupt: &Interrupt,
+) -> Result<Vec<(Pending, Result<Decided>)>> {
+    for migration in settle_all(node, store, &Arrivals::default()).await? {
+        tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
+    }
+    let wanted: Vec<Pending> = pending()?.into_iter().filter(wanted).collect();
+    let (node, interrupt) = (node.clone(), interrupt.clone());
+    // A thread of their own: a conversation stays in the one that it was begun in. Nobody waits for that thread
+    // when the program ends.
+    let (sender, answer) = oneshot::channel();
+    let runtime = Handle::current();
+    let ask = move || {
+        let ask_all = async move {
+            let mut asked = JoinSet::new();
+            for (at, pending) in wanted.into_iter().enumerate() {
+                let (node, interrupt) = (node.clone(), interrupt.clone());
+                asked.spawn_local(async move {
+                    let decided = recover(&node, &pending, decision, &interrupt).await;
+                    (at, pending, decided)
+                });
+            }
+            asked.join_all().await
+        };
+        let asked = runtime.block_on(LocalSet::new().run_until(ask_all));
+        // Who has asked may have gone.
+        drop(sender.send(asked));
+    };
+    let thread = std::thread::Builder::new().name("recover".to_owned());
+    thread.spawn(ask).context("cannot start a thread")?;
+    let mut all = answer.await.context("the thread that asks has ended")?;
+    all.sort_by_key(|(at, ..)| *at);
+    let told = all
+        .into_iter()
+        .map(|(_, pending, decided)| (pending, decided));
+    Ok(told.collect())
+}
+
 /// Decides one migration.
 ///
 /// # Errors
 /// [`Kind::Uncertain`]: it is not known which copy runs, and the source stays as it is.
-pub async fn recover(
+async fn recover(
     node: &Containerd,
     pending: &Pending,
     decision: Decision,
@@ -110,6 +162,7 @@ pub async fn recover(
             node.kill_task(id)
                 .await
                 .context("it could not be ended here")?;
+            network::forget(pending).await?;
             if decision == Decision::TargetRuns {
                 record.clear()?;
                 return Ok(Decided::TargetRunsFilesStay);
@@ -121,6 +174,9 @@ pub async fn recover(
             Ok(Decided::TargetRuns)
         }
         (Outcome::Aborted, Some(source)) => {
+            if let Some(task) = &task {
+                network::take_back(pending, task.pid).await?;
+            }
             source.thaw().await?;
             let_be(&node, &record, id).await?;
             Ok(Decided::SourceRuns)

@@ -116,6 +116,10 @@ pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
         ("snapshotter", &target.snapshotter),
         ("runtime-binary", &target.runtime_binary),
         ("log-uri", &target.log_uri),
+        (
+            "network",
+            &target.address.map(|address| address.to_string()),
+        ),
     ] {
         words.extend(value.iter().map(|value| format!("--{flag}={value}")));
     }

@@ -19,7 +19,7 @@ use super::dump_files::{DumpFiles, is_memory};
 use super::precopy::{Rounds, go_through, seed};
 use super::record::{Pending, Record};
 use super::recover::undecided;
-use super::{Request, end_source, is_refusal_of_target, remove_source, resume_source};
+use super::{Request, end_source, is_refusal_of_target, network, remove_source, resume_source};
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
 use crate::error::{Context, Error, Result};
@@ -91,6 +91,7 @@ impl Transaction<'_> {
         let most = self.request.max_freeze;
         if let Err(error) = at_most(most, began, self.move_and_record(&draft, known)).await {
             frozen.wait_for_dump().await;
+            let error = self.take_back_network(error).await;
             let thawed = frozen.thaw().await;
             let error = resume_source(self.node, self.container, thawed, error).await;
             self.record.clear()?;
@@ -270,6 +271,7 @@ impl Transaction<'_> {
         }
         self.progress.step("restore");
         let from = self.timeline.now();
+        network::give_away(&self.pending, self.container.pid).await?;
         self.conversation.send(Message::Restore).await?;
         let deadline = RESTORE_DEADLINE + Duration::from_secs(self.bytes / RESTORE_SPEED);
         self.expect(&Message::Restored, "the restore on the target", deadline)
@@ -424,9 +426,18 @@ impl Transaction<'_> {
 
     /// The copy never runs.
     async fn resume(&self, source: Committed, error: Error) -> Error {
+        let error = self.take_back_network(error).await;
         let thawed = source.thaw().await;
         let error = resume_source(self.node, self.container, thawed, error).await;
         match self.record.clear() {
+            Ok(()) => error,
+            Err(left) => left.after(error),
+        }
+    }
+
+    /// The source is about to go on.
+    async fn take_back_network(&self, error: Error) -> Error {
+        match network::take_back(&self.pending, self.container.pid).await {
             Ok(()) => error,
             Err(left) => left.after(error),
         }
@@ -454,6 +465,7 @@ impl Transaction<'_> {
         end_source(self.node, self.container)
             .await
             .context("it could not be ended here")?;
+        network::forget(&self.pending).await?;
         self.progress.step("sync");
         if !self.durable {
             self.wait_for_disk().await?;

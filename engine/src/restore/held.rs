@@ -5,6 +5,7 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
@@ -15,6 +16,7 @@ use transship_proto::runc_options::Options;
 
 use super::plan::Plan;
 use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
+use crate::container_log::path_of_uri;
 use crate::error::{Context, Error, Result};
 use crate::overlay_mounts::overlay_stack;
 
@@ -30,6 +32,8 @@ pub struct Restored {
     node: Containerd,
     plan: Plan,
     upperdir: PathBuf,
+    /// The container's directory in the checkpoint.
+    files: PathBuf,
     /// Process id of its first process.
     pub pid: u32,
 }
@@ -42,6 +46,7 @@ pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Res
     match make(node, &plan, checkpoint).await {
         Ok((pid, upperdir)) => Ok(Restored {
             node: node.clone(),
+            files: checkpoint.container_dir(&plan.container),
             plan,
             upperdir,
             pid,
@@ -133,6 +138,16 @@ impl Restored {
     /// # Errors
     /// What containerd answers.
     pub async fn start(&self) -> Result<u32> {
+        if let Some(log) = path_of_uri(&self.plan.output.0) {
+            let dir = self.files.clone();
+            let put = tokio::task::spawn_blocking(move || put_in_front(&dir, &log)).await?;
+            if let Err(error) = put {
+                tracing::warn!(
+                    "the old log of {:?} is not in front of the new one: {error}",
+                    self.plan.id
+                );
+            }
+        }
         self.node.start_task(&self.plan.id).await?;
         Ok(self.pid)
     }

@@ -11,10 +11,12 @@ use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::Spec;
+use transship_cni::Networks;
 use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{self, Place};
 use transship_sandbox::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
+use super::networks;
 use super::spec::{cgroups_path, joined_kinds, replace_joined, strip_our_annotations};
 use super::target::Target;
 use crate::error::{Context, Error, Result};
@@ -42,6 +44,8 @@ pub struct Plan {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) runtime_binary: PathBuf,
     pub(super) sandbox: Option<Sandbox>,
+    /// What it is put into, if it had networks by itself.
+    pub(super) networks: Option<Networks>,
     pub(super) new_namespaces: bool,
     /// Where stdout and stderr go.
     pub(super) output: (String, String),
@@ -101,6 +105,7 @@ pub async fn plan(
         // Their paths are replaced, or have a reason of their own.
         None => joined_kinds(&mut parsed).collect(),
     };
+    let networks = networks::choose(container, (node.namespace(), &id), target, &mut reasons);
     let asked = foreign(&parsed, container, target, &joined).into_iter();
     let refused = asked.filter(|refusal| !target.allowed.contains(&refusal.allow));
     reasons.extend(refused.map(|refusal| refusal.to_string()));
@@ -141,6 +146,7 @@ pub async fn plan(
         spec,
         runtime_binary,
         sandbox,
+        networks,
         new_namespaces: target.new_namespaces,
     })
 }

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 use transship_checkpoint::annotations::{
-    MISSING_NAMESPACES, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX, is_criu_option,
+    MISSING_NAMESPACES, NETWORKS, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX,
+    is_criu_option,
 };
 use transship_checkpoint::manifest;
 use transship_checkpoint::spec::Spec;
@@ -88,6 +89,10 @@ pub(super) fn asking_for_restore(plan: &Plan, checkpoint: &str) -> Spec {
     }
     if let Some(sandbox) = &plan.sandbox {
         spec.set_annotation(SANDBOX, &sandbox.id);
+    }
+    if let Some(networks) = &plan.networks {
+        let json = serde_json::to_string(networks).expect("strings are JSON");
+        spec.set_annotation(NETWORKS, &json);
     }
     spec
 }

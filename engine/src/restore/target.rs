@@ -1,5 +1,6 @@
 //! What the operator of a node wants a container to become.
 
+use std::fmt;
 use std::path::Path;
 
 use transship_checkpoint::criu_options::CriuOverrides;
@@ -25,8 +26,31 @@ pub struct Target {
     pub log_uri: Option<String>,
     /// CRIU's options that differ from those of the dump.
     pub criu: CriuOverrides,
+    /// What it gets of networks that it was in by itself; none: new addresses, in the default network alone.
+    pub address: Option<AddressChoice>,
     /// What the checkpoint may ask of this node beyond an ordinary container.
     pub allowed: Allowed,
+}
+
+/// What a container gets in place of the networks of CNI that it was in by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressChoice {
+    /// An address that the network of this node has.
+    New,
+    /// The addresses that it had.
+    Keep,
+    /// No network.
+    None,
+}
+
+impl fmt::Display for AddressChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "new",
+            Self::Keep => "keep",
+            Self::None => "none",
+        })
+    }
 }
 
 /// What `/etc/transship/node.toml` allows: to checkpoints of this node's store, and to streams.

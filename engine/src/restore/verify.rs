@@ -18,7 +18,7 @@ use transship_checkpoint::store::{Checkpoint, Store};
 use transship_containerd::{Containerd, unique};
 use transship_sandbox::admission::foreign_spec::Allow;
 
-use super::{LEASE, Target, hold, open, plan};
+use super::{AddressChoice, LEASE, Target, hold, open, plan};
 use crate::check::node_facts::free_memory;
 use crate::error::{Context, Error, Result};
 
@@ -78,6 +78,7 @@ async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
     let target = Target {
         id: Some(format!("transship-verify-{}", unique())),
         new_namespaces: true,
+        address: Some(AddressChoice::None),
         criu,
         // It has had all of this here, and executes nothing; hooks would be run.
         allowed: BTreeSet::from(Allow::ALL)

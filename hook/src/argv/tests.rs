@@ -150,7 +150,6 @@ fn what_is_not_understood_is_left_alone() {
         "--root",
         "create --bundle",
         "state web",
-        "kill --all web 9",
         "exec --process /p --detach --pid-file /f web",
         "ps --format json web",
         "update --resources - web",
@@ -185,4 +184,20 @@ fn bytes_that_are_no_text_pass() {
         OsString::from_vec(vec![b'-', 0xff]),
     ];
     assert_eq!(Invocation::read(args.clone()).args, args);
+}
+
+#[test]
+fn signals_are_read_as_the_shim_sends_them() {
+    let kill = |id: &str, signal: &str| Command::Kill {
+        id: id.to_owned(),
+        signal: signal.to_owned(),
+    };
+    for (line, wanted) in [
+        ("kill --all web 9", kill("web", "9")),
+        ("kill web KILL", kill("web", "KILL")),
+        ("kill -a web", kill("web", "TERM")),
+        ("kill --all", Command::Other),
+    ] {
+        assert_eq!(read(&format!("{GLOBALS} {line}")).command, wanted, "{line}");
+    }
 }

@@ -2,7 +2,7 @@
 //! stands for the `<runtime>` on `PATH`.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
@@ -11,7 +11,7 @@ use transship_hook::front::{Environment, HOLD_WATCH_ROLE, Outcome, serve, serve_
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
 };
-use transship_hook::{lazy_pages, one_line, restore_guard};
+use transship_hook::{hold_script, lazy_pages, one_line, restore_guard};
 use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
@@ -30,6 +30,9 @@ fn main() -> ExitCode {
     } else {
         args.remove(0)
     };
+    if hold_script::is_called(&program) {
+        return hold(&program);
+    }
     if args.first().is_some_and(|first| first == SUPERVISED) {
         return fail(&exec_supervised(&args[1..]));
     }
@@ -67,6 +70,20 @@ fn main() -> ExitCode {
         Outcome::Exec(args) => fail(&env.runtime.exec(&args, None)),
         Outcome::ExecWithCriuConfig(args, config) => fail(&env.runtime.exec(&args, Some(&config))),
         Outcome::Exit(code) => ExitCode::from(code),
+    }
+}
+
+/// As CRIU's action script.
+fn hold(program: &OsStr) -> ExitCode {
+    let action = std::env::var("CRTOOLS_SCRIPT_ACTION").unwrap_or_default();
+    let root = std::env::var("CRTOOLS_INIT_PID").ok();
+    let root = root.and_then(|pid| pid.parse().ok()).unwrap_or_default();
+    match hold_script::serve(Path::new(program), &action, root) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", one_line(&error));
+            ExitCode::FAILURE
+        }
     }
 }
 

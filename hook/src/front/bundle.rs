@@ -4,7 +4,8 @@
 //! <bundle>/
 //!   config.json         OCI spec, written by containerd
 //!   transship.json      { "version": 1, "phase": "held", "pid": 7, "start_time": 123,
-//!                         "stopped": [9], "own_pod": "web",
+//!                         "stopped": [9], "frozen": "/sys/fs/cgroup/freezer/default/web",
+//!                         "own_pod": "web",
 //!                         "restore": { "owner": { "pod": UID }, "checkpoint": "web",
 //!                                      "container": "app", "asker": "app", "staged": PATH } }
 //! ```
@@ -85,6 +86,9 @@ pub(super) struct Marker {
     pub(super) start_time: u64,
     /// Tasks that were stopped when they were dumped, by their pid in the container.
     pub(super) stopped: Vec<u32>,
+    /// The cgroup whose freezer holds it; without one it is held by SIGSTOP.
+    #[serde(default)]
+    pub(super) frozen: Option<PathBuf>,
     /// The container's own directory below `pods`, when a namespace was made and pinned there.
     pub(super) own_pod: Option<String>,
     /// What its start consumes.
@@ -137,6 +141,7 @@ impl Marker {
             pid,
             start_time,
             stopped,
+            frozen: None,
             own_pod,
             restore,
         }

@@ -1,6 +1,6 @@
 //! `create`: a sandbox gets the hook, a staged container is restored, all others start cold.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::{Mptcp, OnFailure, Role};
 use transship_checkpoint::namespaces;
@@ -53,11 +53,11 @@ impl Front<'_> {
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
         let found = self.find_fitting_beginning(&create.id, &config, &bundle);
         let outcome = match found {
-            Ok(Beginning::Restored(pod, staged)) => {
-                self.restore_held(create, &bundle, config, &pod, &staged)
+            Ok((Beginning::Restored(pod, staged), log)) => {
+                self.restore_held(create, &bundle, config, (&pod, &staged), log.as_deref())
             }
-            Ok(Beginning::Done(restore)) => self.create_done(create, &bundle, config, restore),
-            Ok(Beginning::Cold) => return self.create_cold(create, &bundle, config),
+            Ok((Beginning::Done(restore), _)) => self.create_done(create, &bundle, config, restore),
+            Ok((Beginning::Cold, _)) => return self.create_cold(create, &bundle, config),
             Err(error) if cold_start && !error.is_refusal() => {
                 let checkpoint = config.annotations.restore.as_deref();
                 let reason = one_line(&error);
@@ -79,17 +79,19 @@ impl Front<'_> {
         })
     }
 
+    /// With the log of a container that is restored.
     fn find_fitting_beginning(
         &self,
         id: &str,
         config: &Config,
         bundle: &Bundle,
-    ) -> Result<Beginning, FrontError> {
+    ) -> Result<(Beginning, Option<PathBuf>), FrontError> {
         let found = self.find_beginning(id, config, bundle)?;
-        if let Beginning::Restored(_, staged) = &found {
-            self.check_fit(id, config, bundle, staged)?;
-        }
-        Ok(found)
+        let log = match &found {
+            Beginning::Restored(_, staged) => self.check_fit(id, config, bundle, staged)?,
+            _ => None,
+        };
+        Ok((found, log))
     }
 
     pub(super) fn add_hooks(

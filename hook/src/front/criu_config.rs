@@ -2,8 +2,7 @@
 //!
 //! The annotation `org.criu.config` of the bundle's spec names the file: to `restore`, which reads
 //! the spec, and later to every `checkpoint`, which reads the annotations that the runtime kept
-//! from it. What holds a restore (`leave-stopped`) would leave a dumped container stopped. So the
-//! file is for the restore alone; afterwards a link to what the container had takes its place.
+//! from it. What holds a restore would hold a dumped container, too. So the file is for the restore alone; afterwards a link to what the container had takes its place.
 
 use std::fs;
 use std::io;
@@ -34,13 +33,12 @@ pub(super) struct CriuConfig {
 }
 
 impl CriuConfig {
-    /// Writes the file and names it in the spec.
+    /// Writes the file, with `more` lines at its end, and names it in the spec.
     pub(super) fn write(
         bundle: &Bundle,
         spec: &mut Spec,
         options: &CriuOptions,
-        cgroup_lines: &[ConfigLine],
-        held: bool,
+        more: &[ConfigLine],
     ) -> Result<Self, FrontError> {
         let path = bundle.path(CONFIG_FILE);
         let path = std::path::absolute(&path).during("find", &path)?;
@@ -55,8 +53,7 @@ impl CriuConfig {
             }
             None => Some(DEFAULT_CONFIG.into()),
         };
-        let text = options.restore_config(&read(own.as_deref())?, held);
-        let text = text + &ConfigLine::to_text(cgroup_lines);
+        let text = options.restore_config(&read(own.as_deref())?) + &ConfigLine::to_text(more);
         let config = Self { path, own };
         config.replace(|new| fs::write(new, text))?;
         spec.set_annotation(annotations::CRIU_CONFIG, &config.path.to_string_lossy());
@@ -122,7 +119,8 @@ mod tests {
         for value in ["", "/etc/criu/no-such-file.conf"] {
             let mut spec = Spec::parse(b"{}").unwrap();
             spec.set_annotation(annotations::CRIU_CONFIG, value);
-            let config = CriuConfig::write(&bundle, &mut spec, &options, &[], true).unwrap();
+            let held = [ConfigLine::switch("leave-stopped")];
+            let config = CriuConfig::write(&bundle, &mut spec, &options, &held).unwrap();
             let named = spec.annotations().remove(annotations::CRIU_CONFIG).unwrap();
             assert_eq!(
                 fs::read_to_string(&named).unwrap(),

@@ -6,6 +6,7 @@ use transship_sandbox::PodDir;
 
 use super::bundle::Phase;
 use super::{Front, FrontError, Outcome};
+use crate::own_networks;
 use crate::restore_guard;
 use crate::runtime::exit_code;
 
@@ -24,6 +25,9 @@ impl Front<'_> {
             drop(restore_guard::lock(&work));
             self.unmount_criu_root(id, &bundle);
         }
+        if matches!(marker.phase, Phase::Restoring | Phase::Held) {
+            self.kill_held(id);
+        }
         if force || marker.phase != Phase::Running {
             // To its caller a held container is a created one, which may be deleted; the runtime
             // takes it for a running one, which may not.
@@ -34,6 +38,7 @@ impl Front<'_> {
         let status = self.env.runtime.run(&self.env.own, &args)?;
         if status.success() {
             bundle.remove_marker();
+            own_networks::remove(&bundle.path("work"));
             if let Some(pod) = marker.own_pod {
                 let pod = PodDir::at(&self.env.run_dir, &pod)?;
                 pod.unpin()?;

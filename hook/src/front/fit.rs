@@ -11,6 +11,7 @@
 //! The front has no connection to containerd: the program `transship` beside it has, and is run for this
 //! one question, in restores only.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use transship_checkpoint::manifest::Container;
@@ -36,14 +37,14 @@ pub(super) fn not_admitted(request: &Request, source: AdmissionError) -> FrontEr
 }
 
 impl Front<'_> {
-    /// Checks it; nothing is changed but who the restore is for.
+    /// Checks it; nothing is changed but who the restore is for. Gives the log of a container of the CRI.
     pub(super) fn check_fit(
         &self,
         id: &str,
         config: &Config,
         bundle: &Bundle,
         staged: &Staged,
-    ) -> Result<(), FrontError> {
+    ) -> Result<Option<PathBuf>, FrontError> {
         let request = staged.request()?;
         let checkpoint = self.env.store.open(&request.checkpoint)?;
         let manifest = &checkpoint.manifest;
@@ -56,9 +57,10 @@ impl Front<'_> {
         };
         asker.admit_container(manifest, container, &old, &config.spec)?;
         // Outside of the CRI our own tool has made the container, of the image that it found.
-        if config.cri {
-            self.check_base(id, container, &manifest.name)?;
-        }
+        let log = match config.cri {
+            true => self.check_base(id, container, &manifest.name)?,
+            false => None,
+        };
         check_privileges(&request, &old, config, bundle)?;
         if let Some(name) = config
             .annotations
@@ -68,7 +70,7 @@ impl Front<'_> {
         {
             staged.reserve_for(name)?;
         }
-        Ok(())
+        Ok(log)
     }
 
     /// The upperdir is a diff against the layers of the image that the container had.
@@ -77,10 +79,10 @@ impl Front<'_> {
         id: &str,
         container: &Container,
         checkpoint: &str,
-    ) -> Result<(), FrontError> {
+    ) -> Result<Option<PathBuf>, FrontError> {
         let base = self.ask_for_base(id)?;
         if base.chain_id == container.image.chain_id {
-            return Ok(());
+            return Ok(base.log);
         }
         let named = |name: &str, digest: &str| format!("{name:?} ({digest})");
         Err(FrontError::from(FitError::Base {

@@ -1,11 +1,12 @@
-//! The tasks of a held restore.
+//! The tasks of a held restore: frozen in their cgroup ([`crate::hold_script`]), or stopped.
 //!
-//! CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction;
-//! SIGCONT lets it go. Tasks are found as the tree below the first process: that is what CRIU
-//! restored, and asks nothing of cgroups, which a node may have of either version.
+//! Where the front has to work on the tasks with ptrace, which waits for ever for a frozen one, CRIU's
+//! `leave-stopped` sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it
+//! go. Tasks are found as the tree below the first process: that is what CRIU restored.
 
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::descendants::tree;
+use crate::freezer::Freezer;
 
 /// How long a stop signal may take: the task is on its way out of the kernel.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,20 +36,39 @@ fn start_time_of(stat: &str) -> Option<u64> {
     (!matches!(state, "Z" | "X")).then_some(start_time)
 }
 
-/// Waits until all tasks below `root` and itself are stopped: CRIU sends the signal and is gone
-/// before each of them has taken it.
-pub(super) fn wait_until_stopped(root: i32) -> io::Result<()> {
+/// How tasks are held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// By the freezer of this cgroup.
+    Frozen(PathBuf),
+    /// By SIGSTOP.
+    Stopped,
+}
+
+/// Waits until all tasks below `root` and itself are held: CRIU is gone before each of them has taken a
+/// stop signal.
+pub(super) fn wait_until_held(root: i32) -> io::Result<Hold> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let running = tree(root)?.into_iter().find(|pid| !is_stopped(*pid));
+        let tasks = tree(root)?;
+        if let Some(freezer) = frozen(&tasks) {
+            return Ok(Hold::Frozen(freezer.dir().to_path_buf()));
+        }
+        let running = tasks.into_iter().find(|pid| !is_stopped(*pid));
         match running {
-            None => return Ok(()),
+            None => return Ok(Hold::Stopped),
             Some(pid) if Instant::now() > deadline => {
-                return Err(io::Error::other(format!("process {pid} is not stopped")));
+                let message = format!("process {pid} is neither frozen nor stopped");
+                return Err(io::Error::other(message));
             }
             Some(_) => thread::sleep(Duration::from_millis(1)),
         }
     }
+}
+
+fn frozen(tasks: &[i32]) -> Option<Freezer> {
+    let freezer = Freezer::around(tasks).ok()?;
+    freezer.is_frozen().ok()?.then_some(freezer)
 }
 
 /// Stopped, or ended, or gone.
@@ -59,11 +80,14 @@ fn is_stopped(pid: i32) -> bool {
     state.is_none_or(|state| matches!(state, "T" | "Z" | "X"))
 }
 
-/// Lets all tasks below `root` and itself go on, but those whose pid in the container is in
-/// `stopped`.
+/// Lets all tasks below `root` and itself go on. Of those that SIGSTOP holds the ones stay whose pid in the
+/// container is in `stopped`; one that was stopped and is frozen stays stopped by itself.
 ///
 /// Children first: a parent that waits for stopped children (a shell) must never see them so.
-pub(super) fn release(root: i32, stopped: &[u32]) -> io::Result<()> {
+pub(super) fn release(root: i32, hold: &Hold, stopped: &[u32]) -> io::Result<()> {
+    if let Hold::Frozen(dir) = hold {
+        return Freezer::at(dir).thaw();
+    }
     for pid in tree(root)?.into_iter().rev() {
         if pid_in_container(pid).is_some_and(|inner| stopped.contains(&inner)) {
             continue;
@@ -137,10 +161,10 @@ mod tests {
         for pid in &all {
             kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap();
         }
-        wait_until_stopped(root).unwrap();
+        assert_eq!(wait_until_held(root).unwrap(), Hold::Stopped);
         assert!(all.iter().all(|pid| state(*pid) == Some('T')));
         let keep = all[3];
-        release(root, &[keep.try_into().unwrap()]).unwrap();
+        release(root, &Hold::Stopped, &[keep.try_into().unwrap()]).unwrap();
         wait_for("the others run", || {
             all.iter()
                 .all(|pid| (state(*pid) == Some('T')) == (*pid == keep))

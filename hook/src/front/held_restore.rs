@@ -5,7 +5,9 @@ use std::io;
 use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
+use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::criu_images::{tasks, timers};
+use transship_checkpoint::criu_options::ConfigLine;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
@@ -18,11 +20,12 @@ use super::admission::{admit, read_spec, take_oom_score};
 use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::fit::not_admitted;
+use super::held::Hold;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
 use super::{Front, FrontError, Outcome, RestoreError, held, task_attributes};
 use crate::argv::Arguments;
-use crate::one_line;
+use crate::{hold_script, one_line, own_networks};
 
 impl Front<'_> {
     pub(super) fn restore_held(
@@ -30,8 +33,8 @@ impl Front<'_> {
         create: &Arguments,
         bundle: &Bundle,
         mut config: Config,
-        pod: &PodDir,
-        staged: &Staged,
+        (pod, staged): (&PodDir, &Staged),
+        log: Option<&Path>,
     ) -> Result<Option<Outcome>, FrontError> {
         // Until the checkpoint is consumed nobody else restores it.
         let _claim = staged.claim()?;
@@ -48,11 +51,19 @@ impl Front<'_> {
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {
             if config.cri {
-                Self::tell_restored(&staged.request()?.checkpoint);
+                let request = staged.request()?;
+                if let (Some(log), Some(files)) = (log, request.images.parent())
+                    && let Err(error) = put_in_front(files, log)
+                {
+                    let lost = format!("the log that it had: {error}");
+                    Self::tell_incomplete(&create.id, true, &lost);
+                }
+                Self::tell_restored(&request.checkpoint);
             }
             watch.held();
             return Ok(Some(Outcome::Exit(0)));
         };
+        own_networks::remove(&work);
         if plan.has_made() {
             // The error is what failed first; what cannot be removed is in /run.
             drop(pod.unpin());
@@ -122,11 +133,19 @@ impl Front<'_> {
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
         }
-        let cgroup = self.cgroup_lines(&create.id, &config.spec)?;
-        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup, true)?;
+        let mut lines = self.cgroup_lines(&create.id, &config.spec)?;
+        let work = bundle.path("work");
+        lines.push(match edits.attachments.is_empty() {
+            true => hold_script::prepare(&work).during("prepare", &work)??,
+            // A frozen task cannot be traced.
+            false => ConfigLine::switch("leave-stopped"),
+        });
+        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &lines)?;
         bundle.replace_config(&config.spec)?;
 
-        let work = bundle.path("work");
+        if let Some(networks) = &config.annotations.networks {
+            own_networks::write(&work, networks).during("write into", &work)?;
+        }
         self.remove_aborted_restore(&create.id, bundle);
         let own_pod = plan.has_made().then(|| create.id.clone());
         let held_restore = self.held_restore(&create.id, bundle, config, staged)?;
@@ -152,7 +171,7 @@ impl Front<'_> {
             .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(create)?;
-            held::wait_until_stopped(pid).map_err(|source| {
+            let hold = held::wait_until_held(pid).map_err(|source| {
                 FrontError::from(RestoreError::NotHeld {
                     id: create.id.clone(),
                     source,
@@ -179,6 +198,10 @@ impl Front<'_> {
                 pid,
                 start_time,
                 stopped: tasks::stopped(images.path())?,
+                frozen: match hold {
+                    Hold::Frozen(dir) => Some(dir),
+                    Hold::Stopped => None,
+                },
                 ..restoring
             })?;
             edits.record(pod)?;

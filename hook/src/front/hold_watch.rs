@@ -146,6 +146,7 @@ impl Front<'_> {
         if bundle.is_there() || !state.is_dir() {
             return Ok(());
         }
+        self.kill_held(id);
         self.unmount_criu_root(id, bundle);
         // The log that the caller has named was in the bundle, and without it no runtime does anything.
         let mut args: Vec<OsString> = Vec::new();

@@ -17,6 +17,7 @@ mod fit;
 mod held;
 mod held_restore;
 mod hold_watch;
+mod kill;
 mod moved;
 mod native_restore;
 mod pod_connections;
@@ -55,6 +56,7 @@ use self::held_restore::read_pid;
 use crate::argv::{Arguments, Command, Globals, Invocation};
 use crate::lazy_pages::LazyPages;
 use crate::one_line;
+use crate::own_networks;
 use crate::restore_guard::TIMED_OUT;
 use crate::restore_log::{LOG_DIR, criu_log_name};
 use crate::runtime::{GuardedRestore, Runtime};
@@ -152,6 +154,7 @@ pub fn serve(env: &Environment, call: Invocation) -> Outcome {
         Command::Checkpoint(dump) => front.checkpoint(dump),
         Command::Start { id } => front.start(id),
         Command::Delete { id, force } => front.delete(id, *force),
+        Command::Kill { id, signal } => front.kill(id, signal),
     };
     match outcome {
         Ok(None) => Outcome::Exec(call.args),
@@ -218,6 +221,7 @@ impl Front<'_> {
         // A runtime that was killed leaves what CRIU restores into.
         self.remove_aborted_restore(&pid_file.id, bundle);
         let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
+        let reason = own_networks::failure(work).unwrap_or(reason);
         if status.code() == Some(TIMED_OUT.into()) {
             let seconds = patience.as_secs();
             return Ok(Err(format!(
@@ -280,6 +284,7 @@ impl Front<'_> {
 
     /// Takes back a restore that succeeded, after which something else failed.
     fn delete_restored(&self, id: &str) {
+        self.kill_held(id);
         let args = self.with_globals("delete", vec!["--force".into(), id.into()]);
         // The first failure is the one that is told.
         drop(self.env.runtime.run(&self.env.own, &args));

@@ -94,13 +94,7 @@ impl Front<'_> {
         let cgroup = self.cgroup_lines(&restore.id, &config.spec)?;
         let criu_config = match criu.restore_lines().is_empty() && cgroup.is_empty() {
             true => None,
-            false => Some(CriuConfig::write(
-                bundle,
-                &mut config.spec,
-                &criu,
-                &cgroup,
-                false,
-            )?),
+            false => Some(CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup)?),
         };
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);

@@ -4,12 +4,13 @@
 //! What lies in them by then (init containers run again, and may have filled a volume) gives way:
 //! the memory knows the files of the checkpoint.
 
-use std::fs::File;
-use std::io::BufReader;
+use std::fs::{self, File};
+use std::io::{self, BufReader};
 use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
-use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
+use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::shared_dirs::{DumpLink, LINKS_FILE, LINKS_LIMIT, SHARED_DIR, SharedDir};
 use transship_layer::{
     Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents,
 };
@@ -63,17 +64,50 @@ impl Front<'_> {
                 // A new sandbox has a new one.
                 _ => false,
             };
-            if taken || pod.is_filled(&file)? {
-                continue;
+            if !taken && !pod.is_filled(&file)? {
+                fill(&mount.source, &checkpoint.dir.join(SHARED_DIR).join(&file))?;
+                pod.set_filled(&file)?;
+                if let (SharedDir::EmptyDir(volume), Some(consumed)) = (&dir, &mut consumed) {
+                    consumed.add_volume(&request.checkpoint, volume)?;
+                }
             }
-            fill(&mount.source, &checkpoint.dir.join(SHARED_DIR).join(&file))?;
-            pod.set_filled(&file)?;
-            if let (SharedDir::EmptyDir(volume), Some(consumed)) = (&dir, &mut consumed) {
-                consumed.add_volume(&request.checkpoint, volume)?;
+            if dir == SharedDir::Shm {
+                let of_container = checkpoint.dir.join(&request.container);
+                make_links(&mount.source, &of_container)?;
             }
         }
         Ok(())
     }
+}
+
+/// Makes the names again that CRIU had given files of `/dev/shm` for the dump of this container. CRIU takes them
+/// away.
+fn make_links(shm: &Path, of_container: &Path) -> Result<(), FrontError> {
+    let json = read_regular(
+        of_container,
+        Path::new(LINKS_FILE),
+        Links::Refused,
+        LINKS_LIMIT,
+    );
+    let json = match json {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        json => json.during("read", of_container.join(LINKS_FILE))?,
+    };
+    let links: Vec<DumpLink> = serde_json::from_slice(&json)
+        .map_err(io::Error::from)
+        .during("read", of_container.join(LINKS_FILE))?;
+    for it in links {
+        if !it.is_plain() {
+            return Err(io::Error::from(io::ErrorKind::InvalidData))
+                .during("take for a name", &it.link)?;
+        }
+        let link = shm.join(&it.link);
+        // Of a restore that was given up.
+        drop(fs::remove_file(&link));
+        // link(2) follows no link at the end.
+        fs::hard_link(shm.join(&it.name), &link).during("link", &link)?;
+    }
+    Ok(())
 }
 
 /// Makes the content of a directory that of a layer without lower layers.

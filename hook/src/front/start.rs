@@ -6,7 +6,7 @@ use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_path_error::During as _;
 
 use super::bundle::Phase;
-use super::held::{release, start_time};
+use super::held::{Hold, release, start_time};
 use super::tell::Event;
 use super::{Front, FrontError, Outcome, RestoreError};
 use crate::restore_guard;
@@ -47,10 +47,12 @@ impl Front<'_> {
         if let Some(restore) = &marker.restore {
             self.consume(restore)?;
         }
-        // Before the signals: from the first of them on it has run, whoever is killed when.
+        // Before the first task goes: from then on it has run, whoever is killed when.
         marker.phase = Phase::Running;
         bundle.write_marker(&marker)?;
-        release(pid, &marker.stopped).during("let go the tasks of", format!("/proc/{pid}"))?;
+        let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
+        release(pid, &hold, &marker.stopped)
+            .during("let go the tasks of", format!("/proc/{pid}"))?;
         if let Some(restore) = &marker.restore {
             // What is left says less than the record does.
             let staged = Staged::at(restore.staged.clone());

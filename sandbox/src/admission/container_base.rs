@@ -1,13 +1,16 @@
 //! What `transship container-base ID` prints for the runtime front: which image a container is made
-//! of. The front has no connection to containerd, so that it starts in a millisecond.
+//! of, and where its log is. The front has no connection to containerd, so that it starts in a millisecond.
 //!
 //! ```text
-//! { "image": "docker.io/library/web:1", "digest": "sha256:...", "chain_id": "sha256:..." }
+//! { "image": "docker.io/library/web:1", "digest": "sha256:...", "chain_id": "sha256:...",
+//!   "log": "/var/log/pods/shop_web_UID/web/0.log" }
 //! ```
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// The image of a container.
+/// The image of a container, and its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerBase {
     /// Its name.
@@ -16,4 +19,7 @@ pub struct ContainerBase {
     pub digest: String,
     /// Chain id of its layers: of the snapshot below the container's own.
     pub chain_id: String,
+    /// Where its output goes, if that is a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
 }

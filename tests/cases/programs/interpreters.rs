@@ -125,7 +125,7 @@ pub(super) const PYTHON_SPAWN: Program = Program {
     start: multiprocessing!("spawn"),
     alone: Expected::With(&["--link-remap"]),
     in_a_sandbox: Expected::With(&["--link-remap"]),
-    in_a_pod: Expected::Refused("semaphore"),
+    in_a_pod: Expected::With(&["--link-remap"]),
     ..PYTHON_ASYNCIO
 };
 

@@ -6,13 +6,15 @@
 //!   vsock             a socket of another kind
 //!   io-uring          a ring
 //!   uffd              a file of a kind of its own (userfaultfd)
-//!   watch=PATH        inotify; how many events have come is in /data/events
+//!   watch=PATH        inotify; how many bytes of events have come is in /data/events
 //!   semaphore         memory of a named semaphore, opened as glibc does in the process that makes it
+//!   opened-semaphore  the same, opened by its name
 //!   thread-timer      a POSIX timer that signals a thread
 //!   queue=/NAME       a POSIX message queue
 //!   device=PATH       an open device
 //!   unshared          a child in another UTS namespace
 //!   traced            a child that is traced
+//!   signals           counts each SIGCONT, and each SIGCHLD of a child that was stopped or went on
 //! ```
 
 #![expect(
@@ -26,20 +28,35 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::os::raw::c_long;
-use std::process::Command;
+use std::os::unix::fs::FileExt as _;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::ptrace;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::Pid;
 
 const MPTCP: i32 = 262;
+const SEMAPHORE: &str = "/dev/shm/sem.holder";
+/// How often two processes may get into each other's way.
+const TRIES: usize = 1000;
 
 /// What is held, and what a tick does with it.
 pub(super) enum Rare {
     Held(#[expect(dead_code, reason = "it is held")] Box<dyn Any>),
-    Watch(File, usize),
+    Watch(File),
+    Signals(#[expect(dead_code, reason = "it sleeps")] Child),
+    /// Its memory.
+    Semaphore(*mut u8),
 }
+
+/// How many have come.
+static CONTINUED: AtomicUsize = AtomicUsize::new(0);
+static CHILD_CONTINUED: AtomicUsize = AtomicUsize::new(0);
+/// Bytes of events of all watches.
+static EVENTS: AtomicUsize = AtomicUsize::new(0);
 
 /// None for a need that is none of these.
 pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
@@ -48,13 +65,21 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
         "vsock" => Box::new(socket(libc::AF_VSOCK, 0)?),
         "io-uring" => Box::new(ring()?),
         "uffd" => Box::new(user_faults()?),
-        "watch" => return Ok(Some(Rare::Watch(watch(value)?, 0))),
-        "semaphore" => Box::new(semaphore()?),
+        "watch" => return Ok(Some(Rare::Watch(watch(value)?))),
+        "semaphore" => return Ok(Some(Rare::Semaphore(semaphore()?))),
+        "opened-semaphore" => {
+            let file = OpenOptions::new().read(true).write(true).open(SEMAPHORE)?;
+            return Ok(Some(Rare::Semaphore(mapped(&file)?)));
+        }
         "thread-timer" => Box::new(thread_timer()?),
         "queue" => Box::new(queue(value)?),
         "device" => Box::new(File::open(value)?),
         "unshared" => Box::new(Command::new("/proc/self/exe").arg("in-new-uts").spawn()?),
         "traced" => Box::new(traced()?),
+        "signals" => return Ok(Some(Rare::Signals(count_signals()?))),
+        "asleep" => loop {
+            std::thread::park();
+        },
         "in-new-uts" => {
             unshare(CloneFlags::CLONE_NEWUTS)?;
             loop {
@@ -67,14 +92,27 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
 }
 
 pub(super) fn check(rare: &mut Rare) -> io::Result<()> {
-    let Rare::Watch(file, events) = rare else {
-        return Ok(());
+    let file = match rare {
+        Rare::Held(_) => return Ok(()),
+        Rare::Signals(_) => {
+            let counts = [&CONTINUED, &CHILD_CONTINUED].map(|it| it.load(Ordering::Relaxed));
+            return (counts == [0, 0]).then_some(()).ok_or_else(|| {
+                io::Error::other(format!("SIGCONT and SIGCHLD came {counts:?} times"))
+            });
+        }
+        Rare::Semaphore(memory) => return is_of_file(*memory),
+        Rare::Watch(file) => file,
     };
     let mut buffer = [0; 4096];
     while let Ok(length) = file.read(&mut buffer) {
-        *events += length;
+        EVENTS.fetch_add(length, Ordering::Relaxed);
     }
-    fs::write("/data/events", events.to_string())
+    // As a whole: who reads it sees a number.
+    fs::write(
+        "/data/events.new",
+        EVENTS.load(Ordering::Relaxed).to_string(),
+    )?;
+    fs::rename("/data/events.new", "/data/events")
 }
 
 fn file(descriptor: c_long) -> io::Result<File> {
@@ -114,13 +152,38 @@ fn watch(path: &str) -> io::Result<File> {
         .ok_or_else(io::Error::last_os_error)
 }
 
-fn semaphore() -> io::Result<usize> {
+/// Whether the memory is that of the semaphore that has this name now.
+fn is_of_file(memory: *mut u8) -> io::Result<()> {
+    let file = File::open(SEMAPHORE)?;
+    for _ in 0..TRIES {
+        let mut byte = [0];
+        // SAFETY: it is mapped as long as the program lives; other processes write to it, too.
+        let before = unsafe { memory.read_volatile() };
+        file.read_exact_at(&mut byte, 0)?;
+        // Another process may have written between the two.
+        if byte == [before] {
+            // SAFETY: as above.
+            unsafe { memory.write_volatile(before.wrapping_add(1)) };
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("its memory is another one"))
+}
+
+fn semaphore() -> io::Result<*mut u8> {
     let made = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .open("/dev/shm/sem.made")?;
     made.set_len(32)?;
+    let memory = mapped(&made)?;
+    fs::hard_link("/dev/shm/sem.made", SEMAPHORE)?;
+    fs::remove_file("/dev/shm/sem.made")?;
+    Ok(memory)
+}
+
+fn mapped(file: &File) -> io::Result<*mut u8> {
     // SAFETY: a new mapping at an address that the kernel chooses.
     let memory = unsafe {
         libc::mmap(
@@ -128,16 +191,14 @@ fn semaphore() -> io::Result<usize> {
             32,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED,
-            made.as_raw_fd(),
+            file.as_raw_fd(),
             0,
         )
     };
-    if memory == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+    match memory == libc::MAP_FAILED {
+        true => Err(io::Error::last_os_error()),
+        false => Ok(memory.cast()),
     }
-    fs::hard_link("/dev/shm/sem.made", "/dev/shm/sem.holder")?;
-    fs::remove_file("/dev/shm/sem.made")?;
-    Ok(memory as usize)
 }
 
 fn thread_timer() -> io::Result<usize> {
@@ -163,7 +224,34 @@ fn queue(name: &str) -> io::Result<File> {
 }
 
 fn traced() -> io::Result<u32> {
-    let child = Command::new("/bin/sleep").arg("100000").spawn()?;
+    let child = Command::new("/proc/self/exe").arg("asleep").spawn()?;
     ptrace::attach(Pid::from_raw(child.id().cast_signed()))?;
     Ok(child.id())
+}
+
+fn count_signals() -> io::Result<Child> {
+    extern "C" fn continued(_: i32) {
+        CONTINUED.fetch_add(1, Ordering::Relaxed);
+    }
+    extern "C" fn child(_: i32, about: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: the kernel gives one to a handler with SA_SIGINFO.
+        let code = unsafe { (*about).si_code };
+        if [libc::CLD_STOPPED, libc::CLD_CONTINUED].contains(&code) {
+            CHILD_CONTINUED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    let flags = SaFlags::SA_RESTART;
+    for (signal, handler, flags) in [
+        (Signal::SIGCONT, SigHandler::Handler(continued), flags),
+        (
+            Signal::SIGCHLD,
+            SigHandler::SigAction(child),
+            flags | SaFlags::SA_SIGINFO,
+        ),
+    ] {
+        let action = SigAction::new(handler, flags, SigSet::empty());
+        // SAFETY: the handlers touch nothing but atomic numbers.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Command::new("/proc/self/exe").arg("asleep").spawn()
 }

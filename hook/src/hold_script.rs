@@ -1,0 +1,175 @@
+//! What CRIU runs while it restores: the container's networks are made, and its tasks are held.
+//!
+//! ```text
+//!  guard ── runc ─┬─ CRIU ── this     `post-setup-namespaces`: the networks (own_networks)
+//!                 '─ tasks            `pre-resume`: every task is whole, and still traced by CRIU
+//!
+//!  <work>/transship-hold -> /proc/GUARD/exe     CRIU's action script: a program without arguments
+//!
+//!  helpers (CRIU, this) out of the container's cgroup ─> freeze it ─> CRIU detaches from frozen tasks
+//! ```
+//!
+//! CRIU's own way, `leave-stopped`, sends SIGSTOP, so who lets the tasks go must send SIGCONT: programs
+//! have handlers for it, and their parents hear of both (SIGCHLD). The freezer nobody notices. runc has
+//! started CRIU in the container's cgroup, to be frozen with it, so it is moved to that of the guard first.
+//! Where there is no freezer, or others are in the cgroup, the tasks are stopped by SIGSTOP after all.
+//!
+//! CRIU goes on when `pre-resume` fails. So whatever comes here, the tasks do not run: what can be neither
+//! frozen nor stopped is killed.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use transship_checkpoint::criu_options::{ConfigLine, ConfigLineError};
+
+use crate::descendants::{Process, tree};
+use crate::freezer::Freezer;
+use crate::own_networks;
+
+/// The front's name as this program.
+pub const PROGRAM: &str = "transship-hold";
+/// How often helpers are moved that have come to be since.
+const ROUNDS: usize = 10;
+
+/// Puts the program into the work directory, and gives the line of CRIU's configuration.
+pub(crate) fn prepare(work: &Path) -> io::Result<Result<ConfigLine, ConfigLineError>> {
+    let work = std::path::absolute(work)?;
+    link(&work, std::process::id())?;
+    let program = work.join(PROGRAM);
+    Ok(ConfigLine::with(
+        "action-script",
+        &program.to_string_lossy(),
+    ))
+}
+
+/// The guard of the restore, below which all of it is, lives until its end.
+pub(crate) fn guard(work: &Path) -> io::Result<()> {
+    match work.join(PROGRAM).symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        found => {
+            found?;
+            link(work, std::process::id())
+        }
+    }
+}
+
+fn link(work: &Path, pid: u32) -> io::Result<()> {
+    let (program, new) = (work.join(PROGRAM), work.join("transship-hold.new"));
+    drop(fs::remove_file(&new));
+    symlink(format!("/proc/{pid}/exe"), &new)?;
+    fs::rename(new, program)
+}
+
+/// Whether the front was started as this.
+#[must_use]
+pub fn is_called(program: &OsStr) -> bool {
+    Path::new(program).file_name() == Some(OsStr::new(PROGRAM))
+}
+
+/// Does what CRIU is at. `program` is the path that it has called, `root` the pid of the first task.
+///
+/// # Errors
+/// The networks are not made; or the tasks are not held, and have been killed.
+pub fn serve(program: &Path, action: &str, root: i32) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    match action {
+        "post-setup-namespaces" => own_networks::make(program.parent().ok_or_else(invalid)?, root),
+        "pre-resume" => hold(program, root).inspect_err(|_| {
+            // One that has ended is as good.
+            drop(Process::open(root).and_then(|root| root.kill_tree()));
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn hold(program: &Path, root: i32) -> io::Result<()> {
+    let tasks = tree(root)?;
+    if guard_of(program).is_some_and(|guard| freeze(guard, &tasks).is_ok()) {
+        return Ok(());
+    }
+    for task in tasks {
+        // It takes the signal when CRIU has gone.
+        kill(Pid::from_raw(task), Signal::SIGSTOP)?;
+    }
+    Ok(())
+}
+
+/// The guard, by the link that it has made.
+fn guard_of(program: &Path) -> Option<i32> {
+    let target = fs::read_link(program).ok()?;
+    let pid = target.strip_prefix("/proc").ok()?.parent()?;
+    pid.to_str()?.parse().ok()
+}
+
+fn freeze(guard: i32, tasks: &[i32]) -> io::Result<()> {
+    let freezer = Freezer::around(tasks)?;
+    let outside = Freezer::around(&[guard])?;
+    let tasks: BTreeSet<i32> = tasks.iter().copied().collect();
+    for _ in 0..ROUNDS {
+        let members = freezer.members()?;
+        let others: Vec<i32> = members.difference(&tasks).copied().collect();
+        if others.is_empty() {
+            return freezer.freeze();
+        }
+        let helpers: BTreeSet<i32> = tree(guard)?.into_iter().skip(1).collect();
+        for other in others {
+            if !helpers.contains(&other) {
+                return Err(io::Error::other(format!("process {other} is there, too")));
+            }
+            outside.take(other)?;
+        }
+    }
+    Err(io::Error::other("others come and go there"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::{thread, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn the_program_leads_to_the_guard() {
+        let dir = tempfile::tempdir().unwrap();
+        guard(dir.path()).unwrap();
+        let program = dir.path().join(PROGRAM);
+        program.symlink_metadata().unwrap_err();
+        let line = prepare(dir.path()).unwrap().unwrap().to_string();
+        assert_eq!(line, format!("action-script {}", program.display()));
+        guard(dir.path()).unwrap();
+        assert_eq!(guard_of(&program), Some(std::process::id().cast_signed()));
+        assert!(is_called(program.as_os_str()) && !is_called(OsStr::new("transship-runc")));
+        // Not asked for anything.
+        serve(&program, "post-setup-namespaces", 1).unwrap();
+        serve(&program, "post-restore", 1).unwrap();
+    }
+
+    #[test]
+    fn what_shares_its_cgroup_with_others_is_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(prepare(dir.path()).unwrap());
+        let mut task = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = task.id();
+        serve(&dir.path().join(PROGRAM), "pre-resume", pid.cast_signed()).unwrap();
+        let stopped = || {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        };
+        for _ in 0..2000 {
+            if stopped() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(stopped());
+        task.kill().unwrap();
+        task.wait().unwrap();
+    }
+}
