@@ -559,7 +559,7 @@ impl<R: Read> Import<R> {
         if matches!(name, b"" | b"." | b"..") {
             return Err(ImportError::refused(path, "it deletes what is no name"));
         }
-        if self.tree.reach(parent)? != Reached::Directly {
+        if !self.tree.enter_own(parent)? {
             // It means a directory that this layer has replaced, by a file or by a symlink; what lies where
             // that leads is another one, of which nothing is deleted.
             self.stats.skipped_entries += 1;

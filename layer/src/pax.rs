@@ -187,15 +187,20 @@ pub(crate) fn parse_time(text: &[u8]) -> Option<Timestamp> {
     })
 }
 
+/// Reads decimal digits, perhaps behind a sign, as Go does.
+pub(crate) fn parse_integer(text: &[u8]) -> Option<i64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 /// Reads decimal digits and nothing else.
-pub(crate) fn parse_decimal(text: &[u8]) -> Option<u64> {
+fn parse_decimal(text: &[u8]) -> Option<u64> {
     if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
         return None;
     }
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// Splits the body of a PAX header into (key, value); an item is None where the body is malformed,
+/// Splits the body of a PAX header into (key, value); an item is None where the body is malformed for Go,
 /// after which the iteration ends.
 pub(crate) fn records(body: &[u8]) -> impl Iterator<Item = Option<(&[u8], &[u8])>> {
     let mut rest = body;
@@ -214,16 +219,21 @@ pub(crate) fn records(body: &[u8]) -> impl Iterator<Item = Option<(&[u8], &[u8])
 
 fn split_record(body: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = body.iter().take(20).position(|byte| *byte == b' ')?;
-    let len = usize::try_from(parse_decimal(&body[..space])?).ok()?;
+    let len = usize::try_from(parse_integer(&body[..space])?).ok()?;
     if len <= space + 2 || len > body.len() {
         return None;
     }
     let record = body[space + 1..len].strip_suffix(b"\n")?;
     let equals = record.iter().position(|byte| *byte == b'=')?;
-    if equals == 0 {
+    let (key, value) = (&record[..equals], &record[equals + 1..]);
+    let without_nul = match key {
+        b"path" | b"linkpath" | b"uname" | b"gname" => value,
+        key => key,
+    };
+    if key.is_empty() || without_nul.contains(&0) {
         return None;
     }
-    Some((&record[..equals], &record[equals + 1..], &body[len..]))
+    Some((key, value, &body[len..]))
 }
 
 #[cfg(test)]
@@ -282,16 +292,20 @@ mod tests {
             b"6 =ab\n",
             b"99999999999999999999999 a=b\n",
             b"-6 a=b\n",
+            b"9 path=\0\n",
+            b"10 gname=\0\n",
+            b"6 \0=b\n",
         ] {
             assert!(records(wrong).any(|record| record.is_none()), "{wrong:?}");
         }
         assert_eq!(records(b"6 a=b\n5 c=\n").count(), 2);
+        assert!(records(b"+7 a=b\n6 b=\0\n").all(|record| record.is_some()));
     }
 
     proptest! {
         #[test]
         fn records_read_back(pairs in proptest::collection::vec(
-            (proptest::collection::vec(any::<u8>(), 1..40), proptest::collection::vec(any::<u8>(), 0..300)), 0..8)) {
+            (proptest::collection::vec(1..=255u8, 1..40), proptest::collection::vec(any::<u8>(), 0..300)), 0..8)) {
             let mut body = Vec::new();
             for (name, value) in &pairs {
                 push_xattr(&mut body, name, value);

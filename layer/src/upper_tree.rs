@@ -89,7 +89,7 @@ pub(crate) enum Reached {
     Directly,
     /// Through a symlink of the upperdir; `path` tells where it is.
     ThroughLink,
-    /// Not at all: the upperdir has something on the way that is no directory.
+    /// Not at all: the upperdir has something on the way that is no directory and leads to none.
     Not,
 }
 
@@ -213,7 +213,7 @@ impl UpperTree {
             Reached::ThroughLink => Ok(true),
             Reached::Not => Err(ImportError::refused(
                 path,
-                "something on the way to it is no directory",
+                "something on the way to it is no directory and leads to none",
             )),
         }
     }
@@ -235,10 +235,14 @@ impl UpperTree {
                 }
             }
         }
-        Err(ImportError::refused(
-            path,
-            "it leads through too many symlinks",
-        ))
+        // In a circle, for example.
+        Ok(Reached::Not)
+    }
+
+    /// Goes to a directory, making what does not exist, unless a symlink or a file of the upperdir is in the way.
+    /// Nothing is made then.
+    pub(crate) fn enter_own(&mut self, path: &[u8]) -> Result<bool, ImportError> {
+        Ok(matches!(self.enter_until_link(path)?, Way::Whole))
     }
 
     /// Goes down until the end, or until something is in the way.
@@ -303,7 +307,8 @@ impl UpperTree {
             _ => None,
         };
         let Some(below) = below else {
-            // Nobody says what it is like; its time is that of being made.
+            // Nobody says what it is like; its time is that of being made, its group that of a setgid directory
+            // around it, as containerd's have.
             self.open_new_directory(name, path, 0o755)?;
             let fd = self.innermost();
             let made = fstat(&fd).map_err(|errno| ImportError::io("stat", path, errno))?;
@@ -311,7 +316,7 @@ impl UpperTree {
             let wanted = WantedAttributes {
                 mode: 0o755,
                 uid: 0,
-                gid: 0,
+                gid: made.gid,
                 mtime: made.mtime,
                 atime: made.atime,
                 xattrs: &[],

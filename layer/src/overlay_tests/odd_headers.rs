@@ -156,3 +156,48 @@ fn archives_end_where_they_end_for_go() {
         assert!(read(tar).is_err(), "{what}");
     }
 }
+
+#[test]
+fn what_go_refuses_is_refused() {
+    let file = || tar().file("x", "").end();
+    let field = |at: usize, bytes: &'static [u8]| with_fields(file(), &[(at, bytes)]);
+    let record = |key: &str, value: &'static [u8]| tar().pax(&[(key, value)]).file("x", "").end();
+    let star = with_fields(file(), &[(508, b"tar\0"), (476, b"00000000008 ")]);
+    for (what, tar) in [
+        ("a minor number of a file", field(337, b"00000x0\0")),
+        (
+            "digits behind the end of a number",
+            field(108, b"17 \0\x0017\0"),
+        ),
+        ("a line feed behind a number", field(100, b"0000644\n")),
+        ("star's time", star),
+        ("a negative size", field(124, &[0xff; 12])),
+        ("a change time", record("ctime", b"now")),
+        ("a user name", record("uname", b"a\0b")),
+        ("a key", record("a\0b", b"")),
+        ("a map without a count", record("GNU.sparse.map", b"0,0")),
+        (
+            "a sparse directory",
+            tar()
+                .pax(&[("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0")])
+                .dir("x/")
+                .end(),
+        ),
+        (
+            "a global header without records",
+            tar().raw(b"g", b'g', b"", 1, b"x").file("x", "").end(),
+        ),
+    ] {
+        assert!(read(&tar).is_err(), "{what}");
+    }
+    // Of equal keys the last one is looked at, and only where an entry follows.
+    for records in [
+        &[("uid", &b"x"[..]), ("uid", b"7")][..],
+        &[("uid", b"x"), ("uid", b"")],
+    ] {
+        assert!(read(&tar().pax(records).file("x", "").end()).is_ok());
+    }
+    let fault = || tar().pax(&[("uid", b"x")]);
+    assert!(read(&fault().pax(&[("uid", b"7")]).file("x", "").end()).is_ok());
+    assert!(read(&fault().end()).is_ok());
+}

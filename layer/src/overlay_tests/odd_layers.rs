@@ -219,6 +219,21 @@ fn root_what_leads_nowhere_is_refused() {
 }
 
 #[test]
+fn root_a_deletion_below_links_deletes_and_makes_nothing() {
+    if !have_root() {
+        return;
+    }
+    let circle = tar().link(b'2', "a", "b").link(b'2', "b", "a");
+    let (names, stats, _) = shown(circle.file("a/.wh.old", "").file("b/.wh..wh..opq", ""));
+    assert_eq!(names, ["a", "b", "way"]);
+    assert_eq!(stats.skipped_entries, 2);
+    // Nor is anything made on the way to where the link leads.
+    let nowhere = tar().link(b'2', "a", "new/dir").file("a/.wh.old", "");
+    let (names, _, _) = shown(nowhere);
+    assert_eq!(names, ["a", "b", "b/old", "way"]);
+}
+
+#[test]
 fn root_an_image_does_not_say_what_the_root_is_like() {
     if !have_root() {
         return;
@@ -294,6 +309,19 @@ fn root_directories_that_nobody_names_have_the_time_of_their_making() {
 }
 
 /// containerd and Docker give a file the owner, mode and times of each further name's entry, too.
+#[test]
+fn root_directories_that_nobody_names_have_the_group_of_a_setgid_directory() {
+    if !have_root() {
+        return;
+    }
+    let group = tar().mode(0o2775).pax(&[("gid", b"50")]).dir("group/");
+    let (_, _, dirs) = shown(group.mode(0o644).file("group/new/x", ""));
+    let new = fs::metadata(dirs.upperdir.join("group/new")).unwrap();
+    assert_eq!((new.uid(), new.gid(), new.mode() & 0o7777), (0, 50, 0o755));
+    let x = fs::metadata(dirs.upperdir.join("group/new/x")).unwrap();
+    assert_eq!(x.gid(), 0);
+}
+
 #[test]
 fn root_a_further_name_gives_its_file_attributes() {
     if !have_root() {
