@@ -36,7 +36,7 @@ impl<W: Write> Export<'_, W> {
     ) -> Result<Option<Vec<u8>>, ExportError> {
         let path = walk.path();
         let lower_path = match &marks.redirect {
-            Some(redirect) => resolve_redirect(walk, redirect),
+            Some(redirect) => resolve_redirect(walk, path, redirect)?,
             None if marks.opaque => return Ok(None),
             None => match walk.lower_path() {
                 Some(parent) => join(parent, split_last(path).1),
@@ -144,8 +144,8 @@ impl<W: Write> Export<'_, W> {
         marks: &OverlayMarks,
     ) -> Result<(), ExportError> {
         let lower_path = match &marks.redirect {
-            Some(redirect) => resolve_redirect(walk, redirect),
-            None => resolve_redirect(walk, split_last(path).1),
+            Some(redirect) => resolve_redirect(walk, path, redirect)?,
+            None => resolve_redirect(walk, path, split_last(path).1)?,
         };
         self.stats.metacopy_files += 1;
         self.write_data_from_below(path, &lower_path, attributes)
@@ -180,15 +180,26 @@ impl<W: Write> Export<'_, W> {
 }
 
 /// Path in the lower layers that a redirect means: from the root of the overlay when it begins with
-/// a slash, else a name beside the lower half of the directory that holds it.
-fn resolve_redirect(walk: &UpperWalk, redirect: &[u8]) -> Vec<u8> {
-    match redirect.strip_prefix(b"/") {
-        Some(absolute) => absolute.to_vec(),
-        None => {
-            let parent = walk.lower_path().unwrap_or(split_last(walk.path()).0);
-            join(parent, redirect)
-        }
+/// a slash, else a name beside the lower half of the directory that holds it. The kernel follows nothing else.
+fn resolve_redirect(
+    walk: &UpperWalk,
+    path: &[u8],
+    redirect: &[u8],
+) -> Result<Vec<u8>, ExportError> {
+    let is_name = |name: &[u8]| !matches!(name, b"" | b"." | b"..");
+    let names = redirect.strip_prefix(b"/").unwrap_or(redirect);
+    let is_beside = names.len() == redirect.len();
+    if is_beside && names.contains(&b'/') || !names.split(|byte| *byte == b'/').all(is_name) {
+        return Err(ExportError::inexact(
+            path,
+            "redirect_dir=on: what it says is no place in the lower layers",
+        ));
     }
+    if !is_beside {
+        return Ok(names.to_vec());
+    }
+    let parent = walk.lower_path().unwrap_or(split_last(walk.path()).0);
+    Ok(join(parent, names))
 }
 
 fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {

@@ -44,7 +44,7 @@ pub(super) fn paths(tar: &[u8]) -> Vec<String> {
     paths
 }
 
-fn set(path: &Path, name: &str, value: &[u8]) {
+pub(super) fn set(path: &Path, name: &str, value: &[u8]) {
     let file = File::open(path).unwrap();
     set_xattr(XattrHolder::Open(file.as_fd()), name.as_bytes(), value).unwrap();
 }
