@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::durable_commit::DurableCommit;
+
 /// Everything that can be configured.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -34,8 +36,8 @@ pub struct Config {
     pub upperdir_label: bool,
     /// Delete directories before Remove answers, instead of in the background.
     pub sync_remove: bool,
-    /// Sync the file system before Commit answers, so that layers survive a power failure.
-    pub durable_commit: bool,
+    /// Before which answers of Commit the file system is synced, so that layers survive a power failure.
+    pub durable_commit: DurableCommit,
     /// Address for Prometheus (`127.0.0.1:9257`); without one there are no metrics.
     pub metrics_address: Option<SocketAddr>,
     /// Calls that are worked on at the same time; more wait their turn. Each takes a thread, and those
@@ -68,7 +70,7 @@ impl Default for Config {
             remap_ids: true,
             upperdir_label: false,
             sync_remove: false,
-            durable_commit: false,
+            durable_commit: DurableCommit::default(),
             metrics_address: None,
             concurrent_calls: 16,
             metadata_cache_mib: 2,
@@ -182,6 +184,22 @@ mod tests {
         keys.sort_unstable();
         known.sort_unstable();
         assert_eq!(keys, known);
+    }
+
+    #[test]
+    fn commits_wait_for_images_for_all_or_for_none() {
+        let parse = |value: &str| {
+            let text = format!("durable_commit = {value}");
+            Config::parse(&text, Path::new("/etc/x.toml")).map(|config| config.durable_commit)
+        };
+        assert_eq!(parse("\"images\"").unwrap(), DurableCommit::Images);
+        assert_eq!(parse("true").unwrap(), DurableCommit::Always);
+        assert_eq!(parse("false").unwrap(), DurableCommit::Never);
+        let error = crate::error::chain(&parse("\"image\"").unwrap_err());
+        assert!(
+            error.contains("expected \"images\", true or false"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //!
 //! Beside it, on a socket of its own, containerd's diff service: see `diff`.
 //!
-//! Around it: `cli.rs` and `config.rs` (flags, file), `dispatch.rs` and `workers.rs` (the threads that calls run on),
+//! Around it: `cli.rs` and `config.rs` (flags, file), `durable_commit.rs` (what waits for the disk), `dispatch.rs` and `workers.rs` (the threads that calls run on),
 //! `logging.rs`, `metrics.rs`, `probe.rs` (what this kernel needs), `daemon.rs` (lock, systemd, stop),
 //! `socket.rs` (made here or handed over), `fsck.rs` (check and repair), `fault.rs` (where crash tests
 //! kill the process).
@@ -28,6 +28,7 @@ pub mod daemon;
 pub mod diff;
 pub mod disk;
 pub mod dispatch;
+pub mod durable_commit;
 pub mod error;
 pub mod fault;
 pub mod filter;

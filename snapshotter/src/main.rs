@@ -1,7 +1,7 @@
 //! `transship-snapshotter`: parses, builds, serves; see the library for the map.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -58,7 +58,9 @@ fn main() -> anyhow::Result<ExitCode> {
         } else {
             let socket = inherited.take_or_listen(&config.diff_address)?;
             let containerd = config.containerd_address.clone();
-            Some(diff::start(socket, containerd, Arc::clone(&metrics)))
+            let durable_below = snapshots.durable_below().map(Path::to_owned);
+            let metrics = Arc::clone(&metrics);
+            Some(diff::start(socket, containerd, durable_below, metrics))
         };
         inherited.require_none_left()?;
         let read_level = move || arguments.configuration().map(|config| config.log_level);

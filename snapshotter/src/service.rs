@@ -209,7 +209,7 @@ impl api::Snapshotter for Service {
     ) -> Result<(), Status> {
         let asked = key.clone();
         let commit = move |s: &Arc<Snapshots>| s.commit(&name, &key, labels.into_iter().collect());
-        let work = self.snapshots.work_of_commit();
+        let work = self.snapshots.work_of_commit(&asked);
         self.call("commit", &asked, work, commit).await
     }
 

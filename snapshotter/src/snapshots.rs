@@ -10,7 +10,7 @@
 //!                  4 rename new-<id> to <id>
 //!                  5 record it in the database, durable             <- from here on it exists
 //!
-//! Commit           1 count its disk use, 2 (durable_commit) syncfs
+//! Commit           1 count its disk use, 2 syncfs, as durable_commit.rs says
 //!                  3 record it under its name, durable              <- from here on it is committed
 //!                  4 describe it anew
 //!
@@ -29,7 +29,7 @@
 //!
 //! A power failure may in addition lose directories whose record survived, as file systems order the
 //! two as they like: an active snapshot or view gets its (empty) directory again at start; a committed
-//! layer that is missing is reported. `durable_commit` prevents that for layers.
+//! layer that is missing is reported. `durable_commit` prevents that for the layers that it covers.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -40,6 +40,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::background::Background;
 use crate::disk::{self, Entry};
 use crate::dispatch::Work;
+use crate::durable_commit::DurableCommit;
 use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError, chain};
@@ -62,8 +63,8 @@ pub struct Options {
     pub upperdir_label: bool,
     /// Delete directories before Remove answers.
     pub sync_remove: bool,
-    /// Sync the file system before Commit answers.
-    pub durable_commit: bool,
+    /// Before which answers of Commit the file system is synced.
+    pub durable_commit: DurableCommit,
 }
 
 /// All snapshots of one root directory. Every call blocks until its work is done and durable.
@@ -198,10 +199,16 @@ impl Snapshots {
         self.metadata.skip_ids_through(highest)
     }
 
-    /// What [`Snapshots::commit`] has to do.
+    /// The directory below which layers are on the disk when they are committed, if any are.
     #[must_use]
-    pub fn work_of_commit(&self) -> Work {
-        long_if(self.options.durable_commit)
+    pub fn durable_below(&self) -> Option<&Path> {
+        (self.options.durable_commit != DurableCommit::Never).then(|| self.paths.snapshots())
+    }
+
+    /// What [`Snapshots::commit`] of `key` has to do.
+    #[must_use]
+    pub fn work_of_commit(&self, key: &str) -> Work {
+        long_if(self.options.durable_commit.covers(key))
     }
 
     /// What [`Snapshots::remove`] has to do.
@@ -353,7 +360,7 @@ impl Snapshots {
         let fs = self.paths.fs(record.id);
         let usage = usage::count_small(Path::new(&fs), COMMIT_COUNT_LIMIT);
         self.faults.reach(Step("commit:counted"));
-        if self.options.durable_commit {
+        if self.options.durable_commit.covers(key) {
             let dir = File::open(&fs).during("open", &fs)?;
             nix::unistd::syncfs(&dir).during("sync", &fs)?;
         }

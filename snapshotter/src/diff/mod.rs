@@ -54,11 +54,18 @@ pub struct RunningDiffer {
     server: JoinHandle<Result<(), transport::Error>>,
 }
 
-/// Serves the diff API on `socket`; layers are kept by the containerd that listens on `containerd`.
-pub fn start(socket: Socket, containerd: PathBuf, metrics: Arc<Metrics>) -> RunningDiffer {
+/// Serves the diff API on `socket`; layers are kept by the containerd that listens on `containerd`. Those that are
+/// applied below `durable_below` are on the disk before the answer.
+pub fn start(
+    socket: Socket,
+    containerd: PathBuf,
+    durable_below: Option<PathBuf>,
+    metrics: Arc<Metrics>,
+) -> RunningDiffer {
     let (give_up, given_up) = watch::channel(false);
     let (stop, stopped) = watch::channel(false);
-    let service = DiffService::new(socket.path(), Connection::to(containerd), given_up, metrics);
+    let connection = Connection::to(containerd);
+    let service = DiffService::new(socket.path(), connection, durable_below, given_up, metrics);
     let connections = socket.accept_until(ordered(stopped));
     let server = transport::Server::builder()
         .add_service(DiffServer::new(Calls(service)).max_decoding_message_size(MESSAGE_LIMIT))

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, BufRead};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -43,6 +43,9 @@ const ATTEMPTS: usize = 3;
 #[derive(Debug)]
 pub(super) struct DiffService {
     connection: Connection,
+    /// Where layers are on the disk before Apply answers. Commit would sync them, too, but containerd makes no other
+    /// change to its database while it waits for a Commit.
+    durable_below: Option<PathBuf>,
     jobs: Semaphore,
     /// Turns true when the daemon can wait no longer.
     give_up: watch::Receiver<bool>,
@@ -108,11 +111,13 @@ impl DiffService {
     pub(super) fn new(
         socket: &Path,
         connection: Connection,
+        durable_below: Option<PathBuf>,
         give_up: watch::Receiver<bool>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
             connection,
+            durable_below,
             jobs: Semaphore::new(JOBS),
             give_up,
             names: Names::new(socket),
@@ -269,7 +274,9 @@ impl DiffService {
             return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
         }
         let _turn = self.jobs.acquire().await;
-        let sync = request.sync_fs;
+        let durable_below = self.durable_below.as_deref();
+        let is_durable = durable_below.is_some_and(|dir| target.top.starts_with(dir));
+        let sync = request.sync_fs || is_durable;
         let digest = layer.digest.clone();
         let unpack = move |blob: &mut (dyn BufRead + Send)| {
             check_target(&target)?;
