@@ -12,6 +12,7 @@ use transship_testbed::{
 use crate::Case;
 
 mod api;
+mod builders;
 mod disks;
 mod pulls;
 mod random_layers;
@@ -37,9 +38,13 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    let random: [(_, fn(&Testbed) -> _); 2] = [
+    let on_forky: [(_, fn(&Testbed) -> _); 3] = [
         (
-            "long_random_layers",
+            "differ_builders",
+            builders::images_of_other_builders_are_what_stock_makes_of_them,
+        ),
+        (
+            "random_layers",
             random_layers::random_stacks_become_the_same_trees,
         ),
         (
@@ -47,12 +52,12 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             random_layers::damaged_layers_are_taken_as_containerd_takes_them,
         ),
     ];
-    let random = random.map(|(what, run)| Case {
+    let on_forky = on_forky.map(|(what, run)| Case {
         what,
         tree: Tree::Forky,
         run,
     });
-    on_both.chain(random).chain(disks::cases())
+    on_both.chain(on_forky).chain(disks::cases())
 }
 
 /// A node with everything of ours, the differ's decisions in its log, and the counter's image
@@ -208,7 +213,7 @@ fn a_diff_applies_as_what_was_changed(bed: &Testbed) -> anyhow::Result<()> {
             let own = own_base(&image, &tag)?;
             let image = own.with_compressed_layer(&tag, &plain, (suffix, blob));
             node.import_image(&image, "overlayfs")?;
-            let tree = list_image(&node, &image, "overlayfs", true)?;
+            let tree = list_image(&node, image.reference(), "overlayfs", true)?;
             ensure!(tree == truth, "{tag}:\n{}", difference(&truth, &tree));
         }
     }
@@ -225,7 +230,7 @@ fn own_base(image: &Image, tag: &str) -> anyhow::Result<Image> {
 
 fn list_image(
     node: &Node,
-    image: &Image,
+    reference: &str,
     snapshotter: &str,
     nanoseconds: bool,
 ) -> anyhow::Result<String> {
@@ -234,7 +239,7 @@ fn list_image(
         "mount",
         "--snapshotter",
         snapshotter,
-        image.reference(),
+        reference,
         "/mnt",
     ];
     node.shell("mkdir -p /mnt").run()?;
@@ -278,7 +283,7 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
         .clone()
         .with_layer("transship.test/changed:1", walking);
     node.import_image(&changed, "overlayfs")?;
-    let truth = list_image(&node, &changed, "overlayfs", true)?;
+    let truth = list_image(&node, changed.reference(), "overlayfs", true)?;
     ensure!(log_counts(&node, "layer applied")? == applied);
 
     for (snapshotter, suffix) in [("overlayfs", "+gzip"), ("transship", "+zstd")] {
@@ -340,7 +345,7 @@ fn a_layer_is_applied_as_containerd_does(bed: &Testbed) -> anyhow::Result<()> {
         let applied = log_counts(&node, "layer applied")?;
         node.shell(&import(&whole)?).run()?;
         ensure!(log_counts(&node, "layer applied")? == applied + whole.layers());
-        let tree = list_image(&node, &whole, snapshotter, true)?;
+        let tree = list_image(&node, whole.reference(), snapshotter, true)?;
         ensure!(
             tree == truth,
             "{snapshotter}:\n{}",

@@ -68,16 +68,47 @@ impl Disk {
             .and_then(|file| file.set_len(BYTES))
             .during("make", &disk.image)?;
         file_system.make_command().arg(&disk.image).run()?;
+        disk.mount()?;
+        Ok(disk)
+    }
+
+    fn mount(&self) -> Result<(), TestbedError> {
         // Past the page cache: else each sync in it waits for all of the file that is not written yet.
         let device = Command::new("losetup")
             .args(["--find", "--show", "--direct-io=on"])
-            .arg(&disk.image)
+            .arg(&self.image)
             .read()?;
         let device = device.trim();
-        let mounted = Command::new("mount").arg(device).arg(&disk.dir).run();
+        let mounted = Command::new("mount").arg(device).arg(&self.dir).run();
         // While it is mounted, this only says that it goes with the mount.
         Command::new("losetup").args(["--detach", device]).run()?;
-        mounted?;
+        mounted
+    }
+
+    /// From now on ext4 writes nothing by itself for ten minutes, but what it is told to sync.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn write_late(&self) -> Result<(), TestbedError> {
+        let options = ["-o", "remount,commit=600"];
+        Command::new("mount").args(options).arg(&self.dir).run()
+    }
+
+    /// What would be found if the power were cut now: a copy of all that the disk has been given, mounted.
+    ///
+    /// # Errors
+    /// Without room for the copy, or when it cannot be mounted.
+    pub fn after_power_cut(&self) -> Result<Disk, TestbedError> {
+        let disk = Disk {
+            dir: self.dir.with_extension("cut"),
+            image: self.image.with_extension("cut.img"),
+        };
+        Command::new("cp")
+            .arg("--sparse=always")
+            .args([&self.image, &disk.image])
+            .run()?;
+        fs::create_dir_all(&disk.dir).during("make directory", &disk.dir)?;
+        disk.mount()?;
         Ok(disk)
     }
 

@@ -138,6 +138,15 @@ impl<'n> Api<'n> {
     }
 
     pub(super) fn apply(&self, layer: &Descriptor, mounts: Vec<Mount>) -> Result<Descriptor, Code> {
+        let applied = self.apply_by_containerd(layer, mounts);
+        applied.map_err(|error| error.code())
+    }
+
+    pub(super) fn apply_by_containerd(
+        &self,
+        layer: &Descriptor,
+        mounts: Vec<Mount>,
+    ) -> Result<Descriptor, ContainerdError> {
         self.apply_through(&self.containerd, layer, mounts)
     }
 
@@ -146,9 +155,8 @@ impl<'n> Api<'n> {
         differ: &Containerd,
         layer: &Descriptor,
         mounts: Vec<Mount>,
-    ) -> Result<Descriptor, Code> {
-        let applied = self.run(differ.apply(layer, mounts));
-        applied.map_err(|error| error.code())
+    ) -> Result<Descriptor, ContainerdError> {
+        self.run(differ.apply(layer, mounts))
     }
 
     /// Writes a blob with labels; gives its descriptor.

@@ -1,4 +1,7 @@
-//! Layers on a btrfs: it shares blocks, and tells when one of them does not come back as it was written.
+//! Layers on disks: a btrfs, which shares blocks and tells when one of them does not come back as it was written;
+//! one whose power is cut.
+
+use std::process::Command;
 
 use anyhow::ensure;
 use transship_testbed::{CommandRun as _, Disk, FileSystem, NodeOptions, Testbed, Tree};
@@ -9,7 +12,8 @@ use super::{
 use crate::Case;
 
 pub(super) fn cases() -> impl Iterator<Item = Case> {
-    let cases: [(_, fn(&Testbed) -> _); 2] = [
+    let cases: [(_, fn(&Testbed) -> _); 3] = [
+        ("differ_power_cut", a_pulled_image_survives_a_power_cut),
         ("differ_raw", raw_copies_share_their_blocks),
         ("differ_bad_disk", what_cannot_be_read_becomes_no_layer),
     ];
@@ -20,11 +24,12 @@ pub(super) fn cases() -> impl Iterator<Item = Case> {
     })
 }
 
-fn on_btrfs(
+fn on(
+    file_system: FileSystem,
     bed: &Testbed,
     test: impl FnOnce(&Disk, &Testbed) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let disk = Disk::make(&bed.settings().work_dir, FileSystem::Btrfs)?;
+    let disk = Disk::make(&bed.settings().work_dir, file_system)?;
     let mut settings = bed.settings().clone();
     disk.path().clone_into(&mut settings.work_dir);
     let on_disk = Testbed::new(bed.tree(), &settings)?;
@@ -38,11 +43,60 @@ fn on_btrfs(
     tested
 }
 
+/// The power goes at the moment at which containerd says that an image is there: each of its layers is whole.
+fn a_pulled_image_survives_a_power_cut(bed: &Testbed) -> anyhow::Result<()> {
+    const LAYERS: usize = 10;
+    on(FileSystem::Ext4, bed, |disk, bed| {
+        let (node, _containerd, mut image) = start(bed, &NodeOptions::default())?;
+        for layer in 0..LAYERS {
+            image = image.with_layer("transship.test/layers:1", files(layer)?);
+        }
+        node.write_file("/var/lib/containerd/image.tar", image.to_archive()?)?;
+        node.shell("sync").run()?;
+        disk.write_late()?;
+        node.shell("ctr images import --snapshotter transship /var/lib/containerd/image.tar")
+            .run()?;
+        let cut = disk.after_power_cut()?;
+        let trees = |disk: &Disk| {
+            let list = list_tree(true);
+            let root = "io.containerd.snapshotter.v1.transship";
+            Command::new("sh")
+                .arg("-c")
+                .arg(format!(
+                    "for dir in $(find . -type d -name {root})/snapshots/*/fs; do (
+                       echo $dir; cd $dir; {list}
+                     ) done"
+                ))
+                .current_dir(disk.path())
+                .read()
+        };
+        let (live, found) = (trees(disk)?, trees(&cut)?);
+        ensure!(live.contains("./dir9/file99 f"), "{live}");
+        ensure!(found == live, "{}", difference(&live, &found));
+        Ok(())
+    })
+}
+
+/// A layer of small files and a larger one.
+fn files(layer: usize) -> anyhow::Result<Vec<u8>> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for file in 0..100 {
+        let content = format!("{layer} {file}\n").repeat(if file == 0 { 200_000 } else { 500 });
+        let mut header = tar::Header::new_ustar();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        header.set_mtime(1_600_000_000);
+        let path = format!("dir{layer}/file{file}");
+        tar.append_data(&mut header, path, content.as_bytes())?;
+    }
+    Ok(tar.into_inner()?)
+}
+
 /// A file of the upperdir, and then a layer, that the disk cannot read back: nothing half is made of
 /// either.
 fn what_cannot_be_read_becomes_no_layer(bed: &Testbed) -> anyhow::Result<()> {
     const TEXT: &str = "a line that this disk will not give back";
-    on_btrfs(bed, |disk, bed| {
+    on(FileSystem::Btrfs, bed, |disk, bed| {
         let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
         let top = top_of_image(&node, "transship")?;
         node.ctr(&[
@@ -92,7 +146,7 @@ fn what_cannot_be_read_becomes_no_layer(bed: &Testbed) -> anyhow::Result<()> {
 
 /// `transship snapshot export --raw` and `import --raw`: by reflink, or not at all.
 fn raw_copies_share_their_blocks(bed: &Testbed) -> anyhow::Result<()> {
-    on_btrfs(bed, |_, bed| copy_raw(bed))?;
+    on(FileSystem::Btrfs, bed, |_, bed| copy_raw(bed))?;
     let (node, _containerd, _) = start(bed, &NodeOptions::default())?;
     let top = top_of_image(&node, "transship")?;
     let dir = "/var/lib/containerd/raw";

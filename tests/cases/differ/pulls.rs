@@ -9,15 +9,19 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
 use containerd_client::connect;
+use containerd_client::tonic::Code;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::{ImageSpec, PullImageRequest};
 use transship_testbed::{
     CommandRun as _, ContainerdConfig, Image, Node, NodeOptions, Testbed, journey, poll_until,
 };
 
-use super::{PATIENCE, difference, list_image};
+use super::api::Api;
+use super::{PATIENCE, PLAIN, difference, list_image};
 
-const REGISTRY: &str = "127.0.0.1:5000";
+/// The differs of the shipped samples.
+const BOTH_DIFFERS: &str = "default = [\"transship-diff\", \"walking\"]";
+pub(super) const REGISTRY: &str = "127.0.0.1:5000";
 const REGISTRY_CONFIG: &str = "version: 0.1
 storage: {filesystem: {rootdirectory: /var/lib/registry}, delete: {enabled: true}}
 http: {addr: '127.0.0.1:5000'}
@@ -59,7 +63,7 @@ pub(super) fn every_pull_reaches_our_differ(bed: &Testbed) -> anyhow::Result<()>
         node.shell(&way).run()?;
         expect_layers(&node, &way, &before, odd.layers())?;
         // containerd gives the directory that it makes the time of the unpacking.
-        let tree = list_image(&node, &odd, "transship", true)?;
+        let tree = list_image(&node, odd.reference(), "transship", true)?;
         let tree = tree
             .lines()
             .filter(|line| !line.starts_with("./.wh..wh.plnk d"));
@@ -97,26 +101,24 @@ pub(super) fn every_pull_reaches_our_differ(bed: &Testbed) -> anyhow::Result<()>
     ] {
         ensure!(check.contains(line), "{check}");
     }
-    check_tells(&node)
+    check_tells(&node)?;
+    nothing_stays_of_what_nobody_takes(&node)
 }
 
 /// What `transship check` says of a configuration that sends layers elsewhere.
 fn check_tells(node: &Node) -> anyhow::Result<()> {
-    node.stop_daemon("containerd", "TERM")?;
-    let config = ContainerdConfig::transship().to_toml(node.tree());
-    let config = config
-        .replace(
-            "default = [\"transship-diff\", \"walking\"]",
-            "default = [\"walking\"]",
-        )
-        .replace("differ = \"transship-diff\"", "differ = \"walking\"")
-        .replace(
-            "root = \"/var/lib/containerd/io.containerd.snapshotter.v1.transship\"",
-            "root = \"/elsewhere\"",
-        );
-    node.write_file("/root/config.toml", config)?;
-    node.start_daemon("containerd", &["containerd", "--config=/root/config.toml"])?;
-    node.wait_for_daemon("containerd", &["ctr", "version"])?;
+    let root = "io.containerd.snapshotter.v1.transship";
+    restart_with(
+        node,
+        &[
+            (BOTH_DIFFERS, "default = [\"walking\"]"),
+            ("differ = \"transship-diff\"", "differ = \"walking\""),
+            (
+                &format!("root = \"/var/lib/containerd/{root}\""),
+                "root = \"/elsewhere\"",
+            ),
+        ],
+    )?;
     node.ctr(&[
         "snapshots",
         "--snapshotter",
@@ -134,6 +136,79 @@ fn check_tells(node: &Node) -> anyhow::Result<()> {
         ensure!(check.contains(line), "{check}");
     }
     Ok(())
+}
+
+/// Restarts containerd with some of its settings replaced.
+fn restart_with(node: &Node, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+    node.stop_daemon("containerd", "TERM")?;
+    let mut config = ContainerdConfig::transship().to_toml(node.tree());
+    for (ours, other) in settings {
+        ensure!(config.contains(ours), "{config}");
+        config = config.replace(ours, other);
+    }
+    node.write_file("/root/config.toml", config)?;
+    node.start_daemon("containerd", &["containerd", "--config=/root/config.toml"])?;
+    Ok(node.wait_for_daemon("containerd", &["ctr", "version"])?)
+}
+
+/// Where no other differ is asked, what ours cannot do fails, and the directory is as it was before.
+fn nothing_stays_of_what_nobody_takes(node: &Node) -> anyhow::Result<()> {
+    restart_with(node, &[(BOTH_DIFFERS, "default = [\"transship-diff\"]")])?;
+    let api = Api::of(node)?;
+    let base = layer_of(&[("a", b'0', ""), ("d/", b'5', ""), ("d/x", b'0', "")]);
+    let base = api.write(PLAIN, &base.context("no tar")?, &[])?;
+    let applied = api.apply(&base, api.prepare("base-active", "")?);
+    applied.map_err(|code| anyhow::anyhow!("Apply: {code}"))?;
+    api.commit("base-active", "base")?;
+
+    let odd = layer_of(&[
+        (".wh.a", b'0', ""),
+        (".wh..wh..opq", b'0', ""),
+        ("d/", b'5', ""),
+        ("d/.wh..wh..opq", b'0', ""),
+        ("d/e/f", b'0', ""),
+        ("link", b'2', "d"),
+        ("link/through", b'0', ""),
+        ("further", b'1', "d/e/f"),
+        ("pipe", b'6', ""),
+        ("odd", b'1', "nowhere"),
+    ]);
+    let odd = api.write(PLAIN, &odd.context("no tar")?, &[])?;
+    let mounts = api.prepare("odd", "base")?;
+    let mut options = mounts.iter().flat_map(|mount| &mount.options);
+    let upperdir = options.find_map(|option| option.strip_prefix("upperdir="));
+    let upperdir = upperdir.context("no upperdir")?.to_owned();
+    let state = || -> anyhow::Result<(String, usize)> {
+        let list = format!("find {upperdir} -printf '%P %y %m %U:%G %n\\n'");
+        let outside = node.path_from_outside(&upperdir);
+        let mut names = [0_u8; 4096];
+        Ok((
+            node.shell(&list).read()?,
+            rustix::fs::listxattr(outside, &mut names[..])?,
+        ))
+    };
+    let before = state()?;
+    ensure!(before.0.lines().count() == 1, "{before:?}");
+    let refused = api.apply(&odd, mounts);
+    ensure!(refused == Err(Code::Unimplemented), "{refused:?}");
+    ensure!(state()? == before, "{before:?}, then {:?}", state()?);
+    Ok(())
+}
+
+/// Entries of a name, a type and the name that they link to.
+fn layer_of(entries: &[(&str, u8, &str)]) -> Option<Vec<u8>> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (path, entry_type, link) in entries {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::new(*entry_type));
+        header.set_size(0);
+        header.set_mode(0o755);
+        if !link.is_empty() {
+            header.set_link_name(link).ok()?;
+        }
+        tar.append_data(&mut header, path, &b""[..]).ok()?;
+    }
+    tar.into_inner().ok()
 }
 
 /// A layer of the Docker of 2014: its storage driver's own files, and a hard link to one of them.

@@ -1,12 +1,13 @@
 //! Entries as tar: the same in the header fields of each format, in each spelling of numbers, in the records
 //! and long names before a header, as sparse entries.
 //!
-//! Fields as layer/src/tar_read.rs draws them.
+//! Fields as layer/src/tar_header.rs draws them.
 
 use std::io::Write as _;
 
 use proptest::prelude::*;
 
+use super::faults::Fault;
 use super::stacks::{Entry, Kind};
 
 const BLOCK: usize = 512;
@@ -133,6 +134,22 @@ impl Style {
     }
 }
 
+impl Style {
+    /// One that a fault shows in.
+    pub(super) fn with(self, fault: Fault) -> Self {
+        Self {
+            format: match (fault, self.format) {
+                (Fault::StarTime(..), _) => Format::Star,
+                (_, Format::V7) => Format::Ustar,
+                (_, format) => format,
+            },
+            sparse: None,
+            is_sparse_of_gnu: false,
+            ..self
+        }
+    }
+}
+
 /// Appends an entry. Returns how many bytes fill its last block.
 pub(super) fn write(tar: &mut Vec<u8>, entry: &Entry) -> usize {
     Writing::of(entry).write(tar)
@@ -210,6 +227,9 @@ impl<'e> Writing<'e> {
             self.data = records(&[("comment".to_owned(), b"of nobody".to_vec())]);
             return self.header(tar);
         }
+        if let Some(Fault::GlobalBody(body)) = self.entry.fault {
+            extended_header(tar, b'g', body);
+        }
         self.choose_type();
         self.place_name(tar);
         let xattrs = self.entry.xattrs.iter();
@@ -245,8 +265,15 @@ impl<'e> Writing<'e> {
             }
         }
         self.describe_data();
-        if !self.records.is_empty() {
-            extended_header(tar, b'x', &records(&self.records));
+        let fault = self.entry.fault;
+        self.records
+            .extend(fault.into_iter().flat_map(Fault::records));
+        let mut body = records(&self.records);
+        if let Some(Fault::Body(bytes)) = fault {
+            body.extend(bytes);
+        }
+        if !body.is_empty() {
+            extended_header(tar, b'x', &body);
         }
         self.header(tar)
     }
@@ -423,7 +450,7 @@ impl<'e> Writing<'e> {
             Format::Star => {
                 put(&mut block, 257, b"ustar\x0000");
                 put(&mut block, 508, b"tar\0");
-                put(&mut block, 476, b"00000000007 00000000008 ");
+                put(&mut block, 476, b"00000000007 00000000010 ");
             }
             Format::Gnu | Format::GnuWithPrefix => put(&mut block, 257, b"ustar  \0"),
         }
@@ -459,8 +486,14 @@ impl<'e> Writing<'e> {
                 extension = Some(more);
             }
         }
+        if let Some(fault) = entry.fault {
+            fault.write_over(&mut block);
+        }
         block[148..156].fill(b' ');
-        let sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum();
+        let mut sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum();
+        if entry.fault == Some(Fault::Checksum) {
+            sum += 1;
+        }
         put(&mut block, 148, format!("{sum:06o}\0 ").as_bytes());
         tar.extend(block);
         tar.extend(extension.into_iter().flatten());

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
+use super::faults::Fault;
 use super::headers::Style;
 use super::packing::Packing;
 
@@ -44,6 +45,15 @@ pub(super) struct Entry {
     pub(super) mtime: (u64, u32),
     pub(super) xattrs: Vec<(String, Vec<u8>)>,
     pub(super) style: Style,
+    /// What containerd refuses the layer for.
+    pub(super) fault: Option<Fault>,
+}
+
+impl Entry {
+    /// Neither a directory nor a deletion.
+    pub(super) fn is_file(&self) -> bool {
+        !matches!(self.kind, Kind::Directory | Kind::Whiteout | Kind::Opaque)
+    }
 }
 
 /// A layer.
@@ -193,22 +203,44 @@ fn picks() -> impl Strategy<Value = Pick> {
     )
 }
 
-/// One to four layers.
+/// One to four layers. One stack in ten has a fault.
 pub(super) fn stacks() -> impl Strategy<Value = Vec<Layer>> {
     let layers = prop::collection::vec(
         (prop::collection::vec(picks(), 1..14), Packing::any()),
         1..5,
     );
-    layers.prop_map(|layers| {
+    let fault = prop::option::weighted(0.1, (any::<Index>(), Fault::any()));
+    (layers, fault).prop_map(|(layers, fault)| {
         let mut below = Below::default();
         let layers = layers.into_iter();
-        layers
+        let mut layers: Vec<_> = layers
             .map(|(picks, packing)| Layer {
                 packing,
                 ..below.layer(picks)
             })
-            .collect()
+            .collect();
+        if let Some((index, fault)) = fault {
+            spoil(&mut layers, index, fault);
+        }
+        layers
     })
+}
+
+/// Gives a fault to one of the entries that containerd's order of them keeps.
+fn spoil(layers: &mut [Layer], index: Index, fault: Fault) {
+    let entries = layers.iter_mut().flat_map(|layer| &mut layer.entries);
+    let is_fit = |entry: &&mut Entry| match entry.kind {
+        Kind::Whiteout | Kind::Opaque | Kind::Global => false,
+        Kind::File(_) => true,
+        // Types without data have no size.
+        _ => fault != Fault::NegativeSize,
+    };
+    let mut fit: Vec<_> = entries.filter(is_fit).collect();
+    if !fit.is_empty() {
+        let entry = index.index(fit.len());
+        fit[entry].style = fit[entry].style.with(fault);
+        fit[entry].fault = Some(fault);
+    }
 }
 
 /// What the layers so far have made.
@@ -252,6 +284,15 @@ impl Below {
         for pick in picks {
             if let Some(kind) = kind_of(&pick, &made) {
                 self.add(&mut made, pick, kind);
+            }
+        }
+        // What nobody names gets its group from a setgid directory that is there already; the deletions are
+        // put before it for containerd.
+        if !made.deleted.is_empty() || !made.opaque.is_empty() {
+            for entry in &mut made.layer.entries {
+                if entry.kind == Kind::Directory {
+                    entry.mode &= !0o2000;
+                }
             }
         }
         let is_other = |(path, kind): (String, Kind)| (kind != Kind::Directory).then_some(path);
@@ -308,6 +349,7 @@ impl Below {
             mtime: pick.mtime,
             xattrs,
             style: pick.style,
+            fault: None,
         });
     }
 
@@ -338,6 +380,7 @@ impl Below {
                 mtime: pick.mtime,
                 xattrs: vec![("user.directory".to_owned(), b"named".to_vec())],
                 style: Style::default(),
+                fault: None,
             });
         }
     }
