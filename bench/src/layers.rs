@@ -9,6 +9,8 @@
 //!                                          v
 //!               Diff, `ctr snapshots diff` (walking | ours)                    plugin.rs
 //!               export_upperdir | tar | cat, into one sink                     export.rs
+//!
+//!  an image of ten layers, imported: on the disk when it is said to be there  durable.rs
 //! ```
 //!
 //! The snapshots, their upperdirs and the containerd are the same for both sides; only which differ
@@ -16,6 +18,7 @@
 
 mod big_image;
 mod changes;
+mod durable;
 mod export;
 mod plugin;
 
@@ -79,7 +82,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         snapshots,
     };
 
-    let images = sizes.image_files.map(|files| BigImage { files });
+    let images = sizes.image_files.map(|files| BigImage { files, layers: 1 });
     let mut layers = Vec::new();
     for image in images {
         layers.push(bench.import(image)?);
@@ -114,7 +117,8 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     ));
     eprintln!("   export, tar, cat");
     rows.extend(export::measure(&mut bench, &changed)?);
-    containerd.stop("TERM")?;
+    eprintln!("   durable imports");
+    rows.extend(durable::measure(&bench, containerd)?);
     Ok(rows)
 }
 

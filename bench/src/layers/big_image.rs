@@ -21,10 +21,12 @@ const SIZE_STEPS: u32 = 8_401;
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// An image with this number of files in one layer.
+/// An image with this number of files.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BigImage {
     pub(super) files: u32,
+    /// Each has every so many directories.
+    pub(super) layers: u32,
 }
 
 impl BigImage {
@@ -33,45 +35,55 @@ impl BigImage {
         self.files.div_ceil(FILES_PER_DIR)
     }
 
+    /// Its name.
+    pub(super) fn reference(self) -> String {
+        format!("transship.test/files:{}-{}", self.files, self.layers)
+    }
+
     /// Path of a file, from the image's root.
     pub(super) fn file(i: u32) -> String {
         format!("d{}/f{i}", i / FILES_PER_DIR)
     }
 
-    /// Writes the archive; gives the layer's descriptor.
+    /// Writes the archive; gives the descriptor of the lowest layer.
     pub(super) fn write_archive(self, path: &Path) -> Result<Descriptor> {
-        let mut hash = Hashing::default();
-        self.write_layer(&mut hash)
-            .context("cannot make the layer")?;
-        let layer = hash.blob(TAR);
+        let layers = (0..self.layers).map(|layer| {
+            let mut hash = Hashing::default();
+            self.write_layer(layer, &mut hash)?;
+            Ok(hash.blob(TAR))
+        });
+        let layers: io::Result<Vec<_>> = layers.collect();
+        let layers = layers.context("cannot make the layers")?;
         let writing = || format!("cannot write {}", path.display());
         let file = File::create(path).with_context(writing)?;
-        let file = self.write_around(&layer, file).with_context(writing)?;
+        let file = self.write_around(&layers, file).with_context(writing)?;
         // What is left to write back must not fall into what is measured.
         file.sync_all().with_context(writing)?;
+        let lowest = layers.into_iter().next().context("there is no layer")?;
         Ok(Descriptor {
             media_type: TAR.to_owned(),
-            digest: layer.digest,
-            size: i64::try_from(layer.size).context("the layer is too large")?,
+            digest: lowest.digest,
+            size: i64::try_from(lowest.size).context("the layer is too large")?,
             ..Descriptor::default()
         })
     }
 
-    fn write_around(self, layer: &Blob, file: File) -> io::Result<File> {
+    fn write_around(self, layers: &[Blob], file: File) -> io::Result<File> {
+        let digests: Vec<_> = layers.iter().map(|layer| &layer.digest).collect();
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": {},
-            "rootfs": { "type": "layers", "diff_ids": [layer.digest] },
+            "rootfs": { "type": "layers", "diff_ids": digests },
         });
         let config = config.to_string();
         let manifest = json!({
             "schemaVersion": 2, "mediaType": MANIFEST,
             "config": Blob::of(config.as_bytes(), CONFIG).json(),
-            "layers": [layer.json()],
+            "layers": layers.iter().map(Blob::json).collect::<Vec<_>>(),
         });
         let manifest = manifest.to_string();
         let mut described = Blob::of(manifest.as_bytes(), MANIFEST).json();
         described["annotations"] = json!({
-            "io.containerd.image.name": format!("transship.test/files:{}", self.files),
+            "io.containerd.image.name": self.reference(),
         });
         let index = json!({ "schemaVersion": 2, "manifests": [described] }).to_string();
 
@@ -86,21 +98,23 @@ impl BigImage {
             let blob = Blob::of(content.as_bytes(), media_type);
             append(&mut archive, &blob.path(), content.as_bytes())?;
         }
-        let mut header = header(tar::EntryType::Regular, layer.size);
-        header.set_path(layer.path())?;
-        header.set_cksum();
-        // Around the builder, which wants a reader: a tar is a whole number of blocks, so that no
-        // padding follows it.
-        archive.get_mut().write_all(header.as_bytes())?;
-        self.write_layer(archive.get_mut())?;
+        for (number, layer) in (0..).zip(layers) {
+            let mut header = header(tar::EntryType::Regular, layer.size);
+            header.set_path(layer.path())?;
+            header.set_cksum();
+            // Around the builder, which wants a reader: a tar is a whole number of blocks, so that no
+            // padding follows it.
+            archive.get_mut().write_all(header.as_bytes())?;
+            self.write_layer(number, archive.get_mut())?;
+        }
         let out = archive.into_inner()?;
         out.into_inner().map_err(io::IntoInnerError::into_error)
     }
 
-    fn write_layer(self, out: &mut impl Write) -> io::Result<()> {
+    fn write_layer(self, number: u32, out: &mut impl Write) -> io::Result<()> {
         let pool = noise();
         let mut layer = tar::Builder::new(out);
-        for dir in 0..self.dirs() {
+        for dir in (number..self.dirs()).step_by(self.layers as usize) {
             let mut header = header(tar::EntryType::Directory, 0);
             layer.append_data(&mut header, format!("d{dir}/"), io::empty())?;
             for i in (dir * FILES_PER_DIR)..((dir + 1) * FILES_PER_DIR).min(self.files) {
@@ -216,7 +230,10 @@ mod tests {
     #[test]
     fn the_archive_holds_what_it_says() {
         let dir = std::env::temp_dir().join(format!("transship-bench-{}", std::process::id()));
-        let image = BigImage { files: 150 };
+        let image = BigImage {
+            files: 150,
+            layers: 1,
+        };
         let layer = image.write_archive(&dir).unwrap();
         let mut archive = tar::Archive::new(File::open(&dir).unwrap());
         let mut blobs = 0;
