@@ -348,7 +348,7 @@ fn in_node(
 fn compare_stacks(differs: &mut Differs<'_>, cases: usize) -> anyhow::Result<()> {
     run(
         cases,
-        (1, 80),
+        (1, 75),
         &stacks::stacks(),
         differs,
         |differs, layers| differs.compare(layers),
