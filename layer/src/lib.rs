@@ -29,8 +29,11 @@
 //! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
+//! `archive` reads a tar member by member, for those who only look.
+//!
 //! The library is synchronous, prints nothing and reads no environment.
 
+mod archive;
 mod decompress;
 mod directory_listing;
 mod directory_stack;
@@ -63,6 +66,7 @@ mod upper_walk;
 mod usage;
 mod xattrs;
 
+pub use archive::{Archive, LayerChange, Member, MemberKind};
 pub use decompress::{Compression, Decompressed, decompress};
 pub use export::{
     ExportError, ExportOptions, ExportStats, export_upperdir, export_upperdir_to_file,
