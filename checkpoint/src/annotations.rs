@@ -11,6 +11,9 @@ use crate::criu_options::{CriuOption, CriuOverrides};
 
 /// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
 pub const RESTORE: &str = "dev.transship/restore";
+/// `true`: on a pod, the newest checkpoint of a pod of this namespace and name that nobody has consumed and that
+/// was taken since a pod of that name last began to run here; without one it starts cold.
+pub const RESTORE_LATEST: &str = "dev.transship/restore-latest";
 /// Which container of the checkpoint, when its name is not the container's own.
 pub const RESTORE_CONTAINER: &str = "dev.transship/restore-container";
 /// Outside of the CRI: the container whose namespaces are joined; its own id makes a sandbox.
@@ -35,8 +38,9 @@ pub const NETWORKS: &str = "dev.transship/networks";
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 10] = [
     RESTORE,
+    RESTORE_LATEST,
     RESTORE_CONTAINER,
     SANDBOX,
     MISSING_NAMESPACES,
@@ -154,6 +158,8 @@ pub struct Annotations {
     pub role: Role,
     /// The checkpoint that [`RESTORE`] names.
     pub restore: Option<String>,
+    /// See [`RESTORE_LATEST`].
+    pub restore_latest: bool,
     /// The container's name inside of that checkpoint, when the spec says it.
     pub container: Option<String>,
     /// What the pod calls the container, under the CRI.
@@ -238,6 +244,7 @@ impl Annotations {
         Ok(Self {
             role,
             restore: get(RESTORE).cloned(),
+            restore_latest: choose(RESTORE_LATEST, "false", "true", "\"false\" or \"true\"")?,
             container: get(RESTORE_CONTAINER)
                 .or_else(|| get(cri::CONTAINER_NAME))
                 .cloned(),

@@ -11,8 +11,9 @@
 //!   .shared/                  what the containers of a pod share; see shared_dirs.rs
 //! ```
 //!
-//! The format has a version and a list of features. A reader refuses a version above its own and
-//! any feature that it does not know: a feature is listed only when ignoring it would be wrong.
+//! The format has a version and two lists of features. A reader refuses a version above its own and any
+//! of `features` that it does not know: one is listed there only when ignoring it would be wrong. Those of
+//! `compatible` may be ignored. docs/format.md has every field.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,6 +33,8 @@ pub const ROOTFS_DIFF_FILE: &str = "rootfs-diff.tar";
 pub const SPEC_FILE: &str = "spec.dump";
 /// CRIU's log of the dump, inside of a container's directory.
 pub const DUMP_LOG_FILE: &str = "dump.log";
+/// CRIU's figures of the dump, inside of a container's directory.
+pub const DUMP_STATS_FILE: &str = "stats-dump";
 
 /// What the directories of links are called that stand beside the images during a restore; they
 /// belong to no checkpoint.
@@ -67,6 +70,21 @@ pub enum ManifestError {
     Feature {
         /// The unknown feature.
         feature: String,
+    },
+    /// Longer than any real one.
+    #[error("the manifest is longer than {MANIFEST_LIMIT} bytes")]
+    TooLong,
+    /// A digest that none is.
+    #[error("the digest of {path:?} is not 64 hexadecimal digits in lower case")]
+    Digest {
+        /// The file.
+        path: String,
+    },
+    /// Two files of one name.
+    #[error("the manifest has the file {path:?} twice")]
+    FileTwice {
+        /// The file.
+        path: String,
     },
     /// A name that could lead out of the checkpoint's directory, or is empty or too long.
     #[error("{what} {name:?} is not a plain name")]
@@ -104,6 +122,20 @@ pub struct Format {
     /// What a reader must know to use the checkpoint.
     #[serde(default)]
     pub features: Vec<String>,
+    /// What a reader may leave unread.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub compatible: Vec<String>,
+}
+
+impl Default for Format {
+    /// What this code writes, without a feature.
+    fn default() -> Self {
+        Self {
+            version: FORMAT_VERSION,
+            features: Vec::new(),
+            compatible: Vec::new(),
+        }
+    }
 }
 
 /// A checkpoint.
@@ -207,6 +239,33 @@ pub struct Source {
     pub kernel: String,
     /// containerd's version.
     pub containerd: String,
+    /// The version of CRIU; none where it was not asked, as with those below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub criu: Option<String>,
+    /// The version of runc.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runc: Option<String>,
+    /// The version of crun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crun: Option<String>,
+    /// Bytes of a page of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_size: Option<u64>,
+    /// Which cgroups: 1 or 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroups: Option<u8>,
+    /// Its processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processor: Option<Processor>,
+}
+
+/// What a processor can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processor {
+    /// Its name.
+    pub model: String,
+    /// What `/proc/cpuinfo` lists, in alphabetical order.
+    pub features: Vec<String>,
 }
 
 /// One container of a checkpoint.
@@ -342,6 +401,9 @@ impl Manifest {
         struct OnlyFormat {
             format: Format,
         }
+        if json.len() as u64 > MANIFEST_LIMIT {
+            return Err(ManifestError::TooLong);
+        }
         let OnlyFormat { format } = serde_json::from_slice(json)?;
         if format.version > FORMAT_VERSION {
             return Err(ManifestError::Version {
@@ -363,6 +425,13 @@ impl Manifest {
         let mut names = BTreeSet::new();
         for container in &manifest.containers {
             check_name("the container's name", &container.name)?;
+            // Its directory stands beside the manifest and what the containers share.
+            if container.name.starts_with('.') || container.name == MANIFEST_FILE {
+                return Err(ManifestError::Name {
+                    what: "the container's name",
+                    name: container.name.clone(),
+                });
+            }
             if !names.insert(&container.name) {
                 return Err(ManifestError::Twice {
                     checkpoint: manifest.name.clone(),
@@ -377,9 +446,7 @@ impl Manifest {
             check_name("the volume's name", &volume.name)?;
         }
         for (_, files) in manifest.directories() {
-            for part in files.iter().flat_map(|file| file.path.split('/')) {
-                check_name("the file's path", part)?;
-            }
+            check_files(files)?;
         }
         Ok(manifest)
     }
@@ -410,7 +477,12 @@ impl Manifest {
             &source.kernel,
             &source.containerd,
         ];
-        let mut all = texts.into_iter().chain(of_pod).chain(of_containers);
+        let programs = [&source.criu, &source.runc, &source.crun];
+        let texts = texts.into_iter().chain(programs.into_iter().flatten());
+        let of_processor = source.processor.iter().flat_map(|it| &it.features);
+        let model = source.processor.iter().map(|it| &it.model);
+        let texts = texts.chain(model).chain(of_processor);
+        let mut all = texts.chain(of_pod).chain(of_containers);
         match all.find(|text| text.chars().any(char::is_control)) {
             Some(text) => Err(ManifestError::Name {
                 what: "the text",
@@ -478,6 +550,27 @@ impl Manifest {
     }
 }
 
+/// Paths that stay in their directory, each once, with a digest that can be one.
+fn check_files(files: &[File]) -> Result<(), ManifestError> {
+    let mut paths = BTreeSet::new();
+    for file in files {
+        for part in file.path.split('/') {
+            check_name("the file's path", part)?;
+        }
+        let path = || file.path.clone();
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        // A migration's files were compared on the way; such a digest fits nothing.
+        let is_left_out = file.sha256.is_empty();
+        if !is_left_out && file.sha256.len() != 64 || !file.sha256.bytes().all(is_digit) {
+            return Err(ManifestError::Digest { path: path() });
+        }
+        if !paths.insert(&file.path) {
+            return Err(ManifestError::FileTwice { path: path() });
+        }
+    }
+    Ok(())
+}
+
 /// Checks that a name is one path component that cannot lead anywhere else.
 ///
 /// # Errors
@@ -506,10 +599,7 @@ mod tests {
 
     fn manifest() -> Manifest {
         Manifest {
-            format: Format {
-                version: FORMAT_VERSION,
-                features: vec![],
-            },
+            format: Format::default(),
             name: "web".into(),
             created: 1,
             source: Source::default(),
@@ -533,7 +623,7 @@ mod tests {
                 files: vec![File {
                     path: "checkpoint/a.img".into(),
                     size: 3,
-                    sha256: "x".into(),
+                    sha256: "0".repeat(64),
                 }],
             }],
         }
@@ -596,6 +686,33 @@ mod tests {
         let twice = hostile.containers[0].files[0].clone();
         hostile.containers[0].files.push(twice);
         assert_eq!(hostile.size(), u64::MAX);
+    }
+
+    #[test]
+    fn a_file_is_there_once_with_a_digest() {
+        let mut twice = manifest();
+        let again = twice.containers[0].files[0].clone();
+        twice.containers[0].files.push(again);
+        let error = Manifest::parse(&twice.to_json()).unwrap_err();
+        assert!(matches!(error, ManifestError::FileTwice { .. }), "{error}");
+        for digest in ["x", &"0".repeat(63), &"A".repeat(64), &"g".repeat(64)] {
+            let mut wrong = manifest();
+            wrong.containers[0].files[0].sha256 = digest.into();
+            let error = Manifest::parse(&wrong.to_json()).unwrap_err();
+            assert!(matches!(error, ManifestError::Digest { .. }), "{error}");
+        }
+        for name in ["transship.json", ".shared"] {
+            let mut hidden = manifest();
+            hidden.containers[0].name = name.into();
+            assert!(Manifest::parse(&hidden.to_json()).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_ignored_is_kept() {
+        let mut later = manifest();
+        later.format.compatible = vec!["colour".into()];
+        assert_eq!(Manifest::parse(&later.to_json()).unwrap(), later);
     }
 
     #[test]

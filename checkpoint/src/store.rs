@@ -16,6 +16,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use transship_path_error::{During as _, PathError};
@@ -44,6 +45,12 @@ pub enum StoreError {
     /// The name is taken.
     #[error("a checkpoint {name:?} exists already")]
     Exists {
+        /// The name asked for.
+        name: String,
+    },
+    /// Somebody reads it.
+    #[error("the checkpoint {name:?} is being read at this moment")]
+    InUse {
         /// The name asked for.
         name: String,
     },
@@ -141,7 +148,7 @@ impl Store {
             Err(error) => return Ok(Err(error).during("open", &path)?),
         };
         let mut json = Vec::new();
-        file.take(MANIFEST_LIMIT)
+        file.take(MANIFEST_LIMIT + 1)
             .read_to_end(&mut json)
             .during("read", &path)?;
         let manifest = Manifest::parse(&json).map_err(|source| StoreError::Manifest {
@@ -240,7 +247,7 @@ impl Store {
     /// Removes a checkpoint.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], or a failing system call.
+    /// [`StoreError::NotFound`], [`StoreError::InUse`], or a failing system call.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         check_name("the checkpoint's name", name).map_err(|source| StoreError::Manifest {
             name: name.to_owned(),
@@ -261,12 +268,19 @@ impl Store {
         let gone = format!("{DRAFT_PREFIX}gone-{name}.{process}.{count}");
         let gone = self.root.join(gone);
         let names = self.lock_names()?;
-        match fs::rename(&dir, &gone) {
-            Ok(()) => {}
+        let opened = match File::open(&dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
-            Err(error) => return Ok(Err(error).during("remove", &dir)?),
-        }
-        let _ours = lock(&gone, FlockArg::LockExclusiveNonblock)?;
+            opened => opened.during("open", &dir)?,
+        };
+        let _ours = match Flock::lock(opened, FlockArg::LockExclusiveNonblock) {
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(StoreError::InUse {
+                    name: name.to_owned(),
+                });
+            }
+            locked => locked.map_err(|(_, errno)| errno).during("lock", &dir)?,
+        };
+        fs::rename(&dir, &gone).during("remove", &dir)?;
         drop(names);
         Ok(fs::remove_dir_all(&gone).during("remove", &gone)?)
     }
@@ -328,13 +342,27 @@ impl Draft {
     /// # Errors
     /// A failing system call; the draft is gone then.
     pub fn commit(
+        self,
+        manifest: Manifest,
+        durability: Durability,
+    ) -> Result<Checkpoint, StoreError> {
+        let json = manifest.to_json();
+        self.commit_as(manifest, &json, durability)
+    }
+
+    /// The same with the manifest's bytes as they came, which a signature is of.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit_as(
         mut self,
         manifest: Manifest,
+        json: &[u8],
         durability: Durability,
     ) -> Result<Checkpoint, StoreError> {
         let path = self.dir.join(MANIFEST_FILE);
         File::create_new(&path)
-            .and_then(|mut file| file.write_all(&manifest.to_json()))
+            .and_then(|mut file| file.write_all(json))
             .during("write", &path)?;
         if durability == Durability::Synced {
             let dir = File::open(&self.dir).during("open", &self.dir)?;
@@ -367,6 +395,14 @@ impl Drop for Draft {
 }
 
 impl Checkpoint {
+    /// Keeps it from being removed until the lock is dropped.
+    ///
+    /// # Errors
+    /// It is gone, or is being removed.
+    pub fn lock_for_reading(&self) -> Result<Flock<File>, StoreError> {
+        lock(&self.dir, FlockArg::LockSharedNonblock)
+    }
+
     /// Directory of one container.
     #[must_use]
     pub fn container_dir(&self, container: &manifest::Container) -> PathBuf {
@@ -505,15 +541,12 @@ pub fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::{Container, FORMAT_VERSION, Format, Source};
+    use crate::manifest::{Container, Format, Source};
 
     fn manifest(name: &str, dir: &Path) -> Manifest {
         let files = digest_files(&dir.join("c")).unwrap();
         Manifest {
-            format: Format {
-                version: FORMAT_VERSION,
-                features: vec![],
-            },
+            format: Format::default(),
             name: name.into(),
             created: 0,
             source: Source::default(),
@@ -577,6 +610,29 @@ mod tests {
             }
         });
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn one_that_is_being_read_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        let draft = store.draft("web").unwrap();
+        fill(&draft);
+        let manifest = manifest("web", draft.dir());
+        let checkpoint = draft.commit(manifest, Durability::Ephemeral).unwrap();
+        let reading = (
+            checkpoint.lock_for_reading().unwrap(),
+            checkpoint.lock_for_reading().unwrap(),
+        );
+        let refused = store.remove("web");
+        assert!(
+            matches!(refused, Err(StoreError::InUse { .. })),
+            "{refused:?}"
+        );
+        store.open("web").unwrap().verify().unwrap();
+        drop(reading);
+        store.remove("web").unwrap();
+        assert!(checkpoint.lock_for_reading().is_err());
     }
 
     #[test]

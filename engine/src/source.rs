@@ -24,7 +24,7 @@ use transship_checkpoint::cri_names::{CRI_NAMESPACE, labels};
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
-    Container, DUMP_LOG_FILE, FORMAT_VERSION, Format, IMAGES_DIR, Image, Losses, Manifest,
+    Container, DUMP_LOG_FILE, DUMP_STATS_FILE, Format, IMAGES_DIR, Image, Losses, Manifest,
     NotRunning, Pod, ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source,
     Stdio, check_name,
 };
@@ -534,6 +534,10 @@ impl SourceContainer {
         if log.try_exists().unwrap_or(false) {
             fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
         }
+        let stats = work.join(DUMP_STATS_FILE);
+        if stats.try_exists().unwrap_or(false) {
+            fs::rename(&stats, dir.join(DUMP_STATS_FILE)).context("cannot keep CRIU's figures")?;
+        }
         fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
         Ok(Dumped { criu, upperdir })
     }
@@ -666,11 +670,11 @@ pub async fn manifest(
     let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Ok(Manifest {
         format: Format {
-            version: FORMAT_VERSION,
             features: (!shared.is_empty())
                 .then(|| SHARED_FEATURE.to_owned())
                 .into_iter()
                 .collect(),
+            ..Format::default()
         },
         name: name.to_owned(),
         created: created.map_or(0, |since| since.as_secs()),
@@ -679,6 +683,7 @@ pub async fn manifest(
             architecture: uname.machine().to_string_lossy().into_owned(),
             kernel: uname.release().to_string_lossy().into_owned(),
             containerd: node.version().await?,
+            ..Source::default()
         },
         pod,
         containers,

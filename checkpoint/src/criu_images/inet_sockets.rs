@@ -91,7 +91,7 @@ impl InetSocket {
     }
 }
 
-fn address(words: &[u32]) -> Option<IpAddr> {
+pub(super) fn address(words: &[u32]) -> Option<IpAddr> {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
     let address = match bytes.len() {
         4 => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?)),

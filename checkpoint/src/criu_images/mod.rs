@@ -1,4 +1,4 @@
-//! The few images of CRIU that are read or edited before a restore.
+//! The images of CRIU that are read or edited before a restore, or shown to people.
 //!
 //! ```text
 //! <name>.img
@@ -14,6 +14,8 @@
 //! which the messages below did not change.
 
 pub mod cgroups;
+pub mod descriptors;
+pub mod dump_stats;
 pub mod file_names;
 pub mod inet_sockets;
 pub mod inventory;
@@ -21,6 +23,7 @@ pub mod ipc_sysctls;
 pub mod ipcns;
 pub mod mounts;
 pub mod open_files;
+pub mod processes;
 pub mod regular_files;
 pub mod seccomp;
 pub mod shm_mappings;
@@ -42,6 +45,8 @@ use crate::beneath::{Links, open_regular};
 /// Largest image that is read here, in bytes. Those with memory pages are never read.
 const IMAGE_LIMIT: u64 = 64 << 20;
 const HEAD_MAGIC: u32 = 0x5456_4319;
+/// Head of the files that are no part of the dump (`IMG_SERVICE_MAGIC`).
+const SERVICE_MAGIC: u32 = 0x5510_5940;
 const HEADER_LEN: usize = 8;
 
 /// An image that cannot be read or written.
@@ -124,6 +129,9 @@ pub(crate) enum Kind {
     Seccomp,
     Cgroup,
     UserNamespace,
+    Pagemap,
+    Fdinfo,
+    Stats,
 }
 
 impl Kind {
@@ -146,6 +154,9 @@ impl Kind {
             Self::Seccomp => "seccomp",
             Self::Cgroup => "cgroup",
             Self::UserNamespace => "userns-",
+            Self::Pagemap => "pagemap-",
+            Self::Fdinfo => "fdinfo-",
+            Self::Stats => "stats-dump",
         }
     }
 
@@ -166,6 +177,9 @@ impl Kind {
             Self::Seccomp => 0x6441_3049,
             Self::Cgroup => 0x5938_3330,
             Self::UserNamespace => 0x5547_4906,
+            Self::Pagemap => 0x5608_4025,
+            Self::Fdinfo => 0x5621_3732,
+            Self::Stats => 0x5709_3306,
         }
     }
 }
@@ -206,7 +220,11 @@ impl Image {
             Kind::Inventory => (u32_at(bytes, 0).map(|magic| (HEAD_MAGIC, magic)), 4),
             _ => (u32_at(bytes, 0).zip(u32_at(bytes, 4)), HEADER_LEN),
         };
-        if head != Some((HEAD_MAGIC, kind.magic())) {
+        let expected = match kind {
+            Kind::Stats => SERVICE_MAGIC,
+            _ => HEAD_MAGIC,
+        };
+        if head != Some((expected, kind.magic())) {
             return Err(ImageError::Magic {
                 path: path.to_path_buf(),
             });

@@ -5,7 +5,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::manifest::{FORMAT_VERSION, Format, Source};
+use crate::manifest::{Format, Source};
 use crate::store::hex;
 
 const LIMITS: Limits = Limits {
@@ -26,10 +26,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
         );
     }
     let manifest = Manifest {
-        format: Format {
-            version: FORMAT_VERSION,
-            features: vec![],
-        },
+        format: Format::default(),
         name: "web".into(),
         created: 0,
         source: Source::default(),

@@ -20,6 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
+pub use transship_checkpoint::manifest::Processor;
+use transship_checkpoint::manifest::Source;
 use transship_checkpoint::store::DEFAULT_ROOT;
 use transship_containerd::Containerd;
 
@@ -72,15 +74,6 @@ pub struct NodeFacts {
     pub clock: u64,
 }
 
-/// What a processor can do.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Processor {
-    /// Its name.
-    pub model: String,
-    /// What `/proc/cpuinfo` lists, in alphabetical order.
-    pub features: Vec<String>,
-}
-
 impl NodeFacts {
     /// Those of this node; without `containerd` it is not asked.
     ///
@@ -116,6 +109,16 @@ impl NodeFacts {
             free_disk: free_disk(),
             clock: now.map_or(0, |now| now.as_secs()),
         })
+    }
+
+    /// Tells in a manifest what was asked of this node.
+    pub(crate) fn complete(self, source: &mut Source) {
+        source.criu = self.criu;
+        source.runc = self.runc;
+        source.crun = self.crun;
+        source.page_size = Some(self.page_size);
+        source.cgroups = Some(self.cgroups);
+        source.processor = Some(self.processor);
     }
 
     /// Reads what `transship check --node` has printed.

@@ -318,12 +318,8 @@ mod tests {
             size: 2,
             sha256: String::new(),
         }];
-        let format = Format {
-            version: 1,
-            features: Vec::new(),
-        };
         Manifest {
-            format,
+            format: Format::default(),
             name: "there".into(),
             created: 1,
             source: Source::default(),

@@ -107,10 +107,7 @@ mod tests {
         fs::write(draft.dir().join("c/checkpoint/pages-1.img"), "memory").unwrap();
         let files = digest_files(&draft.dir().join("c")).unwrap();
         let manifest = Manifest {
-            format: Format {
-                version: 1,
-                features: Vec::new(),
-            },
+            format: Format::default(),
             name: "web".into(),
             created: 0,
             source: Source::default(),
