@@ -1,0 +1,386 @@
+//! Archives of other engines: what containerd's CRI, CRI-O and podman write, and kubelet leaves in
+//! `/var/lib/kubelet/checkpoints`. One container each.
+//!
+//! ```text
+//! a tar (podman: in zstd, gzip or plain), in any order:
+//!   checkpoint/<image>     CRIU's images                          checkpoint/parent: refused
+//!   config.dump            id, name, image, runtime, times        checkpointctl's metadata.ContainerConfig
+//!   spec.dump              the OCI runtime spec; its annotations name pod and container
+//!   status.dump            containerd: the CRI's ContainerStatus
+//!   rootfs-diff.tar        the changed files: a layer with `.wh.` names (containerd, gzip), or without
+//!                          them (CRI-O, podman)
+//!   deleted.files          CRI-O, podman: JSON list of deleted paths, which no `.wh.` name tells
+//!   stats-dump dump.log    CRIU's
+//!   bind.mounts network.status status container.log ctr.log io.kubernetes.cri-o.LogPath artifacts/
+//!   pod.options pod.dump restore.log volumes/ devshm-checkpoint.tar   not taken
+//! ```
+//!
+//! Nothing of an archive decides anything on this node: names of pod, container and image are texts, and the
+//! base image is looked for by its digest.
+
+use std::io::{BufReader, Read, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use transship_checkpoint::criu_images::{file_names, inet_sockets, processes};
+use transship_checkpoint::criu_options::{CriuOptions, Tcp};
+use transship_checkpoint::manifest::{
+    Container, DUMP_LOG_FILE, DUMP_STATS_FILE, Format, IMAGES_DIR, Image, Manifest,
+    ROOTFS_DIFF_FILE, SPEC_FILE, Shared, Source, check_name,
+};
+use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store, digest_files};
+use transship_layer::{Member, decompress};
+use transship_path_error::During as _;
+
+use crate::error::PackageError;
+use crate::import::{ImportOptions, NewFile, check_room};
+use crate::open_package::OpenPackage;
+
+mod dump_files;
+mod whiteouts;
+pub mod write;
+
+use dump_files::{ConfigDump, Named};
+
+/// Where the files lie until the container's name is known.
+const UNNAMED: &str = ".unnamed";
+/// Longest JSON that is read, in bytes.
+const JSON_LIMIT: u64 = 16 << 20;
+/// After as many bytes the free space is looked at again.
+const ROOM_INTERVAL: u64 = 64 << 20;
+
+/// The engine that has written an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// containerd's CRI.
+    Containerd,
+    /// CRI-O.
+    Crio,
+    /// podman.
+    Podman,
+}
+
+impl Engine {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Crio => "CRI-O",
+            Self::Podman => "podman",
+        }
+    }
+}
+
+/// An archive that has been read, and needs to be told which layers lie below its files.
+#[derive(Debug)]
+pub struct ForeignCheckpoint {
+    draft: Draft,
+    manifest: Manifest,
+    /// Who has written it.
+    pub engine: Engine,
+    /// Members that were not taken, but would mean something to that engine.
+    pub left_out: Vec<String>,
+}
+
+impl ForeignCheckpoint {
+    /// Whether its container was one of a pod.
+    #[must_use]
+    pub fn is_of_pod(&self) -> bool {
+        self.manifest.pod.is_some()
+    }
+
+    /// The image's name, as in `docker.io/library/nginx:1`.
+    #[must_use]
+    pub fn image_name(&self) -> &str {
+        &self.manifest.containers[0].image.name
+    }
+
+    /// The image's digest, where the archive has it: that of an index, a manifest or a config.
+    #[must_use]
+    pub fn image_digest(&self) -> &str {
+        &self.manifest.containers[0].image.digest
+    }
+
+    /// Makes a checkpoint of it: `digest` is the image's target, `chain_id` what its layers are.
+    ///
+    /// # Errors
+    /// A failing system call; nothing is left then.
+    pub fn commit(mut self, digest: &str, chain_id: &str) -> Result<Checkpoint, PackageError> {
+        let image = &mut self.manifest.containers[0].image;
+        digest.clone_into(&mut image.digest);
+        chain_id.clone_into(&mut image.chain_id);
+        // What was made of foreign texts must be readable again.
+        let json = self.manifest.to_json();
+        let manifest = Manifest::parse(&json)?;
+        Ok(self.draft.commit_as(manifest, &json, Durability::Synced)?)
+    }
+}
+
+/// What has come so far.
+struct Reading<'p> {
+    dir: PathBuf,
+    max_bytes: u64,
+    bytes: u64,
+    look_at: u64,
+    json: std::collections::BTreeMap<String, Vec<u8>>,
+    seen: std::collections::BTreeSet<String>,
+    left_out: Vec<String>,
+    progress: &'p mut dyn FnMut(u64),
+}
+
+/// Names whose JSON is read.
+const JSON: [&str; 4] = ["config.dump", SPEC_FILE, "status.dump", "deleted.files"];
+/// Names that mean nothing here.
+const MEANINGLESS: [&str; 7] = [
+    "status",
+    "bind.mounts",
+    "network.status",
+    "restore.log",
+    "pod.options",
+    "pod.dump",
+    "artifacts",
+];
+/// Names that tell an archive of an engine from anything else.
+const KNOWN: [&str; 11] = [
+    "checkpoint",
+    "config.dump",
+    "spec.dump",
+    "status.dump",
+    "status",
+    "rootfs-diff.tar",
+    "deleted.files",
+    "stats-dump",
+    "artifacts",
+    "bind.mounts",
+    "dump.log",
+];
+
+/// Whether a package that begins with this member can be one of theirs.
+pub(crate) fn is_foreign(first: &str) -> bool {
+    let first = first.split('/').next().unwrap_or_default();
+    KNOWN.contains(&first) || MEANINGLESS.contains(&first) || first.ends_with(".log")
+}
+
+/// Reads an archive; its first member is the current one. `name` is what the checkpoint is called.
+pub(crate) fn read(
+    mut package: OpenPackage<'_>,
+    first: (String, Member),
+    store: &Store,
+    name: &str,
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64),
+) -> Result<ForeignCheckpoint, PackageError> {
+    if !options.trusted.is_empty() {
+        return Err(crate::signature::SignatureError::Missing.into());
+    }
+    let draft = store.draft(name)?;
+    let mut reading = Reading {
+        dir: draft.dir().join(UNNAMED),
+        max_bytes: options.max_bytes,
+        bytes: 0,
+        look_at: 0,
+        json: Default::default(),
+        seen: Default::default(),
+        left_out: Vec::new(),
+        progress,
+    };
+    std::fs::create_dir(&reading.dir).during("make", &reading.dir)?;
+    let mut next = Some(first);
+    while let Some((path, member)) = next {
+        reading.take(&mut package, &path, &member)?;
+        next = package.next()?;
+    }
+    let (manifest, engine, left_out) = reading.finish(draft.dir(), name, &options.architecture)?;
+    Ok(ForeignCheckpoint {
+        draft,
+        manifest,
+        engine,
+        left_out,
+    })
+}
+
+impl Reading<'_> {
+    fn take(
+        &mut self,
+        package: &mut OpenPackage<'_>,
+        path: &str,
+        member: &Member,
+    ) -> Result<(), PackageError> {
+        let refused = |reason: &str| PackageError::Member {
+            member: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+        if !self.seen.insert(path.to_owned()) {
+            return Err(refused("it is there twice"));
+        }
+        if JSON.contains(&path) {
+            let json = package.read_all(path, member, JSON_LIMIT)?;
+            self.json.insert(path.to_owned(), json);
+            return Ok(());
+        }
+        if let Some(image) = path.strip_prefix("checkpoint/") {
+            if !file_names::is_image(image) {
+                return Err(refused("it is no image of CRIU"));
+            }
+            return self.write(package, path);
+        }
+        match path {
+            DUMP_STATS_FILE | DUMP_LOG_FILE => self.write(package, path),
+            ROOTFS_DIFF_FILE => self.write_layer(package),
+            "pre-checkpoint" => Err(refused("dumps before the last one are not taken")),
+            other if other.starts_with("pre-checkpoint/") => {
+                Err(refused("dumps before the last one are not taken"))
+            }
+            other => {
+                let first = other.split('/').next().unwrap_or_default();
+                if !MEANINGLESS.contains(&first) {
+                    self.left_out.push(other.to_owned());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn write(&mut self, package: &mut OpenPackage<'_>, path: &str) -> Result<(), PackageError> {
+        let mut file = NewFile::create(&self.dir, path)?;
+        package.read_pieces(&mut |piece| {
+            self.add(piece.len())?;
+            file.write(piece)
+        })?;
+        file.finish()
+    }
+
+    /// The layer, decompressed: what is on the disk is read often.
+    fn write_layer(&mut self, package: &mut OpenPackage<'_>) -> Result<(), PackageError> {
+        let mut file = NewFile::create(&self.dir, ROOTFS_DIFF_FILE)?;
+        let data = BufReader::new(package.data());
+        let mut plain = decompress(data).map_err(PackageError::reading)?;
+        let mut piece = vec![0; 256 << 10];
+        loop {
+            let read = plain.read(&mut piece).map_err(PackageError::reading)?;
+            if read == 0 {
+                return file.finish();
+            }
+            self.add(read)?;
+            file.write(&piece[..read])?;
+        }
+    }
+
+    fn add(&mut self, bytes: usize) -> Result<(), PackageError> {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        if self.bytes > self.max_bytes {
+            return Err(PackageError::TooLarge {
+                bytes: self.bytes,
+                limit: self.max_bytes,
+                of: "--max-size",
+            });
+        }
+        if self.bytes >= self.look_at {
+            self.look_at = self.bytes.saturating_add(ROOM_INTERVAL);
+            check_room(&self.dir, ROOM_INTERVAL)?;
+        }
+        (self.progress)(bytes as u64);
+        Ok(())
+    }
+
+    /// Makes the container's directory of what came, and the manifest.
+    fn finish(
+        mut self,
+        draft: &Path,
+        name: &str,
+        here: &str,
+    ) -> Result<(Manifest, Engine, Vec<String>), PackageError> {
+        let images = self.dir.join(IMAGES_DIR);
+        let missing = |member: &str| PackageError::Missing {
+            member: member.to_owned(),
+        };
+        for image in ["inventory.img", "pstree.img"] {
+            if !images.join(image).is_file() {
+                return Err(missing(&format!("checkpoint/{image}")));
+            }
+        }
+        let spec_json = self
+            .json
+            .remove(SPEC_FILE)
+            .ok_or_else(|| missing(SPEC_FILE))?;
+        let config = self
+            .json
+            .remove("config.dump")
+            .ok_or_else(|| missing("config.dump"))?;
+        let config = ConfigDump::parse(&config)?;
+        let spec: Value = dump_files::parse(SPEC_FILE, &spec_json)?;
+        let named = Named::of(&spec, &config);
+        check_name("the container's name", &named.container)?;
+        let status = self.json.remove("status.dump");
+        let labels =
+            status.map_or_else(|| Ok(named.labels.clone()), |it| dump_files::labels(&it))?;
+        let found = processes::architecture(&images)?.unwrap_or(here);
+        if found != here {
+            return Err(PackageError::Architecture {
+                found: found.to_owned(),
+                here: here.to_owned(),
+            });
+        }
+        self.write_spec_and_layer(&spec_json)?;
+        let dir = draft.join(&named.container);
+        std::fs::rename(&self.dir, &dir).during("rename", &self.dir)?;
+        let in_pod = named.pod.is_some();
+        let mut criu = CriuOptions::of_kind(in_pod);
+        let images = dir.join(IMAGES_DIR);
+        if images.join("files.img").is_file() && !inet_sockets::connections(&images)?.is_empty() {
+            // CRIU has dumped them, so it was told to.
+            criu.tcp = Tcp::Established;
+        }
+        let container = Container {
+            id: config.id,
+            namespace: if in_pod { "k8s.io" } else { "default" }.to_owned(),
+            image: Image {
+                name: config.image_name,
+                digest: config.image_digest,
+                ..Image::default()
+            },
+            snapshotter: "overlayfs".to_owned(),
+            runtime: "io.containerd.runc.v2".to_owned(),
+            joined: dump_files::joined(&spec),
+            criu,
+            labels,
+            files: digest_files(&dir)?,
+            name: named.container,
+            ..Container::default()
+        };
+        let manifest = Manifest {
+            format: Format::default(),
+            name: name.to_owned(),
+            created: config.checkpointed,
+            source: Source {
+                architecture: found.to_owned(),
+                ..Source::default()
+            },
+            pod: named.pod,
+            containers: vec![container],
+            not_running: Vec::new(),
+            shared: Shared::default(),
+        };
+        Ok((manifest, named.engine, self.left_out))
+    }
+
+    fn write_spec_and_layer(&mut self, spec: &[u8]) -> Result<(), PackageError> {
+        let path = self.dir.join(SPEC_FILE);
+        std::fs::File::create_new(&path)
+            .and_then(|mut file| file.write_all(spec))
+            .during("write", &path)?;
+        let layer = self.dir.join(ROOTFS_DIFF_FILE);
+        if !self.seen.contains(ROOTFS_DIFF_FILE) {
+            // Nothing was changed: a tar without a member.
+            std::fs::write(&layer, [0; 1024]).during("write", &layer)?;
+        }
+        match self.json.remove("deleted.files") {
+            None => Ok(()),
+            Some(deleted) => {
+                let deleted: Vec<String> = dump_files::parse("deleted.files", &deleted)?;
+                whiteouts::append(&layer, &deleted)
+            }
+        }
+    }
+}

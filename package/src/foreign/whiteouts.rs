@@ -1,0 +1,137 @@
+//! Deletions that stand in a list of their own, as whiteouts of the layer that they belong to.
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+
+use transship_layer::{Archive, LayerChange};
+use transship_path_error::During as _;
+
+use crate::error::PackageError;
+
+/// What ends a tar, and what its members are padded to.
+const BLOCK: u64 = 512;
+
+/// Adds whiteouts for the paths `deleted` to the plain layer at `path`. Those that the layer has already are
+/// left out.
+pub(super) fn append(path: &Path, deleted: &[String]) -> Result<(), PackageError> {
+    let refused = |reason: String| PackageError::Member {
+        member: "deleted.files".to_owned(),
+        reason,
+    };
+    let in_layer = |error| PackageError::Layer {
+        container: "the package".to_owned(),
+        source: error,
+    };
+    let file = File::open(path).during("open", path)?;
+    let mut archive = Archive::new(file);
+    let (mut put, mut gone) = (BTreeSet::new(), BTreeSet::new());
+    let mut end = 0;
+    while let Some(member) = archive.next_member().map_err(in_layer)? {
+        let (changed, change) = member.layer_change();
+        match change {
+            LayerChange::Put => put.insert(changed),
+            LayerChange::Deleted => gone.insert(changed),
+            LayerChange::Opaque => false,
+        };
+        archive.skip_data().map_err(in_layer)?;
+        end = archive.offset();
+    }
+    let mut whiteouts = Vec::new();
+    for path in deleted {
+        let relative = path.trim_start_matches('/');
+        let plain = |part: &str| !matches!(part, "" | "." | "..") && !part.contains('\0');
+        if relative.is_empty() || !relative.split('/').all(plain) {
+            return Err(refused(format!("{path:?} is no path of a file")));
+        }
+        let (parent, name) = relative.rsplit_once('/').unwrap_or(("", relative));
+        // Who writes for readers that know no whiteouts has the names of whiteouts deleted.
+        if name.starts_with(".wh.") || gone.contains(relative.as_bytes()) {
+            continue;
+        }
+        if put.contains(relative.as_bytes()) {
+            return Err(refused(format!(
+                "{path:?} is a file of rootfs-diff.tar as well"
+            )));
+        }
+        whiteouts.push(match parent {
+            "" => format!(".wh.{name}"),
+            parent => format!("{parent}/.wh.{name}"),
+        });
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .during("open", path)?;
+    let end = end.next_multiple_of(BLOCK);
+    file.set_len(end)
+        .and_then(|()| file.seek(SeekFrom::Start(end)))
+        .during("cut", path)?;
+    let mut builder = tar::Builder::new(&mut file);
+    for name in whiteouts {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_size(0);
+        header.set_mode(0o644);
+        let written = builder.append_data(&mut header, &name, std::io::empty());
+        written.map_err(|error| refused(format!("{name:?} cannot be written: {error}")))?;
+    }
+    builder.finish().during("write", path)?;
+    drop(builder);
+    Ok(file.flush().during("write", path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer_changes::{Digests, layer_changes};
+
+    fn layer(dir: &Path) -> std::path::PathBuf {
+        let path = dir.join("layer.tar");
+        let mut builder = tar::Builder::new(File::create(&path).unwrap());
+        for (name, data) in [("etc/motd", &b"hello"[..]), ("etc/.wh.gone", b"")] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(data.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, name, data).unwrap();
+        }
+        builder.finish().unwrap();
+        path
+    }
+
+    fn changes(path: &Path) -> Vec<(String, &'static str)> {
+        let read = layer_changes(File::open(path).unwrap(), Digests::LeftOut).unwrap();
+        let each = read.changes.into_iter();
+        each.map(|it| (it.path, it.change)).collect()
+    }
+
+    #[test]
+    fn deletions_are_added_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = layer(dir.path());
+        let deleted = ["/var/lib/x", "/etc/gone", "/etc/.wh.gone", "/top"];
+        append(&path, &deleted.map(str::to_owned)).unwrap();
+        let expected = [
+            ("/etc/motd", "put"),
+            ("/etc/gone", "deleted"),
+            ("/var/lib/x", "deleted"),
+            ("/top", "deleted"),
+        ];
+        assert_eq!(
+            changes(&path),
+            expected.map(|(it, how)| (it.to_owned(), how))
+        );
+    }
+
+    #[test]
+    fn a_list_that_leads_elsewhere_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = layer(dir.path());
+        for deleted in ["/", "", "/../x", "/a//b", "/etc/./x", "/etc/motd"] {
+            assert!(append(&path, &[deleted.to_owned()]).is_err(), "{deleted:?}");
+        }
+        append(&path, &[]).unwrap();
+        assert_eq!(changes(&path).len(), 2);
+    }
+}

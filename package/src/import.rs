@@ -1,0 +1,364 @@
+//! A package read into a directory of checkpoints, or looked into.
+//!
+//! ```text
+//!  package ──> manifest: version, names, digests, architecture, size, signature
+//!          ──> members, each as the manifest says, in its order ──> draft ──> the checkpoint, whole
+//! ```
+//!
+//! Nothing of a package is used before it has been compared with what the manifest says, and nothing is
+//! left of one that is not whole.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+use transship_checkpoint::manifest::{self, MANIFEST_FILE, MANIFEST_LIMIT, Manifest};
+use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store, hex};
+use transship_layer::Member;
+use transship_path_error::During as _;
+
+use crate::encryption::Identities;
+use crate::error::PackageError;
+use crate::foreign::{self, ForeignCheckpoint};
+use crate::open_package::OpenPackage;
+use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT, TrustedKeys};
+
+/// Pages of zeros are left out of what is written: the file system has holes for them.
+const HOLE: usize = 4096;
+/// Bytes of the file system that stay free.
+const KEPT_FREE: u64 = 64 << 20;
+
+/// How a package is read.
+#[derive(Debug)]
+pub struct ImportOptions {
+    /// What the checkpoint is called; none: as it was.
+    pub name: Option<String>,
+    /// What it is called when it had no name: archives of other engines have none.
+    pub name_without: String,
+    /// The keys for one that is encrypted.
+    pub identities: Identities,
+    /// Whose signature it needs; nobody's: none.
+    pub trusted: TrustedKeys,
+    /// Bytes that are taken at most.
+    pub max_bytes: u64,
+    /// This machine, as in `uname -m`.
+    pub architecture: String,
+}
+
+/// What came out of a package.
+#[derive(Debug)]
+pub enum Imported {
+    /// A checkpoint.
+    Checkpoint(Checkpoint),
+    /// The archive of another engine: it needs to be told which layers lie below its files.
+    Foreign(Box<ForeignCheckpoint>),
+}
+
+/// Reads a package of transship, or the archive of another engine, into `store`. `progress` gets the bytes.
+///
+/// # Errors
+/// It is none, damaged, too large, of another machine or not signed: nothing of it is left then.
+pub fn import(
+    input: impl Read,
+    store: &Store,
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Imported, PackageError> {
+    let mut package = OpenPackage::new(input, &options.identities)?;
+    let Some((path, member)) = package.next()? else {
+        return Err(PackageError::Unknown {
+            reason: "it is empty".to_owned(),
+        });
+    };
+    if path == MANIFEST_FILE {
+        let own = import_own(package, &member, store, options, progress)?;
+        return Ok(Imported::Checkpoint(own));
+    }
+    if !foreign::is_foreign(&path) {
+        return Err(PackageError::Unknown {
+            reason: format!("it begins with {path:?}"),
+        });
+    }
+    let name = options.name.as_ref().unwrap_or(&options.name_without);
+    let foreign = foreign::read(package, (path, member), store, name, options, progress)?;
+    Ok(Imported::Foreign(Box::new(foreign)))
+}
+
+fn import_own(
+    mut package: OpenPackage<'_>,
+    first: &Member,
+    store: &Store,
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Checkpoint, PackageError> {
+    let head = Head::read(&mut package, first)?;
+    head.check(options)?;
+    let (manifest, json) = head.named(options.name.as_deref())?;
+    let draft = store.draft(&manifest.name)?;
+    check_room(draft.dir(), manifest.size())?;
+    let mut next = head.after;
+    for (dir, files) in manifest.directories() {
+        for file in files {
+            let path = format!("{dir}/{}", file.path);
+            let member = expect(next.take(), &path, file)?;
+            take_file(&mut package, &draft, &path, &member, file, progress)?;
+            next = package.next()?;
+        }
+    }
+    if let Some((path, _)) = next {
+        return Err(PackageError::Member {
+            member: path,
+            reason: "the manifest does not know it, or it is there twice".to_owned(),
+        });
+    }
+    if let Some(signature) = head.signature {
+        let path = draft.dir().join(SIGNATURE_FILE);
+        File::create_new(&path)
+            .and_then(|mut file| file.write_all(signature.as_bytes()))
+            .during("write", &path)?;
+    }
+    Ok(draft.commit_as(manifest, &json, Durability::Synced)?)
+}
+
+/// What a package begins with.
+pub(crate) struct Head {
+    pub(crate) manifest: Manifest,
+    /// The manifest's bytes, which a signature is of.
+    pub(crate) json: Vec<u8>,
+    pub(crate) signature: Option<String>,
+    /// The member behind it.
+    pub(crate) after: Option<(String, Member)>,
+}
+
+impl Head {
+    /// Reads it; the manifest is the current member.
+    pub(crate) fn read(
+        package: &mut OpenPackage<'_>,
+        first: &Member,
+    ) -> Result<Self, PackageError> {
+        let json = package.read_all(MANIFEST_FILE, first, MANIFEST_LIMIT)?;
+        // Before anything else is read.
+        Manifest::parse(&json)?;
+        let mut after = package.next()?;
+        let mut signature = None;
+        if let Some((path, member)) = after.take_if(|(path, _)| path == SIGNATURE_FILE) {
+            let bytes = package.read_all(&path, &member, SIGNATURE_LIMIT)?;
+            signature = Some(String::from_utf8_lossy(&bytes).into_owned());
+            after = package.next()?;
+        }
+        let head = Self::of(json, signature)?;
+        Ok(Self { after, ..head })
+    }
+
+    /// That of a manifest and its signature.
+    pub(crate) fn of(json: Vec<u8>, signature: Option<String>) -> Result<Self, PackageError> {
+        Ok(Self {
+            manifest: Manifest::parse(&json)?,
+            json,
+            signature,
+            after: None,
+        })
+    }
+
+    /// The manifest under the name that it gets here, and its bytes.
+    pub(crate) fn named(&self, name: Option<&str>) -> Result<(Manifest, Vec<u8>), PackageError> {
+        let mut manifest = self.manifest.clone();
+        let Some(name) = name.filter(|name| *name != manifest.name) else {
+            return Ok((manifest, self.json.clone()));
+        };
+        if self.signature.is_some() {
+            return Err(PackageError::Format {
+                name: manifest.name,
+                format: "another name",
+                reason: "it is signed under the name that it has".to_owned(),
+            });
+        }
+        name.clone_into(&mut manifest.name);
+        let json = manifest.to_json();
+        Ok((manifest, json))
+    }
+
+    /// Checks all that can be checked before anything is written.
+    pub(crate) fn check(&self, options: &ImportOptions) -> Result<(), PackageError> {
+        let found = &self.manifest.source.architecture;
+        if *found != options.architecture {
+            return Err(PackageError::Architecture {
+                found: found.clone(),
+                here: options.architecture.clone(),
+            });
+        }
+        let bytes = self.manifest.size();
+        if bytes > options.max_bytes {
+            return Err(PackageError::TooLarge {
+                bytes,
+                limit: options.max_bytes,
+                of: "--max-size",
+            });
+        }
+        let signature = self.signature.as_deref();
+        Ok(options.trusted.check(&self.json, signature)?)
+    }
+}
+
+/// The disk has room for what the manifest claims, or nothing is written.
+pub(crate) fn check_room(dir: &Path, bytes: u64) -> Result<(), PackageError> {
+    let stat = nix::sys::statvfs::statvfs(dir).during("ask for the free space of", dir)?;
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    let limit = free.saturating_sub(KEPT_FREE);
+    match bytes > limit {
+        true => Err(PackageError::TooLarge {
+            bytes,
+            limit,
+            of: "what is free on the disk, but for 64 MiB",
+        }),
+        false => Ok(()),
+    }
+}
+
+/// The member must be the file that the manifest has next.
+pub(crate) fn expect(
+    next: Option<(String, Member)>,
+    path: &str,
+    file: &manifest::File,
+) -> Result<Member, PackageError> {
+    let Some((found, member)) = next else {
+        return Err(PackageError::Missing {
+            member: path.to_owned(),
+        });
+    };
+    if found != path {
+        return Err(PackageError::Member {
+            member: found,
+            reason: format!("{path:?} is expected there"),
+        });
+    }
+    if member.size != file.size {
+        return Err(PackageError::Differs {
+            member: found,
+            reason: "its length differs from the manifest's",
+        });
+    }
+    Ok(member)
+}
+
+fn take_file(
+    package: &mut OpenPackage<'_>,
+    draft: &Draft,
+    path: &str,
+    member: &Member,
+    file: &manifest::File,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), PackageError> {
+    let mut target = NewFile::create(draft.dir(), path)?;
+    let mut hasher = Sha256::new();
+    package.read_pieces(&mut |piece| {
+        hasher.update(piece);
+        progress(piece.len() as u64);
+        target.write(piece)
+    })?;
+    target.finish()?;
+    if target.length != member.size || hex(&hasher.finalize()) != file.sha256 {
+        return Err(PackageError::Differs {
+            member: path.to_owned(),
+            reason: "its digest differs from the manifest's",
+        });
+    }
+    Ok(())
+}
+
+/// A file that is made anew, with holes where it has pages of zeros.
+pub(crate) struct NewFile {
+    file: File,
+    path: std::path::PathBuf,
+    /// Bytes that came.
+    pub(crate) length: u64,
+    /// The page that is not whole yet.
+    page: Vec<u8>,
+}
+
+impl NewFile {
+    /// Makes it below `dir`; no part of `path` leads elsewhere.
+    pub(crate) fn create(dir: &Path, path: &str) -> Result<Self, PackageError> {
+        let mut full = dir.to_path_buf();
+        let mut parts = path.split('/').peekable();
+        while let Some(part) = parts.next() {
+            manifest::check_name("the member's path", part)?;
+            full.push(part);
+            if parts.peek().is_some() {
+                match DirBuilder::new().mode(0o700).create(&full) {
+                    Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                        return Err(Err::<(), _>(error)
+                            .during("make", &full)
+                            .unwrap_err()
+                            .into());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let mut open = OpenOptions::new();
+        // Never through a link, never over a file that came before.
+        open.write(true).create_new(true).mode(0o600);
+        Ok(Self {
+            file: open.open(&full).during("make", &full)?,
+            path: full,
+            length: 0,
+            page: Vec::with_capacity(HOLE),
+        })
+    }
+
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), PackageError> {
+        self.length += bytes.len() as u64;
+        if !self.page.is_empty() {
+            let missing = (HOLE - self.page.len()).min(bytes.len());
+            self.page.extend_from_slice(&bytes[..missing]);
+            bytes = &bytes[missing..];
+            if self.page.len() < HOLE {
+                return Ok(());
+            }
+            let page = std::mem::take(&mut self.page);
+            self.put(&page)?;
+            self.page = page;
+            self.page.clear();
+        }
+        let whole = bytes.len() - bytes.len() % HOLE;
+        self.put(&bytes[..whole])?;
+        self.page.extend_from_slice(&bytes[whole..]);
+        Ok(())
+    }
+
+    /// Writes whole pages: runs of data, and holes between them.
+    fn put(&mut self, pages: &[u8]) -> Result<(), PackageError> {
+        let is_hole = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+        let mut rest = pages;
+        while !rest.is_empty() {
+            let hole = is_hole(&rest[..HOLE]);
+            let same = rest.chunks(HOLE).take_while(|page| is_hole(page) == hole);
+            let length: usize = same.map(<[u8]>::len).sum();
+            match hole {
+                true => {
+                    let by = i64::try_from(length).unwrap_or_default();
+                    self.file
+                        .seek(SeekFrom::Current(by))
+                        .during("seek in", &self.path)?;
+                }
+                false => self
+                    .file
+                    .write_all(&rest[..length])
+                    .during("write", &self.path)?,
+            }
+            rest = &rest[length..];
+        }
+        Ok(())
+    }
+
+    /// Writes what is left.
+    pub(crate) fn finish(&mut self) -> Result<(), PackageError> {
+        self.file
+            .write_all(&self.page)
+            .during("write", &self.path)?;
+        Ok(self.file.set_len(self.length).during("write", &self.path)?)
+    }
+}

@@ -1,0 +1,37 @@
+//! A checkpoint as a thing: looked into, compared, packed into a file, read from one.
+//!
+//! ```text
+//!  checkpoint directory ──> contents (layer_changes, requirements) ──> for people and programs
+//!                      ──> difference: two of them
+//!                      ──> export (tar_members ──> compression ──> encryption) ──> a package
+//!                      ──> oci: blobs that checkpoints share                         <──> a layout
+//!  checkpoint directory <── import (open_package: decrypts, decompresses, reads members) <── a package
+//!                      <── foreign: archives of containerd, CRI-O and podman
+//!  contents            <── look: the same without unpacking it                    <── a package
+//!                           signature: whose checkpoint it is
+//! ```
+//!
+//! A plain synchronous library: no runtime, no gRPC, no terminal, no environment. Every byte of a package
+//! is hostile input.
+
+mod compression;
+pub mod contents;
+pub mod difference;
+pub mod encryption;
+pub mod error;
+pub mod export;
+pub mod foreign;
+pub mod import;
+pub mod layer_changes;
+pub mod look;
+pub mod oci;
+mod open_package;
+pub mod requirements;
+pub mod signature;
+mod tar_members;
+
+pub use compression::DEFAULT_LEVEL;
+pub use error::PackageError;
+
+#[cfg(test)]
+mod package_tests;

@@ -1,0 +1,68 @@
+//! Where blobs go to and come from: a directory, a registry.
+
+use sha2::{Digest, Sha256};
+use transship_checkpoint::store::hex;
+
+use super::document::Descriptor;
+use crate::error::PackageError;
+
+/// A place for blobs, by their digests; several threads use it at once.
+pub trait Blobs: Sync {
+    /// Whether it has the blob.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    fn has(&self, digest: &str, size: u64) -> Result<bool, PackageError>;
+
+    /// Puts a blob there.
+    ///
+    /// # Errors
+    /// It is not there then.
+    fn put(&self, digest: &str, bytes: &[u8]) -> Result<(), PackageError>;
+
+    /// A blob, which has been compared with its digest; it has `limit` bytes at most.
+    ///
+    /// # Errors
+    /// It is not there, or not what its descriptor says.
+    fn get(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, PackageError>;
+
+    /// The manifest or index of a tag or digest.
+    ///
+    /// # Errors
+    /// There is none.
+    fn get_tagged(&self, tag: &str, limit: u64) -> Result<Vec<u8>, PackageError>;
+
+    /// Puts a manifest or index there, which names blobs that are there.
+    ///
+    /// # Errors
+    /// It is not there then.
+    fn put_manifest(
+        &self,
+        media_type: &str,
+        bytes: &[u8],
+        tag: Option<&str>,
+    ) -> Result<(), PackageError>;
+}
+
+/// The digest of bytes, with its algorithm.
+pub(crate) fn digest_of(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex(&Sha256::digest(bytes)))
+}
+
+/// The hexadecimal digits of a digest: nothing else becomes a part of a path or an address.
+pub(crate) fn check_digest(digest: &str) -> Result<&str, PackageError> {
+    let hex = digest.strip_prefix("sha256:").unwrap_or_default();
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    match hex.len() == 64 && hex.bytes().all(is_digit) {
+        true => Ok(hex),
+        false => Err(PackageError::Member {
+            member: digest
+                .chars()
+                .take(80)
+                .collect::<String>()
+                .escape_debug()
+                .to_string(),
+            reason: "it is no digest of SHA-256".to_owned(),
+        }),
+    }
+}

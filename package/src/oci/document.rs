@@ -1,0 +1,158 @@
+//! The documents of OCI images, as far as they are written and read here.
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::blobs::{check_digest, digest_of};
+use crate::error::PackageError;
+
+/// Media type of an index.
+pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// Media type of a manifest.
+pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// What names a blob.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Descriptor {
+    /// Its media type.
+    pub media_type: String,
+    /// Its digest.
+    pub digest: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// What kind of artifact it is the manifest of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// For which machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    /// More about it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// A machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Platform {
+    /// As Go calls it.
+    pub architecture: String,
+    /// `linux`.
+    pub os: String,
+}
+
+/// An index.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Index {
+    pub(crate) schema_version: u32,
+    pub(crate) media_type: String,
+    pub(crate) manifests: Vec<Descriptor>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self {
+            schema_version: 2,
+            media_type: INDEX.to_owned(),
+            manifests: Vec::new(),
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+/// A manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Manifest {
+    pub(crate) schema_version: u32,
+    pub(crate) media_type: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) artifact_type: Option<String>,
+    pub(crate) config: Descriptor,
+    pub(crate) layers: Vec<Descriptor>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+impl Default for Manifest {
+    fn default() -> Self {
+        Self {
+            schema_version: 2,
+            media_type: MANIFEST.to_owned(),
+            artifact_type: None,
+            config: Descriptor::default(),
+            layers: Vec::new(),
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+impl Descriptor {
+    /// That of bytes.
+    pub(crate) fn new(media_type: &str, bytes: &[u8]) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest: digest_of(bytes),
+            size: bytes.len() as u64,
+            ..Self::default()
+        }
+    }
+
+    /// One of its annotations.
+    pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.get(name).map(String::as_str)
+    }
+
+    /// Compares bytes with it.
+    pub(crate) fn check(&self, bytes: &[u8], limit: u64) -> Result<(), PackageError> {
+        check_digest(&self.digest)?;
+        let differs = |reason| PackageError::Differs {
+            member: self.digest.clone(),
+            reason,
+        };
+        if bytes.len() as u64 > limit || bytes.len() as u64 != self.size {
+            return Err(differs("its length differs from the manifest's"));
+        }
+        match digest_of(bytes) == self.digest {
+            true => Ok(()),
+            false => Err(differs("its digest differs from the manifest's")),
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, PackageError> {
+    serde_json::from_slice(json).map_err(|error| PackageError::Member {
+        member: what.to_owned(),
+        reason: format!("it cannot be parsed: {error}"),
+    })
+}
+
+fn to_json<T: Serialize>(document: &T) -> Vec<u8> {
+    serde_json::to_vec(document).expect("strings, numbers and lists are always JSON")
+}
+
+impl Index {
+    pub(crate) fn parse(json: &[u8]) -> Result<Self, PackageError> {
+        parse("the index", json)
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        to_json(self)
+    }
+}
+
+impl Manifest {
+    pub(crate) fn parse(json: &[u8]) -> Result<Self, PackageError> {
+        parse("the manifest", json)
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        to_json(self)
+    }
+}

@@ -1,0 +1,194 @@
+//! An OCI image layout: a directory of blobs, which skopeo, umoci and others read, and in which checkpoints
+//! share what is the same.
+//!
+//! ```text
+//! oci-layout              {"imageLayoutVersion": "1.0.0"}
+//! index.json              the tags: descriptors with org.opencontainers.image.ref.name
+//! blobs/sha256/<digest>   each appears whole, by rename
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use transship_checkpoint::beneath::{Links, read_regular};
+use transship_path_error::During as _;
+
+use super::blobs::{Blobs, check_digest, digest_of};
+use super::document::{Descriptor, INDEX, Index};
+use crate::error::PackageError;
+
+const TAG: &str = "org.opencontainers.image.ref.name";
+/// Longest `index.json` that is read, in bytes.
+const INDEX_LIMIT: u64 = 4 << 20;
+
+/// A layout.
+#[derive(Debug)]
+pub struct Layout {
+    dir: PathBuf,
+}
+
+impl Layout {
+    /// The layout at `dir`; it is made when there is none.
+    ///
+    /// # Errors
+    /// There is something else, or a system call failed.
+    pub fn create(dir: &Path) -> Result<Self, PackageError> {
+        let mut builder = DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        let is_new = !dir.join("oci-layout").is_file();
+        let has_other = fs::read_dir(dir).is_ok_and(|mut it| it.next().is_some());
+        if is_new && has_other {
+            return Err(PackageError::Unknown {
+                reason: format!("{} is a directory of something else", dir.display()),
+            });
+        }
+        let blobs = dir.join("blobs/sha256");
+        builder.create(&blobs).during("make", &blobs)?;
+        let layout = Self {
+            dir: dir.to_path_buf(),
+        };
+        if is_new {
+            layout.replace("oci-layout", b"{\"imageLayoutVersion\": \"1.0.0\"}")?;
+        }
+        Ok(layout)
+    }
+
+    /// The layout at `dir`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn open(dir: &Path) -> Result<Self, PackageError> {
+        let marker = dir.join("oci-layout");
+        fs::metadata(&marker).during("find", &marker)?;
+        Ok(Self {
+            dir: dir.to_path_buf(),
+        })
+    }
+
+    fn index(&self) -> Result<Index, PackageError> {
+        let path = Path::new("index.json");
+        match read_regular(&self.dir, path, Links::Refused, INDEX_LIMIT) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Index::default()),
+            read => Index::parse(&read.during("read", self.dir.join(path))?),
+        }
+    }
+
+    fn blob(&self, digest: &str) -> Result<PathBuf, PackageError> {
+        let hex = check_digest(digest)?;
+        Ok(self.dir.join("blobs/sha256").join(hex))
+    }
+
+    /// Puts a file in its place whole.
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), PackageError> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let new = self
+            .dir
+            .join(format!(".new-{}-{count}", std::process::id()));
+        let mut open = OpenOptions::new();
+        open.write(true).create_new(true).mode(0o600);
+        open.open(&new)
+            .and_then(|mut file| file.write_all(bytes))
+            .during("write", &new)?;
+        let path = self.dir.join(name);
+        Ok(fs::rename(&new, &path).during("rename to", &path)?)
+    }
+}
+
+impl Blobs for Layout {
+    fn has(&self, digest: &str, size: u64) -> Result<bool, PackageError> {
+        let path = self.blob(digest)?;
+        Ok(fs::metadata(path).is_ok_and(|it| it.len() == size))
+    }
+
+    fn put(&self, digest: &str, bytes: &[u8]) -> Result<(), PackageError> {
+        let hex = check_digest(digest)?;
+        self.replace(&format!("blobs/sha256/{hex}"), bytes)
+    }
+
+    fn get(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, PackageError> {
+        let path = self.blob(&descriptor.digest)?;
+        let missing = || PackageError::Missing {
+            member: descriptor.digest.clone(),
+        };
+        let file = File::open(&path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => missing(),
+            _ => PackageError::reading(error),
+        })?;
+        let mut bytes = Vec::new();
+        file.take(limit + 1)
+            .read_to_end(&mut bytes)
+            .during("read", &path)?;
+        descriptor.check(&bytes, limit)?;
+        Ok(bytes)
+    }
+
+    fn get_tagged(&self, tag: &str, limit: u64) -> Result<Vec<u8>, PackageError> {
+        let index = self.index()?;
+        let named = index
+            .manifests
+            .iter()
+            .find(|it| it.annotation(TAG) == Some(tag));
+        let descriptor = named.ok_or_else(|| PackageError::Missing {
+            member: format!("the tag {tag:?}"),
+        })?;
+        self.get(descriptor, limit)
+    }
+
+    fn put_manifest(
+        &self,
+        media_type: &str,
+        bytes: &[u8],
+        tag: Option<&str>,
+    ) -> Result<(), PackageError> {
+        let digest = digest_of(bytes);
+        self.put(&digest, bytes)?;
+        let Some(tag) = tag else { return Ok(()) };
+        let mut index = self.index()?;
+        index.manifests.retain(|it| it.annotation(TAG) != Some(tag));
+        let mut descriptor = Descriptor::new(media_type, bytes);
+        descriptor
+            .annotations
+            .insert(TAG.to_owned(), tag.to_owned());
+        index.manifests.push(descriptor);
+        index.media_type = INDEX.to_owned();
+        // What it names must be there before it.
+        let dir = File::open(&self.dir).during("open", &self.dir)?;
+        nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
+        self.replace("index.json", &index.to_json())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_move_and_blobs_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(&dir.path().join("store")).unwrap();
+        let blob = b"content";
+        let descriptor = Descriptor::new("x", blob);
+        assert!(!layout.has(&descriptor.digest, 7).unwrap());
+        layout.put(&descriptor.digest, blob).unwrap();
+        assert!(layout.has(&descriptor.digest, 7).unwrap());
+        assert_eq!(layout.get(&descriptor, 100).unwrap(), blob);
+        for manifest in [&b"{\"a\": 1}"[..], b"{\"a\": 2}"] {
+            layout.put_manifest("m", manifest, Some("web")).unwrap();
+            assert_eq!(layout.get_tagged("web", 100).unwrap(), manifest);
+        }
+        assert_eq!(layout.index().unwrap().manifests.len(), 1);
+        assert!(layout.get_tagged("db", 100).is_err());
+        let path = layout.blob(&descriptor.digest).unwrap();
+        fs::write(path, b"contend").unwrap();
+        assert!(layout.get(&descriptor, 100).is_err());
+        for digest in ["", "sha256:../../etc/passwd", "md5:00"] {
+            assert!(layout.put(digest, blob).is_err(), "{digest}");
+        }
+        fs::write(dir.path().join("other"), b"").unwrap();
+        assert!(Layout::create(dir.path()).is_err());
+    }
+}

@@ -1,0 +1,151 @@
+//! Members of a package's tar, as they are written.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+use tar::{EntryType, Header};
+use transship_checkpoint::beneath::{Links, open_regular};
+use transship_checkpoint::manifest;
+use transship_checkpoint::store::hex;
+use transship_path_error::During as _;
+
+use crate::error::PackageError;
+
+/// Bytes read at once.
+const PIECE: usize = 256 << 10;
+
+/// Writes a tar, member by member.
+pub(crate) struct TarMembers<'a, W: Write> {
+    builder: tar::Builder<W>,
+    piece: Vec<u8>,
+    time: u64,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<'a, W: Write> TarMembers<'a, W> {
+    /// `time`, in seconds since 1970, is that of all members; `progress` gets the bytes of files.
+    pub(crate) fn new(out: W, time: u64, progress: &'a mut dyn FnMut(u64)) -> Self {
+        Self {
+            builder: tar::Builder::new(out),
+            piece: vec![0; PIECE],
+            time,
+            progress,
+        }
+    }
+
+    fn header(&self, entry_type: EntryType, size: u64, mode: u32) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(entry_type);
+        header.set_size(size);
+        header.set_mode(mode);
+        header.set_mtime(self.time);
+        header.set_uid(0);
+        header.set_gid(0);
+        header
+    }
+
+    /// A directory.
+    pub(crate) fn directory(&mut self, path: &str) -> Result<(), PackageError> {
+        let mut header = self.header(EntryType::Directory, 0, 0o700);
+        let written = self
+            .builder
+            .append_data(&mut header, format!("{path}/"), io::empty());
+        written.map_err(PackageError::writing)
+    }
+
+    /// A file whose content is in memory.
+    pub(crate) fn bytes(&mut self, path: &str, bytes: &[u8]) -> Result<(), PackageError> {
+        let mut header = self.header(EntryType::Regular, bytes.len() as u64, 0o600);
+        let written = self.builder.append_data(&mut header, path, bytes);
+        written.map_err(PackageError::writing)
+    }
+
+    /// A file of JSON, as Go's engines write theirs.
+    pub(crate) fn json(
+        &mut self,
+        path: &str,
+        value: &serde_json::Value,
+    ) -> Result<(), PackageError> {
+        self.bytes(path, format!("{value:#}").as_bytes())
+    }
+
+    /// The file of a checkpoint whose directory is `dir`; it must be what the manifest says.
+    pub(crate) fn file(
+        &mut self,
+        path: &str,
+        dir: &Path,
+        file: &manifest::File,
+    ) -> Result<(), PackageError> {
+        let full = dir.join(&file.path);
+        let source = open_regular(dir, Path::new(&file.path), Links::Refused);
+        let source = source.during("open", &full)?;
+        let mut header = self.header(EntryType::Regular, file.size, 0o600);
+        let mut source = Checked {
+            source: source.take(file.size),
+            hasher: Sha256::new(),
+            bytes: 0,
+            progress: &mut *self.progress,
+        };
+        let mut source_in_pieces = InPieces {
+            source: &mut source,
+            piece: &mut self.piece,
+            filled: 0..0,
+        };
+        self.builder
+            .append_data(&mut header, path, &mut source_in_pieces)
+            .map_err(PackageError::writing)?;
+        let found = (source.bytes, hex(&source.hasher.finalize()));
+        if found != (file.size, file.sha256.clone()) {
+            return Err(PackageError::Differs {
+                member: full.display().to_string(),
+                reason: "its digest differs from the manifest's",
+            });
+        }
+        Ok(())
+    }
+
+    /// Writes the end, and gives back where it went.
+    pub(crate) fn finish(self) -> Result<W, PackageError> {
+        self.builder.into_inner().map_err(PackageError::writing)
+    }
+}
+
+/// Takes the digest of what is read.
+struct Checked<'p> {
+    source: io::Take<File>,
+    hasher: Sha256,
+    bytes: u64,
+    progress: &'p mut dyn FnMut(u64),
+}
+
+impl Read for Checked<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.source.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        self.bytes += read as u64;
+        (self.progress)(read as u64);
+        Ok(read)
+    }
+}
+
+/// Reads in larger pieces than those that are asked for.
+struct InPieces<'a, R> {
+    source: &'a mut R,
+    piece: &'a mut [u8],
+    filled: std::ops::Range<usize>,
+}
+
+impl<R: Read> Read for InPieces<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.filled.is_empty() {
+            self.filled = 0..self.source.read(self.piece)?;
+        }
+        let piece = &self.piece[self.filled.clone()];
+        let length = piece.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&piece[..length]);
+        self.filled.start += length;
+        Ok(length)
+    }
+}
