@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::manifest::ManifestError;
+use transship_checkpoint::store::StoreError;
 use transship_path_error::PathError;
 
 /// A failure around a sandbox.
@@ -45,6 +46,9 @@ pub enum SandboxError {
         /// What is wrong.
         what: String,
     },
+    /// The directory of checkpoints.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A system call failed.
     #[error(transparent)]
     Io(#[from] PathError),

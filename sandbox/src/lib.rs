@@ -13,6 +13,7 @@
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
+//! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
 //! ```
 //!
@@ -23,6 +24,7 @@ pub mod consumed;
 mod error;
 mod files;
 mod ipc_record;
+pub mod last_run;
 mod linked_images;
 mod loopback;
 pub mod moved;

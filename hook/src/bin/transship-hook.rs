@@ -11,6 +11,7 @@ use transship_hook::restore_log::LOG_DIR;
 use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
+use transship_sandbox::last_run::DEFAULT_RUNS_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
                 run_dir: DEFAULT_RUN_DIR.into(),
                 store: Store::at(DEFAULT_ROOT),
                 consumed: DEFAULT_CONSUMED_DIR.into(),
+                runs: DEFAULT_RUNS_DIR.into(),
                 config: NODE_CONFIG.into(),
                 log_dir: LOG_DIR.into(),
             };

@@ -12,6 +12,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
@@ -19,6 +20,7 @@ use transship_checkpoint::store::{Store, StoreError};
 use transship_sandbox::admission::asker::{Asker, NotForAsker};
 use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
 use transship_sandbox::consumed::{Consumed, Owner};
+use transship_sandbox::last_run::PodRun;
 use transship_sandbox::{PodDir, SandboxError};
 
 use crate::descendants::kill_if_same;
@@ -97,6 +99,8 @@ pub struct Node {
     pub store: Store,
     /// What has been consumed, by whom.
     pub consumed: PathBuf,
+    /// When pods of a name have last begun to run.
+    pub runs: PathBuf,
     /// The rules of this node.
     pub config: PathBuf,
     /// Where failed restores are told of.
@@ -130,7 +134,7 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
         true => restore_log::Outcome::StartedCold,
         false => restore_log::Outcome::Failed,
     };
-    if annotations.restore.is_some() {
+    if annotations.restore.is_some() || annotations.restore_latest {
         // The error itself is told by the call that fails.
         drop(restore_log::append(
             &node.log_dir,
@@ -152,8 +156,17 @@ fn stage_all(
     node: &Node,
     pod: &PodDir,
 ) -> Result<(), HookError> {
-    let Some(name) = &annotations.restore else {
-        return Ok(());
+    let latest;
+    let name = match (&annotations.restore, annotations.restore_latest) {
+        (Some(name), _) => name,
+        (None, false) => return Ok(()),
+        (None, true) => match latest_of(state, annotations, node)? {
+            Some(name) => {
+                latest = name;
+                &latest
+            }
+            None => return Ok(()),
+        },
     };
     let stage_error = |source| HookError::Stage {
         id: state.id.clone(),
@@ -191,6 +204,46 @@ fn stage_all(
         }
     }
     Ok(())
+}
+
+/// The checkpoint that a pod with `restore-latest` gets; without one it starts cold, and that is told.
+fn latest_of(
+    state: &HookState,
+    annotations: &Annotations,
+    node: &Node,
+) -> Result<Option<String>, HookError> {
+    let stage_error = |source| HookError::Stage {
+        id: state.id.clone(),
+        source,
+    };
+    let parts = (
+        annotations.kubernetes_namespace.as_deref(),
+        annotations.pod_name.as_deref(),
+        annotations.pod_uid.as_deref(),
+    );
+    // Outside of the CRI nothing says which pod this is.
+    let (Some(namespace), Some(name), Some(uid)) = parts else {
+        return Ok(None);
+    };
+    let run = PodRun {
+        namespace,
+        name,
+        uid,
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |now| now.as_secs());
+    let since = run.begin(&node.runs, now).map_err(stage_error)?;
+    let found = run.latest(&node.store, &node.consumed, since);
+    let found = found.map_err(stage_error)?;
+    if found.is_none() {
+        let reason = format!(
+            "the pod {namespace}/{name} wants its latest checkpoint: none was taken since its last run, or it was \
+             consumed"
+        );
+        let cold = restore_log::Outcome::StartedCold;
+        drop(restore_log::append(&node.log_dir, &state.id, cold, &reason));
+    }
+    Ok(found)
 }
 
 /// Removes what [`create_runtime`] made. It is no error when there is nothing.

@@ -1,0 +1,178 @@
+//! When a pod of a name has last begun to run on this node: what `dev.transship/restore-latest` restores was
+//! taken after that.
+//!
+//! ```text
+//! /var/lib/transship/runs/<namespace>_<pod>     neither name can have an underscore
+//!   UID  BEGAN  BEFORE       when the pod with this uid got its first sandbox, and when the one of the same
+//!                            name before it did: seconds since 1970, separated by tabs
+//! ```
+//!
+//! A later sandbox of the same pod changes nothing: until one of its containers has run, it may still have what
+//! its first sandbox was to have.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::manifest::{Manifest, check_name};
+use transship_checkpoint::store::Store;
+use transship_path_error::During as _;
+
+use crate::consumed::times_restored;
+use crate::error::SandboxError;
+use crate::files::{make_dir, replace_durably};
+
+/// Where the records are.
+pub const DEFAULT_RUNS_DIR: &str = "/var/lib/transship/runs";
+
+/// A pod, as kubelet names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodRun<'a> {
+    /// Its Kubernetes namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// Its uid.
+    pub uid: &'a str,
+}
+
+impl PodRun<'_> {
+    fn path(&self, dir: &Path) -> Result<PathBuf, SandboxError> {
+        for part in [self.namespace, self.name] {
+            check_name("the pod's name", part)?;
+        }
+        Ok(dir.join(format!("{}_{}", self.namespace, self.name)))
+    }
+
+    /// Records that the pod begins to run `now`, and gives when the one before it did; 0: never.
+    ///
+    /// # Errors
+    /// A name that could lead elsewhere, or a failed system call.
+    pub fn begin(&self, dir: &Path, now: u64) -> Result<u64, SandboxError> {
+        let path = self.path(dir)?;
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            text => text.during("read", &path)?,
+        };
+        let mut fields = text.trim_end().split('\t');
+        let uid = fields.next().unwrap_or_default();
+        let mut seconds = || fields.next().and_then(|it| it.parse::<u64>().ok());
+        let (began, before) = (seconds().unwrap_or_default(), seconds().unwrap_or_default());
+        if uid == self.uid {
+            return Ok(before);
+        }
+        make_dir(dir)?;
+        let record = format!("{}\t{now}\t{began}\n", self.uid.replace(['\t', '\n'], " "));
+        replace_durably(&path, record.as_bytes())?;
+        Ok(began)
+    }
+
+    /// Name of the newest checkpoint of `store` that is of a pod of this namespace and name, was taken after
+    /// `since`, and that nobody has consumed by the records in `consumed`.
+    ///
+    /// # Errors
+    /// The store or the records cannot be read.
+    pub fn latest(
+        &self,
+        store: &Store,
+        consumed: &Path,
+        since: u64,
+    ) -> Result<Option<String>, SandboxError> {
+        let is_of_this = |manifest: &Manifest| {
+            let pod = manifest.pod.as_ref();
+            pod.is_some_and(|pod| pod.name == self.name && pod.namespace == self.namespace)
+        };
+        let listed = store
+            .list()?
+            .into_iter()
+            .filter_map(|(_, opened)| opened.ok());
+        let mut newest: Option<Manifest> = None;
+        for manifest in listed.map(|checkpoint| checkpoint.manifest) {
+            let is_newer = newest
+                .as_ref()
+                .is_none_or(|it| it.created < manifest.created);
+            if is_of_this(&manifest)
+                && manifest.created > since
+                && is_newer
+                && times_restored(consumed, &manifest)? == 0
+            {
+                newest = Some(manifest);
+            }
+        }
+        Ok(newest.map(|manifest| manifest.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consumed::{Consumed, Owner};
+    use transship_checkpoint::manifest::{Container, Format, Pod, Shared, Source};
+    use transship_checkpoint::store::Durability;
+
+    fn run(uid: &str) -> PodRun<'_> {
+        PodRun {
+            namespace: "shop",
+            name: "web-0",
+            uid,
+        }
+    }
+
+    #[test]
+    fn a_later_sandbox_of_the_same_pod_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("runs");
+        assert_eq!(run("a").begin(&dir, 100).unwrap(), 0);
+        assert_eq!(run("a").begin(&dir, 150).unwrap(), 0);
+        assert_eq!(run("b").begin(&dir, 200).unwrap(), 100);
+        assert_eq!(run("b").begin(&dir, 250).unwrap(), 100);
+        assert_eq!(run("c").begin(&dir, 300).unwrap(), 200);
+        let thief = PodRun {
+            namespace: "../..",
+            ..run("a")
+        };
+        assert!(thief.begin(&dir, 1).is_err());
+    }
+
+    fn take(store: &Store, name: &str, pod: &str, created: u64) {
+        let draft = store.draft(name).unwrap();
+        let manifest = Manifest {
+            format: Format::default(),
+            name: name.into(),
+            created,
+            source: Source::default(),
+            pod: Some(Pod {
+                name: pod.into(),
+                namespace: "shop".into(),
+                ..Pod::default()
+            }),
+            containers: vec![Container {
+                name: "app".into(),
+                ..Container::default()
+            }],
+            not_running: Vec::new(),
+            shared: Shared::default(),
+        };
+        draft.commit(manifest, Durability::Ephemeral).unwrap();
+    }
+
+    #[test]
+    fn the_latest_is_of_this_pod_fresh_and_unused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, consumed) = (Store::at(dir.path().join("s")), dir.path().join("consumed"));
+        let latest = |since| run("c").latest(&store, &consumed, since).unwrap();
+        assert_eq!(latest(0), None);
+        for (name, pod, created) in [
+            ("one", "web-0", 100),
+            ("two", "web-0", 200),
+            ("other", "web-1", 300),
+        ] {
+            take(&store, name, pod, created);
+        }
+        assert_eq!(latest(0).as_deref(), Some("two"));
+        assert_eq!(latest(200), None);
+        let mut record = Consumed::by(&consumed, &Owner::Pod("b".into())).unwrap();
+        record.add_container("two", "app", "app").unwrap();
+        assert_eq!(latest(0).as_deref(), Some("one"));
+    }
+}
