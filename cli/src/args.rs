@@ -13,8 +13,13 @@ use transship_engine::stuck_dump::PROGRESS_PATIENCE;
 use transship_sandbox::admission::foreign_spec::Allow;
 
 mod criu;
+mod package;
 
 pub(crate) use criu::{CriuArgs, Dumps, Moves, Restores};
+pub(crate) use package::{
+    DiffArgs, ExportArgs, FormatArg, IdentityArgs, ImportArgs, InspectArgs, PruneArgs, PullArgs,
+    PushArgs, RegistryArgs,
+};
 
 /// Moves running containers from one containerd node to another: memory, writable layer, namespaces.
 #[derive(Debug, Parser)]
@@ -98,12 +103,24 @@ pub(crate) enum Command {
     Send(SendArgs),
     /// Read a checkpoint, or a migration, from stdin
     Receive(ReceiveArgs),
-    /// Show what is in a checkpoint
-    Inspect(NameArgs),
+    /// Show what is in a checkpoint, or in a package
+    Inspect(InspectArgs),
+    /// Show what changed from one checkpoint of a container to another
+    Diff(DiffArgs),
+    /// Write a checkpoint into a file
+    Export(ExportArgs),
+    /// Make a checkpoint of a file
+    Import(ImportArgs),
+    /// Put a checkpoint into a registry, beside what is there already
+    Push(PushArgs),
+    /// Make a checkpoint of what push has put into a registry
+    Pull(PullArgs),
     /// List the checkpoints of this node
     Ls,
     /// Remove checkpoints
     Rm(RmArgs),
+    /// Remove checkpoints by age, number and size
+    Prune(PruneArgs),
     /// Write what a snapshot changes as an OCI layer, or read it from one
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
@@ -588,16 +605,6 @@ pub(crate) struct ReceiveArgs {
     /// What CRIU is told, where that is not what it was told at the dump.
     #[command(flatten)]
     pub(crate) criu: CriuArgs<Restores>,
-}
-
-/// A checkpoint.
-#[derive(Debug, Args)]
-pub(crate) struct NameArgs {
-    /// Name of the checkpoint
-    pub(crate) name: String,
-    /// Compare every file with its digest
-    #[arg(long)]
-    pub(crate) verify: bool,
 }
 
 /// `transship rm`

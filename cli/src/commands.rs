@@ -12,10 +12,16 @@ use transship_engine::{Context as _, Result, freeze_guard};
 mod check;
 pub(crate) mod checkpoint;
 mod container_base;
+mod diff;
+mod export;
+mod import;
 mod inspect;
 mod ls;
 mod migrate;
+mod prune;
 mod publish;
+mod pull;
+mod push;
 mod receive;
 mod recover;
 mod restore;
@@ -36,8 +42,14 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Recover(args) => recover::run(&global, &args).await,
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&global, &args),
+        Command::Diff(args) => diff::run(&global, &args),
+        Command::Export(args) => export::run(&global, args),
+        Command::Import(args) => import::run(&global, args).await,
+        Command::Push(args) => push::run(&global, &args),
+        Command::Pull(args) => pull::run(&global, args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),
+        Command::Prune(args) => prune::run(&global, &args),
         Command::FreezeGuard => freeze_guard::run().await,
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),

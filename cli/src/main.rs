@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  args --> commands/{checkpoint, restore, migrate, receive, snapshot, check, serve} --> transship-engine
-//!           commands/{send, inspect, ls, rm}                                         --> checkpoint directory
+//!           commands/{send, ls, rm, prune}                                           --> checkpoint directory
+//!           commands/{inspect, diff, export, import, push, pull}   --> transship-package --> the same, and files
 //!  progress: bars and lines while it goes on;  timeline_file: --timeline;  report: errors and exit codes
 //! ```
 

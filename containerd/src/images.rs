@@ -37,6 +37,19 @@ pub struct ResolvedImage {
     pub blobs: Vec<Descriptor>,
 }
 
+/// What a manifest makes a container of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageBase {
+    /// Digest of the manifest.
+    pub manifest: String,
+    /// Digest of its config.
+    pub config: String,
+    /// Its architecture, as Go calls it.
+    pub architecture: String,
+    /// The chain id of its layers.
+    pub chain_id: String,
+}
+
 /// What is looked at in an index or a manifest.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -59,6 +72,7 @@ struct Link {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Config {
+    architecture: String,
     rootfs: Option<RootFs>,
 }
 
@@ -197,7 +211,21 @@ impl Containerd {
         target: &Descriptor,
         chain: &str,
     ) -> Result<Option<ResolvedImage>, ContainerdError> {
+        for (document, way) in self.documents(target).await? {
+            if let Some(found) = self.resolve_manifest(document, &way, chain).await? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is at and below `target`, each with the way there, as far as the node has it.
+    async fn documents(
+        &self,
+        target: &Descriptor,
+    ) -> Result<Vec<(Document, Vec<Descriptor>)>, ContainerdError> {
         let mut ways = vec![vec![target.clone()]];
+        let mut found = Vec::new();
         while let Some(way) = ways.pop() {
             let Some(here) = way.last() else { continue };
             // An index usually names platforms that were never fetched.
@@ -211,11 +239,41 @@ impl Containerd {
             for entry in entries.filter_map(|entry| Link::deserialize(entry).ok()) {
                 ways.push(way.iter().cloned().chain([entry.into()]).collect());
             }
-            if let Some(found) = self.resolve_manifest(document, &way, chain).await? {
-                return Ok(Some(found));
+            found.push((document, way));
+        }
+        Ok(found)
+    }
+
+    /// What the manifests at and below `target` make a container of, as far as the node has them.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn image_bases(
+        &self,
+        target: &Descriptor,
+    ) -> Result<Vec<ImageBase>, ContainerdError> {
+        let mut bases = Vec::new();
+        for (document, way) in self.documents(target).await? {
+            let (Some(config), Some(manifest)) = (document.config, way.last()) else {
+                continue;
+            };
+            if self.blob(&config.digest).await?.is_none() {
+                continue;
+            }
+            let Ok(parsed) = parse::<Config>(&self.read_document(&config.digest).await?) else {
+                continue;
+            };
+            let diff_ids = parsed.rootfs.and_then(|it| it.diff_ids).unwrap_or_default();
+            if let Some(chain_id) = chain_id(&diff_ids) {
+                bases.push(ImageBase {
+                    manifest: manifest.digest.clone(),
+                    config: config.digest,
+                    architecture: parsed.architecture,
+                    chain_id,
+                });
             }
         }
-        Ok(None)
+        Ok(bases)
     }
 
     async fn resolve_manifest(

@@ -48,7 +48,7 @@ mod upload;
 pub use containers::NewContainer;
 pub use content::BlobPieces;
 pub use error::{Cause, ContainerdError};
-pub use images::{ResolvedImage, chain_id};
+pub use images::{ImageBase, ResolvedImage, chain_id};
 pub use labels::rfc3339;
 pub use snapshots::{SnapshotPages, Snapshotter};
 pub use tasks::Output;

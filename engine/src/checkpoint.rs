@@ -20,7 +20,9 @@ use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared}
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
 use transship_containerd::Containerd;
+use transship_sandbox::admission::node_config::NODE_CONFIG;
 
+use crate::check::node_facts::NodeFacts;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Frozen, at_most};
 use crate::interrupt::Interrupt;
@@ -30,6 +32,7 @@ use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
 use crate::progress::Progress;
 use crate::restore::verify;
+use crate::retention;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
@@ -261,6 +264,7 @@ async fn take(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let mut timeline = Timeline::begin();
+    check_room(target, store).await?;
     let draft = store.draft(name)?;
 
     progress.step("dump");
@@ -299,6 +303,17 @@ async fn take(
             Ok(report)
         }
     }
+}
+
+/// The checkpoint is not begun where node.toml allows no more.
+async fn check_room(target: &DumpTarget, store: &Store) -> Result<()> {
+    let mut bytes = 0;
+    for source in &target.sources {
+        bytes += source.estimate(&target.node).await?;
+    }
+    let store = store.clone();
+    let check = move || retention::check_quota(&store, Path::new(NODE_CONFIG), bytes);
+    tokio::task::spawn_blocking(check).await?
 }
 
 /// What the dumps have made: the containers as the manifest has them, and what they share.
@@ -388,8 +403,11 @@ async fn keep(
     let left_out = not_running.iter().map(|it| it.name.clone()).collect();
     let done = { not_running.iter() }.filter(|it| it.done);
     let done = done.map(|it| it.name.clone()).collect();
-    let manifest =
+    let mut manifest =
         source::manifest(&target.node, &name, pod, containers, not_running, shared).await?;
+    NodeFacts::of_this(None)
+        .await?
+        .complete(&mut manifest.source);
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();

@@ -17,6 +17,10 @@ use transship_checkpoint::store::StoreError;
 use transship_checkpoint::wire::WireError;
 use transship_containerd::ContainerdError;
 use transship_layer::{ExportError, ImportError, UsageError};
+use transship_package::PackageError;
+use transship_package::encryption::EncryptionError;
+use transship_package::oci::RegistryError;
+use transship_package::signature::SignatureError;
 use transship_sandbox::SandboxError;
 
 use crate::interrupt::Interrupted;
@@ -234,6 +238,7 @@ macro_rules! speaks_for_itself {
 
 speaks_for_itself!(
     AnnotationError,
+    EncryptionError,
     ExportError,
     ImportError,
     Interrupted,
@@ -241,8 +246,11 @@ speaks_for_itself!(
     NamespaceError,
     ContainerdError,
     OptionError,
+    PackageError,
     ConfigLineError,
+    RegistryError,
     SandboxError,
+    SignatureError,
     StoreError,
     UsageError,
     WireError,

@@ -15,7 +15,8 @@
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
-//!  listing: the checkpoints of a store;  check: findings about this node
+//!  import: a package as a checkpoint of this node
+//!  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
 //! ```
@@ -62,6 +63,7 @@ pub mod freeze_guard;
 pub mod frozen;
 mod guard_process;
 pub mod image_blobs;
+pub mod import;
 pub mod interrupt;
 mod kill;
 pub mod listing;
@@ -79,6 +81,7 @@ pub mod receive;
 pub mod restart_policy;
 pub mod restore;
 pub mod restore_pod;
+pub mod retention;
 pub mod send;
 pub mod serve;
 pub mod shim_options;

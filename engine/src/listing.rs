@@ -1,10 +1,11 @@
 //! The checkpoints of a store and the migrations that are not decided, as a list for people and programs.
 
 use std::path::Path;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use transship_checkpoint::store::{Checkpoint, Store};
+use transship_package::signature::SIGNATURE_FILE;
 use transship_sandbox::consumed::times_restored;
 
 use crate::error::{Result, one_line};
@@ -19,6 +20,8 @@ pub struct Listed {
     pub name: String,
     /// When it was taken, as RFC 3339 has it.
     pub created: String,
+    /// Seconds since then.
+    pub age_seconds: u64,
     /// What its files hold, in bytes.
     pub bytes: u64,
     /// The names of its containers.
@@ -26,6 +29,8 @@ pub struct Listed {
     /// The pod that they belonged to, `namespace/name`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
+    /// containerd's namespace of its containers.
+    pub namespace: String,
     /// The host name of the node that it was taken on.
     pub source: String,
     /// How many pods and containers have been restored from it, as far as this node knows.
@@ -33,6 +38,8 @@ pub struct Listed {
     /// The migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub undecided: Option<Pending>,
+    /// Whether it is signed, by whomever.
+    pub signed: bool,
     /// Why it cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -76,9 +83,14 @@ fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {
     let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
     let names = manifest.containers.iter().map(|container| &container.name);
     let pod = manifest.pod.as_ref();
+    let age = SystemTime::now().duration_since(created);
+    let namespace = manifest.containers.first().map(|it| it.namespace.clone());
     Listed {
         name,
         created: transship_containerd::rfc3339(created),
+        age_seconds: age.map_or(0, |age| age.as_secs()),
+        namespace: namespace.unwrap_or_default(),
+        signed: checkpoint.dir.join(SIGNATURE_FILE).is_file(),
         bytes: manifest.size(),
         containers: names.cloned().collect(),
         pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),

@@ -68,6 +68,7 @@ pub async fn restore(
 ) -> Result<Report> {
     let mut timeline = Timeline::begin();
     let checkpoint = open(store, request.name)?;
+    let _in_use = checkpoint.lock_for_reading()?;
     let container = checkpoint.manifest.container(request.container)?.clone();
     let path = checkpoint.container_dir(&container).join(SPEC_FILE);
     let spec = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;

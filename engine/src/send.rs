@@ -14,6 +14,7 @@ use crate::progress::Progress;
 /// # Errors
 /// A file cannot be read, or `out` not be written.
 pub fn send(checkpoint: &Checkpoint, out: impl Write, progress: &dyn Progress) -> Result<()> {
+    let _in_use = checkpoint.lock_for_reading()?;
     let manifest = &checkpoint.manifest;
     progress.bytes("send", manifest.size());
     let mut count = progress.counter();

@@ -14,12 +14,17 @@ use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
 use transship_proto::MESSAGE_LIMIT;
 use transship_proto::node_api::NodeServer;
+use transship_sandbox::DEFAULT_RUN_DIR;
+use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::error::{Context, Error, Result, one_line};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::migrate::{Decision, recover_all};
 use crate::node_service::NodeService;
+use crate::retention::{Due, Rules, prune};
 
+/// How often node.toml's rules are applied to the checkpoints.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// How long the answers to the last calls may take on their way.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -36,6 +41,7 @@ pub async fn serve(
 ) -> Result<()> {
     let listener = listen(socket)?;
     let recovering = tokio::spawn(recover(node.clone(), store.clone(), interrupt.clone()));
+    let pruning = tokio::spawn(prune_every_hour(store.clone()));
     let service = NodeService::new(node, interrupt.clone());
     let calls = service.calls();
     tracing::info!(socket = %socket.display(), "listening");
@@ -53,6 +59,7 @@ pub async fn serve(
             tokio::time::timeout(LAST_ANSWERS, server).await.unwrap_or(Ok(()))
         }
     };
+    pruning.abort();
     // Another one may have taken its place only after this one has ended.
     drop(fs::remove_file(socket));
     // What is not decided stays as it is, and has its record.
@@ -77,6 +84,32 @@ async fn recover(node: Containerd, store: Store, interrupt: Interrupt) {
             Err(error) => {
                 tracing::warn!(%container, error = %one_line(&error), "a migration that was cut off");
             }
+        }
+    }
+}
+
+/// Removes the checkpoints that node.toml does not keep, as long as this runs.
+async fn prune_every_hour(store: Store) {
+    let mut hours = tokio::time::interval(PRUNE_INTERVAL);
+    loop {
+        hours.tick().await;
+        let store = store.clone();
+        let pruned = tokio::task::spawn_blocking(move || {
+            let config = NodeConfig::read(Path::new(NODE_CONFIG))
+                .context("cannot tell which checkpoints are kept")?;
+            let rules = Rules::from(&config.checkpoints);
+            match rules.is_empty() {
+                true => Ok(Vec::new()),
+                false => prune(&store, Path::new(DEFAULT_RUN_DIR), &rules),
+            }
+        });
+        match pruned.await.map_err(Error::from).flatten() {
+            Ok(removed) => {
+                for Due { name, reason, .. } in removed {
+                    tracing::info!("removed the checkpoint {name:?}: {reason}");
+                }
+            }
+            Err(error) => tracing::warn!("checkpoints were not pruned: {}", error.one_line()),
         }
     }
 }

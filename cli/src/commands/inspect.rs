@@ -1,90 +1,59 @@
-//! `transship inspect NAME`
+//! `transship inspect NAME|FILE`
 
-use std::fmt::Write as _;
+use std::fs::File;
+use std::path::Path;
 
-use transship_checkpoint::manifest::{Container, Manifest};
+use transship_engine::restore::open;
+use transship_engine::{Context as _, Error, Kind, Result};
+use transship_package::contents::Contents;
+use transship_package::encryption::Identities;
+use transship_package::layer_changes::Digests;
+use transship_package::look::look;
 
 use super::{print, store};
-use crate::args::{Global, NameArgs};
-use transship_engine::Result;
-use transship_engine::restore::open;
-use transship_engine::timeline::human_bytes;
+use crate::args::{Global, IdentityArgs, InspectArgs};
 
-pub(crate) fn run(global: &Global, args: &NameArgs) -> Result<()> {
-    let checkpoint = open(&store(), &args.name)?;
-    if args.verify {
-        checkpoint.verify()?;
-    }
-    print(global, &checkpoint.manifest, || {
-        text(&checkpoint.manifest, args.verify)
-    })
-}
+mod text;
 
-fn text(manifest: &Manifest, verified: bool) -> String {
-    let source = &manifest.source;
-    let created = std::time::UNIX_EPOCH + std::time::Duration::from_secs(manifest.created);
-    let mut text = format!(
-        "{}\n  taken     {} on {} ({}, Linux {}, containerd {})\n  size      {}{}\n",
-        manifest.name,
-        transship_containerd::rfc3339(created),
-        source.hostname,
-        source.architecture,
-        source.kernel,
-        source.containerd,
-        human_bytes(manifest.size()),
-        if verified {
-            ", every digest is right"
-        } else {
-            ""
+pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
+    let path = Path::new(&args.name);
+    let opened = match args.name.contains('/') {
+        true => Err(Error::not_found(format!("there is no file {}", args.name))),
+        false => open(&store(), &args.name),
+    };
+    let (contents, note) = match opened {
+        Err(error) if error.kind() == Kind::NotFound && path.is_file() => {
+            let file = File::open(path);
+            let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+            let looked = look(file, &identities(&args.keys)?, Digests::LeftOut)?;
+            let mut note = ", every digest is right".to_owned();
+            if looked.encrypted {
+                note += ", encrypted";
+            }
+            if looked.signed {
+                note += ", signed";
+            }
+            (looked.contents, note)
         }
-    );
-    for container in &manifest.containers {
-        describe(&mut text, container);
-    }
-    for (dir, containers) in (!manifest.shared.shm.is_empty())
-        .then(|| ("/dev/shm".to_owned(), &manifest.shared.shm))
-        .into_iter()
-        .chain(manifest.shared.volumes.iter().map(|volume| {
-            let name = format!("emptyDir {}", volume.name);
-            (name, &volume.containers)
-        }))
-    {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "  {dir}, shared by {}", containers.join(", "));
-    }
-    text
+        opened => {
+            let checkpoint = opened?;
+            let _in_use = checkpoint.lock_for_reading()?;
+            let mut note = String::new();
+            if args.verify {
+                checkpoint.verify()?;
+                note += ", every digest is right";
+            }
+            (Contents::of(&checkpoint, Digests::LeftOut)?, note)
+        }
+    };
+    print(global, &contents, || text::text(&contents, &note, args.all))
 }
 
-fn describe(text: &mut String, container: &Container) {
-    let size = |filter: &dyn Fn(&str) -> bool| -> u64 {
-        container
-            .files
-            .iter()
-            .filter(|file| filter(&file.path))
-            .map(|file| file.size)
-            .sum()
-    };
-    let joined = if container.joined.is_empty() {
-        "its own".to_owned()
-    } else {
-        format!("joins {} of a sandbox", container.joined.join(", "))
-    };
-    // Writing to a string cannot fail.
-    let _ = writeln!(
-        text,
-        "  container {} (namespace {})\n    image       {} {}\n    namespaces  {joined}\n    \
-         memory      {}\n    upperdir    {}\n    tcp         {:?}, file locks {}",
-        container.id,
-        container.namespace,
-        container.image.name,
-        container.image.digest,
-        human_bytes(size(&|path| path.starts_with("checkpoint/pages-"))),
-        human_bytes(size(&|path| path == "rootfs-diff.tar")),
-        container.criu.tcp,
-        if container.criu.file_locks {
-            "kept"
-        } else {
-            "not kept"
-        },
-    );
+/// The keys of the files that were named.
+pub(crate) fn identities(args: &IdentityArgs) -> Result<Identities> {
+    let mut identities = Identities::default();
+    for path in &args.identity {
+        identities.add_file(path)?;
+    }
+    Ok(identities)
 }

@@ -25,10 +25,20 @@ fn times(count: usize) -> String {
     }
 }
 
+/// The largest unit of a time alone: 12s, 5m, 3h, 4d.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3_600 => format!("{}m", seconds / 60),
+        3_600..86_400 => format!("{}h", seconds / 3_600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
 fn table(rows: &[Listed]) -> String {
     let mut text = format!(
-        "{:<36}{:<22}{:>11}  {:<14}{:<24}{:<10}{}\n",
-        "NAME", "CREATED", "SIZE", "FROM", "POD", "RESTORED", "CONTAINERS"
+        "{:<36}{:<6}{:>11}  {:<14}{:<11}{:<24}{:<10}{}\n",
+        "NAME", "AGE", "SIZE", "FROM", "NAMESPACE", "POD", "RESTORED", "CONTAINERS"
     );
     for row in rows {
         // Writing to a string cannot fail.
@@ -41,11 +51,12 @@ fn table(rows: &[Listed]) -> String {
             ),
             (None, None) => writeln!(
                 text,
-                "{:<36}{:<22}{:>11}  {:<14}{:<24}{:<10}{}",
+                "{:<36}{:<6}{:>11}  {:<14}{:<11}{:<24}{:<10}{}",
                 row.name,
-                row.created,
+                age(row.age_seconds),
                 human_bytes(row.bytes),
                 row.source,
+                row.namespace,
                 row.pod.as_deref().unwrap_or("-"),
                 times(row.restored),
                 row.containers.join(" ")

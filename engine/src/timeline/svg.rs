@@ -47,7 +47,11 @@ pub(super) fn draw(
     for step in steps {
         let (left, right) = (place(step.from), place(step.to));
         let bytes = step.bytes.map(human_bytes).unwrap_or_default();
-        let said = format!("{}  {bytes}  {}", human_time(step.to - step.from), step.note);
+        let said = format!(
+            "{}  {bytes}  {}",
+            human_time(step.to - step.from),
+            step.note
+        );
         row(&mut svg, y, step.name, said.trim_end());
         let _ = writeln!(
             svg,
@@ -106,8 +110,14 @@ mod tests {
             note: "<script>&\u{7}".into(),
         };
         let svg = draw(&[step], Some((second, second * 2)), second * 4);
-        assert!(svg.contains("x=\"240.0\" y=\"12\" width=\"260.0\""), "{svg}");
-        assert!(svg.contains("2.00 s  1.00 kB  &lt;script&gt;&amp; </text>"), "{svg}");
+        assert!(
+            svg.contains("x=\"240.0\" y=\"12\" width=\"260.0\""),
+            "{svg}"
+        );
+        assert!(
+            svg.contains("2.00 s  1.00 kB  &lt;script&gt;&amp; </text>"),
+            "{svg}"
+        );
         assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
         assert!(svg.contains(">frozen<") && svg.contains(">1.00 s<"));
     }

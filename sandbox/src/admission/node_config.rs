@@ -13,6 +13,12 @@
 //! allow = ["hooks"]         what `transship restore` takes from a checkpoint; see foreign_spec
 //! [receive]
 //! allow = []                what `transship receive` takes from a stream
+//! [checkpoints]
+//! keep-days = 0             what goes by itself, and what is refused; 0: nothing
+//! keep-per-pod = 0
+//! keep-gigabytes = 0
+//! quota-gigabytes = 0
+//! signed-by = []            public keys of minisign: a package without a signature of one is refused
 //! ```
 //!
 //! `asker.rs` says what the rules mean. An unknown key is an error, and then nothing is restored: a rule
@@ -51,6 +57,8 @@ pub struct NodeConfig {
     pub restore: Rules,
     /// For `transship receive`.
     pub receive: Rules,
+    /// For the directory of checkpoints.
+    pub checkpoints: CheckpointRules,
 }
 
 impl Default for NodeConfig {
@@ -63,8 +71,25 @@ impl Default for NodeConfig {
             pods: PodRules::default(),
             restore: Rules::default(),
             receive: Rules::default(),
+            checkpoints: CheckpointRules::default(),
         }
     }
+}
+
+/// Which checkpoints stay, and which are taken; 0 is no limit.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct CheckpointRules {
+    /// Older ones are removed.
+    pub keep_days: u64,
+    /// Of each pod, or container outside of one, the newest are kept.
+    pub keep_per_pod: usize,
+    /// The oldest are removed until all together are smaller, in units of 1 000 000 000 bytes.
+    pub keep_gigabytes: u64,
+    /// A checkpoint with which all together would be larger is not begun.
+    pub quota_gigabytes: u64,
+    /// Public keys of minisign.
+    pub signed_by: Vec<String>,
 }
 
 /// What checkpoints may ask of this node outside of the CRI.

@@ -1,0 +1,78 @@
+//! `transship diff A B`
+
+use std::fmt::Write as _;
+
+use transship_checkpoint::wire::printable;
+use transship_engine::Result;
+use transship_engine::restore::open;
+use transship_package::difference::{ContainerDifference, Difference, ProcessDifference};
+
+use super::{print, store};
+use crate::args::{DiffArgs, Global};
+
+pub(crate) fn run(global: &Global, args: &DiffArgs) -> Result<()> {
+    let (old, new) = (open(&store(), &args.old)?, open(&store(), &args.new)?);
+    let _in_use = (old.lock_for_reading()?, new.lock_for_reading()?);
+    let difference = Difference::between(&old, &new)?;
+    print(global, &difference, || text(&difference))
+}
+
+// Writing to a string cannot fail.
+fn text(difference: &Difference) -> String {
+    let mut text = format!(
+        "{} -> {} ({} s later)\n",
+        difference.old, difference.new, difference.seconds
+    );
+    for container in &difference.containers {
+        describe(&mut text, container);
+    }
+    for (which, names) in [
+        (&difference.old, &difference.only_old),
+        (&difference.new, &difference.only_new),
+    ] {
+        for name in names {
+            let _ = writeln!(text, "  container {name}: only in {which}");
+        }
+    }
+    text
+}
+
+fn describe(text: &mut String, container: &ContainerDifference) {
+    let _ = writeln!(text, "  container {}", container.name);
+    if !container.processes.is_empty() {
+        let _ = writeln!(
+            text,
+            "    {:<32}{:>12}{:>12}{:>12}{:>12}",
+            "pages of memory", "same", "changed", "new", "gone"
+        );
+    }
+    for process in &container.processes {
+        let ProcessDifference {
+            pid,
+            name,
+            change,
+            pages_same,
+            pages_changed,
+            pages_new,
+            pages_gone,
+        } = process;
+        let note = match *change {
+            "same" => String::new(),
+            change => format!(" ({change})"),
+        };
+        let called = printable(&format!("{pid} {name}{note}"));
+        let _ = writeln!(
+            text,
+            "    {called:<32}{pages_same:>12}{pages_changed:>12}{pages_new:>12}{pages_gone:>12}"
+        );
+    }
+    for file in &container.files {
+        let _ = writeln!(text, "    {:<10}{}", file.change, printable(&file.path));
+    }
+    for socket in &container.sockets_gone {
+        let _ = writeln!(text, "    {:<10}{}", "closed", printable(socket));
+    }
+    for socket in &container.sockets_new {
+        let _ = writeln!(text, "    {:<10}{}", "opened", printable(socket));
+    }
+}

@@ -1,0 +1,164 @@
+//! `transship export NAME FILE`
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufWriter, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde::Serialize;
+use transship_checkpoint::store::Checkpoint;
+use transship_engine::restore::open;
+use transship_engine::timeline::human_bytes;
+use transship_engine::{Context as _, Error, Progress as _, Result};
+use transship_package::encryption::Recipients;
+use transship_package::export::{ExportOptions, export};
+use transship_package::foreign::{self, Engine};
+use transship_package::oci::{self, Layout};
+use transship_package::signature::Signer;
+
+use super::push::pushed;
+use super::{print, store};
+use crate::args::{ExportArgs, FormatArg, Global};
+use crate::progress::Progress;
+
+/// What was written.
+#[derive(Serialize)]
+struct Done {
+    name: String,
+    file: String,
+    bytes: u64,
+    package_bytes: u64,
+}
+
+pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
+    let checkpoint = open(&store(), &args.name)?;
+    let _in_use = checkpoint.lock_for_reading()?;
+    let engine = match args.format {
+        FormatArg::Transship | FormatArg::Oci => None,
+        FormatArg::Containerd => Some(Engine::Containerd),
+        FormatArg::Crio => Some(Engine::Crio),
+    };
+    if args.format != FormatArg::Transship && (!args.encrypt_to.is_empty() || args.sign.is_some()) {
+        let message = "only the format of transship is encrypted and signed";
+        return Err(Error::refused(message).hint("--format transship"));
+    }
+    let mut options = ExportOptions {
+        level: (args.level > 0).then_some(args.level),
+        ..ExportOptions::default()
+    };
+    let mut recipients = Recipients::default();
+    for text in &args.encrypt_to {
+        recipients.add(text)?;
+    }
+    options.recipients = recipients;
+    if let Some(path) = &args.sign {
+        options.signer = Some(Signer::read(path)?);
+    }
+    let content = match engine {
+        None => Content::Package(&options),
+        Some(engine) => Content::Archive(engine, args.container.as_deref()),
+    };
+    let progress = Progress::new(global.json);
+    let bytes = checkpoint.manifest.size();
+    progress.bytes("export", bytes);
+    if args.format == FormatArg::Oci {
+        let layout = Layout::create(&args.file)?;
+        let (level, tag) = (args.level.max(1), &checkpoint.manifest.name);
+        let stored = oci::store(&checkpoint, level, &layout, tag, &mut *progress.counter())?;
+        drop(progress);
+        let reference = format!("{}:{tag}", args.file.display());
+        return print(global, &stored, || pushed(&reference, &stored));
+    }
+    if args.file == Path::new("-") {
+        let stdout = std::io::stdout();
+        if stdout.is_terminal() {
+            let message = "a package cannot be written to a terminal";
+            return Err(Error::refused(message).hint("name a file, or redirect it"));
+        }
+        drop(write(&checkpoint, &content, stdout.lock(), &progress)?);
+        return Ok(());
+    }
+    let package_bytes = write_file(&checkpoint, &content, &args.file, &progress)?;
+    drop(progress);
+    let done = Done {
+        name: checkpoint.manifest.name.clone(),
+        file: args.file.display().to_string(),
+        bytes,
+        package_bytes,
+    };
+    print(global, &done, || {
+        let (bytes, package_bytes) = (human_bytes(bytes), human_bytes(package_bytes));
+        format!("{} ({package_bytes}, of {bytes})\n", done.file)
+    })
+}
+
+/// What is written.
+enum Content<'a> {
+    Package(&'a ExportOptions),
+    Archive(Engine, Option<&'a str>),
+}
+
+fn write<W: Write>(
+    checkpoint: &Checkpoint,
+    content: &Content<'_>,
+    out: W,
+    progress: &Progress,
+) -> Result<W> {
+    let mut count = progress.counter();
+    Ok(match content {
+        Content::Package(options) => export(checkpoint, options, out, &mut *count)?,
+        Content::Archive(engine, container) => {
+            foreign::write::write(checkpoint, *container, *engine, out, &mut *count)?
+        }
+    })
+}
+
+/// The package gets its name when it is whole and on the disk; until then an older one stays.
+fn write_file(
+    checkpoint: &Checkpoint,
+    content: &Content<'_>,
+    path: &Path,
+    progress: &Progress,
+) -> Result<u64> {
+    let name = path.file_name().with_context_of(path)?;
+    let new = path.with_file_name(format!(
+        ".{}.{}.new",
+        name.to_string_lossy(),
+        std::process::id()
+    ));
+    let mut open = OpenOptions::new();
+    open.write(true).create_new(true).mode(0o600);
+    let file = open.open(&new);
+    let file = file.with_context(|| format!("cannot make {}", new.display()))?;
+    let written = write(
+        checkpoint,
+        content,
+        BufWriter::with_capacity(1 << 20, file),
+        progress,
+    );
+    let finished = written.and_then(|out| {
+        let file = out.into_inner().context("cannot write the package")?;
+        finish(&file, &new, path)
+    });
+    if finished.is_err() {
+        drop(fs::remove_file(&new));
+    }
+    finished
+}
+
+fn finish(file: &File, new: &Path, path: &Path) -> Result<u64> {
+    let shown = || format!("cannot write {}", path.display());
+    file.sync_all().with_context(shown)?;
+    fs::rename(new, path).with_context(shown)?;
+    Ok(file.metadata().with_context(shown)?.len())
+}
+
+trait NameOf<T> {
+    fn with_context_of(self, path: &Path) -> Result<T>;
+}
+
+impl<T> NameOf<T> for Option<T> {
+    fn with_context_of(self, path: &Path) -> Result<T> {
+        self.ok_or_else(|| Error::refused(format!("{} is no file", path.display())))
+    }
+}

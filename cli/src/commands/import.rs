@@ -1,0 +1,124 @@
+//! `transship import FILE`
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::Serialize;
+use transship_checkpoint::store::Checkpoint;
+use transship_engine::import::import;
+use transship_engine::timeline::human_bytes;
+use transship_engine::{Context as _, Error, Progress as _, Result};
+use transship_package::import::ImportOptions;
+use transship_package::oci::{self, Layout};
+use transship_package::signature::TrustedKeys;
+use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
+
+use super::inspect::identities;
+use super::{connect, print, store};
+use crate::args::{Global, ImportArgs};
+use crate::progress::Progress;
+
+/// What was read.
+#[derive(Serialize)]
+struct Done {
+    name: String,
+    directory: String,
+    bytes: u64,
+    /// Who had written the archive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine: Option<&'static str>,
+    /// Members of it that were not taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left_out: Vec<String>,
+}
+
+impl Done {
+    fn of(checkpoint: &Checkpoint) -> Self {
+        Self {
+            name: checkpoint.manifest.name.clone(),
+            directory: checkpoint.dir.display().to_string(),
+            bytes: checkpoint.manifest.size(),
+            engine: None,
+            left_out: Vec::new(),
+        }
+    }
+}
+
+pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
+    let trusted = trusted_keys(&args.signed_by)?;
+    // kubelet's archives have the pod, the container and the time in their file's name.
+    let stem = args.file.file_stem().unwrap_or_default().to_string_lossy();
+    let options = ImportOptions {
+        name_without: match stem.as_ref() {
+            "-" => "imported".to_owned(),
+            stem => stem.trim_end_matches(".tar").replace(':', ""),
+        },
+        name: args.name,
+        identities: identities(&args.keys)?,
+        trusted,
+        max_bytes: args.max_size.unwrap_or(u64::MAX),
+        architecture: architecture()?,
+    };
+    if args.file.is_dir() {
+        let layout = Layout::open(&args.file)?;
+        let tag = args.tag.ok_or_else(|| {
+            let message = format!(
+                "{} is a directory of several checkpoints",
+                args.file.display()
+            );
+            Error::refused(message).hint("--tag names the one: that of its name")
+        })?;
+        let progress = Progress::new(global.json);
+        progress.bytes("import", 0);
+        let checkpoint = oci::restore(&layout, &tag, &store(), &options, &mut *progress.counter())?;
+        drop(progress);
+        let done = Done::of(&checkpoint);
+        return print(global, &done, || text(&done));
+    }
+    let input: Box<dyn Read> = match args.file == Path::new("-") {
+        true => Box::new(std::io::stdin()),
+        false => {
+            let file = File::open(&args.file);
+            Box::new(file.with_context(|| format!("cannot open {}", args.file.display()))?)
+        }
+    };
+    let progress = Progress::new(global.json);
+    let connect = async || connect(global).await;
+    let read = import(input, &store(), &options, connect, &progress).await?;
+    drop(progress);
+    let done = Done {
+        engine: read.engine,
+        left_out: read.left_out,
+        ..Done::of(&read.checkpoint)
+    };
+    print(global, &done, || text(&done))
+}
+
+fn text(done: &Done) -> String {
+    let mut text = format!("{} ({})\n", done.directory, human_bytes(done.bytes));
+    if let Some(engine) = done.engine {
+        text += &format!("made of an archive of {engine}\n");
+    }
+    if !done.left_out.is_empty() {
+        text += &format!("not taken from it: {}\n", done.left_out.join(", "));
+    }
+    text
+}
+
+/// This machine, as in `uname -m`.
+pub(super) fn architecture() -> Result<String> {
+    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+    Ok(uname.machine().to_string_lossy().into_owned())
+}
+
+/// The keys that a flag names, else those of node.toml.
+pub(super) fn trusted_keys(flags: &[String]) -> Result<TrustedKeys> {
+    let config = NodeConfig::read(Path::new(NODE_CONFIG));
+    let config = config.context("cannot tell whose checkpoints are taken")?;
+    let keys = match flags {
+        [] => &config.checkpoints.signed_by,
+        flags => flags,
+    };
+    Ok(TrustedKeys::parse(keys.iter().map(String::as_str))?)
+}

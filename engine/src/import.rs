@@ -1,0 +1,108 @@
+//! A package as a checkpoint of this node. The archive of another engine names its image by digest: it becomes
+//! a checkpoint when this node has that image, whatever its name means here.
+
+use std::io::Read;
+
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
+use transship_checkpoint::store::{Checkpoint, Store};
+use transship_containerd::Containerd;
+use transship_package::foreign::ForeignCheckpoint;
+use transship_package::import::{ImportOptions, Imported, import as read};
+
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// A checkpoint that was read, and from where.
+#[derive(Debug)]
+pub struct ReadPackage {
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    /// The engine that had written it; none: transship.
+    pub engine: Option<&'static str>,
+    /// Members of its archive that were not taken.
+    pub left_out: Vec<String>,
+}
+
+/// Reads a package of transship, or the archive of another engine, into `store`. `connect` gives this node's
+/// containerd, which is asked for the image of the latter.
+///
+/// # Errors
+/// Nothing is left of it then.
+pub async fn import(
+    input: impl Read,
+    store: &Store,
+    options: &ImportOptions,
+    connect: impl AsyncFnOnce() -> Result<Containerd>,
+    progress: &dyn Progress,
+) -> Result<ReadPackage> {
+    progress.bytes("import", 0);
+    match read(input, store, options, &mut *progress.counter())? {
+        Imported::Checkpoint(checkpoint) => Ok(ReadPackage {
+            checkpoint,
+            engine: None,
+            left_out: Vec::new(),
+        }),
+        Imported::Foreign(foreign) => {
+            let node = connect().await?;
+            let node = match foreign.is_of_pod() {
+                true => node.in_namespace(CRI_NAMESPACE)?,
+                false => node,
+            };
+            let (digest, chain_id) = find_base(&node, &foreign, &options.architecture).await?;
+            Ok(ReadPackage {
+                engine: Some(foreign.engine.name()),
+                left_out: foreign.left_out.clone(),
+                checkpoint: foreign.commit(&digest, &chain_id)?,
+            })
+        }
+    }
+}
+
+/// Digest and chain id of the image below the files of the archive.
+async fn find_base(
+    node: &Containerd,
+    foreign: &ForeignCheckpoint,
+    architecture: &str,
+) -> Result<(String, String)> {
+    let (name, digest) = (foreign.image_name(), foreign.image_digest());
+    for image in node.images().await? {
+        let Some(target) = image.target else { continue };
+        let bases = node.image_bases(&target).await?;
+        let fits = |of: &str| match digest {
+            "" => image.name == name,
+            digest => of == digest,
+        };
+        let here = bases
+            .iter()
+            .filter(|it| it.architecture == go_name(architecture));
+        for base in here {
+            if fits(&target.digest) || fits(&base.manifest) || fits(&base.config) {
+                return Ok((target.digest, base.chain_id.clone()));
+            }
+        }
+    }
+    let called = match digest {
+        "" => name.to_owned(),
+        digest => format!("{name} ({digest})"),
+    };
+    let namespace = node.namespace();
+    let message = format!(
+        "the archive is of a container of the image {called}, which is not in the namespace {namespace:?} of \
+         this node"
+    );
+    let reference = match (digest, name.rsplit_once(':')) {
+        ("", _) => name.to_owned(),
+        (digest, Some((repository, tag))) if !tag.contains('/') => format!("{repository}@{digest}"),
+        (digest, _) => format!("{name}@{digest}"),
+    };
+    Err(Error::refused(message).hint(format!("ctr -n {namespace} images pull {reference}")))
+}
+
+/// What Go, and so an image, calls a machine.
+fn go_name(machine: &str) -> &str {
+    match machine {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}

@@ -1,0 +1,334 @@
+//! Which checkpoints of a store go: by age, by number per pod, by size. Never one that a restore uses.
+//!
+//! ```text
+//!  Rules (node.toml, or flags) ─┐
+//!  store ──> Candidate ─────────┴─> due ──> removed
+//!            in use: a restore reads its images (the lock of its links), or is staged with them
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use transship_checkpoint::manifest::LINKED_PREFIX;
+use transship_checkpoint::store::{Checkpoint, Store, StoreError};
+use transship_sandbox::Staged;
+use transship_sandbox::admission::node_config::{CheckpointRules, NodeConfig};
+
+use crate::error::{Context, Error, Result};
+
+/// What stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// Older ones go.
+    pub max_age: Option<Duration>,
+    /// As many of each pod, or of each container outside of one, stay: the newest.
+    pub max_per_pod: Option<usize>,
+    /// The oldest go until all together have no more bytes.
+    pub max_bytes: Option<u64>,
+}
+
+impl Rules {
+    /// Whether everything stays.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl From<&CheckpointRules> for Rules {
+    fn from(rules: &CheckpointRules) -> Self {
+        let days = (rules.keep_days > 0).then_some(rules.keep_days);
+        let gigabytes = (rules.keep_gigabytes > 0).then_some(rules.keep_gigabytes);
+        Self {
+            max_age: days.map(|days| Duration::from_secs(days.saturating_mul(24 * 60 * 60))),
+            max_per_pod: (rules.keep_per_pod > 0).then_some(rules.keep_per_pod),
+            max_bytes: gigabytes.map(|it| it.saturating_mul(1_000_000_000)),
+        }
+    }
+}
+
+/// A checkpoint that could go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Candidate {
+    name: String,
+    /// Seconds since 1970.
+    created: u64,
+    /// What it is of: its pod, or its containers.
+    of: String,
+    bytes: u64,
+    in_use: bool,
+}
+
+/// A checkpoint that has to go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Due {
+    /// Its name.
+    pub name: String,
+    /// What its files hold, in bytes.
+    pub bytes: u64,
+    /// Why.
+    pub reason: &'static str,
+}
+
+const TOO_OLD: &str = "older than is kept";
+const TOO_MANY: &str = "newer ones of the same pod are kept";
+const TOO_LARGE: &str = "newer ones fill the size that is kept";
+
+/// The checkpoints that have to go by `rules`, the oldest first. One that cannot be read stays: what it is of
+/// is not known.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn due(store: &Store, run_dir: &Path, rules: &Rules) -> Result<Vec<Due>> {
+    let staged = staged(run_dir)?;
+    let checkpoints = store.list()?.into_iter();
+    let candidates = checkpoints.filter_map(|(name, opened)| {
+        let checkpoint = opened.ok()?;
+        let manifest = &checkpoint.manifest;
+        let containers = manifest.containers.iter().map(|it| it.id.as_str());
+        Some(Candidate {
+            in_use: staged.contains(&name) || is_being_read(&checkpoint),
+            created: manifest.created,
+            of: match &manifest.pod {
+                Some(pod) => format!("{}/{}", pod.namespace, pod.name),
+                None => containers.collect::<Vec<_>>().join(" "),
+            },
+            bytes: manifest.size(),
+            name,
+        })
+    });
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |now| now.as_secs());
+    Ok(judge(candidates.collect(), rules, now))
+}
+
+fn judge(mut all: Vec<Candidate>, rules: &Rules, now: u64) -> Vec<Due> {
+    // The newest first: they fill what is kept.
+    all.sort_by(|one, other| (other.created, &other.name).cmp(&(one.created, &one.name)));
+    let mut of_pod: BTreeMap<String, usize> = BTreeMap::new();
+    let mut bytes: u64 = 0;
+    let mut due = Vec::new();
+    for candidate in all {
+        let Candidate {
+            name,
+            created,
+            of,
+            bytes: its_bytes,
+            in_use,
+        } = candidate;
+        let count = of_pod.entry(of).or_default();
+        let age = Duration::from_secs(now.saturating_sub(created));
+        let reason = if rules.max_age.is_some_and(|most| age > most) {
+            Some(TOO_OLD)
+        } else if rules.max_per_pod.is_some_and(|most| *count >= most) {
+            Some(TOO_MANY)
+        } else if { rules.max_bytes }.is_some_and(|most| bytes.saturating_add(its_bytes) > most) {
+            Some(TOO_LARGE)
+        } else {
+            None
+        };
+        match reason.filter(|_| !in_use) {
+            Some(reason) => due.push(Due {
+                name,
+                bytes: its_bytes,
+                reason,
+            }),
+            None => {
+                *count += 1;
+                bytes = bytes.saturating_add(its_bytes);
+            }
+        }
+    }
+    due.reverse();
+    due
+}
+
+/// Removes what has to go, and returns it.
+///
+/// # Errors
+/// A checkpoint cannot be removed; those before it are gone.
+pub fn prune(store: &Store, run_dir: &Path, rules: &Rules) -> Result<Vec<Due>> {
+    let due = due(store, run_dir, rules)?;
+    for checkpoint in &due {
+        match store.remove(&checkpoint.name) {
+            // Somebody was faster, or has begun to read it.
+            Err(StoreError::NotFound { .. } | StoreError::InUse { .. }) => {}
+            removed => removed?,
+        }
+    }
+    Ok(due)
+}
+
+/// Removes a checkpoint, unless a restore reads it at this moment.
+///
+/// # Errors
+/// [`crate::Kind::NotFound`]; [`crate::Kind::Refused`] while a restore reads it.
+pub fn remove(store: &Store, name: &str) -> Result<()> {
+    if let Ok(checkpoint) = store.open(name)
+        && is_being_read(&checkpoint)
+    {
+        let message = format!("a restore reads the checkpoint {name:?} at this moment");
+        return Err(Error::refused(message).hint("try again when it is done"));
+    }
+    match store.remove(name) {
+        Err(error @ StoreError::NotFound { .. }) => Err(Error::not_found(error.to_string())),
+        Err(error @ StoreError::InUse { .. }) => Err(Error::refused(error.to_string())),
+        removed => Ok(removed?),
+    }
+}
+
+/// Refuses a checkpoint of about `bytes` with which the store would be larger than node.toml allows.
+///
+/// # Errors
+/// [`crate::Kind::Refused`]; or node.toml or the store cannot be read.
+pub fn check_quota(store: &Store, config: &Path, bytes: u64) -> Result<()> {
+    let config = NodeConfig::read(config).context("cannot tell how much may be kept")?;
+    let gigabytes = config.checkpoints.quota_gigabytes;
+    if gigabytes == 0 {
+        return Ok(());
+    }
+    let quota = gigabytes.saturating_mul(1_000_000_000);
+    let opened = store.list()?.into_iter().filter_map(|(_, it)| it.ok());
+    let there = opened.fold(0, |sum: u64, it| sum.saturating_add(it.manifest.size()));
+    if there.saturating_add(bytes) <= quota {
+        return Ok(());
+    }
+    let shown = |bytes| crate::timeline::human_bytes(bytes);
+    let message = format!(
+        "the checkpoints of this node hold {}, this one would add about {}, and {} are allowed \
+         (quota-gigabytes under [checkpoints] in node.toml)",
+        shown(there),
+        shown(bytes),
+        shown(quota)
+    );
+    Err(Error::refused(message).hint("transship prune --max-per-pod 1"))
+}
+
+/// The checkpoints that restores wait for, or hold containers of.
+fn staged(run_dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let Ok(pods) = fs::read_dir(run_dir.join("pods")) else {
+        return Ok(names);
+    };
+    for pod in pods.flatten() {
+        let Ok(restores) = fs::read_dir(pod.path().join("restore")) else {
+            continue;
+        };
+        for restore in restores.flatten() {
+            // One that was done in this moment is not there any more.
+            if let Ok(request) = Staged::at(restore.path()).request() {
+                names.push(request.checkpoint);
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// Whether a restore has links to its images, which it locks as long as it needs them.
+fn is_being_read(checkpoint: &Checkpoint) -> bool {
+    let containers = checkpoint.manifest.containers.iter();
+    containers
+        .filter_map(|container| fs::read_dir(checkpoint.container_dir(container)).ok())
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(LINKED_PREFIX)
+        })
+        .any(|entry| {
+            let Ok(dir) = File::open(entry.path()) else {
+                return false;
+            };
+            Flock::lock(dir, FlockArg::LockSharedNonblock).is_err()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(name: &str, created: u64, of: &str) -> Candidate {
+        Candidate {
+            name: name.into(),
+            created,
+            of: of.into(),
+            bytes: 10,
+            in_use: false,
+        }
+    }
+
+    fn all() -> Vec<Candidate> {
+        vec![
+            candidate("a1", 100, "shop/a"),
+            candidate("a2", 200, "shop/a"),
+            candidate("a3", 300, "shop/a"),
+            candidate("b1", 150, "shop/b"),
+        ]
+    }
+
+    fn names(due: &[Due]) -> Vec<(&str, &str)> {
+        let each = due.iter().map(|it| (it.name.as_str(), it.reason));
+        each.collect()
+    }
+
+    #[test]
+    fn each_rule_takes_the_oldest() {
+        let none = Rules::default();
+        assert!(judge(all(), &none, 1000).is_empty() && none.is_empty());
+        let old = Rules {
+            max_age: Some(Duration::from_secs(820)),
+            ..none
+        };
+        assert_eq!(
+            names(&judge(all(), &old, 1000)),
+            [("a1", TOO_OLD), ("b1", TOO_OLD)]
+        );
+        let many = Rules {
+            max_per_pod: Some(2),
+            ..none
+        };
+        assert_eq!(names(&judge(all(), &many, 1000)), [("a1", TOO_MANY)]);
+        let large = Rules {
+            max_bytes: Some(25),
+            ..none
+        };
+        assert_eq!(
+            names(&judge(all(), &large, 1000)),
+            [("a1", TOO_LARGE), ("b1", TOO_LARGE)]
+        );
+    }
+
+    #[test]
+    fn one_in_use_stays_and_counts() {
+        let mut in_use = all();
+        in_use[0].in_use = true;
+        let rules = Rules {
+            max_age: Some(Duration::from_secs(1)),
+            max_per_pod: Some(1),
+            max_bytes: Some(5),
+        };
+        let due = judge(in_use, &rules, 1000);
+        assert_eq!(
+            names(&due),
+            [("b1", TOO_OLD), ("a2", TOO_OLD), ("a3", TOO_OLD)]
+        );
+        // A clock that was set back makes nothing old.
+        assert!(
+            judge(
+                all(),
+                &Rules {
+                    max_age: rules.max_age,
+                    ..Rules::default()
+                },
+                0
+            )
+            .is_empty()
+        );
+    }
+}
