@@ -100,7 +100,7 @@ demo: ## Watch a running container move between two nodes
 	wait $$tree && [ $$built = 0 ]
 	@$(AS_ROOT) target/demo/transship-demo
 
-bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|restore|front for a part
+bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|restore|front|package for a part
 	$(RELEASE) $(addprefix --bin ,$(BINARIES) transship-bench testbed)
 	@$(AS_ROOT) $(RELEASE_DIR)/transship-bench $(if $(ONLY),--only $(ONLY))
 

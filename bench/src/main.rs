@@ -5,7 +5,8 @@
 //!            ├─> layers/      Diff and Apply: ours | containerd's walking differ | tar | cat
 //!            ├─> migration.rs transship migrate | ctr containers checkpoint
 //!            ├─> restore.rs   a restore through the CRI | runc restore
-//!            └─> front.rs     transship-runc | runc
+//!            ├─> front.rs     transship-runc | runc
+//!            └─> package.rs   transship export, import | tar and zstd
 //!                   │ rows: ours, the peer's, the goal
 //!                   v
 //!               report.rs ──> results.json, results.md       <── why.toml, where a goal is not reached
@@ -21,6 +22,7 @@ mod layers;
 mod migration;
 mod namespace;
 mod node_clock;
+mod package;
 mod peer;
 mod report;
 mod restore;
@@ -68,6 +70,7 @@ enum Part {
     Migration,
     Restore,
     Front,
+    Package,
 }
 
 impl Part {
@@ -78,6 +81,7 @@ impl Part {
             Part::Migration => "migration",
             Part::Restore => "restore",
             Part::Front => "front",
+            Part::Package => "package",
         }
     }
 
@@ -88,6 +92,7 @@ impl Part {
             Part::Migration => migration::measure(bed, sizes),
             Part::Restore => restore::measure(bed, sizes),
             Part::Front => front::measure(bed, sizes),
+            Part::Package => package::measure(bed, sizes),
         }
     }
 }

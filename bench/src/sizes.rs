@@ -29,6 +29,8 @@ pub(crate) struct Sizes {
     pub(crate) migration_memory_mb: Vec<u32>,
     /// Migrations of each kind.
     pub(crate) migrations: usize,
+    /// Memory of the checkpoint that is packed.
+    pub(crate) package_mb: u32,
     /// Restores through the CRI, and bare.
     pub(crate) restores: usize,
     /// Pairs of create and delete.
@@ -51,6 +53,7 @@ impl Sizes {
             slow_rounds: 3,
             migration_memory_mb: vec![16, 500],
             migrations: 10,
+            package_mb: 500,
             restores: 25,
             pairs: 100,
         }
@@ -71,6 +74,7 @@ impl Sizes {
             slow_rounds: 1,
             migration_memory_mb: vec![16],
             migrations: 1,
+            package_mb: 40,
             restores: 2,
             pairs: 5,
         }

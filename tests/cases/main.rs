@@ -33,6 +33,9 @@ mod migration_faults;
 mod migration_keeps;
 mod node_api;
 mod one_copy;
+mod package;
+mod package_foreign;
+mod package_registry;
 mod pod_refusals;
 mod pods;
 mod pods_closed;
@@ -170,6 +173,9 @@ fn main() -> ExitCode {
         .chain(migration_faults::cases())
         .chain(node_api::cases())
         .chain(one_copy::cases())
+        .chain(package::cases())
+        .chain(package_foreign::cases())
+        .chain(package_registry::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_closed::cases())

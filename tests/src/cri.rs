@@ -14,10 +14,10 @@ use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    Capability, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
-    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest,
-    ExecSyncResponse, FilesystemUsage, IdMapping, ImageFsInfoRequest, ImageSpec, Int64Value,
-    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    Capability, CheckpointContainerRequest, ContainerConfig, ContainerMetadata, ContainerState,
+    ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
+    ExecSyncRequest, ExecSyncResponse, FilesystemUsage, IdMapping, ImageFsInfoRequest, ImageSpec,
+    Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption,
     PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus,
     PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
@@ -393,6 +393,22 @@ impl Cri {
         let id = self.create_container(pod, container)?;
         self.start_container(&id)?;
         Ok(id)
+    }
+
+    /// Has containerd write a checkpoint of a container into the file `location` of the node, as kubelet does.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn checkpoint_container(&self, id: &str, location: &str) -> Result<(), TestbedError> {
+        let request = CheckpointContainerRequest {
+            container_id: id.to_owned(),
+            location: location.to_owned(),
+            timeout: 0,
+        };
+        self.call("checkpoint the container", |mut client| async move {
+            client.checkpoint_container(request).await
+        })
+        .map(drop)
     }
 
     /// Stops a container: SIGTERM, and SIGKILL after `grace` seconds.

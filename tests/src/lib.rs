@@ -34,6 +34,7 @@ mod containerd;
 mod cri;
 mod cri_stream;
 mod debian_image;
+mod debian_program;
 mod disk;
 #[cfg(test)]
 mod documented_tests;
@@ -64,6 +65,7 @@ pub use containerd::{Containerd, ContainerdConfig};
 pub use cri::{Cri, Pod, PodContainer, PodNamespaces, PodSecurity};
 pub use cri_stream::CriStream;
 pub use debian_image::DebianImage;
+pub use debian_program::DebianProgram;
 pub use disk::{Disk, FileSystem};
 pub use error::TestbedError;
 pub use footprint::{Footprint, Traces};

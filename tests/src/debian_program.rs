@@ -1,0 +1,52 @@
+//! A program of a Debian suite that no tree has, for a test that wants that very program.
+//!
+//! ```text
+//! <cache_dir>/program-<package>-<hash>     the package, extracted by mmdebstrap
+//! ```
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::recipe::{make_once, short_hash};
+use crate::run::CommandRun as _;
+use crate::{Settings, TestbedError};
+
+const SUITE: &str = "forky";
+
+/// A program that needs nothing but the C library.
+#[derive(Debug, Clone, Copy)]
+pub struct DebianProgram {
+    /// Name of its package.
+    pub package: &'static str,
+    /// Where it lies.
+    pub path: &'static str,
+}
+
+impl DebianProgram {
+    /// The usual reader of checkpoint archives.
+    pub const CHECKPOINTCTL: DebianProgram = DebianProgram {
+        package: "checkpointctl",
+        path: "usr/bin/checkpointctl",
+    };
+
+    /// Its path on this machine; the package is fetched once.
+    ///
+    /// # Errors
+    /// When mmdebstrap fails.
+    pub fn fetch(&self, settings: &Settings) -> Result<PathBuf, TestbedError> {
+        let name = format!("program-{}", self.package);
+        let hash = short_hash(&format!("{SUITE} {}", self.package));
+        let dir = settings.cache_dir.join(format!("{name}-{hash}"));
+        make_once(&dir, &name, |new| {
+            Command::new("mmdebstrap")
+                .args(["--quiet", "--format=directory", "--variant=extract"])
+                .arg(format!("--include={}", self.package))
+                // A testing suite's Release file may have run out on a mirror that follows slowly.
+                .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
+                .arg(SUITE)
+                .arg(new)
+                .run()
+        })?;
+        Ok(dir.join(self.path))
+    }
+}
