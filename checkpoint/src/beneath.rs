@@ -44,6 +44,32 @@ pub fn open_regular(root: &Path, path: &Path, links: Links) -> io::Result<File> 
     Ok(file)
 }
 
+/// The same of the file at `path`, of which nothing but the last name is anybody else's.
+///
+/// # Errors
+/// See [`open_regular`].
+pub fn open_last(path: &Path) -> io::Result<File> {
+    let name = Path::new(path.file_name().unwrap_or_default());
+    open_regular(
+        path.parent().unwrap_or(Path::new("/")),
+        name,
+        Links::Refused,
+    )
+}
+
+/// Checks that no link leads to the directory at `path` beneath the directory `root`.
+///
+/// # Errors
+/// There is one, it is no directory, or a system call failed.
+pub fn require_directory(root: &Path, path: &Path) -> io::Result<()> {
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(root, directory, Mode::empty())?;
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    let how = OpenHow::new().flags(directory).resolve(resolve);
+    openat2(&root, path, how)?;
+    Ok(())
+}
+
 /// Reads such a file, which may have `limit` bytes at most.
 ///
 /// # Errors
@@ -89,6 +115,15 @@ mod tests {
         for name in ["up", "absolute", "magic", "fifo", ".", "none", "../secret"] {
             assert!(read(name, Links::Refused).is_err(), "{name}");
             assert!(read(name, Links::Within).is_err(), "{name}");
+        }
+        symlink("..data", root.join("link")).unwrap();
+        assert!(require_directory(&root, Path::new("..data")).is_ok());
+        for name in ["link", "link/token", "token", "..", "none"] {
+            assert!(require_directory(&root, Path::new(name)).is_err(), "{name}");
+        }
+        assert!(open_last(&root.join("..data/token")).is_ok());
+        for name in ["token", "fifo", "link"] {
+            assert!(open_last(&root.join(name)).is_err(), "{name}");
         }
         let long = read_regular(&root, Path::new("token"), Links::Within, 5);
         assert!(long.unwrap_err().to_string().contains("longer than 5"));

@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write as _};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -21,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use transship_path_error::{During as _, PathError};
 
-use crate::beneath::{Links, open_regular};
+use crate::beneath::{Links, open_regular, read_regular, require_directory};
 use crate::manifest::{
     self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
 };
@@ -29,6 +29,8 @@ use crate::manifest::{
 /// Where checkpoints are kept unless somebody says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/transship/checkpoints";
 const DRAFT_PREFIX: &str = ".new-";
+/// Longest spec that is read, in bytes.
+const SPEC_LIMIT: u64 = 16 << 20;
 
 /// A failure of the checkpoint directory.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +128,28 @@ impl Store {
         &self.root
     }
 
+    /// Makes its directory, which root alone can look into: the names of checkpoints are those of pods.
+    ///
+    /// # Errors
+    /// A failing system call.
+    pub fn make_root(&self) -> Result<(), StoreError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.root)
+            .during("make the directory", &self.root)?;
+        let mode = fs::metadata(&self.root)
+            .during("stat", &self.root)?
+            .permissions()
+            .mode();
+        if mode & 0o077 != 0 {
+            // Somebody else has made it.
+            let private = fs::Permissions::from_mode(0o700);
+            fs::set_permissions(&self.root, private).during("set the mode of", &self.root)?;
+        }
+        Ok(())
+    }
+
     /// Opens the checkpoint called `name`.
     ///
     /// # Errors
@@ -202,11 +226,7 @@ impl Store {
                 name: name.to_owned(),
                 source,
             })?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.root)
-            .during("make the directory", &self.root)?;
+        self.make_root()?;
         let _names = self.lock_names()?;
         self.remove_orphaned_drafts()?;
         let target = self.root.join(name);
@@ -409,16 +429,39 @@ impl Checkpoint {
         self.dir.join(&container.name)
     }
 
+    /// Opens a file in one of its directories: a regular one, to which no link leads.
+    ///
+    /// # Errors
+    /// It is none, or a system call failed.
+    pub fn open_file(&self, directory: &str, file: &str) -> Result<File, StoreError> {
+        let path = Path::new(directory).join(file);
+        let opened = open_regular(&self.dir, &path, Links::Refused);
+        Ok(opened.during("open", self.dir.join(path))?)
+    }
+
+    /// The spec that a container was dumped with, as it is in its directory.
+    ///
+    /// # Errors
+    /// See [`Self::open_file`]; or it is longer than any spec.
+    pub fn read_spec(&self, container: &manifest::Container) -> Result<Vec<u8>, StoreError> {
+        let path = Path::new(&container.name).join(manifest::SPEC_FILE);
+        let json = read_regular(&self.dir, &path, Links::Refused, SPEC_LIMIT);
+        Ok(json.during("read", self.dir.join(path))?)
+    }
+
     /// Compares the lengths of a container's files with the manifest, which takes no time. CRIU
     /// 4.2 reads for ever from a file of pages that is cut off.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`] names the first that differs.
+    /// [`StoreError::Damaged`] names the first that differs; or a link leads to one.
     pub fn check_lengths(&self, container: &manifest::Container) -> Result<(), StoreError> {
         let dir = self.container_dir(container);
+        let images = Path::new(&container.name).join(manifest::IMAGES_DIR);
+        require_directory(&self.dir, &images).during("open", self.dir.join(images))?;
         for file in &container.files {
             let path = dir.join(&file.path);
-            let length = fs::metadata(&path).during("stat", &path)?.len();
+            let opened = self.open_file(&container.name, &file.path)?;
+            let length = opened.metadata().during("stat", &path)?.len();
             if length != file.size {
                 let what = format!("it has {length} bytes, and {} in the manifest", file.size);
                 return Err(StoreError::Damaged { path, what });
@@ -434,6 +477,7 @@ impl Checkpoint {
     pub fn verify(&self) -> Result<(), StoreError> {
         for (name, files) in self.manifest.directories() {
             let dir = self.dir.join(name);
+            require_directory(&self.dir, Path::new(name)).during("open", &dir)?;
             let found = list_files(&dir)?;
             let damaged = |path: &str, what: &str| StoreError::Damaged {
                 path: dir.join(path),

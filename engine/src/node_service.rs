@@ -142,6 +142,7 @@ impl NodeService {
         } = target;
         let node = self.node.in_namespace(&namespace)?;
         // Into a file first: a stream that breaks off has changed nothing then.
+        Store::at(DEFAULT_ROOT).make_root()?;
         let layer = nameless_file().context("cannot make a file for the layer")?;
         let mut layer = tokio::fs::File::from_std(layer);
         let keep = "cannot keep the layer";
@@ -218,7 +219,6 @@ async fn next(
 
 /// A file that is gone with its last descriptor, on the disk of the checkpoints.
 fn nameless_file() -> io::Result<std::fs::File> {
-    std::fs::create_dir_all(DEFAULT_ROOT)?;
     std::fs::OpenOptions::new()
         .read(true)
         .write(true)

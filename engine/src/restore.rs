@@ -13,11 +13,10 @@
 //! go through `transship_sandbox::admission::foreign_spec`, and everything that leads to a program, a
 //! path or a privilege of this node comes from the [`Target`], which the node's operator fills in.
 
-use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::store::{Checkpoint, Store, StoreError};
 use transship_containerd::Containerd;
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::timeline::Timeline;
@@ -70,8 +69,7 @@ pub async fn restore(
     let checkpoint = open(store, request.name)?;
     let _in_use = checkpoint.lock_for_reading()?;
     let container = checkpoint.manifest.container(request.container)?.clone();
-    let path = checkpoint.container_dir(&container).join(SPEC_FILE);
-    let spec = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let spec = checkpoint.read_spec(&container)?;
     let plan = plan(node, &container, &spec, &request.target).await?;
 
     progress.step("digests");

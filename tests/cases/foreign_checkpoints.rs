@@ -73,6 +73,16 @@ impl Forgery {
     }
 }
 
+/// Files of a checkpoint in whose place something else is.
+const SWAPS: &[&str] = &[
+    "rm web/spec.dump; mkfifo web/spec.dump",
+    "mv web/spec.dump /root/s; ln -s /root/s web/spec.dump",
+    "rm web/rootfs-diff.tar; mkfifo web/rootfs-diff.tar",
+    "mv web/rootfs-diff.tar /root/t; ln -s /root/t web/rootfs-diff.tar",
+    "mv web/checkpoint /root/c; ln -s /root/c web/checkpoint",
+    "mv web /root/w; ln -s /root/w web",
+];
+
 /// What a change of the manifest or the spec leads to.
 enum Outcome {
     /// One line that holds this, and how to allow it.
@@ -94,6 +104,23 @@ fn a_checkpoint_decides_nothing_on_this_node(bed: &Testbed) -> anyhow::Result<()
         change(&mut forged);
         forged.write(&node)?;
         check(&node, outcome).with_context(|| format!("case {what:?}"))?;
+    }
+    for swap in SWAPS {
+        Forgery {
+            manifest: good.manifest.clone(),
+            spec: good.spec.clone(),
+        }
+        .write(&node)?;
+        node.shell(&format!("cd {STORE}/evil; {swap}")).run()?;
+        // 124: it has waited for whoever writes to the FIFO.
+        let restore = "timeout -k 1 60 transship restore evil --id r; test $? != 0 -a $? != 124";
+        node.shell(&format!("set +e; {restore}"))
+            .run()
+            .context(*swap)?;
+        ensure!(
+            node.ctr(&["containers", "ls", "-q"])?.is_empty(),
+            "{swap}: left"
+        );
     }
     // What the operator allows goes through.
     let mut hooked = Forgery { ..good };
@@ -199,6 +226,19 @@ fn forgeries() -> Vec<(&'static str, Change, Outcome)> {
             "CRIU's configuration",
             |it| it.spec["annotations"] = json!({"org.criu.config": "/tmp/x.conf"}),
             Refused("org.criu.config"),
+        ),
+        (
+            "an annotation that a plugin may act on",
+            |it| it.spec["annotations"] = json!({"cdi.k8s.io/x": "vendor.example/gpu=all"}),
+            Refused("cdi.k8s.io/x"),
+        ),
+        (
+            "a process of the node in its cgroup",
+            |it| {
+                let files = json!({"cgroup.procs": "1"});
+                it.spec["linux"]["resources"]["unified"] = files;
+            },
+            Refused("cgroup.procs"),
         ),
         (
             "CRIU's options",

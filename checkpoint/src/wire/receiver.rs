@@ -19,7 +19,7 @@ use super::{
 };
 use crate::manifest::{self, Manifest, check_name};
 
-/// What a file costs beside its content, in bytes: so a stream of empty files has an end as well.
+/// What a file or a directory costs beside its content, in bytes: so a stream of empty ones has an end as well.
 const FILE_COST: u64 = 4096;
 /// After this many bytes the free space is looked at again.
 const ROOM_INTERVAL: u64 = 64 << 20;
@@ -252,14 +252,15 @@ impl<R: Read> Receiver<R> {
             full.push(part);
             if parts.peek().is_some() {
                 match DirBuilder::new().mode(0o700).create(&full) {
-                    Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                    Ok(()) => arriving.add(FILE_COST)?,
+                    Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(source) => {
                         return Err(WireError::File {
                             act: "make the directory",
                             path: full,
                             source,
                         });
                     }
-                    _ => {}
                 }
             }
         }

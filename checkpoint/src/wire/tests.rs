@@ -132,6 +132,31 @@ fn hostile_paths_and_lengths_are_refused() {
 }
 
 #[test]
+fn directories_have_an_end_as_well() {
+    let deep = ["d"; 1000].join("/");
+    let mut stream = Vec::new();
+    let sender = Sender::new(&mut stream);
+    sender.send(&Message::Begin { name: "x".into() }).unwrap();
+    for n in 0..3 {
+        let path = format!("{n}/{deep}/f");
+        sender.send(&Message::File { path }).unwrap();
+        sender.send(&Message::FileEnd { xxh3: None }).unwrap();
+    }
+    let target = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        max_bytes: 1 << 20,
+        keep_free: 0,
+    };
+    let mut receiver = Receiver::new(stream.as_slice());
+    receiver.receive("a checkpoint").unwrap();
+    let received = receive_all(&mut receiver, target.path(), limits);
+    assert!(
+        matches!(received, Err(WireError::TooLarge { .. })),
+        "{received:?}"
+    );
+}
+
+#[test]
 fn the_same_file_twice_is_refused() {
     let mut stream = Vec::new();
     let sender = Sender::new(&mut stream);

@@ -1,10 +1,10 @@
 //! The held copy: made, let go, or undone.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::store::Checkpoint;
@@ -108,7 +108,7 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
 }
 
 fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
-    let file = File::open(diff).with_context(|| format!("cannot open {}", diff.display()))?;
+    let file = open_last(diff).with_context(|| format!("cannot open {}", diff.display()))?;
     // What is filled in is no larger than what has come, and that has a bound.
     let length = file
         .metadata()

@@ -12,7 +12,6 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use transship_checkpoint::criu_options::CriuOverrides;
-use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
 use transship_containerd::{Containerd, unique};
@@ -71,8 +70,7 @@ pub async fn try_restore(node: &Containerd, store: &Store, name: &str) -> Result
 
 async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
     let container = checkpoint.manifest.container(None)?;
-    let path = checkpoint.container_dir(container).join(SPEC_FILE);
-    let spec = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let spec = checkpoint.read_spec(container)?;
     let mut criu = CriuOverrides::default();
     criu.set("tcp", "close")?;
     let target = Target {

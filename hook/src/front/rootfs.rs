@@ -10,11 +10,12 @@
 //! created nobody uses the mount, so it can be taken away for that moment, whichever snapshotter
 //! made it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use transship_checkpoint::beneath::open_last;
 use transship_layer::{
     ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
     remove_contents,
@@ -111,7 +112,7 @@ impl Bundle {
     /// The mount is as it was; what was filled in is for the caller's caller to remove, together
     /// with the container.
     pub(super) fn fill_rootfs(&self, diff: &Path) -> Result<(), RootfsError> {
-        let layer = match File::open(diff) {
+        let layer = match open_last(diff) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file.during("open", diff)?,
         };

@@ -65,7 +65,9 @@ impl Front<'_> {
                 _ => false,
             };
             if !taken && !pod.is_filled(&file)? {
-                fill(&mount.source, &checkpoint.dir.join(SHARED_DIR).join(&file))?;
+                let layer = checkpoint.open_file(SHARED_DIR, &file)?;
+                let path = checkpoint.dir.join(SHARED_DIR).join(&file);
+                fill(&mount.source, &path, layer)?;
                 pod.set_filled(&file)?;
                 if let (SharedDir::EmptyDir(volume), Some(consumed)) = (&dir, &mut consumed) {
                     consumed.add_volume(&request.checkpoint, volume)?;
@@ -111,8 +113,7 @@ fn make_links(shm: &Path, of_container: &Path) -> Result<(), FrontError> {
 }
 
 /// Makes the content of a directory that of a layer without lower layers.
-fn fill(dir: &Path, layer: &Path) -> Result<(), FrontError> {
-    let file = File::open(layer).during("open", layer)?;
+fn fill(dir: &Path, layer: &Path, file: File) -> Result<(), FrontError> {
     let len = file.metadata().during("stat", layer)?.len();
     remove_contents(dir).during("empty", dir)?;
     let tar = BufReader::with_capacity(1 << 20, file);

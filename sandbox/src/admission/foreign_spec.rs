@@ -19,6 +19,7 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 use serde_json::Value;
+use transship_checkpoint::annotations::PREFIX;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides, OPTIONS};
 
 /// Something that a checkpoint may ask for and only the node's operator can give.
@@ -176,12 +177,13 @@ const CHARACTER_DEVICES: [(u64, Option<u64>); 10] = [
 /// Files of the node that `ctr run --net-host` mounts read-only, on their own path.
 const NETWORK_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
 
-/// Annotations that mean something to an OCI runtime or to CRIU.
+/// Annotations that mean something to an OCI runtime or to CRIU. What others mean, to plugins of this node
+/// (CDI gives devices by them) or to a runtime that is younger, is not known.
 const RUNTIME_ANNOTATIONS: [&str; 4] =
     ["org.criu.", "org.systemd.property.", "run.oci.", "io.crun."];
 
 /// Fields whose value gives nothing that the container would not have anyway.
-const HARMLESS: [&str; 31] = [
+const HARMLESS: [&str; 30] = [
     "/ociVersion",
     "/hostname",
     "/domainname",
@@ -207,7 +209,6 @@ const HARMLESS: [&str; 31] = [
     "/linux/resources/hugepageLimits",
     "/linux/resources/network",
     "/linux/resources/rdma",
-    "/linux/resources/unified",
     "/linux/seccomp/defaultAction",
     "/linux/seccomp/defaultErrnoRet",
     "/linux/seccomp/architectures",
@@ -318,6 +319,7 @@ fn walk_fields(value: &Value, path: &str, place: &Place<'_>, found: &mut Vec<Ref
             "/process/capabilities" => capabilities(value, found),
             "/linux/devices" => devices(value, found),
             "/linux/resources/devices" => device_rules(value, found),
+            "/linux/resources/unified" => unified(value, found),
             "/linux/cgroupsPath" => cgroups_path(value, place, found),
             "/root/path" if value == "rootfs" => {}
             "/root/path" => {
@@ -353,6 +355,9 @@ fn annotations(value: &Value, found: &mut Vec<Refusal>) {
         {
             let what = format!("has the annotation {name:?}, which configures CRIU or the runtime");
             refuse(found, Allow::CriuOptions, what);
+        } else if !name.starts_with(PREFIX) {
+            let what = format!("has the annotation {name:?}, which a part of this node may act on");
+            refuse(found, Allow::OtherFields, what);
         }
     }
 }
@@ -439,6 +444,16 @@ fn device_rules(value: &Value, found: &mut Vec<Refusal>) {
             );
             refuse(found, Allow::Devices, what);
         }
+    }
+}
+
+/// Files of a cgroup of v2 that are written: limits of controllers, and no file that moves processes of the
+/// node into the cgroup, or acts on it.
+fn unified(value: &Value, found: &mut Vec<Refusal>) {
+    let files = value.as_object().into_iter().flatten();
+    for (name, _) in files.filter(|(name, _)| name.starts_with("cgroup.") || name.contains('/')) {
+        let what = format!("writes to {name} of its cgroup");
+        refuse(found, Allow::CgroupPath, what);
     }
 }
 

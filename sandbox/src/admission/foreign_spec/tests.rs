@@ -29,7 +29,7 @@ fn ordinary() -> Value {
              "options": ["rbind", "ro"]},
         ],
         "hooks": {},
-        "annotations": {"mine": "x"},
+        "annotations": {"dev.transship/tcp": "close"},
         "linux": {
             "resources": {
                 "devices": [{"allow": false, "access": "rwm"},
@@ -86,6 +86,18 @@ fn each_field_that_is_more_has_its_refusal() {
             json!({"run.oci.handler": "krun"}),
             Allow::CriuOptions,
             "run.oci.handler",
+        ),
+        (
+            "/annotations",
+            json!({"cdi.k8s.io/gpu": "vendor.example/gpu=all"}),
+            Allow::OtherFields,
+            "cdi.k8s.io/gpu",
+        ),
+        (
+            "/linux/resources/unified",
+            json!({"memory.high": "max", "cgroup.procs": "1"}),
+            Allow::CgroupPath,
+            "cgroup.procs",
         ),
         (
             "/linux/devices",
