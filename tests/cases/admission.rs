@@ -205,6 +205,10 @@ def save(f, j):
     json.dump(j, open('/root/forged.json', 'w'))
     os.remove(f)
     subprocess.run(['crit', 'encode', '-i', '/root/forged.json', '-o', f], check=True)
+def seal_without(path):
+    m = json.load(open(d + '/transship.json'))
+    m['containers'][0]['files'] = [f for f in m['containers'][0]['files'] if f['path'] != path]
+    json.dump(m, open(d + '/transship.json', 'w'))
 def mount(entries, **more):
     root = [e for e in entries if e['mountpoint'] == '/'][0]
     new = {**root, 'mnt_id': 9999, 'parent_mnt_id': root['mnt_id'], 'root': '/', 'options': '', **more}
@@ -272,6 +276,25 @@ const FORGERIES: &[(&str, &str)] = &[
     (
         "json.dump(['/dev/null'] * 4, open(im + '/descriptors.json', 'w'))",
         "at most three descriptors",
+    ),
+    // Where there is no files.img CRIU reads one image for each kind of file.
+    (
+        "os.remove(im + '/files.img'); seal_without('checkpoint/files.img')",
+        "files.img",
+    ),
+    (
+        "open(im + '/packetsk.img', 'w')",
+        "\"packetsk.img\" among the images",
+    ),
+    (
+        "open(im + '/apparmor.img', 'w')",
+        "\"apparmor.img\" among the images",
+    ),
+    // A message to nf_tables, in the network of the pod.
+    (
+        "n = [e for e in edit('ids-*.img')][0]['net_ns_id']
+         open(f'{im}/netns-ct-{n}.img', 'ab').write(bytes([20, 0, 0, 0, 0, 10] + [0] * 14))",
+        "something else than tracked connections",
     ),
     (
         "open(im + '/binfmt-misc.img', 'w')",

@@ -1,7 +1,9 @@
 //! The files that a directory of images has: those of `criu/image-desc.c` that CRIU 3.17 and later
 //! write for a container, CRIU's figures, and the runtime's own. CRIU opens by name; what it opens for
-//! features that no container has (`binfmt-misc.img`, `autofs-*.img`), or for dumps of earlier
-//! versions (`creds-*.img`, `rlimit-*.img`), is not admitted.
+//! features that no container has (`binfmt-misc.img`, `autofs-*.img`, `apparmor.img` with policies that it
+//! loads into the kernel), or for dumps of earlier versions (`creds-*.img`, `rlimit-*.img`, and an image for
+//! each kind of open file, such as `packetsk.img`, which it reads where there is no `files.img`), is not
+//! admitted.
 
 use std::fs;
 use std::io;
@@ -11,50 +13,27 @@ use super::ImageError;
 
 /// Names without a number.
 const WHOLE: &[&str] = &[
-    "apparmor.img",
     "bpfmap-data.img",
-    "bpfmap-file.img",
     "cgroup.img",
     "config.dump",
     "cpuinfo.img",
     "criu.conf",
     "descriptors.json",
-    "eventfd.img",
-    "eventpoll-tfd.img",
-    "eventpoll.img",
-    "ext-files.img",
-    "fanotify-mark.img",
-    "fanotify.img",
     "fifo-data.img",
-    "fifo.img",
     "filelocks.img",
     "files.img",
-    "inetsk.img",
-    "inotify-wd.img",
-    "inotify.img",
     "inventory.img",
     "irmap-cache",
     "memfd.img",
-    "netlinksk.img",
-    "ns-files.img",
-    "packetsk.img",
-    "pidfd.img",
     "pipes-data.img",
-    "pipes.img",
     "pstree.img",
-    "reg-files.img",
     "remap-fpath.img",
     "seccomp.img",
-    "signalfd.img",
     "sk-queues.img",
     "stats-dump",
     "stats-restore",
-    "timerfd.img",
     "tty-data.img",
     "tty-info.img",
-    "tty.img",
-    "tunfile.img",
-    "unixsk.img",
 ];
 
 /// What comes before a number (decimal, or hexadecimal for ghost files and sockets), and after it.
@@ -82,7 +61,6 @@ const NUMBERED: &[(&str, &str)] = &[
     ("pagemap-shmem-", ".img"),
     ("pages-", ".img"),
     ("pidns-", ".img"),
-    ("posix-timers-", ".img"),
     ("route-", ".img"),
     ("route6-", ".img"),
     ("rule-", ".img"),
@@ -97,8 +75,10 @@ const NUMBERED: &[(&str, &str)] = &[
 /// Whether a directory of images may have a file of this name.
 #[must_use]
 pub fn is_image(name: &str) -> bool {
+    // As CRIU writes it: with a zero before it, it is another file of the same number.
     let is_number = |text: &str| {
-        !text.is_empty() && text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+        let digits = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        digits && (text == "0" || (1..=20).contains(&text.len()) && !text.starts_with('0'))
     };
     WHOLE.contains(&name)
         || NUMBERED.iter().any(|(before, after)| {
@@ -157,6 +137,11 @@ mod tests {
             "parent",
             "../core-1.img",
             "tmpfs-9.img",
+            "core-01.img",
+            // CRIU reads them in the place of files.img.
+            "packetsk.img",
+            "tunfile.img",
+            "apparmor.img",
         ] {
             assert!(!is_image(name), "{name}");
         }

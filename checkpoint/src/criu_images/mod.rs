@@ -14,6 +14,7 @@
 //! which the messages below did not change.
 
 pub mod cgroups;
+pub mod conntrack;
 pub mod descriptors;
 pub mod dump_stats;
 pub mod file_names;
@@ -91,6 +92,12 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
     },
+    /// Messages to the kernel that CRIU would send unseen.
+    #[error("{path} has something else than tracked connections")]
+    Conntrack {
+        /// The image.
+        path: PathBuf,
+    },
     /// A mount cannot be added to several tables, or to none.
     #[error("{dir} has {count} mount namespaces, and a mount can be added to one only")]
     MountNamespaces {
@@ -132,6 +139,8 @@ pub(crate) enum Kind {
     Pagemap,
     Fdinfo,
     Stats,
+    Conntrack,
+    Expectations,
 }
 
 impl Kind {
@@ -157,6 +166,8 @@ impl Kind {
             Self::Pagemap => "pagemap-",
             Self::Fdinfo => "fdinfo-",
             Self::Stats => "stats-dump",
+            Self::Conntrack => "netns-ct-",
+            Self::Expectations => "netns-exp-",
         }
     }
 
@@ -180,6 +191,8 @@ impl Kind {
             Self::Pagemap => 0x5608_4025,
             Self::Fdinfo => 0x5621_3732,
             Self::Stats => 0x5709_3306,
+            // No head at all: what is in them is the kernel's.
+            Self::Conntrack | Self::Expectations => 0,
         }
     }
 }

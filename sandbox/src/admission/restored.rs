@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::criu_images::cgroups::{self, Cgroups};
+use transship_checkpoint::criu_images::conntrack;
 use transship_checkpoint::criu_images::inventory::{self, Inventory};
 use transship_checkpoint::criu_images::mounts::{self, Mount};
 use transship_checkpoint::criu_images::open_files::{self, PrivilegedFile};
@@ -81,6 +82,7 @@ impl Restored {
             });
         }
         check_descriptors(dir)?;
+        conntrack::check(dir)?;
         Ok(Self {
             strangers,
             inventory: inventory::read(dir)?,
