@@ -20,7 +20,7 @@ use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared}
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
 use transship_containerd::Containerd;
-use transship_sandbox::admission::node_config::NODE_CONFIG;
+use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::check::node_facts::NodeFacts;
 use crate::error::{Context, Error, Result};
@@ -180,6 +180,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
                 let memory = source.estimate(node).await?;
                 verify::can_be_tried(&source.spec, &source.called, memory)?;
             }
+            check_options(std::slice::from_ref(&source))?;
             return Ok(DumpTarget {
                 node: node.clone(),
                 what: source.id().to_owned(),
@@ -208,6 +209,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         mut containers,
         ended,
     } = pod::find(&node, selector, &request.criu).await?;
+    check_options(&containers)?;
     if request.leave_logs {
         containers.iter_mut().for_each(|source| source.log = None);
     }
@@ -226,6 +228,24 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         moves: request.moves,
         verify_restore: false,
     })
+}
+
+/// Whether pods may have these options on this node: a checkpoint with others could not be restored.
+fn check_options(sources: &[SourceContainer]) -> Result<()> {
+    let mut of_pods = sources
+        .iter()
+        .filter(|source| source.pod.is_some())
+        .peekable();
+    if of_pods.peek().is_none() {
+        return Ok(());
+    }
+    let rules = NodeConfig::read(Path::new(NODE_CONFIG))
+        .map_err(|error| Error::refused("the rules of this node cannot be read").because(error))?;
+    for source in of_pods {
+        let closed = rules.check_options(&source.container.criu);
+        closed.map_err(|closed| Error::refused(closed.to_string()))?;
+    }
+    Ok(())
 }
 
 /// Takes the checkpoint `name`.

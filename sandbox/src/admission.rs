@@ -46,7 +46,7 @@ use transship_checkpoint::criu_images::threads::{TASK_DEAD, ThreadEdit, edit};
 use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
-pub use environment::{Environment, resolve_within};
+pub use environment::{Environment, is_own_namespace, resolve_within};
 pub use refusal::Refusal;
 pub use restored::{Restored, RestoredError};
 

@@ -10,6 +10,8 @@ use crate::Case;
 use crate::pods::{FIRST, IMAGE, start};
 
 const NODE_CONFIG: &str = "/etc/transship/node.toml";
+/// How it is allowed.
+const ALLOWED: &str = "allow-options = [\"ext-unix-sk\"] under [pods] in /etc/transship/node.toml";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     let criu_config = Case {
@@ -28,11 +30,17 @@ fn options_that_loosen_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     journey::ask(&node, &cri.pod_ip(&pod)?)?;
-    node.shell(
-        "transship checkpoint --pod shop/web --name web
-         transship checkpoint --pod shop/web --name sockets --ext-unix-sk",
-    )
-    .run()?;
+    node.shell("transship checkpoint --pod shop/web --name web")
+        .run()?;
+    // No checkpoint is taken that nothing could restore.
+    let sockets = "transship checkpoint --pod shop/web --name sockets --ext-unix-sk";
+    let refusal = node.shell(sockets).read_failure()?;
+    ensure!(
+        refusal.contains(ALLOWED) && !refusal.trim().contains('\n'),
+        "{refusal}"
+    );
+    node.write_file(NODE_CONFIG, "[pods]\nallow-options = [\"ext-unix-sk\"]\n")?;
+    node.shell(&format!("{sockets}; rm {NODE_CONFIG}")).run()?;
     cri.remove_pod(&pod)?;
     drop(id);
 

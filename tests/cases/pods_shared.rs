@@ -11,18 +11,27 @@ use transship_testbed::{
 };
 
 use crate::Case;
-use crate::pods::{send, start_two};
+use crate::pods::{send, start, start_two};
 
 const IMAGE: &str = "transship.test/podmate:1";
 const ROLES: [&str; 3] = ["server", "client", "sharer"];
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("pod_shared", |bed| a_pod_shares_everything(bed, true)).chain([Case {
-        what: "pod_shared_overlayfs",
+    let on_forky = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: |bed| a_pod_shares_everything(bed, false),
-    }])
+        run,
+    };
+    Case::on_all_trees("pod_shared", |bed| a_pod_shares_everything(bed, true)).chain([
+        on_forky("pod_shared_overlayfs", |bed| {
+            a_pod_shares_everything(bed, false)
+        }),
+        on_forky(
+            "pod_shared_host_network",
+            no_rules_in_the_network_of_the_node,
+        ),
+    ])
 }
 
 /// One line of podmate, see its source.
@@ -110,6 +119,38 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
     remove(&cri, &again)?;
     cri.remove_pod(&other)?;
     journey::check_no_pod_left(&b)
+}
+
+/// A pod in the node's network has connections between its containers, and one end of them is restored: no
+/// packet of the node meets a rule that a checkpoint has chosen, now or when the pod has gone.
+fn no_rules_in_the_network_of_the_node(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node, true)?;
+    let cri = node.cri()?;
+    let pod = cri.run_pod(("shop", "mates"), &[], PodNamespaces::HostNetwork)?;
+    run_mates(&node, &cri, &pod)?;
+    wait_for(&node, &pod, [5; 3])?;
+    node.shell(
+        "transship checkpoint --pod shop/mates --name mates --volumes emptydir --tcp established",
+    )
+    .run()?;
+    remove(&cri, &pod)?;
+    let annotation = [("dev.transship/restore", "mates")];
+    let again = cri.run_pod(
+        ("shop", "mates-again"),
+        &annotation,
+        PodNamespaces::HostNetwork,
+    )?;
+    let [work, scratch] = make_volumes(&node, &again)?;
+    let mounts = [(work.as_str(), "/work"), (scratch.as_str(), "/scratch")];
+    let server = mate("server", &["/usr/bin/podmate", "server"], &mounts);
+    // The client waits for ever to be made.
+    cri.run_container(&again, &server)?;
+    let rules = || node.shell("nft list ruleset").read();
+    ensure!(!rules()?.contains("transship"), "{}", rules()?);
+    remove(&cri, &again)?;
+    ensure!(!rules()?.contains("transship"), "left: {}", rules()?);
+    journey::check_no_pod_left(&node)
 }
 
 /// CRIU has made the System V objects of the pod when it finds that an image of the memory is none.

@@ -22,6 +22,7 @@ use transship_checkpoint::criu_images::inet_sockets::{Connection, connections};
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_checkpoint::namespaces::{self, Namespace};
+use transship_sandbox::admission::is_own_namespace;
 use transship_sandbox::{PodDir, Request};
 
 use super::bundle::Config;
@@ -48,8 +49,10 @@ impl Front<'_> {
         if request.criu.tcp != Tcp::Established || !config.cri {
             return Ok(None);
         }
-        let Some(namespace) = namespaces::joined(&config.spec).remove(&Namespace::Network) else {
-            // The node's own: there a rule would meet others' connections, and outlive the pod.
+        let network = namespaces::joined(&config.spec).remove(&Namespace::Network);
+        let is_nodes = |path: &PathBuf| is_own_namespace(Namespace::Network.oci_name(), path);
+        // In the node's own a rule would meet others' connections, and outlive the pod.
+        let Some(namespace) = network.filter(|path| !is_nodes(path)) else {
             return Ok(None);
         };
         let checkpoint = self.env.store.open(&request.checkpoint)?;

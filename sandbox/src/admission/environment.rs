@@ -118,8 +118,10 @@ fn owned(part: Component<'_>) -> PathBuf {
     }
 }
 
-/// Whether the namespace at `path` is that of this process, which is in all of the node's.
-fn is_own_namespace(kind: &str, path: &Path) -> bool {
+/// Whether the namespace at `path`, of the kind that an OCI spec calls so, is that of this process, which is
+/// in all of the node's.
+#[must_use]
+pub fn is_own_namespace(kind: &str, path: &Path) -> bool {
     let file = match kind {
         "network" => "net",
         "mount" => "mnt",

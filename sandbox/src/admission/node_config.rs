@@ -111,8 +111,8 @@ pub struct PodRules {
 /// A pod, or the checkpoint that it asks for, chooses what the node does not let it choose.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{option} is {value:?}, by an annotation of the pod or by the checkpoint, and this node does not \
-     let a pod choose it; its operator can, by allow-options = [{option:?}] under [pods] in \
+    "{option} is {value:?}, by an annotation of the pod, by a flag or by the checkpoint, and this node does \
+     not let a pod have it; its operator can, by allow-options = [{option:?}] under [pods] in \
      {NODE_CONFIG}"
 )]
 pub struct ClosedOption {
@@ -217,8 +217,8 @@ mod tests {
         let error = config.check_options(&options).unwrap_err().to_string();
         assert_eq!(
             error,
-            "lsm-profile is \"apparmor:unconfined\", by an annotation of the pod or by the checkpoint, \
-             and this node does not let a pod choose it; its operator can, by allow-options = \
+            "lsm-profile is \"apparmor:unconfined\", by an annotation of the pod, by a flag or by the \
+             checkpoint, and this node does not let a pod have it; its operator can, by allow-options = \
              [\"lsm-profile\"] under [pods] in /etc/transship/node.toml"
         );
         assert!(config.check_rootfs(Rootfs::Filled).is_err());
