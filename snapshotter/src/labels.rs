@@ -14,14 +14,31 @@ pub const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 /// Shown (never stored) with `upperdir_label`: the path of the snapshot's upperdir.
 pub const UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
-/// Drops labels with an empty value: to containerd an empty value means "no such label".
-pub(crate) fn without_empty(
+/// Names the layer that is unpacked into a snapshot (containerd's unpacker).
+const UNPACKED_LAYER: &str = "containerd.io/snapshot.ref";
+
+/// The labels that a snapshot gets. To containerd an empty value means "no such label". An id mapping is that of
+/// a container, and is not taken for what a layer is unpacked into: there the author of an image says it, and
+/// every other image with this layer has the same snapshot.
+pub(crate) fn accepted(
+    key: &str,
     labels: impl IntoIterator<Item = (String, String)>,
 ) -> BTreeMap<String, String> {
-    labels
-        .into_iter()
+    let mut accepted: BTreeMap<String, String> = { labels.into_iter() }
         .filter(|(_, value)| !value.is_empty())
-        .collect()
+        .collect();
+    if is_of_layer(key) || accepted.contains_key(UNPACKED_LAYER) {
+        accepted.remove(UID_MAPPING);
+        accepted.remove(GID_MAPPING);
+    }
+    accepted
+}
+
+/// Whether a layer is unpacked into the snapshot: `<namespace>/<n>/extract-<n> <chain id>`. No id of a container has
+/// a blank.
+fn is_of_layer(key: &str) -> bool {
+    let name = key.rsplit('/').next().unwrap_or_default();
+    name.starts_with("extract-") && name.contains(' ')
 }
 
 /// The host's uid and gid of the container's root, when the labels carry id mappings.
@@ -64,6 +81,25 @@ fn host_id_of_root(map: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_has_no_id_mapping() {
+        let mapping = [(UID_MAPPING, "0:1000:10"), (GID_MAPPING, "0:1000:10")];
+        for (key, more, kept) in [
+            ("default/1/web", None, true),
+            ("default/1/extract-web", None, true),
+            ("default/2/extract-17-x sha256:12", None, false),
+            ("default/3/web", Some((UNPACKED_LAYER, "sha256:12")), false),
+        ] {
+            let labels = mapping.into_iter().chain(more);
+            let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            let labels = accepted(key, labels);
+            assert_eq!(labels.contains_key(UID_MAPPING), kept, "{key}");
+            assert_eq!(labels.contains_key(GID_MAPPING), kept, "{key}");
+        }
+        let empty = accepted("x", [("a".to_owned(), String::new())]);
+        assert!(empty.is_empty());
+    }
 
     #[test]
     fn root_of_id_mappings() {

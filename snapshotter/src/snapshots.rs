@@ -252,7 +252,7 @@ impl Snapshots {
     ) -> Result<Vec<Mount>> {
         require_key(key)?;
         self.metadata.require_room()?;
-        let labels = labels::without_empty(labels);
+        let labels = labels::accepted(key, labels);
         // Asked again inside the transaction; here it spares the disk a doomed request.
         let parent_record = self.usable_parent(parent)?;
         if self.metadata.get(key)?.is_some() {
@@ -365,7 +365,7 @@ impl Snapshots {
             nix::unistd::syncfs(&dir).during("sync", &fs)?;
         }
         self.faults.reach(Step("commit:synced"));
-        let labels = labels::without_empty(labels);
+        let labels = labels::accepted(key, labels);
         let committed = self
             .metadata
             .commit(key, name, record.id, usage, labels, now())?;

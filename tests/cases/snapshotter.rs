@@ -367,17 +367,23 @@ fn an_image_cannot_ask_for_the_files_of_a_checkpoint(bed: &Testbed) -> anyhow::R
     .run()?;
     let honest = journey::counter_image(bed)?;
     let key = "containerd.io/snapshot/transship.import";
-    let hostile = honest
-        .clone()
-        .with_annotated_top("transship.test/hostile:1", key, checkpoint);
+    let mut hostile = honest.clone();
+    for (key, value) in [
+        (key, checkpoint),
+        // Whose the root of every container with this layer is.
+        ("containerd.io/snapshot/uidmapping", "0:1000:65536"),
+        ("containerd.io/snapshot/gidmapping", "0:1000:65536"),
+    ] {
+        hostile = hostile.with_annotated_top("transship.test/hostile:1", key, value);
+    }
     for image in [&hostile, &honest] {
         node.import_image(image, "transship")?;
-        let look = "ls /; cat /data/keep/a";
+        let look = "ls /; stat -c owner=%u:%g /; cat /data/keep/a";
         let run = ["run", "--rm", "--snapshotter", "transship"];
         let files =
             node.ctr(&[&run[..], &[image.reference(), "look", "sh", "-c", look]].concat())?;
         ensure!(
-            files.ends_with("a\n") && !files.contains("stolen"),
+            files.ends_with("owner=0:0\na\n") && !files.contains("stolen"),
             "{}: {files}",
             image.reference()
         );
