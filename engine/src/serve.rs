@@ -1,19 +1,20 @@
 //! The node's API on a socket that only root can open.
 
-use std::fs::{self, DirBuilder, Permissions};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
-use transship_proto::MESSAGE_LIMIT;
 use transship_proto::node_api::NodeServer;
+use transship_proto::{MESSAGE_LIMIT, bind_private, require_trusted_peer};
 use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
@@ -46,9 +47,15 @@ pub async fn serve(
     let calls = service.calls();
     tracing::info!(socket = %socket.display(), "listening");
     let asked = interrupt.clone();
+    let connections = UnixListenerStream::new(listener).filter(|connection| {
+        let trusted = connection.as_ref().map_or(Ok(()), require_trusted_peer);
+        trusted
+            .inspect_err(|error| tracing::warn!(%error, "refused a connection"))
+            .is_ok()
+    });
     let server = Server::builder()
         .add_service(NodeServer::new(service).max_decoding_message_size(MESSAGE_LIMIT))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+        .serve_with_incoming_shutdown(connections, async move {
             let _: Interrupted = asked.wait().await;
         });
     let mut server = pin!(server);
@@ -129,8 +136,7 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     let new = socket.with_extension("sock.new");
     drop(fs::remove_file(&new));
     let bind = || {
-        let listener = UnixListener::bind(&new)?;
-        fs::set_permissions(&new, Permissions::from_mode(0o600))?;
+        let listener = bind_private(&new)?;
         fs::rename(&new, socket)?;
         Ok::<_, std::io::Error>(listener)
     };

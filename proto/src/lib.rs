@@ -1,4 +1,5 @@
-//! Services and messages that no crate ships, generated from the `.proto` files beside `src/`.
+//! Services and messages that no crate ships, generated from the `.proto` files beside `src/`, and what
+//! every server of them needs: a socket that root alone is served on.
 //!
 //! ```text
 //!  node.proto          transship.node.v1             node_api       server, client, messages
@@ -8,6 +9,10 @@
 //!
 //! Everything else comes with `containerd-client`, which has the messages of all of containerd's
 //! services and their clients but no servers, and with `k8s-cri`.
+
+mod private_socket;
+
+pub use private_socket::{bind_private, require_trusted_peer};
 
 /// Largest message that containerd and its plugins send or take, in bytes. tonic's own limit for
 /// incoming messages is 4 MiB.

@@ -7,14 +7,13 @@ use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixS
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::stat::{Mode, umask};
-use nix::unistd::geteuid;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::Sender;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::disk;
 use transship_path_error::During as _;
+use transship_proto::{bind_private, require_trusted_peer};
 
 use crate::error::{Result, SnapshotError};
 
@@ -181,25 +180,4 @@ impl Socket {
             }
         }
     }
-}
-
-/// Binds a socket that nobody else can connect to, not even between the bind and a chmod.
-///
-/// The umask is the whole process's: no other thread makes files while the daemon starts.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let bound = UnixListener::bind(path);
-    umask(before);
-    bound
-}
-
-/// The mode of a socket that was handed over, or of its directory, is somebody else's decision: who may call is asked
-/// of the kernel.
-fn require_trusted_peer(connection: &UnixStream) -> io::Result<()> {
-    let uid = connection.peer_cred()?.uid();
-    if uid == 0 || uid == geteuid().as_raw() {
-        return Ok(());
-    }
-    let reason = format!("user {uid} is not root");
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, reason))
 }

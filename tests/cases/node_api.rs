@@ -31,16 +31,62 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     Case::on_all_trees("node_api", a_pod_is_stopped_and_made_again)
 }
 
+/// What `config/transship-node.service` takes away, as setpriv wants it.
+fn bounding_set() -> String {
+    let unit = include_str!("../../config/transship-node.service");
+    let dropped = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet=~"));
+    let names = dropped.unwrap_or_default().split(' ');
+    let names: Vec<_> = names
+        .map(|name| name.to_lowercase().replace("cap_", "-"))
+        .collect();
+    names.join(",")
+}
+
+/// Whatever the modes are: who calls is asked of the kernel.
+fn another_user_is_not_served(node: &Node) -> anyhow::Result<()> {
+    const CALL: &str = r#"
+        use IO::Socket::UNIX; $SIG{PIPE} = "IGNORE"; $| = 1;
+        $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die "$!";
+        syswrite($s, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0");
+        print sysread($s, $b, 9) || 0;"#;
+    node.shell(&format!("chmod 755 /run/transship; chmod 666 {SOCKET}"))
+        .run()?;
+    let answered = |user: &str| {
+        let mut call = node.command("setpriv");
+        call.args([
+            "--reuid",
+            user,
+            "--clear-groups",
+            "perl",
+            "-e",
+            CALL,
+            SOCKET,
+        ]);
+        call.read()
+    };
+    ensure!(answered("0")? == "9", "root gets a frame of HTTP/2");
+    ensure!(answered("65534")? == "0", "another user is served");
+    Ok(node
+        .shell(&format!("chmod 700 /run/transship; chmod 600 {SOCKET}"))
+        .run()?)
+}
+
 fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     check_says_what_is_there(&node)?;
-    node.start_daemon("transship-serve", &["transship", "serve"])?;
+    // With the capabilities that its unit leaves it.
+    let kept = format!("--bounding-set={}", bounding_set());
+    let serve = ["setpriv", "--no-new-privs", &kept, "transship", "serve"];
+    node.start_daemon("transship-serve", &serve)?;
     let mode = poll_until("the socket", PATIENCE, || {
         let stat = node.command("stat").args(["-c", "%a %u", SOCKET]).read();
         stat.map_err(|error| error.to_string())
     })?;
     ensure!(mode.trim() == "600 0", "{mode}");
+    another_user_is_not_served(&node)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
