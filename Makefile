@@ -12,6 +12,7 @@ AS_ROOT := $(SUDO) env PATH="$$PATH" HOME="$$HOME"
 # What building and one node need; what the tests need; what `make test-vm` needs besides.
 PACKAGES_DEMO := ca-certificates gcc iproute2 libc6-dev mmdebstrap protobuf-compiler util-linux
 PACKAGES := $(PACKAGES_DEMO) btrfs-progs buildah busybox-static docker-registry libarchive-tools skopeo strace umoci
+PACKAGES_FUZZ := g++
 PACKAGES_VM := e2fsprogs qemu-system-x86
 # Tools in the versions that are known to work with the pinned toolchain.
 RUNNER := cargo-nextest@0.9.143
@@ -27,6 +28,14 @@ HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 RELEASE = RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --workspace --release --target $(HOST)
 RELEASE_DIR = target/$(HOST)/release
 
+# What libFuzzer wants of a compiler: counters of edges, and the operands of comparisons. They are flags of the
+# stable compiler; those of cargo-fuzz are the same, with a sanitizer besides, which safe code has no use for.
+FUZZ_FLAGS := --cfg fuzzing -Ccodegen-units=4 -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares -Clink-dead-code
+FUZZ_TARGETS := $(notdir $(wildcard fuzz/corpus/*))
+FUZZ_OPTIONS = -max_total_time=$(or $(TIME),60) -timeout=20 -rss_limit_mb=1024 -max_len=65536 -print_final_stats=1
+
 # $(call ensure,PACKAGES): installs those that are not there.
 ensure = @missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then $(SUDO) apt-get -q update && $(SUDO) apt-get -qy install --no-install-recommends $$missing; fi
@@ -37,7 +46,7 @@ ensure_tools = @for tool in $(1); do \
 	  || CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install --locked --debug --target-dir target/tools $$tool || exit; \
 	done
 
-.PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-programs test-kubernetes test-vm lint demo bench install install-built clean
+.PHONY: help setup setup-test setup-lint setup-vm build trees test test-quick test-long test-programs test-kubernetes test-vm fuzz lint demo bench install install-built clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -83,6 +92,18 @@ test-vm: setup-vm build ## Run tests in a machine with systemd and cgroup v2; ON
 	rm -rf target/vm/root
 	$(MAKE) install-built BUILT=target/debug DESTDIR=target/vm/root PREFIX=/usr/local
 	@$(AS_ROOT) target/debug/transship-vm $(or $(ONLY),vm_)
+
+fuzz: setup ## Mutate what fuzz/ has of hostile input, TIME=60 seconds for each target; ONLY=one of them
+	$(call ensure,$(PACKAGES_FUZZ))
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release --manifest-path fuzz/libfuzzer/Cargo.toml --target-dir target/fuzz \
+	  --target $(HOST)
+	@# What is new in target/fuzz/corpus stays there; what fails is a file in target/fuzz/found.
+	@mkdir -p target/fuzz/found
+	@failed=0; for target in $(or $(ONLY),$(FUZZ_TARGETS)); do \
+	  echo "fuzz: $$target"; mkdir -p target/fuzz/corpus/$$target; \
+	  $(AS_ROOT) env TARGET=$$target target/fuzz/$(HOST)/release/transship-libfuzzer $(FUZZ_OPTIONS) \
+	    -artifact_prefix=target/fuzz/found/$$target- target/fuzz/corpus/$$target fuzz/corpus/$$target || failed=1; \
+	done; exit $$failed
 
 lint: setup-lint ## Check format, lints, documentation, dependencies
 	$(CARGO) fmt --check

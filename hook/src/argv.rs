@@ -219,6 +219,10 @@ impl Arguments {
                 None => args.push(arg),
             }
         }
+        if self.id.starts_with('-') {
+            // runc takes such an id; without this it would be a flag.
+            args.push("--".into());
+        }
         args.push(OsString::from(&self.id));
         args
     }

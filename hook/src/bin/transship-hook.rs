@@ -1,11 +1,11 @@
 //! The OCI hook of a sandbox: `transship-hook createRuntime|poststop`, state on stdin.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
-use transship_hook::hook::{HookError, HookState, Node, create_runtime, poststop};
+use transship_hook::hook::{HookState, Node, create_runtime, poststop};
 use transship_hook::one_line;
 use transship_hook::restore_log::LOG_DIR;
 use transship_sandbox::DEFAULT_RUN_DIR;
@@ -18,7 +18,7 @@ const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OC
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let result = match (args.next().as_deref(), args.next()) {
-        (Some("createRuntime"), None) => read_state().and_then(|state| {
+        (Some("createRuntime"), None) => HookState::read(io::stdin()).and_then(|state| {
             let node = Node {
                 run_dir: DEFAULT_RUN_DIR.into(),
                 store: Store::at(DEFAULT_ROOT),
@@ -31,7 +31,8 @@ fn main() -> ExitCode {
         }),
         (Some("poststop"), None) => {
             let consumed = Path::new(DEFAULT_CONSUMED_DIR);
-            read_state().and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR), consumed))
+            HookState::read(io::stdin())
+                .and_then(|state| poststop(&state, Path::new(DEFAULT_RUN_DIR), consumed))
         }
         (Some("--version"), None) => {
             println!("transship-hook {}", env!("CARGO_PKG_VERSION"));
@@ -49,12 +50,4 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn read_state() -> Result<HookState, HookError> {
-    let mut json = Vec::new();
-    io::stdin()
-        .read_to_end(&mut json)
-        .map_err(HookError::Input)?;
-    Ok(serde_json::from_slice(&json)?)
 }

@@ -10,7 +10,7 @@
 //! `setup-namespaces` comes before CRIU joins them): the front pins those itself.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -27,6 +27,9 @@ use crate::descendants::kill_if_same;
 use crate::one_line;
 use crate::restore_log;
 
+/// Longest state that is read, in bytes: annotations are most of it, and a spec has no more.
+const STATE_LIMIT: u64 = 16 << 20;
+
 /// The state of the container that a runtime hands to its hooks.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct HookState {
@@ -40,6 +43,19 @@ pub struct HookState {
     /// Annotations of its spec.
     #[serde(default)]
     pub annotations: HashMap<String, String>,
+}
+
+impl HookState {
+    /// Reads it, as it comes on stdin.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none.
+    pub fn read(input: impl Read) -> Result<Self, HookError> {
+        let mut json = Vec::new();
+        let read = input.take(STATE_LIMIT).read_to_end(&mut json);
+        read.map_err(HookError::Input)?;
+        Ok(serde_json::from_slice(&json)?)
+    }
 }
 
 /// Why the hook fails.
