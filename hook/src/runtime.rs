@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -47,6 +48,8 @@ pub enum RuntimeError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Runtime {
     path: PathBuf,
+    /// What it is called: by its name alone, as a caller without the front would, or by its path.
+    called: OsString,
 }
 
 /// The part of `runtime state` that matters.
@@ -93,9 +96,15 @@ impl Runtime {
             .find(|file| {
                 file.is_file() && access(file, AccessFlags::X_OK).is_ok() && identity(file) != own
             })
-            .map(|path| Self { path })
+            .map(|path| Self {
+                called: match program.as_bytes().contains(&b'/') {
+                    true => path.clone().into(),
+                    false => OsString::from(&name),
+                },
+                path,
+            })
             .ok_or_else(|| RuntimeError::NotFound {
-                name,
+                name: name.clone(),
                 path: path.to_owned(),
             })
     }
@@ -143,6 +152,7 @@ impl Runtime {
     /// only if that fails.
     pub fn exec(&self, args: &[OsString], criu_config: Option<&Path>) -> RuntimeError {
         let source = Command::new(&self.path)
+            .arg0(&self.called)
             .args(args)
             .envs(criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
             .exec();
@@ -255,6 +265,7 @@ pub fn exec_supervised(args: &[OsString]) -> RuntimeError {
     };
     let runtime = Runtime {
         path: runtime.into(),
+        called: runtime.clone(),
     };
     if let Err(errno) = set_pdeathsig(Signal::SIGKILL) {
         return RuntimeError::Execute {
@@ -307,7 +318,12 @@ mod tests {
         let path = ["front", "data", "missing", "bin"].map(|name| dir.path().join(name));
         let path = std::env::join_paths(path).unwrap();
         let find = |program: &str| Runtime::find(OsStr::new(program), &front, &path);
-        assert_eq!(find("/usr/bin/transship-runc").unwrap().path, runc);
+        let by_path = find("/usr/bin/transship-runc").unwrap();
+        assert_eq!(
+            (&by_path.path, by_path.called.as_os_str()),
+            (&runc, runc.as_os_str())
+        );
+        assert_eq!(find("transship-runc").unwrap().called, "runc");
         assert_eq!(
             find("runc").unwrap().path,
             runc,

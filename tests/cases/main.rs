@@ -32,6 +32,7 @@ mod migration_direct;
 mod migration_faults;
 mod migration_keeps;
 mod node_api;
+mod not_ours;
 mod one_copy;
 mod package;
 mod package_foreign;
@@ -172,6 +173,7 @@ fn main() -> ExitCode {
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())
+        .chain(not_ours::cases())
         .chain(one_copy::cases())
         .chain(package::cases())
         .chain(package_foreign::cases())
