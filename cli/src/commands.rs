@@ -6,6 +6,7 @@ use serde::Serialize;
 use transship_checkpoint::store::{DEFAULT_ROOT, Store};
 
 use crate::args::{Cli, Command, Global};
+use crate::report::shown;
 use transship_containerd::Containerd;
 use transship_engine::{Context as _, Result, freeze_guard};
 
@@ -75,7 +76,7 @@ fn print<T: Serialize>(global: &Global, result: &T, text: impl FnOnce() -> Strin
     if global.json {
         println!("{}", json(result)?);
     } else {
-        print!("{}", text());
+        print!("{}", shown(&text()));
     }
     Ok(())
 }

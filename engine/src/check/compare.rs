@@ -106,6 +106,20 @@ fn programs(found: &mut Vec<Finding>, here: &NodeFacts, there: &NodeFacts) {
         }
         _ => {}
     }
+    for (what, own, other) in [
+        ("runc", &here.runc, &there.runc),
+        ("crun", &here.crun, &there.crun),
+        ("containerd", &here.containerd, &there.containerd),
+    ] {
+        if let (Some(own_version), Some(other_version)) = (version(own), version(other))
+            && other_version < own_version
+        {
+            let shown = |text: &Option<String>| text.clone().unwrap_or_default();
+            let text = format!("{} there is older than {} here", shown(other), shown(own));
+            let remedy = "what the spec has of the later one is ignored or refused there";
+            found.push(Finding::note(what, text, remedy));
+        }
+    }
     if there.runc.is_none() && there.crun.is_none() {
         found.push(Finding::problem(
             "runtime",
@@ -309,13 +323,16 @@ mod tests {
 
         let older = NodeFacts {
             criu: Some("4.1.0".into()),
+            runc: Some("1.1.15".into()),
+            containerd: Some("1.7.24".into()),
             kernel: "6.1.0".into(),
             cgroups: 1,
             clock: 1005,
             ..node()
         };
         let notes = found(&Needs::default(), &older, Verdict::Note);
-        assert_eq!(notes, ["CRIU", "kernel", "cgroups", "clock"]);
+        let all = ["CRIU", "runc", "containerd", "kernel", "cgroups", "clock"];
+        assert_eq!(notes, all);
     }
 
     #[test]
