@@ -63,6 +63,10 @@ impl MountedOverlay {
             return Err(StackError::FsType("overlay, read-only".to_owned()));
         };
         let base = base.to_path_buf();
+        if !base.is_absolute() {
+            // Relative to where whoever has mounted it was.
+            return Err(StackError::Directory(base.display().to_string()));
+        }
         let stack = read_overlay(options.iter().map(String::as_str), Some(&base))?;
         // What the kernel adds to the options that it was given.
         let given = |option: &&str| !matches!(*option, "rw" | "ro" | "seclabel");
