@@ -49,6 +49,7 @@ pub struct ImportOptions {
 
 /// What came out of a package.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Imported {
     /// A checkpoint.
     Checkpoint(Checkpoint),
@@ -289,10 +290,7 @@ impl NewFile {
             if parts.peek().is_some() {
                 match DirBuilder::new().mode(0o700).create(&full) {
                     Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                        return Err(Err::<(), _>(error)
-                            .during("make", &full)
-                            .unwrap_err()
-                            .into());
+                        return Ok(Err(error).during("make", &full)?);
                     }
                     _ => {}
                 }

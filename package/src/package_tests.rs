@@ -210,7 +210,8 @@ fn each_fault_has_one_clear_error() {
     let mut claims = checkpoint.manifest.clone();
     claims.containers[0].files[0].size = 10 << 40;
     let claims = claims.to_json();
-    let cases: [(&str, Vec<(&str, tar::EntryType, &[u8])>, &str); 13] = [
+    type Member<'a> = (&'a str, tar::EntryType, &'a [u8]);
+    let cases: [(&str, Vec<Member<'_>>, &str); 13] = [
         (
             "missing",
             vec![manifest, first, second],

@@ -48,7 +48,7 @@ pub enum SandboxError {
     },
     /// The directory of checkpoints.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] Box<StoreError>),
     /// A system call failed.
     #[error(transparent)]
     Io(#[from] PathError),

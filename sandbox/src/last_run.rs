@@ -83,7 +83,8 @@ impl PodRun<'_> {
             pod.is_some_and(|pod| pod.name == self.name && pod.namespace == self.namespace)
         };
         let listed = store
-            .list()?
+            .list()
+            .map_err(Box::new)?
             .into_iter()
             .filter_map(|(_, opened)| opened.ok());
         let mut newest: Option<Manifest> = None;

@@ -34,8 +34,11 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         run,
     };
     [
-        case("package_foreign", archives_of_containerd_are_restored),
-        case("long_package_foreign", archives_go_to_other_engines),
+        case(
+            "long_package_containerd",
+            archives_of_containerd_are_restored,
+        ),
+        case("long_package_engines", archives_go_to_other_engines),
     ]
     .into_iter()
 }

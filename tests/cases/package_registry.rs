@@ -15,7 +15,7 @@ const CONFIG: &str = r#"{"auths": {"127.0.0.1:5000": {"auth": "bWU6c2VjcmV0"},
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     std::iter::once(Case {
-        what: "package_registry",
+        what: "long_package_registry",
         tree: Tree::Forky,
         run: checkpoints_live_in_a_registry,
     })

@@ -73,7 +73,7 @@ impl ConfigDump {
         .into_iter()
         .find_map(|text| digest(text));
         let times = [&raw.checkpointed_time, &raw.created_time];
-        let taken = times.into_iter().filter_map(|text| seconds(text));
+        let mut taken = times.into_iter().filter_map(|text| seconds(text));
         Ok(Self {
             id: raw.id,
             name: raw.name,
@@ -83,7 +83,7 @@ impl ConfigDump {
             },
             image_digest: image_digest.unwrap_or_default(),
             // Go writes the year 1 for a time that was not set.
-            checkpointed: taken.filter(|it| *it > 0).next().unwrap_or_default(),
+            checkpointed: taken.find(|it| *it > 0).unwrap_or_default(),
         })
     }
 }
