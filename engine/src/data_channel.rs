@@ -9,7 +9,7 @@
 //!
 //! Each side proves the key that it has named over the command's channel, and takes no other: raw public
 //! keys (RFC 7250), made for one migration. Nobody else gets further than the handshake, and the listener
-//! is gone as soon as the source has come, or after [`PATIENCE`]. Where the other node cannot be reached
+//! is gone as soon as the source has come, or after three seconds. Where the other node cannot be reached
 //! directly, the command's pipe carries everything.
 
 use std::io::{self, Read, Write};
