@@ -78,7 +78,12 @@ impl Transaction<'_> {
                 name: draft.name().to_owned(),
             })
             .await?;
-        let known = Arc::new(self.send_memory().await?);
+        let known = self.send_memory().await.map_err(|error| {
+            // Nothing has been frozen yet.
+            Error::failed(format!("{:?} runs on here as before", self.container.id()))
+                .because(error)
+        })?;
+        let known = Arc::new(known);
         self.interrupt.check()?;
         self.timeline.freeze();
         let began = Instant::now();
