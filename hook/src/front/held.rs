@@ -1,7 +1,7 @@
 //! The tasks of a held restore: frozen in their cgroup ([`crate::hold_script`]), or stopped.
 //!
-//! Where the front has to work on the tasks with ptrace, which waits for ever for a frozen one, CRIU's
-//! `leave-stopped` sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it
+//! Where the front has to work on the tasks with ptrace, which waits for ever for a frozen one, and where the
+//! container joins the pid namespace of others, CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it
 //! go. Tasks are found as the tree below the first process: that is what CRIU restored.
 
 use std::fs;

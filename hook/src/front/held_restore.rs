@@ -135,10 +135,13 @@ impl Front<'_> {
         }
         let mut lines = self.cgroup_lines(&create.id, &config.spec)?;
         let work = bundle.path("work");
-        lines.push(match edits.attachments.is_empty() {
-            true => hold_script::prepare(&work).during("prepare", &work)??,
-            // A frozen task cannot be traced.
-            false => ConfigLine::switch("leave-stopped"),
+        let joined = namespaces::joined(&config.spec);
+        // A frozen task cannot be traced; and where CRIU joins a pid namespace its scripts are in it, so that
+        // the numbers that cgroups and signals know there are not those of this node's /proc.
+        let stopped = !edits.attachments.is_empty() || joined.contains_key(&Namespace::Pid);
+        lines.push(match stopped {
+            false => hold_script::prepare(&work).during("prepare", &work)??,
+            true => ConfigLine::switch("leave-stopped"),
         });
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &lines)?;
         bundle.replace_config(&config.spec)?;
@@ -177,7 +180,7 @@ impl Front<'_> {
                     source,
                 })
             })?;
-            if !namespaces::joined(&config.spec).contains_key(&Namespace::Network) {
+            if !joined.contains_key(&Namespace::Network) {
                 raise_loopback_of(pid)?;
             }
             attach(pid, &edits.attachments).map_err(|source| {
