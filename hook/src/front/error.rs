@@ -217,6 +217,15 @@ pub enum RestoreError {
         /// What CRIU or the runtime said.
         reason: String,
     },
+    /// Networks that CRIU's script would make, where it cannot.
+    #[error(
+        "the networks of {id:?} cannot be made where it joins the pid namespace of others; --network none \
+         restores it without them"
+    )]
+    NoNetworks {
+        /// The container.
+        id: String,
+    },
     /// A restore that must be held was not: another copy may be running.
     #[error("{id:?} was restored but not held before its first instruction, and is removed")]
     NotHeld {

@@ -147,6 +147,10 @@ impl Front<'_> {
         bundle.replace_config(&config.spec)?;
 
         if let Some(networks) = &config.annotations.networks {
+            if stopped {
+                let id = create.id.clone();
+                return Err(RestoreError::NoNetworks { id }.into());
+            }
             own_networks::write(&work, networks).during("write into", &work)?;
         }
         self.remove_aborted_restore(&create.id, bundle);
