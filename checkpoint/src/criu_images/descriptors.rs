@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
-use super::inet_sockets::address;
+use super::inet_sockets::{InetSkEntry, address};
 use super::{Image, ImageError, Kind, list};
 
 /// What is open behind a descriptor.
@@ -123,22 +123,6 @@ struct FileEntry {
 struct RegFileEntry {
     #[prost(string, required, tag = "6")]
     name: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct InetSkEntry {
-    #[prost(uint32, required, tag = "5")]
-    proto: u32,
-    #[prost(uint32, required, tag = "6")]
-    state: u32,
-    #[prost(uint32, required, tag = "7")]
-    src_port: u32,
-    #[prost(uint32, required, tag = "8")]
-    dst_port: u32,
-    #[prost(uint32, repeated, packed = "false", tag = "11")]
-    src_addr: Vec<u32>,
-    #[prost(uint32, repeated, packed = "false", tag = "12")]
-    dst_addr: Vec<u32>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -41,24 +41,24 @@ impl Connection {
 #[derive(Clone, PartialEq, prost::Message)]
 struct FileEntry {
     #[prost(message, optional, tag = "4")]
-    isk: Option<InetSocket>,
+    isk: Option<InetSkEntry>,
 }
 
 /// `inet_sk_entry` of `images/sk-inet.proto`.
 #[derive(Clone, PartialEq, prost::Message)]
-struct InetSocket {
+pub(super) struct InetSkEntry {
     #[prost(uint32, required, tag = "5")]
-    proto: u32,
+    pub(super) proto: u32,
     #[prost(uint32, required, tag = "6")]
-    state: u32,
+    pub(super) state: u32,
     #[prost(uint32, required, tag = "7")]
-    src_port: u32,
+    pub(super) src_port: u32,
     #[prost(uint32, required, tag = "8")]
-    dst_port: u32,
+    pub(super) dst_port: u32,
     #[prost(uint32, repeated, packed = "false", tag = "11")]
-    src_addr: Vec<u32>,
+    pub(super) src_addr: Vec<u32>,
     #[prost(uint32, repeated, packed = "false", tag = "12")]
-    dst_addr: Vec<u32>,
+    pub(super) dst_addr: Vec<u32>,
 }
 
 /// The ends of TCP connections that the tasks in the images of `dir` have.
@@ -71,12 +71,12 @@ pub fn connections(dir: &Path) -> Result<Vec<Connection>, ImageError> {
     let mut entries = image.entries();
     let mut found = Vec::new();
     while let Some(file) = entries.next::<FileEntry>()? {
-        found.extend(file.isk.as_ref().and_then(InetSocket::connection));
+        found.extend(file.isk.as_ref().and_then(InetSkEntry::connection));
     }
     Ok(found)
 }
 
-impl InetSocket {
+impl InetSkEntry {
     fn connection(&self) -> Option<Connection> {
         if self.proto != IPPROTO_TCP || UNCONNECTED.contains(&self.state) {
             return None;
@@ -112,7 +112,7 @@ mod tests {
         let local = u32::from_ne_bytes([127, 0, 0, 1]);
         let mapped = vec![0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), local];
         let socket = |proto, state, src_addr: &[u32]| FileEntry {
-            isk: Some(InetSocket {
+            isk: Some(InetSkEntry {
                 proto,
                 state,
                 src_port: 7000,
