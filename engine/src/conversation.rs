@@ -319,8 +319,8 @@ impl Conversation {
         }
     }
 
-    /// Receives files: `step` is run for each connection, beside `rest`, which is what the pipe says; or
-    /// once for the pipe, and gives what came after the files.
+    /// Receives files: `step` is run for each connection, or once for the pipe. Gives the message that came
+    /// after the files.
     ///
     /// # Errors
     /// As [`Self::read`]; the other side's reason, where it has told one.
@@ -345,25 +345,37 @@ impl Conversation {
             });
         }
         let mut all = tokio::spawn(join_all(all));
-        let end = self.receive("the end of the checkpoint").await?;
-        // What comes after it on the pipe needs an answer first.
-        let files = self
-            .wait(&mut all, &direct.activity, Bounds::of("files"))
-            .await;
-        match files {
-            Ok(Ok(_)) => {
-                self.direct = Some(direct);
-                Ok(end)
+        let (end, files) = {
+            let end = self.receive("the end of the checkpoint");
+            tokio::pin!(end);
+            tokio::select! {
+                end = &mut end => (end?, Some(all)),
+                // A file that cannot be taken is told at once: the source stands still, and waits for a reader.
+                files = &mut all => match files? {
+                    Ok(_) => (end.await?, None),
+                    Err(error) if is_broken(&error) => {
+                        // The pipe may say why.
+                        let told = tokio::time::timeout(FAREWELL, end).await;
+                        let told = told.ok().and_then(Result::err).filter(is_told);
+                        return Err(told.unwrap_or(error));
+                    }
+                    Err(error) => return Err(error),
+                },
             }
-            Ok(Err(error)) | Err(error) => Err(error),
+        };
+        if let Some(files) = files {
+            let files = self.wait(files, &direct.activity, Bounds::of("files"));
+            files.await??;
         }
+        self.direct = Some(direct);
+        Ok(end)
     }
 
     /// What the other side says about it, if it says something; else the error.
     async fn reason_for(&mut self, error: Error) -> Error {
         let said = self.receive_within("the other node's reason", FAREWELL, Duration::ZERO);
         match said.await {
-            Err(reason) if matches!(reason.cause(), Some(WireError::Failed { .. })) => reason,
+            Err(reason) if is_told(&reason) => reason,
             _ => error,
         }
     }
@@ -558,6 +570,20 @@ impl Conversation {
     }
 }
 
+/// Whether the other side has told it.
+fn is_told(error: &Error) -> bool {
+    matches!(error.cause(), Some(WireError::Failed { .. }))
+}
+
+/// Whether it is the connection that has failed, and nothing else.
+fn is_broken(error: &Error) -> bool {
+    let cause = error.cause();
+    matches!(
+        cause,
+        Some(WireError::Ended { .. } | WireError::Stream { .. })
+    )
+}
+
 /// Waits for all of them, or for the first that fails.
 async fn join_all<T: 'static>(mut all: JoinSet<Result<T, WireError>>) -> Result<Vec<T>> {
     let mut done = Vec::new();
@@ -574,6 +600,7 @@ fn given_up() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data_channel::Identity;
 
     fn nobody() -> Interrupt {
         Interrupt::never()
@@ -601,6 +628,24 @@ mod tests {
         let flood = |sender: &Writing| sender.send_data(&vec![0; 4 << 20]);
         let error = conversation.write(flood).await.unwrap_err();
         assert!(error.to_string().contains("silent"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_taken_is_told_at_once() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let here = [std::net::Ipv4Addr::LOCALHOST.into()];
+        let listener = target.listen(&here, source.public()).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let accepting = std::thread::spawn(|| listener.accept());
+        let _sending = source.connect(&addresses, target.public()).unwrap();
+        let (silent, _held) = io::pipe().unwrap();
+        let (_read, output) = io::pipe().unwrap();
+        let mut conversation = Conversation::new(silent, output, nobody());
+        conversation.watch(Duration::from_secs(20)).unwrap();
+        conversation.receive_files_through(accepting.join().unwrap().unwrap());
+        let full = |_: &mut Reading| Err(WireError::TooLarge { limit: 7 });
+        let error = conversation.read_files(full).await.unwrap_err();
+        assert!(error.to_string().contains("more than 7 bytes"), "{error}");
     }
 
     #[tokio::test]

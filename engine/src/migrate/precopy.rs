@@ -58,6 +58,8 @@ impl Default for Bounds {
 pub(super) struct Rounds {
     bounds: Bounds,
     began: Instant,
+    /// The last one has found so much that more of them would not end it.
+    grows: bool,
     pub(super) done: u32,
     /// Bytes that were sent in all of them.
     pub(super) bytes: u64,
@@ -69,6 +71,7 @@ impl Rounds {
         Self {
             bounds,
             began: Instant::now(),
+            grows: false,
             done: 0,
             bytes: 0,
             last: None,
@@ -78,19 +81,17 @@ impl Rounds {
     /// Whether there is another one.
     pub(super) fn go_on(&self) -> bool {
         let enough = self.last.is_some_and(|pages| pages < FEW);
-        !enough && self.done < self.bounds.rounds && self.began.elapsed() < self.bounds.time
+        !enough
+            && !self.grows
+            && self.done < self.bounds.rounds
+            && self.began.elapsed() < self.bounds.time
     }
 
     /// A round has sent so many pages.
     pub(super) fn add(&mut self, pages: u64) {
-        let grows = self
-            .last
-            .is_some_and(|last| pages > last.saturating_mul(GROWTH) / 100);
-        self.done = if grows {
-            self.bounds.rounds
-        } else {
-            self.done + 1
-        };
+        let last = self.last;
+        self.grows = last.is_some_and(|last| pages > last.saturating_mul(GROWTH) / 100);
+        self.done += 1;
         self.bytes += pages * PAGE as u64;
         self.last = Some(pages);
     }
@@ -118,13 +119,17 @@ pub(super) fn go_through<E>(
     send: &mut dyn FnMut(&[u8]) -> std::result::Result<(), E>,
 ) -> std::result::Result<u64, E> {
     let mut new = Vec::with_capacity(PIECE);
+    let mut buffers = Buffers {
+        entries: vec![0; ENTRIES * 8],
+        pages: vec![0; PIECE],
+    };
     let mut sent = 0;
     for pid in pids {
         let Ok(memory) = Memory::of(*pid) else {
             continue;
         };
         for map in memory.maps.iter().filter(|map| is_dumped(map)) {
-            memory.each_page(map, &mut |page| {
+            memory.each_page(map, &mut buffers, &mut |page| {
                 if known.offer(page) {
                     new.extend_from_slice(page);
                     sent += 1;
@@ -141,6 +146,12 @@ pub(super) fn go_through<E>(
         send(&new)?;
     }
     Ok(sent)
+}
+
+/// For all mappings: a program may have thousands.
+struct Buffers {
+    entries: Vec<u8>,
+    pages: Vec<u8>,
 }
 
 struct Memory {
@@ -178,6 +189,7 @@ impl Memory {
     fn each_page<E>(
         &self,
         map: &MemoryMap,
+        buffers: &mut Buffers,
         take: &mut dyn FnMut(&[u8]) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let is_shared = map.perms.contains(MMPermissions::SHARED);
@@ -185,13 +197,11 @@ impl Memory {
             |entry: u64| entry & PRESENT != 0 && (is_shared || entry & FILE_OR_SHARED == 0);
         let size = PAGE as u64;
         let (mut at, end) = map.address;
-        let mut entries = vec![0; ENTRIES * 8];
-        let mut buffer = vec![0; PIECE];
         while at < end {
             let count = usize::try_from((end - at) / size)
                 .unwrap_or(ENTRIES)
                 .min(ENTRIES);
-            let bytes = &mut entries[..count * 8];
+            let bytes = &mut buffers.entries[..count * 8];
             // What has gone meanwhile is not read; the dump has what is there then.
             if self.pagemap.read_exact_at(bytes, at / size * 8).is_err() {
                 return Ok(());
@@ -202,7 +212,7 @@ impl Memory {
             });
             for (first, pages) in runs(there, PIECE / PAGE) {
                 let from = at + first as u64 * size;
-                let piece = &mut buffer[..pages * PAGE];
+                let piece = &mut buffers.pages[..pages * PAGE];
                 let read = self.read(from, piece);
                 { piece[..read].chunks_exact(PAGE) }.try_for_each(&mut *take)?;
             }
@@ -255,6 +265,7 @@ mod tests {
         let after = |pages: &[u64]| {
             let mut rounds = Rounds::within(bounds);
             pages.iter().for_each(|pages| rounds.add(*pages));
+            assert_eq!(rounds.done as usize, pages.len());
             rounds.go_on()
         };
         assert!(after(&[]) && after(&[5000]) && after(&[5000, 900, 1000]));
@@ -270,20 +281,21 @@ mod tests {
 
     #[test]
     fn own_memory_is_found() {
-        let marked: Vec<u8> = (0..64 * PAGE)
-            .map(|at| (at / PAGE * 7 % 256).to_le_bytes()[0] ^ 0x5a)
-            .collect();
+        let mark = format!("transship finds {:016x}", seed().unwrap()).into_bytes();
         let (mut known, mut seen) = (KnownPages::new(3), Vec::new());
         let mut send = |pages: &[u8]| -> std::result::Result<(), Infallible> {
-            seen.push(pages.len());
+            seen.push(pages.to_vec());
             Ok(())
         };
         let first = go_through(&[std::process::id(), u32::MAX], &mut known, &mut send).unwrap();
         assert!(
-            first > 60 && seen.iter().all(|len| len % PAGE == 0 && *len > 0),
+            first > 60
+                && seen
+                    .iter()
+                    .all(|pages| pages.len() % PAGE == 0 && !pages.is_empty()),
             "{first}"
         );
-        let page = &marked[PAGE * 9..PAGE * 10];
-        assert!(page.iter().all(|byte| byte == &page[0]));
+        let found = |pages: &Vec<u8>| pages.windows(mark.len()).any(|at| at == mark);
+        assert!(seen.iter().any(found));
     }
 }
