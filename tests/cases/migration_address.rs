@@ -1,15 +1,13 @@
 //! A container that CNI has put into a network of its own: it gets an address of the network there, or keeps
 //! the one that it had, with its connections; where it cannot, the source goes on with it.
 
-use std::time::Duration;
-
 use anyhow::{Context, ensure};
-use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey};
 
 use crate::Case;
 use crate::migration_faults::{counts_on, refused};
+use crate::migration_keeps::ticks_on;
 
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The same network on both nodes, before the one that each has.
 const LAN: &str = r#"{"cniVersion":"0.4.0","name":"lan","plugins":[{"type":"bridge","bridge":"lan0",
     "isGateway":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]]}}]}"#;
@@ -124,17 +122,7 @@ fn run(node: &Node, image: &str, id: &str, command: &[&str]) -> anyhow::Result<(
 }
 
 fn talks_on(node: &Node) -> anyhow::Result<()> {
-    let tick = || -> Result<u64, String> {
-        let state = journey::read_in_container(node, "talker", "/data/state")?;
-        let tick = state.strip_prefix("echo ok\npeer ok\ntick ");
-        tick.and_then(|tick| tick.trim().parse().ok()).ok_or(state)
-    };
-    let before = poll_until("the holder", PATIENCE, tick)?;
-    poll_until("a tick", PATIENCE, || match tick()? {
-        now if now > before => Ok(()),
-        now => Err(format!("it is at {now}")),
-    })?;
-    Ok(())
+    ticks_on(node, "talker", "echo ok\npeer ok")
 }
 
 /// No address is taken for the container, and no result of it is left.

@@ -9,6 +9,8 @@ use crate::Case;
 use crate::migration_faults::{counts_on, refused, run_alone};
 
 const PATIENCE: Duration = Duration::from_secs(90);
+/// How long a holder that ticks is waited for.
+const TICKS: Duration = Duration::from_secs(60);
 /// How long the source stands still at least, in seconds.
 const STANDS_STILL: u64 = 10;
 
@@ -96,13 +98,19 @@ fn no_signal_is_heard_of(bed: &Testbed, (a, b): (&Node, &Node), ssh: &str) -> an
 
 /// It ticks on, and no signal has come.
 fn hears_nothing(node: &Node) -> anyhow::Result<()> {
+    ticks_on(node, "signals", "signals ok")
+}
+
+/// A holder ticks on, and what it holds is as `held` says.
+pub(crate) fn ticks_on(node: &Node, id: &str, held: &str) -> anyhow::Result<()> {
+    let ticks = format!("{held}\ntick ");
     let tick = || -> Result<u64, String> {
-        let state = journey::read_in_container(node, "signals", "/data/state")?;
-        let tick = state.strip_prefix("signals ok\ntick ");
+        let state = journey::read_in_container(node, id, "/data/state")?;
+        let tick = state.strip_prefix(&ticks);
         tick.and_then(|tick| tick.trim().parse().ok()).ok_or(state)
     };
-    let before = poll_until("the holder", PATIENCE, tick)?;
-    poll_until("a tick", PATIENCE, || match tick()? {
+    let before = poll_until("the holder", TICKS, tick)?;
+    poll_until("a tick", TICKS, || match tick()? {
         now if now > before => Ok(()),
         now => Err(format!("it is at {now}")),
     })?;

@@ -122,33 +122,38 @@ impl<W: Write> Sender<W> {
         let mut buffer = vec![0; DATA_LIMIT];
         // Of the buffer: what has been read, and begins at a page.
         let (mut size, mut filled) = (0, 0);
+        // Asked when there is nothing to read, as it may take a look at a directory; what was written until then
+        // is read after it.
+        let mut whole = false;
         loop {
-            // Asked before the read: what was written until then is seen by it.
-            let whole = (how.complete)();
             let read = file
                 .read(&mut buffer[filled..])
                 .map_err(|e| failed("read", e))?;
             filled += read;
-            if read > 0 && filled < buffer.len() && how.known.is_some() {
-                // Pages are compared as a whole.
+            if read == 0 && !whole {
+                whole = (how.complete)();
+                if !whole {
+                    std::thread::sleep(FOLLOW_INTERVAL);
+                }
                 continue;
             }
-            if filled > 0 && (read > 0 || whole) {
-                let piece = &buffer[..filled];
-                hasher.update(piece);
-                let parts = match how.known {
-                    Some(known) => known.split(piece),
-                    None => vec![Part::New(piece)],
-                };
-                how.sent += self.send_parts(parts)?;
-                size += filled as u64;
-                (how.progress)(filled as u64);
-                filled = 0;
-            } else if whole {
-                break;
-            } else {
-                std::thread::sleep(FOLLOW_INTERVAL);
+            // Pages are compared as a whole.
+            if read > 0 && filled < buffer.len() && how.known.is_some() {
+                continue;
             }
+            if filled == 0 {
+                break;
+            }
+            let piece = &buffer[..filled];
+            hasher.update(piece);
+            let parts = match how.known {
+                Some(known) => known.split(piece),
+                None => vec![Part::New(piece)],
+            };
+            how.sent += self.send_parts(parts)?;
+            size += filled as u64;
+            (how.progress)(filled as u64);
+            filled = 0;
         }
         let done = hasher.finish();
         self.send(&Message::FileEnd { xxh3: done.xxh3 })?;
