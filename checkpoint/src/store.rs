@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/<name>/             a checkpoint: whole, because it got its name by rename
 //! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
+//! <root>/.pulls/             drafts that a registry has not given all of; see package/src/oci/partial.rs
 //! ```
 //!
 //! A draft that nobody holds a lock on was left by a process that died; the next draft removes it. So is
@@ -214,35 +215,48 @@ impl Store {
     /// # Errors
     /// [`StoreError::Exists`], a name that is not a plain one, or a failing system call.
     pub fn draft(&self, name: &str) -> Result<Draft, StoreError> {
-        check_name("the checkpoint's name", name)
-            .and_then(|()| match name.starts_with('.') {
-                true => Err(ManifestError::Name {
-                    what: "the checkpoint's name",
-                    name: name.to_owned(),
-                }),
-                false => Ok(()),
-            })
-            .map_err(|source| StoreError::Manifest {
-                name: name.to_owned(),
-                source,
-            })?;
+        self.begin(name, |dir| {
+            DirBuilder::new()
+                .mode(0o700)
+                .create(dir)
+                .during("make the directory", dir)?;
+            lock(dir, FlockArg::LockExclusiveNonblock)
+        })
+    }
+
+    /// Begins a checkpoint with the files of the directory `files`, which is on the same file system, and which
+    /// `lock` is a lock on; it becomes the draft.
+    ///
+    /// # Errors
+    /// As [`Self::draft`].
+    pub fn draft_of(
+        &self,
+        name: &str,
+        files: &Path,
+        lock: Flock<File>,
+    ) -> Result<Draft, StoreError> {
+        self.begin(name, |dir| {
+            fs::rename(files, dir).during("rename", files)?;
+            Ok(lock)
+        })
+    }
+
+    /// `make` makes the directory of the draft, and locks it.
+    fn begin(
+        &self,
+        name: &str,
+        make: impl FnOnce(&Path) -> Result<Flock<File>, StoreError>,
+    ) -> Result<Draft, StoreError> {
+        check_plain(name)?;
         self.make_root()?;
         let _names = self.lock_names()?;
         self.remove_orphaned_drafts()?;
+        self.check_free(name)?;
         let target = self.root.join(name);
-        if target.symlink_metadata().is_ok() {
-            return Err(StoreError::Exists {
-                name: name.to_owned(),
-            });
-        }
         let dir = self
             .root
             .join(format!("{DRAFT_PREFIX}{name}.{}", std::process::id()));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .during("make the directory", &dir)?;
-        let lock = lock(&dir, FlockArg::LockExclusiveNonblock)?;
+        let lock = make(&dir)?;
         Ok(Draft {
             dir,
             target,
@@ -250,6 +264,20 @@ impl Store {
             _lock: lock,
             committed: false,
         })
+    }
+
+    /// Checks that a checkpoint could have this name.
+    ///
+    /// # Errors
+    /// [`StoreError::Exists`], or a name that is not a plain one.
+    pub fn check_free(&self, name: &str) -> Result<(), StoreError> {
+        check_plain(name)?;
+        match self.root.join(name).symlink_metadata() {
+            Ok(_) => Err(StoreError::Exists {
+                name: name.to_owned(),
+            }),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Removes the drafts whose maker has ended without a word.
@@ -337,6 +365,22 @@ impl Store {
     }
 }
 
+/// The name of a checkpoint is one component, which begins with no dot.
+fn check_plain(name: &str) -> Result<(), StoreError> {
+    let checked =
+        check_name("the checkpoint's name", name).and_then(|()| match name.starts_with('.') {
+            true => Err(ManifestError::Name {
+                what: "the checkpoint's name",
+                name: name.to_owned(),
+            }),
+            false => Ok(()),
+        });
+    checked.map_err(|source| StoreError::Manifest {
+        name: name.to_owned(),
+        source,
+    })
+}
+
 fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
     let file = File::open(dir).during("open", dir)?;
     Ok(Flock::lock(file, how)
@@ -415,6 +459,26 @@ impl Drop for Draft {
 }
 
 impl Checkpoint {
+    /// Whether a restore has links to its images, which it locks as long as it needs them.
+    #[must_use]
+    pub fn is_being_restored(&self) -> bool {
+        let containers = self.manifest.containers.iter();
+        containers
+            .filter_map(|container| fs::read_dir(self.container_dir(container)).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                name.to_string_lossy().starts_with(LINKED_PREFIX)
+            })
+            .any(|entry| {
+                let Ok(dir) = File::open(entry.path()) else {
+                    return false;
+                };
+                Flock::lock(dir, FlockArg::LockSharedNonblock).is_err()
+            })
+    }
+
     /// Keeps it from being removed until the lock is dropped.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use transship_containerd::Containerd;
 use transship_package::foreign::ForeignCheckpoint;
 use transship_package::import::{ImportOptions, Imported, import as read};
 
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::progress::Progress;
 
 /// A checkpoint that was read, and from where.
@@ -56,6 +56,15 @@ pub async fn import(
             })
         }
     }
+}
+
+/// This machine, as in `uname -m`.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn architecture() -> Result<String> {
+    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
+    Ok(uname.machine().to_string_lossy().into_owned())
 }
 
 /// Digest and chain id of the image below the files of the archive.

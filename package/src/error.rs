@@ -91,6 +91,9 @@ pub enum PackageError {
         /// Why.
         reason: String,
     },
+    /// Somebody else fetches the same.
+    #[error("another process fetches the same checkpoint at this moment")]
+    InTransfer,
     /// Its manifest cannot be used.
     #[error("the manifest of the package cannot be used")]
     Manifest(#[from] ManifestError),
@@ -120,6 +123,12 @@ pub enum PackageError {
 }
 
 impl PackageError {
+    /// Whether the same may go well later: a registry that cannot be reached, or has no time.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Registry(RegistryError::Failed { .. }))
+    }
+
     /// What the tar reader says, of a package instead of a layer.
     pub(crate) fn of_archive(error: ImportError) -> Self {
         match error {

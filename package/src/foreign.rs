@@ -12,7 +12,8 @@
 //!   deleted.files          CRI-O, podman: JSON list of deleted paths, which no `.wh.` name tells
 //!   stats-dump dump.log    CRIU's
 //!   bind.mounts network.status status container.log ctr.log io.kubernetes.cri-o.LogPath artifacts/
-//!   pod.options pod.dump restore.log volumes/ devshm-checkpoint.tar   not taken
+//!   pod.options pod.dump restore.log volumes/   not taken
+//!   devshm-checkpoint.tar  podman: the content of /dev/shm; see foreign/podman.rs
 //! ```
 //!
 //! Nothing of an archive decides anything on this node: names of pod, container and image are texts, and the
@@ -33,10 +34,11 @@ use transship_layer::{Member, decompress};
 use transship_path_error::During as _;
 
 use crate::error::PackageError;
-use crate::import::{ImportOptions, NewFile, check_room};
+use crate::import::{ImportOptions, NewFile, check_fits, check_room, room};
 use crate::open_package::OpenPackage;
 
 mod dump_files;
+mod podman;
 mod whiteouts;
 pub mod write;
 
@@ -46,8 +48,6 @@ use dump_files::{ConfigDump, Named};
 const UNNAMED: &str = ".unnamed";
 /// Longest JSON that is read, in bytes.
 const JSON_LIMIT: u64 = 16 << 20;
-/// After as many bytes the free space is looked at again.
-const ROOM_INTERVAL: u64 = 64 << 20;
 
 /// The engine that has written an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +122,6 @@ struct Reading<'p> {
     dir: PathBuf,
     max_bytes: u64,
     bytes: u64,
-    look_at: u64,
     json: std::collections::BTreeMap<String, Vec<u8>>,
     seen: std::collections::BTreeSet<String>,
     left_out: Vec<String>,
@@ -179,7 +178,6 @@ pub(crate) fn read(
         dir: draft.dir().join(UNNAMED),
         max_bytes: options.max_bytes,
         bytes: 0,
-        look_at: 0,
         json: Default::default(),
         seen: Default::default(),
         left_out: Vec::new(),
@@ -219,14 +217,19 @@ impl Reading<'_> {
             self.json.insert(path.to_owned(), json);
             return Ok(());
         }
+        if path == podman::SHM_FILE {
+            let content = package.read_all(path, member, podman::SHM_LIMIT)?;
+            self.json.insert(path.to_owned(), content);
+            return Ok(());
+        }
         if let Some(image) = path.strip_prefix("checkpoint/") {
             if !file_names::is_image(image) {
                 return Err(refused("it is no image of CRIU"));
             }
-            return self.write(package, path);
+            return self.write(package, path, member);
         }
         match path {
-            DUMP_STATS_FILE | DUMP_LOG_FILE => self.write(package, path),
+            DUMP_STATS_FILE | DUMP_LOG_FILE => self.write(package, path, member),
             ROOTFS_DIFF_FILE => self.write_layer(package),
             "pre-checkpoint" => Err(refused("dumps before the last one are not taken")),
             other if other.starts_with("pre-checkpoint/") => {
@@ -242,17 +245,27 @@ impl Reading<'_> {
         }
     }
 
-    fn write(&mut self, package: &mut OpenPackage<'_>, path: &str) -> Result<(), PackageError> {
+    fn write(
+        &mut self,
+        package: &mut OpenPackage<'_>,
+        path: &str,
+        member: &Member,
+    ) -> Result<(), PackageError> {
+        // A claim costs nothing.
+        self.check_size(member.size)?;
+        check_room(&self.dir, member.size)?;
         let mut file = NewFile::create(&self.dir, path)?;
         package.read_pieces(&mut |piece| {
-            self.add(piece.len())?;
+            self.add(piece.len());
             file.write(piece)
         })?;
         file.finish()
     }
 
-    /// The layer, decompressed: what is on the disk is read often.
+    /// The layer, decompressed: what is on the disk is read often. Nobody has said how much that is, and zeros
+    /// take no room.
     fn write_layer(&mut self, package: &mut OpenPackage<'_>) -> Result<(), PackageError> {
+        let room = room(&self.dir)?;
         let mut file = NewFile::create(&self.dir, ROOTFS_DIFF_FILE)?;
         let data = BufReader::new(package.data());
         let mut plain = decompress(data).map_err(PackageError::reading)?;
@@ -262,26 +275,28 @@ impl Reading<'_> {
             if read == 0 {
                 return file.finish();
             }
-            self.add(read)?;
+            self.check_size(read as u64)?;
+            self.add(read);
+            check_fits(file.length.saturating_add(read as u64), room)?;
             file.write(&piece[..read])?;
         }
     }
 
-    fn add(&mut self, bytes: usize) -> Result<(), PackageError> {
-        self.bytes = self.bytes.saturating_add(bytes as u64);
-        if self.bytes > self.max_bytes {
-            return Err(PackageError::TooLarge {
-                bytes: self.bytes,
+    fn check_size(&self, more: u64) -> Result<(), PackageError> {
+        let bytes = self.bytes.saturating_add(more);
+        match bytes > self.max_bytes {
+            true => Err(PackageError::TooLarge {
+                bytes,
                 limit: self.max_bytes,
                 of: "--max-size",
-            });
+            }),
+            false => Ok(()),
         }
-        if self.bytes >= self.look_at {
-            self.look_at = self.bytes.saturating_add(ROOM_INTERVAL);
-            check_room(&self.dir, ROOM_INTERVAL)?;
-        }
+    }
+
+    fn add(&mut self, bytes: usize) {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
         (self.progress)(bytes as u64);
-        Ok(())
     }
 
     /// Makes the container's directory of what came, and the manifest.
@@ -300,7 +315,7 @@ impl Reading<'_> {
                 return Err(missing(&format!("checkpoint/{image}")));
             }
         }
-        let spec_json = self
+        let mut spec_json = self
             .json
             .remove(SPEC_FILE)
             .ok_or_else(|| missing(SPEC_FILE))?;
@@ -309,7 +324,7 @@ impl Reading<'_> {
             .remove("config.dump")
             .ok_or_else(|| missing("config.dump"))?;
         let config = ConfigDump::parse(&config)?;
-        let spec: Value = dump_files::parse(SPEC_FILE, &spec_json)?;
+        let mut spec: Value = dump_files::parse(SPEC_FILE, &spec_json)?;
         let named = Named::of(&spec, &config);
         check_name("the container's name", &named.container)?;
         let status = self.json.remove("status.dump");
@@ -322,6 +337,19 @@ impl Reading<'_> {
                 here: here.to_owned(),
             });
         }
+        let shm = self.json.remove(podman::SHM_FILE);
+        let runtime_options = match named.engine {
+            Engine::Podman => {
+                let options = podman::make_portable(&self.dir, &mut spec, shm.as_deref())?;
+                spec_json = serde_json::to_vec(&spec).expect("it was JSON before");
+                options
+            }
+            Engine::Containerd | Engine::Crio => {
+                self.left_out
+                    .extend(shm.map(|_| podman::SHM_FILE.to_owned()));
+                None
+            }
+        };
         self.write_spec_and_layer(&spec_json)?;
         let dir = draft.join(&named.container);
         std::fs::rename(&self.dir, &dir).during("rename", &self.dir)?;
@@ -343,6 +371,7 @@ impl Reading<'_> {
             snapshotter: "overlayfs".to_owned(),
             runtime: "io.containerd.runc.v2".to_owned(),
             joined: dump_files::joined(&spec),
+            runtime_options,
             criu,
             labels,
             files: digest_files(&dir)?,
@@ -384,3 +413,6 @@ impl Reading<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -124,6 +124,7 @@ fn import_own(
 }
 
 /// What a package begins with.
+#[derive(Debug)]
 pub(crate) struct Head {
     pub(crate) manifest: Manifest,
     /// The manifest's bytes, which a signature is of.
@@ -205,9 +206,18 @@ impl Head {
 
 /// The disk has room for what the manifest claims, or nothing is written.
 pub(crate) fn check_room(dir: &Path, bytes: u64) -> Result<(), PackageError> {
+    check_fits(bytes, room(dir)?)
+}
+
+/// How many bytes there is room for on the disk.
+pub(crate) fn room(dir: &Path) -> Result<u64, PackageError> {
     let stat = nix::sys::statvfs::statvfs(dir).during("ask for the free space of", dir)?;
     let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    let limit = free.saturating_sub(KEPT_FREE);
+    Ok(free.saturating_sub(KEPT_FREE))
+}
+
+/// So many bytes fit into a room of `limit`.
+pub(crate) fn check_fits(bytes: u64, limit: u64) -> Result<(), PackageError> {
     match bytes > limit {
         true => Err(PackageError::TooLarge {
             bytes,

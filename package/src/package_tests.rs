@@ -15,14 +15,19 @@ use crate::signature::{Signer, TrustedKeys};
 const ARCHITECTURE: &str = "x86_64";
 
 fn checkpoint(root: &Path) -> Checkpoint {
-    let store = Store::at(root.join("source"));
-    let draft = store.draft("web").unwrap();
-    let dir = draft.dir().join("c");
-    fs::create_dir_all(dir.join("checkpoint")).unwrap();
     let mut pages = vec![0; 3 << 20];
     for (at, byte) in pages.iter_mut().enumerate().take(1 << 20) {
         *byte = at.to_le_bytes()[0] ^ at.to_le_bytes()[1];
     }
+    checkpoint_of(root, &pages)
+}
+
+/// A checkpoint of a container with these pages, below `root`.
+pub(crate) fn checkpoint_of(root: &Path, pages: &[u8]) -> Checkpoint {
+    let store = Store::at(root.join("source"));
+    let draft = store.draft("web").unwrap();
+    let dir = draft.dir().join("c");
+    fs::create_dir_all(dir.join("checkpoint")).unwrap();
     fs::write(dir.join("checkpoint/pages-1.img"), pages).unwrap();
     fs::write(dir.join("checkpoint/inventory.img"), b"inventory").unwrap();
     fs::write(dir.join("spec.dump"), b"{}").unwrap();
@@ -47,7 +52,7 @@ fn checkpoint(root: &Path) -> Checkpoint {
     draft.commit(manifest, Durability::Ephemeral).unwrap()
 }
 
-fn options() -> ImportOptions {
+pub(crate) fn options() -> ImportOptions {
     ImportOptions {
         name: None,
         name_without: "archive".into(),
@@ -89,7 +94,7 @@ fn read(root: &Path, bytes: &[u8], options: &ImportOptions) -> Result<Checkpoint
 }
 
 /// The tar of a package as its maker could write it: (name, type, data).
-fn tar_of(members: &[(&str, tar::EntryType, &[u8])]) -> Vec<u8> {
+pub(crate) fn tar_of(members: &[(&str, tar::EntryType, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (path, entry_type, data) in members {
         let mut header = tar::Header::new_gnu();
@@ -308,7 +313,7 @@ fn each_fault_has_one_clear_error() {
     }
 }
 
-fn one_line(error: &dyn std::error::Error) -> String {
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -427,17 +432,37 @@ fn what_is_damaged_is_not_packed() {
     );
 }
 
+pub(crate) fn quickly() -> oci::StoreOptions {
+    oci::StoreOptions {
+        level: 1,
+        signer: None,
+    }
+}
+
+/// Makes a checkpoint of what has this tag.
+pub(crate) fn from_blobs(
+    blobs: &dyn oci::Blobs,
+    tag: &str,
+    store: &Store,
+) -> Result<Checkpoint, PackageError> {
+    let offered = oci::Offered::read(blobs, tag, &options())?;
+    let mut bytes = 0;
+    let made = offered.restore(blobs, store, &options(), &mut |came| bytes += came)?;
+    assert_eq!(bytes, offered.bytes());
+    Ok(made)
+}
+
 #[test]
 fn checkpoints_share_blobs_and_come_back() {
     let root = tempfile::tempdir().unwrap();
     let one = checkpoint(root.path());
     let layout = oci::Layout::create(&root.path().join("layout")).unwrap();
-    let first = oci::store(&one, 1, &layout, "one", &mut |_| {}).unwrap();
+    let first = oci::store(&one, &quickly(), &layout, "one", &mut |_| {}).unwrap();
     assert_eq!(first.blobs, first.new_blobs);
-    let again = oci::store(&one, 1, &layout, "again", &mut |_| {}).unwrap();
+    let again = oci::store(&one, &quickly(), &layout, "again", &mut |_| {}).unwrap();
     assert_eq!((again.blobs, again.new_blobs), (first.blobs, 0));
     let store = Store::at(root.path().join("target"));
-    let back = oci::restore(&layout, "one", &store, &options(), &mut |_| {}).unwrap();
+    let back = from_blobs(&layout, "one", &store).unwrap();
     assert_eq!(back.manifest, one.manifest);
     back.verify().unwrap();
     store.remove("web").unwrap();
@@ -455,12 +480,12 @@ fn checkpoints_share_blobs_and_come_back() {
                 Some(bytes) => fs::write(&path, bytes).unwrap(),
                 None => fs::remove_file(&path).unwrap(),
             }
-            assert!(oci::restore(&layout, "one", &store, &options(), &mut |_| {}).is_err());
+            assert!(from_blobs(&layout, "one", &store).is_err());
             assert_eq!(fs::read_dir(store.root()).unwrap().count(), 0);
         }
         fs::write(&path, whole).unwrap();
     }
-    assert!(oci::restore(&layout, "none", &store, &options(), &mut |_| {}).is_err());
+    assert!(from_blobs(&layout, "none", &store).is_err());
 }
 
 /// Version 1 is the first that was released: what it wrote is read for ever.
@@ -489,6 +514,6 @@ fn packages_of_format_1_are_read() {
     assert_eq!(second, first);
     let layout = oci::Layout::open(&fixtures.join("format-1.oci")).unwrap();
     let store = Store::at(root.path().join("target"));
-    let third = oci::restore(&layout, "format-1", &store, &options(), &mut |_| {}).unwrap();
+    let third = from_blobs(&layout, "format-1", &store).unwrap();
     assert_eq!(third.manifest, first);
 }

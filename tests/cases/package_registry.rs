@@ -103,7 +103,8 @@ fn checkpoints_live_in_a_registry(bed: &Testbed) -> anyhow::Result<()> {
 fn damage(node: &Node) -> anyhow::Result<()> {
     node.shell(
         "cd /var/lib/registry/docker/registry/v2/blobs/sha256
-         for blob in $(find . -name data -size +20k | head -3); do
+         # Manifests are compared by the registry itself.
+         for blob in $(find . -name data -size +20k | xargs grep -L '^{' | head -3); do
              dd if=/dev/zero of=$blob bs=1 seek=5000 count=8 conv=notrunc status=none
          done",
     )

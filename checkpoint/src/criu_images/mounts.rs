@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::strict::is_ambiguous;
-use super::{Image, ImageError, Kind, list, push_entry};
+use super::{Image, ImageError, Kind, list, push_bytes, push_entry};
 
 /// `MS_RDONLY` and the like, as in `mount(2)`.
 pub mod flags {
@@ -47,13 +47,15 @@ pub enum FsType {
     Other(u32),
 }
 
+const TMPFS: u32 = 5;
+
 impl FsType {
     fn of(number: u32) -> Self {
         match number {
             0 => Self::Unsupported,
             1 => Self::Proc,
             2 => Self::Sysfs,
-            5 => Self::Tmpfs,
+            TMPFS => Self::Tmpfs,
             6 => Self::Devpts,
             12 => Self::Cgroup,
             14 => Self::Mqueue,
@@ -201,6 +203,64 @@ pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
     image.with_body(body).replace(path)
 }
 
+/// Where a mount that the runtime made becomes a tmpfs that CRIU makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewTmpfs<'a> {
+    /// Where it is, in the container.
+    pub destination: &'a str,
+    /// Its name in `/proc/mounts`.
+    pub source: &'a str,
+    /// Its options, as `mount(2)` takes them.
+    pub options: &'a str,
+}
+
+/// Takes the mounts on `removed` out of all mount namespaces in the images of `dir`, and makes that of `tmpfs` one of
+/// CRIU's own. Returns the number of its device, by which CRIU finds its content (`tmpfs-dev-<number>.tar.gz.img`);
+/// none when there is no such mount.
+///
+/// # Errors
+/// An image that cannot be read or replaced.
+pub fn make_own(
+    dir: &Path,
+    removed: &[String],
+    tmpfs: NewTmpfs<'_>,
+) -> Result<Option<u32>, ImageError> {
+    let mut device = None;
+    for (_, path) in list(dir, Kind::Mounts)? {
+        let image = Image::read(&path, Kind::Mounts)?;
+        let mut body = Vec::new();
+        let mut entries = image.entries();
+        while let Some(message) = entries.next_bytes()? {
+            if is_ambiguous(message, &[]) {
+                return Err(image.ambiguous());
+            }
+            let entry: MntEntry = image.decode(message)?;
+            if removed.contains(&entry.mountpoint) {
+                continue;
+            }
+            if entry.mountpoint != tmpfs.destination {
+                push_bytes(&mut body, message);
+                continue;
+            }
+            device = Some(entry.root_dev);
+            let own = MntEntry {
+                fstype: TMPFS,
+                root: "/".to_owned(),
+                source: tmpfs.source.to_owned(),
+                options: tmpfs.options.to_owned(),
+                with_plugin: None,
+                ext_mount: None,
+                fsname: None,
+                ext_key: None,
+                ..entry
+            };
+            push_entry(&mut body, &own);
+        }
+        image.with_body(body).replace(&path)?;
+    }
+    Ok(device)
+}
+
 fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
     let mut entries = image.entries();
     let mut mounts = Vec::new();
@@ -274,5 +334,21 @@ mod tests {
         );
         assert_eq!(seen(&all[4]), (9, 8, 0, "/var/data/a/b".into()));
         assert!(all[3].device != all[4].device);
+        let tmpfs = NewTmpfs {
+            destination: "/data/a",
+            source: "shm",
+            options: "size=4k",
+        };
+        let removed = ["/database".to_owned(), "/nowhere".to_owned()];
+        let device = make_own(dir.path(), &removed, tmpfs).unwrap();
+        let left = mounts(dir.path()).unwrap().remove(0);
+        let names: Vec<_> = left.iter().map(|it| it.destination.as_str()).collect();
+        assert_eq!(names, ["/", "/data", "/data/a", "/data/a/b"]);
+        assert_eq!(
+            (device, left[2].device),
+            (Some(all[3].device), all[3].device)
+        );
+        assert_eq!((left[2].fs_type, &left[2].external), (FsType::Tmpfs, &None));
+        assert_eq!(left[3], all[4]);
     }
 }

@@ -134,6 +134,9 @@ pub(crate) struct PushArgs {
     /// HOST/NAME:TAG in a registry
     #[arg(value_name = "REF", value_parser = parse_reference)]
     pub(crate) reference: Reference,
+    /// Sign it with this secret key of minisign, which has no password (minisign -G -W)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) sign: Option<PathBuf>,
     /// How hard zstd tries, from 1 to 19
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]

@@ -13,7 +13,7 @@ use transship_engine::{Context as _, Error, Progress as _, Result};
 use transship_package::encryption::Recipients;
 use transship_package::export::{ExportOptions, export};
 use transship_package::foreign::{self, Engine};
-use transship_package::oci::{self, Layout};
+use transship_package::oci::{self, Layout, StoreOptions};
 use transship_package::signature::Signer;
 
 use super::push::pushed;
@@ -38,8 +38,10 @@ pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
         FormatArg::Containerd => Some(Engine::Containerd),
         FormatArg::Crio => Some(Engine::Crio),
     };
-    if args.format != FormatArg::Transship && (!args.encrypt_to.is_empty() || args.sign.is_some()) {
-        let message = "only the format of transship is encrypted and signed";
+    let is_archive = ![FormatArg::Transship, FormatArg::Oci].contains(&args.format);
+    let is_package = args.format == FormatArg::Transship;
+    if !args.encrypt_to.is_empty() && !is_package || args.sign.is_some() && is_archive {
+        let message = "only the formats of transship are signed, and only a package is encrypted";
         return Err(Error::refused(message).hint("--format transship"));
     }
     let mut options = ExportOptions {
@@ -63,8 +65,18 @@ pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
     progress.bytes("export", bytes);
     if args.format == FormatArg::Oci {
         let layout = Layout::create(&args.file)?;
-        let (level, tag) = (args.level.max(1), &checkpoint.manifest.name);
-        let stored = oci::store(&checkpoint, level, &layout, tag, &mut *progress.counter())?;
+        let tag = &checkpoint.manifest.name;
+        let options = StoreOptions {
+            level: args.level.max(1),
+            signer: options.signer,
+        };
+        let stored = oci::store(
+            &checkpoint,
+            &options,
+            &layout,
+            tag,
+            &mut *progress.counter(),
+        )?;
         drop(progress);
         let reference = format!("{}:{tag}", args.file.display());
         return print(global, &stored, || pushed(&reference, &stored));

@@ -6,15 +6,16 @@ use std::path::Path;
 
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
-use transship_engine::import::import;
+use transship_engine::import::{architecture, import};
 use transship_engine::timeline::human_bytes;
-use transship_engine::{Context as _, Error, Progress as _, Result};
+use transship_engine::{Context as _, Error, Result};
 use transship_package::import::ImportOptions;
-use transship_package::oci::{self, Layout};
+use transship_package::oci::Layout;
 use transship_package::signature::TrustedKeys;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use super::inspect::identities;
+use super::pull::from_blobs;
 use super::{connect, print, store};
 use crate::args::{Global, ImportArgs};
 use crate::progress::Progress;
@@ -70,8 +71,7 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
             Error::refused(message).hint("--tag names the one: that of its name")
         })?;
         let progress = Progress::new(global.json);
-        progress.bytes("import", 0);
-        let checkpoint = oci::restore(&layout, &tag, &store(), &options, &mut *progress.counter())?;
+        let checkpoint = from_blobs(&layout, &tag, &options, "import", &progress)?;
         drop(progress);
         let done = Done::of(&checkpoint);
         return print(global, &done, || text(&done));
@@ -104,12 +104,6 @@ fn text(done: &Done) -> String {
         text += &format!("not taken from it: {}\n", done.left_out.join(", "));
     }
     text
-}
-
-/// This machine, as in `uname -m`.
-pub(super) fn architecture() -> Result<String> {
-    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
-    Ok(uname.machine().to_string_lossy().into_owned())
 }
 
 /// The keys that a flag names, else those of node.toml.

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use transship_engine::registry::{self, Reached};
 use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
-use transship_engine::{Context as _, Error, Progress as _, Result};
-use transship_package::oci::{self, Credentials, Reference, Registry, Stored, Transport};
+use transship_engine::{Error, Progress as _, Result};
+use transship_package::oci::{self, Reference, Registry, StoreOptions, Stored};
+use transship_package::signature::Signer;
 
 use super::{print, store};
 use crate::args::{Global, PushArgs, RegistryArgs};
@@ -32,19 +34,24 @@ pub(crate) fn run(global: &Global, args: &PushArgs) -> Result<()> {
     progress.bytes("push", checkpoint.manifest.size());
     let mut count = progress.counter();
     let tag = &args.reference.tag;
-    let stored = oci::store(&checkpoint, args.level, &registry, tag, &mut *count)?;
+    let options = StoreOptions {
+        level: args.level,
+        signer: args.sign.as_deref().map(Signer::read).transpose()?,
+    };
+    let stored = oci::store(&checkpoint, &options, &registry, tag, &mut *count)?;
     drop(progress);
     let done = Done {
         reference: args.reference.to_string(),
         stored,
     };
-    print(global, &done, || pushed(&done.reference, &stored))
+    print(global, &done, || pushed(&done.reference, &done.stored))
 }
 
 /// What was put among blobs, for people.
 pub(super) fn pushed(reference: &str, stored: &Stored) -> String {
     format!(
-        "{reference}\n{} in {} blobs, of which {} in {} were not there\n",
+        "{reference} ({})\n{} in {} blobs, of which {} in {} were not there\n",
+        stored.digest,
         human_bytes(stored.bytes),
         stored.blobs,
         human_bytes(stored.new_bytes),
@@ -56,24 +63,13 @@ pub(super) fn pushed(reference: &str, stored: &Stored) -> String {
 pub(super) fn connect(reference: &Reference, args: &RegistryArgs) -> Result<Registry> {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker"));
     let config = args.docker_config.clone().or_else(home);
-    let credentials = match config {
-        Some(dir) => Credentials::of(&dir.join("config.json"), &reference.host)?,
-        None => None,
-    };
-    let authorities = args
-        .tlscacert
-        .as_ref()
-        .map(|path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display())));
-    let transport = Transport {
-        plain_http: args.plain_http,
-        skip_verify: args.skip_verify,
-    };
-    let authorities = authorities.transpose()?;
-    let registry = Registry::new(
-        reference.clone(),
-        transport,
-        authorities.as_deref(),
-        credentials,
-    );
-    Ok(registry?)
+    registry::connect(
+        reference,
+        &Reached {
+            plain_http: args.plain_http,
+            skip_verify: args.skip_verify,
+            authorities: args.tlscacert.as_deref(),
+            docker_config: config.as_deref(),
+        },
+    )
 }

@@ -1,54 +1,59 @@
-//! Checkpoints into blobs, and out of them.
+//! Checkpoints into blobs.
 
-use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
 use std::io::Read as _;
 use std::num::NonZero;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use transship_checkpoint::beneath::{Links, open_regular};
-use transship_checkpoint::manifest::{self, MANIFEST_LIMIT};
-use transship_checkpoint::store::{Checkpoint, Durability, Store};
-use transship_layer::Archive;
+use transship_checkpoint::store::Checkpoint;
 use transship_path_error::During as _;
 
-use super::blobs::Blobs;
+use super::blobs::{Blobs, digest_of};
 use super::chunks::Chunks;
 use super::document::{Descriptor, MANIFEST, Manifest};
 use crate::error::PackageError;
 use crate::export::{read_manifest, signature_of};
-use crate::import::{Head, ImportOptions, NewFile, check_room};
-use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT};
+use crate::signature::Signer;
 use crate::tar_members::TarMembers;
 
-const ARTIFACT: &str = "application/vnd.transship.checkpoint.v1";
-const CONFIG: &str = "application/vnd.transship.checkpoint.config.v1+json";
-const SIGNATURE: &str = "application/vnd.transship.checkpoint.signature.v1";
-const FILES: &str = "application/vnd.transship.checkpoint.files.v1.tar+zstd";
-const CHUNK: &str = "application/vnd.transship.checkpoint.chunk.v1+zstd";
-const PATH: &str = "dev.transship.path";
-const OFFSET: &str = "dev.transship.offset";
-const LENGTH: &str = "dev.transship.length";
+pub(super) const ARTIFACT: &str = "application/vnd.transship.checkpoint.v1";
+pub(super) const CONFIG: &str = "application/vnd.transship.checkpoint.config.v1+json";
+pub(super) const SIGNATURE: &str = "application/vnd.transship.checkpoint.signature.v1";
+pub(super) const FILES: &str = "application/vnd.transship.checkpoint.files.v1.tar+zstd";
+pub(super) const CHUNK: &str = "application/vnd.transship.checkpoint.chunk.v1+zstd";
+pub(super) const PATH: &str = "dev.transship.path";
+pub(super) const OFFSET: &str = "dev.transship.offset";
+pub(super) const LENGTH: &str = "dev.transship.length";
 
 /// Files below this go into one blob.
-const SMALL: u64 = 256 << 10;
+pub(super) const SMALL: u64 = 256 << 10;
 /// Largest manifest of an artifact, in bytes: what registries take.
-const ARTIFACT_LIMIT: u64 = 4 << 20;
+pub(super) const ARTIFACT_LIMIT: u64 = 4 << 20;
 /// Largest blob of small files, and largest chunk, in bytes, compressed and not.
-const FILES_LIMIT: u64 = 256 << 20;
-const CHUNK_LIMIT: u64 = 8 << 20;
+pub(super) const FILES_LIMIT: u64 = 256 << 20;
+pub(super) const CHUNK_LIMIT: u64 = 8 << 20;
 /// Chunks that wait for a thread.
 const WAITING: usize = 4;
 /// Transfers at once.
 const MOST_THREADS: usize = 8;
 
+/// How a checkpoint is put among blobs.
+#[derive(Debug)]
+pub struct StoreOptions {
+    /// The level of zstd.
+    pub level: i32,
+    /// Who signs it; nobody: a signature that the checkpoint has stays.
+    pub signer: Option<Signer>,
+}
+
 /// What became of a checkpoint among blobs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Stored {
+    /// Digest of its manifest there.
+    pub digest: String,
     /// Blobs that it consists of.
     pub blobs: usize,
     /// Bytes of them all.
@@ -66,17 +71,22 @@ pub struct Stored {
 /// A file is damaged, or a blob cannot be put there.
 pub fn store(
     checkpoint: &Checkpoint,
-    level: i32,
+    options: &StoreOptions,
     blobs: &dyn Blobs,
     tag: &str,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Stored, PackageError> {
+    let level = options.level;
     let total = checkpoint.manifest.size();
     let json = read_manifest(checkpoint)?;
     let figures = Figures::default();
     let config = put(blobs, CONFIG, &json, &figures)?;
     let mut layers = Vec::new();
-    if let Some(signature) = signature_of(&checkpoint.dir)? {
+    let signature = match &options.signer {
+        Some(signer) => Some(signer.sign(&json)?),
+        None => signature_of(&checkpoint.dir)?,
+    };
+    if let Some(signature) = signature {
         layers.push(put(blobs, SIGNATURE, signature.as_bytes(), &figures)?);
     }
     let small = small_files(checkpoint, level, progress)?;
@@ -99,7 +109,10 @@ pub fn store(
         });
     }
     blobs.put_manifest(MANIFEST, &manifest_json, Some(tag))?;
-    Ok(figures.stored())
+    Ok(Stored {
+        digest: digest_of(&manifest_json),
+        ..figures.stored()
+    })
 }
 
 #[derive(Default)]
@@ -117,6 +130,7 @@ impl Figures {
             bytes: self.bytes.load(Ordering::Relaxed),
             new_blobs: self.new_blobs.load(Ordering::Relaxed),
             new_bytes: self.new_bytes.load(Ordering::Relaxed),
+            ..Stored::default()
         }
     }
 }
@@ -206,13 +220,13 @@ fn store_large(
         .collect())
 }
 
-fn threads() -> usize {
+pub(super) fn threads() -> usize {
     std::thread::available_parallelism()
         .map_or(1, NonZero::get)
         .clamp(2, MOST_THREADS)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -307,186 +321,4 @@ impl<R: std::io::Read> std::io::Read for &mut Hashed<R> {
         self.bytes += read as u64;
         Ok(read)
     }
-}
-
-/// Makes a checkpoint in `store` of the artifact with the tag or digest `tag`.
-///
-/// # Errors
-/// It is none, damaged, too large, of another machine or not signed: nothing of it is left then.
-pub fn restore(
-    blobs: &dyn Blobs,
-    tag: &str,
-    store: &Store,
-    options: &ImportOptions,
-    progress: &mut dyn FnMut(u64),
-) -> Result<Checkpoint, PackageError> {
-    let artifact = Manifest::parse(&blobs.get_tagged(tag, ARTIFACT_LIMIT)?)?;
-    if artifact.artifact_type.as_deref() != Some(ARTIFACT) || artifact.config.media_type != CONFIG {
-        return Err(PackageError::Unknown {
-            reason: format!("{tag} is no checkpoint"),
-        });
-    }
-    let json = blobs.get(&artifact.config, MANIFEST_LIMIT)?;
-    let of_type = |media_type: &str| {
-        artifact
-            .layers
-            .iter()
-            .find(|it| it.media_type == media_type)
-    };
-    let signature = match of_type(SIGNATURE) {
-        Some(descriptor) => {
-            let bytes = blobs.get(descriptor, SIGNATURE_LIMIT)?;
-            Some(String::from_utf8_lossy(&bytes).into_owned())
-        }
-        None => None,
-    };
-    let head = Head::of(json, signature)?;
-    head.check(options)?;
-    let (manifest, json) = head.named(options.name.as_deref())?;
-    let draft = store.draft(&manifest.name)?;
-    check_room(draft.dir(), manifest.size())?;
-    let files = of_type(FILES).ok_or_else(|| PackageError::Missing {
-        member: "the blob of its small files".to_owned(),
-    })?;
-    restore_small(blobs, files, &manifest, draft.dir(), progress)?;
-    restore_large(blobs, &artifact.layers, &manifest, draft.dir(), progress)?;
-    if let Some(signature) = &head.signature {
-        let path = draft.dir().join(SIGNATURE_FILE);
-        std::fs::write(&path, signature).during("write", &path)?;
-    }
-    let whole = Checkpoint {
-        dir: draft.dir().to_path_buf(),
-        manifest: manifest.clone(),
-    };
-    whole.verify()?;
-    Ok(draft.commit_as(manifest, &json, Durability::Synced)?)
-}
-
-fn restore_small(
-    blobs: &dyn Blobs,
-    descriptor: &Descriptor,
-    manifest: &manifest::Manifest,
-    dir: &Path,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), PackageError> {
-    let packed = blobs.get(descriptor, FILES_LIMIT)?;
-    let tar = zstd::stream::read::Decoder::new(&packed[..]).map_err(PackageError::reading)?;
-    let mut archive = Archive::new(tar.take(FILES_LIMIT));
-    let mut piece = vec![0; 64 << 10];
-    let mut known: BTreeMap<String, u64> = BTreeMap::new();
-    for (name, files) in manifest.directories() {
-        let small = files.iter().filter(|file| file.size < SMALL);
-        known.extend(small.map(|file| (format!("{name}/{}", file.path), file.size)));
-    }
-    while let Some(member) = archive.next_member().map_err(PackageError::of_archive)? {
-        let path = String::from_utf8_lossy(&member.path).into_owned();
-        if known.remove(&path) != Some(member.size) {
-            return Err(PackageError::Member {
-                member: path.escape_debug().to_string(),
-                reason: "the manifest does not know it so, or it is there twice".to_owned(),
-            });
-        }
-        let mut file = NewFile::create(dir, &path)?;
-        loop {
-            match archive
-                .read_piece(&mut piece)
-                .map_err(PackageError::of_archive)?
-            {
-                0 => break,
-                read => {
-                    progress(read as u64);
-                    file.write(&piece[..read])?;
-                }
-            }
-        }
-        file.finish()?;
-    }
-    match known.into_keys().next() {
-        Some(member) => Err(PackageError::Missing { member }),
-        None => Ok(()),
-    }
-}
-
-fn restore_large(
-    blobs: &dyn Blobs,
-    layers: &[Descriptor],
-    manifest: &manifest::Manifest,
-    dir: &Path,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), PackageError> {
-    let mut targets: BTreeMap<String, (File, u64)> = BTreeMap::new();
-    for (name, files) in manifest.directories() {
-        for file in files.iter().filter(|file| file.size >= SMALL) {
-            let path = format!("{name}/{}", file.path);
-            drop(NewFile::create(dir, &path)?);
-            let full = dir.join(&path);
-            let mut open = OpenOptions::new();
-            let open = open
-                .write(true)
-                .custom_flags(nix::libc::O_NOFOLLOW)
-                .open(&full);
-            let target = open.during("open", &full)?;
-            target.set_len(file.size).during("write", &full)?;
-            targets.insert(path, (target, file.size));
-        }
-    }
-    let chunks: Vec<&Descriptor> = layers.iter().filter(|it| it.media_type == CHUNK).collect();
-    let next = AtomicUsize::new(0);
-    let failed = Mutex::new(None);
-    let (told, tell) = sync_channel::<u64>(64);
-    std::thread::scope(|scope| {
-        for _ in 0..threads() {
-            let tell = told.clone();
-            let (next, failed, targets, chunks) = (&next, &failed, &targets, &chunks);
-            scope.spawn(move || {
-                while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if lock(failed).is_some() {
-                        return;
-                    }
-                    match take_chunk(blobs, chunk, targets) {
-                        Ok(bytes) => drop(tell.send(bytes)),
-                        Err(error) => {
-                            lock(failed).get_or_insert(error);
-                        }
-                    }
-                }
-            });
-        }
-        drop(told);
-        tell.iter().for_each(&mut *progress);
-    });
-    match lock(&failed).take() {
-        Some(error) => Err(error),
-        None => Ok(()),
-    }
-}
-
-fn take_chunk(
-    blobs: &dyn Blobs,
-    chunk: &Descriptor,
-    targets: &BTreeMap<String, (File, u64)>,
-) -> Result<u64, PackageError> {
-    let refused = |reason: &str| PackageError::Member {
-        member: chunk.digest.escape_debug().to_string(),
-        reason: reason.to_owned(),
-    };
-    let number = |name: &str| chunk.annotation(name)?.parse::<u64>().ok();
-    let (Some(offset), Some(length)) = (number(OFFSET), number(LENGTH)) else {
-        return Err(refused("it does not say where it belongs"));
-    };
-    let target = chunk.annotation(PATH).and_then(|path| targets.get(path));
-    let (file, size) = target.ok_or_else(|| refused("it is of no large file of the manifest"))?;
-    let ends_inside = offset.checked_add(length).is_some_and(|end| end <= *size);
-    if length > CHUNK_LIMIT || !ends_inside {
-        return Err(refused("it lies outside of its file"));
-    }
-    let packed = blobs.get(chunk, CHUNK_LIMIT)?;
-    let capacity = usize::try_from(length).unwrap_or_default();
-    let bytes = zstd::bulk::decompress(&packed, capacity).map_err(PackageError::reading)?;
-    if bytes.len() as u64 != length {
-        return Err(refused("its length is not the one that it names"));
-    }
-    file.write_all_at(&bytes, offset)
-        .map_err(PackageError::writing)?;
-    Ok(length)
 }

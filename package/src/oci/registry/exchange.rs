@@ -1,0 +1,252 @@
+//! One request and its answer, with the credentials that the registry asks for.
+//!
+//! ```text
+//!  401 ──> WWW-Authenticate: Basic, or Bearer realm="...",service="...",scope="..." ──> a token ──> once more
+//!  408, 429, 5xx, a broken or silent connection ──> worth another attempt
+//! ```
+//!
+//! Credentials and tokens go to the host of the reference alone (credentials to its realm, too), wherever an
+//! answer leads.
+
+use std::io::Read as _;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use data_encoding::BASE64;
+use serde::Deserialize;
+use ureq::Body;
+use ureq::http::{Method, Request, Response, StatusCode};
+
+use super::{Registry, RegistryError};
+use crate::error::PackageError;
+use crate::oci::document::{INDEX, MANIFEST};
+
+/// Longest answer that is no blob, in bytes.
+const ANSWER_LIMIT: u64 = 64 << 10;
+
+/// A request.
+#[derive(Debug, Clone)]
+pub(super) struct Ask<'a> {
+    pub(super) method: Method,
+    pub(super) url: &'a str,
+    pub(super) content_type: Option<&'a str>,
+    pub(super) body: Option<&'a [u8]>,
+    /// The first byte that is asked for.
+    pub(super) from: usize,
+}
+
+impl<'a> Ask<'a> {
+    pub(super) fn new(method: Method, url: &'a str) -> Self {
+        Self {
+            method,
+            url,
+            content_type: None,
+            body: None,
+            from: 0,
+        }
+    }
+}
+
+/// What an attempt led to.
+pub(super) enum Attempt {
+    Answer(Response<Body>),
+    Later(Trouble),
+}
+
+/// A failure that may be none at the next attempt.
+pub(super) struct Trouble {
+    pub(super) reason: String,
+    /// How long the registry wants to be left alone.
+    pub(super) wait: Option<Duration>,
+}
+
+impl Trouble {
+    pub(super) fn new(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            wait: None,
+        }
+    }
+}
+
+impl Registry {
+    pub(super) fn attempt(&self, act: &str, ask: &Ask<'_>) -> Result<Attempt, PackageError> {
+        let is_own = ask.url.starts_with(&format!("{}/", self.origin));
+        let mut is_first = true;
+        loop {
+            let authorization = self.authorization().clone().filter(|_| is_own);
+            let answer = match self.send(ask, authorization.as_deref()) {
+                Ok(answer) => answer,
+                Err(error) if is_passing(&error) => {
+                    return Ok(Attempt::Later(Trouble::new(error.to_string())));
+                }
+                Err(error) => {
+                    return Err(RegistryError::Unusable {
+                        registry: self.registry(),
+                        act: act.to_owned(),
+                        reason: error.to_string(),
+                    }
+                    .into());
+                }
+            };
+            let status = answer.status();
+            if status == StatusCode::UNAUTHORIZED && is_own && is_first {
+                is_first = false;
+                let challenge = header(&answer, "www-authenticate").unwrap_or_default();
+                if let Some(fresh) = self.authorize(&challenge)? {
+                    *self.authorization() = Some(fresh);
+                    continue;
+                }
+            }
+            let is_passing = status.is_server_error()
+                || [StatusCode::TOO_MANY_REQUESTS, StatusCode::REQUEST_TIMEOUT].contains(&status);
+            if !is_passing {
+                return Ok(Attempt::Answer(answer));
+            }
+            let seconds = header(&answer, "retry-after").and_then(|it| it.parse().ok());
+            return Ok(Attempt::Later(Trouble {
+                reason: match seconds {
+                    Some(seconds) => format!("it answers {status}, and asks for {seconds} s"),
+                    None => format!("it answers {status}"),
+                },
+                wait: seconds.map(Duration::from_secs),
+            }));
+        }
+    }
+
+    fn authorization(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.authorization
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(
+        &self,
+        ask: &Ask<'_>,
+        authorization: Option<&str>,
+    ) -> Result<Response<Body>, ureq::Error> {
+        let mut request = Request::builder().method(ask.method.clone()).uri(ask.url);
+        request = request.header("accept", format!("{MANIFEST}, {INDEX}, */*"));
+        if let Some(authorization) = authorization {
+            request = request.header("authorization", authorization);
+        }
+        if let Some(content_type) = ask.content_type {
+            request = request.header("content-type", content_type);
+        }
+        if ask.from > 0 {
+            request = request.header("range", format!("bytes={}-", ask.from));
+        }
+        match ask.body {
+            Some(body) => self.agent.run(request.body(body)?),
+            None => self.agent.run(request.body(())?),
+        }
+    }
+
+    /// The header that answers a challenge; none when there is nothing to answer it with.
+    fn authorize(&self, challenge: &str) -> Result<Option<String>, PackageError> {
+        let basic = self.credentials.as_ref().map(|it| {
+            let text = format!("{}:{}", it.user, it.secret);
+            format!("Basic {}", BASE64.encode(text.as_bytes()))
+        });
+        let (scheme, parameters) = challenge.split_once(' ').unwrap_or((challenge, ""));
+        if scheme.eq_ignore_ascii_case("basic") {
+            return Ok(basic);
+        }
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Ok(None);
+        }
+        let value = |key: &str| {
+            let start = parameters.find(&format!("{key}=\""))? + key.len() + 2;
+            let rest = &parameters[start..];
+            Some(rest[..rest.find('"')?].to_owned())
+        };
+        let Some(realm) = value("realm") else {
+            return Ok(None);
+        };
+        let mut url = realm;
+        for key in ["service", "scope"] {
+            if let Some(value) = value(key) {
+                let separator = if url.contains('?') { '&' } else { '?' };
+                url = format!("{url}{separator}{key}={}", escape(&value));
+            }
+        }
+        let failed = |reason: String| RegistryError::Credentials {
+            registry: self.registry(),
+            reason,
+        };
+        let mut answer = self
+            .send(&Ask::new(Method::GET, &url), basic.as_deref())
+            .map_err(|error| failed(error.to_string()))?;
+        if !answer.status().is_success() {
+            return Err(failed(format!("{url} answers {}", answer.status())).into());
+        }
+        #[derive(Deserialize)]
+        struct Token {
+            #[serde(alias = "access_token")]
+            token: String,
+        }
+        let text = read_answer(&mut answer).map_err(|error| failed(error.to_string()))?;
+        let token: Token =
+            serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;
+        Ok(Some(format!("Bearer {}", token.token)))
+    }
+
+    /// The error for an answer that is not the expected one.
+    pub(super) fn unexpected(
+        &self,
+        act: &str,
+        what: &str,
+        mut answer: Response<Body>,
+    ) -> PackageError {
+        let registry = self.registry();
+        if answer.status() == StatusCode::NOT_FOUND {
+            let what = what.to_owned();
+            return RegistryError::NotFound { registry, what }.into();
+        }
+        let words = read_answer(&mut answer).unwrap_or_default();
+        let words: String = words.chars().take(300).collect();
+        let reason = format!("{} {}", answer.status(), words.trim().escape_debug());
+        RegistryError::Refused {
+            registry,
+            act: act.to_owned(),
+            reason,
+        }
+        .into()
+    }
+}
+
+/// Whether another attempt may go better: not when what it said was no HTTP or TLS, or its certificate is not trusted.
+fn is_passing(error: &ureq::Error) -> bool {
+    match error {
+        // rustls tells of certificates so.
+        ureq::Error::Io(error) => error.kind() != std::io::ErrorKind::InvalidData,
+        ureq::Error::Timeout(_)
+        | ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Protocol(_)
+        | ureq::Error::BodyStalled => true,
+        _ => false,
+    }
+}
+
+/// A header of an answer, when it is a text.
+pub(super) fn header(answer: &Response<Body>, name: &str) -> Option<String> {
+    Some(answer.headers().get(name)?.to_str().ok()?.to_owned())
+}
+
+fn read_answer(answer: &mut Response<Body>) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    let reader = answer.body_mut().as_reader();
+    reader.take(ANSWER_LIMIT).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// What may stand in a query as it is; the rest is escaped.
+fn escape(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/:,".contains(&byte);
+    text.bytes()
+        .fold(String::new(), |text, byte| match plain(byte) {
+            true => text + &char::from(byte).to_string(),
+            false => format!("{text}%{byte:02X}"),
+        })
+}

@@ -1,0 +1,325 @@
+//! Checkpoints out of blobs.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::Read as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+
+use sha2::{Digest as _, Sha256};
+use transship_checkpoint::manifest::{self, MANIFEST_LIMIT};
+use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
+use transship_layer::Archive;
+use transship_path_error::During as _;
+
+use super::artifact::{
+    ARTIFACT, ARTIFACT_LIMIT, CHUNK, CHUNK_LIMIT, CONFIG, FILES, FILES_LIMIT, LENGTH, OFFSET, PATH,
+    SIGNATURE, SMALL, lock, threads,
+};
+use super::blobs::{Blobs, digest_of};
+use super::document::{Descriptor, Manifest};
+use super::partial::Partial;
+use crate::error::PackageError;
+use crate::import::{Head, ImportOptions, NewFile, check_room};
+use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT};
+
+/// A checkpoint among blobs: all that can be checked before anything is written has been checked.
+#[derive(Debug)]
+pub struct Offered {
+    digest: String,
+    artifact: Manifest,
+    head: Head,
+}
+
+impl Offered {
+    /// That of the tag or digest `tag`.
+    ///
+    /// # Errors
+    /// It is none, damaged, too large, of another machine or not signed.
+    pub fn read(
+        blobs: &dyn Blobs,
+        tag: &str,
+        options: &ImportOptions,
+    ) -> Result<Self, PackageError> {
+        let document = blobs.get_tagged(tag, ARTIFACT_LIMIT)?;
+        let artifact = Manifest::parse(&document)?;
+        let is_ours = artifact.artifact_type.as_deref() == Some(ARTIFACT);
+        if !is_ours || artifact.config.media_type != CONFIG {
+            return Err(PackageError::Unknown {
+                reason: format!("{tag} is no checkpoint"),
+            });
+        }
+        let head = read_head(blobs, &artifact)?;
+        head.check(options)?;
+        Ok(Self {
+            digest: digest_of(&document),
+            artifact,
+            head,
+        })
+    }
+
+    /// The name that it has.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.head.manifest.name
+    }
+
+    /// The SHA-256 of the manifest of the checkpoint, in hexadecimal digits.
+    #[must_use]
+    pub fn manifest_digest(&self) -> String {
+        hex(&Sha256::digest(&self.head.json))
+    }
+
+    /// Bytes that come, before they are compressed.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let chunks = self.layers(CHUNK).map(|(_, it)| length(it));
+        chunks.fold(self.small_bytes(), u64::saturating_add)
+    }
+
+    fn layers(&self, media_type: &'static str) -> impl Iterator<Item = (usize, &Descriptor)> {
+        let layers = self.artifact.layers.iter().enumerate();
+        layers.filter(move |(_, it)| it.media_type == media_type)
+    }
+
+    fn small_bytes(&self) -> u64 {
+        let all = { self.head.manifest.directories() }.flat_map(|(_, files)| files);
+        let small = all.filter(|file| file.size < SMALL);
+        small.map(|file| file.size).fold(0, u64::saturating_add)
+    }
+
+    /// Makes a checkpoint in `store` of it. What has come is kept when the blobs cannot be had for now
+    /// ([`PackageError::is_passing`]): the next attempt goes on with it. `progress` gets the bytes.
+    ///
+    /// # Errors
+    /// It is damaged, or cannot be had: nothing of it is left then.
+    pub fn restore(
+        &self,
+        blobs: &dyn Blobs,
+        store: &Store,
+        options: &ImportOptions,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Checkpoint, PackageError> {
+        let (manifest, json) = self.head.named(options.name.as_deref())?;
+        store.check_free(&manifest.name)?;
+        let partial = Partial::open(store, &self.digest)?;
+        if let Err(error) = self.fill(blobs, &manifest, &partial, progress) {
+            if error.is_passing() {
+                partial.keep();
+            }
+            return Err(error);
+        }
+        if let Some(signature) = &self.head.signature {
+            let path = partial.dir().join(SIGNATURE_FILE);
+            fs::write(&path, signature).during("write", &path)?;
+        }
+        let whole = Checkpoint {
+            dir: partial.dir().to_path_buf(),
+            manifest,
+        };
+        whole.verify()?;
+        let draft = partial.into_draft(store, &whole.manifest.name)?;
+        Ok(draft.commit_as(whole.manifest, &json, Durability::Synced)?)
+    }
+
+    /// Fetches what is missing.
+    fn fill(
+        &self,
+        blobs: &dyn Blobs,
+        manifest: &manifest::Manifest,
+        partial: &Partial,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), PackageError> {
+        let there = self.layers(CHUNK).filter(|(it, _)| partial.is_done(*it));
+        let there = { there.map(|(_, it)| length(it)) }.fold(0, u64::saturating_add);
+        check_room(partial.dir(), manifest.size().saturating_sub(there))?;
+        progress(there);
+        let files = self.layers(FILES).next();
+        let (layer, files) = files.ok_or_else(|| PackageError::Missing {
+            member: "the blob of its small files".to_owned(),
+        })?;
+        if partial.is_done(layer) {
+            progress(self.small_bytes());
+        } else {
+            restore_small(blobs, files, manifest, partial.dir(), progress)?;
+            partial.set_done(layer)?;
+        }
+        let missing = self.layers(CHUNK).filter(|(it, _)| !partial.is_done(*it));
+        restore_large(
+            blobs,
+            &missing.collect::<Vec<_>>(),
+            manifest,
+            partial,
+            progress,
+        )
+    }
+}
+
+/// Bytes of a chunk, before they are compressed.
+fn length(chunk: &Descriptor) -> u64 {
+    let length = chunk.annotation(LENGTH).and_then(|it| it.parse().ok());
+    length.unwrap_or_default()
+}
+
+fn read_head(blobs: &dyn Blobs, artifact: &Manifest) -> Result<Head, PackageError> {
+    let json = blobs.get(&artifact.config, MANIFEST_LIMIT)?;
+    let mut signatures = artifact.layers.iter();
+    let signature = match signatures.find(|it| it.media_type == SIGNATURE) {
+        Some(descriptor) => {
+            let bytes = blobs.get(descriptor, SIGNATURE_LIMIT)?;
+            Some(String::from_utf8_lossy(&bytes).into_owned())
+        }
+        None => None,
+    };
+    Head::of(json, signature)
+}
+
+fn restore_small(
+    blobs: &dyn Blobs,
+    descriptor: &Descriptor,
+    manifest: &manifest::Manifest,
+    dir: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), PackageError> {
+    let packed = blobs.get(descriptor, FILES_LIMIT)?;
+    let tar = zstd::stream::read::Decoder::new(&packed[..]).map_err(PackageError::reading)?;
+    let mut archive = Archive::new(tar.take(FILES_LIMIT));
+    let mut piece = vec![0; 64 << 10];
+    let mut known: BTreeMap<String, u64> = BTreeMap::new();
+    for (name, files) in manifest.directories() {
+        let small = files.iter().filter(|file| file.size < SMALL);
+        known.extend(small.map(|file| (format!("{name}/{}", file.path), file.size)));
+    }
+    // An attempt that was cut off may have left some.
+    for path in known.keys() {
+        drop(fs::remove_file(dir.join(path)));
+    }
+    while let Some(member) = archive.next_member().map_err(PackageError::of_archive)? {
+        let path = String::from_utf8_lossy(&member.path).into_owned();
+        if known.remove(&path) != Some(member.size) {
+            return Err(PackageError::Member {
+                member: path.escape_debug().to_string(),
+                reason: "the manifest does not know it so, or it is there twice".to_owned(),
+            });
+        }
+        let mut file = NewFile::create(dir, &path)?;
+        loop {
+            match archive
+                .read_piece(&mut piece)
+                .map_err(PackageError::of_archive)?
+            {
+                0 => break,
+                read => {
+                    progress(read as u64);
+                    file.write(&piece[..read])?;
+                }
+            }
+        }
+        file.finish()?;
+    }
+    match known.into_keys().next() {
+        Some(member) => Err(PackageError::Missing { member }),
+        None => Ok(()),
+    }
+}
+
+/// Large files by their path, with their length.
+type Targets = BTreeMap<String, (File, u64)>;
+
+/// Opens the large files; those that are not there are made.
+fn open_targets(manifest: &manifest::Manifest, dir: &Path) -> Result<Targets, PackageError> {
+    let mut targets = Targets::new();
+    for (name, files) in manifest.directories() {
+        for file in files.iter().filter(|file| file.size >= SMALL) {
+            let path = format!("{name}/{}", file.path);
+            let full = dir.join(&path);
+            if fs::symlink_metadata(&full).is_err() {
+                drop(NewFile::create(dir, &path)?);
+            }
+            let mut open = OpenOptions::new();
+            let open = open
+                .write(true)
+                .custom_flags(nix::libc::O_NOFOLLOW)
+                .open(&full);
+            let target = open.during("open", &full)?;
+            target.set_len(file.size).during("write", &full)?;
+            targets.insert(path, (target, file.size));
+        }
+    }
+    Ok(targets)
+}
+
+fn restore_large(
+    blobs: &dyn Blobs,
+    chunks: &[(usize, &Descriptor)],
+    manifest: &manifest::Manifest,
+    partial: &Partial,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), PackageError> {
+    let targets = open_targets(manifest, partial.dir())?;
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(None);
+    let (told, tell) = sync_channel::<u64>(64);
+    std::thread::scope(|scope| {
+        for _ in 0..threads() {
+            let tell = told.clone();
+            let (next, failed, targets) = (&next, &failed, &targets);
+            scope.spawn(move || {
+                while let Some((layer, chunk)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if lock(failed).is_some() {
+                        return;
+                    }
+                    let taken = take_chunk(blobs, chunk, targets).and_then(|bytes| {
+                        partial.set_done(*layer)?;
+                        Ok(bytes)
+                    });
+                    match taken {
+                        Ok(bytes) => drop(tell.send(bytes)),
+                        Err(error) => {
+                            lock(failed).get_or_insert(error);
+                        }
+                    }
+                }
+            });
+        }
+        drop(told);
+        tell.iter().for_each(&mut *progress);
+    });
+    match lock(&failed).take() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+fn take_chunk(
+    blobs: &dyn Blobs,
+    chunk: &Descriptor,
+    targets: &Targets,
+) -> Result<u64, PackageError> {
+    let refused = |reason: &str| PackageError::Member {
+        member: chunk.digest.escape_debug().to_string(),
+        reason: reason.to_owned(),
+    };
+    let number = |name: &str| chunk.annotation(name)?.parse::<u64>().ok();
+    let (Some(offset), Some(length)) = (number(OFFSET), number(LENGTH)) else {
+        return Err(refused("it does not say where it belongs"));
+    };
+    let target = chunk.annotation(PATH).and_then(|path| targets.get(path));
+    let (file, size) = target.ok_or_else(|| refused("it is of no large file of the manifest"))?;
+    let ends_inside = offset.checked_add(length).is_some_and(|end| end <= *size);
+    if length > CHUNK_LIMIT || !ends_inside {
+        return Err(refused("it lies outside of its file"));
+    }
+    let packed = blobs.get(chunk, CHUNK_LIMIT)?;
+    let capacity = usize::try_from(length).unwrap_or_default();
+    let bytes = zstd::bulk::decompress(&packed, capacity).map_err(PackageError::reading)?;
+    if bytes.len() as u64 != length {
+        return Err(refused("its length is not the one that it names"));
+    }
+    file.write_all_at(&bytes, offset)
+        .map_err(PackageError::writing)?;
+    Ok(length)
+}
