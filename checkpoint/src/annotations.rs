@@ -14,6 +14,11 @@ pub const RESTORE: &str = "dev.transship/restore";
 /// `true`: on a pod, the newest checkpoint of a pod of this namespace and name that nobody has consumed and that
 /// was taken since a pod of that name last began to run here; without one it starts cold.
 pub const RESTORE_LATEST: &str = "dev.transship/restore-latest";
+/// On a pod: the checkpoint in a registry, by its digest. `transship serve` fetches it when node.toml allows that.
+pub const RESTORE_IMAGE: &str = "dev.transship/restore-image";
+/// `true`: on a pod or a container, the checkpoint is taken away from this node when it has been restored, and
+/// nobody else restores it here.
+pub const ONCE: &str = "dev.transship/once";
 /// Which container of the checkpoint, when its name is not the container's own.
 pub const RESTORE_CONTAINER: &str = "dev.transship/restore-container";
 /// Outside of the CRI: the container whose namespaces are joined; its own id makes a sandbox.
@@ -38,9 +43,11 @@ pub const NETWORKS: &str = "dev.transship/networks";
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 12] = [
     RESTORE,
     RESTORE_LATEST,
+    RESTORE_IMAGE,
+    ONCE,
     RESTORE_CONTAINER,
     SANDBOX,
     MISSING_NAMESPACES,
@@ -160,6 +167,10 @@ pub struct Annotations {
     pub restore: Option<String>,
     /// See [`RESTORE_LATEST`].
     pub restore_latest: bool,
+    /// See [`RESTORE_IMAGE`].
+    pub restore_image: Option<String>,
+    /// See [`ONCE`].
+    pub once: bool,
     /// The container's name inside of that checkpoint, when the spec says it.
     pub container: Option<String>,
     /// What the pod calls the container, under the CRI.
@@ -245,6 +256,8 @@ impl Annotations {
             role,
             restore: get(RESTORE).cloned(),
             restore_latest: choose(RESTORE_LATEST, "false", "true", "\"false\" or \"true\"")?,
+            restore_image: get(RESTORE_IMAGE).cloned(),
+            once: choose(ONCE, "false", "true", "\"false\" or \"true\"")?,
             container: get(RESTORE_CONTAINER)
                 .or_else(|| get(cri::CONTAINER_NAME))
                 .cloned(),

@@ -15,7 +15,7 @@
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
-//!  import: a package as a checkpoint of this node;  registry: how registries are reached
+//!  import: a package as a checkpoint of this node;  registry, pulls: from registries, also for pods that want one
 //!  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
@@ -77,6 +77,7 @@ pub mod pod;
 pub mod pod_dirs;
 pub mod pod_ended;
 pub mod progress;
+mod pulls;
 pub mod receive;
 pub mod registry;
 pub mod restart_policy;

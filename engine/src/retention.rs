@@ -1,22 +1,24 @@
-//! Which checkpoints of a store go: by age, by number per pod, by size. Never one that a restore uses.
+//! Which checkpoints of a store go: by age, by number per pod, by size; and those that were to be restored once, and
+//! were. Never one that a restore uses.
 //!
 //! ```text
 //!  Rules (node.toml, or flags) ─┐
 //!  store ──> Candidate ─────────┴─> due ──> removed
 //!            in use: a restore reads its images (the lock of its links), or is staged with them
+//!            spent:  a record of consumed checkpoints says that it was restored once
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
-use transship_checkpoint::manifest::LINKED_PREFIX;
-use transship_checkpoint::store::{Checkpoint, Store, StoreError};
-use transship_sandbox::Staged;
+use transship_checkpoint::store::{Store, StoreError};
+use transship_package::oci::remove_abandoned;
 use transship_sandbox::admission::node_config::{CheckpointRules, NodeConfig};
+use transship_sandbox::consumed::{DEFAULT_CONSUMED_DIR, is_spent};
+use transship_sandbox::{DEFAULT_RUN_DIR, Staged};
 
 use crate::error::{Context, Error, Result};
 
@@ -61,6 +63,25 @@ struct Candidate {
     of: String,
     bytes: u64,
     in_use: bool,
+    spent: bool,
+}
+
+/// Where it stands what is done with checkpoints.
+#[derive(Debug, Clone)]
+pub struct Records {
+    /// `/run/transship`.
+    pub run_dir: PathBuf,
+    /// What has been consumed, by whom.
+    pub consumed: PathBuf,
+}
+
+impl Default for Records {
+    fn default() -> Self {
+        Self {
+            run_dir: DEFAULT_RUN_DIR.into(),
+            consumed: DEFAULT_CONSUMED_DIR.into(),
+        }
+    }
 }
 
 /// A checkpoint that has to go.
@@ -74,6 +95,7 @@ pub struct Due {
     pub reason: &'static str,
 }
 
+const SPENT: &str = "it was to be restored once, and was";
 const TOO_OLD: &str = "older than is kept";
 const TOO_MANY: &str = "newer ones of the same pod are kept";
 const TOO_LARGE: &str = "newer ones fill the size that is kept";
@@ -83,15 +105,17 @@ const TOO_LARGE: &str = "newer ones fill the size that is kept";
 ///
 /// # Errors
 /// The store cannot be read.
-pub fn due(store: &Store, run_dir: &Path, rules: &Rules) -> Result<Vec<Due>> {
-    let staged = staged(run_dir)?;
+pub fn due(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> {
+    let staged = staged(&records.run_dir)?;
     let checkpoints = store.list()?.into_iter();
     let candidates = checkpoints.filter_map(|(name, opened)| {
         let checkpoint = opened.ok()?;
         let manifest = &checkpoint.manifest;
         let containers = manifest.containers.iter().map(|it| it.id.as_str());
         Some(Candidate {
-            in_use: staged.contains(&name) || is_being_read(&checkpoint),
+            in_use: staged.contains(&name) || checkpoint.is_being_restored(),
+            // Who cannot read the records keeps it.
+            spent: is_spent(&records.consumed, manifest).unwrap_or_default(),
             created: manifest.created,
             of: match &manifest.pod {
                 Some(pod) => format!("{}/{}", pod.namespace, pod.name),
@@ -119,10 +143,13 @@ fn judge(mut all: Vec<Candidate>, rules: &Rules, now: u64) -> Vec<Due> {
             of,
             bytes: its_bytes,
             in_use,
+            spent,
         } = candidate;
         let count = of_pod.entry(of).or_default();
         let age = Duration::from_secs(now.saturating_sub(created));
-        let reason = if rules.max_age.is_some_and(|most| age > most) {
+        let reason = if spent {
+            Some(SPENT)
+        } else if rules.max_age.is_some_and(|most| age > most) {
             Some(TOO_OLD)
         } else if rules.max_per_pod.is_some_and(|most| *count >= most) {
             Some(TOO_MANY)
@@ -151,8 +178,9 @@ fn judge(mut all: Vec<Candidate>, rules: &Rules, now: u64) -> Vec<Due> {
 ///
 /// # Errors
 /// A checkpoint cannot be removed; those before it are gone.
-pub fn prune(store: &Store, run_dir: &Path, rules: &Rules) -> Result<Vec<Due>> {
-    let due = due(store, run_dir, rules)?;
+pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> {
+    remove_abandoned(store)?;
+    let due = due(store, records, rules)?;
     for checkpoint in &due {
         match store.remove(&checkpoint.name) {
             // Somebody was faster, or has begun to read it.
@@ -169,7 +197,7 @@ pub fn prune(store: &Store, run_dir: &Path, rules: &Rules) -> Result<Vec<Due>> {
 /// [`crate::Kind::NotFound`]; [`crate::Kind::Refused`] while a restore reads it.
 pub fn remove(store: &Store, name: &str) -> Result<()> {
     if let Ok(checkpoint) = store.open(name)
-        && is_being_read(&checkpoint)
+        && checkpoint.is_being_restored()
     {
         let message = format!("a restore reads the checkpoint {name:?} at this moment");
         return Err(Error::refused(message).hint("try again when it is done"));
@@ -228,27 +256,6 @@ fn staged(run_dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Whether a restore has links to its images, which it locks as long as it needs them.
-fn is_being_read(checkpoint: &Checkpoint) -> bool {
-    let containers = checkpoint.manifest.containers.iter();
-    containers
-        .filter_map(|container| fs::read_dir(checkpoint.container_dir(container)).ok())
-        .flatten()
-        .flatten()
-        .filter(|entry| {
-            entry
-                .file_name()
-                .to_string_lossy()
-                .starts_with(LINKED_PREFIX)
-        })
-        .any(|entry| {
-            let Ok(dir) = File::open(entry.path()) else {
-                return false;
-            };
-            Flock::lock(dir, FlockArg::LockSharedNonblock).is_err()
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,6 +267,7 @@ mod tests {
             of: of.into(),
             bytes: 10,
             in_use: false,
+            spent: false,
         }
     }
 
@@ -302,6 +310,16 @@ mod tests {
             names(&judge(all(), &large, 1000)),
             [("a1", TOO_LARGE), ("b1", TOO_LARGE)]
         );
+    }
+
+    #[test]
+    fn what_was_restored_once_goes_whatever_the_rules() {
+        let mut spent = all();
+        spent[1].spent = true;
+        spent[2].spent = true;
+        spent[2].in_use = true;
+        let due = judge(spent, &Rules::default(), 1000);
+        assert_eq!(names(&due), [("a2", SPENT)]);
     }
 
     #[test]

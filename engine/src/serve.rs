@@ -15,14 +15,14 @@ use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
 use transship_proto::node_api::NodeServer;
 use transship_proto::{MESSAGE_LIMIT, bind_private, require_trusted_peer};
-use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::error::{Context, Error, Result, one_line};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::migrate::{Decision, recover_all};
 use crate::node_service::NodeService;
-use crate::retention::{Due, Rules, prune};
+use crate::pulls::{fetch_wanted, forget_old};
+use crate::retention::{Due, Records, Rules, prune};
 
 /// How often node.toml's rules are applied to the checkpoints.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);
@@ -43,6 +43,7 @@ pub async fn serve(
     let listener = listen(socket)?;
     let recovering = tokio::spawn(recover(node.clone(), store.clone(), interrupt.clone()));
     let pruning = tokio::spawn(prune_every_hour(store.clone()));
+    let fetching = tokio::spawn(fetch_wanted(store.clone()));
     let service = NodeService::new(node, interrupt.clone());
     let calls = service.calls();
     tracing::info!(socket = %socket.display(), "listening");
@@ -67,6 +68,7 @@ pub async fn serve(
         }
     };
     pruning.abort();
+    fetching.abort();
     // Another one may have taken its place only after this one has ended.
     drop(fs::remove_file(socket));
     // What is not decided stays as it is, and has its record.
@@ -104,11 +106,9 @@ async fn prune_every_hour(store: Store) {
         let pruned = tokio::task::spawn_blocking(move || {
             let config = NodeConfig::read(Path::new(NODE_CONFIG))
                 .context("cannot tell which checkpoints are kept")?;
+            forget_old()?;
             let rules = Rules::from(&config.checkpoints);
-            match rules.is_empty() {
-                true => Ok(Vec::new()),
-                false => prune(&store, Path::new(DEFAULT_RUN_DIR), &rules),
-            }
+            prune(&store, &Records::default(), &rules)
         });
         match pruned.await.map_err(Error::from).flatten() {
             Ok(removed) => {

@@ -10,6 +10,7 @@
 //!   of         UPPERDIR
 //!   container  CHECKPOINT  NAME  NAME IN THE POD
 //!   volume     CHECKPOINT  NAME
+//!   once       CHECKPOINT  CREATED           nobody else restores the one that was taken then, and it goes
 //! ```
 //!
 //! A container that starts again starts cold: its files have gone on since the checkpoint, its
@@ -72,6 +73,11 @@ enum Entry {
     Volume {
         checkpoint: String,
         name: String,
+    },
+    Once {
+        checkpoint: String,
+        /// Seconds since 1970: another one may get its name.
+        created: u64,
     },
 }
 
@@ -141,7 +147,16 @@ impl Consumed {
             Entry::Container { checkpoint: of, .. } | Entry::Volume { checkpoint: of, .. } => {
                 of == checkpoint
             }
-            Entry::Of(_) => false,
+            Entry::Of(_) | Entry::Once { .. } => false,
+        })
+    }
+
+    /// Name of the checkpoint that containers of this owner were restored from last.
+    #[must_use]
+    pub fn taken_from(&self) -> Option<&str> {
+        self.entries.iter().rev().find_map(|entry| match entry {
+            Entry::Container { checkpoint, .. } => Some(checkpoint.as_str()),
+            _ => None,
         })
     }
 
@@ -193,12 +208,44 @@ impl Consumed {
         if self.container(checkpoint, name).is_none() {
             return Ok(());
         }
-        self.change(|entries| {
+        self.change(|_, entries| {
             entries.retain(|entry| {
                 !matches!(entry, Entry::Container { checkpoint: of, name: it, .. }
                     if of == checkpoint && it == name)
             });
+            Ok(())
         })
+    }
+
+    /// Remembers that the checkpoint, taken at `created`, goes when nothing of it waits, and is nobody else's.
+    ///
+    /// # Errors
+    /// [`SandboxError::Spent`], or a failing system call; nothing is remembered then.
+    pub fn add_once(&mut self, checkpoint: &str, created: u64) -> Result<(), SandboxError> {
+        let once = Entry::Once {
+            checkpoint: checkpoint.to_owned(),
+            created,
+        };
+        if self.entries.contains(&once) {
+            return Ok(());
+        }
+        self.change(|own, entries| {
+            check_not_spent(own, checkpoint, Some(created))?;
+            entries.push(once);
+            Ok(())
+        })
+    }
+
+    /// Checks that the checkpoint (taken at `created`; none: it is not there any more) is not another owner's alone.
+    ///
+    /// # Errors
+    /// [`SandboxError::Spent`], or a failing system call.
+    pub fn check_not_spent(
+        &self,
+        checkpoint: &str,
+        created: Option<u64>,
+    ) -> Result<(), SandboxError> {
+        check_not_spent(&self.path, checkpoint, created)
     }
 
     /// Forgets the owner.
@@ -210,11 +257,17 @@ impl Consumed {
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), SandboxError> {
-        self.change(|entries| entries.push(entry))
+        self.change(|_, entries| {
+            entries.push(entry);
+            Ok(())
+        })
     }
 
     /// Containers of a pod may be restored side by side: what others have written since is kept.
-    fn change(&mut self, change: impl FnOnce(&mut Vec<Entry>)) -> Result<(), SandboxError> {
+    fn change(
+        &mut self,
+        change: impl FnOnce(&Path, &mut Vec<Entry>) -> Result<(), SandboxError>,
+    ) -> Result<(), SandboxError> {
         let dir = self.path.parent().unwrap_or(Path::new("/"));
         make_dir(dir)?;
         let _lock = lock(dir)?;
@@ -222,7 +275,7 @@ impl Consumed {
         if entries.is_empty() {
             entries.extend(self.entries.iter().find(|it| it.is_of()).cloned());
         }
-        change(&mut entries);
+        change(&self.path, &mut entries)?;
         if entries.iter().all(Entry::is_of) {
             remove_file(&self.path)?;
         } else {
@@ -261,6 +314,53 @@ pub fn times_restored(dir: &Path, manifest: &Manifest) -> Result<usize, SandboxE
         times += usize::from(entries.iter().any(restored));
     }
     Ok(times)
+}
+
+/// Whether somebody has restored the checkpoint as one that is restored once.
+///
+/// # Errors
+/// The records cannot be listed.
+pub fn is_spent(dir: &Path, manifest: &Manifest) -> Result<bool, SandboxError> {
+    is_once_of_another(dir, None, &manifest.name, Some(manifest.created))
+}
+
+fn check_not_spent(own: &Path, checkpoint: &str, created: Option<u64>) -> Result<(), SandboxError> {
+    let dir = own.parent().unwrap_or(Path::new("/"));
+    match is_once_of_another(dir, Some(own), checkpoint, created)? {
+        true => Err(SandboxError::Spent {
+            checkpoint: checkpoint.to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
+fn is_once_of_another(
+    dir: &Path,
+    own: Option<&Path>,
+    name: &str,
+    taken: Option<u64>,
+) -> Result<bool, SandboxError> {
+    let is_it = |entry: &Entry| match entry {
+        Entry::Once {
+            checkpoint,
+            created,
+        } => checkpoint == name && taken.is_none_or(|taken| taken == *created),
+        _ => false,
+    };
+    let records = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        records => records.during("list", dir)?,
+    };
+    for record in records {
+        let path = record.during("list", dir)?.path();
+        if own != Some(path.as_path())
+            && let Ok(entries) = read(&path)
+            && entries.iter().any(is_it)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Held by whoever writes a record, or removes one.
@@ -303,6 +403,10 @@ impl Entry {
                 checkpoint: checkpoint.to_owned(),
                 name: name.to_owned(),
             },
+            ["once", checkpoint, created] => Self::Once {
+                checkpoint: checkpoint.to_owned(),
+                created: created.parse().ok()?,
+            },
             _ => return None,
         })
     }
@@ -317,6 +421,10 @@ impl Entry {
                 asker,
             } => format!("container\t{checkpoint}\t{name}\t{asker}"),
             Self::Volume { checkpoint, name } => format!("volume\t{checkpoint}\t{name}"),
+            Self::Once {
+                checkpoint,
+                created,
+            } => format!("once\t{checkpoint}\t{created}"),
         };
         line.replace('\n', " ") + "\n"
     }
@@ -428,6 +536,30 @@ mod tests {
             record.add_container(checkpoint, name, name).unwrap();
         }
         assert_eq!(times_restored(&dir, &manifest).unwrap(), 2);
+    }
+
+    #[test]
+    fn what_is_restored_once_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("consumed");
+        let by = |uid: &str| Consumed::by(&dir, &Owner::Pod(uid.to_owned())).unwrap();
+        by("u1").check_not_spent("web", Some(100)).unwrap();
+        by("u1").add_once("web", 100).unwrap();
+        by("u1").add_container("web", "app", "app").unwrap();
+        by("u1").add_once("web", 100).unwrap();
+        assert_eq!(by("u1").taken_from(), Some("web"));
+        by("u1").check_not_spent("web", Some(100)).unwrap();
+        let spent = |result: Result<(), SandboxError>| match result {
+            Err(SandboxError::Spent { checkpoint }) => checkpoint == "web",
+            _ => false,
+        };
+        assert!(spent(by("u2").check_not_spent("web", Some(100))));
+        assert!(spent(by("u2").check_not_spent("web", None)));
+        assert!(spent(by("u2").add_once("web", 100)));
+        // Another one of its name.
+        by("u2").check_not_spent("web", Some(200)).unwrap();
+        by("u2").add_once("web", 200).unwrap();
+        assert!(by("u3").check_not_spent("web", Some(300)).is_ok());
     }
 
     #[test]

@@ -38,6 +38,15 @@ pub enum SandboxError {
         /// Who asks for it.
         asker: String,
     },
+    /// Somebody else has restored it, and nobody is to do so a second time.
+    #[error(
+        "the checkpoint {checkpoint:?} has been restored on this node by another pod or container, and it was to \
+         be restored once (dev.transship/once)"
+    )]
+    Spent {
+        /// Name of the checkpoint.
+        checkpoint: String,
+    },
     /// A file in the staged restore that this program has not written.
     #[error("{path} is damaged: {what}")]
     Damaged {

@@ -8,11 +8,13 @@
 //! /run/transship/pods/<sandbox id>/      pod_dir: PodDir
 //!     lock                               flock: held while a restore changes the sandbox
 //!     uid                                the pod's, under the CRI
+//!     checkpoint                         what it is restored from, when no annotation names it
 //!     ns/{net,ipc,uts,pid,user,cgroup}   pins: namespaces of the sandbox, bind mounted
 //!     filled-<file>                      a shared directory that has its content
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
+//! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
 //! ```
@@ -33,6 +35,7 @@ mod pod_dir;
 pub mod shared_dirs;
 mod staged;
 mod sysv_objects;
+pub mod wanted_image;
 
 pub use error::SandboxError;
 pub use linked_images::LinkedImages;

@@ -20,6 +20,7 @@ use crate::staged::{Request, STATE_FILE, Staged, State};
 
 const FILLED_PREFIX: &str = "filled-";
 pub(crate) const UID_FILE: &str = "uid";
+const CHECKPOINT_FILE: &str = "checkpoint";
 
 /// The directory of one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +65,28 @@ impl PodDir {
     pub fn set_uid(&self, uid: &str) -> Result<(), SandboxError> {
         self.make()?;
         replace(&self.dir.join(UID_FILE), uid.as_bytes())
+    }
+
+    /// Remembers which checkpoint it is restored from, when no annotation names it.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_checkpoint(&self, name: &str) -> Result<(), SandboxError> {
+        self.make()?;
+        replace(&self.dir.join(CHECKPOINT_FILE), name.as_bytes())
+    }
+
+    /// What [`Self::set_checkpoint`] was given.
+    #[must_use]
+    pub fn checkpoint(&self) -> Option<String> {
+        fs::read_to_string(self.dir.join(CHECKPOINT_FILE)).ok()
+    }
+
+    /// Whether anything is staged, held or failed here.
+    #[must_use]
+    pub fn has_restores(&self) -> bool {
+        let restores = fs::read_dir(self.dir.join("restore"));
+        restores.is_ok_and(|mut it| it.next().is_some())
     }
 
     /// Waits until no other restore changes this sandbox.

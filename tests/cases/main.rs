@@ -36,6 +36,7 @@ mod not_ours;
 mod one_copy;
 mod package;
 mod package_foreign;
+mod package_image;
 mod package_registry;
 mod pod_refusals;
 mod pods;

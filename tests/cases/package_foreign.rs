@@ -14,18 +14,19 @@ use transship_testbed::{
 
 use crate::Case;
 use crate::journey::fails_with;
+use crate::package_image::from_a_registry;
 use crate::package_registry::start_registry;
 use crate::pods::{self, IMAGE as BUILT, import_images, reached};
 
 const IMAGE: &str = "127.0.0.1:5000/counter:1";
-const FIRST: PodContainer<'static> = PodContainer {
+pub(crate) const FIRST: PodContainer<'static> = PodContainer {
     image: IMAGE,
     ..pods::FIRST
 };
 
 const KUBELETS: &str =
     "/var/lib/kubelet/checkpoints/checkpoint-web_shop-first-2026-11-26T09:27:01Z.tar";
-const POD: (&str, &str) = ("shop", "web");
+pub(crate) const POD: (&str, &str) = ("shop", "web");
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     let case = |what, run| Case {
@@ -34,6 +35,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         run,
     };
     [
+        case("package_pod", archives_and_registries_of_pods),
         case(
             "long_package_containerd",
             archives_of_containerd_are_restored,
@@ -71,6 +73,17 @@ fn archives_of_containerd_are_restored(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_no_pod_left(&node)
 }
 
+/// What is quick of all that is below, and a checkpoint that comes from a registry.
+fn archives_and_registries_of_pods(bed: &Testbed) -> anyhow::Result<()> {
+    let node = start(bed)?;
+    let cri = node.cri()?;
+    let before = from_containerd(&node, &cri)?;
+    to_containerd(&node, &cri)?;
+    from_a_registry(&node, &cri, before)?;
+    node.shell("transship rm theirs").run()?;
+    journey::check_no_pod_left(&node)
+}
+
 fn archives_go_to_other_engines(bed: &Testbed) -> anyhow::Result<()> {
     let node = start(bed)?;
     let cri = node.cri()?;
@@ -79,12 +92,14 @@ fn archives_go_to_other_engines(bed: &Testbed) -> anyhow::Result<()> {
     node.write_file("/usr/local/bin/checkpointctl", std::fs::read(program)?)?;
     node.shell("chmod 755 /usr/local/bin/checkpointctl").run()?;
     to_containerd(&node, &cri)?;
+    checkpointctl_reads(&node, "/root/ours.tar", "containerd")?;
     to_crio(&node)?;
     node.shell("transship rm theirs ours").run()?;
     journey::check_no_pod_left(&node)
 }
 
-fn from_containerd(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+/// Gives the count that the checkpoint `ours` has at least.
+fn from_containerd(node: &Node, cri: &Cri) -> anyhow::Result<u64> {
     let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     journey::ask(node, &cri.pod_ip(&pod)?)?;
@@ -137,7 +152,7 @@ fn from_containerd(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     fails_with(node, &["import", "/root/other.tar"], 4, "images pull")?;
     let left = { node.shell("ls -A /var/lib/transship/checkpoints | xargs") }.read()?;
     ensure!(left.trim() == "ours theirs", "{left}");
-    Ok(())
+    Ok(before)
 }
 
 /// As in the template of a StatefulSet: the name is always the same, and so is the annotation.
@@ -177,7 +192,6 @@ fn the_latest_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> {
 fn to_containerd(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     let export = "transship export ours /root/ours.tar --format containerd";
     node.shell(export).run()?;
-    checkpointctl_reads(node, "/root/ours.tar", "containerd")?;
     let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
     let restored = PodContainer {
         image: "/root/ours.tar",

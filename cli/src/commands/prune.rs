@@ -3,10 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use transship_engine::retention::{Due, Rules, due, prune};
+use transship_engine::retention::{Due, Records, Rules, due, prune};
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Result};
-use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use super::{print, store};
@@ -27,10 +26,10 @@ pub(crate) fn run(global: &Global, args: &PruneArgs) -> Result<()> {
         return Err(Error::refused(message)
             .hint("--max-age, --max-per-pod or --max-size, or [checkpoints] in node.toml"));
     }
-    let run_dir = Path::new(DEFAULT_RUN_DIR);
+    let records = Records::default();
     let gone = match args.dry_run {
-        true => due(&store(), run_dir, &rules)?,
-        false => prune(&store(), run_dir, &rules)?,
+        true => due(&store(), &records, &rules)?,
+        false => prune(&store(), &records, &rules)?,
     };
     print(global, &gone, || text(&gone))
 }

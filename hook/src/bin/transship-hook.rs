@@ -12,6 +12,7 @@ use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 use transship_sandbox::last_run::DEFAULT_RUNS_DIR;
+use transship_sandbox::wanted_image::DEFAULT_IMAGES_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
                 store: Store::at(DEFAULT_ROOT),
                 consumed: DEFAULT_CONSUMED_DIR.into(),
                 runs: DEFAULT_RUNS_DIR.into(),
+                images: DEFAULT_IMAGES_DIR.into(),
                 config: NODE_CONFIG.into(),
                 log_dir: LOG_DIR.into(),
             };

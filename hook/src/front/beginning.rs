@@ -12,6 +12,7 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::{ColdContainers, OnFailure};
 use transship_checkpoint::manifest::Manifest;
+use transship_checkpoint::store::StoreError;
 use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::Consumed;
@@ -41,9 +42,14 @@ impl Front<'_> {
         config: &Config,
         bundle: &Bundle,
     ) -> Result<Beginning, FrontError> {
-        let wanted = config.annotations.restore.as_deref();
         let name = config.annotations.container.as_deref().unwrap_or(id);
         let pod = self.pod_of(id, config)?;
+        let chosen = match &config.annotations.restore {
+            Some(name) => Some(name.clone()),
+            // The sandbox's hook has found it.
+            None => pod.checkpoint().filter(|_| config.cri),
+        };
+        let wanted = chosen.as_deref();
         let owner = self.owner(id, config, bundle);
         let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
         let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
@@ -71,6 +77,10 @@ impl Front<'_> {
             self.tell_cold_start(id, Some(named), &reason);
             return Ok(Beginning::Cold);
         }
+        if let Some(named) = &named {
+            let created = self.env.store.open(named).map(|it| it.manifest.created);
+            consumed.check_not_spent(named, created.ok())?;
+        }
         if let Some(staged) = staged
             && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
         {
@@ -79,7 +89,20 @@ impl Front<'_> {
         let Some(wanted) = wanted else {
             return Ok(Beginning::Cold);
         };
-        let checkpoint = self.env.store.open(wanted)?;
+        let checkpoint = match self.env.store.open(wanted) {
+            // Taken away when all that it has was restored.
+            Err(StoreError::NotFound { .. })
+                if config.annotations.once && consumed.has_any_of(wanted) =>
+            {
+                if config.annotations.cold_containers == ColdContainers::Refuse {
+                    return Err(not_in_checkpoint(wanted, name));
+                }
+                let missing = not_in_checkpoint(wanted, name).to_string();
+                self.tell_cold_start(id, Some(wanted), &missing);
+                return Ok(Beginning::Cold);
+            }
+            opened => opened?,
+        };
         let manifest = &checkpoint.manifest;
         let pod_asks = Asker {
             rules: &NodeConfig::read(&self.env.node_config)?,
@@ -96,7 +119,7 @@ impl Front<'_> {
                     )));
                 }
                 check_lacking(config, manifest, name, &consumed)?;
-                let missing = not_in_checkpoint(manifest, name);
+                let missing = not_in_checkpoint(&manifest.name, name);
                 self.tell_cold_start(id, Some(wanted), &missing.to_string());
                 consumed.add_container(wanted, name, asker)?;
                 return Ok(Beginning::Cold);
@@ -146,9 +169,9 @@ impl Front<'_> {
     }
 }
 
-fn not_in_checkpoint(manifest: &Manifest, name: &str) -> FrontError {
+fn not_in_checkpoint(checkpoint: &str, name: &str) -> FrontError {
     FrontError::from(FitError::NotInCheckpoint {
-        checkpoint: manifest.name.clone(),
+        checkpoint: checkpoint.to_owned(),
         container: name.to_owned(),
     })
 }
@@ -164,7 +187,7 @@ fn check_lacking(
 ) -> Result<(), FrontError> {
     match config.annotations.cold_containers {
         ColdContainers::Start => Ok(()),
-        ColdContainers::Refuse => Err(not_in_checkpoint(manifest, name)),
+        ColdContainers::Refuse => Err(not_in_checkpoint(&manifest.name, name)),
         ColdContainers::BesideRestored => {
             let mut containers = manifest.containers.iter();
             let known = manifest.not_running.iter().any(|it| it.name == name);

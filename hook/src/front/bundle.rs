@@ -109,6 +109,9 @@ pub(super) struct HeldRestore {
     pub(super) asker: String,
     /// The staged restore.
     pub(super) staged: PathBuf,
+    /// The checkpoint was taken then (seconds since 1970), and goes with this restore.
+    #[serde(default)]
+    pub(super) once: Option<u64>,
 }
 
 impl HeldRestore {
@@ -120,6 +123,7 @@ impl HeldRestore {
             container: container.to_owned(),
             asker: asker.to_owned(),
             staged: PathBuf::new(),
+            once: None,
         }
     }
 }

@@ -230,6 +230,10 @@ impl Front<'_> {
     ) -> Result<HeldRestore, FrontError> {
         let request = staged.request()?;
         let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
+        let once = match config.annotations.once {
+            true => Some(self.env.store.open(&request.checkpoint)?.manifest.created),
+            false => None,
+        };
         // The name that the next attempt asks by, which is not always that in the checkpoint.
         let name = config.annotations.container.as_deref().unwrap_or(id);
         Ok(HeldRestore {
@@ -238,6 +242,7 @@ impl Front<'_> {
             container: name.to_owned(),
             asker: asker.to_owned(),
             staged: staged.path().to_path_buf(),
+            once,
         })
     }
 
@@ -245,7 +250,25 @@ impl Front<'_> {
     pub(super) fn consume(&self, restore: &HeldRestore) -> Result<(), FrontError> {
         let mut consumed = Consumed::by(&self.env.consumed, &restore.owner)?;
         let (name, asker) = (&restore.container, &restore.asker);
+        if let Some(created) = restore.once {
+            consumed.add_once(&restore.checkpoint, created)?;
+        }
         Ok(consumed.add_container(&restore.checkpoint, name, asker)?)
+    }
+
+    /// Takes the checkpoint away when it is to be restored once, and nothing in the sandbox waits for it. What
+    /// cannot be removed now, because its memory is still read, `transship serve` removes.
+    pub(super) fn take_away(&self, restore: &HeldRestore) {
+        let pod = Staged::at(restore.staged.clone()).pod();
+        if restore.once.is_none() || pod.is_some_and(|pod| pod.has_restores()) {
+            return;
+        }
+        if let Ok(checkpoint) = self.env.store.open(&restore.checkpoint)
+            && Some(checkpoint.manifest.created) == restore.once
+            && !checkpoint.is_being_restored()
+        {
+            drop(self.env.store.remove(&restore.checkpoint));
+        }
     }
 
     /// Takes back a restore whose container, in this bundle, has not run: the next attempt restores it

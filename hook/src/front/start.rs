@@ -57,6 +57,7 @@ impl Front<'_> {
             // What is left says less than the record does.
             let staged = Staged::at(restore.staged.clone());
             drop(staged.remove());
+            self.take_away(restore);
             if let Some(pod) = staged.pod() {
                 drop(pod.remove_if_empty());
             }

@@ -21,6 +21,7 @@ use transship_sandbox::admission::asker::{Asker, NotForAsker};
 use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::last_run::PodRun;
+use transship_sandbox::wanted_image::{WantedImage, WantedImageError};
 use transship_sandbox::{PodDir, SandboxError};
 
 use crate::descendants::kill_if_same;
@@ -77,6 +78,12 @@ pub enum HookError {
     /// The rules of this node.
     #[error(transparent)]
     NodeConfig(#[from] NodeConfigError),
+    /// The checkpoint is in a registry.
+    #[error(transparent)]
+    WantedImage(#[from] WantedImageError),
+    /// Somebody else has had the checkpoint.
+    #[error(transparent)]
+    Spent(SandboxError),
     /// The sandbox's directory.
     #[error("cannot prepare the sandbox {id:?}")]
     Stage {
@@ -100,7 +107,8 @@ impl HookError {
     fn may_start_cold(&self) -> bool {
         match self {
             Self::NotForAsker(error) => !error.is_forbidden(),
-            Self::Store { .. } => true,
+            Self::WantedImage(error) => error.is_failure(),
+            Self::Store { .. } | Self::Spent(_) => true,
             _ => false,
         }
     }
@@ -117,6 +125,8 @@ pub struct Node {
     pub consumed: PathBuf,
     /// When pods of a name have last begun to run.
     pub runs: PathBuf,
+    /// What pods want from registries.
+    pub images: PathBuf,
     /// The rules of this node.
     pub config: PathBuf,
     /// Where failed restores are told of.
@@ -150,7 +160,11 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
         true => restore_log::Outcome::StartedCold,
         false => restore_log::Outcome::Failed,
     };
-    if annotations.restore.is_some() || annotations.restore_latest {
+    let wants = annotations.restore.is_some()
+        || annotations.restore_latest
+        || annotations.restore_image.is_some();
+    let is_passing = matches!(&error, HookError::WantedImage(error) if error.is_passing());
+    if wants && !is_passing {
         // The error itself is told by the call that fails.
         drop(restore_log::append(
             &node.log_dir,
@@ -172,18 +186,6 @@ fn stage_all(
     node: &Node,
     pod: &PodDir,
 ) -> Result<(), HookError> {
-    let latest;
-    let name = match (&annotations.restore, annotations.restore_latest) {
-        (Some(name), _) => name,
-        (None, false) => return Ok(()),
-        (None, true) => match latest_of(state, annotations, node)? {
-            Some(name) => {
-                latest = name;
-                &latest
-            }
-            None => return Ok(()),
-        },
-    };
     let stage_error = |source| HookError::Stage {
         id: state.id.clone(),
         source,
@@ -194,6 +196,17 @@ fn stage_all(
     }
     let consumed = owner.map(|owner| Consumed::by(&node.consumed, &owner));
     let consumed = consumed.transpose().map_err(stage_error)?;
+    let name = match &annotations.restore {
+        Some(name) => name.clone(),
+        None => match chosen(state, annotations, node, consumed.as_ref())? {
+            Some(name) => name,
+            None => return Ok(()),
+        },
+    };
+    let name = name.as_str();
+    if annotations.restore.is_none() {
+        pod.set_checkpoint(name).map_err(stage_error)?;
+    }
     let checkpoint = match node.store.open(name) {
         Ok(checkpoint) => checkpoint,
         // The pod has had its restore; the sandbox has been made again since the checkpoint was
@@ -210,6 +223,11 @@ fn stage_all(
             });
         }
     };
+    if let Some(consumed) = &consumed {
+        let created = checkpoint.manifest.created;
+        let checked = consumed.check_not_spent(name, Some(created));
+        checked.map_err(HookError::Spent)?;
+    }
     let rules = &NodeConfig::read(&node.config)?;
     Asker { rules, annotations }.admit(&checkpoint.manifest)?;
     for container in &checkpoint.manifest.containers {
@@ -220,6 +238,28 @@ fn stage_all(
         }
     }
     Ok(())
+}
+
+/// The checkpoint of a pod whose annotations do not name it: that in a registry, or the latest.
+fn chosen(
+    state: &HookState,
+    annotations: &Annotations,
+    node: &Node,
+    consumed: Option<&Consumed>,
+) -> Result<Option<String>, HookError> {
+    // What it was restored from is its own for ever, whatever was taken since.
+    let had = consumed.and_then(Consumed::taken_from);
+    if let Some(reference) = &annotations.restore_image {
+        let image = WantedImage::new(&node.images, reference)?;
+        let rules = NodeConfig::read(&node.config)?;
+        let name = image.checkpoint(&rules, &node.store, |name| had == Some(name));
+        return Ok(Some(name?));
+    }
+    match (annotations.restore_latest, had) {
+        (false, _) => Ok(None),
+        (true, Some(had)) => Ok(Some(had.to_owned())),
+        (true, None) => latest_of(state, annotations, node),
+    }
 }
 
 /// The checkpoint that a pod with `restore-latest` gets; without one it starts cold, and that is told.

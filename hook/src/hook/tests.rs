@@ -42,6 +42,7 @@ fn a_container_that_is_no_sandbox_is_left_alone() {
         store: Store::at(dir.path().join("checkpoints")),
         consumed: dir.path().join("consumed"),
         runs: dir.path().join("runs"),
+        images: dir.path().join("images"),
         config: dir.path().join("node.toml"),
         log_dir: dir.path().join("log"),
     };

@@ -19,6 +19,11 @@
 //! keep-gigabytes = 0
 //! quota-gigabytes = 0
 //! signed-by = []            public keys of minisign: a package without a signature of one is refused
+//! [images]
+//! registries = []           from which `transship serve` fetches what pods name (`restore-image`)
+//! plain-http = []           those of them that are reached without TLS
+//! docker-config = ""        directory of Docker's config.json, with the credentials
+//! authorities = ""          file of the authorities that sign for them, in PEM; "": those that browsers know
 //! ```
 //!
 //! `asker.rs` says what the rules mean. An unknown key is an error, and then nothing is restored: a rule
@@ -59,6 +64,8 @@ pub struct NodeConfig {
     pub receive: Rules,
     /// For the directory of checkpoints.
     pub checkpoints: CheckpointRules,
+    /// For checkpoints in registries.
+    pub images: ImageRules,
 }
 
 impl Default for NodeConfig {
@@ -72,8 +79,23 @@ impl Default for NodeConfig {
             restore: Rules::default(),
             receive: Rules::default(),
             checkpoints: CheckpointRules::default(),
+            images: ImageRules::default(),
         }
     }
+}
+
+/// Which registries pods may name, and how they are reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ImageRules {
+    /// HOST or HOST:PORT.
+    pub registries: Vec<String>,
+    /// Those of them without TLS.
+    pub plain_http: Vec<String>,
+    /// Directory of Docker's `config.json`; empty: no credentials.
+    pub docker_config: PathBuf,
+    /// File of authorities in PEM; empty: those that browsers know.
+    pub authorities: PathBuf,
 }
 
 /// Which checkpoints stay, and which are taken; 0 is no limit.
