@@ -19,7 +19,7 @@ use transship_testbed::{CommandRun as _, Node, Testbed, journey, poll_until};
 use crate::node_clock::time_in_node;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
-use crate::statistics::millis;
+use crate::statistics::{median, millis};
 
 const STOCK: &str = "ctr containers checkpoint";
 const EVENTS: &str = "events";
@@ -35,6 +35,13 @@ struct Migrated {
 struct Timeline {
     total_seconds: f64,
     frozen_seconds: f64,
+    steps: Vec<Step>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Step {
+    name: String,
+    seconds: f64,
 }
 
 /// Measures the part.
@@ -72,22 +79,32 @@ struct Course<'a> {
 struct Took {
     frozen: f64,
     total: f64,
+    steps: Vec<Step>,
+}
+
+/// The medians of the steps that are in the freeze, in milliseconds, for a note.
+fn medians_of_steps(all: &[Took]) -> String {
+    let of = |name: &str| {
+        let steps = all.iter().flat_map(|took| &took.steps);
+        let times: Vec<f64> = steps
+            .filter(|step| step.name == name)
+            .map(|step| step.seconds * 1e3)
+            .collect();
+        format!("{name} {:.0} ms", median(&times).unwrap_or_default())
+    };
+    let parts = ["dump", "transfer", "restore", "commit"].map(of);
+    format!("medians: {}", parts.join(", "))
 }
 
 impl Course<'_> {
     fn measure(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Vec<Row>> {
         let (mut with, mut without, mut floor) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut total, mut stock, mut checkpoint) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut stock, mut checkpoint) = (Vec::new(), Vec::new());
         let mut exported = String::new();
         for round in 0..sizes.migrations {
             eprintln!("   {memory_mb} MB, round {}", round + 1);
-            let took = self.migrate(memory_mb, &[])?;
-            with.push(took.frozen);
-            total.push(took.total);
-            without.push(
-                self.migrate(memory_mb, &["--max-precopy-rounds", "0"])?
-                    .frozen,
-            );
+            with.push(self.migrate(memory_mb, &[])?);
+            without.push(self.migrate(memory_mb, &["--max-precopy-rounds", "0"])?);
             floor.push(self.bare(memory_mb)?);
             let (times, frozen, export) = self.stock(memory_mb)?;
             checkpoint.push(times);
@@ -116,9 +133,18 @@ impl Course<'_> {
             row(name, ours, STOCK, &stock, Better::Less)
         };
         let whole = format!("whole command, {size}: beside a checkpoint alone");
+        let notes = [&with, &without].map(|all| medians_of_steps(all));
+        let [note_with, note_without] = notes;
+        let total: Vec<f64> = with.iter().map(|took| took.total).collect();
+        let [with, without] =
+            [with, without].map(|all| -> Vec<f64> { all.iter().map(|took| took.frozen).collect() });
         Ok(vec![
-            beside_floor("memory sent before", &with).goal(Goal::RatioAtMost(from)),
-            beside_floor("all in the freeze", &without).goal(Goal::RatioAtMost(until)),
+            beside_floor("memory sent before", &with)
+                .goal(Goal::RatioAtMost(from))
+                .note(note_with),
+            beside_floor("all in the freeze", &without)
+                .goal(Goal::RatioAtMost(until))
+                .note(note_without),
             beside_stock("memory sent before", &with).note(exported),
             beside_stock("all in the freeze", &without),
             row(whole, &total, STOCK, &checkpoint, Better::Less),
@@ -159,6 +185,7 @@ impl Course<'_> {
         Ok(Took {
             frozen: migrated.timeline.frozen_seconds * 1e3,
             total: migrated.timeline.total_seconds * 1e3,
+            steps: migrated.timeline.steps,
         })
     }
 
@@ -203,13 +230,14 @@ const FLOOR: &str = "runc checkpoint + restore";
 const BARE: &str = r#"
 task=/run/containerd/io.containerd.runtime.v2.task/default/COUNTER
 mkdir -p /run/bare; mount -t tmpfs tmpfs /run/bare; mkdir /run/bare/bundle; cd /run/bare
-dump() { runc --root /run/containerd/runc/default checkpoint --image-path images --work-path work COUNTER; }
+dump() { runc --root /run/containerd/runc/default checkpoint --image-path /run/bare/images --work-path /run/bare/work COUNTER; }
 jq '.root.path = "rootfs" | .linux.cgroupsPath = "/bare" | .annotations = {}' $task/config.json >bundle/config.json
 timed dump
 cp -a $task/rootfs bundle/rootfs
-mkfifo out; cat out >/dev/null 2>&1 & exec 5>out
+mkfifo out; cat out >said 2>&1 & exec 5>out
 bare() {
-  runc restore --detach --pid-file pid --bundle bundle --image-path images --work-path work bare 1>&5 2>&5 </dev/null
+  runc restore --detach --pid-file /run/bare/pid --bundle bundle --image-path /run/bare/images --work-path /run/bare/work bare 1>&5 2>&5 </dev/null \
+    || { cat said >&2; return 1; }
 }
 timed bare
 exec 5>&-; runc delete --force bare

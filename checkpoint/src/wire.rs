@@ -6,8 +6,7 @@
 //!   'm'       one Message as JSON, at most 64 MiB
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
 //!   'a'       empty: the sender is alive and has nothing to say yet (migrations only)
-//!   'p'       pages of memory that the target shall keep, at most 1 MiB: before the files (migrations only)
-//!   'r'       instead of 'd': runs of pages that it has, see pages.rs, for at most 1 MiB of the file
+//!   'z'       instead of 'd': zeros, see zeros.rs (migrations only)
 //!
 //! one way (send | receive):
 //!   Begin  (File data* FileEnd)*  End
@@ -18,7 +17,7 @@
 //!   > (Blob data*)*  ImageEnd            which says how many direct connections there are: n
 //!   < Ready            the image is unpacked: the source freezes the container
 //!   n = 0:
-//!   > Begin (File data* FileEnd)* End    files while CRIU still writes them
+//!   > Begin (File data* FileEnd)* End    memory before the freeze; files of the dump
 //!   n > 0:
 //!   > Begin End                          and through each direct connection, a stream of its own:
 //!     > (File data* FileEnd)* FilesEnd
@@ -53,23 +52,21 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::{Container, Manifest, ManifestError};
 
 mod check;
-mod pages;
 mod receiver;
 mod sender;
+mod zeros;
 
-pub use pages::{KnownPages, PAGE};
 pub use receiver::{Arriving, Limits, Receiver};
-pub use sender::{How, Sender};
+pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
 const DATA: u8 = b'd';
 const ALIVE: u8 = b'a';
-const PAGES: u8 = b'p';
-const KNOWN: u8 = b'r';
+const ZEROS: u8 = b'z';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
 /// As much of the other side's words as is shown, in bytes.

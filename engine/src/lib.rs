@@ -5,6 +5,7 @@
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
 //!  container_log: where a container's output goes
+//!  dump_hold: a dump that waits while memory is read in its processes
 //!  dump_links: names in /dev/shm that CRIU's images need
 //!  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
 //!  send, receive                             <-> checkpoint directory as a stream
@@ -56,6 +57,7 @@ pub mod conditions;
 pub mod container_log;
 pub mod conversation;
 pub mod data_channel;
+pub mod dump_hold;
 pub mod dump_links;
 mod durable_record;
 pub mod error;

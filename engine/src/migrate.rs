@@ -32,8 +32,10 @@ use crate::timeline::Timeline;
 
 mod ask;
 mod dump_files;
+mod memory_images;
 mod network;
 mod precopy;
+mod process_memory;
 mod record;
 mod recover;
 mod remote;
@@ -197,6 +199,7 @@ pub async fn migrate(
         bytes: 0,
         direct: 0,
         estimate: 0,
+        memory_files: Vec::new(),
     };
     let result = transaction.carry_out().await;
     if let Err(error) = &result

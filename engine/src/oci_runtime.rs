@@ -6,8 +6,8 @@
 //! ```text
 //!  RUNTIME --root ROOT/NAMESPACE checkpoint FLAGS --leave-running ID
 //!     CRIU_CONFIG_FILE = <work>/criu.conf     what is no flag of this runtime
-//!         action-script <work>/post-dump.sh   exports the upperdir while CRIU's links are in it, and writes
-//!                                             down those in /dev/shm
+//!         action-script <work>/dump.sh        exports the upperdir while CRIU's links are in it, and writes
+//!                                             down those in /dev/shm; holds the dump (dump_hold)
 //! ```
 //!
 //! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
@@ -26,6 +26,7 @@ use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 
 use crate::conditions::SCAN_PATH;
+use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 
 /// Where containerd's runc shim lets the runtimes keep their states (`process.RuncRoot`).
@@ -91,6 +92,7 @@ impl OciRuntime {
         (images, work): (&Path, &Path),
         watched: &[String],
         export: Option<ExportInside<'_>>,
+        hold: Option<&DumpHold>,
     ) -> Result<()> {
         let known = self.checkpoint_help().await?;
         let (options, mut lines) = criu.dump_arguments(&known);
@@ -102,11 +104,15 @@ impl OciRuntime {
         for path in watched {
             lines.push(ConfigLine::with(SCAN_PATH, path)?);
         }
-        if let Some(export) = &export {
-            let script = work.join("post-dump.sh");
-            write_script(&script, id, export)?;
+        let script = work.join("dump.sh");
+        let scripted = export.is_some() || hold.is_some();
+        if scripted {
+            write_script(&script, id, export.as_ref(), hold)?;
             let script = script.to_string_lossy();
             lines.push(ConfigLine::with("action-script", &script)?);
+        }
+        if let Some(hold) = hold {
+            flags.extend(hold.flags()?.into_iter().map(OsString::from));
         }
         let config = work.join("criu.conf");
         write_new(&config, &ConfigLine::to_text(&lines), 0o600)?;
@@ -117,7 +123,8 @@ impl OciRuntime {
         command.args(["--leave-running", id]);
         command.env("CRIU_CONFIG_FILE", &config).kill_on_drop(true);
         let output = self.output(&mut command).await?;
-        if !output.status.success() {
+        // A held one is given up at its end.
+        if !output.status.success() && !hold.is_some_and(DumpHold::has_ended_well) {
             let said = String::from_utf8_lossy(&output.stderr);
             let last = said.lines().rfind(|line| !line.is_empty());
             return Err(Error::failed(format!(
@@ -126,7 +133,7 @@ impl OciRuntime {
                 last.unwrap_or("no reason")
             )));
         }
-        for path in [Some(config), export.map(|_| work.join("post-dump.sh"))] {
+        for path in [Some(config), scripted.then_some(script)] {
             path.map_or(Ok(()), fs::remove_file)
                 .context("cannot remove the dump's configuration")?;
         }
@@ -213,29 +220,43 @@ impl OciRuntime {
 }
 
 /// CRIU runs it at every step; `post-dump` is the one at which its links are there.
-fn write_script(script: &Path, id: &str, export: &ExportInside<'_>) -> Result<()> {
+fn write_script(
+    script: &Path,
+    id: &str,
+    export: Option<&ExportInside<'_>>,
+    hold: Option<&DumpHold>,
+) -> Result<()> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let path = |path: &Path| quoted(&path.to_string_lossy());
-    let links = export.links.map(|(dir, to)| {
-        format!(
+    let [ended, dumped, wait] = hold.map_or_else(
+        || ["exit 0".to_owned(), ":".to_owned(), "exit 0".to_owned()],
+        |hold| hold.script_parts(path),
+    );
+    let mut text = format!(
+        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npost-dump) ;;\nstatus-ready) {ended} ;;\n*) exit 0 ;;\nesac\n"
+    );
+    if let Some((dir, to)) = export.and_then(|export| export.links) {
+        text += &format!(
             "{} dump-links {} {} || exit 1\n",
             path(&program),
             path(dir),
             path(to)
-        )
-    });
-    let text = format!(
-        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n{}\
-         exec {} --json -a {} -n {} snapshot export --no-pause -o {} {} 2>{}\n",
-        links.unwrap_or_default(),
-        path(&program),
-        path(export.address),
-        quoted(export.namespace),
-        path(export.to),
-        quoted(id),
-        path(export.figures),
-    );
+        );
+    }
+    text += &format!("{dumped}\n");
+    if let Some(export) = export {
+        text += &format!(
+            "{} --json -a {} -n {} snapshot export --no-pause -o {} {} 2>{} || exit 1\n",
+            path(&program),
+            path(export.address),
+            quoted(export.namespace),
+            path(export.to),
+            quoted(id),
+            path(export.figures),
+        );
+    }
+    text += &format!("{wait}\n");
     write_new(script, &text, 0o700)
 }
 

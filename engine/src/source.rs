@@ -37,8 +37,10 @@ use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 use transship_sandbox::shared_dirs::shared_mounts;
 
+use crate::check::Version;
 use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
+use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::freeze_guard::TaskToFreeze;
 use crate::oci_runtime::{ExportInside, OciRuntime};
@@ -405,6 +407,19 @@ impl SourceContainer {
         Ok(memory + usage.size)
     }
 
+    /// Whether its dump can be held. Other runtimes than runc do not know the flags, and earlier versions of CRIU do
+    /// not run the scripts.
+    pub fn can_be_held(&self) -> bool {
+        const SINCE: Version = Version(4, 0, 0);
+        // That of the addresses which are compared.
+        const HELD_PAGE: i64 = 4096;
+        let is_runc = ["runc", "transship-runc"].contains(&self.runtime.name().as_str());
+        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+        is_runc
+            && page == Ok(Some(HELD_PAGE))
+            && Version::of_criu().is_some_and(|version| version >= SINCE)
+    }
+
     /// The dump itself: by containerd, or past it when it cannot carry the options.
     async fn run_criu(
         &self,
@@ -412,9 +427,10 @@ impl SourceContainer {
         images: &Path,
         work: &Path,
         export_inside: Option<&Path>,
+        hold: Option<&DumpHold>,
     ) -> Result<()> {
         let criu = &self.container.criu;
-        if self.by_containerd {
+        if self.by_containerd && hold.is_none() {
             let options = shim_options::checkpoint_options(criu, images, work);
             return Ok(node.dump(self.id(), &options).await?);
         }
@@ -429,7 +445,7 @@ impl SourceContainer {
             links: shm.as_deref().map(|shm| (shm, links.as_path())),
         });
         self.runtime
-            .dump(self.id(), criu, (images, work), &self.watched, export)
+            .dump(self.id(), criu, (images, work), &self.watched, export, hold)
             .await
     }
 
@@ -439,11 +455,13 @@ impl SourceContainer {
         run: impl Future<Output = Result<()>>,
         dir: &Path,
         patience: Duration,
+        hold: Option<&DumpHold>,
     ) -> Result<()> {
         tokio::pin!(run);
+        let waits = || hold.is_some_and(DumpHold::is_held);
         tokio::select! {
             done = &mut run => return done,
-            () = stuck_dump::no_progress(dir, patience) => {}
+            () = stuck_dump::no_progress(dir, patience, waits) => {}
         }
         let (dir, pid) = (dir.to_path_buf(), self.pid);
         tokio::task::spawn_blocking(move || stuck_dump::end(&dir, Some(pid))).await?;
@@ -458,12 +476,14 @@ impl SourceContainer {
 
     /// Dumps the frozen container into its directory below `draft`.
     ///
-    /// One that writes nothing for `patience` is ended.
+    /// One that writes nothing for `patience` is ended. With a hold it waits, when the pages are all that is
+    /// missing.
     pub async fn dump(
         &self,
         node: &Containerd,
         draft: &Path,
         patience: Duration,
+        hold: Option<&DumpHold>,
     ) -> Result<Dumped> {
         let dir = draft.join(&self.container.name);
         let images = dir.join(IMAGES_DIR);
@@ -497,8 +517,8 @@ impl SourceContainer {
         });
         let started = Instant::now();
         let export_to = export_inside.then_some(&*diff);
-        let run = self.run_criu(node, &images, &work, export_to);
-        let dumped = self.end_if_stuck(run, &dir, patience).await;
+        let run = self.run_criu(node, &images, &work, export_to, hold);
+        let dumped = self.end_if_stuck(run, &dir, patience, hold).await;
         let criu = started.elapsed();
         let exported = match export {
             Some(export) => export

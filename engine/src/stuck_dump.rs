@@ -22,12 +22,13 @@ use walkdir::WalkDir;
 pub const PROGRESS_PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// Comes back when the dump into `dir` has made no progress for `patience`.
-pub async fn no_progress(dir: &Path, patience: Duration) {
+/// Comes back when the dump into `dir` has made no progress for `patience`, but for the time in which it `waits`
+/// for this program.
+pub async fn no_progress(dir: &Path, patience: Duration, waits: impl Fn() -> bool) {
     let (mut seen, mut since) = (0, Instant::now());
     loop {
         let now = bytes_below(dir);
-        if now != seen {
+        if now != seen || waits() {
             (seen, since) = (now, Instant::now());
         } else if since.elapsed() >= patience {
             return;
@@ -45,7 +46,7 @@ pub async fn wait_for_end(dir: &Path, root: Option<u32>) {
     };
     tokio::select! {
         () = gone => {}
-        () = no_progress(dir, PROGRESS_PATIENCE) => end(dir, root),
+        () = no_progress(dir, PROGRESS_PATIENCE, || false) => end(dir, root),
     }
 }
 
@@ -162,7 +163,7 @@ mod tests {
         fs::write(images.join("pages-1.img"), [0; 4096]).unwrap();
         assert!(bytes_below(dir.path()) > before);
         // One that writes no more is stuck; this test itself has nothing of CRIU open.
-        no_progress(dir.path(), Duration::from_millis(1)).await;
+        no_progress(dir.path(), Duration::from_millis(1), || false).await;
         assert!(criu_writing_to(dir.path()).is_empty());
         wait_for_end(dir.path(), None).await;
     }

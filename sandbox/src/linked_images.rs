@@ -3,7 +3,10 @@
 //!
 //! ```text
 //! .../checkpoint/             the images, never written to
+//! .../memory-1/, memory-2/    of a migration: images of memory that those build on
 //! .../.staged-<pid>-<n>/      links to them, edited ones beside; locked (flock) while in use
+//!        parent/              links to those of the last memory-<n>
+//!          parent/            ... of the one before
 //! ```
 //!
 //! Symbolic links would not do: CRIU opens a part of the images (`pagemap-*.img`) when the task is
@@ -27,7 +30,8 @@ use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag};
 use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::linkat;
 
-use transship_checkpoint::manifest::LINKED_PREFIX;
+use transship_checkpoint::criu_images::file_names::PARENT_DIR;
+use transship_checkpoint::manifest::{LINKED_PREFIX, MEMORY_DIR};
 
 use transship_path_error::During as _;
 
@@ -61,41 +65,24 @@ impl LinkedImages {
             .map_err(|(_, errno)| io::Error::from(errno))
             .during("lock", &dir)?;
         let linked = Self { dir, _lock: lock };
-        linked.fill(&from)?;
+        fill(&linked.dir, &from)?;
+        linked.fill_parents(&from)?;
         Ok(linked)
     }
 
-    fn fill(&self, from: &Path) -> Result<(), SandboxError> {
-        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut images = Dir::open(from, flags, Mode::empty()).during("list", from)?;
-        let names = images.iter().map(|entry| Ok(entry?.file_name().to_owned()));
-        let names = names.collect::<Result<Vec<CString>, Errno>>();
-        let links = File::open(&self.dir).during("open", &self.dir)?;
-        for name in names.during("list", from)? {
-            if matches!(name.to_bytes(), b"." | b"..") {
-                continue;
-            }
-            let path = from.join(OsStr::from_bytes(name.to_bytes()));
-            // Of a symbolic link this makes another name for the link itself.
-            let no_follow = AtFlags::empty();
-            linkat(&images, name.as_c_str(), &links, name.as_c_str(), no_follow)
-                .or_else(|errno| match errno {
-                    // Nobody can have another name for a directory.
-                    Errno::EPERM => Ok(()),
-                    errno => Err(errno),
-                })
-                .during("link", &path)?;
-            // The link is in a directory that nobody else writes to: it is looked at, not the name
-            // where others may.
-            let found = fstatat(&links, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
-            let regular = found
-                .is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits());
-            if !regular {
-                return Err(SandboxError::Damaged {
-                    path,
-                    what: "an image is a regular file".to_owned(),
-                });
-            }
+    /// What they build on, as CRIU looks for it.
+    fn fill_parents(&self, from: &Path) -> Result<(), SandboxError> {
+        let memory = |number: u32| from.with_file_name(format!("{MEMORY_DIR}{number}"));
+        let count = (1..).take_while(|number| memory(*number).is_dir()).count();
+        let mut dir = self.dir.clone();
+        // Each of them costs a directory; a migration makes as many as it has rounds.
+        for number in (1..).take(count).collect::<Vec<u32>>().into_iter().rev() {
+            dir.push(PARENT_DIR);
+            DirBuilder::new()
+                .mode(0o700)
+                .create(&dir)
+                .during("create", &dir)?;
+            fill(&dir, &memory(number))?;
         }
         Ok(())
     }
@@ -105,6 +92,42 @@ impl LinkedImages {
     pub fn path(&self) -> &Path {
         &self.dir
     }
+}
+
+/// Makes links in `dir` to all that is in `from`.
+fn fill(dir: &Path, from: &Path) -> Result<(), SandboxError> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut images = Dir::open(from, flags, Mode::empty()).during("list", from)?;
+    let names = images.iter().map(|entry| Ok(entry?.file_name().to_owned()));
+    let names = names.collect::<Result<Vec<CString>, Errno>>();
+    let links = File::open(dir).during("open", dir)?;
+    for name in names.during("list", from)? {
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let path = from.join(OsStr::from_bytes(name.to_bytes()));
+        // Of a symbolic link this makes another name for the link itself.
+        let no_follow = AtFlags::empty();
+        linkat(&images, name.as_c_str(), &links, name.as_c_str(), no_follow)
+            .or_else(|errno| match errno {
+                // Nobody can have another name for a directory.
+                Errno::EPERM => Ok(()),
+                errno => Err(errno),
+            })
+            .during("link", &path)?;
+        // The link is in a directory that nobody else writes to: it is looked at, not the name
+        // where others may.
+        let found = fstatat(&links, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+        let regular =
+            found.is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits());
+        if !regular {
+            return Err(SandboxError::Damaged {
+                path,
+                what: "an image is a regular file".to_owned(),
+            });
+        }
+    }
+    Ok(())
 }
 
 impl Drop for LinkedImages {

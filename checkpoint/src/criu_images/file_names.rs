@@ -88,27 +88,50 @@ pub fn is_image(name: &str) -> bool {
         })
 }
 
+/// The directory with the images that those beside it build on: images of memory alone, and perhaps what these build
+/// on.
+pub const PARENT_DIR: &str = "parent";
+/// More of them than a migration ever makes.
+const MOST_PARENTS: usize = 1000;
+
 /// The files of a directory that no image is: those of another name, and those that are not regular.
 ///
 /// # Errors
 /// The directory cannot be listed.
 pub fn strangers(dir: &Path) -> Result<Vec<String>, ImageError> {
-    let io = |source: io::Error| ImageError::Io {
-        act: "list",
-        path: dir.to_path_buf(),
-        source,
-    };
-    let mut strangers = Vec::new();
-    for entry in fs::read_dir(dir).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        let name = entry.file_name();
-        let regular = entry.file_type().map_err(io)?.is_file();
-        if !regular || !name.to_str().is_some_and(is_image) {
-            strangers.push(name.to_string_lossy().into_owned());
+    let (mut strangers, mut dir) = (Vec::new(), dir.to_path_buf());
+    let (mut allowed, mut depth): (fn(&str) -> bool, usize) = (is_image, 0);
+    loop {
+        let mut has_parent = false;
+        let io = |source: io::Error| ImageError::Io {
+            act: "list",
+            path: dir.clone(),
+            source,
+        };
+        for entry in fs::read_dir(&dir).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let name = entry.file_name();
+            let kind = entry.file_type().map_err(io)?;
+            if kind.is_dir() && name == PARENT_DIR && depth < MOST_PARENTS {
+                has_parent = true;
+            } else if !kind.is_file() || !name.to_str().is_some_and(allowed) {
+                strangers.push(name.to_string_lossy().into_owned());
+            }
         }
+        if !has_parent {
+            break;
+        }
+        dir.push(PARENT_DIR);
+        (allowed, depth) = (is_memory, depth + 1);
     }
     strangers.sort_unstable();
     Ok(strangers)
+}
+
+/// Whether an image has pages of a process, or says which.
+fn is_memory(name: &str) -> bool {
+    let of_process = ["pagemap-", "pages-"].iter().any(|it| name.starts_with(it));
+    of_process && is_image(name)
 }
 
 #[cfg(test)]
@@ -150,5 +173,11 @@ mod tests {
         std::os::unix::fs::symlink("core-1.img", dir.path().join("mm-1.img")).unwrap();
         fs::write(dir.path().join("x"), b"").unwrap();
         assert_eq!(strangers(dir.path()).unwrap(), ["mm-1.img", "x"]);
+        let parent = dir.path().join(PARENT_DIR);
+        fs::create_dir_all(parent.join(PARENT_DIR)).unwrap();
+        fs::write(parent.join("pages-1.img"), b"").unwrap();
+        fs::write(parent.join(PARENT_DIR).join("core-2.img"), b"").unwrap();
+        let expected = ["core-2.img", "mm-1.img", "x"];
+        assert_eq!(strangers(dir.path()).unwrap(), expected);
     }
 }

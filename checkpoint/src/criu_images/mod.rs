@@ -24,6 +24,7 @@ pub mod ipc_sysctls;
 pub mod ipcns;
 pub mod mounts;
 pub mod open_files;
+pub mod pagemap;
 pub mod processes;
 pub mod regular_files;
 pub mod seccomp;

@@ -5,7 +5,7 @@
 //! core-<pid>.img       3 tc: 1 task_state  6 comm      5 thread_core: 10 creds: 1 uid
 //! mm-<pid>.img         8, 9 mm_arg_start, end   12 exe_file_id
 //!                      14 vmas: 1 start  2 end  4 shmid  5 prot  7 status
-//! pagemap-<pid>.img    head: 1 pages_id; then   1 vaddr  2 compat_nr_pages  4 flags  5 nr_pages
+//! pagemap-<pid>.img    see pagemap.rs
 //! pages-<pages_id>.img the pages of the pagemap, one after the other
 //! ```
 
@@ -16,13 +16,12 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 
 use super::descriptors::{self, FileTable};
+use super::pagemap::{PagePlace, Pagemap};
 use super::{Image, ImageError, Kind, list};
 use crate::beneath::{Links, open_regular};
 
 /// Longest command line that is shown, in bytes.
 const ARGUMENTS_LIMIT: u64 = 4096;
-/// `PE_PARENT` of `criu/include/pagemap.h`: the page is in the dump before.
-const IN_PARENT: u32 = 1;
 
 /// A process of a dump.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -126,26 +125,6 @@ struct VmaEntry {
     prot: u32,
     #[prost(uint32, required, tag = "7")]
     status: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, prost::Message)]
-struct PagemapHead {
-    #[prost(uint32, required, tag = "1")]
-    pages_id: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, prost::Message)]
-struct PagemapEntry {
-    #[prost(uint64, required, tag = "1")]
-    vaddr: u64,
-    #[prost(uint32, required, tag = "2")]
-    compat_nr_pages: u32,
-    #[prost(bool, optional, tag = "3")]
-    in_parent: Option<bool>,
-    #[prost(uint32, optional, tag = "4")]
-    flags: Option<u32>,
-    #[prost(uint64, optional, tag = "5")]
-    nr_pages: Option<u64>,
 }
 
 /// A range of addresses whose pages the dump has.
@@ -292,27 +271,23 @@ fn pagemap(
     if path.symlink_metadata().is_err() {
         return Ok((None, Vec::new()));
     }
-    let image = Image::read(&path, Kind::Pagemap)?;
-    let mut entries = image.entries();
-    let head = entries.next::<PagemapHead>()?;
+    let Pagemap { pages_id, runs } = Pagemap::read(&path)?;
     let mut present: Vec<Present> = Vec::new();
     let mut offset = 0_u64;
-    while let Some(entry) = entries.next::<PagemapEntry>()? {
-        let pages = entry.nr_pages.unwrap_or(entry.compat_nr_pages.into());
-        let length = pages.saturating_mul(page_size);
-        let elsewhere =
-            entry.in_parent == Some(true) || entry.flags.is_some_and(|it| it & IN_PARENT != 0);
+    for run in runs {
+        let length = run.pages.saturating_mul(page_size);
+        let here = run.place == PagePlace::File;
         present.push(Present {
-            start: entry.vaddr,
-            end: entry.vaddr.saturating_add(length),
-            offset: (!elsewhere).then_some(offset),
+            start: run.start,
+            end: run.start.saturating_add(length),
+            offset: here.then_some(offset),
         });
-        if !elsewhere {
+        if here {
             offset = offset.saturating_add(length);
         }
     }
     present.sort_unstable_by_key(|it| it.start);
-    Ok((head.map(|head| head.pages_id), present))
+    Ok((Some(pages_id), present))
 }
 
 /// The machine that the first process in the images of `dir` was dumped on, as in `uname -m`; none where the
@@ -421,6 +396,7 @@ mod tests {
 
     use super::super::{Image, push_entry};
     use super::*;
+    use crate::criu_images::pagemap::PageRun;
 
     fn write(dir: &Path, name: &str, kind: Kind, entries: impl FnOnce(&mut Vec<u8>)) {
         let mut body = Vec::new();
@@ -474,21 +450,17 @@ mod tests {
                 },
             );
         });
-        write(dir, "pagemap-1.img", Kind::Pagemap, |body| {
-            push_entry(body, &PagemapHead { pages_id: 2 });
-            for (vaddr, pages) in [(0x2000, 2), (0x9000, 1)] {
-                push_entry(
-                    body,
-                    &PagemapEntry {
-                        vaddr,
-                        compat_nr_pages: pages,
-                        in_parent: None,
-                        flags: Some(4),
-                        nr_pages: None,
-                    },
-                );
-            }
-        });
+        let run = |start, pages| PageRun {
+            start,
+            pages,
+            place: PagePlace::File,
+            lazy: false,
+        };
+        let pagemap = Pagemap {
+            pages_id: 2,
+            runs: vec![run(0x2000, 2), run(0x9000, 1)],
+        };
+        fs::write(dir.join("pagemap-1.img"), pagemap.to_bytes()).unwrap();
         let mut pages = vec![0; 0x3000];
         pages[0x2004..0x200c].copy_from_slice(b"web\0-v 1");
         fs::write(dir.join("pages-2.img"), pages).unwrap();

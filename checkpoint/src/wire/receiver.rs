@@ -1,21 +1,17 @@
 //! The receiving half of a stream: every byte of it is hostile.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::mem;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
-
 use super::check::Running;
-use super::pages::PageStore;
 use super::{
-    ALIVE, Check, DATA, DATA_LIMIT, KNOWN, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, PAGES,
-    WireError, printable, unexpected,
+    ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, ZEROS,
+    printable, unexpected, zeros,
 };
 use crate::manifest::{self, Manifest, check_name};
 
@@ -37,8 +33,7 @@ pub struct Limits {
 enum Frame {
     Message(Message),
     Data,
-    Pages,
-    Known,
+    Zeros,
 }
 
 /// The receiving half.
@@ -56,7 +51,6 @@ pub struct Arriving {
     limits: Limits,
     check: Check,
     taken: Mutex<Taken>,
-    pages: PageStore,
 }
 
 #[derive(Debug, Default)]
@@ -75,7 +69,6 @@ impl Arriving {
             limits,
             check,
             taken: Mutex::default(),
-            pages: PageStore::default(),
         }
     }
 
@@ -103,17 +96,6 @@ impl Arriving {
             Some(path) => Err(WireError::Damaged { path }),
             None => Ok(manifest),
         }
-    }
-
-    /// Beside the files, and gone with this.
-    fn unnamed_file(&self) -> Result<File, WireError> {
-        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-        let file = open(&self.dir, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-        file.map(File::from).map_err(|errno| WireError::File {
-            act: "make a file in",
-            path: self.dir.clone(),
-            source: errno.into(),
-        })
     }
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
@@ -193,7 +175,7 @@ impl<R: Read> Receiver<R> {
             let piece = match self.frame("data")? {
                 Frame::Data => mem::take(&mut self.payload),
                 Frame::Message(other) => return Err(unexpected("data", &other)),
-                Frame::Pages | Frame::Known => return Err(misplaced()),
+                Frame::Zeros => return Err(misplaced()),
             };
             left = left
                 .checked_sub(piece.len() as u64)
@@ -215,17 +197,8 @@ impl<R: Read> Receiver<R> {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Message, WireError> {
         loop {
-            let message = match self.frame("a file of the checkpoint")? {
-                Frame::Message(message) => message,
-                Frame::Pages if arriving.check == Check::Xxh3 => {
-                    arriving.add(self.payload.len() as u64)?;
-                    arriving
-                        .pages
-                        .append(&self.payload, || arriving.unnamed_file())?;
-                    progress(self.payload.len() as u64);
-                    continue;
-                }
-                _ => return Err(misplaced()),
+            let Frame::Message(message) = self.frame("a file of the checkpoint")? else {
+                return Err(misplaced());
             };
             match message {
                 Message::File { path } => {
@@ -278,20 +251,29 @@ impl<R: Read> Receiver<R> {
             .map_err(|e| failed("make", e))?;
         let mut hasher = Running::of(arriving.check);
         let mut size = 0;
-        let mut write = |piece: &[u8]| {
-            arriving.add(piece.len() as u64)?;
-            hasher.update(piece);
-            size += piece.len() as u64;
-            file.write_all(piece).map_err(|e| failed("write", e))
-        };
         let said = loop {
             match self.frame("the rest of a file")? {
                 Frame::Data => {
-                    write(&self.payload)?;
-                    progress(self.payload.len() as u64);
+                    let piece = &self.payload;
+                    arriving.add(piece.len() as u64)?;
+                    hasher.update(piece);
+                    size += piece.len() as u64;
+                    file.write_all(piece).map_err(|e| failed("write", e))?;
+                    progress(piece.len() as u64);
                 }
-                Frame::Known => arriving.pages.resolve(&self.payload, &mut write)?,
-                Frame::Pages => return Err(misplaced()),
+                // Read again as zeros, and no disk has them.
+                Frame::Zeros if arriving.check == Check::Xxh3 => {
+                    let count = zeros::count(&self.payload, DATA_LIMIT)?;
+                    arriving.add(count as u64)?;
+                    self.payload.clear();
+                    self.payload.resize(count, 0);
+                    hasher.update(&self.payload);
+                    size += count as u64;
+                    file.set_len(size)
+                        .and_then(|()| file.seek(SeekFrom::Start(size)))
+                        .map_err(|e| failed("write", e))?;
+                }
+                Frame::Zeros => return Err(misplaced()),
                 Frame::Message(Message::FileEnd { xxh3 }) => break xxh3,
                 Frame::Message(other) => return Err(unexpected("the rest of a file", &other)),
             }
@@ -333,7 +315,7 @@ impl<R: Read> Receiver<R> {
         };
         let limit = match kind {
             MESSAGE => MESSAGE_LIMIT,
-            DATA | PAGES | KNOWN => DATA_LIMIT,
+            DATA | ZEROS => DATA_LIMIT,
             other => {
                 return Err(WireError::Protocol {
                     what: format!("a frame of kind {other:#x}"),
@@ -351,8 +333,7 @@ impl<R: Read> Receiver<R> {
         self.payload = payload;
         match kind {
             DATA => return Ok(Frame::Data),
-            PAGES => return Ok(Frame::Pages),
-            KNOWN => return Ok(Frame::Known),
+            ZEROS => return Ok(Frame::Zeros),
             _ => {}
         }
         match serde_json::from_slice(&self.payload) {

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::check::Running;
-use super::pages::{KnownPages, Part};
-use super::{ALIVE, Check, DATA, DATA_LIMIT, KNOWN, MAGIC, MESSAGE, Message, PAGES, WireError};
+use super::zeros::{Part, parts};
+use super::{ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, Message, WireError, ZEROS};
 use crate::manifest;
 
 /// How long a file that does not grow at the moment is left alone.
@@ -30,8 +30,6 @@ struct Out<W> {
 pub struct How<'a> {
     /// How the other side finds damage.
     pub check: Check,
-    /// Pages that the other side has, for a file of memory.
-    pub known: Option<&'a KnownPages>,
     /// Says that the file is whole; until then it is followed while it grows.
     pub complete: &'a dyn Fn() -> bool,
     /// Gets the length of each piece.
@@ -53,7 +51,6 @@ impl<'a> How<'a> {
     pub fn whole(check: Check, progress: &'a mut dyn FnMut(u64)) -> Self {
         Self {
             check,
-            known: None,
             complete: &|| true,
             progress,
             sent: 0,
@@ -115,13 +112,9 @@ impl<W: Write> Sender<W> {
             source,
         };
         let mut file = File::open(&full).map_err(|e| failed("open", e))?;
-        self.send(&Message::File {
-            path: format!("{container}/{path}"),
-        })?;
-        let mut hasher = Running::of(how.check);
+        let mut sending = self.begin_file(container, path, how.check)?;
         let mut buffer = vec![0; DATA_LIMIT];
-        // Of the buffer: what has been read, and begins at a page.
-        let (mut size, mut filled) = (0, 0);
+        let mut filled = 0;
         // Asked when there is nothing to read, as it may take a look at a directory; what was written until then
         // is read after it.
         let mut whole = false;
@@ -137,53 +130,42 @@ impl<W: Write> Sender<W> {
                 }
                 continue;
             }
-            // Pages are compared as a whole.
-            if read > 0 && filled < buffer.len() && how.known.is_some() {
+            // Pages of zeros are found at their beginning.
+            if read > 0 && filled < buffer.len() && how.check == Check::Xxh3 {
                 continue;
             }
             if filled == 0 {
                 break;
             }
-            let piece = &buffer[..filled];
-            hasher.update(piece);
-            let parts = match how.known {
-                Some(known) => known.split(piece),
-                None => vec![Part::New(piece)],
-            };
-            how.sent += self.send_parts(parts)?;
-            size += filled as u64;
+            sending.write(&buffer[..filled])?;
             (how.progress)(filled as u64);
             filled = 0;
         }
-        let done = hasher.finish();
-        self.send(&Message::FileEnd { xxh3: done.xxh3 })?;
-        Ok(manifest::File {
-            path: path.to_owned(),
-            size,
-            sha256: done.sha256,
-        })
+        how.sent += sending.sent();
+        sending.end()
     }
 
-    /// Gives the bytes that they have.
-    fn send_parts(&self, parts: Vec<Part<'_>>) -> Result<u64, WireError> {
-        let mut sent = 0;
-        for part in parts {
-            let (kind, bytes) = match &part {
-                Part::New(bytes) => (DATA, *bytes),
-                Part::Known(runs) => (KNOWN, runs.as_slice()),
-            };
-            self.frame(kind, bytes)?;
-            sent += bytes.len() as u64;
-        }
-        Ok(sent)
-    }
-
-    /// Sends pages that the other side shall keep.
+    /// Begins a file that is made while it is sent. `path` is its path in the directory of `container`.
     ///
     /// # Errors
     /// [`WireError::Stream`].
-    pub fn send_pages(&self, pages: &[u8]) -> Result<(), WireError> {
-        { pages.chunks(DATA_LIMIT) }.try_for_each(|piece| self.frame(PAGES, piece))
+    pub fn begin_file(
+        &self,
+        container: &str,
+        path: &str,
+        check: Check,
+    ) -> Result<SendingFile<'_, W>, WireError> {
+        self.send(&Message::File {
+            path: format!("{container}/{path}"),
+        })?;
+        Ok(SendingFile {
+            sender: self,
+            path: path.to_owned(),
+            skip_zeros: check == Check::Xxh3,
+            hasher: Running::of(check),
+            size: 0,
+            sent: 0,
+        })
     }
 
     /// Sends a piece of a blob, of any length.
@@ -211,13 +193,81 @@ impl<W: Write> Sender<W> {
         let out = &mut half.out;
         write_both(out, &header, payload)
             .and_then(|()| match kind {
-                DATA | PAGES | KNOWN => Ok(()),
+                DATA | ZEROS => Ok(()),
                 _ => out.flush(),
             })
             .map_err(|source| WireError::Stream {
                 act: "write",
                 source,
             })
+    }
+}
+
+/// A file that is made while it is sent. Nothing else is sent before its end.
+pub struct SendingFile<'a, W> {
+    sender: &'a Sender<W>,
+    path: String,
+    /// A stream of a checkpoint has data alone.
+    skip_zeros: bool,
+    hasher: Running,
+    size: u64,
+    sent: u64,
+}
+
+impl<W> std::fmt::Debug for SendingFile<'_, W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SendingFile")
+            .field("path", &self.path)
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<W: Write> SendingFile<'_, W> {
+    /// Appends to it.
+    ///
+    /// # Errors
+    /// [`WireError::Stream`].
+    pub fn write(&mut self, data: &[u8]) -> Result<(), WireError> {
+        self.hasher.update(data);
+        self.size += data.len() as u64;
+        for piece in data.chunks(DATA_LIMIT) {
+            if !self.skip_zeros {
+                self.sender.frame(DATA, piece)?;
+                self.sent += piece.len() as u64;
+                continue;
+            }
+            for part in parts(piece) {
+                match part {
+                    Part::Data(data) => {
+                        self.sender.frame(DATA, data)?;
+                        self.sent += data.len() as u64;
+                    }
+                    Part::Zeros(bytes) => self.sender.frame(ZEROS, &bytes.to_le_bytes())?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that had to be sent of it.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Ends it, and gives its entry for the manifest.
+    ///
+    /// # Errors
+    /// [`WireError::Stream`].
+    pub fn end(self) -> Result<manifest::File, WireError> {
+        let done = self.hasher.finish();
+        self.sender.send(&Message::FileEnd { xxh3: done.xxh3 })?;
+        Ok(manifest::File {
+            path: self.path,
+            size: self.size,
+            sha256: done.sha256,
+        })
     }
 }
 

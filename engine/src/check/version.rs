@@ -1,5 +1,7 @@
 //! Versions as programs print them.
 
+use std::process::Command;
+
 /// Major, minor, patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u32, pub u32, pub u32);
@@ -14,6 +16,12 @@ impl Version {
                 let patch = parts.next().and_then(Result::ok).unwrap_or(0);
                 Some(Self(major, minor, patch))
             })
+    }
+
+    /// That of the CRIU which the runtimes find; none without one.
+    pub fn of_criu() -> Option<Self> {
+        let said = Command::new("criu").arg("--version").output().ok()?;
+        Self::find(&String::from_utf8_lossy(&said.stdout))
     }
 }
 

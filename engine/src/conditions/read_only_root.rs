@@ -1,7 +1,5 @@
 //! CRIU 4.0 and 4.1 restore the root of a container writable.
 
-use std::process::Command;
-
 use transship_checkpoint::spec::Spec;
 
 use super::Hit;
@@ -18,10 +16,7 @@ pub(super) fn hits(spec: &Spec) -> Vec<Hit> {
         return Vec::new();
     }
     // Without a CRIU of this name the dump fails, and says so.
-    let said = Command::new("criu").arg("--version").output();
-    let said = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned());
-    let version = said.ok().and_then(|said| Version::find(&said));
-    match version {
+    match Version::of_criu() {
         Some(version) if loses(version) => vec![("read-only-root", String::new())],
         _ => Vec::new(),
     }

@@ -5,6 +5,9 @@
 //!  checkpoint/pages-2.img     ...                          (a file for each process, and for shared memory)
 //!  rootfs-diff.tar            gets its name when it is whole, but for one that is written inside of the dump
 //!  all others                 small; edited after the dump; sent when it has ended
+//!
+//!  of a dump that is held (dump_hold), instead of the files of pages, each of which is made while it is sent:
+//!  checkpoint/pagemap-1.img   when the dump waits; when all of them have been sent it goes on
 //! ```
 
 use std::collections::BTreeSet;
@@ -16,6 +19,9 @@ use std::time::Duration;
 
 use transship_checkpoint::manifest::{IMAGES_DIR, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::list_files;
+
+use super::memory_images::image_name;
+use crate::dump_hold::DumpHold;
 
 /// How often it is looked whether there is one more.
 const LOOK: Duration = Duration::from_millis(1);
@@ -30,43 +36,96 @@ pub(super) struct DumpFiles {
     dir: PathBuf,
     /// Whether the layer has its name only when it is whole.
     layer_by_rename: bool,
+    hold: Option<DumpHold>,
     state: AtomicU8,
-    taken: Mutex<BTreeSet<String>>,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    paths: BTreeSet<String>,
+    /// Images of memory that are being sent, or will be; none before the dump is held.
+    memory_left: Option<usize>,
+}
+
+/// What is to be sent next, by its path.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// A file as it is.
+    File(String),
+    /// The pages of this pagemap.
+    Memory(String),
 }
 
 impl DumpFiles {
     /// Those of the container's directory, in which there may be none yet.
-    pub(super) fn of(dir: &Path, layer_by_rename: bool) -> Self {
+    pub(super) fn of(dir: &Path, layer_by_rename: bool, hold: Option<DumpHold>) -> Self {
         Self {
             dir: dir.to_path_buf(),
             layer_by_rename,
+            hold,
             state: AtomicU8::new(RUNS),
             taken: Mutex::default(),
         }
     }
 
-    /// The dump has ended: nothing is written any more.
+    /// What holds the dump.
+    pub(super) fn hold(&self) -> Option<&DumpHold> {
+        self.hold.as_ref()
+    }
+
+    /// The dump has ended, or nobody waits for it any more: nothing is written that is sent.
     pub(super) fn ended(&self, well: bool) {
         let state = if well { WHOLE } else { FAILED };
         self.state.store(state, Ordering::Release);
+        self.release();
     }
 
-    /// Waits for the next file that nobody has taken, and gives its path; none when there will be no more.
-    pub(super) fn next(&self) -> Option<String> {
+    /// One image of memory has been sent.
+    pub(super) fn memory_sent(&self) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.memory_left = taken.memory_left.map(|left| left.saturating_sub(1));
+        if taken.memory_left == Some(0) {
+            self.release();
+        }
+    }
+
+    fn release(&self) {
+        if let Some(hold) = &self.hold {
+            hold.release();
+        }
+    }
+
+    /// Waits for the next one that nobody has taken; none when there will be no more.
+    pub(super) fn next(&self) -> Option<Next> {
         loop {
             // Asked before the look: what was written until then is seen by it.
             let state = self.state.load(Ordering::Acquire);
             let there = match state {
                 RUNS => self.while_it_runs(),
                 // What cannot be listed is missed by the manifest's digests.
-                WHOLE => list_files(&self.dir).unwrap_or_default(),
+                WHOLE => self.when_it_has_ended(),
                 _ => return None,
             };
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            let next = there.into_iter().find(|path| !taken.contains(path));
+            if state == RUNS
+                && taken.memory_left.is_none()
+                && self.hold().is_some_and(DumpHold::is_dumped)
+            {
+                let images = there.iter().filter(|path| image_name(path).is_some());
+                let images = images.count();
+                taken.memory_left = Some(images);
+                if images == 0 {
+                    self.release();
+                }
+            }
+            let next = there.into_iter().find(|path| !taken.paths.contains(path));
             if let Some(path) = next {
-                taken.insert(path.clone());
-                return Some(path);
+                taken.paths.insert(path.clone());
+                return Some(match self.hold.is_some() && image_name(&path).is_some() {
+                    true => Next::Memory(path),
+                    false => Next::File(path),
+                });
             }
             drop(taken);
             if state == WHOLE {
@@ -87,11 +146,32 @@ impl DumpFiles {
         }
     }
 
+    fn when_it_has_ended(&self) -> Vec<String> {
+        let mut files = list_files(&self.dir).unwrap_or_default();
+        if self.hold.is_some() {
+            // Made anew while they were sent.
+            files.retain(|path| number(path).is_none() && image_name(path).is_none());
+        }
+        files
+    }
+
+    fn images_of_memory(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.dir.join(IMAGES_DIR));
+        let entries = entries.into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        { names.filter(|name| image_name(name).is_some()) }
+            .map(|name| format!("{IMAGES_DIR}/{name}"))
+            .collect()
+    }
+
     fn while_it_runs(&self) -> Vec<String> {
-        let pages = self.pages().into_iter();
-        let mut there: Vec<String> = pages
-            .map(|number| format!("{IMAGES_DIR}/pages-{number}.img"))
-            .collect();
+        let mut there: Vec<String> = match &self.hold {
+            Some(hold) if hold.is_dumped() => self.images_of_memory(),
+            Some(_) => Vec::new(),
+            None => { self.pages().into_iter() }
+                .map(|number| format!("{IMAGES_DIR}/pages-{number}.img"))
+                .collect(),
+        };
         if self.layer_by_rename && self.dir.join(ROOTFS_DIFF_FILE).symlink_metadata().is_ok() {
             there.push(ROOTFS_DIFF_FILE.to_owned());
         }
@@ -107,11 +187,6 @@ impl DumpFiles {
     }
 }
 
-/// Whether it has pages of memory, one after the other.
-pub(super) fn is_memory(path: &str) -> bool {
-    number(path).is_some()
-}
-
 /// Of `pages-<n>.img`.
 fn number(path: &str) -> Option<u32> {
     let name = path.rsplit('/').next()?;
@@ -123,6 +198,10 @@ fn number(path: &str) -> Option<u32> {
 mod tests {
     use super::*;
 
+    fn file(path: &str) -> Option<Next> {
+        Some(Next::File(path.to_owned()))
+    }
+
     #[test]
     fn pages_come_first_and_the_rest_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
@@ -130,17 +209,17 @@ mod tests {
         fs::create_dir(&images).unwrap();
         fs::write(images.join("core-1.img"), "").unwrap();
         fs::write(images.join("pages-1.img"), "").unwrap();
-        let files = DumpFiles::of(dir.path(), true);
-        assert_eq!(files.next().unwrap(), "checkpoint/pages-1.img");
+        let files = DumpFiles::of(dir.path(), true, None);
+        assert_eq!(files.next(), file("checkpoint/pages-1.img"));
         assert!(!files.is_whole("checkpoint/pages-1.img"));
         fs::write(images.join("pages-12.img"), "").unwrap();
         assert!(files.is_whole("checkpoint/pages-1.img"));
         fs::write(dir.path().join(ROOTFS_DIFF_FILE), "").unwrap();
-        assert_eq!(files.next().unwrap(), "checkpoint/pages-12.img");
-        assert_eq!(files.next().unwrap(), ROOTFS_DIFF_FILE);
+        assert_eq!(files.next(), file("checkpoint/pages-12.img"));
+        assert_eq!(files.next(), file(ROOTFS_DIFF_FILE));
         files.ended(true);
         assert!(files.is_whole("checkpoint/pages-12.img"));
-        assert_eq!(files.next().unwrap(), "checkpoint/core-1.img");
+        assert_eq!(files.next(), file("checkpoint/core-1.img"));
         assert_eq!(files.next(), None);
     }
 
@@ -149,11 +228,44 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join(IMAGES_DIR)).unwrap();
         fs::write(dir.path().join("spec.dump"), "").unwrap();
-        let files = DumpFiles::of(dir.path(), false);
+        let files = DumpFiles::of(dir.path(), false, None);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| files.next());
             files.ended(false);
             assert_eq!(waiting.join().unwrap(), None);
         });
+    }
+
+    #[test]
+    fn a_dump_that_is_held_goes_on_when_its_memory_has_been_sent() {
+        let draft = tempfile::tempdir().unwrap();
+        let dir = draft.path().join("c");
+        let images = dir.join(IMAGES_DIR);
+        fs::create_dir_all(&images).unwrap();
+        for name in [
+            "pages-1.img",
+            "pagemap-1.img",
+            "pagemap-7.img",
+            "core-1.img",
+        ] {
+            fs::write(images.join(name), "").unwrap();
+        }
+        let hold = DumpHold::make(draft.path(), "c").unwrap();
+        let files = DumpFiles::of(&dir, true, Some(hold));
+        fs::write(dir.join(ROOTFS_DIFF_FILE), "").unwrap();
+        assert_eq!(files.next(), file(ROOTFS_DIFF_FILE));
+        assert!(!files.hold().unwrap().is_held());
+        fs::write(draft.path().join(".hold-c/dumped"), "").unwrap();
+        let (first, second) = (files.next(), files.next());
+        for found in [first, second] {
+            assert!(matches!(found, Some(Next::Memory(path)) if path.contains("pagemap-")));
+        }
+        files.memory_sent();
+        assert!(files.hold().unwrap().is_held());
+        files.memory_sent();
+        assert!(!files.hold().unwrap().is_held());
+        files.ended(true);
+        assert_eq!(files.next(), file("checkpoint/core-1.img"));
+        assert_eq!(files.next(), None);
     }
 }

@@ -7,21 +7,23 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::time::Instant;
-use transship_checkpoint::manifest::{Container, Shared};
+use transship_checkpoint::manifest::{Container, File, Shared};
 use transship_checkpoint::store::{Draft, Store};
 use transship_checkpoint::wire::{
-    Check, DataPlace, How, KnownPages, Message, Offer, Outcome, PROTOCOL, unexpected,
+    Check, DataPlace, How, Message, Offer, Outcome, PROTOCOL, unexpected,
 };
 use transship_containerd::{Containerd, unique};
 
 use super::ask::Question;
-use super::dump_files::{DumpFiles, is_memory};
-use super::precopy::{Rounds, go_through, seed};
+use super::dump_files::{DumpFiles, Next};
+use super::memory_images::{KnownMemory, by_pid_inside};
+use super::precopy::Rounds;
 use super::record::{Pending, Record};
 use super::recover::undecided;
 use super::{Request, end_source, is_refusal_of_target, network, remove_source, resume_source};
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
+use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, at_most};
 use crate::image_blobs::offer_blobs;
@@ -64,6 +66,8 @@ pub(super) struct Transaction<'a> {
     pub(super) direct: usize,
     /// Bytes of memory and files, as far as they can be known before.
     pub(super) estimate: u64,
+    /// What was sent before the freeze, for the manifest.
+    pub(super) memory_files: Vec<File>,
 }
 
 impl Transaction<'_> {
@@ -107,26 +111,30 @@ impl Transaction<'_> {
     }
 
     /// Sends memory while the container runs, and gives what the target has of it.
-    async fn send_memory(&mut self) -> Result<KnownPages> {
-        let mut known = KnownPages::new(seed()?);
+    async fn send_memory(&mut self) -> Result<KnownMemory> {
+        let mut known = KnownMemory::new()?;
+        if !self.container.can_be_held() {
+            tracing::info!("the dump cannot be held: all memory is sent in the freeze");
+            return Ok(known);
+        }
         let mut rounds = Rounds::within(self.request.precopy);
         let from = self.timeline.now();
         while rounds.go_on() {
             self.progress.bytes("memory, while it runs", self.estimate);
             let pids = self.node.pids(self.container.id()).await?;
+            let processes = by_pid_inside(self.container.pid, &pids);
+            let name = self.container.container.name.clone();
             let mut count = self.progress.counter();
-            let (back, pages) = self
+            let (back, sent) = self
                 .conversation
                 .write_data(move |sender| {
-                    let pages = go_through(&pids, &mut known, &mut |pages| {
-                        count(pages.len() as u64);
-                        sender.send_pages(pages)
-                    })?;
-                    Ok((known, pages))
+                    let sent = known.send_round(sender, &name, &processes, &mut count)?;
+                    Ok((known, sent))
                 })
                 .await?;
             known = back;
-            rounds.add(pages);
+            rounds.add(sent.pages);
+            self.memory_files.extend(sent.files);
         }
         if rounds.done > 0 {
             self.timeline.step("precopy", from, Some(rounds.bytes));
@@ -142,7 +150,7 @@ impl Transaction<'_> {
         Frozen::freeze(self.node, tasks, Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<()> {
+    async fn move_and_record(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<()> {
         self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
@@ -247,7 +255,7 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<()> {
         let container = self.dump_and_send(draft, known).await?;
         let manifest = source::manifest(
             self.node,
@@ -303,31 +311,55 @@ impl Transaction<'_> {
 
     /// Dumps the container and sends its files; those of memory, which are most of it, while CRIU still
     /// writes them.
-    async fn dump_and_send(&mut self, draft: &Draft, known: Arc<KnownPages>) -> Result<Container> {
+    async fn dump_and_send(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<Container> {
         let from = self.timeline.now();
         let mut container = self.container.container.clone();
         let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
         self.progress.bytes("dump and transfer", self.estimate);
-        let files = Arc::new(DumpFiles::of(&dir, !container.criu.link_remap));
+        let hold = match self.container.can_be_held() {
+            true => Some(DumpHold::make(draft.dir(), &name)?),
+            false => None,
+        };
+        let files = Arc::new(DumpFiles::of(&dir, !container.criu.link_remap, hold));
+        let processes = by_pid_inside(
+            self.container.pid,
+            &self.node.pids(self.container.id()).await?,
+        );
         let count = Arc::new(Mutex::new(self.progress.counter()));
         let follow = {
             let (name, dir, files) = (name.clone(), dir.clone(), Arc::clone(&files));
             self.conversation.write_files(move |sender| {
                 let (mut sent, mut bytes) = (Vec::new(), 0);
-                while let Some(path) = files.next() {
-                    let mut how = How {
-                        check: Check::Xxh3,
-                        known: is_memory(&path).then_some(&*known),
-                        complete: &|| files.is_whole(&path),
-                        progress: &mut |bytes| {
-                            if let Ok(mut count) = count.lock() {
-                                count(bytes);
-                            }
-                        },
-                        sent: 0,
-                    };
-                    sent.push(sender.send_file(&name, &dir, &path, &mut how)?);
-                    bytes += how.sent;
+                let mut progress = |bytes| {
+                    if let Ok(mut count) = count.lock() {
+                        count(bytes);
+                    }
+                };
+                while let Some(next) = files.next() {
+                    match next {
+                        Next::File(path) => {
+                            let mut how = How {
+                                check: Check::Xxh3,
+                                complete: &|| files.is_whole(&path),
+                                progress: &mut progress,
+                                sent: 0,
+                            };
+                            sent.push(sender.send_file(&name, &dir, &path, &mut how)?);
+                            bytes += how.sent;
+                        }
+                        Next::Memory(path) => {
+                            let memory = known.send_image(
+                                sender,
+                                (&name, &dir),
+                                &path,
+                                &processes,
+                                &mut progress,
+                            )?;
+                            files.memory_sent();
+                            sent.extend(memory.files);
+                            bytes += memory.bytes;
+                        }
+                    }
                 }
                 Ok((sent, bytes))
             })
@@ -336,7 +368,12 @@ impl Transaction<'_> {
             let end = SetAtEnd(&files);
             let result = self
                 .container
-                .dump(self.node, draft.dir(), self.request.dump_patience)
+                .dump(
+                    self.node,
+                    draft.dir(),
+                    self.request.dump_patience,
+                    files.hold(),
+                )
                 .await;
             end.set(result.is_ok());
             result
@@ -344,7 +381,8 @@ impl Transaction<'_> {
         let (dump, followed) = tokio::join!(dump, follow);
         let Dumped { criu, upperdir } = dump?;
         let (files, bytes): (Vec<_>, Vec<u64>) = followed?.into_iter().unzip();
-        container.files = files.into_iter().flatten().collect();
+        container.files = std::mem::take(&mut self.memory_files);
+        container.files.extend(files.into_iter().flatten());
         let bytes = bytes.iter().sum();
         container.losses = upperdir.losses;
         self.timeline.step_of("dump", from, criu, None);

@@ -111,7 +111,8 @@ impl<'a> Ways<'a> {
     }
 
     pub(super) fn in_a_pod(&self) -> anyhow::Result<()> {
-        let command = ["/bin/bash", "-c", self.program.start];
+        let start = self.start();
+        let command = ["/bin/bash", "-c", &start];
         let container = PodContainer {
             name: SERVER,
             image: self.image,
@@ -174,8 +175,14 @@ impl<'a> Ways<'a> {
         run.args(self.program.run).args(more);
         run.args(["--log-uri", "file:///var/log/server.log"]);
         run.args([self.image, SERVER]);
-        run.args(["/bin/bash", "-c", self.program.start]);
+        run.args(["/bin/bash", "-c", &self.start()]);
         Ok(run.run()?)
+    }
+
+    /// With the name of the loopback, which kubelet and nerdctl give a container, and `ctr` and the CRI do not.
+    fn start(&self) -> String {
+        let start = self.program.start;
+        format!("[ -s /etc/hosts ] || echo 127.0.0.1 localhost >/etc/hosts\n{start}")
     }
 
     /// A container of the same image with the node's network, in which the operations run.

@@ -1,0 +1,118 @@
+//! A dump that leaves the pages of memory in their processes until they have been read there.
+//!
+//! CRIU copies all memory into files, and a migration reads it from them. With `--lazy-pages` it writes everything
+//! but the pages, which a server of its own would give to the restore. That server is not wanted: it listens to
+//! whoever comes first. Between the two moments CRIU runs a script, and tasks and parasite stand still:
+//!
+//! ```text
+//!  CRIU                                     who reads
+//!   all images but the pages
+//!   script post-dump:  makes "dumped"   ──> reads /proc/<pid>/mem
+//!                      waits for "lock" <── unlocks it (the kernel does when this program ends)
+//!   server, script status-ready: makes "ended", and fails, before anybody is accepted
+//!   gives up the server, takes its parasite out, says that the dump has failed
+//! ```
+//!
+//! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it. CRIU before 4.0 does
+//! not run scripts beside the RPC of the runtimes in all of these places.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::{Context, Result};
+
+/// Begins the name of its directory, which no container has.
+const PREFIX: &str = ".hold-";
+
+/// Holds a dump while its memory is read.
+#[derive(Debug)]
+pub struct DumpHold {
+    dir: PathBuf,
+    lock: Mutex<Option<Flock<File>>>,
+}
+
+impl DumpHold {
+    /// A hold for the dump of a container below `draft`, which nobody else writes to.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn make(draft: &Path, container: &str) -> Result<Self> {
+        let dir = draft.join(format!("{PREFIX}{container}"));
+        let lock = || -> io::Result<Flock<File>> {
+            DirBuilder::new().mode(0o700).create(&dir)?;
+            let file = File::create_new(dir.join("lock"))?;
+            Flock::lock(file, FlockArg::LockExclusiveNonblock)
+                .map_err(|(_, errno)| io::Error::from(errno))
+        };
+        let lock = lock().with_context(|| format!("cannot make and lock {}", dir.display()))?;
+        Ok(Self {
+            lock: Mutex::new(Some(lock)),
+            dir,
+        })
+    }
+
+    /// Whether all images but the pages are there, and the processes wait.
+    pub fn is_dumped(&self) -> bool {
+        self.dir.join("dumped").symlink_metadata().is_ok()
+    }
+
+    /// Whether the dump waits for nobody but who reads.
+    pub fn is_held(&self) -> bool {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        lock.is_some() && self.is_dumped()
+    }
+
+    /// Whether the dump has come to its end.
+    pub fn has_ended_well(&self) -> bool {
+        self.dir.join("ended").symlink_metadata().is_ok()
+    }
+
+    /// Lets the dump go on.
+    pub fn release(&self) {
+        // Closing its descriptor unlocks it.
+        drop(
+            { self.lock.lock() }
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+    }
+
+    /// What the runtime's `checkpoint` is told.
+    ///
+    /// # Errors
+    /// No port is free.
+    pub(crate) fn flags(&self) -> Result<Vec<String>> {
+        // CRIU wants one, and nobody is served there.
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|it| it.local_addr());
+        let free = free.context("cannot find a free port")?;
+        Ok(vec![
+            "--lazy-pages".to_owned(),
+            "--page-server".to_owned(),
+            free.to_string(),
+        ])
+    }
+
+    /// What the script runs at `status-ready`, at the beginning of `post-dump`, and at its end.
+    pub(crate) fn script_parts(&self, quoted: impl Fn(&Path) -> String) -> [String; 3] {
+        let file = |name| quoted(&self.dir.join(name));
+        [
+            format!(": >{}; exit 1", file("ended")),
+            format!(": >{} || exit 1", file("dumped")),
+            format!("exec flock -s {} true", file("lock")),
+        ]
+    }
+}
+
+impl Drop for DumpHold {
+    fn drop(&mut self) {
+        self.release();
+        // Of a draft, which goes as well.
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}

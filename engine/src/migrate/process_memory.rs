@@ -1,0 +1,211 @@
+//! The memory of a process, read from outside.
+//!
+//! ```text
+//!  /proc/PID/maps, pagemap ──> pages that a dump would have ──process_vm_readv──> pieces of them
+//! ```
+//!
+//! No kernel support is needed, and nothing of the process is changed.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt as _;
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+
+/// Bytes of a page. Machines with larger ones have no pre-copy.
+pub(super) const PAGE: u64 = PAGE_LEN as u64;
+pub(super) const PAGE_LEN: usize = 4096;
+/// Bytes that are read at once.
+const PIECE: usize = 1 << 20;
+/// Entries of a pagemap that are read at once.
+const ENTRIES: usize = 8192;
+/// Bits of an entry: the page is there; it is of a file, or shared.
+const PRESENT: u64 = 1 << 63;
+const FILE_OR_SHARED: u64 = 1 << 61;
+
+/// Takes whole pages that begin at an address.
+pub(super) type TakePages<'a, E> = dyn FnMut(u64, &[u8]) -> Result<(), E> + 'a;
+
+/// For all mappings: a program may have thousands.
+pub(super) struct Buffers {
+    entries: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self {
+            entries: vec![0; ENTRIES * 8],
+            pages: vec![0; PIECE],
+        }
+    }
+}
+
+/// The memory of one process.
+pub(super) struct ProcessMemory {
+    pid: Pid,
+    pagemap: File,
+    /// Reads what the process itself may not.
+    mem: File,
+}
+
+/// Whether a dump may have pages of it that nobody else shares. What is shared is sent in the freeze.
+fn is_dumped(map: &MemoryMap) -> bool {
+    match &map.pathname {
+        MMapPath::Vdso | MMapPath::Vvar | MMapPath::Vsyscall | MMapPath::Vsys(_) => false,
+        _ => !map.perms.contains(MMPermissions::SHARED) && map.perms.contains(MMPermissions::READ),
+    }
+}
+
+impl ProcessMemory {
+    /// That of a process of this node.
+    ///
+    /// # Errors
+    /// It has ended, or may not be read.
+    pub(super) fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self {
+            pid: Pid::from_raw(pid.cast_signed()),
+            pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
+            mem: File::open(format!("/proc/{pid}/mem"))?,
+        })
+    }
+
+    /// Gives all pages that a dump would have, in the order of their addresses and in pieces of whole pages. What
+    /// goes meanwhile is left out.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub(super) fn each_piece<E>(
+        &self,
+        buffers: &mut Buffers,
+        take: &mut TakePages<'_, E>,
+    ) -> Result<(), E> {
+        let maps = Process::new(self.pid.as_raw()).and_then(|process| process.maps());
+        for map in maps.into_iter().flatten().filter(is_dumped) {
+            self.of_map(&map, buffers, take)?;
+        }
+        Ok(())
+    }
+
+    fn of_map<E>(
+        &self,
+        map: &MemoryMap,
+        buffers: &mut Buffers,
+        take: &mut TakePages<'_, E>,
+    ) -> Result<(), E> {
+        let (mut at, end) = map.address;
+        while at < end {
+            let count = usize::try_from((end - at) / PAGE)
+                .unwrap_or(ENTRIES)
+                .min(ENTRIES);
+            let bytes = &mut buffers.entries[..count * 8];
+            if self.pagemap.read_exact_at(bytes, at / PAGE * 8).is_err() {
+                return Ok(());
+            }
+            let there = bytes.chunks_exact(8).map(|entry| {
+                let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
+                entry & PRESENT != 0 && entry & FILE_OR_SHARED == 0
+            });
+            for (first, pages) in runs(there, PIECE / PAGE_LEN) {
+                let from = at + first as u64 * PAGE;
+                let piece = &mut buffers.pages[..pages * PAGE_LEN];
+                let read = self.read(from, piece);
+                let whole = read - read % PAGE_LEN;
+                if whole > 0 {
+                    take(from, &piece[..whole])?;
+                }
+            }
+            at += count as u64 * PAGE;
+        }
+        Ok(())
+    }
+
+    /// Gives these pages of a process that stands still, in pieces.
+    ///
+    /// # Errors
+    /// One of them cannot be read, as `failed` says it; those of `take`.
+    pub(super) fn read_run<E>(
+        &self,
+        (start, pages): (u64, u64),
+        buffers: &mut Buffers,
+        take: &mut TakePages<'_, E>,
+        failed: &dyn Fn(io::Error) -> E,
+    ) -> Result<(), E> {
+        let (mut at, end) = (start, start.saturating_add(pages.saturating_mul(PAGE)));
+        while at < end {
+            let count = usize::try_from(end - at).unwrap_or(PIECE).min(PIECE);
+            let piece = &mut buffers.pages[..count];
+            if self.read(at, piece) < count {
+                // Not readable for the process itself (PROT_NONE).
+                self.mem.read_exact_at(piece, at).map_err(failed)?;
+            }
+            take(at, piece)?;
+            at += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Gives how many bytes could be read.
+    fn read(&self, from: u64, into: &mut [u8]) -> usize {
+        let Ok(base) = usize::try_from(from) else {
+            return 0;
+        };
+        let len = into.len();
+        let mut local = [IoSliceMut::new(into)];
+        process_vm_readv(self.pid, &mut local, &[RemoteIoVec { base, len }]).unwrap_or_default()
+    }
+}
+
+/// The runs of what is there, as the first one and how many, none longer than `most`.
+fn runs(there: impl Iterator<Item = bool>, most: usize) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (at, _) in there.enumerate().filter(|(_, there)| *there) {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == at && *count < most => *count += 1,
+            _ => runs.push((at, 1)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_what_is_there() {
+        let there = [true, true, false, true, true, true];
+        assert_eq!(runs(there.into_iter(), 2), [(0, 2), (3, 2), (5, 1)]);
+    }
+
+    #[test]
+    fn own_memory_is_found() {
+        let mark = format!("transship finds {:016x}", std::process::id()).into_bytes();
+        let memory = ProcessMemory::of(std::process::id()).unwrap();
+        let mut buffers = Buffers::default();
+        let (mut found, mut last) = (None, 0);
+        memory
+            .each_piece(&mut buffers, &mut |start, piece| {
+                assert!(start >= last && piece.len().is_multiple_of(PAGE_LEN));
+                last = start + piece.len() as u64;
+                if piece.windows(mark.len()).any(|at| at == mark) {
+                    found.get_or_insert((start, piece.len()));
+                }
+                io::Result::Ok(())
+            })
+            .unwrap();
+        let (start, length) = found.unwrap();
+        let mut again = Vec::new();
+        let take = &mut |_, piece: &[u8]| {
+            again.extend_from_slice(piece);
+            io::Result::Ok(())
+        };
+        let pages = length as u64 / PAGE;
+        memory
+            .read_run((start, pages), &mut buffers, take, &|error| error)
+            .unwrap();
+        assert!(again.windows(mark.len()).any(|at| at == mark));
+    }
+}
