@@ -113,6 +113,11 @@ impl KnownMemory {
         })
     }
 
+    /// Whether the target has any.
+    pub(super) fn has_rounds(&self) -> bool {
+        self.rounds > 0
+    }
+
     /// Sends a round of what these processes have, by their ids inside. One that has ended has nothing.
     ///
     /// # Errors
@@ -137,12 +142,12 @@ impl KnownMemory {
             let mut hashes = Hashes::default();
             memory.each_piece(&mut buffers, &mut |start, piece| {
                 progress(piece.len() as u64);
-                writer.add(start, piece, true, &mut |at, hash| {
-                    if room > 0 {
-                        room -= 1;
-                        hashes.push(at, hash);
-                    }
-                })
+                let found = hashes_of(self.seed, piece);
+                for (at, hash) in (start..).step_by(PAGE_LEN).zip(&found).take(room) {
+                    hashes.push(at, *hash);
+                }
+                room = room.saturating_sub(found.len());
+                writer.add(start, piece, &found, true)
             })?;
             writer.end(sender, &mut sent)?;
             images.insert(name, hashes);
@@ -180,11 +185,11 @@ impl KnownMemory {
             .and_then(|inside: u32| processes.get(&inside))
             .and_then(|pid| ProcessMemory::of(*pid).ok());
         let mut writer = self.writer(sender, (container, IMAGES_DIR), name, pagemap.pages_id)?;
-        let mut buffers = Buffers::default();
+        let seed = self.seed;
         for run in &pagemap.runs {
-            let add = &mut |start, piece: &[u8]| {
+            let add = &mut |start, piece: &[u8], hashes: &[u64]| {
                 progress(piece.len() as u64);
-                writer.add(start, piece, run.lazy, &mut |_, _| {})
+                writer.add(start, piece, hashes, run.lazy)
             };
             match (run.place, &memory) {
                 (PagePlace::File, _) => {
@@ -195,11 +200,14 @@ impl KnownMemory {
                                 .map_err(|e| failed("open the pages of", e))?,
                         ),
                     };
-                    copy_run(from, run, add, |e| failed("read the pages of", e))?;
+                    let unread = |e| failed("read the pages of", e);
+                    let add = &mut |start, piece: &[u8]| add(start, piece, &hashes_of(seed, piece));
+                    copy_run(from, run, add, unread)?;
                 }
                 (PagePlace::Process, Some(memory)) => {
                     let unread = |e| failed("read in their process the pages of", e);
-                    memory.read_run((run.start, run.pages), &mut buffers, add, &unread)?;
+                    let hash = |page: &[u8]| XxHash3_64::oneshot_with_seed(seed, page);
+                    memory.read_run((run.start, run.pages), hash, add, &unread)?;
                 }
                 // No dump of ours has a parent.
                 (PagePlace::Process | PagePlace::Parent, _) => {
@@ -222,7 +230,6 @@ impl KnownMemory {
     ) -> std::result::Result<ImageWriter<'a, W>, WireError> {
         let pages = format!("{dir}/pages-{pages_id}.img");
         Ok(ImageWriter {
-            seed: self.seed,
             known: { self.images.get(name) }.map_or(&[], |hashes| &hashes.0),
             pagemap: Pagemap {
                 pages_id,
@@ -234,6 +241,12 @@ impl KnownMemory {
             new: 0,
         })
     }
+}
+
+fn hashes_of(seed: u64, pages: &[u8]) -> Vec<u64> {
+    { pages.chunks(PAGE_LEN) }
+        .map(|page| XxHash3_64::oneshot_with_seed(seed, page))
+        .collect()
 }
 
 /// The pages of a run that CRIU has written.
@@ -267,7 +280,6 @@ pub(super) fn image_name(path: &str) -> Option<&str> {
 
 /// One image on its way.
 struct ImageWriter<'a, W> {
-    seed: u64,
     /// What the target has of it, from the address on that was looked up last.
     known: &'a [HashRun],
     pagemap: Pagemap,
@@ -278,41 +290,37 @@ struct ImageWriter<'a, W> {
 }
 
 impl<W: Write> ImageWriter<'_, W> {
-    /// Adds whole pages; their addresses ascend.
+    /// Adds whole pages with their hashes; their addresses ascend.
     fn add(
         &mut self,
         start: u64,
         piece: &[u8],
+        hashes: &[u64],
         lazy: bool,
-        seen: &mut dyn FnMut(u64, u64),
     ) -> std::result::Result<(), WireError> {
         let mut new_since = 0;
-        let mut offset = 0;
-        for page in piece.chunks(PAGE_LEN) {
-            let at = start + offset as u64;
-            let hash = XxHash3_64::oneshot_with_seed(self.seed, page);
-            seen(at, hash);
-            let is_known = self.known_hash(at) == Some(hash);
-            self.pagemap.push(
-                PageRun {
-                    start: at,
-                    pages: 1,
-                    place: match is_known {
-                        true => PagePlace::Parent,
-                        false => PagePlace::File,
-                    },
-                    lazy,
+        for ((at, offset), hash) in (start..)
+            .step_by(PAGE_LEN)
+            .zip((0..).step_by(PAGE_LEN))
+            .zip(hashes)
+        {
+            let is_known = self.known_hash(at) == Some(*hash);
+            let run = PageRun {
+                start: at,
+                pages: 1,
+                place: match is_known {
+                    true => PagePlace::Parent,
+                    false => PagePlace::File,
                 },
-                PAGE,
-            );
-            let end = offset + page.len();
+                lazy,
+            };
+            self.pagemap.push(run, PAGE);
             if is_known {
                 self.sending.write(&piece[new_since..offset])?;
-                new_since = end;
+                new_since = offset + PAGE_LEN;
             } else {
                 self.new += 1;
             }
-            offset = end;
         }
         self.sending.write(&piece[new_since..])
     }

@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt as _;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
@@ -21,12 +22,17 @@ pub(super) const PAGE_LEN: usize = 4096;
 const PIECE: usize = 1 << 20;
 /// Entries of a pagemap that are read at once.
 const ENTRIES: usize = 8192;
+/// Threads that read memory in the freeze.
+const READERS: usize = 2;
 /// Bits of an entry: the page is there; it is of a file, or shared.
 const PRESENT: u64 = 1 << 63;
 const FILE_OR_SHARED: u64 = 1 << 61;
 
 /// Takes whole pages that begin at an address.
 pub(super) type TakePages<'a, E> = dyn FnMut(u64, &[u8]) -> Result<(), E> + 'a;
+
+/// The same with their hashes.
+type TakeHashed<'a, E> = dyn FnMut(u64, &[u8], &[u64]) -> Result<(), E> + 'a;
 
 /// For all mappings: a program may have thousands.
 pub(super) struct Buffers {
@@ -41,6 +47,13 @@ impl Default for Buffers {
             pages: vec![0; PIECE],
         }
     }
+}
+
+/// Pages and their hashes.
+#[derive(Default)]
+struct Piece {
+    bytes: Vec<u8>,
+    hashes: Vec<u64>,
 }
 
 /// The memory of one process.
@@ -122,27 +135,67 @@ impl ProcessMemory {
         Ok(())
     }
 
-    /// Gives these pages of a process that stands still, in pieces.
+    /// Gives these pages of a process that stands still, in pieces with the hash of each page. Two threads read, as
+    /// nothing else goes on meanwhile.
     ///
     /// # Errors
     /// One of them cannot be read, as `failed` says it; those of `take`.
-    pub(super) fn read_run<E>(
+    pub(super) fn read_run<E: Send>(
         &self,
         (start, pages): (u64, u64),
-        buffers: &mut Buffers,
-        take: &mut TakePages<'_, E>,
+        hash: impl Fn(&[u8]) -> u64 + Sync,
+        take: &mut TakeHashed<'_, E>,
         failed: &dyn Fn(io::Error) -> E,
     ) -> Result<(), E> {
-        let (mut at, end) = (start, start.saturating_add(pages.saturating_mul(PAGE)));
-        while at < end {
-            let count = usize::try_from(end - at).unwrap_or(PIECE).min(PIECE);
-            let piece = &mut buffers.pages[..count];
-            if self.read(at, piece) < count {
-                // Not readable for the process itself (PROT_NONE).
-                self.mem.read_exact_at(piece, at).map_err(failed)?;
+        let end = start.saturating_add(pages.saturating_mul(PAGE));
+        let count = end.saturating_sub(start).div_ceil(PIECE as u64);
+        let piece_at = |number: u64| {
+            let at = start + number * PIECE as u64;
+            (at, usize::try_from(end - at).unwrap_or(PIECE).min(PIECE))
+        };
+        let read_all =
+            |first: u64, ready: &SyncSender<io::Result<Piece>>, used: &Receiver<Piece>| {
+                let numbers = (first..count).step_by(READERS);
+                for number in numbers {
+                    let (at, length) = piece_at(number);
+                    let mut piece = used.try_recv().unwrap_or_default();
+                    let read = self.read_whole(at, length, &mut piece.bytes);
+                    let hashes = piece.bytes.chunks_exact(PAGE_LEN).map(&hash);
+                    piece.hashes.clear();
+                    piece.hashes.extend(hashes);
+                    // Nobody takes more of them after a failure.
+                    if ready.send(read.map(|()| piece)).is_err() {
+                        return;
+                    }
+                }
+            };
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS as u64)
+                .map(|first| {
+                    let (ready, pieces) = sync_channel(2);
+                    let (used, again) = channel();
+                    scope.spawn(move || read_all(first, &ready, &again));
+                    (pieces, used)
+                })
+                .collect();
+            for (number, (pieces, used)) in (0..count).zip(readers.iter().cycle()) {
+                let read = pieces
+                    .recv()
+                    .unwrap_or_else(|_| Err(io::Error::other("who reads it has ended")));
+                let piece = read.map_err(failed)?;
+                take(piece_at(number).0, &piece.bytes, &piece.hashes)?;
+                // A buffer that is there already has its pages.
+                drop(used.send(piece));
             }
-            take(at, piece)?;
-            at += count as u64;
+            Ok(())
+        })
+    }
+
+    fn read_whole(&self, at: u64, length: usize, into: &mut Vec<u8>) -> io::Result<()> {
+        into.resize(length, 0);
+        if self.read(at, into) < length {
+            // Not readable for the process itself (PROT_NONE).
+            self.mem.read_exact_at(into, at)?;
         }
         Ok(())
     }
@@ -197,15 +250,19 @@ mod tests {
             })
             .unwrap();
         let (start, length) = found.unwrap();
-        let mut again = Vec::new();
-        let take = &mut |_, piece: &[u8]| {
+        let (mut again, mut hashed) = (Vec::new(), 0);
+        let take = &mut |at, piece: &[u8], hashes: &[u64]| {
+            assert_eq!(at, start + again.len() as u64);
             again.extend_from_slice(piece);
+            hashed += hashes.len();
             io::Result::Ok(())
         };
-        let pages = length as u64 / PAGE;
-        memory
-            .read_run((start, pages), &mut buffers, take, &|error| error)
-            .unwrap();
+        let pages = length / PAGE_LEN;
+        let run = (start, pages as u64);
+        memory.read_run(run, |_| 1, take, &|error| error).unwrap();
+        assert_eq!(hashed, pages);
+        let nowhere = memory.read_run((PAGE, 1), |_| 1, &mut |_, _, _| Ok(()), &|error| error);
+        assert!(nowhere.is_err());
         assert!(again.windows(mark.len()).any(|at| at == mark));
     }
 }

@@ -113,7 +113,9 @@ impl Transaction<'_> {
     /// Sends memory while the container runs, and gives what the target has of it.
     async fn send_memory(&mut self) -> Result<KnownMemory> {
         let mut known = KnownMemory::new()?;
-        if !self.container.can_be_held() {
+        let criu = self.container.container.criu.clone();
+        // `criu lazy-pages` ends at images that build on others (4.2).
+        if !self.container.can_be_held() || self.request.target.criu.over(criu).lazy_pages {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);
         }
@@ -316,7 +318,8 @@ impl Transaction<'_> {
         let mut container = self.container.container.clone();
         let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
         self.progress.bytes("dump and transfer", self.estimate);
-        let hold = match self.container.can_be_held() {
+        // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
+        let hold = match known.has_rounds() {
             true => Some(DumpHold::make(draft.dir(), &name)?),
             false => None,
         };

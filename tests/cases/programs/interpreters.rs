@@ -160,13 +160,10 @@ pub(super) const NODE_WATCH: Program = Program {
     ..NODE_HTTP
 };
 
-/// The same in a directory of the image: CRIU cannot name it in the overlay's upperdir.
+/// The same in a directory of the image, which CRIU looks for where it is told (`irmap-scan-path`).
 pub(super) const NODE_WATCH_IMAGE: Program = Program {
     name: "node_watch_image",
     start: node_watch!("/opt"),
-    alone: Expected::Refused("watches (inotify"),
-    in_a_sandbox: Expected::Refused("watches (inotify"),
-    in_a_pod: Expected::Refused("watches (inotify"),
     ..NODE_HTTP
 };
 
