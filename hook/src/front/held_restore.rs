@@ -230,10 +230,10 @@ impl Front<'_> {
     ) -> Result<HeldRestore, FrontError> {
         let request = staged.request()?;
         let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
-        let once = match config.annotations.once {
-            true => Some(self.env.store.open(&request.checkpoint)?.manifest.created),
-            false => None,
-        };
+        // One that is gone cannot be taken away.
+        let checkpoint = self.env.store.open(&request.checkpoint);
+        let checkpoint = checkpoint.ok().filter(|_| config.annotations.once);
+        let once = checkpoint.map(|it| it.manifest.created);
         // The name that the next attempt asks by, which is not always that in the checkpoint.
         let name = config.annotations.container.as_deref().unwrap_or(id);
         Ok(HeldRestore {
