@@ -44,7 +44,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Diff(args) => diff::run(&global, &args),
-        Command::Export(args) => export::run(&global, args),
+        Command::Export(args) => export::run(&global, args).await,
         Command::Import(args) => import::run(&global, args).await,
         Command::Push(args) => push::run(&global, &args),
         Command::Pull(args) => pull::run(&global, args),

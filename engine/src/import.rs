@@ -67,6 +67,28 @@ pub fn architecture() -> Result<String> {
     Ok(uname.machine().to_string_lossy().into_owned())
 }
 
+/// The digest of the config of the image that a container of a checkpoint has below its files.
+///
+/// # Errors
+/// This node does not have it.
+pub async fn config_of_base(
+    node: &Containerd,
+    container: &transship_checkpoint::manifest::Container,
+) -> Result<String> {
+    let wanted = &container.image.chain_id;
+    for image in node.images().await? {
+        let Some(target) = image.target else { continue };
+        let bases = node.image_bases(&target).await?;
+        if let Some(base) = bases.into_iter().find(|it| it.chain_id == *wanted) {
+            return Ok(base.config);
+        }
+    }
+    let (name, namespace) = (&container.image.name, node.namespace());
+    let message =
+        format!("the namespace {namespace:?} of this node does not have the image {name}");
+    Err(Error::refused(message).hint(format!("ctr -n {namespace} images pull {name}")))
+}
+
 /// Digest and chain id of the image below the files of the archive.
 async fn find_base(
     node: &Containerd,

@@ -23,7 +23,7 @@ use std::io::{BufReader, Read, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use transship_checkpoint::criu_images::{file_names, inet_sockets, processes};
+use transship_checkpoint::criu_images::{file_names, inet_sockets, processes, regular_files};
 use transship_checkpoint::criu_options::{CriuOptions, Tcp};
 use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, DUMP_STATS_FILE, Format, IMAGES_DIR, Image, Manifest,
@@ -38,6 +38,7 @@ use crate::import::{ImportOptions, NewFile, check_fits, check_room, room};
 use crate::open_package::OpenPackage;
 
 mod dump_files;
+mod for_podman;
 mod podman;
 mod whiteouts;
 pub mod write;
@@ -141,7 +142,7 @@ const MEANINGLESS: [&str; 7] = [
     "artifacts",
 ];
 /// Names that tell an archive of an engine from anything else.
-const KNOWN: [&str; 11] = [
+const KNOWN: [&str; 13] = [
     "checkpoint",
     "config.dump",
     "spec.dump",
@@ -153,6 +154,8 @@ const KNOWN: [&str; 11] = [
     "artifacts",
     "bind.mounts",
     "dump.log",
+    podman::SHM_FILE,
+    "volumes",
 ];
 
 /// Whether a package that begins with this member can be one of theirs.
@@ -338,19 +341,20 @@ impl Reading<'_> {
             });
         }
         let shm = self.json.remove(podman::SHM_FILE);
-        let runtime_options = match named.engine {
+        let mut root = None;
+        match named.engine {
             Engine::Podman => {
-                let options = podman::make_portable(&self.dir, &mut spec, shm.as_deref())?;
+                // The root of podman's containers has no rights to write; CRIU compares them.
+                root = regular_files::mode_of(&images, "/")?.map(|mode| mode & 0o7777);
+                podman::make_portable(&self.dir, &mut spec, shm.as_deref())?;
                 spec_json = serde_json::to_vec(&spec).expect("it was JSON before");
-                options
             }
             Engine::Containerd | Engine::Crio => {
                 self.left_out
                     .extend(shm.map(|_| podman::SHM_FILE.to_owned()));
-                None
             }
-        };
-        self.write_spec_and_layer(&spec_json)?;
+        }
+        self.write_spec_and_layer(&spec_json, root)?;
         let dir = draft.join(&named.container);
         std::fs::rename(&self.dir, &dir).during("rename", &self.dir)?;
         let in_pod = named.pod.is_some();
@@ -371,7 +375,6 @@ impl Reading<'_> {
             snapshotter: "overlayfs".to_owned(),
             runtime: "io.containerd.runc.v2".to_owned(),
             joined: dump_files::joined(&spec),
-            runtime_options,
             criu,
             labels,
             files: digest_files(&dir)?,
@@ -394,7 +397,8 @@ impl Reading<'_> {
         Ok((manifest, named.engine, self.left_out))
     }
 
-    fn write_spec_and_layer(&mut self, spec: &[u8]) -> Result<(), PackageError> {
+    /// `root` are the rights of the container's root, where they differ from those of other engines.
+    fn write_spec_and_layer(&mut self, spec: &[u8], root: Option<u32>) -> Result<(), PackageError> {
         let path = self.dir.join(SPEC_FILE);
         std::fs::File::create_new(&path)
             .and_then(|mut file| file.write_all(spec))
@@ -404,12 +408,13 @@ impl Reading<'_> {
             // Nothing was changed: a tar without a member.
             std::fs::write(&layer, [0; 1024]).during("write", &layer)?;
         }
-        match self.json.remove("deleted.files") {
-            None => Ok(()),
-            Some(deleted) => {
-                let deleted: Vec<String> = dump_files::parse("deleted.files", &deleted)?;
-                whiteouts::append(&layer, &deleted)
-            }
+        let deleted: Vec<String> = match self.json.remove("deleted.files") {
+            None => Vec::new(),
+            Some(deleted) => dump_files::parse("deleted.files", &deleted)?,
+        };
+        match deleted.is_empty() && root.is_none() {
+            true => Ok(()),
+            false => whiteouts::append(&layer, &deleted, root),
         }
     }
 }

@@ -37,6 +37,7 @@ mod one_copy;
 mod package;
 mod package_foreign;
 mod package_image;
+mod package_podman;
 mod package_registry;
 mod pod_refusals;
 mod pods;
@@ -178,6 +179,7 @@ fn main() -> ExitCode {
         .chain(one_copy::cases())
         .chain(package::cases())
         .chain(package_foreign::cases())
+        .chain(package_podman::cases())
         .chain(package_registry::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())

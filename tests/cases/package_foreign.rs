@@ -29,20 +29,11 @@ const KUBELETS: &str =
 pub(crate) const POD: (&str, &str) = ("shop", "web");
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    let case = |what, run| Case {
-        what,
+    std::iter::once(Case {
+        what: "package_pod",
         tree: Tree::Forky,
-        run,
-    };
-    [
-        case("package_pod", archives_and_registries_of_pods),
-        case(
-            "long_package_containerd",
-            archives_of_containerd_are_restored,
-        ),
-        case("long_package_engines", archives_go_to_other_engines),
-    ]
-    .into_iter()
+        run: archives_and_registries_of_pods,
+    })
 }
 
 fn start(bed: &Testbed) -> anyhow::Result<Node> {
@@ -63,38 +54,19 @@ fn start(bed: &Testbed) -> anyhow::Result<Node> {
     Ok(node)
 }
 
-fn archives_of_containerd_are_restored(bed: &Testbed) -> anyhow::Result<()> {
-    let node = start(bed)?;
-    let cri = node.cri()?;
-    from_containerd(&node, &cri)?;
-    the_latest_is_restored_once(&node, &cri)?;
-    node.shell("transship rm theirs ours && rm -r /var/lib/kubelet/checkpoints")
-        .run()?;
-    journey::check_no_pod_left(&node)
-}
-
-/// What is quick of all that is below, and a checkpoint that comes from a registry.
 fn archives_and_registries_of_pods(bed: &Testbed) -> anyhow::Result<()> {
     let node = start(bed)?;
     let cri = node.cri()?;
     let before = from_containerd(&node, &cri)?;
-    to_containerd(&node, &cri)?;
-    from_a_registry(&node, &cri, before)?;
-    node.shell("transship rm theirs").run()?;
-    journey::check_no_pod_left(&node)
-}
-
-fn archives_go_to_other_engines(bed: &Testbed) -> anyhow::Result<()> {
-    let node = start(bed)?;
-    let cri = node.cri()?;
-    from_containerd(&node, &cri)?;
     let program = DebianProgram::CHECKPOINTCTL.fetch(bed.settings())?;
     node.write_file("/usr/local/bin/checkpointctl", std::fs::read(program)?)?;
     node.shell("chmod 755 /usr/local/bin/checkpointctl").run()?;
     to_containerd(&node, &cri)?;
-    checkpointctl_reads(&node, "/root/ours.tar", "containerd")?;
     to_crio(&node)?;
-    node.shell("transship rm theirs ours").run()?;
+    the_latest_is_restored_once(&node, &cri)?;
+    from_a_registry(&node, &cri, before)?;
+    node.shell("transship rm theirs; rm -r /var/lib/kubelet/checkpoints")
+        .run()?;
     journey::check_no_pod_left(&node)
 }
 
@@ -192,6 +164,7 @@ fn the_latest_is_restored_once(node: &Node, cri: &Cri) -> anyhow::Result<()> {
 fn to_containerd(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     let export = "transship export ours /root/ours.tar --format containerd";
     node.shell(export).run()?;
+    checkpointctl_reads(node, "/root/ours.tar", "containerd")?;
     let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
     let restored = PodContainer {
         image: "/root/ours.tar",

@@ -15,7 +15,7 @@ const CONFIG: &str = r#"{"auths": {"127.0.0.1:5000": {"auth": "bWU6c2VjcmV0"},
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     std::iter::once(Case {
-        what: "long_package_registry",
+        what: "package_registry",
         tree: Tree::Forky,
         run: checkpoints_live_in_a_registry,
     })
@@ -65,6 +65,12 @@ fn checkpoints_live_in_a_registry(bed: &Testbed) -> anyhow::Result<()> {
         "x",
     ];
     fails_with(&node, &absent, 1, "has no 127.0.0.1:5000/shop/web:three")?;
+    let inspect = "transship inspect 127.0.0.1:5000/shop/web:two --plain-http";
+    let inside = { node.shell(inspect) }.read()?;
+    ensure!(
+        inside.contains("/usr/bin/counter") && inside.contains("memory was not fetched"),
+        "{inside}"
+    );
     // What containerd finds there, by the same name.
     node.shell(
         "ctr content fetch --plain-http --user me:secret 127.0.0.1:5000/shop/web:two >/dev/null

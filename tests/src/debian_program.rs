@@ -4,7 +4,7 @@
 //! <cache_dir>/program-<package>-<hash>     the package, extracted by mmdebstrap
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::recipe::{make_once, short_hash};
@@ -28,6 +28,24 @@ impl DebianProgram {
         package: "checkpointctl",
         path: "usr/bin/checkpointctl",
     };
+
+    /// Another engine; its package comes with conmon, its network tools and their libraries.
+    pub const PODMAN: DebianProgram = DebianProgram {
+        package: "podman",
+        path: "usr/bin/podman",
+    };
+
+    /// The directory of the package and of all that it depends on, as the file system of a machine has them; fetched
+    /// once.
+    ///
+    /// # Errors
+    /// When mmdebstrap fails.
+    pub fn fetch_all(&self, settings: &Settings) -> Result<PathBuf, TestbedError> {
+        let parts = Path::new(self.path).components().count();
+        let program = self.fetch(settings)?;
+        let dir = program.ancestors().nth(parts).unwrap_or(Path::new("/"));
+        Ok(dir.to_path_buf())
+    }
 
     /// Its path on this machine; the package is fetched once.
     ///

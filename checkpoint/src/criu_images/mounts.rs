@@ -5,6 +5,7 @@
 //!            8 source  9 options  12 with_plugin  13 ext_mount  14 fsname  17 sb_flags  18 ext_key
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::strict::is_ambiguous;
@@ -203,62 +204,65 @@ pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
     image.with_body(body).replace(path)
 }
 
-/// Where a mount that the runtime made becomes a tmpfs that CRIU makes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NewTmpfs<'a> {
-    /// Where it is, in the container.
-    pub destination: &'a str,
-    /// Its name in `/proc/mounts`.
-    pub source: &'a str,
-    /// Its options, as `mount(2)` takes them.
-    pub options: &'a str,
+/// What becomes of a mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It stays as it is.
+    Kept,
+    /// It is not there any more.
+    Removed,
+    /// It becomes a tmpfs that CRIU makes, with these options of `mount(2)`.
+    Tmpfs(&'static str),
+    /// The runtime says under this name what is mounted.
+    External(String),
 }
 
-/// Takes the mounts on `removed` out of all mount namespaces in the images of `dir`, and makes that of `tmpfs` one of
-/// CRIU's own. Returns the number of its device, by which CRIU finds its content (`tmpfs-dev-<number>.tar.gz.img`);
-/// none when there is no such mount.
+/// Changes the mounts of all mount namespaces in the images of `dir` as `fate` says. Returns the devices of new
+/// tmpfs: CRIU wants their content in `tmpfs-dev-<device>.tar.gz.img`. Mounts of one device are one tmpfs.
 ///
 /// # Errors
 /// An image that cannot be read or replaced.
-pub fn make_own(
-    dir: &Path,
-    removed: &[String],
-    tmpfs: NewTmpfs<'_>,
-) -> Result<Option<u32>, ImageError> {
-    let mut device = None;
+pub fn change(dir: &Path, fate: impl Fn(&Mount) -> Fate) -> Result<BTreeSet<u32>, ImageError> {
+    let mut devices = BTreeSet::new();
     for (_, path) in list(dir, Kind::Mounts)? {
         let image = Image::read(&path, Kind::Mounts)?;
         let mut body = Vec::new();
         let mut entries = image.entries();
-        while let Some(message) = entries.next_bytes()? {
-            if is_ambiguous(message, &[]) {
-                return Err(image.ambiguous());
-            }
-            let entry: MntEntry = image.decode(message)?;
-            if removed.contains(&entry.mountpoint) {
-                continue;
-            }
-            if entry.mountpoint != tmpfs.destination {
-                push_bytes(&mut body, message);
-                continue;
-            }
-            device = Some(entry.root_dev);
-            let own = MntEntry {
-                fstype: TMPFS,
-                root: "/".to_owned(),
-                source: tmpfs.source.to_owned(),
-                options: tmpfs.options.to_owned(),
-                with_plugin: None,
-                ext_mount: None,
-                fsname: None,
-                ext_key: None,
-                ..entry
+        for mount in read(&image)? {
+            let Some(message) = entries.next_bytes()? else {
+                break;
             };
-            push_entry(&mut body, &own);
+            let entry: MntEntry = image.decode(message)?;
+            let entry = match fate(&mount) {
+                Fate::Kept => {
+                    push_bytes(&mut body, message);
+                    continue;
+                }
+                Fate::Removed => continue,
+                Fate::External(key) => MntEntry {
+                    ext_key: Some(key),
+                    ..entry
+                },
+                Fate::Tmpfs(options) => {
+                    devices.insert(mount.device);
+                    MntEntry {
+                        fstype: TMPFS,
+                        root: "/".to_owned(),
+                        source: "tmpfs".to_owned(),
+                        options: options.to_owned(),
+                        with_plugin: None,
+                        ext_mount: None,
+                        fsname: None,
+                        ext_key: None,
+                        ..entry
+                    }
+                }
+            };
+            push_entry(&mut body, &entry);
         }
         image.with_body(body).replace(&path)?;
     }
-    Ok(device)
+    Ok(devices)
 }
 
 fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
@@ -334,21 +338,18 @@ mod tests {
         );
         assert_eq!(seen(&all[4]), (9, 8, 0, "/var/data/a/b".into()));
         assert!(all[3].device != all[4].device);
-        let tmpfs = NewTmpfs {
-            destination: "/data/a",
-            source: "shm",
-            options: "size=4k",
+        let fate = |mount: &Mount| match mount.destination.as_str() {
+            "/database" => Fate::Removed,
+            "/data/a" => Fate::Tmpfs("size=4k"),
+            "/data/a/b" => Fate::External("b".to_owned()),
+            _ => Fate::Kept,
         };
-        let removed = ["/database".to_owned(), "/nowhere".to_owned()];
-        let device = make_own(dir.path(), &removed, tmpfs).unwrap();
+        let devices = change(dir.path(), fate).unwrap();
+        assert_eq!(devices, BTreeSet::from([all[3].device]));
         let left = mounts(dir.path()).unwrap().remove(0);
         let names: Vec<_> = left.iter().map(|it| it.destination.as_str()).collect();
         assert_eq!(names, ["/", "/data", "/data/a", "/data/a/b"]);
-        assert_eq!(
-            (device, left[2].device),
-            (Some(all[3].device), all[3].device)
-        );
         assert_eq!((left[2].fs_type, &left[2].external), (FsType::Tmpfs, &None));
-        assert_eq!(left[3], all[4]);
+        assert_eq!(left[3].external.as_deref(), Some("b"));
     }
 }

@@ -11,6 +11,8 @@
 
 use std::path::Path;
 
+use prost::Message as _;
+
 use super::strict::{edit_submessage, is_ambiguous, set_varints, submessage};
 use super::{Image, ImageError, Kind, push_bytes};
 
@@ -31,6 +33,12 @@ struct FileEntry {
     kind: u32,
 }
 
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct Mode {
+    #[prost(uint32, optional, tag = "10")]
+    mode: Option<u32>,
+}
+
 const REG: u32 = 1;
 const ENTRY: u64 = 3;
 const NAME: u64 = 6;
@@ -48,6 +56,41 @@ pub fn find_again<E: From<ImageError>>(
     dir: &Path,
     mut find: impl FnMut(&str) -> Result<Option<FoundFile>, E>,
 ) -> Result<(), E> {
+    edit(dir, |name, file| {
+        Ok(find(name)?.map(|found| found.put_into(file)))
+    })
+}
+
+/// Type and rights of the file at `path` in the container, when a process has it open or for its root.
+///
+/// # Errors
+/// The image cannot be read.
+pub fn mode_of(dir: &Path, path: &str) -> Result<Option<u32>, ImageError> {
+    let mut found = None;
+    edit::<ImageError>(dir, |name, file| {
+        if name == path {
+            found = Mode::decode(file).ok().and_then(|it| it.mode);
+        }
+        Ok(None)
+    })?;
+    Ok(found)
+}
+
+/// Makes type and rights of the file at `path` those of the one that a restore will find there.
+///
+/// # Errors
+/// The image cannot be read or replaced.
+pub fn set_mode(dir: &Path, path: &str, mode: u32) -> Result<(), ImageError> {
+    edit(dir, |name, file| {
+        Ok((name == path).then(|| set_varints(file, MODE, &[mode.into()])))
+    })
+}
+
+/// Changes the entries of files that `change`, which gets their paths, gives new ones for.
+fn edit<E: From<ImageError>>(
+    dir: &Path,
+    mut change: impl FnMut(&str, &[u8]) -> Result<Option<Vec<u8>>, E>,
+) -> Result<(), E> {
     let path = dir.join("files.img");
     if std::fs::symlink_metadata(&path).is_err() {
         return Ok(());
@@ -56,22 +99,19 @@ pub fn find_again<E: From<ImageError>>(
     let (mut entries, mut body, mut changed) = (image.entries(), Vec::new(), false);
     while let Some(message) = entries.next_bytes()? {
         let kind = image.decode::<FileEntry>(message)?.kind;
-        let found = match submessage(message, ENTRY).filter(|_| kind == REG) {
+        let new = match submessage(message, ENTRY).filter(|_| kind == REG) {
             Some(file) => {
                 if is_ambiguous(message, &[]) || is_ambiguous(file, &IDENTITY) {
                     return Err(image.ambiguous().into());
                 }
                 let name = submessage(file, NAME).unwrap_or_default();
-                std::str::from_utf8(name).map_or(Ok(None), &mut find)?
+                std::str::from_utf8(name).map_or(Ok(None), |name| change(name, file))?
             }
             None => None,
         };
-        match found {
-            Some(found) => {
-                push_bytes(
-                    &mut body,
-                    &edit_submessage(message, ENTRY, |file| found.put_into(file)),
-                );
+        match new {
+            Some(new) => {
+                push_bytes(&mut body, &edit_submessage(message, ENTRY, |_| new.clone()));
                 changed = true;
             }
             None => push_bytes(&mut body, message),
@@ -170,5 +210,9 @@ mod tests {
         assert_eq!((moved.size, moved.mode), (Some(9), Some(0o100_600)));
         assert!(moved.build_id.is_empty());
         assert_eq!([next(), next()], all[1..]);
+        assert_eq!(mode_of(dir.path(), "/bin/sh").unwrap(), Some(0o100_644));
+        assert_eq!(mode_of(dir.path(), "/").unwrap(), None);
+        set_mode(dir.path(), "/bin/sh", 0o100_555).unwrap();
+        assert_eq!(mode_of(dir.path(), "/bin/sh").unwrap(), Some(0o100_555));
     }
 }

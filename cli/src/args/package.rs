@@ -12,8 +12,8 @@ use super::parse_size;
 /// `transship inspect`
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Name of a checkpoint, or file that export has written
-    #[arg(value_name = "NAME|FILE")]
+    /// Name of a checkpoint, file that export has written, or HOST/NAME:TAG in a registry, of which memory stays there
+    #[arg(value_name = "NAME|FILE|REF")]
     pub(crate) name: String,
     /// Compare every file with its digest; those of a package always are
     #[arg(long)]
@@ -24,6 +24,9 @@ pub(crate) struct InspectArgs {
     /// The keys for a package that is encrypted.
     #[command(flatten)]
     pub(crate) keys: IdentityArgs,
+    /// How the registry is reached.
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
 }
 
 /// `transship diff`
@@ -73,6 +76,9 @@ pub(crate) enum FormatArg {
     Containerd,
     /// What CRI-O writes and restores
     Crio,
+    /// What podman restores (container restore --import), when it has the image: a container with namespaces of
+    /// its own. containerd is asked for the image
+    Podman,
     /// An OCI image layout, a directory in which checkpoints share what is the same: FILE is the directory,
     /// which may have others already, and the checkpoint's name becomes its tag
     Oci,

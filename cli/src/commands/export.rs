@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
+use transship_engine::import::config_of_base;
 use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Progress as _, Result};
@@ -17,7 +18,7 @@ use transship_package::oci::{self, Layout, StoreOptions};
 use transship_package::signature::Signer;
 
 use super::push::pushed;
-use super::{print, store};
+use super::{connect, print, store};
 use crate::args::{ExportArgs, FormatArg, Global};
 use crate::progress::Progress;
 
@@ -30,13 +31,14 @@ struct Done {
     package_bytes: u64,
 }
 
-pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
+pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
     let checkpoint = open(&store(), &args.name)?;
     let _in_use = checkpoint.lock_for_reading()?;
     let engine = match args.format {
         FormatArg::Transship | FormatArg::Oci => None,
         FormatArg::Containerd => Some(Engine::Containerd),
         FormatArg::Crio => Some(Engine::Crio),
+        FormatArg::Podman => Some(Engine::Podman),
     };
     let is_archive = ![FormatArg::Transship, FormatArg::Oci].contains(&args.format);
     let is_package = args.format == FormatArg::Transship;
@@ -58,7 +60,14 @@ pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
     }
     let content = match engine {
         None => Content::Package(&options),
-        Some(engine) => Content::Archive(engine, args.container.as_deref()),
+        Some(engine) => Content::Archive(Archive {
+            engine,
+            container: args.container.as_deref(),
+            image_config: match engine {
+                Engine::Podman => Some(image_config(global, &checkpoint, &args).await?),
+                _ => None,
+            },
+        }),
     };
     let progress = Progress::new(global.json);
     let bytes = checkpoint.manifest.size();
@@ -107,7 +116,25 @@ pub(crate) fn run(global: &Global, args: ExportArgs) -> Result<()> {
 /// What is written.
 enum Content<'a> {
     Package(&'a ExportOptions),
-    Archive(Engine, Option<&'a str>),
+    Archive(Archive<'a>),
+}
+
+/// The archive of another engine.
+struct Archive<'a> {
+    engine: Engine,
+    container: Option<&'a str>,
+    image_config: Option<String>,
+}
+
+/// The digest of the config of the container's image.
+async fn image_config(
+    global: &Global,
+    checkpoint: &Checkpoint,
+    args: &ExportArgs,
+) -> Result<String> {
+    let container = checkpoint.manifest.container(args.container.as_deref())?;
+    let node = connect(global).await?.in_namespace(&container.namespace)?;
+    config_of_base(&node, container).await
 }
 
 fn write<W: Write>(
@@ -119,9 +146,14 @@ fn write<W: Write>(
     let mut count = progress.counter();
     Ok(match content {
         Content::Package(options) => export(checkpoint, options, out, &mut *count)?,
-        Content::Archive(engine, container) => {
-            foreign::write::write(checkpoint, *container, *engine, out, &mut *count)?
-        }
+        Content::Archive(archive) => foreign::write::write(
+            checkpoint,
+            archive.container,
+            archive.engine,
+            archive.image_config.as_deref(),
+            out,
+            &mut *count,
+        )?,
     })
 }
 

@@ -1,4 +1,4 @@
-//! `transship inspect NAME|FILE`
+//! `transship inspect NAME|FILE|REF`
 
 use std::fs::File;
 use std::path::Path;
@@ -9,7 +9,9 @@ use transship_package::contents::Contents;
 use transship_package::encryption::Identities;
 use transship_package::layer_changes::Digests;
 use transship_package::look::look;
+use transship_package::oci::{Offered, Reference};
 
+use super::push::connect as registry_of;
 use super::{print, store};
 use crate::args::{Global, IdentityArgs, InspectArgs};
 
@@ -35,6 +37,10 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
             }
             (looked.contents, note)
         }
+        Err(error) if error.kind() == Kind::NotFound => match args.name.parse::<Reference>() {
+            Ok(reference) => look_into_registry(&reference, args)?,
+            Err(_) => return Err(error),
+        },
         opened => {
             let checkpoint = opened?;
             let _in_use = checkpoint.lock_for_reading()?;
@@ -47,6 +53,17 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
         }
     };
     print(global, &contents, || text::text(&contents, &note, args.all))
+}
+
+fn look_into_registry(reference: &Reference, args: &InspectArgs) -> Result<(Contents, String)> {
+    let registry = registry_of(reference, &args.registry)?;
+    let offered = Offered::read(&registry, &reference.tag, None)?;
+    let contents = offered.look(&registry, Digests::LeftOut)?;
+    let mut note = ", memory was not fetched".to_owned();
+    if offered.is_signed() {
+        note += ", signed";
+    }
+    Ok((contents, note))
 }
 
 /// The keys of the files that were named.

@@ -63,7 +63,7 @@ pub(super) fn from_blobs(
     act: &'static str,
     progress: &Progress,
 ) -> std::result::Result<Checkpoint, PackageError> {
-    let offered = Offered::read(blobs, tag, options)?;
+    let offered = Offered::read(blobs, tag, Some(options))?;
     progress.bytes(act, offered.bytes());
     offered.restore(blobs, &store(), options, &mut *progress.counter())
 }

@@ -6,17 +6,21 @@
 //! /dev/shm     the same, of a tmpfs whose content is in devshm-checkpoint.tar  a tmpfs of the container's own
 //! annotations  org.systemd.property.*, io.container.manager, ...               left out
 //! root.path, linux.cgroupsPath                                                 this node's
+//! /proc/acpi and other masked directories: <crun's own>/.empty-directory       an empty tmpfs, as with runc
 //! ```
 //!
 //! CRIU mounts what its images say, so they are changed with the spec.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::{Value, json};
-use transship_checkpoint::criu_images::mounts::{NewTmpfs, make_own, mounts};
-use transship_checkpoint::manifest::{IMAGES_DIR, RuntimeOptions};
+use transship_checkpoint::criu_images::mounts::{Fate, change, mounts};
+use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_path_error::During as _;
 
 use crate::error::PackageError;
@@ -28,7 +32,9 @@ pub(super) const SHM_LIMIT: u64 = 64 << 20;
 const SHM: &str = "/dev/shm";
 /// Where podman keeps what it mounts.
 const USERDATA: [&str; 2] = ["/overlay-containers/", "/userdata/"];
-/// crun hides a directory behind this one.
+/// Behind which a runtime hides a file: runc's images have this as its name, crun's the path that is hidden.
+const NULL: &str = "/dev/null";
+/// crun hides a directory behind this one of its own; runc, behind a tmpfs.
 const EMPTY_OF_CRUN: &str = "/.empty-directory";
 
 /// Changes the images in `dir` and the spec; `shm` is the content of /dev/shm.
@@ -36,45 +42,52 @@ pub(super) fn make_portable(
     dir: &Path,
     spec: &mut Value,
     shm: Option<&[u8]>,
-) -> Result<Option<RuntimeOptions>, PackageError> {
-    let is_podmans = |mount: &Value| {
-        let source = mount["source"].as_str().unwrap_or_default();
-        mount["type"] == "bind" && USERDATA.iter().all(|part| source.contains(part))
-    };
-    let mut removed = Vec::new();
+) -> Result<(), PackageError> {
+    let mut removed = BTreeSet::new();
     let mut has_shm = false;
-    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-        let Some(destination) = mount["destination"].as_str().filter(|_| is_podmans(mount)) else {
-            continue;
-        };
-        if destination == SHM {
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.retain_mut(|mount| {
+            let source = mount["source"].as_str().unwrap_or_default();
+            let destination = mount["destination"].as_str().unwrap_or_default().to_owned();
+            if mount["type"] != "bind" || !USERDATA.iter().all(|part| source.contains(part)) {
+                return true;
+            }
+            if destination != SHM {
+                removed.insert(destination);
+                return false;
+            }
             has_shm = true;
             *mount = json!({ "destination": SHM, "type": "tmpfs", "source": "shm",
                              "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] });
-        } else {
-            removed.push(destination.to_owned());
-        }
-    }
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.retain(|it| {
-            !it["destination"]
-                .as_str()
-                .is_some_and(|it| removed.iter().any(|gone| gone == it))
+            true
         });
     }
     let images = dir.join(IMAGES_DIR);
-    let tmpfs = NewTmpfs {
-        destination: if has_shm { SHM } else { "" },
-        source: "shm",
-        options: "mode=1777,size=65536k",
-    };
-    let device = make_own(&images, &removed, tmpfs)?;
-    if let Some(device) = device {
+    let mut shm_devices = BTreeSet::new();
+    for mount in mounts(&images)?.iter().flatten() {
+        if has_shm && mount.destination == SHM {
+            shm_devices.insert(mount.device);
+        }
+    }
+    let devices = change(&images, |mount| {
+        let key = mount.external.as_deref().unwrap_or_default();
+        match mount.destination.as_str() {
+            SHM if has_shm => Fate::Tmpfs("mode=1777,size=65536k"),
+            destination if removed.contains(destination) => Fate::Removed,
+            _ if key.ends_with(EMPTY_OF_CRUN) => Fate::Tmpfs(""),
+            destination if key == destination && mount.root == "/null" => {
+                Fate::External(NULL.to_owned())
+            }
+            _ => Fate::Kept,
+        }
+    })?;
+    for device in devices {
         let path = images.join(format!("tmpfs-dev-{device}.tar.gz.img"));
-        let file = File::create_new(&path).during("make", &path)?;
-        let mut packed = flate2::write::GzEncoder::new(file, flate2::Compression::default());
         // A tar without members ends, too.
-        let content = shm.unwrap_or(&[0; 1024]);
+        let content = shm.filter(|_| shm_devices.contains(&device));
+        let content = content.unwrap_or(&[0; 1024]);
+        let file = File::create_new(&path).during("make", &path)?;
+        let mut packed = GzEncoder::new(file, Compression::default());
         packed.write_all(content).during("write", &path)?;
         packed.finish().during("write", &path)?;
     }
@@ -84,16 +97,7 @@ pub(super) fn make_portable(
     if let Some(linux) = spec["linux"].as_object_mut() {
         linux.remove("cgroupsPath");
     }
-    let all = mounts(&images)?;
-    let of_crun = { all.iter().flatten() }.any(|it| {
-        it.external
-            .as_ref()
-            .is_some_and(|key| key.ends_with(EMPTY_OF_CRUN))
-    });
-    Ok(of_crun.then(|| RuntimeOptions {
-        binary_name: "crun".to_owned(),
-        ..RuntimeOptions::default()
-    }))
+    Ok(())
 }
 
 fn root(spec: &Value) -> Value {

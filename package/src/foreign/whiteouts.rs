@@ -13,9 +13,13 @@ use crate::error::PackageError;
 /// What ends a tar, and what its members are padded to.
 const BLOCK: u64 = 512;
 
-/// Adds whiteouts for the paths `deleted` to the plain layer at `path`. Those that the layer has already are
-/// left out.
-pub(super) fn append(path: &Path, deleted: &[String]) -> Result<(), PackageError> {
+/// Adds whiteouts for the paths `deleted` to the plain layer at `path`; those that the layer has already are
+/// left out. `root` are the rights of its root, when the layer does not say them.
+pub(super) fn append(
+    path: &Path,
+    deleted: &[String],
+    root: Option<u32>,
+) -> Result<(), PackageError> {
     let refused = |reason: String| PackageError::Member {
         member: "deleted.files".to_owned(),
         reason,
@@ -77,6 +81,14 @@ pub(super) fn append(path: &Path, deleted: &[String]) -> Result<(), PackageError
         let written = builder.append_data(&mut header, &name, std::io::empty());
         written.map_err(|error| refused(format!("{name:?} cannot be written: {error}")))?;
     }
+    if let Some(mode) = root.filter(|_| !put.contains(&b""[..])) {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_size(0);
+        header.set_mode(mode);
+        let written = builder.append_data(&mut header, "./", std::io::empty());
+        written.during("write", path)?;
+    }
     builder.finish().during("write", path)?;
     drop(builder);
     Ok(file.flush().during("write", path)?)
@@ -111,7 +123,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = layer(dir.path());
         let deleted = ["/var/lib/x", "/etc/gone", "/etc/.wh.gone", "/top"];
-        append(&path, &deleted.map(str::to_owned)).unwrap();
+        append(&path, &deleted.map(str::to_owned), None).unwrap();
         let expected = [
             ("/etc/motd", "put"),
             ("/etc/gone", "deleted"),
@@ -129,9 +141,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = layer(dir.path());
         for deleted in ["/", "", "/../x", "/a//b", "/etc/./x", "/etc/motd"] {
-            assert!(append(&path, &[deleted.to_owned()]).is_err(), "{deleted:?}");
+            let deleted = [deleted.to_owned()];
+            assert!(append(&path, &deleted, None).is_err(), "{deleted:?}");
         }
-        append(&path, &[]).unwrap();
+        append(&path, &[], None).unwrap();
         assert_eq!(changes(&path).len(), 2);
     }
 }

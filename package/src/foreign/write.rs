@@ -2,15 +2,17 @@
 //! other. `rootfs-diff.tar` goes in as it lies there.
 //!
 //! ```text
-//!                     containerd    CRI-O
-//! checkpoint/ ...     x             x
-//! stats-dump dump.log x             x
-//! config.dump         x             x       rootfsImageRef: NAME@DIGEST
-//! spec.dump           x             x       with the annotations by which each knows its own
-//! status.dump status  x                     what containerd and checkpointctl read of the container
-//! rootfs-diff.tar     x             x       CRI-O takes `.wh.` names for files ...
-//! deleted.files                     x       ... so they are listed there, and what they delete
-//! bind.mounts                       x       mounts that are made before the restore
+//!                     containerd  CRI-O  podman
+//! checkpoint/ ...     x           x      x   podman: with the names that crun has for mounts; for_podman.rs
+//! stats-dump dump.log x           x      x
+//! config.dump         x           x          rootfsImageRef: NAME@DIGEST
+//!                                        x   podman's own configuration of a container; for_podman.rs
+//! spec.dump           x           x      x   with the annotations by which each knows its own
+//! status.dump status  x                      what containerd and checkpointctl read of the container
+//! rootfs-diff.tar     x           x      x   CRI-O and podman take `.wh.` names for files ...
+//! deleted.files                   x      x   ... so they are listed there, and what they delete
+//! bind.mounts                     x          mounts that are made before the restore
+//! network.status                         x   null
 //! ```
 
 use std::fs::File;
@@ -26,12 +28,14 @@ use transship_checkpoint::manifest::{
 use transship_checkpoint::store::Checkpoint;
 use transship_path_error::During as _;
 
+use super::for_podman::{ForPodman, NotForPodman};
 use super::{Engine, JSON_LIMIT};
 use crate::error::PackageError;
 use crate::layer_changes::{Change, Digests, LayerChanges, layer_changes};
 use crate::tar_members::TarMembers;
 
-/// Writes the container `container` (of a checkpoint of one: that) for `engine`, and gives `out` back.
+/// Writes the container `container` (of a checkpoint of one: that) for `engine`, and gives `out` back. podman knows an
+/// image by the digest of its config: `image_config`.
 ///
 /// # Errors
 /// The format cannot say what the checkpoint has, a file is damaged, or `out` cannot be written.
@@ -39,6 +43,7 @@ pub fn write<W: Write>(
     checkpoint: &Checkpoint,
     container: Option<&str>,
     engine: Engine,
+    image_config: Option<&str>,
     out: W,
     progress: &mut dyn FnMut(u64),
 ) -> Result<W, PackageError> {
@@ -49,9 +54,16 @@ pub fn write<W: Write>(
         format: engine.name(),
         reason: reason.to_owned(),
     };
-    if engine == Engine::Podman {
-        return Err(refused("podman restores what podman has made only"));
-    }
+    let podman = match (engine, image_config) {
+        (Engine::Podman, Some(config)) => Some(
+            ForPodman::new(checkpoint, container, config).map_err(|error| match error {
+                NotForPodman::Refused(reason) => refused(&reason),
+                NotForPodman::Failed(error) => error,
+            })?,
+        ),
+        (Engine::Podman, None) => return Err(refused("nobody knows the config of its image")),
+        _ => None,
+    };
     let dir = checkpoint.container_dir(container);
     let read = |path: &str| {
         let json = read_regular(&dir, Path::new(path), Links::Refused, JSON_LIMIT);
@@ -66,8 +78,10 @@ pub fn write<W: Write>(
         source,
     })?;
     let deleted = match engine {
-        Engine::Crio => deleted_files(&changes).map_err(|reason| refused(&reason))?,
-        _ => Vec::new(),
+        Engine::Crio | Engine::Podman => {
+            deleted_files(&changes).map_err(|reason| refused(&reason))?
+        }
+        Engine::Containerd => Vec::new(),
     };
     let mut members = TarMembers::new(out, manifest.created, progress);
     members.directory(IMAGES_DIR)?;
@@ -76,18 +90,26 @@ pub fn write<W: Write>(
         path.starts_with("checkpoint/") || own.contains(&path)
     };
     for file in container.files.iter().filter(|file| taken(&file.path)) {
-        members.file(&file.path, &dir, file)?;
+        match podman.as_ref().and_then(|it| it.image(&file.path)) {
+            Some(changed) => members.bytes(&file.path, changed)?,
+            None => members.file(&file.path, &dir, file)?,
+        }
     }
-    members.json("config.dump", &config_dump(checkpoint, container))?;
+    let config = match &podman {
+        Some(podman) => podman.config(&spec),
+        None => config_dump(checkpoint, container),
+    };
+    members.json("config.dump", &config)?;
     members.json(SPEC_FILE, &spec)?;
+    if !deleted.is_empty() {
+        members.json("deleted.files", &json!(deleted))?;
+    }
     match engine {
         Engine::Crio => {
             members.json("bind.mounts", &bind_mounts(&spec))?;
-            if !deleted.is_empty() {
-                members.json("deleted.files", &json!(deleted))?;
-            }
         }
-        Engine::Containerd | Engine::Podman => {
+        Engine::Podman => members.json("network.status", &Value::Null)?,
+        Engine::Containerd => {
             members.json("status.dump", &status_dump(checkpoint, container))?;
             members.json("status", &status(checkpoint))?;
         }
@@ -109,7 +131,7 @@ fn by_digest(container: &Container) -> String {
 }
 
 /// Go's time: RFC 3339.
-fn time(seconds: u64) -> String {
+pub(super) fn time(seconds: u64) -> String {
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
     // Howard Hinnant's civil_from_days.
     let days = days + 719_468;
@@ -194,7 +216,8 @@ fn annotate(spec: &mut Value, checkpoint: &Checkpoint, container: &Container, en
                 json!(container.labels).to_string(),
             );
         }
-        Engine::Containerd | Engine::Podman => {
+        Engine::Podman => set("io.container.manager", "libpod".to_owned()),
+        Engine::Containerd => {
             set(annotations::CONTAINER_NAME, container.name.clone());
             set(annotations::SANDBOX_NAME, pod.name);
             set(annotations::SANDBOX_NAMESPACE, pod.namespace);

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use sha2::{Digest as _, Sha256};
-use transship_checkpoint::manifest::{self, MANIFEST_LIMIT};
+use transship_checkpoint::manifest::{self, MANIFEST_LIMIT, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
 use transship_layer::Archive;
 use transship_path_error::During as _;
@@ -22,8 +22,10 @@ use super::artifact::{
 use super::blobs::{Blobs, digest_of};
 use super::document::{Descriptor, Manifest};
 use super::partial::Partial;
+use crate::contents::Contents;
 use crate::error::PackageError;
 use crate::import::{Head, ImportOptions, NewFile, check_room};
+use crate::layer_changes::Digests;
 use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT};
 
 /// A checkpoint among blobs: all that can be checked before anything is written has been checked.
@@ -35,14 +37,14 @@ pub struct Offered {
 }
 
 impl Offered {
-    /// That of the tag or digest `tag`.
+    /// That of the tag or digest `tag`; who only looks into it has no `options`.
     ///
     /// # Errors
     /// It is none, damaged, too large, of another machine or not signed.
     pub fn read(
         blobs: &dyn Blobs,
         tag: &str,
-        options: &ImportOptions,
+        options: Option<&ImportOptions>,
     ) -> Result<Self, PackageError> {
         let document = blobs.get_tagged(tag, ARTIFACT_LIMIT)?;
         let artifact = Manifest::parse(&document)?;
@@ -53,7 +55,9 @@ impl Offered {
             });
         }
         let head = read_head(blobs, &artifact)?;
-        head.check(options)?;
+        if let Some(options) = options {
+            head.check(options)?;
+        }
         Ok(Self {
             digest: digest_of(&document),
             artifact,
@@ -125,6 +129,55 @@ impl Offered {
         Ok(draft.commit_as(whole.manifest, &json, Durability::Synced)?)
     }
 
+    /// Whether it has a signature, of whomever.
+    #[must_use]
+    pub fn is_signed(&self) -> bool {
+        self.head.signature.is_some()
+    }
+
+    /// Looks into it. Pages of memory and the content of volumes stay where they are; everything else is compared
+    /// with its digest.
+    ///
+    /// # Errors
+    /// It is damaged, or cannot be had.
+    pub fn look(&self, blobs: &dyn Blobs, digests: Digests) -> Result<Contents, PackageError> {
+        let temp = tempfile::tempdir().during("make a directory in", std::env::temp_dir())?;
+        let manifest = &self.head.manifest;
+        let mut kept = Vec::new();
+        for (name, files) in manifest.directories() {
+            let looked = files
+                .iter()
+                .filter(|file| file.size < SMALL || is_looked_at(&file.path));
+            kept.extend(looked.map(|file| (format!("{name}/{}", file.path), file)));
+        }
+        let bytes = kept.iter().map(|(_, file)| file.size);
+        check_room(temp.path(), bytes.fold(0, u64::saturating_add))?;
+        let files = self.layers(FILES).next();
+        let (_, files) = files.ok_or_else(no_small_files)?;
+        restore_small(blobs, files, manifest, temp.path(), &mut |_| {})?;
+        let targets = open_targets(manifest, temp.path())?;
+        for (_, chunk) in self.layers(CHUNK) {
+            let path = chunk.annotation(PATH).unwrap_or_default();
+            if kept.iter().any(|(kept, _)| kept == path) {
+                take_chunk(blobs, chunk, &targets)?;
+            }
+        }
+        for (path, file) in kept {
+            let full = temp.path().join(&path);
+            if digest_of_file(&full).during("read", &full)? != file.sha256 {
+                return Err(PackageError::Differs {
+                    member: path,
+                    reason: "its digest differs from the manifest's",
+                });
+            }
+        }
+        let looked = Checkpoint {
+            dir: temp.path().to_path_buf(),
+            manifest: manifest.clone(),
+        };
+        Contents::of(&looked, digests)
+    }
+
     /// Fetches what is missing.
     fn fill(
         &self,
@@ -138,9 +191,7 @@ impl Offered {
         check_room(partial.dir(), manifest.size().saturating_sub(there))?;
         progress(there);
         let files = self.layers(FILES).next();
-        let (layer, files) = files.ok_or_else(|| PackageError::Missing {
-            member: "the blob of its small files".to_owned(),
-        })?;
+        let (layer, files) = files.ok_or_else(no_small_files)?;
         if partial.is_done(layer) {
             progress(self.small_bytes());
         } else {
@@ -156,6 +207,29 @@ impl Offered {
             progress,
         )
     }
+}
+
+fn digest_of_file(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let (mut hasher, mut piece) = (Sha256::new(), vec![0; 256 << 10]);
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            read => hasher.update(&piece[..read]),
+        }
+    }
+}
+
+fn no_small_files() -> PackageError {
+    PackageError::Missing {
+        member: "the blob of its small files".to_owned(),
+    }
+}
+
+/// Whether a large file is more than pages of memory or the content of a volume.
+fn is_looked_at(path: &str) -> bool {
+    let is_volume = !path.contains('/') && path.ends_with(".tar") && path != ROOTFS_DIFF_FILE;
+    !is_volume && !path.starts_with("checkpoint/pages-")
 }
 
 /// Bytes of a chunk, before they are compressed.
