@@ -99,14 +99,12 @@ fn medians_of_steps(all: &[Took]) -> String {
 impl Course<'_> {
     fn measure(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Vec<Row>> {
         let (mut with, mut without, mut floor) = (Vec::new(), Vec::new(), Vec::new());
-        let mut lazy = Vec::new();
         let (mut stock, mut checkpoint) = (Vec::new(), Vec::new());
         let mut exported = String::new();
         for round in 0..sizes.migrations {
             eprintln!("   {memory_mb} MB, round {}", round + 1);
             with.push(self.migrate(memory_mb, &[])?);
             without.push(self.migrate(memory_mb, &["--max-precopy-rounds", "0"])?);
-            lazy.push(self.migrate(memory_mb, &["--lazy-pages"])?);
             floor.push(self.bare(memory_mb)?);
             let (times, frozen, export) = self.stock(memory_mb)?;
             checkpoint.push(times);
@@ -135,11 +133,11 @@ impl Course<'_> {
             row(name, ours, STOCK, &stock, Better::Less)
         };
         let whole = format!("whole command, {size}: beside a checkpoint alone");
-        let notes = [&with, &without, &lazy].map(|all| medians_of_steps(all));
-        let [note_with, note_without, note_lazy] = notes;
+        let notes = [&with, &without].map(|all| medians_of_steps(all));
+        let [note_with, note_without] = notes;
         let total: Vec<f64> = with.iter().map(|took| took.total).collect();
-        let [with, without, lazy] = [with, without, lazy]
-            .map(|all| -> Vec<f64> { all.iter().map(|took| took.frozen).collect() });
+        let [with, without] =
+            [with, without].map(|all| -> Vec<f64> { all.iter().map(|took| took.frozen).collect() });
         Ok(vec![
             beside_floor("memory sent before", &with)
                 .goal(Goal::RatioAtMost(from))
@@ -147,7 +145,6 @@ impl Course<'_> {
             beside_floor("all in the freeze", &without)
                 .goal(Goal::RatioAtMost(until))
                 .note(note_without),
-            beside_floor("all in the freeze, restored when it is touched", &lazy).note(note_lazy),
             beside_stock("memory sent before", &with).note(exported),
             beside_stock("all in the freeze", &without),
             row(whole, &total, STOCK, &checkpoint, Better::Less),

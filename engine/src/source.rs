@@ -11,6 +11,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::Container as Record;
@@ -407,8 +408,8 @@ impl SourceContainer {
         Ok(memory + usage.size)
     }
 
-    /// Whether its dump can be held. Other runtimes than runc do not know the flags, and earlier versions of CRIU do
-    /// not run the scripts.
+    /// Whether its dump can be held. Other runtimes than runc do not know the flags, earlier versions of CRIU do not
+    /// run the scripts, and a kernel without userfaultfd is refused by runc.
     pub fn can_be_held(&self) -> bool {
         const SINCE: Version = Version(4, 0, 0);
         // That of the addresses which are compared.
@@ -418,6 +419,11 @@ impl SourceContainer {
         is_runc
             && page == Ok(Some(HELD_PAGE))
             && Version::of_criu().is_some_and(|version| version >= SINCE)
+            // runc asks for it at every lazy dump.
+            && Command::new("criu")
+                .args(["check", "--feature", "uffd-noncoop"])
+                .output()
+                .is_ok_and(|output| output.status.success())
     }
 
     /// The dump itself: by containerd, or past it when it cannot carry the options.

@@ -186,7 +186,10 @@ impl KnownMemory {
             .and_then(|pid| ProcessMemory::of(*pid).ok());
         let mut writer = self.writer(sender, (container, IMAGES_DIR), name, pagemap.pages_id)?;
         let seed = self.seed;
-        for run in &pagemap.runs {
+        // CRIU begins a run with each of its pipes, at most 1 MiB.
+        let mut joined = Pagemap::default();
+        { pagemap.runs.iter() }.for_each(|run| joined.push(*run, PAGE));
+        for run in &joined.runs {
             let add = &mut |start, piece: &[u8], hashes: &[u64]| {
                 progress(piece.len() as u64);
                 writer.add(start, piece, hashes, run.lazy)

@@ -114,7 +114,7 @@ impl Transaction<'_> {
     async fn send_memory(&mut self) -> Result<KnownMemory> {
         let mut known = KnownMemory::new()?;
         let criu = self.container.container.criu.clone();
-        // `criu lazy-pages` ends at images that build on others (4.2).
+        // Whether `criu lazy-pages` reads images that build on others is not known.
         if !self.container.can_be_held() || self.request.target.criu.over(criu).lazy_pages {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);

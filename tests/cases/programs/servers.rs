@@ -46,7 +46,8 @@ pub(super) const MARIADB: Program = Program {
     },
     package: "mariadb-server",
     start: "mariadb-install-db --user=root --datadir=/srv/db --skip-test-db >/dev/null
-echo 'create database if not exists d; create table if not exists d.t (n int auto_increment primary key);' >/srv/init.sql
+echo 'create database if not exists d;
+create table if not exists d.t (n int auto_increment primary key);' >/srv/init.sql
 exec mariadbd --user=root --datadir=/srv/db --bind-address=0.0.0.0 --skip-grant-tables --init-file=/srv/init.sql \
   --socket=/srv/socket --pid-file=/srv/pid --innodb-buffer-pool-size=32M --innodb-log-file-size=16M",
     operation: "mariadb --skip-ssl -h $A -e 'insert into d.t values ()'",
