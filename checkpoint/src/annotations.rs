@@ -11,6 +11,9 @@ use crate::criu_options::{CriuOption, CriuOverrides};
 
 /// What to restore: the name of a checkpoint. On a sandbox it covers the sandbox's containers.
 pub const RESTORE: &str = "dev.transship/restore";
+/// On a pod: the migration, 32 hexadecimal digits, that brings its containers. They are restored from the checkpoint
+/// [`of_migration`] as it arrives, and held, also when they have been started, until their source has committed itself.
+pub const RECEIVE: &str = "dev.transship/receive";
 /// `true`: on a pod, the newest checkpoint of a pod of this namespace and name that nobody has consumed and that
 /// was taken since a pod of that name last began to run here; without one it starts cold.
 pub const RESTORE_LATEST: &str = "dev.transship/restore-latest";
@@ -43,8 +46,9 @@ pub const NETWORKS: &str = "dev.transship/networks";
 pub const PREFIX: &str = "dev.transship/";
 
 /// All that are not options of CRIU.
-const KNOWN: [&str; 12] = [
+const KNOWN: [&str; 13] = [
     RESTORE,
+    RECEIVE,
     RESTORE_LATEST,
     RESTORE_IMAGE,
     ONCE,
@@ -61,6 +65,21 @@ const KNOWN: [&str; 12] = [
 /// runc and crun read a CRIU configuration file from the path in this annotation; see runc's
 /// `docs/checkpoint-restore.md`.
 pub const CRIU_CONFIG: &str = "org.criu.config";
+
+/// How many hexadecimal digits the name of a migration has.
+pub const MIGRATION_DIGITS: usize = 32;
+
+/// Whether it can be the name of a migration.
+#[must_use]
+pub fn is_migration(name: &str) -> bool {
+    name.len() == MIGRATION_DIGITS && name.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
+/// The checkpoint that a pod's migration arrives in.
+#[must_use]
+pub fn of_migration(migration: &str) -> String {
+    format!("migration-{migration}")
+}
 
 /// What a container is to its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,8 +182,10 @@ fn known() -> String {
 pub struct Annotations {
     /// What the container is to its sandbox.
     pub role: Role,
-    /// The checkpoint that [`RESTORE`] names.
+    /// The checkpoint that [`RESTORE`] names, or [`RECEIVE`].
     pub restore: Option<String>,
+    /// Whether it comes with a migration: [`RECEIVE`].
+    pub receives: bool,
     /// See [`RESTORE_LATEST`].
     pub restore_latest: bool,
     /// See [`RESTORE_IMAGE`].
@@ -246,6 +267,28 @@ impl Annotations {
             false => OnFailure::Fail,
             true => OnFailure::ColdStart,
         };
+        let received = match get(RECEIVE) {
+            // Only a pod can be held for longer than its start.
+            Some(_) if get(cri::CONTAINER_TYPE).is_none() => {
+                return Err(AnnotationError::Unknown {
+                    annotation: RECEIVE.to_owned(),
+                });
+            }
+            Some(migration) if is_migration(migration) => Some(of_migration(migration)),
+            Some(migration) => {
+                return Err(AnnotationError::Value {
+                    annotation: RECEIVE.to_owned(),
+                    value: migration.clone(),
+                    allowed: "the name of a migration, which transship migrate --pod prints",
+                });
+            }
+            None => None,
+        };
+        // A cold copy beside the source, which runs on, is what a migration must never make.
+        let on_failure = match received {
+            Some(_) => OnFailure::Fail,
+            None => on_failure,
+        };
         let allowed = "\"start\" or \"refuse\"";
         let cold_containers = match choose(COLD_CONTAINERS, "start", "refuse", allowed)? {
             false if get(COLD_CONTAINERS).is_some() => ColdContainers::Start,
@@ -254,10 +297,10 @@ impl Annotations {
         };
         Ok(Self {
             role,
-            restore: get(RESTORE).cloned(),
             restore_latest: choose(RESTORE_LATEST, "false", "true", "\"false\" or \"true\"")?,
             restore_image: get(RESTORE_IMAGE).cloned(),
-            once: choose(ONCE, "false", "true", "\"false\" or \"true\"")?,
+            // What comes with a migration is that one's to remove.
+            once: choose(ONCE, "false", "true", "\"false\" or \"true\"")? && received.is_none(),
             container: get(RESTORE_CONTAINER)
                 .or_else(|| get(cri::CONTAINER_NAME))
                 .cloned(),
@@ -278,6 +321,8 @@ impl Annotations {
                 Some("filled") => Rootfs::Filled,
                 _ => Rootfs::FromImage,
             },
+            receives: received.is_some(),
+            restore: received.or_else(|| get(RESTORE).cloned()),
             networks: get(NETWORKS)
                 .filter(|_| get(cri::CONTAINER_TYPE).is_none())
                 .cloned(),
@@ -369,6 +414,19 @@ mod tests {
     fn only_our_prefix_makes_it_ours() {
         assert!(!read(&[(cri::CONTAINER_TYPE, "sandbox")]).unwrap().ours);
         assert!(read(&[(RESTORE, "x")]).unwrap().ours);
+    }
+
+    #[test]
+    fn a_pod_that_comes_with_a_migration_never_starts_cold() {
+        let migration = "0123456789abcdef0123456789abcdef";
+        let of_pod = (cri::CONTAINER_TYPE, "container");
+        let pairs = [of_pod, (RECEIVE, migration), (ON_FAILURE, "cold-start")];
+        let read_pod = read(&pairs).unwrap();
+        assert_eq!(read_pod.restore, Some(of_migration(migration)));
+        assert!(read_pod.receives && read_pod.on_failure == OnFailure::Fail);
+        assert!(!read(&[of_pod, (RESTORE, "web")]).unwrap().receives);
+        read(&[of_pod, (RECEIVE, "../web")]).unwrap_err();
+        read(&[(RECEIVE, migration)]).unwrap_err();
     }
 
     #[test]

@@ -12,10 +12,10 @@
 //!   Begin  (File data* FileEnd)*  End
 //!
 //! migration (source >, target <):
-//!   > Offer            what is coming; the target checks all that it can
-//!   < Need             the blobs of the image that it lacks, and where it can be reached directly
+//!   > Offer            what is coming, one container or those of a pod; the target checks all that it can
+//!   < Need             the blobs of the images that it lacks, and where it can be reached directly
 //!   > (Blob data*)*  ImageEnd            which says how many direct connections there are: n
-//!   < Ready            the image is unpacked: the source freezes the container
+//!   < Ready            the images are unpacked, and a pod has its sandbox: the source freezes the containers
 //!   n = 0:
 //!   > Begin (File data* FileEnd)* End    memory before the freeze; files of the dump
 //!   n > 0:
@@ -23,11 +23,13 @@
 //!     > (File data* FileEnd)* FilesEnd
 //!   < Received         all of it is right
 //!   > Restore
-//!   < Restored         the copy exists and is held before its first instruction
+//!   < Restored         the copies exist and are held before their first instruction
 //!   > Commit
 //!   < Running
 //!   < Durable          a power cut of the target loses nothing: the source is removed
 //!   either side, instead of its next message: Failed
+//!   < Waiting          before Ready and before Restored, as often as it likes: somebody else makes the pod there
+//!   > GoOn
 //!
 //! what became of a migration whose connection broke after Commit (source >, target <):
 //!   > Ask              its name
@@ -49,7 +51,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::{Container, Manifest, ManifestError};
+use crate::manifest::{Container, Manifest, ManifestError, NotRunning, Pod};
 
 mod check;
 mod receiver;
@@ -60,7 +62,7 @@ pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
@@ -151,19 +153,47 @@ pub struct Offer {
     /// What tells the source's containerd from all others; empty: not known.
     #[serde(default)]
     pub node: String,
-    /// The container, without files.
-    pub container: Container,
-    /// Its OCI spec as JSON.
-    pub spec: String,
     /// Machine of the source as in `uname -m`.
     pub architecture: String,
-    /// The image's blobs in containerd's content store, the target descriptor first.
-    pub blobs: Vec<Blob>,
-    /// Bytes of memory and upperdir, as far as they can be known before the freeze.
+    /// What moves: one container, or those of a pod.
+    #[serde(default)]
+    pub containers: Vec<OfferedContainer>,
+    /// The pod that they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Box<OfferedPod>>,
+    /// Bytes of memory and upperdirs, as far as they can be known before the freeze.
     pub estimate: u64,
     /// The source's public key for direct connections: a SubjectPublicKeyInfo in base64; empty: it makes none.
     #[serde(default)]
     pub key: String,
+}
+
+/// A container that is offered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedContainer {
+    /// What the manifest will say of it, without files.
+    pub container: Container,
+    /// Its OCI spec as JSON.
+    pub spec: String,
+    /// The image's blobs in containerd's content store, the target descriptor first.
+    pub blobs: Vec<Blob>,
+    /// Of a pod: the `ContainerConfig` that the source's CRI has made it of, as containerd writes it in JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+}
+
+/// A pod that is offered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedPod {
+    /// What kubelet calls it.
+    pub pod: Pod,
+    /// The `PodSandboxConfig` that the source's CRI has made its sandbox of, as containerd writes it in JSON.
+    pub config: String,
+    /// The runtime handler of the sandbox; empty: the default one.
+    pub runtime_handler: String,
+    /// Its containers that do not run.
+    #[serde(default)]
+    pub not_running: Vec<NotRunning>,
 }
 
 /// Where the target can be reached directly.
@@ -269,6 +299,10 @@ pub enum Message {
     Restore,
     /// The copy exists and does not run.
     Restored,
+    /// The target waits for somebody who makes the pod; does the source, too?
+    Waiting,
+    /// It does.
+    GoOn,
     /// The copy shall run.
     Commit,
     /// The copy runs.

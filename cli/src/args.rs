@@ -94,7 +94,7 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// Make a running container of a checkpoint
     Restore(RestoreArgs),
-    /// Move a running container to another node
+    /// Move a running container, or a pod, to another node
     Migrate(MigrateArgs),
     /// Decide migrations whose command has ended before it knew which copy runs
     #[command(after_help = RECOVER_EXIT_CODES)]
@@ -508,7 +508,20 @@ pub(crate) struct RestoreArgs {
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
     /// Container id
-    pub(crate) container: String,
+    #[arg(required_unless_present = "pod", conflicts_with = "pod")]
+    pub(crate) container: Option<String>,
+    /// Pod of the CRI instead, by its id or as namespace/name: all its containers, frozen at one moment, into a
+    /// pod that is made through the CRI of the other node, where no kubelet may run
+    #[arg(long, conflicts_with_all = ["sandbox", "new_namespaces", "id", "snapshotter", "runtime_binary",
+          "log_uri", "network"])]
+    pub(crate) pod: Option<String>,
+    /// Volumes of the pod whose content comes along; /dev/shm always does
+    #[arg(long, value_enum, value_name = "KIND", requires = "pod")]
+    pub(crate) volumes: Vec<VolumesArg>,
+    /// The pod on the other node is made by its kubelet, or another client of the CRI there: wait for it. It has the
+    /// annotation dev.transship/receive, whose value is printed before the freeze
+    #[arg(long, requires = "pod")]
+    pub(crate) wait_for_pod: bool,
     /// Command that runs its arguments on the other node, such as 'ssh node-b'
     #[arg(long, value_name = "COMMAND")]
     pub(crate) to: String,
@@ -519,7 +532,7 @@ pub(crate) struct MigrateArgs {
     /// restore (detach a volume, move an address). If it fails, the migration is undone.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) before_restore: Option<String>,
-    /// Keep the container's record and snapshot on this node, stopped
+    /// Keep the container's record and snapshot on this node, stopped; of a pod sandbox and containers
     #[arg(long)]
     pub(crate) keep_source: bool,
     /// Let the container lose what does not come along
@@ -559,7 +572,8 @@ pub(crate) struct MigrateArgs {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("by_hand").requires("what"), group = ArgGroup::new("what").args(["container", "pod"]))]
 pub(crate) struct RecoverArgs {
-    /// Container id [default: all that are not decided, of all namespaces]
+    /// Container id, or a pod that migrate --pod was moving, as namespace/name [default: all that are not decided, of
+    /// all namespaces]
     pub(crate) container: Option<String>,
     /// Instead a pod that checkpoint --moved has left paused, by its id or as namespace/name
     #[arg(long, requires = "by_hand", conflicts_with = "once")]
@@ -592,6 +606,9 @@ pub(crate) struct ReceiveArgs {
     /// of what its source has told, and 1 GiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) max_size: Option<u64>,
+    /// A pod that is migrated here is made by kubelet, or another client of the CRI: wait for it
+    #[arg(long)]
+    pub(crate) wait_for_pod: bool,
     /// When the link of a migration is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,

@@ -53,6 +53,10 @@ impl transship_engine::Progress for Progress {
         self.show(what, style, Some(total));
     }
 
+    fn tell(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("transship: {line}"));
+    }
+
     fn counter(&self) -> Box<dyn FnMut(u64) + Send> {
         let bar = self.bar.clone();
         Box::new(move |bytes| bar.inc(bytes))

@@ -231,7 +231,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
 }
 
 /// Whether pods may have these options on this node: a checkpoint with others could not be restored.
-fn check_options(sources: &[SourceContainer]) -> Result<()> {
+pub(crate) fn check_options(sources: &[SourceContainer]) -> Result<()> {
     let mut of_pods = sources
         .iter()
         .filter(|source| source.pod.is_some())

@@ -5,6 +5,7 @@
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
 //!  container_log: where a container's output goes
+//!  cri_pods: pods as a client of the CRI has them;  kubelet: whether one is here
 //!  dump_hold: a dump that waits while memory is read in its processes
 //!  dump_links: names in /dev/shm that CRIU's images need
 //!  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
@@ -56,6 +57,7 @@ pub mod checkpoint;
 pub mod conditions;
 pub mod container_log;
 pub mod conversation;
+mod cri_pods;
 pub mod data_channel;
 pub mod dump_hold;
 pub mod dump_links;
@@ -68,6 +70,7 @@ pub mod image_blobs;
 pub mod import;
 pub mod interrupt;
 mod kill;
+mod kubelet;
 pub mod listing;
 pub mod migrate;
 pub mod moved_pods;

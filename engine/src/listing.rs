@@ -70,7 +70,7 @@ pub fn list(store: &Store, records: &Path) -> Result<Vec<Listed>> {
 /// The records cannot be read.
 pub fn undecided() -> Result<Vec<Listed>> {
     let listed = pending()?.into_iter().map(|migration| Listed {
-        name: format!("{}/{}", migration.namespace, migration.container),
+        name: format!("{}/{}", migration.namespace, migration.called()),
         created: migration.since.clone(),
         undecided: Some(migration),
         ..Listed::default()

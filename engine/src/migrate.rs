@@ -8,21 +8,27 @@
 //! ```
 //!
 //! `record` is the file of this one migration: it keeps others from the same container, and from `Commit`
-//! on tells what is under way; `recover` ends what this process has left. `restart_policy` keeps containerd from making
+//! on tells what is under way; `moving` is what moves, a container or all of a pod; `recover` ends what this process has left. `restart_policy` keeps containerd from making
 //! a second copy meanwhile. `transaction` is the talk with the target (`engine::receive`).
 
 use std::path::Path;
 use std::time::Duration;
 
+use transship_checkpoint::annotations::of_migration;
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::Store;
 use transship_checkpoint::wire::WireError;
 use transship_containerd::Containerd;
+use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
 use crate::conversation::{Conversation, LINK_PATIENCE};
+use crate::cri_pods::CriPods;
 use crate::data_channel::DataAddress;
 use crate::error::{Context, Error, Kind, Result, one_line};
 use crate::image_blobs;
 use crate::interrupt::Interrupt;
+use crate::kubelet;
+use crate::moved_pods::Mark;
 use crate::progress::Progress;
 use crate::receive::new_migration;
 use crate::restart_policy;
@@ -32,7 +38,9 @@ use crate::timeline::Timeline;
 
 mod ask;
 mod dump_files;
+mod dump_parts;
 mod memory_images;
+mod moving;
 mod network;
 mod precopy;
 mod process_memory;
@@ -42,19 +50,31 @@ mod remote;
 mod transaction;
 
 pub use precopy::Bounds as PrecopyBounds;
-pub use record::Pending;
+pub use record::{Pending, PendingPod};
 pub use recover::{Decided, Decision, pending, recover_all};
 pub use remote::receive_arguments;
 
+use moving::Moving;
 use record::Record;
 use remote::Remote;
 use transaction::Transaction;
 
+/// How a pod moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PodRequest {
+    /// Whether the content of its emptyDirs comes along.
+    pub empty_dirs: bool,
+    /// Whether somebody else makes the pod on the other node, with the annotation that names this migration.
+    pub wait: bool,
+}
+
 /// What moves where, and as what.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Container id.
+    /// Container id, or the pod by the id of its sandbox or as `namespace/name`.
     pub container: String,
+    /// It is a pod.
+    pub pod: Option<PodRequest>,
     /// Command that runs its arguments on the other node.
     pub to: String,
     /// The program's path on the other node.
@@ -88,6 +108,7 @@ impl Request {
     pub fn new(container: impl Into<String>, to: impl Into<String>) -> Self {
         Self {
             container: container.into(),
+            pod: None,
             to: to.into(),
             remote_program: "transship".to_owned(),
             before_restore: None,
@@ -105,10 +126,10 @@ impl Request {
     }
 }
 
-/// A container that runs on the other node.
+/// A container or pod that runs on the other node.
 #[derive(Debug)]
 pub struct Report {
-    /// Its id there.
+    /// Its id there; of a pod what people call it.
     pub container: String,
     /// Process id of its first process there, if the other node has said it.
     pub pid: Option<u32>,
@@ -149,44 +170,49 @@ pub async fn migrate(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let mut container = source::find(node, &request.container, &request.target.criu).await?;
-    network::check(&mut container, request)?;
-    // Without a file there, it would come along for nothing.
-    let wanted = !request.leave_logs && request.target.log_uri.is_some();
-    container.log = container.log.filter(|_| wanted);
-    check_exec(&container, request.lose_joined)?;
-    let record = Record::take(
-        Path::new(RECORDS),
-        Path::new(LOCKS),
-        node.namespace(),
-        container.id(),
-    )?;
-    if !container.was_paused {
+    let mut moving = Moving::find(node, request).await?;
+    let node = &match moving.pod {
+        // The CRI's containers are in no other namespace.
+        Some(_) => node.in_namespace(CRI_NAMESPACE)?,
+        None => node.clone(),
+    };
+    let (id, called) = (moving.id().to_owned(), moving.called());
+    let record = Record::take(Path::new(RECORDS), Path::new(LOCKS), node.namespace(), &id)?;
+    let was_paused = moving.containers.iter().any(|it| it.was_paused);
+    if !was_paused {
         // An earlier migration has been decided: it runs.
         record.clear()?;
     }
-    record.check_clear(container.id(), node.namespace())?;
-    let made = image_blobs::complete(node, &mut container).await;
-    let made = made.unwrap_or_else(|error| {
-        tracing::warn!(error = %one_line(&error), "parts of the image are missing, and cannot be made again");
-        None
-    });
+    record.check_clear(&id, node.namespace())?;
+    let mut made = Vec::new();
+    for container in &mut moving.containers {
+        match image_blobs::complete(node, container).await {
+            Ok(leased) => made.extend(leased),
+            Err(error) => tracing::warn!(
+                error = %one_line(&error),
+                "parts of the image are missing, and cannot be made again"
+            ),
+        }
+    }
+    let networks = moving.containers.iter();
+    let networks = networks.flat_map(|it| it.container.networks.clone());
     let pending = Pending {
         migration: new_migration()?,
         namespace: node.namespace().to_owned(),
-        container: container.id().to_owned(),
+        container: id.clone(),
+        pod: moving.pending_pod(),
         to: request.to.clone(),
         remote_program: request.remote_program.clone(),
-        was_paused: container.was_paused,
+        was_paused,
         keep_source: request.keep_source,
-        networks: container.container.networks.clone(),
+        networks: networks.collect(),
         since: String::new(),
     };
     let mut remote = Remote::start(node.namespace(), request)?;
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
         node,
-        container: &container,
+        moving: &moving,
         store,
         request,
         record: &record,
@@ -211,7 +237,7 @@ pub async fn migrate(
         Ok((pid, source)) => Ok((pid, transaction.finish(source).await)),
         Err(error) => Err(error),
     };
-    if let Some(made) = made {
+    for made in made {
         // What is left of it ends by itself.
         drop(made.end_lease().await);
     }
@@ -226,10 +252,13 @@ pub async fn migrate(
     let cut_short = moved.is_err() && interrupt.check().is_err();
     let status = remote.end(cut_short).await;
     let (pid, finished) = moved.map_err(|error| remote::blame(error, request, status.as_ref()))?;
-    let id = container.id();
-    finished.with_context(|| format!("{id:?} runs on the other node"))?;
+    finished.with_context(|| format!("{called} runs on the other node"))?;
+    let there = match &moving.pod {
+        Some(_) => called,
+        None => request.target.id.clone().unwrap_or(id),
+    };
     Ok(Report {
-        container: request.target.id.clone().unwrap_or_else(|| id.to_owned()),
+        container: there,
         pid,
         bytes,
         direct,
@@ -237,44 +266,84 @@ pub async fn migrate(
     })
 }
 
-/// Deletes the task of the source, which has ended; its files stay.
-async fn end_source(node: &Containerd, container: &SourceContainer) -> Result<()> {
-    Ok(node.kill_task(container.id()).await?)
+/// Removes what is left of the source, whose processes have ended.
+async fn remove_source(node: &Containerd, pending: &Pending) -> Result<()> {
+    let removed = match &pending.pod {
+        None => remove_container(node, &pending.container).await,
+        Some(pod) => {
+            async {
+                CriPods::of(node).remove(&pending.container).await?;
+                // A kubelet here goes on trying to make it again, until it hears that the pod has gone.
+                match kubelet::seen() {
+                    Some(_) => Ok(()),
+                    None => Ok(moved::unmark(Path::new(DEFAULT_MOVED_DIR), &pod.uid)?),
+                }
+            }
+            .await
+        }
+    };
+    removed.context("it could not be removed here")
 }
 
-/// Removes what is left of the source.
-async fn remove_source(node: &Containerd, id: &str) -> Result<()> {
+async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
     let record = match node.container(id).await {
         Err(error) if error.is_not_found() => return Ok(()),
         record => record?,
     };
-    let removed = async {
-        node.delete_container(id).await?;
-        node.snapshotter(&record.snapshotter)
-            .remove_if_exists(&record.snapshot_key)
-            .await
+    node.delete_container(id).await?;
+    let snapshotter = node.snapshotter(&record.snapshotter);
+    Ok({ snapshotter.remove_if_exists(&record.snapshot_key) }.await?)
+}
+
+/// Deletes the tasks of the source, which have ended; its files stay. Those of a pod are the CRI's.
+async fn end_source(node: &Containerd, pending: &Pending) -> Result<()> {
+    let ended = match pending.pod {
+        None => { node.kill_task(&pending.container).await }.map_err(Error::from),
+        Some(_) => CriPods::of(node).stop(&pending.container).await,
     };
-    removed.await.context("it could not be removed here")
+    ended.context("it could not be ended here")
+}
+
+/// A kubelet here starts nothing of the pod any more, whatever its probes say of what stands still.
+fn mark_moved(moving: &Moving, pending: &Pending) -> Result<()> {
+    let Some(pod) = moving.pod.as_ref().filter(|_| kubelet::seen().is_some()) else {
+        return Ok(());
+    };
+    let checkpoint = of_migration(&pending.migration);
+    Mark::set(&pod.pod, &moving.containers, &checkpoint, false).map(drop)
+}
+
+/// It runs on here.
+fn unmark_moved(pending: &Pending) -> Result<()> {
+    match &pending.pod {
+        Some(pod) => Ok(moved::unmark(Path::new(DEFAULT_MOVED_DIR), &pod.uid)?),
+        None => Ok(()),
+    }
 }
 
 /// The error, and that the source runs on, as far as `thawed` says so.
 async fn resume_source(
     node: &Containerd,
-    container: &SourceContainer,
+    moving: &Moving,
     thawed: Result<()>,
     error: Error,
 ) -> Error {
-    let id = container.id();
+    let called = moving.called();
     // Only what runs may be looked after again.
-    let put_back = restart_policy::put_back(node, id).await;
+    let mut put_back = Ok(());
+    for container in &moving.containers {
+        put_back = put_back.and(restart_policy::put_back(node, container.id()).await);
+    }
     let state = match (&thawed, &put_back) {
-        (Ok(()), Ok(())) => format!("{id:?} runs on here as before"),
+        (Ok(()), Ok(())) => format!("{called} runs on here as before"),
         (Ok(()), Err(left)) => format!(
-            "{id:?} runs on here, without its restart policy ({})",
+            "{called} runs on here, without its restart policy ({})",
             left.one_line()
         ),
-        (Err(paused), _) => match source::running_task(node, id).await {
-            Ok(Err(state)) => format!("{id:?} {state} here: it has ended by itself"),
+        (Err(paused), _) => match source::running_task(node, moving.id()).await {
+            Ok(Err(state)) if moving.pod.is_none() => {
+                format!("{called} {state} here: it has ended by itself")
+            }
             _ => paused.one_line(),
         },
     };

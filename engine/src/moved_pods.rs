@@ -39,16 +39,12 @@ impl Mark {
         checkpoint: &str,
         will_be_deleted: bool,
     ) -> Result<Self> {
-        let called = format!("{}/{}", pod.namespace, pod.name);
-        let foreign = containers.iter().find(|it| !it.runtime.is_front());
-        if let Some(foreign) = foreign.filter(|_| !will_be_deleted) {
-            return Err(Error::refused(format!(
-                "nothing would keep kubelet from starting {called} again here: the runtime of {} is {}, \
-                 and not transship's front; --source-pod-will-be-deleted says that you delete the pod \
-                 before its probes fail",
-                foreign.called,
-                foreign.runtime.name(),
-            )));
+        if !will_be_deleted {
+            check_front(pod, containers).map_err(|error| {
+                error.hint(
+                    "--source-pod-will-be-deleted says that you delete the pod before its probes fail",
+                )
+            })?;
         }
         let moved = Moved {
             namespace: pod.namespace.clone(),
@@ -68,6 +64,24 @@ impl Mark {
             Err(left) => Error::from(left).after(error),
         }
     }
+}
+
+/// Whether the mark would keep kubelet from starting the pod again.
+///
+/// # Errors
+/// Another runtime makes its containers.
+pub(crate) fn check_front(pod: &Pod, containers: &[SourceContainer]) -> Result<()> {
+    let Some(foreign) = containers.iter().find(|it| !it.runtime.is_front()) else {
+        return Ok(());
+    };
+    Err(Error::refused(format!(
+        "nothing would keep kubelet from starting {}/{} again here: the runtime of {} is {}, and not \
+         transship's front",
+        pod.namespace,
+        pod.name,
+        foreign.called,
+        foreign.runtime.name(),
+    )))
 }
 
 /// Decides what becomes of a pod that `checkpoint --moved` has left paused: it runs on here, or its

@@ -24,6 +24,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
+use transship_sandbox::RELEASE_COMMAND;
 
 use crate::conditions::SCAN_PATH;
 use crate::dump_hold::DumpHold;
@@ -167,6 +168,26 @@ impl OciRuntime {
         self.run("resume", &[id]).await.map(drop)
     }
 
+    /// Lets a container go that was started and is held for its migration.
+    ///
+    /// # Errors
+    /// What the runtime front says.
+    pub(crate) async fn release(&self, id: &str, containerd: &Path) -> Result<()> {
+        let mut command = self.command();
+        command.arg(RELEASE_COMMAND).arg(id);
+        // It tells others through containerd.
+        command.env("GRPC_ADDRESS", containerd);
+        self.finish(RELEASE_COMMAND, command).await.map(drop)
+    }
+
+    /// Kills the container's processes; of one that is held no process executes anything.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub(crate) async fn kill(&self, id: &str) -> Result<()> {
+        self.run("kill", &[id, "KILL"]).await.map(drop)
+    }
+
     /// Process ids of all processes of the container.
     ///
     /// # Errors
@@ -180,7 +201,12 @@ impl OciRuntime {
     /// Runs one short verb of the runtime and gives its output.
     async fn run(&self, verb: &str, arguments: &[&str]) -> Result<String> {
         let mut command = self.command();
-        command.arg(verb).args(arguments).kill_on_drop(true);
+        command.arg(verb).args(arguments);
+        self.finish(verb, command).await
+    }
+
+    async fn finish(&self, verb: &str, mut command: Command) -> Result<String> {
+        command.kill_on_drop(true);
         let output = match timeout(PATIENCE, self.output(&mut command)).await {
             Ok(output) => output?,
             Err(_) => {

@@ -4,7 +4,7 @@
 //!  Begin --> a checkpoint of the store
 //!  Offer --> migration     the source's side is engine::migrate
 //!              image       blobs and layers, under a lease
-//!              restore::hold, start
+//!              restore::hold, start        pod: the same of a pod, through the CRI
 //!              durable     on the disk before the source is removed
 //!              arrival     the record of how far it has come;  settle: the end of one that was cut off
 //!  Ask   --> what became of a migration
@@ -27,7 +27,7 @@ use transship_checkpoint::wire::{
 use transship_containerd::Containerd;
 
 use crate::conversation::{Conversation, LINK_PATIENCE, Reading};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::restore::Target;
@@ -37,6 +37,7 @@ mod durable;
 mod image;
 mod leases;
 mod migration;
+mod pod;
 mod settle;
 
 pub use arrival::{Arrivals, new_migration};
@@ -54,6 +55,8 @@ pub struct Request {
     pub target: Target,
     /// Bytes that are taken, at most.
     pub max_size: Option<u64>,
+    /// Whether somebody else makes the pod that is migrated here, with the annotation that names the migration.
+    pub wait_for_pod: bool,
     /// How long the link of a migration may be silent.
     pub link_patience: Duration,
     /// Addresses of this node at which the source may connect directly; none: it may not.
@@ -66,6 +69,7 @@ impl Default for Request {
             name: None,
             target: Target::default(),
             max_size: None,
+            wait_for_pod: false,
             link_patience: LINK_PATIENCE,
             data_addresses: Vec::new(),
         }
@@ -138,10 +142,13 @@ pub async fn receive(
                 .await
             };
             let result = accepted.await;
-            if let Err(error) = &result
-                && !comes_from_the_other_side(error)
-            {
-                conversation.give_up(error.one_line()).await;
+            match &result {
+                // The source must not hear that the copy does not run; it asks.
+                Err(error) if error.kind() == Kind::Uncertain => conversation.close(),
+                Err(error) if !comes_from_the_other_side(error) => {
+                    conversation.give_up(error.one_line()).await;
+                }
+                _ => {}
             }
             result
         }

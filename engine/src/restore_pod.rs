@@ -9,25 +9,19 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
-use k8s_cri::v1::{
-    CreateContainerRequest, PodSandboxConfig, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopPodSandboxRequest,
-};
-use tonic::transport::Channel;
+use k8s_cri::v1::PodSandboxConfig;
 use transship_checkpoint::annotations::{PREFIX, RESTORE};
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
 use transship_proto::node_api::RestorePodRequest;
 
+use crate::cri_pods::CriPods;
 use crate::error::{Error, Result};
 
 mod adopt;
 
 use adopt::adopt;
-
-type Cri = RuntimeServiceClient<Channel>;
 
 /// CRIU's options as a request names them.
 ///
@@ -71,7 +65,7 @@ pub async fn restore_pod(
             .annotations
             .insert(format!("{PREFIX}{name}"), value.clone());
     }
-    let made = make(RuntimeServiceClient::new(node.channel()), config, request).await;
+    let made = make(CriPods::of(node), config, request).await;
     if adopted.copied {
         let removed = store.remove(&adopted.name);
         // The pod runs, or its failure is what matters.
@@ -83,40 +77,23 @@ pub async fn restore_pod(
 }
 
 async fn make(
-    mut cri: Cri,
+    mut cri: CriPods,
     config: PodSandboxConfig,
     request: RestorePodRequest,
 ) -> Result<String> {
-    let sandbox = RunPodSandboxRequest {
-        config: Some(config.clone()),
-        runtime_handler: request.runtime_handler,
-    };
-    let answer = cri.run_pod_sandbox(sandbox).await;
-    let id = answer
-        .map_err(|status| refused_by_cri("cannot run the sandbox", &status))?
-        .into_inner()
-        .pod_sandbox_id;
+    let id = cri.run(config.clone(), request.runtime_handler).await?;
     for container in request.container_configs {
         let name = container.metadata.clone().unwrap_or_default().name;
-        let create = CreateContainerRequest {
-            pod_sandbox_id: id.clone(),
-            config: Some(container),
-            sandbox_config: Some(config.clone()),
+        let started = match cri.create(&id, container, &config).await {
+            Ok(container) => cri.start(&name, &container).await,
+            Err(error) => Err(error),
         };
-        let started = match cri.create_container(create).await {
-            Ok(answer) => {
-                let container_id = answer.into_inner().container_id;
-                let start = StartContainerRequest { container_id };
-                cri.start_container(start).await.map(drop)
-            }
-            Err(status) => Err(status),
-        };
-        if let Err(status) = started {
-            let error = refused_by_cri(&format!("cannot start {name:?}"), &status);
-            return Err(match remove(&mut cri, &id).await {
+        if let Err(error) = started {
+            return Err(match cri.remove(&id).await {
                 Ok(()) => error,
                 Err(left) => {
-                    refused_by_cri(&format!("the sandbox {id} is left"), &left).because(error)
+                    Error::failed(format!("the sandbox {id} is left: {}", left.one_line()))
+                        .because(error)
                 }
             });
         }
@@ -124,30 +101,10 @@ async fn make(
     Ok(id)
 }
 
-fn refused_by_cri(act: &str, status: &tonic::Status) -> Error {
-    Error::failed(format!("{act}: {}", status.message()))
-}
-
-/// Stops a pod and removes it.
-async fn remove(cri: &mut Cri, id: &str) -> Result<(), tonic::Status> {
-    let pod_sandbox_id = id.to_owned();
-    cri.stop_pod_sandbox(StopPodSandboxRequest {
-        pod_sandbox_id: pod_sandbox_id.clone(),
-    })
-    .await?;
-    cri.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id })
-        .await?;
-    Ok(())
-}
-
 /// Stops a pod whose containers have been killed.
 ///
 /// # Errors
 /// What the CRI answers.
 pub async fn stop_pod(node: &Containerd, pod_sandbox_id: String) -> Result<()> {
-    let mut cri = RuntimeServiceClient::new(node.channel());
-    let request = StopPodSandboxRequest { pod_sandbox_id };
-    let answer = cri.stop_pod_sandbox(request).await;
-    answer.map_err(|status| refused_by_cri("cannot stop the sandbox", &status))?;
-    Ok(())
+    CriPods::of(node).stop(&pod_sandbox_id).await
 }

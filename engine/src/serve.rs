@@ -87,7 +87,7 @@ async fn recover(node: Containerd, store: Store, interrupt: Interrupt) {
         }
     };
     for (pending, decided) in decided {
-        let container = format!("{}/{}", pending.namespace, pending.container);
+        let container = format!("{}/{}", pending.namespace, pending.called());
         match decided {
             Ok(decided) => tracing::info!(%container, ?decided, "a migration that was cut off"),
             Err(error) => {

@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::criu_options::RuntimeFlag;
+use transship_sandbox::RELEASE_COMMAND;
 
 /// Globals that take a value in the next argument.
 const GLOBAL_VALUES: &[&str] = &[
@@ -99,6 +100,11 @@ pub enum Command {
         id: String,
         /// The signal's name or number.
         signal: String,
+    },
+    /// [`RELEASE_COMMAND`]: lets a started one go that awaits its migration.
+    Release {
+        /// The container.
+        id: String,
     },
     /// Something that the front leaves alone.
     Other,
@@ -284,6 +290,7 @@ fn read_command(command: &OsStr, args: &[OsString]) -> Command {
         Some("restore") => Command::Restore(arguments),
         Some("checkpoint") => Command::Checkpoint(arguments),
         Some("start") => Command::Start { id: arguments.id },
+        Some(RELEASE_COMMAND) => Command::Release { id: arguments.id },
         Some("delete") => Command::Delete {
             id: arguments.id,
             force,

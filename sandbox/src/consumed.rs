@@ -160,6 +160,13 @@ impl Consumed {
         })
     }
 
+    /// Whether a container of the checkpoint has run.
+    #[must_use]
+    pub fn has_container_of(&self, checkpoint: &str) -> bool {
+        let of = |entry: &Entry| matches!(entry, Entry::Container { checkpoint: of, .. } if of == checkpoint);
+        self.entries.iter().any(of)
+    }
+
     /// Whether the volume `name` of the checkpoint has been taken.
     #[must_use]
     pub fn has_volume(&self, checkpoint: &str, name: &str) -> bool {

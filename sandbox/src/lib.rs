@@ -10,6 +10,7 @@
 //!     uid                                the pod's, under the CRI
 //!     checkpoint                         what it is restored from, when no annotation names it
 //!     ns/{net,ipc,uts,pid,user,cgroup}   pins: namespaces of the sandbox, bind mounted
+//!     arrival                            "arrived" or "given up": the migration that it waits for
 //!     filled-<file>                      a shared directory that has its content
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
@@ -42,8 +43,8 @@ pub use linked_images::LinkedImages;
 pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };
-pub use pod_dir::PodDir;
-pub use staged::{Request, Staged, State};
+pub use pod_dir::{Arrival, PodDir};
+pub use staged::{RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;
 
 /// Where the directories of sandboxes are.

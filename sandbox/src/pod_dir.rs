@@ -18,6 +18,16 @@ use crate::files::{make_dir, remove_tree, replace};
 use crate::linked_images;
 use crate::staged::{Request, STATE_FILE, Staged, State};
 
+/// What has become of the migration that brings the containers of this sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// All of it is in the store, and what it has is staged.
+    Arrived,
+    /// It does not come.
+    GivenUp,
+}
+
+const ARRIVAL_FILE: &str = "arrival";
 const FILLED_PREFIX: &str = "filled-";
 pub(crate) const UID_FILE: &str = "uid";
 const CHECKPOINT_FILE: &str = "checkpoint";
@@ -157,6 +167,34 @@ impl PodDir {
         let dir = self.dir.join("restore").join(name);
         let found = dir.join(STATE_FILE).try_exists().during("look for", &dir)?;
         Ok(found.then_some(Staged::at(dir)))
+    }
+
+    /// Says what has become of the migration that the sandbox waits for.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_arrival(&self, arrival: Arrival) -> Result<(), SandboxError> {
+        self.make()?;
+        let word = match arrival {
+            Arrival::Arrived => "arrived\n",
+            Arrival::GivenUp => "given up\n",
+        };
+        replace(&self.dir.join(ARRIVAL_FILE), word.as_bytes())
+    }
+
+    /// What has been said of it; none: it has not come yet.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn arrival(&self) -> Result<Option<Arrival>, SandboxError> {
+        let path = self.dir.join(ARRIVAL_FILE);
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            word => Ok(Some(match word.during("read", &path)?.as_str() {
+                "arrived\n" => Arrival::Arrived,
+                _ => Arrival::GivenUp,
+            })),
+        }
     }
 
     /// Whether the shared directory that is in `file` of the checkpoint has its content.

@@ -5,6 +5,7 @@
 //!   state          staged | held | failed; a second line says in which bundle, or why
 //!   restore.json   Request
 //!   owner          name of the pod's container that it is restored for
+//!   started        the bundle of the container that is held although it has been started
 //!   holder         first process of the container that is held: PID START_TIME
 //! ```
 //!
@@ -33,10 +34,15 @@ use crate::error::SandboxError;
 use crate::files::{remove_tree, replace};
 use crate::pod_dir::PodDir;
 
+/// The command of the runtime front that lets a container go whose `start` has answered while its tasks are held,
+/// because it came with a migration. No OCI runtime has it.
+pub const RELEASE_COMMAND: &str = "transship-release";
+
 pub(crate) const STATE_FILE: &str = "state";
 const REQUEST_FILE: &str = "restore.json";
 const OWNER_FILE: &str = "owner";
 const HOLDER_FILE: &str = "holder";
+const STARTED_FILE: &str = "started";
 
 /// How far a staged restore is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,6 +134,44 @@ impl Staged {
     pub fn set_holder(&self, pid: i32, start_time: u64) -> Result<(), SandboxError> {
         let text = format!("{pid} {start_time}\n");
         replace(&self.dir.join(HOLDER_FILE), text.as_bytes())
+    }
+
+    /// Remembers that the container in this bundle has been started, and is still held.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_started(&self, bundle: &Path) -> Result<(), SandboxError> {
+        replace(
+            &self.dir.join(STARTED_FILE),
+            bundle.as_os_str().as_encoded_bytes(),
+        )
+    }
+
+    /// The id of the container that is held.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    pub fn held_id(&self) -> Result<Option<String>, SandboxError> {
+        let State::Held(bundle) = self.state()? else {
+            return Ok(None);
+        };
+        let id = bundle.file_name().and_then(|id| id.to_str());
+        Ok(id.map(str::to_owned))
+    }
+
+    /// The id of the container that is held although it has been started.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    pub fn started(&self) -> Result<Option<String>, SandboxError> {
+        let State::Held(bundle) = self.state()? else {
+            return Ok(None);
+        };
+        // An earlier attempt had another bundle.
+        let started = fs::read(self.dir.join(STARTED_FILE)).unwrap_or_default();
+        let id = bundle.file_name().and_then(|id| id.to_str());
+        let same = started == bundle.as_os_str().as_encoded_bytes();
+        Ok(id.filter(|_| same).map(str::to_owned))
     }
 
     /// The process of [`Self::set_holder`], as long as the restore is held.

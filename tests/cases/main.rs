@@ -43,6 +43,7 @@ mod pod_refusals;
 mod pods;
 mod pods_closed;
 mod pods_kubelet;
+mod pods_migrated;
 mod pods_moved;
 mod pods_ordinary;
 mod pods_own_files;
@@ -172,6 +173,7 @@ fn main() -> ExitCode {
         .chain(migration_cut::cases())
         .chain(migration_direct::cases())
         .chain(migration_keeps::cases())
+        .chain(pods_migrated::cases())
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
         .chain(node_api::cases())

@@ -14,7 +14,7 @@ use crate::Case;
 use crate::pods::{send, start, start_two};
 
 const IMAGE: &str = "transship.test/podmate:1";
-const ROLES: [&str; 3] = ["server", "client", "sharer"];
+pub(crate) const ROLES: [&str; 3] = ["server", "client", "sharer"];
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -36,8 +36,8 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 
 /// One line of podmate, see its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Step {
-    n: u64,
+pub(crate) struct Step {
+    pub(crate) n: u64,
     peer: u64,
     system5: [u64; 3],
     posix: [u64; 3],
@@ -227,11 +227,23 @@ fn a_half_of_a_stream_is_refused(
 }
 
 /// Runs the three containers with their volumes, which are made as kubelet makes them.
-fn run_mates(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<String>> {
+pub(crate) fn run_mates(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<String>> {
+    run_mates_of(node, cri, pod, &ROLES)
+}
+
+/// The same, of some of them.
+pub(crate) fn run_mates_of(
+    node: &Node,
+    cri: &Cri,
+    pod: &Pod,
+    roles: &[&'static str],
+) -> anyhow::Result<Vec<String>> {
     let [work, scratch] = make_volumes(node, pod)?;
     let mounts = [(work.as_str(), "/work"), (scratch.as_str(), "/scratch")];
-    let run = |role| cri.run_container(pod, &mate(role, &["/usr/bin/podmate", role], &mounts));
-    Ok(ROLES.into_iter().map(run).collect::<Result<_, _>>()?)
+    let run = |role: &&'static str| {
+        cri.run_container(pod, &mate(role, &["/usr/bin/podmate", *role], &mounts))
+    };
+    Ok(roles.iter().map(run).collect::<Result<_, _>>()?)
 }
 
 fn make_volumes(node: &Node, pod: &Pod) -> anyhow::Result<[String; 2]> {
@@ -258,12 +270,12 @@ fn mate<'a>(
     }
 }
 
-fn volume_dir(pod: &Pod, volume: &str) -> String {
+pub(crate) fn volume_dir(pod: &Pod, volume: &str) -> String {
     let uid = pod.uid();
     format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/{volume}")
 }
 
-fn fill_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
+pub(crate) fn fill_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
     let dir = volume_dir(pod, "scratch");
     let script = format!(
         "cd {dir}; mkdir -m 0750 d; echo content >d/file; ln d/file link; ln -s d/file symlink; \
@@ -283,7 +295,7 @@ fn check_scratch(node: &Node, pod: &Pod) -> anyhow::Result<()> {
 }
 
 /// Waits until each container has made the given number of steps, and gives the last of each.
-fn wait_for(node: &Node, pod: &Pod, counts: [u64; 3]) -> anyhow::Result<[Step; 3]> {
+pub(crate) fn wait_for(node: &Node, pod: &Pod, counts: [u64; 3]) -> anyhow::Result<[Step; 3]> {
     let mut last = Vec::new();
     for (role, count) in ROLES.into_iter().zip(counts) {
         let step = poll_until("the steps of a container", PATIENCE, || {
@@ -299,7 +311,7 @@ fn wait_for(node: &Node, pod: &Pod, counts: [u64; 3]) -> anyhow::Result<[Step; 3
 }
 
 /// The steps in a container's log, in which every number follows the one before.
-fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>> {
+pub(crate) fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>> {
     let container = PodContainer {
         name: role,
         ..PodContainer::default()
@@ -314,7 +326,7 @@ fn steps(node: &Node, pod: &Pod, role: &'static str) -> anyhow::Result<Vec<Step>
     {
         let line = line.splitn(4, ' ').nth(3).unwrap_or_default();
         // What the runtime front says on stderr.
-        if line.starts_with("transship: restored from the checkpoint \"mates\"") {
+        if line.starts_with("transship: restored from the checkpoint ") {
             continue;
         }
         ensure!(!line.starts_with("BAD"), "{role}: {line}");

@@ -47,7 +47,11 @@ fn table(rows: &[Listed]) -> String {
             (None, Some(migration)) => writeln!(
                 text,
                 "{:<36}{:<22}paused; whether it runs by {:?} is not decided: transship -n {} recover {}",
-                row.name, row.created, migration.to, migration.namespace, migration.container
+                row.name,
+                row.created,
+                migration.to,
+                migration.namespace,
+                migration.called()
             ),
             (None, None) => writeln!(
                 text,

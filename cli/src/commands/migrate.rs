@@ -1,13 +1,13 @@
-//! `transship migrate CONTAINER --to COMMAND`
+//! `transship migrate CONTAINER --to COMMAND`, `transship migrate --pod POD --to COMMAND`
 
 use serde::Serialize;
 use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
-use transship_engine::migrate::{self, PrecopyBounds, Request};
+use transship_engine::migrate::{self, PodRequest, PrecopyBounds, Request};
 use transship_engine::timeline::{Report, human_bytes};
 
 use super::{connect, print, store};
-use crate::args::{Global, LostArg, MigrateArgs};
+use crate::args::{Global, LostArg, MigrateArgs, VolumesArg};
 use crate::progress::Progress;
 use crate::timeline_file::TimelineFile;
 
@@ -49,7 +49,14 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
 }
 
 fn request(args: MigrateArgs) -> Request {
+    let pod = args.pod.is_some().then_some(PodRequest {
+        empty_dirs: args.volumes.contains(&VolumesArg::EmptyDir),
+        wait: args.wait_for_pod,
+    });
+    // One of them is there.
+    let what = args.container.or(args.pod).unwrap_or_default();
     Request {
+        pod,
         remote_program: args.remote_program,
         before_restore: args.before_restore,
         keep_source: args.keep_source,
@@ -65,7 +72,7 @@ fn request(args: MigrateArgs) -> Request {
         },
         data_address: args.data_address,
         target: args.target.target(args.criu.overrides()),
-        ..Request::new(args.container, args.to)
+        ..Request::new(what, args.to)
     }
 }
 

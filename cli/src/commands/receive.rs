@@ -27,6 +27,7 @@ pub(crate) async fn run(global: &Global, args: ReceiveArgs) -> Result<ExitCode> 
         name: args.name,
         target,
         max_size: args.max_size,
+        wait_for_pod: args.wait_for_pod,
         link_patience: args.link.patience(),
         data_addresses: data_addresses(args.data_address),
     };

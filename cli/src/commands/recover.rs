@@ -34,7 +34,7 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
         _ => Decision::Ask(args.once.then_some(Duration::ZERO)),
     };
     let wanted = |it: &Pending| match &args.container {
-        Some(id) => *id == it.container && it.namespace == global.namespace,
+        Some(name) => it.is_called(&global.namespace, name),
         None => true,
     };
     let found = recover_all(&node, &store(), wanted, decision, &interrupt).await?;
@@ -53,8 +53,8 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
         };
         undecided = undecided.or(decided.err());
         lines.push(Line {
+            container: pending.called(),
             namespace: pending.namespace,
-            container: pending.container,
             to: pending.to,
             since: pending.since,
             outcome,

@@ -1,6 +1,7 @@
 //! The lock and the record of a migration that is under way.
 //!
 //! ```text
+//! <container>: its id, or that of a pod's sandbox
 //! /run/transship/migrations/<namespace>:<container>        locked (flock): a migration is under way
 //! /var/lib/transship/migrations/<namespace>:<container>    JSON: Pending. `Commit` is about to be sent,
 //!                                                          or has been, and the source is not gone yet
@@ -27,8 +28,11 @@ pub struct Pending {
     pub migration: String,
     /// containerd's namespace.
     pub namespace: String,
-    /// Id of the container here.
+    /// Id of the container here, or of the pod's sandbox.
     pub container: String,
+    /// The pod that it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PendingPod>,
     /// The command that leads to the other node.
     pub to: String,
     /// The program's path there.
@@ -42,6 +46,46 @@ pub struct Pending {
     pub networks: Vec<Attachment>,
     /// When `Commit` was sent, as in RFC 3339.
     pub since: String,
+}
+
+/// A pod whose migration has not ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingPod {
+    /// Its Kubernetes namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+    /// Ids of its containers.
+    pub containers: Vec<String>,
+}
+
+impl Pending {
+    /// Ids of all containers that move.
+    pub fn ids(&self) -> Vec<&str> {
+        match &self.pod {
+            Some(pod) => pod.containers.iter().map(String::as_str).collect(),
+            None => vec![&self.container],
+        }
+    }
+
+    /// What people call it, and what `transship recover` takes for its name: the container's id, or the pod as
+    /// `namespace/name`.
+    pub fn called(&self) -> String {
+        match &self.pod {
+            Some(pod) => format!("{}/{}", pod.namespace, pod.name),
+            None => self.container.clone(),
+        }
+    }
+
+    /// Whether a person means this one, who works in containerd's namespace `namespace`. Pods are in one alone.
+    pub fn is_called(&self, namespace: &str, name: &str) -> bool {
+        match &self.pod {
+            Some(_) => name == self.called() || name == self.container,
+            None => name == self.container && namespace == self.namespace,
+        }
+    }
 }
 
 /// The record of one migration, whose lock is held as long as this is there.
@@ -75,11 +119,11 @@ impl Record {
         let Some(pending) = durable_record::read::<Pending>(&self.path)? else {
             return Ok(());
         };
-        let to = pending.to;
+        let (called, to) = (pending.called(), pending.to);
         Err(Error::refused(format!(
             "an earlier migration of {id:?} by {to:?} has not been decided: it may run there"
         ))
-        .hint(format!("transship -n {namespace} recover {id}")))
+        .hint(format!("transship -n {namespace} recover {called}")))
     }
 
     /// Writes down that the target is told to let the copy run.
@@ -144,6 +188,7 @@ mod tests {
             migration: "0123".into(),
             namespace: "default".into(),
             container: "web".into(),
+            pod: None,
             to: "ssh node-b".into(),
             remote_program: "transship".into(),
             was_paused: false,

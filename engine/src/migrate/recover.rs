@@ -79,6 +79,8 @@ pub async fn recover_all(
     for migration in settle_all(node, store, &Arrivals::default()).await? {
         tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
     }
+    // The draft of a command that was killed after `Commit`: nobody guards the source any more then.
+    store.remove_orphans()?;
     let wanted: Vec<Pending> = pending()?.into_iter().filter(wanted).collect();
     let (node, interrupt) = (node.clone(), interrupt.clone());
     // A thread of their own: a conversation stays in the one that it was begun in. Nobody waits for that thread
@@ -124,31 +126,32 @@ async fn recover(
     let node = node.in_namespace(&pending.namespace)?;
     let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
     let record = Record::take(records, locks, &pending.namespace, &pending.container)?;
-    let id = &pending.container;
-    let task = match node.task(id).await {
-        Err(error) if error.is_not_found() => None,
-        task => Some(task?),
-    };
-    if task
-        .as_ref()
-        .is_some_and(|task| task.status() == Status::Running)
+    let mut tasks = Vec::new();
+    for id in pending.ids() {
+        match node.task(id).await {
+            Err(error) if error.is_not_found() => {}
+            task => tasks.push((id, task?)),
+        }
+    }
+    if tasks
+        .iter()
+        .any(|(_, task)| task.status() == Status::Running)
     {
-        return let_be(&node, &record, id)
+        return let_be(&node, &record, pending)
             .await
             .map(|()| Decided::SourceRuns);
     }
-    let source = match &task {
-        Some(task) if task.status() == Status::Paused => {
+    let pid = tasks.first().map_or(0, |(_, task)| task.pid);
+    let mut paused = Vec::new();
+    for (id, task) in tasks {
+        if task.status() == Status::Paused {
             let source = node.container(id).await?;
             let was_paused = pending.was_paused;
-            let task = TaskToFreeze::of(&node, &source, task);
-            Some(Committed::of(
-                &node,
-                vec![TaskToFreeze { was_paused, ..task }],
-            ))
+            let task = TaskToFreeze::of(&node, &source, &task);
+            paused.push(TaskToFreeze { was_paused, ..task });
         }
-        _ => None,
-    };
+    }
+    let source = (!paused.is_empty()).then(|| Committed::of(&node, paused));
     let outcome = match decision {
         Decision::SourceRuns => Outcome::Aborted,
         Decision::TargetRuns => Outcome::Runs,
@@ -159,30 +162,26 @@ async fn recover(
             if let Some(source) = source {
                 source.kill().await.context("it could not be ended here")?;
             }
-            node.kill_task(id)
-                .await
-                .context("it could not be ended here")?;
+            super::end_source(&node, pending).await?;
             network::forget(pending).await?;
             if decision == Decision::TargetRuns {
                 record.clear()?;
                 return Ok(Decided::TargetRunsFilesStay);
             }
             if !pending.keep_source {
-                super::remove_source(&node, id).await?;
+                super::remove_source(&node, pending).await?;
             }
             record.clear()?;
             Ok(Decided::TargetRuns)
         }
         (Outcome::Aborted, Some(source)) => {
-            if let Some(task) = &task {
-                network::take_back(pending, task.pid).await?;
-            }
+            network::take_back(pending, pid).await?;
             source.thaw().await?;
-            let_be(&node, &record, id).await?;
+            let_be(&node, &record, pending).await?;
             Ok(Decided::SourceRuns)
         }
         (Outcome::Aborted, None) => {
-            let_be(&node, &record, id).await?;
+            let_be(&node, &record, pending).await?;
             Ok(Decided::Ended)
         }
         (Outcome::Undecided | Outcome::Lost, _) => Err(undecided(pending, outcome)),
@@ -190,8 +189,11 @@ async fn recover(
 }
 
 /// It is this node's alone again.
-async fn let_be(node: &Containerd, record: &Record, id: &str) -> Result<()> {
-    restart_policy::put_back(node, id).await?;
+async fn let_be(node: &Containerd, record: &Record, pending: &Pending) -> Result<()> {
+    for id in pending.ids() {
+        restart_policy::put_back(node, id).await?;
+    }
+    super::unmark_moved(pending)?;
     record.clear()
 }
 
@@ -213,7 +215,7 @@ async fn ask(
 
 /// The one state in which nobody may guess.
 pub(super) fn undecided(pending: &Pending, outcome: Outcome) -> Error {
-    let id = &pending.container;
+    let id = &pending.called();
     let to = &pending.to;
     let what = match outcome {
         Outcome::Lost => format!(

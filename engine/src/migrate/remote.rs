@@ -124,6 +124,9 @@ pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
         words.extend(value.iter().map(|value| format!("--{flag}={value}")));
     }
     words.extend({ request.data_address.iter() }.map(|at| format!("--data-address={at}")));
+    if request.pod.is_some_and(|pod| pod.wait) {
+        words.push("--wait-for-pod".to_owned());
+    }
     if target.new_namespaces {
         words.push("--new-namespaces".to_owned());
     }

@@ -1,29 +1,38 @@
 //! The talk with the target, step by step.
 
+use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use containerd_client::types::v1::Status;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::time::Instant;
+use transship_checkpoint::annotations::RECEIVE;
 use transship_checkpoint::manifest::{Container, File, Shared};
+use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Store};
 use transship_checkpoint::wire::{
-    Check, DataPlace, How, Message, Offer, Outcome, PROTOCOL, unexpected,
+    Check, DataPlace, How, Message, Offer, OfferedContainer, OfferedPod, Outcome, PROTOCOL,
+    unexpected,
 };
 use transship_containerd::{Containerd, unique};
 
 use super::ask::Question;
-use super::dump_files::{DumpFiles, Next};
+use super::dump_files::Next;
+use super::dump_parts::{DumpParts, dump_all};
 use super::memory_images::{KnownMemory, by_pid_inside};
+use super::moving::Moving;
 use super::precopy::Rounds;
 use super::record::{Pending, Record};
 use super::recover::undecided;
-use super::{Request, end_source, is_refusal_of_target, network, remove_source, resume_source};
+use super::{
+    Request, end_source, is_refusal_of_target, mark_moved, network, remove_source, resume_source,
+    unmark_moved,
+};
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
-use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, at_most};
 use crate::image_blobs::offer_blobs;
@@ -38,6 +47,8 @@ use crate::timeline::Timeline;
 const RECEIVED_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a restore may take whatever its size, and how many bytes a second it has to manage.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(120);
+/// The same, where a kubelet starts one container after the other.
+const POD_DEADLINE: Duration = Duration::from_secs(300);
 const RESTORE_SPEED: u64 = 20 << 20;
 /// How long the target may take to let go what it holds.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
@@ -49,7 +60,7 @@ const DURABLE_DEADLINE: Duration = Duration::from_secs(3600);
 /// What the steps share.
 pub(super) struct Transaction<'a> {
     pub(super) node: &'a Containerd,
-    pub(super) container: &'a SourceContainer,
+    pub(super) moving: &'a Moving,
     pub(super) store: &'a Store,
     pub(super) request: &'a Request,
     pub(super) record: &'a Record,
@@ -66,8 +77,8 @@ pub(super) struct Transaction<'a> {
     pub(super) direct: usize,
     /// Bytes of memory and files, as far as they can be known before.
     pub(super) estimate: u64,
-    /// What was sent before the freeze, for the manifest.
-    pub(super) memory_files: Vec<File>,
+    /// What was sent before the freeze, by the names of the containers, for the manifest.
+    pub(super) memory_files: Vec<(String, File)>,
 }
 
 impl Transaction<'_> {
@@ -75,7 +86,7 @@ impl Transaction<'_> {
     /// failure the source runs, unless nobody can know which does.
     pub(super) async fn carry_out(&mut self) -> Result<(Option<u32>, Committed)> {
         self.offer().await?;
-        let name = format!("migration-{}-{}", self.container.id(), unique());
+        let name = format!("migration-{}-{}", self.moving.id(), unique());
         let draft = self.store.draft(&name)?;
         self.conversation
             .send(Message::Begin {
@@ -84,8 +95,7 @@ impl Transaction<'_> {
             .await?;
         let known = self.send_memory().await.map_err(|error| {
             // Nothing has been frozen yet.
-            Error::failed(format!("{:?} runs on here as before", self.container.id()))
-                .because(error)
+            Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
         let known = Arc::new(known);
         self.interrupt.check()?;
@@ -94,7 +104,7 @@ impl Transaction<'_> {
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
-                return Err(resume_source(self.node, self.container, Ok(()), error).await);
+                return Err(resume_source(self.node, self.moving, Ok(()), error).await);
             }
         };
         let most = self.request.max_freeze;
@@ -102,20 +112,28 @@ impl Transaction<'_> {
             frozen.wait_for_dump().await;
             let error = self.take_back_network(error).await;
             let thawed = frozen.thaw().await;
-            let error = resume_source(self.node, self.container, thawed, error).await;
+            let error = resume_source(self.node, self.moving, thawed, error).await;
             self.record.clear()?;
+            unmark_moved(&self.pending)?;
             return Err(error);
         }
         // From here on nobody else may decide that the source runs.
         self.commit(frozen.commit()).await
     }
 
-    /// Sends memory while the container runs, and gives what the target has of it.
-    async fn send_memory(&mut self) -> Result<KnownMemory> {
-        let mut known = KnownMemory::new()?;
-        let criu = self.container.container.criu.clone();
+    /// Sends memory while the containers run, and gives what the target has of each.
+    async fn send_memory(&mut self) -> Result<Vec<KnownMemory>> {
+        let containers = &self.moving.containers;
+        let made = containers.iter().map(|_| KnownMemory::new());
+        let mut known = made.collect::<Result<Vec<_>>>()?;
+        let wanted = &self.request.target.criu;
         // Whether `criu lazy-pages` reads images that build on others is not known.
-        if !self.container.can_be_held() || self.request.target.criu.over(criu).lazy_pages {
+        let goes_before = |source: &SourceContainer| {
+            let criu = wanted.over(source.container.criu.clone());
+            !criu.lazy_pages && source.can_be_held()
+        };
+        let go_before: Vec<bool> = containers.iter().map(goes_before).collect();
+        if !go_before.contains(&true) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);
         }
@@ -123,20 +141,35 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         while rounds.go_on() {
             self.progress.bytes("memory, while it runs", self.estimate);
-            let pids = self.node.pids(self.container.id()).await?;
-            let processes = by_pid_inside(self.container.pid, &pids);
-            let name = self.container.container.name.clone();
-            let mut count = self.progress.counter();
-            let (back, sent) = self
-                .conversation
-                .write_data(move |sender| {
-                    let sent = known.send_round(sender, &name, &processes, &mut count)?;
-                    Ok((known, sent))
-                })
-                .await?;
-            known = back;
-            rounds.add(sent.pages);
-            self.memory_files.extend(sent.files);
+            let (mut pages, mut before) = (0, known.into_iter());
+            known = Vec::new();
+            for (source, goes_before) in containers.iter().zip(&go_before) {
+                let Some(mut of_container) = before.next() else {
+                    break;
+                };
+                if !goes_before {
+                    known.push(of_container);
+                    continue;
+                }
+                let pids = self.node.pids(source.id()).await?;
+                let processes = by_pid_inside(source.pid, &pids);
+                let name = source.container.name.clone();
+                let mut count = self.progress.counter();
+                let (back, sent) = self
+                    .conversation
+                    .write_data(move |sender| {
+                        let sent =
+                            of_container.send_round(sender, &name, &processes, &mut count)?;
+                        Ok((of_container, sent))
+                    })
+                    .await?;
+                known.push(back);
+                pages += sent.pages;
+                let name = &source.container.name;
+                let files = sent.files.into_iter().map(|file| (name.clone(), file));
+                self.memory_files.extend(files);
+            }
+            rounds.add(pages);
         }
         if rounds.done > 0 {
             self.timeline.step("precopy", from, Some(rounds.bytes));
@@ -147,39 +180,84 @@ impl Transaction<'_> {
     }
 
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
-        restart_policy::suspend(self.node, self.container.id()).await?;
-        let tasks = vec![self.container.to_freeze()];
-        Frozen::freeze(self.node, tasks, Some(draft.dir())).await
+        for container in &self.moving.containers {
+            restart_policy::suspend(self.node, container.id()).await?;
+        }
+        let tasks = self
+            .moving
+            .containers
+            .iter()
+            .map(SourceContainer::to_freeze);
+        Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<()> {
+    async fn move_and_record(&mut self, draft: &Draft, known: Arc<Vec<KnownMemory>>) -> Result<()> {
         self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
-        self.record.write(&self.pending)
+        self.record.write(&self.pending)?;
+        mark_moved(self.moving, &self.pending)?;
+        self.check_stands_still().await
+    }
+
+    /// A kubelet, whose probes a pod does not answer, may have ended what is dumped: then it is not moved, because
+    /// what it has started instead would run beside the copy.
+    async fn check_stands_still(&self) -> Result<()> {
+        for container in self
+            .moving
+            .containers
+            .iter()
+            .filter(|_| self.moving.pod.is_some())
+        {
+            let task = source::running_task(self.node, container.id()).await?;
+            if !task.is_ok_and(|task| task.status() == Status::Paused) {
+                let message = format!("{} was ended while it stood still", container.called);
+                return Err(Error::failed(message));
+            }
+        }
+        Ok(())
     }
 
     /// Says what will come, and sends the parts of the image that the target lacks.
     async fn offer(&mut self) -> Result<()> {
         self.progress.step("image");
         let from = self.timeline.now();
-        let blobs = match &self.container.image {
-            Some((_, image)) => offer_blobs(self.node, image).await?,
-            None => Vec::new(),
-        };
-        self.estimate = self.container.estimate(self.node).await?;
+        let mut containers = Vec::new();
+        for (at, source) in self.moving.containers.iter().enumerate() {
+            let blobs = match &source.image {
+                Some((_, image)) => offer_blobs(self.node, image).await?,
+                None => Vec::new(),
+            };
+            let spec = String::from_utf8(source.spec.clone());
+            let pod = self.moving.pod.as_ref();
+            containers.push(OfferedContainer {
+                container: source.container.clone(),
+                spec: spec.context("the spec is not text")?,
+                blobs,
+                config: pod.and_then(|pod| pod.containers_made_of.get(at).cloned()),
+            });
+        }
+        let blobs: BTreeMap<String, u64> = { containers.iter().flat_map(|it| &it.blobs) }
+            .map(|blob| (blob.digest.clone(), blob.size))
+            .collect();
+        self.estimate = self.moving.estimate(self.node).await?;
         let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
-        let spec = String::from_utf8(self.container.spec.clone());
         let identity = Arc::new(Identity::new()?);
         let offer = Offer {
             key: identity.public().to_owned(),
             protocol: PROTOCOL,
             migration: self.pending.migration.clone(),
             node: self.node.server_id().await?,
-            container: self.container.container.clone(),
-            spec: spec.context("the spec is not text")?,
             architecture: uname.machine().to_string_lossy().into_owned(),
-            blobs: blobs.clone(),
+            containers,
+            pod: self.moving.pod.as_ref().map(|pod| {
+                Box::new(OfferedPod {
+                    pod: pod.pod.clone(),
+                    config: pod.made_of.config.clone(),
+                    runtime_handler: pod.made_of.runtime_handler.clone(),
+                    not_running: pod.not_running.clone(),
+                })
+            }),
             estimate: self.estimate,
         };
         self.conversation
@@ -191,20 +269,26 @@ impl Transaction<'_> {
             other => return Err(unexpected("the target's answer", &other).into()),
         };
         let mut bytes = 0;
-        for blob in blobs.iter().filter(|blob| needed.contains(&blob.digest)) {
-            self.send_blob(&blob.digest, blob.size).await?;
-            bytes += blob.size;
+        for (digest, size) in blobs.iter().filter(|(digest, _)| needed.contains(digest)) {
+            self.send_blob(digest, *size).await?;
+            bytes += size;
+        }
+        if self.request.pod.is_some_and(|pod| pod.wait) {
+            let migration = &self.pending.migration;
+            self.progress.tell(&format!(
+                "waits for a pod on the other node with the annotation {RECEIVE}: {migration}"
+            ));
         }
         let direct = self.connect(identity, place).await?;
         self.direct = direct;
         self.conversation.send(Message::ImageEnd { direct }).await?;
-        match self
-            .conversation
-            .receive("the target to have the image")
-            .await?
-        {
-            Message::Ready => {}
-            other => return Err(unexpected("the target to have the image", &other).into()),
+        loop {
+            let what = "the target to have the image";
+            match self.conversation.receive(what).await? {
+                Message::Ready => break,
+                Message::Waiting => self.conversation.send(Message::GoOn).await?,
+                other => return Err(unexpected(what, &other).into()),
+            }
         }
         self.timeline.step("image", from, Some(bytes));
         if needed.is_empty() {
@@ -257,15 +341,16 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<()> {
-        let container = self.dump_and_send(draft, known).await?;
+    async fn move_frozen(&mut self, draft: &Draft, known: Arc<Vec<KnownMemory>>) -> Result<()> {
+        let (containers, shared) = self.dump_and_send(draft, known).await?;
+        let pod = self.moving.pod.as_ref();
         let manifest = source::manifest(
             self.node,
             draft.name(),
-            None,
-            vec![container],
-            Vec::new(),
-            Shared::default(),
+            pod.map(|pod| pod.pod.clone()),
+            containers,
+            pod.map(|pod| pod.not_running.clone()).unwrap_or_default(),
+            shared,
         )
         .await?;
         self.conversation
@@ -286,9 +371,13 @@ impl Transaction<'_> {
         }
         self.progress.step("restore");
         let from = self.timeline.now();
-        network::give_away(&self.pending, self.container.pid).await?;
+        network::give_away(&self.pending, self.first_pid()).await?;
         self.conversation.send(Message::Restore).await?;
-        let deadline = RESTORE_DEADLINE + Duration::from_secs(self.bytes / RESTORE_SPEED);
+        let deadline = match self.request.pod {
+            Some(pod) if pod.wait => POD_DEADLINE,
+            _ => RESTORE_DEADLINE,
+        };
+        let deadline = deadline + Duration::from_secs(self.bytes / RESTORE_SPEED);
         self.expect(&Message::Restored, "the restore on the target", deadline)
             .await?;
         self.timeline.step("restore", from, None);
@@ -301,36 +390,37 @@ impl Transaction<'_> {
         what: &'static str,
         deadline: Duration,
     ) -> Result<()> {
-        let found = self
-            .conversation
-            .receive_within(what, deadline, Duration::ZERO)
-            .await?;
-        match found == *message {
-            true => Ok(()),
-            false => Err(unexpected(what, &found).into()),
+        let began = Instant::now();
+        loop {
+            let left = deadline.saturating_sub(began.elapsed());
+            let found = self.conversation.receive_within(what, left, Duration::ZERO);
+            match found.await? {
+                found if found == *message => return Ok(()),
+                Message::Waiting => self.conversation.send(Message::GoOn).await?,
+                found => return Err(unexpected(what, &found).into()),
+            }
         }
     }
 
-    /// Dumps the container and sends its files; those of memory, which are most of it, while CRIU still
-    /// writes them.
-    async fn dump_and_send(&mut self, draft: &Draft, known: Arc<KnownMemory>) -> Result<Container> {
+    /// Of the container, whose networks are its own. A pod has those of its sandbox, which stay here.
+    fn first_pid(&self) -> u32 {
+        self.moving.containers.first().map_or(0, |it| it.pid)
+    }
+
+    /// Dumps the containers one after the other and sends their files; those of memory, which are most of it, while
+    /// CRIU still writes them.
+    async fn dump_and_send(
+        &mut self,
+        draft: &Draft,
+        known: Arc<Vec<KnownMemory>>,
+    ) -> Result<(Vec<Container>, Shared)> {
         let from = self.timeline.now();
-        let mut container = self.container.container.clone();
-        let (name, dir) = (container.name.clone(), draft.dir().join(&container.name));
         self.progress.bytes("dump and transfer", self.estimate);
-        // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
-        let hold = match known.has_rounds() {
-            true => Some(DumpHold::make(draft.dir(), &name)?),
-            false => None,
-        };
-        let files = Arc::new(DumpFiles::of(&dir, !container.criu.link_remap, hold));
-        let processes = by_pid_inside(
-            self.container.pid,
-            &self.node.pids(self.container.id()).await?,
-        );
+        let parts = DumpParts::of(self.node, self.moving, &known, draft.dir()).await?;
+        let parts = Arc::new(parts);
         let count = Arc::new(Mutex::new(self.progress.counter()));
         let follow = {
-            let (name, dir, files) = (name.clone(), dir.clone(), Arc::clone(&files));
+            let parts = Arc::clone(&parts);
             self.conversation.write_files(move |sender| {
                 let (mut sent, mut bytes) = (Vec::new(), 0);
                 let mut progress = |bytes| {
@@ -338,64 +428,73 @@ impl Transaction<'_> {
                         count(bytes);
                     }
                 };
-                while let Some(next) = files.next() {
-                    match next {
-                        Next::File(path) => {
-                            let mut how = How {
-                                check: Check::Xxh3,
-                                complete: &|| files.is_whole(&path),
-                                progress: &mut progress,
-                                sent: 0,
-                            };
-                            sent.push(sender.send_file(&name, &dir, &path, &mut how)?);
-                            bytes += how.sent;
-                        }
-                        Next::Memory(path) => {
-                            let memory = known.send_image(
-                                sender,
-                                (&name, &dir),
-                                &path,
-                                &processes,
-                                &mut progress,
-                            )?;
-                            files.memory_sent();
-                            sent.extend(memory.files);
-                            bytes += memory.bytes;
+                for (at, part) in parts.all().iter().enumerate() {
+                    while let Some(next) = part.files.next() {
+                        match (next, known.get(at)) {
+                            (Next::Memory(path), Some(known)) => {
+                                let memory = known.send_image(
+                                    sender,
+                                    (&part.name, &part.dir),
+                                    &path,
+                                    &part.processes,
+                                    &mut progress,
+                                )?;
+                                part.files.memory_sent();
+                                let files = memory.files.into_iter();
+                                sent.extend(files.map(|file| (part.name.clone(), file)));
+                                bytes += memory.bytes;
+                            }
+                            (Next::File(path) | Next::Memory(path), _) => {
+                                let mut how = How {
+                                    check: Check::Xxh3,
+                                    complete: &|| part.files.is_whole(&path),
+                                    progress: &mut progress,
+                                    sent: 0,
+                                };
+                                let file =
+                                    sender.send_file(&part.name, &part.dir, &path, &mut how)?;
+                                sent.push((part.name.clone(), file));
+                                bytes += how.sent;
+                            }
                         }
                     }
                 }
                 Ok((sent, bytes))
             })
         };
-        let dump = async {
-            let end = SetAtEnd(&files);
-            let result = self
-                .container
-                .dump(
-                    self.node,
-                    draft.dir(),
-                    self.request.dump_patience,
-                    files.hold(),
-                )
-                .await;
-            end.set(result.is_ok());
-            result
-        };
+        let patience = self.request.dump_patience;
+        let dump = dump_all(self.node, self.moving, draft.dir(), &parts, patience);
         let (dump, followed) = tokio::join!(dump, follow);
-        let Dumped { criu, upperdir } = dump?;
-        let (files, bytes): (Vec<_>, Vec<u64>) = followed?.into_iter().unzip();
-        container.files = std::mem::take(&mut self.memory_files);
-        container.files.extend(files.into_iter().flatten());
-        let bytes = bytes.iter().sum();
-        container.losses = upperdir.losses;
-        self.timeline.step_of("dump", from, criu, None);
-        self.timeline
-            .step_of("upperdir", from, upperdir.took, Some(upperdir.bytes));
+        let (dumped, mut shared) = dump?;
+        let (sent, bytes): (Vec<_>, Vec<u64>) = followed?.into_iter().unzip();
+        let mut files: BTreeMap<String, Vec<File>> = BTreeMap::new();
+        let before = std::mem::take(&mut self.memory_files).into_iter();
+        for (name, file) in before.chain(sent.into_iter().flatten()) {
+            files.entry(name).or_default().push(file);
+        }
+        shared.files = files.remove(SHARED_DIR).unwrap_or_default();
+        let mut containers = Vec::new();
+        let mut before = Duration::ZERO;
+        for (source, Dumped { criu, upperdir }) in self.moving.containers.iter().zip(dumped) {
+            let mut container = source.container.clone();
+            container.files = files.remove(&container.name).unwrap_or_default();
+            container.losses = upperdir.losses;
+            let began = from + before;
+            self.timeline.step_of("dump", began, criu, None);
+            if self.moving.pod.is_some() {
+                self.timeline.note(&container.name);
+            }
+            let bytes = Some(upperdir.bytes);
+            self.timeline
+                .step_of("upperdir", began, upperdir.took, bytes);
+            before += criu;
+            containers.push(container);
+        }
         self.interrupt.check()?;
-
+        let bytes = bytes.iter().sum();
         self.timeline.step("transfer", from, Some(bytes));
         self.bytes += bytes;
-        Ok(container)
+        Ok((containers, shared))
     }
 
     async fn run_before_restore(&mut self, command: &str) -> Result<()> {
@@ -474,8 +573,12 @@ impl Transaction<'_> {
     async fn resume(&self, source: Committed, error: Error) -> Error {
         let error = self.take_back_network(error).await;
         let thawed = source.thaw().await;
-        let error = resume_source(self.node, self.container, thawed, error).await;
-        match self.record.clear() {
+        let error = resume_source(self.node, self.moving, thawed, error).await;
+        match self
+            .record
+            .clear()
+            .and_then(|()| unmark_moved(&self.pending))
+        {
             Ok(()) => error,
             Err(left) => left.after(error),
         }
@@ -483,7 +586,7 @@ impl Transaction<'_> {
 
     /// The source is about to go on.
     async fn take_back_network(&self, error: Error) -> Error {
-        match network::take_back(&self.pending, self.container.pid).await {
+        match network::take_back(&self.pending, self.first_pid()).await {
             Ok(()) => error,
             Err(left) => left.after(error),
         }
@@ -508,9 +611,7 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         // Not one instruction more here.
         source.kill().await.context("it could not be ended here")?;
-        end_source(self.node, self.container)
-            .await
-            .context("it could not be ended here")?;
+        end_source(self.node, &self.pending).await?;
         network::forget(&self.pending).await?;
         self.progress.step("sync");
         if !self.durable {
@@ -518,7 +619,7 @@ impl Transaction<'_> {
         }
         self.timeline.step("sync", from, None);
         if !self.request.keep_source {
-            remove_source(self.node, self.container.id()).await?;
+            remove_source(self.node, &self.pending).await?;
         }
         self.record.clear()
     }
@@ -537,29 +638,13 @@ impl Transaction<'_> {
         if matches!(self.ask().await, Ok(Outcome::Runs)) {
             return Ok(());
         }
-        let (namespace, id) = (self.node.namespace(), self.container.id());
+        let (namespace, id) = (self.node.namespace(), self.pending.called());
         Err(Error::failed(
             "whether its files are on the disk there is not known, so they stay here, stopped",
         )
         .hint("this asks again, and removes them here when they are:")
         .hint(format!("  transship -n {namespace} recover {id}"))
         .because(error))
-    }
-}
-
-/// Tells who follows the dump that it has ended, whatever has ended it.
-struct SetAtEnd<'a>(&'a DumpFiles);
-
-impl SetAtEnd<'_> {
-    fn set(self, well: bool) {
-        self.0.ended(well);
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.ended(false);
     }
 }
 

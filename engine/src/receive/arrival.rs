@@ -23,6 +23,7 @@ use std::time::Duration;
 use containerd_client::types::Descriptor;
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
+use transship_checkpoint::annotations::{MIGRATION_DIGITS, is_migration};
 
 use crate::durable_record;
 use crate::error::{Context, Error, Result};
@@ -33,7 +34,6 @@ const ARRIVALS: &str = "/var/lib/transship/arrivals";
 const LOCKS: &str = "/run/transship/arrivals";
 /// How long the end of a migration is remembered.
 const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
-const DIGITS: usize = 32;
 
 /// How far a migration has come here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,32 @@ pub struct Arrival {
     /// The image that its record will name, unless the node has it by a name.
     #[serde(default)]
     pub image: Option<ImageToName>,
+    /// The pod that it is; then `container` is what people call it, and the fields about a container are empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<ArrivingPod>,
+}
+
+/// What there is of a pod. Each thing is written down before it is made.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrivingPod {
+    /// Its uid here.
+    pub uid: String,
+    /// Its sandbox, where somebody else has made it.
+    #[serde(default)]
+    pub sandbox: Option<String>,
+    /// Names of its containers.
+    pub containers: Vec<String>,
+    /// Their ids, when all are made.
+    pub ids: Vec<String>,
+    /// Images that this node had not, by the digests of their configs.
+    pub images: Vec<String>,
+    /// Directories that were not there.
+    pub directories: Vec<PathBuf>,
+    /// Whether somebody else makes it, and ends it: then nothing is made that would have to be removed.
+    #[serde(default)]
+    pub waits: bool,
+    /// Where its files are: upperdirs and emptyDirs.
+    pub files: Vec<PathBuf>,
 }
 
 /// An image without a record.
@@ -235,7 +261,7 @@ impl Arrivals {
         let mut names = Vec::new();
         for entry in entries {
             let name = entry.with_context(failed)?.file_name();
-            names.extend(name.into_string().ok().filter(|name| is_id(name)));
+            names.extend(name.into_string().ok().filter(|name| is_migration(name)));
         }
         Ok(names)
     }
@@ -276,6 +302,20 @@ impl Locked {
         self.arrival = arrival;
         Ok(())
     }
+
+    /// Writes down what has been added to [`Self::arrival`].
+    ///
+    /// # Errors
+    /// A system call failed; the record is as it was.
+    pub(super) fn write(&self) -> Result<()> {
+        durable_record::write(&self.path, &self.arrival)
+    }
+
+    /// The migration.
+    pub(super) fn migration(&self) -> String {
+        let name = self.path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
 }
 
 /// A name for a migration that nobody guesses.
@@ -283,20 +323,16 @@ impl Locked {
 /// # Errors
 /// The kernel gives no random bytes.
 pub fn new_migration() -> Result<String> {
-    let mut bytes = [0; DIGITS / 2];
+    let mut bytes = [0; MIGRATION_DIGITS / 2];
     File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))
         .context("cannot read /dev/urandom")?;
     Ok(transship_checkpoint::store::hex(&bytes))
 }
 
-fn is_id(migration: &str) -> bool {
-    migration.len() == DIGITS && migration.bytes().all(|digit| digit.is_ascii_hexdigit())
-}
-
 /// It becomes the name of a file.
 fn check_id(migration: &str) -> Result<()> {
-    match is_id(migration) {
+    match is_migration(migration) {
         true => Ok(()),
         false => Err(Error::refused("the name of the migration is no such name")),
     }
@@ -316,6 +352,7 @@ mod tests {
             checkpoint: "migration-web-1".into(),
             upperdir: None,
             image: None,
+            pod: None,
         }
     }
 

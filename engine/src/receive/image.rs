@@ -1,11 +1,12 @@
-//! The image of a container that is migrated here: blobs and layers, which are garbage until the copy
-//! runs, and then the record.
+//! The images of containers that are migrated here: blobs and layers, which are garbage until the copy
+//! runs, and then the record. The CRI makes containers of images that have one, so those of a pod have it before, and
+//! lose it with a pod that does not come to run.
 
 use containerd_client::types::Descriptor;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use transship_checkpoint::wire::{Blob, DataPlace, Message, Offer, unexpected};
-use transship_containerd::Containerd;
+use transship_checkpoint::wire::{Blob, DataPlace, Message, OfferedContainer, unexpected};
+use transship_containerd::{Containerd, ContainerdError};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
@@ -19,28 +20,34 @@ const REBUILT: &str = "transship/rebuilt";
 /// The longest name of an image, as in the reference grammar of the distribution project.
 const NAME_LIMIT: usize = 255;
 
-/// Takes the blobs that this node lacks, and unpacks the image; gives the chain id of the layers that the copy
-/// gets. Without a record and with the lease of `node` gone all of it is garbage.
+/// Takes the blobs that this node lacks, and unpacks the images; gives the chain ids of the layers that the copies
+/// get. Without a record and with the lease of `node` gone all of it is garbage.
 ///
 /// What the source has made again out of its snapshots is taken only where the original is not.
 pub(super) async fn receive(
     node: &Containerd,
     conversation: &mut Conversation,
-    offer: &Offer,
+    offered: &[OfferedContainer],
     snapshotter: &str,
     listening: Option<Listening>,
-) -> Result<String> {
-    let image = &offer.container.image;
-    let mut missing = Vec::new();
-    let own = node
-        .ensure_unpacked(&image.name, &image.chain_id, snapshotter)
-        .await;
-    if own.is_err() {
-        for blob in &offer.blobs {
-            if node.blob(&blob.digest).await?.is_none() {
-                missing.push(blob.digest.clone());
+) -> Result<Vec<String>> {
+    let mut missing: Vec<String> = Vec::new();
+    let mut all_own = Vec::new();
+    for it in offered {
+        let image = &it.container.image;
+        let own = node
+            .ensure_unpacked(&image.name, &image.chain_id, snapshotter)
+            .await;
+        if own.is_err() {
+            for blob in &it.blobs {
+                // Containers of a pod may have layers in common.
+                let known = missing.contains(&blob.digest);
+                if !known && node.blob(&blob.digest).await?.is_none() {
+                    missing.push(blob.digest.clone());
+                }
             }
         }
+        all_own.push(own);
     }
     let (direct, accepting) = listening.unzip();
     conversation
@@ -53,9 +60,8 @@ pub(super) async fn receive(
         match conversation.receive("the image").await? {
             Message::Blob { digest, size } => {
                 let at = missing.iter().position(|wanted| *wanted == digest);
-                let known = offer
-                    .blobs
-                    .iter()
+                let known = { offered.iter() }
+                    .flat_map(|it| &it.blobs)
                     .find(|blob| blob.digest == digest && blob.size == size);
                 let (Some(at), Some(blob)) = (at, known) else {
                     return Err(Error::failed(
@@ -76,17 +82,31 @@ pub(super) async fn receive(
             other => return Err(unexpected("the image", &other).into()),
         }
     }
-    let Err(error) = own else {
-        return Ok(image.chain_id.clone());
-    };
-    let chain = offered_chain(offer);
-    let resolved = match target_of(offer) {
+    let mut chains = Vec::new();
+    for (it, own) in offered.iter().zip(all_own) {
+        chains.push(match own {
+            Ok(()) => it.container.image.chain_id.clone(),
+            Err(error) => unpack_offered(node, it, snapshotter, error).await?,
+        });
+    }
+    Ok(chains)
+}
+
+/// Unpacks what has come; `lacking` says why the node's own would not do.
+async fn unpack_offered(
+    node: &Containerd,
+    offered: &OfferedContainer,
+    snapshotter: &str,
+    lacking: ContainerdError,
+) -> Result<String> {
+    let chain = offered_chain(offered);
+    let resolved = match target_of(offered) {
         Some(target) => { node.resolve_image(&target, chain).await }
             .context("the image that was offered cannot be read")?,
         None => None,
     };
     let Some(resolved) = resolved else {
-        return Err(error).context("the image is not on this node");
+        return Err(lacking).context("the image is not on this node");
     };
     node.unpack(&resolved, snapshotter)
         .await
@@ -98,13 +118,13 @@ pub(super) async fn receive(
 pub(super) type Listening = (DataPlace, JoinHandle<Result<Connections>>);
 
 /// Chain id of the layers that are offered.
-fn offered_chain(offer: &Offer) -> &str {
-    let image = &offer.container.image;
+fn offered_chain(offered: &OfferedContainer) -> &str {
+    let image = &offered.container.image;
     { image.rebuilt.as_ref() }.map_or(&image.chain_id, |rebuilt| &rebuilt.chain_id)
 }
 
-fn target_of(offer: &Offer) -> Option<Descriptor> {
-    let target = offer.blobs.first()?;
+fn target_of(offered: &OfferedContainer) -> Option<Descriptor> {
+    let target = offered.blobs.first()?;
     Some(Descriptor {
         media_type: target.media_type.clone(),
         digest: target.digest.clone(),
@@ -148,33 +168,34 @@ pub(super) struct ImageName {
 /// because a plain name says to all others on this node which image it means.
 pub(super) async fn choose_name(
     node: &Containerd,
-    offer: &Offer,
+    offered: &OfferedContainer,
     chain: &str,
     allowed: &Allowed,
 ) -> Result<ImageName> {
-    let offered = offer.container.image.name.as_str();
-    let Some(target) = target_of(offer) else {
+    let image = &offered.container.image;
+    let Some(target) = target_of(offered) else {
         return Ok(ImageName {
-            name: offered.to_owned(),
+            name: image.name.clone(),
             target: None,
         });
     };
     let suffix = format!("@{}", target.digest);
-    if let Some(rebuilt) = &offer.container.image.rebuilt {
+    if let Some(rebuilt) = &image.rebuilt {
         // It is not what the original's name means.
         let used = chain == rebuilt.chain_id;
         let whole = used && is_whole(node, &target, chain).await?;
         return Ok(ImageName {
             name: match used {
                 true => format!("{REBUILT}{suffix}"),
-                false => offered.to_owned(),
+                false => image.name.clone(),
             },
             target: whole.then_some(target),
         });
     }
-    let plain = offered.strip_suffix(suffix.as_str()).unwrap_or(offered);
+    let own = image.name.as_str();
+    let plain = own.strip_suffix(suffix.as_str()).unwrap_or(own);
     let mut free = false;
-    for name in [offered, plain] {
+    for name in [own, plain] {
         let found = node.image(name).await?.and_then(|image| image.target);
         match found {
             Some(found) if found.digest == target.digest => {
@@ -186,7 +207,7 @@ pub(super) async fn choose_name(
             found => free = found.is_none(),
         }
     }
-    let whole = is_whole(node, &target, &offer.container.image.chain_id).await?;
+    let whole = is_whole(node, &target, &image.chain_id).await?;
     Ok(ImageName {
         name: match free && allowed.contains(&Allow::ImageName) {
             true => plain.to_owned(),
@@ -194,6 +215,42 @@ pub(super) async fn choose_name(
         },
         target: whole.then_some(target),
     })
+}
+
+/// Digest of the config of the image with these layers: the CRI calls it by that.
+pub(super) async fn config_of(
+    node: &Containerd,
+    offered: &OfferedContainer,
+    chain: &str,
+) -> Result<String> {
+    if let Some(target) = target_of(offered)
+        && let Some(image) = node.resolve_image(&target, chain).await?
+    {
+        return Ok(image.config);
+    }
+    let name = &offered.container.image.name;
+    match node.find_image(name, chain).await? {
+        Some((_, image)) => Ok(image.config),
+        None => Err(Error::refused(format!(
+            "no image here has the layers of {name:?}: pull it"
+        ))),
+    }
+}
+
+/// Records the image, for the CRI.
+pub(super) async fn record(
+    node: &Containerd,
+    offered: &OfferedContainer,
+    chain: &str,
+    allowed: &Allowed,
+) -> Result<()> {
+    let name = choose_name(node, offered, chain, allowed).await?;
+    let Some(to_record) = name.to_record() else {
+        let image = &offered.container.image.name;
+        let message = format!("parts of the image {image:?} are not here: pull it");
+        return Err(Error::refused(message));
+    };
+    Ok({ node.create_image(&to_record.name, to_record.target()) }.await?)
 }
 
 fn own_name(plain: &str, suffix: &str) -> String {

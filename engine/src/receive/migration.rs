@@ -1,5 +1,6 @@
 //! The target's side of a migration, from the offer to the moment when the source may be removed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
@@ -8,11 +9,13 @@ use std::time::Duration;
 use transship_checkpoint::manifest::{Container, Manifest, SPEC_FILE, check_name};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 use transship_checkpoint::wire::{
-    Check, DataPlace, Limits, Message, Offer, PROTOCOL, printable, unexpected,
+    Check, DataPlace, Limits, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL, printable,
+    unexpected,
 };
 use transship_containerd::{Containerd, unique};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
+use super::pod::{self, PodPlan};
 use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle};
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
@@ -28,6 +31,12 @@ const SLACK: u64 = 1 << 30;
 /// How long an interrupt waits until the source knows that the copy runs.
 const TELL_GRACE: Duration = Duration::from_secs(10);
 
+/// What is made here.
+enum Arriving<'o> {
+    Container(&'o OfferedContainer, Box<Plan>),
+    Pod(&'o OfferedPod, Box<PodPlan>),
+}
+
 pub(super) async fn accept(
     node: &Containerd,
     store: &Store,
@@ -36,11 +45,48 @@ pub(super) async fn accept(
     request: &Request,
     around: (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
-    let plan = check_offer(node, store, &offer, request).await?;
+    check_nodes(node, store, &offer, request).await?;
+    let arriving = match (&offer.pod, offer.containers.as_slice()) {
+        (Some(pod), [_, ..]) => {
+            let plan = pod::plan(node, &offer, pod, request).await?;
+            Arriving::Pod(pod, Box::new(plan))
+        }
+        (None, [one]) => {
+            let spec = one.spec.as_bytes();
+            let plan = restore::plan(node, &one.container, spec, &request.target).await?;
+            Arriving::Container(one, Box::new(plan))
+        }
+        _ => {
+            return Err(Error::refused(
+                "the offer is of no container, or of several",
+            ));
+        }
+    };
     let guard = settle::guard(node, store, &offer.migration)?;
     // All that is made is garbage until the copy runs.
     let leased = leases::take(node, LEASE).await?;
-    let result = take(&leased, store, conversation, &offer, plan, request, around).await;
+    let result = match arriving {
+        Arriving::Container(one, plan) => {
+            take(
+                &leased,
+                store,
+                conversation,
+                (&offer, one),
+                *plan,
+                request,
+                around,
+            )
+            .await
+        }
+        Arriving::Pod(pod, plan) => {
+            let what = (&offer, pod);
+            let taken = pod::take(&leased, store, conversation, what, *plan, request, around).await;
+            match taken {
+                Ok((locked, pid)) => runs(&leased, store, conversation, locked, pid).await,
+                Err(error) => Err(error),
+            }
+        }
+    };
     // A lease that cannot be dropped ends by itself. After a failure the garbage is waited for: the next
     // attempt must not find layers that are about to go.
     drop(match &result {
@@ -54,12 +100,13 @@ pub(super) async fn accept(
     result
 }
 
-async fn check_offer(
+/// What concerns the two nodes, whatever moves.
+async fn check_nodes(
     node: &Containerd,
     store: &Store,
     offer: &Offer,
     request: &Request,
-) -> Result<Plan> {
+) -> Result<()> {
     if offer.protocol != PROTOCOL {
         let age = match offer.protocol < PROTOCOL {
             true => "older",
@@ -71,7 +118,16 @@ async fn check_offer(
             offer.protocol.max(1)
         )));
     }
-    check_name("the container's name", &offer.container.name)?;
+    let mut names = BTreeSet::new();
+    for it in &offer.containers {
+        let name = &it.container.name;
+        check_name("the container's name", name)?;
+        if name.starts_with('.') || !names.insert(name) {
+            let name = printable(name);
+            let message = format!("a container cannot be called {name:?}, or two are");
+            return Err(Error::refused(message));
+        }
+    }
     if !offer.node.is_empty()
         && offer.node == node.server_id().await?
         && request.target.id.is_none()
@@ -88,12 +144,8 @@ async fn check_offer(
             "this node is {here}, the container runs on {there}"
         )));
     }
-    let spec = offer.spec.as_bytes();
-    let plan = restore::plan(node, &offer.container, spec, &request.target).await?;
     // Three times: memory that comes before the freeze, the checkpoint, and the upperdir filled from it.
-    let blobs = offer
-        .blobs
-        .iter()
+    let blobs = { offer.containers.iter().flat_map(|it| &it.blobs) }
         .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
     let needed = offer.estimate.saturating_mul(3);
     let most = request.max_size.unwrap_or(u64::MAX);
@@ -113,7 +165,7 @@ async fn check_offer(
             human_bytes(needed)
         )));
     }
-    Ok(plan)
+    Ok(())
 }
 
 /// Free bytes of the file system that `path` is or will be on.
@@ -131,16 +183,18 @@ async fn take(
     node: &Containerd,
     store: &Store,
     conversation: &mut Conversation,
-    offer: &Offer,
+    (offer, offered): (&Offer, &OfferedContainer),
     mut plan: Plan,
     request: &Request,
     (interrupt, progress): (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
     progress.step("image");
     let listening = listen(offer, &request.data_addresses);
-    let chain = image::receive(node, conversation, offer, &plan.snapshotter, listening).await?;
-    let name = image::choose_name(node, offer, &chain, &request.target.allowed).await?;
-    plan.set_image(&name.name, &chain);
+    let all = std::slice::from_ref(offered);
+    let chains = image::receive(node, conversation, all, &plan.snapshotter, listening).await?;
+    let chain = chains.first().map_or("", String::as_str);
+    let name = image::choose_name(node, offered, chain, &request.target.allowed).await?;
+    plan.set_image(&name.name, chain);
     conversation.send(Message::Ready).await?;
 
     match conversation.receive("the checkpoint").await? {
@@ -153,20 +207,21 @@ async fn take(
         keep_free: KEEP_FREE,
     };
     let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
-    let spec = draft.dir().join(&offer.container.name).join(SPEC_FILE);
+    let spec = draft.dir().join(&offered.container.name).join(SPEC_FILE);
     let spec = fs::read(&spec).with_context(|| format!("cannot read {}", spec.display()))?;
-    let manifest = as_offered(offer, stream, &spec, draft.name())?;
+    let manifest = as_offered(offer, stream, &[spec], draft.name())?;
     let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
     let name_here = checkpoint.manifest.name.clone();
     let arrival = Arrival {
         state: State::Arriving,
         namespace: node.namespace().to_owned(),
         container: plan.id.clone(),
-        name: offer.container.name.clone(),
+        name: offered.container.name.clone(),
         snapshotter: plan.snapshotter.clone(),
         checkpoint: name_here.clone(),
         upperdir: None,
         image: name.to_record(),
+        pod: None,
     };
     let begun = Arrivals::default().begin(&offer.migration, arrival);
     // Of use to nobody without a record: the source has all of it.
@@ -189,7 +244,19 @@ async fn take(
             });
         }
     };
-    let (container, pid) = (restored.id().to_owned(), restored.pid);
+    let pid = restored.pid;
+    runs(node, store, conversation, locked, pid).await
+}
+
+/// What is left to do when the copy runs.
+async fn runs(
+    node: &Containerd,
+    store: &Store,
+    conversation: &mut Conversation,
+    mut locked: Locked,
+    pid: u32,
+) -> Result<Received> {
+    let container = locked.arrival.container.clone();
     // The copy runs, whether the source hears it or not; nothing takes it back.
     let running = Message::Running { pid };
     let told = conversation.send_with_grace(running, TELL_GRACE).await;
@@ -202,7 +269,7 @@ async fn take(
 }
 
 /// Waits for the source to connect directly; none where it cannot be waited for.
-fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Listening> {
+pub(super) fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Listening> {
     if addresses.is_empty() || offer.key.is_empty() {
         return None;
     }
@@ -222,38 +289,54 @@ fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Listening> {
     told.ok()
 }
 
-fn most_bytes(offer: &Offer, request: &Request) -> u64 {
+pub(super) fn most_bytes(offer: &Offer, request: &Request) -> u64 {
     let expected = offer.estimate.saturating_mul(3).saturating_add(SLACK);
     request.max_size.map_or(expected, |most| most.min(expected))
 }
 
-/// What was checked is what is used: the container and the spec are those of the offer, the stream
-/// has brought files.
-fn as_offered(offer: &Offer, stream: Manifest, spec: &[u8], name: &str) -> Result<Manifest> {
+/// What was checked is what is used: the containers and specs are those of the offer, the stream has brought files.
+pub(super) fn as_offered(
+    offer: &Offer,
+    stream: Manifest,
+    specs: &[Vec<u8>],
+    name: &str,
+) -> Result<Manifest> {
     let differs = |what: &str| {
         Error::failed(format!(
             "{what} of the stream is not the one that was offered"
         ))
     };
-    let [container] = stream.containers.as_slice() else {
+    if stream.containers.len() != offer.containers.len() || specs.len() != offer.containers.len() {
         return Err(differs("the set of containers"));
-    };
-    let files = container.files.clone();
-    let offered = Container {
-        files: files.clone(),
-        // Known after the export only; they are told, and decide nothing.
-        losses: container.losses.clone(),
-        ..offer.container.clone()
-    };
-    if *container != offered || stream.pod.is_some() || !stream.shared.is_empty() {
-        return Err(differs("the container"));
     }
-    if spec != offer.spec.as_bytes() {
-        return Err(differs(SPEC_FILE));
+    let mut containers = Vec::new();
+    for ((found, it), spec) in stream.containers.iter().zip(&offer.containers).zip(specs) {
+        let offered = Container {
+            files: found.files.clone(),
+            // Known after the export only; they are told, and decide nothing.
+            losses: found.losses.clone(),
+            ..it.container.clone()
+        };
+        if *found != offered {
+            return Err(differs("the container"));
+        }
+        if spec != it.spec.as_bytes() {
+            return Err(differs(SPEC_FILE));
+        }
+        containers.push(offered);
+    }
+    let pod = offer.pod.as_ref();
+    let not_running = pod.map(|it| it.not_running.as_slice()).unwrap_or_default();
+    if stream.pod.as_ref() != pod.map(|it| &it.pod) || stream.not_running != not_running {
+        return Err(differs("the pod"));
+    }
+    // What the containers of a pod share is known when they stand still.
+    if pod.is_none() && !stream.shared.is_empty() {
+        return Err(differs("the container"));
     }
     Ok(Manifest {
         name: name.to_owned(),
-        containers: vec![offered],
+        containers,
         ..stream
     })
 }
@@ -299,20 +382,24 @@ mod tests {
             protocol: PROTOCOL,
             migration: String::new(),
             node: String::new(),
-            container: Container {
-                name: "web".into(),
-                ..Container::default()
-            },
-            spec: "{}".into(),
             architecture: "x86_64".into(),
-            blobs: Vec::new(),
+            containers: vec![OfferedContainer {
+                container: Container {
+                    name: "web".into(),
+                    ..Container::default()
+                },
+                spec: "{}".into(),
+                blobs: Vec::new(),
+                config: None,
+            }],
+            pod: None,
             estimate: u64::MAX,
             key: String::new(),
         }
     }
 
     fn stream() -> Manifest {
-        let mut container = offer().container;
+        let mut container = offer().containers.remove(0).container;
         container.files = vec![File {
             path: SPEC_FILE.into(),
             size: 2,
@@ -332,10 +419,10 @@ mod tests {
 
     #[test]
     fn a_stream_brings_files_and_nothing_else() {
-        let taken = as_offered(&offer(), stream(), b"{}", "here").unwrap();
+        let taken = as_offered(&offer(), stream(), &[b"{}".to_vec()], "here").unwrap();
         assert_eq!(taken.name, "here");
         assert_eq!(taken.containers[0].files.len(), 1);
-        assert!(as_offered(&offer(), stream(), b"{ }", "here").is_err());
+        assert!(as_offered(&offer(), stream(), &[b"{ }".to_vec()], "here").is_err());
         let changes: [fn(&mut Manifest); 4] = [
             |it| it.containers[0].criu.ext_unix_sk = true,
             |it| it.pod = Some(Default::default()),
@@ -345,7 +432,7 @@ mod tests {
         for change in changes {
             let mut other = stream();
             change(&mut other);
-            let error = as_offered(&offer(), other, b"{}", "here").unwrap_err();
+            let error = as_offered(&offer(), other, &[b"{}".to_vec()], "here").unwrap_err();
             assert!(error.to_string().contains("offered"), "{error}");
         }
     }

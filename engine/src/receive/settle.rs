@@ -24,7 +24,8 @@ use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 
 use super::arrival::{Arrival, Arrivals, Found, Locked, State};
-use super::{durable, leases};
+use super::pod::settle::Committed;
+use super::{durable, leases, pod};
 use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
 use crate::restore::{self, remove_copy};
@@ -155,13 +156,24 @@ async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
 /// Removes what there is of the copy, which has not run.
 pub(super) async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
     let arrival = &locked.arrival;
-    remove_copy(node, &arrival.container, &arrival.snapshotter).await?;
+    match &arrival.pod {
+        Some(pod) => pod::settle::remove(node, pod, &locked.migration()).await?,
+        None => remove_copy(node, &arrival.container, &arrival.snapshotter).await?,
+    }
     remove_checkpoint(store, &arrival.checkpoint)?;
     locked.set(State::Aborted)
 }
 
 /// Lets the copy of a source go that has committed itself. False: it is gone, and may have run.
 async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<bool> {
+    if locked.arrival.pod.is_some() {
+        match pod::settle::let_go(node, &locked.arrival).await? {
+            Committed::Runs => locked.set(State::Runs)?,
+            Committed::NeverRan => abort(node, store, locked).await?,
+            Committed::Gone => return Ok(false),
+        }
+        return Ok(true);
+    }
     let id = locked.arrival.container.clone();
     let status = match node.task(&id).await {
         Err(error) if error.is_not_found() => Status::Stopped,
@@ -204,6 +216,16 @@ fn upperdir_left(arrival: &Arrival) -> Result<Option<PathBuf>> {
 /// Makes the copy a container like any other, and writes all of it to the disk.
 pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
     let arrival = locked.arrival.clone();
+    if let Some(pod) = &arrival.pod {
+        for place in &pod.files {
+            // One that has ended since, and been removed, has none.
+            if place.try_exists().unwrap_or(true) {
+                durable::sync(node, place).await?;
+            }
+        }
+        remove_checkpoint(store, &arrival.checkpoint)?;
+        return locked.set(State::Durable);
+    }
     match restore::settle(node, &arrival.container).await {
         // It has ended since, and been removed.
         Err(error) if node.container(&arrival.container).await.is_ok() => return Err(error),

@@ -2,13 +2,16 @@
 //!
 //! ```text
 //!  taken before by this pod? ──yes─> its image (a checkpoint is consumed once)
-//!  staged by the sandbox's hook? ──yes─> restored
+//!  comes with a migration? ──yes─> waits for it
+//!  staged by the sandbox's hook, or by who receives it? ──yes─> restored
 //!  the checkpoint that it names has it ──> staged now, restored
 //!                               had seen it end with 0 ──> nothing: it does not run again
 //!                               lacks it ──> its image, and not in silence; or refused
 //! ```
 
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use transship_checkpoint::annotations::{ColdContainers, OnFailure};
 use transship_checkpoint::manifest::Manifest;
@@ -16,12 +19,17 @@ use transship_checkpoint::store::StoreError;
 use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::Consumed;
-use transship_sandbox::{PodDir, SandboxError, Staged, State};
+use transship_sandbox::{Arrival, PodDir, SandboxError, Staged, State};
 
 use super::bundle::{Bundle, Config, HeldRestore, Phase};
 use super::held::start_time;
 use super::{FitError, Front, FrontError};
 use crate::descendants::kill_if_same;
+
+/// How long a container waits for its migration: less than kubelet waits for it (two minutes). The next attempt waits
+/// again.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(90);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a container begins with.
 #[derive(Debug)]
@@ -53,7 +61,7 @@ impl Front<'_> {
         let owner = self.owner(id, config, bundle);
         let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
         let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
-        let staged = pod.staged(name)?;
+        let mut staged = pod.staged(name)?;
         let named = match (wanted, &staged) {
             (Some(wanted), _) => Some(wanted.to_owned()),
             (None, Some(staged)) => Some(staged.request()?.checkpoint),
@@ -80,6 +88,15 @@ impl Front<'_> {
         if let Some(named) = &named {
             let created = self.env.store.open(named).map(|it| it.manifest.created);
             consumed.check_not_spent(named, created.ok())?;
+        }
+        if config.annotations.receives {
+            if wanted.is_some_and(|wanted| consumed.has_container_of(wanted)) {
+                let reason = "it did not come with the migration of its pod, which has ended";
+                self.tell_cold_start(id, wanted, reason);
+                return Ok(Beginning::Cold);
+            }
+            wait_for_migration(&pod, id)?;
+            staged = pod.staged(name)?;
         }
         if let Some(staged) = staged
             && wanted.is_none_or(|wanted| staged.request().is_ok_and(|it| it.checkpoint == wanted))
@@ -165,6 +182,26 @@ impl Front<'_> {
         kill_if_same(pid, start_time);
         if let Some(id) = bundle.file_name().and_then(|id| id.to_str()) {
             self.delete_restored(id);
+        }
+    }
+}
+
+/// Waits until all that comes with the migration of the pod is staged: whoever makes the containers does not know when
+/// the source stands still.
+fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
+    let deadline = Instant::now() + ARRIVAL_PATIENCE;
+    loop {
+        match pod.arrival()? {
+            Some(Arrival::Arrived) => return Ok(()),
+            Some(Arrival::GivenUp) => {
+                return Err(FrontError::from(FitError::MigrationGivenUp {
+                    id: id.to_owned(),
+                }));
+            }
+            None if Instant::now() > deadline => {
+                return Err(FrontError::from(FitError::NotArrived { id: id.to_owned() }));
+            }
+            None => thread::sleep(LOOK_AGAIN),
         }
     }
 }

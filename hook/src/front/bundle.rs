@@ -5,14 +5,16 @@
 //!   config.json         OCI spec, written by containerd
 //!   transship.json      { "version": 1, "phase": "held", "pid": 7, "start_time": 123,
 //!                         "stopped": [9], "frozen": "/sys/fs/cgroup/freezer/default/web",
-//!                         "own_pod": "web",
+//!                         "own_pod": "web", "comes_with_migration": true,
 //!                         "restore": { "owner": { "pod": UID }, "checkpoint": "web",
 //!                                      "container": "app", "asker": "app", "staged": PATH } }
 //! ```
 //!
 //! ```text
 //!  create: restoring ----> held ----> running     restore: restoring ----> running
-//!          (no pid yet)        start
+//!          (no pid yet)     |  start   ^
+//!                           '--> awaiting         of a pod that comes with a migration: its `start` has answered,
+//!                           start                 and its tasks are let go when the migration is committed
 //!          done -------------------> running     a program that ends with 0 in the container's place
 //! ```
 //!
@@ -68,6 +70,8 @@ pub(super) enum Phase {
     Restoring,
     /// Its tasks have not been let go yet.
     Held,
+    /// The same, and its caller takes it for started.
+    Awaiting,
     /// They run.
     Running,
     /// It had ended before the checkpoint, and is to end again without running.
@@ -89,6 +93,9 @@ pub(super) struct Marker {
     /// The cgroup whose freezer holds it; without one it is held by SIGSTOP.
     #[serde(default)]
     pub(super) frozen: Option<PathBuf>,
+    /// Whether its start waits for the commitment of a migration.
+    #[serde(default)]
+    pub(super) comes_with_migration: bool,
     /// The container's own directory below `pods`, when a namespace was made and pinned there.
     pub(super) own_pod: Option<String>,
     /// What its start consumes.
@@ -146,6 +153,7 @@ impl Marker {
             start_time,
             stopped,
             frozen: None,
+            comes_with_migration: false,
             own_pod,
             restore,
         }

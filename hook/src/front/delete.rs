@@ -25,7 +25,10 @@ impl Front<'_> {
             drop(restore_guard::lock(&work));
             self.unmount_criu_root(id, &bundle);
         }
-        if matches!(marker.phase, Phase::Restoring | Phase::Held) {
+        if matches!(
+            marker.phase,
+            Phase::Restoring | Phase::Held | Phase::Awaiting
+        ) {
             self.kill_held(id);
         }
         if force || marker.phase != Phase::Running {

@@ -97,6 +97,22 @@ pub enum FitError {
         /// What it has become.
         checkpoint: String,
     },
+    /// The pod comes with a migration, and not yet.
+    #[error(
+        "{id:?} waits for the migration of its pod, which has not come so far; the next attempt waits again"
+    )]
+    NotArrived {
+        /// The container.
+        id: String,
+    },
+    /// The pod comes with a migration, which does not come.
+    #[error(
+        "the migration that brings {id:?} was given up, and its source runs on: this pod starts nothing, delete it"
+    )]
+    MigrationGivenUp {
+        /// The container.
+        id: String,
+    },
     /// The checkpoint would give its processes more than the container may have.
     #[error("cannot restore {what}")]
     NotAdmitted {
@@ -261,6 +277,12 @@ pub enum RestoreError {
         id: String,
         /// Its first process.
         pid: i32,
+    },
+    /// It is not held any more, or never was.
+    #[error("{id:?} does not wait for the commitment of a migration")]
+    NotAwaiting {
+        /// The container.
+        id: String,
     },
 }
 

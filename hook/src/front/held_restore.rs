@@ -209,6 +209,7 @@ impl Front<'_> {
                     Hold::Frozen(dir) => Some(dir),
                     Hold::Stopped => None,
                 },
+                comes_with_migration: config.annotations.receives,
                 ..restoring
             })?;
             edits.record(pod)?;

@@ -5,7 +5,8 @@
 //!            └──── guard ── runc ── CRIU ── tasks
 //!
 //!  the marker says, when the front is gone:
-//!    running, or nothing    the container was started, or deleted: ends
+//!    running, awaiting,     the container was started, or deleted: ends
+//!    or nothing
 //!    restoring              the front was killed: what the runtime has made is deleted
 //!    held                   the same, if the front was killed before it could say so; else, of the CRI,
 //!                           if `start` does not come within PATIENCE
@@ -98,7 +99,8 @@ impl Front<'_> {
                 return Ok(());
             };
             match marker.phase {
-                Phase::Running | Phase::Done => return Ok(()),
+                // What awaits its migration is that one's.
+                Phase::Running | Phase::Done | Phase::Awaiting => return Ok(()),
                 Phase::Held if told => {}
                 Phase::Restoring | Phase::Held => {
                     drop(lock);

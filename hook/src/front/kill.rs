@@ -17,7 +17,7 @@ impl Front<'_> {
             return Ok(None);
         };
         match bundle.marker()? {
-            Some(marker) if marker.phase == Phase::Held => {
+            Some(marker) if matches!(marker.phase, Phase::Held | Phase::Awaiting) => {
                 kill_if_same(marker.pid, marker.start_time);
                 Ok(Some(Outcome::Exit(0)))
             }

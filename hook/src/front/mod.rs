@@ -153,6 +153,7 @@ pub fn serve(env: &Environment, call: Invocation) -> Outcome {
         }
         Command::Checkpoint(dump) => front.checkpoint(dump),
         Command::Start { id } => front.start(id),
+        Command::Release { id } => front.release(id),
         Command::Delete { id, force } => front.delete(id, *force),
         Command::Kill { id, signal } => front.kill(id, signal),
     };

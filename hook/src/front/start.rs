@@ -1,14 +1,18 @@
 //! `start ID`: lets a held restore go. Everything else starts as ever.
+//!
+//! A container of a pod that comes with a migration stays held when it is started: kubelet starts the next one when
+//! this one has been started, and none may run before all are there and the source has committed itself. Then
+//! `transship-release ID` lets each of them go.
 
-use transship_sandbox::Staged;
 use transship_sandbox::consumed::remove_records_of_the_gone;
+use transship_sandbox::{Arrival, Staged};
 
 use transship_path_error::During as _;
 
-use super::bundle::Phase;
+use super::bundle::{Bundle, Marker, Phase};
 use super::held::{Hold, release, start_time};
 use super::tell::Event;
-use super::{Front, FrontError, Outcome, RestoreError};
+use super::{FitError, Front, FrontError, Outcome, RestoreError};
 use crate::restore_guard;
 
 impl Front<'_> {
@@ -36,23 +40,54 @@ impl Front<'_> {
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
         };
-        let pid = marker.pid;
-        // Killed while it was held, and its pid perhaps given to another.
-        if start_time(pid).ok() != Some(marker.start_time) {
-            return Err(FrontError::from(RestoreError::Gone {
-                id: id.to_owned(),
-                pid,
-            }));
+        if marker.comes_with_migration {
+            check_is_there(id, &marker)?;
+            let staged = { marker.restore.as_ref() }.map(|it| Staged::at(it.staged.clone()));
+            let pod = staged.as_ref().and_then(Staged::pod);
+            // Nobody would let it go.
+            if let Some(pod) = pod
+                && pod.arrival()? == Some(Arrival::GivenUp)
+            {
+                let id = id.to_owned();
+                return Err(FrontError::from(FitError::MigrationGivenUp { id }));
+            }
+            marker.phase = Phase::Awaiting;
+            bundle.write_marker(&marker)?;
+            if let Some(staged) = staged {
+                let own = std::path::absolute(bundle.dir()).during("find", bundle.dir())?;
+                staged.set_started(&own)?;
+            }
+            return Ok(Some(Outcome::Exit(0)));
         }
+        self.let_go(id, &bundle, marker)?;
+        Ok(Some(Outcome::Exit(0)))
+    }
+
+    /// Lets a started container go that awaits its migration; one that has been let go runs.
+    pub(super) fn release(&self, id: &str) -> Result<Option<Outcome>, FrontError> {
+        let not_held = || FrontError::from(RestoreError::NotAwaiting { id: id.to_owned() });
+        let bundle = self.bundle_of(id).ok_or_else(not_held)?;
+        let work = bundle.path("work");
+        let _lock = restore_guard::lock(&work).during("lock", &work)?;
+        let marker = bundle.marker()?.ok_or_else(not_held)?;
+        match marker.phase {
+            Phase::Awaiting => self.let_go(id, &bundle, marker)?,
+            // Who was letting it go may have been killed at it.
+            Phase::Running => thaw(id, &marker)?,
+            Phase::Restoring | Phase::Held | Phase::Done => return Err(not_held()),
+        }
+        Ok(Some(Outcome::Exit(0)))
+    }
+
+    fn let_go(&self, id: &str, bundle: &Bundle, mut marker: Marker) -> Result<(), FrontError> {
+        check_is_there(id, &marker)?;
         if let Some(restore) = &marker.restore {
             self.consume(restore)?;
         }
         // Before the first task goes: from then on it has run, whoever is killed when.
         marker.phase = Phase::Running;
         bundle.write_marker(&marker)?;
-        let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
-        release(pid, &hold, &marker.stopped)
-            .during("let go the tasks of", format!("/proc/{pid}"))?;
+        thaw(id, &marker)?;
         if let Some(restore) = &marker.restore {
             // What is left says less than the record does.
             let staged = Staged::at(restore.staged.clone());
@@ -66,6 +101,26 @@ impl Front<'_> {
             let (records, run_dir) = (&self.env.consumed, &self.env.run_dir);
             drop(remove_records_of_the_gone(records, run_dir));
         }
-        Ok(Some(Outcome::Exit(0)))
+        Ok(())
+    }
+}
+
+fn thaw(id: &str, marker: &Marker) -> Result<(), FrontError> {
+    check_is_there(id, marker)?;
+    let pid = marker.pid;
+    let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
+    let released = release(pid, &hold, &marker.stopped);
+    Ok(released.during("let go the tasks of", format!("/proc/{pid}"))?)
+}
+
+/// It may have been killed while it was held, and its pid given to another.
+fn check_is_there(id: &str, marker: &Marker) -> Result<(), FrontError> {
+    let pid = marker.pid;
+    match start_time(pid).ok() == Some(marker.start_time) {
+        true => Ok(()),
+        false => Err(FrontError::from(RestoreError::Gone {
+            id: id.to_owned(),
+            pid,
+        })),
     }
 }

@@ -216,6 +216,8 @@ fn stage_all(
         {
             return Ok(());
         }
+        // It has not arrived yet; whoever receives it stages it, and what is started before fails.
+        Err(StoreError::NotFound { .. }) if annotations.receives => return Ok(()),
         Err(source) => {
             return Err(HookError::Store {
                 id: state.id.clone(),

@@ -121,7 +121,7 @@ impl fmt::Display for Refusal {
 }
 
 /// The capabilities of a container that `ctr run` makes.
-const CAPABILITIES: [&str; 14] = [
+pub const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -139,7 +139,7 @@ const CAPABILITIES: [&str; 14] = [
 ];
 
 /// What containerd masks in every container since 1.6, without the paths that came later.
-const MASKED: [&str; 5] = [
+pub const MASKED: [&str; 5] = [
     "/proc/kcore",
     "/proc/keys",
     "/proc/scsi",
@@ -148,7 +148,7 @@ const MASKED: [&str; 5] = [
 ];
 
 /// What is read-only in every container.
-const READ_ONLY: [&str; 5] = [
+pub const READ_ONLY: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
     "/proc/irq",

@@ -1,0 +1,168 @@
+//! The dumps of all containers that move, and what they share, as they are written and sent.
+//!
+//! ```text
+//!  containers, one after the other: CRIU ──> <draft>/<container>/   DumpFiles ──> sent while it is written
+//!  beside them: /dev/shm, emptyDirs      ──> <draft>/.shared/       DumpFiles ──> sent at the end
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use transship_checkpoint::manifest::Shared;
+use transship_checkpoint::shared_dirs::SHARED_DIR;
+use transship_containerd::Containerd;
+
+use super::dump_files::DumpFiles;
+use super::memory_images::{KnownMemory, by_pid_inside};
+use super::moving::Moving;
+use crate::dump_hold::DumpHold;
+use crate::error::{Context, Error, Result};
+use crate::source::Dumped;
+
+/// All of it, in the order in which it is sent.
+#[derive(Debug)]
+pub(super) struct DumpParts(Vec<Part>);
+
+/// One directory of the checkpoint.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// Its name.
+    pub(super) name: String,
+    pub(super) dir: PathBuf,
+    pub(super) files: DumpFiles,
+    /// The processes whose memory it has, by their ids inside.
+    pub(super) processes: BTreeMap<u32, u32>,
+}
+
+impl DumpParts {
+    /// Those of what moves, which stands still, below the draft.
+    ///
+    /// # Errors
+    /// The answer of containerd, or a hold cannot be made.
+    pub(super) async fn of(
+        node: &Containerd,
+        moving: &Moving,
+        known: &[KnownMemory],
+        draft: &Path,
+    ) -> Result<Self> {
+        let mut parts = Vec::new();
+        for (at, source) in moving.containers.iter().enumerate() {
+            let container = &source.container;
+            // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
+            let hold = match known.get(at).is_some_and(KnownMemory::has_rounds) {
+                true => Some(DumpHold::make(draft, &container.name)?),
+                false => None,
+            };
+            let dir = draft.join(&container.name);
+            parts.push(Part {
+                name: container.name.clone(),
+                files: DumpFiles::of(&dir, !container.criu.link_remap, hold),
+                dir,
+                processes: by_pid_inside(source.pid, &node.pids(source.id()).await?),
+            });
+        }
+        if moving.pod.is_some() {
+            let dir = draft.join(SHARED_DIR);
+            parts.push(Part {
+                name: SHARED_DIR.to_owned(),
+                files: DumpFiles::of(&dir, false, None),
+                dir,
+                processes: BTreeMap::new(),
+            });
+        }
+        Ok(Self(parts))
+    }
+
+    pub(super) fn all(&self) -> &[Part] {
+        &self.0
+    }
+}
+
+/// Tells who follows the dumps that they have ended, whatever has ended them.
+struct EndAll<'a> {
+    parts: &'a [Part],
+    ended: usize,
+}
+
+impl EndAll<'_> {
+    fn next(&mut self, well: bool) {
+        if let Some(part) = self.parts.get(self.ended) {
+            part.files.ended(well);
+        }
+        self.ended += 1;
+    }
+}
+
+impl Drop for EndAll<'_> {
+    fn drop(&mut self) {
+        while self.ended < self.parts.len() {
+            self.next(false);
+        }
+    }
+}
+
+/// Dumps all frozen containers below `draft`. A dump that writes nothing for `patience` is ended.
+///
+/// # Errors
+/// Nobody reads what they share any more when this returns.
+pub(super) async fn dump_all(
+    node: &Containerd,
+    moving: &Moving,
+    draft: &Path,
+    parts: &DumpParts,
+    patience: Duration,
+) -> Result<(Vec<Dumped>, Shared)> {
+    let mut end = EndAll {
+        parts: parts.all(),
+        ended: 0,
+    };
+    let dirs = moving.pod.as_ref().map(|pod| pod.dirs.clone());
+    let export = {
+        let draft = draft.to_path_buf();
+        let export = move || dirs.map_or(Ok(Shared::default()), |dirs| dirs.export(&draft));
+        tokio::task::spawn_blocking(export)
+    };
+    // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.
+    let makes_links = moving
+        .containers
+        .iter()
+        .any(|it| it.container.criu.link_remap);
+    let (early, late) = match makes_links {
+        true => (
+            Some(export.await.context("the export of volumes panicked")??),
+            None,
+        ),
+        false => (None, Some(export)),
+    };
+    let dumped = async {
+        let mut all = Vec::new();
+        for (source, part) in moving.containers.iter().zip(parts.all()) {
+            let hold = part.files.hold();
+            let dumped = source.dump(node, draft, patience, hold).await;
+            end.next(dumped.is_ok());
+            let name = &source.container.name;
+            all.push(match dumped {
+                // The pod's name of it says more than its id.
+                Err(error) if moving.pod.is_some() => {
+                    let message = format!("the pod's container {name:?} cannot be dumped");
+                    return Err(Error::failed(message).because(error));
+                }
+                dumped => dumped?,
+            });
+        }
+        Ok(all)
+    };
+    let dumped = dumped.await;
+    // Whatever the dumps did: nobody may thaw while it reads.
+    let shared = match (early, late) {
+        (Some(shared), _) => Ok(shared),
+        (None, Some(export)) => export.await.context("the export of volumes panicked")?,
+        (None, None) => Ok(Shared::default()),
+    };
+    let (dumped, shared) = (dumped?, shared?);
+    if moving.pod.is_some() {
+        end.next(true);
+    }
+    Ok((dumped, shared))
+}

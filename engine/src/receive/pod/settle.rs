@@ -1,0 +1,191 @@
+//! The end of a pod's migration: its containers are let go, or all of it is removed.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use containerd_client::types::v1::Status;
+use transship_checkpoint::annotations::RECEIVE;
+use transship_containerd::Containerd;
+use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
+use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
+
+use super::super::arrival::{Arrival, ArrivingPod};
+use crate::cri_pods::CriPods;
+use crate::error::{Context, Error, Kind, Result};
+use crate::freeze_guard::TaskToFreeze;
+
+/// What is found of a pod whose source has committed itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Committed {
+    /// All that is there runs.
+    Runs,
+    /// None of it has run, and a part of it is not there.
+    NeverRan,
+    /// It has run, or a part of it, and nothing is there any more.
+    Gone,
+}
+
+/// Lets all containers go that are held, after the source has committed itself.
+///
+/// # Errors
+/// None of them has run; or one of them may have ([`Kind::Uncertain`]), and then nothing is taken back.
+pub(super) async fn release_all(node: &Containerd, arrival: &Arrival) -> Result<()> {
+    let Err(error) = release(node, arrival).await else {
+        return Ok(());
+    };
+    if matches!(has_run(arrival), Ok(false)) {
+        return Err(error);
+    }
+    match let_go(node, arrival).await {
+        Ok(Committed::Runs) => Ok(()),
+        _ => {
+            let message = "a part of the pod has been let go, and another one has not";
+            Err(Error::new(Kind::Uncertain, message).because(error))
+        }
+    }
+}
+
+/// Lets all containers go that are held; those that run are as they were.
+///
+/// # Errors
+/// The runtime front's; what has been let go runs.
+async fn release(node: &Containerd, arrival: &Arrival) -> Result<()> {
+    for id in ids(arrival) {
+        let record = node.container(id).await?;
+        let task = node.task(id).await?;
+        let runtime = TaskToFreeze::of(node, &record, &task).runtime;
+        runtime.release(id, node.address()).await?;
+    }
+    Ok(())
+}
+
+/// Brings a pod to its end whose source has committed itself.
+///
+/// # Errors
+/// containerd's or the runtime front's.
+pub(in super::super) async fn let_go(node: &Containerd, arrival: &Arrival) -> Result<Committed> {
+    let mut there = 0;
+    for id in ids(arrival) {
+        there += usize::from(is_there(node, id).await?);
+    }
+    let all = ids(arrival).count();
+    if there == all {
+        release(node, arrival).await?;
+        return Ok(Committed::Runs);
+    }
+    if !has_run(arrival)? {
+        return Ok(Committed::NeverRan);
+    }
+    if there == 0 {
+        return Ok(Committed::Gone);
+    }
+    // One of them has ended since, as containers do.
+    for id in ids(arrival) {
+        if is_there(node, id).await? {
+            let one = ArrivingPod {
+                ids: vec![id.clone()],
+                ..ArrivingPod::default()
+            };
+            let one = Arrival {
+                pod: Some(one),
+                ..arrival.clone()
+            };
+            release(node, &one).await?;
+        }
+    }
+    Ok(Committed::Runs)
+}
+
+fn ids(arrival: &Arrival) -> impl Iterator<Item = &String> {
+    arrival.pod.iter().flat_map(|pod| &pod.ids)
+}
+
+async fn is_there(node: &Containerd, id: &str) -> Result<bool> {
+    match node.task(id).await {
+        Err(error) if error.is_not_found() => Ok(false),
+        task => Ok(!matches!(task?.status(), Status::Stopped | Status::Unknown)),
+    }
+}
+
+/// Whether the runtime front has let one of the containers go: it writes that down before the first instruction.
+fn has_run(arrival: &Arrival) -> Result<bool> {
+    let Some(pod) = &arrival.pod else {
+        return Ok(false);
+    };
+    let owner = Owner::Pod(pod.uid.clone());
+    let consumed = Consumed::by(Path::new(DEFAULT_CONSUMED_DIR), &owner)?;
+    let mut names = pod.containers.iter();
+    Ok(names.any(|name| consumed.container(&arrival.checkpoint, name).is_some()))
+}
+
+/// Removes what there is of the pod, which has not run.
+///
+/// # Errors
+/// What is left.
+pub(in super::super) async fn remove(
+    node: &Containerd,
+    pod: &ArrivingPod,
+    migration: &str,
+) -> Result<()> {
+    if pod.waits {
+        return give_up(node, pod).await;
+    }
+    let mut cri = CriPods::of(node);
+    // By its annotation, which nobody else has: a command that was killed in the middle of the call knows no id.
+    for sandbox in cri.sandboxes().await? {
+        if sandbox.annotations.get(RECEIVE).map(String::as_str) == Some(migration) {
+            let removed = cri.remove(&sandbox.id).await;
+            removed.with_context(|| format!("the sandbox {} is left", sandbox.id))?;
+        }
+    }
+    for image in &pod.images {
+        if cri.has_image(image).await? {
+            cri.remove_image(image).await?;
+        }
+    }
+    for directory in &pod.directories {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => {
+                removed.with_context(|| format!("cannot remove {}", directory.display()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Ends what is held in a pod that somebody else has made and will remove. Whatever is made of it later fails, and
+/// says why.
+async fn give_up(node: &Containerd, pod: &ArrivingPod) -> Result<()> {
+    let Some(sandbox) = &pod.sandbox else {
+        return Ok(());
+    };
+    let dir = PodDir::at(Path::new(DEFAULT_RUN_DIR), sandbox)?;
+    if !dir.path().is_dir() {
+        // It has gone.
+        return Ok(());
+    }
+    dir.set_arrival(InSandbox::GivenUp)?;
+    // One that is being restored is held in a moment, or fails.
+    let _lock = dir.lock()?;
+    for name in &pod.containers {
+        let Some(id) = dir
+            .staged(name)?
+            .map(|staged| staged.held_id())
+            .transpose()?
+            .flatten()
+        else {
+            continue;
+        };
+        let (Ok(record), Ok(task)) = (node.container(&id).await, node.task(&id).await) else {
+            // It has ended.
+            continue;
+        };
+        TaskToFreeze::of(node, &record, &task)
+            .runtime
+            .kill(&id)
+            .await?;
+    }
+    Ok(())
+}
