@@ -2,8 +2,8 @@
 //! `transship serve` fetches them.
 //!
 //! ```text
+//! /var/lib/transship/images.lock   locked (flock) by the `transship serve` that fetches
 //! /var/lib/transship/images/
-//!   .serving           locked (flock) by the `transship serve` that fetches
 //!   <64 hex digits>/   one for each digest
 //!     wanted           HOST/NAME@sha256:DIGEST, as the pod has it; as old as the last call that wants it
 //!     state            JSON: {"pulling": 34}, {"failed": "why"},
@@ -34,7 +34,7 @@ use crate::files::{make_dir, remove_tree, replace};
 
 /// Where they are kept.
 pub const DEFAULT_IMAGES_DIR: &str = "/var/lib/transship/images";
-const SERVING: &str = ".serving";
+const LOCK: &str = "lock";
 const WANTED: &str = "wanted";
 const STATE: &str = "state";
 /// Longest reference or state that is read, in bytes.
@@ -303,7 +303,7 @@ pub fn list(images: &Path) -> Result<Vec<WantedImage>, SandboxError> {
 /// A system call failed.
 pub fn serve(images: &Path) -> Result<Option<Flock<File>>, SandboxError> {
     make_dir(images)?;
-    let path = images.join(SERVING);
+    let path = images.with_extension(LOCK);
     let mut open = OpenOptions::new();
     open.write(true).create(true).truncate(false).mode(0o600);
     let file = open.open(&path).during("open", &path)?;
@@ -311,7 +311,7 @@ pub fn serve(images: &Path) -> Result<Option<Flock<File>>, SandboxError> {
 }
 
 fn is_served(images: &Path) -> Result<bool, SandboxError> {
-    let path = images.join(SERVING);
+    let path = images.with_extension(LOCK);
     let file = match File::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         file => file.during("open", &path)?,

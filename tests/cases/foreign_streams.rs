@@ -101,8 +101,8 @@ fn offer(good: &Forgery, target: &Value) -> Value {
     container["files"] = json!([]);
     json!({
         "message": "offer", "protocol": PROTOCOL, "migration": migration_name(),
-        "container": container, "spec": good.spec.to_string(),
-        "architecture": std::env::consts::ARCH, "target": target, "blobs": [], "estimate": 1000,
+        "containers": [{"container": container, "spec": good.spec.to_string(), "blobs": []}],
+        "architecture": std::env::consts::ARCH, "target": target, "estimate": 1000,
     })
 }
 
@@ -131,10 +131,10 @@ fn a_name_of_an_image_is_not_taken(node: &Node, good: &Forgery) -> anyhow::Resul
         .shell("ctr images ls | awk '/counter/ {print $3}'")
         .read()?;
     let mut offered = offer(good, &json!({}));
-    offered["container"]["image"] = json!({
+    offered["containers"][0]["container"]["image"] = json!({
         "name": "registry.k8s.io/pause:3.10", "digest": "", "chain_id": "sha256:0",
     });
-    offered["blobs"] = json!([{
+    offered["containers"][0]["blobs"] = json!([{
         "digest": target.trim(), "size": 1000, "labels": {"containerd.io/gc.root": "1"},
         "media_type": "application/vnd.oci.image.manifest.v1+json",
     }]);
