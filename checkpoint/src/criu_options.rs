@@ -145,6 +145,12 @@ impl CriuOptions {
             || self.manage_cgroups_mode.is_some()
     }
 
+    /// Whether [`Self::dump_arguments`] are other ones with another runtime.
+    #[must_use]
+    pub fn depend_on_runtime(&self) -> bool {
+        self.exceed_containerd() || self.empty_ns.is_some()
+    }
+
     /// The flags of `checkpoint` in every runc and crun.
     #[must_use]
     pub fn dump_flags(&self) -> Vec<RuntimeFlag> {

@@ -13,20 +13,23 @@
 //!   gives up the server, takes its parasite out, says that the dump has failed
 //! ```
 //!
-//! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it. CRIU before 4.0 does
-//! not run scripts beside the RPC of the runtimes in all of these places.
+//! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::check::Version;
 use crate::error::{Context, Result};
 
+/// CRIU before it does not run scripts beside the RPC of the runtimes in all of these places.
+const SINCE: Version = Version(4, 0, 0);
 /// Begins the name of its directory, which no container has.
 const PREFIX: &str = ".hold-";
 
@@ -38,6 +41,16 @@ pub struct DumpHold {
 }
 
 impl DumpHold {
+    /// Whether dumps can be held on this node: by its CRIU, and with userfaultfd, which runc asks for at every lazy
+    /// dump.
+    pub fn is_possible() -> bool {
+        Version::of_criu().is_some_and(|version| version >= SINCE)
+            && Command::new("criu")
+                .args(["check", "--feature", "uffd-noncoop"])
+                .output()
+                .is_ok_and(|output| output.status.success())
+    }
+
     /// A hold for the dump of a container below `draft`, which nobody else writes to.
     ///
     /// # Errors

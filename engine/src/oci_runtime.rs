@@ -76,6 +76,11 @@ impl OciRuntime {
         name.to_string_lossy().into_owned()
     }
 
+    /// Whether it knows the flags of a dump that is held.
+    pub(crate) fn can_hold_dumps(&self) -> bool {
+        ["runc", "transship-runc"].contains(&self.name().as_str())
+    }
+
     /// Whether it is transship's front, which looks after the container's later lives.
     pub(crate) fn is_front(&self) -> bool {
         self.name().starts_with("transship-")
@@ -95,8 +100,12 @@ impl OciRuntime {
         export: Option<ExportInside<'_>>,
         hold: Option<&DumpHold>,
     ) -> Result<()> {
-        let known = self.checkpoint_help().await?;
-        let (options, mut lines) = criu.dump_arguments(&known);
+        // The container stands still: the runtime is asked only where its version matters.
+        let help = match criu.depend_on_runtime() {
+            true => self.checkpoint_help().await?,
+            false => String::new(),
+        };
+        let (options, mut lines) = criu.dump_arguments(&help);
         let mut flags: Vec<OsString> = Vec::new();
         for (name, value) in options {
             flags.push(format!("--{name}").into());

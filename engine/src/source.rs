@@ -11,7 +11,6 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::Container as Record;
@@ -38,7 +37,6 @@ use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 use transship_sandbox::shared_dirs::shared_mounts;
 
-use crate::check::Version;
 use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
 use crate::dump_hold::DumpHold;
@@ -406,24 +404,6 @@ impl SourceContainer {
             .sum();
         let usage = transship_layer::upperdir_usage(&self.stack.top)?;
         Ok(memory + usage.size)
-    }
-
-    /// Whether its dump can be held. Other runtimes than runc do not know the flags, earlier versions of CRIU do not
-    /// run the scripts, and a kernel without userfaultfd is refused by runc.
-    pub fn can_be_held(&self) -> bool {
-        const SINCE: Version = Version(4, 0, 0);
-        // That of the addresses which are compared.
-        const HELD_PAGE: i64 = 4096;
-        let is_runc = ["runc", "transship-runc"].contains(&self.runtime.name().as_str());
-        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-        is_runc
-            && page == Ok(Some(HELD_PAGE))
-            && Version::of_criu().is_some_and(|version| version >= SINCE)
-            // runc asks for it at every lazy dump.
-            && Command::new("criu")
-                .args(["check", "--feature", "uffd-noncoop"])
-                .output()
-                .is_ok_and(|output| output.status.success())
     }
 
     /// The dump itself: by containerd, or past it when it cannot carry the options.

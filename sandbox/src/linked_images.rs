@@ -72,17 +72,18 @@ impl LinkedImages {
 
     /// What they build on, as CRIU looks for it.
     fn fill_parents(&self, from: &Path) -> Result<(), SandboxError> {
-        let memory = |number: u32| from.with_file_name(format!("{MEMORY_DIR}{number}"));
-        let count = (1..).take_while(|number| memory(*number).is_dir()).count();
+        let memory = (1_u32..)
+            .map(|number| from.with_file_name(format!("{MEMORY_DIR}{number}")))
+            .take_while(|memory| memory.is_dir());
         let mut dir = self.dir.clone();
-        // Each of them costs a directory; a migration makes as many as it has rounds.
-        for number in (1..).take(count).collect::<Vec<u32>>().into_iter().rev() {
+        // A migration makes as many as it has rounds.
+        for memory in memory.collect::<Vec<_>>().iter().rev() {
             dir.push(PARENT_DIR);
             DirBuilder::new()
                 .mode(0o700)
                 .create(&dir)
                 .during("create", &dir)?;
-            fill(&dir, &memory(number))?;
+            fill(&dir, memory)?;
         }
         Ok(())
     }

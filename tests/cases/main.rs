@@ -31,6 +31,7 @@ mod migration_cut;
 mod migration_direct;
 mod migration_faults;
 mod migration_keeps;
+mod moments;
 mod node_api;
 mod not_ours;
 mod one_copy;

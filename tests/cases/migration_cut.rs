@@ -16,37 +16,23 @@ use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_unti
 
 use crate::Case;
 use crate::migration_faults::{counts_on, run_alone};
+use crate::moments::{paced_front, tells_how_it_ended};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const RECOVER: &str = "transship recover --once";
 
-/// Stops at the moments that /run/stop-at-* name, until that file is gone.
-const PACED_FRONT: &str = r#"#!/bin/sh
-stop_at() {
-    [ -e /run/stop-at-$1 ] || return 0
-    touch /run/at-$1
-    while [ -e /run/stop-at-$1 ]; do sleep 0.02; done
-}
-case " $* " in
-    *" create "*) stop_at create ;;
+/// The moments of the front.
+const MOMENTS: &str = r#"    *" create "*) stop_at create ;;
     *" start "*)
         stop_at start
         /usr/local/bin/transship-runc "$@" || exit
         stop_at running
         exit
-        ;;
-esac
-exec /usr/local/bin/transship-runc "$@"
-"#;
+        ;;"#;
 const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\nexec ssh node-b \"$@\"\n";
 const MOVE: &str = r#"#!/bin/sh
 transship migrate "$1" --to /usr/local/bin/link --link-timeout 3 \
-    --runtime-binary /usr/local/bin/paced-front --before-restore '
-    [ -e /run/stop-at-frozen ] || exit 0
-    touch /run/at-frozen
-    while [ -e /run/stop-at-frozen ]; do sleep 0.02; done'
-echo $? >/run/moved
-"#;
+    --runtime-binary /usr/local/bin/paced-front --before-restore "#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [
@@ -108,9 +94,9 @@ fn one_copy_whatever_is_cut(
     let (a, b) = journey::start_nodes(bed)?;
     bed.ssh(&a, &b)?;
     for (node, path, script) in [
-        (&b, "/usr/local/bin/paced-front", PACED_FRONT),
-        (&a, "/usr/local/bin/link", LINK),
-        (&a, "/usr/local/bin/move", MOVE),
+        (&b, "/usr/local/bin/paced-front", paced_front(MOMENTS)),
+        (&a, "/usr/local/bin/link", LINK.to_owned()),
+        (&a, "/usr/local/bin/move", tells_how_it_ended(MOVE)),
     ] {
         node.write_file(path, script)?;
         node.shell(&format!("chmod +x {path}")).run()?;

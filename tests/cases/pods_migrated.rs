@@ -10,6 +10,7 @@ use transship_testbed::{
 };
 
 use crate::Case;
+use crate::moments::{paced_front, tells_how_it_ended};
 use crate::pods_shared::{
     ROLES, fill_scratch, run_mates, run_mates_of, steps, volume_dir, wait_for,
 };
@@ -19,25 +20,15 @@ const POD: (&str, &str) = ("shop", "mates");
 /// What is told from other runtimes by its name.
 const FRONT: &str = "/usr/local/lib/paced/transship-runc";
 
-/// Stops at the moments that /run/stop-at-* name, until that file is gone.
-const PACED_FRONT: &str = r#"#!/bin/sh
-stop_at() {
-    [ -e /run/stop-at-$1 ] || return 0
-    touch /run/at-$1
-    while [ -e /run/stop-at-$1 ]; do sleep 0.02; done
-}
-case " $* " in
-    # The second of the three.
+/// The moments of the front.
+const MOMENTS: &str = r#"    # The second of the three.
     *" create "*) ! ls /run/transship/pods/*/restore/*/holder >/dev/null 2>&1 || stop_at create ;;
     *" transship-release "*)
         stop_at release
         /usr/local/bin/transship-runc "$@" || exit
         stop_at released
         exit
-        ;;
-esac
-exec /usr/local/bin/transship-runc "$@"
-"#;
+        ;;"#;
 /// Restores one container, and not the next one.
 const FAILING_CRIU: &str = r#"#!/bin/sh
 if [ "$1" = swrk ] && ls /run/transship/pods/*/restore/*/holder >/dev/null 2>&1; then exit 1; fi
@@ -45,12 +36,7 @@ exec /usr/local/sbin/criu.real "$@"
 "#;
 const MOVE: &str = r#"#!/bin/sh
 transship migrate --pod shop/mates --to "$1" --volumes emptydir --tcp established --link-timeout 5 \
-    --allow unmasked-paths --before-restore '
-    [ -e /run/stop-at-frozen ] || exit 0
-    touch /run/at-frozen
-    while [ -e /run/stop-at-frozen ]; do sleep 0.02; done'
-echo $? >/run/moved
-"#;
+    --allow unmasked-paths --before-restore "#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     std::iter::once(Case {
@@ -66,8 +52,8 @@ fn a_pod_moves_in_one_migration(bed: &Testbed) -> anyhow::Result<()> {
     let pause = Image::pause(bed.settings())?;
     for node in [&a, &b] {
         node.shell("mkdir -p /usr/local/lib/paced").run()?;
-        node.write_file(FRONT, PACED_FRONT)?;
-        node.write_file("/usr/local/bin/move", MOVE)?;
+        node.write_file(FRONT, paced_front(MOMENTS))?;
+        node.write_file("/usr/local/bin/move", tells_how_it_ended(MOVE))?;
         node.shell("chmod +x /usr/local/lib/paced/transship-runc /usr/local/bin/move")
             .run()?;
         node.start_snapshotter()?;

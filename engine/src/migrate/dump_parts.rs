@@ -31,7 +31,7 @@ pub(super) struct Part {
     pub(super) name: String,
     pub(super) dir: PathBuf,
     pub(super) files: DumpFiles,
-    /// The processes whose memory it has, by their ids inside.
+    /// The processes whose memory is read in them, by their ids inside.
     pub(super) processes: BTreeMap<u32, u32>,
 }
 
@@ -50,16 +50,19 @@ impl DumpParts {
         for (at, source) in moving.containers.iter().enumerate() {
             let container = &source.container;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
-            let hold = match known.get(at).is_some_and(KnownMemory::has_rounds) {
-                true => Some(DumpHold::make(draft, &container.name)?),
-                false => None,
+            let (hold, processes) = match known.get(at).is_some_and(KnownMemory::has_rounds) {
+                true => (
+                    Some(DumpHold::make(draft, &container.name)?),
+                    by_pid_inside(source.pid, &node.pids(source.id()).await?),
+                ),
+                false => (None, BTreeMap::new()),
             };
             let dir = draft.join(&container.name);
             parts.push(Part {
                 name: container.name.clone(),
                 files: DumpFiles::of(&dir, !container.criu.link_remap, hold),
                 dir,
-                processes: by_pid_inside(source.pid, &node.pids(source.id()).await?),
+                processes,
             });
         }
         if moving.pod.is_some() {

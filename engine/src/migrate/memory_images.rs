@@ -24,7 +24,7 @@ use transship_checkpoint::manifest::{self, IMAGES_DIR, MEMORY_DIR};
 use transship_checkpoint::wire::{Check, Sender, SendingFile, WireError};
 use twox_hash::XxHash3_64;
 
-use super::process_memory::{Buffers, PAGE, PAGE_LEN, ProcessMemory, TakePages};
+use super::process_memory::{Buffers, PAGE, PAGE_LEN, PIECE, ProcessMemory, TakePages};
 use crate::error::{Error, Result};
 
 /// More pages than this are not remembered, 20 GB: their hashes have 40 MB.
@@ -209,7 +209,7 @@ impl KnownMemory {
                 }
                 (PagePlace::Process, Some(memory)) => {
                     let unread = |e| failed("read in their process the pages of", e);
-                    let hash = |page: &[u8]| XxHash3_64::oneshot_with_seed(seed, page);
+                    let hash = |page: &[u8]| hash_of(seed, page);
                     memory.read_run((run.start, run.pages), hash, add, &unread)?;
                 }
                 // No dump of ours has a parent.
@@ -246,9 +246,13 @@ impl KnownMemory {
     }
 }
 
+fn hash_of(seed: u64, page: &[u8]) -> u64 {
+    XxHash3_64::oneshot_with_seed(seed, page)
+}
+
 fn hashes_of(seed: u64, pages: &[u8]) -> Vec<u64> {
     { pages.chunks(PAGE_LEN) }
-        .map(|page| XxHash3_64::oneshot_with_seed(seed, page))
+        .map(|page| hash_of(seed, page))
         .collect()
 }
 
@@ -259,11 +263,10 @@ fn copy_run(
     add: &mut TakePages<'_, WireError>,
     failed: impl Fn(io::Error) -> WireError,
 ) -> std::result::Result<(), WireError> {
-    const PIECE: u64 = 1 << 20;
     let (mut at, end) = (run.start, run.start + run.pages * PAGE);
     let mut piece = Vec::new();
     while at < end {
-        let count = (end - at).min(PIECE);
+        let count = (end - at).min(PIECE as u64);
         piece.clear();
         let read = Read::by_ref(from).take(count).read_to_end(&mut piece);
         if read.map_err(&failed)? as u64 != count {

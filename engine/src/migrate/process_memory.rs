@@ -19,7 +19,7 @@ use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 pub(super) const PAGE: u64 = PAGE_LEN as u64;
 pub(super) const PAGE_LEN: usize = 4096;
 /// Bytes that are read at once.
-const PIECE: usize = 1 << 20;
+pub(super) const PIECE: usize = 1 << 20;
 /// Entries of a pagemap that are read at once.
 const ENTRIES: usize = 8192;
 /// Threads that read memory in the freeze.
@@ -27,6 +27,12 @@ const READERS: usize = 2;
 /// Bits of an entry: the page is there; it is of a file, or shared.
 const PRESENT: u64 = 1 << 63;
 const FILE_OR_SHARED: u64 = 1 << 61;
+
+/// Whether a page of this machine is one of those that are compared.
+pub(super) fn can_compare_pages() -> bool {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    page.is_ok_and(|page| page.and_then(|page| u64::try_from(page).ok()) == Some(PAGE))
+}
 
 /// Takes whole pages that begin at an address.
 pub(super) type TakePages<'a, E> = dyn FnMut(u64, &[u8]) -> Result<(), E> + 'a;

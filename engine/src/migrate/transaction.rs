@@ -25,6 +25,7 @@ use super::dump_parts::{DumpParts, dump_all};
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use super::precopy::Rounds;
+use super::process_memory::can_compare_pages;
 use super::record::{Pending, Record};
 use super::recover::undecided;
 use super::{
@@ -33,6 +34,7 @@ use super::{
 };
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
+use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, at_most};
 use crate::image_blobs::offer_blobs;
@@ -126,35 +128,36 @@ impl Transaction<'_> {
         let containers = &self.moving.containers;
         let made = containers.iter().map(|_| KnownMemory::new());
         let mut known = made.collect::<Result<Vec<_>>>()?;
+        let mut rounds = Rounds::within(self.request.precopy);
+        if !rounds.go_on() {
+            return Ok(known);
+        }
+        let possible = can_compare_pages() && DumpHold::is_possible();
         let wanted = &self.request.target.criu;
-        // Whether `criu lazy-pages` reads images that build on others is not known.
         let goes_before = |source: &SourceContainer| {
             let criu = wanted.over(source.container.criu.clone());
-            !criu.lazy_pages && source.can_be_held()
+            // Whether `criu lazy-pages` reads images that build on others is not known.
+            possible && !criu.lazy_pages && source.runtime.can_hold_dumps()
         };
         let go_before: Vec<bool> = containers.iter().map(goes_before).collect();
         if !go_before.contains(&true) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);
         }
-        let mut rounds = Rounds::within(self.request.precopy);
         let from = self.timeline.now();
         while rounds.go_on() {
             self.progress.bytes("memory, while it runs", self.estimate);
-            let (mut pages, mut before) = (0, known.into_iter());
-            known = Vec::new();
-            for (source, goes_before) in containers.iter().zip(&go_before) {
-                let Some(mut of_container) = before.next() else {
-                    break;
-                };
-                if !goes_before {
-                    known.push(of_container);
-                    continue;
-                }
+            let mut pages = 0;
+            for (at, source) in containers
+                .iter()
+                .enumerate()
+                .filter(|(at, _)| go_before[*at])
+            {
                 let pids = self.node.pids(source.id()).await?;
                 let processes = by_pid_inside(source.pid, &pids);
                 let name = source.container.name.clone();
                 let mut count = self.progress.counter();
+                let mut of_container = known.remove(at);
                 let (back, sent) = self
                     .conversation
                     .write_data(move |sender| {
@@ -163,7 +166,7 @@ impl Transaction<'_> {
                         Ok((of_container, sent))
                     })
                     .await?;
-                known.push(back);
+                known.insert(at, back);
                 pages += sent.pages;
                 let name = &source.container.name;
                 let files = sent.files.into_iter().map(|file| (name.clone(), file));

@@ -54,7 +54,7 @@ impl Front<'_> {
             criu.link_remap = false;
         }
         // The runtime is asked only where its version matters.
-        let help = match criu.exceed_containerd() || criu.empty_ns.is_some() {
+        let help = match criu.depend_on_runtime() {
             true => self.env.runtime.checkpoint_help()?,
             false => String::new(),
         };
