@@ -253,11 +253,12 @@ fn traced(bed: &Testbed, node: &Node, runtime: &str) -> anyhow::Result<String> {
     );
     let codes = strace.read()?;
     let text = std::fs::read_to_string(&log)?;
-    let of_runc = |line: &str| {
+    let of_runc = |line: &str| -> Option<String> {
         let (_pid, call) = line.split_once(" execve(")?;
         let path = call.split('"').nth(1)?;
-        path.ends_with("/runc")
-            .then(|| call.replace("<unfinished ...>", ""))
+        // What follows is `) = 0`, or `<unfinished ...>` where another process was heard of before that.
+        let (given, _) = call.rsplit_once(']')?;
+        path.ends_with("/runc").then(|| given.to_owned())
     };
     let found: Vec<_> = text.lines().filter_map(of_runc).collect();
     ensure!(
