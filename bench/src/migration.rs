@@ -60,9 +60,24 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         turn: 0,
     };
     let mut rows = Vec::new();
+    let mut idle = None;
     for memory in &sizes.migration_memory_mb {
-        rows.extend(course.measure(*memory, sizes)?);
+        let (found, frozen) = course.measure(*memory, sizes)?;
+        rows.extend(found);
+        idle = Some((*memory, frozen));
     }
+    let (memory, frozen) = idle.context("no memory is migrated")?;
+    rows.push(course.measure_rewritten(memory, sizes)?);
+    let per_mb = frozen / f64::from(memory);
+    let large = course.measure_large(sizes)?;
+    let name = format!(
+        "frozen, {} MB in memory, memory sent before",
+        sizes.large_memory_mb
+    );
+    let large = Row::new(name, "ms per MB", large)
+        .beside(&format!("{memory} MB"), per_mb, Better::Growth)
+        .goal(Goal::RatioAtMost(1.1));
+    rows.push(large);
     a.stop_daemon(EVENTS, "TERM")?;
     Ok(rows)
 }
@@ -73,6 +88,23 @@ struct Course<'a> {
     b: &'a Node,
     ssh: &'a str,
     turn: usize,
+}
+
+/// What is migrated.
+#[derive(Debug, Clone, Copy)]
+struct Program {
+    memory_mb: u32,
+    /// So much of it is written again each second.
+    rewrite_mb: u32,
+}
+
+impl Program {
+    fn idle(memory_mb: u32) -> Program {
+        Program {
+            memory_mb,
+            rewrite_mb: 0,
+        }
+    }
 }
 
 /// How long the program stood still, in milliseconds, and what the command took.
@@ -97,15 +129,17 @@ fn medians_of_steps(all: &[Took]) -> String {
 }
 
 impl Course<'_> {
-    fn measure(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Vec<Row>> {
+    /// The rows, and how long the program with memory sent before stood still.
+    fn measure(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<(Vec<Row>, f64)> {
         let (mut with, mut without, mut floor) = (Vec::new(), Vec::new(), Vec::new());
         let (mut stock, mut checkpoint) = (Vec::new(), Vec::new());
         let mut exported = String::new();
         for round in 0..sizes.migrations {
             eprintln!("   {memory_mb} MB, round {}", round + 1);
-            with.push(self.migrate(memory_mb, &[])?);
-            without.push(self.migrate(memory_mb, &["--max-precopy-rounds", "0"])?);
-            floor.push(self.bare(memory_mb)?);
+            let program = Program::idle(memory_mb);
+            with.push(self.migrate(program, &[])?);
+            without.push(self.migrate(program, &["--max-precopy-rounds", "0"])?);
+            floor.push(self.bare(program)?);
             let (times, frozen, export) = self.stock(memory_mb)?;
             checkpoint.push(times);
             stock.push(frozen);
@@ -138,7 +172,8 @@ impl Course<'_> {
         let total: Vec<f64> = with.iter().map(|took| took.total).collect();
         let [with, without] =
             [with, without].map(|all| -> Vec<f64> { all.iter().map(|took| took.frozen).collect() });
-        Ok(vec![
+        let frozen = median(&with).context("no round")?;
+        let rows = vec![
             beside_floor("memory sent before", &with)
                 .goal(Goal::RatioAtMost(from))
                 .note(note_with),
@@ -148,24 +183,57 @@ impl Course<'_> {
             beside_stock("memory sent before", &with).note(exported),
             beside_stock("all in the freeze", &without),
             row(whole, &total, STOCK, &checkpoint, Better::Less),
-        ])
+        ];
+        Ok((rows, frozen))
+    }
+
+    /// A program that writes to its memory all the time.
+    fn measure_rewritten(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Row> {
+        let program = Program {
+            memory_mb,
+            rewrite_mb: 20,
+        };
+        let (mut ours, mut floor) = (Vec::new(), Vec::new());
+        for round in 0..sizes.migrations {
+            eprintln!("   {memory_mb} MB, rewritten, round {}", round + 1);
+            ours.push(self.migrate(program, &[])?);
+            floor.push(self.bare(program)?);
+        }
+        let note = medians_of_steps(&ours);
+        let ours: Vec<f64> = ours.iter().map(|took| took.frozen).collect();
+        let name = format!("frozen, {memory_mb} MB in memory, 20 MB/s of it rewritten");
+        let row = Row::of_pairs(name, "ms", &ours, FLOOR, &floor, Better::Growth);
+        Ok(row.goal(Goal::RatioAtMost(0.9)).note(note))
+    }
+
+    /// Milliseconds for each megabyte of a large program.
+    fn measure_large(&mut self, sizes: &Sizes) -> Result<f64> {
+        let memory_mb = sizes.large_memory_mb;
+        let mut frozen = Vec::new();
+        for round in 0..sizes.migrations {
+            eprintln!("   {memory_mb} MB, round {}", round + 1);
+            frozen.push(self.migrate(Program::idle(memory_mb), &[])?.frozen);
+        }
+        Ok(median(&frozen).context("no round")? / f64::from(memory_mb))
     }
 
     /// A counter in a sandbox that answers; gives the ids of both.
-    fn counter(&mut self, memory_mb: u32) -> Result<(String, String)> {
+    fn counter(&mut self, program: Program) -> Result<(String, String)> {
         self.turn += 1;
         let (sandbox, counter) = (
             format!("sandbox-{}", self.turn),
             format!("counter-{}", self.turn),
         );
         journey::run_sandbox(self.a, &sandbox)?;
-        journey::run_counter(self.a, &counter, &sandbox, memory_mb, &[])?;
+        let [memory, rewrite] = [program.memory_mb, program.rewrite_mb].map(|mb| mb.to_string());
+        let options = ["--memory-mb", &memory, "--rewrite-mb-per-second", &rewrite];
+        journey::run_counter_as(self.a, &counter, &sandbox, &options, &[])?;
         journey::ask(self.a, &journey::sandbox_address(self.a, &sandbox)?)?;
         Ok((sandbox, counter))
     }
 
-    fn migrate(&mut self, memory_mb: u32, more: &[&str]) -> Result<Took> {
-        let (here, counter) = self.counter(memory_mb)?;
+    fn migrate(&mut self, program: Program, more: &[&str]) -> Result<Took> {
+        let (here, counter) = self.counter(program)?;
         let there = format!("{here}-b");
         journey::run_sandbox(self.b, &there)?;
         let mut migrate = self.a.command("transship");
@@ -190,8 +258,8 @@ impl Course<'_> {
     }
 
     /// `runc checkpoint` and `runc restore` of the same container in memory, on one node: no transfer.
-    fn bare(&mut self, memory_mb: u32) -> Result<f64> {
-        let (sandbox, counter) = self.counter(memory_mb)?;
+    fn bare(&mut self, program: Program) -> Result<f64> {
+        let (sandbox, counter) = self.counter(program)?;
         let script = BARE.replace("COUNTER", &counter);
         let times = time_in_node(self.a, &script)?;
         for id in [&counter, &sandbox] {
@@ -203,7 +271,7 @@ impl Course<'_> {
     /// The stock checkpoint: how long it takes, how long the container is paused, and whether its image can
     /// leave the node.
     fn stock(&mut self, memory_mb: u32) -> Result<(f64, f64, String)> {
-        let (sandbox, counter) = self.counter(memory_mb)?;
+        let (sandbox, counter) = self.counter(Program::idle(memory_mb))?;
         let image = format!("transship.test/stock:{}", self.turn);
         let command = format!("timed ctr containers checkpoint --rw --task {counter} {image}");
         let times = time_in_node(self.a, &command)?;

@@ -27,6 +27,8 @@ pub(crate) struct Sizes {
     pub(crate) slow_rounds: usize,
     /// Memory of the migrated containers.
     pub(crate) migration_memory_mb: Vec<u32>,
+    /// That of a large one.
+    pub(crate) large_memory_mb: u32,
     /// Migrations of each kind.
     pub(crate) migrations: usize,
     /// Memory of the checkpoint that is packed.
@@ -52,6 +54,7 @@ impl Sizes {
             large_file_bytes: 2 << 30,
             slow_rounds: 3,
             migration_memory_mb: vec![16, 500],
+            large_memory_mb: 2000,
             migrations: 10,
             package_mb: 500,
             restores: 25,
@@ -73,6 +76,7 @@ impl Sizes {
             large_file_bytes: 64 << 20,
             slow_rounds: 1,
             migration_memory_mb: vec![16],
+            large_memory_mb: 64,
             migrations: 1,
             package_mb: 40,
             restores: 2,

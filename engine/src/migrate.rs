@@ -7,9 +7,10 @@
 //!                                            | stays paused        | until it is asked  | the record
 //! ```
 //!
-//! `record` is the file of this one migration: it keeps others from the same container, and from `Commit`
-//! on tells what is under way; `moving` is what moves, a container or all of a pod; `recover` ends what this process has left. `restart_policy` keeps containerd from making
-//! a second copy meanwhile. `transaction` is the talk with the target (`engine::receive`).
+//! `record` is the file of this one migration: it keeps others from the same container, and from `Commit` on tells
+//! what is under way; `moving` is what moves, a container or all of a pod; `recover` ends what this process has left.
+//! `restart_policy` keeps containerd from making a second copy meanwhile. `transaction` is the talk with the target
+//! (`engine::receive`); `precopy`, `memory_images` and `frozen_memory` are how memory gets there.
 
 use std::path::Path;
 use std::time::Duration;
@@ -39,6 +40,7 @@ use crate::timeline::Timeline;
 mod ask;
 mod dump_files;
 mod dump_parts;
+mod frozen_memory;
 mod memory_images;
 mod moving;
 mod network;

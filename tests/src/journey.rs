@@ -89,12 +89,26 @@ pub fn run_counter(
     memory_mb: u32,
     more: &[&str],
 ) -> Result<(), TestbedError> {
+    let memory = memory_mb.to_string();
+    run_counter_as(node, id, sandbox, &["--memory-mb", &memory], more)
+}
+
+/// The same with options of the program; `more` are those of `ctr run`.
+///
+/// # Errors
+/// When ctr fails.
+pub fn run_counter_as(
+    node: &Node,
+    id: &str,
+    sandbox: &str,
+    options: &[&str],
+    more: &[&str],
+) -> Result<(), TestbedError> {
     let pid = task_pid(node, sandbox)?;
     let namespaces: Vec<String> = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")]
         .iter()
         .map(|(kind, file)| format!("{kind}:/proc/{pid}/ns/{file}"))
         .collect();
-    let memory = memory_mb.to_string();
     let mut arguments = vec!["run", "--detach", "--snapshotter", "transship"];
     arguments.extend(
         namespaces
@@ -102,13 +116,8 @@ pub fn run_counter(
             .flat_map(|path| ["--with-ns", path.as_str()]),
     );
     arguments.extend(more);
-    arguments.extend([
-        "transship.test/counter:1",
-        id,
-        COUNTER,
-        "--memory-mb",
-        &memory,
-    ]);
+    arguments.extend(["transship.test/counter:1", id, COUNTER]);
+    arguments.extend(options);
     node.ctr(&arguments)?;
     Ok(())
 }

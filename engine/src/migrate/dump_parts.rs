@@ -5,7 +5,6 @@
 //!  beside them: /dev/shm, emptyDirs      ──> <draft>/.shared/       DumpFiles ──> sent at the end
 //! ```
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_containerd::Containerd;
 
 use super::dump_files::DumpFiles;
+use super::frozen_memory::FrozenMemory;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use crate::dump_hold::DumpHold;
@@ -31,8 +31,8 @@ pub(super) struct Part {
     pub(super) name: String,
     pub(super) dir: PathBuf,
     pub(super) files: DumpFiles,
-    /// The processes whose memory is read in them, by their ids inside.
-    pub(super) processes: BTreeMap<u32, u32>,
+    /// Where it is not CRIU that copies it.
+    pub(super) memory: Option<FrozenMemory>,
 }
 
 impl DumpParts {
@@ -43,26 +43,27 @@ impl DumpParts {
     pub(super) async fn of(
         node: &Containerd,
         moving: &Moving,
-        known: &[KnownMemory],
+        known: Vec<KnownMemory>,
         draft: &Path,
     ) -> Result<Self> {
         let mut parts = Vec::new();
-        for (at, source) in moving.containers.iter().enumerate() {
+        for (source, known) in moving.containers.iter().zip(known) {
             let container = &source.container;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
-            let (hold, processes) = match known.get(at).is_some_and(KnownMemory::has_rounds) {
-                true => (
-                    Some(DumpHold::make(draft, &container.name)?),
-                    by_pid_inside(source.pid, &node.pids(source.id()).await?),
-                ),
-                false => (None, BTreeMap::new()),
+            let (hold, memory) = if known.has_rounds() {
+                let pids = node.pids(source.id()).await?;
+                let processes = by_pid_inside(source.pid, &pids);
+                let hold = DumpHold::make(draft, &container.name)?;
+                (Some(hold), Some(FrozenMemory::of(known, processes)))
+            } else {
+                (None, None)
             };
             let dir = draft.join(&container.name);
             parts.push(Part {
                 name: container.name.clone(),
                 files: DumpFiles::of(&dir, !container.criu.link_remap, hold),
                 dir,
-                processes,
+                memory,
             });
         }
         if moving.pod.is_some() {
@@ -71,7 +72,7 @@ impl DumpParts {
                 name: SHARED_DIR.to_owned(),
                 files: DumpFiles::of(&dir, false, None),
                 dir,
-                processes: BTreeMap::new(),
+                memory: None,
             });
         }
         Ok(Self(parts))

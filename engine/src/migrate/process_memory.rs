@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  /proc/PID/maps, pagemap ──> pages that a dump would have ──process_vm_readv──> pieces of them
+//!  while CRIU looks at a process that stands still ──> pieces that it does not change meanwhile
 //! ```
 //!
 //! No kernel support is needed, and nothing of the process is changed.
@@ -23,7 +24,7 @@ pub(super) const PIECE: usize = 1 << 20;
 /// Entries of a pagemap that are read at once.
 const ENTRIES: usize = 8192;
 /// Threads that read memory in the freeze.
-const READERS: usize = 2;
+pub(super) const READERS: usize = 2;
 /// Bits of an entry: the page is there; it is of a file, or shared.
 const PRESENT: u64 = 1 << 63;
 const FILE_OR_SHARED: u64 = 1 << 61;
@@ -61,6 +62,9 @@ struct Piece {
     bytes: Vec<u8>,
     hashes: Vec<u64>,
 }
+
+/// Begins the name of the mapping that asynchronous I/O of the kernel has.
+const AIO: &str = "/[aio]";
 
 /// The memory of one process.
 pub(super) struct ProcessMemory {
@@ -106,6 +110,25 @@ impl ProcessMemory {
             self.of_map(&map, buffers, take)?;
         }
         Ok(())
+    }
+
+    /// Mappings, by their ends, whose pages stay as they are from the freeze on, also while CRIU dumps the process.
+    /// CRIU calls into a process by changing code of it for a moment, so those that can be executed are left out;
+    /// so are all where I/O that was begun before may still end.
+    pub(super) fn mappings_at_rest(&self) -> Vec<(u64, u64)> {
+        let maps = Process::new(self.pid.as_raw()).and_then(|process| process.maps());
+        let maps: Vec<_> = maps.into_iter().flatten().collect();
+        let is_aio = |map: &MemoryMap| match &map.pathname {
+            MMapPath::Path(path) => path.to_string_lossy().starts_with(AIO),
+            _ => false,
+        };
+        if maps.iter().any(is_aio) {
+            return Vec::new();
+        }
+        { maps.into_iter() }
+            .filter(|map| is_dumped(map) && !map.perms.contains(MMPermissions::EXECUTE))
+            .map(|map| map.address)
+            .collect()
     }
 
     fn of_map<E>(
@@ -207,7 +230,7 @@ impl ProcessMemory {
     }
 
     /// Gives how many bytes could be read.
-    fn read(&self, from: u64, into: &mut [u8]) -> usize {
+    pub(super) fn read(&self, from: u64, into: &mut [u8]) -> usize {
         let Ok(base) = usize::try_from(from) else {
             return 0;
         };

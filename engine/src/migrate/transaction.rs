@@ -99,7 +99,6 @@ impl Transaction<'_> {
             // Nothing has been frozen yet.
             Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
-        let known = Arc::new(known);
         self.interrupt.check()?;
         self.timeline.freeze();
         let began = Instant::now();
@@ -194,7 +193,7 @@ impl Transaction<'_> {
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: Arc<Vec<KnownMemory>>) -> Result<()> {
+    async fn move_and_record(&mut self, draft: &Draft, known: Vec<KnownMemory>) -> Result<()> {
         self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
@@ -344,7 +343,7 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Arc<Vec<KnownMemory>>) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, known: Vec<KnownMemory>) -> Result<()> {
         let (containers, shared) = self.dump_and_send(draft, known).await?;
         let pod = self.moving.pod.as_ref();
         let manifest = source::manifest(
@@ -415,11 +414,11 @@ impl Transaction<'_> {
     async fn dump_and_send(
         &mut self,
         draft: &Draft,
-        known: Arc<Vec<KnownMemory>>,
+        known: Vec<KnownMemory>,
     ) -> Result<(Vec<Container>, Shared)> {
         let from = self.timeline.now();
         self.progress.bytes("dump and transfer", self.estimate);
-        let parts = DumpParts::of(self.node, self.moving, &known, draft.dir()).await?;
+        let parts = DumpParts::of(self.node, self.moving, known, draft.dir()).await?;
         let parts = Arc::new(parts);
         let count = Arc::new(Mutex::new(self.progress.counter()));
         let follow = {
@@ -431,21 +430,17 @@ impl Transaction<'_> {
                         count(bytes);
                     }
                 };
-                for (at, part) in parts.all().iter().enumerate() {
+                for part in parts.all() {
+                    let from = (&*part.name, &*part.dir);
                     while let Some(next) = part.files.next() {
-                        match (next, known.get(at)) {
-                            (Next::Memory(path), Some(known)) => {
-                                let memory = known.send_image(
-                                    sender,
-                                    (&part.name, &part.dir),
-                                    &path,
-                                    &part.processes,
-                                    &mut progress,
-                                )?;
+                        match (next, &part.memory) {
+                            (Next::Memory(path), Some(memory)) => {
+                                let image =
+                                    memory.send_image(sender, from, &path, &mut progress)?;
                                 part.files.memory_sent();
-                                let files = memory.files.into_iter();
+                                let files = image.files.into_iter();
                                 sent.extend(files.map(|file| (part.name.clone(), file)));
-                                bytes += memory.bytes;
+                                bytes += image.bytes;
                             }
                             (Next::File(path) | Next::Memory(path), _) => {
                                 let mut how = How {
@@ -454,8 +449,7 @@ impl Transaction<'_> {
                                     progress: &mut progress,
                                     sent: 0,
                                 };
-                                let file =
-                                    sender.send_file(&part.name, &part.dir, &path, &mut how)?;
+                                let file = sender.send_file(from.0, from.1, &path, &mut how)?;
                                 sent.push((part.name.clone(), file));
                                 bytes += how.sent;
                             }

@@ -2,13 +2,15 @@
 //! off its answers and its files.
 //!
 //! ```text
-//! counter [--memory-mb 200] [--port 7000] [--interval-ms 50] [--data /data]
+//! counter [--memory-mb 200] [--rewrite-mb-per-second 0] [--port 7000] [--interval-ms 50] [--data /data]
 //! ```
 //!
 //! At the start it deletes `<data>/delete-me`, makes `<data>/made/` with a file in it and fills its
 //! memory with a pattern that does not compress. Then, every interval, it adds one to its counter
 //! and appends the value as a line to `<data>/counts`: a missing or repeated line is a missing or
-//! repeated step. To each connection it answers one line of JSON and closes:
+//! repeated step. So many megabytes of memory a second are written again, round and round, each word
+//! grown by one: then words differ from the pattern by as many rounds, or by one or two more. To each
+//! connection it answers one line of JSON and closes:
 //!
 //! ```text
 //! {"count":12,"hostname":"n","local_ip":"10.88.0.2","memory_ok":true,"memory_mb":200,"pid":1}
@@ -30,6 +32,7 @@ const WORDS_PER_MB: usize = 1024 * 1024 / size_of::<u64>();
 
 struct Options {
     memory_mb: usize,
+    rewrite_mb: usize,
     port: u16,
     interval: Duration,
     data: PathBuf,
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options {
         memory_mb: 200,
+        rewrite_mb: 0,
         port: 7000,
         interval: Duration::from_millis(50),
         data: PathBuf::from("/data"),
@@ -63,6 +67,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
         };
         match name.as_str() {
             "--memory-mb" => options.memory_mb = number()? as usize,
+            "--rewrite-mb-per-second" => options.rewrite_mb = number()? as usize,
             "--port" => {
                 options.port = value
                     .parse()
@@ -80,18 +85,25 @@ fn run(options: &Options) -> io::Result<()> {
     fs::remove_file(options.data.join("delete-me"))?;
     fs::create_dir(options.data.join("made"))?;
     fs::write(options.data.join("made/note"), "made at the start\n")?;
-    let memory: Arc<Vec<u64>> =
-        Arc::new(pattern().take(options.memory_mb * WORDS_PER_MB).collect());
+    let words = pattern().take(options.memory_mb * WORDS_PER_MB);
+    let memory: Arc<Vec<AtomicU64>> = Arc::new(words.map(AtomicU64::new).collect());
     let counts = OpenOptions::new()
         .append(true)
         .open(options.data.join("counts"))?;
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, options.port))?;
     let count = Arc::new(AtomicU64::new(0));
     let shown = Arc::clone(&count);
+    let is_rewritten = options.rewrite_mb > 0;
+    if is_rewritten {
+        let (memory, words) = (Arc::clone(&memory), options.rewrite_mb * WORDS_PER_MB);
+        std::thread::spawn(move || keep_rewriting(&memory, words));
+    }
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             // One asker that goes away must not end the counter.
-            if let Err(error) = stream.and_then(|stream| answer(stream, &shown, &memory)) {
+            if let Err(error) =
+                stream.and_then(|stream| answer(stream, &shown, &memory, is_rewritten))
+            {
                 eprintln!("counter: cannot answer: {error}");
             }
         }
@@ -109,8 +121,38 @@ fn keep_counting(count: &AtomicU64, mut counts: File, interval: Duration) -> io:
     }
 }
 
-fn answer(mut stream: TcpStream, count: &AtomicU64, memory: &[u64]) -> io::Result<()> {
-    let memory_ok = memory.iter().copied().eq(pattern().take(memory.len()));
+/// A hundredth of them each hundredth of a second.
+fn keep_rewriting(memory: &[AtomicU64], words_per_second: usize) {
+    for (count, word) in memory.iter().cycle().enumerate() {
+        if count.is_multiple_of((words_per_second / 100).max(1)) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // Only this thread writes.
+        let grown = word.load(Ordering::Relaxed).wrapping_add(1);
+        word.store(grown, Ordering::Relaxed);
+    }
+}
+
+/// Whether the words are the pattern, or as many rounds from it, or one or two more.
+fn is_whole(memory: &[AtomicU64], is_rewritten: bool) -> bool {
+    let rounds = memory.iter().zip(pattern());
+    let rounds = rounds.map(|(word, old)| word.load(Ordering::Relaxed).wrapping_sub(old));
+    let (least, most) = rounds.fold((u64::MAX, 0), |(least, most), it| {
+        (it.min(least), it.max(most))
+    });
+    match is_rewritten {
+        true => most.saturating_sub(least) <= 2,
+        false => most == 0,
+    }
+}
+
+fn answer(
+    mut stream: TcpStream,
+    count: &AtomicU64,
+    memory: &[AtomicU64],
+    is_rewritten: bool,
+) -> io::Result<()> {
+    let memory_ok = is_whole(memory, is_rewritten);
     let hostname = fs::read_to_string("/proc/sys/kernel/hostname")?;
     let line = format!(
         "{{\"count\":{},\"hostname\":\"{}\",\"local_ip\":\"{}\",\"memory_ok\":{memory_ok},\"memory_mb\":{},\"pid\":{}}}\n",

@@ -1,0 +1,357 @@
+//! The memory of a container that stands still while CRIU dumps it without its pages (`dump_hold`).
+//!
+//! ```text
+//!  freeze ──> CRIU: tasks, files, parasite ──> pagemaps; waits ──> all pages of them ──> checkpoint/pagemap-<pid>.img
+//!         ──> here: which pages of the last round are as they were ──────^                          pages-<n>.img
+//! ```
+//!
+//! Nearly all pages of a program that does little are looked at while CRIU is at work, which needs one processor and
+//! waits often. When it waits for us, what remains is what has changed, what can be executed, and what is new.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
+use transship_checkpoint::manifest::IMAGES_DIR;
+use transship_checkpoint::wire::{Sender, WireError};
+
+use super::memory_images::{HashRun, KnownMemory, SentMemory, image_name};
+use super::process_memory::{PAGE, PAGE_LEN, PIECE, ProcessMemory, READERS, TakePages};
+
+/// From one address up to another.
+type Range = (u64, u64);
+/// Ranges of pages, each with the name of its image.
+type InImages = Vec<(String, Range)>;
+
+/// What the target has of it, and its processes.
+#[derive(Debug)]
+pub(super) struct FrozenMemory {
+    held: Arc<Held>,
+    /// Who looks which pages have not changed.
+    looking: Mutex<Vec<JoinHandle<InImages>>>,
+    /// By the name of the image, in their order.
+    unchanged: OnceLock<BTreeMap<String, Vec<Range>>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    known: KnownMemory,
+    /// By their ids inside.
+    processes: BTreeMap<u32, u32>,
+}
+
+impl FrozenMemory {
+    /// That of these processes, by their ids inside, all of which stand still from now on.
+    pub(super) fn of(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
+        let held = Arc::new(Held { known, processes });
+        let looking = (0..READERS).map(|reader| {
+            let held = Arc::clone(&held);
+            thread::spawn(move || held.unchanged(reader))
+        });
+        Self {
+            looking: Mutex::new(looking.collect()),
+            unchanged: OnceLock::new(),
+            held,
+        }
+    }
+
+    /// Sends an image of the dump: `path` is that of its pagemap in `dir`, the container's directory.
+    ///
+    /// # Errors
+    /// A page that cannot be read; those of the stream.
+    pub(super) fn send_image<W: Write>(
+        &self,
+        sender: &Sender<W>,
+        (container, dir): (&str, &Path),
+        path: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<SentMemory, WireError> {
+        let file = dir.join(path);
+        let failed = |act, source: io::Error| WireError::File {
+            act,
+            path: file.clone(),
+            source,
+        };
+        let pagemap =
+            Pagemap::read(&file).map_err(|error| failed("read", io::Error::other(error)))?;
+        let name = image_name(path).unwrap_or_default();
+        let pages = format!("pages-{}.img", pagemap.pages_id);
+        let mut dumped = None;
+        let Held { known, processes } = &*self.held;
+        let memory = { name.parse().ok() }
+            .and_then(|inside: u32| processes.get(&inside))
+            .and_then(|pid| ProcessMemory::of(*pid).ok());
+        let unchanged = self.all_unchanged().get(name).map_or(&[][..], |it| it);
+        let place = (container, IMAGES_DIR);
+        let mut writer = known.writer(sender, place, name, pagemap.pages_id)?;
+        // CRIU begins a run with each of its pipes, at most 1 MiB.
+        let mut joined = Pagemap::default();
+        { pagemap.runs.iter() }.for_each(|run| joined.push(*run, PAGE));
+        for run in &joined.runs {
+            match (run.place, &memory) {
+                (PagePlace::File, _) => {
+                    let from = match &mut dumped {
+                        Some(from) => from,
+                        none => none.insert(
+                            File::open(dir.join(IMAGES_DIR).join(&pages))
+                                .map_err(|e| failed("open the pages of", e))?,
+                        ),
+                    };
+                    let unread = |e| failed("read the pages of", e);
+                    let add = &mut |start, piece: &[u8]| {
+                        progress(piece.len() as u64);
+                        writer.add(start, piece, &known.hashes_of(piece), run.lazy)
+                    };
+                    copy_run(from, run, add, unread)?;
+                }
+                (PagePlace::Process, Some(memory)) => {
+                    let unread = |e| failed("read in their process the pages of", e);
+                    let hash = |page: &[u8]| known.hash_of(page);
+                    let range = (run.start, run.start + run.pages * PAGE);
+                    for (start, end, is_unchanged) in split(range, unchanged) {
+                        let pages = (end - start) / PAGE;
+                        if is_unchanged {
+                            progress(end - start);
+                            writer.add_unchanged(start, pages, run.lazy);
+                            continue;
+                        }
+                        let add = &mut |start, piece: &[u8], hashes: &[u64]| {
+                            progress(piece.len() as u64);
+                            writer.add(start, piece, hashes, run.lazy)
+                        };
+                        memory.read_run((start, pages), hash, add, &unread)?;
+                    }
+                }
+                // No dump of ours has a parent.
+                (PagePlace::Process | PagePlace::Parent, _) => {
+                    let source = io::Error::other("no process has them");
+                    return Err(failed("find the pages of", source));
+                }
+            }
+        }
+        let mut sent = SentMemory::default();
+        writer.end(sender, &mut sent)?;
+        Ok(sent)
+    }
+
+    /// Waits for who looks.
+    fn all_unchanged(&self) -> &BTreeMap<String, Vec<Range>> {
+        self.unchanged.get_or_init(|| {
+            let looking =
+                std::mem::take(&mut *self.looking.lock().unwrap_or_else(PoisonError::into_inner));
+            // Of a thread that has panicked nothing is known: its pages are read again.
+            let found = looking.into_iter().filter_map(|it| it.join().ok());
+            let mut all: BTreeMap<String, Vec<Range>> = BTreeMap::new();
+            for (name, range) in found.flatten() {
+                all.entry(name).or_default().push(range);
+            }
+            all.values_mut().for_each(|ranges| ranges.sort_unstable());
+            all
+        })
+    }
+}
+
+impl Held {
+    /// What has not changed of the share of one of those who read.
+    fn unchanged(&self, reader: usize) -> InImages {
+        let (mut found, mut pieces) = (Vec::new(), 0);
+        let mut buffer = vec![0; PIECE];
+        for (name, hashes) in &self.known.images {
+            let pid = { name.parse().ok() }.and_then(|inside: u32| self.processes.get(&inside));
+            let Some(memory) = pid.and_then(|pid| ProcessMemory::of(*pid).ok()) else {
+                continue;
+            };
+            let at_rest = memory.mappings_at_rest();
+            let known = { hashes.0.iter() }.flat_map(|run| {
+                overlaps((run.start, run.end()), &at_rest)
+                    .flat_map(|(start, end)| (start..end).step_by(PIECE).map(move |at| (at, end)))
+                    .map(move |piece| (run, piece))
+            });
+            for (run, (start, end)) in known {
+                pieces += 1;
+                if pieces % READERS == reader {
+                    let length = usize::try_from(end - start).unwrap_or(PIECE).min(PIECE);
+                    let read = memory.read(start, &mut buffer[..length]);
+                    let same = self.same_pages(run, start, &buffer[..read]).into_iter();
+                    found.extend(same.map(|range| (name.clone(), range)));
+                }
+            }
+        }
+        found
+    }
+
+    /// The pages from `start` on whose hashes are those of the run.
+    fn same_pages(&self, run: &HashRun, start: u64, pages: &[u8]) -> Vec<Range> {
+        let skip = usize::try_from((start - run.start) / PAGE).unwrap_or(usize::MAX);
+        let known = run.hashes.iter().skip(skip);
+        let mut same: Vec<Range> = Vec::new();
+        for (at, (page, known)) in (start..)
+            .step_by(PAGE_LEN)
+            .zip(pages.chunks_exact(PAGE_LEN).zip(known))
+        {
+            if self.known.hash_of(page) != *known {
+                continue;
+            }
+            match same.last_mut() {
+                Some(last) if last.1 == at => last.1 += PAGE,
+                _ => same.push((at, at + PAGE)),
+            }
+        }
+        same
+    }
+}
+
+/// The parts of a range that are in others, which are in order.
+fn overlaps(range: Range, others: &[Range]) -> impl Iterator<Item = Range> {
+    let first = others.partition_point(|other| other.1 <= range.0);
+    { others[first..].iter() }
+        .take_while(move |other| other.0 < range.1)
+        .map(move |other| (other.0.max(range.0), other.1.min(range.1)))
+}
+
+/// A range in parts, with whether each is in the others.
+fn split(range: Range, others: &[Range]) -> Vec<(u64, u64, bool)> {
+    let mut parts = Vec::new();
+    let mut at = range.0;
+    for (start, end) in overlaps(range, others) {
+        if at < start {
+            parts.push((at, start, false));
+        }
+        parts.push((start, end, true));
+        at = end;
+    }
+    if at < range.1 {
+        parts.push((at, range.1, false));
+    }
+    parts
+}
+
+/// The pages of a run that CRIU has written.
+fn copy_run(
+    from: &mut File,
+    run: &PageRun,
+    add: &mut TakePages<'_, WireError>,
+    failed: impl Fn(io::Error) -> WireError,
+) -> Result<(), WireError> {
+    let (mut at, end) = (run.start, run.start + run.pages * PAGE);
+    let mut piece = Vec::new();
+    while at < end {
+        let count = (end - at).min(PIECE as u64);
+        piece.clear();
+        let read = Read::by_ref(from).take(count).read_to_end(&mut piece);
+        if read.map_err(&failed)? as u64 != count {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        add(at, &piece)?;
+        at += count;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use transship_checkpoint::wire::{Arriving, Check, Limits, Message, Receiver};
+
+    use super::*;
+
+    #[test]
+    fn ranges_are_split() {
+        let others = [(2, 4), (4, 5), (8, 9)];
+        let parts = [(1, 2, false), (2, 4, true), (4, 5, true), (5, 7, false)];
+        assert_eq!(split((1, 7), &others), parts);
+        assert_eq!(split((3, 4), &others), [(3, 4, true)]);
+        assert_eq!(split((9, 12), &others), [(9, 12, false)]);
+    }
+
+    #[test]
+    fn what_the_target_has_is_not_sent_again() {
+        // Whole pages of this process.
+        let mut memory = vec![7_u8; 5 * PAGE_LEN];
+        let first = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+        let byte =
+            |page: u64| usize::try_from(first + page * PAGE).unwrap() - memory.as_ptr() as usize;
+        let (second_page, third_page) = (byte(1), byte(2));
+        let own = BTreeMap::from([(1, std::process::id())]);
+        let (mut known, mut stream) = (KnownMemory::new().unwrap(), Vec::new());
+        let sender = Sender::new(&mut stream);
+        let round = known.send_round(&sender, "c", &own, &mut |_| {}).unwrap();
+        assert!(round.pages > 60 && round.files.len() == 2);
+        memory[second_page] = 8;
+        memory[third_page] = 7;
+
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join(IMAGES_DIR)).unwrap();
+        let run = |start, pages, place| PageRun {
+            start,
+            pages,
+            place,
+            lazy: place == PagePlace::Process,
+        };
+        let dumped = Pagemap {
+            pages_id: 9,
+            runs: vec![
+                run(first, 3, PagePlace::Process),
+                run(u64::MAX - 3 * PAGE, 1, PagePlace::File),
+            ],
+        };
+        let path = format!("{IMAGES_DIR}/pagemap-1.img");
+        fs::write(dir.path().join(&path), dumped.to_bytes()).unwrap();
+        let written = [9_u8; PAGE_LEN];
+        fs::write(dir.path().join(IMAGES_DIR).join("pages-9.img"), written).unwrap();
+        let from = ("c", dir.path());
+        let frozen = FrozenMemory::of(known, own);
+        let page_of = |number| (first + number * PAGE, first + (number + 1) * PAGE);
+        let as_they_were = frozen.all_unchanged().get("1").unwrap();
+        let is_unchanged = |page| overlaps(page_of(page), as_they_were).next().is_some();
+        assert!(is_unchanged(0) && !is_unchanged(1) && is_unchanged(2));
+        let sent = frozen.send_image(&sender, from, &path, &mut |_| {});
+        assert_eq!(sent.unwrap().pages, 2);
+        let nobody = FrozenMemory::of(KnownMemory::new().unwrap(), BTreeMap::new());
+        let lost = nobody.send_image(&sender.clone(), from, &path, &mut |_| {});
+        assert!(lost.is_err(), "pages that no process has");
+        sender.send(&Message::FilesEnd).unwrap();
+        drop(sender);
+
+        let target = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            max_bytes: u64::MAX,
+            keep_free: 0,
+        };
+        let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
+        // The one that was lost has been begun.
+        assert!(
+            Receiver::new(&stream[..])
+                .receive_files(&arriving, &mut |_| {})
+                .is_err()
+        );
+        let came = target.path().join("c");
+        let image = Pagemap::read(&came.join(&path)).unwrap();
+        let places: Vec<_> = image
+            .runs
+            .iter()
+            .map(|run| (run.pages, run.place))
+            .collect();
+        let expected = [
+            (1, PagePlace::Parent),
+            (1, PagePlace::File),
+            (1, PagePlace::Parent),
+            (1, PagePlace::File),
+        ];
+        assert_eq!(places, expected);
+        let pages = fs::read(came.join(IMAGES_DIR).join("pages-9.img")).unwrap();
+        assert_eq!(pages.len(), 2 * PAGE_LEN);
+        assert!(pages.contains(&8) && pages.ends_with(&written));
+        let before = Pagemap::read(&came.join("memory-1/pagemap-1.img")).unwrap();
+        let has = |at: u64| {
+            { before.runs.iter() }
+                .any(|run| (run.start..run.start + run.pages * PAGE).contains(&at))
+        };
+        assert!(has(first) && has(first + 2 * PAGE));
+    }
+}
