@@ -1,12 +1,13 @@
 //! Layers of images, and the tars of what the containers of a pod share.
 
-use std::fs;
-use std::io::Cursor;
+use std::fs::{self, File};
+use std::io::{self, Cursor, Write};
 use std::os::unix::fs::symlink;
 
 use transship_layer::{
-    Compression, ExportOptions, ImportOptions, LayerFormat, OverlayStack, decompress,
-    export_upperdir, import_into_upperdir, remove_contents,
+    Compression, ExportError, ExportOptions, ImportOptions, LayerFormat, OverlayStack,
+    RewriteError, decompress, export_upperdir, import_into_upperdir, remove_contents,
+    rewrite_for_image,
 };
 
 use crate::scratch::Scratch;
@@ -40,6 +41,42 @@ pub(crate) fn layer(data: &[u8]) {
     let repacked = export(&copy).expect("it was exported before");
     assert!(packed == repacked, "a layer does not come back as it was");
     again.check();
+    for_registries(&packed, &options);
+}
+
+/// A checkpoint's layer as that of an image, which has nothing in it that an image cannot say.
+fn for_registries(packed: &[u8], options: &ImportOptions) {
+    let place = Scratch::new();
+    let path = place.dir().join("layer");
+    fs::write(&path, packed).expect("it is empty");
+    let file = File::open(&path).expect("it was written");
+    let mut tar = Short(Vec::new());
+    if let Err(error) = rewrite_for_image(&file, &mut tar) {
+        let is_long = matches!(&error, RewriteError::Write(ExportError::Write { .. }));
+        assert!(is_long, "{error:?}");
+        return;
+    }
+    let unpacked = Scratch::new();
+    let stack = OverlayStack::new(unpacked.dir(), []);
+    import_into_upperdir(tar.0.as_slice(), &stack, options).expect("it is a layer of an image");
+    unpacked.check();
+}
+
+/// Takes no more than other tars have: holes become zeros.
+struct Short(Vec<u8>);
+
+impl Write for Short {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if (self.0.len() + bytes.len()) as u64 > MAX_TAR {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn export(stack: &OverlayStack) -> Option<Vec<u8>> {

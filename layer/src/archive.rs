@@ -7,7 +7,7 @@ use std::io::{self, Read};
 
 use crate::import_error::ImportError;
 use crate::layer_format::LiteralNames;
-use crate::path_bytes::{components, push_component, split_last};
+use crate::path_bytes::{clean_path, push_component, split_last};
 use crate::tar_read::{TarEntry, TarReader, TarType};
 
 const WHITEOUT: &[u8] = b".wh.";
@@ -61,15 +61,7 @@ impl Member {
     /// The path without `.`, `..` and slashes that say nothing.
     #[must_use]
     pub fn clean_path(&self) -> Vec<u8> {
-        let mut clean = Vec::new();
-        for component in components(&self.path) {
-            match component {
-                b"." => {}
-                b".." => clean.truncate(split_last(&clean).0.len()),
-                name => push_component(&mut clean, name),
-            }
-        }
-        clean
+        clean_path(&self.path)
     }
 
     /// Takes the member for one of a layer: which file it changes, and how.

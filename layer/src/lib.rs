@@ -29,7 +29,8 @@
 //! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
-//! `archive` reads a tar member by member, for those who only look.
+//! `archive` reads a tar member by member, for those who only look. `rewrite_for_image` makes of a checkpoint's
+//! layer one for registries.
 //!
 //! The library is synchronous, prints nothing and reads no environment.
 
@@ -56,6 +57,7 @@ mod pax;
 mod pax_overrides;
 mod read_ahead;
 mod remove_tree;
+mod rewrite_for_image;
 mod set_attributes;
 mod sparse;
 mod tar_header;
@@ -78,4 +80,5 @@ pub use mounted_overlay::MountedOverlay;
 pub use overlay_marks::OverlayXattrs;
 pub use overlay_stack::{MountFields, OverlayStack, StackError};
 pub use remove_tree::{remove_contents, remove_tree};
+pub use rewrite_for_image::{LeftOut, NotInImages, RewriteError, Rewritten, rewrite_for_image};
 pub use usage::{Usage, UsageError, upperdir_usage};

@@ -38,6 +38,11 @@ pub(crate) fn join_cleaned(dir: &[u8], target: &[u8]) -> Vec<u8> {
     path
 }
 
+/// A name in a tar as such a path.
+pub(crate) fn clean_path(name: &[u8]) -> Vec<u8> {
+    join_cleaned(b"", name)
+}
+
 /// Parent and last component.
 pub(crate) fn split_last(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
