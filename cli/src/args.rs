@@ -111,7 +111,7 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// Make a checkpoint of a file
     Import(ImportArgs),
-    /// Put a checkpoint into a registry, beside what is there already
+    /// Put a checkpoint into a registry, with an image that starts cold
     Push(PushArgs),
     /// Make a checkpoint of what push has put into a registry
     Pull(PullArgs),

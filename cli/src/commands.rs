@@ -46,7 +46,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Diff(args) => diff::run(&global, &args),
         Command::Export(args) => export::run(&global, args).await,
         Command::Import(args) => import::run(&global, args).await,
-        Command::Push(args) => push::run(&global, &args),
+        Command::Push(args) => push::run(&global, args).await,
         Command::Pull(args) => pull::run(&global, args),
         Command::Ls => ls::run(&global),
         Command::Rm(args) => rm::run(&args),

@@ -1,9 +1,9 @@
 //! `transship`: moves running containers from one containerd node to another.
 //!
 //! ```text
-//!  args --> commands/{checkpoint, restore, migrate, receive, snapshot, check, serve} --> transship-engine
-//!           commands/{send, ls, rm, prune}                                           --> checkpoint directory
-//!           commands/{inspect, diff, export, import, push, pull}   --> transship-package --> the same, and files
+//!  args --> commands/{checkpoint, restore, migrate, receive, push, snapshot, check, serve} --> transship-engine
+//!           commands/{send, ls, rm, prune}                                                 --> checkpoint directory
+//!           commands/{inspect, diff, export, import, pull}         --> transship-package --> the same, and files
 //!  progress: bars and lines while it goes on;  timeline_file: --timeline;  report: errors and exit codes
 //! ```
 

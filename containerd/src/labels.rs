@@ -13,6 +13,9 @@ pub const GC_EXPIRE: &str = "containerd.io/gc.expire";
 pub const GC_REF_CONTENT: &str = "containerd.io/gc.ref.content";
 /// Prefix of labels on a blob whose values are snapshots that it keeps; the snapshotter follows.
 pub const GC_REF_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
+/// Prefix of labels on a blob that tell where it comes from: the host of a registry follows, without its port, and the
+/// value is the repositories there, with commas between.
+pub const DISTRIBUTION_SOURCE: &str = "containerd.io/distribution.source.";
 /// On a compressed layer: the digest of its uncompressed tar.
 pub const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 

@@ -34,18 +34,10 @@ pub async fn complete(
     {
         return Ok(None);
     }
-    let leased = node.with_lease(LEASE).await?;
     let container = &mut source.container;
     let old = source.image.as_ref().map(|(_, image)| image);
     let (chain, snapshotter) = (container.image.chain_id.clone(), &container.snapshotter);
-    let image = match leased.rebuild_image(old, &chain, snapshotter).await {
-        Ok(image) => image,
-        Err(error) => {
-            // Nobody needs it; it ends by itself.
-            drop(leased.end_lease().await);
-            return Err(error);
-        }
-    };
+    let (leased, image) = rebuild(node, old, &chain, snapshotter).await?;
     let Some(target) = image.blobs.first().cloned() else {
         return Ok(Some(leased));
     };
@@ -56,6 +48,28 @@ pub async fn complete(
     });
     source.image = Some((target, image));
     Ok(Some(leased))
+}
+
+/// Makes an image of the layers that `snapshotter` has with the chain id `chain`; `old` is what is left of theirs. What
+/// was made goes with the lease that is given back.
+///
+/// # Errors
+/// The answer of containerd.
+pub(crate) async fn rebuild(
+    node: &Containerd,
+    old: Option<&ResolvedImage>,
+    chain: &str,
+    snapshotter: &str,
+) -> Result<(Containerd, ResolvedImage), ContainerdError> {
+    let leased = node.with_lease(LEASE).await?;
+    match leased.rebuild_image(old, chain, snapshotter).await {
+        Ok(image) => Ok((leased, image)),
+        Err(error) => {
+            // Nobody needs it; it ends by itself.
+            drop(leased.end_lease().await);
+            Err(error)
+        }
+    }
 }
 
 /// The blobs that this node has, with the labels that tie them together.

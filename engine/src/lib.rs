@@ -17,7 +17,8 @@
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
-//!  import: a package as a checkpoint of this node;  registry, pulls: from registries, also for pods that want one
+//!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
+//!  pulls: from registries, also for pods that want one
 //!  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
@@ -83,6 +84,7 @@ pub mod pod_dirs;
 pub mod pod_ended;
 pub mod progress;
 mod pulls;
+pub mod push;
 pub mod receive;
 pub mod registry;
 pub mod restart_policy;

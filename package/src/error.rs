@@ -5,7 +5,7 @@ use std::io;
 use transship_checkpoint::criu_images::ImageError;
 use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::store::StoreError;
-use transship_layer::ImportError;
+use transship_layer::{ImportError, RewriteError};
 use transship_path_error::PathError;
 
 use crate::encryption::EncryptionError;
@@ -24,6 +24,12 @@ pub enum PackageError {
     Stream {
         /// The act.
         act: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// What was to be sent to a registry cannot be read.
+    #[error("what was to be sent cannot be read")]
+    Unread {
         /// Why.
         source: io::Error,
     },
@@ -107,6 +113,22 @@ pub enum PackageError {
         container: String,
         /// Why.
         source: ImportError,
+    },
+    /// The layer with the changed files cannot be made one of an image.
+    #[error("the layer of {container:?} cannot be made one of an image")]
+    ImageLayer {
+        /// The container.
+        container: String,
+        /// Why.
+        source: RewriteError,
+    },
+    /// There are several checkpoints, and one is wanted.
+    #[error("{name} has {} checkpoints: name one by its digest: {}", digests.len(), digests.join(", "))]
+    Several {
+        /// What was asked for.
+        name: String,
+        /// Their digests.
+        digests: Vec<String>,
     },
     /// It is encrypted, or cannot be.
     #[error(transparent)]

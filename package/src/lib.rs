@@ -29,6 +29,7 @@ mod open_package;
 pub mod requirements;
 pub mod signature;
 mod tar_members;
+mod times;
 
 pub use compression::DEFAULT_LEVEL;
 pub use error::PackageError;

@@ -1,5 +1,13 @@
 //! A checkpoint as an artifact of OCI: blobs that a registry or a directory keeps once, however many
-//! checkpoints have them.
+//! checkpoints have them. In a registry it has an image beside it, which starts cold:
+//!
+//! ```text
+//!  checkpoint ── artifact (chunks) ─────────────────────────> blobs ──> Offered (restore) ──> checkpoint
+//!             ── rewrite, gzip (image_layer) ─┐
+//!  base image (of containerd) ────────────────┴─ image ──> push ──> registry: index { image, artifact }
+//! ```
+//!
+//! The artifact:
 //!
 //! ```text
 //! manifest   artifactType application/vnd.transship.checkpoint.v1
@@ -10,25 +18,33 @@
 //!              annotations dev.transship.path, dev.transship.offset, dev.transship.length
 //! ```
 //!
-//! What no chunk has of a file is zeros. The same chunk at two places is one blob and two layers.
+//! What no chunk has of a file is zeros. The same chunk at two places is one blob and two layers. `annotations` has the
+//! names by which other engines know a checkpoint.
 
+mod annotations;
 mod artifact;
 mod blobs;
 mod chunks;
 mod credentials;
 mod document;
+mod image;
+mod image_layer;
 mod layout;
 mod partial;
+mod push;
 mod reference;
 mod registry;
 mod restore;
+mod transfers;
 
 pub use artifact::{StoreOptions, Stored, store};
 pub use blobs::Blobs;
 pub use credentials::Credentials;
 pub use document::Descriptor;
+pub use image::{Base, BaseLayer};
 pub use layout::Layout;
 pub use partial::remove_abandoned;
+pub use push::{Bases, OnlyInArtifact, OpenBlob, Pushed, PushedImage, push};
 pub use reference::Reference;
 pub use registry::{Patience, Registry, RegistryError, Transport};
 pub use restore::Offered;

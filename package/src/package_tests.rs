@@ -24,6 +24,11 @@ fn checkpoint(root: &Path) -> Checkpoint {
 
 /// A checkpoint of a container with these pages, below `root`.
 pub(crate) fn checkpoint_of(root: &Path, pages: &[u8]) -> Checkpoint {
+    checkpoint_with(root, pages, &[])
+}
+
+/// The same with more files.
+pub(crate) fn checkpoint_with(root: &Path, pages: &[u8], more: &[(&str, &[u8])]) -> Checkpoint {
     let store = Store::at(root.join("source"));
     let draft = store.draft("web").unwrap();
     let dir = draft.dir().join("c");
@@ -31,6 +36,9 @@ pub(crate) fn checkpoint_of(root: &Path, pages: &[u8]) -> Checkpoint {
     fs::write(dir.join("checkpoint/pages-1.img"), pages).unwrap();
     fs::write(dir.join("checkpoint/inventory.img"), b"inventory").unwrap();
     fs::write(dir.join("spec.dump"), b"{}").unwrap();
+    for (name, bytes) in more {
+        fs::write(dir.join(name), bytes).unwrap();
+    }
     let files = digest_files(&dir).unwrap();
     let manifest = Manifest {
         format: Format::default(),

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use transship_testbed::{CommandRun as _, Cri, Node, PodNamespaces, journey, poll_until};
+use transship_testbed::{
+    CommandRun as _, Cri, Node, PodContainer, PodNamespaces, journey, poll_until,
+};
 
 use crate::package_foreign::{FIRST, POD};
 use crate::pods::reached;
@@ -27,6 +29,7 @@ pub(crate) fn from_a_registry(node: &Node, cri: &Cri, before: u64) -> anyhow::Re
     let digest = pushed["digest"].as_str().context("no digest")?;
     let reference = format!("{REPOSITORY}@{digest}");
     node.shell("transship rm ours").run()?;
+    starts_cold(node, cri)?;
 
     let wants = [
         ("dev.transship/restore-image", reference.as_str()),
@@ -71,6 +74,28 @@ pub(crate) fn from_a_registry(node: &Node, cri: &Cri, before: u64) -> anyhow::Re
     node.shell(&tidy).run()?;
     let left = { node.shell("ls -A /var/lib/transship/checkpoints | xargs") }.read()?;
     ensure!(left.trim() == "theirs", "{left}");
+    Ok(())
+}
+
+/// The CRI makes an ordinary container of the image. Of one that has the annotations of checkpoints it would not.
+fn starts_cold(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let image = format!("{REPOSITORY}:ours");
+    node.shell(&format!(
+        "ctr -n k8s.io images pull --plain-http {image} >/dev/null"
+    ))
+    .run()?;
+    let pod = cri.run_pod(POD, &[], PodNamespaces::Usual)?;
+    let cold = PodContainer {
+        image: &image,
+        command: &["/bin/tail", "-f", "/data/made/note"],
+        ..FIRST
+    };
+    let id = cri.run_container(&pod, &cold)?;
+    let note = cri.exec(&id, &["cat", "/data/made/note"])?;
+    ensure!(note.stdout == b"made at the start\n", "{note:?}");
+    cri.remove_pod(&pod)?;
+    node.shell(&format!("ctr -n k8s.io images rm {image} >/dev/null"))
+        .run()?;
     Ok(())
 }
 

@@ -147,6 +147,9 @@ pub(crate) struct PushArgs {
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) level: i32,
+    /// Push the checkpoint alone, without an image that starts each of its containers cold
+    #[arg(long)]
+    pub(crate) artifact_only: bool,
     /// How the registry is reached.
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,

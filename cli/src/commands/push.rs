@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use transship_engine::push::push;
 use transship_engine::registry::{self, Reached};
 use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
-use transship_engine::{Error, Progress as _, Result};
-use transship_package::oci::{self, Reference, Registry, StoreOptions, Stored};
+use transship_engine::{Error, Result};
+use transship_package::oci::{Pushed, Reference, Registry, StoreOptions, Stored};
 use transship_package::signature::Signer;
 
 use super::{print, store};
@@ -19,32 +20,62 @@ use crate::progress::Progress;
 struct Done {
     reference: String,
     #[serde(flatten)]
-    stored: Stored,
+    pushed: Pushed,
 }
 
-pub(crate) fn run(global: &Global, args: &PushArgs) -> Result<()> {
+pub(crate) async fn run(global: &Global, args: PushArgs) -> Result<()> {
     let checkpoint = open(&store(), &args.name)?;
     let _in_use = checkpoint.lock_for_reading()?;
-    if args.reference.is_digest() {
-        let message = format!("{} is a digest: what is pushed gets a tag", args.reference);
+    let reference = &args.reference;
+    if reference.is_digest() {
+        let message = format!("{reference} is a digest: what is pushed gets a tag");
         return Err(Error::refused(message));
     }
-    let registry = connect(&args.reference, &args.registry)?;
-    let progress = Progress::new(global.json);
-    progress.bytes("push", checkpoint.manifest.size());
-    let mut count = progress.counter();
-    let tag = &args.reference.tag;
+    let registry = connect(reference, &args.registry)?;
     let options = StoreOptions {
         level: args.level,
         signer: args.sign.as_deref().map(Signer::read).transpose()?,
     };
-    let stored = oci::store(&checkpoint, &options, &registry, tag, &mut *count)?;
+    let node = match args.artifact_only {
+        true => None,
+        false => Some(super::connect(global).await?),
+    };
+    let progress = Progress::new(global.json);
+    let pushed = push(
+        node.as_ref(),
+        checkpoint,
+        options,
+        registry,
+        reference,
+        &progress,
+    )
+    .await?;
     drop(progress);
     let done = Done {
-        reference: args.reference.to_string(),
-        stored,
+        reference: reference.to_string(),
+        pushed,
     };
-    print(global, &done, || pushed(&done.reference, &done.stored))
+    print(global, &done, || text(&done))
+}
+
+fn text(done: &Done) -> String {
+    let mut text = pushed(&done.reference, &done.pushed.stored);
+    let mounted = done.pushed.stored.mounted_bytes;
+    if mounted > 0 {
+        let mounted = human_bytes(mounted);
+        text += &format!("{mounted} were in another repository of the registry\n");
+    }
+    for image in &done.pushed.images {
+        text += &format!("image of {} ({})\n", image.container, image.digest);
+        for only in &image.left_out {
+            text += &format!("  only in the checkpoint: {}, {}\n", only.path, only.reason);
+        }
+        let listed = image.left_out.len() as u64;
+        if image.left_out_count > listed {
+            text += &format!("  and {} more\n", image.left_out_count - listed);
+        }
+    }
+    text
 }
 
 /// What was put among blobs, for people.

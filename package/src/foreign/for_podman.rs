@@ -19,8 +19,8 @@ use transship_checkpoint::manifest::{Container, IMAGES_DIR};
 use transship_checkpoint::store::{Checkpoint, hex};
 use transship_path_error::During as _;
 
-use super::write::time;
 use crate::error::PackageError;
+use crate::times::rfc3339;
 
 /// A directory that can be read and entered, as podman makes the root of a container.
 const ROOT_MODE: u32 = 0o040_555;
@@ -115,7 +115,7 @@ impl<'a> ForPodman<'a> {
             "command": spec["process"]["args"],
             "stopSignal": 15,
             "stopTimeout": 10,
-            "createdTime": time(self.created),
+            "createdTime": rfc3339(self.created),
             "cgroupManager": "cgroupfs",
             "cgroupsMode": "enabled",
             "cgroupParent": "/libpod_parent",

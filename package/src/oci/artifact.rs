@@ -1,19 +1,20 @@
 //! Checkpoints into blobs.
 
 use std::io::Read as _;
-use std::num::NonZero;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 
 use transship_checkpoint::beneath::{Links, open_regular};
 use transship_checkpoint::store::Checkpoint;
 use transship_path_error::During as _;
 
+use super::annotations::annotations_of;
 use super::blobs::{Blobs, digest_of};
 use super::chunks::Chunks;
 use super::document::{Descriptor, MANIFEST, Manifest};
+use super::transfers::{lock, threads};
 use crate::error::PackageError;
 use crate::export::{read_manifest, signature_of};
 use crate::signature::Signer;
@@ -37,8 +38,6 @@ pub(super) const FILES_LIMIT: u64 = 256 << 20;
 pub(super) const CHUNK_LIMIT: u64 = 8 << 20;
 /// Chunks that wait for a thread.
 const WAITING: usize = 4;
-/// Transfers at once.
-const MOST_THREADS: usize = 8;
 
 /// How a checkpoint is put among blobs.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ pub struct StoreOptions {
 /// What became of a checkpoint among blobs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Stored {
-    /// Digest of its manifest there.
+    /// Digest of what the tag names there.
     pub digest: String,
     /// Blobs that it consists of.
     pub blobs: usize,
@@ -62,9 +61,11 @@ pub struct Stored {
     pub new_blobs: usize,
     /// Bytes of these.
     pub new_bytes: u64,
+    /// Bytes of those that the registry has taken from another of its repositories.
+    pub mounted_bytes: u64,
 }
 
-/// Puts a checkpoint among `blobs` under the tag `tag`. What is there already is left alone, so that a second
+/// Puts a checkpoint among `blobs` under the tag `tag`, alone. What is there already is left alone, so that a second
 /// attempt goes on where the first one ended. `progress` gets the bytes.
 ///
 /// # Errors
@@ -76,81 +77,127 @@ pub fn store(
     tag: &str,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Stored, PackageError> {
+    let figures = Figures::default();
+    let manifest = Manifest {
+        annotations: annotations_of(&checkpoint.manifest, &[]),
+        ..store_blobs(checkpoint, options, blobs, &figures, progress)?
+    };
+    let json = to_bytes(&manifest)?;
+    blobs.put_manifest(MANIFEST, &json, Some(tag))?;
+    Ok(Stored {
+        digest: digest_of(&json),
+        ..figures.stored()
+    })
+}
+
+/// Puts all blobs of a checkpoint there, and gives the manifest of them, still without annotations.
+pub(super) fn store_blobs(
+    checkpoint: &Checkpoint,
+    options: &StoreOptions,
+    blobs: &dyn Blobs,
+    figures: &Figures,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Manifest, PackageError> {
     let level = options.level;
     let total = checkpoint.manifest.size();
     let json = read_manifest(checkpoint)?;
-    let figures = Figures::default();
-    let config = put(blobs, CONFIG, &json, &figures)?;
+    let config = put(blobs, CONFIG, &json, figures)?;
     let mut layers = Vec::new();
     let signature = match &options.signer {
         Some(signer) => Some(signer.sign(&json)?),
         None => signature_of(&checkpoint.dir)?,
     };
     if let Some(signature) = signature {
-        layers.push(put(blobs, SIGNATURE, signature.as_bytes(), &figures)?);
+        layers.push(put(blobs, SIGNATURE, signature.as_bytes(), figures)?);
     }
     let small = small_files(checkpoint, level, progress)?;
-    layers.push(put(blobs, FILES, &small, &figures)?);
+    layers.push(put(blobs, FILES, &small, figures)?);
     layers.extend(store_large(
-        checkpoint, level, blobs, total, &figures, progress,
+        checkpoint, level, blobs, total, figures, progress,
     )?);
-    let manifest = Manifest {
+    Ok(Manifest {
         artifact_type: Some(ARTIFACT.to_owned()),
         config,
         layers,
         ..Manifest::default()
-    };
-    let manifest_json = manifest.to_json();
-    if manifest_json.len() as u64 > ARTIFACT_LIMIT {
-        return Err(PackageError::TooLarge {
-            bytes: manifest_json.len() as u64,
-            limit: ARTIFACT_LIMIT,
-            of: "the manifest of an artifact",
-        });
-    }
-    blobs.put_manifest(MANIFEST, &manifest_json, Some(tag))?;
-    Ok(Stored {
-        digest: digest_of(&manifest_json),
-        ..figures.stored()
     })
 }
 
+/// A manifest as it is written, unless registries take none so long.
+pub(super) fn to_bytes(manifest: &Manifest) -> Result<Vec<u8>, PackageError> {
+    let json = manifest.to_json();
+    match json.len() as u64 > ARTIFACT_LIMIT {
+        true => Err(PackageError::TooLarge {
+            bytes: json.len() as u64,
+            limit: ARTIFACT_LIMIT,
+            of: "the manifest of an artifact",
+        }),
+        false => Ok(json),
+    }
+}
+
+/// What has been put there so far.
 #[derive(Default)]
-struct Figures {
+pub(super) struct Figures {
     blobs: AtomicUsize,
     bytes: AtomicU64,
     new_blobs: AtomicUsize,
     new_bytes: AtomicU64,
+    mounted_bytes: AtomicU64,
 }
 
 impl Figures {
-    fn stored(&self) -> Stored {
+    pub(super) fn count(&self, size: u64, came: Came) {
+        let add = |blobs: &AtomicUsize, bytes: &AtomicU64| {
+            blobs.fetch_add(1, Ordering::Relaxed);
+            bytes.fetch_add(size, Ordering::Relaxed);
+        };
+        add(&self.blobs, &self.bytes);
+        match came {
+            Came::Sent => add(&self.new_blobs, &self.new_bytes),
+            Came::Mounted => {
+                self.mounted_bytes.fetch_add(size, Ordering::Relaxed);
+            }
+            Came::WasThere => {}
+        }
+    }
+
+    pub(super) fn stored(&self) -> Stored {
         Stored {
             blobs: self.blobs.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             new_blobs: self.new_blobs.load(Ordering::Relaxed),
             new_bytes: self.new_bytes.load(Ordering::Relaxed),
+            mounted_bytes: self.mounted_bytes.load(Ordering::Relaxed),
             ..Stored::default()
         }
     }
 }
 
-fn put(
+/// How a blob has come to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Came {
+    WasThere,
+    /// The registry has taken it from another of its repositories.
+    Mounted,
+    Sent,
+}
+
+pub(super) fn put(
     blobs: &dyn Blobs,
     media_type: &str,
     bytes: &[u8],
     figures: &Figures,
 ) -> Result<Descriptor, PackageError> {
     let descriptor = Descriptor::new(media_type, bytes);
-    figures.blobs.fetch_add(1, Ordering::Relaxed);
-    figures.bytes.fetch_add(descriptor.size, Ordering::Relaxed);
-    if !blobs.has(&descriptor.digest, descriptor.size)? {
-        blobs.put(&descriptor.digest, bytes)?;
-        figures.new_blobs.fetch_add(1, Ordering::Relaxed);
-        figures
-            .new_bytes
-            .fetch_add(descriptor.size, Ordering::Relaxed);
-    }
+    let came = match blobs.has(&descriptor.digest, descriptor.size)? {
+        true => Came::WasThere,
+        false => {
+            blobs.put(&descriptor.digest, bytes)?;
+            Came::Sent
+        }
+    };
+    figures.count(descriptor.size, came);
     Ok(descriptor)
 }
 
@@ -218,16 +265,6 @@ fn store_large(
         .into_iter()
         .map(|(_, _, descriptor)| descriptor)
         .collect())
-}
-
-pub(super) fn threads() -> usize {
-    std::thread::available_parallelism()
-        .map_or(1, NonZero::get)
-        .clamp(2, MOST_THREADS)
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn next_job<J>(waiting: &Mutex<Receiver<J>>) -> Option<J> {

@@ -26,13 +26,13 @@ pub trait Blobs: Sync {
     /// It is not there, or not what its descriptor says.
     fn get(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, PackageError>;
 
-    /// The manifest or index of a tag or digest.
+    /// The manifest or index that has this tag or digest; one of a digest has been compared with it.
     ///
     /// # Errors
     /// There is none.
-    fn get_tagged(&self, tag: &str, limit: u64) -> Result<Vec<u8>, PackageError>;
+    fn manifest(&self, reference: &str, limit: u64) -> Result<Vec<u8>, PackageError>;
 
-    /// Puts a manifest or index there, which names blobs that are there.
+    /// Puts a manifest or index there, which names what is there; none: it has no tag, and is found by its digest.
     ///
     /// # Errors
     /// It is not there then.

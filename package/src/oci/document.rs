@@ -42,6 +42,9 @@ pub struct Platform {
     pub architecture: String,
     /// `linux`.
     pub os: String,
+    /// Which kind of the architecture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
 }
 
 /// An index.
@@ -76,6 +79,9 @@ pub(crate) struct Manifest {
     pub(crate) artifact_type: Option<String>,
     pub(crate) config: Descriptor,
     pub(crate) layers: Vec<Descriptor>,
+    /// The manifest that it belongs to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) subject: Option<Descriptor>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) annotations: BTreeMap<String, String>,
 }
@@ -88,6 +94,7 @@ impl Default for Manifest {
             artifact_type: None,
             config: Descriptor::default(),
             layers: Vec::new(),
+            subject: None,
             annotations: BTreeMap::new(),
         }
     }

@@ -126,14 +126,20 @@ impl Blobs for Layout {
         Ok(bytes)
     }
 
-    fn get_tagged(&self, tag: &str, limit: u64) -> Result<Vec<u8>, PackageError> {
+    fn manifest(&self, reference: &str, limit: u64) -> Result<Vec<u8>, PackageError> {
+        if reference.starts_with("sha256:") {
+            let size = fs::metadata(self.blob(reference)?).map_or(0, |it| it.len());
+            let descriptor = Descriptor {
+                digest: reference.to_owned(),
+                size,
+                ..Descriptor::default()
+            };
+            return self.get(&descriptor, limit);
+        }
         let index = self.index()?;
-        let named = index
-            .manifests
-            .iter()
-            .find(|it| it.annotation(TAG) == Some(tag));
+        let named = { index.manifests.iter() }.find(|it| it.annotation(TAG) == Some(reference));
         let descriptor = named.ok_or_else(|| PackageError::Missing {
-            member: format!("the tag {tag:?}"),
+            member: format!("the tag {reference:?}"),
         })?;
         self.get(descriptor, limit)
     }
@@ -178,10 +184,12 @@ mod tests {
         assert_eq!(layout.get(&descriptor, 100).unwrap(), blob);
         for manifest in [&b"{\"a\": 1}"[..], b"{\"a\": 2}"] {
             layout.put_manifest("m", manifest, Some("web")).unwrap();
-            assert_eq!(layout.get_tagged("web", 100).unwrap(), manifest);
+            assert_eq!(layout.manifest("web", 100).unwrap(), manifest);
+            let digest = digest_of(manifest);
+            assert_eq!(layout.manifest(&digest, 100).unwrap(), manifest);
         }
         assert_eq!(layout.index().unwrap().manifests.len(), 1);
-        assert!(layout.get_tagged("db", 100).is_err());
+        assert!(layout.manifest("db", 100).is_err());
         let path = layout.blob(&descriptor.digest).unwrap();
         fs::write(path, b"contend").unwrap();
         assert!(layout.get(&descriptor, 100).is_err());

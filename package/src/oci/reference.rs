@@ -17,6 +17,19 @@ pub struct Reference {
     pub tag: String,
 }
 
+/// Whether a repository can have this name.
+pub(super) fn is_repository(name: &str) -> bool {
+    let is_component = |it: &str| {
+        let is_letter = |byte: u8| is_word(byte) && !byte.is_ascii_uppercase();
+        !it.is_empty() && !it.starts_with('.') && it.bytes().all(is_letter)
+    };
+    name.split('/').all(is_component)
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
+}
+
 impl Reference {
     /// Whether it names content, not a tag that may move.
     #[must_use]
@@ -45,20 +58,14 @@ impl FromStr for Reference {
                 }
                 None => rest.split_once(':')?,
             };
-            let is_word = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
             let is_host =
                 |it: &str| !it.is_empty() && it.bytes().all(|b| is_word(b) || b":[]".contains(&b));
-            let is_component = |it: &str| {
-                !it.is_empty()
-                    && !it.starts_with('.')
-                    && it.bytes().all(|b| is_word(b) && !b.is_ascii_uppercase())
-            };
             let is_tag = tag.starts_with("sha256:")
                 || !tag.is_empty()
                     && tag.len() <= 128
                     && !tag.starts_with(['.', '-'])
                     && tag.bytes().all(is_word);
-            let fits = is_host(host) && name.split('/').all(is_component) && is_tag;
+            let fits = is_host(host) && is_repository(name) && is_tag;
             fits.then(|| Self {
                 host: host.to_owned(),
                 name: name.to_owned(),

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  HEAD   /v2/<name>/blobs/<digest>            is it there?
-//!  POST   /v2/<name>/blobs/uploads/            where to put it  ──> PUT <location>?digest=<digest>
 //!  GET    /v2/<name>/blobs/<digest>            broken off: from there on, with Range
 //!  GET, PUT /v2/<name>/manifests/<tag or digest>
 //!
 //!  exchange.rs   one request, its credentials, and whether it is worth another attempt
 //!  patience.rs   how many attempts, and how long
 //!  body.rs       what comes, unless it comes too slowly
+//!  upload.rs     a blob that goes there, or is there under another name
+//!  referrers.rs  artifacts that belong to an image
 //! ```
 //!
 //! What comes is read up to the size that is expected, and compared with its digest.
@@ -16,10 +17,12 @@
 mod body;
 mod exchange;
 mod patience;
+mod referrers;
 #[cfg(test)]
-mod server;
+pub(crate) mod server;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+mod upload;
 
 use std::sync::Mutex;
 
@@ -31,13 +34,14 @@ use self::body::read_body;
 use self::exchange::{Ask, Attempt, Trouble, header};
 use self::patience::Attempts;
 pub use self::patience::Patience;
+pub(crate) use self::upload::Streamed;
 use super::blobs::{Blobs, check_digest, digest_of};
 use super::credentials::Credentials;
 use super::document::Descriptor;
 use super::reference::Reference;
 use crate::error::PackageError;
 
-/// How often a blob is asked for that is another one.
+/// How often a blob or manifest is asked for that is another one.
 const LIES: u32 = 3;
 
 /// A failure of a registry.
@@ -257,48 +261,7 @@ impl Registry {
         let read = read_body(body.reader(), bytes, most, self.patience.silence);
         Ok(read.err().map(|error| Trouble::new(error.to_string())))
     }
-
-    /// Puts a blob there; a trouble: the upload has to begin anew, because what the registry has of it is not known.
-    fn upload(&self, digest: &str, bytes: &[u8]) -> Result<Option<Trouble>, PackageError> {
-        let url = format!("{}/blobs/uploads/", self.base);
-        let begin = Ask {
-            body: Some(&[]),
-            ..Ask::new(Method::POST, &url)
-        };
-        let answer = match self.attempt(TAKE_BLOB, &begin)? {
-            Attempt::Later(trouble) => return Ok(Some(trouble)),
-            Attempt::Answer(answer) => answer,
-        };
-        if answer.status() != StatusCode::ACCEPTED {
-            return Err(self.unexpected(TAKE_BLOB, "repository of this name", answer));
-        }
-        let location = header(&answer, "location").unwrap_or_default();
-        let location = match location.as_str() {
-            path if path.starts_with('/') => format!("{}{path}", self.origin),
-            url if url.contains("://") => url.to_owned(),
-            _ => return Ok(Some(Trouble::new("it names no place for the blob"))),
-        };
-        let separator = if location.contains('?') { '&' } else { '?' };
-        let url = format!("{location}{separator}digest={}", digest.replace(':', "%3A"));
-        let put = Ask {
-            content_type: Some("application/octet-stream"),
-            body: Some(bytes),
-            ..Ask::new(Method::PUT, &url)
-        };
-        match self.attempt(TAKE_BLOB, &put)? {
-            Attempt::Later(trouble) => Ok(Some(trouble)),
-            Attempt::Answer(answer) => match answer.status() {
-                StatusCode::CREATED => Ok(None),
-                StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE => {
-                    Ok(Some(Trouble::new("it has forgotten the upload")))
-                }
-                _ => Err(self.unexpected(TAKE_BLOB, "upload of this name", answer)),
-            },
-        }
-    }
 }
-
-const TAKE_BLOB: &str = "take a blob";
 
 impl Blobs for Registry {
     fn has(&self, digest: &str, size: u64) -> Result<bool, PackageError> {
@@ -317,18 +280,7 @@ impl Blobs for Registry {
     }
 
     fn put(&self, digest: &str, bytes: &[u8]) -> Result<(), PackageError> {
-        check_digest(digest)?;
-        let mut attempts = Attempts::new(self.patience);
-        while let Some(trouble) = self.upload(digest, bytes)? {
-            if !attempts.wait(trouble.wait) {
-                return Err(self.failed(TAKE_BLOB, trouble));
-            }
-            // The blob may have come although the answer has not.
-            if self.has(digest, bytes.len() as u64)? {
-                return Ok(());
-            }
-        }
-        Ok(())
+        self.put_bytes(digest, bytes)
     }
 
     fn get(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, PackageError> {
@@ -357,24 +309,33 @@ impl Blobs for Registry {
         }
     }
 
-    fn get_tagged(&self, tag: &str, limit: u64) -> Result<Vec<u8>, PackageError> {
-        let what = self.reference.to_string();
-        let url = format!("{}/manifests/{tag}", self.base);
-        let bytes = self.fetch("give a manifest", &what, &url, limit + 1)?;
-        if bytes.len() as u64 > limit {
-            return Err(PackageError::TooLarge {
-                bytes: bytes.len() as u64,
-                limit,
-                of: "a manifest",
-            });
+    fn manifest(&self, reference: &str, limit: u64) -> Result<Vec<u8>, PackageError> {
+        let what = match reference == self.reference.tag {
+            true => self.reference.to_string(),
+            false => reference.to_owned(),
+        };
+        let url = format!("{}/manifests/{reference}", self.base);
+        let mut lies = 0;
+        loop {
+            let bytes = self.fetch("give a manifest", &what, &url, limit + 1)?;
+            if bytes.len() as u64 > limit {
+                return Err(PackageError::TooLarge {
+                    bytes: bytes.len() as u64,
+                    limit,
+                    of: "a manifest",
+                });
+            }
+            if !reference.starts_with("sha256:") || digest_of(&bytes) == reference {
+                return Ok(bytes);
+            }
+            lies += 1;
+            if lies == LIES {
+                return Err(PackageError::Differs {
+                    member: what,
+                    reason: "its digest differs from the one that was asked for",
+                });
+            }
         }
-        if tag.starts_with("sha256:") && digest_of(&bytes) != tag {
-            return Err(PackageError::Differs {
-                member: what,
-                reason: "its digest differs from the one that was asked for",
-            });
-        }
-        Ok(bytes)
     }
 
     fn put_manifest(
@@ -383,25 +344,6 @@ impl Blobs for Registry {
         bytes: &[u8],
         tag: Option<&str>,
     ) -> Result<(), PackageError> {
-        const ACT: &str = "take a manifest";
-        let digest = digest_of(bytes);
-        let url = format!("{}/manifests/{}", self.base, tag.unwrap_or(&digest));
-        let put = Ask {
-            content_type: Some(media_type),
-            body: Some(bytes),
-            ..Ask::new(Method::PUT, &url)
-        };
-        let answer = self.ask(ACT, &put)?;
-        let stored = header(&answer, "docker-content-digest");
-        if !answer.status().is_success() {
-            return Err(self.unexpected(ACT, "repository of this name", answer));
-        }
-        match stored {
-            Some(stored) if stored != digest => Err(PackageError::Differs {
-                member: self.reference.to_string(),
-                reason: "the registry has stored another one",
-            }),
-            _ => Ok(()),
-        }
+        self.put_document(media_type, bytes, tag).map(drop)
     }
 }

@@ -5,9 +5,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::sync_channel;
 
 use sha2::{Digest as _, Sha256};
 use transship_checkpoint::manifest::{self, MANIFEST_LIMIT, ROOTFS_DIFF_FILE};
@@ -17,16 +14,20 @@ use transship_path_error::During as _;
 
 use super::artifact::{
     ARTIFACT, ARTIFACT_LIMIT, CHUNK, CHUNK_LIMIT, CONFIG, FILES, FILES_LIMIT, LENGTH, OFFSET, PATH,
-    SIGNATURE, SMALL, lock, threads,
+    SIGNATURE, SMALL,
 };
 use super::blobs::{Blobs, digest_of};
-use super::document::{Descriptor, Manifest};
+use super::document::{Descriptor, Index, MANIFEST, Manifest};
 use super::partial::Partial;
+use super::transfers::in_threads;
 use crate::contents::Contents;
 use crate::error::PackageError;
 use crate::import::{Head, ImportOptions, NewFile, check_room};
 use crate::layer_changes::Digests;
 use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT};
+
+/// Entries of an index that are looked at.
+const MOST_ENTRIES: usize = 64;
 
 /// A checkpoint among blobs: all that can be checked before anything is written has been checked.
 #[derive(Debug)]
@@ -37,29 +38,23 @@ pub struct Offered {
 }
 
 impl Offered {
-    /// That of the tag or digest `tag`; who only looks into it has no `options`.
+    /// That of the tag or digest `tag`, which names its artifact, or an index with it; who only looks into it has no
+    /// `options`.
     ///
     /// # Errors
-    /// It is none, damaged, too large, of another machine or not signed.
+    /// It is none, damaged, too large, of another machine or not signed; or an index has several.
     pub fn read(
         blobs: &dyn Blobs,
         tag: &str,
         options: Option<&ImportOptions>,
     ) -> Result<Self, PackageError> {
-        let document = blobs.get_tagged(tag, ARTIFACT_LIMIT)?;
-        let artifact = Manifest::parse(&document)?;
-        let is_ours = artifact.artifact_type.as_deref() == Some(ARTIFACT);
-        if !is_ours || artifact.config.media_type != CONFIG {
-            return Err(PackageError::Unknown {
-                reason: format!("{tag} is no checkpoint"),
-            });
-        }
+        let (digest, artifact) = find_artifact(blobs, tag)?;
         let head = read_head(blobs, &artifact)?;
         if let Some(options) = options {
             head.check(options)?;
         }
         Ok(Self {
-            digest: digest_of(&document),
+            digest,
             artifact,
             head,
         })
@@ -209,6 +204,49 @@ impl Offered {
     }
 }
 
+/// The artifact that has this tag or digest, or that is in the index that has it, with its digest.
+fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), PackageError> {
+    let document = blobs.manifest(tag, ARTIFACT_LIMIT)?;
+    let entries = Index::parse(&document)?.manifests;
+    if entries.is_empty() {
+        let artifact = Manifest::parse(&document)?;
+        return match is_checkpoint(&artifact) {
+            true => Ok((digest_of(&document), artifact)),
+            false => Err(no_checkpoint(tag)),
+        };
+    }
+    let mut found = BTreeMap::new();
+    // skopeo 1.9 leaves out what kind of artifact an entry is when it copies an index.
+    let may_be = |it: &&Descriptor| match &it.artifact_type {
+        Some(kind) => kind == ARTIFACT,
+        None => it.platform.is_none() && it.media_type == MANIFEST,
+    };
+    for entry in entries.iter().filter(may_be).take(MOST_ENTRIES) {
+        let artifact = Manifest::parse(&blobs.manifest(&entry.digest, ARTIFACT_LIMIT)?)?;
+        if is_checkpoint(&artifact) {
+            found.insert(entry.digest.clone(), artifact);
+        }
+    }
+    match found.len() {
+        0 => Err(no_checkpoint(tag)),
+        1 => Ok(found.pop_first().expect("there is one")),
+        _ => Err(PackageError::Several {
+            name: tag.to_owned(),
+            digests: found.into_keys().collect(),
+        }),
+    }
+}
+
+fn is_checkpoint(artifact: &Manifest) -> bool {
+    artifact.artifact_type.as_deref() == Some(ARTIFACT) && artifact.config.media_type == CONFIG
+}
+
+fn no_checkpoint(tag: &str) -> PackageError {
+    PackageError::Unknown {
+        reason: format!("{tag} is no checkpoint"),
+    }
+}
+
 fn digest_of_file(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     let (mut hasher, mut piece) = (Sha256::new(), vec![0; 256 << 10]);
@@ -334,38 +372,13 @@ fn restore_large(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), PackageError> {
     let targets = open_targets(manifest, partial.dir())?;
-    let next = AtomicUsize::new(0);
-    let failed = Mutex::new(None);
-    let (told, tell) = sync_channel::<u64>(64);
-    std::thread::scope(|scope| {
-        for _ in 0..threads() {
-            let tell = told.clone();
-            let (next, failed, targets) = (&next, &failed, &targets);
-            scope.spawn(move || {
-                while let Some((layer, chunk)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if lock(failed).is_some() {
-                        return;
-                    }
-                    let taken = take_chunk(blobs, chunk, targets).and_then(|bytes| {
-                        partial.set_done(*layer)?;
-                        Ok(bytes)
-                    });
-                    match taken {
-                        Ok(bytes) => drop(tell.send(bytes)),
-                        Err(error) => {
-                            lock(failed).get_or_insert(error);
-                        }
-                    }
-                }
-            });
-        }
-        drop(told);
-        tell.iter().for_each(&mut *progress);
-    });
-    match lock(&failed).take() {
-        Some(error) => Err(error),
-        None => Ok(()),
-    }
+    in_threads(chunks, progress, |(layer, chunk), tell| {
+        let bytes = take_chunk(blobs, chunk, &targets)?;
+        partial.set_done(*layer)?;
+        tell(bytes);
+        Ok(())
+    })?;
+    Ok(())
 }
 
 fn take_chunk(

@@ -8,14 +8,14 @@
 //! Credentials and tokens go to the host of the reference alone (credentials to its realm, too), wherever an
 //! answer leads.
 
-use std::io::Read as _;
+use std::io::{self, Read};
 use std::sync::PoisonError;
 use std::time::Duration;
 
 use data_encoding::BASE64;
 use serde::Deserialize;
-use ureq::Body;
 use ureq::http::{Method, Request, Response, StatusCode};
+use ureq::{Body, SendBody};
 
 use super::{Registry, RegistryError};
 use crate::error::PackageError;
@@ -25,12 +25,12 @@ use crate::oci::document::{INDEX, MANIFEST};
 const ANSWER_LIMIT: u64 = 64 << 10;
 
 /// A request.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Ask<'a> {
     pub(super) method: Method,
     pub(super) url: &'a str,
     pub(super) content_type: Option<&'a str>,
-    pub(super) body: Option<&'a [u8]>,
+    pub(super) content: Content<'a>,
     /// The first byte that is asked for.
     pub(super) from: usize,
 }
@@ -41,8 +41,68 @@ impl<'a> Ask<'a> {
             method,
             url,
             content_type: None,
-            body: None,
+            content: Content::None,
             from: 0,
+        }
+    }
+}
+
+/// The body of a request.
+#[derive(Clone, Copy)]
+pub(super) enum Content<'a> {
+    None,
+    Bytes(&'a [u8]),
+    /// What is read from its begin by each attempt.
+    Stream {
+        size: u64,
+        open: &'a dyn Fn() -> io::Result<Box<dyn Read + Send>>,
+    },
+}
+
+/// Why a request has no answer.
+enum NotAnswered {
+    Http(ureq::Error),
+    /// What was to be sent cannot be read.
+    Unread(io::Error),
+}
+
+impl From<ureq::Error> for NotAnswered {
+    fn from(error: ureq::Error) -> Self {
+        Self::Http(error)
+    }
+}
+
+impl From<ureq::http::Error> for NotAnswered {
+    fn from(error: ureq::http::Error) -> Self {
+        Self::Http(error.into())
+    }
+}
+
+/// What is sent, and the error that has ended it: the client takes it for one of the connection.
+struct Watched {
+    source: Box<dyn Read + Send>,
+    left: u64,
+    error: Option<io::Error>,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = match self.source.read(buffer) {
+            Ok(0) if self.left > 0 && !buffer.is_empty() => {
+                Err(io::Error::from(io::ErrorKind::UnexpectedEof))
+            }
+            read => read,
+        };
+        match read {
+            Ok(read) => {
+                self.left = self.left.saturating_sub(read as u64);
+                Ok(read)
+            }
+            Err(error) => {
+                let told = io::Error::from(error.kind());
+                self.error = Some(error);
+                Err(told)
+            }
         }
     }
 }
@@ -77,10 +137,13 @@ impl Registry {
             let authorization = self.authorization().clone().filter(|_| is_own);
             let answer = match self.send(ask, authorization.as_deref()) {
                 Ok(answer) => answer,
-                Err(error) if is_passing(&error) => {
+                Err(NotAnswered::Unread(error)) => {
+                    return Err(PackageError::Unread { source: error });
+                }
+                Err(NotAnswered::Http(error)) if is_passing(&error) => {
                     return Ok(Attempt::Later(Trouble::new(error.to_string())));
                 }
-                Err(error) => {
+                Err(NotAnswered::Http(error)) => {
                     return Err(RegistryError::Unusable {
                         registry: self.registry(),
                         act: act.to_owned(),
@@ -124,7 +187,7 @@ impl Registry {
         &self,
         ask: &Ask<'_>,
         authorization: Option<&str>,
-    ) -> Result<Response<Body>, ureq::Error> {
+    ) -> Result<Response<Body>, NotAnswered> {
         let mut request = Request::builder().method(ask.method.clone()).uri(ask.url);
         request = request.header("accept", format!("{MANIFEST}, {INDEX}, */*"));
         if let Some(authorization) = authorization {
@@ -136,9 +199,23 @@ impl Registry {
         if ask.from > 0 {
             request = request.header("range", format!("bytes={}-", ask.from));
         }
-        match ask.body {
-            Some(body) => self.agent.run(request.body(body)?),
-            None => self.agent.run(request.body(())?),
+        let (size, open) = match ask.content {
+            Content::None => return Ok(self.agent.run(request.body(())?)?),
+            Content::Bytes(bytes) => return Ok(self.agent.run(request.body(bytes)?)?),
+            Content::Stream { size, open } => (size, open),
+        };
+        let mut watched = Watched {
+            source: open().map_err(NotAnswered::Unread)?,
+            left: size,
+            error: None,
+        };
+        let request = request.header("content-length", size);
+        let answer = self
+            .agent
+            .run(request.body(SendBody::from_reader(&mut watched))?);
+        match watched.error {
+            Some(error) => Err(NotAnswered::Unread(error)),
+            None => Ok(answer?),
         }
     }
 
@@ -176,7 +253,10 @@ impl Registry {
         };
         let mut answer = self
             .send(&Ask::new(Method::GET, &url), basic.as_deref())
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| match error {
+                NotAnswered::Http(error) => failed(error.to_string()),
+                NotAnswered::Unread(error) => failed(error.to_string()),
+            })?;
         if !answer.status().is_success() {
             return Err(failed(format!("{url} answers {}", answer.status())).into());
         }

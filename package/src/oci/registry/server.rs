@@ -58,6 +58,10 @@ struct Kept {
     blobs: BTreeMap<String, Vec<u8>>,
     manifests: BTreeMap<String, Vec<u8>>,
     asked: Vec<Asked>,
+    /// Blobs of other repositories, by (repository, digest).
+    others: BTreeMap<(String, String), Vec<u8>>,
+    /// Whether it keeps lists of artifacts itself.
+    knows_subjects: bool,
     /// Where uploads go instead of here.
     elsewhere: Option<String>,
     /// The answer to whatever is asked for.
@@ -110,6 +114,25 @@ impl Server {
     pub(crate) fn put_blob(&self, bytes: &[u8]) {
         let mut kept = self.kept.lock().unwrap();
         kept.blobs.insert(digest_of(bytes), bytes.to_vec());
+    }
+
+    pub(crate) fn has_elsewhere(&self, repository: &str, bytes: &[u8]) {
+        let place = (repository.to_owned(), digest_of(bytes));
+        let mut kept = self.kept.lock().unwrap();
+        kept.others.insert(place, bytes.to_vec());
+    }
+
+    pub(crate) fn knows_subjects(&self) {
+        self.kept.lock().unwrap().knows_subjects = true;
+    }
+
+    /// The manifest of a tag or digest.
+    pub(crate) fn manifest(&self, reference: &str) -> Option<Vec<u8>> {
+        self.kept.lock().unwrap().manifests.get(reference).cloned()
+    }
+
+    pub(crate) fn blob(&self, digest: &str) -> Option<Vec<u8>> {
+        self.kept.lock().unwrap().blobs.get(digest).cloned()
     }
 
     pub(crate) fn gives(&self, bytes: &[u8]) {
@@ -242,6 +265,17 @@ fn good_answer(asked: &Asked, kept: &mut Kept) -> (&'static str, String, Vec<u8>
     let is_upload = path.contains("/uploads/");
     match asked.method.as_str() {
         "POST" => {
+            let words = query
+                .strip_prefix("mount=")
+                .and_then(|it| it.split_once("&from="));
+            if let Some((digest, from)) = words {
+                let digest = digest.replace("%3A", ":");
+                let place = (from.replace("%2F", "/"), digest.clone());
+                if let Some(bytes) = kept.others.get(&place).cloned() {
+                    kept.blobs.insert(digest, bytes);
+                    return ("201 Created", String::new(), Vec::new());
+                }
+            }
             let place = kept.elsewhere.clone().unwrap_or_default() + path + "1";
             let headers = format!("location: {place}\r\n");
             ("202 Accepted", headers, Vec::new())
@@ -258,7 +292,14 @@ fn good_answer(asked: &Asked, kept: &mut Kept) -> (&'static str, String, Vec<u8>
             let digest = digest_of(&asked.body);
             kept.manifests.insert(last.to_owned(), asked.body.clone());
             kept.manifests.insert(digest.clone(), asked.body.clone());
-            let headers = format!("docker-content-digest: {digest}\r\n");
+            let mut headers = format!("docker-content-digest: {digest}\r\n");
+            let json: serde_json::Value = serde_json::from_slice(&asked.body).unwrap();
+            if let Some(subject) = json["subject"]["digest"]
+                .as_str()
+                .filter(|_| kept.knows_subjects)
+            {
+                headers += &format!("oci-subject: {subject}\r\n");
+            }
             ("201 Created", headers, Vec::new())
         }
         _ if path.contains("/manifests/") => match kept.manifests.get(last) {

@@ -12,7 +12,7 @@ use crate::oci::store;
 use crate::package_tests::{checkpoint_of, from_blobs, one_line, quickly};
 
 /// One that does not wait long, and takes no slow machine for a silent registry.
-const PATIENCE: Patience = Patience {
+pub(crate) const PATIENCE: Patience = Patience {
     silence: Duration::from_secs(20),
     first_wait: Duration::from_millis(1),
     attempts: 4,
@@ -26,7 +26,11 @@ const HASTY: Patience = Patience {
 const BUSY: Mood = Mood::Status("429 Too Many Requests", "retry-after: 0\r\n");
 const BROKEN: Mood = Mood::Status("500 Internal Server Error", "");
 
-fn registry(of: &Server, patience: Patience, credentials: Option<Credentials>) -> Registry {
+pub(crate) fn registry(
+    of: &Server,
+    patience: Patience,
+    credentials: Option<Credentials>,
+) -> Registry {
     let reference = format!("{}/shop/web:1", of.host).parse().unwrap();
     let transport = Transport {
         plain_http: true,
@@ -36,7 +40,7 @@ fn registry(of: &Server, patience: Patience, credentials: Option<Credentials>) -
     Registry::new(reference, transport, None, credentials).unwrap()
 }
 
-fn noise(bytes: usize) -> Vec<u8> {
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
     let mut state: u64 = 7;
     let next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005);
