@@ -7,7 +7,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -61,11 +61,12 @@ impl Credentials {
             reason,
         };
         let text = match std::fs::read_to_string(config) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             text => text.map_err(|error| failed(format!("{}: {error}", config.display())))?,
         };
         let parsed: Config = serde_json::from_str(&text)
             .map_err(|error| failed(format!("{}: {error}", config.display())))?;
+        let host = docker_s_name(host);
         let helper = parsed.cred_helpers.get(host).unwrap_or(&parsed.creds_store);
         if !helper.is_empty() {
             return ask_helper(helper, host).map_err(failed);
@@ -91,6 +92,14 @@ impl Credentials {
     }
 }
 
+/// Docker Hub has another name in Docker's configuration, which it had before there were others.
+fn docker_s_name(host: &str) -> &str {
+    match host {
+        "docker.io" | "index.docker.io" | "registry-1.docker.io" => "https://index.docker.io/v1/",
+        host => host,
+    }
+}
+
 fn ask_helper(helper: &str, host: &str) -> Result<Option<Credentials>, String> {
     if !helper
         .bytes()
@@ -107,7 +116,11 @@ fn ask_helper(helper: &str, host: &str) -> Result<Option<Credentials>, String> {
             .stderr(Stdio::null())
             .spawn()?;
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(host.as_bytes())?;
+            match stdin.write_all(host.as_bytes()) {
+                // What it says of its end is more than that it has not read.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+                written => written?,
+            }
         }
         child.wait_with_output()
     };
@@ -148,6 +161,13 @@ mod tests {
         );
         assert!(!format!("{found:?}").contains("cret"));
         assert_eq!(Credentials::of(&path, "b").unwrap(), None);
+        std::fs::write(
+            &path,
+            r#"{"auths": {"https://index.docker.io/v1/": {"auth": "bWU6czpjcmV0"}}}"#,
+        )
+        .unwrap();
+        let found = Credentials::of(&path, "registry-1.docker.io").unwrap();
+        assert_eq!(found.unwrap().user, "me");
         for text in [
             "no JSON",
             r#"{"auths": {"a": {"auth": "?"}}}"#,
