@@ -128,7 +128,12 @@ fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {
             docker_config: Some(images.docker_config.as_path()).filter(|it| named(it)),
         },
     )?;
-    let offered = Offered::read(&registry, &reference.tag, Some(&options))?;
+    let offered = Offered::read(
+        &registry,
+        &reference.tag,
+        &options.identities,
+        Some(&options),
+    )?;
     let pulled = Pulled {
         checkpoint: offered.name().to_owned(),
         manifest: offered.manifest_digest(),

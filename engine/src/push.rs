@@ -15,6 +15,8 @@ use transship_checkpoint::manifest::{self, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::labels::DISTRIBUTION_SOURCE;
 use transship_containerd::{Containerd, ContainerdError, ResolvedImage};
+use transship_package::encryption::Recipients;
+use transship_package::export::ExportOptions;
 use transship_package::oci::{
     self, Base, BaseLayer, Bases, Descriptor, Pushed, Reference, Registry, StoreOptions,
 };
@@ -26,22 +28,32 @@ use crate::progress::Progress;
 /// Pieces of a blob that wait to be sent.
 const WAITING: usize = 2;
 
-/// Puts the checkpoint into the registry under the tag of `reference`. `node` has the images that its containers were
-/// made of; none: the checkpoint goes there alone.
+/// What is put into a registry.
+#[derive(Debug)]
+pub enum Form {
+    /// The checkpoint, and an image of each container; this node has those that they were made of.
+    WithImages(Containerd),
+    /// The checkpoint alone.
+    Alone,
+    /// The checkpoint alone, and only these can read it.
+    EncryptedTo(Recipients),
+}
+
+/// Puts the checkpoint into the registry under the tag of `reference`.
 ///
 /// # Errors
 /// This node does not have such an image, or the registry does not take something.
 pub async fn push(
-    node: Option<&Containerd>,
+    form: Form,
     checkpoint: Checkpoint,
-    options: StoreOptions,
+    mut options: StoreOptions,
     registry: Registry,
     reference: &Reference,
     progress: &dyn Progress,
 ) -> Result<Pushed> {
     let mut found = Found::default();
     for container in &checkpoint.manifest.containers {
-        if let Some(node) = node {
+        if let Form::WithImages(node) = &form {
             let node = node.in_namespace(&container.namespace)?;
             let added = found.add(&node, container, &reference.host).await;
             if let Err(error) = added {
@@ -55,10 +67,32 @@ pub async fn push(
     let (tag, mut count) = (reference.tag.clone(), progress.counter());
     let (images, nodes) = (std::mem::take(&mut found.images), found.nodes.clone());
     let runtime = Handle::current();
-    let is_alone = node.is_none();
     let pushing = tokio::task::spawn_blocking(move || {
-        if is_alone {
-            let stored = oci::store(&checkpoint, &options, &registry, &tag, &mut *count)?;
+        let alone = match form {
+            Form::WithImages(_) => None,
+            Form::Alone => Some(oci::store(
+                &checkpoint,
+                &options,
+                &registry,
+                &tag,
+                &mut *count,
+            )?),
+            Form::EncryptedTo(recipients) => {
+                let options = ExportOptions {
+                    level: Some(options.level),
+                    recipients,
+                    signer: options.signer.take(),
+                };
+                Some(oci::store_encrypted(
+                    &checkpoint,
+                    &options,
+                    &registry,
+                    &tag,
+                    &mut *count,
+                )?)
+            }
+        };
+        if let Some(stored) = alone {
             return Ok(Pushed {
                 artifact: stored.digest.clone(),
                 stored,

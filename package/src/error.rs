@@ -159,10 +159,7 @@ impl PackageError {
                 member: path.display().to_string(),
                 reason: reason.to_owned(),
             },
-            ImportError::Read { source } => Self::Stream {
-                act: "read",
-                source,
-            },
+            ImportError::Read { source } => Self::reading(source),
             other => Self::Stream {
                 act: "read",
                 source: io::Error::other(other),
@@ -170,11 +167,12 @@ impl PackageError {
         }
     }
 
+    /// Of a source that is another one of this crate, its own error.
     pub(crate) fn reading(source: io::Error) -> Self {
-        Self::Stream {
+        source.downcast().unwrap_or_else(|source| Self::Stream {
             act: "read",
             source,
-        }
+        })
     }
 
     pub(crate) fn writing(source: io::Error) -> Self {

@@ -19,7 +19,7 @@
 //! ```
 //!
 //! What no chunk has of a file is zeros. The same chunk at two places is one blob and two layers. `annotations` has the
-//! names by which other engines know a checkpoint.
+//! names by which other engines know a checkpoint. One that is encrypted is a package in pieces (`sealed`).
 
 mod annotations;
 mod artifact;
@@ -35,6 +35,7 @@ mod push;
 mod reference;
 mod registry;
 mod restore;
+mod sealed;
 mod transfers;
 
 pub use artifact::{StoreOptions, Stored, store};
@@ -48,3 +49,4 @@ pub use push::{Bases, OnlyInArtifact, OpenBlob, Pushed, PushedImage, push};
 pub use reference::Reference;
 pub use registry::{Patience, Registry, RegistryError, Transport};
 pub use restore::Offered;
+pub use sealed::store_encrypted;

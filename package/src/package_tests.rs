@@ -453,7 +453,7 @@ pub(crate) fn from_blobs(
     tag: &str,
     store: &Store,
 ) -> Result<Checkpoint, PackageError> {
-    let offered = oci::Offered::read(blobs, tag, Some(&options()))?;
+    let offered = oci::Offered::read(blobs, tag, &Identities::default(), Some(&options()))?;
     let mut bytes = 0;
     let made = offered.restore(blobs, store, &options(), &mut |came| bytes += came)?;
     assert_eq!(bytes, offered.bytes());

@@ -102,6 +102,8 @@ fn checkpoints_live_in_a_registry(bed: &Testbed) -> anyhow::Result<()> {
     node.command("transship").args(pull).run()?;
     node.shell("transship rm three").run()?;
 
+    only_who_has_the_key(&node)?;
+    who_asks_is_said_by_a_helper(&node)?;
     damage(&node)?;
     node.shell("transship restore one --id again").run()?;
     journey::wait_for_count(&node, "again", 3)?;
@@ -111,6 +113,62 @@ fn checkpoints_live_in_a_registry(bed: &Testbed) -> anyhow::Result<()> {
     node.shell("transship rm one two; rm -r /root/.docker")
         .run()?;
     journey::check_nothing_left(&node)
+}
+
+fn only_who_has_the_key(node: &Node) -> anyhow::Result<()> {
+    const SECRET: &str = "127.0.0.1:5000/shop/web:secret";
+    node.shell(&format!(
+        "ssh-keygen -q -t ed25519 -N '' -f /root/mine
+         transship push two {SECRET} --plain-http --encrypt-to /root/mine.pub"
+    ))
+    .run()?;
+    let pull = ["pull", SECRET, "--plain-http", "--name", "opened"];
+    fails_with(node, &pull, 1, "--identity")?;
+    let mut inside = node.shell(&format!(
+        "transship pull {SECRET} --plain-http --name opened --identity /root/mine
+         transship inspect opened --verify >/dev/null; transship rm opened
+         transship inspect {SECRET} --plain-http --identity /root/mine"
+    ));
+    let inside = inside.read()?;
+    ensure!(
+        inside.contains("/usr/bin/counter") && inside.contains("encrypted"),
+        "{inside}"
+    );
+    Ok(())
+}
+
+/// A program that keeps the password, for one host or for all.
+fn who_asks_is_said_by_a_helper(node: &Node) -> anyhow::Result<()> {
+    let helper = "#!/bin/sh
+        [ \"$1\" = get ] && read -r host
+        case $host in
+            127.0.0.1:5000) echo '{\"ServerURL\": \"\", \"Username\": \"me\", \"Secret\": \"secret\"}' ;;
+            *) echo 'credentials not found in native keychain'; exit 1 ;;
+        esac";
+    node.write_file("/usr/local/bin/docker-credential-test", helper)?;
+    node.shell("chmod 755 /usr/local/bin/docker-credential-test; mkdir /root/helped")
+        .run()?;
+    let inspect = |reference| {
+        [
+            "inspect",
+            reference,
+            "--plain-http",
+            "--docker-config",
+            "/root/helped",
+        ]
+    };
+    let known = inspect("127.0.0.1:5000/shop/web:two");
+    for config in [
+        r#"{"credHelpers": {"127.0.0.1:5000": "test"}}"#,
+        r#"{"credsStore": "test"}"#,
+    ] {
+        node.write_file("/root/helped/config.json", config)?;
+        node.command("transship").args(known).run()?;
+    }
+    // One that it does not know, and a helper that is not there.
+    fails_with(node, &inspect("localhost:5000/shop/web:two"), 1, "401")?;
+    node.write_file("/root/helped/config.json", r#"{"credsStore": "absent"}"#)?;
+    fails_with(node, &known, 1, "docker-credential-absent")
 }
 
 /// A registry whose disk has rotted.

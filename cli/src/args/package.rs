@@ -12,8 +12,9 @@ use super::parse_size;
 /// `transship inspect`
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Name of a checkpoint, file that export has written, or HOST/NAME:TAG in a registry, of which memory stays there
-    #[arg(value_name = "NAME|FILE|REF")]
+    /// Name of a checkpoint, file that export has written, HOST/NAME:TAG in a registry, of which memory stays there, or
+    /// oci:DIR[:TAG], an OCI image layout
+    #[arg(value_name = "NAME|FILE|REF|oci:DIR")]
     pub(crate) name: String,
     /// Compare every file with its digest; those of a package always are
     #[arg(long)]
@@ -89,7 +90,7 @@ pub(crate) enum FormatArg {
 pub(crate) struct ImportArgs {
     /// File to read, - for stdin; or the directory of an OCI image layout
     pub(crate) file: PathBuf,
-    /// Which one of an OCI image layout
+    /// Which one of an OCI image layout [default: the only one]
     #[arg(long)]
     pub(crate) tag: Option<String>,
     /// What the checkpoint is called [default: as it was]
@@ -147,6 +148,10 @@ pub(crate) struct PushArgs {
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) level: i32,
+    /// Who can read it: an age public key (age1...), a public key of ssh, or a file of them; several times
+    /// for several readers. There is no image then, and nothing in common with other checkpoints
+    #[arg(long, value_name = "KEY|FILE")]
+    pub(crate) encrypt_to: Vec<String>,
     /// Push the checkpoint alone, without an image that starts each of its containers cold
     #[arg(long)]
     pub(crate) artifact_only: bool,
@@ -171,6 +176,9 @@ pub(crate) struct PullArgs {
     /// Most that is taken, such as 64G [default: what fits on the disk]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) max_size: Option<u64>,
+    /// The keys for one that is encrypted.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
     /// How the registry is reached.
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,

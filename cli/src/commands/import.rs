@@ -63,13 +63,10 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
     };
     if args.file.is_dir() {
         let layout = Layout::open(&args.file)?;
-        let tag = args.tag.ok_or_else(|| {
-            let message = format!(
-                "{} is a directory of several checkpoints",
-                args.file.display()
-            );
-            Error::refused(message).hint("--tag names the one: that of its name")
-        })?;
+        let tag = match args.tag {
+            Some(tag) => tag,
+            None => only_tag(&layout, &args.file)?,
+        };
         let progress = Progress::new(global.json);
         let checkpoint = from_blobs(&layout, &tag, &options, "import", &progress)?;
         drop(progress);
@@ -104,6 +101,19 @@ fn text(done: &Done) -> String {
         text += &format!("not taken from it: {}\n", done.left_out.join(", "));
     }
     text
+}
+
+/// The tag of a layout that has no other one.
+pub(super) fn only_tag(layout: &Layout, dir: &Path) -> Result<String> {
+    let mut tags = layout.tags()?;
+    match tags.len() {
+        0 => Err(Error::not_found(format!("{} has no tag", dir.display()))),
+        1 => Ok(tags.remove(0)),
+        several => {
+            let message = format!("{} has {several} tags", dir.display());
+            Err(Error::refused(message).hint(format!("name one of them: {}", tags.join(", "))))
+        }
+    }
 }
 
 /// The keys that a flag names, else those of node.toml.

@@ -9,8 +9,9 @@ use transship_package::contents::Contents;
 use transship_package::encryption::Identities;
 use transship_package::layer_changes::Digests;
 use transship_package::look::look;
-use transship_package::oci::{Offered, Reference};
+use transship_package::oci::{Blobs, Layout, Offered, Reference};
 
+use super::import::only_tag;
 use super::push::connect as registry_of;
 use super::{print, store};
 use crate::args::{Global, IdentityArgs, InspectArgs};
@@ -19,6 +20,10 @@ mod text;
 
 pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
     let path = Path::new(&args.name);
+    if let Some(place) = args.name.strip_prefix("oci:") {
+        let (contents, note) = look_into_layout(place, args)?;
+        return print(global, &contents, || text::text(&contents, &note, args.all));
+    }
     let opened = match args.name.contains('/') {
         true => Err(Error::not_found(format!("there is no file {}", args.name))),
         false => open(&store(), &args.name),
@@ -57,9 +62,33 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
 
 fn look_into_registry(reference: &Reference, args: &InspectArgs) -> Result<(Contents, String)> {
     let registry = registry_of(reference, &args.registry)?;
-    let offered = Offered::read(&registry, &reference.tag, None)?;
-    let contents = offered.look(&registry, Digests::LeftOut)?;
-    let mut note = ", memory was not fetched".to_owned();
+    look_at_blobs(&registry, &reference.tag, args)
+}
+
+/// `DIR` or `DIR:TAG`.
+fn look_into_layout(place: &str, args: &InspectArgs) -> Result<(Contents, String)> {
+    let (dir, tag) = match place.rsplit_once(':') {
+        Some((dir, tag)) if !Path::new(place).is_dir() => (dir, Some(tag.to_owned())),
+        _ => (place, None),
+    };
+    let dir = Path::new(dir);
+    let layout = Layout::open(dir)?;
+    let tag = match tag {
+        Some(tag) => tag,
+        None => only_tag(&layout, dir)?,
+    };
+    look_at_blobs(&layout, &tag, args)
+}
+
+fn look_at_blobs(blobs: &dyn Blobs, tag: &str, args: &InspectArgs) -> Result<(Contents, String)> {
+    let identities = identities(&args.keys)?;
+    let offered = Offered::read(blobs, tag, &identities, None)?;
+    let contents = offered.look(blobs, &identities, Digests::LeftOut)?;
+    let mut note = match offered.is_encrypted() {
+        true => ", every digest is right, encrypted",
+        false => ", memory was not fetched",
+    }
+    .to_owned();
     if offered.is_signed() {
         note += ", signed";
     }

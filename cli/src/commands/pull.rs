@@ -6,11 +6,11 @@ use transship_engine::import::architecture;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Error, Progress as _, Result};
 use transship_package::PackageError;
-use transship_package::encryption::Identities;
 use transship_package::import::ImportOptions;
 use transship_package::oci::{Blobs, Offered};
 
 use super::import::trusted_keys;
+use super::inspect::identities;
 use super::push::connect;
 use super::{print, store};
 use crate::args::{Global, PullArgs};
@@ -28,7 +28,7 @@ pub(crate) fn run(global: &Global, args: PullArgs) -> Result<()> {
     let options = ImportOptions {
         name: args.name,
         name_without: String::new(),
-        identities: Identities::default(),
+        identities: identities(&args.keys)?,
         trusted: trusted_keys(&args.signed_by)?,
         max_bytes: args.max_size.unwrap_or(u64::MAX),
         architecture: architecture()?,
@@ -63,7 +63,7 @@ pub(super) fn from_blobs(
     act: &'static str,
     progress: &Progress,
 ) -> std::result::Result<Checkpoint, PackageError> {
-    let offered = Offered::read(blobs, tag, Some(options))?;
+    let offered = Offered::read(blobs, tag, &options.identities, Some(options))?;
     progress.bytes(act, offered.bytes());
     offered.restore(blobs, &store(), options, &mut *progress.counter())
 }

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use transship_engine::push::push;
+use transship_engine::push::{Form, push};
 use transship_engine::registry::{self, Reached};
 use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Error, Result};
+use transship_package::encryption::Recipients;
 use transship_package::oci::{Pushed, Reference, Registry, StoreOptions, Stored};
 use transship_package::signature::Signer;
 
@@ -36,20 +37,17 @@ pub(crate) async fn run(global: &Global, args: PushArgs) -> Result<()> {
         level: args.level,
         signer: args.sign.as_deref().map(Signer::read).transpose()?,
     };
-    let node = match args.artifact_only {
-        true => None,
-        false => Some(super::connect(global).await?),
+    let mut recipients = Recipients::default();
+    for text in &args.encrypt_to {
+        recipients.add(text)?;
+    }
+    let form = match (recipients.is_empty(), args.artifact_only) {
+        (false, _) => Form::EncryptedTo(recipients),
+        (true, true) => Form::Alone,
+        (true, false) => Form::WithImages(super::connect(global).await?),
     };
     let progress = Progress::new(global.json);
-    let pushed = push(
-        node.as_ref(),
-        checkpoint,
-        options,
-        registry,
-        reference,
-        &progress,
-    )
-    .await?;
+    let pushed = push(form, checkpoint, options, registry, reference, &progress).await?;
     drop(progress);
     let done = Done {
         reference: reference.to_string(),

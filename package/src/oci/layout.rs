@@ -68,6 +68,17 @@ impl Layout {
         })
     }
 
+    /// Its tags, in their order.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn tags(&self) -> Result<Vec<String>, PackageError> {
+        let entries = self.index()?.manifests.into_iter();
+        Ok({ entries }
+            .filter_map(|mut it| it.annotations.remove(TAG))
+            .collect())
+    }
+
     fn index(&self) -> Result<Index, PackageError> {
         let path = Path::new("index.json");
         match read_regular(&self.dir, path, Links::Refused, INDEX_LIMIT) {
@@ -188,7 +199,7 @@ mod tests {
             let digest = digest_of(manifest);
             assert_eq!(layout.manifest(&digest, 100).unwrap(), manifest);
         }
-        assert_eq!(layout.index().unwrap().manifests.len(), 1);
+        assert_eq!(layout.tags().unwrap(), ["web"]);
         assert!(layout.manifest("db", 100).is_err());
         let path = layout.blob(&descriptor.digest).unwrap();
         fs::write(path, b"contend").unwrap();

@@ -19,8 +19,10 @@ use super::artifact::{
 use super::blobs::{Blobs, digest_of};
 use super::document::{Descriptor, Index, MANIFEST, Manifest};
 use super::partial::Partial;
+use super::sealed::{self, SEALED};
 use super::transfers::in_threads;
 use crate::contents::Contents;
+use crate::encryption::Identities;
 use crate::error::PackageError;
 use crate::import::{Head, ImportOptions, NewFile, check_room};
 use crate::layer_changes::Digests;
@@ -35,21 +37,28 @@ pub struct Offered {
     digest: String,
     artifact: Manifest,
     head: Head,
+    /// Whether it is a package in pieces.
+    is_sealed: bool,
 }
 
 impl Offered {
-    /// That of the tag or digest `tag`, which names its artifact, or an index with it; who only looks into it has no
-    /// `options`.
+    /// That of the tag or digest `tag`, which names its artifact, or an index with it; `identities` open one that
+    /// is encrypted; who only looks into it has no `options`.
     ///
     /// # Errors
     /// It is none, damaged, too large, of another machine or not signed; or an index has several.
     pub fn read(
         blobs: &dyn Blobs,
         tag: &str,
+        identities: &Identities,
         options: Option<&ImportOptions>,
     ) -> Result<Self, PackageError> {
         let (digest, artifact) = find_artifact(blobs, tag)?;
-        let head = read_head(blobs, &artifact)?;
+        let is_sealed = artifact.artifact_type.as_deref() == Some(SEALED);
+        let head = match is_sealed {
+            true => sealed::read_head(blobs, &artifact, identities)?,
+            false => read_head(blobs, &artifact)?,
+        };
         if let Some(options) = options {
             head.check(options)?;
         }
@@ -57,6 +66,7 @@ impl Offered {
             digest,
             artifact,
             head,
+            is_sealed,
         })
     }
 
@@ -75,6 +85,9 @@ impl Offered {
     /// Bytes that come, before they are compressed.
     #[must_use]
     pub fn bytes(&self) -> u64 {
+        if self.is_sealed {
+            return self.head.manifest.size();
+        }
         let chunks = self.layers(CHUNK).map(|(_, it)| length(it));
         chunks.fold(self.small_bytes(), u64::saturating_add)
     }
@@ -102,6 +115,9 @@ impl Offered {
         options: &ImportOptions,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Checkpoint, PackageError> {
+        if self.is_sealed {
+            return sealed::restore(blobs, &self.artifact, store, options, progress);
+        }
         let (manifest, json) = self.head.named(options.name.as_deref())?;
         store.check_free(&manifest.name)?;
         let partial = Partial::open(store, &self.digest)?;
@@ -124,6 +140,12 @@ impl Offered {
         Ok(draft.commit_as(whole.manifest, &json, Durability::Synced)?)
     }
 
+    /// Whether it is encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.is_sealed
+    }
+
     /// Whether it has a signature, of whomever.
     #[must_use]
     pub fn is_signed(&self) -> bool {
@@ -135,7 +157,15 @@ impl Offered {
     ///
     /// # Errors
     /// It is damaged, or cannot be had.
-    pub fn look(&self, blobs: &dyn Blobs, digests: Digests) -> Result<Contents, PackageError> {
+    pub fn look(
+        &self,
+        blobs: &dyn Blobs,
+        identities: &Identities,
+        digests: Digests,
+    ) -> Result<Contents, PackageError> {
+        if self.is_sealed {
+            return sealed::look_into(blobs, &self.artifact, identities, digests);
+        }
         let temp = tempfile::tempdir().during("make a directory in", std::env::temp_dir())?;
         let manifest = &self.head.manifest;
         let mut kept = Vec::new();
@@ -218,7 +248,7 @@ fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), Pac
     let mut found = BTreeMap::new();
     // skopeo 1.9 leaves out what kind of artifact an entry is when it copies an index.
     let may_be = |it: &&Descriptor| match &it.artifact_type {
-        Some(kind) => kind == ARTIFACT,
+        Some(kind) => [ARTIFACT, SEALED].contains(&kind.as_str()),
         None => it.platform.is_none() && it.media_type == MANIFEST,
     };
     for entry in entries.iter().filter(may_be).take(MOST_ENTRIES) {
@@ -238,7 +268,10 @@ fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), Pac
 }
 
 fn is_checkpoint(artifact: &Manifest) -> bool {
-    artifact.artifact_type.as_deref() == Some(ARTIFACT) && artifact.config.media_type == CONFIG
+    match artifact.artifact_type.as_deref() {
+        Some(ARTIFACT) => artifact.config.media_type == CONFIG,
+        kind => kind == Some(SEALED),
+    }
 }
 
 fn no_checkpoint(tag: &str) -> PackageError {

@@ -128,7 +128,9 @@ fn taken_by_others(node: &Node) -> anyhow::Result<()> {
     ensure!(read == "text\n3\n", "{read:?}");
     // The whole of it is in what skopeo has copied.
     node.shell(
-        "transship import /root/both --tag web --name copied
+        "transship inspect oci:/root/both | grep -q /usr/bin/counter
+         transship inspect oci:/root/both:web >/dev/null
+         transship import /root/both --name copied
          transship inspect copied --verify >/dev/null; transship rm copied; rm -r /root/both",
     )
     .run()?;

@@ -8,6 +8,7 @@ use serde_json::Value;
 use transship_checkpoint::store::Store;
 
 use super::*;
+use crate::encryption::Identities;
 use crate::oci::document::Manifest;
 use crate::oci::registry::server::{Asked, Mood, Server};
 use crate::oci::registry::tests::{PATIENCE, noise, registry};
@@ -118,7 +119,13 @@ fn a_tag_names_an_image_and_the_checkpoint() {
         assert_eq!(back.manifest, checkpoint.manifest);
         target.remove("web").unwrap();
     }
-    let error = Offered::read(&registry, &pushed.images[0].digest, None).unwrap_err();
+    let error = Offered::read(
+        &registry,
+        &pushed.images[0].digest,
+        &Identities::default(),
+        None,
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("is no checkpoint"), "{error}");
 }
 
@@ -136,13 +143,13 @@ fn an_index_that_was_copied_by_others_is_read() {
     registry
         .put_manifest(INDEX, &index.to_json(), Some("copied"))
         .unwrap();
-    Offered::read(&registry, "copied", None).unwrap();
+    Offered::read(&registry, "copied", &Identities::default(), None).unwrap();
     // One that has lost the checkpoint.
     let artifact = index.manifests.pop();
     registry
         .put_manifest(INDEX, &index.to_json(), Some("lost"))
         .unwrap();
-    let error = Offered::read(&registry, "lost", None).unwrap_err();
+    let error = Offered::read(&registry, "lost", &Identities::default(), None).unwrap_err();
     assert!(
         error.to_string().contains("lost is no checkpoint"),
         "{error}"
@@ -155,7 +162,7 @@ fn an_index_that_was_copied_by_others_is_read() {
             false => Mood::Good,
         },
     );
-    let error = Offered::read(&registry, "1", None).unwrap_err();
+    let error = Offered::read(&registry, "1", &Identities::default(), None).unwrap_err();
     assert!(error.to_string().contains("its digest differs"), "{error}");
 }
 
@@ -262,7 +269,7 @@ fn several_checkpoints_are_named_by_their_digests() {
     registry
         .put_manifest(INDEX, &index.to_json(), Some("both"))
         .unwrap();
-    let error = Offered::read(&registry, "both", None)
+    let error = Offered::read(&registry, "both", &Identities::default(), None)
         .unwrap_err()
         .to_string();
     assert!(error.contains("both has 2 checkpoints"), "{error}");
@@ -288,7 +295,7 @@ fn a_push_of_an_image_gets_through_whatever_fails_once() {
                 .unwrap_or_else(|error| panic!("{mood:?}, {bad}: {error}"));
             server.is_in(|_, _| Mood::Good);
             let registry = registry(&server, PATIENCE, None);
-            Offered::read(&registry, "1", None).unwrap();
+            Offered::read(&registry, "1", &Identities::default(), None).unwrap();
         }
     }
 }
