@@ -93,12 +93,17 @@ fn arguments(attachment: &Attachment) -> String {
         if !attachment.mac.is_empty() {
             arguments += &format!(";MAC={}", attachment.mac);
         }
-        if let [address] = attachment.addresses.as_slice() {
-            let address = address.split('/').next().unwrap_or_default();
+        // More than one are in the configuration.
+        if let [address] = without_prefixes(attachment).as_slice() {
             arguments += &format!(";IP={address}");
         }
     }
     arguments
+}
+
+fn without_prefixes(attachment: &Attachment) -> Vec<&str> {
+    let addresses = attachment.addresses.iter();
+    { addresses.filter_map(|address| address.split('/').next()) }.collect()
 }
 
 fn input(network: &Network, plugin: &Value, call: &Call<'_>) -> Value {
@@ -106,6 +111,11 @@ fn input(network: &Network, plugin: &Value, call: &Call<'_>) -> Value {
     let capabilities = input.remove("capabilities").unwrap_or_default();
     input.insert("name".to_owned(), json!(network.name));
     input.insert("cniVersion".to_owned(), json!(network.version));
+    if call.attachment.address == Address::Keep {
+        // <https://www.cni.dev/docs/conventions/>: "args", for plugins that have no such capability.
+        let args = input.entry("args").or_insert_with(|| json!({}));
+        args["cni"]["ips"] = json!(without_prefixes(call.attachment));
+    }
     let runtime = runtime_config(call.attachment, &capabilities);
     if !runtime.is_empty() {
         input.insert("runtimeConfig".to_owned(), Value::Object(runtime));

@@ -84,6 +84,7 @@ fn plugins_are_called_in_turn_and_what_they_made_is_kept() {
     );
     assert!(
         first.contains(r#""runtimeConfig":{"ips":["10.1.0.9/24"],"mac":"0A:01"}"#)
+            && first.contains(r#""args":{"cni":{"ips":["10.1.0.9"]}}"#)
             && !first.contains("prevResult")
             && !first.contains("capabilities"),
         "{first}"

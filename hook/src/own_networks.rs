@@ -3,35 +3,45 @@
 //! ```text
 //!  front    annotation of our own tool --> <work>/networks.json
 //!  CRIU, at `post-setup-namespaces` (hold_script): the network namespace is there, and empty
-//!           this: lo up, CNI ADD of each;   it fails --> <work>/networks.error, and CRIU gives up
-//!  front    a restore that failed, `delete`: CNI DEL of each
+//!           this: lo up, CNI ADD of each, lock;   it fails --> <work>/networks.error, and CRIU gives up
+//!  front    `start`: unlocked; the neighbours are told where its addresses are now
+//!           a restore that failed, `delete`: CNI DEL of each
 //! ```
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use transship_cni::{Cni, Networks, Place};
-use transship_sandbox::raise_loopback_of;
+use transship_cni::{Address, Cni, Networks, Place};
+use transship_sandbox::{
+    SandboxError, announce_addresses_of, lock_network, raise_loopback_of, unlock_network,
+};
 
 use crate::one_line;
 
 const FILE: &str = "networks.json";
 const ERROR: &str = "networks.error";
+/// Is there if packets are kept from the networks as long as the container is held.
+const LOCKS: &str = "networks.locked";
 
-/// Makes those that were asked for in a restore with this work directory; `pid` is its first task.
+/// Makes those that were asked for in a restore with this work directory; `pid` is its first task. No packet comes or
+/// goes there before [`open`], if connections come along.
 pub(crate) fn make(work: &Path, pid: i32) -> io::Result<()> {
     let Some(networks) = read(work)? else {
         return Ok(());
     };
-    add_all(&Cni::default(), &networks, pid).inspect_err(|error| {
+    let made = add_all(&Cni::default(), &networks, pid).and_then(|()| match is_locked(work) {
+        true => lock_network(&namespace_of(pid)).map_err(io::Error::other),
+        false => Ok(()),
+    });
+    made.inspect_err(|error| {
         // Without it CRIU's words are all there is.
         drop(fs::write(work.join(ERROR), one_line(error)));
     })
 }
 
 fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
-    let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let namespace = namespace_of(pid);
     if fs::read_link(&namespace)? == fs::read_link("/proc/self/ns/net")? {
         return Err(io::Error::other("it has no network namespace of its own"));
     }
@@ -52,10 +62,44 @@ fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Asks for networks in a restore with this work directory.
-pub(crate) fn write(work: &Path, json: &str) -> io::Result<()> {
+/// Whether networks that are asked for (as `write` is given them) keep the addresses that they had.
+pub(crate) fn are_kept(json: &str) -> io::Result<bool> {
+    let networks: Networks = serde_json::from_str(json)?;
+    let mut attachments = networks.attachments.iter();
+    Ok(attachments.any(|it| it.address == Address::Keep))
+}
+
+/// Asks for networks in a restore with this work directory. With `locks` no packet comes or goes before [`open`].
+pub(crate) fn write(work: &Path, json: &str, locks: bool) -> io::Result<()> {
     drop(fs::remove_file(work.join(ERROR)));
+    if locks {
+        fs::write(work.join(LOCKS), "")?;
+    }
     fs::write(work.join(FILE), json)
+}
+
+/// Lets packets come and go, before the first task does.
+pub(crate) fn open(work: &Path, pid: i32) -> Result<(), SandboxError> {
+    match is_locked(work) {
+        true => unlock_network(&namespace_of(pid)),
+        false => Ok(()),
+    }
+}
+
+fn is_locked(work: &Path) -> bool {
+    work.join(LOCKS).symlink_metadata().is_ok()
+}
+
+fn namespace_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/ns/net"))
+}
+
+/// Tells the neighbours of those that were made where they are now.
+pub(crate) fn announce(work: &Path, pid: i32) {
+    if work.join(FILE).symlink_metadata().is_ok() {
+        // The first packet of the copy tells it as well.
+        drop(announce_addresses_of(pid));
+    }
 }
 
 /// Why they were not made.
@@ -77,6 +121,7 @@ pub(crate) fn remove(work: &Path) {
         // The interface has gone with its namespace; what keeps the address may be asked again.
         drop(Cni::default().del(place, attachment));
     }
+    drop(fs::remove_file(work.join(LOCKS)));
     drop(fs::remove_file(work.join(FILE)));
 }
 

@@ -26,11 +26,13 @@ pub mod admission;
 pub mod consumed;
 mod error;
 mod files;
+mod interface_addresses;
 mod ipc_record;
 pub mod last_run;
 mod linked_images;
 mod loopback;
 pub mod moved;
+mod network_lock;
 mod pins;
 mod pod_dir;
 pub mod shared_dirs;
@@ -39,7 +41,9 @@ mod sysv_objects;
 pub mod wanted_image;
 
 pub use error::SandboxError;
+pub use interface_addresses::{addresses_of, announce_addresses_of};
 pub use linked_images::LinkedImages;
+pub use network_lock::{lock_network, nft, unlock_network};
 pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };

@@ -18,6 +18,7 @@ pub mod conntrack;
 pub mod descriptors;
 pub mod dump_stats;
 pub mod file_names;
+mod files_image;
 pub mod inet_sockets;
 pub mod inventory;
 pub mod ipc_sysctls;

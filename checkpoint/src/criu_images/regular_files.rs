@@ -1,7 +1,7 @@
 //! `files.img`: files and directories that a restore opens again by their paths.
 //!
 //! ```text
-//! file_entry      1 type (1: REG)  2 id  3 reg: reg_file_entry
+//! file_entry      3 reg: reg_file_entry (files_image)
 //! reg_file_entry  6 name, absolute in the container  8 size  10 mode
 //!                 11 build-id  12 to 14 checksum and how it was made
 //! ```
@@ -13,8 +13,9 @@ use std::path::Path;
 
 use prost::Message as _;
 
-use super::strict::{edit_submessage, is_ambiguous, set_varints, submessage};
-use super::{Image, ImageError, Kind, push_bytes};
+use super::ImageError;
+use super::files_image::{self, OfKind};
+use super::strict::{edit_submessage, set_varints, submessage};
 
 /// What a file is now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,19 +29,16 @@ pub struct FoundFile {
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
-struct FileEntry {
-    #[prost(uint32, required, tag = "1")]
-    kind: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, prost::Message)]
 struct Mode {
     #[prost(uint32, optional, tag = "10")]
     mode: Option<u32>,
 }
 
-const REG: u32 = 1;
-const ENTRY: u64 = 3;
+const REGULAR: OfKind = OfKind {
+    kind: 1,
+    entry: 3,
+    repeated: &IDENTITY,
+};
 const NAME: u64 = 6;
 const SIZE: u64 = 8;
 const MODE: u64 = 10;
@@ -91,36 +89,10 @@ fn edit<E: From<ImageError>>(
     dir: &Path,
     mut change: impl FnMut(&str, &[u8]) -> Result<Option<Vec<u8>>, E>,
 ) -> Result<(), E> {
-    let path = dir.join("files.img");
-    if std::fs::symlink_metadata(&path).is_err() {
-        return Ok(());
-    }
-    let image = Image::read(&path, Kind::Files)?;
-    let (mut entries, mut body, mut changed) = (image.entries(), Vec::new(), false);
-    while let Some(message) = entries.next_bytes()? {
-        let kind = image.decode::<FileEntry>(message)?.kind;
-        let new = match submessage(message, ENTRY).filter(|_| kind == REG) {
-            Some(file) => {
-                if is_ambiguous(message, &[]) || is_ambiguous(file, &IDENTITY) {
-                    return Err(image.ambiguous().into());
-                }
-                let name = submessage(file, NAME).unwrap_or_default();
-                std::str::from_utf8(name).map_or(Ok(None), |name| change(name, file))?
-            }
-            None => None,
-        };
-        match new {
-            Some(new) => {
-                push_bytes(&mut body, &edit_submessage(message, ENTRY, |_| new.clone()));
-                changed = true;
-            }
-            None => push_bytes(&mut body, message),
-        }
-    }
-    if changed {
-        image.with_body(body).replace(&path)?;
-    }
-    Ok(())
+    files_image::edit(dir, &REGULAR, |file| {
+        let name = submessage(file, NAME).unwrap_or_default();
+        std::str::from_utf8(name).map_or(Ok(None), |name| change(name, file))
+    })
 }
 
 impl FoundFile {
@@ -137,6 +109,7 @@ impl FoundFile {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Image, Kind};
     use super::*;
 
     #[derive(Clone, PartialEq, prost::Message)]

@@ -264,12 +264,6 @@ pub enum RestoreError {
         /// What stands in the way.
         what: String,
     },
-    /// Connections inside of the pod that cannot be kept from the kernel.
-    #[error("cannot hold the TCP connections inside of the pod: {what}")]
-    PodConnections {
-        /// What went wrong.
-        what: String,
-    },
     /// A held task has gone.
     #[error("the restored process {pid} of {id:?} is gone")]
     Gone {

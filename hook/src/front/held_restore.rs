@@ -7,7 +7,7 @@ use std::path::Path;
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::criu_images::{tasks, timers};
-use transship_checkpoint::criu_options::ConfigLine;
+use transship_checkpoint::criu_options::{ConfigLine, Tcp};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
@@ -23,7 +23,7 @@ use super::fit::not_admitted;
 use super::held::Hold;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
-use super::{Front, FrontError, Outcome, RestoreError, held, task_attributes};
+use super::{Front, FrontError, Outcome, RestoreError, held, lost_addresses, task_attributes};
 use crate::argv::Arguments;
 use crate::{hold_script, one_line, own_networks};
 
@@ -129,6 +129,7 @@ impl Front<'_> {
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;
         timers::advance_wall_clock(images.path(), task_attributes::since_freeze(&attributes))?;
+        lost_addresses::leave(images.path(), config)?;
         let mut criu = config.annotations.criu.over(request.criu);
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
@@ -151,7 +152,9 @@ impl Front<'_> {
                 let id = create.id.clone();
                 return Err(RestoreError::NoNetworks { id }.into());
             }
-            own_networks::write(&work, networks).during("write into", &work)?;
+            let locks = criu.tcp == Tcp::Established
+                && own_networks::are_kept(networks).during("parse the networks for", &work)?;
+            own_networks::write(&work, networks, locks).during("write into", &work)?;
         }
         self.remove_aborted_restore(&create.id, bundle);
         let own_pod = plan.has_made().then(|| create.id.clone());

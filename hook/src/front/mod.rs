@@ -18,6 +18,7 @@ mod held;
 mod held_restore;
 mod hold_watch;
 mod kill;
+mod lost_addresses;
 mod moved;
 mod native_restore;
 mod pod_connections;

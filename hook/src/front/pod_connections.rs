@@ -12,21 +12,17 @@
 //! A pod in the node's own network gets no rules: they are made of what a checkpoint says.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 
-use nix::sched::{CloneFlags, setns};
 use transship_checkpoint::criu_images::inet_sockets::{Connection, connections};
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_sandbox::admission::is_own_namespace;
-use transship_sandbox::{PodDir, Request};
+use transship_sandbox::{PodDir, Request, nft};
 
 use super::bundle::Config;
-use super::{Front, FrontError, RestoreError};
+use super::{Front, FrontError};
 
 /// Lets the connections go when it is dropped and no restore of the pod waits.
 #[derive(Debug)]
@@ -109,13 +105,8 @@ fn rules(ends: &[(&str, Connection)]) -> String {
 
 impl HeldConnections<'_> {
     fn nft(&self, script: &str) -> Result<(), FrontError> {
-        let namespace = self.namespace.as_path();
-        std::thread::scope(|scope| {
-            // A thread of its own: a process that it starts is in its network namespace.
-            let thread = scope.spawn(|| run_nft(namespace, script));
-            thread.join().expect("it does not panic")
-        })
-        .map_err(|what| FrontError::from(RestoreError::PodConnections { what }))
+        let act = "hold the TCP connections inside of the pod by rules in";
+        Ok(nft(act, &self.namespace, script)?)
     }
 }
 
@@ -128,32 +119,6 @@ impl Drop for HeldConnections<'_> {
             drop(self.nft(&format!("table {0}\ndelete table {0}\n", self.table)));
         }
     }
-}
-
-fn run_nft(namespace: &Path, script: &str) -> Result<(), String> {
-    let run = || {
-        setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
-        let mut nft = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut stdin = nft.stdin.take().expect("it is piped");
-        // One that ends early says why on stderr.
-        drop(stdin.write_all(script.as_bytes()));
-        drop(stdin);
-        nft.wait_with_output()
-    };
-    let output = run().map_err(|error: io::Error| format!("nft: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&output.stderr);
-    Err(format!(
-        "nft: {}",
-        text.lines().next().unwrap_or("no reason given")
-    ))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::bundle::{Bundle, Marker, Phase};
 use super::held::{Hold, release, start_time};
 use super::tell::Event;
 use super::{FitError, Front, FrontError, Outcome, RestoreError};
-use crate::restore_guard;
+use crate::{own_networks, restore_guard};
 
 impl Front<'_> {
     pub(super) fn start(&self, id: &str) -> Result<Option<Outcome>, FrontError> {
@@ -84,10 +84,12 @@ impl Front<'_> {
         if let Some(restore) = &marker.restore {
             self.consume(restore)?;
         }
+        own_networks::open(&bundle.path("work"), marker.pid)?;
         // Before the first task goes: from then on it has run, whoever is killed when.
         marker.phase = Phase::Running;
         bundle.write_marker(&marker)?;
         thaw(id, &marker)?;
+        own_networks::announce(&bundle.path("work"), marker.pid);
         if let Some(restore) = &marker.restore {
             // What is left says less than the record does.
             let staged = Staged::at(restore.staged.clone());
