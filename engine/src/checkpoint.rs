@@ -366,8 +366,9 @@ async fn dump_one_by_one(
     let mut all = Vec::new();
     for source in &target.sources {
         let from = timeline.now();
+        let pids = target.node.pids(source.id()).await?;
         let dumped = source
-            .dump(&target.node, draft, target.dump_patience, None)
+            .dump(&target.node, draft, &pids, target.dump_patience, None)
             .await;
         let name = &source.container.name;
         let Dumped { criu, upperdir } = match dumped {

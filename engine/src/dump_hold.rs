@@ -13,7 +13,8 @@
 //!   gives up the server, takes its parasite out, says that the dump has failed
 //! ```
 //!
-//! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it.
+//! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it. Its files are whole some
+//! time before: CRIU still has to take back its lock of the network, which takes iptables longer than all the rest.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -21,15 +22,20 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use tokio::time::sleep;
 
 use crate::check::Version;
 use crate::error::{Context, Result};
+use crate::source::Layer;
 
 /// CRIU before it does not run scripts beside the RPC of the runtimes in all of these places.
 const SINCE: Version = Version(4, 0, 0);
+/// How often it is looked whether the images are there.
+const LOOK: Duration = Duration::from_millis(1);
 /// Begins the name of its directory, which no container has.
 const PREFIX: &str = ".hold-";
 
@@ -38,6 +44,8 @@ const PREFIX: &str = ".hold-";
 pub struct DumpHold {
     dir: PathBuf,
     lock: Mutex<Option<Flock<File>>>,
+    /// There when all files are whole but those of memory.
+    layer: OnceLock<Layer>,
 }
 
 impl DumpHold {
@@ -66,6 +74,7 @@ impl DumpHold {
         let lock = lock().with_context(|| format!("cannot make and lock {}", dir.display()))?;
         Ok(Self {
             lock: Mutex::new(Some(lock)),
+            layer: OnceLock::new(),
             dir,
         })
     }
@@ -73,6 +82,24 @@ impl DumpHold {
     /// Whether all images but the pages are there, and the processes wait.
     pub fn is_dumped(&self) -> bool {
         self.dir.join("dumped").symlink_metadata().is_ok()
+    }
+
+    /// Waits for that.
+    pub(crate) async fn dumped(&self) {
+        while !self.is_dumped() {
+            sleep(LOOK).await;
+        }
+    }
+
+    /// All files are whole but those of memory, and this is the layer among them.
+    pub(crate) fn complete(&self, layer: Layer) {
+        // Said once.
+        drop(self.layer.set(layer));
+    }
+
+    /// The layer, when all files are whole but those of memory.
+    pub fn layer(&self) -> Option<&Layer> {
+        self.layer.get()
     }
 
     /// Whether the dump waits for nobody but who reads.

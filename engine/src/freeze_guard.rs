@@ -48,6 +48,8 @@ pub struct TaskToFreeze {
     pub runtime: OciRuntime,
     /// Whether somebody has paused it before: then it stays paused.
     pub was_paused: bool,
+    /// Whether no packet comes to its network or leaves it as long as it is frozen.
+    pub network_is_locked: bool,
 }
 
 /// What the guard is told.
@@ -113,6 +115,8 @@ async fn let_run(orders: &Orders, task: &TaskToFreeze) {
     let mut silent_since = None;
     let mut past_containerd = false;
     loop {
+        // Without its network it had better run than stand still.
+        drop(task.unlock_network().await);
         match ask_containerd(orders, task).await {
             Ok(Seen::Running) => return,
             // containerd may have lost what still stands still.

@@ -22,6 +22,7 @@ use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
 use transship_proto::runc_options::Options;
+use transship_sandbox::{SandboxError, lock_network, unlock_network};
 
 use crate::error::{Error, Result, StillPaused, one_line};
 use crate::freeze_guard::FreezeGuard;
@@ -69,7 +70,25 @@ impl TaskToFreeze {
             pid: task.pid,
             runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
             was_paused: task.status() == Status::Paused,
+            network_is_locked: false,
         }
+    }
+
+    async fn lock_network(&self) -> Result<()> {
+        self.network(lock_network).await
+    }
+
+    /// Lets packets come and go again, if they were kept.
+    pub(crate) async fn unlock_network(&self) -> Result<()> {
+        self.network(unlock_network).await
+    }
+
+    async fn network(&self, act: fn(&Path) -> Result<(), SandboxError>) -> Result<()> {
+        let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.pid));
+        if !self.network_is_locked || !namespace.exists() {
+            return Ok(());
+        }
+        Ok(tokio::task::spawn_blocking(move || act(&namespace)).await??)
     }
 }
 
@@ -191,6 +210,9 @@ impl Tasks {
     }
 
     async fn pause(&self) -> Result<()> {
+        for task in &self.tasks {
+            task.lock_network().await?;
+        }
         for task in self.ours() {
             let mut tries = 1;
             loop {
@@ -208,8 +230,11 @@ impl Tasks {
 
     async fn thaw(&self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        let mut paused = Vec::new();
-        let mut why = None;
+        let (mut paused, mut why) = (Vec::new(), None);
+        let mut unlocked = Ok(());
+        for task in &self.tasks {
+            unlocked = unlocked.and(task.unlock_network().await);
+        }
         for task in self.ours() {
             if let Err(error) = self.thaw_one(&task.id, deadline).await {
                 paused.push(task.id.as_str());
@@ -218,7 +243,7 @@ impl Tasks {
         }
         match why {
             Some(why) => Err(still_paused(&paused, self.node.namespace(), why)),
-            None => Ok(()),
+            None => unlocked,
         }
     }
 

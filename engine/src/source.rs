@@ -391,6 +391,7 @@ impl SourceContainer {
             pid: self.pid,
             runtime: self.runtime.clone(),
             was_paused: self.was_paused,
+            network_is_locked: false,
         }
     }
 
@@ -462,12 +463,13 @@ impl SourceContainer {
 
     /// Dumps the frozen container into its directory below `draft`.
     ///
-    /// One that writes nothing for `patience` is ended. With a hold it waits, when the pages are all that is
-    /// missing.
+    /// `pids` are all of its processes. A dump that writes nothing for `patience` is ended. With a hold it waits, when
+    /// the pages are all that is missing.
     pub async fn dump(
         &self,
         node: &Containerd,
         draft: &Path,
+        pids: &[u32],
         patience: Duration,
         hold: Option<&DumpHold>,
     ) -> Result<Dumped> {
@@ -482,7 +484,7 @@ impl SourceContainer {
         fs::File::create_new(&spec)
             .and_then(|mut file| file.write_all(&self.spec))
             .with_context(|| format!("cannot write {}", spec.display()))?;
-        let attributes = task_attributes::read(&node.pids(self.id()).await?);
+        let attributes = task_attributes::read(pids);
         let attributes = serde_json::to_vec(&attributes).context("cannot write of tasks")?;
         fs::File::create_new(dir.join(TASKS_FILE))
             .and_then(|mut file| file.write_all(&attributes))
@@ -504,14 +506,43 @@ impl SourceContainer {
         let started = Instant::now();
         let export_to = export_inside.then_some(&*diff);
         let run = self.run_criu(node, &images, &work, export_to, hold);
-        let dumped = self.end_if_stuck(run, &dir, patience, hold).await;
-        let criu = started.elapsed();
-        let exported = match export {
+        let run = self.end_if_stuck(run, &dir, patience, hold);
+        tokio::pin!(run);
+        let held = async {
+            match hold.filter(|_| !export_inside) {
+                Some(hold) => hold.dumped().await,
+                None => std::future::pending().await,
+            }
+        };
+        let figures = work.join(FIGURES_FILE);
+        let layer = async |took| match export {
             Some(export) => export
                 .await
                 .context("the export of the upperdir panicked")?,
-            None => exported_inside(&diff, &work.join(FIGURES_FILE), criu),
+            None => exported_inside(&diff, &figures, took),
         };
+        let (dumped, finished) = tokio::select! {
+            biased;
+            dumped = &mut run => {
+                let layer = layer(started.elapsed()).await;
+                let finished = match (&dumped, layer) {
+                    (Ok(()), Ok(layer)) => self.finish_images(&dir).await.map(|()| layer),
+                    (_, layer) => layer,
+                };
+                (dumped, finished)
+            }
+            () = held => {
+                // While CRIU waits, and ends.
+                let finish = async {
+                    let layer = layer(started.elapsed()).await?;
+                    self.finish_images(&dir).await?;
+                    hold.into_iter().for_each(|hold| hold.complete(layer.clone()));
+                    Ok(layer)
+                };
+                tokio::join!(&mut run, finish)
+            }
+        };
+        let criu = started.elapsed();
         let log = work.join(DUMP_LOG_FILE);
         if let Err(error) = dumped {
             let reason = criu_log::first_error_of(&log).ok().flatten();
@@ -524,18 +555,7 @@ impl SourceContainer {
                 None => error,
             });
         }
-        let upperdir = exported?;
-        // Its last lines have had the time of the dump to get there.
-        if let Some(log) = &self.log
-            && let Err(error) = keep_log(log, &dir)
-        {
-            let called = &self.called;
-            tracing::warn!(
-                "the log {} of {called} does not come along: {error}",
-                log.display()
-            );
-        }
-        timer_threads::translate(&images).await?;
+        let upperdir = finished?;
         // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
         if log.try_exists().unwrap_or(false) {
             fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
@@ -546,6 +566,21 @@ impl SourceContainer {
         }
         fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
         Ok(Dumped { criu, upperdir })
+    }
+
+    /// What is done to the images when CRIU has written them.
+    async fn finish_images(&self, dir: &Path) -> Result<()> {
+        // Its last lines have had the time of the dump to get there.
+        if let Some(log) = &self.log
+            && let Err(error) = keep_log(log, dir)
+        {
+            let called = &self.called;
+            tracing::warn!(
+                "the log {} of {called} does not come along: {error}",
+                log.display()
+            );
+        }
+        timer_threads::translate(&dir.join(IMAGES_DIR)).await
     }
 }
 
@@ -594,7 +629,7 @@ pub struct Dumped {
 }
 
 /// An exported upperdir.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Layer {
     /// Length of the tar.
     pub bytes: u64,

@@ -117,6 +117,11 @@ impl Timeline {
         }
     }
 
+    /// Puts the steps in the order in which they began.
+    pub fn sort(&mut self) {
+        self.steps.sort_by_key(|step| step.from);
+    }
+
     /// Adds words to the last step.
     pub fn note(&mut self, note: impl Into<String>) {
         if let Some(step) = self.steps.last_mut() {

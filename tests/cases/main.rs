@@ -57,6 +57,7 @@ mod snapshotter;
 mod stale_namespaces;
 mod starts;
 mod stock;
+mod tcp_journeys;
 mod teardown;
 mod upperdir_told;
 mod vm_cgroups;
@@ -198,6 +199,7 @@ fn main() -> ExitCode {
         .chain(snapshotter::cases())
         .chain(stale_namespaces::cases())
         .chain(stock::cases())
+        .chain(tcp_journeys::cases())
         .chain(teardown::cases())
         .chain(upperdir_told::cases());
     let in_vm = vm_cgroups::cases()

@@ -8,6 +8,7 @@
 //!
 //!  of a dump that is held (dump_hold), instead of the files of pages, each of which is made while it is sent:
 //!  checkpoint/pagemap-1.img   when the dump waits; when all of them have been sent it goes on
+//!  all others                 when they are whole, which is before the dump has ended
 //! ```
 
 use std::collections::BTreeSet;
@@ -101,8 +102,11 @@ impl DumpFiles {
         loop {
             // Asked before the look: what was written until then is seen by it.
             let state = self.state.load(Ordering::Acquire);
+            let whole = (state == RUNS).then(|| self.when_others_are_whole());
+            let whole = whole.flatten();
+            let is_complete = state == WHOLE || whole.is_some();
             let there = match state {
-                RUNS => self.while_it_runs(),
+                RUNS => whole.unwrap_or_else(|| self.while_it_runs()),
                 // What cannot be listed is missed by the manifest's digests.
                 WHOLE => self.when_it_has_ended(),
                 _ => return None,
@@ -128,7 +132,7 @@ impl DumpFiles {
                 });
             }
             drop(taken);
-            if state == WHOLE {
+            if is_complete {
                 return None;
             }
             std::thread::sleep(LOOK);
@@ -149,10 +153,26 @@ impl DumpFiles {
     fn when_it_has_ended(&self) -> Vec<String> {
         let mut files = list_files(&self.dir).unwrap_or_default();
         if self.hold.is_some() {
-            // Made anew while they were sent.
-            files.retain(|path| number(path).is_none() && image_name(path).is_none());
+            files.retain(|path| is_not_memory(path));
         }
         files
+    }
+
+    /// All files of a dump that is held, when nothing is written to them any more; none before.
+    fn when_others_are_whole(&self) -> Option<Vec<String>> {
+        self.hold()?.layer()?;
+        let images = list_files(&self.dir.join(IMAGES_DIR)).ok()?.into_iter();
+        let mut files: Vec<String> = { images.map(|name| format!("{IMAGES_DIR}/{name}")) }
+            .filter(|path| image_name(path).is_some() || is_not_memory(path))
+            .collect();
+        // Not what is below: what CRIU says to people is there to the end of the dump, and goes then.
+        for entry in fs::read_dir(&self.dir).ok()? {
+            let entry = entry.ok()?;
+            if entry.file_type().ok()?.is_file() {
+                files.push(entry.file_name().into_string().ok()?);
+            }
+        }
+        Some(files)
     }
 
     fn images_of_memory(&self) -> Vec<String> {
@@ -187,6 +207,11 @@ impl DumpFiles {
     }
 }
 
+/// What is not made anew while it is sent.
+fn is_not_memory(path: &str) -> bool {
+    number(path).is_none() && image_name(path).is_none()
+}
+
 /// Of `pages-<n>.img`.
 fn number(path: &str) -> Option<u32> {
     let name = path.rsplit('/').next()?;
@@ -197,6 +222,7 @@ fn number(path: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::Layer;
 
     fn file(path: &str) -> Option<Next> {
         Some(Next::File(path.to_owned()))
@@ -264,8 +290,18 @@ mod tests {
         assert!(files.hold().unwrap().is_held());
         files.memory_sent();
         assert!(!files.hold().unwrap().is_held());
-        files.ended(true);
+        // All there is to send is there before the dump has ended.
+        fs::create_dir(dir.join("work")).unwrap();
+        fs::write(dir.join("work/dump.log"), "").unwrap();
+        files.hold().unwrap().complete(Layer {
+            bytes: 0,
+            took: Duration::ZERO,
+            losses: Default::default(),
+        });
         assert_eq!(files.next(), file("checkpoint/core-1.img"));
+        assert_eq!(files.next(), None);
+        fs::remove_dir_all(dir.join("work")).unwrap();
+        files.ended(true);
         assert_eq!(files.next(), None);
     }
 }

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use transship_checkpoint::manifest::Shared;
+use transship_checkpoint::manifest::{Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_containerd::Containerd;
 
@@ -33,6 +33,8 @@ pub(super) struct Part {
     pub(super) files: DumpFiles,
     /// Where it is not CRIU that copies it.
     pub(super) memory: Option<FrozenMemory>,
+    /// The processes of the container.
+    pids: Vec<u32>,
 }
 
 impl DumpParts {
@@ -49,9 +51,9 @@ impl DumpParts {
         let mut parts = Vec::new();
         for (source, known) in moving.containers.iter().zip(known) {
             let container = &source.container;
+            let pids = node.pids(source.id()).await?;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
             let (hold, memory) = if known.has_rounds() {
-                let pids = node.pids(source.id()).await?;
                 let processes = by_pid_inside(source.pid, &pids);
                 let hold = DumpHold::make(draft, &container.name)?;
                 (Some(hold), Some(FrozenMemory::of(known, processes)))
@@ -64,6 +66,7 @@ impl DumpParts {
                 files: DumpFiles::of(&dir, !container.criu.link_remap, hold),
                 dir,
                 memory,
+                pids,
             });
         }
         if moving.pod.is_some() {
@@ -73,6 +76,7 @@ impl DumpParts {
                 files: DumpFiles::of(&dir, false, None),
                 dir,
                 memory: None,
+                pids: Vec::new(),
             });
         }
         Ok(Self(parts))
@@ -80,6 +84,12 @@ impl DumpParts {
 
     pub(super) fn all(&self) -> &[Part] {
         &self.0
+    }
+
+    /// What the layers cannot say, if that is known of all parts before the dumps have ended.
+    pub(super) fn losses(&self) -> Option<Vec<Losses>> {
+        let layers = self.0.iter().map(|part| part.files.hold()?.layer());
+        layers.map(|layer| Some(layer?.losses.clone())).collect()
     }
 }
 
@@ -143,7 +153,7 @@ pub(super) async fn dump_all(
         let mut all = Vec::new();
         for (source, part) in moving.containers.iter().zip(parts.all()) {
             let hold = part.files.hold();
-            let dumped = source.dump(node, draft, patience, hold).await;
+            let dumped = source.dump(node, draft, &part.pids, patience, hold).await;
             end.next(dumped.is_ok());
             let name = &source.container.name;
             all.push(match dumped {

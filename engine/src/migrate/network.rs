@@ -12,6 +12,7 @@
 
 use std::path::{Path, PathBuf};
 
+use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Address, Attachment, Cni, Place, container_name};
 
@@ -59,6 +60,11 @@ pub(super) fn check(container: &mut SourceContainer, request: &Request) -> Resul
 fn are_kept(pending: &Pending) -> bool {
     let mut networks = pending.networks.iter();
     networks.any(|network| network.address == Address::Keep)
+}
+
+/// Whether packets must not be answered for while the container moves: its connections go on with its addresses.
+pub(super) fn is_locked(pending: &Pending, tcp: Tcp) -> bool {
+    are_kept(pending) && tcp == Tcp::Established
 }
 
 /// Before the copy is made: takes the addresses away here that it is to have.

@@ -16,6 +16,7 @@ use containerd_client::types::v1::Status;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, LocalSet};
+use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::store::Store;
 use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
@@ -148,7 +149,12 @@ async fn recover(
             let source = node.container(id).await?;
             let was_paused = pending.was_paused;
             let task = TaskToFreeze::of(&node, &source, &task);
-            paused.push(TaskToFreeze { was_paused, ..task });
+            paused.push(TaskToFreeze {
+                was_paused,
+                // Whether it was is not in the record; unlocking does nothing where it was not.
+                network_is_locked: network::is_locked(pending, Tcp::Established),
+                ..task
+            });
         }
     }
     let source = (!paused.is_empty()).then(|| Committed::of(&node, paused));

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::time::Instant;
 use transship_checkpoint::annotations::RECEIVE;
-use transship_checkpoint::manifest::{Container, File, Shared};
+use transship_checkpoint::manifest::{File, Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Store};
 use transship_checkpoint::wire::{
@@ -36,7 +36,7 @@ use crate::conversation::Conversation;
 use crate::data_channel::Identity;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
-use crate::frozen::{Committed, Frozen, at_most};
+use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -185,11 +185,10 @@ impl Transaction<'_> {
         for container in &self.moving.containers {
             restart_policy::suspend(self.node, container.id()).await?;
         }
-        let tasks = self
-            .moving
-            .containers
-            .iter()
-            .map(SourceContainer::to_freeze);
+        let tasks = self.moving.containers.iter().map(|source| TaskToFreeze {
+            network_is_locked: network::is_locked(&self.pending, source.container.criu.tcp),
+            ..source.to_freeze()
+        });
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
@@ -344,7 +343,74 @@ impl Transaction<'_> {
 
     /// Everything that happens while the source stands still and can still go on.
     async fn move_frozen(&mut self, draft: &Draft, known: Vec<KnownMemory>) -> Result<()> {
-        let (containers, shared) = self.dump_and_send(draft, known).await?;
+        let from = self.timeline.now();
+        let (node, moving) = (self.node, self.moving);
+        self.progress.bytes("dump and transfer", self.estimate);
+        let parts = DumpParts::of(node, moving, known, draft.dir()).await?;
+        let parts = Arc::new(parts);
+        let patience = self.request.dump_patience;
+        let dump = dump_all(node, moving, draft.dir(), &parts, patience);
+        tokio::pin!(dump);
+        let mut dumped = None;
+        let sent = {
+            let send = self.send_dump(Arc::clone(&parts));
+            tokio::pin!(send);
+            loop {
+                tokio::select! {
+                    done = &mut dump, if dumped.is_none() => dumped = Some(done),
+                    sent = &mut send => break sent,
+                }
+            }
+        };
+        let losses = match moving.pod {
+            // What its containers share is known at the end.
+            Some(_) => None,
+            None => parts.losses(),
+        };
+        let dumped = match (dumped, &losses) {
+            (Some(done), _) => Some(done?),
+            (None, None) => Some(dump.as_mut().await?),
+            (None, Some(_)) => None,
+        };
+        let (files, bytes) = sent?;
+        self.interrupt.check()?;
+        self.timeline.step("transfer", from, Some(bytes));
+        self.bytes += bytes;
+        let (losses, shared) = match &dumped {
+            Some((all, shared)) => {
+                let losses = all.iter().map(|it| it.upperdir.losses.clone());
+                (losses.collect(), shared.clone())
+            }
+            None => (losses.unwrap_or_default(), Shared::default()),
+        };
+        let ended = async {
+            match dumped {
+                Some((dumped, _)) => Ok(dumped),
+                None => dump.await.map(|(dumped, _)| dumped),
+            }
+        };
+        let handed = self.hand_over(draft, files, losses, shared);
+        let (ended, ()) = tokio::try_join!(ended, handed)?;
+        self.tell_dumps(from, ended);
+        Ok(())
+    }
+
+    /// Has the copy made of what was sent.
+    async fn hand_over(
+        &mut self,
+        draft: &Draft,
+        mut files: BTreeMap<String, Vec<File>>,
+        losses: Vec<Losses>,
+        mut shared: Shared,
+    ) -> Result<()> {
+        shared.files = files.remove(SHARED_DIR).unwrap_or_default();
+        let mut containers = Vec::new();
+        for (source, losses) in self.moving.containers.iter().zip(losses) {
+            let mut container = source.container.clone();
+            container.files = files.remove(&container.name).unwrap_or_default();
+            container.losses = losses;
+            containers.push(container);
+        }
         let pod = self.moving.pod.as_ref();
         let manifest = source::manifest(
             self.node,
@@ -386,6 +452,22 @@ impl Transaction<'_> {
         Ok(())
     }
 
+    /// Tells of the dumps, one after the other.
+    fn tell_dumps(&mut self, from: Duration, dumped: Vec<Dumped>) {
+        let mut began = from;
+        for (source, Dumped { criu, upperdir }) in self.moving.containers.iter().zip(dumped) {
+            self.timeline.step_of("dump", began, criu, None);
+            if self.moving.pod.is_some() {
+                self.timeline.note(&source.container.name);
+            }
+            let bytes = Some(upperdir.bytes);
+            self.timeline
+                .step_of("upperdir", began, upperdir.took, bytes);
+            began += criu;
+        }
+        self.timeline.sort();
+    }
+
     async fn expect(
         &mut self,
         message: &Message,
@@ -409,89 +491,54 @@ impl Transaction<'_> {
         self.moving.containers.first().map_or(0, |it| it.pid)
     }
 
-    /// Dumps the containers one after the other and sends their files; those of memory, which are most of it, while
-    /// CRIU still writes them.
-    async fn dump_and_send(
+    /// Sends what the dumps write, memory while CRIU still writes it; gives the files of each part, and the bytes that
+    /// were sent.
+    async fn send_dump(
         &mut self,
-        draft: &Draft,
-        known: Vec<KnownMemory>,
-    ) -> Result<(Vec<Container>, Shared)> {
-        let from = self.timeline.now();
-        self.progress.bytes("dump and transfer", self.estimate);
-        let parts = DumpParts::of(self.node, self.moving, known, draft.dir()).await?;
-        let parts = Arc::new(parts);
+        parts: Arc<DumpParts>,
+    ) -> Result<(BTreeMap<String, Vec<File>>, u64)> {
         let count = Arc::new(Mutex::new(self.progress.counter()));
-        let follow = {
-            let parts = Arc::clone(&parts);
-            self.conversation.write_files(move |sender| {
-                let (mut sent, mut bytes) = (Vec::new(), 0);
-                let mut progress = |bytes| {
-                    if let Ok(mut count) = count.lock() {
-                        count(bytes);
-                    }
-                };
-                for part in parts.all() {
-                    let from = (&*part.name, &*part.dir);
-                    while let Some(next) = part.files.next() {
-                        match (next, &part.memory) {
-                            (Next::Memory(path), Some(memory)) => {
-                                let image =
-                                    memory.send_image(sender, from, &path, &mut progress)?;
-                                part.files.memory_sent();
-                                let files = image.files.into_iter();
-                                sent.extend(files.map(|file| (part.name.clone(), file)));
-                                bytes += image.bytes;
-                            }
-                            (Next::File(path) | Next::Memory(path), _) => {
-                                let mut how = How {
-                                    check: Check::Xxh3,
-                                    complete: &|| part.files.is_whole(&path),
-                                    progress: &mut progress,
-                                    sent: 0,
-                                };
-                                let file = sender.send_file(from.0, from.1, &path, &mut how)?;
-                                sent.push((part.name.clone(), file));
-                                bytes += how.sent;
-                            }
+        let follow = self.conversation.write_files(move |sender| {
+            let (mut sent, mut bytes) = (Vec::new(), 0);
+            let mut progress = |bytes| {
+                if let Ok(mut count) = count.lock() {
+                    count(bytes);
+                }
+            };
+            for part in parts.all() {
+                let from = (&*part.name, &*part.dir);
+                while let Some(next) = part.files.next() {
+                    match (next, &part.memory) {
+                        (Next::Memory(path), Some(memory)) => {
+                            let image = memory.send_image(sender, from, &path, &mut progress)?;
+                            part.files.memory_sent();
+                            let files = image.files.into_iter();
+                            sent.extend(files.map(|file| (part.name.clone(), file)));
+                            bytes += image.bytes;
+                        }
+                        (Next::File(path) | Next::Memory(path), _) => {
+                            let mut how = How {
+                                check: Check::Xxh3,
+                                complete: &|| part.files.is_whole(&path),
+                                progress: &mut progress,
+                                sent: 0,
+                            };
+                            let file = sender.send_file(from.0, from.1, &path, &mut how)?;
+                            sent.push((part.name.clone(), file));
+                            bytes += how.sent;
                         }
                     }
                 }
-                Ok((sent, bytes))
-            })
-        };
-        let patience = self.request.dump_patience;
-        let dump = dump_all(self.node, self.moving, draft.dir(), &parts, patience);
-        let (dump, followed) = tokio::join!(dump, follow);
-        let (dumped, mut shared) = dump?;
-        let (sent, bytes): (Vec<_>, Vec<u64>) = followed?.into_iter().unzip();
+            }
+            Ok((sent, bytes))
+        });
+        let (sent, bytes): (Vec<_>, Vec<u64>) = follow.await?.into_iter().unzip();
         let mut files: BTreeMap<String, Vec<File>> = BTreeMap::new();
         let before = std::mem::take(&mut self.memory_files).into_iter();
         for (name, file) in before.chain(sent.into_iter().flatten()) {
             files.entry(name).or_default().push(file);
         }
-        shared.files = files.remove(SHARED_DIR).unwrap_or_default();
-        let mut containers = Vec::new();
-        let mut before = Duration::ZERO;
-        for (source, Dumped { criu, upperdir }) in self.moving.containers.iter().zip(dumped) {
-            let mut container = source.container.clone();
-            container.files = files.remove(&container.name).unwrap_or_default();
-            container.losses = upperdir.losses;
-            let began = from + before;
-            self.timeline.step_of("dump", began, criu, None);
-            if self.moving.pod.is_some() {
-                self.timeline.note(&container.name);
-            }
-            let bytes = Some(upperdir.bytes);
-            self.timeline
-                .step_of("upperdir", began, upperdir.took, bytes);
-            before += criu;
-            containers.push(container);
-        }
-        self.interrupt.check()?;
-        let bytes = bytes.iter().sum();
-        self.timeline.step("transfer", from, Some(bytes));
-        self.bytes += bytes;
-        Ok((containers, shared))
+        Ok((files, bytes.iter().sum()))
     }
 
     async fn run_before_restore(&mut self, command: &str) -> Result<()> {
