@@ -19,6 +19,7 @@ use transship_package::encryption::Recipients;
 use transship_package::export::ExportOptions;
 use transship_package::oci::{
     self, Base, BaseLayer, Bases, Descriptor, Pushed, Reference, Registry, StoreOptions,
+    config_of_spec,
 };
 
 use crate::error::{Context as _, Error, Result};
@@ -55,7 +56,9 @@ pub async fn push(
     for container in &checkpoint.manifest.containers {
         if let Form::WithImages(node) = &form {
             let node = node.in_namespace(&container.namespace)?;
-            let added = found.add(&node, container, &reference.host).await;
+            let added = found
+                .add(&node, &checkpoint, container, &reference.host)
+                .await;
             if let Err(error) = added {
                 found.end_leases().await;
                 return Err(error);
@@ -128,10 +131,11 @@ impl Found {
     async fn add(
         &mut self,
         node: &Containerd,
+        checkpoint: &Checkpoint,
         container: &manifest::Container,
         host: &str,
     ) -> Result<()> {
-        let image = self.image_of(node, container).await?;
+        let (image, has_config) = self.image_of(node, container).await?;
         let repositories = repositories(node, &image, host, &container.image.name).await?;
         let mut layers = Vec::new();
         for (layer, diff_id) in image.layers.iter().zip(&image.diff_ids) {
@@ -149,18 +153,22 @@ impl Found {
         }
         self.images.push(Base {
             container: container.name.clone(),
-            config: node.read_document(&image.config).await?,
+            config: match has_config {
+                true => node.read_document(&image.config).await?,
+                false => config_of_spec(&checkpoint.read_spec(container)?)?,
+            },
             layers,
         });
         Ok(())
     }
 
-    /// An image of the layers below the container's files, all of which this node has.
+    /// An image of the layers below the container's files, all of which this node has; false: nothing is left of its own
+    /// config.
     async fn image_of(
         &mut self,
         node: &Containerd,
         container: &manifest::Container,
-    ) -> Result<ResolvedImage> {
+    ) -> Result<(ResolvedImage, bool)> {
         let image = &container.image;
         let rebuilt = image.rebuilt.iter().map(|it| &it.chain_id);
         let mut reason = None;
@@ -170,7 +178,7 @@ impl Found {
             if let Some(found) = &found
                 && node.has_all_blobs(found).await?
             {
-                return Ok(found.clone());
+                return Ok((found.clone(), true));
             }
             let Some(snapshotter) = snapshotter_with(node, chain, &container.snapshotter).await?
             else {
@@ -179,7 +187,7 @@ impl Found {
             match rebuild(node, found.as_ref(), chain, &snapshotter).await {
                 Ok((leased, image)) => {
                     self.leases.push(leased);
-                    return Ok(image);
+                    return Ok((image, found.is_some()));
                 }
                 Err(error) => reason = Some(error),
             }

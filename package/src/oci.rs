@@ -42,7 +42,7 @@ pub use artifact::{StoreOptions, Stored, store};
 pub use blobs::Blobs;
 pub use credentials::Credentials;
 pub use document::Descriptor;
-pub use image::{Base, BaseLayer};
+pub use image::{Base, BaseLayer, config_of_spec};
 pub use layout::Layout;
 pub use partial::remove_abandoned;
 pub use push::{Bases, OnlyInArtifact, OpenBlob, Pushed, PushedImage, push};

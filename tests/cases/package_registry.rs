@@ -32,7 +32,7 @@ fn checkpoints_live_in_a_registry(bed: &Testbed) -> anyhow::Result<()> {
     }
     node.import_image(&journey::counter_image(bed)?, "transship")?;
     node.shell(
-        "ctr run --detach --snapshotter transship transship.test/counter:1 web /usr/bin/counter --memory-mb 48",
+        "ctr run --detach --snapshotter transship transship.test/counter:1 web /usr/bin/counter --memory-mb 16",
     )
     .run()?;
     journey::wait_for_count(&node, "web", 3)?;

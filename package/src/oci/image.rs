@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use transship_checkpoint::manifest::Manifest as CheckpointManifest;
+use transship_checkpoint::manifest::{Manifest as CheckpointManifest, SPEC_FILE};
 
 use super::annotations::CREATED;
 use super::document::{Descriptor, MANIFEST, Manifest, Platform};
@@ -58,6 +58,27 @@ pub struct BaseLayer {
     pub diff_id: String,
     /// Repositories of the registry that may have it.
     pub repositories: Vec<String>,
+}
+
+/// The config of an image of which nothing but its layers is left: the program is that of the container.
+///
+/// # Errors
+/// `spec` is no OCI runtime spec.
+pub fn config_of_spec(spec: &[u8]) -> Result<Vec<u8>, PackageError> {
+    let spec: Value = serde_json::from_slice(spec).map_err(|error| PackageError::Member {
+        member: SPEC_FILE.to_owned(),
+        reason: error.to_string(),
+    })?;
+    let process = &spec["process"];
+    let user = &process["user"];
+    let id = |name: &str| user[name].as_u64().unwrap_or_default();
+    let config = json!({
+        "Cmd": process["args"],
+        "Env": process["env"],
+        "WorkingDir": process["cwd"],
+        "User": format!("{}:{}", id("uid"), id("gid")),
+    });
+    Ok(json!({ "config": config }).to_string().into_bytes())
 }
 
 /// A config and for which machine it is.
@@ -242,6 +263,18 @@ mod tests {
             let error = Config::with_layer(&base(json), Some(&top), &checkpoint).unwrap_err();
             assert!(error.to_string().contains("the image of c"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_config_is_made_of_the_spec_where_none_is_left() {
+        let spec = br#"{"process": {"args": ["/web", "-v"], "env": ["A=b"], "cwd": "/srv",
+                                    "user": {"uid": 33, "gid": 34}}}"#;
+        let config: Value = serde_json::from_slice(&config_of_spec(spec).unwrap()).unwrap();
+        assert_eq!(
+            config["config"],
+            json!({"Cmd": ["/web", "-v"], "Env": ["A=b"], "WorkingDir": "/srv", "User": "33:34"})
+        );
+        assert!(config_of_spec(b"no JSON").is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde_json::Value;
 use transship_testbed::{CommandRun as _, Node, journey, poll_until};
 
 use super::json;
+use crate::journey::fails_with;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// me:secret for Docker, at the first node's address.
@@ -97,11 +98,63 @@ pub(super) fn starts_cold(a: &Node, b: &Node, pushed: &Value) -> anyhow::Result<
     let odd = journey::read_in_container(b, "web", "/data/.wh.odd");
     ensure!(odd.as_deref() == Ok("odd\n"), "{odd:?}");
     journey::remove_container(b, "web")?;
-    b.shell(&format!(
-        "transship rm two; ctr images rm {REFERENCE} >/dev/null; rm -r /root/.docker"
-    ))
-    .run()?;
+    without_blobs(a, b)?;
+    without_an_image(b)?;
+    b.shell("transship rm two; rm -r /root/.docker").run()?;
     journey::check_nothing_left(b)
+}
+
+/// What is in the content store no more comes out of snapshots.
+fn without_blobs(a: &Node, b: &Node) -> anyhow::Result<()> {
+    a.shell(
+        "manifest=$(ctr images ls name==transship.test/counter:1 | awk 'NR == 2 { print $3 }')
+         ctr content get $manifest | jq -r '.layers[].digest' | xargs -n 1 ctr content rm >/dev/null
+         transship push two 127.0.0.1:5000/rebuilt/web:two --plain-http",
+    )
+    .run()?;
+    // Here is the base without a name and a config: it lies below the image that was pulled.
+    b.shell("transship push two 10.99.0.1:5000/bare/web:two --plain-http")
+        .run()?;
+    for name in ["rebuilt", "bare"] {
+        let reference = format!("10.99.0.1:5000/{name}/web:two");
+        let read = b.shell(&format!(
+            "ctr images pull --plain-http --user me:secret --snapshotter transship {reference} >/dev/null
+             ctr run --rm --snapshotter transship {reference} cold /bin/cat /data/new/link"
+        ));
+        let read = { read }.read()?;
+        ensure!(read == "text\n", "{name}: {read}");
+        let config = b.shell(&format!(
+            "ctr run --detach --snapshotter transship {reference} cold
+             ctr containers info cold | jq -c .Spec.process.args"
+        ));
+        let program = { config }.read()?;
+        ensure!(
+            program.starts_with("[\"/usr/bin/counter\""),
+            "{name}: {program}"
+        );
+        journey::remove_container(b, "cold")?;
+        b.shell(&format!("ctr images rm {reference} >/dev/null"))
+            .run()?;
+    }
+    Ok(())
+}
+
+fn without_an_image(node: &Node) -> anyhow::Result<()> {
+    node.shell(&format!("ctr images rm --sync {REFERENCE} >/dev/null"))
+        .run()?;
+    let alone = "10.99.0.1:5000/alone/web:two";
+    let push = ["push", "two", alone, "--plain-http"];
+    fails_with(
+        node,
+        &push,
+        4,
+        "does not have the image transship.test/counter:1 of web",
+    )?;
+    fails_with(node, &push, 4, "--artifact-only")?;
+    let pushed = json(node, &[&push[..], &["--artifact-only"]].concat())?;
+    ensure!(pushed["images"] == serde_json::json!([]), "{pushed:#}");
+    ensure!(pushed["artifact"] == pushed["digest"], "{pushed:#}");
+    Ok(())
 }
 
 /// skopeo, umoci, and a layout in between.

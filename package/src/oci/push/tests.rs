@@ -1,5 +1,6 @@
 //! A checkpoint with its image in a small registry over HTTP.
 
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -330,6 +331,56 @@ fn a_base_that_cannot_be_read_is_one_error_and_no_tag() {
         assert!(server.manifest("1").is_none());
     }
     assert_eq!(opened.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn each_container_of_a_pod_has_an_image() {
+    let root = tempfile::tempdir().unwrap();
+    let mut checkpoint = checkpoint(root.path());
+    let mut second = checkpoint.manifest.containers[0].clone();
+    second.name = "d".into();
+    let from = checkpoint.dir.join("c");
+    let to = checkpoint.dir.join("d");
+    fs::create_dir_all(to.join("checkpoint")).unwrap();
+    for file in &second.files {
+        fs::copy(from.join(&file.path), to.join(&file.path)).unwrap();
+    }
+    checkpoint.manifest.containers.push(second);
+    let json = checkpoint.manifest.to_json();
+    fs::write(checkpoint.dir.join("transship.json"), json).unwrap();
+    let server = Server::start();
+    let opened = AtomicUsize::new(0);
+    let counts = |digest: &str| {
+        opened.fetch_add(1, Ordering::Relaxed);
+        gives_base(digest)
+    };
+    let mut bases = bases(&counts);
+    let mut other = bases.images[0].clone();
+    other.container = "d".into();
+    bases.images.push(other);
+    let registry = registry(&server, PATIENCE, None);
+    let pushed = push(&checkpoint, &quickly(), &bases, &registry, "1", &mut |_| {}).unwrap();
+    // They have the base in common.
+    assert_eq!(opened.load(Ordering::Relaxed), 1);
+    let names: Vec<_> = pushed
+        .images
+        .iter()
+        .map(|it| it.container.as_str())
+        .collect();
+    assert_eq!(names, ["c", "d"]);
+    let index = self::json(&server, "1");
+    let listed = index["manifests"].as_array().unwrap();
+    assert_eq!(listed.len(), 3);
+    assert_eq!(listed[1]["digest"], pushed.images[1].digest);
+    let artifact = self::json(&server, &pushed.artifact);
+    assert_eq!(artifact["subject"]["digest"], pushed.images[0].digest);
+    assert_eq!(
+        artifact["annotations"]["org.criu.checkpoint.container.name"],
+        "c,d"
+    );
+    let target = Store::at(root.path().join("target"));
+    let back = from_blobs(&registry, "1", &target).unwrap();
+    assert_eq!(back.manifest, checkpoint.manifest);
 }
 
 #[test]
