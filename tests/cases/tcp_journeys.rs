@@ -73,10 +73,12 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
         .collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(streams.len() == 2, "{streams:?}");
     for journey in 1..=times {
-        for (from, to) in [(&a, &to_b), (&b, &to_a)] {
+        // Back with all memory in the freeze.
+        for (from, to, rounds) in [(&a, &to_b, "8"), (&b, &to_a, "0")] {
             from.command("transship")
                 .args(["migrate", CONTAINER, "--to", to])
                 .args(["--network", "keep", "--tcp", "established"])
+                .args(["--max-precopy-rounds", rounds])
                 .run()?;
             for stream in &streams {
                 { stream.goes_on() }.with_context(|| format!("journey {journey}"))?;

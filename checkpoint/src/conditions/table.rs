@@ -337,8 +337,8 @@ pub static CONDITIONS: [Condition; 45] = [
     Condition {
         name: "address",
         effect: Effect::NoRestore,
-        what: "its connections need the addresses and interfaces that they had, which are not here",
-        remedy: "--tcp close lets them go; or restore it where its address is",
+        what: "its connections need the addresses and interfaces that they had, or it listens at one of them, and they are not here",
+        remedy: "--tcp close lets connections go; let it listen at all addresses; or restore it where its address is",
         seen: "",
         criu_says: &[
             "Can't bind inet socket back",

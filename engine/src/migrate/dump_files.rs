@@ -7,6 +7,7 @@
 //!  all others                 small; edited after the dump; sent when it has ended
 //!
 //!  of a dump that is held (dump_hold), instead of the files of pages, each of which is made while it is sent:
+//!  memory that is at rest     at once, where nothing of it was sent before (frozen_memory)
 //!  checkpoint/pagemap-1.img   when the dump waits; when all of them have been sent it goes on
 //!  all others                 when they are whole, which is before the dump has ended
 //! ```
@@ -38,6 +39,8 @@ pub(super) struct DumpFiles {
     /// Whether the layer has its name only when it is whole.
     layer_by_rename: bool,
     hold: Option<DumpHold>,
+    /// Of memory that is at rest.
+    shares: usize,
     state: AtomicU8,
     taken: Mutex<Taken>,
 }
@@ -45,6 +48,8 @@ pub(super) struct DumpFiles {
 #[derive(Debug, Default)]
 struct Taken {
     paths: BTreeSet<String>,
+    /// Shares of what is at rest that somebody has taken.
+    shares: usize,
     /// Images of memory that are being sent, or will be; none before the dump is held.
     memory_left: Option<usize>,
 }
@@ -56,12 +61,20 @@ pub(super) enum Next {
     File(String),
     /// The pages of this pagemap.
     Memory(String),
+    /// A share of the memory that is at rest.
+    Share(usize),
 }
 
 impl DumpFiles {
     /// Those of the container's directory, in which there may be none yet.
-    pub(super) fn of(dir: &Path, layer_by_rename: bool, hold: Option<DumpHold>) -> Self {
+    pub(super) fn of(
+        dir: &Path,
+        layer_by_rename: bool,
+        hold: Option<DumpHold>,
+        shares: usize,
+    ) -> Self {
         Self {
+            shares,
             dir: dir.to_path_buf(),
             layer_by_rename,
             hold,
@@ -112,6 +125,10 @@ impl DumpFiles {
                 _ => return None,
             };
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+            if taken.shares < self.shares {
+                taken.shares += 1;
+                return Some(Next::Share(taken.shares - 1));
+            }
             if state == RUNS
                 && taken.memory_left.is_none()
                 && self.hold().is_some_and(DumpHold::is_dumped)
@@ -235,7 +252,7 @@ mod tests {
         fs::create_dir(&images).unwrap();
         fs::write(images.join("core-1.img"), "").unwrap();
         fs::write(images.join("pages-1.img"), "").unwrap();
-        let files = DumpFiles::of(dir.path(), true, None);
+        let files = DumpFiles::of(dir.path(), true, None, 0);
         assert_eq!(files.next(), file("checkpoint/pages-1.img"));
         assert!(!files.is_whole("checkpoint/pages-1.img"));
         fs::write(images.join("pages-12.img"), "").unwrap();
@@ -254,7 +271,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join(IMAGES_DIR)).unwrap();
         fs::write(dir.path().join("spec.dump"), "").unwrap();
-        let files = DumpFiles::of(dir.path(), false, None);
+        let files = DumpFiles::of(dir.path(), false, None, 0);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| files.next());
             files.ended(false);
@@ -277,8 +294,10 @@ mod tests {
             fs::write(images.join(name), "").unwrap();
         }
         let hold = DumpHold::make(draft.path(), "c").unwrap();
-        let files = DumpFiles::of(&dir, true, Some(hold));
+        let files = DumpFiles::of(&dir, true, Some(hold), 2);
         fs::write(dir.join(ROOTFS_DIFF_FILE), "").unwrap();
+        assert_eq!(files.next(), Some(Next::Share(0)));
+        assert_eq!(files.next(), Some(Next::Share(1)));
         assert_eq!(files.next(), file(ROOTFS_DIFF_FILE));
         assert!(!files.hold().unwrap().is_held());
         fs::write(draft.path().join(".hold-c/dumped"), "").unwrap();

@@ -45,7 +45,7 @@ impl DumpParts {
     pub(super) async fn of(
         node: &Containerd,
         moving: &Moving,
-        known: Vec<KnownMemory>,
+        known: Vec<Option<KnownMemory>>,
         draft: &Path,
     ) -> Result<Self> {
         let mut parts = Vec::new();
@@ -53,17 +53,20 @@ impl DumpParts {
             let container = &source.container;
             let pids = node.pids(source.id()).await?;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
-            let (hold, memory) = if known.has_rounds() {
-                let processes = by_pid_inside(source.pid, &pids);
-                let hold = DumpHold::make(draft, &container.name)?;
-                (Some(hold), Some(FrozenMemory::of(known, processes)))
-            } else {
-                (None, None)
+            let processes = || by_pid_inside(source.pid, &pids);
+            let memory = known.map(|known| match known.has_rounds() {
+                true => FrozenMemory::of(known, processes()),
+                false => FrozenMemory::unsent(known, processes()),
+            });
+            let hold = match &memory {
+                Some(_) => Some(DumpHold::make(draft, &container.name)?),
+                None => None,
             };
+            let shares = memory.as_ref().map_or(0, FrozenMemory::shares);
             let dir = draft.join(&container.name);
             parts.push(Part {
                 name: container.name.clone(),
-                files: DumpFiles::of(&dir, !container.criu.link_remap, hold),
+                files: DumpFiles::of(&dir, !container.criu.link_remap, hold, shares),
                 dir,
                 memory,
                 pids,
@@ -73,7 +76,7 @@ impl DumpParts {
             let dir = draft.join(SHARED_DIR);
             parts.push(Part {
                 name: SHARED_DIR.to_owned(),
-                files: DumpFiles::of(&dir, false, None),
+                files: DumpFiles::of(&dir, false, None, 0),
                 dir,
                 memory: None,
                 pids: Vec::new(),

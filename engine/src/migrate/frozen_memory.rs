@@ -7,20 +7,30 @@
 //!
 //! Nearly all pages of a program that does little are looked at while CRIU is at work, which needs one processor and
 //! waits often. When it waits for us, what remains is what has changed, what can be executed, and what is new.
+//!
+//! Where nothing was sent before the freeze, what is at rest goes over in its beginning, in two shares, which two
+//! connections take side by side:
+//!
+//! ```text
+//!  freeze ──> CRIU ...  waits ──> what is left                    ──> checkpoint/, builds on memory-2
+//!         ──> pieces of 1 MiB, every second one                   ──> memory-1/
+//!         ──> the others                                          ──> memory-2/, builds on memory-1
+//! ```
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
-use transship_checkpoint::manifest::IMAGES_DIR;
-use transship_checkpoint::wire::{Sender, WireError};
+use transship_checkpoint::manifest::{IMAGES_DIR, MEMORY_DIR};
+use transship_checkpoint::wire::{Sender as StreamSender, WireError};
 
 use super::memory_images::{HashRun, KnownMemory, SentMemory, image_name};
-use super::process_memory::{PAGE, PAGE_LEN, PIECE, ProcessMemory, READERS, TakePages};
+use super::process_memory::{Buffers, PAGE, PAGE_LEN, PIECE, ProcessMemory, READERS, TakePages};
 
 /// From one address up to another.
 type Range = (u64, u64);
@@ -35,7 +45,22 @@ pub(super) struct FrozenMemory {
     looking: Mutex<Vec<JoinHandle<InImages>>>,
     /// By the name of the image, in their order.
     unchanged: OnceLock<BTreeMap<String, Vec<Range>>>,
+    /// What is sent in the freeze first; none where it was sent before.
+    shares: Option<Shares>,
 }
+
+/// What is at rest, in two shares.
+#[derive(Debug)]
+struct Shares {
+    /// What each has sent; nothing where it has failed.
+    sent: [OnceLock<InImages>; SHARES],
+    /// From the first to the second, process by process.
+    of_first: Mutex<Option<Sender<Vec<Range>>>>,
+    for_second: Mutex<Receiver<Vec<Range>>>,
+}
+
+/// Into how many shares what is at rest is split.
+pub(super) const SHARES: usize = 2;
 
 #[derive(Debug)]
 struct Held {
@@ -55,8 +80,92 @@ impl FrozenMemory {
         Self {
             looking: Mutex::new(looking.collect()),
             unchanged: OnceLock::new(),
+            shares: None,
             held,
         }
+    }
+
+    /// The same of processes of which nothing was sent: [`Self::send_share`] does, of each share.
+    pub(super) fn unsent(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
+        let (of_first, for_second) = channel();
+        Self {
+            held: Arc::new(Held { known, processes }),
+            looking: Mutex::default(),
+            unchanged: OnceLock::new(),
+            shares: Some(Shares {
+                sent: Default::default(),
+                of_first: Mutex::new(Some(of_first)),
+                for_second: Mutex::new(for_second),
+            }),
+        }
+    }
+
+    /// How many shares are to be sent, in their order, before an image of the dump can be.
+    pub(super) fn shares(&self) -> usize {
+        self.shares.as_ref().map_or(0, |shares| shares.sent.len())
+    }
+
+    /// Sends a share of what is at rest.
+    ///
+    /// # Errors
+    /// Those of the stream.
+    pub(super) fn send_share<W: Write>(
+        &self,
+        share: usize,
+        sender: &StreamSender<W>,
+        container: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<SentMemory, WireError> {
+        let Some(shares) = &self.shares else {
+            return Ok(SentMemory::default());
+        };
+        let mut found = Vec::new();
+        let sent = self.send_pieces(shares, (share, &mut found), sender, container, progress);
+        if sent.is_err() {
+            // Who waits for it must not wait for ever.
+            found.clear();
+        }
+        drop(shares.sent[share].set(found));
+        sent
+    }
+
+    fn send_pieces<W: Write>(
+        &self,
+        shares: &Shares,
+        (share, found): (usize, &mut InImages),
+        sender: &StreamSender<W>,
+        container: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<SentMemory, WireError> {
+        let Held { known, processes } = &*self.held;
+        let dir = format!("{MEMORY_DIR}{}", share + 1);
+        let wanted = |at: u64| at / PIECE as u64 % SHARES as u64 == share as u64;
+        // Dropped when this share has come to its end, whatever ends it.
+        let of_first = match share {
+            0 => lock(&shares.of_first).take(),
+            _ => None,
+        };
+        let (mut buffers, mut sent) = (Buffers::default(), SentMemory::default());
+        for (pages_id, (inside, pid)) in (1..).zip(processes) {
+            let name = inside.to_string();
+            let mut writer = known.writer(sender, (container, &dir), &name, pages_id)?;
+            let mut ranges: Vec<Range> = Vec::new();
+            if let Ok(memory) = ProcessMemory::of(*pid) {
+                memory.each_piece_at_rest(&wanted, &mut buffers, &mut |start, piece| {
+                    progress(piece.len() as u64);
+                    push(&mut ranges, (start, start + piece.len() as u64));
+                    // Nothing is known that could be the same.
+                    writer.add(start, piece, &vec![0; piece.len() / PAGE_LEN], true)
+                })?;
+            }
+            match &of_first {
+                Some(of_first) => drop(of_first.send(ranges.clone())),
+                None => writer.build_on(&lock(&shares.for_second).recv().unwrap_or_default()),
+            }
+            writer.end(sender, &mut sent)?;
+            found.extend(ranges.into_iter().map(|range| (name.clone(), range)));
+        }
+        Ok(sent)
     }
 
     /// Sends an image of the dump: `path` is that of its pagemap in `dir`, the container's directory.
@@ -65,7 +174,7 @@ impl FrozenMemory {
     /// A page that cannot be read; those of the stream.
     pub(super) fn send_image<W: Write>(
         &self,
-        sender: &Sender<W>,
+        sender: &StreamSender<W>,
         (container, dir): (&str, &Path),
         path: &str,
         progress: &mut dyn FnMut(u64),
@@ -141,10 +250,11 @@ impl FrozenMemory {
     /// Waits for who looks.
     fn all_unchanged(&self) -> &BTreeMap<String, Vec<Range>> {
         self.unchanged.get_or_init(|| {
-            let looking =
-                std::mem::take(&mut *self.looking.lock().unwrap_or_else(PoisonError::into_inner));
+            let looking = std::mem::take(&mut *lock(&self.looking));
             // Of a thread that has panicked nothing is known: its pages are read again.
             let found = looking.into_iter().filter_map(|it| it.join().ok());
+            let shares = self.shares.iter().flat_map(|shares| &shares.sent);
+            let found = found.chain(shares.map(|share| share.wait().clone()));
             let mut all: BTreeMap<String, Vec<Range>> = BTreeMap::new();
             for (name, range) in found.flatten() {
                 all.entry(name).or_default().push(range);
@@ -196,12 +306,21 @@ impl Held {
             if self.known.hash_of(page) != *known {
                 continue;
             }
-            match same.last_mut() {
-                Some(last) if last.1 == at => last.1 += PAGE,
-                _ => same.push((at, at + PAGE)),
-            }
+            push(&mut same, (at, at + PAGE));
         }
         same
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Adds a range that is behind all others.
+fn push(ranges: &mut Vec<Range>, range: Range) {
+    match ranges.last_mut() {
+        Some(last) if last.1 == range.0 => last.1 = range.1,
+        _ => ranges.push(range),
     }
 }
 
@@ -256,7 +375,9 @@ fn copy_run(
 mod tests {
     use std::fs;
 
-    use transship_checkpoint::wire::{Arriving, Check, Limits, Message, Receiver};
+    use transship_checkpoint::wire::{
+        Arriving, Check, Limits, Message, Receiver as StreamReceiver,
+    };
 
     use super::*;
 
@@ -270,6 +391,49 @@ mod tests {
     }
 
     #[test]
+    fn shares_are_the_whole() {
+        let memory = vec![7_u8; 5 * PIECE];
+        let first = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+        let own = BTreeMap::from([(1, std::process::id())]);
+        let frozen = FrozenMemory::unsent(KnownMemory::new().unwrap(), own);
+        let mut stream = Vec::new();
+        let sender = StreamSender::new(&mut stream);
+        for share in 0..frozen.shares() {
+            let sent = frozen.send_share(share, &sender, "c", &mut |_| {}).unwrap();
+            assert!(sent.pages > 2 * (PIECE / PAGE_LEN) as u64 - 1);
+        }
+        let whole = (first, first + 4 * PIECE as u64);
+        let parts = split(whole, frozen.all_unchanged().get("1").unwrap());
+        assert!(parts.iter().all(|(.., is_there)| *is_there), "{parts:?}");
+        sender.send(&Message::FilesEnd).unwrap();
+        drop(sender);
+
+        let target = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            max_bytes: u64::MAX,
+            keep_free: 0,
+        };
+        let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
+        { StreamReceiver::new(&stream[..]).receive_files(&arriving, &mut |_| {}) }.unwrap();
+        let second = Pagemap::read(&target.path().join("c/memory-2/pagemap-1.img")).unwrap();
+        let in_order = { second.runs.windows(2) }
+            .all(|pair| pair[0].start + pair[0].pages * PAGE <= pair[1].start);
+        assert!(in_order, "{second:?}");
+        let has = |at: u64, place| {
+            let mut runs = second.runs.iter();
+            runs.any(|run| {
+                run.place == place && (run.start..run.start + run.pages * PAGE).contains(&at)
+            })
+        };
+        for at in (whole.0..whole.1).step_by(PIECE) {
+            assert!(
+                has(at, PagePlace::Parent) != has(at, PagePlace::File),
+                "{at:x}"
+            );
+        }
+    }
+
+    #[test]
     fn what_the_target_has_is_not_sent_again() {
         // Whole pages of this process.
         let mut memory = vec![7_u8; 5 * PAGE_LEN];
@@ -279,7 +443,7 @@ mod tests {
         let (second_page, third_page) = (byte(1), byte(2));
         let own = BTreeMap::from([(1, std::process::id())]);
         let (mut known, mut stream) = (KnownMemory::new().unwrap(), Vec::new());
-        let sender = Sender::new(&mut stream);
+        let sender = StreamSender::new(&mut stream);
         let round = known.send_round(&sender, "c", &own, &mut |_| {}).unwrap();
         assert!(round.pages > 60 && round.files.len() == 2);
         memory[second_page] = 8;
@@ -326,7 +490,7 @@ mod tests {
         let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
         // The one that was lost has been begun.
         assert!(
-            Receiver::new(&stream[..])
+            StreamReceiver::new(&stream[..])
                 .receive_files(&arriving, &mut |_| {})
                 .is_err()
         );

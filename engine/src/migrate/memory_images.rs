@@ -210,6 +210,18 @@ pub(super) struct ImageWriter<'a, W> {
 }
 
 impl<W: Write> ImageWriter<'_, W> {
+    /// Adds pages that another image has, which this one builds on; before the end they are in no order.
+    pub(super) fn build_on(&mut self, ranges: &[(u64, u64)]) {
+        let runs = ranges.iter().map(|(start, end)| PageRun {
+            start: *start,
+            pages: (end - start) / PAGE,
+            place: PagePlace::Parent,
+            lazy: true,
+        });
+        self.pagemap.runs.extend(runs);
+        self.pagemap.runs.sort_by_key(|run| run.start);
+    }
+
     /// Adds pages that the last round has sent as they are.
     pub(super) fn add_unchanged(&mut self, start: u64, pages: u64, lazy: bool) {
         let run = PageRun {

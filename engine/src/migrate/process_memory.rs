@@ -107,7 +107,23 @@ impl ProcessMemory {
     ) -> Result<(), E> {
         let maps = Process::new(self.pid.as_raw()).and_then(|process| process.maps());
         for map in maps.into_iter().flatten().filter(is_dumped) {
-            self.of_map(&map, buffers, take)?;
+            self.of_mapping(map.address, &|_| true, buffers, take)?;
+        }
+        Ok(())
+    }
+
+    /// The same of those that are at rest, and of pieces whose address is `wanted`.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub(super) fn each_piece_at_rest<E>(
+        &self,
+        wanted: &dyn Fn(u64) -> bool,
+        buffers: &mut Buffers,
+        take: &mut TakePages<'_, E>,
+    ) -> Result<(), E> {
+        for mapping in self.mappings_at_rest() {
+            self.of_mapping(mapping, wanted, buffers, take)?;
         }
         Ok(())
     }
@@ -131,13 +147,13 @@ impl ProcessMemory {
             .collect()
     }
 
-    fn of_map<E>(
+    fn of_mapping<E>(
         &self,
-        map: &MemoryMap,
+        (mut at, end): (u64, u64),
+        wanted: &dyn Fn(u64) -> bool,
         buffers: &mut Buffers,
         take: &mut TakePages<'_, E>,
     ) -> Result<(), E> {
-        let (mut at, end) = map.address;
         while at < end {
             let count = usize::try_from((end - at) / PAGE)
                 .unwrap_or(ENTRIES)
@@ -152,6 +168,9 @@ impl ProcessMemory {
             });
             for (first, pages) in runs(there, PIECE / PAGE_LEN) {
                 let from = at + first as u64 * PAGE;
+                if !wanted(from) {
+                    continue;
+                }
                 let piece = &mut buffers.pages[..pages * PAGE_LEN];
                 let read = self.read(from, piece);
                 let whole = read - read % PAGE_LEN;

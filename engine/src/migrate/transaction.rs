@@ -122,41 +122,41 @@ impl Transaction<'_> {
         self.commit(frozen.commit()).await
     }
 
-    /// Sends memory while the containers run, and gives what the target has of each.
-    async fn send_memory(&mut self) -> Result<Vec<KnownMemory>> {
+    /// Sends memory while the containers run, and gives what the target has of each; none of one whose memory CRIU
+    /// has to copy.
+    async fn send_memory(&mut self) -> Result<Vec<Option<KnownMemory>>> {
         let containers = &self.moving.containers;
-        let made = containers.iter().map(|_| KnownMemory::new());
-        let mut known = made.collect::<Result<Vec<_>>>()?;
-        let mut rounds = Rounds::within(self.request.precopy);
-        if !rounds.go_on() {
-            return Ok(known);
-        }
         let possible = can_compare_pages() && DumpHold::is_possible();
         let wanted = &self.request.target.criu;
-        let goes_before = |source: &SourceContainer| {
+        let can_be_held = |source: &SourceContainer| {
             let criu = wanted.over(source.container.criu.clone());
             // Whether `criu lazy-pages` reads images that build on others is not known.
             possible && !criu.lazy_pages && source.runtime.can_hold_dumps()
         };
-        let go_before: Vec<bool> = containers.iter().map(goes_before).collect();
-        if !go_before.contains(&true) {
+        let mut known = Vec::new();
+        for source in containers {
+            known.push(match can_be_held(source) {
+                true => Some(KnownMemory::new()?),
+                false => None,
+            });
+        }
+        if known.iter().all(Option::is_none) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);
         }
+        let mut rounds = Rounds::within(self.request.precopy);
         let from = self.timeline.now();
         while rounds.go_on() {
             self.progress.bytes("memory, while it runs", self.estimate);
             let mut pages = 0;
-            for (at, source) in containers
-                .iter()
-                .enumerate()
-                .filter(|(at, _)| go_before[*at])
-            {
+            for (source, known) in containers.iter().zip(&mut known) {
+                let Some(mut of_container) = known.take() else {
+                    continue;
+                };
                 let pids = self.node.pids(source.id()).await?;
                 let processes = by_pid_inside(source.pid, &pids);
                 let name = source.container.name.clone();
                 let mut count = self.progress.counter();
-                let mut of_container = known.remove(at);
                 let (back, sent) = self
                     .conversation
                     .write_data(move |sender| {
@@ -165,7 +165,7 @@ impl Transaction<'_> {
                         Ok((of_container, sent))
                     })
                     .await?;
-                known.insert(at, back);
+                *known = Some(back);
                 pages += sent.pages;
                 let name = &source.container.name;
                 let files = sent.files.into_iter().map(|file| (name.clone(), file));
@@ -192,7 +192,11 @@ impl Transaction<'_> {
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: Vec<KnownMemory>) -> Result<()> {
+    async fn move_and_record(
+        &mut self,
+        draft: &Draft,
+        known: Vec<Option<KnownMemory>>,
+    ) -> Result<()> {
         self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
@@ -342,7 +346,7 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Vec<KnownMemory>) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, known: Vec<Option<KnownMemory>>) -> Result<()> {
         let from = self.timeline.now();
         let (node, moving) = (self.node, self.moving);
         self.progress.bytes("dump and transfer", self.estimate);
@@ -508,15 +512,27 @@ impl Transaction<'_> {
             for part in parts.all() {
                 let from = (&*part.name, &*part.dir);
                 while let Some(next) = part.files.next() {
-                    match (next, &part.memory) {
+                    let of_memory = match (&next, &part.memory) {
                         (Next::Memory(path), Some(memory)) => {
-                            let image = memory.send_image(sender, from, &path, &mut progress)?;
+                            let image = memory.send_image(sender, from, path, &mut progress)?;
                             part.files.memory_sent();
-                            let files = image.files.into_iter();
-                            sent.extend(files.map(|file| (part.name.clone(), file)));
-                            bytes += image.bytes;
+                            Some(image)
                         }
-                        (Next::File(path) | Next::Memory(path), _) => {
+                        (Next::Share(share), Some(memory)) => {
+                            Some(memory.send_share(*share, sender, from.0, &mut progress)?)
+                        }
+                        _ => None,
+                    };
+                    if let Some(memory) = of_memory {
+                        let files = memory.files.into_iter();
+                        sent.extend(files.map(|file| (part.name.clone(), file)));
+                        bytes += memory.bytes;
+                        continue;
+                    }
+                    match next {
+                        // Only memory has any.
+                        Next::Share(_) => {}
+                        Next::File(path) | Next::Memory(path) => {
                             let mut how = How {
                                 check: Check::Xxh3,
                                 complete: &|| part.files.is_whole(&path),
