@@ -125,7 +125,7 @@ bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|rest
 	$(RELEASE) $(addprefix --bin ,$(BINARIES) transship-bench testbed)
 	@$(AS_ROOT) $(RELEASE_DIR)/transship-bench $(if $(ONLY),--only $(ONLY))
 
-install: ## Build with all optimisations, and install binaries, units and sample configurations to PREFIX
+install: ## Build a release, and install binaries, units and sample configurations to PREFIX
 	$(RELEASE) $(addprefix --bin ,$(BINARIES))
 	$(MAKE) install-built BUILT=$(RELEASE_DIR)
 

@@ -60,7 +60,7 @@ struct Shares {
 }
 
 /// Into how many shares what is at rest is split.
-pub(super) const SHARES: usize = 2;
+const SHARES: usize = 2;
 
 #[derive(Debug)]
 struct Held {
