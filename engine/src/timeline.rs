@@ -117,8 +117,10 @@ impl Timeline {
         }
     }
 
-    /// Puts the steps in the order in which they began.
+    /// Puts the steps in the order in which they began; of those that began together the one that was added last comes
+    /// first.
     pub fn sort(&mut self) {
+        self.steps.reverse();
         self.steps.sort_by_key(|step| step.from);
     }
 
@@ -251,6 +253,18 @@ pub fn human_bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_are_in_the_order_in_which_they_began() {
+        let mut timeline = Timeline::begin();
+        let [zero, second] = [Duration::ZERO, Duration::from_secs(1)];
+        for (name, from) in [("transfer", zero), ("restore", second), ("dump", zero)] {
+            timeline.step_of(name, from, second, None);
+        }
+        timeline.sort();
+        let names = timeline.steps.iter().map(|step| step.name);
+        assert_eq!(names.collect::<Vec<_>>(), ["dump", "transfer", "restore"]);
+    }
 
     #[test]
     fn every_step_is_seen_however_short() {

@@ -460,13 +460,14 @@ impl Transaction<'_> {
     fn tell_dumps(&mut self, from: Duration, dumped: Vec<Dumped>) {
         let mut began = from;
         for (source, Dumped { criu, upperdir }) in self.moving.containers.iter().zip(dumped) {
+            // The dump, its layer, the transfer of both: from the last one to the first.
+            let bytes = Some(upperdir.bytes);
+            self.timeline
+                .step_of("upperdir", began, upperdir.took, bytes);
             self.timeline.step_of("dump", began, criu, None);
             if self.moving.pod.is_some() {
                 self.timeline.note(&source.container.name);
             }
-            let bytes = Some(upperdir.bytes);
-            self.timeline
-                .step_of("upperdir", began, upperdir.took, bytes);
             began += criu;
         }
         self.timeline.sort();
