@@ -85,7 +85,7 @@ impl TaskToFreeze {
 
     async fn network(&self, act: fn(&Path) -> Result<(), SandboxError>) -> Result<()> {
         let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.pid));
-        if !self.network_is_locked || !namespace.exists() {
+        if !self.network_is_locked || namespace.symlink_metadata().is_err() {
             return Ok(());
         }
         Ok(tokio::task::spawn_blocking(move || act(&namespace)).await??)

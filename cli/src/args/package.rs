@@ -13,7 +13,7 @@ use super::parse_size;
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Name of a checkpoint, file that export has written, HOST/NAME:TAG in a registry, of which memory stays there, or
-    /// oci:DIR[:TAG], an OCI image layout
+    /// oci:DIR or oci:DIR:TAG, an OCI image layout
     #[arg(value_name = "NAME|FILE|REF|oci:DIR")]
     pub(crate) name: String,
     /// Compare every file with its digest; those of a package always are
