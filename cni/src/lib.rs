@@ -47,6 +47,12 @@ pub struct Attachment {
     pub address: Address,
 }
 
+/// Whether addresses come along in one of these networks.
+#[must_use]
+pub fn keep_addresses(attachments: &[Attachment]) -> bool {
+    attachments.iter().any(|it| it.address == Address::Keep)
+}
+
 /// The networks that a container is to be in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Networks {

@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use transship_cni::{Address, Cni, Networks, Place};
+use transship_cni::{Cni, Networks, Place, keep_addresses};
 use transship_sandbox::{
     SandboxError, announce_addresses_of, lock_network, raise_loopback_of, unlock_network,
 };
@@ -65,8 +65,7 @@ fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
 /// Whether networks that are asked for (as `write` is given them) keep the addresses that they had.
 pub(crate) fn are_kept(json: &str) -> io::Result<bool> {
     let networks: Networks = serde_json::from_str(json)?;
-    let mut attachments = networks.attachments.iter();
-    Ok(attachments.any(|it| it.address == Address::Keep))
+    Ok(keep_addresses(&networks.attachments))
 }
 
 /// Asks for networks in a restore with this work directory. With `locks` no packet comes or goes before [`open`].

@@ -7,7 +7,6 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd as _;
@@ -17,13 +16,12 @@ use etherparse::icmpv6::NeighborAdvertisementHeader;
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv6Type, PacketBuilder};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrStorage, sendto, socket,
 };
 
 use crate::error::SandboxError;
-use crate::pins::in_thread;
+use crate::pins::in_network;
 
 /// Of Ethernet.
 type Mac = [u8; 6];
@@ -42,10 +40,7 @@ const TARGET_MAC: [u8; 2] = [2, 1];
 /// # Errors
 /// A system call failed.
 pub fn addresses_of(namespace: &Path) -> Result<Vec<IpAddr>, SandboxError> {
-    in_thread("list the addresses of", namespace, || {
-        setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
-        addresses()
-    })
+    in_network("list the addresses of", namespace, addresses)
 }
 
 /// Tells the neighbours in the network namespace of a process that its addresses are there now.
@@ -54,10 +49,7 @@ pub fn addresses_of(namespace: &Path) -> Result<Vec<IpAddr>, SandboxError> {
 /// A system call failed; some may have been told.
 pub fn announce_addresses_of(pid: i32) -> Result<(), SandboxError> {
     let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
-    in_thread("announce the addresses of", &path, || {
-        setns(File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
-        announce()
-    })
+    in_network("announce the addresses of", &path, announce)
 }
 
 /// Those of the calling thread.

@@ -9,15 +9,12 @@
 //! again, and what it has acknowledged for a copy that is given up neither. CRIU's own lock is there during the dump
 //! and the restore only.
 
-use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nix::sched::{CloneFlags, setns};
-
 use crate::error::SandboxError;
-use crate::pins::in_thread;
+use crate::pins::in_network;
 
 const TABLE: &str = "inet transship-migration";
 
@@ -49,9 +46,7 @@ pub fn unlock_network(namespace: &Path) -> Result<(), SandboxError> {
 /// # Errors
 /// `act` failed, with the first line that nft has said.
 pub fn nft(act: &'static str, namespace: &Path, script: &str) -> Result<(), SandboxError> {
-    in_thread(act, namespace, || {
-        // A process that the thread starts is in its network namespace.
-        setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
+    in_network(act, namespace, || {
         let mut nft = Command::new("nft")
             .args(["-f", "-"])
             .stdin(Stdio::piped())

@@ -181,9 +181,22 @@ pub fn live_network_namespace(pod: &PodDir) -> Result<PathBuf, SandboxError> {
 /// A system call failed.
 pub fn raise_loopback_of(pid: i32) -> Result<(), SandboxError> {
     let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
-    in_thread("raise the loopback interface of", &path, || {
-        setns(File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
-        crate::loopback::raise()
+    in_network(
+        "raise the loopback interface of",
+        &path,
+        crate::loopback::raise,
+    )
+}
+
+/// Runs it in a network namespace; so does every process that it starts.
+pub(crate) fn in_network<T: Send>(
+    act: &'static str,
+    namespace: &Path,
+    run: impl FnOnce() -> io::Result<T> + Send,
+) -> Result<T, SandboxError> {
+    in_thread(act, namespace, || {
+        setns(File::open(namespace)?, CloneFlags::CLONE_NEWNET)?;
+        run()
     })
 }
 

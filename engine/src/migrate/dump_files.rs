@@ -180,7 +180,7 @@ impl DumpFiles {
         self.hold()?.layer()?;
         let images = list_files(&self.dir.join(IMAGES_DIR)).ok()?.into_iter();
         let mut files: Vec<String> = { images.map(|name| format!("{IMAGES_DIR}/{name}")) }
-            .filter(|path| image_name(path).is_some() || is_not_memory(path))
+            .filter(|path| number(path).is_none())
             .collect();
         // Not what is below: what CRIU says to people is there to the end of the dump, and goes then.
         for entry in fs::read_dir(&self.dir).ok()? {

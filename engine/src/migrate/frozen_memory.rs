@@ -375,11 +375,23 @@ fn copy_run(
 mod tests {
     use std::fs;
 
+    use tempfile::TempDir;
     use transship_checkpoint::wire::{
         Arriving, Check, Limits, Message, Receiver as StreamReceiver,
     };
 
     use super::*;
+
+    fn receive(stream: &[u8]) -> (TempDir, Result<(), WireError>) {
+        let target = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            max_bytes: u64::MAX,
+            keep_free: 0,
+        };
+        let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
+        let received = StreamReceiver::new(stream).receive_files(&arriving, &mut |_| {});
+        (target, received.map(drop))
+    }
 
     #[test]
     fn ranges_are_split() {
@@ -408,13 +420,8 @@ mod tests {
         sender.send(&Message::FilesEnd).unwrap();
         drop(sender);
 
-        let target = tempfile::tempdir().unwrap();
-        let limits = Limits {
-            max_bytes: u64::MAX,
-            keep_free: 0,
-        };
-        let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
-        { StreamReceiver::new(&stream[..]).receive_files(&arriving, &mut |_| {}) }.unwrap();
+        let (target, received) = receive(&stream);
+        received.unwrap();
         let second = Pagemap::read(&target.path().join("c/memory-2/pagemap-1.img")).unwrap();
         let in_order = { second.runs.windows(2) }
             .all(|pair| pair[0].start + pair[0].pages * PAGE <= pair[1].start);
@@ -482,18 +489,9 @@ mod tests {
         sender.send(&Message::FilesEnd).unwrap();
         drop(sender);
 
-        let target = tempfile::tempdir().unwrap();
-        let limits = Limits {
-            max_bytes: u64::MAX,
-            keep_free: 0,
-        };
-        let arriving = Arriving::into_dir(target.path(), limits, Check::Xxh3);
+        let (target, received) = receive(&stream);
         // The one that was lost has been begun.
-        assert!(
-            StreamReceiver::new(&stream[..])
-                .receive_files(&arriving, &mut |_| {})
-                .is_err()
-        );
+        assert!(received.is_err());
         let came = target.path().join("c");
         let image = Pagemap::read(&came.join(&path)).unwrap();
         let places: Vec<_> = image

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::spec::Spec;
-use transship_cni::{Address, Attachment, Cni, Place, container_name};
+use transship_cni::{Address, Attachment, Cni, Place, container_name, keep_addresses};
 
 use super::Request;
 use super::record::Pending;
@@ -58,8 +58,7 @@ pub(super) fn check(container: &mut SourceContainer, request: &Request) -> Resul
 
 /// Whether the addresses come along, so that they must be gone here before the copy has them.
 fn are_kept(pending: &Pending) -> bool {
-    let mut networks = pending.networks.iter();
-    networks.any(|network| network.address == Address::Keep)
+    keep_addresses(&pending.networks)
 }
 
 /// Whether packets must not be answered for while the container moves: its connections go on with its addresses.

@@ -129,7 +129,13 @@ impl Front<'_> {
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;
         timers::advance_wall_clock(images.path(), task_attributes::since_freeze(&attributes))?;
-        lost_addresses::leave(images.path(), config)?;
+        let networks = config.annotations.networks.as_deref();
+        let keeps_addresses = { networks.map(own_networks::are_kept).transpose() }
+            .during("parse the networks for", bundle.dir())?
+            .unwrap_or_default();
+        if !keeps_addresses {
+            lost_addresses::leave(images.path(), config)?;
+        }
         let mut criu = config.annotations.criu.over(request.criu);
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
@@ -152,8 +158,7 @@ impl Front<'_> {
                 let id = create.id.clone();
                 return Err(RestoreError::NoNetworks { id }.into());
             }
-            let locks = criu.tcp == Tcp::Established
-                && own_networks::are_kept(networks).during("parse the networks for", &work)?;
+            let locks = criu.tcp == Tcp::Established && keeps_addresses;
             own_networks::write(&work, networks, locks).during("write into", &work)?;
         }
         self.remove_aborted_restore(&create.id, bundle);

@@ -5,20 +5,14 @@ use std::path::Path;
 
 use transship_checkpoint::criu_images::inet_sockets::leave_lost_addresses;
 use transship_checkpoint::namespaces::{Namespace, has_own_network, joined};
-use transship_path_error::During as _;
 use transship_sandbox::addresses_of;
 
 use super::FrontError;
 use super::bundle::Config;
-use crate::own_networks;
 
-/// Frees those that nobody waits at, in the images that are about to be restored; CRIU could not bind them.
+/// Frees those that nobody waits at, in the images that are about to be restored; CRIU could not bind them. Not for a
+/// container that keeps its addresses.
 pub(super) fn leave(images: &Path, config: &Config) -> Result<(), FrontError> {
-    if let Some(networks) = &config.annotations.networks
-        && own_networks::are_kept(networks).during("parse the networks for", images)?
-    {
-        return Ok(());
-    }
     let addresses = match joined(&config.spec).get(&Namespace::Network) {
         Some(namespace) => addresses_of(namespace)?,
         // It is made in the restore, and given addresses of its own.
