@@ -51,6 +51,7 @@ mod pods_own_files;
 mod pods_shared;
 mod pods_volumes;
 mod programs;
+mod random_faults;
 mod readme;
 mod reference;
 mod snapshotter;
@@ -194,6 +195,7 @@ fn main() -> ExitCode {
         .chain(pods_shared::cases())
         .chain(pods_volumes::cases())
         .chain(programs::cases())
+        .chain(random_faults::cases())
         .chain(readme::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

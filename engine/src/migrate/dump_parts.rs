@@ -89,6 +89,12 @@ impl DumpParts {
         &self.0
     }
 
+    /// Nobody reads memory in its processes any more: the dumps go on, also those that have not come so far.
+    pub(super) fn release_holds(&self) {
+        let holds = self.0.iter().filter_map(|part| part.files.hold());
+        holds.for_each(DumpHold::release);
+    }
+
     /// What the layers cannot say, if that is known of all parts before the dumps have ended.
     pub(super) fn losses(&self) -> Option<Vec<Losses>> {
         let layers = self.0.iter().map(|part| part.files.hold()?.layer());

@@ -371,10 +371,15 @@ impl Transaction<'_> {
             Some(_) => None,
             None => parts.losses(),
         };
-        let dumped = match (dumped, &losses) {
-            (Some(done), _) => Some(done?),
-            (None, None) => Some(dump.as_mut().await?),
-            (None, Some(_)) => None,
+        // Whoever gives up waits for CRIU too, whose code is in the tasks until its end.
+        let goes_on = sent.is_ok() && losses.is_some() && self.interrupt.check().is_ok();
+        if !goes_on {
+            parts.release_holds();
+        }
+        let dumped = match dumped {
+            Some(done) => Some(done?),
+            None if goes_on => None,
+            None => Some(dump.as_mut().await?),
         };
         let (files, bytes) = sent?;
         self.interrupt.check()?;
@@ -394,8 +399,9 @@ impl Transaction<'_> {
             }
         };
         let handed = self.hand_over(draft, files, losses, shared);
-        let (ended, ()) = tokio::try_join!(ended, handed)?;
-        self.tell_dumps(from, ended);
+        let (ended, handed) = tokio::join!(ended, handed);
+        self.tell_dumps(from, ended?);
+        handed?;
         Ok(())
     }
 
