@@ -388,7 +388,7 @@ pub(crate) struct TargetArgs {
     pub(crate) network: Option<AddressArg>,
     /// Let the checkpoint have this, which other containers do not have (most of it is root on the
     /// node): hooks, criu-options, devices, host-mounts, capabilities, host-namespaces, cgroup-path,
-    /// unmasked-paths, other-fields, image-name [default: what /etc/transship/node.toml allows]
+    /// unmasked-paths, other-fields, image-name, host-ports, log-uri [default: what /etc/transship/node.toml allows]
     #[arg(long, value_name = "KIND")]
     pub(crate) allow: Vec<Allow>,
 }

@@ -12,6 +12,7 @@
 //!
 //! Specification: <https://www.cni.dev/docs/spec/>, 1.0.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,37 @@ pub struct Attachment {
     pub mac: String,
     /// What it is given when it is made again.
     pub address: Address,
+    /// Ports of the node that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortMapping>,
+}
+
+/// A port of the node that leads to one of the container, as plugins with the capability `portMappings` take it:
+/// <https://www.cni.dev/docs/conventions/>.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// The node's port.
+    #[serde(alias = "HostPort")]
+    pub host_port: u16,
+    /// The container's port.
+    #[serde(alias = "ContainerPort")]
+    pub container_port: u16,
+    /// `tcp`, `udp` or `sctp`.
+    #[serde(alias = "Protocol")]
+    pub protocol: String,
+    /// The node's address; empty: all of them.
+    #[serde(rename = "hostIP", alias = "HostIP", default)]
+    pub host_ip: String,
+}
+
+impl fmt::Display for PortMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host_ip.as_str() {
+            "" | "0.0.0.0" => write!(f, "{}/{}", self.host_port, self.protocol),
+            address => write!(f, "{address}:{}/{}", self.host_port, self.protocol),
+        }
+    }
 }
 
 /// Whether addresses come along in one of these networks.
@@ -114,6 +146,20 @@ pub enum CniError {
         /// Its words.
         reason: String,
     },
+    /// Ports of the node cannot lead into the network.
+    #[error("the network {network:?} of this node has no plugin with the capability portMappings")]
+    NoPortMappings {
+        /// The network.
+        network: String,
+    },
+    /// A port of the node leads somewhere else.
+    #[error("the port {port} of this node leads to the container {container:?} already")]
+    PortIsTaken {
+        /// The port.
+        port: String,
+        /// Its name among those of CNI.
+        container: String,
+    },
     /// The network gives other addresses than those that are to be kept.
     #[error(
         "the network {network:?} cannot give the address that is to be kept: {asked} was asked for, {given} given"
@@ -155,7 +201,12 @@ impl Attachment {
                 ip.parse::<IpAddr>().is_ok() && prefix.parse::<u8>().is_ok()
             })
         };
-        name(&self.network) && interface && mac && self.addresses.iter().all(address)
+        let port = |port: &PortMapping| {
+            ["tcp", "udp", "sctp"].contains(&port.protocol.as_str())
+                && (port.host_ip.is_empty() || port.host_ip.parse::<IpAddr>().is_ok())
+        };
+        let addresses = self.addresses.iter().all(address);
+        name(&self.network) && interface && mac && addresses && self.ports.iter().all(port)
     }
 }
 
@@ -203,6 +254,33 @@ impl Cni {
         let found = config::find(&self.config_dir, network)?;
         for plugin in &found.plugins {
             plugin::find(&self.plugin_dirs, &found, plugin)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that these ports can lead into a network here.
+    ///
+    /// # Errors
+    /// No plugin of it can do so, or a port leads to another container.
+    pub fn check_ports(&self, network: &str, ports: &[PortMapping]) -> Result<(), CniError> {
+        let found = config::find(&self.config_dir, network)?;
+        let maps = |plugin: &serde_json::Value| plugin["capabilities"]["portMappings"] == true;
+        if !ports.is_empty() && !found.plugins.iter().any(maps) {
+            return Err(CniError::NoPortMappings {
+                network: network.to_owned(),
+            });
+        }
+        let taken = results::ports(&self.results_dir)?;
+        let same = |a: &PortMapping, b: &PortMapping| {
+            (a.host_port, &a.protocol) == (b.host_port, &b.protocol)
+        };
+        for port in ports {
+            if let Some((container, _)) = taken.iter().find(|(_, other)| same(port, other)) {
+                return Err(CniError::PortIsTaken {
+                    port: port.to_string(),
+                    container: container.clone(),
+                });
+            }
         }
         Ok(())
     }

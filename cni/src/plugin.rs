@@ -126,9 +126,12 @@ fn input(network: &Network, plugin: &Value, call: &Call<'_>) -> Value {
     Value::Object(input)
 }
 
-/// What is to be kept, for plugins that have said that they can.
+/// What plugins are told that have said that they can do it: the node's ports, and what is to be kept.
 fn runtime_config(attachment: &Attachment, capabilities: &Value) -> Map<String, Value> {
     let mut runtime = Map::new();
+    if capabilities["portMappings"] == true && !attachment.ports.is_empty() {
+        runtime.insert("portMappings".to_owned(), json!(attachment.ports));
+    }
     if attachment.address == Address::Keep {
         if capabilities["ips"] == true {
             runtime.insert("ips".to_owned(), json!(attachment.addresses));

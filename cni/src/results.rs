@@ -3,10 +3,12 @@
 //! ```text
 //!  /var/lib/cni/results/<network>-<container>-<interface>
 //!      { "kind": "cniCacheV1", "containerId", "config": base64, "ifName", "networkName",
+//!        "capabilityArgs": { "portMappings": [{ "hostPort", "containerPort", "protocol", "hostIP" }] },
 //!        "result": { "cniVersion", "interfaces": [{ "name", "mac", "sandbox" }],
 //!                    "ips": [{ "address": "10.88.0.5/16", "interface": 2 }], ... } }
 //! ```
 //!
+//! containerd's clients write the fields of a port as `HostPort`, `ContainerPort`, `Protocol` and `HostIP`.
 //! Results before version 0.3.0 of the specification have `ip4` and `ip6` instead of lists.
 
 use std::fs;
@@ -14,28 +16,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 use transship_path_error::During as _;
 
 use crate::config::Network;
-use crate::{Address, Attachment, CniError};
+use crate::{Address, Attachment, CniError, PortMapping};
 
 const KIND: &str = "cniCacheV1";
 
 /// The networks of a container, by its results.
 pub(crate) fn read(dir: &Path, container: &str) -> Result<Vec<Attachment>, CniError> {
-    let mut files = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => {
-            let paths: io::Result<Vec<_>> = { entries.during("list", dir)? }
-                .map(|entry| Ok(entry?.path()))
-                .collect();
-            paths.during("list", dir)?
-        }
-    };
-    files.sort();
     let mut found = Vec::new();
-    for file in files {
+    for file in files(dir)? {
         let named = file.file_name().and_then(|name| name.to_str());
         // Its parts may have dashes themselves: what it says counts.
         if !named.is_some_and(|name| name.contains(container)) {
@@ -50,6 +43,36 @@ pub(crate) fn read(dir: &Path, container: &str) -> Result<Vec<Attachment>, CniEr
     Ok(found)
 }
 
+/// The ports of the node that lead to containers, and to which.
+pub(crate) fn ports(dir: &Path) -> Result<Vec<(String, PortMapping)>, CniError> {
+    let mut found = Vec::new();
+    for file in files(dir)? {
+        let text = fs::read(&file).during("read", &file)?;
+        let json: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let container = json["containerId"].as_str().unwrap_or_default();
+        let ports = ports_of(&json).into_iter();
+        found.extend(ports.map(|port| (container.to_owned(), port)));
+    }
+    Ok(found)
+}
+
+fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.during("list", dir)?,
+    };
+    let paths: io::Result<Vec<_>> = entries.map(|entry| Ok(entry?.path())).collect();
+    let mut files = paths.during("list", dir)?;
+    files.sort();
+    Ok(files)
+}
+
+fn ports_of(json: &Value) -> Vec<PortMapping> {
+    let listed = json["capabilityArgs"]["portMappings"].as_array();
+    let listed = listed.into_iter().flatten();
+    { listed.filter_map(|port| PortMapping::deserialize(port).ok()) }.collect()
+}
+
 fn attachment(json: &Value) -> Option<Attachment> {
     let interface = json["ifName"].as_str()?.to_owned();
     let (addresses, mac) = given(&json["result"], &interface);
@@ -59,6 +82,7 @@ fn attachment(json: &Value) -> Option<Attachment> {
         addresses,
         mac,
         address: Address::New,
+        ports: ports_of(json),
     })
 }
 
@@ -104,7 +128,7 @@ pub(crate) fn write(
 ) -> Result<(), CniError> {
     fs::create_dir_all(dir).during("create", dir)?;
     let path = path(dir, container, of);
-    let json = json!({
+    let mut json = json!({
         "kind": KIND,
         "containerId": container,
         "config": BASE64.encode(&network.text),
@@ -112,6 +136,9 @@ pub(crate) fn write(
         "networkName": of.network,
         "result": result,
     });
+    if !of.ports.is_empty() {
+        json["capabilityArgs"] = json!({ "portMappings": of.ports });
+    }
     Ok(fs::write(&path, json.to_string()).during("write", &path)?)
 }
 

@@ -59,6 +59,7 @@ fn attachment(address: Address, ip: &str) -> Attachment {
         addresses: vec![ip.into()],
         mac: "0A:01".into(),
         address,
+        ports: Vec::new(),
     }
 }
 
@@ -107,6 +108,70 @@ fn plugins_are_called_in_turn_and_what_they_made_is_kept() {
         "{del}"
     );
     assert!(bed.cni.of_container("default-web").unwrap().is_empty());
+}
+
+/// Named as containerd's clients write them down, and as the specification does.
+#[test]
+fn ports_lead_to_a_container_wherever_it_is() {
+    let bed = bed(
+        &json!([{"type": "first"}, {"type": "second", "capabilities": {"portMappings": true}}]),
+    );
+    let written = json!({
+        "kind": "cniCacheV1", "containerId": "default-web", "ifName": "eth0", "networkName": "lan",
+        "capabilityArgs": {"portMappings": [
+            {"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"}]},
+        "result": {"ips": [{"address": "10.1.0.9/24"}]},
+    });
+    fs::create_dir(bed.dir.path().join("results")).unwrap();
+    let path = bed.dir.path().join("results/lan-default-web-eth0");
+    fs::write(&path, written.to_string()).unwrap();
+    let [found] = bed
+        .cni
+        .of_container("default-web")
+        .unwrap()
+        .try_into()
+        .unwrap();
+    assert_eq!(found.ports[0].to_string(), "8080/tcp");
+    assert!(found.is_plain());
+
+    let taken = bed
+        .cni
+        .check_ports("lan", &found.ports)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        taken,
+        "the port 8080/tcp of this node leads to the container \"default-web\" already"
+    );
+    fs::remove_file(&path).unwrap();
+    bed.cni.check_ports("lan", &found.ports).unwrap();
+    bed.cni.add(PLACE, &found).unwrap();
+    let port = r#"{"portMappings":[{"containerPort":80,"hostIP":"0.0.0.0","hostPort":8080,"protocol":"tcp"}]}"#;
+    let told = &bed.calls("second")[0];
+    assert!(
+        told.contains(&format!(r#""runtimeConfig":{port}"#)),
+        "{told}"
+    );
+    assert!(!bed.calls("first")[0].contains("8080"));
+    let made = bed.cni.of_container("default-web").unwrap();
+    assert_eq!(made[0].ports, found.ports);
+
+    let mut odd = found;
+    odd.ports[0].protocol = "tcp -j ACCEPT".into();
+    assert!(!odd.is_plain());
+}
+
+#[test]
+fn ports_need_a_plugin_that_maps_them() {
+    let bed = bed(&json!([{"type": "first"}]));
+    let port = PortMapping {
+        host_port: 80,
+        container_port: 80,
+        protocol: "tcp".into(),
+        host_ip: String::new(),
+    };
+    let error = bed.cni.check_ports("lan", &[port]).unwrap_err().to_string();
+    assert!(error.contains("portMappings"), "{error}");
 }
 
 #[test]

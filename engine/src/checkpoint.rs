@@ -178,7 +178,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
             source.log = source.log.filter(|_| !request.leave_logs);
             if request.verify_restore {
                 let memory = source.estimate(node).await?;
-                verify::can_be_tried(&source.spec, &source.called, memory)?;
+                verify::can_be_tried(&source.spec, &source.container, &source.called, memory)?;
             }
             check_options(std::slice::from_ref(&source))?;
             return Ok(DumpTarget {

@@ -33,7 +33,7 @@ use crate::moved_pods::Mark;
 use crate::progress::Progress;
 use crate::receive::new_migration;
 use crate::restart_policy;
-use crate::restore::Target;
+use crate::restore::{Target, remove_client_files};
 use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
@@ -294,7 +294,8 @@ async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
     };
     node.delete_container(id).await?;
     let snapshotter = node.snapshotter(&record.snapshotter);
-    Ok({ snapshotter.remove_if_exists(&record.snapshot_key) }.await?)
+    { snapshotter.remove_if_exists(&record.snapshot_key) }.await?;
+    remove_client_files(node.namespace(), id)
 }
 
 /// Deletes the tasks of the source, which have ended; its files stay. Those of a pod are the CRI's.

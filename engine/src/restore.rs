@@ -7,7 +7,7 @@
 //!      Restored::settle            an ordinary container;  Restored::undo: nothing is left
 //! ```
 //!
-//! `verify` tries a restore and removes it.
+//! `verify` tries a restore and removes it. `client_files` makes anew what nerdctl makes for a container.
 //!
 //! What the checkpoint says is its maker's word: the spec, the labels and the options of the manifest
 //! go through `transship_sandbox::admission::foreign_spec`, and everything that leads to a program, a
@@ -21,6 +21,7 @@ use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::timeline::Timeline;
 
+mod client_files;
 mod held;
 mod networks;
 mod plan;
@@ -28,6 +29,7 @@ mod spec;
 mod target;
 pub mod verify;
 
+pub(crate) use client_files::remove as remove_client_files;
 pub use held::{LEASE, Restored, hold, remove_copy, settle};
 pub use plan::{Plan, plan};
 pub use target::{AddressChoice, Target, allowed_by_node};

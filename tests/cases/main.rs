@@ -32,6 +32,7 @@ mod migration_direct;
 mod migration_faults;
 mod migration_keeps;
 mod moments;
+mod nerdctl;
 mod node_api;
 mod not_ours;
 mod one_copy;
@@ -179,6 +180,7 @@ fn main() -> ExitCode {
         .chain(pods_migrated::cases())
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
+        .chain(nerdctl::cases())
         .chain(node_api::cases())
         .chain(not_ours::cases())
         .chain(one_copy::cases())

@@ -14,11 +14,13 @@ use transship_containerd::Output;
 use transship_layer::{ImportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
 
+use super::client_files;
 use super::plan::Plan;
 use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
 use crate::container_log::path_of_uri;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, one_line};
 use crate::overlay_mounts::overlay_stack;
+use crate::own_networks;
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
@@ -100,10 +102,22 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
         snapshot_key: plan.id.clone(),
     })
     .await?;
+    if let Some(files) = &plan.client_files {
+        files.write(&[])?;
+    }
     let (stdout, stderr) = plan.output.clone();
     let pid = node
         .create_task(&plan.id, mounts, Output { stdout, stderr })
         .await?;
+    if let Some(files) = &plan.client_files {
+        let networks = own_networks::of_container(node.namespace(), &plan.id, pid, &held)?;
+        let addresses = networks.into_iter().flat_map(|network| network.addresses);
+        files.write(&addresses.collect::<Vec<_>>())?;
+    }
+    // What is left of others is of no weight to this one.
+    if let Err(error) = client_files::sweep(node).await {
+        tracing::warn!(error = %one_line(&error), "files of removed containers are left");
+    }
     Ok((pid, upperdir))
 }
 
@@ -209,5 +223,5 @@ pub async fn remove_copy(node: &Containerd, id: &str, snapshotter: &str) -> Resu
         _ => {}
     }
     node.snapshotter(snapshotter).remove_if_exists(id).await?;
-    Ok(())
+    client_files::remove(node.namespace(), id)
 }

@@ -1,9 +1,51 @@
 //! The networks of CNI that a restored container is put into.
 
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+
 use transship_checkpoint::manifest::Container;
-use transship_cni::{Address, Cni, Networks, container_name};
+use transship_cni::{Address, Attachment, Cni, Networks, PortMapping, container_name};
+use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::target::{AddressChoice, Target};
+
+/// Why the ports that led to it cannot lead to it here.
+fn ports(cni: &Cni, attachment: &Attachment, allowed: &Allowed) -> Option<String> {
+    let ports: Vec<String> = attachment
+        .ports
+        .iter()
+        .map(PortMapping::to_string)
+        .collect();
+    let named = ports.join(", ");
+    if ports.is_empty() {
+        return None;
+    }
+    if !allowed.contains(&Allow::HostPorts) {
+        return Some(format!(
+            "it is to be reached by ports of the node: {named} (--allow {})",
+            Allow::HostPorts
+        ));
+    }
+    let mut failed = { cni.check_ports(&attachment.network, &attachment.ports) }
+        .err()
+        .map(|error| error.to_string());
+    for port in attachment.ports.iter().filter(|port| is_taken(port)) {
+        failed.get_or_insert_with(|| format!("the port {port} of this node is in use"));
+    }
+    failed
+}
+
+/// Whether a program of the node listens there.
+fn is_taken(port: &PortMapping) -> bool {
+    let ip = port.host_ip.parse();
+    let address = SocketAddr::new(ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port.host_port);
+    let error = match port.protocol.as_str() {
+        "tcp" => TcpListener::bind(address).err(),
+        "udp" => UdpSocket::bind(address).err(),
+        _ => None,
+    };
+    error.is_some_and(|error| error.kind() == ErrorKind::AddrInUse)
+}
 
 /// The networks of a container with this id; none when it had none by itself. What is in the way is added to
 /// `reasons`.
@@ -35,6 +77,8 @@ pub(super) fn choose(
             ));
         } else if let Err(error) = cni.check(network) {
             reasons.push(format!("{error}; {without}"));
+        } else if let Some(reason) = ports(&cni, attachment, &target.allowed) {
+            reasons.push(reason);
         } else if target.address.is_none() && usual.as_ref() != Some(network) {
             reasons.push(format!(
                 "it was in the network {network:?}, which is not the first of this node: --network new puts it \

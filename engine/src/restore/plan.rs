@@ -13,9 +13,10 @@ use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::Spec;
 use transship_cni::Networks;
 use transship_containerd::Containerd;
-use transship_sandbox::admission::foreign_spec::{self, Place};
+use transship_sandbox::admission::foreign_spec::{self, Allow, Place};
 use transship_sandbox::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
+use super::client_files::{self, ClientFiles};
 use super::networks;
 use super::spec::{cgroups_path, joined_kinds, replace_joined, strip_our_annotations};
 use super::target::Target;
@@ -49,6 +50,8 @@ pub struct Plan {
     pub(super) new_namespaces: bool,
     /// Where stdout and stderr go.
     pub(super) output: (String, String),
+    /// What its client had made for it on the old node.
+    pub(super) client_files: Option<ClientFiles>,
 }
 
 /// The sandbox and where its namespaces are.
@@ -89,6 +92,8 @@ pub async fn plan(
     }
     let mut parsed: Value =
         serde_json::from_slice(spec).context("the spec of the checkpoint cannot be parsed")?;
+    let new = (node.namespace(), id.as_str());
+    let client_files = client_files::take_out(&mut parsed, container, new, &target.allowed);
     let snapshotter = choose_snapshotter(node, container, target, &mut reasons).await?;
     let runtime_binary = choose_runtime(container, target, &mut reasons);
     let sandbox = find_sandbox(node, &mut parsed, target, &mut reasons).await?;
@@ -105,7 +110,10 @@ pub async fn plan(
         // Their paths are replaced, or have a reason of their own.
         None => joined_kinds(&mut parsed).collect(),
     };
-    let networks = networks::choose(container, (node.namespace(), &id), target, &mut reasons);
+    let networks = match client_files::hooks_make_network(&parsed) {
+        true => None,
+        false => networks::choose(container, new, target, &mut reasons),
+    };
     let asked = foreign(&parsed, container, target, &joined).into_iter();
     let refused = asked.filter(|refusal| !target.allowed.contains(&refusal.allow));
     reasons.extend(refused.map(|refusal| refusal.to_string()));
@@ -120,12 +128,10 @@ pub async fn plan(
         )));
     }
     strip_our_annotations(&mut parsed);
-    cgroups_path(
-        &mut parsed,
-        container,
-        (node.namespace(), &id),
-        &target.allowed,
-    );
+    cgroups_path(&mut parsed, container, new, &target.allowed);
+    if let Some(files) = &client_files {
+        files.put_back(&mut parsed);
+    }
     if target.new_namespaces {
         replace_joined(&mut parsed);
     }
@@ -138,7 +144,7 @@ pub async fn plan(
     }
     Ok(Plan {
         criu: target.criu.over(container.criu.clone()),
-        labels: kept_labels(container),
+        labels: kept_labels(container, target),
         output: choose_output(container, target),
         container: container.clone(),
         id,
@@ -148,6 +154,7 @@ pub async fn plan(
         sandbox,
         networks,
         new_namespaces: target.new_namespaces,
+        client_files,
     })
 }
 
@@ -303,24 +310,25 @@ fn missing_mount_sources(spec: &Value, reasons: &mut Vec<String>) {
 }
 
 /// Labels are the container's own, but for those that make others act on it.
-fn kept_labels(container: &manifest::Container) -> BTreeMap<String, String> {
-    let reserved = |name: &str| {
-        RESERVED_LABELS
-            .iter()
-            .any(|prefix| name.starts_with(prefix))
+fn kept_labels(container: &manifest::Container, target: &Target) -> BTreeMap<String, String> {
+    let is_kept = |name: &str| {
+        let mut reserved = RESERVED_LABELS.iter();
+        !reserved.any(|prefix| name.starts_with(prefix))
+            && client_files::keeps_label(name, &target.allowed)
     };
     let labels = container.labels.clone().into_iter();
-    labels.filter(|(name, _)| !reserved(name)).collect()
+    labels.filter(|(name, _)| is_kept(name)).collect()
 }
 
 /// Of the old streams counts only whether there were any: a URI leads to a file or a program, which
-/// the operator names.
+/// the operator names, or allows.
 fn choose_output(container: &manifest::Container, target: &Target) -> (String, String) {
     if let Some(uri) = &target.log_uri {
         return (uri.clone(), uri.clone());
     }
     let stream = |old: &String| match container.stdio.terminal || old.is_empty() {
         true => String::new(),
+        false if old.contains("://") && target.allowed.contains(&Allow::LogUri) => old.clone(),
         false => NOWHERE.to_owned(),
     };
     (
@@ -358,14 +366,20 @@ mod tests {
         ] {
             container.labels.insert(name.into(), "x".into());
         }
-        let kept: Vec<_> = kept_labels(&container).into_keys().collect();
+        let nobody = Target::default();
+        let kept: Vec<_> = kept_labels(&container, &nobody).into_keys().collect();
         assert_eq!(kept, ["mine"]);
         container.stdio.stdout = "binary:///bin/sh".into();
-        let nobody = Target::default();
         assert_eq!(
             choose_output(&container, &nobody),
             (NOWHERE.into(), String::new())
         );
+        let allowing = Target {
+            allowed: [Allow::LogUri].into(),
+            ..nobody.clone()
+        };
+        let (stdout, _) = choose_output(&container, &allowing);
+        assert_eq!(stdout, "binary:///bin/sh");
         let named = Target {
             log_uri: Some("file:///var/log/x".into()),
             ..nobody

@@ -12,11 +12,13 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use transship_checkpoint::criu_options::CriuOverrides;
+use transship_checkpoint::manifest::Container;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
 use transship_containerd::{Containerd, unique};
 use transship_sandbox::admission::foreign_spec::Allow;
 
+use super::client_files;
 use super::{AddressChoice, LEASE, Target, hold, open, plan};
 use crate::check::node_facts::free_memory;
 use crate::error::{Context, Error, Result};
@@ -26,10 +28,10 @@ use crate::error::{Context, Error, Result};
 /// # Errors
 /// [`crate::Kind::Refused`] when the trial would reach what the container shares, or there is no memory
 /// for a second one.
-pub fn can_be_tried(spec: &[u8], called: &str, memory: u64) -> Result<()> {
+pub fn can_be_tried(spec: &[u8], container: &Container, called: &str, memory: u64) -> Result<()> {
     let failed = || format!("the spec of {called} is no OCI runtime spec");
     let spec = Spec::parse(spec).with_context(failed)?;
-    let shared = written_to(&spec);
+    let shared = written_to(&spec, container);
     if !shared.is_empty() {
         let message = format!(
             "a restore of {called} cannot be tried: CRIU would work on what it shares with the one that \
@@ -78,10 +80,10 @@ async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
         new_namespaces: true,
         address: Some(AddressChoice::None),
         criu,
-        // It has had all of this here, and executes nothing; hooks would be run.
+        // It has had all of this here, and executes nothing; hooks and what reads its output would be run.
         allowed: BTreeSet::from(Allow::ALL)
             .into_iter()
-            .filter(|allow| *allow != Allow::Hooks)
+            .filter(|allow| ![Allow::Hooks, Allow::LogUri].contains(allow))
             .collect(),
         ..Target::default()
     };
@@ -90,7 +92,7 @@ async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
 }
 
 /// Where the container may write to what others have, too.
-fn written_to(spec: &Spec) -> Vec<String> {
+fn written_to(spec: &Spec, container: &Container) -> Vec<String> {
     let read_only = |at: &Path| {
         let mounts = spec.get("/mounts").and_then(|mounts| mounts.as_array());
         let mount = mounts
@@ -98,7 +100,8 @@ fn written_to(spec: &Spec) -> Vec<String> {
             .flatten()
             .find(|mount| mount["destination"].as_str().map(Path::new) == Some(at));
         let options = mount.and_then(|mount| mount["options"].as_array());
-        options.is_some_and(|options| options.iter().any(|option| option == "ro"))
+        let read_only = options.is_some_and(|options| options.iter().any(|option| option == "ro"));
+        read_only || mount.is_some_and(|mount| client_files::is_made_anew(mount, container))
     };
     let binds = spec.bind_mounts().into_iter().map(|(at, _)| at);
     binds
@@ -114,16 +117,17 @@ mod tests {
 
     #[test]
     fn what_is_shared_is_left_alone() {
+        let web = Container::default();
         let spec = |options: &str| {
             format!(
                 r#"{{"mounts":[{{"destination":"/data","type":"bind","source":"/d","options":[{options}]}}]}}"#
             )
         };
-        let writable = can_be_tried(spec(r#""rbind""#).as_bytes(), "web", 1).unwrap_err();
+        let writable = can_be_tried(spec(r#""rbind""#).as_bytes(), &web, "web", 1).unwrap_err();
         assert_eq!(writable.kind(), Kind::Refused);
         assert!(writable.to_string().contains("/data"), "{writable}");
-        can_be_tried(spec(r#""rbind","ro""#).as_bytes(), "web", 1).unwrap();
-        let large = can_be_tried(b"{}", "web", u64::MAX).unwrap_err();
+        can_be_tried(spec(r#""rbind","ro""#).as_bytes(), &web, "web", 1).unwrap();
+        let large = can_be_tried(b"{}", &web, "web", u64::MAX).unwrap_err();
         assert!(large.to_string().contains("memory"), "{large}");
     }
 }

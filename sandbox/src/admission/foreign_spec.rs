@@ -47,11 +47,15 @@ pub enum Allow {
     OtherFields,
     /// The name that the sender gives to the image.
     ImageName,
+    /// Ports of the node that lead to the container.
+    HostPorts,
+    /// The program or file that the output went to.
+    LogUri,
 }
 
 impl Allow {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Hooks,
         Self::CriuOptions,
         Self::Devices,
@@ -62,6 +66,8 @@ impl Allow {
         Self::UnmaskedPaths,
         Self::OtherFields,
         Self::ImageName,
+        Self::HostPorts,
+        Self::LogUri,
     ];
 
     /// Its name in `--allow` and `node.toml`.
@@ -78,6 +84,8 @@ impl Allow {
             Self::UnmaskedPaths => "unmasked-paths",
             Self::OtherFields => "other-fields",
             Self::ImageName => "image-name",
+            Self::HostPorts => "host-ports",
+            Self::LogUri => "log-uri",
         }
     }
 }
