@@ -11,6 +11,7 @@
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
 //!      cri_names: labels and annotations of the CRI
 //!      beneath: opens what others have put into a directory
+//!      sealed: a checkpoint that lies encrypted
 //!      container_log: what a container has written so far
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
 //!      conditions: what keeps a container from being dumped or restored, and what to do
@@ -29,6 +30,7 @@ pub mod criu_log;
 pub mod criu_options;
 pub mod manifest;
 pub mod namespaces;
+pub mod sealed;
 pub mod shared_dirs;
 pub mod spec;
 pub mod store;

@@ -4,6 +4,7 @@
 //! <root>/<name>/             a checkpoint: whole, because it got its name by rename
 //! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
 //! <root>/.pulls/             drafts that a registry has not given all of; see package/src/oci/partial.rs
+//! <opened>/<digest>/files/   a store in memory, with a checkpoint of this one that lies sealed; see sealed.rs
 //! ```
 //!
 //! A draft that nobody holds a lock on was left by a process that died; the next draft removes it. So is
@@ -11,9 +12,9 @@
 //! nobody meets a directory that its maker has not locked yet.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -26,9 +27,14 @@ use crate::beneath::{Links, open_regular, read_regular, require_directory};
 use crate::manifest::{
     self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
 };
+use crate::sealed::{SEALED_FILE, Sealed};
 
 /// Where checkpoints are kept unless somebody says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/transship/checkpoints";
+/// Where those of them that lie sealed are opened.
+pub const DEFAULT_OPENED: &str = "/run/transship/opened";
+/// The store of an opened checkpoint, in its directory.
+pub const OPENED_FILES: &str = "files";
 const DRAFT_PREFIX: &str = ".new-";
 /// Longest spec that is read, in bytes.
 const SPEC_LIMIT: u64 = 16 << 20;
@@ -44,6 +50,12 @@ pub enum StoreError {
         name: String,
         /// The store.
         root: PathBuf,
+    },
+    /// It is encrypted, and nobody has opened it.
+    #[error("the checkpoint {name:?} is sealed, and can be used only by who has a key of it")]
+    Sealed {
+        /// The name asked for.
+        name: String,
     },
     /// The name is taken.
     #[error("a checkpoint {name:?} exists already")]
@@ -82,6 +94,8 @@ pub enum StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
+    /// Where sealed checkpoints are opened; none: nowhere.
+    opened: Option<PathBuf>,
 }
 
 /// A checkpoint's name, and the checkpoint or why it cannot be read.
@@ -92,8 +106,10 @@ pub type Listed = (String, Result<Checkpoint, StoreError>);
 pub struct Checkpoint {
     /// Its directory.
     pub dir: PathBuf,
-    /// Its manifest.
+    /// Its manifest; of one that is sealed, what of it is in clear.
     pub manifest: Manifest,
+    /// That it is sealed.
+    pub sealed: Option<Box<Sealed>>,
 }
 
 /// A checkpoint in the making; removed when it is dropped without [`Draft::commit`].
@@ -120,7 +136,31 @@ impl Store {
     /// The store at `root`, which is made when the first checkpoint is.
     #[must_use]
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self {
+            root: root.into(),
+            opened: None,
+        }
+    }
+
+    /// The store of this node.
+    #[must_use]
+    pub fn of_node() -> Self {
+        Self::at(DEFAULT_ROOT).opened_at(DEFAULT_OPENED)
+    }
+
+    /// The same, whose sealed checkpoints are opened in `opened`.
+    #[must_use]
+    pub fn opened_at(self, opened: impl Into<PathBuf>) -> Self {
+        Self {
+            opened: Some(opened.into()),
+            ..self
+        }
+    }
+
+    /// Where its sealed checkpoints are opened.
+    #[must_use]
+    pub fn opened(&self) -> Option<&Path> {
+        self.opened.as_deref()
     }
 
     /// Its directory.
@@ -151,39 +191,78 @@ impl Store {
         Ok(())
     }
 
-    /// Opens the checkpoint called `name`.
+    /// Opens the checkpoint called `name`; of one that is sealed what somebody has opened.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Sealed`], or a manifest that cannot be read.
+    pub fn open(&self, name: &str) -> Result<Checkpoint, StoreError> {
+        let found = self.find(name)?;
+        let Some(sealed) = &found.sealed else {
+            return Ok(found);
+        };
+        let opened = self.opened_store(sealed).map(|it| it.find(name));
+        match opened {
+            None | Some(Err(StoreError::NotFound { .. })) => Err(StoreError::Sealed {
+                name: name.to_owned(),
+            }),
+            Some(opened) => opened,
+        }
+    }
+
+    /// Where this sealed checkpoint is opened, if it is.
+    fn opened_store(&self, sealed: &Sealed) -> Option<Self> {
+        let dir = self.opened.as_ref()?.join(&sealed.package.sha256);
+        Some(Self::at(dir.join(OPENED_FILES)))
+    }
+
+    /// Finds the checkpoint called `name`, of one that is sealed what is in clear.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], or a manifest that cannot be read.
-    pub fn open(&self, name: &str) -> Result<Checkpoint, StoreError> {
-        check_name("the checkpoint's name", name).map_err(|source| StoreError::Manifest {
+    pub fn find(&self, name: &str) -> Result<Checkpoint, StoreError> {
+        let unusable = |source| StoreError::Manifest {
             name: name.to_owned(),
             source,
-        })?;
-        let dir = self.root.join(name);
-        let path = dir.join(MANIFEST_FILE);
-        let file = match open_regular(&dir, Path::new(MANIFEST_FILE), Links::Refused) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::NotFound {
-                    name: name.to_owned(),
-                    root: self.root.clone(),
-                });
-            }
-            Err(error) => return Ok(Err(error).during("open", &path)?),
         };
-        let mut json = Vec::new();
-        file.take(MANIFEST_LIMIT + 1)
-            .read_to_end(&mut json)
-            .during("read", &path)?;
-        let manifest = Manifest::parse(&json).map_err(|source| StoreError::Manifest {
-            name: name.to_owned(),
-            source,
-        })?;
-        Ok(Checkpoint { dir, manifest })
+        check_name("the checkpoint's name", name).map_err(unusable)?;
+        let dir = self.root.join(name);
+        if let Some(json) = read_json(&dir, MANIFEST_FILE)? {
+            return Ok(Checkpoint {
+                manifest: Manifest::parse(&json).map_err(unusable)?,
+                sealed: None,
+                dir,
+            });
+        }
+        let Some(json) = read_json(&dir, SEALED_FILE)? else {
+            return Err(StoreError::NotFound {
+                name: name.to_owned(),
+                root: self.root.clone(),
+            });
+        };
+        let sealed = Box::new(Sealed::parse(&json).map_err(unusable)?);
+        Ok(Checkpoint {
+            manifest: sealed.head.clone(),
+            sealed: Some(sealed),
+            dir,
+        })
     }
 
-    /// All checkpoints by name; one that cannot be read is there with its error.
+    /// Whether a restore reads the checkpoint at this moment.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn is_being_restored(&self, name: &str) -> Result<bool, StoreError> {
+        let found = self.find(name)?;
+        let opened = found.sealed.as_deref().and_then(|it| self.opened_store(it));
+        Ok(match opened.map(|it| it.find(name)) {
+            Some(Ok(opened)) => opened.is_being_restored(),
+            Some(Err(_)) => false,
+            None => found.is_being_restored(),
+        })
+    }
+
+    /// All checkpoints by name, those that are sealed as [`Self::find`] has them; one that cannot be read is there
+    /// with its error.
     ///
     /// # Errors
     /// The directory cannot be read. A directory that does not exist holds no checkpoint.
@@ -204,8 +283,8 @@ impl Store {
         Ok(names
             .into_iter()
             .map(|name| {
-                let opened = self.open(&name);
-                (name, opened)
+                let found = self.find(&name);
+                (name, found)
             })
             .collect())
     }
@@ -365,6 +444,21 @@ impl Store {
     }
 }
 
+/// The content of a file in the directory of a checkpoint; none where it is not.
+fn read_json(dir: &Path, file: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let path = dir.join(file);
+    let opened = match open_regular(dir, Path::new(file), Links::Refused) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.during("open", &path)?,
+    };
+    let mut json = Vec::new();
+    opened
+        .take(MANIFEST_LIMIT + 1)
+        .read_to_end(&mut json)
+        .during("read", &path)?;
+    Ok(Some(json))
+}
+
 /// The name of a checkpoint is one component, which begins with no dot.
 fn check_plain(name: &str) -> Result<(), StoreError> {
     let checked =
@@ -419,13 +513,43 @@ impl Draft {
     /// # Errors
     /// A failing system call; the draft is gone then.
     pub fn commit_as(
-        mut self,
+        self,
         manifest: Manifest,
         json: &[u8],
         durability: Durability,
     ) -> Result<Checkpoint, StoreError> {
-        let path = self.dir.join(MANIFEST_FILE);
-        File::create_new(&path)
+        let dir = self.appear(MANIFEST_FILE, json, durability)?;
+        Ok(Checkpoint {
+            dir,
+            manifest,
+            sealed: None,
+        })
+    }
+
+    /// Makes a sealed checkpoint of the package in it.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit_sealed(self, sealed: Sealed) -> Result<Checkpoint, StoreError> {
+        let dir = self.appear(SEALED_FILE, &sealed.to_json(), Durability::Synced)?;
+        Ok(Checkpoint {
+            dir,
+            manifest: sealed.head.clone(),
+            sealed: Some(Box::new(sealed)),
+        })
+    }
+
+    /// Writes the last file, and gives the directory its name.
+    fn appear(
+        mut self,
+        last: &str,
+        json: &[u8],
+        durability: Durability,
+    ) -> Result<PathBuf, StoreError> {
+        let path = self.dir.join(last);
+        let mut open = OpenOptions::new();
+        open.write(true).create_new(true).mode(0o600);
+        open.open(&path)
             .and_then(|mut file| file.write_all(json))
             .during("write", &path)?;
         if durability == Durability::Synced {
@@ -440,10 +564,7 @@ impl Draft {
                 .and_then(|dir| dir.sync_all())
                 .during("sync", root)?;
         }
-        Ok(Checkpoint {
-            dir: self.target.clone(),
-            manifest,
-        })
+        Ok(self.target.clone())
     }
 }
 
@@ -459,6 +580,15 @@ impl Drop for Draft {
 }
 
 impl Checkpoint {
+    /// Bytes that its files take.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match &self.sealed {
+            Some(sealed) => sealed.package.size,
+            None => self.manifest.size(),
+        }
+    }
+
     /// Whether a restore has links to its images, which it locks as long as it needs them.
     #[must_use]
     pub fn is_being_restored(&self) -> bool {

@@ -158,6 +158,12 @@ pub(crate) enum Command {
         /// The file that is made
         to: PathBuf,
     },
+    /// Open a sealed checkpoint with the node's key (for the hook of a pod)
+    #[command(hide = true)]
+    OpenSealed {
+        /// The checkpoint
+        name: String,
+    },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {
@@ -291,8 +297,13 @@ pub(crate) struct CheckpointArgs {
     #[command(flatten)]
     pub(crate) timeline: TimelineArgs,
     /// Try a restore of it at once: into a container of its own, which executes nothing and is removed
-    #[arg(long, conflicts_with_all = ["pod", "leave_paused"])]
+    #[arg(long, conflicts_with_all = ["pod", "leave_paused", "encrypt_to"])]
     pub(crate) verify_restore: bool,
+    /// Seal it: it is dumped into memory, and comes onto the disk only encrypted, for whoever this is: an age public
+    /// key (age1...), a public key of ssh, or a file of them; several times for several readers. It takes as much
+    /// memory as its containers have, half of what is available at most
+    #[arg(long, value_name = "KEY|FILE")]
+    pub(crate) encrypt_to: Vec<String>,
     /// When a dump is given up.
     #[command(flatten)]
     pub(crate) dump: DumpArgs,
@@ -496,6 +507,9 @@ pub(crate) struct RestoreArgs {
     /// Which of its containers, when it has several
     #[arg(long)]
     pub(crate) container: Option<String>,
+    /// The keys for one that is sealed.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
     /// What it becomes.
     #[command(flatten)]
     pub(crate) target: TargetArgs,
@@ -594,6 +608,9 @@ pub(crate) struct RecoverArgs {
 pub(crate) struct SendArgs {
     /// Name of the checkpoint
     pub(crate) name: String,
+    /// The keys for one that is sealed.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
 }
 
 /// `transship receive`

@@ -1,14 +1,18 @@
 //! One file a command.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
-use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+use transship_checkpoint::store::Store;
 
-use crate::args::{Cli, Command, Global};
+use crate::args::{Cli, Command, Global, IdentityArgs};
+use crate::progress::Progress;
 use crate::report::shown;
 use transship_containerd::Containerd;
+use transship_engine::sealed::{Opened, open, open_for_pod};
 use transship_engine::{Context as _, Result, freeze_guard};
+use transship_sandbox::admission::node_config::NODE_CONFIG;
 
 mod check;
 pub(crate) mod checkpoint;
@@ -54,6 +58,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::FreezeGuard => freeze_guard::run().await,
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
+        Command::OpenSealed { name } => open_for_pod(&store(), &name, Path::new(NODE_CONFIG)),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::DumpLinks { dir, to } => transship_engine::dump_links::write(&dir, &to),
         Command::Publish(args) => publish::run(&global, args).await,
@@ -63,8 +68,18 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
+/// A checkpoint of this node, opened with the keys that were named when it is sealed.
+fn opened(name: &str, keys: &IdentityArgs, json: bool) -> Result<Opened> {
+    open(
+        &store(),
+        name,
+        inspect::identities(keys)?,
+        &Progress::new(json),
+    )
+}
+
 fn store() -> Store {
-    Store::at(DEFAULT_ROOT)
+    Store::of_node()
 }
 
 async fn connect(global: &Global) -> Result<Containerd> {

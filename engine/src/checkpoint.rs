@@ -3,13 +3,14 @@
 //! ```text
 //!  Request --find--> DumpTarget --checkpoint--> Report
 //!                      freeze; dumps (CRIU), one by one; volumes beside them; thaw
-//!                      digests; manifest; sync
+//!                      digests; manifest; sync, or seal (sealed.rs): then all of this is in memory
 //! ```
 //!
 //! A checkpoint that fails lets everything run again, and leaves nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -20,6 +21,7 @@ use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared}
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Durability, Store, digest_files};
 use transship_containerd::Containerd;
+use transship_package::export::ExportOptions;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::check::node_facts::NodeFacts;
@@ -33,6 +35,7 @@ use crate::pod_ended;
 use crate::progress::Progress;
 use crate::restore::verify;
 use crate::retention;
+use crate::sealed::Sealing;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
@@ -57,6 +60,8 @@ pub struct Request {
     pub verify_restore: bool,
     /// Whether what the containers have written stays behind.
     pub leave_logs: bool,
+    /// How it is encrypted when it is taken; none: it lies in clear.
+    pub seal: Option<Arc<ExportOptions>>,
 }
 
 /// Whether a pod is moved away.
@@ -83,6 +88,7 @@ impl Request {
             moves: Moves::No,
             verify_restore: false,
             leave_logs: false,
+            seal: None,
         }
     }
 }
@@ -128,6 +134,9 @@ pub struct Report {
     pub losses: BTreeMap<String, Losses>,
     /// Bytes of all files.
     pub bytes: u64,
+    /// Bytes that they take encrypted, when it is sealed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sealed_bytes: Option<u64>,
     /// Whether a restore of it was tried, and succeeded.
     pub restore_tried: bool,
     /// What took how long.
@@ -149,6 +158,7 @@ pub struct DumpTarget {
     max_freeze: Option<Duration>,
     moves: Moves,
     verify_restore: bool,
+    seal: Option<Arc<ExportOptions>>,
 }
 
 impl DumpTarget {
@@ -193,6 +203,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
                 max_freeze: request.max_freeze,
                 moves: Moves::No,
                 verify_restore: request.verify_restore,
+                seal: request.seal.clone(),
             });
         }
     };
@@ -227,6 +238,7 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
         max_freeze: request.max_freeze,
         moves: request.moves,
         verify_restore: false,
+        seal: request.seal.clone(),
     })
 }
 
@@ -284,8 +296,16 @@ async fn take(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let mut timeline = Timeline::begin();
-    check_room(target, store).await?;
-    let draft = store.draft(name)?;
+    let bytes = check_room(target, store).await?;
+    let kept = store.draft(name)?;
+    let (sealing, draft) = match target.seal {
+        None => (None, kept),
+        Some(_) => {
+            let sealing = Sealing::prepare(store, kept, bytes)?;
+            let draft = sealing.draft()?;
+            (Some(sealing), draft)
+        }
+    };
 
     progress.step("dump");
     timeline.freeze();
@@ -300,7 +320,8 @@ async fn take(
     if afterwards == Afterwards::Run {
         frozen.thaw().await?;
         timeline.thaw();
-        let mut report = keep(target, draft, dumped, timeline, interrupt, progress).await?;
+        let kept = (draft, sealing);
+        let mut report = keep(target, kept, dumped, timeline, interrupt, progress).await?;
         if target.verify_restore {
             progress.step("trial of a restore");
             let from = report.timeline.now();
@@ -311,7 +332,8 @@ async fn take(
         return Ok(report);
     }
     timeline.thaw();
-    let kept = keep(target, draft, dumped, timeline, interrupt, progress).await;
+    let kept = (draft, sealing);
+    let kept = keep(target, kept, dumped, timeline, interrupt, progress).await;
     match (kept, afterwards) {
         (Err(error), _) => Err(frozen.thaw_after(error).await),
         (Ok(report), Afterwards::Killed) => {
@@ -325,15 +347,16 @@ async fn take(
     }
 }
 
-/// The checkpoint is not begun where node.toml allows no more.
-async fn check_room(target: &DumpTarget, store: &Store) -> Result<()> {
+/// The checkpoint is not begun where node.toml allows no more. Gives the bytes that it will roughly have.
+async fn check_room(target: &DumpTarget, store: &Store) -> Result<u64> {
     let mut bytes = 0;
     for source in &target.sources {
         bytes += source.estimate(&target.node).await?;
     }
     let store = store.clone();
     let check = move || retention::check_quota(&store, Path::new(NODE_CONFIG), bytes);
-    tokio::task::spawn_blocking(check).await?
+    tokio::task::spawn_blocking(check).await??;
+    Ok(bytes)
 }
 
 /// What the dumps have made: the containers as the manifest has them, and what they share.
@@ -392,7 +415,7 @@ async fn dump_one_by_one(
 /// Makes a checkpoint of the dump.
 async fn keep(
     target: &DumpTarget,
-    draft: Draft,
+    (draft, sealing): (Draft, Option<Sealing>),
     (mut containers, mut shared): AllDumped,
     mut timeline: Timeline,
     interrupt: &Interrupt,
@@ -434,8 +457,19 @@ async fn keep(
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
-    let checkpoint = draft.commit(manifest, Durability::Synced)?;
-    timeline.step("sync", from, None);
+    let checkpoint = match (sealing, &target.seal) {
+        (Some(sealing), Some(options)) => {
+            let plain = draft.commit(manifest, Durability::Ephemeral)?;
+            let sealed = sealing.seal(&plain, options, progress)?;
+            timeline.step("seal", from, Some(bytes));
+            sealed
+        }
+        _ => {
+            let plain = draft.commit(manifest, Durability::Synced)?;
+            timeline.step("sync", from, None);
+            plain
+        }
+    };
     Ok(Report {
         name,
         directory: checkpoint.dir.display().to_string(),
@@ -445,6 +479,7 @@ async fn keep(
         shared: shared_names,
         losses,
         bytes,
+        sealed_bytes: checkpoint.sealed.map(|sealed| sealed.package.size),
         restore_tried: false,
         timeline,
     })

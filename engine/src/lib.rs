@@ -19,7 +19,7 @@
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
-//!  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
+//!  sealed: checkpoints that lie encrypted;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
 //! ```
@@ -27,7 +27,7 @@
 //! ```no_run
 //! use std::path::Path;
 //!
-//! use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+//! use transship_checkpoint::store::Store;
 //! use transship_containerd::Containerd;
 //! use transship_engine::checkpoint::{self, Afterwards, Request, Selection};
 //! use transship_engine::interrupt::Interrupt;
@@ -38,7 +38,7 @@
 //!     let node = Containerd::connect(Path::new("/run/containerd/containerd.sock"), "k8s.io").await?;
 //!     let request = Request::of(Selection::Pod("shop/web".to_owned()));
 //!     let target = checkpoint::find(&node, &request).await?;
-//!     let (name, store) = (target.default_name(), Store::at(DEFAULT_ROOT));
+//!     let (name, store) = (target.default_name(), Store::of_node());
 //!     let (afterwards, interrupt) = (Afterwards::Run, Interrupt::never());
 //!     let taken =
 //!         checkpoint::checkpoint(&target, &name, &store, afterwards, &interrupt, &Silent).await?;
@@ -91,6 +91,7 @@ pub mod restart_policy;
 pub mod restore;
 pub mod restore_pod;
 pub mod retention;
+pub mod sealed;
 pub mod send;
 pub mod serve;
 pub mod shim_options;

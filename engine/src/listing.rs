@@ -38,8 +38,10 @@ pub struct Listed {
     /// The migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub undecided: Option<Pending>,
-    /// Whether it is signed, by whomever.
+    /// Whether it is signed, by whomever; of one that is sealed nobody knows without a key.
     pub signed: bool,
+    /// Whether it is sealed: encrypted as it lies.
+    pub sealed: bool,
     /// Why it cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -91,7 +93,8 @@ fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {
         age_seconds: age.map_or(0, |age| age.as_secs()),
         namespace: namespace.unwrap_or_default(),
         signed: checkpoint.dir.join(SIGNATURE_FILE).is_file(),
-        bytes: manifest.size(),
+        sealed: checkpoint.sealed.is_some(),
+        bytes: checkpoint.bytes(),
         containers: names.cloned().collect(),
         pod: pod.map(|pod| format!("{}/{}", pod.namespace, pod.name)),
         source: manifest.source.hostname.clone(),

@@ -142,7 +142,7 @@ impl NodeService {
         } = target;
         let node = self.node.in_namespace(&namespace)?;
         // Into a file first: a stream that breaks off has changed nothing then.
-        Store::at(DEFAULT_ROOT).make_root()?;
+        Store::of_node().make_root()?;
         let layer = nameless_file().context("cannot make a file for the layer")?;
         let mut layer = tokio::fs::File::from_std(layer);
         let keep = "cannot keep the layer";
@@ -184,7 +184,7 @@ impl NodeApi for NodeService {
         request: Request<RestorePodRequest>,
     ) -> Result<Response<RestorePodResponse>, Status> {
         let _call = self.calls.read().await;
-        let store = Store::at(DEFAULT_ROOT);
+        let store = Store::of_node();
         let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
         let restored = restored;
         answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))

@@ -8,12 +8,12 @@
 //! One that fails is tried again when a call wants it again, and goes on with what has come.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use transship_checkpoint::store::Store;
-use transship_package::encryption::Identities;
 use transship_package::import::ImportOptions;
 use transship_package::oci::{Offered, Reference};
 use transship_package::signature::TrustedKeys;
@@ -25,8 +25,10 @@ use transship_sandbox::wanted_image::{
 
 use crate::error::{Context as _, Error, Result};
 use crate::import::architecture;
+use crate::progress::Silent;
 use crate::registry::{Reached, connect};
 use crate::retention::check_quota;
+use crate::sealed::{identities_of_node, keep_sealed};
 
 /// How often is looked for new ones.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -113,7 +115,7 @@ fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {
     let options = ImportOptions {
         name: None,
         name_without: String::new(),
-        identities: Identities::default(),
+        identities: identities_of_node(config)?,
         trusted: TrustedKeys::parse(keys.iter().map(String::as_str))?,
         max_bytes: u64::MAX,
         architecture: architecture()?,
@@ -161,8 +163,34 @@ fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {
             drop(image.set_state(&PullState::Pulling(percent)));
         }
     };
-    offered.restore(&registry, store, &options, &mut progress)?;
+    match offered.is_encrypted() {
+        // What came encrypted does not lie here in clear.
+        true => {
+            let package = Counted {
+                inner: offered.package(&registry),
+                progress: &mut progress,
+            };
+            keep_sealed(package, store, offered.name(), &options, &Silent)?;
+        }
+        false => {
+            offered.restore(&registry, store, &options, &mut progress)?;
+        }
+    }
     Ok(pulled)
+}
+
+/// Tells the bytes that are read.
+struct Counted<'p, R> {
+    inner: R,
+    progress: &'p mut dyn FnMut(u64),
+}
+
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        (self.progress)(read as u64);
+        Ok(read)
+    }
 }
 
 /// Forgets what nobody has wanted for a week.

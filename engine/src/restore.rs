@@ -125,6 +125,9 @@ pub fn open(store: &Store, name: &str) -> Result<Checkpoint> {
         Err(error @ StoreError::NotFound { .. }) => {
             Err(Error::new(Kind::NotFound, error.to_string()).hint("transship ls"))
         }
+        Err(error @ StoreError::Sealed { .. }) => {
+            Err(Error::refused(error.to_string()).hint("--identity FILE"))
+        }
         other => Ok(other?),
     }
 }

@@ -9,16 +9,16 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use transship_checkpoint::store::{Store, StoreError};
 use transship_package::oci::remove_abandoned;
+use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{CheckpointRules, NodeConfig};
 use transship_sandbox::consumed::{DEFAULT_CONSUMED_DIR, is_spent};
-use transship_sandbox::{DEFAULT_RUN_DIR, Staged};
+use transship_sandbox::opened::staged;
 
 use crate::error::{Context, Error, Result};
 
@@ -106,14 +106,15 @@ const TOO_LARGE: &str = "newer ones fill the size that is kept";
 /// # Errors
 /// The store cannot be read.
 pub fn due(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> {
-    let staged = staged(&records.run_dir)?;
+    let staged = staged(&records.run_dir);
+    let is_staged = |name: &str| staged.iter().any(|it| it.checkpoint == name);
     let checkpoints = store.list()?.into_iter();
     let candidates = checkpoints.filter_map(|(name, opened)| {
         let checkpoint = opened.ok()?;
         let manifest = &checkpoint.manifest;
         let containers = manifest.containers.iter().map(|it| it.id.as_str());
         Some(Candidate {
-            in_use: staged.contains(&name) || checkpoint.is_being_restored(),
+            in_use: is_staged(&name) || store.is_being_restored(&name).unwrap_or(true),
             // Who cannot read the records keeps it.
             spent: is_spent(&records.consumed, manifest).unwrap_or_default(),
             created: manifest.created,
@@ -121,7 +122,7 @@ pub fn due(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> 
                 Some(pod) => format!("{}/{}", pod.namespace, pod.name),
                 None => containers.collect::<Vec<_>>().join(" "),
             },
-            bytes: manifest.size(),
+            bytes: checkpoint.bytes(),
             name,
         })
     });
@@ -196,9 +197,7 @@ pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>
 /// # Errors
 /// [`crate::Kind::NotFound`]; [`crate::Kind::Refused`] while a restore reads it.
 pub fn remove(store: &Store, name: &str) -> Result<()> {
-    if let Ok(checkpoint) = store.open(name)
-        && checkpoint.is_being_restored()
-    {
+    if store.is_being_restored(name).unwrap_or_default() {
         let message = format!("a restore reads the checkpoint {name:?} at this moment");
         return Err(Error::refused(message).hint("try again when it is done"));
     }
@@ -221,7 +220,7 @@ pub fn check_quota(store: &Store, config: &Path, bytes: u64) -> Result<()> {
     }
     let quota = gigabytes.saturating_mul(1_000_000_000);
     let opened = store.list()?.into_iter().filter_map(|(_, it)| it.ok());
-    let there = opened.fold(0, |sum: u64, it| sum.saturating_add(it.manifest.size()));
+    let there = opened.fold(0, |sum: u64, it| sum.saturating_add(it.bytes()));
     if there.saturating_add(bytes) <= quota {
         return Ok(());
     }
@@ -234,26 +233,6 @@ pub fn check_quota(store: &Store, config: &Path, bytes: u64) -> Result<()> {
         shown(quota)
     );
     Err(Error::refused(message).hint("transship prune --max-per-pod 1"))
-}
-
-/// The checkpoints that restores wait for, or hold containers of.
-fn staged(run_dir: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    let Ok(pods) = fs::read_dir(run_dir.join("pods")) else {
-        return Ok(names);
-    };
-    for pod in pods.flatten() {
-        let Ok(restores) = fs::read_dir(pod.path().join("restore")) else {
-            continue;
-        };
-        for restore in restores.flatten() {
-            // One that was done in this moment is not there any more.
-            if let Ok(request) = Staged::at(restore.path()).request() {
-                names.push(request.checkpoint);
-            }
-        }
-    }
-    Ok(names)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use crate::migrate::{Decision, recover_all};
 use crate::node_service::NodeService;
 use crate::pulls::{fetch_wanted, forget_old};
 use crate::retention::{Due, Records, Rules, prune};
+use crate::sealed::remove_unused;
 
 /// How often node.toml's rules are applied to the checkpoints.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);
@@ -107,6 +108,7 @@ async fn prune_every_hour(store: Store) {
             let config = NodeConfig::read(Path::new(NODE_CONFIG))
                 .context("cannot tell which checkpoints are kept")?;
             forget_old()?;
+            remove_unused()?;
             let rules = Rules::from(&config.checkpoints);
             prune(&store, &Records::default(), &rules)
         });

@@ -70,7 +70,7 @@ pub enum EncryptionError {
 
 /// Those who will be able to read a package.
 #[derive(Default)]
-pub struct Recipients(Vec<Box<dyn Recipient + Send>>);
+pub struct Recipients(Vec<Box<dyn Recipient + Send + Sync>>);
 
 impl std::fmt::Debug for Recipients {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -130,7 +130,7 @@ impl Recipients {
     }
 }
 
-fn parse_recipient(text: &str) -> Option<Box<dyn Recipient + Send>> {
+fn parse_recipient(text: &str) -> Option<Box<dyn Recipient + Send + Sync>> {
     if let Ok(recipient) = text.parse::<age::x25519::Recipient>() {
         return Some(Box::new(recipient));
     }
@@ -194,6 +194,20 @@ impl Identities {
         }
         self.0.extend(identities);
         Ok(())
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Checks that one of them opens the encrypted package `input`, of which the head is read.
+    ///
+    /// # Errors
+    /// None does, or it is none.
+    pub fn check(&self, input: impl Read) -> Result<(), EncryptionError> {
+        self.decrypt(BufReader::new(input)).map(drop)
     }
 
     /// Decrypts what comes from `input`, from its first byte on.

@@ -167,8 +167,9 @@ impl PackageError {
         }
     }
 
-    /// Of a source that is another one of this crate, its own error.
-    pub(crate) fn reading(source: io::Error) -> Self {
+    /// That a package cannot be read; of a source that is another one of this crate, its own error.
+    #[must_use]
+    pub fn reading(source: io::Error) -> Self {
         source.downcast().unwrap_or_else(|source| Self::Stream {
             act: "read",
             source,

@@ -55,6 +55,12 @@ pub enum SandboxError {
         /// What is wrong.
         what: String,
     },
+    /// What was to stay in memory could come onto a disk.
+    #[error(
+        "this kernel cannot keep a tmpfs out of its swap (noswap, Linux 6.4), so that memory would come onto a disk \
+         in clear"
+    )]
+    Swapped,
     /// The directory of checkpoints.
     #[error(transparent)]
     Store(#[from] Box<StoreError>),

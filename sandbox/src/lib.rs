@@ -14,6 +14,7 @@
 //!     filled-<file>                      a shared directory that has its content
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
+//! /run/transship/opened/                 opened: sealed checkpoints in clear, in memory
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
@@ -33,6 +34,7 @@ mod linked_images;
 mod loopback;
 pub mod moved;
 mod network_lock;
+pub mod opened;
 mod pins;
 mod pod_dir;
 pub mod shared_dirs;

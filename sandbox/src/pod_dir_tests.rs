@@ -17,6 +17,7 @@ fn checkpoint(root: &Path) -> Checkpoint {
     Checkpoint {
         dir: root.join("web"),
         manifest,
+        sealed: None,
     }
 }
 

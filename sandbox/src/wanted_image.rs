@@ -141,7 +141,10 @@ impl Pulled {
 /// The SHA-256 of the manifest of a checkpoint, in hexadecimal digits; none when it is not there.
 #[must_use]
 pub fn manifest_digest(store: &Store, name: &str) -> Option<String> {
-    let checkpoint = store.open(name).ok()?;
+    let checkpoint = store.find(name).ok()?;
+    if let Some(sealed) = &checkpoint.sealed {
+        return Some(sealed.manifest.clone());
+    }
     let path = Path::new(MANIFEST_FILE);
     let json = read_regular(&checkpoint.dir, path, Links::Refused, MANIFEST_LIMIT).ok()?;
     Some(hex(&Sha256::digest(json)))

@@ -41,6 +41,7 @@ mod package_foreign;
 mod package_image;
 mod package_podman;
 mod package_registry;
+mod package_sealed;
 mod pod_refusals;
 mod pods;
 mod pods_closed;
@@ -188,6 +189,7 @@ fn main() -> ExitCode {
         .chain(package_foreign::cases())
         .chain(package_podman::cases())
         .chain(package_registry::cases())
+        .chain(package_sealed::cases())
         .chain(pod_refusals::cases())
         .chain(pods::cases())
         .chain(pods_closed::cases())

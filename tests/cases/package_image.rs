@@ -14,8 +14,8 @@ use crate::pods::reached;
 
 const REPOSITORY: &str = "127.0.0.1:5000/shop/web";
 /// A key of Debian's minisign, and its public half.
-const SECRET_KEY: &[u8] = include_bytes!("../../package/tests/fixtures/minisign.key");
-const PUBLIC_KEY: &str = "RWThgSI8U3mWXyR4obbFHrJWAiO5hyezKvOkATr62ipuRZ473CZ9VTE8";
+pub(crate) const SECRET_KEY: &[u8] = include_bytes!("../../package/tests/fixtures/minisign.key");
+pub(crate) const PUBLIC_KEY: &str = "RWThgSI8U3mWXyR4obbFHrJWAiO5hyezKvOkATr62ipuRZ473CZ9VTE8";
 const NODE_CONFIG: &str = "/etc/transship/node.toml";
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -99,7 +99,7 @@ fn starts_cold(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn said_that_it_comes(error: &str) -> bool {
+pub(crate) fn said_that_it_comes(error: &str) -> bool {
     // The daemon takes a moment to begin.
     error.contains("pulling, ") || error.contains("transship serve does not run")
 }

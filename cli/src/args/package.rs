@@ -39,12 +39,16 @@ pub(crate) struct DiffArgs {
     /// Name of the newer one
     #[arg(value_name = "B")]
     pub(crate) new: String,
+    /// The keys for those that are sealed.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
 }
 
 /// `transship export`
 #[derive(Debug, Args)]
 pub(crate) struct ExportArgs {
-    /// Name of the checkpoint
+    /// Name of the checkpoint; the package of one that is sealed is copied as it lies, encrypted, unless --identity opens
+    /// it
     pub(crate) name: String,
     /// File to write, - for stdout
     pub(crate) file: PathBuf,
@@ -62,6 +66,9 @@ pub(crate) struct ExportArgs {
     /// Sign it with this secret key of minisign, which has no password (minisign -G -W)
     #[arg(long, value_name = "FILE")]
     pub(crate) sign: Option<PathBuf>,
+    /// The keys for one that is sealed.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
     /// How hard zstd tries, from 1 to 19; 0: nothing is compressed
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(0..=19))]
@@ -108,10 +115,10 @@ pub(crate) struct ImportArgs {
     pub(crate) max_size: Option<u64>,
 }
 
-/// Keys for packages that are encrypted.
+/// Keys for what is encrypted.
 #[derive(Debug, Args)]
 pub(crate) struct IdentityArgs {
-    /// File with your identities of age, or your private key of ssh, for a package that is encrypted
+    /// File with your identities of age, or your private key of ssh, for what is encrypted
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Vec<PathBuf>,
 }
@@ -152,6 +159,9 @@ pub(crate) struct PushArgs {
     /// for several readers. There is no image then, and nothing in common with other checkpoints
     #[arg(long, value_name = "KEY|FILE")]
     pub(crate) encrypt_to: Vec<String>,
+    /// The keys for one that is sealed.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
     /// Push the checkpoint alone, without an image that starts each of its containers cold
     #[arg(long)]
     pub(crate) artifact_only: bool,

@@ -1,11 +1,15 @@
 //! `transship checkpoint CONTAINER`, `transship checkpoint --pod POD`
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use transship_engine::Result;
 use transship_engine::checkpoint::{self, Afterwards, Moves, Report, Request, Selection};
 use transship_engine::interrupt::Interrupt;
 use transship_engine::timeline::human_bytes;
+use transship_package::DEFAULT_LEVEL;
+use transship_package::encryption::Recipients;
+use transship_package::export::ExportOptions;
 
 use super::{connect, print, store};
 use crate::args::{CheckpointArgs, Global, VolumesArg};
@@ -34,6 +38,7 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
         },
         verify_restore: args.verify_restore,
         leave_logs: args.dump.leave_logs(),
+        seal: sealing(&args.encrypt_to)?,
     };
     let afterwards = if args.leave_paused || args.moved {
         Afterwards::Paused
@@ -49,8 +54,29 @@ pub(crate) async fn run(global: &Global, args: CheckpointArgs) -> Result<()> {
     picture.write(&taken.timeline)
 }
 
+/// How it is encrypted, for these readers.
+fn sealing(readers: &[String]) -> Result<Option<Arc<ExportOptions>>> {
+    let mut recipients = Recipients::default();
+    for text in readers {
+        recipients.add(text)?;
+    }
+    Ok((!recipients.is_empty()).then(|| {
+        Arc::new(ExportOptions {
+            level: Some(DEFAULT_LEVEL),
+            recipients,
+            signer: None,
+        })
+    }))
+}
+
 fn text(taken: &Report) -> String {
-    let mut text = format!("{} ({})\n", taken.directory, human_bytes(taken.bytes));
+    let sealed = { taken.sealed_bytes }.map(|bytes| format!(", sealed in {}", human_bytes(bytes)));
+    let sealed = sealed.unwrap_or_default();
+    let mut text = format!(
+        "{} ({}{sealed})\n",
+        taken.directory,
+        human_bytes(taken.bytes)
+    );
     // Writing to a string cannot fail.
     if !taken.left_out.is_empty() {
         let stopped = taken.left_out.join(", ");

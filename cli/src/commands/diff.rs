@@ -4,16 +4,15 @@ use std::fmt::Write as _;
 
 use transship_checkpoint::wire::printable;
 use transship_engine::Result;
-use transship_engine::restore::open;
 use transship_package::difference::{ContainerDifference, Difference, ProcessDifference};
 
-use super::{print, store};
+use super::{opened, print};
 use crate::args::{DiffArgs, Global};
 
 pub(crate) fn run(global: &Global, args: &DiffArgs) -> Result<()> {
-    let (old, new) = (open(&store(), &args.old)?, open(&store(), &args.new)?);
-    let _in_use = (old.lock_for_reading()?, new.lock_for_reading()?);
-    let difference = Difference::between(&old, &new)?;
+    let old = opened(&args.old, &args.keys, global.json)?;
+    let new = opened(&args.new, &args.keys, global.json)?;
+    let difference = Difference::between(&old.checkpoint, &new.checkpoint)?;
     print(global, &difference, || text(&difference))
 }
 

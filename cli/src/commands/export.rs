@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
 use transship_engine::import::config_of_base;
-use transship_engine::restore::open;
+use transship_engine::sealed::sealed_package;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Progress as _, Result};
 use transship_package::encryption::Recipients;
@@ -18,7 +18,7 @@ use transship_package::oci::{self, Layout, StoreOptions};
 use transship_package::signature::Signer;
 
 use super::push::pushed;
-use super::{connect, print, store};
+use super::{connect, opened, print, store};
 use crate::args::{ExportArgs, FormatArg, Global};
 use crate::progress::Progress;
 
@@ -32,8 +32,11 @@ struct Done {
 }
 
 pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
-    let checkpoint = open(&store(), &args.name)?;
-    let _in_use = checkpoint.lock_for_reading()?;
+    if args.format == FormatArg::Transship && is_copied(&args) {
+        return copy_sealed(global, &args);
+    }
+    let opened = opened(&args.name, &args.keys, global.json)?;
+    let checkpoint = opened.checkpoint.clone();
     let engine = match args.format {
         FormatArg::Transship | FormatArg::Oci => None,
         FormatArg::Containerd => Some(Engine::Containerd),
@@ -113,6 +116,41 @@ pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
     })
 }
 
+/// Whether nothing of it has to be read: it is sealed, and stays so.
+fn is_copied(args: &ExportArgs) -> bool {
+    let sealed = store().find(&args.name).is_ok_and(|it| it.sealed.is_some());
+    sealed && args.keys.identity.is_empty() && args.encrypt_to.is_empty() && args.sign.is_none()
+}
+
+/// The package of a sealed checkpoint, for those that it was sealed for.
+fn copy_sealed(global: &Global, args: &ExportArgs) -> Result<()> {
+    let mut package = sealed_package(&store(), &args.name)?;
+    if args.file == Path::new("-") {
+        let mut stdout = std::io::stdout().lock();
+        if stdout.is_terminal() {
+            let message = "a package cannot be written to a terminal";
+            return Err(Error::refused(message).hint("name a file, or redirect it"));
+        }
+        std::io::copy(&mut package.file, &mut stdout).context("cannot write the package")?;
+        return Ok(());
+    }
+    // The kernel copies it: by reference where the file system can.
+    let copy = |mut file: File| {
+        std::io::copy(&mut package.file, &mut file).context("cannot write the package")?;
+        Ok(file)
+    };
+    let package_bytes = write_whole(&args.file, copy)?;
+    let done = Done {
+        name: args.name.clone(),
+        file: args.file.display().to_string(),
+        bytes: package.bytes,
+        package_bytes,
+    };
+    print(global, &done, || {
+        format!("{} ({}, sealed)\n", done.file, human_bytes(package_bytes))
+    })
+}
+
 /// What is written.
 enum Content<'a> {
     Package(&'a ExportOptions),
@@ -157,13 +195,21 @@ fn write<W: Write>(
     })
 }
 
-/// The package gets its name when it is whole and on the disk; until then an older one stays.
 fn write_file(
     checkpoint: &Checkpoint,
     content: &Content<'_>,
     path: &Path,
     progress: &Progress,
 ) -> Result<u64> {
+    write_whole(path, |file| {
+        let out = BufWriter::with_capacity(1 << 20, file);
+        let out = write(checkpoint, content, out, progress)?;
+        out.into_inner().context("cannot write the package")
+    })
+}
+
+/// The package gets its name when it is whole and on the disk; until then an older one stays.
+fn write_whole(path: &Path, write: impl FnOnce(File) -> Result<File>) -> Result<u64> {
     let name = path.file_name().with_context_of(path)?;
     let new = path.with_file_name(format!(
         ".{}.{}.new",
@@ -174,16 +220,7 @@ fn write_file(
     open.write(true).create_new(true).mode(0o600);
     let file = open.open(&new);
     let file = file.with_context(|| format!("cannot make {}", new.display()))?;
-    let written = write(
-        checkpoint,
-        content,
-        BufWriter::with_capacity(1 << 20, file),
-        progress,
-    );
-    let finished = written.and_then(|out| {
-        let file = out.into_inner().context("cannot write the package")?;
-        finish(&file, &new, path)
-    });
+    let finished = write(file).and_then(|file| finish(&file, &new, path));
     if finished.is_err() {
         drop(fs::remove_file(&new));
     }

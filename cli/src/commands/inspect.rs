@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::path::Path;
 
-use transship_engine::restore::open;
 use transship_engine::{Context as _, Error, Kind, Result};
 use transship_package::contents::Contents;
 use transship_package::encryption::Identities;
@@ -13,7 +12,7 @@ use transship_package::oci::{Blobs, Layout, Offered, Reference};
 
 use super::import::only_tag;
 use super::push::connect as registry_of;
-use super::{print, store};
+use super::{opened, print};
 use crate::args::{Global, IdentityArgs, InspectArgs};
 
 mod text;
@@ -24,11 +23,11 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
         let (contents, note) = look_into_layout(place, args)?;
         return print(global, &contents, || text::text(&contents, &note, args.all));
     }
-    let opened = match args.name.contains('/') {
+    let found = match args.name.contains('/') {
         true => Err(Error::not_found(format!("there is no file {}", args.name))),
-        false => open(&store(), &args.name),
+        false => opened(&args.name, &args.keys, global.json),
     };
-    let (contents, note) = match opened {
+    let (contents, note) = match found {
         Err(error) if error.kind() == Kind::NotFound && path.is_file() => {
             let file = File::open(path);
             let file = file.with_context(|| format!("cannot open {}", path.display()))?;
@@ -46,15 +45,18 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<()> {
             Ok(reference) => look_into_registry(&reference, args)?,
             Err(_) => return Err(error),
         },
-        opened => {
-            let checkpoint = opened?;
-            let _in_use = checkpoint.lock_for_reading()?;
+        found => {
+            let opened = found?;
+            let checkpoint = &opened.checkpoint;
             let mut note = String::new();
+            if opened.was_sealed() {
+                note += ", sealed";
+            }
             if args.verify {
                 checkpoint.verify()?;
                 note += ", every digest is right";
             }
-            (Contents::of(&checkpoint, Digests::LeftOut)?, note)
+            (Contents::of(checkpoint, Digests::LeftOut)?, note)
         }
     };
     print(global, &contents, || text::text(&contents, &note, args.all))

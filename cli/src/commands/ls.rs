@@ -55,7 +55,7 @@ fn table(rows: &[Listed]) -> String {
             ),
             (None, None) => writeln!(
                 text,
-                "{:<36}{:<6}{:>11}  {:<14}{:<11}{:<24}{:<10}{}",
+                "{:<36}{:<6}{:>11}  {:<14}{:<11}{:<24}{:<10}{}{}",
                 row.name,
                 age(row.age_seconds),
                 human_bytes(row.bytes),
@@ -63,7 +63,8 @@ fn table(rows: &[Listed]) -> String {
                 row.namespace,
                 row.pod.as_deref().unwrap_or("-"),
                 times(row.restored),
-                row.containers.join(" ")
+                row.containers.join(" "),
+                if row.sealed { " (sealed)" } else { "" }
             ),
         };
     }

@@ -5,14 +5,13 @@ use std::path::PathBuf;
 use serde::Serialize;
 use transship_engine::push::{Form, push};
 use transship_engine::registry::{self, Reached};
-use transship_engine::restore::open;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Error, Result};
 use transship_package::encryption::Recipients;
 use transship_package::oci::{Pushed, Reference, Registry, StoreOptions, Stored};
 use transship_package::signature::Signer;
 
-use super::{print, store};
+use super::{opened, print};
 use crate::args::{Global, PushArgs, RegistryArgs};
 use crate::progress::Progress;
 
@@ -25,8 +24,8 @@ struct Done {
 }
 
 pub(crate) async fn run(global: &Global, args: PushArgs) -> Result<()> {
-    let checkpoint = open(&store(), &args.name)?;
-    let _in_use = checkpoint.lock_for_reading()?;
+    let opened = opened(&args.name, &args.keys, global.json)?;
+    let checkpoint = opened.checkpoint.clone();
     let reference = &args.reference;
     if reference.is_digest() {
         let message = format!("{reference} is a digest: what is pushed gets a tag");

@@ -7,6 +7,7 @@ use serde::Serialize;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::migrate::{Decided, Decision, Pending, recover_all};
 use transship_engine::moved_pods;
+use transship_engine::sealed::remove_unused;
 use transship_engine::{Error, Kind, Result};
 
 use super::{connect, print, store};
@@ -23,6 +24,7 @@ struct Line {
 
 pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
+    remove_unused()?;
     let node = connect(global).await?;
     if let Some(pod) = &args.pod {
         moved_pods::decide(&node, pod, args.source_runs).await?;

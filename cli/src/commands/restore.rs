@@ -9,7 +9,7 @@ use transship_engine::restore::{self, Request, allowed_by_node};
 use transship_engine::timeline::Report;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 
-use super::{connect, print, store};
+use super::{connect, opened, print, store};
 use crate::args::{Global, RestoreArgs};
 use crate::progress::Progress;
 
@@ -32,7 +32,7 @@ pub(crate) async fn run(global: &Global, args: RestoreArgs) -> Result<()> {
         target,
     };
     // A name that is wrong is told before containerd is asked.
-    restore::open(&store(), &args.name)?;
+    let _opened = opened(&args.name, &args.keys, global.json)?;
     let node = connect(global).await?;
     let progress = Progress::new(global.json);
     let done = restore::restore(&node, &store(), &request, &interrupt, &progress).await?;

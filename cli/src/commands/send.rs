@@ -2,10 +2,9 @@
 
 use std::io::IsTerminal;
 
-use transship_engine::restore::open;
 use transship_engine::{Error, Result};
 
-use super::store;
+use super::opened;
 use crate::args::SendArgs;
 use crate::progress::Progress;
 
@@ -17,7 +16,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<()> {
                 .hint("redirect it to a file, or pipe it to `transship receive`"),
         );
     }
-    let checkpoint = open(&store(), &args.name)?;
-    transship_engine::send::send(&checkpoint, stdout.lock(), &Progress::new(false))?;
+    let opened = opened(&args.name, &args.keys, false)?;
+    transship_engine::send::send(&opened.checkpoint, stdout.lock(), &Progress::new(false))?;
     Ok(())
 }

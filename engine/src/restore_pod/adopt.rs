@@ -26,10 +26,12 @@ pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
             path.display()
         )));
     };
-    let checkpoint = Store::at(parent).open(name).map_err(|error| {
+    let missing = |error| {
         let message = format!("there is no checkpoint at {}", path.display());
         Error::new(Kind::NotFound, message).because(error)
-    })?;
+    };
+    let elsewhere = Store::at(parent);
+    elsewhere.find(name).map_err(missing)?;
     if parent.canonicalize().ok() == store.root().canonicalize().ok() {
         let name = name.to_owned();
         return Ok(Adopted {
@@ -37,6 +39,7 @@ pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
             copied: false,
         });
     }
+    let checkpoint = elsewhere.open(name)?;
     let name = format!("pod-{}", transship_containerd::unique());
     let draft = store.draft(&name)?;
     copy_files(&checkpoint, draft.dir())?;
@@ -46,6 +49,7 @@ pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
     let copy = Checkpoint {
         dir: draft.dir().to_path_buf(),
         manifest: manifest.clone(),
+        sealed: None,
     };
     copy.verify()?;
     draft.commit(manifest, Durability::Ephemeral)?;

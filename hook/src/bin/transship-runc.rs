@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use transship_checkpoint::store::{DEFAULT_ROOT, Store};
+use transship_checkpoint::store::Store;
 use transship_hook::argv::Invocation;
 use transship_hook::front::{Environment, HOLD_WATCH_ROLE, Outcome, serve, serve_watch};
 use transship_hook::runtime::{
@@ -102,7 +102,7 @@ fn environment(program: &OsStr) -> Result<Environment, RuntimeError> {
         tool: beside.with_file_name("transship"),
         own,
         run_dir: DEFAULT_RUN_DIR.into(),
-        store: Store::at(DEFAULT_ROOT),
+        store: Store::of_node(),
         consumed: DEFAULT_CONSUMED_DIR.into(),
         moved: DEFAULT_MOVED_DIR.into(),
         containerd: containerd_socket(),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use transship_checkpoint::annotations::{ColdContainers, OnFailure};
 use transship_checkpoint::manifest::Manifest;
-use transship_checkpoint::store::StoreError;
+use transship_checkpoint::store::{Checkpoint, StoreError};
 use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::Consumed;
@@ -86,7 +86,7 @@ impl Front<'_> {
             return Ok(Beginning::Cold);
         }
         if let Some(named) = &named {
-            let created = self.env.store.open(named).map(|it| it.manifest.created);
+            let created = self.env.store.find(named).map(|it| it.manifest.created);
             consumed.check_not_spent(named, created.ok())?;
         }
         if config.annotations.receives {
@@ -118,6 +118,8 @@ impl Front<'_> {
                 self.tell_cold_start(id, Some(wanted), &missing);
                 return Ok(Beginning::Cold);
             }
+            // What it has is staged as long as it waits, and opened as long as it is staged.
+            Err(StoreError::Sealed { .. }) => self.find_lacking(wanted, name)?,
             opened => opened?,
         };
         let manifest = &checkpoint.manifest;
@@ -145,6 +147,17 @@ impl Front<'_> {
         };
         let staged = pod.stage(name, &checkpoint, container)?;
         Ok(Beginning::Restored(pod, staged))
+    }
+
+    /// A sealed checkpoint that is not opened, for a container that it lacks.
+    fn find_lacking(&self, wanted: &str, name: &str) -> Result<Checkpoint, StoreError> {
+        let found = self.env.store.find(wanted)?;
+        match found.manifest.containers.iter().any(|it| it.name == name) {
+            true => Err(StoreError::Sealed {
+                name: wanted.to_owned(),
+            }),
+            false => Ok(found),
+        }
     }
 
     fn of_staged(

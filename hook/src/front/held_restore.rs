@@ -240,7 +240,7 @@ impl Front<'_> {
         let request = staged.request()?;
         let asker = config.annotations.pod_container.as_deref().unwrap_or(id);
         // One that is gone cannot be taken away.
-        let checkpoint = self.env.store.open(&request.checkpoint);
+        let checkpoint = self.env.store.find(&request.checkpoint);
         let checkpoint = checkpoint.ok().filter(|_| config.annotations.once);
         let once = checkpoint.map(|it| it.manifest.created);
         // The name that the next attempt asks by, which is not always that in the checkpoint.
@@ -272,11 +272,12 @@ impl Front<'_> {
         if restore.once.is_none() || pod.is_some_and(|pod| pod.has_restores()) {
             return;
         }
-        if let Ok(checkpoint) = self.env.store.open(&restore.checkpoint)
+        let (store, name) = (&self.env.store, &restore.checkpoint);
+        if let Ok(checkpoint) = store.find(name)
             && Some(checkpoint.manifest.created) == restore.once
-            && !checkpoint.is_being_restored()
+            && !store.is_being_restored(name).unwrap_or(true)
         {
-            drop(self.env.store.remove(&restore.checkpoint));
+            drop(store.remove(name));
         }
     }
 

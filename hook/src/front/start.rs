@@ -5,6 +5,7 @@
 //! `transship-release ID` lets each of them go.
 
 use transship_sandbox::consumed::remove_records_of_the_gone;
+use transship_sandbox::opened::remove_all_unused;
 use transship_sandbox::{Arrival, Staged};
 
 use transship_path_error::During as _;
@@ -102,6 +103,9 @@ impl Front<'_> {
             // Nor are the records of others in the way of this container.
             let (records, run_dir) = (&self.env.consumed, &self.env.run_dir);
             drop(remove_records_of_the_gone(records, run_dir));
+            if let Some(opened) = self.env.store.opened() {
+                drop(remove_all_unused(run_dir, opened));
+            }
         }
         Ok(())
     }

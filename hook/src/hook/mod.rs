@@ -12,15 +12,17 @@
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
 use transship_checkpoint::annotations::{AnnotationError, Annotations, OnFailure, Role};
-use transship_checkpoint::store::{Store, StoreError};
+use transship_checkpoint::store::{Checkpoint, DEFAULT_OPENED, Store, StoreError};
 use transship_sandbox::admission::asker::{Asker, NotForAsker};
 use transship_sandbox::admission::node_config::{NodeConfig, NodeConfigError};
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::last_run::PodRun;
+use transship_sandbox::opened::{InMemory, remove_all_unused};
 use transship_sandbox::wanted_image::{WantedImage, WantedImageError};
 use transship_sandbox::{PodDir, SandboxError};
 
@@ -92,6 +94,14 @@ pub enum HookError {
         /// Why.
         source: SandboxError,
     },
+    /// A sealed checkpoint.
+    #[error("cannot restore into the sandbox {id:?}: {reason}")]
+    Sealed {
+        /// The sandbox.
+        id: String,
+        /// Why it cannot be opened.
+        reason: String,
+    },
     /// The checkpoint.
     #[error("cannot restore into the sandbox {id:?}")]
     Store {
@@ -108,7 +118,7 @@ impl HookError {
         match self {
             Self::NotForAsker(error) => !error.is_forbidden(),
             Self::WantedImage(error) => error.is_failure(),
-            Self::Store { .. } | Self::Spent(_) => true,
+            Self::Store { .. } | Self::Spent(_) | Self::Sealed { .. } => true,
             _ => false,
         }
     }
@@ -131,6 +141,8 @@ pub struct Node {
     pub config: PathBuf,
     /// Where failed restores are told of.
     pub log_dir: PathBuf,
+    /// The program `transship`, which has the keys of sealed checkpoints.
+    pub tool: PathBuf,
 }
 
 /// Pins the namespaces of a sandbox and stages what is to be restored into it.
@@ -207,8 +219,8 @@ fn stage_all(
     if annotations.restore.is_none() {
         pod.set_checkpoint(name).map_err(stage_error)?;
     }
-    let checkpoint = match node.store.open(name) {
-        Ok(checkpoint) => checkpoint,
+    let found = match node.store.find(name) {
+        Ok(found) => found,
         // The pod has had its restore; the sandbox has been made again since the checkpoint was
         // removed. A container that has not run yet says what it lacks.
         Err(StoreError::NotFound { .. })
@@ -226,20 +238,62 @@ fn stage_all(
         }
     };
     if let Some(consumed) = &consumed {
-        let created = checkpoint.manifest.created;
+        let created = found.manifest.created;
         let checked = consumed.check_not_spent(name, Some(created));
         checked.map_err(HookError::Spent)?;
     }
     let rules = &NodeConfig::read(&node.config)?;
-    Asker { rules, annotations }.admit(&checkpoint.manifest)?;
-    for container in &checkpoint.manifest.containers {
-        let has_run = |it: &Consumed| it.container(name, &container.name).is_some();
-        if !consumed.as_ref().is_some_and(has_run) {
-            pod.stage(&container.name, &checkpoint, container)
-                .map_err(stage_error)?;
+    let asker = Asker { rules, annotations };
+    asker.admit(&found.manifest)?;
+    let has_run = |container: &str| {
+        let consumed = consumed.as_ref();
+        consumed.is_some_and(|it| it.container(name, container).is_some())
+    };
+    let stage = |checkpoint: &Checkpoint| -> Result<(), HookError> {
+        asker.admit(&checkpoint.manifest)?;
+        for container in &checkpoint.manifest.containers {
+            if !has_run(&container.name) {
+                pod.stage(&container.name, checkpoint, container)
+                    .map_err(stage_error)?;
+            }
+        }
+        Ok(())
+    };
+    match &found.sealed {
+        None => stage(&found),
+        Some(_) if found.manifest.containers.iter().all(|it| has_run(&it.name)) => Ok(()),
+        Some(sealed) => {
+            // From now on nobody removes it.
+            let opened = node.store.opened().unwrap_or(Path::new(DEFAULT_OPENED));
+            let memory = InMemory::of(opened, &sealed.package.sha256).map_err(stage_error)?;
+            let staged = open_sealed(state, node, name).and_then(|checkpoint| stage(&checkpoint));
+            let left = memory.leave(&node.run_dir).map_err(stage_error);
+            staged.and(left)
         }
     }
-    Ok(())
+}
+
+/// A sealed checkpoint, opened with the key of this node.
+fn open_sealed(state: &HookState, node: &Node, name: &str) -> Result<Checkpoint, HookError> {
+    let failed = |reason: String| HookError::Sealed {
+        id: state.id.clone(),
+        reason,
+    };
+    let output = Command::new(&node.tool)
+        .args(["open-sealed", name])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(format!("cannot run {}: {error}", node.tool.display())))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let reason = said.lines().next().unwrap_or("it cannot be opened");
+        let reason = reason.trim_start_matches("transship: ");
+        return Err(failed(reason.to_owned()));
+    }
+    node.store.open(name).map_err(|source| HookError::Store {
+        id: state.id.clone(),
+        source: Box::new(source),
+    })
 }
 
 /// The checkpoint of a pod whose annotations do not name it: that in a registry, or the latest.
@@ -317,6 +371,7 @@ pub fn poststop(state: &HookState, run_dir: &Path, consumed: &Path) -> Result<()
             }
             pod.remove()
         })
+        .and_then(|()| remove_all_unused(run_dir, &run_dir.join("opened")))
         .and_then(|()| Consumed::forget(consumed, &Owner::Container(state.id.clone())))
         .map_err(|source| HookError::Stage {
             id: state.id.clone(),

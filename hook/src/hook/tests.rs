@@ -45,6 +45,7 @@ fn a_container_that_is_no_sandbox_is_left_alone() {
         images: dir.path().join("images"),
         config: dir.path().join("node.toml"),
         log_dir: dir.path().join("log"),
+        tool: "transship".into(),
     };
     for (status, annotations) in [
         ("creating", vec![("dev.transship/sandbox", "other")]),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read as _;
+use std::io::Read;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
@@ -134,10 +134,16 @@ impl Offered {
         let whole = Checkpoint {
             dir: partial.dir().to_path_buf(),
             manifest,
+            sealed: None,
         };
         whole.verify()?;
         let draft = partial.into_draft(store, &whole.manifest.name)?;
         Ok(draft.commit_as(whole.manifest, &json, Durability::Synced)?)
+    }
+
+    /// The package of one that is encrypted, as it is in there; of others nothing.
+    pub fn package<'a>(&'a self, blobs: &'a dyn Blobs) -> impl Read + 'a {
+        sealed::PieceReader::new(blobs, &self.artifact)
     }
 
     /// Whether it is encrypted.
@@ -199,6 +205,7 @@ impl Offered {
         let looked = Checkpoint {
             dir: temp.path().to_path_buf(),
             manifest: manifest.clone(),
+            sealed: None,
         };
         Contents::of(&looked, digests)
     }

@@ -19,6 +19,7 @@
 //! keep-gigabytes = 0
 //! quota-gigabytes = 0
 //! signed-by = []            public keys of minisign: a package without a signature of one is refused
+//! identity = ""             file (0600) with the keys that open sealed checkpoints for pods
 //! [images]
 //! registries = []           from which `transship serve` fetches what pods name (`restore-image`)
 //! plain-http = []           those of them that are reached without TLS
@@ -112,6 +113,8 @@ pub struct CheckpointRules {
     pub quota_gigabytes: u64,
     /// Public keys of minisign.
     pub signed_by: Vec<String>,
+    /// File of age's identities, or a private key of ssh; empty: none.
+    pub identity: PathBuf,
 }
 
 /// What checkpoints may ask of this node outside of the CRI.

@@ -1,0 +1,505 @@
+//! Checkpoints that lie sealed: encrypted when they are taken, opened into memory when they are needed.
+//!
+//! ```text
+//!  dump ──> memory (sandbox/src/opened.rs) ── package, encrypted ──> store: sealed.age, and its head in clear
+//!  store ── key ──> memory: compared with the head, and with every digest ──> restored, exported, looked into
+//! ```
+//!
+//! In both directions memory is in clear only in a tmpfs that the kernel never swaps out, half of what is available at
+//! most. What a process that is killed leaves there is removed by the next one ([`remove_unused`]).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use nix::fcntl::Flock;
+use sha2::{Digest as _, Sha256};
+use transship_checkpoint::beneath::{Links, open_regular};
+use transship_checkpoint::manifest;
+use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
+use transship_checkpoint::store::{Checkpoint, DEFAULT_OPENED, Draft, Store, StoreError, hex};
+use transship_package::encryption::Identities;
+use transship_package::export::{ExportOptions, export};
+use transship_package::import::{ImportOptions, Imported, import};
+use transship_package::signature::TrustedKeys;
+use transship_sandbox::DEFAULT_RUN_DIR;
+use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
+use transship_sandbox::opened::{InMemory, remove_all_unused};
+use transship_sandbox::wanted_image::manifest_digest;
+
+use crate::check::node_facts::free_memory;
+use crate::error::{Context as _, Error, Kind, Result};
+use crate::import::architecture;
+use crate::progress::Progress;
+use crate::timeline::human_bytes;
+
+const OF_ANOTHER: &str = "what is said of it in clear is of another checkpoint";
+
+/// A checkpoint that can be used, kept from being removed. One that is sealed is opened as long as this is there.
+#[derive(Debug)]
+pub struct Opened {
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    _reading: Flock<File>,
+    memory: Memory,
+}
+
+/// Memory that is left when this is dropped.
+#[derive(Debug, Default)]
+struct Memory(Option<InMemory>);
+
+impl Memory {
+    /// Lets it go, and what is in it stay: somebody else keeps it.
+    fn keep(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(memory) = self.0.take()
+            && let Err(error) = memory.leave(Path::new(DEFAULT_RUN_DIR))
+        {
+            tracing::warn!("memory of a checkpoint is left: {error}");
+        }
+    }
+}
+
+impl Opened {
+    /// Whether it lies sealed.
+    #[must_use]
+    pub fn was_sealed(&self) -> bool {
+        self.memory.0.is_some()
+    }
+
+    /// Leaves one that was sealed opened, for somebody who keeps it from being removed.
+    pub fn stay(mut self) {
+        self.memory.keep();
+    }
+}
+
+/// Opens a checkpoint of `store`; one that is sealed with the key that it needs.
+///
+/// # Errors
+/// [`Kind::NotFound`]; [`Kind::Refused`] without its key, or where it cannot be opened in memory; it is damaged, or
+/// its parts are those of several checkpoints. Nothing of it is left in clear then.
+pub fn open(
+    store: &Store,
+    name: &str,
+    identities: Identities,
+    progress: &dyn Progress,
+) -> Result<Opened> {
+    let found = match store.find(name) {
+        Err(error @ StoreError::NotFound { .. }) => {
+            return Err(Error::new(Kind::NotFound, error.to_string()).hint("transship ls"));
+        }
+        found => found?,
+    };
+    let reading = found.lock_for_reading()?;
+    if found.sealed.is_some() && found.manifest.name != name {
+        return Err(damaged(&found, OF_ANOTHER));
+    }
+    let Some(sealed) = &found.sealed else {
+        return Ok(Opened {
+            checkpoint: found,
+            _reading: reading,
+            memory: Memory::default(),
+        });
+    };
+    if identities.is_empty() {
+        let refused = StoreError::Sealed {
+            name: name.to_owned(),
+        };
+        return Err(Error::refused(refused.to_string()).hint("--identity FILE"));
+    }
+    let package = open_package(&found)?;
+    { identities.check(package) }
+        .with_context(|| format!("the checkpoint {name:?} cannot be opened"))?;
+    let options = ImportOptions {
+        name: None,
+        name_without: String::new(),
+        identities,
+        // It has been taken in already.
+        trusted: TrustedKeys::default(),
+        max_bytes: u64::MAX,
+        architecture: architecture()?,
+    };
+    let memory = memory_of(store, sealed, &options, &found, progress)
+        .with_context(|| format!("the checkpoint {name:?} cannot be opened"))?;
+    let checkpoint = store.open(name)?;
+    Ok(Opened {
+        checkpoint,
+        _reading: reading,
+        memory,
+    })
+}
+
+fn open_package(found: &Checkpoint) -> Result<File> {
+    let opened = open_regular(&found.dir, Path::new(PACKAGE_FILE), Links::Refused);
+    opened.with_context(|| format!("cannot open {}/{PACKAGE_FILE}", found.dir.display()))
+}
+
+/// The sealed checkpoint in memory; somebody else may have opened it already.
+fn memory_of(
+    store: &Store,
+    sealed: &Sealed,
+    options: &ImportOptions,
+    found: &Checkpoint,
+    progress: &dyn Progress,
+) -> Result<Memory> {
+    let name = &sealed.head.name;
+    let memory = Memory(Some(in_memory(store, |opened| {
+        InMemory::of(opened, &sealed.package.sha256)
+    })?));
+    let there = memory.0.as_ref().expect("it was made in this moment");
+    let filling = there.lock_to_fill()?;
+    if there.store().find(name).is_err() {
+        let bytes = room(sealed.bytes, "opened")?;
+        there.mount(bytes)?;
+        progress.bytes("open", sealed.bytes);
+        let package = open_package(found)?;
+        fill(package, &there.store(), sealed, options, progress)?;
+    }
+    // Also of one that somebody else has opened: what is in clear may have been changed since.
+    let manifest = there.store().find(name)?.manifest;
+    let digest = manifest_digest(&there.store(), name).unwrap_or_default();
+    if !sealed.is_of(&manifest, &digest) {
+        return Err(damaged(found, OF_ANOTHER));
+    }
+    drop(filling);
+    Ok(memory)
+}
+
+/// Decrypts the package into `store`.
+fn fill(
+    package: impl Read,
+    store: &Store,
+    sealed: &Sealed,
+    options: &ImportOptions,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let mut package = Hashed::new(package);
+    let imported = import(&mut package, store, options, &mut *progress.counter())?;
+    let Imported::Checkpoint(checkpoint) = imported else {
+        return Err(Error::failed(
+            "what is sealed is no checkpoint of transship",
+        ));
+    };
+    io::copy(&mut package, &mut io::sink()).context("cannot read the sealed package")?;
+    let found = package.finish();
+    if checkpoint.manifest.name != sealed.head.name || found != sealed.package {
+        // Nobody else may find it there.
+        store.remove(&checkpoint.manifest.name)?;
+        return Err(damaged(
+            &checkpoint,
+            "its package is not the one that was sealed",
+        ));
+    }
+    Ok(())
+}
+
+fn damaged(checkpoint: &Checkpoint, what: &str) -> Error {
+    Error::caused_by(StoreError::Damaged {
+        path: checkpoint.dir.join(PACKAGE_FILE),
+        what: what.to_owned(),
+    })
+}
+
+/// The encrypted package of a sealed checkpoint, kept from being removed.
+#[derive(Debug)]
+pub struct SealedPackage {
+    /// It, from its beginning on.
+    pub file: File,
+    /// Bytes of the checkpoint when it is opened.
+    pub bytes: u64,
+    _reading: Flock<File>,
+}
+
+/// Finds it.
+///
+/// # Errors
+/// There is no such checkpoint, or it is not sealed.
+pub fn sealed_package(store: &Store, name: &str) -> Result<SealedPackage> {
+    let found = store.find(name)?;
+    let _reading = found.lock_for_reading()?;
+    let Some(sealed) = &found.sealed else {
+        return Err(Error::refused(format!(
+            "the checkpoint {name:?} is not sealed"
+        )));
+    };
+    Ok(SealedPackage {
+        file: open_package(&found)?,
+        bytes: sealed.bytes,
+        _reading,
+    })
+}
+
+/// Memory where this store opens its checkpoints; what nobody uses there goes before.
+fn in_memory(
+    store: &Store,
+    make: impl FnOnce(&Path) -> Result<InMemory, transship_sandbox::SandboxError>,
+) -> Result<InMemory> {
+    let opened = store.opened().ok_or_else(|| {
+        Error::refused("this store has no place where a checkpoint can be opened")
+    })?;
+    remove_all_unused(Path::new(DEFAULT_RUN_DIR), opened)?;
+    Ok(make(opened)?)
+}
+
+/// Half of the memory that is available, when `bytes` fit in it.
+fn room(bytes: u64, what: &str) -> Result<u64> {
+    let most = free_memory() / 2;
+    if bytes > most {
+        let message = format!(
+            "{what}, the checkpoint would take about {} of memory, and {} may be used, half of what is available",
+            human_bytes(bytes),
+            human_bytes(most)
+        );
+        return Err(Error::refused(message).hint("free memory on this node"));
+    }
+    Ok(most)
+}
+
+/// Where a checkpoint that will be sealed is dumped: in memory.
+#[derive(Debug)]
+pub(crate) struct Sealing {
+    memory: Memory,
+    kept: Draft,
+}
+
+impl Sealing {
+    /// Prepares it, before anything is frozen. `kept` is where it will lie; `bytes` it will roughly have.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] where it cannot be done.
+    pub(crate) fn prepare(store: &Store, kept: Draft, bytes: u64) -> Result<Self> {
+        let refused = |error: Error| {
+            let message = format!("no checkpoint can be sealed here: {}", error.one_line());
+            Error::refused(message).hint(
+                "without --encrypt-to it can be taken, and exported with --encrypt-to: then it lies on this node in \
+                 clear",
+            )
+        };
+        let prepare = || {
+            let bytes = room(bytes, "dumped")?;
+            let memory = Memory(Some(in_memory(store, InMemory::for_dump)?));
+            if let Some(memory) = &memory.0 {
+                memory.mount(bytes)?;
+            }
+            Ok(memory)
+        };
+        Ok(Self {
+            memory: prepare().map_err(refused)?,
+            kept,
+        })
+    }
+
+    /// The draft in memory.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(crate) fn draft(&self) -> Result<Draft> {
+        let memory = self.memory.0.as_ref().map(InMemory::store);
+        let memory = memory.expect("it is let go with this");
+        Ok(memory.draft(self.kept.name())?)
+    }
+
+    /// Encrypts what was dumped; nothing of it is in memory afterwards.
+    ///
+    /// # Errors
+    /// It cannot be read, or not be written.
+    pub(crate) fn seal(
+        self,
+        checkpoint: &Checkpoint,
+        options: &ExportOptions,
+        progress: &dyn Progress,
+    ) -> Result<Checkpoint> {
+        progress.bytes("seal", checkpoint.manifest.size());
+        let file = new_package(&self.kept)?;
+        let out = Hashed::new(BufWriter::with_capacity(1 << 20, file));
+        let out = export(checkpoint, options, out, &mut *progress.counter())?;
+        let digest = digest_of_manifest(checkpoint)?;
+        let sealed = Sealed::new(out.finish(), &checkpoint.manifest, digest);
+        Ok(self.kept.commit_sealed(sealed)?)
+    }
+}
+
+fn new_package(draft: &Draft) -> Result<File> {
+    let path = draft.dir().join(PACKAGE_FILE);
+    let mut open = OpenOptions::new();
+    open.write(true).create_new(true).mode(0o600);
+    let file = open.open(&path);
+    file.with_context(|| format!("cannot make {}", path.display()))
+}
+
+fn digest_of_manifest(checkpoint: &Checkpoint) -> Result<String> {
+    let path = checkpoint.dir.join(manifest::MANIFEST_FILE);
+    let json = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hex(&Sha256::digest(json)))
+}
+
+/// Keeps an encrypted package sealed, as it comes; it is opened once, to see that all of it is right.
+///
+/// # Errors
+/// Nothing of it is left then.
+pub(crate) fn keep_sealed(
+    mut package: impl Read,
+    store: &Store,
+    name: &str,
+    options: &ImportOptions,
+    progress: &dyn Progress,
+) -> Result<Checkpoint> {
+    let draft = store.draft(name)?;
+    let mut out = Hashed::new(new_package(&draft)?);
+    io::copy(&mut package, &mut out).map_err(transship_package::PackageError::reading)?;
+    let kept = out.finish();
+    let memory = Memory(Some(in_memory(store, |opened| {
+        InMemory::of(opened, &kept.sha256)
+    })?));
+    let there = memory.0.as_ref().expect("it was made in this moment");
+    let _filling = there.lock_to_fill()?;
+    there.mount(room(0, "opened")?)?;
+    let file = File::open(draft.dir().join(PACKAGE_FILE)).context("cannot read what has come")?;
+    let imported = import(file, &there.store(), options, &mut *progress.counter())?;
+    let Imported::Checkpoint(checkpoint) = imported else {
+        return Err(Error::failed(
+            "what is encrypted is no checkpoint of transship",
+        ));
+    };
+    let digest = digest_of_manifest(&checkpoint)?;
+    Ok(draft.commit_sealed(Sealed::new(kept, &checkpoint.manifest, digest))?)
+}
+
+/// The keys that node.toml names; none when it names no file.
+///
+/// # Errors
+/// The file cannot be read, or others than its owner can read it.
+pub fn identities_of_node(config: &Path) -> Result<Identities> {
+    let config = NodeConfig::read(config).context("cannot tell which key this node has")?;
+    let path = &config.checkpoints.identity;
+    let mut identities = Identities::default();
+    if path.as_os_str().is_empty() {
+        return Ok(identities);
+    }
+    let named = || format!("the identity in {NODE_CONFIG} cannot be used");
+    let meta = std::fs::metadata(path)
+        .with_context(|| format!("cannot look at {}", path.display()))
+        .with_context(named)?;
+    if meta.mode() & 0o077 != 0 {
+        let path = path.display();
+        let message = format!("{}: others than its owner may read {path}", named());
+        return Err(Error::refused(message).hint(format!("chmod 600 {path}")));
+    }
+    identities.add_file(path).with_context(named)?;
+    Ok(identities)
+}
+
+/// Opens a sealed checkpoint with this node's key, for a pod whose annotation asks for it. It stays opened; who asks
+/// keeps it from being removed.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_for_pod(store: &Store, name: &str, config: &Path) -> Result<()> {
+    let identities = identities_of_node(config)?;
+    if identities.is_empty() {
+        let message = format!(
+            "the checkpoint {name:?} is sealed, and this node has no key: its operator can name the file, by \
+             identity under [checkpoints] in {NODE_CONFIG}"
+        );
+        return Err(Error::refused(message));
+    }
+    open(store, name, identities, &crate::Silent)?.stay();
+    Ok(())
+}
+
+/// Removes what processes that were killed have left in memory.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_unused() -> Result<()> {
+    let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
+    Ok(remove_all_unused(run_dir, opened)?)
+}
+
+/// Takes the digest and the length of what goes through it.
+struct Hashed<I> {
+    inner: I,
+    hasher: Sha256,
+    bytes: u64,
+}
+
+impl<I> Hashed<I> {
+    fn new(inner: I) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            bytes: 0,
+        }
+    }
+
+    fn finish(self) -> manifest::File {
+        manifest::File {
+            path: PACKAGE_FILE.to_owned(),
+            size: self.bytes,
+            sha256: hex(&self.hasher.finalize()),
+        }
+    }
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        self.bytes += read as u64;
+        Ok(read)
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn others_may_not_read_the_key_of_the_node() {
+        let dir = tempfile::tempdir().unwrap();
+        let (config, key) = (dir.path().join("node.toml"), dir.path().join("key"));
+        assert!(identities_of_node(&config).unwrap().is_empty());
+        let named = format!("[checkpoints]\nidentity = \"{}\"\n", key.display());
+        fs::write(&config, named).unwrap();
+        let absent = identities_of_node(&config).unwrap_err().one_line();
+        assert!(absent.contains("cannot look at"), "{absent}");
+        fs::write(&key, include_bytes!("../../package/tests/fixtures/age.key")).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+        let refused = identities_of_node(&config).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Refused);
+        assert_eq!(refused.hints(), [format!("chmod 600 {}", key.display())]);
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(!identities_of_node(&config).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_does_not_fit_into_memory_is_refused() {
+        let refused = room(u64::MAX, "dumped").unwrap_err();
+        assert_eq!(refused.kind(), Kind::Refused);
+        let line = refused.one_line();
+        assert!(line.contains("half of what is available"), "{line}");
+        assert!(room(0, "dumped").is_ok());
+    }
+}

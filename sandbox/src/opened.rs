@@ -1,0 +1,275 @@
+//! Directories in memory, for what must not come onto a disk in clear: the dump of a checkpoint that is sealed, and
+//! a sealed checkpoint as long as it is opened.
+//!
+//! ```text
+//! /run/transship/opened/<key>/   the digest of a sealed package, or dump-<pid>-<n>
+//!     lock    flock: shared by who uses it, exclusive by who removes it
+//!     made    flock: by who fills it
+//!     files/  a tmpfs that is never swapped out (noswap, Linux 6.4), 0700; a store of checkpoints
+//! ```
+//!
+//! A process that is killed leaves it mounted. Whoever makes the next one, `transship recover`, `transship serve`, and the
+//! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, and
+//! none reads them. The key has the digest of what was opened, so nobody meets another checkpoint of the same name.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::store::{OPENED_FILES, Store};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
+use crate::files::{make_dir, remove_tree};
+use crate::staged::Staged;
+
+const LOCK: &str = "lock";
+const MADE: &str = "made";
+
+/// One of them, kept from being removed.
+#[derive(Debug)]
+pub struct InMemory {
+    dir: PathBuf,
+    _in_use: Flock<File>,
+}
+
+impl InMemory {
+    /// That with this key below `opened`; made when it is not there.
+    ///
+    /// # Errors
+    /// A key that could lead elsewhere, or a system call failed.
+    pub fn of(opened: &Path, key: &str) -> Result<Self, SandboxError> {
+        check_name("the key", key)?;
+        let dir = opened.join(key);
+        let path = dir.join(LOCK);
+        loop {
+            make_dir(&dir)?;
+            let file = match open_lock(&path) {
+                // Somebody removes it at this moment.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                file => file.during("open", &path)?,
+            };
+            let lock = Flock::lock(file, FlockArg::LockShared)
+                .map_err(|(_, errno)| errno)
+                .during("lock", &path)?;
+            if lock.metadata().during("look at", &path)?.nlink() > 0 {
+                return Ok(Self { dir, _in_use: lock });
+            }
+        }
+    }
+
+    /// A new one for a dump.
+    ///
+    /// # Errors
+    /// As [`Self::of`].
+    pub fn for_dump(opened: &Path) -> Result<Self, SandboxError> {
+        Self::of(opened, &format!("dump-{}-{}", std::process::id(), unique()))
+    }
+
+    /// The checkpoints in it.
+    #[must_use]
+    pub fn store(&self) -> Store {
+        Store::at(self.dir.join(OPENED_FILES))
+    }
+
+    /// Held by who fills it: others wait.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn lock_to_fill(&self) -> Result<Flock<File>, SandboxError> {
+        let path = self.dir.join(MADE);
+        let file = open_lock(&path).during("open", &path)?;
+        Ok(Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| errno)
+            .during("lock", &path)?)
+    }
+
+    /// Mounts memory there, `bytes` of it at most, unless there is some; who calls it fills it.
+    ///
+    /// # Errors
+    /// [`SandboxError::Swapped`] where the kernel could write it to its swap; or a system call failed.
+    pub fn mount(&self, bytes: u64) -> Result<(), SandboxError> {
+        let dir = self.dir.join(OPENED_FILES);
+        unmount(&dir);
+        make_dir(&dir)?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let options = format!("noswap,mode=0700,size={bytes}");
+        let options = Some(options.as_str());
+        match mount(Some("transship"), &dir, Some("tmpfs"), flags, options) {
+            Err(Errno::EINVAL) => Err(SandboxError::Swapped),
+            mounted => Ok(mounted.during("mount memory at", &dir)?),
+        }
+    }
+
+    /// Lets it go: it is removed unless somebody else uses it.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn leave(self, run_dir: &Path) -> Result<(), SandboxError> {
+        let dir = self.dir.clone();
+        drop(self);
+        remove_unused(&dir, &staged_images(run_dir))
+    }
+}
+
+/// Removes all that nobody uses. It is no error when there is nothing.
+///
+/// # Errors
+/// A system call failed.
+pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxError> {
+    let entries = match fs::read_dir(opened) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.during("list", opened)?,
+    };
+    let dirs: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    if dirs.is_empty() {
+        return Ok(());
+    }
+    let images = staged_images(run_dir);
+    dirs.iter().try_for_each(|dir| remove_unused(dir, &images))
+}
+
+fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
+    let path = dir.join(LOCK);
+    let file = match open_lock(&path) {
+        // Somebody has been faster.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file.during("open", &path)?,
+    };
+    let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+        return Ok(());
+    };
+    if lock.metadata().during("look at", &path)?.nlink() == 0
+        || staged.iter().any(|images| images.starts_with(dir))
+    {
+        return Ok(());
+    }
+    let files = dir.join(OPENED_FILES);
+    let checkpoints = Store::at(&files).list().map_err(Box::new)?;
+    let is_read = |it: &transship_checkpoint::store::Checkpoint| it.is_being_restored();
+    if checkpoints
+        .iter()
+        .any(|(_, it)| it.as_ref().is_ok_and(is_read))
+    {
+        return Ok(());
+    }
+    unmount(&files);
+    // Under another name, so that who makes it anew meanwhile gets a directory of his own.
+    let gone = dir.with_file_name(format!("gone-{}-{}", std::process::id(), unique()));
+    fs::rename(dir, &gone).during("remove", dir)?;
+    remove_tree(&gone)
+}
+
+/// A number that this process has not had.
+fn unique() -> u32 {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Whatever is mounted there; one that is being written to goes with its last writer.
+fn unmount(dir: &Path) {
+    while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    let mut open = OpenOptions::new();
+    open.write(true).create(true).truncate(false).mode(0o600);
+    open.open(path)
+}
+
+/// The images that restores wait for, or hold containers of.
+fn staged_images(run_dir: &Path) -> Vec<PathBuf> {
+    let requests = staged(run_dir).into_iter();
+    requests.map(|request| request.images).collect()
+}
+
+/// What restores wait for, or hold containers of.
+#[must_use]
+pub fn staged(run_dir: &Path) -> Vec<crate::staged::Request> {
+    let pods = fs::read_dir(run_dir.join("pods")).into_iter().flatten();
+    let restores = pods.flatten().filter_map(|pod| {
+        let restores = fs::read_dir(pod.path().join("restore"));
+        restores.ok()
+    });
+    // One that was done in this moment is not there any more.
+    let requests = restores.flatten().flatten();
+    requests
+        .filter_map(|restore| Staged::at(restore.path()).request().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_mounted(dir: &Path) -> bool {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        mounts.contains(&format!(" {} ", dir.display()))
+    }
+
+    #[test]
+    fn root_memory_goes_with_its_last_user_and_is_never_swapped() {
+        let run = tempfile::tempdir().unwrap();
+        let opened = run.path().join("opened");
+        let one = InMemory::of(&opened, "key").unwrap();
+        one.mount(1 << 20).unwrap();
+        let files = opened.join("key/files");
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let line = { mounts.lines() }.find(|line| line.contains(&*files.to_string_lossy()));
+        assert!(
+            line.is_some_and(|line| line.contains("noswap") && line.contains("mode=700")),
+            "{line:?}"
+        );
+        let other = InMemory::of(&opened, "key").unwrap();
+        fs::write(files.join("memory"), "secret").unwrap();
+        one.leave(run.path()).unwrap();
+        remove_all_unused(run.path(), &opened).unwrap();
+        assert!(files.join("memory").is_file() && is_mounted(&files));
+        // Who is killed leaves it, and has no lock.
+        drop(other);
+        assert!(is_mounted(&files));
+        remove_all_unused(run.path(), &opened).unwrap();
+        assert!(!is_mounted(&files));
+        assert_eq!(fs::read_dir(&opened).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn root_what_a_restore_is_staged_with_stays() {
+        let run = tempfile::tempdir().unwrap();
+        let opened = run.path().join("opened");
+        let one = InMemory::of(&opened, "key").unwrap();
+        one.mount(1 << 20).unwrap();
+        let images = opened.join("key/files/web/c/checkpoint");
+        fs::create_dir_all(&images).unwrap();
+        let restore = run.path().join("pods/pod/restore/c");
+        fs::create_dir_all(&restore).unwrap();
+        let staged = Staged::at(restore.clone());
+        staged
+            .write_request(&crate::staged::Request {
+                checkpoint: "web".into(),
+                container: "c".into(),
+                images: images.clone(),
+                criu: Default::default(),
+            })
+            .unwrap();
+        one.leave(run.path()).unwrap();
+        assert!(images.is_dir());
+        fs::remove_dir_all(restore).unwrap();
+        remove_all_unused(run.path(), &opened).unwrap();
+        assert!(!opened.join("key").is_dir());
+    }
+
+    #[test]
+    fn a_key_leads_nowhere_else() {
+        let run = tempfile::tempdir().unwrap();
+        for key in ["../x", "", "a/b", ".."] {
+            assert!(InMemory::of(run.path(), key).is_err(), "{key:?}");
+        }
+    }
+}
