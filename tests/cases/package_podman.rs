@@ -9,7 +9,8 @@ use std::process::Command;
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, DebianProgram, Node, NodeOptions, Testbed, Tree, journey,
+    CommandRun as _, ContainerdConfig, DebianProgram, Image, Node, NodeOptions, Testbed, Tree,
+    journey,
 };
 
 use crate::Case;
@@ -38,6 +39,7 @@ fn containers_go_to_podman_and_come_back(bed: &Testbed) -> anyhow::Result<()> {
     node.start_containerd(&ContainerdConfig::transship())?;
     install_podman(bed, &node)?;
     make_image(&node)?;
+    node.import_image(&Image::pause(bed.settings())?, "transship")?;
     from_podman(&node)?;
     to_podman(&node)?;
     journey::check_nothing_left(&node)
