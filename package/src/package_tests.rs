@@ -3,13 +3,16 @@
 use std::fs;
 use std::path::Path;
 
-use transship_checkpoint::manifest::{Container, Format, Manifest, Shared, Source};
-use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files};
+use sha2::{Digest as _, Sha256};
+use transship_checkpoint::manifest::{Container, File, Format, Manifest, Shared, Source};
+use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
+use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files, hex};
 
 use super::*;
 use crate::encryption::{Identities, Recipients};
 use crate::export::{ExportOptions, export};
 use crate::import::{ImportOptions, Imported, import};
+use crate::open_package::OpenPackage;
 use crate::signature::{Signer, TrustedKeys};
 
 const ARCHITECTURE: &str = "x86_64";
@@ -497,6 +500,13 @@ fn checkpoints_share_blobs_and_come_back() {
 }
 
 /// Version 1 is the first that was released: what it wrote is read for ever.
+/// The bytes of the manifest in a package.
+fn read_manifest(package: &[u8]) -> Vec<u8> {
+    let mut package = OpenPackage::new(package, &Identities::default()).unwrap();
+    let (path, member) = package.next().unwrap().unwrap();
+    package.read_all(&path, &member, 1 << 20).unwrap()
+}
+
 #[test]
 fn packages_of_format_1_are_read() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
@@ -520,6 +530,16 @@ fn packages_of_format_1_are_read() {
     let sealed = fs::read(fixtures.join("format-1.age")).unwrap();
     let second = read(root.path(), &sealed, &demanding).unwrap().manifest;
     assert_eq!(second, first);
+    // As it lies sealed in a store.
+    let head = fs::read(fixtures.join("format-1.sealed.json")).unwrap();
+    let package = File {
+        path: PACKAGE_FILE.into(),
+        size: sealed.len() as u64,
+        sha256: hex(&Sha256::digest(&sealed)),
+    };
+    let kept = read_manifest(&plain);
+    let expected = Sealed::new(package, &first, hex(&Sha256::digest(&kept)));
+    assert_eq!(Sealed::parse(&head).unwrap(), expected);
     let layout = oci::Layout::open(&fixtures.join("format-1.oci")).unwrap();
     let store = Store::at(root.path().join("target"));
     let third = from_blobs(&layout, "format-1", &store).unwrap();
