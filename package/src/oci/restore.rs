@@ -450,3 +450,7 @@ fn take_chunk(
         .map_err(PackageError::writing)?;
     Ok(length)
 }
+
+#[cfg(test)]
+#[path = "restore_tests.rs"]
+mod tests;
