@@ -29,7 +29,7 @@ use transship_sandbox::opened::{InMemory, remove_all_unused};
 use transship_sandbox::wanted_image::manifest_digest;
 
 use crate::check::node_facts::free_memory;
-use crate::error::{Context as _, Error, Kind, Result};
+use crate::error::{Context as _, Error, Kind, Result, one_line};
 use crate::import::architecture;
 use crate::progress::Progress;
 use crate::timeline::human_bytes;
@@ -243,7 +243,7 @@ fn in_memory(
     let opened = store.opened().ok_or_else(|| {
         Error::refused("this store has no place where a checkpoint can be opened")
     })?;
-    remove_all_unused(Path::new(DEFAULT_RUN_DIR), opened)?;
+    remove_unused();
     Ok(make(opened)?)
 }
 
@@ -413,13 +413,13 @@ pub fn open_for_pod(store: &Store, name: &str, config: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what processes that were killed have left in memory.
-///
-/// # Errors
-/// It cannot be removed.
-pub fn remove_unused() -> Result<()> {
+/// Removes what processes that were killed have left in memory. What cannot be removed keeps nobody from what he does.
+pub fn remove_unused() {
     let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
-    Ok(remove_all_unused(run_dir, opened)?)
+    if let Err(error) = remove_all_unused(run_dir, opened) {
+        let error = one_line(&error);
+        tracing::warn!("memory that nobody uses is left in {DEFAULT_OPENED}: {error}");
+    }
 }
 
 /// Takes the digest and the length of what goes through it.

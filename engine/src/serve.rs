@@ -108,7 +108,7 @@ async fn prune_every_hour(store: Store) {
             let config = NodeConfig::read(Path::new(NODE_CONFIG))
                 .context("cannot tell which checkpoints are kept")?;
             forget_old()?;
-            remove_unused()?;
+            remove_unused();
             let rules = Rules::from(&config.checkpoints);
             prune(&store, &Records::default(), &rules)
         });

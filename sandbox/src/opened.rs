@@ -121,7 +121,7 @@ impl InMemory {
 /// Removes all that nobody uses. It is no error when there is nothing.
 ///
 /// # Errors
-/// A system call failed.
+/// The first that cannot be removed; the others are.
 pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxError> {
     let entries = match fs::read_dir(opened) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -132,7 +132,8 @@ pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxErr
         return Ok(());
     }
     let images = staged_images(run_dir);
-    dirs.iter().try_for_each(|dir| remove_unused(dir, &images))
+    let removed = dirs.iter().map(|dir| remove_unused(dir, &images));
+    removed.fold(Ok(()), Result::and)
 }
 
 fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
@@ -263,6 +264,21 @@ mod tests {
         fs::remove_dir_all(restore).unwrap();
         remove_all_unused(run.path(), &opened).unwrap();
         assert!(!opened.join("key").is_dir());
+    }
+
+    #[test]
+    fn root_what_cannot_be_removed_keeps_nothing_else() {
+        let run = tempfile::tempdir().unwrap();
+        let opened = run.path().join("opened");
+        for key in ["a", "z"] {
+            let one = InMemory::of(&opened, key).unwrap();
+            one.mount(1 << 20).unwrap();
+        }
+        // Whatever the order of names is, one comes behind it.
+        fs::write(opened.join("m"), "no directory").unwrap();
+        remove_all_unused(run.path(), &opened).unwrap_err();
+        let left: Vec<_> = fs::read_dir(&opened).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 
     #[test]

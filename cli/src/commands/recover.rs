@@ -24,7 +24,7 @@ struct Line {
 
 pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
-    remove_unused()?;
+    remove_unused();
     let node = connect(global).await?;
     if let Some(pod) = &args.pod {
         moved_pods::decide(&node, pod, args.source_runs).await?;
