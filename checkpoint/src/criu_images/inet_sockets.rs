@@ -1,7 +1,7 @@
 //! `files.img`: the internet sockets of a container.
 //!
 //! ```text
-//! file_entry      4 isk: inet_sk_entry (files_image)
+//! file_entry      1 type: 4 (INETSK of images/fdinfo.proto)  4 isk: inet_sk_entry (files_image)
 //! inet_sk_entry   5 proto  6 state  7 src_port  8 dst_port  11 src_addr  12 dst_addr, and others
 //! ```
 //!
@@ -17,7 +17,7 @@ use super::strict::set_varints;
 use super::{Image, ImageError, Kind};
 
 const SOCKETS: OfKind = OfKind {
-    kind: 3,
+    kind: 4,
     entry: 4,
     repeated: &[SRC_ADDR, DST_ADDR],
 };
@@ -150,7 +150,7 @@ mod tests {
 
     fn socket(proto: u32, state: u32, src_addr: &[u32]) -> FileEntry {
         FileEntry {
-            kind: SOCKETS.kind,
+            kind: 4,
             isk: Some(InetSkEntry {
                 proto,
                 state,

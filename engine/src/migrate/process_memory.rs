@@ -35,6 +35,20 @@ pub(super) fn can_compare_pages() -> bool {
     page.is_ok_and(|page| page.and_then(|page| u64::try_from(page).ok()) == Some(PAGE))
 }
 
+/// Whether CRIU has the memory for a lazy dump of these processes: it allocates a vector (16 bytes) for each page
+/// of the private mappings of a process at once, also for those that are only reserved (`create_page_pipe` of
+/// `criu/page-pipe.c`). MariaDB reserves 8 TiB.
+pub(super) fn fits_lazy_dump(pids: &[u32], free: u64) -> bool {
+    let private = |map: &MemoryMap| !map.perms.contains(MMPermissions::SHARED);
+    let pages = |pid: &u32| -> u64 {
+        let maps = Process::new(pid.cast_signed()).and_then(|process| process.maps());
+        // A process that is gone has none.
+        let maps = maps.into_iter().flatten().filter(private);
+        maps.map(|map| (map.address.1 - map.address.0) / PAGE).sum()
+    };
+    pids.iter().all(|pid| pages(pid).saturating_mul(16) <= free)
+}
+
 /// Takes whole pages that begin at an address.
 pub(super) type TakePages<'a, E> = dyn FnMut(u64, &[u8]) -> Result<(), E> + 'a;
 
@@ -274,6 +288,14 @@ fn runs(there: impl Iterator<Item = bool>, most: usize) -> Vec<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reserved_memory_counts_for_a_lazy_dump() {
+        let own = [std::process::id()];
+        assert!(fits_lazy_dump(&own, u64::MAX));
+        assert!(!fits_lazy_dump(&own, 16 * 100));
+        assert!(fits_lazy_dump(&[], 0));
+    }
 
     #[test]
     fn runs_are_what_is_there() {

@@ -25,13 +25,14 @@ use super::dump_parts::{DumpParts, dump_all};
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use super::precopy::Rounds;
-use super::process_memory::can_compare_pages;
+use super::process_memory::{can_compare_pages, fits_lazy_dump};
 use super::record::{Pending, Record};
 use super::recover::undecided;
 use super::{
     Request, end_source, is_refusal_of_target, mark_moved, network, remove_source, resume_source,
     unmark_moved,
 };
+use crate::check::node_facts::free_memory;
 use crate::conversation::Conversation;
 use crate::data_channel::Identity;
 use crate::dump_hold::DumpHold;
@@ -135,10 +136,13 @@ impl Transaction<'_> {
         };
         let mut known = Vec::new();
         for source in containers {
-            known.push(match can_be_held(source) {
-                true => Some(KnownMemory::new()?),
-                false => None,
-            });
+            let pids = self.node.pids(source.id()).await?;
+            known.push(
+                match can_be_held(source) && fits_lazy_dump(&pids, free_memory()) {
+                    true => Some(KnownMemory::new()?),
+                    false => None,
+                },
+            );
         }
         if known.iter().all(Option::is_none) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");

@@ -87,14 +87,13 @@ pub(super) async fn accept(
             }
         }
     };
-    // A lease that cannot be dropped ends by itself. After a failure the garbage is waited for: the next
-    // attempt must not find layers that are about to go.
-    drop(match &result {
+    // After a failure the garbage is waited for: the next attempt must not find layers that are about to go.
+    let lease_ended = match &result {
         Ok(_) => leased.end_lease().await,
         Err(_) => leased.end_lease_and_collect().await,
-    });
-    // What has not come to its end is the guard's.
-    if Arrivals::default().has_ended(&offer.migration)? {
+    };
+    // What has not come to its end is the guard's: also a lease, when containerd does not answer.
+    if Arrivals::default().has_ended(&offer.migration)? && lease_ended.is_ok() {
         guard.stand_down();
     }
     result
