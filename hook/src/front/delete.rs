@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use transship_sandbox::PodDir;
 
 use super::bundle::Phase;
-use super::{Front, FrontError, Outcome};
+use super::{Front, FrontError, Outcome, killed_restore};
 use crate::own_networks;
 use crate::restore_guard;
 use crate::runtime::exit_code;
@@ -23,7 +23,9 @@ impl Front<'_> {
             // What restores has been killed, or is being killed by its guard.
             let work = bundle.path("work");
             drop(restore_guard::lock(&work));
-            self.unmount_criu_root(id, &bundle);
+            // The guard may have been killed, too.
+            killed_restore::kill_criu(&work);
+            self.unmount_rest(id, &bundle);
         }
         if matches!(
             marker.phase,

@@ -149,7 +149,7 @@ impl Front<'_> {
             return Ok(());
         }
         self.kill_held(id);
-        self.unmount_criu_root(id, bundle);
+        self.unmount_rest(id, bundle);
         // The log that the caller has named was in the bundle, and without it no runtime does anything.
         let mut args: Vec<OsString> = Vec::new();
         if let Some(root) = &self.globals.root {

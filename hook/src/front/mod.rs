@@ -18,6 +18,7 @@ mod held;
 mod held_restore;
 mod hold_watch;
 mod kill;
+mod killed_restore;
 mod lost_addresses;
 mod moved;
 mod native_restore;
@@ -220,7 +221,8 @@ impl Front<'_> {
         if let Some(lazy) = lazy {
             lazy.stop();
         }
-        // A runtime that was killed leaves what CRIU restores into.
+        // A CRIU that was killed leaves its mounts; a runtime, what it restores into.
+        killed_restore::unmount_yards(work);
         self.remove_aborted_restore(&pid_file.id, bundle);
         let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
         let reason = own_networks::failure(work).unwrap_or(reason);
@@ -252,11 +254,12 @@ impl Front<'_> {
             .map_err(lazy_error)
     }
 
-    /// Unmounts what a killed restore has left mounted: the container's root file system for CRIU,
-    /// which runc has at `criu-root` in its state directory, and crun in the bundle. As long as it
+    /// Unmounts what a killed restore has left mounted: CRIU's cgroups, and the container's root file system for it,
+    /// which runc has at `criu-root` in its state directory, and crun in the bundle. As long as that
     /// is there, `delete --force` would delete the files in the container's layer with the state,
     /// and no container of this id can be made.
-    fn unmount_criu_root(&self, id: &str, bundle: &Bundle) {
+    fn unmount_rest(&self, id: &str, bundle: &Bundle) {
+        killed_restore::unmount_yards(&bundle.path("work"));
         let state = self.state_dir(id).map(|dir| dir.join(CRIU_ROOT));
         for root in state.into_iter().chain([bundle.path(CRIU_ROOT)]) {
             // Whatever cannot be unmounted makes the runtime say so.
@@ -272,7 +275,7 @@ impl Front<'_> {
         if dir.join("state.json").try_exists().unwrap_or(true) {
             return;
         }
-        self.unmount_criu_root(id, bundle);
+        self.unmount_rest(id, bundle);
         drop(std::fs::remove_dir(dir.join(CRIU_ROOT)));
         drop(std::fs::remove_dir(&dir));
     }
