@@ -150,6 +150,12 @@ pub(crate) enum Command {
         /// Container id
         id: String,
     },
+    /// Tell whether containerd has a container of this id: `yes` or `no` (for the runtime front)
+    #[command(hide = true)]
+    HasContainer {
+        /// Container id
+        id: String,
+    },
     /// Write down the links that CRIU has made in a pod's /dev/shm (for CRIU's action script)
     #[command(hide = true)]
     DumpLinks {

@@ -19,6 +19,7 @@ pub(crate) mod checkpoint;
 mod container_base;
 mod diff;
 mod export;
+mod has_container;
 mod import;
 mod inspect;
 mod ls;
@@ -58,6 +59,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::FreezeGuard => freeze_guard::run().await,
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
+        Command::HasContainer { id } => has_container::run(&global, &id).await,
         Command::OpenSealed { name } => open_for_pod(&store(), &name, Path::new(NODE_CONFIG)),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::DumpLinks { dir, to } => transship_engine::dump_links::write(&dir, &to),

@@ -18,6 +18,7 @@ use std::time::Duration;
 use containerd_client::types::v1::Status;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::{Store, StoreError};
 use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
@@ -116,7 +117,8 @@ pub(super) async fn outcome(
     }
 }
 
-/// Brings all that nobody works on to its end; gives the migrations that may be lost.
+/// Brings all that nobody works on to its end, also leases of processes that were killed; gives the migrations that
+/// may be lost.
 ///
 /// # Errors
 /// The first failure; the others have been tried.
@@ -132,6 +134,10 @@ pub async fn settle_all(
             Ok(_) => {}
             Err(error) => failed = failed.or(Some(error)),
         }
+    }
+    for namespace in [node.namespace(), CRI_NAMESPACE] {
+        let ended = leases::end_those_of_the_gone(&node.in_namespace(namespace)?).await;
+        failed = failed.or(ended.err());
     }
     failed.map_or(Ok(lost), Err)
 }

@@ -9,7 +9,7 @@
 //!    or nothing
 //!    restoring              the front was killed: what the runtime has made is deleted
 //!    held                   the same, if the front was killed before it could say so; else, of the CRI,
-//!                           if `start` does not come within PATIENCE
+//!                           if `start` does not come within PATIENCE; elsewhere, if containerd has no such container
 //! ```
 //!
 //! A shim whose call of `create` has passed its deadline kills the front, at any moment. What the runtime
@@ -18,10 +18,12 @@
 //! deadline between `create` and `start` leaves containerd (seen with 2.1.9) with a task that its CRI
 //! plugin does not know: neither the container nor its pod can be removed, until somebody deletes the task.
 //! The CRI has one call for both, so what is held there without a start has been given up. Elsewhere a
-//! created container may wait for its start as long as it likes.
+//! created container may wait for its start as long as it likes. But when the caller of `create` has gone, containerd
+//! (seen with 2.1.9) forgets the shim and leaves it with its container and bundle, which nobody can delete any more; and
+//! no other container of this id can be made. If its record goes as well, this ends all of it.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
@@ -46,6 +48,11 @@ pub const ROLE: &str = "transship-hold-watch";
 /// and the next attempt is restored again.
 const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// When containerd is asked whether it has a held container, and how often at least.
+const ASK_FIRST: Duration = Duration::from_secs(1);
+const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// What the shims of containerd are called, as far as the kernel keeps it.
+const SHIM: &str = "containerd-shim";
 
 /// The front's end of the pipe to its watch, which sees when the front is gone.
 #[derive(Debug)]
@@ -87,7 +94,8 @@ impl Front<'_> {
     fn watch(&self, create: &Arguments, work: &File, told: bool) -> Result<(), FrontError> {
         let bundle = Bundle::of(create);
         let cri = bundle.any_config(&create.id)?.is_some_and(|it| it.cri);
-        let deadline = Instant::now() + PATIENCE;
+        let began = Instant::now();
+        let mut asks_after = ASK_FIRST;
         loop {
             // The guard of the restore may outlive the front; and a start that has begun is waited for.
             let lock = work.try_clone().and_then(restore_guard::lock_dir);
@@ -108,11 +116,19 @@ impl Front<'_> {
                 }
             }
             if !cri {
-                return Ok(());
+                drop(lock);
+                if began.elapsed() > asks_after {
+                    if self.is_forgotten(&create.id) {
+                        return self.end_forgotten(&create.id, &bundle, marker.pid);
+                    }
+                    asks_after += asks_after.min(ASK_AGAIN);
+                }
+                thread::sleep(LOOK_AGAIN);
+                continue;
             }
             // One that has been killed, by the next attempt for instance, has been given up, too.
             let is_there = start_time(marker.pid).ok() == Some(marker.start_time);
-            if !is_there || Instant::now() > deadline {
+            if !is_there || began.elapsed() > PATIENCE {
                 kill_if_same(marker.pid, marker.start_time);
                 drop(lock);
                 return self.end_given_up_hold(&create.id, &bundle);
@@ -132,6 +148,27 @@ impl Front<'_> {
         // shim may not know either.
         drop(self.tool().args(["delete-task", id]).output());
         self.end(id, bundle)
+    }
+
+    /// Whether containerd says that it has no such container.
+    fn is_forgotten(&self, id: &str) -> bool {
+        let asked = self.tool().args(["has-container", id]).output();
+        asked.is_ok_and(|answer| answer.status.success() && answer.stdout.trim_ascii() == b"no")
+    }
+
+    /// Ends a held container whose record is gone, with the shim and the bundle that containerd does not know.
+    fn end_forgotten(&self, id: &str, bundle: &Bundle, pid: i32) -> Result<(), FrontError> {
+        let shim = shim_of(pid);
+        // A task that it knows all the same is deleted in the usual way.
+        drop(self.tool().args(["delete-task", id]).output());
+        self.end(id, bundle)?;
+        if !bundle.is_there() {
+            return Ok(());
+        }
+        if let Some((shim, start_time)) = shim {
+            kill_if_same(shim, start_time);
+        }
+        bundle.remove()
     }
 
     fn end(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
@@ -163,6 +200,15 @@ impl Front<'_> {
         self.remove_aborted_restore(id, bundle);
         Ok(())
     }
+}
+
+/// The shim that a container's first process belongs to, and when it was started.
+fn shim_of(pid: i32) -> Option<(i32, u64)> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = { status.lines() }.find_map(|line| line.strip_prefix("PPid:"))?;
+    let shim: i32 = parent.trim().parse().ok()?;
+    let name = fs::read_to_string(format!("/proc/{shim}/comm")).ok()?;
+    (name.trim_end() == SHIM).then_some((shim, start_time(shim).ok()?))
 }
 
 /// The watch; `args` are those of a call of `create`.
