@@ -33,7 +33,7 @@ use crate::moved_pods::Mark;
 use crate::progress::Progress;
 use crate::receive::new_migration;
 use crate::restart_policy;
-use crate::restore::{Target, remove_client_files};
+use crate::restore::{Target, remove_client_files, remove_forgotten_bundle};
 use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
@@ -288,14 +288,17 @@ async fn remove_source(node: &Containerd, pending: &Pending) -> Result<()> {
 }
 
 async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
-    let record = match node.container(id).await {
-        Err(error) if error.is_not_found() => return Ok(()),
-        record => record?,
-    };
-    node.delete_container(id).await?;
-    let snapshotter = node.snapshotter(&record.snapshotter);
-    { snapshotter.remove_if_exists(&record.snapshot_key) }.await?;
-    remove_client_files(node.namespace(), id)
+    match node.container(id).await {
+        Err(error) if error.is_not_found() => {}
+        record => {
+            let record = record?;
+            node.delete_container(id).await?;
+            let snapshotter = node.snapshotter(&record.snapshotter);
+            { snapshotter.remove_if_exists(&record.snapshot_key) }.await?;
+        }
+    }
+    remove_client_files(node.namespace(), id)?;
+    remove_forgotten_bundle(node, id).await
 }
 
 /// Deletes the tasks of the source, which have ended; its files stay. Those of a pod are the CRI's.

@@ -19,6 +19,7 @@
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
+//! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
 //! ```
 //!
 //! `/run` is empty after a boot, as are the sandboxes; nothing there has to survive one.
@@ -27,6 +28,7 @@ pub mod admission;
 pub mod consumed;
 mod error;
 mod files;
+pub mod forgotten_bundle;
 mod interface_addresses;
 mod ipc_record;
 pub mod last_run;

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
-use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
+use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, check_name};
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
+use transship_containerd::ContainerdError;
 use transship_containerd::NewContainer;
 use transship_containerd::Output;
 use transship_layer::{ImportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
+use transship_sandbox::forgotten_bundle;
 
 use super::client_files;
 use super::plan::Plan;
@@ -223,5 +225,28 @@ pub async fn remove_copy(node: &Containerd, id: &str, snapshotter: &str) -> Resu
         _ => {}
     }
     node.snapshotter(snapshotter).remove_if_exists(id).await?;
-    client_files::remove(node.namespace(), id)
+    client_files::remove(node.namespace(), id)?;
+    remove_forgotten_bundle(node, id).await
+}
+
+/// Removes what containerd has left of a container that it does not know any more; see
+/// `transship_sandbox::forgotten_bundle`.
+///
+/// # Errors
+/// It cannot be removed.
+pub(crate) async fn remove_forgotten_bundle(node: &Containerd, id: &str) -> Result<()> {
+    // Its state is where its socket is, unless it is configured otherwise: then nothing is found.
+    let state = node.address().parent().unwrap_or(Path::new("/"));
+    let tasks = state.join("io.containerd.runtime.v2.task");
+    let bundle = tasks.join(node.namespace()).join(id);
+    if check_name("the name", id).is_err() || bundle.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let (record, task) = (node.container(id).await, node.task(id).await);
+    let unknown = |error: Option<ContainerdError>| error.is_some_and(|it| it.is_not_found());
+    if !(unknown(record.err()) && unknown(task.err())) {
+        return Ok(());
+    }
+    let removed = tokio::task::spawn_blocking(move || forgotten_bundle::remove(&bundle)).await?;
+    removed.with_context(|| format!("what containerd has left of {id:?} could not be removed"))
 }

@@ -25,7 +25,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{Annotations, CRIU_CONFIG, PREFIX, Role};
 use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
@@ -36,7 +35,7 @@ use transship_sandbox::consumed::Owner;
 use transship_path_error::During as _;
 
 use super::criu_config;
-use super::{Front, FrontError, killed_restore};
+use super::{Front, FrontError};
 use crate::argv::Arguments;
 
 const MARKER_FILE: &str = "transship.json";
@@ -264,31 +263,6 @@ impl Bundle {
     /// Removes the marker of an earlier container in the same bundle.
     pub(super) fn remove_marker(&self) {
         drop(fs::remove_file(self.path(MARKER_FILE)));
-    }
-
-    /// Removes it and its work directory, as containerd does with those that it knows. Nothing is removed of a root that
-    /// is still mounted.
-    ///
-    /// # Errors
-    /// Something of it cannot be removed.
-    pub(super) fn remove(&self) -> Result<(), FrontError> {
-        let (root, work) = (self.path("rootfs"), self.path("work"));
-        while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
-        // Empty, or there is something that is not ours to remove.
-        match fs::remove_dir(&root) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).during("remove", root)?;
-            }
-            _ => {}
-        }
-        killed_restore::unmount_yards(&work);
-        // `work` is a link to containerd's directory of the same name.
-        let work = fs::canonicalize(&work).ok();
-        let work = work.filter(|work| work.file_name() == self.dir.file_name());
-        for dir in work.iter().chain([&self.dir]) {
-            fs::remove_dir_all(dir).during("remove", dir)?;
-        }
-        Ok(())
     }
 
     /// The upperdir under the container's root, which tells one container from a later one with

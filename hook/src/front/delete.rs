@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 
 use transship_sandbox::PodDir;
+use transship_sandbox::forgotten_bundle::kill_who_works_in;
 
 use super::bundle::Phase;
-use super::{Front, FrontError, Outcome, killed_restore};
+use super::{Front, FrontError, Outcome};
 use crate::own_networks;
 use crate::restore_guard;
 use crate::runtime::exit_code;
@@ -24,7 +25,7 @@ impl Front<'_> {
             let work = bundle.path("work");
             drop(restore_guard::lock(&work));
             // The guard may have been killed, too.
-            killed_restore::kill_criu(&work);
+            kill_who_works_in(&work, None);
             self.unmount_rest(id, &bundle);
         }
         if matches!(

@@ -23,7 +23,7 @@
 //! no other container of this id can be made. If its record goes as well, this ends all of it.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
@@ -33,6 +33,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use transship_path_error::During as _;
+use transship_sandbox::forgotten_bundle;
 
 use super::bundle::{Bundle, Phase};
 use super::held::start_time;
@@ -51,8 +52,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// When containerd is asked whether it has a held container, and how often at least.
 const ASK_FIRST: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_secs(30);
-/// What the shims of containerd are called, as far as the kernel keeps it.
-const SHIM: &str = "containerd-shim";
 
 /// The front's end of the pipe to its watch, which sees when the front is gone.
 #[derive(Debug)]
@@ -119,7 +118,7 @@ impl Front<'_> {
                 drop(lock);
                 if began.elapsed() > asks_after {
                     if self.is_forgotten(&create.id) {
-                        return self.end_forgotten(&create.id, &bundle, marker.pid);
+                        return self.end_forgotten(&create.id, &bundle);
                     }
                     asks_after += asks_after.min(ASK_AGAIN);
                 }
@@ -157,18 +156,14 @@ impl Front<'_> {
     }
 
     /// Ends a held container whose record is gone, with the shim and the bundle that containerd does not know.
-    fn end_forgotten(&self, id: &str, bundle: &Bundle, pid: i32) -> Result<(), FrontError> {
-        let shim = shim_of(pid);
+    fn end_forgotten(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
         // A task that it knows all the same is deleted in the usual way.
         drop(self.tool().args(["delete-task", id]).output());
         self.end(id, bundle)?;
         if !bundle.is_there() {
             return Ok(());
         }
-        if let Some((shim, start_time)) = shim {
-            kill_if_same(shim, start_time);
-        }
-        bundle.remove()
+        Ok(forgotten_bundle::remove(bundle.dir())?)
     }
 
     fn end(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
@@ -200,15 +195,6 @@ impl Front<'_> {
         self.remove_aborted_restore(id, bundle);
         Ok(())
     }
-}
-
-/// The shim that a container's first process belongs to, and when it was started.
-fn shim_of(pid: i32) -> Option<(i32, u64)> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let parent = { status.lines() }.find_map(|line| line.strip_prefix("PPid:"))?;
-    let shim: i32 = parent.trim().parse().ok()?;
-    let name = fs::read_to_string(format!("/proc/{shim}/comm")).ok()?;
-    (name.trim_end() == SHIM).then_some((shim, start_time(shim).ok()?))
 }
 
 /// The watch; `args` are those of a call of `create`.

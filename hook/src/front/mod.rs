@@ -18,7 +18,6 @@ mod held;
 mod held_restore;
 mod hold_watch;
 mod kill;
-mod killed_restore;
 mod lost_addresses;
 mod moved;
 mod native_restore;
@@ -46,6 +45,7 @@ use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::store::Store;
 use transship_sandbox::admission::node_config::NodeConfig;
+use transship_sandbox::forgotten_bundle::unmount_yards;
 
 pub use error::{FitError, FrontError, RestoreError};
 pub(crate) use held::start_time;
@@ -222,7 +222,7 @@ impl Front<'_> {
             lazy.stop();
         }
         // A CRIU that was killed leaves its mounts; a runtime, what it restores into.
-        killed_restore::unmount_yards(work);
+        unmount_yards(work);
         self.remove_aborted_restore(&pid_file.id, bundle);
         let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
         let reason = own_networks::failure(work).unwrap_or(reason);
@@ -259,7 +259,7 @@ impl Front<'_> {
     /// is there, `delete --force` would delete the files in the container's layer with the state,
     /// and no container of this id can be made.
     fn unmount_rest(&self, id: &str, bundle: &Bundle) {
-        killed_restore::unmount_yards(&bundle.path("work"));
+        unmount_yards(&bundle.path("work"));
         let state = self.state_dir(id).map(|dir| dir.join(CRIU_ROOT));
         for root in state.into_iter().chain([bundle.path(CRIU_ROOT)]) {
             // Whatever cannot be unmounted makes the runtime say so.

@@ -1,0 +1,155 @@
+//! The bundle of a container that containerd has forgotten, with its shim.
+//!
+//! ```text
+//!  <state>/io.containerd.runtime.v2.task/<namespace>/<id>/    the bundle; the shim works in it
+//!      rootfs/          mounts of the snapshot
+//!      work          -> <root>/io.containerd.runtime.v2.task/<namespace>/<id>/
+//!                           .criu.cgyard.XXXXXX/    what CRIU mounts for a restore (criu/cgroup.c)
+//! ```
+//!
+//! A call of `Create` or `Delete` whose caller goes in the middle makes containerd (seen with 2.1.9) drop the shim from
+//! its list and leave the rest until it is restarted. Until then no container of this id can be made.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::mount::{MntFlags, umount2};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use transship_path_error::During as _;
+
+use crate::error::SandboxError;
+use crate::files::remove_tree;
+
+/// What the shims of containerd are called, as far as the kernel keeps it.
+const SHIM: &str = "containerd-shim";
+const YARD: &str = ".criu.cgyard.";
+
+/// Ends the shim of a bundle that containerd does not know, and removes the bundle and its work directory, as containerd
+/// does with those that it knows. Nothing is removed of a root that is still mounted.
+///
+/// # Errors
+/// Something of it cannot be removed.
+pub fn remove(bundle: &Path) -> Result<(), SandboxError> {
+    kill_who_works_in(bundle, Some(SHIM));
+    let (root, work) = (bundle.join("rootfs"), bundle.join("work"));
+    unmount(&root);
+    // Empty, or there is something that is not ours to remove.
+    match fs::remove_dir(&root) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Ok(Err(error).during("remove", root)?);
+        }
+        _ => {}
+    }
+    unmount_yards(&work);
+    let work = fs::canonicalize(&work).ok();
+    let work = work.filter(|work| work.file_name() == bundle.file_name());
+    for dir in work.as_deref().into_iter().chain([bundle]) {
+        remove_tree(dir)?;
+    }
+    Ok(())
+}
+
+/// Kills all processes that work in a directory; of this name, if there is one.
+pub fn kill_who_works_in(dir: &Path, name: Option<&str>) {
+    let Ok(dir) = fs::canonicalize(dir) else {
+        return;
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    for pid in pids.filter_map(Pid::from_raw) {
+        let proc = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
+        let is_one = || {
+            let comm = || fs::read_to_string(proc.join("comm")).unwrap_or_default();
+            fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd == dir)
+                && name.is_none_or(|name| comm().trim_end() == name)
+        };
+        if let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+            && is_one()
+        {
+            // One that has ended meanwhile is what is wanted.
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+        }
+    }
+}
+
+/// Takes away what a killed CRIU has mounted for its restore, and what it was mounted on. containerd, which removes this
+/// directory with the bundle, would go into the cgroups there and fail.
+pub fn unmount_yards(work: &Path) {
+    let entries = fs::read_dir(work).into_iter().flatten().flatten();
+    for entry in entries {
+        if entry.file_name().to_string_lossy().starts_with(YARD) {
+            let yard = entry.path();
+            unmount(&yard);
+            // Not more than that: it must be empty.
+            drop(fs::remove_dir(&yard));
+        }
+    }
+}
+
+/// Whatever is mounted there, with all that is mounted in it.
+fn unmount(dir: &Path) {
+    while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use nix::mount::{MsFlags, mount};
+
+    use super::*;
+
+    fn tmpfs(at: &Path) {
+        fs::create_dir(at).unwrap();
+        let none = None::<&str>;
+        mount(Some("none"), at, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    }
+
+    #[test]
+    fn root_a_yard_goes_with_all_that_is_mounted_in_it() {
+        let work = tempfile::tempdir().unwrap();
+        let yard = work.path().join(".criu.cgyard.Ab12Cd");
+        tmpfs(&yard);
+        tmpfs(&yard.join("systemd"));
+        fs::write(yard.join("systemd/cgroup.procs"), "").unwrap();
+        fs::write(work.path().join("restore.log"), "").unwrap();
+        unmount_yards(work.path());
+        assert!(yard.symlink_metadata().is_err());
+        assert!(work.path().join("restore.log").is_file());
+    }
+
+    #[test]
+    fn root_a_bundle_goes_and_not_the_files_of_its_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let (bundle, work) = (dir.path().join("state/web"), dir.path().join("root/web"));
+        fs::create_dir_all(&bundle).unwrap();
+        fs::create_dir_all(work.join("images")).unwrap();
+        std::os::unix::fs::symlink(&work, bundle.join("work")).unwrap();
+        tmpfs(&bundle.join("rootfs"));
+        fs::write(bundle.join("rootfs/file"), "").unwrap();
+        fs::write(bundle.join("config.json"), "{}").unwrap();
+        remove(&bundle).unwrap();
+        assert!(bundle.symlink_metadata().is_err() && work.symlink_metadata().is_err());
+        // One whose root is no mount keeps its files.
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        fs::write(bundle.join("rootfs/file"), "").unwrap();
+        remove(&bundle).unwrap_err();
+        assert!(bundle.join("rootfs/file").is_file());
+    }
+
+    #[test]
+    fn who_works_in_the_directory_is_killed_and_nobody_else() {
+        let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let mut sleeping = dirs.each_ref().map(|dir| {
+            let mut sleep = Command::new("sleep");
+            sleep.arg("1000").current_dir(dir.path()).spawn().unwrap()
+        });
+        kill_who_works_in(dirs[1].path(), Some("other"));
+        kill_who_works_in(dirs[0].path(), None);
+        assert!(!sleeping[0].wait().unwrap().success());
+        assert!(sleeping[1].try_wait().unwrap().is_none());
+        sleeping[1].kill().unwrap();
+        sleeping[1].wait().unwrap();
+    }
+}
