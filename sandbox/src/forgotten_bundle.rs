@@ -23,6 +23,8 @@ use crate::files::remove_tree;
 
 /// What the shims of containerd are called, as far as the kernel keeps it.
 const SHIM: &str = "containerd-shim";
+/// Drawn in `hook/src/front/bundle.rs`.
+pub const MARKER: &str = "transship.json";
 const YARD: &str = ".criu.cgyard.";
 
 /// Ends the shim of a bundle that containerd does not know, and removes the bundle and its work directory, as containerd
@@ -48,6 +50,13 @@ pub fn remove(bundle: &Path) -> Result<(), SandboxError> {
         remove_tree(dir)?;
     }
     Ok(())
+}
+
+/// Whether a restore is under way in a bundle, or its container is there: the runtime front's marker says so, and its
+/// `delete`, or the watch over what is held, takes away what belongs to it.
+#[must_use]
+pub fn is_of_a_restore(bundle: &Path) -> bool {
+    bundle.join(MARKER).symlink_metadata().is_ok()
 }
 
 /// Kills all processes that work in a directory; of this name, if there is one.

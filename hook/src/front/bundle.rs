@@ -31,6 +31,7 @@ use transship_checkpoint::cri_names::annotations::CONTAINER_TYPE;
 use transship_checkpoint::spec::{CONFIG_FILE, Spec, replace_file};
 use transship_layer::MountedOverlay;
 use transship_sandbox::consumed::Owner;
+use transship_sandbox::forgotten_bundle::MARKER;
 
 use transship_path_error::During as _;
 
@@ -38,7 +39,6 @@ use super::criu_config;
 use super::{Front, FrontError};
 use crate::argv::Arguments;
 
-const MARKER_FILE: &str = "transship.json";
 const MARKER_VERSION: u32 = 1;
 
 /// The directory of one container.
@@ -240,7 +240,7 @@ impl Bundle {
     }
 
     pub(super) fn write_marker(&self, marker: &Marker) -> Result<(), FrontError> {
-        let path = self.path(MARKER_FILE);
+        let path = self.path(MARKER);
         let new = self.path("transship.json.new");
         let json = serde_json::to_vec(marker).expect("numbers and strings are JSON");
         fs::write(&new, json).during("write", &new)?;
@@ -248,7 +248,7 @@ impl Bundle {
     }
 
     pub(super) fn marker(&self) -> Result<Option<Marker>, FrontError> {
-        let path = self.path(MARKER_FILE);
+        let path = self.path(MARKER);
         let json = match fs::read(&path) {
             Ok(json) => json,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -262,7 +262,7 @@ impl Bundle {
 
     /// Removes the marker of an earlier container in the same bundle.
     pub(super) fn remove_marker(&self) {
-        drop(fs::remove_file(self.path(MARKER_FILE)));
+        drop(fs::remove_file(self.path(MARKER)));
     }
 
     /// The upperdir under the container's root, which tells one container from a later one with
