@@ -19,11 +19,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
+use transship_cni::Attachment;
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
 use crate::oci_runtime::OciRuntime;
+use crate::own_networks;
 use crate::stuck_dump;
 use crate::thaw::{self, Seen};
 
@@ -50,6 +52,8 @@ pub struct TaskToFreeze {
     pub was_paused: bool,
     /// Whether no packet comes to its network or leaves it as long as it is frozen.
     pub network_is_locked: bool,
+    /// Networks that it may not be in as long as it is frozen: its copy has the addresses.
+    pub given_away: Vec<Attachment>,
 }
 
 /// What the guard is told.
@@ -116,6 +120,10 @@ async fn let_run(orders: &Orders, task: &TaskToFreeze) {
     let mut past_containerd = false;
     loop {
         // Without its network it had better run than stand still.
+        drop(
+            own_networks::give_back((&orders.namespace, &task.id), task.pid, &task.given_away)
+                .await,
+        );
         drop(task.unlock_network().await);
         match ask_containerd(orders, task).await {
             Ok(Seen::Running) => return,

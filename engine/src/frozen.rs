@@ -71,6 +71,7 @@ impl TaskToFreeze {
             runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
             was_paused: task.status() == Status::Paused,
             network_is_locked: false,
+            given_away: Vec::new(),
         }
     }
 

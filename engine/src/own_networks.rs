@@ -1,9 +1,10 @@
 //! The interfaces of a container with a network namespace of its own, and the networks of CNI that they are in.
 
 use std::fs;
+use std::path::Path;
 
 use transship_checkpoint::spec::Spec;
-use transship_cni::{Attachment, Cni, container_name};
+use transship_cni::{Attachment, Cni, Place, container_name};
 
 use crate::error::{Context, Result};
 
@@ -43,6 +44,35 @@ pub(crate) fn of_container(
     let there = interfaces(pid);
     networks.retain(|network| there.contains(&network.interface));
     Ok(networks)
+}
+
+/// Puts a container with this first process into the networks again that it is not in any more.
+///
+/// # Errors
+/// A plugin's: it has not all of its networks.
+pub(crate) async fn give_back(
+    (namespace, id): (&str, &str),
+    pid: u32,
+    networks: &[Attachment],
+) -> Result<()> {
+    let there = interfaces(pid);
+    let gone = { networks.iter() }.filter(|it| !there.contains(&it.interface));
+    let gone: Vec<Attachment> = gone.cloned().collect();
+    if gone.is_empty() {
+        return Ok(());
+    }
+    let container = container_name(namespace, id);
+    let file = Path::new("/proc").join(pid.to_string()).join("ns/net");
+    let added = tokio::task::spawn_blocking(move || {
+        let place = Place {
+            container: &container,
+            namespace: Some(&file),
+        };
+        { gone.iter() }.try_for_each(|network| Cni::default().add(place, network))
+    });
+    added
+        .await?
+        .with_context(|| format!("{id:?} runs on here without its network"))
 }
 
 /// Whether it has a network namespace, and shares it with nobody.

@@ -392,6 +392,7 @@ impl SourceContainer {
             runtime: self.runtime.clone(),
             was_paused: self.was_paused,
             network_is_locked: false,
+            given_away: Vec::new(),
         }
     }
 

@@ -52,11 +52,19 @@ pub fn remove(bundle: &Path) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Whether a restore is under way in a bundle, or its container is there: the runtime front's marker says so, and its
-/// `delete`, or the watch over what is held, takes away what belongs to it.
+/// Whether the container of a bundle was made, has ended, and was deleted by the runtime. Of one that is being made, or
+/// is held, the runtime front's `delete` or its watch takes away what belongs to the restore as well.
 #[must_use]
-pub fn is_of_a_restore(bundle: &Path) -> bool {
-    bundle.join(MARKER).symlink_metadata().is_ok()
+pub fn has_ended(bundle: &Path) -> bool {
+    // The runtime writes it when the container is there; the front's marker goes when it is deleted.
+    let pid = fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
+    let lives = || {
+        Path::new("/proc")
+            .join(pid.trim())
+            .symlink_metadata()
+            .is_ok()
+    };
+    !pid.is_empty() && !lives() && bundle.join(MARKER).symlink_metadata().is_err()
 }
 
 /// Kills all processes that work in a directory; of this name, if there is one.
@@ -145,6 +153,20 @@ mod tests {
         fs::write(bundle.join("rootfs/file"), "").unwrap();
         remove(&bundle).unwrap_err();
         assert!(bundle.join("rootfs/file").is_file());
+    }
+
+    #[test]
+    fn a_container_that_is_being_made_has_not_ended() {
+        let bundle = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(bundle.path().join(name), text).unwrap();
+        assert!(!has_ended(bundle.path()));
+        write("init.pid", &std::process::id().to_string());
+        assert!(!has_ended(bundle.path()));
+        // More than the kernel has (PID_MAX_LIMIT).
+        write("init.pid", "4194305\n");
+        assert!(has_ended(bundle.path()));
+        write(MARKER, "{}");
+        assert!(!has_ended(bundle.path()));
     }
 
     #[test]

@@ -50,9 +50,11 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         run,
     };
     [
-        case("random_faults", |bed| one_copy_whatever_breaks(bed, 30)),
+        case("random_faults", |bed| {
+            one_copy_whatever_breaks(bed, &FAULTS[..12], 12)
+        }),
         case("long_random_faults", |bed| {
-            one_copy_whatever_breaks(bed, 300)
+            one_copy_whatever_breaks(bed, &FAULTS, 300)
         }),
     ]
     .into_iter()
@@ -86,11 +88,9 @@ enum Fault {
 use Fault::{All, Command, Containerd, Criu, Disk, Link, LinkInDump, Runtime, Shim, Snapshotter};
 use Side::{Source, Target};
 
+/// Those at the end are what `make test-long` alone has: a command or a runtime that goes on the target in the middle
+/// of containerd's calls.
 const FAULTS: [Fault; 18] = [
-    Command(Source),
-    Command(Target),
-    All(Source),
-    All(Target),
     Link,
     LinkInDump,
     Containerd(Source),
@@ -100,11 +100,15 @@ const FAULTS: [Fault; 18] = [
     Shim(Source),
     Shim(Target),
     Criu(Source),
-    Criu(Target),
     Runtime(Source),
-    Runtime(Target),
     Disk(Source),
     Disk(Target),
+    Command(Source),
+    All(Source),
+    Command(Target),
+    All(Target),
+    Criu(Target),
+    Runtime(Target),
 ];
 
 /// How it is moved.
@@ -137,7 +141,7 @@ impl Random {
     }
 }
 
-fn one_copy_whatever_breaks(bed: &Testbed, times: usize) -> anyhow::Result<()> {
+fn one_copy_whatever_breaks(bed: &Testbed, kinds: &[Fault], times: usize) -> anyhow::Result<()> {
     let seed = match std::env::var("TRANSSHIP_FAULT_SEED") {
         Ok(seed) => seed.parse()?,
         Err(_) => SystemTime::now()
@@ -166,12 +170,7 @@ fn one_copy_whatever_breaks(bed: &Testbed, times: usize) -> anyhow::Result<()> {
     counts_on(from, ID)?;
     // Each of them once at least, then as they come.
     let mut faults: Vec<Fault> = (0..times)
-        .map(|run| {
-            FAULTS
-                .get(run)
-                .copied()
-                .unwrap_or_else(|| random.one_of(&FAULTS))
-        })
+        .map(|run| { kinds.get(run).copied() }.unwrap_or_else(|| random.one_of(kinds)))
         .collect();
     for at in (1..faults.len()).rev() {
         let other = usize::try_from(random.below(at as u64 + 1))?;

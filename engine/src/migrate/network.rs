@@ -19,7 +19,7 @@ use transship_cni::{Address, Attachment, Cni, Place, container_name, keep_addres
 use super::Request;
 use super::record::Pending;
 use crate::error::{Context, Error, Result};
-use crate::own_networks::{has_own_network, interfaces};
+use crate::own_networks::{give_back, has_own_network, interfaces};
 use crate::restore::AddressChoice;
 use crate::source::SourceContainer;
 
@@ -66,6 +66,14 @@ pub(super) fn is_locked(pending: &Pending, tcp: Tcp) -> bool {
     are_kept(pending) && tcp == Tcp::Established
 }
 
+/// The networks that it is not in while it is frozen.
+pub(super) fn given_away(pending: &Pending) -> Vec<Attachment> {
+    match are_kept(pending) {
+        true => pending.networks.clone(),
+        false => Vec::new(),
+    }
+}
+
 /// Before the copy is made: takes the addresses away here that it is to have.
 pub(super) async fn give_away(pending: &Pending, pid: u32) -> Result<()> {
     if !are_kept(pending) {
@@ -79,20 +87,8 @@ pub(super) async fn take_back(pending: &Pending, pid: u32) -> Result<()> {
     if !are_kept(pending) {
         return Ok(());
     }
-    let there = interfaces(pid);
-    let (networks, namespace) = (pending.networks.clone(), namespace_of(pid));
-    let container = container_name(&pending.namespace, &pending.container);
-    let added = tokio::task::spawn_blocking(move || {
-        let place = Place {
-            container: &container,
-            namespace: Some(&namespace),
-        };
-        let mut gone = { networks.iter() }.filter(|it| !there.contains(&it.interface));
-        gone.try_for_each(|network| Cni::default().add(place, network))
-    });
-    let id = &pending.container;
-    let failed = || format!("{id:?} runs on here without its network");
-    added.await?.with_context(failed)
+    let named = (&*pending.namespace, &*pending.container);
+    give_back(named, pid, &pending.networks).await
 }
 
 /// The copy runs: nothing here is the source's any more.

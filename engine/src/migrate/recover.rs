@@ -153,6 +153,7 @@ async fn recover(
                 was_paused,
                 // Whether it was is not in the record; unlocking does nothing where it was not.
                 network_is_locked: network::is_locked(pending, Tcp::Established),
+                given_away: network::given_away(pending),
                 ..task
             });
         }

@@ -191,6 +191,7 @@ impl Transaction<'_> {
         }
         let tasks = self.moving.containers.iter().map(|source| TaskToFreeze {
             network_is_locked: network::is_locked(&self.pending, source.container.criu.tcp),
+            given_away: network::given_away(&self.pending),
             ..source.to_freeze()
         });
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await

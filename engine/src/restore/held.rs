@@ -239,10 +239,7 @@ pub(crate) async fn remove_forgotten_bundle(node: &Containerd, id: &str) -> Resu
     let state = node.address().parent().unwrap_or(Path::new("/"));
     let tasks = state.join("io.containerd.runtime.v2.task");
     let bundle = tasks.join(node.namespace()).join(id);
-    if check_name("the name", id).is_err()
-        || bundle.symlink_metadata().is_err()
-        || forgotten_bundle::is_of_a_restore(&bundle)
-    {
+    if check_name("the name", id).is_err() || !forgotten_bundle::has_ended(&bundle) {
         return Ok(());
     }
     let (record, task) = (node.container(id).await, node.task(id).await);

@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 
-use transship_sandbox::PodDir;
+use transship_checkpoint::annotations::Role;
 use transship_sandbox::forgotten_bundle::kill_who_works_in;
+use transship_sandbox::{PodDir, State};
 
-use super::bundle::Phase;
+use super::bundle::{Bundle, Phase};
 use super::{Front, FrontError, Outcome};
 use crate::own_networks;
 use crate::restore_guard;
@@ -17,6 +18,8 @@ impl Front<'_> {
             return Ok(None);
         };
         let Some(marker) = bundle.marker()? else {
+            // Whatever keeps this from being removed, the container is to be deleted.
+            drop(self.forget_staged(id, &bundle));
             return Ok(None);
         };
         let mut args: Vec<OsString> = Vec::new();
@@ -57,5 +60,30 @@ impl Front<'_> {
             }
         }
         Ok(Some(Outcome::Exit(exit_code(status))))
+    }
+
+    /// Removes what a front has staged that was killed before it wrote its marker. What the sandbox's hook has staged
+    /// waits for the next attempt.
+    fn forget_staged(&self, id: &str, bundle: &Bundle) -> Result<(), FrontError> {
+        let Some(config) = bundle.our_config(id)? else {
+            return Ok(());
+        };
+        let annotations = &config.annotations;
+        if annotations.restore.is_none() || config.cri {
+            return Ok(());
+        }
+        let pod = match &annotations.role {
+            Role::Member { sandbox } => sandbox,
+            Role::Sandbox | Role::Alone => id,
+        };
+        let pod = PodDir::at(&self.env.run_dir, pod)?;
+        let name = annotations.container.as_deref().unwrap_or(id);
+        if let Some(staged) = pod.staged(name)?
+            && staged.state()? == State::Staged
+            && staged.claim().is_ok()
+        {
+            staged.remove()?;
+        }
+        Ok(pod.remove_if_empty()?)
     }
 }
