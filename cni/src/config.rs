@@ -6,13 +6,12 @@
 //! ```
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use transship_path_error::During as _;
 
-use crate::CniError;
+use crate::{CniError, results};
 
 /// What configurations are called; others in the directory are none.
 const EXTENSIONS: [&str; 3] = ["conflist", "conf", "json"];
@@ -60,18 +59,12 @@ pub(crate) fn first(dir: &Path) -> Result<Option<String>, CniError> {
 
 /// The configurations in a directory, in their order.
 fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.during("list", dir)?,
-    };
-    let paths: io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
     let is_configuration = |path: &PathBuf| {
         let extension = path.extension().and_then(|it| it.to_str());
         extension.is_some_and(|it| EXTENSIONS.contains(&it))
     };
-    let mut files = paths.during("list", dir)?;
+    let mut files = results::files(dir)?;
     files.retain(is_configuration);
-    files.sort();
     Ok(files)
 }
 

@@ -56,7 +56,8 @@ pub(crate) fn ports(dir: &Path) -> Result<Vec<(String, PortMapping)>, CniError> 
     Ok(found)
 }
 
-fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
+/// What is in a directory, in its order; nothing in one that is not there.
+pub(crate) fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.during("list", dir)?,

@@ -1,7 +1,7 @@
 //! The interfaces of a container with a network namespace of its own, and the networks of CNI that they are in.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Attachment, Cni, Place, container_name};
@@ -62,7 +62,7 @@ pub(crate) async fn give_back(
         return Ok(());
     }
     let container = container_name(namespace, id);
-    let file = Path::new("/proc").join(pid.to_string()).join("ns/net");
+    let file = namespace_of(pid);
     let added = tokio::task::spawn_blocking(move || {
         let place = Place {
             container: &container,
@@ -73,6 +73,11 @@ pub(crate) async fn give_back(
     added
         .await?
         .with_context(|| format!("{id:?} runs on here without its network"))
+}
+
+/// The network namespace of a process.
+pub(crate) fn namespace_of(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string()).join("ns/net")
 }
 
 /// Whether it has a network namespace, and shares it with nobody.

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
+use nix::mount::{MntFlags, umount2};
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
@@ -15,6 +16,12 @@ pub(crate) fn make_dir(dir: &Path) -> Result<(), SandboxError> {
         .mode(0o700)
         .create(dir)
         .during("create", dir)?)
+}
+
+/// Unmounts whatever is mounted there, with all that is mounted in it. One that is being used goes with its last user;
+/// what cannot be unmounted stays.
+pub fn unmount_all(dir: &Path) {
+    while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
 }
 
 pub(crate) fn remove_tree(dir: &Path) -> Result<(), SandboxError> {

@@ -14,12 +14,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use nix::mount::{MntFlags, umount2};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
-use crate::files::remove_tree;
+use crate::files::{remove_tree, unmount_all};
 
 /// What the shims of containerd are called, as far as the kernel keeps it.
 const SHIM: &str = "containerd-shim";
@@ -35,7 +34,7 @@ const YARD: &str = ".criu.cgyard.";
 pub fn remove(bundle: &Path) -> Result<(), SandboxError> {
     kill_who_works_in(bundle, Some(SHIM));
     let (root, work) = (bundle.join("rootfs"), bundle.join("work"));
-    unmount(&root);
+    unmount_all(&root);
     // Empty, or there is something that is not ours to remove.
     match fs::remove_dir(&root) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -97,16 +96,11 @@ pub fn unmount_yards(work: &Path) {
     for entry in entries {
         if entry.file_name().to_string_lossy().starts_with(YARD) {
             let yard = entry.path();
-            unmount(&yard);
+            unmount_all(&yard);
             // Not more than that: it must be empty.
             drop(fs::remove_dir(&yard));
         }
     }
-}
-
-/// Whatever is mounted there, with all that is mounted in it.
-fn unmount(dir: &Path) {
-    while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
 }
 
 #[cfg(test)]

@@ -45,6 +45,7 @@ mod sysv_objects;
 pub mod wanted_image;
 
 pub use error::SandboxError;
+pub use files::unmount_all;
 pub use interface_addresses::{addresses_of, announce_addresses_of};
 pub use linked_images::LinkedImages;
 pub use network_lock::{lock_network, nft, unlock_network};

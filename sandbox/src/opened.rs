@@ -20,13 +20,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::store::{OPENED_FILES, Store};
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
-use crate::files::{make_dir, remove_tree};
+use crate::files::{make_dir, remove_tree, unmount_all};
 use crate::staged::Staged;
 
 const LOCK: &str = "lock";
@@ -96,7 +96,7 @@ impl InMemory {
     /// [`SandboxError::Swapped`] where the kernel could write it to its swap; or a system call failed.
     pub fn mount(&self, bytes: u64) -> Result<(), SandboxError> {
         let dir = self.dir.join(OPENED_FILES);
-        unmount(&dir);
+        unmount_all(&dir);
         make_dir(&dir)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         let options = format!("noswap,mode=0700,size={bytes}");
@@ -160,7 +160,7 @@ fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
     {
         return Ok(());
     }
-    unmount(&files);
+    unmount_all(&files);
     // Under another name, so that who makes it anew meanwhile gets a directory of his own.
     let gone = dir.with_file_name(format!("gone-{}-{}", std::process::id(), unique()));
     fs::rename(dir, &gone).during("remove", dir)?;
@@ -171,11 +171,6 @@ fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
 fn unique() -> u32 {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     COUNT.fetch_add(1, Ordering::Relaxed)
-}
-
-/// Whatever is mounted there; one that is being written to goes with its last writer.
-fn unmount(dir: &Path) {
-    while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

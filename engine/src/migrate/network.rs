@@ -10,7 +10,7 @@
 //!
 //! Interfaces that CNI has not made belong to the node, and are refused before anything happens.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::spec::Spec;
@@ -19,7 +19,7 @@ use transship_cni::{Address, Attachment, Cni, Place, container_name, keep_addres
 use super::Request;
 use super::record::Pending;
 use crate::error::{Context, Error, Result};
-use crate::own_networks::{give_back, has_own_network, interfaces};
+use crate::own_networks::{give_back, has_own_network, interfaces, namespace_of};
 use crate::restore::AddressChoice;
 use crate::source::SourceContainer;
 
@@ -84,11 +84,8 @@ pub(super) async fn give_away(pending: &Pending, pid: u32) -> Result<()> {
 
 /// The source goes on: it has its addresses again.
 pub(super) async fn take_back(pending: &Pending, pid: u32) -> Result<()> {
-    if !are_kept(pending) {
-        return Ok(());
-    }
     let named = (&*pending.namespace, &*pending.container);
-    give_back(named, pid, &pending.networks).await
+    give_back(named, pid, &given_away(pending)).await
 }
 
 /// The copy runs: nothing here is the source's any more.
@@ -110,8 +107,4 @@ async fn remove(pending: &Pending, namespace: Option<PathBuf>) -> Result<()> {
         networks.try_for_each(|network: &Attachment| Cni::default().del(place, network))
     });
     removed.await?.with_context(failed)
-}
-
-fn namespace_of(pid: u32) -> PathBuf {
-    Path::new("/proc").join(pid.to_string()).join("ns/net")
 }

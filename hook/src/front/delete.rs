@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 
-use transship_checkpoint::annotations::Role;
 use transship_sandbox::forgotten_bundle::kill_who_works_in;
 use transship_sandbox::{PodDir, State};
 
@@ -72,11 +71,7 @@ impl Front<'_> {
         if annotations.restore.is_none() || config.cri {
             return Ok(());
         }
-        let pod = match &annotations.role {
-            Role::Member { sandbox } => sandbox,
-            Role::Sandbox | Role::Alone => id,
-        };
-        let pod = PodDir::at(&self.env.run_dir, pod)?;
+        let pod = self.pod_of(id, &config)?;
         let name = annotations.container.as_deref().unwrap_or(id);
         if let Some(staged) = pod.staged(name)?
             && staged.state()? == State::Staged

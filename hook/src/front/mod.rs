@@ -40,12 +40,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, umount2};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::store::Store;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::forgotten_bundle::unmount_yards;
+use transship_sandbox::unmount_all;
 
 pub use error::{FitError, FrontError, RestoreError};
 pub(crate) use held::start_time;
@@ -263,7 +263,7 @@ impl Front<'_> {
         let state = self.state_dir(id).map(|dir| dir.join(CRIU_ROOT));
         for root in state.into_iter().chain([bundle.path(CRIU_ROOT)]) {
             // Whatever cannot be unmounted makes the runtime say so.
-            while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+            unmount_all(&root);
         }
     }
 
