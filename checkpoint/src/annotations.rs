@@ -75,10 +75,18 @@ pub fn is_migration(name: &str) -> bool {
     name.len() == MIGRATION_DIGITS && name.bytes().all(|digit| digit.is_ascii_hexdigit())
 }
 
-/// The checkpoint that a pod's migration arrives in.
+/// The checkpoint that a migration arrives in.
 #[must_use]
 pub fn of_migration(migration: &str) -> String {
     format!("migration-{migration}")
+}
+
+/// Whether a checkpoint is that of a migration.
+#[must_use]
+pub fn is_of_migration(checkpoint: &str) -> bool {
+    checkpoint
+        .strip_prefix("migration-")
+        .is_some_and(is_migration)
 }
 
 /// What a container is to its sandbox.

@@ -23,6 +23,7 @@ use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use transship_path_error::{During as _, PathError};
 
+use crate::annotations::is_of_migration;
 use crate::beneath::{Links, open_regular, read_regular, require_directory};
 use crate::manifest::{
     self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
@@ -215,7 +216,13 @@ impl Store {
         Some(Self::at(dir.join(OPENED_FILES)))
     }
 
-    /// Finds the checkpoint called `name`, of one that is sealed what is in clear.
+    /// Where the checkpoint of a migration is that arrives in memory.
+    fn migration_store(&self, name: &str) -> Option<Self> {
+        let opened = self.opened.as_ref().filter(|_| is_of_migration(name))?;
+        Some(Self::at(opened.join(name).join(OPENED_FILES)))
+    }
+
+    /// Finds the checkpoint called `name`, also that of a migration that arrives in memory; of one that is sealed what is in clear.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], or a manifest that cannot be read.
@@ -234,10 +241,14 @@ impl Store {
             });
         }
         let Some(json) = read_json(&dir, SEALED_FILE)? else {
-            return Err(StoreError::NotFound {
-                name: name.to_owned(),
-                root: self.root.clone(),
-            });
+            let in_memory = self.migration_store(name).map(|it| it.find(name));
+            return match in_memory {
+                None | Some(Err(StoreError::NotFound { .. })) => Err(StoreError::NotFound {
+                    name: name.to_owned(),
+                    root: self.root.clone(),
+                }),
+                Some(found) => found,
+            };
         };
         let sealed = Box::new(Sealed::parse(&json).map_err(unusable)?);
         Ok(Checkpoint {

@@ -24,6 +24,7 @@ use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
+use crate::memory_dir::remove_unused;
 use crate::oci_runtime::OciRuntime;
 use crate::own_networks;
 use crate::stuck_dump;
@@ -108,10 +109,12 @@ pub async fn run() -> Result<()> {
     for task in &orders.tasks {
         let_run(&orders, task).await;
     }
-    match &orders.draft {
+    let removed = match &orders.draft {
         Some(draft) => remove_draft(draft).await,
         None => Ok(()),
-    }
+    };
+    remove_unused();
+    removed
 }
 
 /// Tries until the task has been seen to run, or is gone.

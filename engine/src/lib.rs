@@ -19,7 +19,7 @@
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
-//!  sealed: checkpoints that lie encrypted;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
+//!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
 //! ```
@@ -73,6 +73,7 @@ pub mod interrupt;
 mod kill;
 mod kubelet;
 pub mod listing;
+pub mod memory_dir;
 pub mod migrate;
 pub mod moved_pods;
 pub mod node_service;

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! In both directions memory is in clear only in a tmpfs that the kernel never swaps out, half of what is available at
-//! most. What a process that is killed leaves there is removed by the next one ([`remove_unused`]).
+//! most.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
@@ -18,21 +18,19 @@ use sha2::{Digest as _, Sha256};
 use transship_checkpoint::beneath::{Links, open_regular};
 use transship_checkpoint::manifest;
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
-use transship_checkpoint::store::{Checkpoint, DEFAULT_OPENED, Draft, Store, StoreError, hex};
+use transship_checkpoint::store::{Checkpoint, Draft, Store, StoreError, hex};
 use transship_package::encryption::Identities;
 use transship_package::export::{ExportOptions, export};
 use transship_package::import::{ImportOptions, Imported, import};
 use transship_package::signature::TrustedKeys;
-use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
-use transship_sandbox::opened::{InMemory, remove_all_unused};
+use transship_sandbox::opened::{Holds, InMemory};
 use transship_sandbox::wanted_image::manifest_digest;
 
-use crate::check::node_facts::free_memory;
-use crate::error::{Context as _, Error, Kind, Result, one_line};
+use crate::error::{Context as _, Error, Kind, Result};
 use crate::import::architecture;
+use crate::memory_dir::{Memory, room};
 use crate::progress::Progress;
-use crate::timeline::human_bytes;
 
 const OF_ANOTHER: &str = "what is said of it in clear is of another checkpoint";
 
@@ -42,40 +40,21 @@ pub struct Opened {
     /// The checkpoint.
     pub checkpoint: Checkpoint,
     _reading: Flock<File>,
-    memory: Memory,
-}
-
-/// Memory that is left when this is dropped.
-#[derive(Debug, Default)]
-struct Memory(Option<InMemory>);
-
-impl Memory {
-    /// Lets it go, and what is in it stay: somebody else keeps it.
-    fn keep(&mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if let Some(memory) = self.0.take()
-            && let Err(error) = memory.leave(Path::new(DEFAULT_RUN_DIR))
-        {
-            tracing::warn!("memory of a checkpoint is left: {error}");
-        }
-    }
+    memory: Option<Memory>,
 }
 
 impl Opened {
     /// Whether it lies sealed.
     #[must_use]
     pub fn was_sealed(&self) -> bool {
-        self.memory.0.is_some()
+        self.memory.is_some()
     }
 
     /// Leaves one that was sealed opened, for somebody who keeps it from being removed.
-    pub fn stay(mut self) {
-        self.memory.keep();
+    pub fn stay(self) {
+        if let Some(memory) = self.memory {
+            memory.stay();
+        }
     }
 }
 
@@ -104,7 +83,7 @@ pub fn open(
         return Ok(Opened {
             checkpoint: found,
             _reading: reading,
-            memory: Memory::default(),
+            memory: None,
         });
     };
     if identities.is_empty() {
@@ -131,7 +110,7 @@ pub fn open(
     Ok(Opened {
         checkpoint,
         _reading: reading,
-        memory,
+        memory: Some(memory),
     })
 }
 
@@ -149,14 +128,12 @@ fn memory_of(
     progress: &dyn Progress,
 ) -> Result<Memory> {
     let name = &sealed.head.name;
-    let memory = Memory(Some(in_memory(store, |opened| {
-        InMemory::of(opened, &sealed.package.sha256)
-    })?));
-    let there = memory.0.as_ref().expect("it was made in this moment");
+    let memory = Memory::of_store(store, |opened| InMemory::of(opened, &sealed.package.sha256))?;
+    let there = memory.dir();
     let filling = there.lock_to_fill()?;
     if there.store().find(name).is_err() {
         let bytes = room(sealed.bytes, "opened")?;
-        there.mount(bytes)?;
+        there.mount(bytes, Holds::Sealed)?;
         progress.bytes("open", sealed.bytes);
         let package = open_package(found)?;
         fill(package, &there.store(), sealed, options, progress)?;
@@ -235,32 +212,6 @@ pub fn sealed_package(store: &Store, name: &str) -> Result<SealedPackage> {
     })
 }
 
-/// Memory where this store opens its checkpoints; what nobody uses there goes before.
-fn in_memory(
-    store: &Store,
-    make: impl FnOnce(&Path) -> Result<InMemory, transship_sandbox::SandboxError>,
-) -> Result<InMemory> {
-    let opened = store.opened().ok_or_else(|| {
-        Error::refused("this store has no place where a checkpoint can be opened")
-    })?;
-    remove_unused();
-    Ok(make(opened)?)
-}
-
-/// Half of the memory that is available, when `bytes` fit in it.
-fn room(bytes: u64, what: &str) -> Result<u64> {
-    let most = free_memory() / 2;
-    if bytes > most {
-        let message = format!(
-            "{what}, the checkpoint would take about {} of memory, and {} may be used, half of what is available",
-            human_bytes(bytes),
-            human_bytes(most)
-        );
-        return Err(Error::refused(message).hint("free memory on this node"));
-    }
-    Ok(most)
-}
-
 /// Where a checkpoint that will be sealed is dumped: in memory.
 #[derive(Debug)]
 pub(crate) struct Sealing {
@@ -283,10 +234,8 @@ impl Sealing {
         };
         let prepare = || {
             let bytes = room(bytes, "dumped")?;
-            let memory = Memory(Some(in_memory(store, InMemory::for_dump)?));
-            if let Some(memory) = &memory.0 {
-                memory.mount(bytes)?;
-            }
+            let memory = Memory::of_store(store, InMemory::for_dump)?;
+            memory.dir().mount(bytes, Holds::Sealed)?;
             Ok(memory)
         };
         Ok(Self {
@@ -300,9 +249,7 @@ impl Sealing {
     /// # Errors
     /// It cannot be made.
     pub(crate) fn draft(&self) -> Result<Draft> {
-        let memory = self.memory.0.as_ref().map(InMemory::store);
-        let memory = memory.expect("it is let go with this");
-        Ok(memory.draft(self.kept.name())?)
+        Ok(self.memory.dir().store().draft(self.kept.name())?)
     }
 
     /// Encrypts what was dumped; nothing of it is in memory afterwards.
@@ -354,12 +301,10 @@ pub(crate) fn keep_sealed(
     let mut out = Hashed::new(new_package(&draft)?);
     io::copy(&mut package, &mut out).map_err(transship_package::PackageError::reading)?;
     let kept = out.finish();
-    let memory = Memory(Some(in_memory(store, |opened| {
-        InMemory::of(opened, &kept.sha256)
-    })?));
-    let there = memory.0.as_ref().expect("it was made in this moment");
+    let memory = Memory::of_store(store, |opened| InMemory::of(opened, &kept.sha256))?;
+    let there = memory.dir();
     let _filling = there.lock_to_fill()?;
-    there.mount(room(0, "opened")?)?;
+    there.mount(room(0, "opened")?, Holds::Sealed)?;
     let file = File::open(draft.dir().join(PACKAGE_FILE)).context("cannot read what has come")?;
     let imported = import(file, &there.store(), options, &mut *progress.counter())?;
     let Imported::Checkpoint(checkpoint) = imported else {
@@ -411,15 +356,6 @@ pub fn open_for_pod(store: &Store, name: &str, config: &Path) -> Result<()> {
     }
     open(store, name, identities, &crate::Silent)?.stay();
     Ok(())
-}
-
-/// Removes what processes that were killed have left in memory. What cannot be removed keeps nobody from what he does.
-pub fn remove_unused() {
-    let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
-    if let Err(error) = remove_all_unused(run_dir, opened) {
-        let error = one_line(&error);
-        tracing::warn!("memory that nobody uses is left in {DEFAULT_OPENED}: {error}");
-    }
 }
 
 /// Takes the digest and the length of what goes through it.
@@ -492,14 +428,5 @@ mod tests {
         assert_eq!(refused.hints(), [format!("chmod 600 {}", key.display())]);
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
         assert!(!identities_of_node(&config).unwrap().is_empty());
-    }
-
-    #[test]
-    fn what_does_not_fit_into_memory_is_refused() {
-        let refused = room(u64::MAX, "dumped").unwrap_err();
-        assert_eq!(refused.kind(), Kind::Refused);
-        let line = refused.one_line();
-        assert!(line.contains("half of what is available"), "{line}");
-        assert!(room(0, "dumped").is_ok());
     }
 }

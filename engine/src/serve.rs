@@ -19,11 +19,11 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::error::{Context, Error, Result, one_line};
 use crate::interrupt::{Interrupt, Interrupted};
+use crate::memory_dir::remove_unused;
 use crate::migrate::{Decision, recover_all};
 use crate::node_service::NodeService;
 use crate::pulls::{fetch_wanted, forget_old};
 use crate::retention::{Due, Records, Rules, prune};
-use crate::sealed::remove_unused;
 
 /// How often node.toml's rules are applied to the checkpoints.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);

@@ -1,11 +1,11 @@
-//! Directories in memory, for what must not come onto a disk in clear: the dump of a checkpoint that is sealed, and
-//! a sealed checkpoint as long as it is opened.
+//! Directories in memory: for what must not come onto a disk in clear, which is the dump of a checkpoint that is sealed,
+//! and a sealed checkpoint as long as it is opened; and for the files of a migration as long as it lasts.
 //!
 //! ```text
-//! /run/transship/opened/<key>/   the digest of a sealed package, or dump-<pid>-<n>
+//! /run/transship/opened/<key>/   the digest of a sealed package, dump-<pid>-<n>, or migration-<id>
 //!     lock    flock: shared by who uses it, exclusive by who removes it
 //!     made    flock: by who fills it
-//!     files/  a tmpfs that is never swapped out (noswap, Linux 6.4), 0700; a store of checkpoints
+//!     files/  a tmpfs, 0700; a store of checkpoints. One that is sealed is never swapped out (noswap, Linux 6.4)
 //! ```
 //!
 //! A process that is killed leaves it mounted. Whoever makes the next one, `transship recover`, `transship serve`, and the
@@ -31,6 +31,17 @@ use crate::staged::Staged;
 
 const LOCK: &str = "lock";
 const MADE: &str = "made";
+
+/// What memory is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// What may not be in clear on a disk: the kernel never writes it to its swap.
+    Sealed,
+    /// The dump of a migration, which would be on the disk otherwise; CRIU runs its script there.
+    Dump,
+    /// What arrives of a migration.
+    Arrival,
+}
 
 /// One of them, kept from being removed.
 #[derive(Debug)]
@@ -90,20 +101,30 @@ impl InMemory {
             .during("lock", &path)?)
     }
 
-    /// Mounts memory there, `bytes` of it at most, unless there is some; who calls it fills it.
+    /// Mounts memory there, `bytes` of it at most; who calls it fills it.
     ///
     /// # Errors
     /// [`SandboxError::Swapped`] where the kernel could write it to its swap; or a system call failed.
-    pub fn mount(&self, bytes: u64) -> Result<(), SandboxError> {
+    pub fn mount(&self, bytes: u64, holds: Holds) -> Result<(), SandboxError> {
         let dir = self.dir.join(OPENED_FILES);
         unmount_all(&dir);
         make_dir(&dir)?;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        let options = format!("noswap,mode=0700,size={bytes}");
-        let options = Some(options.as_str());
-        match mount(Some("transship"), &dir, Some("tmpfs"), flags, options) {
-            Err(Errno::EINVAL) => Err(SandboxError::Swapped),
-            mounted => Ok(mounted.during("mount memory at", &dir)?),
+        let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        flags.set(MsFlags::MS_NOEXEC, holds != Holds::Dump);
+        let mount = |options: &str| {
+            let options = format!("{options}mode=0700,size={bytes}");
+            mount(
+                Some("transship"),
+                &dir,
+                Some("tmpfs"),
+                flags,
+                Some(options.as_str()),
+            )
+        };
+        match (mount("noswap,"), holds) {
+            (Err(Errno::EINVAL), Holds::Sealed) => Err(SandboxError::Swapped),
+            (Err(Errno::EINVAL), _) => Ok(mount("").during("mount memory at", &dir)?),
+            (mounted, _) => Ok(mounted.during("mount memory at", &dir)?),
         }
     }
 
@@ -214,7 +235,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let opened = run.path().join("opened");
         let one = InMemory::of(&opened, "key").unwrap();
-        one.mount(1 << 20).unwrap();
+        one.mount(1 << 20, Holds::Sealed).unwrap();
         let files = opened.join("key/files");
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let line = { mounts.lines() }.find(|line| line.contains(&*files.to_string_lossy()));
@@ -240,7 +261,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let opened = run.path().join("opened");
         let one = InMemory::of(&opened, "key").unwrap();
-        one.mount(1 << 20).unwrap();
+        one.mount(1 << 20, Holds::Sealed).unwrap();
         let images = opened.join("key/files/web/c/checkpoint");
         fs::create_dir_all(&images).unwrap();
         let restore = run.path().join("pods/pod/restore/c");
@@ -267,7 +288,7 @@ mod tests {
         let opened = run.path().join("opened");
         for key in ["a", "z"] {
             let one = InMemory::of(&opened, key).unwrap();
-            one.mount(1 << 20).unwrap();
+            one.mount(1 << 20, Holds::Sealed).unwrap();
         }
         // Whatever the order of names is, one comes behind it.
         fs::write(opened.join("m"), "no directory").unwrap();

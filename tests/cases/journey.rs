@@ -232,6 +232,7 @@ fn a_checkpoint_is_restored_later_and_elsewhere(bed: &Testbed) -> anyhow::Result
     )?;
     let copied = journey::read_counts(&a, "copy").map_err(anyhow::Error::msg)?;
     journey::wait_for_count(&a, "copy", copied)?;
+    what_another_has_made_stays(&a)?;
 
     // On the other node, through a pipe, with the image sent by ctr as anybody would.
     let ssh = bed.ssh(&a, &b)?;
@@ -261,6 +262,35 @@ fn a_checkpoint_is_restored_later_and_elsewhere(bed: &Testbed) -> anyhow::Result
             journey::remove_container(node, id)?;
         }
         journey::check_nothing_left(node)?;
+    }
+    Ok(())
+}
+
+/// A restore that fails removes what it has made, and nothing of the same id that another was faster to make.
+fn what_another_has_made_stays(node: &Node) -> anyhow::Result<()> {
+    let snapshots = |arguments: &[&str]| {
+        let all = ["snapshots", "--snapshotter", "transship"];
+        node.ctr(&[&all, arguments].concat())
+    };
+    snapshots(&["prepare", "twin"])?;
+    fails_with(
+        node,
+        &["restore", "before", "--id", "twin", "--new-namespaces"],
+        1,
+        "already exists",
+    )?;
+    snapshots(&["info", "twin"]).context("the snapshot of another")?;
+    snapshots(&["remove", "twin"])?;
+
+    let twins = "for i in 1 2 3; do
+                   transship restore before --id twin --new-namespaces >/dev/null 2>&1 && echo restored &
+                 done; wait";
+    for round in 1..=3 {
+        let restored = node.shell(twins).read()?;
+        ensure!(restored == "restored\n", "round {round}: {restored:?}");
+        let reached = journey::read_counts(node, "twin").map_err(anyhow::Error::msg)?;
+        journey::wait_for_count(node, "twin", reached).context("the one that was restored")?;
+        journey::remove_container(node, "twin")?;
     }
     Ok(())
 }

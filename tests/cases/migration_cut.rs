@@ -1,5 +1,5 @@
 //! A migration that is cut off at each of its moments: its command is killed on the source, its
-//! `transship receive` on the target, or the link between them. One copy runs in the end, on the side that
+//! `transship receive` or containerd on the target, or the link between them. One copy runs in the end, on the side that
 //! the moment decides, and counts without a missing or repeated value.
 //!
 //! ```text
@@ -12,7 +12,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{
+    CommandRun as _, ContainerdConfig, Node, Testbed, Tree, journey, poll_until,
+};
 
 use crate::Case;
 use crate::migration_faults::{counts_on, run_alone};
@@ -55,18 +57,20 @@ enum Cut {
     Source,
     Target,
     Link,
+    Containerd,
 }
 
-use Cut::{Link, Source, Target};
+use Cut::{Containerd, Link, Source, Target};
 
 /// Each moment once, and each thing that can be cut.
-const SOME: [(&str, Cut); 4] = [
+const SOME: [(&str, Cut); 5] = [
     ("frozen", Target),
     ("create", Source),
     ("start", Link),
+    ("start", Containerd),
     ("running", Target),
 ];
-const ALL: [(&str, Cut); 12] = [
+const ALL: [(&str, Cut); 15] = [
     ("frozen", Source),
     ("frozen", Target),
     ("frozen", Link),
@@ -79,6 +83,9 @@ const ALL: [(&str, Cut); 12] = [
     ("running", Source),
     ("running", Target),
     ("running", Link),
+    ("create", Containerd),
+    ("start", Containerd),
+    ("running", Containerd),
 ];
 /// What a person decides, and of which container.
 const HANDS: [(&str, &str); 2] = [
@@ -119,14 +126,17 @@ fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
         Cut::Source => a.shell("pkill -KILL -x transship").run()?,
         Cut::Target => b.shell("pkill -KILL -x transship").run()?,
         Cut::Link => a.shell("touch /run/cut; pkill -KILL -x ssh").run()?,
+        Cut::Containerd => {
+            b.stop_daemon("containerd", "KILL")?;
+            let code = wait_for_end(a)?;
+            ensure!(code == expected_code(copy_runs), "exit code {code}");
+            b.start_containerd(&ContainerdConfig::transship())?;
+        }
     }
     go_on(a, b)?;
     if cut == Cut::Link {
         let code = wait_for_end(a)?;
-        ensure!(
-            code == if copy_runs { "6" } else { "5" },
-            "exit code {code}"
-        );
+        ensure!(code == expected_code(copy_runs), "exit code {code}");
         if copy_runs {
             check_undecided(a, &id)?;
             a.start_daemon("serve", &["transship", "serve"])?;
@@ -157,6 +167,11 @@ fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
     journey::remove_container(runs, &id)?;
     journey::check_nothing_left(a)?;
     journey::check_nothing_left(b)
+}
+
+/// Nobody who waits can know that the copy runs.
+fn expected_code(copy_runs: bool) -> &'static str {
+    if copy_runs { "6" } else { "5" }
 }
 
 fn begin(a: &Node, b: &Node, moment: &str, id: &str) -> anyhow::Result<()> {

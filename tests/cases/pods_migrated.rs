@@ -166,6 +166,7 @@ fn nothing_is_there(node: &Node, pod: &Pod) -> anyhow::Result<()> {
     let script = format!(
         "ctr -n k8s.io images ls -q | grep mate || true
          ls -d /var/lib/kubelet/pods/{0} /var/log/pods/*{0} /var/lib/transship/checkpoints/migration-* \
+             /run/transship/opened/* \
              2>/dev/null || true",
         pod.uid()
     );

@@ -31,15 +31,18 @@ const MOVE: &str = "#!/bin/sh\nrm -f /run/moved\n\
     transship migrate web --to /usr/local/bin/link --link-timeout 3 \"$@\"\necho $? >/run/moved\n";
 /// See `DumpHold`. It ends as well when the migration does.
 const IN_DUMP: &str = "while [ ! -e /run/moved ]; do
-    for held in /var/lib/transship/checkpoints/.*/.hold-*/dumped /var/lib/transship/checkpoints/*/.hold-*/dumped; do
+    for held in /run/transship/opened/dump-*/files/.*/.hold-*/dumped; do
         [ ! -e $held ] || { touch /run/cut; pkill -KILL -x ssh; break 2; }
     done
 done";
-/// A disk of its own below the checkpoints, which can be filled.
+/// A disk of its own below the checkpoints, which can be filled, as the memory can that has a migration's files.
 const SMALL_DISK: &str =
     "mount -t tmpfs -o size=160m,mode=0700 tmpfs /var/lib/transship/checkpoints";
 const FILL: &str =
-    "dd if=/dev/zero of=/var/lib/transship/checkpoints/.fill bs=1M 2>/dev/null || true";
+    "dd if=/dev/zero of=/var/lib/transship/checkpoints/.fill bs=1M 2>/dev/null || true
+for files in /run/transship/opened/*/files; do
+    mount -o remount,size=$(df -k --output=used $files | tail -n 1)k $files || true
+done 2>/dev/null";
 const EMPTY: &str =
     "rm -f /var/lib/transship/checkpoints/.fill; umount /var/lib/transship/checkpoints";
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 use transship_engine::interrupt::Interrupt;
+use transship_engine::memory_dir::remove_unused;
 use transship_engine::migrate::{Decided, Decision, Pending, recover_all};
 use transship_engine::moved_pods;
-use transship_engine::sealed::remove_unused;
 use transship_engine::{Error, Kind, Result};
 
 use super::{connect, print, store};

@@ -18,6 +18,7 @@ use transship_checkpoint::wire::{
     unexpected,
 };
 use transship_containerd::{Containerd, unique};
+use transship_sandbox::opened::{Holds, InMemory};
 
 use super::ask::Question;
 use super::dump_files::Next;
@@ -40,6 +41,7 @@ use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
+use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
 use crate::restart_policy;
 use crate::source::{self, Dumped, SourceContainer};
@@ -90,7 +92,14 @@ impl Transaction<'_> {
     pub(super) async fn carry_out(&mut self) -> Result<(Option<u32>, Committed)> {
         self.offer().await?;
         let name = format!("migration-{}-{}", self.moving.id(), unique());
-        let draft = self.store.draft(&name)?;
+        let (place, why_on_disk) =
+            MigrationFiles::choose(self.store, (self.estimate, Holds::Dump), InMemory::for_dump);
+        if let Some(why) = why_on_disk {
+            let why = why.one_line();
+            self.progress
+                .tell(&format!("the dump goes to the disk: {why}"));
+        }
+        let draft = place.store.draft(&name)?;
         self.conversation
             .send(Message::Begin {
                 name: draft.name().to_owned(),

@@ -8,7 +8,8 @@
 //!
 //!              Commit heard   let go       written out
 //!  arriving ───> committed ───> runs ───> durable
-//!      └─────────────┴───> aborted
+//!      │             └───> aborting
+//!      └───────────────────────┴───> aborted
 //! ```
 //!
 //! Each state is on the disk before anybody hears of it, and `committed` before the copy is let go.
@@ -26,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{MIGRATION_DIGITS, is_migration};
 
 use crate::durable_record;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// Where records of arrivals are.
 const ARRIVALS: &str = "/var/lib/transship/arrivals";
@@ -47,6 +48,8 @@ pub enum State {
     Runs,
     /// The same, and all of it is on the disk.
     Durable,
+    /// It has never run although the source has committed itself, and never will: what there is of it is being removed.
+    Aborting,
     /// It has never run, and nothing of it is left.
     Aborted,
 }
@@ -64,6 +67,9 @@ pub struct Arrival {
     pub name: String,
     /// Its snapshotter; the snapshot has the container's id.
     pub snapshotter: String,
+    /// The word of the restore, which its record and its snapshot carry.
+    #[serde(default)]
+    pub made_by: String,
     /// The checkpoint in the store that it is restored from.
     pub checkpoint: String,
     /// Where its files are, once there are some.
@@ -303,6 +309,17 @@ impl Locked {
         Ok(())
     }
 
+    /// Writes down that the source has committed itself.
+    ///
+    /// # Errors
+    /// [`Kind::Uncertain`]: whether the word is on the disk is not known.
+    pub(super) fn commit(&mut self) -> Result<()> {
+        self.set(State::Committed).map_err(|error| {
+            let message = "whether the commitment is written down is not known";
+            Error::new(Kind::Uncertain, message).because(error)
+        })
+    }
+
     /// Writes down what has been added to [`Self::arrival`].
     ///
     /// # Errors
@@ -349,6 +366,7 @@ mod tests {
             container: "web".into(),
             name: "web".into(),
             snapshotter: "transship".into(),
+            made_by: "18eb-0".into(),
             checkpoint: "migration-web-1".into(),
             upperdir: None,
             image: None,

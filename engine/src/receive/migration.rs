@@ -6,13 +6,15 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{Container, Manifest, SPEC_FILE, check_name};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 use transship_checkpoint::wire::{
     Check, DataPlace, Limits, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL, printable,
     unexpected,
 };
-use transship_containerd::{Containerd, unique};
+use transship_containerd::Containerd;
+use transship_sandbox::opened::{Holds, InMemory};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
 use super::pod::{self, PodPlan};
@@ -21,6 +23,7 @@ use crate::conversation::Conversation;
 use crate::data_channel::Identity;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
+use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
 use crate::restore::{self, LEASE, Plan, Restored};
 use crate::timeline::human_bytes;
@@ -45,7 +48,14 @@ pub(super) async fn accept(
     request: &Request,
     around: (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
-    check_nodes(node, store, &offer, request).await?;
+    let checkpoint = of_migration(&offer.migration);
+    let make = |opened: &Path| InMemory::of(opened, &checkpoint);
+    let (files, why_on_disk) =
+        MigrationFiles::choose(store, (needed_bytes(&offer), Holds::Arrival), make);
+    if let Some(why) = why_on_disk {
+        tracing::info!("the files arrive on the disk: {}", why.one_line());
+    }
+    check_nodes(node, &files.store, &offer, request).await?;
     let arriving = match (&offer.pod, offer.containers.as_slice()) {
         (Some(pod), [_, ..]) => {
             let plan = pod::plan(node, &offer, pod, request).await?;
@@ -69,7 +79,7 @@ pub(super) async fn accept(
         Arriving::Container(one, plan) => {
             take(
                 &leased,
-                store,
+                &files.store,
                 conversation,
                 (&offer, one),
                 *plan,
@@ -80,9 +90,21 @@ pub(super) async fn accept(
         }
         Arriving::Pod(pod, plan) => {
             let what = (&offer, pod);
-            let taken = pod::take(&leased, store, conversation, what, *plan, request, around).await;
+            let taken = pod::take(
+                &leased,
+                &files.store,
+                conversation,
+                what,
+                *plan,
+                request,
+                around,
+            )
+            .await;
             match taken {
-                Ok((locked, pid)) => runs(&leased, store, conversation, locked, pid).await,
+                Ok((locked, pid)) => {
+                    let released = pod::settle::release(&leased, &locked.arrival).await;
+                    runs(&leased, &files.store, conversation, locked, (pid, released)).await
+                }
                 Err(error) => Err(error),
             }
         }
@@ -143,10 +165,9 @@ async fn check_nodes(
             "this node is {here}, the container runs on {there}"
         )));
     }
-    // Three times: memory that comes before the freeze, the checkpoint, and the upperdir filled from it.
     let blobs = { offer.containers.iter().flat_map(|it| &it.blobs) }
         .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
-    let needed = offer.estimate.saturating_mul(3);
+    let needed = needed_bytes(offer);
     let most = request.max_size.unwrap_or(u64::MAX);
     if offer.estimate.saturating_add(blobs) > most {
         return Err(Error::refused(format!(
@@ -156,7 +177,7 @@ async fn check_nodes(
         )));
     }
     let free = free_bytes(store.root())?;
-    if free < needed.saturating_add(KEEP_FREE) {
+    if free < needed {
         return Err(Error::refused(format!(
             "not enough room below {}: {} free, about {} needed",
             store.root().display(),
@@ -165,6 +186,11 @@ async fn check_nodes(
         )));
     }
     Ok(())
+}
+
+/// Three times what there is: memory that comes before the freeze, the checkpoint, and the upperdir filled from it.
+fn needed_bytes(offer: &Offer) -> u64 {
+    offer.estimate.saturating_mul(3).saturating_add(KEEP_FREE)
 }
 
 /// Free bytes of the file system that `path` is or will be on.
@@ -194,67 +220,82 @@ async fn take(
     let chain = chains.first().map_or("", String::as_str);
     let name = image::choose_name(node, offered, chain, &request.target.allowed).await?;
     plan.set_image(&name.name, chain);
-    conversation.send(Message::Ready).await?;
-
-    match conversation.receive("the checkpoint").await? {
-        Message::Begin { .. } => {}
-        other => return Err(unexpected("the checkpoint", &other).into()),
-    }
-    let draft = store.draft(&format!("migration-{}-{}", plan.id, unique()))?;
-    let limits = Limits {
-        max_bytes: most_bytes(offer, request),
-        keep_free: KEEP_FREE,
-    };
-    let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
-    let spec = draft.dir().join(&offered.container.name).join(SPEC_FILE);
-    let spec = fs::read(&spec).with_context(|| format!("cannot read {}", spec.display()))?;
-    let manifest = as_offered(offer, stream, &[spec], draft.name())?;
-    let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
-    let name_here = checkpoint.manifest.name.clone();
     let arrival = Arrival {
         state: State::Arriving,
         namespace: node.namespace().to_owned(),
         container: plan.id.clone(),
         name: offered.container.name.clone(),
         snapshotter: plan.snapshotter.clone(),
-        checkpoint: name_here.clone(),
+        made_by: plan.made_by.clone(),
+        checkpoint: of_migration(&offer.migration),
         upperdir: None,
         image: name.to_record(),
         pod: None,
     };
-    let begun = Arrivals::default().begin(&offer.migration, arrival);
-    // Of use to nobody without a record: the source has all of it.
-    let mut locked = begun.inspect_err(|_| drop(store.remove(&name_here)))?;
-    let agreed = agree(
-        node,
-        conversation,
-        plan,
-        &checkpoint,
-        &mut locked,
-        interrupt,
-    )
-    .await;
-    let restored = match agreed {
-        Ok(restored) => restored,
-        Err(error) => {
-            return Err(match settle::abort(node, store, &mut locked).await {
-                Ok(()) => error,
-                Err(left) => left.after(error),
-            });
-        }
+    // Before the first thing is made that no lease takes away, and before the source is frozen.
+    let mut locked = Arrivals::default().begin(&offer.migration, arrival)?;
+    let taken = async {
+        conversation.send(Message::Ready).await?;
+        let checkpoint = receive(store, conversation, offer, request, progress).await?;
+        agree(
+            node,
+            conversation,
+            plan,
+            &checkpoint,
+            &mut locked,
+            interrupt,
+        )
+        .await
     };
-    let pid = restored.pid;
-    runs(node, store, conversation, locked, pid).await
+    let restored = match taken.await {
+        Ok(restored) => restored,
+        Err(error) => return Err(settle::undo(node, store, &mut locked, error).await),
+    };
+    let released = restored.start().await.map(drop);
+    runs(node, store, conversation, locked, (restored.pid, released)).await
 }
 
-/// What is left to do when the copy runs.
+/// Receives the checkpoint of the migration.
+pub(super) async fn receive(
+    store: &Store,
+    conversation: &mut Conversation,
+    offer: &Offer,
+    request: &Request,
+    progress: &dyn Progress,
+) -> Result<Checkpoint> {
+    match conversation.receive("the checkpoint").await? {
+        Message::Begin { .. } => {}
+        other => return Err(unexpected("the checkpoint", &other).into()),
+    }
+    let draft = store.draft(&of_migration(&offer.migration))?;
+    let limits = Limits {
+        max_bytes: most_bytes(offer, request),
+        keep_free: KEEP_FREE,
+    };
+    let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
+    let mut specs = Vec::new();
+    for it in &offer.containers {
+        let path = draft.dir().join(&it.container.name).join(SPEC_FILE);
+        let spec = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        specs.push(spec);
+    }
+    let manifest = as_offered(offer, stream, &specs, draft.name())?;
+    keep(draft, manifest, Durability::Ephemeral).await
+}
+
+/// What is left to do when the copy has been let go, the source having committed itself.
 async fn runs(
     node: &Containerd,
     store: &Store,
     conversation: &mut Conversation,
     mut locked: Locked,
-    pid: u32,
+    (pid, released): (u32, Result<()>),
 ) -> Result<Received> {
+    match released {
+        // Without this word the next one who looks sees that it runs.
+        Ok(()) => drop(locked.set(State::Runs)),
+        Err(error) => settle::after_commit(node, store, &mut locked, error).await?,
+    }
     let container = locked.arrival.container.clone();
     // The copy runs, whether the source hears it or not; nothing takes it back.
     let running = Message::Running { pid };
@@ -288,18 +329,13 @@ pub(super) fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Liste
     told.ok()
 }
 
-pub(super) fn most_bytes(offer: &Offer, request: &Request) -> u64 {
+fn most_bytes(offer: &Offer, request: &Request) -> u64 {
     let expected = offer.estimate.saturating_mul(3).saturating_add(SLACK);
     request.max_size.map_or(expected, |most| most.min(expected))
 }
 
 /// What was checked is what is used: the containers and specs are those of the offer, the stream has brought files.
-pub(super) fn as_offered(
-    offer: &Offer,
-    stream: Manifest,
-    specs: &[Vec<u8>],
-    name: &str,
-) -> Result<Manifest> {
+fn as_offered(offer: &Offer, stream: Manifest, specs: &[Vec<u8>], name: &str) -> Result<Manifest> {
     let differs = |what: &str| {
         Error::failed(format!(
             "{what} of the stream is not the one that was offered"
@@ -340,8 +376,7 @@ pub(super) fn as_offered(
     })
 }
 
-/// Restores, and lets the copy run when the source has committed itself. After a failure what there is
-/// of the copy has not run.
+/// Restores, and waits until the source has committed itself: then the copy may be let go.
 async fn agree(
     node: &Containerd,
     conversation: &mut Conversation,
@@ -363,10 +398,7 @@ async fn agree(
         Message::Commit => {}
         other => return Err(unexpected("the commitment", &other).into()),
     }
-    locked.set(State::Committed)?;
-    restored.start().await?;
-    // Without this word the next one who looks sees that it runs.
-    drop(locked.set(State::Runs));
+    locked.commit()?;
     Ok(restored)
 }
 

@@ -22,11 +22,11 @@ use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
 };
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::{SPEC_FILE, check_name};
+use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::store::{Checkpoint, Durability, Store};
-use transship_checkpoint::wire::{Check, Limits, Message, Offer, OfferedPod, unexpected};
+use transship_checkpoint::store::{Checkpoint, Store};
+use transship_checkpoint::wire::{Message, Offer, OfferedPod, unexpected};
 use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{Allowed, Refusal};
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
@@ -34,11 +34,11 @@ use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
-use super::migration::{as_offered, listen, most_bytes};
-use super::{KEEP_FREE, Request, image, keep, receive_files};
+use super::migration::{listen, receive};
+use super::{Request, image};
 use crate::conversation::Conversation;
 use crate::cri_pods::CriPods;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::overlay_mounts::overlay_stack;
@@ -248,7 +248,8 @@ async fn snapshotter(node: &Containerd, offer: &Offer) -> Result<String> {
     })
 }
 
-/// Takes the pod: gives the process id of the first process of its first container, which runs.
+/// Takes the pod, up to the moment when it may be let go: gives the process id of the first process of its first
+/// container.
 pub(super) async fn take(
     node: &Containerd,
     store: &Store,
@@ -274,6 +275,7 @@ pub(super) async fn take(
         container: format!("{}/{}", pod.namespace, pod.name),
         name: String::new(),
         snapshotter,
+        made_by: String::new(),
         checkpoint: of_migration(&offer.migration),
         upperdir: None,
         image: None,
@@ -312,12 +314,7 @@ pub(super) async fn take(
     };
     match taken.await {
         Ok(pid) => Ok((locked, pid)),
-        // The guard brings it to its end.
-        Err(error) if error.kind() == Kind::Uncertain => Err(error),
-        Err(error) => Err(match super::settle::abort(node, store, &mut locked).await {
-            Ok(()) => error,
-            Err(left) => left.after(error),
-        }),
+        Err(error) => Err(super::settle::undo(node, store, &mut locked, error).await),
     }
 }
 
@@ -524,41 +521,14 @@ fn rotate_logs(plan: &NewPod) -> Result<()> {
     Ok(())
 }
 
-async fn receive(
-    store: &Store,
-    conversation: &mut Conversation,
-    offer: &Offer,
-    request: &Request,
-    progress: &dyn Progress,
-) -> Result<Checkpoint> {
-    match conversation.receive("the checkpoint").await? {
-        Message::Begin { .. } => {}
-        other => return Err(unexpected("the checkpoint", &other).into()),
-    }
-    let draft = store.draft(&of_migration(&offer.migration))?;
-    let limits = Limits {
-        max_bytes: most_bytes(offer, request),
-        keep_free: KEEP_FREE,
-    };
-    let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
-    let mut specs = Vec::new();
-    for it in &offer.containers {
-        let path = draft.dir().join(&it.container.name).join(SPEC_FILE);
-        let spec = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        specs.push(spec);
-    }
-    let manifest = as_offered(offer, stream, &specs, draft.name())?;
-    keep(draft, manifest, Durability::Ephemeral).await
-}
-
 /// The id of the container that is held although it has been started.
 fn started(pod: &PodDir, name: &str) -> Result<Option<String>> {
     let staged = pod.staged(name)?;
     Ok(staged.map(|staged| staged.started()).transpose()?.flatten())
 }
 
-/// Restores all containers, and lets them go when the source has committed itself. After a failure none of them has
-/// run, unless it is [`Kind::Uncertain`].
+/// Restores all containers, and waits until the source has committed itself: then they may be let go. Gives the process
+/// id of the first process of the first.
 async fn agree(
     node: &Containerd,
     conversation: &mut Conversation,
@@ -625,16 +595,13 @@ async fn agree(
     }
     pod_of(locked).ids = ids.clone();
     locked.write()?;
+    let first = { ids.first() }.ok_or_else(|| Error::failed("no container"))?;
+    let pid = node.task(first).await?.pid;
     conversation.send(Message::Restored).await?;
     match conversation.receive("the commitment").await? {
         Message::Commit => {}
         other => return Err(unexpected("the commitment", &other).into()),
     }
-    locked.set(State::Committed)?;
-    let first = { ids.first() }.ok_or_else(|| Error::failed("no container"))?;
-    let pid = node.task(first).await?.pid;
-    settle::release_all(node, &locked.arrival).await?;
-    // Without this word the next one who looks sees that it runs.
-    drop(locked.set(State::Runs));
+    locked.commit()?;
     Ok(pid)
 }

@@ -1,15 +1,15 @@
 //! The end of a migration whose `receive` has not come to it: killed, or its node went down.
 //!
 //! ```text
-//!  arriving               the copy is removed                                  -> aborted
+//!  arriving, aborting     the copy is removed                                  -> aborted
 //!  committed, held        it is let go                                         -> runs
 //!  committed, runs                                                             -> runs
-//!  committed, and gone    it has never run (the front's record says so)        -> aborted
+//!  committed, and gone    it has never run (the front's record says so)        -> aborting
 //!                         it may have run                                      stays; the source hears `lost`
 //!  runs                   its record, image and files are written out          -> durable
 //! ```
 //!
-//! Three call this: the guard of `receive` (a process of its own, see [`crate::guard_process`]), who
+//! Four call this: `receive` itself when it fails, the guard of `receive` (a process of its own, see [`crate::guard_process`]), who
 //! answers a source that asks, and `transship recover` on this node, for what was left by a power cut.
 
 use std::path::{Path, PathBuf};
@@ -27,14 +27,17 @@ use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 use super::arrival::{Arrival, Arrivals, Found, Locked, State};
 use super::pod::settle::Committed;
 use super::{durable, leases, pod};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::guard_process::{self, GuardProcess};
-use crate::restore::{self, remove_copy};
+use crate::memory_dir::remove_unused;
+use crate::restore::{self, Copy};
 
 /// The first argument of the guard's process.
 pub const ARGUMENT: &str = "receive-guard";
 /// How long the guard goes on when containerd does not answer; `transship recover` does it later.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a call of the runtime that nobody waits for any more may take.
+const START_PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// What the guard is told.
@@ -81,6 +84,7 @@ pub async fn run_guard() -> Result<()> {
                 // After the record of the image, which keeps its blobs.
                 leases::end_those_of_the_gone(&node).await?;
                 store.remove_orphans()?;
+                remove_unused();
             }
             Ok(outcome)
         };
@@ -148,7 +152,7 @@ async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
         match locked.arrival.state {
             State::Durable => return Ok(Outcome::Runs),
             State::Aborted => return Ok(Outcome::Aborted),
-            State::Arriving => abort(&node, store, locked).await?,
+            State::Arriving | State::Aborting => abort(&node, store, locked).await?,
             State::Committed => {
                 if !let_go(&node, store, locked).await? {
                     return Ok(Outcome::Lost);
@@ -159,12 +163,62 @@ async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
     }
 }
 
+/// Undoes a migration that has failed before its source has committed itself, and gives the error to tell. Nothing is
+/// undone where that word may be on the disk ([`Kind::Uncertain`]): who asks is told.
+pub(super) async fn undo(
+    node: &Containerd,
+    store: &Store,
+    locked: &mut Locked,
+    error: Error,
+) -> Error {
+    if error.kind() == Kind::Uncertain {
+        return error;
+    }
+    match abort(node, store, locked).await {
+        Ok(()) => error,
+        Err(left) => left.after(error),
+    }
+}
+
+/// What is done when the copy could not be let go, after its source has committed itself: a call that has failed may
+/// have done its work. The copy runs when this succeeds.
+///
+/// # Errors
+/// The copy has not run and never will; or that is not known yet, and nobody may say so ([`Kind::Uncertain`]).
+pub(super) async fn after_commit(
+    node: &Containerd,
+    store: &Store,
+    locked: &mut Locked,
+    error: Error,
+) -> Result<()> {
+    let uncertain = |message: &str| Error::new(Kind::Uncertain, message.to_owned());
+    match settle(node, store, locked).await {
+        Ok(Outcome::Runs) => Ok(()),
+        Ok(Outcome::Aborted) => Err(error),
+        Ok(_) => Err(uncertain("the copy may have run, and is gone").because(error)),
+        Err(failed) => {
+            Err(uncertain("whether the copy runs is not known yet").because(failed.after(error)))
+        }
+    }
+}
+
 /// Removes what there is of the copy, which has not run.
-pub(super) async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
+async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
+    if locked.arrival.state == State::Committed {
+        // What says that it has not run is removed with it.
+        locked.set(State::Aborting)?;
+    }
     let arrival = &locked.arrival;
     match &arrival.pod {
         Some(pod) => pod::settle::remove(node, pod, &locked.migration()).await?,
-        None => remove_copy(node, &arrival.container, &arrival.snapshotter).await?,
+        None => {
+            let copy = Copy {
+                id: &arrival.container,
+                snapshotter: &arrival.snapshotter,
+                made_by: &arrival.made_by,
+            };
+            copy.remove(node).await?;
+        }
     }
     remove_checkpoint(store, &arrival.checkpoint)?;
     locked.set(State::Aborted)
@@ -186,14 +240,35 @@ async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
         task => task?.status(),
     };
     match status {
-        Status::Created => {
-            // Whether it has is seen the next time round.
-            node.start_task(&id).await?;
-            locked.set(State::Runs)?;
-        }
+        Status::Created => match node.start_task(&id).await {
+            Ok(()) => locked.set(State::Runs)?,
+            Err(error) => {
+                if runs_soon(locked).await? {
+                    return Err(error.into());
+                }
+                // The end of it first, and then the last look.
+                node.kill_task(&id).await?;
+                if has_run(locked)? {
+                    return Ok(false);
+                }
+                abort(node, store, locked).await?;
+            }
+        },
         Status::Running | Status::Paused | Status::Pausing => locked.set(State::Runs)?,
         Status::Stopped | Status::Unknown if has_run(locked)? => return Ok(false),
         Status::Stopped | Status::Unknown => abort(node, store, locked).await?,
+    }
+    Ok(true)
+}
+
+/// Whether a runtime whose caller has gone lets it go.
+async fn runs_soon(locked: &Locked) -> Result<bool> {
+    let deadline = Instant::now() + START_PATIENCE;
+    while !has_run(locked)? {
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        sleep(PAUSE).await;
     }
     Ok(true)
 }
@@ -221,6 +296,9 @@ fn upperdir_left(arrival: &Arrival) -> Result<Option<PathBuf>> {
 
 /// Makes the copy a container like any other, and writes all of it to the disk.
 pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
+    if locked.arrival.state == State::Durable {
+        return Ok(());
+    }
     let arrival = locked.arrival.clone();
     if let Some(pod) = &arrival.pod {
         for place in &pod.files {

@@ -1,5 +1,6 @@
 //! The held copy: made, let go, or undone.
 
+use std::collections::HashMap;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,6 +27,10 @@ use crate::own_networks;
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
+
+/// The label by which the record and the snapshot of a copy say which restore has made them. Without it they are
+/// another's, who was faster with the same id, and are never removed.
+const COPY: &str = "dev.transship/copy";
 
 /// The only runtime of containerd whose containers can be restored.
 const RUNTIME: &str = "io.containerd.runc.v2";
@@ -55,7 +60,7 @@ pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Res
             upperdir,
             pid,
         }),
-        Err(error) => Err(match remove_copy(node, &plan.id, &plan.snapshotter).await {
+        Err(error) => Err(match plan.copy().remove(node).await {
             Ok(()) => error,
             Err(left) => Error::failed(format!(
                 "and not all of it could be removed: {}",
@@ -74,7 +79,7 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
         .await?;
     let mounts = node
         .snapshotter(&plan.snapshotter)
-        .prepare(&plan.id, &image.chain_id, &[])
+        .prepare(&plan.id, &image.chain_id, &[(COPY, &plan.made_by)])
         .await?;
     let stack = overlay_stack(&mounts).with_context(|| {
         format!(
@@ -93,9 +98,11 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
         systemd_cgroup: has_systemd_cgroup(&value),
         ..Options::default()
     };
+    let mut labels: HashMap<_, _> = plan.labels.clone().into_iter().collect();
+    labels.insert(COPY.to_owned(), plan.made_by.clone());
     node.create_container(NewContainer {
         id: plan.id.clone(),
-        labels: plan.labels.clone().into_iter().collect(),
+        labels,
         image: image.name.clone(),
         runtime: RUNTIME.to_owned(),
         runtime_options: Some(containerd_client::to_any(&options)),
@@ -182,13 +189,13 @@ impl Restored {
     /// What could not be removed.
     pub async fn undo(self) -> Result<()> {
         let id = &self.plan.id;
-        let removed = remove_copy(&self.node, id, &self.plan.snapshotter).await;
+        let removed = self.plan.copy().remove(&self.node).await;
         removed.with_context(|| format!("{id:?} could not be removed again"))
     }
 
     /// Removes all that was made, because of this error.
     pub async fn undo_after(self, error: Error) -> Error {
-        match remove_copy(&self.node, &self.plan.id, &self.plan.snapshotter).await {
+        match self.plan.copy().remove(&self.node).await {
             Ok(()) => error,
             Err(left) => Error::failed(format!(
                 "{:?} could not be removed again ({}) after this",
@@ -207,26 +214,64 @@ impl Restored {
 /// It runs all the same.
 pub async fn settle(node: &Containerd, id: &str) -> Result<()> {
     let settle = async {
-        let spec = node.container(id).await?.spec.unwrap_or_default().value;
-        Ok(node.update_spec(id, without_restore(&spec)?).await?)
+        let mut record = node.container(id).await?;
+        let spec = record.spec.unwrap_or_default().value;
+        node.update_spec(id, without_restore(&spec)?).await?;
+        record.labels.remove(COPY);
+        Ok(node.label_container(id, record.labels).await?)
     };
     let settled: Result<()> = settle.await;
     settled.with_context(|| format!("{id:?} runs, but its record still asks for the restore"))
 }
 
-/// Removes what there is of a copy: task, record and snapshot.
-///
-/// # Errors
-/// What containerd answers.
-pub async fn remove_copy(node: &Containerd, id: &str, snapshotter: &str) -> Result<()> {
-    node.kill_task(id).await?;
-    match node.delete_container(id).await {
-        Err(error) if !error.is_not_found() => return Err(error.into()),
-        _ => {}
+/// What a restore makes, and may remove again.
+#[derive(Debug, Clone, Copy)]
+pub struct Copy<'a> {
+    /// Id of the container, and key of its snapshot.
+    pub id: &'a str,
+    /// The snapshotter that has its snapshot.
+    pub snapshotter: &'a str,
+    /// The restore that makes it, as [`Plan::made_by`] has it.
+    pub made_by: &'a str,
+}
+
+impl Copy<'_> {
+    /// Removes what there is of it: task, record and snapshot. What another has made with the same id stays.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn remove(&self, node: &Containerd) -> Result<()> {
+        let Self { id, .. } = *self;
+        let snapshots = node.snapshotter(self.snapshotter);
+        let record = match node.container(id).await {
+            Err(error) if !error.is_not_found() => return Err(error.into()),
+            record => record.is_ok_and(|it| self.has_made(&it.labels)),
+        };
+        let snapshot = match snapshots.stat(id).await {
+            Err(error) if !error.is_not_found() => return Err(error.into()),
+            snapshot => snapshot.is_ok_and(|it| self.has_made(&it.labels)),
+        };
+        if record {
+            node.kill_task(id).await?;
+            match node.delete_container(id).await {
+                Err(error) if !error.is_not_found() => return Err(error.into()),
+                _ => {}
+            }
+        }
+        if record || snapshot {
+            client_files::remove(node.namespace(), id)?;
+            remove_forgotten_bundle(node, id).await?;
+        }
+        // Made first and removed last: without it there is nothing else.
+        match snapshot {
+            true => Ok(snapshots.remove_if_exists(id).await?),
+            false => Ok(()),
+        }
     }
-    node.snapshotter(snapshotter).remove_if_exists(id).await?;
-    client_files::remove(node.namespace(), id)?;
-    remove_forgotten_bundle(node, id).await
+
+    fn has_made(&self, labels: &HashMap<String, String>) -> bool {
+        labels.get(COPY).is_some_and(|it| it == self.made_by)
+    }
 }
 
 /// Removes what containerd has left of a container that it does not know any more; see

@@ -12,11 +12,12 @@ use transship_checkpoint::manifest;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::Spec;
 use transship_cni::Networks;
-use transship_containerd::Containerd;
+use transship_containerd::{Containerd, unique};
 use transship_sandbox::admission::foreign_spec::{self, Allow, Place};
 use transship_sandbox::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
 use super::client_files::{self, ClientFiles};
+use super::held::Copy;
 use super::networks;
 use super::spec::{cgroups_path, joined_kinds, replace_joined, strip_our_annotations};
 use super::target::Target;
@@ -36,6 +37,8 @@ pub struct Plan {
     pub id: String,
     /// Snapshotter that it will use.
     pub snapshotter: String,
+    /// Which restore this is: no other has this word.
+    pub made_by: String,
     /// Its OCI spec as it is here, still without the annotations that ask for the restore.
     pub(super) spec: Spec,
     /// What the manifest says of the container.
@@ -62,6 +65,15 @@ pub(super) struct Sandbox {
 }
 
 impl Plan {
+    /// What this restore makes.
+    pub(super) fn copy(&self) -> Copy<'_> {
+        Copy {
+            id: &self.id,
+            snapshotter: &self.snapshotter,
+            made_by: &self.made_by,
+        }
+    }
+
     /// Names the image in the container's record, and the layers that are below its files.
     pub(crate) fn set_image(&mut self, name: &str, chain_id: &str) {
         name.clone_into(&mut self.container.image.name);
@@ -149,6 +161,7 @@ pub async fn plan(
         container: container.clone(),
         id,
         snapshotter,
+        made_by: unique(),
         spec,
         runtime_binary,
         sandbox,

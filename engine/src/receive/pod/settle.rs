@@ -12,7 +12,7 @@ use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::super::arrival::{Arrival, ArrivingPod};
 use crate::cri_pods::CriPods;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Result};
 use crate::freeze_guard::TaskToFreeze;
 
 /// What is found of a pod whose source has committed itself.
@@ -20,37 +20,17 @@ use crate::freeze_guard::TaskToFreeze;
 pub(in super::super) enum Committed {
     /// All that is there runs.
     Runs,
-    /// None of it has run, and a part of it is not there.
+    /// None of it has run, and a part of it is not there, or cannot be let go.
     NeverRan,
     /// It has run, or a part of it, and nothing is there any more.
     Gone,
-}
-
-/// Lets all containers go that are held, after the source has committed itself.
-///
-/// # Errors
-/// None of them has run; or one of them may have ([`Kind::Uncertain`]), and then nothing is taken back.
-pub(super) async fn release_all(node: &Containerd, arrival: &Arrival) -> Result<()> {
-    let Err(error) = release(node, arrival).await else {
-        return Ok(());
-    };
-    if matches!(has_run(arrival), Ok(false)) {
-        return Err(error);
-    }
-    match let_go(node, arrival).await {
-        Ok(Committed::Runs) => Ok(()),
-        _ => {
-            let message = "a part of the pod has been let go, and another one has not";
-            Err(Error::new(Kind::Uncertain, message).because(error))
-        }
-    }
 }
 
 /// Lets all containers go that are held; those that run are as they were.
 ///
 /// # Errors
 /// The runtime front's; what has been let go runs.
-async fn release(node: &Containerd, arrival: &Arrival) -> Result<()> {
+pub(in super::super) async fn release(node: &Containerd, arrival: &Arrival) -> Result<()> {
     for id in ids(arrival) {
         let record = node.container(id).await?;
         let task = node.task(id).await?;
@@ -71,8 +51,11 @@ pub(in super::super) async fn let_go(node: &Containerd, arrival: &Arrival) -> Re
     }
     let all = ids(arrival).count();
     if there == all {
-        release(node, arrival).await?;
-        return Ok(Committed::Runs);
+        return match release(node, arrival).await {
+            Ok(()) => Ok(Committed::Runs),
+            Err(_) if !has_run(arrival)? => Ok(Committed::NeverRan),
+            Err(error) => Err(error),
+        };
     }
     if !has_run(arrival)? {
         return Ok(Committed::NeverRan);
