@@ -2,9 +2,10 @@
 //! every server of them needs: a socket that root alone is served on.
 //!
 //! ```text
-//!  node.proto          transship.node.v1             node_api       server, client, messages
-//!  diff.proto          containerd.services.diff.v1   diff_server    server; messages of containerd-client
-//!  runc_options.proto  containerd.runc.v1            runc_options   messages
+//!  node.proto          transship.node.v1                 node_api       server, client, messages
+//!  diff.proto          containerd.services.diff.v1       diff_server    server; messages of containerd-client
+//!  snapshots.proto     containerd.services.snapshots.v1  snapshots_api  server, client; but for Commit's, the same
+//!  runc_options.proto  containerd.runc.v1                runc_options   messages
 //! ```
 //!
 //! Everything else comes with `containerd-client`, which has the messages of all of containerd's
@@ -57,6 +58,24 @@ pub mod diff_server {
     )]
     mod generated {
         tonic::include_proto!("containerd.services.diff.v1");
+    }
+}
+
+/// containerd's snapshots service, `containerd.services.snapshots.v1.Snapshots`, with the parent that a Commit can name
+/// since containerd 2.2.
+pub mod snapshots_api {
+    pub use generated::snapshots_client::SnapshotsClient;
+    pub use generated::snapshots_server::{Snapshots, SnapshotsServer};
+    pub use generated::{CommitSnapshotRequest, Empty};
+
+    #[allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::allow_attributes_without_reason,
+        reason = "generated"
+    )]
+    mod generated {
+        tonic::include_proto!("containerd.services.snapshots.v1");
     }
 }
 

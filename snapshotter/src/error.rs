@@ -43,6 +43,18 @@ pub enum SnapshotError {
         /// The key that was asked for.
         key: String,
     },
+    /// Commit with a parent that the snapshot was not prepared on. Its content was made without knowing what lies below:
+    /// deletions would be missing.
+    #[error(
+        "snapshot {key:?} was not prepared on {parent:?}, so it cannot be committed on it: take \"rebase\" out of the \
+         capabilities of this snapshotter in containerd's configuration, and layers are unpacked one on the other"
+    )]
+    ParentAtCommit {
+        /// The key of the active snapshot.
+        key: String,
+        /// The parent that the Commit names.
+        parent: String,
+    },
     /// Mounts of a committed snapshot.
     #[error("snapshot {key:?} is committed: only active snapshots and views have mounts")]
     NoMounts {

@@ -1,24 +1,26 @@
-//! The snapshots service on the wire: the only module that knows the crate `containerd-snapshots`
-//! (release 0.3 brings tonic 0.9 and prost 0.11; when a release on tonic 0.14 appears, only this
-//! module and its dependency change).
+//! The snapshots service on the wire.
 //!
-//! A request comes in as the crate's trait call, is logged once with its key, duration and result, and
-//! goes to the thread where [`Snapshots`] does it (dispatch.rs). gRPC codes are decided in
-//! `From<SnapshotError> for Status` alone.
+//! A request comes in, is logged once with its key, duration and result, and goes to the thread where
+//! [`Snapshots`] does it (dispatch.rs). gRPC codes are decided in `From<SnapshotError> for Status` alone.
 
-use std::collections::HashMap;
 use std::io;
-use std::pin::Pin;
+use std::mem;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use containerd_snapshots as api;
-use containerd_snapshots::tonic::transport::Server;
-use containerd_snapshots::tonic::{self, Code, Status};
+use containerd_client::services::v1::snapshots as wire;
+use containerd_client::tonic::transport::Server;
+use containerd_client::tonic::{self, Code, Request, Response, Status};
+use containerd_client::types::Mount as WireMount;
+use prost_types::Timestamp;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
+use transship_proto::MESSAGE_LIMIT;
+use transship_proto::snapshots_api::{
+    CommitSnapshotRequest, Empty, Snapshots as SnapshotsApi, SnapshotsServer,
+};
 
 use crate::dispatch::{Dispatch, InFlight, Work};
 use crate::error::{SnapshotError, chain};
@@ -28,10 +30,10 @@ use crate::mounts::Mount;
 use crate::record::{Info, Kind};
 use crate::snapshots::Snapshots;
 
-/// containerd's own limit for messages.
-const MAX_MESSAGE: usize = 16 << 20;
-/// Snapshots that List reads ahead of its client.
-const LIST_AHEAD: usize = 256;
+/// Snapshots in one message of List, as containerd's own service has them.
+const LIST_MESSAGE: usize = 100;
+/// Messages of List that are read ahead of its client.
+const LIST_AHEAD: usize = 2;
 
 /// Serves the snapshots API on `connections` until there are no more to come; calls in flight are
 /// finished.
@@ -42,7 +44,7 @@ pub async fn serve(
     service: Service,
     connections: impl Stream<Item = io::Result<UnixStream>>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let service = api::server(Arc::new(service)).max_decoding_message_size(MAX_MESSAGE);
+    let service = SnapshotsServer::new(service).max_decoding_message_size(MESSAGE_LIMIT);
     Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(connections, std::future::pending())
@@ -128,108 +130,110 @@ fn note_call(
     }
 }
 
+type Answer<T> = Result<Response<T>, Status>;
+
 #[tonic::async_trait]
-impl api::Snapshotter for Service {
-    type Error = Status;
-    type InfoStream = Pin<Box<dyn Stream<Item = Result<api::Info, Status>> + Send>>;
-
-    async fn stat(&self, key: String) -> Result<api::Info, Status> {
-        let asked = key.clone();
-        self.call("stat", &asked, Work::Read, move |s| s.stat(&key))
-            .await
-            .map(to_wire)
-    }
-
-    async fn update(
-        &self,
-        info: api::Info,
-        fields: Option<Vec<String>>,
-    ) -> Result<api::Info, Status> {
-        let asked = info.name.clone();
-        let fields = fields.unwrap_or_default();
-        let update = move |s: &Arc<Snapshots>| {
-            s.update(&info.name, info.labels.into_iter().collect(), &fields)
-        };
-        self.call("update", &asked, Work::Write, update)
-            .await
-            .map(to_wire)
-    }
-
-    async fn usage(&self, key: String) -> Result<api::Usage, Status> {
-        let asked = key.clone();
-        let usage = self
-            .call("usage", &asked, Work::Count, move |s| s.usage(&key))
-            .await?;
-        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        Ok(api::Usage {
-            inodes: number(usage.inodes),
-            size: number(usage.size),
-        })
-    }
-
-    async fn mounts(&self, key: String) -> Result<Vec<api::api::types::Mount>, Status> {
-        let asked = key.clone();
-        self.call("mounts", &asked, Work::Read, move |s| s.mounts(&key))
-            .await
-            .map(mounts_to_wire)
-    }
+impl SnapshotsApi for Service {
+    type ListStream = ReceiverStream<Result<wire::ListSnapshotsResponse, Status>>;
 
     async fn prepare(
         &self,
-        key: String,
-        parent: String,
-        labels: HashMap<String, String>,
-    ) -> Result<Vec<api::api::types::Mount>, Status> {
-        let asked = key.clone();
-        let prepare =
-            move |s: &Arc<Snapshots>| s.prepare(&key, &parent, labels.into_iter().collect());
-        self.call("prepare", &asked, Work::Write, prepare)
-            .await
-            .map(mounts_to_wire)
+        request: Request<wire::PrepareSnapshotRequest>,
+    ) -> Answer<wire::PrepareSnapshotResponse> {
+        let request = request.into_inner();
+        let asked = request.key.clone();
+        let prepare = move |s: &Arc<Snapshots>| {
+            let labels = request.labels.into_iter().collect();
+            s.prepare(&request.key, &request.parent, labels)
+        };
+        let mounts = self.call("prepare", &asked, Work::Write, prepare).await?;
+        Ok(Response::new(wire::PrepareSnapshotResponse {
+            mounts: mounts_to_wire(mounts),
+        }))
     }
 
     async fn view(
         &self,
-        key: String,
-        parent: String,
-        labels: HashMap<String, String>,
-    ) -> Result<Vec<api::api::types::Mount>, Status> {
-        let asked = key.clone();
-        let view = move |s: &Arc<Snapshots>| s.view(&key, &parent, labels.into_iter().collect());
-        self.call("view", &asked, Work::Write, view)
-            .await
-            .map(mounts_to_wire)
+        request: Request<wire::ViewSnapshotRequest>,
+    ) -> Answer<wire::ViewSnapshotResponse> {
+        let request = request.into_inner();
+        let asked = request.key.clone();
+        let view = move |s: &Arc<Snapshots>| {
+            let labels = request.labels.into_iter().collect();
+            s.view(&request.key, &request.parent, labels)
+        };
+        let mounts = self.call("view", &asked, Work::Write, view).await?;
+        Ok(Response::new(wire::ViewSnapshotResponse {
+            mounts: mounts_to_wire(mounts),
+        }))
     }
 
-    async fn commit(
-        &self,
-        name: String,
-        key: String,
-        labels: HashMap<String, String>,
-    ) -> Result<(), Status> {
+    async fn mounts(&self, request: Request<wire::MountsRequest>) -> Answer<wire::MountsResponse> {
+        let key = request.into_inner().key;
         let asked = key.clone();
-        let commit = move |s: &Arc<Snapshots>| s.commit(&name, &key, labels.into_iter().collect());
+        let mounts = move |s: &Arc<Snapshots>| s.mounts(&key);
+        let mounts = self.call("mounts", &asked, Work::Read, mounts).await?;
+        Ok(Response::new(wire::MountsResponse {
+            mounts: mounts_to_wire(mounts),
+        }))
+    }
+
+    async fn commit(&self, request: Request<CommitSnapshotRequest>) -> Answer<Empty> {
+        let request = request.into_inner();
+        let asked = request.key.clone();
         let work = self.snapshots.work_of_commit(&asked);
-        self.call("commit", &asked, work, commit).await
+        let commit = move |s: &Arc<Snapshots>| {
+            if !request.parent.is_empty() {
+                s.require_parent(&request.key, &request.parent)?;
+            }
+            let labels = request.labels.into_iter().collect();
+            s.commit(&request.name, &request.key, labels)
+        };
+        self.call("commit", &asked, work, commit).await?;
+        Ok(Response::new(Empty {}))
     }
 
-    async fn remove(&self, key: String) -> Result<(), Status> {
+    async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Answer<Empty> {
+        let key = request.into_inner().key;
         let asked = key.clone();
         let work = self.snapshots.work_of_remove();
-        self.call("remove", &asked, work, move |s| s.remove(&key))
-            .await
+        let remove = move |s: &Arc<Snapshots>| s.remove(&key);
+        self.call("remove", &asked, work, remove).await?;
+        Ok(Response::new(Empty {}))
     }
 
-    async fn clear(&self) -> Result<(), Status> {
-        self.call("cleanup", "", Work::LongWrite, |s| s.cleanup())
-            .await
-    }
-
-    async fn list(
+    async fn stat(
         &self,
-        _snapshotter: String,
-        filters: Vec<String>,
-    ) -> Result<Self::InfoStream, Status> {
+        request: Request<wire::StatSnapshotRequest>,
+    ) -> Answer<wire::StatSnapshotResponse> {
+        let key = request.into_inner().key;
+        let asked = key.clone();
+        let stat = move |s: &Arc<Snapshots>| s.stat(&key);
+        let info = self.call("stat", &asked, Work::Read, stat).await?;
+        Ok(Response::new(wire::StatSnapshotResponse {
+            info: Some(to_wire(info)),
+        }))
+    }
+
+    async fn update(
+        &self,
+        request: Request<wire::UpdateSnapshotRequest>,
+    ) -> Answer<wire::UpdateSnapshotResponse> {
+        let request = request.into_inner();
+        let wanted = request.info.unwrap_or_default();
+        let fields = request.update_mask.unwrap_or_default().paths;
+        let asked = wanted.name.clone();
+        let update = move |s: &Arc<Snapshots>| {
+            s.update(&wanted.name, wanted.labels.into_iter().collect(), &fields)
+        };
+        let info = self.call("update", &asked, Work::Write, update).await?;
+        Ok(Response::new(wire::UpdateSnapshotResponse {
+            info: Some(to_wire(info)),
+        }))
+    }
+
+    async fn list(&self, request: Request<wire::ListSnapshotsRequest>) -> Answer<Self::ListStream> {
+        let filters = request.into_inner().filters;
         let asked = filters.join(" or ");
         let filter = Filter::parse(&filters)
             .map_err(Status::from)
@@ -243,61 +247,91 @@ impl api::Snapshotter for Service {
         tokio::task::spawn_blocking(move || {
             let _call = call;
             let start = Instant::now();
-            let failure = match snapshots.list(filter) {
-                Ok(mut infos) => infos.find_map(|info| {
-                    let info = info.map(to_wire).map_err(Status::from);
-                    let failure = info.as_ref().err().cloned();
-                    // A client that has gone away wants no more.
-                    match sender.blocking_send(info) {
-                        Ok(()) => failure.map(Some),
-                        Err(_) => Some(failure),
-                    }
-                }),
-                Err(error) => {
-                    let status = Status::from(error);
-                    drop(sender.blocking_send(Err(status.clone())));
-                    Some(Some(status))
-                }
-            };
-            note_call(
-                &metrics,
-                "list",
-                &asked,
-                start.elapsed(),
-                failure.flatten().as_ref(),
-            );
+            let failure = send_list(&snapshots, filter, &sender)
+                .map_err(Status::from)
+                .err();
+            if let Some(status) = &failure {
+                // A client that has gone away does not want to know.
+                drop(sender.blocking_send(Err(status.clone())));
+            }
+            note_call(&metrics, "list", &asked, start.elapsed(), failure.as_ref());
         });
-        Ok(Box::pin(ReceiverStream::new(receiver)))
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn usage(&self, request: Request<wire::UsageRequest>) -> Answer<wire::UsageResponse> {
+        let key = request.into_inner().key;
+        let asked = key.clone();
+        let count = move |s: &Arc<Snapshots>| s.usage(&key);
+        let usage = self.call("usage", &asked, Work::Count, count).await?;
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        Ok(Response::new(wire::UsageResponse {
+            inodes: number(usage.inodes),
+            size: number(usage.size),
+        }))
+    }
+
+    async fn cleanup(&self, _request: Request<wire::CleanupRequest>) -> Answer<Empty> {
+        let cleanup = |s: &Arc<Snapshots>| s.cleanup();
+        self.call("cleanup", "", Work::LongWrite, cleanup).await?;
+        Ok(Response::new(Empty {}))
     }
 }
 
-fn to_wire(info: Info) -> api::Info {
-    api::Info {
-        kind: match info.kind {
-            Kind::View => api::Kind::View,
-            Kind::Active => api::Kind::Active,
-            Kind::Committed => api::Kind::Committed,
-        },
+/// Sends the snapshots that `filter` lets through, until the client has gone away.
+fn send_list(
+    snapshots: &Arc<Snapshots>,
+    filter: Filter,
+    sender: &mpsc::Sender<Result<wire::ListSnapshotsResponse, Status>>,
+) -> Result<(), SnapshotError> {
+    let mut info = Vec::with_capacity(LIST_MESSAGE);
+    for listed in snapshots.list(filter)? {
+        info.push(to_wire(listed?));
+        if info.len() == LIST_MESSAGE {
+            let info = mem::take(&mut info);
+            if { sender.blocking_send(Ok(wire::ListSnapshotsResponse { info })) }.is_err() {
+                return Ok(());
+            }
+        }
+    }
+    if !info.is_empty() {
+        drop(sender.blocking_send(Ok(wire::ListSnapshotsResponse { info })));
+    }
+    Ok(())
+}
+
+fn to_wire(info: Info) -> wire::Info {
+    let kind = match info.kind {
+        Kind::View => wire::Kind::View,
+        Kind::Active => wire::Kind::Active,
+        Kind::Committed => wire::Kind::Committed,
+    };
+    wire::Info {
+        kind: kind.into(),
         name: info.name,
         parent: info.parent,
         labels: info.labels.into_iter().collect(),
-        created_at: to_system_time(info.created),
-        updated_at: to_system_time(info.updated),
+        created_at: Some(to_timestamp(info.created)),
+        updated_at: Some(to_timestamp(info.updated)),
     }
 }
 
-fn to_system_time(nanoseconds: i64) -> SystemTime {
-    UNIX_EPOCH + Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0))
+fn to_timestamp(nanoseconds: i64) -> Timestamp {
+    let nanoseconds = nanoseconds.max(0);
+    Timestamp {
+        seconds: nanoseconds / 1_000_000_000,
+        nanos: i32::try_from(nanoseconds % 1_000_000_000).expect("less than a second"),
+    }
 }
 
-fn mounts_to_wire(mounts: Vec<Mount>) -> Vec<api::api::types::Mount> {
+fn mounts_to_wire(mounts: Vec<Mount>) -> Vec<WireMount> {
     mounts
         .into_iter()
-        .map(|mount| api::api::types::Mount {
+        .map(|mount| WireMount {
             r#type: mount.fs_type.to_owned(),
             source: mount.source,
             options: mount.options,
-            ..Default::default()
+            ..WireMount::default()
         })
         .collect()
 }
@@ -317,9 +351,10 @@ fn code_of(error: &SnapshotError) -> Code {
         E::ParentNotCommitted { .. } | E::ImmutableField { .. } | E::Invalid { .. } => {
             Code::InvalidArgument
         }
-        E::NotActive { .. } | E::NoMounts { .. } | E::HasChildren { .. } => {
-            Code::FailedPrecondition
-        }
+        E::NotActive { .. }
+        | E::NoMounts { .. }
+        | E::HasChildren { .. }
+        | E::ParentAtCommit { .. } => Code::FailedPrecondition,
         E::Damaged { .. } => Code::DataLoss,
         E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } | E::LeaderPanicked => {
             match error.io_source().map(io::Error::kind) {

@@ -381,6 +381,22 @@ impl Snapshots {
         Ok(())
     }
 
+    /// For a Commit that names a parent, as containerd 2.2 does for a snapshotter with the capability `rebase`: lets it
+    /// pass where it names the one that `key` was prepared on.
+    ///
+    /// # Errors
+    /// A missing snapshot, or one that was prepared on something else.
+    pub fn require_parent(&self, key: &str, parent: &str) -> Result<()> {
+        let (record, _) = self.existing(key)?;
+        if record.parent == parent {
+            return Ok(());
+        }
+        Err(SnapshotError::ParentAtCommit {
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+        })
+    }
+
     /// Takes a snapshot away.
     ///
     /// # Errors

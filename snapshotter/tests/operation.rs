@@ -18,6 +18,8 @@ use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::tonic::Code;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
+use transship_containerd::Containerd;
+use transship_proto::snapshots_api::{CommitSnapshotRequest, SnapshotsClient};
 
 use support::client::{self, Client};
 use support::daemon::Site;
@@ -84,6 +86,56 @@ fn root_one_daemon_per_root_and_per_socket() {
             socket.try_exists().unwrap(),
             "the socket of the living one stays"
         );
+    });
+}
+
+/// containerd 2.2 unpacks layers side by side for a snapshotter whose proxy plugin has the capability `rebase`, and
+/// names the parent of each at its Commit. A layer that was unpacked so has lost its deletions: nothing that it could
+/// delete was below it.
+#[test]
+fn root_a_layer_is_committed_on_what_it_was_prepared_on() {
+    as_root(async || {
+        let site = Site::new();
+        let daemon = site.start(&[]);
+        let client = daemon.client().await;
+        make_layer(&client, "base", "").await;
+        make_layer(&client, "other", "").await;
+        client.prepare("on-nothing", "", &[]).await.unwrap();
+        client.prepare("on-base", "base", &[]).await.unwrap();
+        let socket = site.socket();
+        let api = Containerd::connect(&socket, "conformance").await.unwrap();
+        let mut api = SnapshotsClient::new(api.channel());
+        let mut commit = async |key: &str, parent: &str| {
+            let request = CommitSnapshotRequest {
+                snapshotter: "transship".to_owned(),
+                name: format!("{key}-done"),
+                key: key.to_owned(),
+                parent: parent.to_owned(),
+                ..CommitSnapshotRequest::default()
+            };
+            api.commit(request).await
+        };
+        for (key, parent) in [
+            ("on-nothing", "base"),
+            ("on-nothing", "missing"),
+            ("on-base", "other"),
+        ] {
+            let refused = commit(key, parent).await.unwrap_err();
+            assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+            assert!(
+                refused.message().contains("take \"rebase\" out"),
+                "{refused}"
+            );
+            assert_eq!(client.stat(key).await.unwrap().kind(), Kind::Active);
+        }
+        for (key, named, parent) in [("on-base", "base", "base"), ("on-nothing", "", "")] {
+            commit(key, named).await.unwrap();
+            let done = client.stat(&format!("{key}-done")).await.unwrap();
+            assert_eq!(
+                (done.kind(), done.parent.as_str()),
+                (Kind::Committed, parent)
+            );
+        }
     });
 }
 

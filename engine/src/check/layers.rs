@@ -81,10 +81,26 @@ fn config_file<'a>(line: &[&'a str]) -> Option<&'a str> {
 
 fn judge(config: &Table) -> Vec<Finding> {
     let plugin = |name: &str| config.get("plugins").and_then(|plugins| plugins.get(name));
-    vec![
+    let services = [
         judge_diff_service(plugin(DIFF_SERVICE)),
         judge_transfer(plugin(TRANSFER)),
-    ]
+    ];
+    services.into_iter().chain(judge_rebase(config)).collect()
+}
+
+/// With the capability `rebase` containerd (2.2 and later, where `max_concurrent_unpacks` is above 1) prepares layers on
+/// nothing and names their parents at their Commits, which transship-snapshotter refuses (docs/layers.md).
+fn judge_rebase(config: &Table) -> Option<Finding> {
+    let plugins = config.get("proxy_plugins")?;
+    let announced = plugins.get(SNAPSHOTTER)?.get("capabilities")?.as_array()?;
+    let has_it = announced.iter().any(|it| it.as_str() == Some("rebase"));
+    has_it.then(|| {
+        Finding::problem(
+            "rebase",
+            "containerd would unpack layers side by side for transship: such pulls fail",
+            "take \"rebase\" out of capabilities in [proxy_plugins.transship]",
+        )
+    })
 }
 
 fn judge_diff_service(config: Option<&Value>) -> Finding {
@@ -234,6 +250,20 @@ mod tests {
                 assert!(line.starts_with("note") && line.contains(said), "{line}");
             }
         }
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_not_announced() {
+        for sample in [
+            include_str!("../../../config/containerd-1.6.toml"),
+            include_str!("../../../config/containerd-1.7.toml"),
+            include_str!("../../../config/containerd-2.toml"),
+        ] {
+            assert_eq!(judge_rebase(&sample.parse().unwrap()), None);
+        }
+        let announced = "[proxy_plugins.transship]\ncapabilities = [\"remap-ids\", \"rebase\"]\n";
+        let found = judge_rebase(&announced.parse().unwrap()).unwrap().line();
+        assert!(found.starts_with("problem  rebase"), "{found}");
     }
 
     #[test]
