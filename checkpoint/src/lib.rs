@@ -10,7 +10,7 @@
 //!      annotations: what is asked for;  namespaces, spec: the OCI spec of the new container
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
 //!      cri_names: labels and annotations of the CRI
-//!      beneath: opens what others have put into a directory
+//!      beneath: opens what others have put into a directory;  hashed: digests on the way through
 //!      sealed: a checkpoint that lies encrypted
 //!      container_log: what a container has written so far
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
@@ -28,6 +28,7 @@ pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;
 pub mod criu_options;
+pub mod hashed;
 pub mod manifest;
 pub mod namespaces;
 pub mod sealed;

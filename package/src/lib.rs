@@ -16,6 +16,7 @@
 
 mod compression;
 pub mod contents;
+pub mod counted;
 pub mod difference;
 pub mod encryption;
 pub mod error;

@@ -4,6 +4,7 @@ use std::io::{self, Read};
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use transship_checkpoint::hashed::Hashed;
 use transship_checkpoint::manifest::{self, MANIFEST_FILE, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::hex;
 use transship_path_error::During as _;
@@ -131,31 +132,15 @@ fn read_layer(
     file: &manifest::File,
     digests: Digests,
 ) -> Result<LayerChanges, PackageError> {
-    let mut hashed = Hashed {
-        source: package.data(),
-        hasher: Sha256::new(),
-    };
+    let mut hashed = Hashed::new(package.data());
     let changes = layer_changes(&mut hashed, digests);
     io::copy(&mut hashed, &mut io::sink()).map_err(PackageError::reading)?;
     // A layer that is damaged on the way is that first of all.
-    if hex(&hashed.hasher.finalize()) != file.sha256 {
+    if hashed.finish().1.sha256 != file.sha256 {
         return Err(differs(path));
     }
     changes.map_err(|source| PackageError::Layer {
         container: container.to_owned(),
         source,
     })
-}
-
-struct Hashed<'a, R> {
-    source: &'a mut R,
-    hasher: Sha256,
-}
-
-impl<R: Read> Read for Hashed<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.source.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        Ok(read)
-    }
 }

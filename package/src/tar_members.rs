@@ -1,16 +1,15 @@
 //! Members of a package's tar, as they are written.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
 use tar::{EntryType, Header};
 use transship_checkpoint::beneath::{Links, open_regular};
+use transship_checkpoint::hashed::Hashed;
 use transship_checkpoint::manifest;
-use transship_checkpoint::store::hex;
 use transship_path_error::During as _;
 
+use crate::counted::Counted;
 use crate::error::PackageError;
 
 /// Bytes read at once.
@@ -82,12 +81,10 @@ impl<'a, W: Write> TarMembers<'a, W> {
         let source = open_regular(dir, Path::new(&file.path), Links::Refused);
         let source = source.during("open", &full)?;
         let mut header = self.header(EntryType::Regular, file.size, 0o600);
-        let mut source = Checked {
-            source: source.take(file.size),
-            hasher: Sha256::new(),
-            bytes: 0,
+        let mut source = Hashed::new(Counted {
+            inner: source.take(file.size),
             progress: &mut *self.progress,
-        };
+        });
         let mut source_in_pieces = InPieces {
             source: &mut source,
             piece: &mut self.piece,
@@ -96,8 +93,8 @@ impl<'a, W: Write> TarMembers<'a, W> {
         self.builder
             .append_data(&mut header, path, &mut source_in_pieces)
             .map_err(PackageError::writing)?;
-        let found = (source.bytes, hex(&source.hasher.finalize()));
-        if found != (file.size, file.sha256.clone()) {
+        let (_, found) = source.finish();
+        if (found.size, &found.sha256) != (file.size, &file.sha256) {
             return Err(PackageError::Differs {
                 member: full.display().to_string(),
                 reason: "its digest differs from the manifest's",
@@ -109,24 +106,6 @@ impl<'a, W: Write> TarMembers<'a, W> {
     /// Writes the end, and gives back where it went.
     pub(crate) fn finish(self) -> Result<W, PackageError> {
         self.builder.into_inner().map_err(PackageError::writing)
-    }
-}
-
-/// Takes the digest of what is read.
-struct Checked<'p> {
-    source: io::Take<File>,
-    hasher: Sha256,
-    bytes: u64,
-    progress: &'p mut dyn FnMut(u64),
-}
-
-impl Read for Checked<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.source.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        self.bytes += read as u64;
-        (self.progress)(read as u64);
-        Ok(read)
     }
 }
 

@@ -11,8 +11,7 @@ use std::io::{self, PipeReader, Read, Write};
 use std::thread::JoinHandle;
 
 use flate2::{Compression, GzBuilder};
-use sha2::{Digest as _, Sha256};
-use transship_checkpoint::store::hex;
+use transship_checkpoint::hashed::Hashed;
 use transship_layer::{RewriteError, Rewritten, rewrite_for_image};
 
 use super::document::Descriptor;
@@ -36,20 +35,19 @@ impl ImageLayer {
     /// # Errors
     /// The checkpoint's layer is damaged or cannot be read.
     pub(super) fn measure(layer: File) -> Result<Self, RewriteError> {
-        let mut tar = Digested::new(gzip(Digested::new(io::sink())));
+        let mut tar = Hashed::new(gzip(Hashed::new(io::sink())));
         let rewritten = rewrite_for_image(&layer, &mut tar)?;
-        let (gzip, diff_id, _) = tar.finish();
-        let packed = gzip.finish().map_err(cannot_write)?;
-        let (_, digest, size) = packed.finish();
+        let (gzip, tar) = tar.finish();
+        let (_, packed) = gzip.finish().map_err(cannot_write)?.finish();
         Ok(Self {
             layer,
             descriptor: Descriptor {
                 media_type: GZIP_LAYER.to_owned(),
-                digest,
-                size,
+                digest: format!("sha256:{}", packed.sha256),
+                size: packed.size,
                 ..Descriptor::default()
             },
-            diff_id,
+            diff_id: format!("sha256:{}", tar.sha256),
             rewritten,
         })
     }
@@ -100,41 +98,6 @@ impl Read for Piped {
             writer.join().unwrap_or_else(panicked)?;
         }
         Ok(read)
-    }
-}
-
-/// Takes the digest and the length of what is written.
-struct Digested<W> {
-    out: W,
-    hasher: Sha256,
-    bytes: u64,
-}
-
-impl<W: Write> Digested<W> {
-    fn new(out: W) -> Self {
-        Self {
-            out,
-            hasher: Sha256::new(),
-            bytes: 0,
-        }
-    }
-
-    fn finish(self) -> (W, String, u64) {
-        let digest = format!("sha256:{}", hex(&self.hasher.finalize()));
-        (self.out, digest, self.bytes)
-    }
-}
-
-impl<W: Write> Write for Digested<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
     }
 }
 

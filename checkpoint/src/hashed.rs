@@ -1,0 +1,105 @@
+//! Bytes that are counted, and whose digest is taken, on their way through.
+
+use std::io::{self, Read, Write};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::store::hex;
+
+/// A reader or writer, and what has gone through it.
+#[derive(Debug)]
+pub struct Hashed<I> {
+    inner: I,
+    hasher: Sha256,
+    bytes: u64,
+}
+
+/// What has gone through a [`Hashed`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Through {
+    /// Bytes.
+    pub size: u64,
+    /// Their SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl<I> Hashed<I> {
+    /// Nothing has gone through it yet.
+    pub fn new(inner: I) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            bytes: 0,
+        }
+    }
+
+    /// The inner one, and what has gone through.
+    pub fn finish(self) -> (I, Through) {
+        let through = Through {
+            size: self.bytes,
+            sha256: hex(&self.hasher.finalize()),
+        };
+        (self.inner, through)
+    }
+
+    fn note(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+    }
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.note(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.note(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes two bytes at a time.
+    struct Short(Vec<u8>);
+
+    impl Write for Short {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let some = &bytes[..bytes.len().min(2)];
+            self.0.extend_from_slice(some);
+            Ok(some.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_went_through_is_told_and_nothing_else() {
+        let wanted = Through {
+            size: 5,
+            sha256: hex(&Sha256::digest(b"bytes")),
+        };
+        let mut out = Hashed::new(Short(Vec::new()));
+        out.write_all(b"bytes").unwrap();
+        let (short, written) = out.finish();
+        assert_eq!((short.0.as_slice(), &written), (&b"bytes"[..], &wanted));
+        let mut input = Hashed::new(&b"bytes, and more"[..]);
+        input.read_exact(&mut [0; 5]).unwrap();
+        let (rest, read) = input.finish();
+        assert_eq!((rest, read), (&b", and more"[..], wanted));
+    }
+}
