@@ -33,6 +33,8 @@ pub(super) struct Ask<'a> {
     pub(super) content: Content<'a>,
     /// The first byte that is asked for.
     pub(super) from: usize,
+    /// Which bytes of a whole are sent: the first and the last one.
+    pub(super) sent: Option<(u64, u64)>,
 }
 
 impl<'a> Ask<'a> {
@@ -43,6 +45,7 @@ impl<'a> Ask<'a> {
             content_type: None,
             content: Content::None,
             from: 0,
+            sent: None,
         }
     }
 }
@@ -56,7 +59,27 @@ pub(super) enum Content<'a> {
     Stream {
         size: u64,
         open: &'a dyn Fn() -> io::Result<Box<dyn Read + Send>>,
+        /// Bytes at its begin that are not sent.
+        skipped: u64,
     },
+}
+
+impl Content<'_> {
+    /// The same without its first bytes.
+    pub(super) fn without(self, skipped: u64) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Bytes(bytes) => {
+                let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
+                Self::Bytes(bytes.get(skipped..).unwrap_or_default())
+            }
+            Self::Stream { size, open, .. } => Self::Stream {
+                size,
+                open,
+                skipped,
+            },
+        }
+    }
 }
 
 /// Why a request has no answer.
@@ -199,17 +222,27 @@ impl Registry {
         if ask.from > 0 {
             request = request.header("range", format!("bytes={}-", ask.from));
         }
-        let (size, open) = match ask.content {
+        if let Some((first, last)) = ask.sent {
+            request = request.header("content-range", format!("{first}-{last}"));
+        }
+        let (size, open, skipped) = match ask.content {
             Content::None => return Ok(self.agent.run(request.body(())?)?),
             Content::Bytes(bytes) => return Ok(self.agent.run(request.body(bytes)?)?),
-            Content::Stream { size, open } => (size, open),
+            Content::Stream {
+                size,
+                open,
+                skipped,
+            } => (size, open, skipped),
         };
+        let mut source = open().map_err(NotAnswered::Unread)?;
+        io::copy(&mut (&mut source).take(skipped), &mut io::sink()).map_err(NotAnswered::Unread)?;
+        let left = size.saturating_sub(skipped);
         let mut watched = Watched {
-            source: open().map_err(NotAnswered::Unread)?,
-            left: size,
+            source,
+            left,
             error: None,
         };
-        let request = request.header("content-length", size);
+        let request = request.header("content-length", left);
         let answer = self
             .agent
             .run(request.body(SendBody::from_reader(&mut watched))?);

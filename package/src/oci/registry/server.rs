@@ -1,7 +1,7 @@
 //! A small registry over HTTP for tests, which keeps blobs and manifests in memory and fails where it is told to.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +28,8 @@ pub(crate) enum Mood {
     More,
     /// The whole, whatever part is asked for.
     NoRanges,
+    /// So many bytes of what is sent are read, and the connection breaks; others are not lost.
+    Reads(usize),
 }
 
 /// A request.
@@ -64,6 +66,8 @@ struct Kept {
     knows_subjects: bool,
     /// Where uploads go instead of here.
     elsewhere: Option<String>,
+    /// What has come of uploads in pieces, by the path of each.
+    pieces: BTreeMap<String, Vec<u8>>,
     /// The answer to whatever is asked for.
     gives: Option<Vec<u8>>,
 }
@@ -145,7 +149,8 @@ impl Server {
 }
 
 fn serve(stream: &TcpStream, kept: &Mutex<Kept>, moods: &Mutex<Arc<Moods>>) {
-    while let Some(asked) = read_request(stream) {
+    let mut reader = BufReader::new(stream);
+    while let Some(mut asked) = read_head(&mut reader) {
         let nth = {
             let mut kept = kept.lock().unwrap();
             kept.asked.push(asked.clone());
@@ -153,6 +158,15 @@ fn serve(stream: &TcpStream, kept: &Mutex<Kept>, moods: &Mutex<Arc<Moods>>) {
         };
         let moods = Arc::clone(&moods.lock().unwrap());
         let mood = moods(&asked, nth);
+        let length = asked.headers.get("content-length");
+        let mut length = length.map_or(0, |it| it.parse().unwrap());
+        if let Mood::Reads(bytes) = mood {
+            length = length.min(bytes);
+        }
+        asked.body = vec![0; length];
+        if reader.read_exact(&mut asked.body).is_err() {
+            return;
+        }
         // A client that has gone away is not this server's matter.
         if reply(stream, &asked, mood, kept).is_none() {
             return;
@@ -160,8 +174,8 @@ fn serve(stream: &TcpStream, kept: &Mutex<Kept>, moods: &Mutex<Arc<Moods>>) {
     }
 }
 
-fn read_request(stream: &TcpStream) -> Option<Asked> {
-    let mut reader = BufReader::new(stream);
+/// A request without its body.
+fn read_head(reader: &mut impl BufRead) -> Option<Asked> {
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
     let mut words = line.split_whitespace();
@@ -175,14 +189,11 @@ fn read_request(stream: &TcpStream) -> Option<Asked> {
         };
         headers.insert(name.to_lowercase(), value.trim().to_owned());
     }
-    let length = headers.get("content-length");
-    let mut body = vec![0; length.map_or(0, |it| it.parse().unwrap())];
-    reader.read_exact(&mut body).ok()?;
     Some(Asked {
         method,
         path,
         headers,
-        body,
+        body: Vec::new(),
     })
 }
 
@@ -204,6 +215,9 @@ fn reply(stream: &TcpStream, asked: &Asked, mood: Mood, kept: &Mutex<Kept>) -> O
         return None;
     }
     let (status, mut headers, mut body) = good_answer(asked, &mut kept.lock().unwrap());
+    if matches!(mood, Mood::Reads(_)) {
+        return None;
+    }
     let from = match mood {
         Mood::NoRanges => 0,
         _ => asked.from().min(body.len()),
@@ -276,16 +290,36 @@ fn good_answer(asked: &Asked, kept: &mut Kept) -> (&'static str, String, Vec<u8>
                     return ("201 Created", String::new(), Vec::new());
                 }
             }
+            kept.pieces.remove(&format!("{path}1"));
             let place = kept.elsewhere.clone().unwrap_or_default() + path + "1";
             let headers = format!("location: {place}\r\n");
             ("202 Accepted", headers, Vec::new())
         }
+        "PATCH" => {
+            let piece = kept.pieces.entry(path.to_owned()).or_default();
+            let range = &asked.headers["content-range"];
+            if !range.starts_with(&format!("{}-", piece.len())) {
+                return ("416 Range Not Satisfiable", String::new(), Vec::new());
+            }
+            piece.extend_from_slice(&asked.body);
+            ("202 Accepted", format!("location: {path}\r\n"), Vec::new())
+        }
+        "GET" if is_upload => match kept.pieces.get(path) {
+            None => none(),
+            Some(piece) => {
+                let last = piece.len().saturating_sub(1);
+                let headers = format!("location: {path}\r\nrange: 0-{last}\r\n");
+                ("204 No Content", headers, Vec::new())
+            }
+        },
         "PUT" if is_upload => {
             let digest = query.trim_start_matches("digest=").replace("%3A", ":");
-            if digest != digest_of(&asked.body) {
+            let mut blob = kept.pieces.remove(path).unwrap_or_default();
+            blob.extend_from_slice(&asked.body);
+            if digest != digest_of(&blob) {
                 return ("400 Bad Request", String::new(), b"DIGEST_INVALID".to_vec());
             }
-            kept.blobs.insert(digest, asked.body.clone());
+            kept.blobs.insert(digest, blob);
             ("201 Created", String::new(), Vec::new())
         }
         "PUT" => {

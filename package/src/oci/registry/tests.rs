@@ -1,6 +1,7 @@
 //! Registries that are busy, break off, lie, stall and forget, by a small one over HTTP.
 
 use std::fs;
+use std::io::{self, Cursor, Read};
 use std::path::Path;
 use std::time::Duration;
 
@@ -200,6 +201,64 @@ fn what_breaks_off_goes_on_where_it_was() {
     server.is_in(|_, _| Mood::Cut(1));
     assert!(get().unwrap_err().is_passing());
     assert_eq!(server.asked().len(), 4);
+}
+
+#[test]
+fn an_upload_that_breaks_off_goes_on_where_it_was() {
+    const CUT: usize = 700_000;
+    let blob = noise(3 << 20);
+    let digest = digest_of(&blob);
+    let server = Server::start();
+    let open = || -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(Cursor::new(blob.clone()))) };
+    let put = || {
+        server.forget_everything();
+        registry(&server, PATIENCE, None).put_streamed(&Streamed {
+            digest: &digest,
+            size: blob.len() as u64,
+            repositories: &[],
+            open: &open,
+        })
+    };
+    let ranges = || {
+        let asked = server.asked().into_iter();
+        let ranges = asked.filter_map(|it| it.headers.get("content-range").cloned());
+        ranges.collect::<Vec<_>>()
+    };
+    let brings_some = |asked: &Asked| {
+        asked
+            .headers
+            .get("content-length")
+            .is_some_and(|it| it != "0")
+    };
+    // Each request brings some more: more of them than those that may get nowhere.
+    server.is_in(move |asked, _| match brings_some(asked) {
+        true => Mood::Reads(CUT),
+        false => Mood::Good,
+    });
+    put().unwrap();
+    assert!(server.blob(&digest) == Some(blob.clone()));
+    let wanted: Vec<_> = (0..5)
+        .map(|nth| format!("{}-{}", nth * CUT, blob.len() - 1))
+        .collect();
+    assert_eq!(ranges(), wanted);
+    // Docker's registry has forgotten the upload then; another says what cannot be.
+    let impossible = Mood::Status("204 No Content", "range: 0-99999999\r\n");
+    for answer in [Mood::Status("404 Not Found", ""), impossible, BROKEN] {
+        server.is_in(move |asked, nth| match asked.method.as_str() {
+            "GET" if nth < 8 => answer,
+            _ if brings_some(asked) && nth < 6 => Mood::Reads(CUT),
+            _ => Mood::Good,
+        });
+        put().unwrap();
+        assert!(server.blob(&digest) == Some(blob.clone()), "{answer:?}");
+    }
+    // What brings nothing ends.
+    server.is_in(move |asked, _| match brings_some(asked) {
+        true => Mood::Reads(100),
+        false => Mood::Good,
+    });
+    assert!(put().unwrap_err().is_passing());
+    assert_eq!(ranges().len(), 3);
 }
 
 #[test]

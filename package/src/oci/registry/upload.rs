@@ -1,13 +1,20 @@
 //! A blob on its way into a registry.
 //!
 //! ```text
-//!  POST /v2/<name>/blobs/uploads/?mount=<digest>&from=<repository>   201: it has been there; 202: as below
-//!  POST /v2/<name>/blobs/uploads/                                    202, Location: where to put it
-//!  PUT  <location>?digest=<digest>                                   201
+//!  POST  /v2/<name>/blobs/uploads/?mount=<digest>&from=<repository>   201: it has been there; 202: as below
+//!  POST  /v2/<name>/blobs/uploads/                                    202, Location: where to put it
+//!  PUT   <location>?digest=<digest>                                   201
+//!
+//!  and when that has broken off:
+//!  POST  /v2/<name>/blobs/uploads/                                    202, Location
+//!  PATCH <location>, Content-Range: 0-<last>                          broken off again ──┐
+//!  GET   <location>                                                   204, Location, Range: 0-<last that it has>
+//!  PATCH <location>, Content-Range: <next>-<last>                     202, Location    <─┘
+//!  PUT   <location>?digest=<digest>                                   201
 //! ```
 //!
-//! What breaks off begins anew: registries differ in how they tell what they have of an upload, and all take one that
-//! comes in one piece.
+//! All registries take a blob that comes in one piece, so that is tried first. Not all can tell what they have of one
+//! that broke off: Docker's (2.8) takes no further piece of it, and the blob begins anew.
 
 use std::io::{self, Read};
 
@@ -23,6 +30,8 @@ use crate::oci::blobs::{Blobs as _, check_digest};
 use crate::oci::reference::is_repository;
 
 const TAKE_BLOB: &str = "take a blob";
+const BYTES: &str = "application/octet-stream";
+const FORGOTTEN: &str = "it has forgotten the upload";
 
 /// A blob that is read while it is sent.
 pub(crate) struct Streamed<'a> {
@@ -37,6 +46,21 @@ pub(crate) struct Streamed<'a> {
 
 /// Repositories that a registry is asked about, for one blob.
 const MOST_REPOSITORIES: usize = 3;
+
+/// What is sent again in one piece.
+const SMALL: u64 = 1 << 20;
+
+/// Where an upload goes on.
+#[derive(Default)]
+enum Place {
+    /// It begins.
+    #[default]
+    Nowhere,
+    /// The registry waits for it there, and has nothing of it.
+    Begun(String),
+    /// A piece for there has broken off.
+    Broken(String),
+}
 
 /// Where an upload goes to.
 enum Begun {
@@ -60,11 +84,11 @@ impl Registry {
         let own = &self.reference.name;
         let others = blob.repositories.iter();
         let others = others.filter(|it| *it != own && is_repository(it));
-        let mut begun = None;
+        let mut place = Place::Nowhere;
         for repository in others.take(MOST_REPOSITORIES) {
             match self.mount(blob.digest, repository)? {
                 Begun::Mounted => return Ok(Came::Mounted),
-                Begun::At(location) => begun = Some(location),
+                Begun::At(location) => place = Place::Begun(location),
                 // It is sent the blob, whatever its reason is; one that takes nothing says so then.
                 Begun::Later(_) | Begun::Refused(_) => {}
             }
@@ -72,27 +96,37 @@ impl Registry {
         let content = Content::Stream {
             size: blob.size,
             open: blob.open,
+            skipped: 0,
         };
-        self.upload_patiently(blob.digest, blob.size, &content, begun)?;
+        self.upload_patiently(blob.digest, blob.size, content, place)?;
         Ok(Came::Sent)
     }
 
     /// Puts a blob there that is in memory.
     pub(super) fn put_bytes(&self, digest: &str, bytes: &[u8]) -> Result<(), PackageError> {
         check_digest(digest)?;
-        self.upload_patiently(digest, bytes.len() as u64, &Content::Bytes(bytes), None)
+        let content = Content::Bytes(bytes);
+        self.upload_patiently(digest, bytes.len() as u64, content, Place::Nowhere)
     }
 
-    /// `begun`: where the registry waits for it already.
     fn upload_patiently(
         &self,
         digest: &str,
         size: u64,
-        content: &Content<'_>,
-        mut begun: Option<String>,
+        content: Content<'_>,
+        mut place: Place,
     ) -> Result<(), PackageError> {
         let mut attempts = Attempts::new(self.patience);
-        while let Some(trouble) = self.upload(digest, content, begun.take())? {
+        let mut is_first = true;
+        loop {
+            let trouble = match is_first || size < SMALL {
+                true => self.put_whole(digest, content, &mut place)?,
+                false => self.go_on_with(digest, size, content, &mut place, &mut attempts)?,
+            };
+            let Some(trouble) = trouble else {
+                return Ok(());
+            };
+            is_first = false;
             if !attempts.wait(trouble.wait) {
                 return Err(self.failed(TAKE_BLOB, trouble));
             }
@@ -101,7 +135,6 @@ impl Registry {
                 return Ok(());
             }
         }
-        Ok(())
     }
 
     /// Asks the registry to take the blob from another of its repositories.
@@ -132,38 +165,141 @@ impl Registry {
             StatusCode::ACCEPTED => {}
             _ => return Ok(Begun::Refused(Box::new(answer))),
         }
-        let location = header(&answer, "location").unwrap_or_default();
-        Ok(match location.as_str() {
-            path if path.starts_with('/') => Begun::At(format!("{}{path}", self.origin)),
-            url if url.contains("://") => Begun::At(url.to_owned()),
-            _ => Begun::Later(Trouble::new("it names no place for the blob")),
+        Ok(match self.place_in(&answer) {
+            Some(location) => Begun::At(location),
+            None => Begun::Later(Trouble::new("it names no place for the blob")),
         })
     }
 
-    /// A trouble: the upload has to begin anew, because what the registry has of it is not known.
-    fn upload(
+    /// The place that an answer names for what comes next.
+    fn place_in(&self, answer: &Response<Body>) -> Option<String> {
+        let location = header(answer, "location")?;
+        match location.as_str() {
+            path if path.starts_with('/') => Some(format!("{}{path}", self.origin)),
+            url if url.contains("://") => Some(location),
+            _ => None,
+        }
+    }
+
+    /// A place for the blob.
+    fn begun(&self, place: &mut Place) -> Result<Begun, PackageError> {
+        if let Place::Begun(location) = std::mem::take(place) {
+            return Ok(Begun::At(location));
+        }
+        match self.begin(&format!("{}/blobs/uploads/", self.base))? {
+            Begun::Refused(answer) => {
+                Err(self.unexpected(TAKE_BLOB, "repository of this name", *answer))
+            }
+            begun => Ok(begun),
+        }
+    }
+
+    /// Puts it there in one piece. A trouble: it has to begin anew, because what the registry has of it is not known.
+    fn put_whole(
         &self,
         digest: &str,
-        content: &Content<'_>,
-        begun: Option<String>,
+        content: Content<'_>,
+        place: &mut Place,
     ) -> Result<Option<Trouble>, PackageError> {
-        let begun = match begun {
-            Some(location) => Begun::At(location),
-            None => self.begin(&format!("{}/blobs/uploads/", self.base))?,
-        };
-        let location = match begun {
-            Begun::At(location) => location,
-            Begun::Later(trouble) => return Ok(Some(trouble)),
-            Begun::Mounted => return Ok(None),
-            Begun::Refused(answer) => {
-                return Err(self.unexpected(TAKE_BLOB, "repository of this name", *answer));
+        match self.begun(place)? {
+            Begun::At(location) => self.put_last(digest, content, &location),
+            Begun::Later(trouble) => Ok(Some(trouble)),
+            Begun::Mounted | Begun::Refused(_) => Ok(None),
+        }
+    }
+
+    /// Puts it there from where it broke off on. A trouble: `place` says where it goes on.
+    fn go_on_with(
+        &self,
+        digest: &str,
+        size: u64,
+        content: Content<'_>,
+        place: &mut Place,
+        attempts: &mut Attempts,
+    ) -> Result<Option<Trouble>, PackageError> {
+        let mut reached = None;
+        if let Place::Broken(location) = place {
+            match self.reached(location, size)? {
+                Ok(there) => reached = there,
+                Err(trouble) => return Ok(Some(trouble)),
             }
+            *place = Place::Nowhere;
+        }
+        let (mut location, from) = match reached {
+            Some(reached) => reached,
+            None => match self.begun(place)? {
+                Begun::At(location) => (location, 0),
+                Begun::Later(trouble) => return Ok(Some(trouble)),
+                Begun::Mounted | Begun::Refused(_) => return Ok(None),
+            },
         };
+        attempts.reached(from);
+        if from < size {
+            let patch = Ask {
+                content_type: Some(BYTES),
+                content: content.without(from),
+                sent: Some((from, size - 1)),
+                ..Ask::new(Method::PATCH, &location)
+            };
+            let answer = match self.attempt(TAKE_BLOB, &patch)? {
+                Attempt::Answer(answer) => answer,
+                Attempt::Later(trouble) => {
+                    *place = Place::Broken(location);
+                    return Ok(Some(trouble));
+                }
+            };
+            match answer.status() {
+                StatusCode::ACCEPTED => {}
+                StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE => {
+                    return Ok(Some(Trouble::new(FORGOTTEN)));
+                }
+                _ => return Err(self.unexpected(TAKE_BLOB, "upload of this name", answer)),
+            }
+            location = self.place_in(&answer).unwrap_or(location);
+        }
+        let trouble = self.put_last(digest, Content::Bytes(&[]), &location)?;
+        if trouble.is_some() {
+            *place = Place::Broken(location);
+        }
+        Ok(trouble)
+    }
+
+    /// Where an upload goes on, and what the registry has of it; none: it does not say. An error: for now.
+    fn reached(
+        &self,
+        location: &str,
+        size: u64,
+    ) -> Result<Result<Option<(String, u64)>, Trouble>, PackageError> {
+        let answer = match self.attempt(TAKE_BLOB, &Ask::new(Method::GET, location))? {
+            Attempt::Answer(answer) => answer,
+            Attempt::Later(trouble) => return Ok(Err(trouble)),
+        };
+        let range = header(&answer, "range").unwrap_or_default();
+        let last = range.strip_prefix("bytes=").unwrap_or(&range);
+        let last = last.strip_prefix("0-").and_then(|it| it.parse().ok());
+        // "0-0" is said of nothing, too.
+        let last = last.filter(|last: &u64| (1..size).contains(last));
+        Ok(Ok(match (answer.status(), last) {
+            (StatusCode::NO_CONTENT, Some(last)) => {
+                let next = self.place_in(&answer);
+                Some((next.unwrap_or_else(|| location.to_owned()), last + 1))
+            }
+            _ => None,
+        }))
+    }
+
+    /// The request that ends an upload.
+    fn put_last(
+        &self,
+        digest: &str,
+        content: Content<'_>,
+        location: &str,
+    ) -> Result<Option<Trouble>, PackageError> {
         let separator = if location.contains('?') { '&' } else { '?' };
         let url = format!("{location}{separator}digest={}", digest.replace(':', "%3A"));
         let put = Ask {
-            content_type: Some("application/octet-stream"),
-            content: *content,
+            content_type: Some(BYTES),
+            content,
             ..Ask::new(Method::PUT, &url)
         };
         match self.attempt(TAKE_BLOB, &put)? {
@@ -171,7 +307,7 @@ impl Registry {
             Attempt::Answer(answer) => match answer.status() {
                 StatusCode::CREATED => Ok(None),
                 StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE => {
-                    Ok(Some(Trouble::new("it has forgotten the upload")))
+                    Ok(Some(Trouble::new(FORGOTTEN)))
                 }
                 _ => Err(self.unexpected(TAKE_BLOB, "upload of this name", answer)),
             },
