@@ -324,6 +324,8 @@ impl<'e> Writing<'e> {
     fn split_name(&mut self) -> bool {
         let room = match self.entry.style.format {
             Format::V7 | Format::Gnu => return false,
+            // Its fields lie where others have a prefix.
+            _ if self.entry.style.is_sparse_of_gnu => return false,
             Format::Star => 131,
             // Go takes it for a prefix when it is none of GNU's times.
             Format::GnuWithPrefix
@@ -466,7 +468,6 @@ impl<'e> Writing<'e> {
         put(&mut block, 345, &self.prefix);
         let mut extension = None;
         if self.type_flag == b'S' {
-            // Its fields lie where others have a prefix.
             put(&mut block, 257, b"ustar  \0");
             let Kind::File(len) = entry.kind else {
                 unreachable!("only files are sparse")

@@ -11,6 +11,7 @@ use containerd_client::types::Mount;
 use data_encoding::HEXLOWER;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::SFlag;
 use sha2::{Digest as _, Sha256};
 use transship_testbed::Node;
 
@@ -27,6 +28,12 @@ pub(super) struct Seen {
     /// A hash of the data, or the text of a symlink.
     content: String,
     xattrs: BTreeMap<String, Vec<u8>>,
+}
+
+impl Seen {
+    pub(super) fn is_directory(&self) -> bool {
+        SFlag::from_bits_truncate(self.mode) & SFlag::S_IFMT == SFlag::S_IFDIR
+    }
 }
 
 pub(super) type Tree = BTreeMap<String, Seen>;

@@ -49,13 +49,6 @@ pub(super) struct Entry {
     pub(super) fault: Option<Fault>,
 }
 
-impl Entry {
-    /// Neither a directory nor a deletion.
-    pub(super) fn is_file(&self) -> bool {
-        !matches!(self.kind, Kind::Directory | Kind::Whiteout | Kind::Opaque)
-    }
-}
-
 /// A layer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Layer {
