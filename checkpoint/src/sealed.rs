@@ -9,17 +9,21 @@
 //!                   "head": a manifest without files, images and options }
 //!   sealed.age    the package, encrypted by age; docs/format.md
 //!
-//! <opened>/<digest of sealed.age>/files/<name>/   the same opened: in memory, as long as somebody needs it
+//! <opened>/<key>/files/<name>/   the same opened: in memory, as long as somebody needs it; the key is a digest of the
+//!                                package's digest and the name
 //! ```
 //!
-//! The head is what is listed, counted and pruned by. Whoever opens the package compares it with the manifest in there,
+//! The head is what is listed, counted and pruned by. Its name is the one that the checkpoint has here; the package may
+//! have been made under another one. Whoever opens the package compares it with the manifest in there,
 //! so that neither can be that of another checkpoint.
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::manifest::{
     Container, FORMAT_VERSION, File, Format, Manifest, ManifestError, Shared, Source,
 };
+use crate::store::hex;
 
 /// The file that makes a directory a sealed checkpoint.
 pub const SEALED_FILE: &str = "sealed.json";
@@ -33,7 +37,7 @@ pub struct Sealed {
     pub format: Format,
     /// The encrypted package.
     pub package: File,
-    /// SHA-256 of the manifest in it, lower-case hexadecimal.
+    /// SHA-256 of the manifest in it, under the name that is in the head, lower-case hexadecimal.
     pub manifest: String,
     /// Bytes of all its files when it is opened.
     pub bytes: u64,
@@ -116,6 +120,13 @@ impl Sealed {
                 name: sealed.package.path,
             }),
         }
+    }
+
+    /// The name of the directory in memory where it is opened.
+    #[must_use]
+    pub fn opened_key(&self) -> String {
+        let named = format!("{} {}", self.package.sha256, self.head.name);
+        hex(&Sha256::digest(named))
     }
 
     /// It as JSON.

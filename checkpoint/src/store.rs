@@ -4,30 +4,31 @@
 //! <root>/<name>/             a checkpoint: whole, because it got its name by rename
 //! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
 //! <root>/.pulls/             drafts that a registry has not given all of; see package/src/oci/partial.rs
-//! <opened>/<digest>/files/   a store in memory, with a checkpoint of this one that lies sealed; see sealed.rs
+//! <opened>/<key>/files/      a store in memory, with a checkpoint of this one that lies sealed; see sealed.rs
 //! ```
 //!
 //! A draft that nobody holds a lock on was left by a process that died; the next draft removes it. So is
 //! a checkpoint that is being removed. `<root>` itself is locked while names in it change, so that
 //! nobody meets a directory that its maker has not locked yet.
 
-use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+mod checkpoint;
+mod draft;
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use sha2::{Digest, Sha256};
 use transship_path_error::{During as _, PathError};
 
+pub use self::checkpoint::{Checkpoint, digest_files, list_files};
+pub use self::draft::{Draft, Durability};
 use crate::annotations::is_of_migration;
-use crate::beneath::{Links, open_regular, read_regular, require_directory};
-use crate::manifest::{
-    self, LINKED_PREFIX, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name,
-};
+use crate::beneath::{Links, open_regular};
+use crate::manifest::{MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
 use crate::sealed::{SEALED_FILE, Sealed};
 
 /// Where checkpoints are kept unless somebody says otherwise.
@@ -37,8 +38,6 @@ pub const DEFAULT_OPENED: &str = "/run/transship/opened";
 /// The store of an opened checkpoint, in its directory.
 pub const OPENED_FILES: &str = "files";
 const DRAFT_PREFIX: &str = ".new-";
-/// Longest spec that is read, in bytes.
-const SPEC_LIMIT: u64 = 16 << 20;
 
 /// A failure of the checkpoint directory.
 #[derive(Debug, thiserror::Error)]
@@ -101,37 +100,6 @@ pub struct Store {
 
 /// A checkpoint's name, and the checkpoint or why it cannot be read.
 pub type Listed = (String, Result<Checkpoint, StoreError>);
-
-/// A whole checkpoint.
-#[derive(Debug, Clone)]
-pub struct Checkpoint {
-    /// Its directory.
-    pub dir: PathBuf,
-    /// Its manifest; of one that is sealed, what of it is in clear.
-    pub manifest: Manifest,
-    /// That it is sealed.
-    pub sealed: Option<Box<Sealed>>,
-}
-
-/// A checkpoint in the making; removed when it is dropped without [`Draft::commit`].
-#[derive(Debug)]
-pub struct Draft {
-    dir: PathBuf,
-    target: PathBuf,
-    name: String,
-    // Shows other processes that the draft has a maker.
-    _lock: Flock<File>,
-    committed: bool,
-}
-
-/// Whether a checkpoint has to survive a power failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
-    /// Everything is on the disk before the checkpoint gets its name.
-    Synced,
-    /// The checkpoint lives for one migration only.
-    Ephemeral,
-}
 
 impl Store {
     /// The store at `root`, which is made when the first checkpoint is.
@@ -212,7 +180,7 @@ impl Store {
 
     /// Where this sealed checkpoint is opened, if it is.
     fn opened_store(&self, sealed: &Sealed) -> Option<Self> {
-        let dir = self.opened.as_ref()?.join(&sealed.package.sha256);
+        let dir = self.opened.as_ref()?.join(sealed.opened_key());
         Some(Self::at(dir.join(OPENED_FILES)))
     }
 
@@ -222,7 +190,8 @@ impl Store {
         Some(Self::at(opened.join(name).join(OPENED_FILES)))
     }
 
-    /// Finds the checkpoint called `name`, also that of a migration that arrives in memory; of one that is sealed what is in clear.
+    /// Finds the checkpoint called `name`, also that of a migration that arrives in memory; of one that is sealed what
+    /// is in clear.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], or a manifest that cannot be read.
@@ -491,287 +460,6 @@ fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
     Ok(Flock::lock(file, how)
         .map_err(|(_, errno)| errno)
         .during("lock", dir)?)
-}
-
-impl Draft {
-    /// Where the files go.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// The name that the checkpoint will have.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Writes the manifest and gives the checkpoint its name.
-    ///
-    /// # Errors
-    /// A failing system call; the draft is gone then.
-    pub fn commit(
-        self,
-        manifest: Manifest,
-        durability: Durability,
-    ) -> Result<Checkpoint, StoreError> {
-        let json = manifest.to_json();
-        self.commit_as(manifest, &json, durability)
-    }
-
-    /// The same with the manifest's bytes as they came, which a signature is of.
-    ///
-    /// # Errors
-    /// A failing system call; the draft is gone then.
-    pub fn commit_as(
-        self,
-        manifest: Manifest,
-        json: &[u8],
-        durability: Durability,
-    ) -> Result<Checkpoint, StoreError> {
-        let dir = self.appear(MANIFEST_FILE, json, durability)?;
-        Ok(Checkpoint {
-            dir,
-            manifest,
-            sealed: None,
-        })
-    }
-
-    /// Makes a sealed checkpoint of the package in it.
-    ///
-    /// # Errors
-    /// A failing system call; the draft is gone then.
-    pub fn commit_sealed(self, sealed: Sealed) -> Result<Checkpoint, StoreError> {
-        let dir = self.appear(SEALED_FILE, &sealed.to_json(), Durability::Synced)?;
-        Ok(Checkpoint {
-            dir,
-            manifest: sealed.head.clone(),
-            sealed: Some(Box::new(sealed)),
-        })
-    }
-
-    /// Writes the last file, and gives the directory its name.
-    fn appear(
-        mut self,
-        last: &str,
-        json: &[u8],
-        durability: Durability,
-    ) -> Result<PathBuf, StoreError> {
-        let path = self.dir.join(last);
-        let mut open = OpenOptions::new();
-        open.write(true).create_new(true).mode(0o600);
-        open.open(&path)
-            .and_then(|mut file| file.write_all(json))
-            .during("write", &path)?;
-        if durability == Durability::Synced {
-            let dir = File::open(&self.dir).during("open", &self.dir)?;
-            nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
-        }
-        fs::rename(&self.dir, &self.target).during("rename", &self.dir)?;
-        self.committed = true;
-        if durability == Durability::Synced {
-            let root = self.target.parent().unwrap_or(Path::new("/"));
-            File::open(root)
-                .and_then(|dir| dir.sync_all())
-                .during("sync", root)?;
-        }
-        Ok(self.target.clone())
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if !self.committed {
-            // A dump that was cut off may make one more file meanwhile. What cannot be removed now is
-            // removed by the next draft.
-            let gone = |_| fs::remove_dir_all(&self.dir).is_ok();
-            let _ = (0..3).any(gone);
-        }
-    }
-}
-
-impl Checkpoint {
-    /// Bytes that its files take.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        match &self.sealed {
-            Some(sealed) => sealed.package.size,
-            None => self.manifest.size(),
-        }
-    }
-
-    /// Whether a restore has links to its images, which it locks as long as it needs them.
-    #[must_use]
-    pub fn is_being_restored(&self) -> bool {
-        let containers = self.manifest.containers.iter();
-        containers
-            .filter_map(|container| fs::read_dir(self.container_dir(container)).ok())
-            .flatten()
-            .flatten()
-            .filter(|entry| {
-                let name = entry.file_name();
-                name.to_string_lossy().starts_with(LINKED_PREFIX)
-            })
-            .any(|entry| {
-                let Ok(dir) = File::open(entry.path()) else {
-                    return false;
-                };
-                Flock::lock(dir, FlockArg::LockSharedNonblock).is_err()
-            })
-    }
-
-    /// Keeps it from being removed until the lock is dropped.
-    ///
-    /// # Errors
-    /// It is gone, or is being removed.
-    pub fn lock_for_reading(&self) -> Result<Flock<File>, StoreError> {
-        lock(&self.dir, FlockArg::LockSharedNonblock)
-    }
-
-    /// Directory of one container.
-    #[must_use]
-    pub fn container_dir(&self, container: &manifest::Container) -> PathBuf {
-        self.dir.join(&container.name)
-    }
-
-    /// Opens a file in one of its directories: a regular one, to which no link leads.
-    ///
-    /// # Errors
-    /// It is none, or a system call failed.
-    pub fn open_file(&self, directory: &str, file: &str) -> Result<File, StoreError> {
-        let path = Path::new(directory).join(file);
-        let opened = open_regular(&self.dir, &path, Links::Refused);
-        Ok(opened.during("open", self.dir.join(path))?)
-    }
-
-    /// The spec that a container was dumped with, as it is in its directory.
-    ///
-    /// # Errors
-    /// See [`Self::open_file`]; or it is longer than any spec.
-    pub fn read_spec(&self, container: &manifest::Container) -> Result<Vec<u8>, StoreError> {
-        let path = Path::new(&container.name).join(manifest::SPEC_FILE);
-        let json = read_regular(&self.dir, &path, Links::Refused, SPEC_LIMIT);
-        Ok(json.during("read", self.dir.join(path))?)
-    }
-
-    /// Compares the lengths of a container's files with the manifest, which takes no time. CRIU
-    /// 4.2 reads for ever from a file of pages that is cut off.
-    ///
-    /// # Errors
-    /// [`StoreError::Damaged`] names the first that differs; or a link leads to one.
-    pub fn check_lengths(&self, container: &manifest::Container) -> Result<(), StoreError> {
-        let dir = self.container_dir(container);
-        let images = Path::new(&container.name).join(manifest::IMAGES_DIR);
-        require_directory(&self.dir, &images).during("open", self.dir.join(images))?;
-        for file in &container.files {
-            let path = dir.join(&file.path);
-            let opened = self.open_file(&container.name, &file.path)?;
-            let length = opened.metadata().during("stat", &path)?.len();
-            if length != file.size {
-                let what = format!("it has {length} bytes, and {} in the manifest", file.size);
-                return Err(StoreError::Damaged { path, what });
-            }
-        }
-        Ok(())
-    }
-
-    /// Compares every file with the manifest.
-    ///
-    /// # Errors
-    /// [`StoreError::Damaged`] names the first file that is missing, more, or different.
-    pub fn verify(&self) -> Result<(), StoreError> {
-        for (name, files) in self.manifest.directories() {
-            let dir = self.dir.join(name);
-            require_directory(&self.dir, Path::new(name)).during("open", &dir)?;
-            let found = list_files(&dir)?;
-            let damaged = |path: &str, what: &str| StoreError::Damaged {
-                path: dir.join(path),
-                what: what.to_owned(),
-            };
-            let mut known: BTreeMap<&str, &manifest::File> = files
-                .iter()
-                .map(|file| (file.path.as_str(), file))
-                .collect();
-            for path in &found {
-                let Some(file) = known.remove(path.as_str()) else {
-                    return Err(damaged(path, "the manifest does not know it"));
-                };
-                if digest_file(&dir, path)? != *file {
-                    return Err(damaged(path, "its digest differs from the manifest's"));
-                }
-            }
-            if let Some(path) = known.into_keys().next() {
-                return Err(damaged(path, "it is missing"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Digests of all regular files below `dir`, sorted by path.
-///
-/// # Errors
-/// A failing system call, or a file name that is not UTF-8 (CRIU and runc write none).
-pub fn digest_files(dir: &Path) -> Result<Vec<manifest::File>, StoreError> {
-    list_files(dir)?
-        .iter()
-        .map(|path| digest_file(dir, path))
-        .collect()
-}
-
-/// Paths of all regular files below `dir`, relative to it, sorted.
-///
-/// # Errors
-/// A failing system call, or a file name that is not UTF-8 (CRIU and runc write none).
-pub fn list_files(dir: &Path) -> Result<Vec<String>, StoreError> {
-    fn collect(dir: &Path, prefix: &str, into: &mut Vec<String>) -> Result<(), StoreError> {
-        for entry in fs::read_dir(dir).during("list", dir)? {
-            let entry = entry.during("list", dir)?;
-            let name = entry
-                .file_name()
-                .into_string()
-                .map_err(|name| StoreError::Damaged {
-                    path: dir.join(name),
-                    what: "its name is not UTF-8".to_owned(),
-                })?;
-            if name.starts_with(LINKED_PREFIX) {
-                continue;
-            }
-            let kind = entry.file_type().during("stat", entry.path())?;
-            if kind.is_dir() {
-                collect(&entry.path(), &format!("{prefix}{name}/"), into)?;
-            } else if kind.is_file() {
-                into.push(format!("{prefix}{name}"));
-            }
-        }
-        Ok(())
-    }
-    let mut paths = Vec::new();
-    collect(dir, "", &mut paths)?;
-    paths.sort_unstable();
-    Ok(paths)
-}
-
-fn digest_file(dir: &Path, path: &str) -> Result<manifest::File, StoreError> {
-    let full = dir.join(path);
-    let file = open_regular(dir, Path::new(path), Links::Refused);
-    let mut file = file.during("open", &full)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut size = 0;
-    loop {
-        let read = file.read(&mut buffer).during("read", &full)?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&buffer[..read]);
-        size += read as u64;
-    }
-    Ok(manifest::File {
-        path: path.to_owned(),
-        size,
-        sha256: hex(&hasher.finalize()),
-    })
 }
 
 /// Lower-case hexadecimal.

@@ -1,16 +1,35 @@
 //! A package as a checkpoint of this node. The archive of another engine names its image by digest: it becomes
 //! a checkpoint when this node has that image, whatever its name means here.
+//!
+//! What comes encrypted stays so (sealed.rs): with its keys it is only looked through, in memory.
 
-use std::io::Read;
+use std::io::{BufReader, Read};
 
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::{Checkpoint, Store};
 use transship_containerd::Containerd;
+use transship_package::PackageError;
+use transship_package::counted::Counted;
+use transship_package::encryption::{EncryptionError, is_encrypted};
 use transship_package::foreign::ForeignCheckpoint;
 use transship_package::import::{ImportOptions, Imported, import as read};
+use transship_package::oci::{Blobs, Offered};
 
 use crate::error::{Context as _, Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Progress, Silent};
+use crate::sealed::keep_sealed;
+
+/// Bytes of a package that are looked at before anything is made of it.
+const BEGIN: usize = 64 << 10;
+
+/// How what was encrypted lies on this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lies {
+    /// As it came.
+    Sealed,
+    /// As if it had never been encrypted: its memory comes onto the disk.
+    InClear,
+}
 
 /// A checkpoint that was read, and from where.
 #[derive(Debug)]
@@ -31,11 +50,23 @@ pub struct ReadPackage {
 pub async fn import(
     input: impl Read,
     store: &Store,
-    options: &ImportOptions,
+    (options, lies): (&ImportOptions, Lies),
     connect: impl AsyncFnOnce() -> Result<Containerd>,
     progress: &dyn Progress,
 ) -> Result<ReadPackage> {
     progress.bytes("import", 0);
+    let mut input = BufReader::with_capacity(BEGIN, input);
+    if lies == Lies::Sealed && is_encrypted(&mut input)? {
+        if options.identities.is_empty() {
+            return Err(PackageError::from(EncryptionError::NoIdentity).into());
+        }
+        let name = options.name.as_deref().unwrap_or("imported");
+        return Ok(ReadPackage {
+            checkpoint: keep_sealed(input, store, name, options, progress)?,
+            engine: None,
+            left_out: Vec::new(),
+        });
+    }
     match read(input, store, options, &mut *progress.counter())? {
         Imported::Checkpoint(checkpoint) => Ok(ReadPackage {
             checkpoint,
@@ -56,6 +87,65 @@ pub async fn import(
             })
         }
     }
+}
+
+/// Makes a checkpoint of what has the tag `tag` among blobs.
+///
+/// # Errors
+/// It is none, or cannot be had. Nothing of it is left then, but for what has come of one that is not encrypted when
+/// the blobs cannot be had for now: the next attempt goes on with it.
+pub fn import_blobs(
+    blobs: &dyn Blobs,
+    tag: &str,
+    store: &Store,
+    (options, lies): (&ImportOptions, Lies),
+    act: &str,
+    progress: &dyn Progress,
+) -> Result<Checkpoint> {
+    let offered = Offered::read(blobs, tag, &options.identities, Some(options))?;
+    let name = options.name.as_deref().unwrap_or(offered.name());
+    store.check_free(name)?;
+    let sealed = offered.is_encrypted() && lies == Lies::Sealed;
+    progress.bytes(
+        act,
+        match sealed {
+            true => offered.package_bytes(),
+            false => offered.bytes(),
+        },
+    );
+    take_offered(
+        &offered,
+        blobs,
+        store,
+        (options, lies),
+        &mut *progress.counter(),
+    )
+    .map_err(|error| {
+        let passing = error.cause::<PackageError>();
+        match passing.is_some_and(PackageError::is_passing) && !sealed {
+            true => error.hint("try again later: what has come is kept for a day"),
+            false => error,
+        }
+    })
+}
+
+/// Makes a checkpoint of one that is offered. `progress` gets the bytes that come.
+pub(crate) fn take_offered(
+    offered: &Offered,
+    blobs: &dyn Blobs,
+    store: &Store,
+    (options, lies): (&ImportOptions, Lies),
+    progress: &mut dyn FnMut(u64),
+) -> Result<Checkpoint> {
+    if !offered.is_encrypted() || lies == Lies::InClear {
+        return Ok(offered.restore(blobs, store, options, progress)?);
+    }
+    let package = Counted {
+        inner: offered.package(blobs),
+        progress,
+    };
+    let name = options.name.as_deref().unwrap_or(offered.name());
+    keep_sealed(package, store, name, options, &Silent)
 }
 
 /// This machine, as in `uname -m`.

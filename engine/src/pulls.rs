@@ -8,7 +8,6 @@
 //! One that fails is tried again when a call wants it again, and goes on with what has come.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
@@ -24,11 +23,10 @@ use transship_sandbox::wanted_image::{
 };
 
 use crate::error::{Context as _, Error, Result};
-use crate::import::architecture;
-use crate::progress::Silent;
+use crate::import::{Lies, architecture, take_offered};
 use crate::registry::{Reached, connect};
 use crate::retention::check_quota;
-use crate::sealed::{identities_of_node, keep_sealed};
+use crate::sealed::identities_of_node;
 
 /// How often is looked for new ones.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -150,8 +148,13 @@ fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {
         }
         None => {}
     }
-    check_quota(store, config, offered.bytes())?;
-    let (total, mut came, mut told) = (offered.bytes().max(1), 0_u64, 0);
+    let bytes = match offered.is_encrypted() {
+        // What came encrypted does not lie here in clear.
+        true => offered.package_bytes(),
+        false => offered.bytes(),
+    };
+    check_quota(store, config, bytes)?;
+    let (total, mut came, mut told) = (bytes.max(1), 0_u64, 0);
     let mut progress = |bytes: u64| {
         came = came.saturating_add(bytes);
         let percent = u8::try_from(came.saturating_mul(100) / total).unwrap_or(99);
@@ -163,34 +166,9 @@ fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {
             drop(image.set_state(&PullState::Pulling(percent)));
         }
     };
-    match offered.is_encrypted() {
-        // What came encrypted does not lie here in clear.
-        true => {
-            let package = Counted {
-                inner: offered.package(&registry),
-                progress: &mut progress,
-            };
-            keep_sealed(package, store, offered.name(), &options, &Silent)?;
-        }
-        false => {
-            offered.restore(&registry, store, &options, &mut progress)?;
-        }
-    }
+    let how = (&options, Lies::Sealed);
+    take_offered(&offered, &registry, store, how, &mut progress)?;
     Ok(pulled)
-}
-
-/// Tells the bytes that are read.
-struct Counted<'p, R> {
-    inner: R,
-    progress: &'p mut dyn FnMut(u64),
-}
-
-impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        (self.progress)(read as u64);
-        Ok(read)
-    }
 }
 
 /// Forgets what nobody has wanted for a week.

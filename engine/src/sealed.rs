@@ -9,20 +9,23 @@
 //! most.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
 use sha2::{Digest as _, Sha256};
 use transship_checkpoint::beneath::{Links, open_regular};
+use transship_checkpoint::hashed::{Hashed, Through};
 use transship_checkpoint::manifest;
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
 use transship_checkpoint::store::{Checkpoint, Draft, Store, StoreError, hex};
+use transship_package::PackageError;
 use transship_package::encryption::Identities;
 use transship_package::export::{ExportOptions, export};
 use transship_package::import::{ImportOptions, Imported, import};
 use transship_package::signature::TrustedKeys;
+use transship_path_error::During as _;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use transship_sandbox::opened::{Holds, InMemory};
 use transship_sandbox::wanted_image::manifest_digest;
@@ -96,7 +99,8 @@ pub fn open(
     { identities.check(package) }
         .with_context(|| format!("the checkpoint {name:?} cannot be opened"))?;
     let options = ImportOptions {
-        name: None,
+        // It may have another one in its package.
+        name: Some(sealed.head.name.clone()),
         name_without: String::new(),
         identities,
         // It has been taken in already.
@@ -128,7 +132,7 @@ fn memory_of(
     progress: &dyn Progress,
 ) -> Result<Memory> {
     let name = &sealed.head.name;
-    let memory = Memory::of_store(store, |opened| InMemory::of(opened, &sealed.package.sha256))?;
+    let memory = Memory::of_store(store, |opened| InMemory::of(opened, &sealed.opened_key()))?;
     let there = memory.dir();
     let filling = there.lock_to_fill()?;
     if there.store().find(name).is_err() {
@@ -164,7 +168,7 @@ fn fill(
         ));
     };
     io::copy(&mut package, &mut io::sink()).context("cannot read the sealed package")?;
-    let found = package.finish();
+    let found = package_file(package.finish().1);
     if checkpoint.manifest.name != sealed.head.name || found != sealed.package {
         // Nobody else may find it there.
         store.remove(&checkpoint.manifest.name)?;
@@ -233,10 +237,8 @@ impl Sealing {
             )
         };
         let prepare = || {
-            let bytes = room(bytes, "dumped")?;
-            let memory = Memory::of_store(store, InMemory::for_dump)?;
-            memory.dir().mount(bytes, Holds::Sealed)?;
-            Ok(memory)
+            room(bytes, "dumped")?;
+            mounted_for(store)
         };
         Ok(Self {
             memory: prepare().map_err(refused)?,
@@ -267,7 +269,7 @@ impl Sealing {
         let out = Hashed::new(BufWriter::with_capacity(1 << 20, file));
         let out = export(checkpoint, options, out, &mut *progress.counter())?;
         let digest = digest_of_manifest(checkpoint)?;
-        let sealed = Sealed::new(out.finish(), &checkpoint.manifest, digest);
+        let sealed = Sealed::new(package_file(out.finish().1), &checkpoint.manifest, digest);
         Ok(self.kept.commit_sealed(sealed)?)
     }
 }
@@ -286,34 +288,91 @@ fn digest_of_manifest(checkpoint: &Checkpoint) -> Result<String> {
     Ok(hex(&Sha256::digest(json)))
 }
 
-/// Keeps an encrypted package sealed, as it comes; it is opened once, to see that all of it is right.
+fn package_file(through: Through) -> manifest::File {
+    manifest::File {
+        path: PACKAGE_FILE.to_owned(),
+        size: through.size,
+        sha256: through.sha256,
+    }
+}
+
+/// Keeps an encrypted package sealed, as it comes; meanwhile it is opened in memory, to see that all of it is right.
+/// `name` is what it is called until its own name is known.
 ///
 /// # Errors
 /// Nothing of it is left then.
 pub(crate) fn keep_sealed(
-    mut package: impl Read,
+    package: impl Read,
     store: &Store,
     name: &str,
     options: &ImportOptions,
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
     let draft = store.draft(name)?;
-    let mut out = Hashed::new(new_package(&draft)?);
-    io::copy(&mut package, &mut out).map_err(transship_package::PackageError::reading)?;
-    let kept = out.finish();
-    let memory = Memory::of_store(store, |opened| InMemory::of(opened, &kept.sha256))?;
+    let memory = mounted_for(store).map_err(cannot_stay_sealed)?;
     let there = memory.dir();
-    let _filling = there.lock_to_fill()?;
-    there.mount(room(0, "opened")?, Holds::Sealed)?;
-    let file = File::open(draft.dir().join(PACKAGE_FILE)).context("cannot read what has come")?;
-    let imported = import(file, &there.store(), options, &mut *progress.counter())?;
+    let mut package = Kept {
+        package,
+        path: draft.dir().join(PACKAGE_FILE),
+        file: Hashed::new(new_package(&draft)?),
+    };
+    let imported = import(
+        &mut package,
+        &there.store(),
+        options,
+        &mut *progress.counter(),
+    );
+    let imported = match imported {
+        // What there is room for is memory here, and not the disk.
+        Err(PackageError::TooLarge { bytes, .. }) if bytes <= options.max_bytes => {
+            room(bytes, "opened").map_err(cannot_stay_sealed)?;
+            imported?
+        }
+        imported => imported?,
+    };
     let Imported::Checkpoint(checkpoint) = imported else {
         return Err(Error::failed(
             "what is encrypted is no checkpoint of transship",
         ));
     };
+    io::copy(&mut package, &mut io::sink()).map_err(PackageError::reading)?;
+    let kept = package_file(package.file.finish().1);
     let digest = digest_of_manifest(&checkpoint)?;
+    let draft = draft.renamed(store, &checkpoint.manifest.name)?;
     Ok(draft.commit_sealed(Sealed::new(kept, &checkpoint.manifest, digest))?)
+}
+
+/// A package that is written to a file while it is read.
+struct Kept<R> {
+    package: R,
+    path: PathBuf,
+    file: Hashed<File>,
+}
+
+impl<R: Read> Read for Kept<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.package.read(buffer)?;
+        let written = self.file.write_all(&buffer[..read]);
+        // Whoever reads takes it for a fault of the package.
+        let written = written.during("write", &self.path);
+        written.map_err(|error| io::Error::other(PackageError::from(error)))?;
+        Ok(read)
+    }
+}
+
+/// Memory that nobody else finds, half of what is available.
+fn mounted_for(store: &Store) -> Result<Memory> {
+    let memory = Memory::of_store(store, InMemory::for_dump)?;
+    memory.dir().mount(room(0, "opened")?, Holds::Sealed)?;
+    Ok(memory)
+}
+
+fn cannot_stay_sealed(error: Error) -> Error {
+    let message = format!(
+        "it is encrypted, and cannot be kept so here: {}",
+        error.one_line()
+    );
+    Error::refused(message).hint("--in-clear: it lies on the disk of this node in clear")
 }
 
 /// The keys that node.toml names; none when it names no file.
@@ -356,53 +415,6 @@ pub fn open_for_pod(store: &Store, name: &str, config: &Path) -> Result<()> {
     }
     open(store, name, identities, &crate::Silent)?.stay();
     Ok(())
-}
-
-/// Takes the digest and the length of what goes through it.
-struct Hashed<I> {
-    inner: I,
-    hasher: Sha256,
-    bytes: u64,
-}
-
-impl<I> Hashed<I> {
-    fn new(inner: I) -> Self {
-        Self {
-            inner,
-            hasher: Sha256::new(),
-            bytes: 0,
-        }
-    }
-
-    fn finish(self) -> manifest::File {
-        manifest::File {
-            path: PACKAGE_FILE.to_owned(),
-            size: self.bytes,
-            sha256: hex(&self.hasher.finalize()),
-        }
-    }
-}
-
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        self.bytes += read as u64;
-        Ok(read)
-    }
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }
 
 #[cfg(test)]

@@ -19,8 +19,10 @@ use age::stream::{StreamReader, StreamWriter};
 use age::{Decryptor, Encryptor, Identity, IdentityFile, Recipient};
 use transship_path_error::{During as _, PathError};
 
+use crate::error::PackageError;
+
 /// What an encrypted package begins with.
-pub(crate) const MAGIC: &[u8] = b"age-encryption.org/v1\n";
+const MAGIC: &[u8] = b"age-encryption.org/v1\n";
 /// Longest file of recipients that is read, in bytes.
 const RECIPIENTS_LIMIT: u64 = 1 << 20;
 
@@ -136,6 +138,17 @@ fn parse_recipient(text: &str) -> Option<Box<dyn Recipient + Send + Sync>> {
     }
     let recipient = text.parse::<age::ssh::Recipient>().ok()?;
     Some(Box::new(recipient))
+}
+
+/// Whether a package is encrypted; its first bytes stay in `input`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn is_encrypted(input: &mut impl BufRead) -> Result<bool, PackageError> {
+    // The first read of a pipe may give less; a short beginning is no such package.
+    let buffer = input.fill_buf().map_err(PackageError::reading)?;
+    let length = buffer.len().min(MAGIC.len());
+    Ok(length >= 4 && buffer[..length] == MAGIC[..length])
 }
 
 /// The keys of somebody who reads packages.

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read};
 
 use transship_layer::{Archive, Member, MemberKind, decompress};
 
-use crate::encryption::{self, Identities};
+use crate::encryption::{Identities, is_encrypted};
 use crate::error::PackageError;
 
 /// Bytes asked of the source at once.
@@ -28,7 +28,7 @@ impl<'a> OpenPackage<'a> {
         identities: &Identities,
     ) -> Result<Self, PackageError> {
         let mut input = BufReader::with_capacity(BUFFER, input);
-        let encrypted = begins_with(&mut input, encryption::MAGIC)?;
+        let encrypted = is_encrypted(&mut input)?;
         let plain: Box<dyn BufRead + 'a> = match encrypted {
             true => Box::new(BufReader::with_capacity(BUFFER, identities.decrypt(input)?)),
             false => Box::new(input),
@@ -116,12 +116,4 @@ impl<'a> OpenPackage<'a> {
     pub(crate) fn data(&mut self) -> &mut impl Read {
         &mut self.archive
     }
-}
-
-/// Whether `input` begins with these bytes, which stay in it.
-fn begins_with(input: &mut impl BufRead, magic: &[u8]) -> Result<bool, PackageError> {
-    // The first read of a pipe may give less; a short beginning is no such package.
-    let buffer = input.fill_buf().map_err(PackageError::reading)?;
-    let length = buffer.len().min(magic.len());
-    Ok(length > 0 && buffer[..length] == magic[..length] && length >= 4)
 }

@@ -2,7 +2,7 @@
 //! and a sealed checkpoint as long as it is opened; and for the files of a migration as long as it lasts.
 //!
 //! ```text
-//! /run/transship/opened/<key>/   the digest of a sealed package, dump-<pid>-<n>, or migration-<id>
+//! /run/transship/opened/<key>/   that of a sealed checkpoint (Sealed::opened_key), dump-<pid>-<n>, or migration-<id>
 //!     lock    flock: shared by who uses it, exclusive by who removes it
 //!     made    flock: by who fills it
 //!     files/  a tmpfs, 0700; a store of checkpoints. One that is sealed is never swapped out (noswap, Linux 6.4)
@@ -10,7 +10,7 @@
 //!
 //! A process that is killed leaves it mounted. Whoever makes the next one, `transship recover`, `transship serve`, and the
 //! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, and
-//! none reads them. The key has the digest of what was opened, so nobody meets another checkpoint of the same name.
+//! none reads them. The key is a digest of what was opened and its name, so nobody meets another checkpoint.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -126,7 +126,7 @@ fn only_who_has_the_key(node: &Node) -> anyhow::Result<()> {
     fails_with(node, &pull, 1, "--identity")?;
     let mut inside = node.shell(&format!(
         "transship pull {SECRET} --plain-http --name opened --identity /root/mine
-         transship inspect opened --verify >/dev/null; transship rm opened
+         transship inspect opened --verify --identity /root/mine >/dev/null; transship rm opened
          transship inspect {SECRET} --plain-http --identity /root/mine"
     ));
     let inside = inside.read()?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use transship_engine::import::Lies;
 use transship_package::DEFAULT_LEVEL;
 use transship_package::oci::{Reference, RegistryError};
 
@@ -105,7 +106,7 @@ pub(crate) struct ImportArgs {
     pub(crate) name: Option<String>,
     /// The keys for a package that is encrypted.
     #[command(flatten)]
-    pub(crate) keys: IdentityArgs,
+    pub(crate) keys: TakingArgs,
     /// Take it only with a signature of this public key of minisign; several times for several keys
     /// [default: those of node.toml]
     #[arg(long, value_name = "KEY")]
@@ -121,6 +122,26 @@ pub(crate) struct IdentityArgs {
     /// File with your identities of age, or your private key of ssh, for what is encrypted
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Vec<PathBuf>,
+}
+
+/// How what is encrypted is taken.
+#[derive(Debug, Args)]
+pub(crate) struct TakingArgs {
+    /// The keys.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
+    /// Keep what is encrypted on the disk of this node in clear [default: as it came]
+    #[arg(long, requires = "identity")]
+    in_clear: bool,
+}
+
+impl TakingArgs {
+    pub(crate) fn lies(&self) -> Lies {
+        match self.in_clear {
+            true => Lies::InClear,
+            false => Lies::Sealed,
+        }
+    }
 }
 
 /// `transship prune`
@@ -188,7 +209,7 @@ pub(crate) struct PullArgs {
     pub(crate) max_size: Option<u64>,
     /// The keys for one that is encrypted.
     #[command(flatten)]
-    pub(crate) keys: IdentityArgs,
+    pub(crate) keys: TakingArgs,
     /// How the registry is reached.
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
-use transship_engine::import::{architecture, import};
+use transship_engine::import::{architecture, import, import_blobs};
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Result};
 use transship_package::import::ImportOptions;
@@ -15,17 +15,19 @@ use transship_package::signature::TrustedKeys;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use super::inspect::identities;
-use super::pull::from_blobs;
 use super::{connect, print, store};
 use crate::args::{Global, ImportArgs};
 use crate::progress::Progress;
 
 /// What was read.
 #[derive(Serialize)]
-struct Done {
+pub(super) struct Done {
     name: String,
     directory: String,
     bytes: u64,
+    /// Bytes of its package, when it lies sealed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sealed_bytes: Option<u64>,
     /// Who had written the archive.
     #[serde(skip_serializing_if = "Option::is_none")]
     engine: Option<&'static str>,
@@ -35,11 +37,13 @@ struct Done {
 }
 
 impl Done {
-    fn of(checkpoint: &Checkpoint) -> Self {
+    pub(super) fn of(checkpoint: &Checkpoint) -> Self {
+        let sealed = checkpoint.sealed.as_deref();
         Self {
             name: checkpoint.manifest.name.clone(),
             directory: checkpoint.dir.display().to_string(),
-            bytes: checkpoint.manifest.size(),
+            bytes: sealed.map_or_else(|| checkpoint.manifest.size(), |it| it.bytes),
+            sealed_bytes: sealed.map(|it| it.package.size),
             engine: None,
             left_out: Vec::new(),
         }
@@ -56,11 +60,12 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
             stem => stem.trim_end_matches(".tar").replace(':', ""),
         },
         name: args.name,
-        identities: identities(&args.keys)?,
+        identities: identities(&args.keys.keys)?,
         trusted,
         max_bytes: args.max_size.unwrap_or(u64::MAX),
         architecture: architecture()?,
     };
+    let how = (&options, args.keys.lies());
     if args.file.is_dir() {
         let layout = Layout::open(&args.file)?;
         let tag = match args.tag {
@@ -68,7 +73,7 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
             None => only_tag(&layout, &args.file)?,
         };
         let progress = Progress::new(global.json);
-        let checkpoint = from_blobs(&layout, &tag, &options, "import", &progress)?;
+        let checkpoint = import_blobs(&layout, &tag, &store(), how, "import", &progress)?;
         drop(progress);
         let done = Done::of(&checkpoint);
         return print(global, &done, || text(&done));
@@ -82,7 +87,7 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
     };
     let progress = Progress::new(global.json);
     let connect = async || connect(global).await;
-    let read = import(input, &store(), &options, connect, &progress).await?;
+    let read = import(input, &store(), how, connect, &progress).await?;
     drop(progress);
     let done = Done {
         engine: read.engine,
@@ -92,8 +97,14 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
     print(global, &done, || text(&done))
 }
 
-fn text(done: &Done) -> String {
-    let mut text = format!("{} ({})\n", done.directory, human_bytes(done.bytes));
+pub(super) fn text(done: &Done) -> String {
+    let sealed = { done.sealed_bytes }.map(|bytes| format!(", sealed in {}", human_bytes(bytes)));
+    let mut text = format!(
+        "{} ({}{})\n",
+        done.directory,
+        human_bytes(done.bytes),
+        sealed.unwrap_or_default()
+    );
     if let Some(engine) = done.engine {
         text += &format!("made of an archive of {engine}\n");
     }

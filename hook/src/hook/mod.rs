@@ -265,7 +265,7 @@ fn stage_all(
         Some(sealed) => {
             // From now on nobody removes it.
             let opened = node.store.opened().unwrap_or(Path::new(DEFAULT_OPENED));
-            let memory = InMemory::of(opened, &sealed.package.sha256).map_err(stage_error)?;
+            let memory = InMemory::of(opened, &sealed.opened_key()).map_err(stage_error)?;
             let staged = open_sealed(state, node, name).and_then(|checkpoint| stage(&checkpoint));
             let left = memory.leave(&node.run_dir).map_err(stage_error);
             staged.and(left)

@@ -146,6 +146,13 @@ impl Offered {
         sealed::PieceReader::new(blobs, &self.artifact)
     }
 
+    /// Bytes of that package.
+    #[must_use]
+    pub fn package_bytes(&self) -> u64 {
+        let pieces = self.artifact.layers.iter().map(|it| it.size);
+        pieces.fold(0, u64::saturating_add)
+    }
+
     /// Whether it is encrypted.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {

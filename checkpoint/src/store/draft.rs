@@ -1,0 +1,141 @@
+//! A checkpoint in the making: a directory that gets its name when all of it is there.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::Flock;
+use transship_path_error::During as _;
+
+use super::{Checkpoint, Store, StoreError};
+use crate::manifest::{MANIFEST_FILE, Manifest};
+use crate::sealed::{SEALED_FILE, Sealed};
+
+/// A checkpoint in the making; removed when it is dropped without [`Draft::commit`].
+#[derive(Debug)]
+pub struct Draft {
+    pub(super) dir: PathBuf,
+    pub(super) target: PathBuf,
+    pub(super) name: String,
+    // Shows other processes that the draft has a maker.
+    pub(super) _lock: Flock<File>,
+    pub(super) committed: bool,
+}
+
+/// Whether a checkpoint has to survive a power failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Everything is on the disk before the checkpoint gets its name.
+    Synced,
+    /// The checkpoint lives for one migration only.
+    Ephemeral,
+}
+
+impl Draft {
+    /// Where the files go.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The name that the checkpoint will have.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The same, whose checkpoint gets another name: it was begun before its own was known.
+    ///
+    /// # Errors
+    /// As [`Store::check_free`].
+    pub fn renamed(mut self, store: &Store, name: &str) -> Result<Self, StoreError> {
+        store.check_free(name)?;
+        self.target = store.root().join(name);
+        name.clone_into(&mut self.name);
+        Ok(self)
+    }
+
+    /// Writes the manifest and gives the checkpoint its name.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit(
+        self,
+        manifest: Manifest,
+        durability: Durability,
+    ) -> Result<Checkpoint, StoreError> {
+        let json = manifest.to_json();
+        self.commit_as(manifest, &json, durability)
+    }
+
+    /// The same with the manifest's bytes as they came, which a signature is of.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit_as(
+        self,
+        manifest: Manifest,
+        json: &[u8],
+        durability: Durability,
+    ) -> Result<Checkpoint, StoreError> {
+        let dir = self.appear(MANIFEST_FILE, json, durability)?;
+        Ok(Checkpoint {
+            dir,
+            manifest,
+            sealed: None,
+        })
+    }
+
+    /// Makes a sealed checkpoint of the package in it.
+    ///
+    /// # Errors
+    /// A failing system call; the draft is gone then.
+    pub fn commit_sealed(self, sealed: Sealed) -> Result<Checkpoint, StoreError> {
+        let dir = self.appear(SEALED_FILE, &sealed.to_json(), Durability::Synced)?;
+        Ok(Checkpoint {
+            dir,
+            manifest: sealed.head.clone(),
+            sealed: Some(Box::new(sealed)),
+        })
+    }
+
+    /// Writes the last file, and gives the directory its name.
+    fn appear(
+        mut self,
+        last: &str,
+        json: &[u8],
+        durability: Durability,
+    ) -> Result<PathBuf, StoreError> {
+        let path = self.dir.join(last);
+        let mut open = OpenOptions::new();
+        open.write(true).create_new(true).mode(0o600);
+        open.open(&path)
+            .and_then(|mut file| file.write_all(json))
+            .during("write", &path)?;
+        if durability == Durability::Synced {
+            let dir = File::open(&self.dir).during("open", &self.dir)?;
+            nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
+        }
+        fs::rename(&self.dir, &self.target).during("rename", &self.dir)?;
+        self.committed = true;
+        if durability == Durability::Synced {
+            let root = self.target.parent().unwrap_or(Path::new("/"));
+            File::open(root)
+                .and_then(|dir| dir.sync_all())
+                .during("sync", root)?;
+        }
+        Ok(self.target.clone())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.committed {
+            // A dump that was cut off may make one more file meanwhile. What cannot be removed now is
+            // removed by the next draft.
+            let gone = |_| fs::remove_dir_all(&self.dir).is_ok();
+            let _ = (0..3).any(gone);
+        }
+    }
+}
