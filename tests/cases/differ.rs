@@ -14,6 +14,7 @@ use crate::Case;
 mod api;
 mod builders;
 mod disks;
+mod docker;
 mod pulls;
 mod random_layers;
 
@@ -38,10 +39,14 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    let on_forky: [(_, fn(&Testbed) -> _); 3] = [
+    let on_forky: [(_, fn(&Testbed) -> _); 4] = [
         (
             "differ_builders",
             builders::images_of_other_builders_are_what_stock_makes_of_them,
+        ),
+        (
+            "long_differ_docker",
+            docker::docker_makes_of_images_what_it_makes_on_stock,
         ),
         (
             "random_layers",

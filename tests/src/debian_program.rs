@@ -9,9 +9,19 @@ use std::process::Command;
 
 use crate::recipe::{make_once, short_hash};
 use crate::run::CommandRun as _;
-use crate::{Settings, TestbedError};
+use crate::{Node, Settings, TestbedError};
 
 const SUITE: &str = "forky";
+
+/// What a program finds of its package on a machine.
+const PARTS: [&str; 6] = [
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib",
+    "usr/libexec",
+    "usr/share/containers",
+    "etc/containers",
+];
 
 /// A program that needs nothing but the C library.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +44,45 @@ impl DebianProgram {
         package: "podman",
         path: "usr/bin/podman",
     };
+
+    /// The daemon of Docker, with BuildKit in it.
+    pub const DOCKER: DebianProgram = DebianProgram {
+        package: "docker.io",
+        path: "usr/sbin/dockerd",
+    };
+
+    /// The client of Docker.
+    pub const DOCKER_CLI: DebianProgram = DebianProgram {
+        package: "docker-cli",
+        path: "usr/bin/docker",
+    };
+
+    /// The client's part for BuildKit.
+    pub const DOCKER_BUILDX: DebianProgram = DebianProgram {
+        package: "docker-buildx",
+        path: "usr/libexec/docker/cli-plugins/docker-buildx",
+    };
+
+    /// Puts the package, and all that it depends on, into a node that has the rest of Debian already: nothing of that is
+    /// replaced.
+    ///
+    /// # Errors
+    /// When mmdebstrap fails.
+    pub fn install(&self, settings: &Settings, node: &Node) -> Result<(), TestbedError> {
+        let dir = self.fetch_all(settings)?;
+        for part in PARTS {
+            let from = dir.join(part);
+            if !from.is_dir() {
+                continue;
+            }
+            let to = node.path_from_outside(&format!("/{part}"));
+            Command::new("mkdir").arg("-p").arg(&to).run()?;
+            let mut copy = Command::new("cp");
+            copy.args(["-an", "--reflink=auto"]);
+            copy.arg(from.join(".")).arg(&to).run()?;
+        }
+        Ok(())
+    }
 
     /// The directory of the package and of all that it depends on, as the file system of a machine has them; fetched
     /// once.

@@ -13,7 +13,7 @@
 use std::process::Command;
 
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, NodeOptions, Testbed};
+use transship_testbed::{CommandRun as _, Image, Node, NodeOptions, Testbed};
 
 use super::pulls::{REGISTRY, start_registry};
 use super::{CHANGE, PLAIN, difference, in_snapshot, list_image, log_counts, start, top_of_image};
@@ -50,29 +50,7 @@ pub(super) fn images_of_other_builders_are_what_stock_makes_of_them(
 ) -> anyhow::Result<()> {
     let (node, _containerd, image) = start(bed, &NodeOptions::default())?;
     start_registry(&node)?;
-    let top = top_of_image(&node, "transship")?;
-    node.ctr(&[
-        "snapshots",
-        "--snapshotter",
-        "transship",
-        "prepare",
-        "active",
-        &top,
-    ])?;
-    in_snapshot(&node, "transship", "active", CHANGE)?;
-    node.shell(&format!(
-        "ctr snapshots --snapshotter transship diff --media-type {PLAIN} active >/root/layer"
-    ))
-    .run()?;
-    let ours = format!("{REGISTRY}/ours:1");
-    let image = image.with_layer(&ours, node.read_file("/root/layer")?);
-    node.write_file("/root/ours.tar", image.to_archive()?)?;
-    node.shell(&format!(
-        "ctr images import --local --no-unpack /root/ours.tar
-         ctr images push --local --plain-http {ours}"
-    ))
-    .run()?;
-
+    push_changed(&node, &image)?;
     let network = format!("--net=/proc/{}/ns/net", node.pid());
     Command::new("nsenter")
         .args([&network, "timeout", "240", "sh", "-euc", BUILD])
@@ -91,8 +69,37 @@ pub(super) fn images_of_other_builders_are_what_stock_makes_of_them(
     Ok(())
 }
 
+/// Puts the image with [`CHANGE`] on top, as our differ writes it, into the registry: `ours:1`.
+pub(super) fn push_changed(node: &Node, image: &Image) -> anyhow::Result<()> {
+    let top = top_of_image(node, "transship")?;
+    node.ctr(&[
+        "snapshots",
+        "--snapshotter",
+        "transship",
+        "prepare",
+        "active",
+        &top,
+    ])?;
+    in_snapshot(node, "transship", "active", CHANGE)?;
+    node.shell(&format!(
+        "ctr snapshots --snapshotter transship diff --media-type {PLAIN} active >/root/layer"
+    ))
+    .run()?;
+    let ours = format!("{REGISTRY}/ours:1");
+    let image = image
+        .clone()
+        .with_layer(&ours, node.read_file("/root/layer")?);
+    node.write_file("/root/ours.tar", image.to_archive()?)?;
+    Ok(node
+        .shell(&format!(
+            "ctr images import --local --no-unpack /root/ours.tar
+             ctr images push --local --plain-http {ours}"
+        ))
+        .run()?)
+}
+
 /// The tree of an image of the registry.
-fn pull(node: &Node, reference: &str, snapshotter: &str) -> anyhow::Result<String> {
+pub(super) fn pull(node: &Node, reference: &str, snapshotter: &str) -> anyhow::Result<String> {
     node.ctr(&[
         "images",
         "pull",
