@@ -3,12 +3,13 @@
 //!
 //! ```text
 //!  ours: Diff ─> ctr push ─> docker-registry ─┬─> buildah: from, mount, commit ─────────────┐
+//!                                             ├─> podman: pull, create, mount, commit, push ─┤
 //!                                             └─> skopeo ─> umoci: unpack, repack ─> skopeo ─┴─> docker-registry
 //!  docker-registry ─┬─> ctr pull: transship, our differ ─────> tree ─┐
 //!                   └─> ctr pull: overlayfs, walking ────────> tree ─┴─ equal?
 //! ```
 //!
-//! podman's commit is buildah's code.
+//! Docker is in docker.rs.
 
 use std::process::Command;
 
@@ -39,6 +40,14 @@ const BUILD: &str = "
     $b umount $container >/dev/null
     $b commit --quiet --tls-verify=false --format oci $container $at/buildah:1
 
+    p=\"podman $(store podman)\"
+    $p pull --quiet --tls-verify=false 127.0.0.1:5000/ours:1 >/dev/null
+    container=$($p create 127.0.0.1:5000/ours:1 sh)
+    (cd $($p mount $container); sh -euc \"$CHANGE\")
+    $p umount $container >/dev/null
+    $p commit --quiet --format oci $container 127.0.0.1:5000/podman:1 >/dev/null
+    $p push --quiet --tls-verify=false 127.0.0.1:5000/podman:1
+
     skopeo copy --quiet --src-tls-verify=false $at/ours:1 oci:image:ours
     umoci unpack --image image:ours bundle
     (cd bundle/rootfs; sh -euc \"$CHANGE\")
@@ -57,7 +66,7 @@ pub(super) fn images_of_other_builders_are_what_stock_makes_of_them(
         .env("CHANGE", SECOND_CHANGE)
         .run()?;
     let applied = log_counts(&node, "layer applied")?;
-    for builder in ["buildah", "umoci"] {
+    for builder in ["buildah", "podman", "umoci"] {
         let reference = format!("{REGISTRY}/{builder}:1");
         let theirs = pull(&node, &reference, "overlayfs")?;
         let ours = pull(&node, &reference, "transship")?;
