@@ -5,7 +5,10 @@
 //!           another one      ── runc checkpoint, runc restore, in memory, on the same node: the floor
 //!           another one      ── ctr containers checkpoint --rw --task ──> an image; frozen from
 //!                                                                         /tasks/paused to /tasks/resumed
+//!   podman.rs                ── podman container checkpoint --export, restore --import
 //! ```
+//!
+//! `many_files` has an image of many files below it all, `pods` moves whole pods.
 //!
 //! The stock command is given the smaller job: its checkpoint stays on the node (`ctr images export`
 //! of it fails, which is tried and told), and the container is not restored.
@@ -20,6 +23,11 @@ use crate::node_clock::time_in_node;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 use crate::statistics::{median, millis};
+
+mod many_files;
+mod memory;
+mod podman;
+mod pods;
 
 const STOCK: &str = "ctr containers checkpoint";
 const EVENTS: &str = "events";
@@ -78,7 +86,12 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         .beside(&format!("{memory} MB"), per_mb, Better::Growth)
         .goal(Goal::RatioAtMost(1.1));
     rows.push(large);
+    rows.push(course.measure_podman(bed, memory, sizes)?);
+    rows.extend(course.measure_many_files(bed, memory, sizes)?);
+    rows.push(course.measure_most_memory(memory)?);
     a.stop_daemon(EVENTS, "TERM")?;
+    drop(ssh);
+    rows.push(pods::measure(bed, sizes)?);
     Ok(rows)
 }
 
@@ -96,6 +109,7 @@ struct Program {
     memory_mb: u32,
     /// So much of it is written again each second.
     rewrite_mb: u32,
+    image: &'static str,
 }
 
 impl Program {
@@ -103,6 +117,7 @@ impl Program {
         Program {
             memory_mb,
             rewrite_mb: 0,
+            image: journey::COUNTER_IMAGE,
         }
     }
 }
@@ -112,6 +127,24 @@ struct Took {
     frozen: f64,
     total: f64,
     steps: Vec<Step>,
+}
+
+impl Took {
+    /// What `transship migrate --json` has said.
+    fn read(text: &str) -> Result<Took> {
+        let migrated: Migrated = serde_json::from_str(text)
+            .with_context(|| format!("cannot parse the answer of transship migrate: {text:?}"))?;
+        Ok(Took {
+            frozen: migrated.timeline.frozen_seconds * 1e3,
+            total: migrated.timeline.total_seconds * 1e3,
+            steps: migrated.timeline.steps,
+        })
+    }
+}
+
+/// How long each of them stood still.
+fn frozen(all: &[Took]) -> Vec<f64> {
+    all.iter().map(|took| took.frozen).collect()
 }
 
 /// The medians of the steps that are in the freeze, in milliseconds, for a note.
@@ -140,7 +173,7 @@ impl Course<'_> {
             with.push(self.migrate(program, &[])?);
             without.push(self.migrate(program, &["--max-precopy-rounds", "0"])?);
             floor.push(self.bare(program)?);
-            let (times, frozen, export) = self.stock(memory_mb)?;
+            let (times, frozen, export) = self.stock(program)?;
             checkpoint.push(times);
             stock.push(frozen);
             exported = export;
@@ -170,9 +203,8 @@ impl Course<'_> {
         let notes = [&with, &without].map(|all| medians_of_steps(all));
         let [note_with, note_without] = notes;
         let total: Vec<f64> = with.iter().map(|took| took.total).collect();
-        let [with, without] =
-            [with, without].map(|all| -> Vec<f64> { all.iter().map(|took| took.frozen).collect() });
-        let frozen = median(&with).context("no round")?;
+        let [with, without] = [with, without].map(|all| frozen(&all));
+        let median = median(&with).context("no round")?;
         let rows = vec![
             beside_floor("memory sent before", &with)
                 .goal(Goal::RatioAtMost(from))
@@ -184,14 +216,14 @@ impl Course<'_> {
             beside_stock("all in the freeze", &without),
             row(whole, &total, STOCK, &checkpoint, Better::Less),
         ];
-        Ok((rows, frozen))
+        Ok((rows, median))
     }
 
     /// A program that writes to its memory all the time.
     fn measure_rewritten(&mut self, memory_mb: u32, sizes: &Sizes) -> Result<Row> {
         let program = Program {
-            memory_mb,
             rewrite_mb: 20,
+            ..Program::idle(memory_mb)
         };
         let (mut ours, mut floor) = (Vec::new(), Vec::new());
         for round in 0..sizes.migrations {
@@ -200,7 +232,7 @@ impl Course<'_> {
             floor.push(self.bare(program)?);
         }
         let note = medians_of_steps(&ours);
-        let ours: Vec<f64> = ours.iter().map(|took| took.frozen).collect();
+        let ours = frozen(&ours);
         let name = format!("frozen, {memory_mb} MB in memory, 20 MB/s of it rewritten");
         let row = Row::of_pairs(name, "ms", &ours, FLOOR, &floor, Better::Growth);
         Ok(row.goal(Goal::RatioAtMost(0.9)).note(note))
@@ -227,8 +259,11 @@ impl Course<'_> {
         journey::run_sandbox(self.a, &sandbox)?;
         let [memory, rewrite] = [program.memory_mb, program.rewrite_mb].map(|mb| mb.to_string());
         let options = ["--memory-mb", &memory, "--rewrite-mb-per-second", &rewrite];
-        journey::run_counter_as(self.a, &counter, &sandbox, &options, &[])?;
+        journey::run_counter_as(self.a, program.image, &counter, &sandbox, &options, &[])?;
         journey::ask(self.a, &journey::sandbox_address(self.a, &sandbox)?)?;
+        if program.image == many_files::IMAGE {
+            many_files::change(self.a, &counter)?;
+        }
         Ok((sandbox, counter))
     }
 
@@ -239,9 +274,7 @@ impl Course<'_> {
         let mut migrate = self.a.command("transship");
         migrate.args(["migrate", &counter, "--to", self.ssh]);
         migrate.args(["--sandbox", &there, "--json"]).args(more);
-        let text = migrate.read()?;
-        let migrated: Migrated = serde_json::from_str(&text)
-            .with_context(|| format!("cannot parse the answer of transship migrate: {text:?}"))?;
+        let took = Took::read(&migrate.read()?)?;
         let reply = journey::ask(self.b, &journey::sandbox_address(self.b, &there)?)?;
         ensure!(
             reply.memory_ok,
@@ -250,11 +283,7 @@ impl Course<'_> {
         for (node, id) in [(self.a, &here), (self.b, &counter), (self.b, &there)] {
             remove_container(node, id)?;
         }
-        Ok(Took {
-            frozen: migrated.timeline.frozen_seconds * 1e3,
-            total: migrated.timeline.total_seconds * 1e3,
-            steps: migrated.timeline.steps,
-        })
+        Ok(took)
     }
 
     /// `runc checkpoint` and `runc restore` of the same container in memory, on one node: no transfer.
@@ -270,8 +299,8 @@ impl Course<'_> {
 
     /// The stock checkpoint: how long it takes, how long the container is paused, and whether its image can
     /// leave the node.
-    fn stock(&mut self, memory_mb: u32) -> Result<(f64, f64, String)> {
-        let (sandbox, counter) = self.counter(Program::idle(memory_mb))?;
+    fn stock(&mut self, program: Program) -> Result<(f64, f64, String)> {
+        let (sandbox, counter) = self.counter(program)?;
         let image = format!("transship.test/stock:{}", self.turn);
         let command = format!("timed ctr containers checkpoint --rw --task {counter} {image}");
         let times = time_in_node(self.a, &command)?;

@@ -5,12 +5,9 @@
 //!  transship export --format podman ──> podman container restore --import
 //! ```
 
-use std::process::Command;
-
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, DebianProgram, Image, Node, NodeOptions, Testbed, Tree,
-    journey,
+    CommandRun as _, ContainerdConfig, Image, Node, NodeOptions, Testbed, Tree, journey,
 };
 
 use crate::Case;
@@ -37,40 +34,12 @@ fn containers_go_to_podman_and_come_back(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node_with("a", &options)?;
     node.start_snapshotter()?;
     node.start_containerd(&ContainerdConfig::transship())?;
-    install_podman(bed, &node)?;
+    node.install_podman(bed.settings())?;
     make_image(&node)?;
     node.import_image(&Image::pause(bed.settings())?, "transship")?;
     from_podman(&node)?;
     to_podman(&node)?;
     journey::check_nothing_left(&node)
-}
-
-/// Into a tree that has the rest of Debian already: nothing of it is replaced.
-fn install_podman(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
-    let dir = DebianProgram::PODMAN.fetch_all(bed.settings())?;
-    for part in [
-        "usr/bin",
-        "usr/lib",
-        "usr/libexec",
-        "usr/share/containers",
-        "etc/containers",
-    ] {
-        let to = node.path_from_outside(&format!("/{part}"));
-        Command::new("mkdir").arg("-p").arg(&to).run()?;
-        Command::new("cp")
-            .args(["-an", "--reflink=auto"])
-            .arg(dir.join(part).join("."))
-            .arg(&to)
-            .run()?;
-    }
-    // Where containerd's layers lie, podman's can: overlay does not stand on an overlay.
-    Ok(node
-        .shell(
-            "mkdir -p /var/lib/containerd/podman /var/lib/containers
-             mount --bind /var/lib/containerd/podman /var/lib/containers
-             podman --version",
-        )
-        .run()?)
 }
 
 /// The same image for both engines.

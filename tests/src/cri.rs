@@ -122,6 +122,11 @@ impl Pod {
         Self { id, config }
     }
 
+    /// The same pod on another node, with the sandbox that it has there.
+    pub fn under(&self, sandbox: String) -> Self {
+        Self::of(sandbox, self.config.clone())
+    }
+
     /// Where the logs of its containers are, on the node.
     pub fn log_directory(&self) -> &str {
         &self.config.log_directory

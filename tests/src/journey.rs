@@ -18,6 +18,8 @@ use crate::{ContainerdConfig, CounterReply, Image, Node, Testbed, TestbedError, 
 
 /// The OCI runtime front in a node.
 pub const FRONT: &str = "/usr/local/bin/transship-runc";
+/// Of [`counter_image`].
+pub const COUNTER_IMAGE: &str = "transship.test/counter:1";
 const COUNTER: &str = "/usr/bin/counter";
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -90,7 +92,8 @@ pub fn run_counter(
     more: &[&str],
 ) -> Result<(), TestbedError> {
     let memory = memory_mb.to_string();
-    run_counter_as(node, id, sandbox, &["--memory-mb", &memory], more)
+    let image = COUNTER_IMAGE;
+    run_counter_as(node, image, id, sandbox, &["--memory-mb", &memory], more)
 }
 
 /// The same with options of the program; `more` are those of `ctr run`.
@@ -99,6 +102,7 @@ pub fn run_counter(
 /// When ctr fails.
 pub fn run_counter_as(
     node: &Node,
+    image: &str,
     id: &str,
     sandbox: &str,
     options: &[&str],
@@ -116,7 +120,7 @@ pub fn run_counter_as(
             .flat_map(|path| ["--with-ns", path.as_str()]),
     );
     arguments.extend(more);
-    arguments.extend(["transship.test/counter:1", id, COUNTER]);
+    arguments.extend([image, id, COUNTER]);
     arguments.extend(options);
     node.ctr(&arguments)?;
     Ok(())

@@ -52,6 +52,7 @@ mod machine;
 mod needs;
 mod network;
 mod node;
+mod podman;
 mod poll;
 mod recipe;
 mod run;
