@@ -27,6 +27,9 @@ use crate::shared_dirs::{SHARED_DIR, SharedDir};
 pub const MANIFEST_FILE: &str = "transship.json";
 /// Directory of the CRIU images inside of a container's directory.
 pub const IMAGES_DIR: &str = "checkpoint";
+/// In a migration: contents of files that come before the layer of the container, `0`, `1`, ...; see
+/// `transship_layer::send_contents`. They get their places with the layer, and are in no checkpoint.
+pub const CONTENTS_DIR: &str = "contents";
 /// Directories `memory-1`, `memory-2`... beside it: images of memory that was sent before the freeze, each of
 /// which builds on the one before; the images of [`IMAGES_DIR`] build on the last one.
 pub const MEMORY_DIR: &str = "memory-";

@@ -567,7 +567,8 @@ pub(crate) struct MigrateArgs {
     /// When the link is given up.
     #[command(flatten)]
     pub(crate) link: LinkArgs,
-    /// How often memory is gone through and sent while the container still runs, at most; 0: only in the freeze
+    /// How often memory is gone through and sent while the container still runs, at most; 0: all of it, and all files,
+    /// only in the freeze
     #[arg(long, value_name = "ROUNDS", default_value_t = PrecopyBounds::default().rounds)]
     pub(crate) max_precopy_rounds: u32,
     /// How long that may take, at most

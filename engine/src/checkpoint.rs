@@ -391,7 +391,7 @@ async fn dump_one_by_one(
         let from = timeline.now();
         let pids = target.node.pids(source.id()).await?;
         let dumped = source
-            .dump(&target.node, draft, &pids, target.dump_patience, None)
+            .dump(&target.node, draft, &pids, target.dump_patience, None, None)
             .await;
         let name = &source.container.name;
         let Dumped { criu, upperdir } = match dumped {

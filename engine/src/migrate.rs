@@ -10,7 +10,8 @@
 //! `record` is the file of this one migration: it keeps others from the same container, and from `Commit` on tells
 //! what is under way; `moving` is what moves, a container or all of a pod; `recover` ends what this process has left.
 //! `restart_policy` keeps containerd from making a second copy meanwhile. `transaction` is the talk with the target
-//! (`engine::receive`); `precopy`, `memory_images` and `frozen_memory` are how memory gets there.
+//! (`engine::receive`); `precopy`, `memory_images` and `frozen_memory` are how memory gets there, `file_contents` how large
+//! files do.
 
 use std::path::Path;
 use std::time::Duration;
@@ -40,6 +41,7 @@ use crate::timeline::Timeline;
 mod ask;
 mod dump_files;
 mod dump_parts;
+mod file_contents;
 mod frozen_memory;
 mod memory_images;
 mod moving;
@@ -227,7 +229,7 @@ pub async fn migrate(
         bytes: 0,
         direct: 0,
         estimate: 0,
-        memory_files: Vec::new(),
+        files_before: Vec::new(),
     };
     let result = transaction.carry_out().await;
     if let Err(error) = &result

@@ -16,7 +16,6 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -115,14 +114,8 @@ pub async fn receive(
                 keep_free: KEEP_FREE,
             };
             let draft = store.draft(&name)?;
-            let mut manifest = receive_files(
-                &mut conversation,
-                draft.dir(),
-                limits,
-                Check::Sha256,
-                progress,
-            )
-            .await?;
+            let arriving = Arriving::into_dir(draft.dir(), limits, Check::Sha256);
+            let mut manifest = receive_files(&mut conversation, arriving, progress).await?;
             manifest.name = name;
             let checkpoint = keep(draft, manifest, Durability::Synced).await?;
             Ok(Received::Checkpoint(Box::new(checkpoint)))
@@ -179,17 +172,15 @@ pub fn comes_from_the_other_side(error: &crate::error::Error) -> bool {
     matches!(error.cause::<WireError>(), Some(WireError::Failed { .. }))
 }
 
-/// Receives the files of a checkpoint into `dir`, and compares them with its manifest.
+/// Receives the files of a checkpoint, and compares them with its manifest.
 async fn receive_files(
     conversation: &mut Conversation,
-    dir: &Path,
-    limits: Limits,
-    check: Check,
+    arriving: Arriving,
     progress: &dyn Progress,
 ) -> Result<transship_checkpoint::manifest::Manifest> {
     progress.step("receive");
     let count = Arc::new(Mutex::new(progress.counter()));
-    let arriving = Arc::new(Arriving::into_dir(dir, limits, check));
+    let arriving = Arc::new(arriving);
     let end = {
         let arriving = Arc::clone(&arriving);
         let step = move |receiver: &mut Reading| {

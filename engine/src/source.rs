@@ -11,6 +11,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::Container as Record;
@@ -32,7 +33,9 @@ use transship_checkpoint::namespaces;
 use transship_checkpoint::shared_dirs::{LINKS_FILE, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::task_attributes::TASKS_FILE;
-use transship_layer::{ExportOptions, ExportStats, OverlayStack, export_upperdir_to_file};
+use transship_layer::{
+    ExportOptions, ExportStats, KnownContents, OverlayStack, export_upperdir_to_file,
+};
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 use transship_sandbox::shared_dirs::shared_mounts;
@@ -465,7 +468,7 @@ impl SourceContainer {
     /// Dumps the frozen container into its directory below `draft`.
     ///
     /// `pids` are all of its processes. A dump that writes nothing for `patience` is ended. With a hold it waits, when
-    /// the pages are all that is missing.
+    /// the pages are all that is missing. `known` is what the layer need not have.
     pub async fn dump(
         &self,
         node: &Containerd,
@@ -473,6 +476,7 @@ impl SourceContainer {
         pids: &[u32],
         patience: Duration,
         hold: Option<&DumpHold>,
+        known: Option<Arc<KnownContents>>,
     ) -> Result<Dumped> {
         let dir = draft.join(&self.container.name);
         let images = dir.join(IMAGES_DIR);
@@ -497,7 +501,7 @@ impl SourceContainer {
             let (stack, diff) = (self.stack.clone(), diff.clone());
             tokio::task::spawn_blocking(move || {
                 let began = Instant::now();
-                export(&stack, &diff).map(|stats| Layer {
+                export(&stack, &diff, known).map(|stats| Layer {
                     bytes: stats.bytes,
                     took: began.elapsed(),
                     losses: losses(&stats),
@@ -660,11 +664,19 @@ fn exported_inside(diff: &Path, figures: &Path, took: Duration) -> Result<Layer>
 }
 
 /// Who sends the files of the dump takes one that has its name for whole.
-fn export(stack: &OverlayStack, to: &Path) -> Result<ExportStats> {
+fn export(
+    stack: &OverlayStack,
+    to: &Path,
+    known: Option<Arc<KnownContents>>,
+) -> Result<ExportStats> {
     let part = to.with_extension("part");
     let file =
         fs::File::create_new(&part).with_context(|| format!("cannot make {}", part.display()))?;
-    let stats = export_upperdir_to_file(stack, &file, &ExportOptions::default())
+    let options = ExportOptions {
+        known,
+        ..ExportOptions::default()
+    };
+    let stats = export_upperdir_to_file(stack, &file, &options)
         .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))?;
     fs::rename(&part, to).with_context(|| format!("cannot rename {}", part.display()))?;
     Ok(stats)

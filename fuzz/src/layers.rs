@@ -26,6 +26,7 @@ pub(crate) fn layer(data: &[u8]) {
         format: LayerFormat::Image,
         skip_unsupported_xattrs: true,
         max_bytes: MAX_TAR,
+        contents: None,
     };
     let imported = import_into_upperdir(tar, &stack, &options);
     scratch.check();

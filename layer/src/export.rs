@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, PosixFadviseAdvice, open, posix_fadvise, readlinkat};
@@ -12,6 +13,7 @@ use nix::sys::stat::{Mode, fstat, fstatat};
 use std::os::unix::ffi::OsStrExt;
 use tar::EntryType;
 
+use crate::contents::KnownContents;
 use crate::directory_listing::DirectoryListing;
 pub use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
@@ -45,6 +47,8 @@ pub struct ExportOptions {
     pub source_date_epoch: Option<u64>,
     /// For whom the layer is.
     pub format: LayerFormat,
+    /// What the importer has already; only for a checkpoint.
+    pub known: Option<Arc<KnownContents>>,
 }
 
 /// What an export wrote, and what it could not.
@@ -61,6 +65,8 @@ pub struct ExportStats {
     pub opaque_directories: u64,
     /// Entries that are links to an earlier one.
     pub hard_links: u64,
+    /// Regular files without data, because the importer has it.
+    pub known_files: u64,
     /// Regular files written with their holes left out.
     pub sparse_files: u64,
     /// Files whose data came from a lower layer, because the upperdir has only their attributes.
@@ -310,12 +316,29 @@ impl<W: Write> Export<'_, W> {
         if marks.metacopy {
             return self.write_metacopy(walk, path, &attributes, &marks);
         }
+        let known = self.options.known.as_ref();
+        if let Some(number) = known.and_then(|known| known.number_of(&attributes)) {
+            self.stats.known_files += 1;
+            return self.write_known(path, &attributes, number);
+        }
         self.write_data(path, &attributes, &file)?;
         if attributes.unchanged_in(&stat_open(&file, path)?) {
             Ok(())
         } else {
             Err(ExportError::changed(path))
         }
+    }
+
+    /// Writes a file whose content the importer has.
+    fn write_known(
+        &mut self,
+        path: &[u8],
+        attributes: &InodeAttributes,
+        number: u64,
+    ) -> Result<(), ExportError> {
+        let mut empty = *attributes;
+        empty.size = 0;
+        self.write_entry_of(path, EntryType::Regular, &empty, b"", None, Some(number))
     }
 
     /// Writes a small file that was read before.
@@ -453,6 +476,7 @@ impl<W: Write> Export<'_, W> {
             device: (0, 0),
             xattrs: &[],
             segments: None,
+            content: None,
             literal_names: self.literal_names(path, marker_names(path))?,
         })
     }
@@ -512,6 +536,18 @@ impl<W: Write> Export<'_, W> {
         link: &[u8],
         segments: Option<&[Segment]>,
     ) -> Result<(), ExportError> {
+        self.write_entry_of(path, entry_type, attributes, link, segments, None)
+    }
+
+    fn write_entry_of(
+        &mut self,
+        path: &[u8],
+        entry_type: EntryType,
+        attributes: &InodeAttributes,
+        link: &[u8],
+        segments: Option<&[Segment]>,
+        content: Option<u64>,
+    ) -> Result<(), ExportError> {
         let is_device = matches!(entry_type, EntryType::Char | EntryType::Block);
         self.leave_out_trusted(path);
         let literal_names = components(path)
@@ -537,6 +573,7 @@ impl<W: Write> Export<'_, W> {
             xattrs: &self.xattrs,
             segments,
             literal_names,
+            content,
         })
     }
 

@@ -7,11 +7,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, readlinkat, renameat2};
 use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat};
 use nix::unistd::{ftruncate, linkat, symlinkat};
 
 use crate::decompress::Compression;
+use crate::directory_stack::open_directory;
 use crate::export::{OPAQUE_NAME, WHITEOUT_PREFIX};
 pub use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
@@ -20,6 +21,7 @@ use crate::lower_view::LowerView;
 use crate::overlay_marks::read_marks_and_xattrs;
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, join_cleaned, push_component, split_last};
+use crate::remove_tree::remove_name;
 use crate::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
@@ -42,6 +44,9 @@ pub struct ImportOptions {
     /// Most bytes of uncompressed tar that are accepted. An entry has at least 512, so this bounds their
     /// number, too.
     pub max_bytes: u64,
+    /// The name, at the top of the upperdir, of the directory of contents that have come before (contents.rs); it is gone
+    /// when the layer is applied.
+    pub contents: Option<String>,
 }
 
 impl Default for ImportOptions {
@@ -50,6 +55,7 @@ impl Default for ImportOptions {
             format: LayerFormat::Checkpoint,
             skip_unsupported_xattrs: false,
             max_bytes: u64::MAX,
+            contents: None,
         }
     }
 }
@@ -120,11 +126,17 @@ pub fn import_into_upperdir<R: Read>(
 ) -> Result<ImportStats, ImportError> {
     let lower = LowerView::open(&stack.lowerdirs, stack.overlay_xattrs)?;
     let skip = options.skip_unsupported_xattrs;
+    let tree = UpperTree::open(stack, lower, options.format, skip)?;
+    let contents = { options.contents.as_deref() }
+        .map(|name| open_directory(tree.root(), name.as_bytes()))
+        .transpose()
+        .map_err(|errno| ImportError::io("open the contents for", b"", errno))?;
     let mut import = Import {
         tar: TarReader::new(tar),
-        tree: UpperTree::open(stack, lower, options.format, skip)?,
+        tree,
         stats: ImportStats::default(),
         root_is_opaque: false,
+        contents,
     };
     let mut entry = TarEntry::default();
     let mut path = Vec::new();
@@ -164,6 +176,7 @@ struct Import<R> {
     tree: UpperTree,
     stats: ImportStats,
     root_is_opaque: bool,
+    contents: Option<OwnedFd>,
 }
 
 impl<R: Read> Import<R> {
@@ -257,6 +270,15 @@ impl<R: Read> Import<R> {
         entry: &TarEntry,
         wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
+        // In an image it means nothing.
+        let content = entry
+            .content
+            .filter(|_| self.tree.format == LayerFormat::Checkpoint);
+        if let Some(number) = content {
+            let file = self.place_content(name, path, number)?;
+            self.tree.set_open_attributes(file.as_fd(), path, wanted)?;
+            return set_open_times(file.as_fd(), path, wanted.atime, wanted.mtime);
+        }
         let file = File::from(create_file(&self.tree, name, path, wanted.mode)?);
         match &entry.segments {
             None => self.write_data(&file, path, None)?,
@@ -269,6 +291,23 @@ impl<R: Read> Import<R> {
         }
         self.tree.set_open_attributes(file.as_fd(), path, wanted)?;
         set_open_times(file.as_fd(), path, wanted.atime, wanted.mtime)
+    }
+
+    /// Gives a content that has come before its place. Each is there once.
+    fn place_content(&self, name: &[u8], path: &[u8], number: u64) -> Result<File, ImportError> {
+        let absent = || ImportError::refused(path, "its content has not come before");
+        let contents = self.contents.as_ref().ok_or_else(absent)?;
+        let number = number.to_string();
+        let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = match openat(contents, number.as_str(), flags, Mode::empty()) {
+            Err(Errno::ENOENT) => return Err(absent()),
+            opened => opened.map_err(|errno| ImportError::io("open", path, errno))?,
+        };
+        replacing(&self.tree, name, path, |tree| {
+            let flags = RenameFlags::RENAME_NOREPLACE;
+            renameat2(contents, number.as_str(), tree.directory(), name, flags)
+        })?;
+        Ok(file.into())
     }
 
     /// Writes the next data of the tar to its place, or all that is left of it from the start.
@@ -644,6 +683,11 @@ impl<R: Read> Import<R> {
     fn finish(mut self, options: &ImportOptions) -> Result<ImportStats, ImportError> {
         if self.root_is_opaque {
             self.hide_lower_root()?;
+        }
+        if let Some(name) = &options.contents {
+            // Before the root gets its times.
+            remove_name(self.tree.root(), name.as_bytes())
+                .map_err(|error| ImportError::io("remove the contents for", b"", error))?;
         }
         self.tree.finish()?;
         self.stats.bytes = self.tar.offset();

@@ -14,6 +14,8 @@
 //! TRANSSHIP.names=literal     no component is a marker             a/.wh.b      a file of that name
 //! TRANSSHIP.names=parents     only the last component is one       .wh.a/.wh.b  deletes b in ".wh.a"
 //! ```
+//!
+//! In the layer of a migration a file can have its content elsewhere: TRANSSHIP.content, see contents.rs.
 
 /// For whom a layer is written, and from whom it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -29,12 +29,14 @@
 //! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
+//! `contents` sends large files of a directory that is in use, so that a layer need not have them.
 //! `archive` reads a tar member by member, for those who only look. `rewrite_for_image` makes of a checkpoint's
 //! layer one for registries.
 //!
 //! The library is synchronous, prints nothing and reads no environment.
 
 mod archive;
+mod contents;
 mod decompress;
 mod directory_listing;
 mod directory_stack;
@@ -69,6 +71,7 @@ mod usage;
 mod xattrs;
 
 pub use archive::{Archive, LayerChange, Member, MemberKind};
+pub use contents::{ContentsError, KnownContents, send_contents};
 pub use decompress::{Compression, Decompressed, decompress};
 pub use export::{
     ExportError, ExportOptions, ExportStats, export_upperdir, export_upperdir_to_file,

@@ -5,6 +5,7 @@
 //!
 //! The keys are those of pax.rs and sparse.rs.
 
+use crate::contents::CONTENT_KEY;
 use crate::inode_attributes::Timestamp;
 use crate::layer_format::{LiteralNames, NAMES_KEY};
 use crate::pax::{XATTR_PREFIX, decode_xattr_name, parse_integer, parse_time, records};
@@ -26,6 +27,7 @@ pub(crate) struct PaxOverrides {
     pub(crate) xattrs: Vec<Xattr>,
     pub(crate) sparse: Option<SparseRecords>,
     pub(crate) literal_names: Option<LiteralNames>,
+    pub(crate) content: Option<u64>,
     /// What no entry can have.
     pub(crate) fault: Option<&'static str>,
 }
@@ -120,6 +122,10 @@ impl PaxOverrides {
             b"atime" => self.atime = Some(time()?),
             b"ctime" => {
                 time()?;
+            }
+            CONTENT_KEY => {
+                let content = number()?.try_into();
+                self.content = Some(content.map_err(|_| "the number of a content is none")?);
             }
             NAMES_KEY => self.literal_names = LiteralNames::parse(value),
             _ => {}

@@ -263,6 +263,7 @@ impl<W: Write> Rewrite<'_, W> {
             xattrs: &entry.xattrs,
             segments: None,
             literal_names: None,
+            content: None,
         })?;
         Ok(())
     }

@@ -66,6 +66,8 @@ pub(crate) struct TarEntry {
     pub(crate) segments: Option<Vec<Segment>>,
     /// Which components of `path` are names, whatever they look like (layer_format.rs).
     pub(crate) literal_names: Option<LiteralNames>,
+    /// Its data is what the importer has by this number (contents.rs).
+    pub(crate) content: Option<u64>,
 }
 
 /// What the headers before an entry's own say of it.
@@ -205,6 +207,7 @@ impl<R: Read> TarReader<R> {
         });
         entry.atime = records.atime;
         entry.literal_names = records.literal_names.take();
+        entry.content = records.content.take();
         std::mem::swap(&mut entry.xattrs, &mut records.xattrs);
         entry.device = (0, 0);
         if matches!(entry.tar_type, TarType::CharDevice | TarType::BlockDevice) {

@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
 use tar::{EntryType, Header};
 
+use crate::contents::CONTENT_KEY;
 use crate::export_error::ExportError;
 use crate::inode_attributes::Timestamp;
 use crate::layer_format::{LiteralNames, NAMES_KEY};
@@ -59,6 +60,8 @@ pub(crate) struct EntryHead<'a> {
     pub(crate) segments: Option<&'a [Segment]>,
     /// Which components of `path` are names, though they look like markers.
     pub(crate) literal_names: Option<LiteralNames>,
+    /// Which content the importer has of it (contents.rs).
+    pub(crate) content: Option<u64>,
 }
 
 /// Largest values of the header's octal fields of 8 and 12 bytes.
@@ -210,6 +213,9 @@ impl<W: Write> TarWriter<W> {
         }
         if let Some(literal) = head.literal_names {
             push_record(records, NAMES_KEY, literal.value());
+        }
+        if let Some(content) = head.content {
+            push_record(records, CONTENT_KEY, Decimal::new(content).as_bytes());
         }
         for xattr in head.xattrs {
             push_xattr(records, &xattr.name, &xattr.value);
@@ -403,6 +409,7 @@ mod tests {
                 xattrs: &[],
                 segments: None,
                 literal_names: None,
+                content: None,
             })
             .unwrap();
             tar.flush_buffer().unwrap();

@@ -30,6 +30,7 @@ mod migration_address;
 mod migration_cut;
 mod migration_direct;
 mod migration_faults;
+mod migration_files;
 mod migration_keeps;
 mod moments;
 mod nerdctl;
@@ -181,6 +182,7 @@ fn main() -> ExitCode {
         .chain(pods_migrated::cases())
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
+        .chain(migration_files::cases())
         .chain(nerdctl::cases())
         .chain(node_api::cases())
         .chain(not_ours::cases())

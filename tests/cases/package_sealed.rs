@@ -114,9 +114,11 @@ fn of_a_container(bed: &Testbed, node: &Node) -> anyhow::Result<()> {
     killed_in_the_middle(bed, node)?;
     let at = journey::read_counts(node, "alone").map_err(anyhow::Error::msg)?;
     journey::wait_for_count(node, "alone", at)?;
-    poll_until("the guard of the freeze to remove the dump", PATIENCE, || {
-        nothing_in_clear(node).map_err(|error| error.to_string())
-    })?;
+    poll_until(
+        "the guard of the freeze to remove the dump",
+        PATIENCE,
+        || nothing_in_clear(node).map_err(|error| error.to_string()),
+    )?;
 
     let taken = transship(
         node,

@@ -29,18 +29,21 @@ pub enum Workload {
     Podmate,
     /// Counts in several processes without a pause: workload/src/bin/spin.rs.
     Spin,
+    /// Changes large files in turn: workload/src/bin/writer.rs.
+    Writer,
     /// Serves on tokio: workload/src/bin/tokio.rs.
     Tokio,
 }
 
 impl Workload {
     /// Those of the cases that every run has.
-    pub(crate) const ALL: [Workload; 5] = [
+    pub(crate) const ALL: [Workload; 6] = [
         Workload::Counter,
         Workload::Holder,
         Workload::Sandbox,
         Workload::Podmate,
         Workload::Spin,
+        Workload::Writer,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -50,6 +53,7 @@ impl Workload {
             Workload::Sandbox => "sandbox",
             Workload::Podmate => "podmate",
             Workload::Spin => "spin",
+            Workload::Writer => "writer",
             Workload::Tokio => "tokio",
         }
     }

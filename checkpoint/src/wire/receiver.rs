@@ -5,7 +5,7 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::mem;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::check::Running;
@@ -13,7 +13,7 @@ use super::{
     ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, ZEROS,
     printable, unexpected, zeros,
 };
-use crate::manifest::{self, Manifest, check_name};
+use crate::manifest::{self, CONTENTS_DIR, Manifest, check_name};
 
 /// What a file or a directory costs beside its content, in bytes: so a stream of empty ones has an end as well.
 const FILE_COST: u64 = 4096;
@@ -50,6 +50,8 @@ pub struct Arriving {
     dir: PathBuf,
     limits: Limits,
     check: Check,
+    /// Where contents of files of a container go, that come before its layer, by its name.
+    contents: BTreeMap<String, PathBuf>,
     taken: Mutex<Taken>,
 }
 
@@ -68,8 +70,28 @@ impl Arriving {
             dir: dir.into(),
             limits,
             check,
+            contents: BTreeMap::new(),
             taken: Mutex::default(),
         }
+    }
+
+    /// The same, with the directories, which are empty, that take the contents of files: [`CONTENTS_DIR`].
+    #[must_use]
+    pub fn with_contents(self, contents: BTreeMap<String, PathBuf>) -> Self {
+        Self { contents, ..self }
+    }
+
+    /// The directory and the names below it of a file in the stream.
+    fn place<'p>(&self, path: &'p str) -> (&Path, &'p str) {
+        let content = path.split_once('/').and_then(|(container, path)| {
+            let number = path.strip_prefix(CONTENTS_DIR)?.strip_prefix('/')?;
+            let is_number = number.bytes().all(|digit| digit.is_ascii_digit());
+            Some((
+                &**self.contents.get(container).filter(|_| is_number)?,
+                number,
+            ))
+        });
+        content.unwrap_or((&self.dir, path))
     }
 
     /// Compares what has come with the manifest that has come last.
@@ -120,18 +142,20 @@ impl Arriving {
     }
 
     fn check_room(&self) -> Result<(), WireError> {
-        let stat = nix::sys::statvfs::statvfs(&self.dir).map_err(|errno| WireError::File {
-            act: "ask for the free space of",
-            path: self.dir.clone(),
-            source: errno.into(),
-        })?;
-        let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-        if free < self.limits.keep_free {
-            return Err(WireError::NoRoom {
-                path: self.dir.clone(),
-                free,
-                kept: self.limits.keep_free,
-            });
+        for dir in [&self.dir].into_iter().chain(self.contents.values()) {
+            let stat = nix::sys::statvfs::statvfs(dir).map_err(|errno| WireError::File {
+                act: "ask for the free space of",
+                path: dir.clone(),
+                source: errno.into(),
+            })?;
+            let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+            if free < self.limits.keep_free {
+                return Err(WireError::NoRoom {
+                    path: dir.clone(),
+                    free,
+                    kept: self.limits.keep_free,
+                });
+            }
         }
         Ok(())
     }
@@ -218,8 +242,9 @@ impl<R: Read> Receiver<R> {
         arriving: &Arriving,
         progress: &mut dyn FnMut(u64),
     ) -> Result<manifest::File, WireError> {
-        let mut full = arriving.dir.clone();
-        let mut parts = path.split('/').peekable();
+        let (dir, names) = arriving.place(path);
+        let mut full = dir.to_path_buf();
+        let mut parts = names.split('/').peekable();
         while let Some(part) = parts.next() {
             check_name("the path in the stream", part)?;
             full.push(part);

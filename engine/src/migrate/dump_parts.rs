@@ -6,11 +6,13 @@
 //! ```
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use transship_checkpoint::manifest::{Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_containerd::Containerd;
+use transship_layer::KnownContents;
 
 use super::dump_files::DumpFiles;
 use super::frozen_memory::FrozenMemory;
@@ -19,6 +21,13 @@ use super::moving::Moving;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::source::Dumped;
+
+/// What the target has of a container before it is frozen.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) memory: Option<KnownMemory>,
+    pub(super) contents: Option<Arc<KnownContents>>,
+}
 
 /// All of it, in the order in which it is sent.
 #[derive(Debug)]
@@ -33,6 +42,8 @@ pub(super) struct Part {
     pub(super) files: DumpFiles,
     /// Where it is not CRIU that copies it.
     pub(super) memory: Option<FrozenMemory>,
+    /// Contents of files that the target has.
+    contents: Option<Arc<KnownContents>>,
     /// The processes of the container.
     pids: Vec<u32>,
 }
@@ -45,7 +56,7 @@ impl DumpParts {
     pub(super) async fn of(
         node: &Containerd,
         moving: &Moving,
-        known: Vec<Option<KnownMemory>>,
+        known: Vec<Known>,
         draft: &Path,
     ) -> Result<Self> {
         let mut parts = Vec::new();
@@ -54,7 +65,7 @@ impl DumpParts {
             let pids = node.pids(source.id()).await?;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
             let processes = || by_pid_inside(source.pid, &pids);
-            let memory = known.map(|known| match known.has_rounds() {
+            let memory = known.memory.map(|known| match known.has_rounds() {
                 true => FrozenMemory::of(known, processes()),
                 false => FrozenMemory::unsent(known, processes()),
             });
@@ -69,6 +80,7 @@ impl DumpParts {
                 files: DumpFiles::of(&dir, !container.criu.link_remap, hold, shares),
                 dir,
                 memory,
+                contents: known.contents,
                 pids,
             });
         }
@@ -79,6 +91,7 @@ impl DumpParts {
                 files: DumpFiles::of(&dir, false, None, 0),
                 dir,
                 memory: None,
+                contents: None,
                 pids: Vec::new(),
             });
         }
@@ -162,7 +175,9 @@ pub(super) async fn dump_all(
         let mut all = Vec::new();
         for (source, part) in moving.containers.iter().zip(parts.all()) {
             let hold = part.files.hold();
-            let dumped = source.dump(node, draft, &part.pids, patience, hold).await;
+            let contents = part.contents.clone();
+            let dumped = source.dump(node, draft, &part.pids, patience, hold, contents);
+            let dumped = dumped.await;
             end.next(dumped.is_ok());
             let name = &source.container.name;
             all.push(match dumped {

@@ -18,11 +18,13 @@ use transship_checkpoint::wire::{
     unexpected,
 };
 use transship_containerd::{Containerd, unique};
+use transship_layer::KnownContents;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::ask::Question;
 use super::dump_files::Next;
-use super::dump_parts::{DumpParts, dump_all};
+use super::dump_parts::{DumpParts, Known, dump_all};
+use super::file_contents;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use super::precopy::Rounds;
@@ -83,7 +85,7 @@ pub(super) struct Transaction<'a> {
     /// Bytes of memory and files, as far as they can be known before.
     pub(super) estimate: u64,
     /// What was sent before the freeze, by the names of the containers, for the manifest.
-    pub(super) memory_files: Vec<(String, File)>,
+    pub(super) files_before: Vec<(String, File)>,
 }
 
 impl Transaction<'_> {
@@ -105,7 +107,7 @@ impl Transaction<'_> {
                 name: draft.name().to_owned(),
             })
             .await?;
-        let known = self.send_memory().await.map_err(|error| {
+        let known = self.send_before().await.map_err(|error| {
             // Nothing has been frozen yet.
             Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
@@ -130,6 +132,49 @@ impl Transaction<'_> {
         }
         // From here on nobody else may decide that the source runs.
         self.commit(frozen.commit()).await
+    }
+
+    /// Sends what can go while the containers run, and gives what the target has of each then.
+    async fn send_before(&mut self) -> Result<Vec<Known>> {
+        let contents = self.send_contents().await?;
+        let memory = self.send_memory().await?.into_iter();
+        let known = memory.zip(contents);
+        let known = known.map(|(memory, contents)| Known { memory, contents });
+        Ok(known.collect())
+    }
+
+    /// Sends the contents of large files. The upperdir of a container of a pod is filled by the target's front, which does
+    /// not have them.
+    async fn send_contents(&mut self) -> Result<Vec<Option<Arc<KnownContents>>>> {
+        let mut known = Vec::new();
+        let from = self.timeline.now();
+        let mut bytes = 0;
+        for source in &self.moving.containers {
+            // Then CRIU has the layer written by a command of its own.
+            let is_possible = self.moving.pod.is_none() && !source.container.criu.link_remap;
+            if !is_possible || self.request.precopy.rounds == 0 {
+                known.push(None);
+                continue;
+            }
+            self.progress.bytes("files, while it runs", self.estimate);
+            let name = source.container.name.clone();
+            let (upperdir, most) = (source.stack.top.clone(), self.request.precopy.time);
+            let mut count = self.progress.counter();
+            let sent = self.conversation.write_data(move |sender| {
+                file_contents::send(sender, (&name, upperdir), most, &mut count)
+            });
+            let sent = sent.await?;
+            bytes += sent.bytes;
+            let name = &source.container.name;
+            let files = sent.files.into_iter().map(|file| (name.clone(), file));
+            self.files_before.extend(files);
+            known.push(Some(Arc::new(sent.known)));
+        }
+        if bytes > 0 {
+            self.timeline.step("files", from, Some(bytes));
+            self.bytes += bytes;
+        }
+        Ok(known)
     }
 
     /// Sends memory while the containers run, and gives what the target has of each; none of one whose memory CRIU
@@ -182,7 +227,7 @@ impl Transaction<'_> {
                 pages += sent.pages;
                 let name = &source.container.name;
                 let files = sent.files.into_iter().map(|file| (name.clone(), file));
-                self.memory_files.extend(files);
+                self.files_before.extend(files);
             }
             rounds.add(pages);
         }
@@ -206,11 +251,7 @@ impl Transaction<'_> {
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
-    async fn move_and_record(
-        &mut self,
-        draft: &Draft,
-        known: Vec<Option<KnownMemory>>,
-    ) -> Result<()> {
+    async fn move_and_record(&mut self, draft: &Draft, known: Vec<Known>) -> Result<()> {
         self.move_frozen(draft, known).await?;
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
@@ -360,7 +401,7 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Vec<Option<KnownMemory>>) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, known: Vec<Known>) -> Result<()> {
         let from = self.timeline.now();
         let (node, moving) = (self.node, self.moving);
         self.progress.bytes("dump and transfer", self.estimate);
@@ -571,7 +612,7 @@ impl Transaction<'_> {
         });
         let (sent, bytes): (Vec<_>, Vec<u64>) = follow.await?.into_iter().unzip();
         let mut files: BTreeMap<String, Vec<File>> = BTreeMap::new();
-        let before = std::mem::take(&mut self.memory_files).into_iter();
+        let before = std::mem::take(&mut self.files_before).into_iter();
         for (name, file) in before.chain(sent.into_iter().flatten()) {
             files.entry(name).or_default().push(file);
         }

@@ -1,17 +1,19 @@
 //! The target's side of a migration, from the offer to the moment when the source may be removed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use transship_checkpoint::annotations::of_migration;
-use transship_checkpoint::manifest::{Container, Manifest, SPEC_FILE, check_name};
+use transship_checkpoint::manifest::{
+    CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, check_name,
+};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 use transship_checkpoint::wire::{
-    Check, DataPlace, Limits, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL, printable,
-    unexpected,
+    Arriving, Check, DataPlace, Limits, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL,
+    printable, unexpected,
 };
 use transship_containerd::Containerd;
 use transship_sandbox::opened::{Holds, InMemory};
@@ -25,7 +27,7 @@ use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
-use crate::restore::{self, LEASE, Plan, Restored};
+use crate::restore::{self, LEASE, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
 
 /// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
@@ -35,7 +37,7 @@ const SLACK: u64 = 1 << 30;
 const TELL_GRACE: Duration = Duration::from_secs(10);
 
 /// What is made here.
-enum Arriving<'o> {
+enum ToMake<'o> {
     Container(&'o OfferedContainer, Box<Plan>),
     Pod(&'o OfferedPod, Box<PodPlan>),
 }
@@ -55,16 +57,19 @@ pub(super) async fn accept(
     if let Some(why) = why_on_disk {
         tracing::info!("the files arrive on the disk: {}", why.one_line());
     }
-    check_nodes(node, &files.store, &offer, request).await?;
+    check_nodes(node, &offer, request).await?;
+    require_room(&files.store, needed_bytes(&offer))?;
+    // What the upperdir is filled with is on the disk, wherever it arrives.
+    require_room(store, offer.estimate.saturating_add(KEEP_FREE))?;
     let arriving = match (&offer.pod, offer.containers.as_slice()) {
         (Some(pod), [_, ..]) => {
             let plan = pod::plan(node, &offer, pod, request).await?;
-            Arriving::Pod(pod, Box::new(plan))
+            ToMake::Pod(pod, Box::new(plan))
         }
         (None, [one]) => {
             let spec = one.spec.as_bytes();
             let plan = restore::plan(node, &one.container, spec, &request.target).await?;
-            Arriving::Container(one, Box::new(plan))
+            ToMake::Container(one, Box::new(plan))
         }
         _ => {
             return Err(Error::refused(
@@ -76,7 +81,7 @@ pub(super) async fn accept(
     // All that is made is garbage until the copy runs.
     let leased = leases::take(node, LEASE).await?;
     let result = match arriving {
-        Arriving::Container(one, plan) => {
+        ToMake::Container(one, plan) => {
             take(
                 &leased,
                 &files.store,
@@ -88,7 +93,7 @@ pub(super) async fn accept(
             )
             .await
         }
-        Arriving::Pod(pod, plan) => {
+        ToMake::Pod(pod, plan) => {
             let what = (&offer, pod);
             let taken = pod::take(
                 &leased,
@@ -122,12 +127,7 @@ pub(super) async fn accept(
 }
 
 /// What concerns the two nodes, whatever moves.
-async fn check_nodes(
-    node: &Containerd,
-    store: &Store,
-    offer: &Offer,
-    request: &Request,
-) -> Result<()> {
+async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Result<()> {
     if offer.protocol != PROTOCOL {
         let age = match offer.protocol < PROTOCOL {
             true => "older",
@@ -167,7 +167,6 @@ async fn check_nodes(
     }
     let blobs = { offer.containers.iter().flat_map(|it| &it.blobs) }
         .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
-    let needed = needed_bytes(offer);
     let most = request.max_size.unwrap_or(u64::MAX);
     if offer.estimate.saturating_add(blobs) > most {
         return Err(Error::refused(format!(
@@ -176,6 +175,10 @@ async fn check_nodes(
             human_bytes(most)
         )));
     }
+    Ok(())
+}
+
+fn require_room(store: &Store, needed: u64) -> Result<()> {
     let free = free_bytes(store.root())?;
     if free < needed {
         return Err(Error::refused(format!(
@@ -235,12 +238,16 @@ async fn take(
     // Before the first thing is made that no lease takes away, and before the source is frozen.
     let mut locked = Arrivals::default().begin(&offer.migration, arrival)?;
     let taken = async {
+        let mut prepared = restore::prepare(node, &plan).await?;
+        let contents = prepared.make_contents_dir(&plan)?;
+        let contents = BTreeMap::from([(offered.container.name.clone(), contents)]);
         conversation.send(Message::Ready).await?;
-        let checkpoint = receive(store, conversation, offer, request, progress).await?;
+        let what = (offer, contents);
+        let checkpoint = receive(store, conversation, what, request, progress).await?;
         agree(
             node,
             conversation,
-            plan,
+            (plan, prepared),
             &checkpoint,
             &mut locked,
             interrupt,
@@ -255,11 +262,11 @@ async fn take(
     runs(node, store, conversation, locked, (restored.pid, released)).await
 }
 
-/// Receives the checkpoint of the migration.
+/// Receives the checkpoint of the migration; contents of files go to the directories of their containers.
 pub(super) async fn receive(
     store: &Store,
     conversation: &mut Conversation,
-    offer: &Offer,
+    (offer, contents): (&Offer, BTreeMap<String, PathBuf>),
     request: &Request,
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
@@ -272,7 +279,8 @@ pub(super) async fn receive(
         max_bytes: most_bytes(offer, request),
         keep_free: KEEP_FREE,
     };
-    let stream = receive_files(conversation, draft.dir(), limits, Check::Xxh3, progress).await?;
+    let arriving = Arriving::into_dir(draft.dir(), limits, Check::Xxh3).with_contents(contents);
+    let stream = receive_files(conversation, arriving, progress).await?;
     let mut specs = Vec::new();
     for it in &offer.containers {
         let path = draft.dir().join(&it.container.name).join(SPEC_FILE);
@@ -358,7 +366,14 @@ fn as_offered(offer: &Offer, stream: Manifest, specs: &[Vec<u8>], name: &str) ->
         if spec != it.spec.as_bytes() {
             return Err(differs(SPEC_FILE));
         }
-        containers.push(offered);
+        // They are in the upperdir already.
+        let in_checkpoint = |file: &File| !file.path.starts_with(&format!("{CONTENTS_DIR}/"));
+        containers.push(Container {
+            files: { offered.files.into_iter() }
+                .filter(in_checkpoint)
+                .collect(),
+            ..offered
+        });
     }
     let pod = offer.pod.as_ref();
     let not_running = pod.map(|it| it.not_running.as_slice()).unwrap_or_default();
@@ -380,7 +395,7 @@ fn as_offered(offer: &Offer, stream: Manifest, specs: &[Vec<u8>], name: &str) ->
 async fn agree(
     node: &Containerd,
     conversation: &mut Conversation,
-    plan: Plan,
+    (plan, prepared): (Plan, Prepared),
     checkpoint: &Checkpoint,
     locked: &mut Locked,
     interrupt: &Interrupt,
@@ -390,7 +405,7 @@ async fn agree(
         Message::Restore => {}
         other => return Err(unexpected("the word to restore", &other).into()),
     }
-    let restored = restore::hold(node, plan, checkpoint).await?;
+    let restored = restore::hold_in(node, plan, prepared, checkpoint).await?;
     locked.arrival.upperdir = Some(restored.upperdir().to_path_buf());
     interrupt.check()?;
     conversation.send(Message::Restored).await?;
@@ -404,7 +419,7 @@ async fn agree(
 
 #[cfg(test)]
 mod tests {
-    use transship_checkpoint::manifest::{File, Format, Source};
+    use transship_checkpoint::manifest::{Format, Source};
 
     use super::*;
 

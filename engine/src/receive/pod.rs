@@ -10,6 +10,7 @@
 //!  each is let go (settle: also by whoever ends what was cut off)
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -301,7 +302,14 @@ pub(super) async fn take(
         };
         interrupt.check()?;
         conversation.send(Message::Ready).await?;
-        let checkpoint = receive(store, conversation, offer, request, progress).await?;
+        let checkpoint = receive(
+            store,
+            conversation,
+            (offer, BTreeMap::new()),
+            request,
+            progress,
+        )
+        .await?;
         agree(
             node,
             conversation,

@@ -1,10 +1,13 @@
 //! The held copy: made, let go, or undone.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::BufReader;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use containerd_client::types::Mount;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, check_name};
@@ -47,34 +50,36 @@ pub struct Restored {
     pub pid: u32,
 }
 
-/// Restores the planned container, up to the moment before its first instruction. `node` has a lease.
-///
-/// # Errors
-/// Nothing of it is left then, or the error says what.
-pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Result<Restored> {
-    match make(node, &plan, checkpoint).await {
-        Ok((pid, upperdir)) => Ok(Restored {
-            node: node.clone(),
-            files: checkpoint.container_dir(&plan.container),
-            plan,
-            upperdir,
-            pid,
-        }),
-        Err(error) => Err(match plan.copy().remove(node).await {
-            Ok(()) => error,
-            Err(left) => Error::failed(format!(
-                "and not all of it could be removed: {}",
-                left.one_line()
-            ))
-            .because(error),
-        }),
+/// The snapshot of a copy, without its files.
+#[derive(Debug)]
+pub struct Prepared {
+    mounts: Vec<Mount>,
+    stack: OverlayStack,
+    /// Where contents of files come before the layer: a directory of this name at the top.
+    contents: Option<String>,
+}
+
+impl Prepared {
+    /// Makes the directory for contents of files that come before the layer, and gives it.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn make_contents_dir(&mut self, plan: &Plan) -> Result<PathBuf> {
+        let name = format!(".transship-contents-{}", plan.made_by);
+        let dir = self.stack.top.join(&name);
+        let made = fs::DirBuilder::new().mode(0o700).create(&dir);
+        made.with_context(|| format!("cannot make {}", dir.display()))?;
+        self.contents = Some(name);
+        Ok(dir)
     }
 }
 
-async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result<(u32, PathBuf)> {
-    let container = &plan.container;
-    let held = asking_for_restore(plan, &checkpoint.manifest.name);
-    let image = &container.image;
+/// Makes the snapshot of the planned container.
+///
+/// # Errors
+/// Its layers cannot be had, or its upperdir is not known; what there is of it is left for [`Copy::remove`].
+pub async fn prepare(node: &Containerd, plan: &Plan) -> Result<Prepared> {
+    let image = &plan.container.image;
     node.ensure_unpacked(&image.name, &image.chain_id, &plan.snapshotter)
         .await?;
     let mounts = node
@@ -87,9 +92,74 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
             plan.snapshotter
         )
     })?;
+    Ok(Prepared {
+        mounts,
+        stack,
+        contents: None,
+    })
+}
+
+/// Restores the planned container, up to the moment before its first instruction. `node` has a lease.
+///
+/// # Errors
+/// Nothing of it is left then, or the error says what.
+pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Result<Restored> {
+    match prepare(node, &plan).await {
+        Ok(prepared) => hold_in(node, plan, prepared, checkpoint).await,
+        Err(error) => Err(remove_after(node, &plan, error).await),
+    }
+}
+
+/// The same in a snapshot that is there.
+///
+/// # Errors
+/// As [`hold`].
+pub async fn hold_in(
+    node: &Containerd,
+    plan: Plan,
+    prepared: Prepared,
+    checkpoint: &Checkpoint,
+) -> Result<Restored> {
+    match make(node, &plan, prepared, checkpoint).await {
+        Ok((pid, upperdir)) => Ok(Restored {
+            node: node.clone(),
+            files: checkpoint.container_dir(&plan.container),
+            plan,
+            upperdir,
+            pid,
+        }),
+        Err(error) => Err(remove_after(node, &plan, error).await),
+    }
+}
+
+async fn remove_after(node: &Containerd, plan: &Plan, error: Error) -> Error {
+    match plan.copy().remove(node).await {
+        Ok(()) => error,
+        Err(left) => Error::failed(format!(
+            "and not all of it could be removed: {}",
+            left.one_line()
+        ))
+        .because(error),
+    }
+}
+
+async fn make(
+    node: &Containerd,
+    plan: &Plan,
+    prepared: Prepared,
+    checkpoint: &Checkpoint,
+) -> Result<(u32, PathBuf)> {
+    let container = &plan.container;
+    let held = asking_for_restore(plan, &checkpoint.manifest.name);
+    let image = &container.image;
+    let Prepared {
+        mounts,
+        stack,
+        contents,
+    } = prepared;
     let upperdir = stack.top.clone();
     let diff = checkpoint.container_dir(container).join(ROOTFS_DIFF_FILE);
-    tokio::task::spawn_blocking(move || import(&diff, &stack)).await??;
+    tokio::task::spawn_blocking(move || import(&diff, &stack, contents)).await??;
 
     let json = held.to_json();
     let value = serde_json::from_slice(&json).context("our own spec cannot be parsed")?;
@@ -130,7 +200,7 @@ async fn make(node: &Containerd, plan: &Plan, checkpoint: &Checkpoint) -> Result
     Ok((pid, upperdir))
 }
 
-fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
+fn import(diff: &Path, stack: &OverlayStack, contents: Option<String>) -> Result<()> {
     let file = open_last(diff).with_context(|| format!("cannot open {}", diff.display()))?;
     // What is filled in is no larger than what has come, and that has a bound.
     let length = file
@@ -140,7 +210,10 @@ fn import(diff: &Path, stack: &OverlayStack) -> Result<()> {
     let failed = || format!("cannot fill the upperdir {}", stack.top.display());
     let layer = transship_layer::decompress(BufReader::with_capacity(1 << 20, file))
         .with_context(failed)?;
-    let options = ImportOptions::for_checkpoint(length, layer.compression());
+    let options = ImportOptions {
+        contents,
+        ..ImportOptions::for_checkpoint(length, layer.compression())
+    };
     transship_layer::import_into_upperdir(layer, stack, &options).with_context(failed)?;
     Ok(())
 }

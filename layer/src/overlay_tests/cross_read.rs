@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Whether the program is there; when not, says so, or fails where CI says that it must run.
-pub(super) fn have(program: &str) -> bool {
+pub(crate) fn have(program: &str) -> bool {
     let found = Command::new(program).arg("--version").output().is_ok();
     if !found {
         let required = std::env::var("REQUIRE").unwrap_or_default();

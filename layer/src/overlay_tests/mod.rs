@@ -2,7 +2,7 @@
 
 mod concurrent_writer;
 mod cross_images;
-mod cross_read;
+pub(crate) mod cross_read;
 mod foreign_marks;
 mod hostile_layers;
 mod kernel_marks;

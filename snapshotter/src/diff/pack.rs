@@ -54,6 +54,7 @@ pub(super) fn pack_layer(
     let options = ExportOptions {
         source_date_epoch,
         format: LayerFormat::Image,
+        known: None,
     };
     thread::scope(|scope| {
         let (tar, tar_chunks) = sync_channel(QUEUED_CHUNKS);

@@ -39,6 +39,7 @@ pub(super) fn unpack_layer(
         skip_unsupported_xattrs: true,
         // containerd sets no limit either; the disk is one.
         max_bytes: u64::MAX,
+        contents: None,
     };
     thread::scope(|scope| {
         let (plain, plain_chunks) = sync_channel(QUEUED_CHUNKS);
