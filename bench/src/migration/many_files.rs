@@ -4,7 +4,7 @@
 use anyhow::Result;
 use transship_testbed::{CommandRun as _, Node, Testbed, journey};
 
-use super::{Course, Program, STOCK, frozen};
+use super::{Course, Program, STOCK, frozen, medians_of_steps};
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 use crate::statistics::spaced;
@@ -71,11 +71,13 @@ impl Course<'_> {
             Row::of_pairs(name, "ms", ours, STOCK, &stock, Better::Less)
                 .goal(Goal::RatioAtLeast(least))
         };
+        let notes = [&with, &without].map(|all| medians_of_steps(all));
+        let [note_with, note_without] = notes;
         let [with, without, small_with, small_without] =
             [with, without, small_with, small_without].map(|all| frozen(&all));
         Ok(vec![
-            beside_small("memory sent before", &with, &small_with),
-            beside_small("all in the freeze", &without, &small_without),
+            beside_small("memory sent before", &with, &small_with).note(note_with),
+            beside_small("all in the freeze", &without, &small_without).note(note_without),
             beside_stock("memory sent before", &with, 10.0),
             beside_stock("all in the freeze", &without, 8.0),
         ])

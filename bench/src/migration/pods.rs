@@ -6,7 +6,7 @@ use transship_testbed::{
     PodSecurity, Testbed, journey,
 };
 
-use super::{Took, frozen};
+use super::{Took, frozen, medians_of_steps};
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 
@@ -29,6 +29,8 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Row> {
         three.push(migrate([a, b], &to, &memory)?);
         one.push(migrate([a, b], &to, &memory[..1])?);
     }
+    let [of_three, of_one] = [&three, &one].map(|all| medians_of_steps(all));
+    let note = format!("{of_three}; of one: {of_one}");
     let name = format!("frozen, a pod of three containers of {memory:?} MB, memory sent before");
     let peer = format!("ours, a pod of {largest} MB");
     let row = Row::of_pairs(
@@ -39,7 +41,7 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Row> {
         &frozen(&one),
         Better::Growth,
     );
-    Ok(row.goal(Goal::RatioAtMost(1.3)))
+    Ok(row.goal(Goal::RatioAtMost(1.3)).note(note))
 }
 
 fn start(bed: &Testbed, node: &Node) -> Result<()> {
