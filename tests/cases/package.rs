@@ -263,7 +263,7 @@ fn encrypt(node: &Node) -> anyhow::Result<()> {
     let text = transship(node, "inspect /root/secret --identity /root/mine")?;
     ensure!(text.contains("encrypted"), "{text}");
     node.command("transship").args(import("/root/mine")).run()?;
-    transship(node, "inspect opened --verify")?;
+    transship(node, "inspect opened --verify --identity /root/mine")?;
     transship(node, "rm opened")?;
     Ok(())
 }
