@@ -279,7 +279,7 @@ impl<R: Read> Import<R> {
             self.tree.set_open_attributes(file.as_fd(), path, wanted)?;
             return set_open_times(file.as_fd(), path, wanted.atime, wanted.mtime);
         }
-        let file = File::from(create_file(&self.tree, name, path, wanted.mode)?);
+        let file = File::from(create_file(&mut self.tree, name, path, wanted.mode)?);
         match &entry.segments {
             None => self.write_data(&file, path, None)?,
             Some(segments) => {
@@ -294,7 +294,12 @@ impl<R: Read> Import<R> {
     }
 
     /// Gives a content that has come before its place. Each is there once.
-    fn place_content(&self, name: &[u8], path: &[u8], number: u64) -> Result<File, ImportError> {
+    fn place_content(
+        &mut self,
+        name: &[u8],
+        path: &[u8],
+        number: u64,
+    ) -> Result<File, ImportError> {
         let absent = || ImportError::refused(path, "its content has not come before");
         let contents = self.contents.as_ref().ok_or_else(absent)?;
         let number = number.to_string();
@@ -303,7 +308,7 @@ impl<R: Read> Import<R> {
             Err(Errno::ENOENT) => return Err(absent()),
             opened => opened.map_err(|errno| ImportError::io("open", path, errno))?,
         };
-        replacing(&self.tree, name, path, |tree| {
+        replacing(&mut self.tree, name, path, |tree| {
             let flags = RenameFlags::RENAME_NOREPLACE;
             renameat2(contents, number.as_str(), tree.directory(), name, flags)
         })?;
@@ -364,7 +369,7 @@ impl<R: Read> Import<R> {
                 _ => mknodat(directory, name, SFlag::S_IFIFO, mode, 0),
             }
         };
-        replacing(&self.tree, name, path, make)?;
+        replacing(&mut self.tree, name, path, make)?;
         self.tree
             .set_special_attributes(name, path, (inode_type, device), wanted)
     }
@@ -403,7 +408,7 @@ impl<R: Read> Import<R> {
             return Err(impossible());
         }
         self.stats.hard_links += 1;
-        replacing(&self.tree, name, path, |tree| {
+        replacing(&mut self.tree, name, path, |tree| {
             linkat(
                 &target_directory,
                 target_name,
@@ -563,7 +568,7 @@ impl<R: Read> Import<R> {
             .metadata()
             .map_err(|error| ImportError::io("stat", target, error))?
             .len();
-        let file = File::from(create_file(&self.tree, name, target, wanted.mode)?);
+        let file = File::from(create_file(&mut self.tree, name, target, wanted.mode)?);
         let whole = vec![Segment {
             offset: 0,
             len: size,
@@ -611,7 +616,9 @@ impl<R: Read> Import<R> {
                 self.tree.enter(&deleted)?;
                 self.tree.set_opaque(&deleted, true)
             }
-            Some(_) => Ok(()),
+            Some(inode) if inode.is_whiteout_device() => Ok(()),
+            Some(_) if self.tree.look_below(&deleted)?.is_none() => Ok(()),
+            Some(_) => self.tree.note_deleted(&deleted),
             None if self.tree.look_below(&deleted)?.is_none() => {
                 self.stats.needless_whiteouts += 1;
                 Ok(())
@@ -701,14 +708,14 @@ impl<R: Read> Import<R> {
 
 /// Makes something under a name, in the place of what an earlier entry made there.
 fn replacing(
-    tree: &UpperTree,
+    tree: &mut UpperTree,
     name: &[u8],
     path: &[u8],
     mut make: impl FnMut(&UpperTree) -> nix::Result<()>,
 ) -> Result<(), ImportError> {
     let made = match make(tree) {
         Err(Errno::EEXIST) => {
-            tree.remove(name, path)?;
+            tree.replace(name, path)?;
             make(tree)
         }
         made => made,
@@ -717,7 +724,7 @@ fn replacing(
 }
 
 fn create_file(
-    tree: &UpperTree,
+    tree: &mut UpperTree,
     name: &[u8],
     path: &[u8],
     mode: u32,

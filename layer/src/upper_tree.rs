@@ -17,6 +17,7 @@
 //! left, both are read from the disk and put back afterwards, so nothing is remembered per directory
 //! and memory does not grow with the layer.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -43,6 +44,8 @@ const MAX_DEPTH: usize = 65_536;
 /// Most bytes of default ACLs that wait for their directories to be left: an honest one has some
 /// hundred bytes, Linux allows 64 KiB, and a layer can nest `MAX_DEPTH` directories.
 const MAX_WAITING_ACL_BYTES: usize = 1 << 20;
+/// Most bytes of names that are remembered as deleted because the layer has a file there.
+const MAX_DELETED_BYTES: usize = 1 << 20;
 /// Symlinks that one name may lead through, as containerd counts them.
 pub(crate) const MAX_LINKS: usize = 255;
 
@@ -107,6 +110,10 @@ pub(crate) struct UpperTree {
     pub(crate) format: LayerFormat,
     pub(crate) skip_unsupported_xattrs: bool,
     pub(crate) xattr_reader: XattrReader,
+    /// Deletions that nothing on the disk tells, because the layer has a file of the same name: a directory that comes in
+    /// its place hides what the lower layers have there. Honest layers have none.
+    deleted: BTreeSet<Vec<u8>>,
+    deleted_bytes: usize,
     pub(crate) counts: TreeCounts,
 }
 
@@ -138,6 +145,8 @@ impl UpperTree {
             format,
             skip_unsupported_xattrs,
             xattr_reader: XattrReader::new(),
+            deleted: BTreeSet::new(),
+            deleted_bytes: 0,
             counts: TreeCounts::default(),
         };
         tree.push_existing(root, b"")?;
@@ -379,7 +388,7 @@ impl UpperTree {
         let fd = open_directory(self.directory(), name)
             .map_err(|errno| ImportError::io("open", path, errno))?;
         self.push_existing(fd, name)?;
-        if was_whiteout {
+        if was_whiteout || is_new && self.deleted.contains(path) {
             // Deleted, then made anew: nothing of the old one shows through.
             self.set_opaque(path, false)?;
         }
@@ -454,6 +463,45 @@ impl UpperTree {
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(ImportError::io("stat", path, errno)),
         }
+    }
+
+    /// Remembers that a name is deleted, where the layer has a file.
+    pub(crate) fn note_deleted(&mut self, path: &[u8]) -> Result<(), ImportError> {
+        if self.deleted.insert(path.to_vec()) {
+            self.deleted_bytes += path.len() + size_of::<Vec<u8>>();
+        }
+        if self.deleted_bytes > MAX_DELETED_BYTES {
+            return Err(ImportError::refused(
+                path,
+                "too many names are deleted and have a file in the same layer",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Removes a name from the current directory for something that is no directory. That the name is deleted in
+    /// the lower layers, by a whiteout or an opaque directory, is remembered.
+    pub(crate) fn replace(&mut self, name: &[u8], path: &[u8]) -> Result<(), ImportError> {
+        let is_deleted = match self.stat_name(name, path)? {
+            Some(inode) if inode.is_directory() => self.is_opaque(name, path)?,
+            Some(inode) => inode.is_whiteout_device(),
+            None => false,
+        };
+        if is_deleted {
+            self.note_deleted(path)?;
+        }
+        self.remove(name, path)
+    }
+
+    fn is_opaque(&mut self, name: &[u8], path: &[u8]) -> Result<bool, ImportError> {
+        let unreadable = |error| ImportError::io("read the attributes of", path, error);
+        let fd = open_directory(self.directory(), name);
+        let fd = fd.map_err(|errno| ImportError::io("open", path, errno))?;
+        let holder = XattrHolder::Open(fd.as_fd());
+        let opaque = self
+            .xattr_reader
+            .value(holder, self.namespace.opaque_name());
+        Ok(opaque.map_err(unreadable)? == Some(b"y"))
     }
 
     /// Removes a name from the current directory, with all below it.

@@ -132,6 +132,30 @@ fn root_entries_are_resolved_inside_of_the_layer() {
             &["a", "b/old"],
         ),
         (
+            "deletion, file, directory",
+            tar()
+                .file(".wh.a", "")
+                .file("a", "")
+                .dir("a")
+                .file("a/x", ""),
+            &["a", "a/x"],
+        ),
+        (
+            "file, deletion, directory",
+            tar().file("a", "").file(".wh.a", "").dir("a"),
+            &["a"],
+        ),
+        (
+            "deletion, directory, file, directory",
+            tar().file(".wh.a", "").dir("a").file("a", "").dir("a"),
+            &["a"],
+        ),
+        (
+            "file, directory",
+            tar().file("a", "").dir("a"),
+            &["a", "a/old"],
+        ),
+        (
             "file, then deletions below it",
             tar()
                 .file("a", "")
@@ -166,7 +190,10 @@ fn root_entries_are_resolved_inside_of_the_layer() {
         let is_replaced = |name: &str| expected.iter().any(|it| it == name);
         let lower = match what {
             "link, then whiteout" | "whiteout, then link" => vec!["b", "way"],
-            "file, then deletions below it" => vec!["b", "b/old", "way"],
+            "file, then deletions below it"
+            | "deletion, file, directory"
+            | "file, deletion, directory"
+            | "deletion, directory, file, directory" => vec!["b", "b/old", "way"],
             "device 0:0" => vec!["b", "way"],
             "file, then device 0:0" => vec!["a", "b", "way"],
             "opaque marker through a link" => vec!["a", "a/old", "way"],

@@ -28,7 +28,7 @@ use transship_testbed::{ContainerdConfig, Node, NodeOptions, Storage, Testbed};
 use super::api::{Api, digest_of};
 use super::log_counts;
 use packing::{Damage, Packing};
-use seen::Tree;
+use seen::{Seen, Tree};
 use stacks::{Entry, Layer};
 
 /// Stacks under one lease: with it go their blobs and snapshots.
@@ -158,9 +158,8 @@ impl Differs<'_> {
         ensure!(ghosts == 0, "{ghosts} names are listed and not there");
         for (path, seen) in &mut walking {
             if let Some(own) = ours.get(path)
-                && seen.is_directory()
-                && own.is_directory()
-                && is_directory_without_time(layers, path)
+                && seen.mtime != own.mtime
+                && is_without_time(layers, path, seen, own)
             {
                 seen.mtime = own.mtime;
             }
@@ -201,12 +200,17 @@ impl Differs<'_> {
 }
 
 /// Whether a directory of the merged tree has no entry in the topmost layer that has something in it:
-/// containerd's has the time of the unpacking.
-fn is_directory_without_time(layers: &[Layer], path: &str) -> bool {
+/// containerd's has the time of the unpacking. Where entries lead through links it is not known whose they are, and
+/// containerd sets the time of a directory on what has replaced it.
+fn is_without_time(layers: &[Layer], path: &str, walking: &Seen, ours: &Seen) -> bool {
     let path = path.trim_start_matches('/');
-    // There it is not known which directory an entry is of.
+    let is_directory = walking.is_directory() && ours.is_directory();
     if layers.iter().any(|layer| layer.leads_through_links) {
-        return true;
+        let mut entries = layers.iter().flat_map(|layer| &layer.entries);
+        return is_directory || entries.any(|it| it.is_directory_of(walking.mtime.0));
+    }
+    if !is_directory {
+        return false;
     }
     let topmost = layers.iter().rfind(|layer| layer.touched.contains(path));
     topmost.is_some_and(|layer| !layer.named.contains(path))

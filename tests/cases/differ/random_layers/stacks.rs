@@ -49,6 +49,13 @@ pub(super) struct Entry {
     pub(super) fault: Option<Fault>,
 }
 
+impl Entry {
+    /// Whether it is one of a directory with this time; a record of noise says 1.
+    pub(super) fn is_directory_of(&self, mtime: i64) -> bool {
+        self.kind == Kind::Directory && [self.mtime.0, 1].contains(&mtime.cast_unsigned())
+    }
+}
+
 /// A layer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Layer {
@@ -86,6 +93,9 @@ impl Layer {
         vec![deletions, rest]
     }
 }
+
+/// Symlinks that a path is followed through.
+const MAX_LINKS: usize = 40;
 
 /// Whether a path lies below another one.
 fn is_below(path: &str, of: &str) -> bool {
@@ -212,11 +222,25 @@ pub(super) fn stacks() -> impl Strategy<Value = Vec<Layer>> {
                 ..below.layer(picks)
             })
             .collect();
+        forget_setgid(&mut layers);
         if let Some((index, fault)) = fault {
             spoil(&mut layers, index, fault);
         }
         layers
     })
+}
+
+/// What nobody names gets its group from a setgid directory that is there already: one of a lower layer, too, as long
+/// as the deletions are put before the rest for containerd.
+fn forget_setgid(layers: &mut [Layer]) {
+    let is_deletion = |entry: &Entry| matches!(entry.kind, Kind::Whiteout | Kind::Opaque);
+    let last = { layers.iter() }.rposition(|layer| layer.entries.iter().any(is_deletion));
+    let layers = layers.iter_mut().take(last.map_or(0, |last| last + 1));
+    for entry in layers.flat_map(|layer| &mut layer.entries) {
+        if entry.kind == Kind::Directory {
+            entry.mode &= !0o2000;
+        }
+    }
 }
 
 /// Gives a fault to one of the entries that containerd's order of them keeps.
@@ -254,11 +278,43 @@ struct Made {
     opaque: BTreeSet<String>,
     /// What hard links can lead to.
     files: Vec<String>,
+    /// Directories that were something else before. What is deleted below them was skipped, or is gone.
+    replaced: BTreeSet<String>,
 }
 
 impl Made {
     fn is_link(&self, path: &str) -> bool {
         matches!(self.kinds.get(path), Some(Kind::Symlink(_)))
+    }
+
+    /// Where a path leads; none: in a circle.
+    fn followed(&self, path: &str) -> Option<String> {
+        let mut path = path.to_owned();
+        for _ in 0..MAX_LINKS {
+            let link = ancestors(&path).find_map(|above| match self.kinds.get(above) {
+                Some(Kind::Symlink(target)) => Some((above.to_owned(), target)),
+                _ => None,
+            });
+            let Some((link, target)) = link else {
+                return Some(path);
+            };
+            let rest = &path[link.len() + 1..];
+            let above = link.rsplit_once('/').map_or("", |(above, _)| above);
+            let led = match target.starts_with('/') {
+                true => format!("{target}/{rest}"),
+                false => format!("{above}/{target}/{rest}"),
+            };
+            let mut clean: Vec<&str> = Vec::new();
+            for component in led.split('/') {
+                match component {
+                    "" | "." => {}
+                    ".." => drop(clean.pop()),
+                    component => clean.push(component),
+                }
+            }
+            path = clean.join("/");
+        }
+        None
     }
 
     fn lies_below_link(&self, path: &str) -> bool {
@@ -275,17 +331,10 @@ impl Below {
     fn layer(&mut self, picks: Vec<Pick>) -> Layer {
         let mut made = Made::default();
         for pick in picks {
-            if let Some(kind) = kind_of(&pick, &made) {
+            if let Some(kind) = kind_of(&pick, &made)
+                && !self.leads_to_changed(&pick.path, &made)
+            {
                 self.add(&mut made, pick, kind);
-            }
-        }
-        // What nobody names gets its group from a setgid directory that is there already; the deletions are
-        // put before it for containerd.
-        if !made.deleted.is_empty() || !made.opaque.is_empty() {
-            for entry in &mut made.layer.entries {
-                if entry.kind == Kind::Directory {
-                    entry.mode &= !0o2000;
-                }
             }
         }
         let is_other = |(path, kind): (String, Kind)| (kind != Kind::Directory).then_some(path);
@@ -294,6 +343,14 @@ impl Below {
         self.changed.extend(made.deleted);
         self.changed.extend(made.opaque);
         made.layer
+    }
+
+    /// Whether a path leads through links to where it is not clear what a directory is like that no entry names.
+    fn leads_to_changed(&self, path: &str, made: &Made) -> bool {
+        made.lies_below_link(path)
+            && made.followed(path).is_none_or(|led| {
+                ancestors(&led).any(|it| self.changed.contains(it) || made.deleted.contains(it))
+            })
     }
 
     fn add(&self, made: &mut Made, pick: Pick, kind: Kind) {
@@ -321,7 +378,18 @@ impl Below {
                     } else {
                         made.files.push(pick.path.clone());
                     }
-                    made.kinds.insert(pick.path.clone(), kind.clone());
+                    let kind = match kind {
+                        // Which is a further name of a symlink.
+                        Kind::HardLink(target) if made.is_link(target) => {
+                            made.kinds[target].clone()
+                        }
+                        kind => kind.clone(),
+                    };
+                    let before = made.kinds.get(&pick.path);
+                    if kind == Kind::Directory && !matches!(before, None | Some(Kind::Directory)) {
+                        made.replaced.insert(pick.path.clone());
+                    }
+                    made.kinds.insert(pick.path.clone(), kind);
                 }
             }
         }
@@ -395,10 +463,11 @@ fn kind_of(pick: &Pick, made: &Made) -> Option<Kind> {
         8 => Kind::Opaque,
         _ => return Some(Kind::Global),
     };
+    let lies_below_replaced = ancestors(path).any(|above| made.replaced.contains(above));
     let is_fit = match kind {
         Kind::Whiteout => {
             let is_unclear = made.unnamed().any(|below| is_at_or_below(below, path));
-            !made.layer.leads_through_links && !is_unclear
+            !made.layer.leads_through_links && !is_unclear && !lies_below_replaced
         }
         Kind::Opaque => {
             let is_unclear = made.unnamed().any(|below| is_below(below, path));
@@ -406,6 +475,7 @@ fn kind_of(pick: &Pick, made: &Made) -> Option<Kind> {
                 .kinds
                 .iter()
                 .any(|(other, kind)| is_at_or_below(path, other) && *kind != Kind::Directory);
+            let is_blocked = is_blocked || lies_below_replaced || made.replaced.contains(path);
             !made.layer.leads_through_links && !is_unclear && !is_blocked
         }
         _ => {
@@ -419,12 +489,17 @@ fn kind_of(pick: &Pick, made: &Made) -> Option<Kind> {
             };
             let holds_others = made.kinds.keys().any(|other| is_below(other, path))
                 || made.opaque.iter().any(|other| is_at_or_below(other, path));
+            // What is deleted below a file, and so skipped, is not deleted in a directory that replaces it.
+            let deletes_below_file = kind == Kind::Directory
+                && !matches!(made.kinds.get(path), None | Some(Kind::Directory))
+                && { made.deleted.iter().chain(&made.opaque) }.any(|other| is_below(other, path));
             let is_below_file = ancestors(path).any(|above| match made.kinds.get(above) {
                 None | Some(Kind::Directory | Kind::Symlink(_)) => false,
                 Some(_) => true,
             });
             !(made.lies_below_link(path) && deletes
                 || is_replaced
+                || deletes_below_file
                 || kind != Kind::Directory && holds_others
                 || is_below_file)
         }
