@@ -51,6 +51,7 @@ fn memory_is_never_on_the_disk(bed: &Testbed) -> anyhow::Result<()> {
     nothing_in_clear(&node)?;
 
     only_with_the_key(&node)?;
+    taken_in(&node)?;
     damaged(&node)?;
     by_annotation(&node, &cri, before)?;
     from_a_registry(&node, &cri)?;
@@ -173,6 +174,50 @@ fn only_with_the_key(node: &Node) -> anyhow::Result<()> {
     nothing_in_clear(node)
 }
 
+/// What comes encrypted lies sealed, under whatever name; unless it is to lie in clear.
+fn taken_in(node: &Node) -> anyhow::Result<()> {
+    node.shell("transship export secret /root/package").run()?;
+    for (key, said) in [
+        ("/root/yours", "none of the identities"),
+        ("/root/mine", "\"secret\" exists already"),
+    ] {
+        let import = ["import", "/root/package", "--identity", key];
+        fails_with(node, &import, 1, said)?;
+        nothing_in_clear(node).context(said)?;
+    }
+    fails_with(node, &["import", "/root/package"], 1, "--identity")?;
+    let taken = transship(
+        node,
+        "import /root/package --identity /root/mine --name file",
+    )?;
+    ensure!(taken.contains("sealed in"), "{taken}");
+    node.shell("transship import - --identity /root/mine --name stream </root/package")
+        .run()?;
+    nothing_in_clear(node)?;
+    fails_with(node, &["inspect", "stream"], 4, "is sealed")?;
+    // The same package under three names; each is opened by itself.
+    for name in ["file", "stream", "secret"] {
+        let inspect = format!("inspect {name} --verify --identity /root/mine");
+        let inside = transship(node, &inspect)?;
+        ensure!(inside.contains("/usr/bin/counter"), "{inside}");
+        nothing_in_clear(node)?;
+    }
+    node.shell("cmp /root/package /var/lib/transship/checkpoints/file/sealed.age")
+        .run()?;
+    let clear = transship(
+        node,
+        "import /root/package --identity /root/mine --name clear --in-clear",
+    )?;
+    ensure!(!clear.contains("sealed"), "{clear}");
+    node.shell(
+        "grep -r -a -q /usr/bin/counter /var/lib/transship/checkpoints/clear
+         transship inspect clear --verify >/dev/null
+         transship rm clear file stream; rm /root/package",
+    )
+    .run()?;
+    nothing_in_clear(node)
+}
+
 /// Each fault is found before anything is restored, and leaves nothing.
 fn damaged(node: &Node) -> anyhow::Result<()> {
     node.shell("cp -r /var/lib/transship/checkpoints/secret /root/kept")
@@ -253,6 +298,11 @@ fn from_a_registry(node: &Node, cri: &Cri) -> anyhow::Result<()> {
                     --encrypt-to /root/mine.pub --sign /root/minisign.key --json | jq -r .digest";
     let digest = { node.shell(push) }.read()?;
     let reference = format!("127.0.0.1:5000/shop/web@{}", digest.trim());
+    transship(node, "rm secret")?;
+    let pull = format!("pull {reference} --plain-http --identity /root/mine");
+    let pulled = transship(node, &pull)?;
+    ensure!(pulled.contains("sealed in"), "{pulled}");
+    nothing_in_clear(node)?;
     transship(node, "rm secret")?;
     node.write_file(
         NODE_CONFIG,

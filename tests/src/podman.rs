@@ -1,7 +1,5 @@
 //! Debian's podman in a node.
 
-use std::process::Command;
-
 use crate::{CommandRun as _, DebianProgram, Node, Settings, TestbedError};
 
 impl Node {
@@ -11,22 +9,7 @@ impl Node {
     /// # Errors
     /// When the packages cannot be had, or podman does not work.
     pub fn install_podman(&self, settings: &Settings) -> Result<(), TestbedError> {
-        let dir = DebianProgram::PODMAN.fetch_all(settings)?;
-        for part in [
-            "usr/bin",
-            "usr/lib",
-            "usr/libexec",
-            "usr/share/containers",
-            "etc/containers",
-        ] {
-            let to = self.path_from_outside(&format!("/{part}"));
-            Command::new("mkdir").arg("-p").arg(&to).run()?;
-            Command::new("cp")
-                .args(["-an", "--reflink=auto"])
-                .arg(dir.join(part).join("."))
-                .arg(&to)
-                .run()?;
-        }
+        DebianProgram::PODMAN.install(settings, self)?;
         // Where containerd's layers lie, podman's can: overlay does not stand on an overlay.
         self.shell(
             "mkdir -p /var/lib/containerd/podman /var/lib/containers
