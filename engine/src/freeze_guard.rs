@@ -24,7 +24,7 @@ use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
-use crate::memory_dir::remove_unused;
+use crate::memory_dir::remove_when_unused;
 use crate::oci_runtime::OciRuntime;
 use crate::own_networks;
 use crate::stuck_dump;
@@ -113,7 +113,9 @@ pub async fn run() -> Result<()> {
         Some(draft) => remove_draft(draft).await,
         None => Ok(()),
     };
-    remove_unused();
+    if let Some(draft) = &orders.draft {
+        remove_when_unused(draft).await;
+    }
     removed
 }
 

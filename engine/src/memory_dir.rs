@@ -10,7 +10,9 @@
 //! and by the next one ([`remove_unused`]).
 
 use std::path::Path;
+use std::time::Duration;
 
+use tokio::time::{Instant, sleep};
 use transship_checkpoint::store::{DEFAULT_OPENED, Store};
 use transship_sandbox::opened::{Holds, InMemory, remove_all_unused};
 use transship_sandbox::{DEFAULT_RUN_DIR, SandboxError};
@@ -18,6 +20,10 @@ use transship_sandbox::{DEFAULT_RUN_DIR, SandboxError};
 use crate::check::node_facts::free_memory;
 use crate::error::{Error, Result, one_line};
 use crate::timeline::human_bytes;
+
+/// How long memory may be in use after the process whose it was has gone.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Memory that is left when this is dropped.
 #[derive(Debug)]
@@ -110,6 +116,25 @@ impl MigrationFiles {
                 (Self { store, _memory }, Some(error))
             }
         }
+    }
+}
+
+/// Removes the memory that `inside` is in, when whoever still reads it has ended: it belonged to a process that was killed.
+/// What is in use for too long is left for the next one.
+pub(crate) async fn remove_when_unused(inside: &Path) {
+    let opened = Path::new(DEFAULT_OPENED);
+    let key = { inside.strip_prefix(opened) }
+        .ok()
+        .and_then(|inside| inside.components().next());
+    let Some(key) = key else { return };
+    let dir = opened.join(key);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        remove_unused();
+        if !dir.try_exists().unwrap_or(true) || Instant::now() > deadline {
+            return;
+        }
+        sleep(PAUSE).await;
     }
 }
 

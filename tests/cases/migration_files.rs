@@ -11,10 +11,11 @@ use crate::Case;
 
 const IMAGE: &str = "transship.test/writer:1";
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often each of its 60 files has been changed, and looked at, by then.
+/// How often each of its 60 files that change has been changed, and looked at, by then.
 const ROUND: u64 = 60;
-/// What its files have.
-const BYTES: u64 = ROUND * (512 << 10);
+/// What these have, and the 20 that it only looks at.
+const CHANGED: u64 = ROUND * (512 << 10);
+const STILL: u64 = 20 * (512 << 10);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     std::iter::once(Case {
@@ -42,9 +43,9 @@ fn files_are_as_they_were_written_last(bed: &Testbed) -> anyhow::Result<()> {
             step.and_then(|it| it["bytes"].as_u64())
                 .with_context(|| format!("no {name} in {report}"))
         };
-        // Those that have rested, a third of them, are sent before; most of these are in no layer.
-        ensure!(sent("files")? > BYTES / 6, "{report}");
-        ensure!(sent("upperdir")? < BYTES * 9 / 10, "{report}");
+        // What rests is sent before, and is in no layer; of the others as much as the machine is fast.
+        ensure!(sent("files")? >= STILL, "{report}");
+        ensure!(sent("upperdir")? < CHANGED + STILL / 2, "{report}");
         reached = wait_for(to, reached + ROUND + 1)?;
         let left = format!(
             "find /proc/{}/root -maxdepth 1 -name '.transship*'",

@@ -18,8 +18,9 @@ use std::time::Duration;
 use containerd_client::types::v1::Status;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
+use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::store::{Store, StoreError};
+use transship_checkpoint::store::{DEFAULT_OPENED, Store, StoreError};
 use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
@@ -29,7 +30,7 @@ use super::pod::settle::Committed;
 use super::{durable, leases, pod};
 use crate::error::{Context, Error, Kind, Result};
 use crate::guard_process::{self, GuardProcess};
-use crate::memory_dir::remove_unused;
+use crate::memory_dir::remove_when_unused;
 use crate::restore::{self, Copy};
 
 /// The first argument of the guard's process.
@@ -84,7 +85,8 @@ pub async fn run_guard() -> Result<()> {
                 // After the record of the image, which keeps its blobs.
                 leases::end_those_of_the_gone(&node).await?;
                 store.remove_orphans()?;
-                remove_unused();
+                let files = Path::new(DEFAULT_OPENED).join(of_migration(&orders.migration));
+                remove_when_unused(&files).await;
             }
             Ok(outcome)
         };

@@ -2,7 +2,8 @@
 //! written to it last.
 //!
 //! ```text
-//! writer DIR     makes DIR/0 to DIR/59, of 512 KiB; every 50 ms it changes the next one, and appends a line to DIR/counts
+//! writer DIR     makes DIR/0 to DIR/79, of 512 KiB; every 50 ms it changes the next one of the first 60, and appends a
+//!                line to DIR/counts; the others it looks at
 //! ```
 //!
 //! Each is left alone for three seconds: so at any moment some of them have rested, and some of these are changed in the
@@ -18,7 +19,9 @@ use std::time::Duration;
 
 use nix::libc;
 
-const FILES: u64 = 60;
+const FILES: u64 = 80;
+/// So many of them are changed.
+const CHANGED: u64 = 60;
 const LEN: usize = 512 << 10;
 const INTERVAL: Duration = Duration::from_millis(50);
 /// Words of memory, 128 MiB, that take some time to send: the files are changed meanwhile.
@@ -55,7 +58,7 @@ fn run(dir: &Path) -> io::Result<()> {
             .create_new(true)
             .open(dir.join(number.to_string()))?;
         file.write_all_at(&content(number, 0), 0)?;
-        let is_mapped = number % 2 == 1;
+        let is_mapped = number % 2 == 1 && number < CHANGED;
         files.push(Written {
             memory: is_mapped.then(|| mapped(&file)).transpose()?,
             file,
@@ -65,21 +68,30 @@ fn run(dir: &Path) -> io::Result<()> {
     let ballast: Vec<u64> = (0..BALLAST).map(|at| at.wrapping_mul(MIX)).collect();
     let mut counts = File::create_new(dir.join("counts"))?;
     for (count, number) in (1_u64..).zip((0..FILES).cycle()) {
+        if number >= CHANGED {
+            look(dir, number, 0)?;
+            continue;
+        }
         std::thread::sleep(INTERVAL);
         std::hint::black_box(&ballast);
-        let path = dir.join(number.to_string());
         let Some(written) = files.get_mut(usize::try_from(number).unwrap_or_default()) else {
             continue;
         };
-        if std::fs::read(&path)? != content(number, written.value) {
-            let message = format!("{} is not what was written to it", path.display());
-            return Err(io::Error::other(message));
-        }
+        look(dir, number, written.value)?;
         written.value = count;
         written.write()?;
         counts.write_all(format!("{count}\n").as_bytes())?;
     }
     Ok(())
+}
+
+fn look(dir: &Path, number: u64, value: u64) -> io::Result<()> {
+    let path = dir.join(number.to_string());
+    if std::fs::read(&path)? == content(number, value) {
+        return Ok(());
+    }
+    let message = format!("{} is not what was written to it", path.display());
+    Err(io::Error::other(message))
 }
 
 impl Written {
