@@ -122,7 +122,6 @@ pub async fn run() -> Result<()> {
 /// Tries until the task has been seen to run, or is gone.
 async fn let_run(orders: &Orders, task: &TaskToFreeze) {
     let mut silent_since = None;
-    let mut past_containerd = false;
     loop {
         // Without its network it had better run than stand still.
         drop(
@@ -135,18 +134,20 @@ async fn let_run(orders: &Orders, task: &TaskToFreeze) {
             // containerd may have lost what still stands still.
             Ok(Seen::Gone) if !task.runtime.has_paused(&task.id).await => return,
             Ok(Seen::Gone) => drop(task.runtime.resume(&task.id).await),
-            // The shim has not seen the runtime let it run, and would refuse execs for ever: once
-            // more from the beginning, for a moment.
-            Ok(Seen::Paused) if past_containerd => {
-                past_containerd = false;
-                drop(task.runtime.pause(&task.id).await);
+            Ok(Seen::Paused) => {
+                silent_since = None;
+                // It runs, and the shim has not seen the runtime let it: that was done past containerd, or the
+                // runtime was killed when it had. The shim would refuse execs, and each resume, for ever: once more
+                // from the beginning, for a moment.
+                if !task.runtime.has_paused(&task.id).await {
+                    drop(task.runtime.pause(&task.id).await);
+                }
             }
-            Ok(Seen::Paused) => silent_since = None,
             Err(_) => {
                 let since = *silent_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > SILENCE {
                     if task.runtime.has_paused(&task.id).await {
-                        past_containerd |= task.runtime.resume(&task.id).await.is_ok();
+                        drop(task.runtime.resume(&task.id).await);
                     } else if since.elapsed() > PATIENCE {
                         return;
                     }

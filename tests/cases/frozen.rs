@@ -9,6 +9,8 @@ use transship_testbed::{CommandRun as _, Node, Testbed, TestbedError, journey, p
 use crate::Case;
 
 const PATIENCE: Duration = Duration::from_secs(40);
+const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
+                       && runc --root /run/containerd/runc/default resume counter";
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -30,6 +32,8 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
     // Each moment is known by what is there then.
     for (moment, there) in [
         ("paused", "ctr tasks ls | grep -q 'counter .*PAUSED'"),
+        // As a runtime leaves it that is killed when it has let it go: its shim takes it for paused.
+        ("resumed", RESUMED),
         ("CRIU runs", &format!("ls {DRAFT}/counter/work/dump.log")),
         (
             "memory",
