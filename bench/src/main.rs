@@ -24,6 +24,7 @@ mod namespace;
 mod node_clock;
 mod package;
 mod peer;
+mod pod_node;
 mod report;
 mod restore;
 mod sizes;

@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, PodContainer, PodNamespaces, PodSecurity,
-    Testbed, journey, poll_until,
+    CommandRun as _, Cri, Node, PodContainer, PodNamespaces, PodSecurity, Testbed, journey,
+    poll_until,
 };
 
 use crate::node_clock::time_in_node;
+use crate::pod_node;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 use crate::statistics::millis;
@@ -44,14 +45,7 @@ const COUNTER: PodContainer<'static> = PodContainer {
 /// When a restore fails.
 pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     let node = bed.node("restore")?;
-    node.start_snapshotter()?;
-    node.start_containerd(&ContainerdConfig {
-        transship_diff: false,
-        ..ContainerdConfig::transship()
-    })?;
-    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
-        node.import_image_into("k8s.io", &image, "transship")?;
-    }
+    pod_node::start(bed, &node)?;
     let cri = node.cri()?;
     let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &COUNTER)?;

@@ -172,6 +172,17 @@ struct FirstLink {
     left: u64,
 }
 
+/// Where the data of an entry is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Data<'a> {
+    /// All of it behind the header, or there is none.
+    Follows,
+    /// These parts of it, behind the header.
+    Sparse(&'a [Segment]),
+    /// The importer has it, by this number (contents.rs).
+    Known(u64),
+}
+
 pub(crate) struct Export<'o, W> {
     pub(crate) tar: TarWriter<W>,
     pub(crate) lower: LowerView,
@@ -281,7 +292,7 @@ impl<W: Write> Export<'_, W> {
             EntryType::Directory,
             attributes,
             b"",
-            None,
+            Data::Follows,
         )
     }
 
@@ -338,7 +349,8 @@ impl<W: Write> Export<'_, W> {
     ) -> Result<(), ExportError> {
         let mut empty = *attributes;
         empty.size = 0;
-        self.write_entry_of(path, EntryType::Regular, &empty, b"", None, Some(number))
+        let data = Data::Known(number);
+        self.write_entry(path, EntryType::Regular, &empty, b"", data)
     }
 
     /// Writes a small file that was read before.
@@ -356,7 +368,7 @@ impl<W: Write> Export<'_, W> {
         if self.write_hard_link(path, &attributes, &marks)? {
             return Ok(());
         }
-        self.write_entry(path, EntryType::Regular, &attributes, b"", None)?;
+        self.write_entry(path, EntryType::Regular, &attributes, b"", Data::Follows)?;
         self.tar.write_bytes(&data[file.data])?;
         self.tar.pad()
     }
@@ -383,7 +395,7 @@ impl<W: Write> Export<'_, W> {
             EntryType::Regular,
             attributes,
             b"",
-            segments.as_deref(),
+            segments.as_deref().map_or(Data::Follows, Data::Sparse),
         )?;
         let whole = [Segment {
             offset: 0,
@@ -422,7 +434,13 @@ impl<W: Write> Export<'_, W> {
                 let target = readlinkat(directory, name)
                     .map_err(|errno| ExportError::io("read the symlink", path, errno))?;
                 let target = target.as_bytes();
-                return self.write_entry(path, EntryType::Symlink, &attributes, target, None);
+                return self.write_entry(
+                    path,
+                    EntryType::Symlink,
+                    &attributes,
+                    target,
+                    Data::Follows,
+                );
             }
             InodeType::CharDevice => EntryType::Char,
             InodeType::BlockDevice => EntryType::Block,
@@ -431,7 +449,7 @@ impl<W: Write> Export<'_, W> {
                 return Err(ExportError::changed(path));
             }
         };
-        self.write_entry(path, entry_type, &attributes, b"", None)
+        self.write_entry(path, entry_type, &attributes, b"", Data::Follows)
     }
 
     fn write_socket(&mut self, walk: &UpperWalk, path: &[u8]) -> Result<(), ExportError> {
@@ -504,7 +522,7 @@ impl<W: Write> Export<'_, W> {
             }
             // With its extended attributes: containerd gives the file those of each of its entries anew, and a
             // change of the owner takes the capabilities away.
-            self.write_entry(path, EntryType::Link, attributes, &target, None)?;
+            self.write_entry(path, EntryType::Link, attributes, &target, Data::Follows)?;
             self.stats.hard_links += 1;
             return Ok(true);
         }
@@ -534,20 +552,13 @@ impl<W: Write> Export<'_, W> {
         entry_type: EntryType,
         attributes: &InodeAttributes,
         link: &[u8],
-        segments: Option<&[Segment]>,
+        data: Data<'_>,
     ) -> Result<(), ExportError> {
-        self.write_entry_of(path, entry_type, attributes, link, segments, None)
-    }
-
-    fn write_entry_of(
-        &mut self,
-        path: &[u8],
-        entry_type: EntryType,
-        attributes: &InodeAttributes,
-        link: &[u8],
-        segments: Option<&[Segment]>,
-        content: Option<u64>,
-    ) -> Result<(), ExportError> {
+        let (segments, content) = match data {
+            Data::Follows => (None, None),
+            Data::Sparse(segments) => (Some(segments), None),
+            Data::Known(number) => (None, Some(number)),
+        };
         let is_device = matches!(entry_type, EntryType::Char | EntryType::Block);
         self.leave_out_trusted(path);
         let literal_names = components(path)

@@ -19,7 +19,7 @@ use std::os::unix::ffi::OsStrExt;
 use nix::fcntl::readlinkat;
 use tar::EntryType;
 
-use crate::export::{Export, stat_open};
+use crate::export::{Data, Export, stat_open};
 use crate::export_error::ExportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::overlay_marks::{OverlayMarks, read_marks_and_xattrs};
@@ -129,7 +129,7 @@ impl<W: Write> Export<'_, W> {
         if entry_type == EntryType::Regular {
             self.write_data_from_below(path, lower_path, &attributes)?;
         } else {
-            self.write_entry(path, entry_type, &attributes, &link, None)?;
+            self.write_entry(path, entry_type, &attributes, &link, Data::Follows)?;
         }
         Ok(false)
     }

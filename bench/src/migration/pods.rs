@@ -2,11 +2,11 @@
 
 use anyhow::{Context as _, Result};
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces,
-    PodSecurity, Testbed, journey,
+    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, PodSecurity, Testbed, journey,
 };
 
 use super::{Took, frozen, medians_of_steps};
+use crate::pod_node;
 use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 
@@ -18,7 +18,7 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Row> {
     let [a, b] = &nodes;
     bed.link(a, b)?;
     for node in &nodes {
-        start(bed, node)?;
+        pod_node::start(bed, node)?;
     }
     let to = bed.ssh(a, b)?;
     let largest = sizes.migration_memory_mb.last().copied().unwrap_or(16);
@@ -42,18 +42,6 @@ pub(super) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Row> {
         Better::Growth,
     );
     Ok(row.goal(Goal::RatioAtMost(1.3)).note(note))
-}
-
-fn start(bed: &Testbed, node: &Node) -> Result<()> {
-    node.start_snapshotter()?;
-    node.start_containerd(&ContainerdConfig {
-        transship_diff: false,
-        ..ContainerdConfig::transship()
-    })?;
-    for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
-        node.import_image_into("k8s.io", &image, "transship")?;
-    }
-    Ok(())
 }
 
 fn migrate([a, b]: [&Node; 2], to: &str, memory: &[u32]) -> Result<Took> {
