@@ -454,8 +454,8 @@ impl SourceContainer {
             done = &mut run => return done,
             () = stuck_dump::no_progress(dir, patience, waits) => {}
         }
-        let (dir, pid) = (dir.to_path_buf(), self.pid);
-        tokio::task::spawn_blocking(move || stuck_dump::end(&dir, Some(pid))).await?;
+        let dir = dir.to_path_buf();
+        tokio::task::spawn_blocking(move || stuck_dump::end(&dir)).await?;
         // The runtime has lost its CRIU and tells its caller; one that does not is left to itself.
         drop(tokio::time::timeout(END_PATIENCE, run).await);
         Err(Error::caused_by(StuckDump {

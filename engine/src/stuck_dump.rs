@@ -21,6 +21,8 @@ use walkdir::WalkDir;
 /// How long a dump may write nothing, unless somebody says otherwise.
 pub const PROGRESS_PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
+const MAKES_RULES: Duration = Duration::from_secs(2);
 
 /// Comes back when the dump into `dir` has made no progress for `patience`, but for the time in which it `waits`
 /// for this program.
@@ -37,7 +39,8 @@ pub async fn no_progress(dir: &Path, patience: Duration, waits: impl Fn() -> boo
     }
 }
 
-/// Waits for the end of a dump into `dir` that nobody else waits for, and ends it when it is stuck.
+/// Waits for the end of a dump into `dir` that nobody else waits for, and ends it when it is stuck. `root` is the
+/// container's first process: its network is locked no more, also where CRIU was killed before it could say so.
 pub async fn wait_for_end(dir: &Path, root: Option<u32>) {
     let gone = async {
         while !criu_writing_to(dir).is_empty() {
@@ -46,19 +49,19 @@ pub async fn wait_for_end(dir: &Path, root: Option<u32>) {
     };
     tokio::select! {
         () = gone => {}
-        () = no_progress(dir, PROGRESS_PATIENCE, || false) => end(dir, root),
+        () = no_progress(dir, PROGRESS_PATIENCE, || false) => end(dir),
+    }
+    if let Some(root) = root {
+        // A network that cannot be looked at has no lock.
+        drop(tokio::task::spawn_blocking(move || unlock_network(root)).await);
     }
 }
 
-/// Ends the dump into `dir`: the runtime that asked for it then says that it has failed. `root` is
-/// the container's first process, whose network CRIU may have locked.
-pub fn end(dir: &Path, root: Option<u32>) {
+/// Ends the dump into `dir`: the runtime that asked for it then says that it has failed.
+pub fn end(dir: &Path) {
     for pid in criu_writing_to(dir) {
         // One that has ended meanwhile is as good.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-    if let Some(root) = root {
-        unlock_network(root);
     }
 }
 
@@ -88,8 +91,12 @@ fn has_open_below(process: &Process, dir: &Path) -> bool {
 }
 
 /// Takes away the lock that a CRIU has left which could not: `CRIU-...` tables of nftables, or the
-/// chain `CRIU` of iptables (`criu/netfilter.c`).
+/// chain `CRIU` of iptables (`criu/netfilter.c`). A program that a killed CRIU has told to make it may still be at it.
 fn unlock_network(root: u32) {
+    let deadline = std::time::Instant::now() + MAKES_RULES;
+    while makes_rules(root) && std::time::Instant::now() < deadline {
+        std::thread::sleep(LOOK_AGAIN / 10);
+    }
     let unlock = || {
         let namespace = fs::File::open(format!("/proc/{root}/ns/net"))?;
         setns(namespace, CloneFlags::CLONE_NEWNET)?;
@@ -115,6 +122,23 @@ fn unlock_network(root: u32) {
     // A thread of its own, because it changes its namespace. A container that has ended has no
     // network, and a node without these tools no lock.
     std::thread::scope(|scope| drop(scope.spawn(unlock).join()));
+}
+
+/// Whether a program that makes rules is at work in the network of this process.
+fn makes_rules(root: u32) -> bool {
+    let network = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    let Some(of_root) = network(root.cast_signed()) else {
+        return false;
+    };
+    let processes = all_processes().into_iter().flatten().flatten();
+    processes
+        .filter(|process| {
+            let name = process.stat().map(|stat| stat.comm).unwrap_or_default();
+            ["iptables", "ip6tables", "nft"]
+                .iter()
+                .any(|rules| name.starts_with(rules))
+        })
+        .any(|process| network(process.pid) == Some(of_root.clone()))
 }
 
 fn output(program: &str, args: &[&str]) -> String {

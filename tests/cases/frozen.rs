@@ -7,6 +7,7 @@ use anyhow::ensure;
 use transship_testbed::{CommandRun as _, Node, Testbed, TestbedError, journey, poll_until};
 
 use crate::Case;
+use crate::migration_faults::{counts_on, run_alone};
 
 const PATIENCE: Duration = Duration::from_secs(40);
 const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
@@ -29,6 +30,7 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
     )?;
     journey::wait_for_count(&a, "counter", 5)?;
     a_dump_that_hangs_is_given_up(&a)?;
+    a_killed_criu_leaves_no_lock(&a)?;
     // Each moment is known by what is there then.
     for (moment, there) in [
         ("paused", "ctr tasks ls | grep -q 'counter .*PAUSED'"),
@@ -108,6 +110,35 @@ fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
     }
     node.shell(&format!("kill -CONT {pid}")).run()?;
     goes_on(node)
+}
+
+/// CRIU drops all packets of the container during the dump.
+fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
+    run_alone(node, "alone")?;
+    let pid = journey::task_pid(node, "alone")?;
+    let locks = format!(
+        "nsenter -t {pid} -n sh -c 'iptables-save; ip6tables-save; nft list tables' 2>/dev/null | grep CRIU"
+    );
+    let kill = format!("until {locks} >/dev/null; do :; done; pkill -KILL -x criu");
+    let mut checkpoint = node.command("transship");
+    checkpoint.args(["checkpoint", "alone", "--name", "alone"]);
+    // One that was quicker than the look is made again.
+    poll_until("CRIU to be killed with its lock", PATIENCE, || {
+        let failed = |error: TestbedError| error.to_string();
+        { node.start_daemon("kill", &["sh", "-c", &kill]) }.map_err(failed)?;
+        match checkpoint.read_failure() {
+            Ok(_) => Ok(()),
+            Err(_) => {
+                node.stop_daemon("kill", "KILL").map_err(failed)?;
+                { node.shell("transship rm alone") }.run().map_err(failed)?;
+                Err("the checkpoint was taken".to_owned())
+            }
+        }
+    })?;
+    let left = node.shell(&format!("{locks} || true")).read()?;
+    ensure!(left.is_empty(), "{left}");
+    counts_on(node, "alone")?;
+    Ok(journey::remove_container(node, "alone")?)
 }
 
 /// Kills `program` when the command `there` succeeds in the node; where the program has been
