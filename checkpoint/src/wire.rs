@@ -26,6 +26,7 @@
 //!   < Restored         the copies exist and are held before their first instruction
 //!   > Commit
 //!   < Running
+//!   < AllPages         of a lazy migration, whose pages have come meanwhile: see missing_pages.rs
 //!   < Durable          a power cut of the target loses nothing: the source is removed
 //!   either side, instead of its next message: Failed
 //!   < Waiting          before Ready and before Restored, as often as it likes: somebody else makes the pod there
@@ -54,6 +55,7 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::{Container, Manifest, ManifestError, NotRunning, Pod};
 
 mod check;
+pub mod missing_pages;
 mod receiver;
 mod sender;
 mod zeros;
@@ -62,7 +64,7 @@ pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
@@ -166,6 +168,9 @@ pub struct Offer {
     /// The source's public key for direct connections: a SubjectPublicKeyInfo in base64; empty: it makes none.
     #[serde(default)]
     pub key: String,
+    /// Whether pages of memory come when the copy runs already, through a direct connection of their own.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 /// A container that is offered.
@@ -310,6 +315,8 @@ pub enum Message {
         /// Its process id on the target.
         pid: u32,
     },
+    /// The copy, which runs, has all pages of its memory.
+    AllPages,
     /// Files, records and image of the copy are on the target's disk.
     Durable,
     /// What became of a migration?

@@ -95,7 +95,7 @@ pub(crate) enum Command {
     /// Make a running container of a checkpoint
     Restore(RestoreArgs),
     /// Move a running container, or a pod, to another node
-    Migrate(MigrateArgs),
+    Migrate(Box<MigrateArgs>),
     /// Decide migrations whose command has ended before it knew which copy runs
     #[command(after_help = RECOVER_EXIT_CODES)]
     Recover(RecoverArgs),
@@ -574,6 +574,13 @@ pub(crate) struct MigrateArgs {
     /// How long that may take, at most
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub(crate) max_precopy_time: Option<Duration>,
+    /// Let the copy run as soon as all but its memory is there; what of it has not gone before comes while it runs.
+    /// Needs --accept-loss
+    #[arg(long, conflicts_with = "pod")]
+    pub(crate) lazy: bool,
+    /// Accept that a copy is lost whose source or link goes before it has all of its memory
+    #[arg(long, requires = "lazy")]
+    pub(crate) accept_loss: bool,
     /// Address at which the other node listens for the bulk of the data, none for the command's pipe
     /// [default: the one that ssh has reached it by]
     #[arg(long, value_name = "ADDRESS")]

@@ -44,7 +44,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Check(args) => check::run(&global, args).await,
         Command::Checkpoint(args) => checkpoint::run(&global, args).await,
         Command::Restore(args) => restore::run(&global, args).await,
-        Command::Migrate(args) => migrate::run(&global, args).await,
+        Command::Migrate(args) => migrate::run(&global, *args).await,
         Command::Recover(args) => recover::run(&global, &args).await,
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&global, &args),

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinError, JoinSet};
 use transship_checkpoint::wire::{Message, Receiver, Sender, WireError, unexpected};
 
-use crate::data_channel::{Connections, EndAtDrop};
+use crate::data_channel::{Connection, Connections, EndAtDrop};
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 
@@ -149,6 +149,8 @@ pub struct Conversation {
     patience: Option<Duration>,
     heartbeat: Option<Heartbeat>,
     direct: Option<Direct>,
+    /// A connection for pages that come late, and what ends it.
+    pages: Option<(Connection, EndAtDrop)>,
 }
 
 /// The connections that files go through. Dropped, they end.
@@ -214,7 +216,18 @@ impl Conversation {
             patience: None,
             heartbeat: None,
             direct: None,
+            pages: None,
         }
+    }
+
+    /// Keeps a connection for pages that come late.
+    pub fn keep_for_pages(&mut self, connection: Option<(Connection, EndAtDrop)>) {
+        self.pages = connection;
+    }
+
+    /// That connection. Dropped, what ends it does.
+    pub fn take_for_pages(&mut self) -> Option<(Connection, EndAtDrop)> {
+        self.pages.take()
     }
 
     /// From now on files are sent through these connections.
@@ -553,6 +566,7 @@ impl Conversation {
     pub fn close(&mut self) {
         self.heartbeat = None;
         self.direct = None;
+        self.pages = None;
         self.sender = None;
         self.receiver = None;
     }
@@ -634,10 +648,10 @@ mod tests {
     async fn a_file_that_cannot_be_taken_is_told_at_once() {
         let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
         let here = [std::net::Ipv4Addr::LOCALHOST.into()];
-        let listener = target.listen(&here, source.public()).unwrap();
+        let listener = target.listen(&here, source.public(), 2).unwrap();
         let addresses = listener.addresses().unwrap();
         let accepting = std::thread::spawn(|| listener.accept());
-        let _sending = source.connect(&addresses, target.public()).unwrap();
+        let _sending = source.connect(&addresses, target.public(), 2).unwrap();
         let (silent, _held) = io::pipe().unwrap();
         let (_read, output) = io::pipe().unwrap();
         let mut conversation = Conversation::new(silent, output, nobody());

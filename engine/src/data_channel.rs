@@ -40,8 +40,8 @@ use rustls::{
 
 use crate::error::{Context as _, Error, Result};
 
-/// Connections of one migration: a file goes through one of them, so that the layer of the upperdir does not
-/// wait for the memory.
+/// Connections for the files of one migration: a file goes through one of them, so that the layer of the upperdir does
+/// not wait for the memory.
 pub const STREAMS: usize = 2;
 /// How long the source may take to come.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -127,6 +127,7 @@ pub struct EndAtDrop(Vec<TcpStream>);
 pub struct Listener {
     listeners: Vec<TcpListener>,
     config: Arc<ServerConfig>,
+    streams: usize,
 }
 
 impl std::fmt::Debug for Connections {
@@ -134,6 +135,16 @@ impl std::fmt::Debug for Connections {
         f.debug_struct("Connections")
             .field("sockets", &self.sockets)
             .finish_non_exhaustive()
+    }
+}
+
+impl EndAtDrop {
+    /// A read that takes longer than this fails.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn read_within(&self, patience: Duration) -> io::Result<()> {
+        { self.0.iter() }.try_for_each(|socket| socket.set_read_timeout(Some(patience)))
     }
 }
 
@@ -155,6 +166,12 @@ impl Connections {
     /// The connections, and what ends them.
     pub fn split(self) -> (Vec<Connection>, EndAtDrop) {
         (self.connections, EndAtDrop(self.sockets))
+    }
+
+    /// Takes the last one, and what ends it.
+    pub fn take_last(&mut self) -> Option<(Connection, EndAtDrop)> {
+        let (connection, socket) = self.connections.pop().zip(self.sockets.pop())?;
+        Some((connection, EndAtDrop(vec![socket])))
     }
 
     fn none() -> Self {
@@ -195,11 +212,11 @@ impl Identity {
         &self.public
     }
 
-    /// Listens at these addresses for the owner of `key`.
+    /// Listens at these addresses for the owner of `key`, who makes so many connections.
     ///
     /// # Errors
     /// No such key, or none of the addresses is this node's.
-    pub fn listen(&self, addresses: &[IpAddr], key: &str) -> Result<Listener> {
+    pub fn listen(&self, addresses: &[IpAddr], key: &str, streams: usize) -> Result<Listener> {
         let failed = "cannot listen for the direct connection";
         let config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -225,15 +242,21 @@ impl Identity {
             _ => Ok(Listener {
                 listeners,
                 config: Arc::new(config),
+                streams,
             }),
         }
     }
 
-    /// Connects to the owner of `key` at the first of these addresses that answers.
+    /// Connects to the owner of `key`, so many times, at the first of these addresses that answers.
     ///
     /// # Errors
     /// None answers, or not with that key.
-    pub fn connect(&self, addresses: &[SocketAddr], key: &str) -> Result<Connections> {
+    pub fn connect(
+        &self,
+        addresses: &[SocketAddr],
+        key: &str,
+        streams: usize,
+    ) -> Result<Connections> {
         let config = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .context("cannot prepare the direct connection")?
@@ -245,7 +268,7 @@ impl Identity {
         let config = Arc::new(config);
         let mut why = Error::failed("the other node names no address");
         for address in addresses.iter().take(ADDRESSES) {
-            match connect_to(address, &config) {
+            match connect_to(address, &config, streams) {
                 Ok(connections) => return Ok(connections),
                 Err(error) => {
                     why = Error::failed(format!("cannot connect to {address}")).because(error);
@@ -256,9 +279,13 @@ impl Identity {
     }
 }
 
-fn connect_to(address: &SocketAddr, config: &Arc<ClientConfig>) -> io::Result<Connections> {
+fn connect_to(
+    address: &SocketAddr,
+    config: &Arc<ClientConfig>,
+    streams: usize,
+) -> io::Result<Connections> {
     let mut connections = Connections::none();
-    for _ in 0..STREAMS {
+    for _ in 0..streams {
         let socket = TcpStream::connect_timeout(address, HANDSHAKE)?;
         let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
         let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
@@ -303,7 +330,7 @@ impl Listener {
     pub fn accept(self) -> Result<Connections> {
         let deadline = Instant::now() + PATIENCE;
         let mut connections = Connections::none();
-        while connections.count() < STREAMS {
+        while connections.count() < self.streams {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let message = "nobody has come for the direct connection";
@@ -445,10 +472,12 @@ mod tests {
     #[test]
     fn the_two_sides_meet_and_data_goes_through() {
         let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
-        let listener = target.listen(&here(), source.public()).unwrap();
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
         let addresses = listener.addresses().unwrap();
         let accepting = thread::spawn(|| listener.accept());
-        let there = source.connect(&addresses, target.public()).unwrap();
+        let there = source
+            .connect(&addresses, target.public(), STREAMS)
+            .unwrap();
         let here = accepting.join().unwrap().unwrap();
         assert_eq!((there.count(), here.count()), (STREAMS, STREAMS));
         let ((mut sending, _there), (mut receiving, end)) = (there.split(), here.split());
@@ -473,14 +502,26 @@ mod tests {
     fn a_stranger_gets_nothing_and_hinders_nobody() {
         let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
         let stranger = Identity::new().unwrap();
-        let listener = target.listen(&here(), source.public()).unwrap();
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
         let addresses = listener.addresses().unwrap();
         let accepting = thread::spawn(|| listener.accept());
-        assert!(stranger.connect(&addresses, target.public()).is_err());
-        assert!(source.connect(&addresses, stranger.public()).is_err());
-        assert!(source.connect(&addresses, target.public()).is_ok());
+        assert!(
+            stranger
+                .connect(&addresses, target.public(), STREAMS)
+                .is_err()
+        );
+        assert!(
+            source
+                .connect(&addresses, stranger.public(), STREAMS)
+                .is_err()
+        );
+        assert!(source.connect(&addresses, target.public(), STREAMS).is_ok());
         assert!(accepting.join().unwrap().is_ok());
-        assert!(source.connect(&addresses, target.public()).is_err());
-        assert!(target.listen(&here(), "no key").is_err());
+        assert!(
+            source
+                .connect(&addresses, target.public(), STREAMS)
+                .is_err()
+        );
+        assert!(target.listen(&here(), "no key", STREAMS).is_err());
     }
 }

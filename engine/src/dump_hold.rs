@@ -48,15 +48,19 @@ pub struct DumpHold {
     layer: OnceLock<Layer>,
 }
 
+/// Whether memory can come to a restored process when it is touched.
+pub(crate) fn has_userfaultfd() -> bool {
+    Command::new("criu")
+        .args(["check", "--feature", "uffd-noncoop"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
 impl DumpHold {
     /// Whether dumps can be held on this node: by its CRIU, and with userfaultfd, which runc asks for at every lazy
     /// dump.
     pub fn is_possible() -> bool {
-        Version::of_criu().is_some_and(|version| version >= SINCE)
-            && Command::new("criu")
-                .args(["check", "--feature", "uffd-noncoop"])
-                .output()
-                .is_ok_and(|output| output.status.success())
+        Version::of_criu().is_some_and(|version| version >= SINCE) && has_userfaultfd()
     }
 
     /// A hold for the dump of a container below `draft`, which nobody else writes to.

@@ -14,6 +14,7 @@
 //! files do.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use transship_checkpoint::annotations::of_migration;
@@ -39,10 +40,12 @@ use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
 mod ask;
+mod before_restore;
 mod dump_files;
 mod dump_parts;
 mod file_contents;
 mod frozen_memory;
+mod late_pages;
 mod memory_images;
 mod moving;
 mod network;
@@ -99,6 +102,9 @@ pub struct Request {
     pub max_freeze: Option<Duration>,
     /// How long the link may be silent.
     pub link_patience: Duration,
+    /// Whether the copy runs as soon as all but its memory is there, which comes while it runs. A copy whose source or
+    /// link goes meanwhile is lost. Not for a pod.
+    pub is_lazy: bool,
     /// What is sent before the freeze.
     pub precopy: PrecopyBounds,
     /// Where the other node is to listen for the bulk of the data; none: where it thinks best.
@@ -123,6 +129,7 @@ impl Request {
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
             max_freeze: None,
             link_patience: LINK_PATIENCE,
+            is_lazy: false,
             precopy: PrecopyBounds::default(),
             data_address: None,
             target: Target::default(),
@@ -212,6 +219,7 @@ pub async fn migrate(
         networks: networks.collect(),
         since: String::new(),
     };
+    let moving = Arc::new(moving);
     let mut remote = Remote::start(node.namespace(), request)?;
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
@@ -230,6 +238,7 @@ pub async fn migrate(
         direct: 0,
         estimate: 0,
         files_before: Vec::new(),
+        late: None,
     };
     let result = transaction.carry_out().await;
     if let Err(error) = &result

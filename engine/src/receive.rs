@@ -5,6 +5,7 @@
 //!  Offer --> migration     the source's side is engine::migrate
 //!              image       blobs and layers, under a lease
 //!              restore::hold, start        pod: the same of a pod, through the CRI
+//!              late_pages  memory that comes when the copy runs
 //!              durable     on the disk before the source is removed
 //!              arrival     the record of how far it has come;  settle: the end of one that was cut off
 //!  Ask   --> what became of a migration
@@ -34,6 +35,7 @@ use crate::restore::Target;
 mod arrival;
 mod durable;
 mod image;
+mod late_pages;
 mod leases;
 mod migration;
 mod pod;

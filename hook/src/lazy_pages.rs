@@ -2,14 +2,16 @@
 //!
 //! ```text
 //!  front ── transship-lazy-pages IMAGES WORK ──> guard ──> criu lazy-pages ── userfaultfd ─> tasks
-//!    │   <-- ready                                 │  socket in WORK: the restore hands over
+//!    │   <-- ready, or why not                     │  socket in WORK: the restore hands over
 //!    │ runc restore --lazy-pages                   │  the descriptors
 //!    │   --> pid of the container                  │  takes copies of the descriptors
-//!    └── <-- held, the front goes                  └─ waits for the server
+//!    └── <-- held, or why not; the front goes      │  waits for the server
+//!                                                  └─ page_server: the pages themselves
 //! ```
 //!
-//! The pages lie in the images on this node, so nothing stays behind on another one; all of them
-//! have been copied when the server ends, also those that nobody has touched.
+//! The pages lie in the images on this node; of a migration that brings them late some are on the source, which
+//! `transship receive` asks for them at a socket beside the images. All of them have been copied when the server ends,
+//! also those that nobody has touched.
 //!
 //! When the last descriptor of a userfaultfd is closed, the kernel gives its tasks pages of zeros
 //! from then on, and tells nobody. A server that is killed (out of memory, by mistake) would turn
@@ -20,8 +22,9 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -29,6 +32,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open, setsid};
 
 use crate::descendants::Process;
+
+mod page_server;
+
+use page_server::Memory;
 
 /// First argument of the front as guard.
 pub const ROLE: &str = "transship-lazy-pages";
@@ -45,7 +52,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct LazyPages {
     guard: Child,
-    work: PathBuf,
 }
 
 impl LazyPages {
@@ -63,13 +69,10 @@ impl LazyPages {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| format!("cannot run {}: {error}", front.display()))?;
-        let mut lazy = Self {
-            guard,
-            work: work.to_path_buf(),
-        };
-        match lazy.listen().as_deref() {
-            Some(READY) => Ok(lazy),
-            _ => Err(lazy.reason()),
+        let mut lazy = Self { guard };
+        match lazy.listen() {
+            Some(word) if word == READY => Ok(lazy),
+            other => Err(reason(other)),
         }
     }
 
@@ -84,9 +87,9 @@ impl LazyPages {
             .stdin
             .take()
             .map(|mut stdin| writeln!(stdin, "{pid}"));
-        match (told, self.listen().as_deref()) {
-            (Some(Ok(())), Some(HELD)) => Ok(()),
-            _ => Err(self.reason()),
+        match (told, self.listen()) {
+            (Some(Ok(())), Some(word)) if word == HELD => Ok(()),
+            (_, other) => Err(reason(other)),
         }
     }
 
@@ -107,45 +110,62 @@ impl LazyPages {
         }
         Some(line)
     }
+}
 
-    fn reason(&self) -> String {
-        let log = self.work.join(LOG);
-        let said = transship_checkpoint::criu_log::first_error_of(&log);
-        let said = said.ok().flatten();
-        said.unwrap_or_else(|| "criu lazy-pages does not serve (see `transship check`)".to_owned())
-    }
+/// What a guard has said instead of its word.
+fn reason(said: Option<String>) -> String {
+    let said = said.filter(|said| !said.is_empty());
+    said.unwrap_or_else(|| "criu lazy-pages does not serve (see `transship check`)".to_owned())
 }
 
 /// The guard. `args`: the images and the work directory.
 ///
 /// # Errors
-/// What cannot be done; nobody hears it.
+/// What cannot be done. The front, as long as it is there, has heard it.
 pub fn serve(args: &[OsString]) -> io::Result<()> {
     let [images, work] = args else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
+    let served = serve_restore(Path::new(images), Path::new(work));
+    if let Err(error) = &served {
+        // One line; the front may have gone.
+        drop(say(&error.to_string().replace('\n', " ")));
+    }
+    served
+}
+
+fn serve_restore(images: &Path, work: &Path) -> io::Result<()> {
     // Before anything that takes time: a front that has died is another process later.
     let front = Process::open(std::os::unix::process::parent_id().cast_signed())?;
     // The front's caller waits for the end of what it has started.
     setsid()?;
+    let memory = Memory::open(images)?;
+    let (pages, for_criu) = UnixStream::pair()?;
+    let pages = std::thread::spawn(move || page_server::serve(pages, memory));
     let mut server = Command::new("criu")
         .args(["lazy-pages", "--images-dir"])
         .arg(images)
         .arg("--work-dir")
         .arg(work)
-        .args(["-o", LOG])
-        .stdin(Stdio::null())
+        .args(["-o", LOG, "--page-server", "--ps-socket", "0"])
+        .stdin(OwnedFd::from(for_criu))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         // Of its own: what is sent to a group of ours must not end it alone.
         .process_group(0)
         .spawn()?;
-    let guarded = guard(&mut server, &front, Path::new(work));
-    if guarded.is_err() {
-        drop(server.kill());
-        drop(server.wait());
+    let guarded = guard(&mut server, &front, work);
+    let Err(error) = guarded else {
+        return Ok(());
+    };
+    drop(server.kill());
+    drop(server.wait());
+    // The first one to fail knows most.
+    if let Ok(Err(error)) = pages.join() {
+        return Err(error);
     }
-    guarded
+    let said = transship_checkpoint::criu_log::first_error_of(&work.join(LOG));
+    Err(said.ok().flatten().map_or(error, io::Error::other))
 }
 
 fn guard(server: &mut Child, front: &Process, work: &Path) -> io::Result<()> {

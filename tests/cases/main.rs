@@ -32,6 +32,7 @@ mod migration_direct;
 mod migration_faults;
 mod migration_files;
 mod migration_keeps;
+mod migration_lazy;
 mod moments;
 mod nerdctl;
 mod node_api;
@@ -183,6 +184,7 @@ fn main() -> ExitCode {
         .chain(pods_moved::cases())
         .chain(migration_faults::cases())
         .chain(migration_files::cases())
+        .chain(migration_lazy::cases())
         .chain(nerdctl::cases())
         .chain(node_api::cases())
         .chain(not_ours::cases())

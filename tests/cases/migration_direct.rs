@@ -19,7 +19,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 fn data_goes_the_short_way_where_there_is_one(bed: &Testbed) -> anyhow::Result<()> {
     let (a, b) = journey::start_nodes(bed)?;
     let ssh = bed.ssh(&a, &b)?;
-    let moved = |turn: usize, more: &[&str]| migrate(&a, &b, &ssh, turn, more);
+    let moved = |turn: usize, more: &[&str]| migrate_counter(&a, &b, &ssh, turn, more);
     let usual = moved(1, &[])?;
     ensure!(usual["direct"] == 2, "{usual}");
     let memory = u64::from(MEMORY_MB) << 20;
@@ -57,7 +57,13 @@ fn data_goes_the_short_way_where_there_is_one(bed: &Testbed) -> anyhow::Result<(
 }
 
 /// Moves a new counter, looks that it is what it was, removes it, and gives what the command has told.
-fn migrate(a: &Node, b: &Node, ssh: &str, turn: usize, more: &[&str]) -> anyhow::Result<Value> {
+pub(crate) fn migrate_counter(
+    a: &Node,
+    b: &Node,
+    ssh: &str,
+    turn: usize,
+    more: &[&str],
+) -> anyhow::Result<Value> {
     let (here, there, counter) = (
         format!("here-{turn}"),
         format!("there-{turn}"),
@@ -87,7 +93,7 @@ fn migrate(a: &Node, b: &Node, ssh: &str, turn: usize, more: &[&str]) -> anyhow:
 }
 
 /// What a step of the timeline has moved.
-fn bytes_of(told: &Value, name: &str) -> anyhow::Result<u64> {
+pub(crate) fn bytes_of(told: &Value, name: &str) -> anyhow::Result<u64> {
     let steps = told["timeline"]["steps"].as_array();
     let step = steps
         .into_iter()

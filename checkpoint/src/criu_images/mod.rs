@@ -23,6 +23,7 @@ pub mod inet_sockets;
 pub mod inventory;
 pub mod ipc_sysctls;
 pub mod ipcns;
+pub mod lazy_memory;
 pub mod mounts;
 pub mod open_files;
 pub mod pagemap;
@@ -107,6 +108,12 @@ pub enum ImageError {
         dir: PathBuf,
         /// How many there are.
         count: usize,
+    },
+    /// Pages in no order, or in no image.
+    #[error("{path} names pages in no order, or pages that no image has")]
+    Pages {
+        /// The image.
+        path: PathBuf,
     },
     /// A system call failed.
     #[error("cannot {act} {path}")]

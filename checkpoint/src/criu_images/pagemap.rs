@@ -116,9 +116,21 @@ impl Pagemap {
         }
     }
 
+    /// Writes it in the place of the image at `path`.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn replace(&self, path: &Path) -> Result<(), ImageError> {
+        self.image(path).replace(path)
+    }
+
     /// The image.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
+        self.image(Path::new("")).to_bytes()
+    }
+
+    fn image(&self, path: &Path) -> Image {
         use prost::Message as _;
         let mut body = Vec::new();
         let head = Head {
@@ -140,7 +152,7 @@ impl Pagemap {
             };
             push_bytes(&mut body, &entry.encode_to_vec());
         }
-        Image::new(Path::new(""), Kind::Pagemap, body).to_bytes()
+        Image::new(path, Kind::Pagemap, body)
     }
 }
 

@@ -1,10 +1,10 @@
 //! `transship migrate CONTAINER --to COMMAND`, `transship migrate --pod POD --to COMMAND`
 
 use serde::Serialize;
-use transship_engine::Result;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::migrate::{self, PodRequest, PrecopyBounds, Request};
 use transship_engine::timeline::{Report, human_bytes};
+use transship_engine::{Error, Result};
 
 use super::{connect, print, store};
 use crate::args::{Global, LostArg, MigrateArgs, VolumesArg};
@@ -21,6 +21,11 @@ struct Migrated {
 }
 
 pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
+    if args.lazy && !args.accept_loss {
+        let message = "the copy is lost if its source or the link goes before it has all of its memory: what \
+                       was frozen here stays, what the copy has done since does not";
+        return Err(Error::refused(message).hint("--accept-loss says that this may be"));
+    }
     let picture = TimelineFile::open(args.timeline.timeline.take())?;
     let interrupt = Interrupt::install()?;
     let node = connect(global).await?;
@@ -65,6 +70,7 @@ fn request(args: MigrateArgs) -> Request {
         leave_logs: args.dump.leave_logs(),
         dump_patience: args.dump.patience(),
         max_freeze: args.freeze.max_freeze,
+        is_lazy: args.lazy,
         link_patience: args.link.patience(),
         precopy: PrecopyBounds {
             rounds: args.max_precopy_rounds,
@@ -94,7 +100,7 @@ mod tests {
         let Command::Migrate(args) = Cli::parse_from(line.split_whitespace()).command else {
             panic!("no migrate");
         };
-        let request = request(args);
+        let request = request(*args);
         let words = receive_arguments("moved", &request);
         let cli = Cli::parse_from(std::iter::once("transship".to_owned()).chain(words));
         assert_eq!(cli.global.namespace, "moved");

@@ -39,6 +39,8 @@ pub(super) struct DumpFiles {
     /// Whether the layer has its name only when it is whole.
     layer_by_rename: bool,
     hold: Option<DumpHold>,
+    /// Whether somebody else lets it go.
+    stays_held: bool,
     /// Of memory that is at rest.
     shares: usize,
     state: AtomicU8,
@@ -78,8 +80,17 @@ impl DumpFiles {
             dir: dir.to_path_buf(),
             layer_by_rename,
             hold,
+            stays_held: false,
             state: AtomicU8::new(RUNS),
             taken: Mutex::default(),
+        }
+    }
+
+    /// The same of a dump that is held on when its images of memory have been sent.
+    pub(super) fn that_stay_held(self) -> Self {
+        Self {
+            stays_held: true,
+            ..self
         }
     }
 
@@ -99,7 +110,7 @@ impl DumpFiles {
     pub(super) fn memory_sent(&self) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         taken.memory_left = taken.memory_left.map(|left| left.saturating_sub(1));
-        if taken.memory_left == Some(0) {
+        if taken.memory_left == Some(0) && !self.stays_held {
             self.release();
         }
     }
@@ -136,7 +147,7 @@ impl DumpFiles {
                 let images = there.iter().filter(|path| image_name(path).is_some());
                 let images = images.count();
                 taken.memory_left = Some(images);
-                if images == 0 {
+                if images == 0 && !self.stays_held {
                     self.release();
                 }
             }

@@ -5,12 +5,15 @@
 //!  beside them: /dev/shm, emptyDirs      ──> <draft>/.shared/       DumpFiles ──> sent at the end
 //! ```
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use transship_checkpoint::manifest::{Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
+use transship_checkpoint::wire::missing_pages::Wanted;
 use transship_containerd::Containerd;
 use transship_layer::KnownContents;
 
@@ -49,7 +52,8 @@ pub(super) struct Part {
 }
 
 impl DumpParts {
-    /// Those of what moves, which stands still, below the draft.
+    /// Those of what moves, which stands still, below the draft. Memory may come late: then nobody lets the dumps go on
+    /// but [`Self::release_holds`].
     ///
     /// # Errors
     /// The answer of containerd, or a hold cannot be made.
@@ -58,6 +62,7 @@ impl DumpParts {
         moving: &Moving,
         known: Vec<Known>,
         draft: &Path,
+        is_late: bool,
     ) -> Result<Self> {
         let mut parts = Vec::new();
         for (source, known) in moving.containers.iter().zip(known) {
@@ -66,6 +71,7 @@ impl DumpParts {
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
             let processes = || by_pid_inside(source.pid, &pids);
             let memory = known.memory.map(|known| match known.has_rounds() {
+                _ if is_late => FrozenMemory::late(known, processes()),
                 true => FrozenMemory::of(known, processes()),
                 false => FrozenMemory::unsent(known, processes()),
             });
@@ -75,9 +81,14 @@ impl DumpParts {
             };
             let shares = memory.as_ref().map_or(0, FrozenMemory::shares);
             let dir = draft.join(&container.name);
+            let files = DumpFiles::of(&dir, !container.criu.link_remap, hold, shares);
             parts.push(Part {
                 name: container.name.clone(),
-                files: DumpFiles::of(&dir, !container.criu.link_remap, hold, shares),
+                files: if is_late {
+                    files.that_stay_held()
+                } else {
+                    files
+                },
                 dir,
                 memory,
                 contents: known.contents,
@@ -108,10 +119,76 @@ impl DumpParts {
         holds.for_each(DumpHold::release);
     }
 
+    /// Fills the buffer with these pages of the one container that moves.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub(super) fn read(&self, wanted: Wanted, pages: &mut Vec<u8>) -> io::Result<()> {
+        match self.0.iter().find_map(|part| part.memory.as_ref()) {
+            Some(memory) => memory.read(wanted, pages),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
     /// What the layers cannot say, if that is known of all parts before the dumps have ended.
     pub(super) fn losses(&self) -> Option<Vec<Losses>> {
         let layers = self.0.iter().map(|part| part.files.hold()?.layer());
         layers.map(|layer| Some(layer?.losses.clone())).collect()
+    }
+}
+
+/// The dumps, which go on beside whoever waits for them. Dropped, nobody waits for them any more.
+#[derive(Debug)]
+pub(super) struct Dumping {
+    dumps: JoinSet<Result<(Vec<Dumped>, Shared)>>,
+    parts: Arc<DumpParts>,
+}
+
+impl Dumping {
+    /// Begins to dump all frozen containers below `draft`. A dump that writes nothing for `patience` is ended.
+    pub(super) fn begin(
+        node: &Containerd,
+        moving: &Arc<Moving>,
+        draft: &Path,
+        parts: &Arc<DumpParts>,
+        patience: Duration,
+    ) -> Self {
+        let (node, moving, draft) = (node.clone(), Arc::clone(moving), draft.to_path_buf());
+        let parts = Arc::clone(parts);
+        let mut dumps = JoinSet::new();
+        {
+            let parts = Arc::clone(&parts);
+            dumps.spawn(async move { dump_all(&node, &moving, &draft, &parts, patience).await });
+        }
+        Self { dumps, parts }
+    }
+
+    /// What they have written, when they have ended already.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub(super) fn ended(&mut self) -> Option<Result<(Vec<Dumped>, Shared)>> {
+        Some(self.dumps.try_join_next()?.map_err(Error::from).flatten())
+    }
+
+    /// Lets them come to their end, and waits for it.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub(super) async fn end(mut self) -> Result<(Vec<Dumped>, Shared)> {
+        self.parts.release_holds();
+        self.wait().await
+    }
+
+    /// Waits for their end.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub(super) async fn wait(&mut self) -> Result<(Vec<Dumped>, Shared)> {
+        match self.dumps.join_next().await {
+            Some(ended) => ended?,
+            None => Err(Error::failed("the dumps have ended before")),
+        }
     }
 }
 
@@ -138,11 +215,8 @@ impl Drop for EndAll<'_> {
     }
 }
 
-/// Dumps all frozen containers below `draft`. A dump that writes nothing for `patience` is ended.
-///
-/// # Errors
 /// Nobody reads what they share any more when this returns.
-pub(super) async fn dump_all(
+async fn dump_all(
     node: &Containerd,
     moving: &Moving,
     draft: &Path,

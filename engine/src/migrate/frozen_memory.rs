@@ -16,6 +16,9 @@
 //!         ──> pieces of 1 MiB, every second one                   ──> memory-1/
 //!         ──> the others                                          ──> memory-2/, builds on memory-1
 //! ```
+//!
+//! Of a lazy migration the pages that have changed stay in the processes; the target asks for them one piece after the
+//! other, while the copy runs.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,6 +30,7 @@ use std::thread::{self, JoinHandle};
 
 use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
 use transship_checkpoint::manifest::{IMAGES_DIR, MEMORY_DIR};
+use transship_checkpoint::wire::missing_pages::Wanted;
 use transship_checkpoint::wire::{Sender as StreamSender, WireError};
 
 use super::memory_images::{HashRun, KnownMemory, SentMemory, image_name};
@@ -47,6 +51,8 @@ pub(super) struct FrozenMemory {
     unchanged: OnceLock<BTreeMap<String, Vec<Range>>>,
     /// What is sent in the freeze first; none where it was sent before.
     shares: Option<Shares>,
+    /// Whether what has changed is not sent.
+    is_late: bool,
 }
 
 /// What is at rest, in two shares.
@@ -81,8 +87,28 @@ impl FrozenMemory {
             looking: Mutex::new(looking.collect()),
             unchanged: OnceLock::new(),
             shares: None,
+            is_late: false,
             held,
         }
+    }
+
+    /// The same, but what has changed is asked for ([`Self::read`]).
+    pub(super) fn late(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
+        Self {
+            is_late: true,
+            ..Self::of(known, processes)
+        }
+    }
+
+    /// Fills the buffer with these pages.
+    ///
+    /// # Errors
+    /// There is no such process, it is gone, or has no such pages.
+    pub(super) fn read(&self, wanted: Wanted, pages: &mut Vec<u8>) -> io::Result<()> {
+        let pid = self.held.processes.get(&wanted.pid);
+        let pid = pid.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let length = usize::try_from(wanted.pages).map_or(0, |pages| pages * PAGE_LEN);
+        ProcessMemory::of(*pid)?.read_whole(wanted.start, length, pages)
     }
 
     /// The same of processes of which nothing was sent: [`Self::send_share`] does, of each share.
@@ -97,6 +123,7 @@ impl FrozenMemory {
                 of_first: Mutex::new(Some(of_first)),
                 for_second: Mutex::new(for_second),
             }),
+            is_late: false,
         }
     }
 
@@ -226,6 +253,10 @@ impl FrozenMemory {
                         if is_unchanged {
                             progress(end - start);
                             writer.add_unchanged(start, pages, run.lazy);
+                            continue;
+                        }
+                        if self.is_late {
+                            writer.add_late(start, pages);
                             continue;
                         }
                         let add = &mut |start, piece: &[u8], hashes: &[u64]| {

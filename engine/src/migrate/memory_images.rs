@@ -233,6 +233,17 @@ impl<W: Write> ImageWriter<'_, W> {
         self.pagemap.push(run, PAGE);
     }
 
+    /// Adds pages that stay where they are until somebody asks for them.
+    pub(super) fn add_late(&mut self, start: u64, pages: u64) {
+        let run = PageRun {
+            start,
+            pages,
+            place: PagePlace::Process,
+            lazy: true,
+        };
+        self.pagemap.push(run, PAGE);
+    }
+
     /// Adds whole pages with their hashes; their addresses ascend.
     ///
     /// # Errors

@@ -253,7 +253,11 @@ impl ProcessMemory {
         })
     }
 
-    fn read_whole(&self, at: u64, length: usize, into: &mut Vec<u8>) -> io::Result<()> {
+    /// Fills the buffer with so many bytes, also with those that the process itself may not read.
+    ///
+    /// # Errors
+    /// Not all of them are there.
+    pub(super) fn read_whole(&self, at: u64, length: usize, into: &mut Vec<u8>) -> io::Result<()> {
         into.resize(length, 0);
         if self.read(at, into) < length {
             // Not readable for the process itself (PROT_NONE).

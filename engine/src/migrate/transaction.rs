@@ -1,13 +1,10 @@
 //! The talk with the target, step by step.
 
 use std::collections::BTreeMap;
-use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containerd_client::types::v1::Status;
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use tokio::time::Instant;
 use transship_checkpoint::annotations::RECEIVE;
 use transship_checkpoint::manifest::{File, Losses, Shared};
@@ -22,9 +19,11 @@ use transship_layer::KnownContents;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::ask::Question;
+use super::before_restore;
 use super::dump_files::Next;
-use super::dump_parts::{DumpParts, Known, dump_all};
+use super::dump_parts::{DumpParts, Dumping, Known};
 use super::file_contents;
+use super::late_pages::LatePages;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use super::precopy::Rounds;
@@ -37,7 +36,7 @@ use super::{
 };
 use crate::check::node_facts::free_memory;
 use crate::conversation::Conversation;
-use crate::data_channel::Identity;
+use crate::data_channel::{Identity, STREAMS};
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
@@ -61,13 +60,15 @@ const RESTORE_SPEED: u64 = 20 << 20;
 const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long an interrupt waits for the answer to `Commit`.
 const COMMIT_GRACE: Duration = Duration::from_secs(10);
+/// How long it may take until the copy has all of its memory.
+const PAGES_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// How long the target may take to write all files of the copy to its disk.
 const DURABLE_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// What the steps share.
 pub(super) struct Transaction<'a> {
     pub(super) node: &'a Containerd,
-    pub(super) moving: &'a Moving,
+    pub(super) moving: &'a Arc<Moving>,
     pub(super) store: &'a Store,
     pub(super) request: &'a Request,
     pub(super) record: &'a Record,
@@ -86,6 +87,8 @@ pub(super) struct Transaction<'a> {
     pub(super) estimate: u64,
     /// What was sent before the freeze, by the names of the containers, for the manifest.
     pub(super) files_before: Vec<(String, File)>,
+    /// Pages that come when the copy runs already.
+    pub(super) late: Option<LatePages>,
 }
 
 impl Transaction<'_> {
@@ -122,6 +125,7 @@ impl Transaction<'_> {
         };
         let most = self.request.max_freeze;
         if let Err(error) = at_most(most, began, self.move_and_record(&draft, known)).await {
+            self.end_late_pages().await;
             frozen.wait_for_dump().await;
             let error = self.take_back_network(error).await;
             let thawed = frozen.thaw().await;
@@ -182,12 +186,7 @@ impl Transaction<'_> {
     async fn send_memory(&mut self) -> Result<Vec<Option<KnownMemory>>> {
         let containers = &self.moving.containers;
         let possible = can_compare_pages() && DumpHold::is_possible();
-        let wanted = &self.request.target.criu;
-        let can_be_held = |source: &SourceContainer| {
-            let criu = wanted.over(source.container.criu.clone());
-            // Whether `criu lazy-pages` reads images that build on others is not known.
-            possible && !criu.lazy_pages && source.runtime.can_hold_dumps()
-        };
+        let can_be_held = |source: &SourceContainer| possible && source.runtime.can_hold_dumps();
         let mut known = Vec::new();
         for source in containers {
             let pids = self.node.pids(source.id()).await?;
@@ -197,6 +196,11 @@ impl Transaction<'_> {
                     false => None,
                 },
             );
+        }
+        if self.request.is_lazy && known.iter().any(Option::is_none) {
+            let message =
+                "the memory cannot come late (--lazy): a dump cannot be held on this node";
+            return Err(Error::refused(message).hint("docs/migration.md says where it can"));
         }
         if known.iter().all(Option::is_none) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
@@ -319,6 +323,7 @@ impl Transaction<'_> {
                 })
             }),
             estimate: self.estimate,
+            lazy: self.request.is_lazy,
         };
         self.conversation
             .send(Message::Offer(Box::new(offer)))
@@ -364,12 +369,22 @@ impl Transaction<'_> {
         identity: Arc<Identity>,
         place: Option<DataPlace>,
     ) -> Result<usize> {
+        let is_lazy = self.request.is_lazy;
+        let late = "pages cannot come late (--lazy) without a direct connection to the other node";
         let Some(DataPlace { addresses, key }) = place else {
-            return Ok(0);
+            return match is_lazy {
+                true => Err(Error::refused(late).hint("--data-address names where it listens")),
+                false => Ok(0),
+            };
         };
-        let connecting = move || identity.connect(&addresses, &key);
+        let streams = STREAMS + usize::from(is_lazy);
+        let connecting = move || identity.connect(&addresses, &key, streams);
         match tokio::task::spawn_blocking(connecting).await? {
-            Ok(connections) => {
+            Err(error) if is_lazy => Err(Error::refused(late).because(error)),
+            Ok(mut connections) => {
+                if is_lazy {
+                    self.conversation.keep_for_pages(connections.take_last());
+                }
                 let count = connections.count();
                 self.conversation.send_files_through(connections)?;
                 Ok(count)
@@ -405,22 +420,12 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         let (node, moving) = (self.node, self.moving);
         self.progress.bytes("dump and transfer", self.estimate);
-        let parts = DumpParts::of(node, moving, known, draft.dir()).await?;
+        let is_late = self.request.is_lazy;
+        let parts = DumpParts::of(node, moving, known, draft.dir(), is_late).await?;
         let parts = Arc::new(parts);
         let patience = self.request.dump_patience;
-        let dump = dump_all(node, moving, draft.dir(), &parts, patience);
-        tokio::pin!(dump);
-        let mut dumped = None;
-        let sent = {
-            let send = self.send_dump(Arc::clone(&parts));
-            tokio::pin!(send);
-            loop {
-                tokio::select! {
-                    done = &mut dump, if dumped.is_none() => dumped = Some(done),
-                    sent = &mut send => break sent,
-                }
-            }
-        };
+        let mut dumps = Dumping::begin(node, moving, draft.dir(), &parts, patience);
+        let sent = self.send_dump(Arc::clone(&parts)).await;
         let losses = match moving.pod {
             // What its containers share is known at the end.
             Some(_) => None,
@@ -428,13 +433,13 @@ impl Transaction<'_> {
         };
         // Whoever gives up waits for CRIU too, whose code is in the tasks until its end.
         let goes_on = sent.is_ok() && losses.is_some() && self.interrupt.check().is_ok();
-        if !goes_on {
-            parts.release_holds();
-        }
-        let dumped = match dumped {
-            Some(done) => Some(done?),
+        let dumped = match dumps.ended() {
+            Some(ended) => Some(ended?),
             None if goes_on => None,
-            None => Some(dump.as_mut().await?),
+            None => {
+                parts.release_holds();
+                Some(dumps.wait().await?)
+            }
         };
         let (files, bytes) = sent?;
         self.interrupt.check()?;
@@ -447,10 +452,15 @@ impl Transaction<'_> {
             }
             None => (losses.unwrap_or_default(), Shared::default()),
         };
+        if is_late {
+            let link = self.conversation.take_for_pages();
+            self.late = Some(LatePages::serve(link, dumps, parts, from)?);
+            return self.hand_over(draft, files, losses, shared).await;
+        }
         let ended = async {
             match dumped {
                 Some((dumped, _)) => Ok(dumped),
-                None => dump.await.map(|(dumped, _)| dumped),
+                None => dumps.wait().await.map(|(dumped, _)| dumped),
             }
         };
         let handed = self.hand_over(draft, files, losses, shared);
@@ -500,7 +510,10 @@ impl Transaction<'_> {
         self.timeline.end_step();
 
         if let Some(command) = &self.request.before_restore {
-            self.run_before_restore(command).await?;
+            self.progress.step("before-restore command");
+            let from = self.timeline.now();
+            before_restore::run(command, self.interrupt).await?;
+            self.timeline.step("command", from, None);
         }
         self.progress.step("restore");
         let from = self.timeline.now();
@@ -619,34 +632,6 @@ impl Transaction<'_> {
         Ok((files, bytes.iter().sum()))
     }
 
-    async fn run_before_restore(&mut self, command: &str) -> Result<()> {
-        self.progress.step("before-restore command");
-        let from = self.timeline.now();
-        let failed = || format!("cannot run {command:?}");
-        let mut child = tokio::process::Command::new("sh")
-            .args(["-c", command])
-            .stdin(Stdio::null())
-            // The caller's stdout is for the result.
-            .stdout(std::io::stderr())
-            .process_group(0)
-            .spawn()
-            .with_context(failed)?;
-        let group = ProcessGroup::of(&child);
-        let status = tokio::select! {
-            status = child.wait() => status.with_context(failed)?,
-            interrupted = self.interrupt.wait() => return Err(interrupted.into()),
-        };
-        // What it has left running on purpose goes on.
-        group.forget();
-        if !status.success() {
-            return Err(Error::failed(format!(
-                "the command before the restore failed ({status}): {command}"
-            )));
-        }
-        self.timeline.step("command", from, None);
-        Ok(())
-    }
-
     /// The one moment in which a lost connection leaves it open which copy runs.
     async fn commit(&mut self, source: Committed) -> Result<(Option<u32>, Committed)> {
         let from = self.timeline.now();
@@ -662,12 +647,16 @@ impl Transaction<'_> {
             }
             Err(error) => Err(error),
         };
-        let lost = match answer {
+        let answer = match answer {
             Ok(Message::Running { pid }) => {
                 self.timeline.thaw();
                 self.timeline.step("commit", from, None);
-                return Ok((Some(pid), source));
+                { self.wait_for_late_pages().await }.map(|()| Message::Running { pid })
             }
+            other => other,
+        };
+        let lost = match answer {
+            Ok(Message::Running { pid }) => return Ok((Some(pid), source)),
             Ok(other) => unexpected("the copy to run", &other).into(),
             // The target says that its copy does not run.
             Err(error) if is_refusal_of_target(&error) => {
@@ -691,8 +680,40 @@ impl Transaction<'_> {
         }
     }
 
+    /// Waits until the copy, which runs, has all pages of its memory.
+    async fn wait_for_late_pages(&mut self) -> Result<()> {
+        if self.late.is_none() {
+            return Ok(());
+        }
+        self.progress.step("the rest of the memory");
+        let from = self.timeline.now();
+        // An interrupt would cost the copy.
+        let what = "the last page of the copy's memory";
+        let came = self
+            .conversation
+            .receive_within(what, PAGES_DEADLINE, PAGES_DEADLINE);
+        match came.await? {
+            Message::AllPages => self.timeline.step("pages", from, None),
+            other => return Err(unexpected(what, &other).into()),
+        }
+        self.end_late_pages().await;
+        Ok(())
+    }
+
+    /// Nobody asks for pages any more: lets the dumps come to their end, which is nobody's concern any more.
+    async fn end_late_pages(&mut self) {
+        let Some((from, ended)) = self.late.take().map(LatePages::end) else {
+            return;
+        };
+        match ended.await {
+            Ok((dumped, _)) => self.tell_dumps(from, dumped),
+            Err(error) => tracing::info!("the end of the dump: {}", error.one_line()),
+        }
+    }
+
     /// The copy never runs.
-    async fn resume(&self, source: Committed, error: Error) -> Error {
+    async fn resume(&mut self, source: Committed, error: Error) -> Error {
+        self.end_late_pages().await;
         let error = self.take_back_network(error).await;
         let thawed = source.thaw().await;
         let error = resume_source(self.node, self.moving, thawed, error).await;
@@ -767,29 +788,5 @@ impl Transaction<'_> {
         .hint("this asks again, and removes them here when they are:")
         .hint(format!("  transship -n {namespace} recover {id}"))
         .because(error))
-    }
-}
-
-/// A command and all that it has started: killed when the wait for it is given up.
-struct ProcessGroup(Option<Pid>);
-
-impl ProcessGroup {
-    /// That of a child which leads its own, and has not been waited for.
-    fn of(child: &tokio::process::Child) -> Self {
-        let leader = child.id().and_then(|id| i32::try_from(id).ok());
-        Self(leader.map(Pid::from_raw))
-    }
-
-    fn forget(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for ProcessGroup {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            // One that has ended meanwhile is as good.
-            let _ = killpg(group, Signal::SIGKILL);
-        }
     }
 }

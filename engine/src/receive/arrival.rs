@@ -75,6 +75,9 @@ pub struct Arrival {
     /// Where its files are, once there are some.
     #[serde(default)]
     pub upperdir: Option<PathBuf>,
+    /// Whether pages of its memory are still on the source, so that it cannot run on without `receive`.
+    #[serde(default)]
+    pub lacks_memory: bool,
     /// The image that its record will name, unless the node has it by a name.
     #[serde(default)]
     pub image: Option<ImageToName>,
@@ -369,6 +372,7 @@ mod tests {
             made_by: "18eb-0".into(),
             checkpoint: "migration-web-1".into(),
             upperdir: None,
+            lacks_memory: false,
             image: None,
             pod: None,
         }

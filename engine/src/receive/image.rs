@@ -49,11 +49,11 @@ pub(super) async fn receive(
         }
         all_own.push(own);
     }
-    let (direct, accepting) = listening.unzip();
+    let (place, accepting) = listening.unzip();
     conversation
         .send(Message::Need {
             digests: missing.clone(),
-            direct,
+            direct: place,
         })
         .await?;
     loop {
@@ -72,11 +72,15 @@ pub(super) async fn receive(
                 receive_blob(node, conversation, blob).await?;
             }
             Message::ImageEnd { direct: 0 } => break,
-            Message::ImageEnd { .. } => {
+            Message::ImageEnd { direct } => {
                 let accepting = accepting.ok_or_else(|| {
                     Error::failed("the source has connected directly, where nobody has listened")
                 })?;
-                conversation.receive_files_through(accepting.await??);
+                let mut connections = accepting.await??;
+                if connections.count() > direct {
+                    conversation.keep_for_pages(connections.take_last());
+                }
+                conversation.receive_files_through(connections);
                 break;
             }
             other => return Err(unexpected("the image", &other).into()),

@@ -19,13 +19,15 @@ use transship_containerd::Containerd;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
+use super::late_pages::LatePages;
 use super::pod::{self, PodPlan};
 use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle};
 use crate::conversation::Conversation;
-use crate::data_channel::Identity;
+use crate::data_channel::{Identity, STREAMS};
+use crate::dump_hold::has_userfaultfd;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
-use crate::memory_dir::MigrationFiles;
+use crate::memory_dir::{MigrationFiles, remove_when_unused};
 use crate::progress::Progress;
 use crate::restore::{self, LEASE, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
@@ -58,6 +60,7 @@ pub(super) async fn accept(
         tracing::info!("the files arrive on the disk: {}", why.one_line());
     }
     check_nodes(node, &offer, request).await?;
+    check_lazy(&offer)?;
     require_room(&files.store, needed_bytes(&offer))?;
     // What the upperdir is filled with is on the disk, wherever it arrives.
     require_room(store, offer.estimate.saturating_add(KEEP_FREE))?;
@@ -108,7 +111,8 @@ pub(super) async fn accept(
             match taken {
                 Ok((locked, pid)) => {
                     let released = pod::settle::release(&leased, &locked.arrival).await;
-                    runs(&leased, &files.store, conversation, locked, (pid, released)).await
+                    let copy = (pid, released, None);
+                    runs(&leased, &files.store, conversation, locked, copy).await
                 }
                 Err(error) => Err(error),
             }
@@ -119,11 +123,31 @@ pub(super) async fn accept(
         Ok(_) => leased.end_lease().await,
         Err(_) => leased.end_lease_and_collect().await,
     };
+    // Whoever serves memory lazily reads them to the end.
+    let place = files.store.root().to_path_buf();
+    drop(files);
+    remove_when_unused(&place).await;
     // What has not come to its end is the guard's: also a lease, when containerd does not answer.
     if Arrivals::default().has_ended(&offer.migration)? && lease_ended.is_ok() {
         guard.stand_down();
     }
     result
+}
+
+/// Whether memory can come late here.
+fn check_lazy(offer: &Offer) -> Result<()> {
+    if !offer.lazy {
+        return Ok(());
+    }
+    if offer.pod.is_some() {
+        return Err(Error::refused("the memory of a pod cannot come late"));
+    }
+    match has_userfaultfd() {
+        true => Ok(()),
+        false => Err(Error::refused(
+            "memory cannot come late here: `criu check --feature uffd-noncoop` fails",
+        )),
+    }
 }
 
 /// What concerns the two nodes, whatever moves.
@@ -233,6 +257,7 @@ async fn take(
         checkpoint: of_migration(&offer.migration),
         upperdir: None,
         image: name.to_record(),
+        lacks_memory: false,
         pod: None,
     };
     // Before the first thing is made that no lease takes away, and before the source is frozen.
@@ -244,7 +269,16 @@ async fn take(
         conversation.send(Message::Ready).await?;
         let what = (offer, contents);
         let checkpoint = receive(store, conversation, what, request, progress).await?;
-        agree(
+        let late = match offer.lazy {
+            true => {
+                let dir = checkpoint.dir.join(&offered.container.name);
+                let link = conversation.take_for_pages();
+                Some(LatePages::bring(&dir, link, request.link_patience)?)
+            }
+            false => None,
+        };
+        locked.arrival.lacks_memory = late.is_some();
+        let restored = agree(
             node,
             conversation,
             (plan, prepared),
@@ -252,14 +286,16 @@ async fn take(
             &mut locked,
             interrupt,
         )
-        .await
+        .await?;
+        Ok((restored, late))
     };
-    let restored = match taken.await {
-        Ok(restored) => restored,
+    let (restored, late) = match taken.await {
+        Ok(taken) => taken,
         Err(error) => return Err(settle::undo(node, store, &mut locked, error).await),
     };
     let released = restored.start().await.map(drop);
-    runs(node, store, conversation, locked, (restored.pid, released)).await
+    let copy = (restored.pid, released, late);
+    runs(node, store, conversation, locked, copy).await
 }
 
 /// Receives the checkpoint of the migration; contents of files go to the directories of their containers.
@@ -297,9 +333,11 @@ async fn runs(
     store: &Store,
     conversation: &mut Conversation,
     mut locked: Locked,
-    (pid, released): (u32, Result<()>),
+    (pid, released, late): (u32, Result<()>, Option<LatePages>),
 ) -> Result<Received> {
     match released {
+        // It can still be lost.
+        Ok(()) if late.is_some() => {}
         // Without this word the next one who looks sees that it runs.
         Ok(()) => drop(locked.set(State::Runs)),
         Err(error) => settle::after_commit(node, store, &mut locked, error).await?,
@@ -307,7 +345,18 @@ async fn runs(
     let container = locked.arrival.container.clone();
     // The copy runs, whether the source hears it or not; nothing takes it back.
     let running = Message::Running { pid };
-    let told = conversation.send_with_grace(running, TELL_GRACE).await;
+    let mut told = conversation.send_with_grace(running, TELL_GRACE).await;
+    if let Some(late) = late {
+        match late.all().await {
+            Ok(()) => {
+                locked.arrival.lacks_memory = false;
+                locked.set(State::Runs)?;
+            }
+            Err(error) => settle::after_commit(node, store, &mut locked, error).await?,
+        }
+        let all = Message::AllPages;
+        told = told.and(conversation.send_with_grace(all, TELL_GRACE).await);
+    }
     settle::write_out(node, store, &mut locked).await?;
     told?;
     let told = conversation.send(Message::Durable).await;
@@ -323,7 +372,8 @@ pub(super) fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Liste
     }
     let listening = || {
         let identity = Identity::new()?;
-        let listener = identity.listen(addresses, &offer.key)?;
+        let streams = STREAMS + usize::from(offer.lazy);
+        let listener = identity.listen(addresses, &offer.key, streams)?;
         let place = DataPlace {
             addresses: listener.addresses()?,
             key: identity.public().to_owned(),
@@ -441,6 +491,7 @@ mod tests {
             pod: None,
             estimate: u64::MAX,
             key: String::new(),
+            lazy: false,
         }
     }
 

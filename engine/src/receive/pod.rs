@@ -279,6 +279,7 @@ pub(super) async fn take(
         made_by: String::new(),
         checkpoint: of_migration(&offer.migration),
         upperdir: None,
+        lacks_memory: false,
         image: None,
         pod: Some(ArrivingPod {
             uid: pod.uid.clone(),

@@ -6,6 +6,7 @@
 //!  committed, runs                                                             -> runs
 //!  committed, and gone    it has never run (the front's record says so)        -> aborting
 //!                         it may have run                                      stays; the source hears `lost`
+//!  committed, and pages of its memory are still on the source: it is ended, and gone
 //!  runs                   its record, image and files are written out          -> durable
 //! ```
 //!
@@ -241,6 +242,17 @@ async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
         Err(error) if error.is_not_found() => Status::Stopped,
         task => task?.status(),
     };
+    if locked.arrival.lacks_memory {
+        // Nobody brings the rest of it: it would wait for ever.
+        if status != Status::Stopped {
+            node.kill_task(&id).await?;
+        }
+        if has_run(locked)? {
+            return Ok(false);
+        }
+        abort(node, store, locked).await?;
+        return Ok(true);
+    }
     match status {
         Status::Created => match node.start_task(&id).await {
             Ok(()) => locked.set(State::Runs)?,

@@ -11,6 +11,7 @@ use transship_checkpoint::criu_options::{ConfigLine, Tcp};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
+use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
 
@@ -137,6 +138,10 @@ impl Front<'_> {
             lost_addresses::leave(images.path(), config)?;
         }
         let mut criu = config.annotations.criu.over(request.criu);
+        // A migration may bring memory when the copy runs already.
+        criu.lazy_pages |= { request.images.with_file_name(missing_pages::SOCKET) }
+            .symlink_metadata()
+            .is_ok();
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
         }

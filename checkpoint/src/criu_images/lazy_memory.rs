@@ -1,0 +1,311 @@
+//! Where each page of a process is that may come after the restore has begun.
+//!
+//! ```text
+//! pagemap-7.img                1000-3000 in the file    3000-9000 in the parent    9000-a000 in the process
+//! parent/pagemap-7.img                                  3000-5000 in the file      5000-9000 in the parent
+//! parent/parent/pagemap-7.img                                                      5000-9000 in the file
+//!
+//! together                     1000-3000 pages-3.img    3000-5000 parent/pages-3.img    5000-9000 parent/parent/...
+//!                              9000-a000 where the dump has left them
+//! ```
+//!
+//! `criu lazy-pages` does not copy pages of images that others build on (CRIU 3.17 to 4.2: the reader of a parent tells
+//! nobody that a page is there). So whoever serves pages to it looks them up here, and gives it images in which all
+//! such pages are elsewhere.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::file_names::PARENT_DIR;
+use super::pagemap::{PagePlace, PageRun, Pagemap};
+use super::{ImageError, Kind};
+use crate::beneath::{Links, open_regular};
+
+/// Bytes of a page; images of others are not understood here.
+pub const PAGE: u64 = 4096;
+
+/// The pages of one process that may come late.
+#[derive(Debug)]
+pub struct LazyMemory {
+    /// In the order of their addresses.
+    spans: Vec<Span>,
+    /// Files of pages: those of the dump, those of its parent, and so on.
+    files: Vec<File>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Span {
+    start: u64,
+    end: u64,
+    place: Place,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// How many images below the dump, and at which byte of the file.
+    File {
+        level: usize,
+        offset: u64,
+    },
+    Process,
+}
+
+/// Where pages are.
+#[derive(Debug)]
+pub enum Found<'a> {
+    /// In a file, at this byte.
+    File {
+        /// The file.
+        file: &'a File,
+        /// Where the first one begins, in bytes.
+        offset: u64,
+        /// How many follow each other there.
+        pages: u64,
+    },
+    /// In the process that was dumped.
+    Process {
+        /// How many follow each other there.
+        pages: u64,
+    },
+}
+
+/// A pagemap with the place of each run in its file.
+#[derive(Debug)]
+struct Level {
+    path: PathBuf,
+    runs: Vec<(PageRun, u64)>,
+}
+
+impl LazyMemory {
+    /// That of the process `pid` in the images in `dir`; none, if there are no pages of it.
+    ///
+    /// # Errors
+    /// An image cannot be read, or names pages that are nowhere.
+    pub fn open(dir: &Path, pid: u32) -> Result<Option<Self>, ImageError> {
+        let name = format!("{}{pid}.img", Kind::Pagemap.prefix());
+        let (mut levels, mut files) = (Vec::new(), Vec::new());
+        let mut dir = dir.to_path_buf();
+        while dir.join(&name).symlink_metadata().is_ok() {
+            let path = dir.join(&name);
+            let pagemap = Pagemap::read(&path)?;
+            let pages = PathBuf::from(format!("pages-{}.img", pagemap.pages_id));
+            let opened = open_regular(&dir, &pages, Links::Refused);
+            files.push(opened.map_err(|source| ImageError::Io {
+                act: "open",
+                path: dir.join(&pages),
+                source,
+            })?);
+            levels.push(Level::of(path, &pagemap)?);
+            dir.push(PARENT_DIR);
+        }
+        let Some(dump) = levels.first() else {
+            return Ok(None);
+        };
+        let mut spans = Vec::new();
+        for (run, _) in dump.runs.iter().filter(|(run, _)| run.lazy) {
+            resolve(&levels, 0, (run.start, end_of(run)), &mut spans)?;
+        }
+        Ok(Some(Self { spans, files }))
+    }
+
+    /// Whether all of them are in files.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.spans.iter().all(|span| span.place != Place::Process)
+    }
+
+    /// Where the page at this address is, and those behind it.
+    #[must_use]
+    pub fn find(&self, address: u64) -> Option<Found<'_>> {
+        let at = self.spans.partition_point(|span| span.end <= address);
+        let span = self.spans.get(at).filter(|span| span.start <= address)?;
+        let pages = (span.end - address) / PAGE;
+        Some(match span.place {
+            Place::File { level, offset } => Found::File {
+                file: self.files.get(level)?,
+                offset: offset + (address - span.start),
+                pages,
+            },
+            Place::Process => Found::Process { pages },
+        })
+    }
+}
+
+impl Level {
+    fn of(path: PathBuf, pagemap: &Pagemap) -> Result<Self, ImageError> {
+        let (mut runs, mut end, mut offset) = (Vec::new(), 0, 0_u64);
+        for run in &pagemap.runs {
+            let bytes = run.pages.checked_mul(PAGE);
+            let length = bytes.filter(|bytes| {
+                run.start >= end && run.start % PAGE == 0 && run.start.checked_add(*bytes).is_some()
+            });
+            let Some(length) = length else {
+                return Err(ImageError::Pages { path });
+            };
+            end = run.start + length;
+            runs.push((*run, offset));
+            if run.place == PagePlace::File {
+                // A file has no more bytes than addresses.
+                offset = offset.saturating_add(length);
+            }
+        }
+        Ok(Self { path, runs })
+    }
+}
+
+fn end_of(run: &PageRun) -> u64 {
+    run.start + run.pages * PAGE
+}
+
+/// Adds where the pages of a range are that the level `at` has.
+fn resolve(
+    levels: &[Level],
+    at: usize,
+    (start, end): (u64, u64),
+    spans: &mut Vec<Span>,
+) -> Result<(), ImageError> {
+    // The one that says so has one below it, or none of these pages is anywhere.
+    let nowhere = || ImageError::Pages {
+        path: levels[at.min(levels.len() - 1)].path.clone(),
+    };
+    let runs = &levels.get(at).ok_or_else(nowhere)?.runs;
+    let mut next = start;
+    let first = runs.partition_point(|(run, _)| end_of(run) <= start);
+    for (run, offset) in &runs[first..] {
+        if next >= end {
+            break;
+        }
+        if run.start > next {
+            return Err(nowhere());
+        }
+        let part = (next, end.min(end_of(run)));
+        let mut push = |place| {
+            spans.push(Span {
+                start: part.0,
+                end: part.1,
+                place,
+            });
+        };
+        match run.place {
+            PagePlace::File => push(Place::File {
+                level: at,
+                offset: offset + (part.0 - run.start),
+            }),
+            PagePlace::Process if at == 0 => push(Place::Process),
+            // Only a dump leaves pages where they are.
+            PagePlace::Process => return Err(nowhere()),
+            PagePlace::Parent => resolve(levels, at + 1, part, spans)?,
+        }
+        next = part.1;
+    }
+    match next < end {
+        true => Err(nowhere()),
+        false => Ok(()),
+    }
+}
+
+/// The same pages, but that of those which may come late none is said to be in the parent: whoever reads this asks a
+/// server for them.
+#[must_use]
+pub fn for_server(pagemap: &Pagemap) -> Pagemap {
+    let mut served = Pagemap {
+        pages_id: pagemap.pages_id,
+        runs: Vec::new(),
+    };
+    for run in &pagemap.runs {
+        let place = match run.place {
+            PagePlace::Parent if run.lazy => PagePlace::Process,
+            place => place,
+        };
+        served.push(PageRun { place, ..*run }, PAGE);
+    }
+    served
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn run(start: u64, pages: u64, place: PagePlace, lazy: bool) -> PageRun {
+        PageRun {
+            start: start * PAGE,
+            pages,
+            place,
+            lazy,
+        }
+    }
+
+    fn write(dir: &Path, runs: Vec<PageRun>) {
+        fs::create_dir_all(dir).unwrap();
+        let pagemap = Pagemap { pages_id: 3, runs };
+        fs::write(dir.join("pagemap-7.img"), pagemap.to_bytes()).unwrap();
+        fs::write(dir.join("pages-3.img"), b"").unwrap();
+    }
+
+    #[test]
+    fn pages_are_found_through_all_images() {
+        use PagePlace::{File, Parent, Process};
+        let dir = tempfile::tempdir().unwrap();
+        assert!(LazyMemory::open(dir.path(), 7).unwrap().is_none());
+        let top = vec![
+            run(1, 2, File, true),
+            run(3, 1, File, false),
+            run(4, 6, Parent, true),
+            run(10, 1, Process, true),
+        ];
+        write(dir.path(), top.clone());
+        let below = dir.path().join(PARENT_DIR);
+        write(&below, vec![run(3, 3, File, true), run(6, 9, Parent, true)]);
+        let last = vec![run(1, 1, File, true), run(5, 20, File, true)];
+        write(&below.join(PARENT_DIR), last);
+
+        let memory = LazyMemory::open(dir.path(), 7).unwrap().unwrap();
+        let place = |page: u64| match memory.find(page * PAGE) {
+            Some(Found::File { offset, pages, .. }) => Some((Some(offset / PAGE), pages)),
+            Some(Found::Process { pages }) => Some((None, pages)),
+            None => None,
+        };
+        assert_eq!(place(0), None);
+        assert_eq!(place(2), Some((Some(1), 1)));
+        assert_eq!(place(3), None, "it may not come late");
+        assert_eq!(place(4), Some((Some(1), 2)));
+        assert_eq!(place(7), Some((Some(3), 3)));
+        assert_eq!(place(10), Some((None, 1)));
+        assert_eq!(place(11), None);
+        assert!(!memory.is_whole());
+
+        let pagemap = Pagemap {
+            pages_id: 3,
+            runs: top,
+        };
+        let served = for_server(&pagemap).runs;
+        assert_eq!(served[2..], [run(4, 7, Process, true)]);
+        assert_eq!(served[..2], pagemap.runs[..2]);
+    }
+
+    #[test]
+    fn pages_that_are_nowhere_are_refused() {
+        use PagePlace::{File, Parent, Process};
+        let all_ways = [
+            vec![run(1, 2, Parent, true)],
+            vec![run(5, 1, File, true), run(5, 1, File, true)],
+            vec![run(1, u64::MAX / 2, File, true)],
+            vec![run(1, 1, File, true), run(0, 1, File, true)],
+        ];
+        for runs in all_ways {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), runs);
+            let refused = LazyMemory::open(dir.path(), 7);
+            assert!(matches!(refused, Err(ImageError::Pages { .. })));
+        }
+        for below in [vec![run(1, 1, File, true)], vec![run(1, 2, Process, true)]] {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), vec![run(1, 2, Parent, true)]);
+            write(&dir.path().join(PARENT_DIR), below);
+            let refused = LazyMemory::open(dir.path(), 7);
+            assert!(matches!(refused, Err(ImageError::Pages { .. })));
+        }
+    }
+}
