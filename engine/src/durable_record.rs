@@ -77,6 +77,38 @@ pub(crate) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
     written().with_context(failed)
 }
 
+/// Removes what writers have left that were killed at it.
+///
+/// # Errors
+/// A system call failed.
+pub(crate) fn remove_unfinished(records: &Path, locks: &Path) -> Result<()> {
+    let failed = || format!("cannot list {}", records.display());
+    let entries = match fs::read_dir(records) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(failed)?,
+    };
+    for entry in entries {
+        let entry = entry.with_context(failed)?;
+        let file_name = entry.file_name();
+        let name = file_name
+            .to_str()
+            .and_then(|it| it.strip_suffix(UNFINISHED));
+        // Whoever has the lock writes.
+        let lock = name.map(|name| lock(records, locks, name)).transpose()?;
+        if lock.flatten().is_none() {
+            continue;
+        }
+        match fs::remove_file(entry.path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let failed = format!("cannot remove {}", entry.path().display());
+                return Err(error).context(failed);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Reads the record in `path`, if there is one.
 ///
 /// # Errors
@@ -92,4 +124,25 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         .read_to_end(&mut json)
         .with_context(failed)?;
     serde_json::from_slice(&json).map(Some).with_context(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_writer_has_left_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, locks) = (dir.path().join("records"), dir.path().join("locks"));
+        remove_unfinished(&records, &locks).unwrap();
+        let written = lock(&records, &locks, "default:b").unwrap();
+        for name in ["default:a", "default:a~", "default:b~"] {
+            fs::write(records.join(name), "{}").unwrap();
+        }
+        remove_unfinished(&records, &locks).unwrap();
+        let left = |name: &str| records.join(name).try_exists().unwrap();
+        assert!(left("default:a") && !left("default:a~"));
+        assert!(left("default:b~"), "somebody is at it");
+        drop(written);
+    }
 }

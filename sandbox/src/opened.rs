@@ -27,6 +27,7 @@ use transship_path_error::During as _;
 
 use crate::error::SandboxError;
 use crate::files::{make_dir, remove_tree, unmount_all};
+use crate::pod_dir::remove_forgotten;
 use crate::staged::Staged;
 
 const LOCK: &str = "lock";
@@ -144,6 +145,7 @@ impl InMemory {
 /// # Errors
 /// The first that cannot be removed; the others are.
 pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxError> {
+    remove_forgotten(run_dir);
     let entries = match fs::read_dir(opened) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries.during("list", opened)?,

@@ -262,6 +262,18 @@ impl PodDir {
         remove_tree(&self.dir)
     }
 
+    /// Removes the restore of a container outside of pods that nobody waits for any more. In a pod its next container may.
+    fn remove_forgotten(&self) -> Result<(), SandboxError> {
+        let Some(id) = self.dir.file_name().and_then(|id| id.to_str()) else {
+            return Ok(());
+        };
+        let Some(staged) = self.staged(id)?.filter(Staged::is_forgotten) else {
+            return Ok(());
+        };
+        let _claim = staged.claim()?;
+        self.remove()
+    }
+
     /// Removes the directory if nothing is in it but its lock.
     ///
     /// # Errors
@@ -281,6 +293,14 @@ impl PodDir {
             }
         }
         remove_tree(&self.dir)
+    }
+}
+
+/// Removes all restores that nobody waits for any more. One that cannot be removed is left.
+pub(crate) fn remove_forgotten(run_dir: &Path) {
+    let pods = fs::read_dir(run_dir.join("pods")).into_iter().flatten();
+    for pod in pods.flatten() {
+        drop(PodDir::of_dir(pod.path()).remove_forgotten());
     }
 }
 

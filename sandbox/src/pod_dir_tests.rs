@@ -123,3 +123,33 @@ fn removing_is_idempotent() {
     assert!(!pod.path().try_exists().unwrap());
     pod.remove().unwrap();
 }
+
+#[test]
+fn what_is_held_for_a_container_that_is_gone_goes() {
+    let root = tempfile::tempdir().unwrap();
+    let (pod, in_pod) = staged(root.path());
+    let checkpoint = checkpoint(&root.path().join("alone"));
+    let alone = PodDir::at(root.path(), "counter").unwrap();
+    let staged = { alone.stage("counter", &checkpoint, &checkpoint.manifest.containers[0]) };
+    let staged = staged.unwrap();
+    let gone = State::Held(root.path().join("gone"));
+    in_pod.set_state(&gone).unwrap();
+    let is_left = |pod: &PodDir| {
+        remove_forgotten(root.path());
+        pod.path().try_exists().unwrap()
+    };
+    assert!(is_left(&alone), "it waits");
+    staged.set_state(&State::Held(root.path().into())).unwrap();
+    assert!(is_left(&alone), "its bundle is there");
+    staged.set_state(&gone).unwrap();
+    staged
+        .set_holder(std::process::id().cast_signed(), 1)
+        .unwrap();
+    assert!(is_left(&alone), "its process is there");
+    staged.set_holder(i32::MAX, 1).unwrap();
+    let claim = staged.claim().unwrap();
+    assert!(is_left(&alone), "somebody is at it");
+    drop(claim);
+    assert!(!is_left(&alone));
+    assert!(is_left(&pod), "the next container of a pod may want it");
+}

@@ -239,6 +239,16 @@ impl Staged {
         }
     }
 
+    /// Whether it was held for a container that is gone with its bundle, and whose runtime was killed before it could
+    /// take it away.
+    #[must_use]
+    pub(crate) fn is_forgotten(&self) -> bool {
+        let is_there = |path: &Path| path.try_exists().unwrap_or(true);
+        let lives = |(pid, _)| is_there(&PathBuf::from(format!("/proc/{pid}")));
+        matches!(self.state(), Ok(State::Held(bundle)) if !is_there(&bundle))
+            && !self.holder().is_some_and(lives)
+    }
+
     /// Removes it.
     ///
     /// # Errors

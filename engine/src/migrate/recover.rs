@@ -25,6 +25,7 @@ use super::ask::Question;
 use super::record::{Pending, Record};
 use super::{LOCKS, RECORDS, network, record};
 use crate::conversation::LINK_PATIENCE;
+use crate::durable_record::remove_unfinished;
 use crate::error::{Context, Error, Kind, Result};
 use crate::freeze_guard::TaskToFreeze;
 use crate::frozen::Committed;
@@ -80,6 +81,7 @@ pub async fn recover_all(
     for migration in settle_all(node, store, &Arrivals::default()).await? {
         tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
     }
+    remove_unfinished(Path::new(RECORDS), Path::new(LOCKS))?;
     // The draft of a command that was killed after `Commit`: nobody guards the source any more then.
     store.remove_orphans()?;
     let wanted: Vec<Pending> = pending()?.into_iter().filter(wanted).collect();

@@ -247,11 +247,13 @@ impl Arrivals {
         Ok(state.is_none_or(|state| matches!(state, State::Durable | State::Aborted)))
     }
 
-    /// The migrations that have not come to their end.
+    /// The migrations that have not come to their end. Of a record whose writer was killed at it only the one before is
+    /// left.
     ///
     /// # Errors
     /// The records cannot be read.
     pub fn unfinished(&self) -> Result<Vec<String>> {
+        durable_record::remove_unfinished(&self.records, &self.locks)?;
         let mut found = Vec::new();
         for migration in self.all()? {
             if !self.has_ended(&migration)? {
