@@ -215,16 +215,19 @@ async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<
     match &arrival.pod {
         Some(pod) => pod::settle::remove(node, pod, &locked.migration()).await?,
         None => {
-            let copy = Copy {
-                id: &arrival.container,
-                snapshotter: &arrival.snapshotter,
-                made_by: &arrival.made_by,
-            };
-            copy.remove(node).await?;
+            copy_of(arrival).remove(node).await?;
         }
     }
     remove_checkpoint(store, &arrival.checkpoint)?;
     locked.set(State::Aborted)
+}
+
+fn copy_of(arrival: &Arrival) -> Copy<'_> {
+    Copy {
+        id: &arrival.container,
+        snapshotter: &arrival.snapshotter,
+        made_by: &arrival.made_by,
+    }
 }
 
 /// Lets the copy of a source go that has committed itself. False: it is gone, and may have run.
@@ -238,10 +241,7 @@ async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
         return Ok(true);
     }
     let id = locked.arrival.container.clone();
-    let status = match node.task(&id).await {
-        Err(error) if error.is_not_found() => Status::Stopped,
-        task => task?.status(),
-    };
+    let status = copy_of(&locked.arrival).status(node).await?;
     if locked.arrival.lacks_memory {
         // Nobody brings the rest of it: it would wait for ever.
         if status != Status::Stopped {
@@ -310,8 +310,11 @@ fn upperdir_left(arrival: &Arrival) -> Result<Option<PathBuf>> {
 
 /// Makes the copy a container like any other, and writes all of it to the disk.
 pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<()> {
-    if locked.arrival.state == State::Durable {
-        return Ok(());
+    match locked.arrival.state {
+        State::Durable => return Ok(()),
+        State::Runs => {}
+        // From then on nobody knows it from another container with its id.
+        _ => locked.set(State::Runs)?,
     }
     let arrival = locked.arrival.clone();
     if let Some(pod) = &arrival.pod {
@@ -324,10 +327,13 @@ pub(super) async fn write_out(node: &Containerd, store: &Store, locked: &mut Loc
         remove_checkpoint(store, &arrival.checkpoint)?;
         return locked.set(State::Durable);
     }
-    match restore::settle(node, &arrival.container).await {
-        // It has ended since, and been removed.
-        Err(error) if node.container(&arrival.container).await.is_ok() => return Err(error),
-        _ => {}
+    let copy = copy_of(&arrival);
+    if copy.has_record(node).await?
+        && let Err(error) = restore::settle(node, copy.id).await
+        // It may have ended since, and been removed.
+        && copy.has_record(node).await?
+    {
+        return Err(error);
     }
     if let Some(image) = &arrival.image {
         node.create_image(&image.name, image.target()).await?;

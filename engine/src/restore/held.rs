@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::types::Mount;
+use containerd_client::types::v1::Status;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, check_name};
@@ -316,10 +317,7 @@ impl Copy<'_> {
     pub async fn remove(&self, node: &Containerd) -> Result<()> {
         let Self { id, .. } = *self;
         let snapshots = node.snapshotter(self.snapshotter);
-        let record = match node.container(id).await {
-            Err(error) if !error.is_not_found() => return Err(error.into()),
-            record => record.is_ok_and(|it| self.has_made(&it.labels)),
-        };
+        let record = self.has_record(node).await?;
         let snapshot = match snapshots.stat(id).await {
             Err(error) if !error.is_not_found() => return Err(error.into()),
             snapshot => snapshot.is_ok_and(|it| self.has_made(&it.labels)),
@@ -339,6 +337,31 @@ impl Copy<'_> {
         match snapshot {
             true => Ok(snapshots.remove_if_exists(id).await?),
             false => Ok(()),
+        }
+    }
+
+    /// Whether its record is there, and not yet one like any other.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn has_record(&self, node: &Containerd) -> Result<bool> {
+        match node.container(self.id).await {
+            Err(error) if !error.is_not_found() => Err(error.into()),
+            record => Ok(record.is_ok_and(|it| self.has_made(&it.labels))),
+        }
+    }
+
+    /// The state of its task: stopped, where there is none any more, also where another has its id now.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn status(&self, node: &Containerd) -> Result<Status> {
+        if !self.has_record(node).await? {
+            return Ok(Status::Stopped);
+        }
+        match node.task(self.id).await {
+            Err(error) if error.is_not_found() => Ok(Status::Stopped),
+            task => Ok(task?.status()),
         }
     }
 
