@@ -161,7 +161,7 @@ async fn let_run(orders: &Orders, task: &TaskToFreeze) {
 async fn ask_containerd(orders: &Orders, task: &TaskToFreeze) -> Result<Seen> {
     let ask = async {
         let node = Containerd::connect(&orders.address, &orders.namespace).await?;
-        thaw::resume_once(&node, &task.id).await
+        thaw::resume_once(&node, task).await
     };
     timeout(thaw::ANSWER, ask)
         .await

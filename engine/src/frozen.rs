@@ -237,7 +237,7 @@ impl Tasks {
             unlocked = unlocked.and(task.unlock_network().await);
         }
         for task in self.ours() {
-            if let Err(error) = self.thaw_one(&task.id, deadline).await {
+            if let Err(error) = self.thaw_one(task, deadline).await {
                 paused.push(task.id.as_str());
                 why = Some(error);
             }
@@ -249,9 +249,10 @@ impl Tasks {
     }
 
     /// At least one try, whatever the time.
-    async fn thaw_one(&self, id: &str, deadline: Instant) -> Result<()> {
+    async fn thaw_one(&self, task: &TaskToFreeze, deadline: Instant) -> Result<()> {
+        let id = &task.id;
         loop {
-            let failed = match timeout(thaw::ANSWER, thaw::resume_once(&self.node, id)).await {
+            let failed = match timeout(thaw::ANSWER, thaw::resume_once(&self.node, task)).await {
                 Ok(Ok(Seen::Running | Seen::Gone)) => return Ok(()),
                 Ok(Ok(Seen::Paused)) => Error::failed(format!("containerd cannot resume {id:?}")),
                 Ok(Err(error)) => error,

@@ -6,6 +6,7 @@ use containerd_client::types::v1::Status;
 use transship_containerd::Containerd;
 
 use crate::error::Result;
+use crate::freeze_guard::TaskToFreeze;
 
 /// How long containerd may take for one answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
@@ -13,7 +14,7 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 /// What a task does, as containerd says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Seen {
-    /// It runs.
+    /// It runs, and the runtime says so, too.
     Running,
     /// It stands still.
     Paused,
@@ -21,12 +22,17 @@ pub(crate) enum Seen {
     Gone,
 }
 
-/// Lets the task of the container `id` run, and looks what it does then. Fails when containerd does not
-/// answer.
-pub(crate) async fn resume_once(node: &Containerd, id: &str) -> Result<Seen> {
+/// Lets a task run, and looks what it does then. Fails when containerd does not answer.
+pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Result<Seen> {
     // What counts is what is seen afterwards.
-    drop(node.resume(id).await);
-    look(node, id).await
+    drop(node.resume(&task.id).await);
+    let seen = look(node, &task.id).await?;
+    // A runtime that was killed in the middle of a pause (with its caller, say) has frozen it all the same, and its
+    // shim, which has seen it fail, says that it runs.
+    if seen == Seen::Running && task.runtime.has_paused(&task.id).await {
+        task.runtime.resume(&task.id).await?;
+    }
+    Ok(seen)
 }
 
 async fn look(node: &Containerd, id: &str) -> Result<Seen> {

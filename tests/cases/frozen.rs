@@ -12,6 +12,8 @@ use crate::migration_faults::{counts_on, run_alone};
 const PATIENCE: Duration = Duration::from_secs(40);
 const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
                        && runc --root /run/containerd/runc/default resume counter";
+const FROZEN: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' && ctr tasks resume counter \
+                      && runc --root /run/containerd/runc/default pause counter";
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -36,6 +38,8 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
         ("paused", "ctr tasks ls | grep -q 'counter .*PAUSED'"),
         // As a runtime leaves it that is killed when it has let it go: its shim takes it for paused.
         ("resumed", RESUMED),
+        // As a runtime leaves it that is killed in the middle of a pause: its shim takes it for running.
+        ("frozen", FROZEN),
         ("CRIU runs", &format!("ls {DRAFT}/counter/work/dump.log")),
         (
             "memory",
