@@ -99,10 +99,12 @@ impl DumpFiles {
         self.hold.as_ref()
     }
 
-    /// The dump has ended, or nobody waits for it any more: nothing is written that is sent.
+    /// The dump has ended, or nobody waits for it any more: nothing is written that is sent. What is said first counts.
     pub(super) fn ended(&self, well: bool) {
         let state = if well { WHOLE } else { FAILED };
-        self.state.store(state, Ordering::Release);
+        let (success, failure) = (Ordering::Release, Ordering::Relaxed);
+        // One that has ended before stays as it was.
+        let _ = self.state.compare_exchange(RUNS, state, success, failure);
         self.release();
     }
 

@@ -1,14 +1,15 @@
 //! The dumps of all containers that move, and what they share, as they are written and sent.
 //!
 //! ```text
-//!  containers, one after the other: CRIU ──> <draft>/<container>/   DumpFiles ──> sent while it is written
-//!  beside them: /dev/shm, emptyDirs      ──> <draft>/.shared/       DumpFiles ──> sent at the end
+//!  containers, several at once: CRIU ──> <draft>/<container>/   DumpFiles ──> sent while it is written, one by one
+//!  beside them: /dev/shm, emptyDirs  ──> <draft>/.shared/       DumpFiles ──> sent at the end
 //! ```
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use transship_checkpoint::manifest::{Losses, Shared};
@@ -140,8 +141,16 @@ impl DumpParts {
 /// The dumps, which go on beside whoever waits for them. Dropped, nobody waits for them any more.
 #[derive(Debug)]
 pub(super) struct Dumping {
-    dumps: JoinSet<Result<(Vec<Dumped>, Shared)>>,
+    dumps: JoinSet<Result<(Vec<PartDump>, Shared)>>,
     parts: Arc<DumpParts>,
+}
+
+/// The dump of one container.
+#[derive(Debug)]
+pub(super) struct PartDump {
+    /// When it began, after the first one.
+    pub(super) after: Duration,
+    pub(super) dumped: Dumped,
 }
 
 impl Dumping {
@@ -153,21 +162,26 @@ impl Dumping {
         parts: &Arc<DumpParts>,
         patience: Duration,
     ) -> Self {
-        let (node, moving, draft) = (node.clone(), Arc::clone(moving), draft.to_path_buf());
-        let parts = Arc::clone(parts);
+        let all = AllDumps {
+            node: node.clone(),
+            moving: Arc::clone(moving),
+            draft: draft.to_path_buf(),
+            parts: Arc::clone(parts),
+            patience,
+        };
         let mut dumps = JoinSet::new();
-        {
-            let parts = Arc::clone(&parts);
-            dumps.spawn(async move { dump_all(&node, &moving, &draft, &parts, patience).await });
+        dumps.spawn(all.make());
+        Self {
+            dumps,
+            parts: Arc::clone(parts),
         }
-        Self { dumps, parts }
     }
 
     /// What they have written, when they have ended already.
     ///
     /// # Errors
     /// One of them failed.
-    pub(super) fn ended(&mut self) -> Option<Result<(Vec<Dumped>, Shared)>> {
+    pub(super) fn ended(&mut self) -> Option<Result<(Vec<PartDump>, Shared)>> {
         Some(self.dumps.try_join_next()?.map_err(Error::from).flatten())
     }
 
@@ -175,7 +189,7 @@ impl Dumping {
     ///
     /// # Errors
     /// One of them failed.
-    pub(super) async fn end(mut self) -> Result<(Vec<Dumped>, Shared)> {
+    pub(super) async fn end(mut self) -> Result<(Vec<PartDump>, Shared)> {
         self.parts.release_holds();
         self.wait().await
     }
@@ -184,7 +198,7 @@ impl Dumping {
     ///
     /// # Errors
     /// One of them failed.
-    pub(super) async fn wait(&mut self) -> Result<(Vec<Dumped>, Shared)> {
+    pub(super) async fn wait(&mut self) -> Result<(Vec<PartDump>, Shared)> {
         match self.dumps.join_next().await {
             Some(ended) => ended?,
             None => Err(Error::failed("the dumps have ended before")),
@@ -192,89 +206,131 @@ impl Dumping {
     }
 }
 
-/// Tells who follows the dumps that they have ended, whatever has ended them.
-struct EndAll<'a> {
-    parts: &'a [Part],
-    ended: usize,
+/// What the dumps are made of.
+#[derive(Debug, Clone)]
+struct AllDumps {
+    node: Containerd,
+    moving: Arc<Moving>,
+    draft: PathBuf,
+    parts: Arc<DumpParts>,
+    patience: Duration,
 }
 
-impl EndAll<'_> {
-    fn next(&mut self, well: bool) {
-        if let Some(part) = self.parts.get(self.ended) {
-            part.files.ended(well);
-        }
-        self.ended += 1;
-    }
-}
+/// Tells who follows the dumps that those of no part go on, whatever has ended them.
+struct EndAll<'a>(&'a [Part]);
 
 impl Drop for EndAll<'_> {
     fn drop(&mut self) {
-        while self.ended < self.parts.len() {
-            self.next(false);
-        }
+        self.0.iter().for_each(|part| part.files.ended(false));
     }
 }
 
-/// Nobody reads what they share any more when this returns.
-async fn dump_all(
-    node: &Containerd,
-    moving: &Moving,
-    draft: &Path,
-    parts: &DumpParts,
-    patience: Duration,
-) -> Result<(Vec<Dumped>, Shared)> {
-    let mut end = EndAll {
-        parts: parts.all(),
-        ended: 0,
-    };
-    let dirs = moving.pod.as_ref().map(|pod| pod.dirs.clone());
-    let export = {
-        let draft = draft.to_path_buf();
-        let export = move || dirs.map_or(Ok(Shared::default()), |dirs| dirs.export(&draft));
-        tokio::task::spawn_blocking(export)
-    };
-    // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.
-    let makes_links = moving
-        .containers
-        .iter()
-        .any(|it| it.container.criu.link_remap);
-    let (early, late) = match makes_links {
-        true => (
-            Some(export.await.context("the export of volumes panicked")??),
-            None,
-        ),
-        false => (None, Some(export)),
-    };
-    let dumped = async {
-        let mut all = Vec::new();
-        for (source, part) in moving.containers.iter().zip(parts.all()) {
-            let hold = part.files.hold();
-            let contents = part.contents.clone();
-            let dumped = source.dump(node, draft, &part.pids, patience, hold, contents);
-            let dumped = dumped.await;
-            end.next(dumped.is_ok());
-            let name = &source.container.name;
-            all.push(match dumped {
-                // The pod's name of it says more than its id.
-                Err(error) if moving.pod.is_some() => {
-                    let message = format!("the pod's container {name:?} cannot be dumped");
-                    return Err(Error::failed(message).because(error));
-                }
-                dumped => dumped?,
-            });
+impl AllDumps {
+    /// Nobody reads what they share any more when this returns.
+    async fn make(self) -> Result<(Vec<PartDump>, Shared)> {
+        let parts = Arc::clone(&self.parts);
+        // What has ended well has said so before.
+        let _end = EndAll(parts.all());
+        let dirs = self.moving.pod.as_ref().map(|pod| pod.dirs.clone());
+        let export = {
+            let draft = self.draft.clone();
+            let export = move || dirs.map_or(Ok(Shared::default()), |dirs| dirs.export(&draft));
+            tokio::task::spawn_blocking(export)
+        };
+        // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.
+        let makes_links = self.makes_links();
+        let (early, late) = match makes_links {
+            true => (
+                Some(export.await.context("the export of volumes panicked")??),
+                None,
+            ),
+            false => (None, Some(export)),
+        };
+        let dumped = self.dump_containers().await;
+        // Whatever the dumps did: nobody may thaw while it reads.
+        let shared = match (early, late) {
+            (Some(shared), _) => Ok(shared),
+            (None, Some(export)) => export.await.context("the export of volumes panicked")?,
+            (None, None) => Ok(Shared::default()),
+        };
+        let (dumped, shared) = (dumped?, shared?);
+        if let Some(part) = parts.all().get(dumped.len()) {
+            part.files.ended(true);
         }
-        Ok(all)
-    };
-    let dumped = dumped.await;
-    // Whatever the dumps did: nobody may thaw while it reads.
-    let shared = match (early, late) {
-        (Some(shared), _) => Ok(shared),
-        (None, Some(export)) => export.await.context("the export of volumes panicked")?,
-        (None, None) => Ok(Shared::default()),
-    };
-    let (dumped, shared) = (dumped?, shared?);
-    if moving.pod.is_some() {
-        end.next(true);
+        Ok((dumped, shared))
     }
-    Ok((dumped, shared))
+
+    fn makes_links(&self) -> bool {
+        let mut containers = self.moving.containers.iter();
+        containers.any(|it| it.container.criu.link_remap)
+    }
+
+    /// How many dumps are made side by side. Each has one processor, and waits for much else. Processes of one pid
+    /// namespace, and links that several CRIU make in one directory, are kept apart.
+    fn most_at_once(&self) -> usize {
+        let mut seen = BTreeSet::new();
+        let mut containers = self.moving.containers.iter();
+        let apart = containers.all(|it| {
+            let namespace = std::fs::read_link(format!("/proc/{}/ns/pid", it.pid));
+            namespace.is_ok_and(|namespace| seen.insert(namespace))
+        });
+        match apart && !self.makes_links() {
+            true => std::thread::available_parallelism().map_or(1, usize::from),
+            false => 1,
+        }
+    }
+
+    /// Begins them in the order in which their files are sent: one that is held waits for who sends.
+    async fn dump_containers(&self) -> Result<Vec<PartDump>> {
+        let (began, most) = (Instant::now(), self.most_at_once());
+        let mut done = BTreeMap::new();
+        let mut failed = None;
+        let mut dumps = JoinSet::new();
+        let mut next = 0..self.moving.containers.len();
+        loop {
+            while failed.is_none()
+                && dumps.len() < most
+                && let Some(at) = next.next()
+            {
+                let all = self.clone();
+                dumps.spawn(async move {
+                    let after = began.elapsed();
+                    let dumped = all.dump_container(at).await?;
+                    Ok((at, PartDump { after, dumped }))
+                });
+            }
+            match dumps.join_next().await {
+                None => break,
+                Some(Ok(Ok((at, dump)))) => drop(done.insert(at, dump)),
+                Some(Ok(Err(error))) => failed = failed.or(Some(error)),
+                Some(Err(error)) => failed = failed.or(Some(error.into())),
+            }
+            if failed.is_some() {
+                // Nobody sends the memory that the others wait for.
+                self.parts.release_holds();
+            }
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(done.into_values().collect()),
+        }
+    }
+
+    async fn dump_container(&self, at: usize) -> Result<Dumped> {
+        let (source, part) = (&self.moving.containers[at], &self.parts.all()[at]);
+        let (hold, contents) = (part.files.hold(), part.contents.clone());
+        let (draft, pids) = (&self.draft, &part.pids);
+        let dumped = source.dump(&self.node, draft, pids, self.patience, hold, contents);
+        let dumped = dumped.await;
+        part.files.ended(dumped.is_ok());
+        dumped.map_err(|error| match self.moving.pod {
+            // The pod's name of it says more than its id.
+            Some(_) => {
+                let name = &source.container.name;
+                let message = format!("the pod's container {name:?} cannot be dumped");
+                Error::failed(message).because(error)
+            }
+            None => error,
+        })
+    }
 }

@@ -14,10 +14,9 @@ use std::time::Duration;
 use transship_checkpoint::manifest::Shared;
 use transship_checkpoint::wire::missing_pages::{answer, confirm_end};
 
-use super::dump_parts::{DumpParts, Dumping};
+use super::dump_parts::{DumpParts, Dumping, PartDump};
 use crate::data_channel::{Connection, EndAtDrop};
 use crate::error::{Context, Error, Result};
-use crate::source::Dumped;
 
 /// Answers as long as it is there.
 #[derive(Debug)]
@@ -62,7 +61,7 @@ impl LatePages {
         self,
     ) -> (
         Duration,
-        impl Future<Output = Result<(Vec<Dumped>, Shared)>>,
+        impl Future<Output = Result<(Vec<PartDump>, Shared)>>,
     ) {
         let Self { dumps, began, .. } = self;
         (began, dumps.end())

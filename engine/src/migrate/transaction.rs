@@ -21,7 +21,7 @@ use transship_sandbox::opened::{Holds, InMemory};
 use super::ask::Question;
 use super::before_restore;
 use super::dump_files::Next;
-use super::dump_parts::{DumpParts, Dumping, Known};
+use super::dump_parts::{DumpParts, Dumping, Known, PartDump};
 use super::file_contents;
 use super::late_pages::LatePages;
 use super::memory_images::{KnownMemory, by_pid_inside};
@@ -447,7 +447,7 @@ impl Transaction<'_> {
         self.bytes += bytes;
         let (losses, shared) = match &dumped {
             Some((all, shared)) => {
-                let losses = all.iter().map(|it| it.upperdir.losses.clone());
+                let losses = all.iter().map(|it| it.dumped.upperdir.losses.clone());
                 (losses.collect(), shared.clone())
             }
             None => (losses.unwrap_or_default(), Shared::default()),
@@ -530,10 +530,10 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Tells of the dumps, one after the other.
-    fn tell_dumps(&mut self, from: Duration, dumped: Vec<Dumped>) {
-        let mut began = from;
-        for (source, Dumped { criu, upperdir }) in self.moving.containers.iter().zip(dumped) {
+    /// Tells of the dumps.
+    fn tell_dumps(&mut self, from: Duration, dumps: Vec<PartDump>) {
+        for (source, PartDump { after, dumped }) in self.moving.containers.iter().zip(dumps) {
+            let (began, Dumped { criu, upperdir }) = (from + after, dumped);
             // The dump, its layer, the transfer of both: from the last one to the first.
             let bytes = Some(upperdir.bytes);
             self.timeline
@@ -542,7 +542,6 @@ impl Transaction<'_> {
             if self.moving.pod.is_some() {
                 self.timeline.note(&source.container.name);
             }
-            began += criu;
         }
         self.timeline.sort();
     }
