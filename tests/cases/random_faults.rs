@@ -19,6 +19,7 @@ use transship_testbed::{
 
 use crate::Case;
 use crate::migration_faults::counts_on;
+use crate::migration_lazy::IS_LOST;
 
 const ID: &str = "web";
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -115,11 +116,13 @@ const FAULTS: [Fault; 18] = [
 ];
 
 /// How it is moved.
-const WAYS: [&[&str]; 4] = [
+const WAYS: [&[&str]; 6] = [
     &[],
     &["--network", "keep", "--tcp", "established"],
     &["--max-precopy-rounds", "0"],
     &["--data-address", "none"],
+    &["--lazy", "--accept-loss"],
+    &["--lazy", "--accept-loss", "--max-precopy-rounds", "0"],
 ];
 
 /// splitmix64.
@@ -190,12 +193,19 @@ fn one_copy_whatever_breaks(bed: &Testbed, kinds: &[Fault], times: usize) -> any
             Ended::Source => {}
             Ended::Target => std::mem::swap(&mut from, &mut to),
             // containerd kills what has lost its shim.
-            Ended::Nowhere if matches!(fault, Shim(_)) => {
+            Ended::Nowhere | Ended::Lost if matches!(fault, Shim(_)) => {
+                from.shell("rm -f /var/lib/transship/migrations/default:web")
+                    .run()?;
                 clear(from)?;
                 clear(to)?;
                 start(from)?;
             }
-            Ended::Nowhere => bail!("no copy runs: {}", what()),
+            // That the memory of a copy came late was accepted.
+            Ended::Lost if way.contains(&"--accept-loss") => {
+                clear(to)?;
+                from.shell("transship recover web --source-runs").run()?;
+            }
+            Ended::Nowhere | Ended::Lost => bail!("no copy runs: {}", what()),
         }
         counts_on(from, ID).with_context(what)?;
         // containerd goes on with a call whose caller is gone, and cleans up after it.
@@ -243,6 +253,8 @@ enum Ended {
     Source,
     Target,
     Nowhere,
+    /// A person has to decide.
+    Lost,
 }
 
 fn with_fault(
@@ -330,6 +342,7 @@ fn settled(from: &Node, to: &Node, fault: Fault) -> anyhow::Result<Ended> {
             (false, false) if matches!(fault, Shim(_)) && !busy && nowhere > 20 => {
                 Ok(Some(Ended::Nowhere))
             }
+            (false, false) if said.contains(IS_LOST) && !busy => Ok(Some(Ended::Lost)),
             _ => {
                 nowhere += 1;
                 Err(format!("{said}: {here}, and {there}"))

@@ -65,9 +65,10 @@ impl Memory {
             let pagemap = Pagemap::read(&path).map_err(damaged)?;
             for_server(&pagemap).replace(&path).map_err(damaged)?;
         }
-        let source = match processes.values().all(LazyMemory::is_whole) {
-            true => None,
-            false => Some(connect(images)?),
+        // Who waits there hears of the end also when nothing is missing.
+        let source = match connect(images) {
+            Err(_) if processes.values().all(LazyMemory::is_whole) => None,
+            source => Some(source?),
         };
         Ok(Self { processes, source })
     }
