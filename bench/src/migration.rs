@@ -8,7 +8,7 @@
 //!   podman.rs                ── podman container checkpoint --export, restore --import
 //! ```
 //!
-//! `many_files` has an image of many files below it all, `pods` moves whole pods.
+//! `lazy` has memory that comes late, `many_files` an image of many files below it all, `pods` moves whole pods.
 //!
 //! The stock command is given the smaller job: its checkpoint stays on the node (`ctr images export`
 //! of it fails, which is tried and told), and the container is not restored.
@@ -24,6 +24,7 @@ use crate::report::{Better, Goal, Row};
 use crate::sizes::Sizes;
 use crate::statistics::{median, millis};
 
+mod lazy;
 mod many_files;
 mod memory;
 mod podman;
@@ -86,6 +87,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
         .beside(&format!("{memory} MB"), per_mb, Better::Growth)
         .goal(Goal::RatioAtMost(1.1));
     rows.push(large);
+    rows.extend(course.measure_lazy(memory, sizes)?);
     rows.push(course.measure_podman(bed, memory, sizes)?);
     rows.extend(course.measure_many_files(bed, memory, sizes)?);
     rows.push(course.measure_most_memory(memory)?);
