@@ -21,9 +21,6 @@ use super::pagemap::{PagePlace, PageRun, Pagemap};
 use super::{ImageError, Kind};
 use crate::beneath::{Links, open_regular};
 
-/// Bytes of a page; images of others are not understood here.
-pub const PAGE: u64 = 4096;
-
 /// The pages of one process that may come late.
 #[derive(Debug)]
 pub struct LazyMemory {
@@ -31,6 +28,8 @@ pub struct LazyMemory {
     spans: Vec<Span>,
     /// Files of pages: those of the dump, those of its parent, and so on.
     files: Vec<File>,
+    /// Bytes of a page.
+    page: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,19 +68,30 @@ pub enum Found<'a> {
     },
 }
 
-/// A pagemap with the place of each run in its file.
+/// A pagemap.
 #[derive(Debug)]
 struct Level {
     path: PathBuf,
-    runs: Vec<(PageRun, u64)>,
+    runs: Vec<Run>,
+}
+
+/// A run of it, by addresses, with its place in the file.
+#[derive(Debug)]
+struct Run {
+    start: u64,
+    end: u64,
+    place: PagePlace,
+    lazy: bool,
+    offset: u64,
 }
 
 impl LazyMemory {
-    /// That of the process `pid` in the images in `dir`; none, if there are no pages of it.
+    /// That of the process `pid` in the images in `dir`; none, if there are no pages of it. `page` is the size of one in
+    /// bytes.
     ///
     /// # Errors
     /// An image cannot be read, or names pages that are nowhere.
-    pub fn open(dir: &Path, pid: u32) -> Result<Option<Self>, ImageError> {
+    pub fn open(dir: &Path, pid: u32, page: u64) -> Result<Option<Self>, ImageError> {
         let name = format!("{}{pid}.img", Kind::Pagemap.prefix());
         let (mut levels, mut files) = (Vec::new(), Vec::new());
         let mut dir = dir.to_path_buf();
@@ -95,17 +105,17 @@ impl LazyMemory {
                 path: dir.join(&pages),
                 source,
             })?);
-            levels.push(Level::of(path, &pagemap)?);
+            levels.push(Level::of(path, &pagemap, page)?);
             dir.push(PARENT_DIR);
         }
         let Some(dump) = levels.first() else {
             return Ok(None);
         };
         let mut spans = Vec::new();
-        for (run, _) in dump.runs.iter().filter(|(run, _)| run.lazy) {
-            resolve(&levels, 0, (run.start, end_of(run)), &mut spans)?;
+        for run in dump.runs.iter().filter(|run| run.lazy) {
+            resolve(&levels, 0, (run.start, run.end), &mut spans)?;
         }
-        Ok(Some(Self { spans, files }))
+        Ok(Some(Self { spans, files, page }))
     }
 
     /// Whether all of them are in files.
@@ -119,7 +129,7 @@ impl LazyMemory {
     pub fn find(&self, address: u64) -> Option<Found<'_>> {
         let at = self.spans.partition_point(|span| span.end <= address);
         let span = self.spans.get(at).filter(|span| span.start <= address)?;
-        let pages = (span.end - address) / PAGE;
+        let pages = (span.end - address) / self.page;
         Some(match span.place {
             Place::File { level, offset } => Found::File {
                 file: self.files.get(level)?,
@@ -132,29 +142,29 @@ impl LazyMemory {
 }
 
 impl Level {
-    fn of(path: PathBuf, pagemap: &Pagemap) -> Result<Self, ImageError> {
-        let (mut runs, mut end, mut offset) = (Vec::new(), 0, 0_u64);
+    fn of(path: PathBuf, pagemap: &Pagemap, page: u64) -> Result<Self, ImageError> {
+        let (mut runs, mut last, mut offset) = (Vec::new(), 0, 0_u64);
         for run in &pagemap.runs {
-            let bytes = run.pages.checked_mul(PAGE);
-            let length = bytes.filter(|bytes| {
-                run.start >= end && run.start % PAGE == 0 && run.start.checked_add(*bytes).is_some()
-            });
-            let Some(length) = length else {
+            let bytes = run.pages.checked_mul(page);
+            let end = bytes.and_then(|bytes| run.start.checked_add(bytes));
+            let Some(end) = end.filter(|_| run.start >= last && run.start % page == 0) else {
                 return Err(ImageError::Pages { path });
             };
-            end = run.start + length;
-            runs.push((*run, offset));
+            last = end;
+            runs.push(Run {
+                start: run.start,
+                end,
+                place: run.place,
+                lazy: run.lazy,
+                offset,
+            });
             if run.place == PagePlace::File {
-                // A file has no more bytes than addresses.
-                offset = offset.saturating_add(length);
+                // No more than all addresses.
+                offset += end - run.start;
             }
         }
         Ok(Self { path, runs })
     }
-}
-
-fn end_of(run: &PageRun) -> u64 {
-    run.start + run.pages * PAGE
 }
 
 /// Adds where the pages of a range are that the level `at` has.
@@ -170,15 +180,15 @@ fn resolve(
     };
     let runs = &levels.get(at).ok_or_else(nowhere)?.runs;
     let mut next = start;
-    let first = runs.partition_point(|(run, _)| end_of(run) <= start);
-    for (run, offset) in &runs[first..] {
+    let first = runs.partition_point(|run| run.end <= start);
+    for run in &runs[first..] {
         if next >= end {
             break;
         }
         if run.start > next {
             return Err(nowhere());
         }
-        let part = (next, end.min(end_of(run)));
+        let part = (next, end.min(run.end));
         let mut push = |place| {
             spans.push(Span {
                 start: part.0,
@@ -189,7 +199,7 @@ fn resolve(
         match run.place {
             PagePlace::File => push(Place::File {
                 level: at,
-                offset: offset + (part.0 - run.start),
+                offset: run.offset + (part.0 - run.start),
             }),
             PagePlace::Process if at == 0 => push(Place::Process),
             // Only a dump leaves pages where they are.
@@ -207,7 +217,7 @@ fn resolve(
 /// The same pages, but that of those which may come late none is said to be in the parent: whoever reads this asks a
 /// server for them.
 #[must_use]
-pub fn for_server(pagemap: &Pagemap) -> Pagemap {
+pub fn for_server(pagemap: &Pagemap, page: u64) -> Pagemap {
     let mut served = Pagemap {
         pages_id: pagemap.pages_id,
         runs: Vec::new(),
@@ -217,7 +227,7 @@ pub fn for_server(pagemap: &Pagemap) -> Pagemap {
             PagePlace::Parent if run.lazy => PagePlace::Process,
             place => place,
         };
-        served.push(PageRun { place, ..*run }, PAGE);
+        served.push(PageRun { place, ..*run }, page);
     }
     served
 }
@@ -227,6 +237,8 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    const PAGE: u64 = 4096;
 
     fn run(start: u64, pages: u64, place: PagePlace, lazy: bool) -> PageRun {
         PageRun {
@@ -248,7 +260,7 @@ mod tests {
     fn pages_are_found_through_all_images() {
         use PagePlace::{File, Parent, Process};
         let dir = tempfile::tempdir().unwrap();
-        assert!(LazyMemory::open(dir.path(), 7).unwrap().is_none());
+        assert!(LazyMemory::open(dir.path(), 7, PAGE).unwrap().is_none());
         let top = vec![
             run(1, 2, File, true),
             run(3, 1, File, false),
@@ -261,7 +273,7 @@ mod tests {
         let last = vec![run(1, 1, File, true), run(5, 20, File, true)];
         write(&below.join(PARENT_DIR), last);
 
-        let memory = LazyMemory::open(dir.path(), 7).unwrap().unwrap();
+        let memory = LazyMemory::open(dir.path(), 7, PAGE).unwrap().unwrap();
         let place = |page: u64| match memory.find(page * PAGE) {
             Some(Found::File { offset, pages, .. }) => Some((Some(offset / PAGE), pages)),
             Some(Found::Process { pages }) => Some((None, pages)),
@@ -280,7 +292,7 @@ mod tests {
             pages_id: 3,
             runs: top,
         };
-        let served = for_server(&pagemap).runs;
+        let served = for_server(&pagemap, PAGE).runs;
         assert_eq!(served[2..], [run(4, 7, Process, true)]);
         assert_eq!(served[..2], pagemap.runs[..2]);
     }
@@ -297,14 +309,14 @@ mod tests {
         for runs in all_ways {
             let dir = tempfile::tempdir().unwrap();
             write(dir.path(), runs);
-            let refused = LazyMemory::open(dir.path(), 7);
+            let refused = LazyMemory::open(dir.path(), 7, PAGE);
             assert!(matches!(refused, Err(ImageError::Pages { .. })));
         }
         for below in [vec![run(1, 1, File, true)], vec![run(1, 2, Process, true)]] {
             let dir = tempfile::tempdir().unwrap();
             write(dir.path(), vec![run(1, 2, Parent, true)]);
             write(&dir.path().join(PARENT_DIR), below);
-            let refused = LazyMemory::open(dir.path(), 7);
+            let refused = LazyMemory::open(dir.path(), 7, PAGE);
             assert!(matches!(refused, Err(ImageError::Pages { .. })));
         }
     }

@@ -668,6 +668,7 @@ impl Transaction<'_> {
         self.progress.step("asking the other node which copy runs");
         match self.ask().await {
             Ok(Outcome::Runs) => {
+                self.end_late_pages().await;
                 self.durable = true;
                 self.timeline.thaw();
                 self.timeline.step("commit", from, None);

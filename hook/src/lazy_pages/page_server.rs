@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use transship_checkpoint::criu_images::ImageError;
-use transship_checkpoint::criu_images::lazy_memory::{Found, LazyMemory, PAGE, for_server};
+use transship_checkpoint::criu_images::lazy_memory::{Found, LazyMemory, for_server};
 use transship_checkpoint::criu_images::pagemap::Pagemap;
 use transship_checkpoint::wire::missing_pages::{self, MOST_PAGES, SOCKET, Wanted};
 
@@ -42,6 +42,8 @@ pub(super) struct Memory {
     processes: BTreeMap<u32, LazyMemory>,
     /// Who has what is not here.
     source: Option<UnixStream>,
+    /// Bytes of a page.
+    page: usize,
 }
 
 impl Memory {
@@ -50,7 +52,7 @@ impl Memory {
     /// # Errors
     /// An image is damaged or cannot be read, or nobody has what is not in them.
     pub(super) fn open(images: &Path) -> io::Result<Self> {
-        let mut processes = BTreeMap::new();
+        let (page, mut processes) = (rustix::param::page_size(), BTreeMap::new());
         for entry in fs::read_dir(images)? {
             let name = entry?.file_name();
             let pid = { name.to_str() }
@@ -58,19 +60,25 @@ impl Memory {
                 .and_then(|pid| pid.parse().ok());
             // Shared memory (`pagemap-shmem-`) comes with the restore.
             let Some(pid) = pid else { continue };
-            if let Some(memory) = LazyMemory::open(images, pid).map_err(damaged)? {
+            let memory = LazyMemory::open(images, pid, page as u64);
+            if let Some(memory) = memory.map_err(damaged)? {
                 processes.insert(pid, memory);
             }
             let path = images.join(&name);
             let pagemap = Pagemap::read(&path).map_err(damaged)?;
-            for_server(&pagemap).replace(&path).map_err(damaged)?;
+            let served = for_server(&pagemap, page as u64);
+            served.replace(&path).map_err(damaged)?;
         }
         // Who waits there hears of the end also when nothing is missing.
         let source = match connect(images) {
             Err(_) if processes.values().all(LazyMemory::is_whole) => None,
             source => Some(source?),
         };
-        Ok(Self { processes, source })
+        Ok(Self {
+            processes,
+            source,
+            page,
+        })
     }
 
     /// Fills the buffer with as many of the pages as lie together.
@@ -87,8 +95,8 @@ impl Memory {
                 offset,
                 pages: there,
             } => {
-                let length = u64::from(at_most(there)) * PAGE;
-                pages.resize(usize::try_from(length).map_err(io::Error::other)?, 0);
+                let count = usize::try_from(at_most(there)).map_err(io::Error::other)?;
+                pages.resize(count * self.page, 0);
                 file.read_exact_at(pages, offset)
             }
             Found::Process { pages: there } => {
@@ -194,8 +202,7 @@ pub(super) fn serve(mut criu: UnixStream, mut memory: Memory) -> io::Result<()> 
         match request.command {
             GET => {
                 memory.read(request.wanted, &mut pages)?;
-                let count = pages.len() / usize::try_from(PAGE).map_err(io::Error::other)?;
-                criu.write_all(&request.answer(count))?;
+                criu.write_all(&request.answer(pages.len() / memory.page))?;
                 criu.write_all(&pages)?;
             }
             CLOSE | FORCE_CLOSE => {
@@ -206,6 +213,113 @@ pub(super) fn serve(mut criu: UnixStream, mut memory: Memory) -> io::Result<()> 
                 let message = format!("criu lazy-pages has asked for {command:#x}");
                 return Err(io::Error::other(message));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, JoinHandle};
+
+    use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun};
+
+    use super::*;
+
+    const START: u64 = 0x7f00_0000_0000;
+
+    /// Images of a process with a page in a file, and one on another node.
+    fn images(dir: &Path) -> PathBuf {
+        let images = dir.join("images");
+        fs::create_dir(&images).unwrap();
+        let page = rustix::param::page_size();
+        let run = |number: u64, place| PageRun {
+            start: START + number * page as u64,
+            pages: 1,
+            place,
+            lazy: true,
+        };
+        let pagemap = Pagemap {
+            pages_id: 1,
+            runs: vec![run(0, PagePlace::File), run(1, PagePlace::Process)],
+        };
+        fs::write(images.join("pagemap-3.img"), pagemap.to_bytes()).unwrap();
+        fs::write(images.join("pages-1.img"), vec![7; page]).unwrap();
+        images
+    }
+
+    /// One that serves, and the end of CRIU.
+    fn serving(memory: Memory) -> (UnixStream, JoinHandle<io::Result<()>>) {
+        let (criu, server) = UnixStream::pair().unwrap();
+        (criu, thread::spawn(move || serve(server, memory)))
+    }
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn both_forms_of_a_request_are_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = Memory::open(&images(dir.path()));
+        let refused = memory.unwrap_err().to_string();
+        assert!(refused.contains("nobody brings them"), "{refused}");
+        let socket = dir.path().join(SOCKET);
+        let receive = std::os::unix::net::UnixListener::bind(socket).unwrap();
+        let memory = Memory::open(&dir.path().join("images")).unwrap();
+        let (mut relay, _) = receive.accept().unwrap();
+        let source = thread::spawn(move || {
+            missing_pages::answer(&mut relay, |wanted, pages| {
+                assert_eq!((wanted.pid, wanted.pages), (3, 1));
+                pages.resize(4096, 9);
+                Ok(())
+            })?;
+            missing_pages::confirm_end(&mut relay)
+        });
+
+        let (mut criu, server) = serving(memory);
+        let page = rustix::param::page_size();
+        let head = |narrow: u32| words(&[u64::from(GET) | u64::from(narrow) << 32]);
+        // Up to 4.1: two pages are wanted, and one is there.
+        criu.write_all(&[head(2), words(&[START, 3])].concat())
+            .unwrap();
+        let mut answer = vec![0; 24 + page];
+        criu.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..24], [head(1), words(&[START, 3])].concat());
+        assert!(answer[24..].iter().all(|byte| *byte == 7));
+        // From 4.2 on.
+        let next = START + page as u64;
+        criu.write_all(&[head(0), words(&[5, next, 3])].concat())
+            .unwrap();
+        let mut answer = vec![0; 32 + 4096];
+        criu.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..32], [head(0), words(&[1, next, 3])].concat());
+        assert!(answer[32..].iter().all(|byte| *byte == 9));
+        criu.write_all(&words(&[FORCE_CLOSE.into(), 0, 0, 0]))
+            .unwrap();
+        let mut status = [1; 4];
+        criu.read_exact(&mut status).unwrap();
+        assert_eq!(status, [0; 4]);
+        server.join().unwrap().unwrap();
+        source.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_is_nowhere_ends_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = images(dir.path());
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap());
+        assert!(Memory::open(&images).is_err(), "nobody listens any more");
+        let all = Pagemap::read(&images.join("pagemap-3.img")).unwrap();
+        let local = Pagemap {
+            runs: all.runs[..1].to_vec(),
+            ..all
+        };
+        fs::write(images.join("pagemap-3.img"), local.to_bytes()).unwrap();
+        for (at, pid) in [(START - 4096, 3), (START, 4)] {
+            let (mut criu, server) = serving(Memory::open(&images).unwrap());
+            criu.write_all(&words(&[GET.into(), 1, at, pid])).unwrap();
+            let failed = server.join().unwrap().unwrap_err().to_string();
+            assert!(failed.contains("no image has"), "{failed}");
         }
     }
 }
