@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, PodSandboxConfig, PodSandboxState};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
@@ -536,6 +537,42 @@ fn started(pod: &PodDir, name: &str) -> Result<Option<String>> {
     Ok(staged.map(|staged| staged.started()).transpose()?.flatten())
 }
 
+/// Starts containers, which are restored by that and held, as many at once as there are processors. Nobody works on any
+/// of them when this returns.
+async fn start_all(
+    cri: &CriPods,
+    pod: &PodDir,
+    containers: &[(String, String)],
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    let (mut next, mut starts) = (containers.iter(), JoinSet::new());
+    let mut all = Ok(());
+    loop {
+        while all.is_ok()
+            && starts.len() < most
+            && let Some((name, id)) = next.next()
+        {
+            let (mut cri, name, id) = (cri.clone(), name.clone(), id.clone());
+            starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
+        }
+        let Some(start) = starts.join_next().await else {
+            return all;
+        };
+        let held = start.map_err(Error::from).flatten().and_then(|(name, id)| {
+            interrupt.check()?;
+            match started(pod, &name)?.as_ref() == Some(&id) {
+                true => Ok(()),
+                false => {
+                    let message = format!("{name:?} has been started, and is not held");
+                    Err(Error::failed(message))
+                }
+            }
+        });
+        all = all.and(held);
+    }
+}
+
 /// Restores all containers, and waits until the source has committed itself: then they may be let go. Gives the process
 /// id of the first process of the first.
 async fn agree(
@@ -557,15 +594,8 @@ async fn agree(
         pod.stage(&container.name, checkpoint, container)?;
     }
     pod.set_arrival(InSandbox::Arrived)?;
-    let mut cri = CriPods::of(node);
-    for (name, id) in &made.containers {
-        cri.start(name, id).await?;
-        if started(&pod, name)?.as_ref() != Some(id) {
-            let message = format!("{name:?} has been started, and is not held");
-            return Err(Error::failed(message));
-        }
-        interrupt.check()?;
-    }
+    let cri = CriPods::of(node);
+    start_all(&cri, &pod, &made.containers, interrupt).await?;
     let mut ids = Vec::new();
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();

@@ -108,18 +108,24 @@ impl Front<'_> {
         let request = staged.request()?;
         namespaces::apply(&mut config.spec, plan);
         // Other restores into the sandbox wait: what its containers share is made once.
-        let _lock = pod.lock()?;
+        let lock = pod.lock()?;
         check_pids(config, &request)?;
         if config.cri {
             self.fill_shared_dirs(config, pod, &request)?;
         }
         // Until the end of this restore, or longer.
-        let _connections = self.hold_pod_connections(config, pod, &request)?;
+        let connections = self.hold_pod_connections(config, pod, &request)?;
         if config.annotations.rootfs == Rootfs::FromImage {
             bundle.fill_rootfs(&request.images.with_file_name(ROOTFS_DIFF_FILE))?;
         }
         let images = LinkedImages::of(&request.images)?;
         let edits = self.fit_images(images.path(), config, pod)?;
+        // Where CRIU changes nothing that they share, others may begin.
+        let shares = edits.concern_others()
+            || connections.is_some()
+            || request.criu.link_remap
+            || namespaces::joined(&config.spec).contains_key(&Namespace::Pid);
+        let _lock = shares.then_some(lock);
         let of_container = request.images.parent().unwrap_or(&request.images);
         let old = read_spec(of_container)?;
         if config.cri {

@@ -123,6 +123,12 @@ impl NamespaceEdits {
         Ok(())
     }
 
+    /// Whether the restore makes what other containers share with this one, or needs what they have made.
+    pub(super) fn concern_others(&self) -> bool {
+        let makes = self.ipc.as_ref().is_some_and(|(_, new, _)| !new.is_empty());
+        makes || !self.attachments.is_empty()
+    }
+
     /// Takes away what a restore that failed has left in the sandbox's namespaces.
     pub(super) fn undo(&self) {
         if let Some((_, objects, live)) = &self.ipc {
