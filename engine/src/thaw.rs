@@ -25,14 +25,20 @@ pub(crate) enum Seen {
 /// Lets a task run, and looks what it does then. Fails when containerd does not answer.
 pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Result<Seen> {
     // What counts is what is seen afterwards.
-    drop(node.resume(&task.id).await);
+    let resumed = node.resume(&task.id).await;
     let seen = look(node, &task.id).await?;
-    // A runtime that was killed in the middle of a pause (with its caller, say) has frozen it all the same, and its
-    // shim, which has seen it fail, says that it runs.
-    if seen == Seen::Running && task.runtime.has_paused(&task.id).await {
-        task.runtime.resume(&task.id).await?;
+    // A runtime that was killed in the middle of a pause (with its caller, say) has frozen it all the same. Its shim, which
+    // has seen it fail, says that it runs (containerd 2.1), or that what it takes for running cannot be resumed (1.6).
+    let may_be_frozen = match seen {
+        Seen::Running => true,
+        Seen::Paused => resumed.is_err(),
+        Seen::Gone => false,
+    };
+    if !may_be_frozen || !task.runtime.has_paused(&task.id).await {
+        return Ok(seen);
     }
-    Ok(seen)
+    task.runtime.resume(&task.id).await?;
+    look(node, &task.id).await
 }
 
 async fn look(node: &Containerd, id: &str) -> Result<Seen> {
