@@ -11,7 +11,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(SUDO) env PATH="$$PATH" HOME="$$HOME"
 # What building and one node need; what the tests need; what `make test-vm` needs besides.
 PACKAGES_DEMO := ca-certificates gcc iproute2 libc6-dev mmdebstrap protobuf-compiler util-linux
-PACKAGES := $(PACKAGES_DEMO) btrfs-progs buildah busybox-static docker-registry libarchive-tools skopeo strace umoci
+PACKAGES := $(PACKAGES_DEMO) btrfs-progs buildah busybox-static docker-registry libarchive-tools podman skopeo strace umoci
 PACKAGES_FUZZ := g++
 PACKAGES_VM := e2fsprogs qemu-system-x86
 # Tools in the versions that are known to work with the pinned toolchain.
