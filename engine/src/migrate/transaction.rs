@@ -257,6 +257,9 @@ impl Transaction<'_> {
 
     async fn move_and_record(&mut self, draft: &Draft, known: Vec<Known>) -> Result<()> {
         self.move_frozen(draft, known).await?;
+        if let Some(late) = &mut self.late {
+            late.freeze_again(self.moving).await?;
+        }
         self.interrupt.check()?;
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
         self.record.write(&self.pending)?;
@@ -668,7 +671,6 @@ impl Transaction<'_> {
         self.progress.step("asking the other node which copy runs");
         match self.ask().await {
             Ok(Outcome::Runs) => {
-                self.end_late_pages().await;
                 self.durable = true;
                 self.timeline.thaw();
                 self.timeline.step("commit", from, None);
@@ -696,16 +698,16 @@ impl Transaction<'_> {
             Message::AllPages => self.timeline.step("pages", from, None),
             other => return Err(unexpected(what, &other).into()),
         }
-        self.end_late_pages().await;
         Ok(())
     }
 
     /// Nobody asks for pages any more: lets the dumps come to their end, which is nobody's concern any more.
     async fn end_late_pages(&mut self) {
-        let Some((from, ended)) = self.late.take().map(LatePages::end) else {
+        let Some(late) = self.late.take() else {
             return;
         };
-        match ended.await {
+        let (from, ended) = late.end(self.moving).await;
+        match ended {
             Ok((dumped, _)) => self.tell_dumps(from, dumped),
             Err(error) => tracing::info!("the end of the dump: {}", error.one_line()),
         }
@@ -754,6 +756,7 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         // Not one instruction more here.
         source.kill().await.context("it could not be ended here")?;
+        self.end_late_pages().await;
         end_source(self.node, &self.pending).await?;
         network::forget(&self.pending).await?;
         self.progress.step("sync");
