@@ -155,7 +155,7 @@ impl Frozen {
     /// # Errors
     /// When a process cannot be killed, or does not end; then the guard lets run what is left.
     pub async fn kill(self) -> Result<()> {
-        kill::kill_frozen(&self.tasks.node, &self.tasks.tasks).await?;
+        kill::kill_frozen(&self.tasks.node, &self.tasks.tasks, async {}).await?;
         self.guard.stand_down();
         Ok(())
     }
@@ -195,12 +195,13 @@ impl Committed {
         Ok(())
     }
 
-    /// As [`Frozen::kill`]: the copy runs.
+    /// As [`Frozen::kill`]: the copy runs. `killed` is for what holds the processes as well: it may let them go when it
+    /// begins.
     ///
     /// # Errors
     /// When a process cannot be killed, or does not end.
-    pub async fn kill(self) -> Result<()> {
-        kill::kill_frozen(&self.0.node, &self.0.tasks).await
+    pub async fn kill(self, killed: impl Future<Output = ()>) -> Result<()> {
+        kill::kill_frozen(&self.0.node, &self.0.tasks, killed).await
     }
 }
 

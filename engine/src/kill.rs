@@ -26,8 +26,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the container is let go again while they do not.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// Kills all processes of frozen containers, and waits until all have ended.
-pub(crate) async fn kill_frozen(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<()> {
+/// Kills all processes of frozen containers, and waits until all have ended. `killed` goes on beside that, when all have
+/// been killed: from then on nothing that lets them go makes them execute another instruction.
+pub(crate) async fn kill_frozen(
+    node: &Containerd,
+    tasks: &[TaskToFreeze],
+    killed: impl Future<Output = ()>,
+) -> Result<()> {
+    let processes = signal_all(node, tasks).await?;
+    let (ended, ()) = tokio::join!(wait_for_end(node, tasks, processes), killed);
+    ended
+}
+
+async fn signal_all(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<Vec<OwnedFd>> {
     let mut processes = Vec::new();
     for task in tasks {
         let pids = match node.pids(&task.id).await {
@@ -47,6 +58,14 @@ pub(crate) async fn kill_frozen(node: &Containerd, tasks: &[TaskToFreeze]) -> Re
             _ => {}
         }
     }
+    Ok(processes)
+}
+
+async fn wait_for_end(
+    node: &Containerd,
+    tasks: &[TaskToFreeze],
+    mut processes: Vec<OwnedFd>,
+) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         for task in tasks {

@@ -115,7 +115,7 @@ pub async fn decide(node: &Containerd, selector: &str, source_runs: bool) -> Res
     }
     let paused = Committed::of(&node, paused);
     if !source_runs {
-        return paused.kill().await;
+        return paused.kill(async {}).await;
     }
     // Whatever ends while it was marked may start again now.
     moved::unmark(dir, &uid)?;

@@ -180,10 +180,12 @@ fn guard(server: &mut Child, front: &Process, work: &Path) -> io::Result<()> {
     let line = wait_for_restore(server, front)?;
     // Without a number the restore has failed.
     let root = Process::open(line.trim().parse().map_err(io::Error::other)?)?;
-    let copies = userfaultfds(server)?;
-    if server.try_wait()?.is_some_and(|status| !status.success()) {
-        return Err(io::Error::other("the server has ended"));
-    }
+    let copies = match server.try_wait()? {
+        // It may have served all before the restore was told; it has no number any more then.
+        Some(status) if status.success() => Vec::new(),
+        Some(_) => return Err(io::Error::other("the server has ended")),
+        None => userfaultfds(server)?,
+    };
     say(HELD)?;
     close_streams()?;
     let served = server.wait()?.success();

@@ -283,6 +283,7 @@ impl AllDumps {
     /// Begins them in the order in which their files are sent: one that is held waits for who sends.
     async fn dump_containers(&self) -> Result<Vec<PartDump>> {
         let (began, most) = (Instant::now(), self.most_at_once());
+        let mut after = Duration::ZERO;
         let mut done = BTreeMap::new();
         let mut failed = None;
         let mut dumps = JoinSet::new();
@@ -294,7 +295,6 @@ impl AllDumps {
             {
                 let all = self.clone();
                 dumps.spawn(async move {
-                    let after = began.elapsed();
                     let dumped = all.dump_container(at).await?;
                     Ok((at, PartDump { after, dumped }))
                 });
@@ -305,6 +305,7 @@ impl AllDumps {
                 Some(Ok(Err(error))) => failed = failed.or(Some(error)),
                 Some(Err(error)) => failed = failed.or(Some(error.into())),
             }
+            after = began.elapsed();
             if failed.is_some() {
                 // Nobody sends the memory that the others wait for.
                 self.parts.release_holds();

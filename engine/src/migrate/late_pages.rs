@@ -5,7 +5,9 @@
 //! ```
 //!
 //! CRIU's dump is held meanwhile, as it is while memory is sent (`dump_hold`), so the processes stand still under it.
-//! Their memory is kept until the target says that it has all of it.
+//! Their memory is kept until the target says that it has all of it. CRIU has thawed their cgroup, to run its parasite in
+//! them, and holds them by ptrace alone: one that is killed would let them run beside the copy. So they are frozen once
+//! more before `Commit`; where the source goes on after all, they are thawed for CRIU, which takes its parasite out.
 
 use std::sync::Arc;
 use std::thread;
@@ -15,6 +17,7 @@ use transship_checkpoint::manifest::Shared;
 use transship_checkpoint::wire::missing_pages::{answer, confirm_end};
 
 use super::dump_parts::{DumpParts, Dumping, PartDump};
+use super::moving::Moving;
 use crate::data_channel::{Connection, EndAtDrop};
 use crate::error::{Context, Error, Result};
 
@@ -24,6 +27,8 @@ pub(super) struct LatePages {
     dumps: Dumping,
     /// When the dumps began, in the timeline.
     began: Duration,
+    /// Whether they were frozen once more.
+    is_frozen: bool,
     _end: EndAtDrop,
 }
 
@@ -52,18 +57,58 @@ impl LatePages {
         Ok(Self {
             dumps,
             began,
+            is_frozen: false,
             _end: end,
         })
     }
 
-    /// Answers nobody any more, and gives when the dumps began, and their end.
-    pub(super) fn end(
+    /// Freezes the containers, whose processes CRIU holds.
+    ///
+    /// # Errors
+    /// They are not frozen.
+    pub(super) async fn freeze_again(&mut self, moving: &Moving) -> Result<()> {
+        self.is_frozen = true;
+        for source in &moving.containers {
+            let paused = source.runtime.pause(source.id()).await;
+            if !source.runtime.has_paused(source.id()).await {
+                let message = "what is left here cannot be frozen while its memory is sent";
+                let error = Error::failed(message);
+                return Err(match paused {
+                    Err(why) => error.because(why),
+                    Ok(()) => error,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers nobody any more, and gives when the dumps began, and how they have ended. CRIU takes its parasite out of
+    /// what goes on here, which it cannot while that is frozen; it freezes it again, as it was when the dump began.
+    pub(super) async fn end(
         self,
-    ) -> (
-        Duration,
-        impl Future<Output = Result<(Vec<PartDump>, Shared)>>,
-    ) {
-        let Self { dumps, began, .. } = self;
-        (began, dumps.end())
+        moving: &Moving,
+        goes_on: bool,
+    ) -> (Duration, Result<(Vec<PartDump>, Shared)>) {
+        let Self {
+            dumps,
+            began,
+            is_frozen,
+            ..
+        } = self;
+        let thaw = async || {
+            for source in moving.containers.iter().filter(|_| is_frozen) {
+                // One that is not frozen stays so.
+                drop(source.runtime.resume(source.id()).await);
+            }
+        };
+        if goes_on {
+            thaw().await;
+        }
+        let ended = dumps.end().await;
+        if !goes_on {
+            // What was killed has ended; the runtime takes a frozen cgroup for a paused container, and deletes none.
+            thaw().await;
+        }
+        (began, ended)
     }
 }

@@ -169,7 +169,10 @@ async fn recover(
     match (outcome, source) {
         (Outcome::Runs, source) => {
             if let Some(source) = source {
-                source.kill().await.context("it could not be ended here")?;
+                source
+                    .kill(async {})
+                    .await
+                    .context("it could not be ended here")?;
             }
             super::end_source(&node, pending).await?;
             network::forget(pending).await?;

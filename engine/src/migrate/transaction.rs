@@ -125,7 +125,7 @@ impl Transaction<'_> {
         };
         let most = self.request.max_freeze;
         if let Err(error) = at_most(most, began, self.move_and_record(&draft, known)).await {
-            self.end_late_pages().await;
+            self.end_late_pages(true).await;
             frozen.wait_for_dump().await;
             let error = self.take_back_network(error).await;
             let thawed = frozen.thaw().await;
@@ -702,11 +702,11 @@ impl Transaction<'_> {
     }
 
     /// Nobody asks for pages any more: lets the dumps come to their end, which is nobody's concern any more.
-    async fn end_late_pages(&mut self) {
+    async fn end_late_pages(&mut self, source_goes_on: bool) {
         let Some(late) = self.late.take() else {
             return;
         };
-        let (from, ended) = late.end(self.moving).await;
+        let (from, ended) = late.end(self.moving, source_goes_on).await;
         match ended {
             Ok((dumped, _)) => self.tell_dumps(from, dumped),
             Err(error) => tracing::info!("the end of the dump: {}", error.one_line()),
@@ -715,7 +715,7 @@ impl Transaction<'_> {
 
     /// The copy never runs.
     async fn resume(&mut self, source: Committed, error: Error) -> Error {
-        self.end_late_pages().await;
+        self.end_late_pages(true).await;
         let error = self.take_back_network(error).await;
         let thawed = source.thaw().await;
         let error = resume_source(self.node, self.moving, thawed, error).await;
@@ -755,8 +755,8 @@ impl Transaction<'_> {
     pub(super) async fn finish(&mut self, source: Committed) -> Result<()> {
         let from = self.timeline.now();
         // Not one instruction more here.
-        source.kill().await.context("it could not be ended here")?;
-        self.end_late_pages().await;
+        let killed = source.kill(self.end_late_pages(false)).await;
+        killed.context("it could not be ended here")?;
         end_source(self.node, &self.pending).await?;
         network::forget(&self.pending).await?;
         self.progress.step("sync");
