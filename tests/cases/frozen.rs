@@ -12,6 +12,7 @@ use crate::migration_faults::{counts_on, run_alone};
 const PATIENCE: Duration = Duration::from_secs(40);
 const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
                        && runc --root /run/containerd/runc/default resume counter";
+/// As a runtime leaves it that is killed in the middle of a pause: its shim takes it for running.
 const FROZEN: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' && ctr tasks resume counter \
                       && runc --root /run/containerd/runc/default pause counter";
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
@@ -38,8 +39,6 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
         ("paused", "ctr tasks ls | grep -q 'counter .*PAUSED'"),
         // As a runtime leaves it that is killed when it has let it go: its shim takes it for paused.
         ("resumed", RESUMED),
-        // As a runtime leaves it that is killed in the middle of a pause: its shim takes it for running.
-        ("frozen", FROZEN),
         ("CRIU runs", &format!("ls {DRAFT}/counter/work/dump.log")),
         (
             "memory",
@@ -71,7 +70,9 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
         "--before-restore",
         command,
     ];
-    killed_at(&a, "before the restore", "ls /run/here", &program)?;
+    // When CRIU has ended, which cannot while the container is frozen.
+    let frozen = format!("ls /run/here && sleep 1 && {FROZEN}");
+    killed_at(&a, "before the restore", &frozen, &program)?;
     poll_until("the end of the other side", PATIENCE, || {
         let left = b.ctr(&["containers", "ls", "-q"]);
         let left = left.map_err(|error| error.to_string())?;
