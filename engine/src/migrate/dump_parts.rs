@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use procfs::process::Process;
 use tokio::task::JoinSet;
 use transship_checkpoint::manifest::{Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
@@ -120,6 +121,16 @@ impl DumpParts {
         holds.for_each(DumpHold::release);
     }
 
+    /// Whether CRIU holds all processes, as it has since the dump began: nobody else traces them.
+    pub(super) fn are_traced(&self) -> bool {
+        let is_traced = |pid: &u32| {
+            let process = Process::new(pid.cast_signed());
+            let status = process.and_then(|process| process.status());
+            status.is_ok_and(|status| status.tracerpid != 0)
+        };
+        self.0.iter().flat_map(|part| &part.pids).all(is_traced)
+    }
+
     /// Fills the buffer with these pages of the one container that moves.
     ///
     /// # Errors
@@ -154,6 +165,11 @@ pub(super) struct PartDump {
 }
 
 impl Dumping {
+    /// Whether CRIU still holds all processes.
+    pub(super) fn are_held(&self) -> bool {
+        self.parts.are_traced()
+    }
+
     /// Begins to dump all frozen containers below `draft`. A dump that writes nothing for `patience` is ended.
     pub(super) fn begin(
         node: &Containerd,

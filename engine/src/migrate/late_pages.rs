@@ -65,7 +65,7 @@ impl LatePages {
     /// Freezes the containers, whose processes CRIU holds.
     ///
     /// # Errors
-    /// They are not frozen.
+    /// They are not frozen, or have not stood still.
     pub(super) async fn freeze_again(&mut self, moving: &Moving) -> Result<()> {
         self.is_frozen = true;
         for source in &moving.containers {
@@ -79,7 +79,11 @@ impl LatePages {
                 });
             }
         }
-        Ok(())
+        // What nobody held until now may have gone on, while its files had been read.
+        match self.dumps.are_held() {
+            true => Ok(()),
+            false => Err(Error::failed("CRIU has ended before the memory was sent")),
+        }
     }
 
     /// Answers nobody any more, and gives when the dumps began, and how they have ended. CRIU takes its parasite out of
