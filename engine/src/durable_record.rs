@@ -8,7 +8,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -77,19 +77,29 @@ pub(crate) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
     written().with_context(failed)
 }
 
+/// All that is in a directory of records; nothing, where there is none.
+///
+/// # Errors
+/// A system call failed.
+pub(crate) fn list(records: &Path) -> Result<Vec<PathBuf>> {
+    let paths = match fs::read_dir(records) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => Err(error),
+        Ok(mut entries) => entries.try_fold(Vec::new(), |mut paths, entry| {
+            paths.push(entry?.path());
+            Ok(paths)
+        }),
+    };
+    paths.with_context(|| format!("cannot list {}", records.display()))
+}
+
 /// Removes what writers have left that were killed at it.
 ///
 /// # Errors
 /// A system call failed.
 pub(crate) fn remove_unfinished(records: &Path, locks: &Path) -> Result<()> {
-    let failed = || format!("cannot list {}", records.display());
-    let entries = match fs::read_dir(records) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.with_context(failed)?,
-    };
-    for entry in entries {
-        let entry = entry.with_context(failed)?;
-        let file_name = entry.file_name();
+    for path in list(records)? {
+        let file_name = path.file_name().unwrap_or_default();
         let name = file_name
             .to_str()
             .and_then(|it| it.strip_suffix(UNFINISHED));
@@ -98,9 +108,9 @@ pub(crate) fn remove_unfinished(records: &Path, locks: &Path) -> Result<()> {
         if lock.flatten().is_none() {
             continue;
         }
-        match fs::remove_file(entry.path()) {
+        match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let failed = format!("cannot remove {}", entry.path().display());
+                let failed = format!("cannot remove {}", path.display());
                 return Err(error).context(failed);
             }
             _ => {}

@@ -68,7 +68,7 @@ fn memory_comes_late(bed: &Testbed) -> anyhow::Result<()> {
     let by_pipe = ["--data-address", "none"];
     let by_pipe = lazily(&[&LAZY[..], &by_pipe].concat());
     refused(&a, &by_pipe, 4, "without a direct connection")?;
-    // It is given up when its copy is made, and asks for memory.
+    // It is given up in the freeze.
     let fails = ["--max-freeze", "1ms"];
     refused(
         &a,

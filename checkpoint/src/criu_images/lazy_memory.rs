@@ -87,13 +87,13 @@ struct Run {
 
 impl LazyMemory {
     /// That of the process `pid` in the images in `dir`; none, if there are no pages of it. `page` is the size of one in
-    /// bytes.
+    /// bytes. With it comes the pagemap that CRIU is to be given.
     ///
     /// # Errors
     /// An image cannot be read, or names pages that are nowhere.
-    pub fn open(dir: &Path, pid: u32, page: u64) -> Result<Option<Self>, ImageError> {
+    pub fn open(dir: &Path, pid: u32, page: u64) -> Result<Option<(Self, Pagemap)>, ImageError> {
         let name = format!("{}{pid}.img", Kind::Pagemap.prefix());
-        let (mut levels, mut files) = (Vec::new(), Vec::new());
+        let (mut levels, mut files, mut served) = (Vec::new(), Vec::new(), None);
         let mut dir = dir.to_path_buf();
         while dir.join(&name).symlink_metadata().is_ok() {
             let path = dir.join(&name);
@@ -106,16 +106,17 @@ impl LazyMemory {
                 source,
             })?);
             levels.push(Level::of(path, &pagemap, page)?);
+            served.get_or_insert_with(|| for_server(&pagemap, page));
             dir.push(PARENT_DIR);
         }
-        let Some(dump) = levels.first() else {
+        let (Some(dump), Some(served)) = (levels.first(), served) else {
             return Ok(None);
         };
         let mut spans = Vec::new();
         for run in dump.runs.iter().filter(|run| run.lazy) {
             resolve(&levels, 0, (run.start, run.end), &mut spans)?;
         }
-        Ok(Some(Self { spans, files, page }))
+        Ok(Some((Self { spans, files, page }, served)))
     }
 
     /// Whether all of them are in files.
@@ -216,8 +217,7 @@ fn resolve(
 
 /// The same pages, but that of those which may come late none is said to be in the parent: whoever reads this asks a
 /// server for them.
-#[must_use]
-pub fn for_server(pagemap: &Pagemap, page: u64) -> Pagemap {
+fn for_server(pagemap: &Pagemap, page: u64) -> Pagemap {
     let mut served = Pagemap {
         pages_id: pagemap.pages_id,
         runs: Vec::new(),
@@ -273,7 +273,7 @@ mod tests {
         let last = vec![run(1, 1, File, true), run(5, 20, File, true)];
         write(&below.join(PARENT_DIR), last);
 
-        let memory = LazyMemory::open(dir.path(), 7, PAGE).unwrap().unwrap();
+        let (memory, given) = LazyMemory::open(dir.path(), 7, PAGE).unwrap().unwrap();
         let place = |page: u64| match memory.find(page * PAGE) {
             Some(Found::File { offset, pages, .. }) => Some((Some(offset / PAGE), pages)),
             Some(Found::Process { pages }) => Some((None, pages)),
@@ -292,7 +292,7 @@ mod tests {
             pages_id: 3,
             runs: top,
         };
-        let served = for_server(&pagemap, PAGE).runs;
+        let served = given.runs;
         assert_eq!(served[2..], [run(4, 7, Process, true)]);
         assert_eq!(served[..2], pagemap.runs[..2]);
     }

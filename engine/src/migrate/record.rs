@@ -142,14 +142,8 @@ impl Record {
 
 /// All records in a directory.
 pub(super) fn list(records: &Path) -> Result<Vec<Pending>> {
-    let failed = || format!("cannot list {}", records.display());
-    let entries = match fs::read_dir(records) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(failed)?,
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.with_context(failed)?.path();
+    for path in durable_record::list(records)? {
         // One that was being written when the node went down: nothing was sent.
         if !path.to_string_lossy().ends_with(durable_record::UNFINISHED) {
             found.extend(durable_record::read::<Pending>(&path)?);

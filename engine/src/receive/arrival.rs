@@ -17,7 +17,7 @@
 //! and `aborted`, stay for 30 days: as long as a source may ask.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -264,17 +264,12 @@ impl Arrivals {
     }
 
     fn all(&self) -> Result<Vec<String>> {
-        let failed = || format!("cannot list {}", self.records.display());
-        let entries = match fs::read_dir(&self.records) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.with_context(failed)?,
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            let name = entry.with_context(failed)?.file_name();
-            names.extend(name.into_string().ok().filter(|name| is_migration(name)));
-        }
-        Ok(names)
+        let paths = durable_record::list(&self.records)?;
+        let names = paths.iter().filter_map(|path| path.file_name()?.to_str());
+        Ok(names
+            .filter(|name| is_migration(name))
+            .map(str::to_owned)
+            .collect())
     }
 
     fn forget_old(&self) -> Result<()> {

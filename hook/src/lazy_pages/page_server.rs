@@ -23,8 +23,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use transship_checkpoint::criu_images::ImageError;
-use transship_checkpoint::criu_images::lazy_memory::{Found, LazyMemory, for_server};
-use transship_checkpoint::criu_images::pagemap::Pagemap;
+use transship_checkpoint::criu_images::lazy_memory::{Found, LazyMemory};
 use transship_checkpoint::wire::missing_pages::{self, MOST_PAGES, SOCKET, Wanted};
 
 use crate::one_line;
@@ -61,13 +60,10 @@ impl Memory {
             // Shared memory (`pagemap-shmem-`) comes with the restore.
             let Some(pid) = pid else { continue };
             let memory = LazyMemory::open(images, pid, page as u64);
-            if let Some(memory) = memory.map_err(damaged)? {
+            if let Some((memory, served)) = memory.map_err(damaged)? {
                 processes.insert(pid, memory);
+                served.replace(&images.join(&name)).map_err(damaged)?;
             }
-            let path = images.join(&name);
-            let pagemap = Pagemap::read(&path).map_err(damaged)?;
-            let served = for_server(&pagemap, page as u64);
-            served.replace(&path).map_err(damaged)?;
         }
         // Who waits there hears of the end also when nothing is missing.
         let source = match connect(images) {
@@ -221,7 +217,7 @@ pub(super) fn serve(mut criu: UnixStream, mut memory: Memory) -> io::Result<()> 
 mod tests {
     use std::thread::{self, JoinHandle};
 
-    use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun};
+    use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
 
     use super::*;
 
