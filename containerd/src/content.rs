@@ -190,8 +190,7 @@ impl Containerd {
         digest: &str,
         labels: &HashMap<String, String>,
     ) -> Result<(), ContainerdError> {
-        self.hold_blob(digest).await?;
-        let present = self.blob(digest).await?.unwrap_or_default().labels;
+        let present = self.hold_blob(digest).await?.unwrap_or_default().labels;
         let missing: HashMap<_, _> = labels
             .iter()
             .filter(|(name, _)| !present.contains_key(*name))

@@ -326,14 +326,10 @@ impl Containerd {
             let Some(name) = chain_id(&image.diff_ids[..=index]) else {
                 continue;
             };
-            match snapshots.stat(&name).await {
-                Ok(_) => {}
-                Err(error) if error.is_not_found() => {
-                    let diff_id = &image.diff_ids[index];
-                    self.unpack_layer(layer, diff_id, &snapshots, &parent, &name)
-                        .await?;
-                }
-                Err(error) => return Err(error),
+            if !snapshots.hold(&name).await? {
+                let diff_id = &image.diff_ids[index];
+                self.unpack_layer(layer, diff_id, &snapshots, &parent, &name)
+                    .await?;
             }
             parent = name;
         }
@@ -384,10 +380,8 @@ impl Containerd {
         chain: &str,
         snapshotter: &str,
     ) -> Result<(), ContainerdError> {
-        match self.snapshotter(snapshotter).stat(chain).await {
-            Ok(_) => return Ok(()),
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error),
+        if self.snapshotter(snapshotter).hold(chain).await? {
+            return Ok(());
         }
         let resolved = self.find_image(name, chain).await?.map(|(_, image)| image);
         let image = name.to_owned();

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::{
-    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, Resource,
+    AddResourceRequest, CreateRequest, DeleteRequest, Info, ListRequest, Resource,
 };
 use containerd_client::tonic::transport::Channel;
 
@@ -112,22 +112,32 @@ impl Containerd {
         }
     }
 
-    /// Puts a blob that was there before under the lease, if there is one.
-    pub(crate) async fn hold_blob(&self, digest: &str) -> Result<(), ContainerdError> {
+    /// As [`Containerd::blob`]; one that is there stays as long as the lease. It is put under the lease before the answer
+    /// is asked for: what nothing else refers to any more may be collected at any moment.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn hold_blob(&self, digest: &str) -> Result<Option<Info>, ContainerdError> {
+        self.hold("content", digest).await?;
+        self.blob(digest).await
+    }
+
+    /// Puts something under the lease, if there is one; containerd does not ask whether it is there.
+    pub(crate) async fn hold(&self, kind: &str, id: &str) -> Result<(), ContainerdError> {
         let Some(lease) = self.lease_id() else {
             return Ok(());
         };
         let request = AddResourceRequest {
             id: lease.to_owned(),
             resource: Some(Resource {
-                id: digest.to_owned(),
-                r#type: "content".to_owned(),
+                id: id.to_owned(),
+                r#type: kind.to_owned(),
             }),
         };
         self.leases()
             .add_resource(self.request(request))
             .await
-            .during(|| format!("put the blob {digest} under the lease {lease}"))?;
+            .during(|| format!("put {id} under the lease {lease}"))?;
         Ok(())
     }
 

@@ -92,6 +92,19 @@ impl Snapshotter {
         present(answer.into_inner().info, "info", act)
     }
 
+    /// Whether the snapshot `key` is there; it stays as long as the lease then, see [`Containerd::hold_blob`].
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn hold(&self, key: &str) -> Result<bool, ContainerdError> {
+        let kind = format!("snapshots/{}", self.name);
+        self.containerd.hold(&kind, key).await?;
+        match self.stat(key).await {
+            Err(error) if error.is_not_found() => Ok(false),
+            answer => answer.map(|_| true),
+        }
+    }
+
     /// The mounts of the active snapshot or view `key`.
     ///
     /// # Errors

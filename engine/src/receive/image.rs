@@ -42,7 +42,7 @@ pub(super) async fn receive(
             for blob in &it.blobs {
                 // Containers of a pod may have layers in common.
                 let known = missing.contains(&blob.digest);
-                if !known && node.blob(&blob.digest).await?.is_none() {
+                if !known && node.hold_blob(&blob.digest).await?.is_none() {
                     missing.push(blob.digest.clone());
                 }
             }
@@ -274,7 +274,7 @@ fn own_name(plain: &str, suffix: &str) -> String {
 /// Whether the content store has every blob of the image: a record without its layers makes kubelet
 /// believe that it need not pull them.
 async fn is_whole(node: &Containerd, target: &Descriptor, chain: &str) -> Result<bool> {
-    if node.blob(&target.digest).await?.is_none() {
+    if node.hold_blob(&target.digest).await?.is_none() {
         return Ok(false);
     }
     let resolved = node.resolve_image(target, chain).await;
@@ -282,7 +282,7 @@ async fn is_whole(node: &Containerd, target: &Descriptor, chain: &str) -> Result
         return Ok(false);
     };
     for blob in &image.blobs {
-        if node.blob(&blob.digest).await?.is_none() {
+        if node.hold_blob(&blob.digest).await?.is_none() {
             return Ok(false);
         }
     }
