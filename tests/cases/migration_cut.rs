@@ -1,5 +1,5 @@
 //! A migration that is cut off at each of its moments: its command is killed on the source, its
-//! `transship receive` or containerd on the target, or the link between them. One copy runs in the end, on the side that
+//! `transship receive`, containerd or the runtime on the target, or the link between them. One copy runs in the end, on the side that
 //! the moment decides, and counts without a missing or repeated value.
 //!
 //! ```text
@@ -58,19 +58,21 @@ enum Cut {
     Target,
     Link,
     Containerd,
+    Runtime,
 }
 
-use Cut::{Containerd, Link, Source, Target};
+use Cut::{Containerd, Link, Runtime, Source, Target};
 
 /// Each moment once, and each thing that can be cut.
-const SOME: [(&str, Cut); 5] = [
+const SOME: [(&str, Cut); 6] = [
     ("frozen", Target),
     ("create", Source),
     ("start", Link),
     ("start", Containerd),
     ("running", Target),
+    ("running", Runtime),
 ];
-const ALL: [(&str, Cut); 15] = [
+const ALL: [(&str, Cut); 18] = [
     ("frozen", Source),
     ("frozen", Target),
     ("frozen", Link),
@@ -86,6 +88,9 @@ const ALL: [(&str, Cut); 15] = [
     ("create", Containerd),
     ("start", Containerd),
     ("running", Containerd),
+    ("create", Runtime),
+    ("start", Runtime),
+    ("running", Runtime),
 ];
 /// What a person decides, and of which container.
 const HANDS: [(&str, &str); 2] = [
@@ -131,6 +136,14 @@ fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
             let code = wait_for_end(a)?;
             ensure!(code == expected_code(copy_runs), "exit code {code}");
             b.start_containerd(&ContainerdConfig::transship())?;
+        }
+        Cut::Runtime => {
+            b.shell("pkill -KILL -f '[p]aced-front'").run()?;
+            // The next call goes through.
+            go_on(a, b)?;
+            let code = wait_for_end(a)?;
+            let expected = if copy_runs { "0" } else { "5" };
+            ensure!(code == expected, "exit code {code}");
         }
     }
     go_on(a, b)?;

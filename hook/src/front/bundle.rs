@@ -144,6 +144,16 @@ impl Marker {
         }
     }
 
+    /// Whether it has been restored and held; then its tasks are let go, and the runtime has nothing to start.
+    pub(super) fn was_held(&self) -> bool {
+        match self.phase {
+            Phase::Restoring | Phase::Done => false,
+            Phase::Held | Phase::Awaiting => true,
+            // Neither one that had ended, nor one that the runtime let go by itself.
+            Phase::Running => self.pid != 0 && self.restore.is_some(),
+        }
+    }
+
     pub(super) fn restoring(own_pod: Option<String>, restore: Option<HeldRestore>) -> Self {
         let (pid, start_time, stopped) = (0, 0, Vec::new());
         Self {

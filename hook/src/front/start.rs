@@ -32,7 +32,7 @@ impl Front<'_> {
             bundle.write_marker(&marker)?;
             return Ok(None);
         }
-        if marker.phase != Phase::Held {
+        if !marker.was_held() {
             return Ok(None);
         }
         // The watch of the hold ends what is not started in time: it or this.
@@ -41,7 +41,8 @@ impl Front<'_> {
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
         };
-        if marker.comes_with_migration {
+        // Whoever was starting it may have been killed before the shim knew, which asks again.
+        if marker.phase != Phase::Running && marker.comes_with_migration {
             check_is_there(id, &marker)?;
             let staged = { marker.restore.as_ref() }.map(|it| Staged::at(it.staged.clone()));
             let pod = staged.as_ref().and_then(Staged::pod);
@@ -72,24 +73,28 @@ impl Front<'_> {
         let _lock = restore_guard::lock(&work).during("lock", &work)?;
         let marker = bundle.marker()?.ok_or_else(not_held)?;
         match marker.phase {
-            Phase::Awaiting => self.let_go(id, &bundle, marker)?,
-            // Who was letting it go may have been killed at it.
-            Phase::Running => thaw(id, &marker)?,
+            Phase::Awaiting | Phase::Running => self.let_go(id, &bundle, marker)?,
             Phase::Restoring | Phase::Held | Phase::Done => return Err(not_held()),
         }
         Ok(Some(Outcome::Exit(0)))
     }
 
+    /// Lets its tasks go, also those that somebody has let go half who was killed at it.
     fn let_go(&self, id: &str, bundle: &Bundle, mut marker: Marker) -> Result<(), FrontError> {
         check_is_there(id, &marker)?;
-        if let Some(restore) = &marker.restore {
-            self.consume(restore)?;
+        if marker.phase != Phase::Running {
+            if let Some(restore) = &marker.restore {
+                self.consume(restore)?;
+            }
+            own_networks::open(&bundle.path("work"), marker.pid)?;
+            // Before the first task goes: from then on it has run, whoever is killed when.
+            marker.phase = Phase::Running;
+            bundle.write_marker(&marker)?;
         }
-        own_networks::open(&bundle.path("work"), marker.pid)?;
-        // Before the first task goes: from then on it has run, whoever is killed when.
-        marker.phase = Phase::Running;
-        bundle.write_marker(&marker)?;
-        thaw(id, &marker)?;
+        let pid = marker.pid;
+        let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
+        let released = release(pid, &hold, &marker.stopped);
+        released.during("let go the tasks of", format!("/proc/{pid}"))?;
         own_networks::announce(&bundle.path("work"), marker.pid);
         if let Some(restore) = &marker.restore {
             // What is left says less than the record does.
@@ -109,14 +114,6 @@ impl Front<'_> {
         }
         Ok(())
     }
-}
-
-fn thaw(id: &str, marker: &Marker) -> Result<(), FrontError> {
-    check_is_there(id, marker)?;
-    let pid = marker.pid;
-    let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
-    let released = release(pid, &hold, &marker.stopped);
-    Ok(released.during("let go the tasks of", format!("/proc/{pid}"))?)
 }
 
 /// It may have been killed while it was held, and its pid given to another.
