@@ -71,7 +71,7 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
         command,
     ];
     // When CRIU has ended, which cannot while the container is frozen.
-    let frozen = format!("ls /run/here && sleep 1 && {FROZEN}");
+    let frozen = format!("ls /run/here && ! pgrep -x criu && {FROZEN}");
     killed_at(&a, "before the restore", &frozen, &program)?;
     poll_until("the end of the other side", PATIENCE, || {
         let left = b.ctr(&["containers", "ls", "-q"]);

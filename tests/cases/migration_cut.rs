@@ -1,6 +1,6 @@
 //! A migration that is cut off at each of its moments: its command is killed on the source, its
-//! `transship receive`, containerd or the runtime on the target, or the link between them. One copy runs in the end, on the side that
-//! the moment decides, and counts without a missing or repeated value.
+//! `transship receive`, containerd or the runtime on the target, or the link between them. One copy runs in the end, on
+//! the side that the moment decides, and counts without a missing or repeated value.
 //!
 //! ```text
 //!  frozen      the checkpoint has arrived, neither copy runs            the source
