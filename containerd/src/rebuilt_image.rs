@@ -33,13 +33,13 @@ struct Layer {
 }
 
 impl Containerd {
-    /// Whether every blob of the image is in the content store.
+    /// Whether every blob of the image is in the content store; they stay as long as the lease then, if there is one.
     ///
     /// # Errors
     /// The answer of containerd.
     pub async fn has_all_blobs(&self, image: &ResolvedImage) -> Result<bool, ContainerdError> {
         for blob in &image.blobs {
-            if self.blob(&blob.digest).await?.is_none() {
+            if self.hold_blob(&blob.digest).await?.is_none() {
                 return Ok(false);
             }
         }

@@ -274,19 +274,11 @@ fn own_name(plain: &str, suffix: &str) -> String {
 /// Whether the content store has every blob of the image: a record without its layers makes kubelet
 /// believe that it need not pull them.
 async fn is_whole(node: &Containerd, target: &Descriptor, chain: &str) -> Result<bool> {
-    if node.hold_blob(&target.digest).await?.is_none() {
-        return Ok(false);
-    }
     let resolved = node.resolve_image(target, chain).await;
-    let Some(image) = resolved.context("the image that was offered cannot be read")? else {
-        return Ok(false);
-    };
-    for blob in &image.blobs {
-        if node.hold_blob(&blob.digest).await?.is_none() {
-            return Ok(false);
-        }
+    match resolved.context("the image that was offered cannot be read")? {
+        Some(image) => Ok(node.has_all_blobs(&image).await?),
+        None => Ok(false),
     }
-    Ok(true)
 }
 
 impl ImageName {
