@@ -18,10 +18,8 @@ use std::time::Duration;
 
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
-use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
-use transship_proto::runc_options::Options;
 use transship_sandbox::{SandboxError, lock_network, unlock_network};
 
 use crate::error::{Error, Result, StillPaused, one_line};
@@ -63,12 +61,10 @@ struct Tasks {
 impl TaskToFreeze {
     /// The task of a container record.
     pub fn of(node: &Containerd, record: &Record, task: &Process) -> Self {
-        let options = record.runtime.as_ref().and_then(|it| it.options.as_ref());
-        let options = options.and_then(|any| Options::decode(&*any.value).ok());
         Self {
             id: record.id.clone(),
             pid: task.pid,
-            runtime: OciRuntime::of(&options.unwrap_or_default(), node.namespace()),
+            runtime: OciRuntime::of_record(record, node.namespace()),
             was_paused: task.status() == Status::Paused,
             network_is_locked: false,
             given_away: Vec::new(),

@@ -16,6 +16,7 @@
 //!  moved_pods: pods that must not start again where they were
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
+//!  lost_task: what containerd has lost from its list
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
@@ -73,6 +74,7 @@ pub mod interrupt;
 mod kill;
 mod kubelet;
 pub mod listing;
+mod lost_task;
 pub mod memory_dir;
 pub mod migrate;
 pub mod moved_pods;

@@ -31,11 +31,12 @@ use crate::error::{Context, Error, Kind, Result, one_line};
 use crate::image_blobs;
 use crate::interrupt::Interrupt;
 use crate::kubelet;
+use crate::lost_task;
 use crate::moved_pods::Mark;
 use crate::progress::Progress;
 use crate::receive::new_migration;
 use crate::restart_policy;
-use crate::restore::{Target, remove_client_files, remove_forgotten_bundle};
+use crate::restore::{Target, remove_client_files};
 use crate::source::{self, SourceContainer};
 use crate::timeline::Timeline;
 
@@ -303,13 +304,14 @@ async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
         Err(error) if error.is_not_found() => {}
         record => {
             let record = record?;
+            lost_task::delete_of_runtime(node, &record).await?;
             node.delete_container(id).await?;
             let snapshotter = node.snapshotter(&record.snapshotter);
             { snapshotter.remove_if_exists(&record.snapshot_key) }.await?;
         }
     }
     remove_client_files(node.namespace(), id)?;
-    remove_forgotten_bundle(node, id).await
+    lost_task::remove(node, id).await
 }
 
 /// Deletes the tasks of the source, which have ended; its files stay. Those of a pod are the CRI's.

@@ -19,6 +19,8 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use containerd_client::services::v1::Container as Record;
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -59,6 +61,13 @@ pub struct ExportInside<'a> {
 }
 
 impl OciRuntime {
+    /// The runtime of a container record; the default one where its options cannot be read.
+    pub(crate) fn of_record(record: &Record, namespace: &str) -> Self {
+        let options = record.runtime.as_ref().and_then(|it| it.options.as_ref());
+        let options = options.and_then(|any| Options::decode(&*any.value).ok());
+        Self::of(&options.unwrap_or_default(), namespace)
+    }
+
     /// The runtime of a container record with these options.
     pub fn of(options: &Options, namespace: &str) -> Self {
         let or =
@@ -195,6 +204,15 @@ impl OciRuntime {
     /// What the runtime says.
     pub(crate) async fn kill(&self, id: &str) -> Result<()> {
         self.run("kill", &[id, "KILL"]).await.map(drop)
+    }
+
+    /// Kills what is left of the container's processes, and takes away all that it keeps of it. One that it does not
+    /// know is fine.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub(crate) async fn delete(&self, id: &str) -> Result<()> {
+        self.run("delete", &["--force", id]).await.map(drop)
     }
 
     /// Process ids of all processes of the container.

@@ -30,7 +30,6 @@ mod target;
 pub mod verify;
 
 pub(crate) use client_files::remove as remove_client_files;
-pub(crate) use held::remove_forgotten_bundle;
 pub use held::{Copy, LEASE, Prepared, Restored, hold, hold_in, prepare, settle};
 pub use plan::{Plan, plan};
 pub use target::{AddressChoice, Target, allowed_by_node};

@@ -58,10 +58,11 @@ pub fn has_ended(bundle: &Path) -> bool {
     // The runtime writes it when the container is there; the front's marker goes when it is deleted.
     let pid = fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
     let lives = || {
-        Path::new("/proc")
-            .join(pid.trim())
-            .symlink_metadata()
-            .is_ok()
+        let stat = Path::new("/proc").join(pid.trim()).join("stat");
+        // "PID (NAME) STATE ...", proc(5). One that has ended stays as a zombie while somebody traces it.
+        let stat = fs::read_to_string(stat).unwrap_or_default();
+        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        !state.is_empty() && !state.starts_with(['Z', 'X'])
     };
     !pid.is_empty() && !lives() && bundle.join(MARKER).symlink_metadata().is_err()
 }

@@ -26,6 +26,7 @@ mod images_incomplete;
 mod images_with_links;
 mod journey;
 mod kubernetes;
+mod lost_task;
 mod migration_address;
 mod migration_cut;
 mod migration_direct;
@@ -176,6 +177,7 @@ fn main() -> ExitCode {
         .chain(image_labels::cases())
         .chain(journey::cases())
         .chain(kubernetes::cases())
+        .chain(lost_task::cases())
         .chain(migration_address::cases())
         .chain(migration_cut::cases())
         .chain(migration_direct::cases())

@@ -11,21 +11,20 @@ use containerd_client::types::Mount;
 use containerd_client::types::v1::Status;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
-use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, check_name};
+use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
-use transship_containerd::ContainerdError;
 use transship_containerd::NewContainer;
 use transship_containerd::Output;
 use transship_layer::{ImportOptions, OverlayStack};
 use transship_proto::runc_options::Options;
-use transship_sandbox::forgotten_bundle;
 
 use super::client_files;
 use super::plan::Plan;
 use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
 use crate::container_log::path_of_uri;
 use crate::error::{Context, Error, Result, one_line};
+use crate::lost_task;
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
 
@@ -331,7 +330,7 @@ impl Copy<'_> {
         }
         if record || snapshot {
             client_files::remove(node.namespace(), id)?;
-            remove_forgotten_bundle(node, id).await?;
+            lost_task::remove(node, id).await?;
         }
         // Made first and removed last: without it there is nothing else.
         match snapshot {
@@ -368,26 +367,4 @@ impl Copy<'_> {
     fn has_made(&self, labels: &HashMap<String, String>) -> bool {
         labels.get(COPY).is_some_and(|it| it == self.made_by)
     }
-}
-
-/// Removes what containerd has left of a container that it does not know any more; see
-/// `transship_sandbox::forgotten_bundle`.
-///
-/// # Errors
-/// It cannot be removed.
-pub(crate) async fn remove_forgotten_bundle(node: &Containerd, id: &str) -> Result<()> {
-    // Its state is where its socket is, unless it is configured otherwise: then nothing is found.
-    let state = node.address().parent().unwrap_or(Path::new("/"));
-    let tasks = state.join("io.containerd.runtime.v2.task");
-    let bundle = tasks.join(node.namespace()).join(id);
-    if check_name("the name", id).is_err() || !forgotten_bundle::has_ended(&bundle) {
-        return Ok(());
-    }
-    let (record, task) = (node.container(id).await, node.task(id).await);
-    let unknown = |error: Option<ContainerdError>| error.is_some_and(|it| it.is_not_found());
-    if !(unknown(record.err()) && unknown(task.err())) {
-        return Ok(());
-    }
-    let removed = tokio::task::spawn_blocking(move || forgotten_bundle::remove(&bundle)).await?;
-    removed.with_context(|| format!("what containerd has left of {id:?} could not be removed"))
 }

@@ -1,0 +1,82 @@
+//! A source that containerd loses from its list in the middle of its end: the copy runs, and nothing of the source is
+//! left, neither its shim, nor its bundle, nor what the runtime keeps.
+//!
+//! ```text
+//!  frozen ── CRIU stands still, and holds all processes as it does until the last page has gone
+//!      containerd killed ── commit: SIGKILL ── the first process is a zombie, of which the shim has not heard
+//!      containerd comes back, and finds no process ── CRIU goes on
+//! ```
+
+use std::time::Duration;
+
+use transship_testbed::{CommandRun as _, ContainerdConfig, Testbed, Tree, journey, poll_until};
+
+use crate::Case;
+use crate::migration_faults::{counts_on, run_alone};
+use crate::moments::tells_how_it_ended;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+const ID: &str = "web";
+const MOVE: &str = "#!/bin/sh
+transship migrate web --to \"$1\" --lazy --accept-loss --before-restore ";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    std::iter::once(Case {
+        what: "migration_lost_task",
+        tree: Tree::Forky,
+        run: nothing_is_left_of_what_containerd_has_lost,
+    })
+}
+
+fn nothing_is_left_of_what_containerd_has_lost(bed: &Testbed) -> anyhow::Result<()> {
+    let (b, a) = journey::start_nodes(bed)?;
+    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
+    run_alone(&b, ID)?;
+    // The runtime front keeps something of what has been restored.
+    b.command("transship")
+        .args(["migrate", ID, "--to", &to_a])
+        .args(["--runtime-binary", journey::FRONT])
+        .run()?;
+    counts_on(&a, ID)?;
+    let pid = journey::task_pid(&a, ID)?;
+
+    a.write_file("/usr/local/bin/move", tells_how_it_ended(MOVE))?;
+    a.shell("chmod +x /usr/local/bin/move; touch /run/stop-at-frozen")
+        .run()?;
+    a.start_daemon("move", &["/usr/local/bin/move", &to_b])?;
+    let holds = |what: &str, command: String| {
+        poll_until(what, PATIENCE, || {
+            a.shell(&command).run().map_err(|error| error.to_string())
+        })
+    };
+    holds("the freeze", "test -e /run/at-frozen".into())?;
+    a.shell("pkill -STOP -x criu").run()?;
+    a.stop_daemon("containerd", "KILL")?;
+    a.shell("rm /run/stop-at-frozen").run()?;
+    holds(
+        "the end of the source",
+        format!("grep -q '^State:.Z' /proc/{pid}/status"),
+    )?;
+    a.start_containerd(&ContainerdConfig::transship())?;
+    a.shell("pkill -CONT -x criu").run()?;
+
+    holds("the end of the migration", "cat /run/moved".into())?;
+    counts_on(&b, ID)?;
+    poll_until("an end of all that the source was", PATIENCE, || {
+        let recover = a.shell("transship recover --once; cat /var/log/move.log");
+        let said = { recover }.read().map_err(|error| error.to_string())?;
+        let left = a.shell(
+            "pgrep -a containerd-shim || true
+             ls -d /run/containerd/io.containerd.runtime.v2.task/default/* /run/containerd/runc/default/* \
+                 /var/lib/containerd/io.containerd.runtime.v2.task/default/* 2>/dev/null || true",
+        );
+        match { left }.read() {
+            Ok(left) if left.is_empty() => Ok(()),
+            Ok(left) => Err(format!("{left}{said}")),
+            Err(error) => Err(error.to_string()),
+        }
+    })?;
+    journey::check_nothing_left(&a)?;
+    journey::remove_container(&b, ID)?;
+    journey::check_nothing_left(&b)
+}
