@@ -137,13 +137,8 @@ pub async fn receive(
                 .await
             };
             let result = accepted.await;
-            match &result {
-                // The source must not hear that the copy does not run; it asks.
-                Err(error) if error.kind() == Kind::Uncertain => conversation.close(),
-                Err(error) if !comes_from_the_other_side(error) => {
-                    conversation.give_up(error.one_line()).await;
-                }
-                _ => {}
+            if let Err(error) = &result {
+                tell(&mut conversation, error).await;
             }
             result
         }
@@ -166,6 +161,18 @@ pub async fn receive(
             }
         }
         other => Err(unexpected("a checkpoint or a migration", &other).into()),
+    }
+}
+
+/// Ends the conversation with a source whose migration has failed here, for it to go on.
+async fn tell(conversation: &mut Conversation, error: &Error) {
+    if comes_from_the_other_side(error) {
+        return;
+    }
+    match error.kind() {
+        // It must not hear that the copy does not run; it asks.
+        Kind::Uncertain => conversation.close(),
+        _ => conversation.give_up(error.one_line()).await,
     }
 }
 

@@ -5,6 +5,7 @@
 //! ```text
 //!  frozen      the checkpoint has arrived, neither copy runs            the source
 //!  create      the target restores                                      the source
+//!  held        the copy is there, and its caller does not know          the source
 //!  start       Commit has been heard, the copy is about to be let go    the target
 //!  running     the copy runs, and nobody knows                          the target
 //! ```
@@ -24,7 +25,12 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const RECOVER: &str = "transship recover --once";
 
 /// The moments of the front.
-const MOMENTS: &str = r#"    *" create "*) stop_at create ;;
+const MOMENTS: &str = r#"    *" create "*)
+        stop_at create
+        /usr/local/bin/transship-runc "$@" || exit
+        stop_at held
+        exit
+        ;;
     *" start "*)
         stop_at start
         /usr/local/bin/transship-runc "$@" || exit
@@ -33,7 +39,7 @@ const MOMENTS: &str = r#"    *" create "*) stop_at create ;;
         ;;"#;
 const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\nexec ssh node-b \"$@\"\n";
 const MOVE: &str = r#"#!/bin/sh
-transship migrate "$1" --to /usr/local/bin/link --link-timeout 3 \
+transship migrate "$1" --to /usr/local/bin/link --link-timeout 3 --max-freeze 30s \
     --runtime-binary /usr/local/bin/paced-front --before-restore "#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -64,15 +70,17 @@ enum Cut {
 use Cut::{Containerd, Link, Runtime, Source, Target};
 
 /// Each moment once, and each thing that can be cut.
-const SOME: [(&str, Cut); 6] = [
+const SOME: [(&str, Cut); 7] = [
     ("frozen", Target),
     ("create", Source),
+    // Memory of the migration is in use, and nobody can take the copy back: the source goes on all the same.
+    ("held", Containerd),
     ("start", Link),
     ("start", Containerd),
     ("running", Target),
     ("running", Runtime),
 ];
-const ALL: [(&str, Cut); 18] = [
+const ALL: [(&str, Cut); 19] = [
     ("frozen", Source),
     ("frozen", Target),
     ("frozen", Link),
@@ -86,6 +94,7 @@ const ALL: [(&str, Cut); 18] = [
     ("running", Target),
     ("running", Link),
     ("create", Containerd),
+    ("held", Containerd),
     ("start", Containerd),
     ("running", Containerd),
     ("create", Runtime),

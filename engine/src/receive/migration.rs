@@ -21,7 +21,7 @@ use transship_sandbox::opened::{Holds, InMemory};
 use super::arrival::{Arrival, Arrivals, Locked, State};
 use super::late_pages::LatePages;
 use super::pod::{self, PodPlan};
-use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle};
+use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle, tell};
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::dump_hold::has_userfaultfd;
@@ -118,18 +118,25 @@ pub(super) async fn accept(
             }
         }
     };
+    if let Err(error) = &result {
+        // It stands still: what is left to do here is not to be waited for.
+        tell(conversation, error).await;
+    }
     // After a failure the garbage is waited for: the next attempt must not find layers that are about to go.
     let lease_ended = match &result {
         Ok(_) => leased.end_lease().await,
         Err(_) => leased.end_lease_and_collect().await,
     };
-    // Whoever serves memory lazily reads them to the end.
     let place = files.store.root().to_path_buf();
     drop(files);
-    remove_when_unused(&place).await;
-    // What has not come to its end is the guard's: also a lease, when containerd does not answer.
-    if Arrivals::default().has_ended(&offer.migration)? && lease_ended.is_ok() {
-        guard.stand_down();
+    // What has not come to its end is the guard's, as soon as this process has: a copy that could not be undone, or a
+    // lease, when containerd does not answer.
+    if Arrivals::default().has_ended(&offer.migration)? {
+        // Whoever serves memory lazily reads them to the end.
+        remove_when_unused(&place).await;
+        if lease_ended.is_ok() {
+            guard.stand_down();
+        }
     }
     result
 }
