@@ -1,5 +1,7 @@
 //! Tasks: what runs in a container.
 
+use std::time::Duration;
+
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest,
@@ -14,6 +16,9 @@ use transship_proto::runc_options::CheckpointOptions;
 use crate::{Containerd, ContainerdError, During, present};
 
 const SIGKILL: u32 = nix::libc::SIGKILL.unsigned_abs();
+
+/// How long a killed task may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where a task's output goes: paths of FIFOs or URIs; empty for nowhere.
 #[derive(Debug, Default)]
@@ -186,10 +191,12 @@ impl Containerd {
                 container_id: id.to_owned(),
                 exec_id: String::new(),
             };
+            let mut wait = self.request(request);
+            wait.set_timeout(END_PATIENCE);
             self.tasks()
-                .wait(self.request(request))
+                .wait(wait)
                 .await
-                .during(|| format!("wait for {id:?}"))?;
+                .during(|| format!("wait for the end of {id:?}, which was killed"))?;
         }
         let request = DeleteTaskRequest {
             container_id: id.to_owned(),

@@ -219,6 +219,7 @@ pub async fn migrate(
         keep_source: request.keep_source,
         networks: networks.collect(),
         since: String::new(),
+        copy_runs: false,
     };
     let moving = Arc::new(moving);
     let mut remote = Remote::start(node.namespace(), request)?;

@@ -1,10 +1,10 @@
-//! A source that containerd loses from its list in the middle of its end: the copy runs, and nothing of the source is
-//! left, neither its shim, nor its bundle, nor what the runtime keeps.
+//! A source whose end is cut off: containerd loses it from its list, or the command is killed. The copy runs, and nothing
+//! of the source is left, neither its shim, nor its bundle, nor what the runtime keeps.
 //!
 //! ```text
 //!  frozen ── CRIU stands still, and holds all processes as it does until the last page has gone
-//!      containerd killed ── commit: SIGKILL ── the first process is a zombie, of which the shim has not heard
-//!      containerd comes back, and finds no process ── CRIU goes on
+//!      commit: SIGKILL ── the first process is a zombie, of which the shim has not heard: "running"
+//!      containerd comes back, and finds no process; or the command is killed ── CRIU goes on
 //! ```
 
 use std::time::Duration;
@@ -21,14 +21,32 @@ const MOVE: &str = "#!/bin/sh
 transship migrate web --to \"$1\" --lazy --accept-loss --before-restore ";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "migration_lost_task",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: nothing_is_left_of_what_containerd_has_lost,
-    })
+        run,
+    };
+    [
+        case("migration_lost_task", |bed| {
+            nothing_is_left(bed, Cut::Containerd)
+        }),
+        case("migration_killed_at_end", |bed| {
+            nothing_is_left(bed, Cut::Command)
+        }),
+    ]
+    .into_iter()
 }
 
-fn nothing_is_left_of_what_containerd_has_lost(bed: &Testbed) -> anyhow::Result<()> {
+/// What is killed on the source before its processes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// It comes back before the shim has heard of their end.
+    Containerd,
+    /// As soon as they have been killed.
+    Command,
+}
+
+fn nothing_is_left(bed: &Testbed, cut: Cut) -> anyhow::Result<()> {
     let (b, a) = journey::start_nodes(bed)?;
     let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
     run_alone(&b, ID)?;
@@ -51,19 +69,30 @@ fn nothing_is_left_of_what_containerd_has_lost(bed: &Testbed) -> anyhow::Result<
     };
     holds("the freeze", "test -e /run/at-frozen".into())?;
     a.shell("pkill -STOP -x criu").run()?;
-    a.stop_daemon("containerd", "KILL")?;
+    if cut == Cut::Containerd {
+        a.stop_daemon("containerd", "KILL")?;
+    }
     a.shell("rm /run/stop-at-frozen").run()?;
+    // SIGKILL. As long as one of its threads is traced, it has not ended.
     holds(
         "the end of the source",
-        format!("grep -q '^State:.Z' /proc/{pid}/status"),
+        format!("grep -q '^ShdPnd:.0*100$' /proc/{pid}/status"),
     )?;
-    a.start_containerd(&ContainerdConfig::transship())?;
+    match cut {
+        Cut::Containerd => drop(a.start_containerd(&ContainerdConfig::transship())?),
+        Cut::Command => {
+            a.shell(
+                "pkill -KILL -f '^transship migrate'; timeout -k 1 5 transship recover --once || true",
+            )
+            .run()?;
+        }
+    }
     a.shell("pkill -CONT -x criu").run()?;
 
     holds("the end of the migration", "cat /run/moved".into())?;
     counts_on(&b, ID)?;
     poll_until("an end of all that the source was", PATIENCE, || {
-        let recover = a.shell("transship recover --once; cat /var/log/move.log");
+        let recover = a.shell("transship recover --once; ctr tasks ls; cat /var/log/move.log");
         let said = { recover }.read().map_err(|error| error.to_string())?;
         let left = a.shell(
             "pgrep -a containerd-shim || true

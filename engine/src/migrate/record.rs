@@ -46,6 +46,9 @@ pub struct Pending {
     pub networks: Vec<Attachment>,
     /// When `Commit` was sent, as in RFC 3339.
     pub since: String,
+    /// Whether the target has said that the copy runs, and has all of its memory: what is here is being ended.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub copy_runs: bool,
 }
 
 /// A pod whose migration has not ended.
@@ -116,7 +119,7 @@ impl Record {
     /// # Errors
     /// An earlier migration of the container, which is paused, has not been decided.
     pub(super) fn check_clear(&self, id: &str, namespace: &str) -> Result<()> {
-        let Some(pending) = durable_record::read::<Pending>(&self.path)? else {
+        let Some(pending) = self.read()? else {
             return Ok(());
         };
         let (called, to) = (pending.called(), pending.to);
@@ -126,7 +129,12 @@ impl Record {
         .hint(format!("transship -n {namespace} recover {called}")))
     }
 
-    /// Writes down that the target is told to let the copy run.
+    /// What it says; none when it is known which copy runs.
+    pub(super) fn read(&self) -> Result<Option<Pending>> {
+        durable_record::read(&self.path)
+    }
+
+    /// Writes down that the target is told to let the copy run, or has said that it does.
     pub(super) fn write(&self, pending: &Pending) -> Result<()> {
         durable_record::write(&self.path, pending)
     }
@@ -189,16 +197,19 @@ mod tests {
             keep_source: false,
             networks: Vec::new(),
             since: "2026-01-02T03:04:05Z".into(),
+            copy_runs: false,
         };
         record.write(&pending).unwrap();
         drop(record);
         let records = dir.path().join("records");
-        assert_eq!(list(&records).unwrap(), [pending]);
+        assert_eq!(list(&records).unwrap(), std::slice::from_ref(&pending));
         let record = take(dir.path(), "default").unwrap();
+        assert_eq!(record.read().unwrap(), Some(pending));
         let error = record.check_clear("web", "default").unwrap_err();
         assert!(error.to_string().contains("ssh node-b"), "{error}");
         record.clear().unwrap();
         record.check_clear("web", "default").unwrap();
+        assert_eq!(record.read().unwrap(), None);
         assert!(list(&records).unwrap().is_empty());
         assert!(list(&dir.path().join("none")).unwrap().is_empty());
     }

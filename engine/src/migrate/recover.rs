@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  the source        the record, and the target's answer (or a person's)
+//!  (any)             the record says that the copy runs: it is ended, then the target is asked for its disk
 //!  runs              somebody has let it run: the record goes
 //!  paused, or gone   runs       it is ended, and removed
 //!                    aborted    it runs on
@@ -97,10 +98,15 @@ pub async fn recover_all(
                 let (node, interrupt) = (node.clone(), interrupt.clone());
                 asked.spawn_local(async move {
                     let decided = recover(&node, &pending, decision, &interrupt).await;
-                    (at, pending, decided)
+                    decided.transpose().map(|decided| (at, pending, decided))
                 });
             }
-            asked.join_all().await
+            asked
+                .join_all()
+                .await
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
         };
         let asked = runtime.block_on(LocalSet::new().run_until(ask_all));
         // Who has asked may have gone.
@@ -116,88 +122,113 @@ pub async fn recover_all(
     Ok(told.collect())
 }
 
-/// Decides one migration.
+/// Decides one migration; none where that has been done meanwhile.
 ///
 /// # Errors
 /// [`Kind::Uncertain`]: it is not known which copy runs, and the source stays as it is.
 async fn recover(
     node: &Containerd,
-    pending: &Pending,
+    listed: &Pending,
     decision: Decision,
     interrupt: &Interrupt,
-) -> Result<Decided> {
-    let node = node.in_namespace(&pending.namespace)?;
+) -> Result<Option<Decided>> {
+    let node = node.in_namespace(&listed.namespace)?;
     let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
-    let record = Record::take(records, locks, &pending.namespace, &pending.container)?;
-    let mut tasks = Vec::new();
-    for id in pending.ids() {
-        match node.task(id).await {
-            Err(error) if error.is_not_found() => {}
-            task => tasks.push((id, task?)),
-        }
+    let record = Record::take(records, locks, &listed.namespace, &listed.container)?;
+    // Its command may have come to its end, and the container be here again.
+    let pending = { record.read()? }.filter(|it| it.migration == listed.migration);
+    let Some(pending) = &pending else {
+        return Ok(None);
+    };
+    let ends = pending.copy_runs && decision != Decision::SourceRuns;
+    let tasks = tasks_of(&node, pending).await?;
+    let is = |status| tasks.iter().any(|(_, it)| *it == status);
+    if is(Status::Running) && !ends {
+        let_be(&node, &record, pending).await?;
+        return Ok(Some(Decided::SourceRuns));
     }
-    if tasks
-        .iter()
-        .any(|(_, task)| task.status() == Status::Running)
-    {
-        return let_be(&node, &record, pending)
-            .await
-            .map(|()| Decided::SourceRuns);
+    let pid = tasks.first().map_or(0, |(task, _)| task.pid);
+    let (left, ended): (Vec<_>, Vec<_>) = tasks.into_iter().partition(|(_, status)| {
+        // What is being ended is in any state.
+        *status == Status::Paused || (ends && *status != Status::Stopped)
+    });
+    let of = |tasks: Vec<(TaskToFreeze, _)>| tasks.into_iter().map(|(task, _)| task).collect();
+    let (left, ended): (Vec<_>, Vec<_>) = (of(left), of(ended));
+    let mut source = (!left.is_empty()).then(|| Committed::of(&node, left));
+    if ends {
+        end(&node, pending, source.take(), &ended).await?;
     }
-    let pid = tasks.first().map_or(0, |(_, task)| task.pid);
-    let mut paused = Vec::new();
-    for (id, task) in tasks {
-        if task.status() == Status::Paused {
-            let source = node.container(id).await?;
-            let was_paused = pending.was_paused;
-            let task = TaskToFreeze::of(&node, &source, &task);
-            paused.push(TaskToFreeze {
-                was_paused,
-                // Whether it was is not in the record; unlocking does nothing where it was not.
-                network_is_locked: network::is_locked(pending, Tcp::Established),
-                given_away: network::given_away(pending),
-                ..task
-            });
-        }
-    }
-    let source = (!paused.is_empty()).then(|| Committed::of(&node, paused));
     let outcome = match decision {
         Decision::SourceRuns => Outcome::Aborted,
         Decision::TargetRuns => Outcome::Runs,
         Decision::Ask(patience) => ask(pending, patience, interrupt).await?,
     };
-    match (outcome, source) {
+    let decided = match (outcome, source) {
         (Outcome::Runs, source) => {
-            if let Some(source) = source {
-                source
-                    .kill(async {})
-                    .await
-                    .context("it could not be ended here")?;
-            }
-            super::end_source(&node, pending).await?;
-            network::forget(pending).await?;
-            if decision == Decision::TargetRuns {
-                record.clear()?;
-                return Ok(Decided::TargetRunsFilesStay);
-            }
-            if !pending.keep_source {
+            end(&node, pending, source, &ended).await?;
+            let by_hand = decision == Decision::TargetRuns;
+            if !pending.keep_source && !by_hand {
                 super::remove_source(&node, pending).await?;
             }
             record.clear()?;
-            Ok(Decided::TargetRuns)
+            match by_hand {
+                true => Decided::TargetRunsFilesStay,
+                false => Decided::TargetRuns,
+            }
         }
         (Outcome::Aborted, Some(source)) => {
             network::take_back(pending, pid).await?;
             source.thaw().await?;
             let_be(&node, &record, pending).await?;
-            Ok(Decided::SourceRuns)
+            Decided::SourceRuns
         }
         (Outcome::Aborted, None) => {
             let_be(&node, &record, pending).await?;
-            Ok(Decided::Ended)
+            Decided::Ended
         }
-        (Outcome::Undecided | Outcome::Lost, _) => Err(undecided(pending, outcome)),
+        (Outcome::Undecided | Outcome::Lost, _) => return Err(undecided(pending, outcome)),
+    };
+    Ok(Some(decided))
+}
+
+/// The tasks that are left, and the state that containerd gives them.
+async fn tasks_of(node: &Containerd, pending: &Pending) -> Result<Vec<(TaskToFreeze, Status)>> {
+    let mut tasks = Vec::new();
+    for id in pending.ids() {
+        let process = match node.task(id).await {
+            Err(error) if error.is_not_found() => continue,
+            process => process?,
+        };
+        let task = TaskToFreeze {
+            was_paused: pending.was_paused,
+            // Whether it was is not in the record; unlocking does nothing where it was not.
+            network_is_locked: network::is_locked(pending, Tcp::Established),
+            given_away: network::given_away(pending),
+            ..TaskToFreeze::of(node, &node.container(id).await?, &process)
+        };
+        tasks.push((task, process.status()));
     }
+    Ok(tasks)
+}
+
+/// Ends what is left of a source whose copy runs; its files stay.
+async fn end(
+    node: &Containerd,
+    pending: &Pending,
+    source: Option<Committed>,
+    ended: &[TaskToFreeze],
+) -> Result<()> {
+    if let Some(source) = source {
+        { source.kill(async {}).await }.context("it could not be ended here")?;
+    }
+    // CRIU leaves the cgroup of a dump frozen, also when all in it have ended; the runtime deletes no paused container.
+    for task in ended {
+        if task.runtime.has_paused(&task.id).await {
+            task.runtime.resume(&task.id).await?;
+        }
+    }
+    super::end_source(node, pending).await?;
+    network::forget(pending).await
 }
 
 /// It is this node's alone again.
