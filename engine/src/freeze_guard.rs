@@ -104,7 +104,8 @@ pub async fn run() -> Result<()> {
         return Ok(());
     };
     if let Some(draft) = &orders.draft {
-        stuck_dump::wait_for_end(draft, orders.tasks.first().map(|task| task.pid)).await;
+        let roots = orders.tasks.iter().map(|task| task.pid).collect();
+        stuck_dump::wait_for_end(draft, roots).await;
     }
     for task in &orders.tasks {
         let_run(&orders, task).await;
@@ -134,15 +135,7 @@ async fn let_run(orders: &Orders, task: &TaskToFreeze) {
             // containerd may have lost what still stands still.
             Ok(Seen::Gone) if !task.runtime.has_paused(&task.id).await => return,
             Ok(Seen::Gone) => drop(task.runtime.resume(&task.id).await),
-            Ok(Seen::Paused) => {
-                silent_since = None;
-                // It runs, and the shim has not seen the runtime let it: that was done past containerd, or the
-                // runtime was killed when it had. The shim would refuse execs, and each resume, for ever: once more
-                // from the beginning, for a moment.
-                if !task.runtime.has_paused(&task.id).await {
-                    drop(task.runtime.pause(&task.id).await);
-                }
-            }
+            Ok(Seen::Paused) => silent_since = None,
             Err(_) => {
                 let since = *silent_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > SILENCE {
@@ -175,7 +168,7 @@ async fn remove_draft(draft: &Path) -> Result<()> {
     let mut gone_since = Instant::now();
     while gone_since.elapsed() < LATE_DUMP {
         if draft.try_exists().unwrap_or(true) {
-            stuck_dump::wait_for_end(draft, None).await;
+            stuck_dump::wait_for_end(draft, Vec::new()).await;
             // One that is being written to is not empty again in the meantime.
             match fs::remove_dir_all(draft) {
                 Err(error) if Instant::now() > deadline => {

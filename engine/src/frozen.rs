@@ -130,8 +130,8 @@ impl Frozen {
     /// Waits for a dump that goes on without its caller, and ends it when it is stuck.
     pub async fn wait_for_dump(&self) {
         if let Some(draft) = &self.tasks.draft {
-            let first = self.tasks.tasks.first();
-            stuck_dump::wait_for_end(draft, first.map(|task| task.pid)).await;
+            let roots = self.tasks.tasks.iter().map(|task| task.pid).collect();
+            stuck_dump::wait_for_end(draft, roots).await;
         }
     }
 

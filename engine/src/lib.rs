@@ -15,7 +15,8 @@
 //!  restart_policy: keeps containerd from starting what a migration has frozen
 //!  moved_pods: pods that must not start again where they were
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
-//!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump
+//!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump;
+//!  killed_criu: what one that was killed has left
 //!  lost_task: what containerd has lost from its list
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
@@ -72,6 +73,7 @@ pub mod image_blobs;
 pub mod import;
 pub mod interrupt;
 mod kill;
+mod killed_criu;
 mod kubelet;
 pub mod listing;
 mod lost_task;

@@ -355,7 +355,10 @@ async fn resume_source(
         put_back = put_back.and(restart_policy::put_back(node, container.id()).await);
     }
     let state = match (&thawed, &put_back) {
-        (Ok(()), Ok(())) => format!("{called} runs on here as before"),
+        (Ok(()), Ok(())) => match ended_meanwhile(node, moving).await {
+            None => format!("{called} runs on here as before"),
+            Some(ended) => ended,
+        },
         (Ok(()), Err(left)) => format!(
             "{called} runs on here, without its restart policy ({})",
             left.one_line()
@@ -368,6 +371,21 @@ async fn resume_source(
         },
     };
     Error::failed(state).because(error)
+}
+
+/// What of it does not run on, if there is something: a CRIU that is killed can take a process with it.
+async fn ended_meanwhile(node: &Containerd, moving: &Moving) -> Option<String> {
+    let mut ended = Vec::new();
+    for source in &moving.containers {
+        if let Ok(Err(state)) = source::running_task(node, source.id()).await {
+            ended.push(format!("{} {state}", source.called));
+        }
+    }
+    let called = moving.called();
+    (!ended.is_empty()).then(|| {
+        let ended = ended.join(", ");
+        format!("{called} was not moved, and has not gone on as before: {ended}")
+    })
 }
 
 fn is_refusal_of_target(error: &Error) -> bool {

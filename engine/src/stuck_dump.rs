@@ -5,24 +5,20 @@
 //! hangs. Progress is what it writes: images and log. CRIU itself is found by the files that it has
 //! open, because the runtime and the shim stand between.
 
-use std::fs;
-use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::{FDTarget, Process, all_processes};
 use tokio::time::{Instant, sleep};
 use walkdir::WalkDir;
 
+use crate::killed_criu;
+
 /// How long a dump may write nothing, unless somebody says otherwise.
 pub const PROGRESS_PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
-const MAKES_RULES: Duration = Duration::from_secs(2);
 
 /// Comes back when the dump into `dir` has made no progress for `patience`, but for the time in which it `waits`
 /// for this program.
@@ -39,9 +35,9 @@ pub async fn no_progress(dir: &Path, patience: Duration, waits: impl Fn() -> boo
     }
 }
 
-/// Waits for the end of a dump into `dir` that nobody else waits for, and ends it when it is stuck. `root` is the
-/// container's first process: its network is locked no more, also where CRIU was killed before it could say so.
-pub async fn wait_for_end(dir: &Path, root: Option<u32>) {
+/// Waits for the end of a dump into `dir` that nobody else waits for, and ends it when it is stuck. `roots` are the
+/// first processes of its containers: what CRIU leaves in them when it is killed is taken away.
+pub async fn wait_for_end(dir: &Path, roots: Vec<u32>) {
     let gone = async {
         while !criu_writing_to(dir).is_empty() {
             sleep(LOOK_AGAIN).await;
@@ -51,9 +47,8 @@ pub async fn wait_for_end(dir: &Path, root: Option<u32>) {
         () = gone => {}
         () = no_progress(dir, PROGRESS_PATIENCE, || false) => end(dir),
     }
-    if let Some(root) = root {
-        // A network that cannot be looked at has no lock.
-        drop(tokio::task::spawn_blocking(move || unlock_network(root)).await);
+    if !roots.is_empty() {
+        drop(tokio::task::spawn_blocking(move || killed_criu::clean_up(&roots)).await);
     }
 }
 
@@ -90,81 +85,6 @@ fn has_open_below(process: &Process, dir: &Path) -> bool {
         .any(|target| matches!(target, FDTarget::Path(path) if path.starts_with(dir)))
 }
 
-/// Takes away the lock that a CRIU has left which could not: `CRIU-...` tables of nftables, or the
-/// chain `CRIU` of iptables (`criu/netfilter.c`). A program that a killed CRIU has told to make it may still be at it.
-fn unlock_network(root: u32) {
-    let deadline = std::time::Instant::now() + MAKES_RULES;
-    while makes_rules(root) && std::time::Instant::now() < deadline {
-        std::thread::sleep(LOOK_AGAIN / 10);
-    }
-    let unlock = || {
-        let namespace = fs::File::open(format!("/proc/{root}/ns/net"))?;
-        setns(namespace, CloneFlags::CLONE_NEWNET)?;
-        let tables = output("nft", &["list", "tables"]);
-        for table in tables.lines().filter(|line| line.contains(" CRIU-")) {
-            let mut words = vec!["delete"];
-            words.extend(table.split_whitespace());
-            output("nft", &words);
-        }
-        for (save, restore) in [
-            ("iptables-save", "iptables-restore"),
-            ("ip6tables-save", "ip6tables-restore"),
-        ] {
-            if output(save, &["-t", "filter"]).contains(":CRIU ") {
-                feed(
-                    restore,
-                    "*filter\n:CRIU - [0:0]\n-D INPUT -j CRIU\n-D OUTPUT -j CRIU\n-X CRIU\nCOMMIT\n",
-                )?;
-            }
-        }
-        io::Result::Ok(())
-    };
-    // A thread of its own, because it changes its namespace. A container that has ended has no
-    // network, and a node without these tools no lock.
-    std::thread::scope(|scope| drop(scope.spawn(unlock).join()));
-}
-
-/// Whether a program that makes rules is at work in the network of this process.
-fn makes_rules(root: u32) -> bool {
-    let network = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-    let Some(of_root) = network(root.cast_signed()) else {
-        return false;
-    };
-    let processes = all_processes().into_iter().flatten().flatten();
-    processes
-        .filter(|process| {
-            let name = process.stat().map(|stat| stat.comm).unwrap_or_default();
-            ["iptables", "ip6tables", "nft"]
-                .iter()
-                .any(|rules| name.starts_with(rules))
-        })
-        .any(|process| network(process.pid) == Some(of_root.clone()))
-}
-
-fn output(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .output();
-    output.map_or_else(
-        |_| String::new(),
-        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
-    )
-}
-
-fn feed(program: &str, text: &str) -> io::Result<()> {
-    let mut child = Command::new(program)
-        .args(["-w", "--noflush"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(text.as_bytes())?;
-    }
-    child.wait().map(drop)
-}
-
 /// The tasks among `pids` that somebody has stopped, as "17 (sh)".
 pub fn stopped_tasks(pids: &[u32]) -> Vec<String> {
     let stopped = pids.iter().filter_map(|pid| {
@@ -176,6 +96,9 @@ pub fn stopped_tasks(pids: &[u32]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::process::Command;
+
     use super::*;
 
     #[tokio::test]
@@ -189,7 +112,7 @@ mod tests {
         // One that writes no more is stuck; this test itself has nothing of CRIU open.
         no_progress(dir.path(), Duration::from_millis(1), || false).await;
         assert!(criu_writing_to(dir.path()).is_empty());
-        wait_for_end(dir.path(), None).await;
+        wait_for_end(dir.path(), Vec::new()).await;
     }
 
     #[test]

@@ -34,10 +34,20 @@ pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Resul
         Seen::Paused => resumed.is_err(),
         Seen::Gone => false,
     };
-    if !may_be_frozen || !task.runtime.has_paused(&task.id).await {
+    let is_frozen = seen != Seen::Gone && task.runtime.has_paused(&task.id).await;
+    if is_frozen && may_be_frozen {
+        task.runtime.resume(&task.id).await?;
+    } else if seen == Seen::Paused && !is_frozen {
+        // It runs, and the shim has not seen the runtime let it: that was done past containerd, by a CRIU that was
+        // killed, or the runtime was killed when it had. The shim would refuse execs, and each resume, for ever: once
+        // more from the beginning, for a moment.
+        task.runtime.pause(&task.id).await?;
+        if node.resume(&task.id).await.is_err() {
+            task.runtime.resume(&task.id).await?;
+        }
+    } else {
         return Ok(seen);
     }
-    task.runtime.resume(&task.id).await?;
     look(node, &task.id).await
 }
 

@@ -1,0 +1,227 @@
+//! What a CRIU that is killed in the middle of a dump (by the kernel, for memory) leaves in a container.
+//!
+//! ```text
+//!  its rules                  `CRIU-...` tables of nftables, or the chain `CRIU` of iptables (criu/netfilter.c)
+//!  TCP sockets in repair      whoever reads from one hears "Operation not permitted" (soccr/soccr.c)
+//!  a parasite                 it hears that its connection has ended, and goes by itself (criu/pie/parasite.c)
+//! ```
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::sockopt::TcpRepair;
+use nix::sys::socket::{getsockopt, setsockopt};
+use procfs::process::{FDTarget, Process, all_processes};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+/// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
+const MAKES_RULES: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Takes away what it has left in the containers with these first processes. What cannot be looked at has nothing of it.
+pub(crate) fn clean_up(roots: &[u32]) {
+    for &root in roots {
+        end_repair(root);
+    }
+    let mut done = Vec::new();
+    for root in roots {
+        let network = fs::read_link(format!("/proc/{root}/ns/net")).ok();
+        if network.is_some() && !done.contains(&network) {
+            unlock_network(*root);
+            done.push(network);
+        }
+    }
+}
+
+/// Takes the sockets of a container out of the repair of TCP; the peer is sent a window probe then.
+fn end_repair(root: u32) {
+    let cgroups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+    let Some(of_root) = cgroups(root.cast_signed()) else {
+        return;
+    };
+    let processes = all_processes().into_iter().flatten().flatten();
+    for process in processes {
+        if cgroups(process.pid).is_some_and(|it| are_below(&it, &of_root)) {
+            for socket in sockets_of(&process).into_iter().flatten() {
+                // Of another protocol's there is no such option.
+                if matches!(getsockopt(&socket, TcpRepair), Ok(state) if state != 0) {
+                    let _ = setsockopt(&socket, TcpRepair, &0);
+                }
+            }
+        }
+    }
+}
+
+/// Whether each cgroup is one of the container's, or below it. Both as in `/proc/PID/cgroup`: one line per hierarchy.
+fn are_below(cgroups: &str, of_root: &str) -> bool {
+    let is_below = |(it, root): (&str, &str)| {
+        let rest = it.strip_prefix(root);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let both = || cgroups.lines().zip(of_root.lines());
+    cgroups.lines().count() == of_root.lines().count() && both().all(is_below)
+}
+
+fn sockets_of(process: &Process) -> Option<Vec<OwnedFd>> {
+    let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
+    let sockets = process
+        .fd()
+        .ok()?
+        .flatten()
+        .filter(|it| matches!(it.target, FDTarget::Socket(_)));
+    let open = |fd| pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()).ok();
+    Some(sockets.filter_map(|socket| open(socket.fd)).collect())
+}
+
+/// Takes away the lock of a network. A program that the killed CRIU has told to make it may still be at it.
+fn unlock_network(root: u32) {
+    let deadline = Instant::now() + MAKES_RULES;
+    while makes_rules(root) && Instant::now() < deadline {
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    let unlock = || {
+        let namespace = fs::File::open(format!("/proc/{root}/ns/net"))?;
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        let tables = output("nft", &["list", "tables"]);
+        for table in tables.lines().filter(|line| line.contains(" CRIU-")) {
+            let mut words = vec!["delete"];
+            words.extend(table.split_whitespace());
+            output("nft", &words);
+        }
+        for (save, restore) in [
+            ("iptables-save", "iptables-restore"),
+            ("ip6tables-save", "ip6tables-restore"),
+        ] {
+            if let Some(rules) = without_lock(&output(save, &["-t", "filter"])) {
+                feed(restore, &rules)?;
+            }
+        }
+        io::Result::Ok(())
+    };
+    // A thread of its own, because it changes its namespace. A container that has ended has no
+    // network, and a node without these tools no lock.
+    std::thread::scope(|scope| drop(scope.spawn(unlock).join()));
+}
+
+/// What `iptables-restore` is told to take the lock away from what `iptables-save` has said. CRIU takes its jumps away
+/// first, and the chain then.
+fn without_lock(saved: &str) -> Option<String> {
+    if !saved.lines().any(|line| line.starts_with(":CRIU ")) {
+        return None;
+    }
+    let jumps = { saved.lines() }
+        .filter(|line| line.starts_with("-A ") && line.ends_with(" -j CRIU"))
+        .map(|line| line.replacen("-A", "-D", 1) + "\n");
+    Some(format!(
+        "*filter\n:CRIU - [0:0]\n{}-X CRIU\nCOMMIT\n",
+        jumps.collect::<String>()
+    ))
+}
+
+/// Whether a program that makes rules is at work in the network of this process.
+fn makes_rules(root: u32) -> bool {
+    let network = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    let Some(of_root) = network(root.cast_signed()) else {
+        return false;
+    };
+    let processes = all_processes().into_iter().flatten().flatten();
+    processes
+        .filter(|process| {
+            let name = process.stat().map(|stat| stat.comm).unwrap_or_default();
+            ["iptables", "ip6tables", "nft"]
+                .iter()
+                .any(|rules| name.starts_with(rules))
+        })
+        .any(|process| network(process.pid) == Some(of_root.clone()))
+}
+
+fn output(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output();
+    output.map_or_else(
+        |_| String::new(),
+        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+    )
+}
+
+fn feed(program: &str, text: &str) -> io::Result<()> {
+    let mut child = Command::new(program)
+        .args(["-w", "--noflush"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(text.as_bytes())?;
+    }
+    child.wait().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd as _;
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+    use super::*;
+
+    #[test]
+    fn a_lock_goes_whole_or_half() {
+        let rules = "*filter\n:INPUT ACCEPT [0:0]\n:CRIU - [0:0]\n";
+        let whole =
+            format!("{rules}-A INPUT -j CRIU\n-A INPUT -p tcp -j DROP\n-A CRIU -j DROP\nCOMMIT\n");
+        let (begin, end) = ("*filter\n:CRIU - [0:0]\n", "-X CRIU\nCOMMIT\n");
+        assert_eq!(
+            without_lock(&whole),
+            Some(format!("{begin}-D INPUT -j CRIU\n{end}"))
+        );
+        assert_eq!(
+            without_lock(&format!("{rules}COMMIT\n")),
+            Some(format!("{begin}{end}"))
+        );
+        assert_eq!(without_lock("*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n"), None);
+    }
+
+    #[test]
+    fn a_container_is_its_cgroups() {
+        let root = "1:freezer:/default/web\n0::/\n";
+        assert!(are_below(root, root));
+        assert!(are_below("1:freezer:/default/web/inner\n0::/\n", root));
+        for other in [
+            "1:freezer:/default/web2\n0::/\n",
+            "1:freezer:/\n0::/\n",
+            "0::/\n",
+            "",
+        ] {
+            assert!(!are_below(other, root), "{other}");
+        }
+    }
+
+    #[test]
+    fn root_a_socket_is_taken_out_of_repair() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (there, _) = listener.accept().unwrap();
+        setsockopt(&there, TcpRepair, &1).unwrap();
+        fcntl(&there, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        // It has the socket as well.
+        let mut sleep = Command::new("sleep").arg("1000").spawn().unwrap();
+        end_repair(sleep.id());
+        assert_eq!(
+            getsockopt(&there, TcpRepair),
+            Ok(0),
+            "{}",
+            there.as_raw_fd()
+        );
+        here.write_all(b"on").unwrap();
+        sleep.kill().unwrap();
+        sleep.wait().unwrap();
+    }
+}
