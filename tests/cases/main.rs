@@ -17,6 +17,7 @@ mod criu_options;
 mod criu_options_alone;
 mod crun;
 mod differ;
+mod faults;
 mod foreign_checkpoints;
 mod foreign_streams;
 mod freeze_containerd;
@@ -57,6 +58,7 @@ mod pods_shared;
 mod pods_volumes;
 mod programs;
 mod random_faults;
+mod random_faults_of_pods;
 mod readme;
 mod reference;
 mod snapshotter;
@@ -206,6 +208,7 @@ fn main() -> ExitCode {
         .chain(pods_volumes::cases())
         .chain(programs::cases())
         .chain(random_faults::cases())
+        .chain(random_faults_of_pods::cases())
         .chain(readme::cases())
         .chain(reference::cases())
         .chain(snapshotter::cases())

@@ -294,7 +294,7 @@ fn begin_waiting(
     Ok(cri.run_pod(("shop", name), &annotation, PodNamespaces::Usual)?)
 }
 
-fn one_copy(runs: &Node, ended: &Node) -> Result<(), String> {
+pub(crate) fn one_copy(runs: &Node, ended: &Node) -> Result<(), String> {
     let count = |node: &Node| {
         let count = node.shell("pgrep -c -x podmate || true").read();
         count.map_err(|error| error.to_string())
@@ -306,7 +306,7 @@ fn one_copy(runs: &Node, ended: &Node) -> Result<(), String> {
 }
 
 /// Each container of the one copy goes on, and has missed nothing since its first step.
-fn runs_only(runs: &Node, ended: &Node, pod: &Pod) -> anyhow::Result<()> {
+pub(crate) fn runs_only(runs: &Node, ended: &Node, pod: &Pod) -> anyhow::Result<()> {
     let now = poll_until("one copy", PATIENCE, || {
         one_copy(runs, ended)?;
         let last = ROLES.map(|role| {
