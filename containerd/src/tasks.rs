@@ -170,34 +170,47 @@ impl Containerd {
             Err(error) if error.is_not_found() => return Ok(()),
             Err(error) => return Err(error),
         };
-        // A task that was created and never started is deleted as it is: the shim kills it.
-        if matches!(status, Status::Running | Status::Paused | Status::Pausing) {
-            let request = KillRequest {
-                container_id: id.to_owned(),
-                exec_id: String::new(),
-                signal: SIGKILL,
-                all: true,
-            };
-            match self.tasks().kill(self.request(request)).await {
-                Err(status) if status.code() != Code::NotFound => {
-                    return Err(status).during(|| format!("kill {id:?}"));
-                }
-                _ => {}
-            }
-            // On cgroup v1 a signal waits until the freezer lets go; the process dies before it
-            // executes anything. runc thaws by itself since 1.1.3, then this has nothing to do.
-            drop(self.resume(id).await);
-            let request = WaitRequest {
-                container_id: id.to_owned(),
-                exec_id: String::new(),
-            };
-            let mut wait = self.request(request);
-            wait.set_timeout(END_PATIENCE);
-            self.tasks()
-                .wait(wait)
-                .await
-                .during(|| format!("wait for the end of {id:?}, which was killed"))?;
+        match status {
+            Status::Running | Status::Paused | Status::Pausing => self.end_task(id).await?,
+            // The shim kills what was created and never started. A runtime that was killed when it had started it, and
+            // before its shim knew, has left what cannot be deleted as it is.
+            Status::Created if self.delete_task(id).await.is_err() => self.end_task(id).await?,
+            _ => {}
         }
+        self.delete_task(id).await
+    }
+
+    /// Kills a task, and waits for its end.
+    async fn end_task(&self, id: &str) -> Result<(), ContainerdError> {
+        let request = KillRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+            signal: SIGKILL,
+            all: true,
+        };
+        match self.tasks().kill(self.request(request)).await {
+            Err(status) if status.code() != Code::NotFound => {
+                return Err(status).during(|| format!("kill {id:?}"));
+            }
+            _ => {}
+        }
+        // On cgroup v1 a signal waits until the freezer lets go; the process dies before it
+        // executes anything. runc thaws by itself since 1.1.3, then this has nothing to do.
+        drop(self.resume(id).await);
+        let mut wait = self.request(WaitRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        });
+        wait.set_timeout(END_PATIENCE);
+        self.tasks()
+            .wait(wait)
+            .await
+            .during(|| format!("wait for the end of {id:?}, which was killed"))?;
+        Ok(())
+    }
+
+    /// Deletes a task that does not run. One that is not there is fine.
+    async fn delete_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = DeleteTaskRequest {
             container_id: id.to_owned(),
         };

@@ -9,16 +9,23 @@
 
 use std::time::Duration;
 
+use anyhow::ensure;
 use transship_testbed::{CommandRun as _, ContainerdConfig, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
 use crate::migration_faults::{counts_on, run_alone};
-use crate::moments::tells_how_it_ended;
+use crate::moments::{paced_front, tells_how_it_ended};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const ID: &str = "web";
 const MOVE: &str = "#!/bin/sh
 transship migrate web --to \"$1\" --lazy --accept-loss --before-restore ";
+
+const STARTED: &str = r#"    *" start "*)
+        /usr/local/bin/transship-runc "$@" || exit
+        stop_at running
+        exit
+        ;;"#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     let case = |what, run| Case {
@@ -33,6 +40,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         case("migration_killed_at_end", |bed| {
             nothing_is_left(bed, Cut::Command)
         }),
+        case(
+            "task_started_unseen",
+            what_the_shim_has_not_seen_start_is_deleted,
+        ),
     ]
     .into_iter()
 }
@@ -108,4 +119,28 @@ fn nothing_is_left(bed: &Testbed, cut: Cut) -> anyhow::Result<()> {
     journey::check_nothing_left(&a)?;
     journey::remove_container(&b, ID)?;
     journey::check_nothing_left(&b)
+}
+
+/// The runtime is killed when it has started a container, and before its shim knows.
+fn what_the_shim_has_not_seen_start_is_deleted(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, _b) = journey::start_nodes(bed)?;
+    a.write_file("/usr/local/bin/paced-front", paced_front(STARTED))?;
+    a.shell("chmod +x /usr/local/bin/paced-front; touch /run/stop-at-running")
+        .run()?;
+    let run = "exec ctr run --detach --snapshotter transship --runc-binary /usr/local/bin/paced-front \
+        transship.test/counter:1 web";
+    a.start_daemon("run", &["sh", "-c", run])?;
+    poll_until("the start", PATIENCE, || {
+        let reached = a.shell("test -e /run/at-running").run();
+        reached.map_err(|error| error.to_string())
+    })?;
+    a.shell("pkill -KILL -f '[p]aced-front'").run()?;
+    a.wait_for_daemon_end("run")?;
+    let tasks = a.ctr(&["tasks", "ls"])?;
+    ensure!(tasks.contains("CREATED"), "{tasks}");
+    a.shell("transship delete-task web").run()?;
+    let tasks = a.ctr(&["tasks", "ls", "-q"])?;
+    ensure!(tasks.is_empty(), "{tasks}");
+    a.ctr(&["containers", "delete", ID])?;
+    journey::check_nothing_left(&a)
 }
