@@ -30,6 +30,14 @@ pub const IMAGES_DIR: &str = "checkpoint";
 /// In a migration: contents of files that come before the layer of the container, `0`, `1`, ...; see
 /// `transship_layer::send_contents`. They get their places with the layer, and are in no checkpoint.
 pub const CONTENTS_DIR: &str = "contents";
+
+/// Where they are before that: a directory of this name at the top of the upperdir that the layer fills. `of` is what the
+/// upperdir is filled for, and tells it from the directories of others.
+#[must_use]
+pub fn contents_in_upperdir(of: &str) -> String {
+    format!(".transship-contents-{of}")
+}
+
 /// Directories `memory-1`, `memory-2`... beside it: images of memory that was sent before the freeze, each of
 /// which builds on the one before; the images of [`IMAGES_DIR`] build on the last one.
 pub const MEMORY_DIR: &str = "memory-";

@@ -30,6 +30,7 @@ mod target;
 pub mod verify;
 
 pub(crate) use client_files::remove as remove_client_files;
+pub(crate) use held::make_contents_dir;
 pub use held::{Copy, LEASE, Prepared, Restored, hold, hold_in, prepare, settle};
 pub use plan::{Plan, plan};
 pub use target::{AddressChoice, Target, allowed_by_node};

@@ -5,11 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, Workload, journey, poll_until};
+use transship_testbed::{
+    CommandRun as _, Node, PodContainer, PodNamespaces, Testbed, Tree, Workload, journey,
+    poll_until,
+};
 
 use crate::Case;
+use crate::pods::start_two;
 
 const IMAGE: &str = "transship.test/writer:1";
+const PID: &str = "pgrep -x writer";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often each of its 60 files that change has been changed, and looked at, by then.
 const ROUND: u64 = 60;
@@ -18,14 +23,19 @@ const CHANGED: u64 = ROUND * (512 << 10);
 const STILL: u64 = 20 * (512 << 10);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "migration_files",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: files_are_as_they_were_written_last,
-    })
+        run,
+    };
+    [
+        case("migration_files", files_of_a_container),
+        case("pod_migration_files", files_of_a_pod),
+    ]
+    .into_iter()
 }
 
-fn files_are_as_they_were_written_last(bed: &Testbed) -> anyhow::Result<()> {
+fn files_of_a_container(bed: &Testbed) -> anyhow::Result<()> {
     let (a, b) = journey::start_nodes(bed)?;
     let image = journey::counter_image(bed)?;
     let image = image.with_program(IMAGE, Workload::Writer, bed.settings())?;
@@ -34,9 +44,36 @@ fn files_are_as_they_were_written_last(bed: &Testbed) -> anyhow::Result<()> {
         "ctr run --detach --snapshotter transship {IMAGE} writer /usr/local/bin/writer /data/keep"
     ))
     .run()?;
-    wait_for(&a, ROUND + 10)?;
-    for (from, to) in [(&a, &b), (&b, &a), (&a, &b)] {
-        let report = migrate(bed, from, to)?;
+    moves_with_its_files(bed, &a, &b, &["writer"])?;
+    journey::remove_container(&b, "writer")?;
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+fn files_of_a_pod(bed: &Testbed) -> anyhow::Result<()> {
+    let [a, b] = start_two(bed, true)?;
+    let image = journey::counter_image(bed)?;
+    let image = image.with_program(IMAGE, Workload::Writer, bed.settings())?;
+    a.import_image_into("k8s.io", &image, "transship")?;
+    let cri = a.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let writer = PodContainer {
+        name: "writer",
+        image: IMAGE,
+        command: &["/usr/local/bin/writer", "/data/keep"],
+        ..PodContainer::default()
+    };
+    cri.run_container(&pod, &writer)?;
+    let what = ["--pod", "shop/web", "--allow", "unmasked-paths"];
+    moves_with_its_files(bed, &a, &b, &what)?;
+    journey::check_no_pod_left(&a)
+}
+
+/// From a to b, back, and to b again.
+fn moves_with_its_files(bed: &Testbed, a: &Node, b: &Node, what: &[&str]) -> anyhow::Result<()> {
+    wait_for(a, ROUND + 10)?;
+    for (from, to) in [(a, b), (b, a), (a, b)] {
+        let report = migrate(bed, from, to, what)?;
         let sent = |name: &str| {
             let steps = report["timeline"]["steps"].as_array();
             let step = steps.into_iter().flatten().find(|it| it["name"] == name);
@@ -49,29 +86,24 @@ fn files_are_as_they_were_written_last(bed: &Testbed) -> anyhow::Result<()> {
         // From now on, however long the migration took: the next one finds files that have rested.
         let reached = wait_for(to, 1)?;
         wait_for(to, reached + ROUND + 1)?;
-        let left = format!(
-            "find /proc/{}/root -maxdepth 1 -name '.transship*'",
-            journey::task_pid(to, "writer")?
-        );
+        let left = format!("find /proc/$({PID})/root -maxdepth 1 -name '.transship*'");
         let left = { to.shell(&left) }.read()?;
         ensure!(left.is_empty(), "{left}");
     }
-    journey::remove_container(&b, "writer")?;
-    journey::check_nothing_left(&a)?;
-    journey::check_nothing_left(&b)
+    Ok(())
 }
 
-fn migrate(bed: &Testbed, from: &Node, to: &Node) -> anyhow::Result<Value> {
+fn migrate(bed: &Testbed, from: &Node, to: &Node, what: &[&str]) -> anyhow::Result<Value> {
     let there = bed.ssh(from, to)?;
     let mut migrate = from.command("transship");
-    migrate.args(["migrate", "writer", "--to", &there, "--json"]);
+    migrate.args(["migrate", "--to", &there, "--json"]);
+    migrate.args(what);
     Ok(serde_json::from_str(&migrate.read()?)?)
 }
 
 /// Waits until it has counted so far, every number once.
 fn wait_for(node: &Node, count: u64) -> anyhow::Result<u64> {
-    let pid = journey::task_pid(node, "writer")?;
-    let lines = format!("wc -l </proc/{pid}/root/data/keep/counts");
+    let lines = format!("wc -l </proc/$({PID})/root/data/keep/counts");
     Ok(poll_until("the writer to count on", PATIENCE, || {
         let lines = node
             .shell(&lines)

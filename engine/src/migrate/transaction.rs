@@ -141,8 +141,9 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         let mut bytes = 0;
         for source in &self.moving.containers {
-            // Then CRIU has the layer written by a command of its own.
-            let is_possible = self.moving.pod.is_none() && !source.container.criu.link_remap;
+            // Otherwise CRIU has the layer written by a command of its own, or nothing is there yet that takes them.
+            let waits = self.request.pod.is_some_and(|pod| pod.wait);
+            let is_possible = !source.container.criu.link_remap && !waits;
             if !is_possible || self.request.precopy.rounds == 0 {
                 known.push(None);
                 continue;

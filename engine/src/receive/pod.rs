@@ -24,7 +24,7 @@ use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
 };
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::manifest::{check_name, contents_in_upperdir};
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
@@ -45,6 +45,7 @@ use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::overlay_mounts::overlay_stack;
 use crate::progress::Progress;
+use crate::restore::make_contents_dir;
 
 mod admission;
 mod go_json;
@@ -303,15 +304,16 @@ pub(super) async fn take(
             }
         };
         interrupt.check()?;
+        // A container that somebody else will make has none.
+        let mut contents = BTreeMap::new();
+        let dir = contents_in_upperdir(&of_migration(&offer.migration));
+        for (name, id) in &made.containers {
+            let upperdir = upperdir_of(node, name, id).await?;
+            contents.insert(name.clone(), make_contents_dir(&upperdir, &dir)?);
+        }
         conversation.send(Message::Ready).await?;
-        let checkpoint = receive(
-            store,
-            conversation,
-            (offer, BTreeMap::new()),
-            request,
-            progress,
-        )
-        .await?;
+        let what = (offer, contents);
+        let checkpoint = receive(store, conversation, what, request, progress).await?;
         agree(
             node,
             conversation,
@@ -573,6 +575,16 @@ async fn start_all(
     }
 }
 
+/// The upperdir of the pod's container `name`.
+async fn upperdir_of(node: &Containerd, name: &str, id: &str) -> Result<PathBuf> {
+    let record = node.container(id).await?;
+    let snapshotter = node.snapshotter(&record.snapshotter);
+    let mounts = snapshotter.mounts(&record.snapshot_key).await?;
+    let stack = overlay_stack(&mounts);
+    let stack = stack.with_context(|| format!("the upperdir of {name:?} is not known"))?;
+    Ok(stack.top)
+}
+
 /// Restores all containers, and waits until the source has committed itself: then they may be let go. Gives the process
 /// id of the first process of the first.
 async fn agree(
@@ -615,13 +627,9 @@ async fn agree(
             ask_whether_to_wait(conversation, &mut asked).await?;
             sleep(PAUSE).await;
         };
-        let record = node.container(&id).await?;
-        let snapshotter = node.snapshotter(&record.snapshotter);
-        let mounts = snapshotter.mounts(&record.snapshot_key).await?;
-        let stack = overlay_stack(&mounts);
-        let stack = stack.with_context(|| format!("the upperdir of {name:?} is not known"))?;
         let files = &mut pod_of(locked).files;
-        files.push(stack.top);
+        files.push(upperdir_of(node, name, &id).await?);
+        let record = node.container(&id).await?;
         let spec = Spec::parse(&record.spec.unwrap_or_default().value);
         let spec = spec.with_context(|| format!("the spec of {name:?} is no OCI runtime spec"))?;
         let shared = shared_mounts(&spec, &made.sandbox).into_iter();

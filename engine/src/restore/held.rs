@@ -11,7 +11,7 @@ use containerd_client::types::Mount;
 use containerd_client::types::v1::Status;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
-use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
+use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, contents_in_upperdir};
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
 use transship_containerd::NewContainer;
@@ -65,13 +65,22 @@ impl Prepared {
     /// # Errors
     /// A system call failed.
     pub fn make_contents_dir(&mut self, plan: &Plan) -> Result<PathBuf> {
-        let name = format!(".transship-contents-{}", plan.made_by);
-        let dir = self.stack.top.join(&name);
-        let made = fs::DirBuilder::new().mode(0o700).create(&dir);
-        made.with_context(|| format!("cannot make {}", dir.display()))?;
+        let name = contents_in_upperdir(&plan.made_by);
+        let dir = make_contents_dir(&self.stack.top, &name)?;
         self.contents = Some(name);
         Ok(dir)
     }
+}
+
+/// Makes a directory for contents of files in an upperdir.
+///
+/// # Errors
+/// A system call failed.
+pub(crate) fn make_contents_dir(upperdir: &Path, name: &str) -> Result<PathBuf> {
+    let dir = upperdir.join(name);
+    let made = fs::DirBuilder::new().mode(0o700).create(&dir);
+    made.with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(dir)
 }
 
 /// Makes the snapshot of the planned container.

@@ -116,7 +116,8 @@ impl Front<'_> {
         // Until the end of this restore, or longer.
         let connections = self.hold_pod_connections(config, pod, &request)?;
         if config.annotations.rootfs == Rootfs::FromImage {
-            bundle.fill_rootfs(&request.images.with_file_name(ROOTFS_DIFF_FILE))?;
+            let diff = request.images.with_file_name(ROOTFS_DIFF_FILE);
+            bundle.fill_rootfs(&diff, &request.checkpoint)?;
         }
         let images = LinkedImages::of(&request.images)?;
         let edits = self.fit_images(images.path(), config, pod)?;

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use transship_checkpoint::beneath::open_last;
+use transship_checkpoint::manifest::contents_in_upperdir;
 use transship_layer::{
     ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
     remove_contents,
@@ -105,13 +106,13 @@ fn volatile_workdir(overlay: &MountedOverlay) -> Option<PathBuf> {
 }
 
 impl Bundle {
-    /// Fills the upperdir of the bundle's root file system from the layer in `diff`. A checkpoint
-    /// without a layer leaves it as it is.
+    /// Fills the upperdir of the bundle's root file system from the layer in `diff`, which is of `checkpoint`. A
+    /// checkpoint without a layer leaves it as it is.
     ///
     /// # Errors
     /// The mount is as it was; what was filled in is for the caller's caller to remove, together
     /// with the container.
-    pub(super) fn fill_rootfs(&self, diff: &Path) -> Result<(), RootfsError> {
+    pub(super) fn fill_rootfs(&self, diff: &Path, checkpoint: &str) -> Result<(), RootfsError> {
         let layer = match open_last(diff) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file.during("open", diff)?,
@@ -120,7 +121,14 @@ impl Bundle {
         let (root, overlay) = self.unmount_rootfs()?;
         let import = || {
             let tar = decompress(BufReader::with_capacity(1 << 20, layer)).during("read", diff)?;
-            let options = ImportOptions::for_checkpoint(len, tar.compression());
+            // What a migration has sent before the freeze. Nobody but the receiver can have made it: nothing has run here.
+            let contents = contents_in_upperdir(checkpoint);
+            let has_come = { overlay.stack.top.join(&contents).symlink_metadata() };
+            let has_come = has_come.is_ok_and(|it| it.is_dir());
+            let options = ImportOptions {
+                contents: has_come.then_some(contents),
+                ..ImportOptions::for_checkpoint(len, tar.compression())
+            };
             import_into_upperdir(tar, &overlay.stack, &options).map_err(|source| {
                 RootfsError::Import {
                     upperdir: overlay.stack.top.clone(),
