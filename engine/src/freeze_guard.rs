@@ -107,17 +107,25 @@ pub async fn run() -> Result<()> {
         let roots = orders.tasks.iter().map(|task| task.pid).collect();
         stuck_dump::wait_for_end(draft, roots).await;
     }
-    for task in &orders.tasks {
-        let_run(&orders, task).await;
-    }
+    let_all_run(&orders).await;
     let removed = match &orders.draft {
         Some(draft) => remove_draft(draft).await,
         None => Ok(()),
     };
+    if orders.draft.is_some() {
+        // CRIU freezes again what was frozen when it began, and one that began late has ended only now.
+        let_all_run(&orders).await;
+    }
     if let Some(draft) = &orders.draft {
         remove_when_unused(draft).await;
     }
     removed
+}
+
+async fn let_all_run(orders: &Orders) {
+    for task in &orders.tasks {
+        let_run(orders, task).await;
+    }
 }
 
 /// Tries until the task has been seen to run, or is gone.

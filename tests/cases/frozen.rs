@@ -3,22 +3,38 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, Testbed, TestbedError, journey, poll_until};
+use anyhow::{bail, ensure};
+use transship_testbed::{CommandRun as _, Node, Testbed, TestbedError, Tree, journey, poll_until};
 
 use crate::Case;
 use crate::migration_faults::{counts_on, run_alone};
+use crate::moments::paced_front;
 
 const PATIENCE: Duration = Duration::from_secs(40);
+const TRIES: u32 = 5;
 const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
                        && runc --root /run/containerd/runc/default resume counter";
 /// As a runtime leaves it that is killed in the middle of a pause: its shim takes it for running.
 const FROZEN: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' && ctr tasks resume counter \
                       && runc --root /run/containerd/runc/default pause counter";
+const CHECKPOINT: &str = r#"    *" checkpoint "*) stop_at checkpoint ;;"#;
+/// What is told from other runtimes by its name.
+const PACED_FRONT: &str = "/usr/local/lib/paced/transship-runc";
+const DRAFT_IN_MEMORY: &str = "/run/transship/opened/dump-*/files/.new-*";
+/// What the guard looks for CRIU's lock with.
+const SLOW_LOOK: &str = "#!/bin/sh
+touch /run/at-look
+while [ -e /run/stop-at-look ]; do sleep 0.02; done
+exec /usr/sbin/iptables-save \"$@\"
+";
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("frozen_runs_again", a_frozen_container_runs_again)
+    Case::on_all_trees("frozen_runs_again", a_frozen_container_runs_again).chain([Case {
+        what: "frozen_late_dump",
+        tree: Tree::Forky,
+        run: a_late_dump_leaves_nothing_frozen,
+    }])
 }
 
 fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
@@ -93,6 +109,59 @@ fn a_frozen_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A runtime whose caller is killed goes on. CRIU freezes again what was frozen when it began, also when the guard has let
+/// it run meanwhile.
+fn a_late_dump_leaves_nothing_frozen(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let to_b = bed.ssh(&a, &b)?;
+    a.shell("mkdir /usr/local/lib/paced").run()?;
+    for (path, script) in [
+        (PACED_FRONT, paced_front(CHECKPOINT)),
+        ("/usr/local/sbin/iptables-save", SLOW_LOOK.to_owned()),
+    ] {
+        a.write_file(path, script)?;
+        a.shell(&format!("chmod +x {path}")).run()?;
+    }
+    a.shell(&format!(
+        "ctr run --detach --snapshotter transship --runc-binary {PACED_FRONT} \
+             transship.test/counter:1 counter /usr/bin/counter --memory-mb 400
+         touch /run/stop-at-checkpoint /run/stop-at-look",
+    ))
+    .run()?;
+    journey::wait_for_count(&a, "counter", 5)?;
+    let holds = |what: &str, command: &str| {
+        poll_until(what, PATIENCE, || {
+            a.shell(command).run().map_err(|error| error.to_string())
+        })
+    };
+    // Its dump is one that containerd does not know of.
+    let migrate = ["transship", "migrate", "counter", "--to", to_b.as_str()];
+    a.start_daemon("migrate", &migrate)?;
+    holds("the runtime", "test -e /run/at-checkpoint")?;
+    a.shell("pkill -KILL -x transship").run()?;
+    holds("the guard, which sees no CRIU", "test -e /run/at-look")?;
+    a.shell(&format!(
+        "rm /run/stop-at-checkpoint
+         until ls {DRAFT_IN_MEMORY}/counter/checkpoint/core-*.img >/dev/null 2>&1; do :; done
+         pkill -STOP -x criu
+         rm /run/stop-at-look
+         for tenth in $(seq 30); do ctr tasks ls | grep -q RUNNING && break; sleep 0.1; done
+         pkill -CONT -x criu"
+    ))
+    .run()?;
+    poll_until("the end of CRIU", PATIENCE, || {
+        let ended = a.shell("! pgrep -x criu").run();
+        ended.map_err(|error| error.to_string())
+    })?;
+    poll_until("the end of the guard", PATIENCE, || {
+        let ended = a.shell("! pgrep -f '[f]reeze-guard'").run();
+        ended.map_err(|error| error.to_string())
+    })?;
+    counts_on(&a, "counter")?;
+    journey::remove_container(&a, "counter")?;
+    journey::check_nothing_left(&a)
+}
+
 /// CRIU waits for a stopped task as long as the cgroup v1 freezer holds it; with cgroup v2 it dumps one.
 fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
     let hangs = node.shell("test -d /sys/fs/cgroup/freezer").run().is_ok();
@@ -117,14 +186,32 @@ fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
     goes_on(node)
 }
 
-/// CRIU drops all packets of the container during the dump.
+/// CRIU drops all packets of the container during the dump. One that is killed while it changes the registers of a process
+/// takes that with it: then there is no network to look at, and it is tried again.
 fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
-    run_alone(node, "alone")?;
-    let pid = journey::task_pid(node, "alone")?;
-    let locks = format!(
-        "nsenter -t {pid} -n sh -c 'iptables-save; ip6tables-save; nft list tables' 2>/dev/null | grep CRIU"
-    );
-    let kill = format!("until {locks} >/dev/null; do :; done; pkill -KILL -x criu");
+    for _ in 0..TRIES {
+        run_alone(node, "alone")?;
+        let pid = journey::task_pid(node, "alone")?;
+        let locks = format!(
+            "nsenter -t {pid} -n sh -c 'iptables-save; ip6tables-save; nft list tables' 2>/dev/null | grep CRIU"
+        );
+        kill_criu_when(node, &locks)?;
+        let has_ended = node.ctr(&["tasks", "ls"])?.contains("STOPPED");
+        if !has_ended {
+            let left = node.shell(&format!("{locks} || true")).read()?;
+            ensure!(left.is_empty(), "{left}");
+            counts_on(node, "alone")?;
+            return Ok(journey::remove_container(node, "alone")?);
+        }
+        journey::delete_ended_task(node, "alone")?;
+        node.ctr(&["containers", "delete", "alone"])?;
+    }
+    bail!("the process has ended {TRIES} times");
+}
+
+/// Kills the CRIU of a checkpoint as soon as the command `there` succeeds.
+fn kill_criu_when(node: &Node, there: &str) -> anyhow::Result<()> {
+    let kill = format!("until {there} >/dev/null; do :; done; pkill -KILL -x criu");
     let mut checkpoint = node.command("transship");
     checkpoint.args(["checkpoint", "alone", "--name", "alone"]);
     // One that was quicker than the look is made again.
@@ -140,10 +227,7 @@ fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
             }
         }
     })?;
-    let left = node.shell(&format!("{locks} || true")).read()?;
-    ensure!(left.is_empty(), "{left}");
-    counts_on(node, "alone")?;
-    Ok(journey::remove_container(node, "alone")?)
+    Ok(())
 }
 
 /// Kills `program` when the command `there` succeeds in the node; where the program has been

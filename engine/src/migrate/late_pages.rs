@@ -23,7 +23,7 @@ use crate::error::{Context, Error, Result};
 
 /// Answers as long as it is there.
 #[derive(Debug)]
-pub(super) struct LatePages {
+pub(super) struct PageServer {
     dumps: Dumping,
     /// When the dumps began, in the timeline.
     began: Duration,
@@ -32,7 +32,7 @@ pub(super) struct LatePages {
     _end: EndAtDrop,
 }
 
-impl LatePages {
+impl PageServer {
     /// Begins to answer through this connection, out of the processes that these dumps hold.
     ///
     /// # Errors

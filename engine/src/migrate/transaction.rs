@@ -21,7 +21,7 @@ use super::before_restore;
 use super::dump_files::Next;
 use super::dump_parts::{DumpParts, Dumping, Known, PartDump};
 use super::file_contents;
-use super::late_pages::LatePages;
+use super::late_pages::PageServer;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use super::precopy::Rounds;
@@ -75,7 +75,7 @@ pub(super) struct Transaction<'a> {
     /// What was sent before the freeze, by the names of the containers, for the manifest.
     pub(super) files_before: Vec<(String, File)>,
     /// Pages that come when the copy runs already.
-    pub(super) late: Option<LatePages>,
+    pub(super) late: Option<PageServer>,
 }
 
 impl Transaction<'_> {
@@ -445,7 +445,7 @@ impl Transaction<'_> {
         };
         if is_late {
             let link = self.conversation.take_for_pages();
-            self.late = Some(LatePages::serve(link, dumps, parts, from)?);
+            self.late = Some(PageServer::serve(link, dumps, parts, from)?);
             return self.hand_over(draft, files, losses, shared).await;
         }
         let ended = async {

@@ -21,12 +21,12 @@ use crate::error::{Context, Error, Result};
 
 /// Brings pages as long as it is there.
 #[derive(Debug)]
-pub(super) struct LatePages {
+pub(super) struct PageRelay {
     relay: JoinSet<Result<()>>,
     _end: EndAtDrop,
 }
 
-impl LatePages {
+impl PageRelay {
     /// Waits in the directory of the container for whoever serves its memory. The source may take as long as `patience`
     /// for each answer.
     ///
@@ -112,8 +112,8 @@ mod tests {
 
         let dir = tempfile::tempdir().unwrap();
         let patience = Duration::from_secs(20);
-        assert!(LatePages::bring(dir.path(), None, patience).is_err());
-        let late = LatePages::bring(dir.path(), link, patience).unwrap();
+        assert!(PageRelay::bring(dir.path(), None, patience).is_err());
+        let late = PageRelay::bring(dir.path(), link, patience).unwrap();
         let socket = dir.path().join(SOCKET);
         let guard = std::thread::spawn(move || {
             let mut asking = UnixStream::connect(socket)?;

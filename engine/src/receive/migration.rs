@@ -19,7 +19,7 @@ use transship_containerd::Containerd;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
-use super::late_pages::LatePages;
+use super::late_pages::PageRelay;
 use super::pod::{self, PodPlan};
 use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle, tell};
 use crate::conversation::Conversation;
@@ -280,7 +280,7 @@ async fn take(
             true => {
                 let dir = checkpoint.dir.join(&offered.container.name);
                 let link = conversation.take_for_pages();
-                Some(LatePages::bring(&dir, link, request.link_patience)?)
+                Some(PageRelay::bring(&dir, link, request.link_patience)?)
             }
             false => None,
         };
@@ -340,7 +340,7 @@ async fn runs(
     store: &Store,
     conversation: &mut Conversation,
     mut locked: Locked,
-    (pid, released, late): (u32, Result<()>, Option<LatePages>),
+    (pid, released, late): (u32, Result<()>, Option<PageRelay>),
 ) -> Result<Received> {
     match released {
         // It can still be lost.
