@@ -12,7 +12,7 @@ use containerd_client::tonic::{Code, Streaming};
 use tokio::sync::mpsc;
 
 use crate::labels::{mask, owned};
-use crate::{Containerd, ContainerdError, During, MESSAGE_LIMIT, Upload, present};
+use crate::{Containerd, ContainerdError, During, MESSAGE_LIMIT, Upload, present, unique};
 
 /// Largest manifest, index or config that is read into memory, in bytes. containerd's own limit
 /// is 8 MiB.
@@ -137,7 +137,9 @@ impl Containerd {
         labels: HashMap<String, String>,
         mut pieces: mpsc::Receiver<Vec<u8>>,
     ) -> Result<(), ContainerdError> {
-        let mut upload = Upload::begin(self.clone(), format!("transship-{digest}")).await?;
+        // Another may write the same at this moment; the first one who is done has written it.
+        let reference = format!("transship-{digest}-{}", unique());
+        let mut upload = Upload::begin(self.clone(), reference).await?;
         let written = async {
             while let Some(piece) = pieces.recv().await {
                 upload.write(piece).await?;

@@ -230,7 +230,9 @@ impl Containerd {
         let bytes = document.to_string().into_bytes();
         let digest = format!("sha256:{}", HEXLOWER.encode(&Sha256::digest(&bytes)));
         let size = bytes.len();
-        let mut upload = Upload::begin(self.clone(), format!("transship-{digest}")).await?;
+        // Another may write the same at this moment; the first one who is done has written it.
+        let reference = format!("transship-{digest}-{}", unique());
+        let mut upload = Upload::begin(self.clone(), reference).await?;
         let written = async {
             upload.write(bytes).await?;
             upload.commit(&digest, size as u64, &labels).await

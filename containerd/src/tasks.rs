@@ -170,6 +170,14 @@ impl Containerd {
             Err(error) if error.is_not_found() => return Ok(()),
             Err(error) => return Err(error),
         };
+        match self.kill_task_in(status, id).await {
+            // Somebody else has deleted it meanwhile: `ctr run` does with its own.
+            Err(_) if matches!(self.task(id).await, Err(error) if error.is_not_found()) => Ok(()),
+            ended => ended,
+        }
+    }
+
+    async fn kill_task_in(&self, status: Status, id: &str) -> Result<(), ContainerdError> {
         match status {
             Status::Running | Status::Paused | Status::Pausing => self.end_task(id).await?,
             // The shim kills what was created and never started. A runtime that was killed when it had started it, and

@@ -8,8 +8,8 @@
 //! Write {COMMIT, ref, offset, data, total, expected digest, labels} ──>
 //! ```
 //!
-//! Offset 0 makes containerd throw away what an earlier attempt has left under the reference. The
-//! last data goes with the commit, so a small blob is one message.
+//! The last data goes with the commit, so a small blob is one message. What a killed process leaves under its reference goes
+//! with its lease.
 
 use std::collections::HashMap;
 

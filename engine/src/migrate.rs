@@ -196,6 +196,14 @@ pub async fn migrate(
         record.clear()?;
     }
     record.check_clear(&id, node.namespace())?;
+    if was_paused {
+        let paused = moving.containers.iter().filter(|it| it.was_paused);
+        let message = format!("{called} is paused, and its copy would run");
+        return Err(paused.fold(Error::refused(message), |error, source| {
+            let resume = format!("ctr -n {} tasks resume {}", node.namespace(), source.id());
+            error.hint(resume)
+        }));
+    }
     let mut made = Vec::new();
     for container in &mut moving.containers {
         match image_blobs::complete(node, container).await {

@@ -674,6 +674,7 @@ fn export(
         fs::File::create_new(&part).with_context(|| format!("cannot make {}", part.display()))?;
     let options = ExportOptions {
         known,
+        beside_criu: true,
         ..ExportOptions::default()
     };
     let stats = export_upperdir_to_file(stack, &file, &options)

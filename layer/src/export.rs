@@ -49,6 +49,8 @@ pub struct ExportOptions {
     pub format: LayerFormat,
     /// What the importer has already; only for a checkpoint.
     pub known: Option<Arc<KnownContents>>,
+    /// Whether CRIU dumps the container meanwhile: what it makes there for a moment is nobody's change.
+    pub beside_criu: bool,
 }
 
 /// What an export wrote, and what it could not.
@@ -156,7 +158,7 @@ pub(crate) fn export_with<W: Write>(
         xattr_reader: XattrReader::new(),
         xattrs: Vec::new(),
     };
-    let mut walk = UpperWalk::new(read_ahead);
+    let mut walk = UpperWalk::new(read_ahead, options.beside_criu);
     let root = export.look_into(root, b"")?;
     export.write_directory(&mut walk, root)?;
     while let Some(next) = walk.next_name()? {

@@ -6,7 +6,8 @@
 //! nothing that a running container does to its tree leads the walk out of it.
 
 use std::collections::VecDeque;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -45,14 +46,17 @@ pub(crate) struct UpperWalk {
     directories: DirectoryStack<WalkedDirectory>,
     path: Vec<u8>,
     read_ahead: ReadAhead,
+    /// Whether CRIU dumps the container meanwhile.
+    beside_criu: bool,
 }
 
 impl UpperWalk {
-    pub(crate) fn new(read_ahead: ReadAhead) -> Self {
+    pub(crate) fn new(read_ahead: ReadAhead, beside_criu: bool) -> Self {
         UpperWalk {
             directories: DirectoryStack::new(),
             path: Vec::new(),
             read_ahead,
+            beside_criu,
         }
     }
 
@@ -103,6 +107,10 @@ impl UpperWalk {
             let position = innermost.next;
             if let Some((name, inode_type)) = innermost.listing.get(position) {
                 innermost.next += 1;
+                if self.beside_criu && is_place_of_criu(&self.path, name) {
+                    drop(innermost.take_loaded(position, &mut self.read_ahead));
+                    continue;
+                }
                 crate::path_bytes::push_component(&mut self.path, name);
                 return Ok(Some(NextName {
                     name_len: name.len(),
@@ -125,7 +133,11 @@ impl UpperWalk {
         }
         let now = fstat(fd).map_err(|errno| ExportError::io("stat", &self.path, errno))?;
         if !left.attributes.unchanged_in(&now.into()) {
-            return Err(ExportError::changed(&self.path));
+            let by_criu = self.beside_criu && { left.changed_by_criu(fd, &self.path, &now.into()) }
+                .map_err(|error| ExportError::io("list", &self.path, error))?;
+            if !by_criu {
+                return Err(ExportError::changed(&self.path));
+            }
         }
         self.directories.leave().map_err(|error| match error {
             LeaveError::Moved => ExportError::changed(&self.path),
@@ -134,7 +146,41 @@ impl UpperWalk {
     }
 }
 
+/// Whether a name is that of a directory which CRIU makes for a moment, to mount a tmpfs of the container on it: `mkdtemp`
+/// of `/tmp/cr-tmpfs.XXXXXX`, or of `/cr-tmpfs.XXXXXX` where there is no `/tmp` (`get_clean_mnt` of `criu/mount.c`).
+fn is_place_of_criu(directory: &[u8], name: &[u8]) -> bool {
+    let random = name.strip_prefix(b"cr-tmpfs.");
+    let is_made = |random: &[u8]| random.len() == 6 && random.iter().all(u8::is_ascii_alphanumeric);
+    matches!(directory, b"" | b"tmp") && random.is_some_and(is_made)
+}
+
 impl WalkedDirectory {
+    /// Whether only CRIU has changed the directory at `path`: it has made its place there and removed it, and for that
+    /// overlayfs has copied `/tmp` up.
+    fn changed_by_criu(
+        &self,
+        fd: &Arc<OwnedFd>,
+        path: &[u8],
+        now: &InodeAttributes,
+    ) -> io::Result<bool> {
+        let then = &self.attributes;
+        let same = then.identity == now.identity
+            && (then.mode, then.uid, then.gid) == (now.mode, now.uid, now.gid);
+        if !same || !matches!(path, b"" | b"tmp") {
+            return Ok(false);
+        }
+        let mut listing = DirectoryListing::default();
+        listing.read(fd.as_fd())?;
+        let others = |name: &&[u8]| !is_place_of_criu(path, name);
+        let then = { self.listing.iter() }.map(|(name, _)| name).filter(others);
+        let copied_up = path.is_empty() && !self.listing.has(b"tmp");
+        let now = { listing.iter() }
+            .map(|(name, _)| name)
+            .filter(others)
+            .filter(|name| !(copied_up && *name == b"tmp"));
+        Ok(now.eq(then))
+    }
+
     /// Has what comes next loaded, as far as there is room.
     fn read_on(&mut self, fd: &Arc<OwnedFd>, read_ahead: &mut ReadAhead) {
         while read_ahead.has_room(self.jobs.len()) {

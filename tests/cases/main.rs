@@ -35,6 +35,7 @@ mod migration_faults;
 mod migration_files;
 mod migration_keeps;
 mod migration_lazy;
+mod migration_variants;
 mod moments;
 mod nerdctl;
 mod node_api;
@@ -182,6 +183,7 @@ fn main() -> ExitCode {
         .chain(lost_task::cases())
         .chain(migration_address::cases())
         .chain(migration_cut::cases())
+        .chain(migration_variants::cases())
         .chain(migration_direct::cases())
         .chain(migration_keeps::cases())
         .chain(pods_migrated::cases())

@@ -136,7 +136,7 @@ impl Front<'_> {
             .map_err(|source| not_admitted(&request, source))?;
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;
-        timers::advance_wall_clock(images.path(), task_attributes::since_freeze(&attributes))?;
+        timers::correct(images.path(), task_attributes::since_freeze(&attributes))?;
         let networks = config.annotations.networks.as_deref();
         let keeps_addresses = { networks.map(own_networks::are_kept).transpose() }
             .during("parse the networks for", bundle.dir())?

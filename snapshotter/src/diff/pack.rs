@@ -55,6 +55,7 @@ pub(super) fn pack_layer(
         source_date_epoch,
         format: LayerFormat::Image,
         known: None,
+        beside_criu: false,
     };
     thread::scope(|scope| {
         let (tar, tar_chunks) = sync_channel(QUEUED_CHUNKS);
