@@ -29,6 +29,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::SndBufForce;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open, setsid};
 
 use crate::descendants::Process;
@@ -45,6 +47,9 @@ const LOG: &str = "lazy-pages.log";
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const READY: &str = "ready";
 const HELD: &str = "held";
+/// Bytes that what CRIU asks for may take: it does not wait for room, and fails where there is none. Each thread that waits
+/// for a page has asked for one, which takes some 800 bytes of the kernel; what is not used is not taken.
+const REQUESTS: usize = 64 << 20;
 /// How long the server may take to read the images' tables.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -141,6 +146,7 @@ fn serve_restore(images: &Path, work: &Path) -> io::Result<()> {
     setsid()?;
     let memory = Memory::open(images)?;
     let (pages, for_criu) = UnixStream::pair()?;
+    setsockopt(&for_criu, SndBufForce, &REQUESTS)?;
     let pages = std::thread::spawn(move || page_server::serve(pages, memory));
     let mut server = Command::new("criu")
         .args(["lazy-pages", "--images-dir"])

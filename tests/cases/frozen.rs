@@ -164,26 +164,31 @@ fn a_late_dump_leaves_nothing_frozen(bed: &Testbed) -> anyhow::Result<()> {
 
 /// CRIU waits for a stopped task as long as the cgroup v1 freezer holds it; with cgroup v2 it dumps one.
 fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
-    let hangs = node.shell("test -d /sys/fs/cgroup/freezer").run().is_ok();
+    let by_freezer = node.shell("test -d /sys/fs/cgroup/freezer").run().is_ok();
     let pid = journey::task_pid(node, "counter")?;
     node.shell(&format!("kill -STOP {pid}")).run()?;
     let mut command = node.command("transship");
     command.args(["checkpoint", "counter", "--name", "stopped"]);
-    if hangs {
-        let error = command.arg("--dump-timeout=3").read_failure()?;
-        for said in [
-            "wrote nothing for 3 s",
-            &format!("{pid} (counter)"),
-            "SIGCONT",
-        ] {
-            ensure!(error.contains(said), "{error}");
+    if by_freezer {
+        // Before anything is frozen.
+        let refused = command.read_failure()?;
+        for said in [&format!("{pid} (counter)"), "kill -CONT"] {
+            ensure!(refused.contains(said), "{refused}");
         }
     } else {
         command.run()?;
         node.shell("transship rm stopped").run()?;
     }
     node.shell(&format!("kill -CONT {pid}")).run()?;
-    goes_on(node)
+    goes_on(node)?;
+
+    // One that CRIU has left its parasite in is never dumped again: "POKEDATA failed".
+    run_alone(node, "held")?;
+    let begun = format!("ls {DRAFT}/held/work/dump.log 2>/dev/null");
+    let error = checkpoint_with_criu(node, "STOP", &begun, ["held", "--dump-timeout=3"])?;
+    ensure!(error.contains("wrote nothing for 3 s"), "{error}");
+    let remove = "ctr tasks delete --force held && ctr containers delete held";
+    Ok(node.shell(remove).run()?)
 }
 
 /// CRIU drops all packets of the container during the dump. One that is killed while it changes the registers of a process
@@ -195,7 +200,7 @@ fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
         let locks = format!(
             "nsenter -t {pid} -n sh -c 'iptables-save; ip6tables-save; nft list tables' 2>/dev/null | grep CRIU"
         );
-        kill_criu_when(node, &locks)?;
+        checkpoint_with_criu(node, "KILL", &locks, ["alone", "--dump-timeout=30"])?;
         let has_ended = node.ctr(&["tasks", "ls"])?.contains("STOPPED");
         if !has_ended {
             let left = node.shell(&format!("{locks} || true")).read()?;
@@ -209,25 +214,31 @@ fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
     bail!("the process has ended {TRIES} times");
 }
 
-/// Kills the CRIU of a checkpoint as soon as the command `there` succeeds.
-fn kill_criu_when(node: &Node, there: &str) -> anyhow::Result<()> {
-    let kill = format!("until {there} >/dev/null; do :; done; pkill -KILL -x criu");
+/// Sends a signal to the CRIU of a checkpoint as soon as the command `there` succeeds, and gives the error.
+fn checkpoint_with_criu(
+    node: &Node,
+    signal: &str,
+    there: &str,
+    arguments: [&str; 2],
+) -> anyhow::Result<String> {
+    let hit = format!("until {there} >/dev/null; do :; done; pkill -{signal} -x criu");
     let mut checkpoint = node.command("transship");
-    checkpoint.args(["checkpoint", "alone", "--name", "alone"]);
+    checkpoint
+        .args(["checkpoint", "--name", "hit"])
+        .args(arguments);
     // One that was quicker than the look is made again.
-    poll_until("CRIU to be killed with its lock", PATIENCE, || {
+    Ok(poll_until("CRIU to be hit", PATIENCE, || {
         let failed = |error: TestbedError| error.to_string();
-        { node.start_daemon("kill", &["sh", "-c", &kill]) }.map_err(failed)?;
+        { node.start_daemon("hit", &["sh", "-c", &hit]) }.map_err(failed)?;
         match checkpoint.read_failure() {
-            Ok(_) => Ok(()),
+            Ok(error) => Ok(error),
             Err(_) => {
-                node.stop_daemon("kill", "KILL").map_err(failed)?;
-                { node.shell("transship rm alone") }.run().map_err(failed)?;
+                node.stop_daemon("hit", "KILL").map_err(failed)?;
+                { node.shell("transship rm hit") }.run().map_err(failed)?;
                 Err("the checkpoint was taken".to_owned())
             }
         }
-    })?;
-    Ok(())
+    })?)
 }
 
 /// Kills `program` when the command `there` succeeds in the node; where the program has been

@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 45] = [
+pub static CONDITIONS: [Condition; 46] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -215,6 +215,15 @@ pub static CONDITIONS: [Condition; 45] = [
         remedy: "detach the tracer",
         seen: "/proc/PID/status: TracerPid",
         criu_says: &["Unseizable non-zombie"],
+    },
+    Condition {
+        name: "stopped",
+        effect: Effect::NoDump,
+        what: "some of its processes are stopped (SIGSTOP, a job in the background of a terminal), for which CRIU waits for \
+               ever while the cgroup v1 freezer holds them",
+        remedy: "let them go on (kill -CONT), or use a node with cgroup v2",
+        seen: "/proc/PID/status: State, /proc/PID/cgroup",
+        criu_says: &[],
     },
     Condition {
         name: "dead-leader",

@@ -21,6 +21,9 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
             let by = format!("{} by {}", seen.called(), status.tracerpid);
             hits.push(("traced", by));
         }
+        if status.state.starts_with('T') && is_below_freezer(status.pid) {
+            hits.push(("stopped", seen.called()));
+        }
         if is_dead_leader(seen) {
             hits.push(("dead-leader", seen.called()));
         }
@@ -31,6 +34,15 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
         .filter(|seen| !seen.status.state.starts_with('Z'));
     hits.extend(exec.map(|seen| ("exec", seen.called())));
     hits
+}
+
+/// Whether the freezer of cgroup v1 freezes it: `ptrace(PTRACE_SEIZE)` of a task that is stopped and frozen by that one does
+/// not come back (seen on Linux 6.18 in `ptrace_attach`).
+fn is_below_freezer(pid: i32) -> bool {
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    // "7:freezer:/default/web", cgroups(7).
+    let mut controllers = { cgroups.lines() }.filter_map(|line| line.split(':').nth(1));
+    controllers.any(|list| list.split(',').any(|controller| controller == "freezer"))
 }
 
 /// Who will run CRIU has the capabilities of the shim, which is the parent of the first process.
