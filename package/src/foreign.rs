@@ -45,6 +45,8 @@ pub mod write;
 
 use dump_files::{ConfigDump, Named};
 
+/// The type of a directory, in a mode as in `stat`.
+const DIRECTORY: u32 = 0o040_000;
 /// Where the files lie until the container's name is known.
 const UNNAMED: &str = ".unnamed";
 /// Longest JSON that is read, in bytes.
@@ -397,7 +399,8 @@ impl Reading<'_> {
         Ok((manifest, named.engine, self.left_out))
     }
 
-    /// `root` are the rights of the container's root, where they differ from those of other engines.
+    /// `root` are the rights of the container's root, where they differ from those of other engines. CRIU compares
+    /// them with what it finds; a layer that says others, as one of ours does, is what it will find.
     fn write_spec_and_layer(&mut self, spec: &[u8], root: Option<u32>) -> Result<(), PackageError> {
         let path = self.dir.join(SPEC_FILE);
         std::fs::File::create_new(&path)
@@ -412,10 +415,15 @@ impl Reading<'_> {
             None => Vec::new(),
             Some(deleted) => dump_files::parse("deleted.files", &deleted)?,
         };
-        match deleted.is_empty() && root.is_none() {
-            true => Ok(()),
-            false => whiteouts::append(&layer, &deleted, root),
+        if deleted.is_empty() && root.is_none() {
+            return Ok(());
         }
+        let in_layer = whiteouts::append(&layer, &deleted, root)?;
+        if let Some(mode) = in_layer.filter(|_| in_layer != root && root.is_some()) {
+            let images = self.dir.join(IMAGES_DIR);
+            regular_files::set_mode(&images, "/", DIRECTORY | mode)?;
+        }
+        Ok(())
     }
 }
 

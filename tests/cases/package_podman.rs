@@ -108,6 +108,24 @@ fn to_podman(node: &Node) -> anyhow::Result<()> {
         "{seen}, {before} before"
     );
     ensure!(!seen.contains("delete-me"), "{seen}");
+    // What podman would take is a checkpoint of ours again.
+    node.shell(
+        "transship import /root/ours.tar --name again
+         transship restore again --id again",
+    )
+    .run()?;
+    let again =
+        "ctr task exec --exec-id look again /bin/sh -c 'cat /data/count /dev/shm/x; ls -ld /'";
+    let again = { node.shell(again) }.read()?;
+    let lines: Vec<&str> = again.lines().collect();
+    let count: u64 = lines.first().unwrap_or(&"").parse()?;
+    ensure!(
+        count + 10 >= before && lines.get(1) == Some(&"shared"),
+        "{again}, {before} before"
+    );
+    ensure!(again.contains("drwxr-xr-x"), "{again}");
+    journey::remove_container(node, "again")?;
+    node.shell("transship rm again").run()?;
     // What it is not for.
     journey::run_sandbox(node, "sandbox")?;
     node.shell(&format!(

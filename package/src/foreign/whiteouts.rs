@@ -14,12 +14,12 @@ use crate::error::PackageError;
 const BLOCK: u64 = 512;
 
 /// Adds whiteouts for the paths `deleted` to the plain layer at `path`; those that the layer has already are
-/// left out. `root` are the rights of its root, when the layer does not say them.
+/// left out. `root` are the rights of its root, when the layer does not say them; those that it has then are returned.
 pub(super) fn append(
     path: &Path,
     deleted: &[String],
     root: Option<u32>,
-) -> Result<(), PackageError> {
+) -> Result<Option<u32>, PackageError> {
     let refused = |reason: String| PackageError::Member {
         member: "deleted.files".to_owned(),
         reason,
@@ -31,11 +31,16 @@ pub(super) fn append(
     let file = File::open(path).during("open", path)?;
     let mut archive = Archive::new(file);
     let (mut put, mut gone) = (BTreeSet::new(), BTreeSet::new());
-    let mut end = 0;
+    let (mut end, mut root_in_layer) = (0, None);
     while let Some(member) = archive.next_member().map_err(in_layer)? {
         let (changed, change) = member.layer_change();
         match change {
-            LayerChange::Put => put.insert(changed),
+            LayerChange::Put => {
+                if changed.is_empty() {
+                    root_in_layer = Some(member.mode & 0o7777);
+                }
+                put.insert(changed)
+            }
             LayerChange::Deleted => gone.insert(changed),
             LayerChange::Opaque => false,
         };
@@ -81,7 +86,7 @@ pub(super) fn append(
         let written = builder.append_data(&mut header, &name, std::io::empty());
         written.map_err(|error| refused(format!("{name:?} cannot be written: {error}")))?;
     }
-    if let Some(mode) = root.filter(|_| !put.contains(&b""[..])) {
+    if let Some(mode) = root.filter(|_| root_in_layer.is_none()) {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Directory);
         header.set_size(0);
@@ -91,7 +96,8 @@ pub(super) fn append(
     }
     builder.finish().during("write", path)?;
     drop(builder);
-    Ok(file.flush().during("write", path)?)
+    file.flush().during("write", path)?;
+    Ok(root_in_layer.or(root))
 }
 
 #[cfg(test)]
@@ -134,6 +140,15 @@ mod tests {
             changes(&path),
             expected.map(|(it, how)| (it.to_owned(), how))
         );
+    }
+
+    #[test]
+    fn the_layer_says_the_rights_of_its_root_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = layer(dir.path());
+        assert_eq!(append(&path, &[], None).unwrap(), None);
+        assert_eq!(append(&path, &[], Some(0o555)).unwrap(), Some(0o555));
+        assert_eq!(append(&path, &[], Some(0o700)).unwrap(), Some(0o555));
     }
 
     #[test]
