@@ -43,7 +43,8 @@ use page_server::Memory;
 pub const ROLE: &str = "transship-lazy-pages";
 /// In the work directory; CRIU has no option for it.
 const SOCKET: &str = "lazy-pages.socket";
-const LOG: &str = "lazy-pages.log";
+/// The server's log, in the work directory.
+pub(crate) const LOG: &str = "lazy-pages.log";
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const READY: &str = "ready";
 const HELD: &str = "held";

@@ -7,13 +7,15 @@ use std::path::Path;
 use serde::Deserialize;
 use transship_checkpoint::criu_log;
 
+use crate::lazy_pages;
 use crate::restore_log::keep_criu_log;
 
 /// CRIU's log of a restore, in the work directory.
 const RESTORE_LOG: &str = "restore.log";
 const LAST_ENTRIES: u64 = 64 << 10;
 
-/// The cause: CRIU's first error, else what the runtime wrote into its own log from `log_start` on.
+/// The cause: CRIU's first error, else that of the server of a memory that comes late, else what the runtime wrote into
+/// its own log from `log_start` on.
 /// CRIU's log is kept in `logs` as `name`, because the bundle goes away with the failed container.
 pub(super) fn of_restore(
     work: &Path,
@@ -21,12 +23,14 @@ pub(super) fn of_restore(
     log_start: u64,
     (logs, name): (&Path, &str),
 ) -> String {
-    let criu_log = work.join(RESTORE_LOG);
-    if let Ok(Some(error)) = criu_log::first_error_of(&criu_log) {
-        return match keep_criu_log(logs, name, &criu_log) {
-            Ok(kept) => format!("CRIU: {error} (all of it in {})", kept.display()),
-            Err(_) => format!("CRIU: {error}"),
-        };
+    for (log, who) in [(RESTORE_LOG, "CRIU"), (lazy_pages::LOG, "criu lazy-pages")] {
+        let log = work.join(log);
+        if let Ok(Some(error)) = criu_log::first_error_of(&log) {
+            return match keep_criu_log(logs, name, &log) {
+                Ok(kept) => format!("{who}: {error} (all of it in {})", kept.display()),
+                Err(_) => format!("{who}: {error}"),
+            };
+        }
     }
     log.and_then(|log| last_entry(log, log_start))
         .unwrap_or_else(|| "the runtime gives no reason".to_owned())
@@ -76,6 +80,13 @@ mod tests {
         assert_eq!(
             of_restore(dir.path(), Some(&log), start, kept),
             "criu failed"
+        );
+        let pages = "(00.1) Error (criu/uffd.c:1): lazy-pages: cannot send\n";
+        std::fs::write(dir.path().join(lazy_pages::LOG), pages).unwrap();
+        let reason = of_restore(dir.path(), Some(&log), start, kept);
+        assert!(
+            reason.starts_with("criu lazy-pages: lazy-pages: cannot send (all of it in /"),
+            "{reason}"
         );
         let criu = "(00.1)  3: Error (criu/x.c:1): Can't open file /x\n";
         std::fs::write(dir.path().join("restore.log"), criu).unwrap();
