@@ -6,10 +6,15 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
+
+const DIRECTORY: OFlag = OFlag::O_PATH
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_CLOEXEC);
 
 /// What is done about symbolic links on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,16 +30,8 @@ pub enum Links {
 /// # Errors
 /// It is no regular file, lies elsewhere, or a system call failed.
 pub fn open_regular(root: &Path, path: &Path, links: Links) -> io::Result<File> {
-    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = open(root, directory, Mode::empty())?;
-    let resolve = match links {
-        Links::Refused => ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS,
-        Links::Within => ResolveFlag::RESOLVE_IN_ROOT,
-    };
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
-        .resolve(resolve | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let file = File::from(openat2(&root, path, how)?);
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let file = File::from(open_with(root, path, links, flags)?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -57,17 +54,32 @@ pub fn open_last(path: &Path) -> io::Result<File> {
     )
 }
 
+/// Opens the directory at `path` beneath the directory `root`, to look things up in it.
+///
+/// # Errors
+/// It is no directory, lies elsewhere, or a system call failed.
+pub fn open_directory(root: &Path, path: &Path, links: Links) -> io::Result<OwnedFd> {
+    open_with(root, path, links, DIRECTORY)
+}
+
 /// Checks that no link leads to the directory at `path` beneath the directory `root`.
 ///
 /// # Errors
 /// There is one, it is no directory, or a system call failed.
 pub fn require_directory(root: &Path, path: &Path) -> io::Result<()> {
-    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = open(root, directory, Mode::empty())?;
-    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
-    let how = OpenHow::new().flags(directory).resolve(resolve);
-    openat2(&root, path, how)?;
-    Ok(())
+    open_directory(root, path, Links::Refused).map(drop)
+}
+
+fn open_with(root: &Path, path: &Path, links: Links, flags: OFlag) -> io::Result<OwnedFd> {
+    let root = open(root, DIRECTORY, Mode::empty())?;
+    let resolve = match links {
+        Links::Refused => ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS,
+        Links::Within => ResolveFlag::RESOLVE_IN_ROOT,
+    };
+    let how = OpenHow::new()
+        .flags(flags)
+        .resolve(resolve | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    Ok(openat2(&root, path, how)?)
 }
 
 /// Reads such a file, which may have `limit` bytes at most.

@@ -34,7 +34,7 @@ mod outside_sockets;
 mod privileges;
 mod processes;
 mod read_only_root;
-mod sock_diag;
+pub(crate) mod sock_diag;
 mod sockets;
 mod watches;
 

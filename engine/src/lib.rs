@@ -21,6 +21,7 @@
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
+//!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
 //!  durable_record: small files that outlive a power cut
@@ -92,6 +93,7 @@ mod pulls;
 pub mod push;
 pub mod receive;
 pub mod registry;
+mod renamed_sockets;
 pub mod restart_policy;
 pub mod restore;
 pub mod restore_pod;

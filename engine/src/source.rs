@@ -48,6 +48,7 @@ use crate::freeze_guard::TaskToFreeze;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
+use crate::renamed_sockets;
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
@@ -585,7 +586,9 @@ impl SourceContainer {
                 log.display()
             );
         }
-        timer_threads::translate(&dir.join(IMAGES_DIR)).await
+        let images = dir.join(IMAGES_DIR);
+        timer_threads::translate(&images).await?;
+        renamed_sockets::rename(&images, self.pid).await
     }
 }
 

@@ -33,6 +33,7 @@ fn options_of_a_container_alone(bed: &Testbed) -> anyhow::Result<()> {
     let node = start(bed)?;
     a_connection_moves_with_its_address(&node)?;
     a_network_is_left_behind(&node)?;
+    sockets_are_found_under_their_names(&node)?;
     a_cgroup_is_restored_or_not(&node)?;
     memory_comes_when_it_is_touched(&node)?;
     journey::check_nothing_left(&node)
@@ -179,6 +180,18 @@ fn a_cgroup_is_restored_or_not(node: &Node) -> anyhow::Result<()> {
     node.shell("rm /usr/local/sbin/runc; transship rm grouped")
         .run()?;
     Ok(())
+}
+
+/// Also those that were bound under another one.
+fn sockets_are_found_under_their_names(node: &Node) -> anyhow::Result<()> {
+    run(node, "named", &[], &["renamed=/data/a", "linked=/data/b"])?;
+    holds(node, "named", "renamed ok\nlinked ok\n")?;
+    checkpoint(node, "named", &[])?;
+    journey::remove_container(node, "named")?;
+    node.shell("transship restore named; transship rm named")
+        .run()?;
+    holds(node, "named", "renamed ok\nlinked ok\n")?;
+    Ok(journey::remove_container(node, "named")?)
 }
 
 /// Lets a program before runc on the path write down its arguments.

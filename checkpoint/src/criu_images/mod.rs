@@ -36,6 +36,7 @@ pub mod tasks;
 pub mod thread_timers;
 pub mod threads;
 pub mod timers;
+pub mod unix_sockets;
 pub mod user_namespace;
 pub mod utsns;
 

@@ -2,7 +2,7 @@
 
 use procfs::process::{FDTarget, all_processes};
 
-use super::sock_diag::unix_peers;
+use super::sock_diag::unix_sockets;
 use super::sockets::Owned;
 use super::{Hit, Subject};
 
@@ -12,11 +12,12 @@ pub(super) fn hits(subject: &Subject, owned: &Owned<'_>) -> Vec<Hit> {
     if owned.is_empty() {
         return Vec::new();
     }
-    let peers = unix_peers(subject.init);
+    let sockets = unix_sockets(subject.init);
     let outside = owned.iter().filter_map(|(inode, (seen, _))| {
-        let end = peers.get(inode)?;
-        let kept = end.kind == DATAGRAM && subject.criu.ext_unix_sk;
-        (!kept && !owned.contains_key(&end.peer)).then_some((seen, end.peer))
+        let socket = sockets.get(inode)?;
+        let peer = socket.peer?;
+        let kept = socket.kind == DATAGRAM && subject.criu.ext_unix_sk;
+        (!kept && !owned.contains_key(&peer)).then_some((seen, peer))
     });
     let outside: Vec<_> = outside.collect();
     if outside.is_empty() {

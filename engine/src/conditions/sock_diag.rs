@@ -1,10 +1,11 @@
-//! The other ends of unix sockets, which only `sock_diag(7)` tells.
+//! The other ends of unix sockets and their files, which only `sock_diag(7)` tells.
 //!
 //! ```text
 //!  request  nlmsghdr { len u32, type u16 = 20, flags u16 = 0x301, seq u32, pid u32 }
 //!           unix_diag_req { family u8 = 1, protocol u8, pad u16, states u32, inode u32, show u32, cookie [u32; 2] }
 //!  answer   nlmsghdr { len, type = 20 | 2 (error) | 3 (done), ... }
 //!           unix_diag_msg { family u8, type u8, state u8, pad u8, inode u32, cookie [u32; 2] }
+//!           nlattr { len u16, type u16 = 1 (file) } inode u32, device u32
 //!           nlattr { len u16, type u16 = 2 (peer) } inode u32
 //! ```
 //!
@@ -25,7 +26,9 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const REQUEST_DUMP: u16 = 0x301;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
+const SHOW_FILE: u32 = 2;
 const SHOW_PEER: u32 = 4;
+const ATTRIBUTE_FILE: u16 = 1;
 const ATTRIBUTE_PEER: u16 = 2;
 /// Lengths of `nlmsghdr` and `unix_diag_msg`.
 const HEADER: usize = 16;
@@ -33,18 +36,19 @@ const MESSAGE: usize = 16;
 /// More sockets than this are not looked at.
 const SOCKETS: usize = 1 << 20;
 
-/// One unix socket that has another end.
+/// One unix socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Connected {
+pub(crate) struct UnixSocket {
     /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
-    pub(super) kind: u8,
+    pub(crate) kind: u8,
     /// The inode of the other end.
-    pub(super) peer: u64,
+    pub(crate) peer: Option<u64>,
+    /// The low half of the inode of the file that it is bound to, also of one that has no name any more.
+    pub(crate) file: Option<u32>,
 }
 
-/// The connected unix sockets in the network namespace of a process, by their inodes; none when the
-/// kernel does not tell.
-pub(super) fn unix_peers(pid: u32) -> BTreeMap<u64, Connected> {
+/// The unix sockets in the network namespace of a process, by their inodes; none when the kernel does not tell.
+pub(crate) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
     let asked = std::thread::Builder::new()
         .name("unix sockets".to_owned())
         .spawn(move || ask(pid));
@@ -52,7 +56,7 @@ pub(super) fn unix_peers(pid: u32) -> BTreeMap<u64, Connected> {
     answer.and_then(Result::ok).unwrap_or_default()
 }
 
-fn ask(pid: u32) -> Result<BTreeMap<u64, Connected>, Errno> {
+fn ask(pid: u32) -> Result<BTreeMap<u64, UnixSocket>, Errno> {
     let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(|_| Errno::ENOENT)?;
     setns(&namespace, CloneFlags::CLONE_NEWNET)?;
     let socket: OwnedFd = socket(
@@ -68,15 +72,15 @@ fn ask(pid: u32) -> Result<BTreeMap<u64, Connected>, Errno> {
         &to_kernel,
         MsgFlags::empty(),
     )?;
-    let mut connected = BTreeMap::new();
+    let mut sockets = BTreeMap::new();
     let mut buffer = vec![0; 64 << 10];
-    while connected.len() < SOCKETS {
+    while sockets.len() < SOCKETS {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        if length == 0 || read(&buffer[..length], &mut connected) {
+        if length == 0 || read(&buffer[..length], &mut sockets) {
             break;
         }
     }
-    Ok(connected)
+    Ok(sockets)
 }
 
 fn request() -> Vec<u8> {
@@ -89,13 +93,13 @@ fn request() -> Vec<u8> {
     bytes.extend([1, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes());
     bytes.extend([0; 4]);
-    bytes.extend(SHOW_PEER.to_ne_bytes());
+    bytes.extend((SHOW_FILE | SHOW_PEER).to_ne_bytes());
     bytes.extend([0xff; 8]);
     bytes
 }
 
 /// Reads the messages of one datagram; true at the end of the answer.
-fn read(mut bytes: &[u8], connected: &mut BTreeMap<u64, Connected>) -> bool {
+fn read(mut bytes: &[u8], sockets: &mut BTreeMap<u64, UnixSocket>) -> bool {
     while let (Some(length), Some(kind)) = (u32_at(bytes, 0), u16_at(bytes, 4)) {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         if matches!(kind, ERROR | DONE) || length < HEADER {
@@ -105,31 +109,38 @@ fn read(mut bytes: &[u8], connected: &mut BTreeMap<u64, Connected>) -> bool {
             return true;
         };
         if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
-            connected.insert(inode, socket);
+            sockets.insert(inode, socket);
         }
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     false
 }
 
-fn socket_of(message: &[u8]) -> Option<(u64, Connected)> {
-    let kind = *message.get(1)?;
+fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
+    let mut socket = UnixSocket {
+        kind: *message.get(1)?,
+        peer: None,
+        file: None,
+    };
     let inode = u32_at(message, 4)?;
     let mut attributes = message.get(MESSAGE..)?;
     while let (Some(length), Some(name)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
         let length = usize::from(length);
         if length < 4 {
-            return None;
+            break;
         }
-        if name == ATTRIBUTE_PEER {
-            let peer = u64::from(u32_at(attributes, 4)?);
-            return (peer != 0).then_some((u64::from(inode), Connected { kind, peer }));
+        match name {
+            ATTRIBUTE_FILE => socket.file = u32_at(attributes, 4),
+            ATTRIBUTE_PEER => {
+                socket.peer = u32_at(attributes, 4).filter(|it| *it != 0).map(u64::from);
+            }
+            _ => {}
         }
         attributes = attributes
             .get(length.next_multiple_of(4)..)
             .unwrap_or_default();
     }
-    None
+    Some((u64::from(inode), socket))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -160,10 +171,10 @@ mod tests {
             return;
         }
         let (one, two) = UnixStream::pair().unwrap();
-        let peers = unix_peers(std::process::id());
-        assert_eq!(peers[&inode(&one)].peer, inode(&two));
-        assert_eq!(peers[&inode(&two)].peer, inode(&one));
-        assert_eq!(peers[&inode(&one)].kind, 1);
+        let sockets = unix_sockets(std::process::id());
+        assert_eq!(sockets[&inode(&one)].peer, Some(inode(&two)));
+        assert_eq!(sockets[&inode(&two)].peer, Some(inode(&one)));
+        assert_eq!(sockets[&inode(&one)].kind, 1);
     }
 
     #[test]
@@ -174,7 +185,14 @@ mod tests {
             assert_eq!(read(&whole[..length], &mut none), length >= 6, "{length}");
         }
         assert!(none.is_empty());
-        assert_eq!(socket_of(&[0; 18]), None);
-        assert_eq!(socket_of(&[0; 20]), None);
+        assert_eq!(socket_of(&[0; MESSAGE - 1]), None);
+        let plain = UnixSocket {
+            kind: 0,
+            peer: None,
+            file: None,
+        };
+        for length in [MESSAGE, MESSAGE + 2, MESSAGE + 4] {
+            assert_eq!(socket_of(&vec![0; length]), Some((0, plain)), "{length}");
+        }
     }
 }

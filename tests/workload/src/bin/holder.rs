@@ -7,6 +7,8 @@
 //!   link              an open file that lost the name it was opened by, and has another
 //!   datagrams=PATH    a unix datagram socket connected to PATH; sends on every tick
 //!   receive=PATH      one bound to PATH; how many bytes have come is in PATH.received
+//!   renamed=PATH      a unix socket that listens there, bound to PATH.new and renamed; is connected to on every tick
+//!   linked=PATH       the same, with PATH linked to PATH.new, and PATH.new removed
 //!   tcp=PORT          a connection to itself over localhost; passes a byte on every tick
 //!   echo=ADDRESS      listens there, and sends back what comes
 //!   peer=ADDRESS      a connection to one that does; passes a byte on every tick
@@ -28,7 +30,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -48,6 +50,7 @@ enum Held {
     Link(File),
     Datagrams(UnixDatagram),
     Receive(UnixDatagram, String, usize),
+    Listens(UnixListener, String),
     Tcp(TcpStream, TcpStream),
     Echo,
     Peer(TcpStream),
@@ -131,6 +134,17 @@ fn take(need: &str) -> io::Result<Held> {
             socket.set_nonblocking(true)?;
             Held::Receive(socket, format!("{value}.received"), 0)
         }
+        "renamed" | "linked" => {
+            let first = format!("{value}.new");
+            let listener = UnixListener::bind(&first)?;
+            if name == "renamed" {
+                fs::rename(first, value)?;
+            } else {
+                fs::hard_link(&first, value)?;
+                fs::remove_file(first)?;
+            }
+            Held::Listens(listener, value.to_owned())
+        }
         "tcp" => {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port()?))?;
             let client = TcpStream::connect(listener.local_addr()?)?;
@@ -191,6 +205,11 @@ fn check(held: &mut Held) -> io::Result<()> {
                 *bytes += length;
             }
             fs::write(path, bytes.to_string())
+        }
+        Held::Listens(listener, path) => {
+            let client = UnixStream::connect(path)?;
+            let (server, _) = listener.accept()?;
+            pass(&mut &client, &mut &server)
         }
         Held::Tcp(client, server) => pass(client, server),
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
