@@ -7,7 +7,7 @@
 //!     |       |--> open_files, devices   what descriptors are of, and which have lost their names
 //!     |       |--> sockets               kinds, connections;  outside_sockets --> sock_diag
 //!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
-//!     |       |--> message_queues, namespaces, privileges
+//!     |       |--> message_queues, namespaces, privileges, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
 //!            `--> (name of a condition, on what) --> Found, by the table of transship-checkpoint
@@ -24,6 +24,7 @@ use transship_checkpoint::spec::Spec;
 
 use crate::error::Result;
 
+mod code_room;
 mod devices;
 mod message_queues;
 mod mounts;
@@ -158,6 +159,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));
     hits.extend(privileges::hits(&processes));
+    hits.extend(code_room::hits(&processes));
     hits.extend(mounts::hits(subject));
     hits.extend(read_only_root::hits(&subject.spec));
     let (watched, lost) = watches::find(subject, &processes);

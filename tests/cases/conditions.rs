@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 16] = [
+const ROWS: [Row; 17] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -88,6 +88,7 @@ const ROWS: [Row; 16] = [
     row("ghost-limit", &[HOLDER, "ghost=2097152"]),
     row("link-remap", &[HOLDER, "link"]),
     row("link-remap", &[HOLDER, "semaphore"]),
+    row("shared-code", &[HOLDER, "shared-code"]),
     row("message-queue", &[HOLDER, "queue=/orders"]),
     Row {
         asked_of_criu: false,

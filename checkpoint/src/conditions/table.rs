@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 46] = [
+pub static CONDITIONS: [Condition; 47] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -191,6 +191,15 @@ pub static CONDITIONS: [Condition; 46] = [
         remedy: "end them, or run each in a container of its own; a mount namespace alone is no hindrance",
         seen: "/proc/PID/ns",
         criu_says: &["Can't dump nested", "more than one netns"],
+    },
+    Condition {
+        name: "shared-code",
+        effect: Effect::NoDump,
+        what: "the first memory that a process can execute is shared and cannot be written, and CRIU has to put \
+               its code there",
+        remedy: "start it without: PHP from 8.3 on with opcache.jit_buffer_size=0",
+        seen: "/proc/PID/maps",
+        criu_says: &["POKEDATA failed"],
     },
     Condition {
         name: "user-namespace",

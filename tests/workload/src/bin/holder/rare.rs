@@ -12,6 +12,7 @@
 //!   thread-timer      a POSIX timer that signals a thread
 //!   queue=/NAME       a POSIX message queue
 //!   device=PATH       an open device
+//!   shared-code       shared memory that can be executed and not written, before all other code
 //!   unshared          a child in another UTS namespace
 //!   traced            a child that is traced
 //!   signals           counts each SIGCONT, and each SIGCHLD of a child that was stopped or went on
@@ -74,6 +75,7 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
         "thread-timer" => Box::new(thread_timer()?),
         "queue" => Box::new(queue(value)?),
         "device" => Box::new(File::open(value)?),
+        "shared-code" => Box::new(shared_code()?),
         "unshared" => Box::new(Command::new("/proc/self/exe").arg("in-new-uts").spawn()?),
         "traced" => Box::new(traced()?),
         "signals" => return Ok(Some(Rare::Signals(count_signals()?))),
@@ -181,6 +183,25 @@ fn semaphore() -> io::Result<*mut u8> {
     fs::hard_link("/dev/shm/sem.made", SEMAPHORE)?;
     fs::remove_file("/dev/shm/sem.made")?;
     Ok(memory)
+}
+
+fn shared_code() -> io::Result<()> {
+    const LOW: usize = 0x1000_0000;
+    // SAFETY: nothing else is at such an address of a program that lies anywhere, and nobody uses it.
+    let memory = unsafe {
+        libc::mmap(
+            std::ptr::without_provenance_mut(LOW),
+            1 << 16,
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+            -1,
+            0,
+        )
+    };
+    match memory == libc::MAP_FAILED {
+        true => Err(io::Error::last_os_error()),
+        false => Ok(()),
+    }
 }
 
 fn mapped(file: &File) -> io::Result<*mut u8> {
