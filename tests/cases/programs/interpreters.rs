@@ -7,8 +7,8 @@ use super::{Expected, Program};
 
 /// The server says its count at once.
 const ASK: &str = r"exec 3<>/dev/tcp/$A/7000; read -r -t 5 answer <&3; [[ $answer == [0-9]* ]]";
-const ASK_HTTP: &str = r"exec 3<>/dev/tcp/$A/7000; printf 'GET / HTTP/1.0\r\n\r\n' >&3; read -r -t 5 answer <&3; [[ $answer == *' 200 '* ]]";
-const COUNT: &str = "cat /srv/n";
+pub(super) const ASK_HTTP: &str = r"exec 3<>/dev/tcp/$A/7000; printf 'GET / HTTP/1.0\r\n\r\n' >&3; read -r -t 5 answer <&3; [[ $answer == *' 200 '* ]]";
+pub(super) const COUNT: &str = "cat /srv/n";
 
 /// A server that writes its count to a file.
 macro_rules! asyncio {
@@ -167,16 +167,11 @@ pub(super) const NODE_WATCH_IMAGE: Program = Program {
     ..NODE_HTTP
 };
 
-pub(super) const JVM: Program = Program {
-    name: "jvm",
-    image: &DebianImage {
-        name: "jvm",
-        packages: &["openjdk-21-jdk-headless"],
-        hooks: &[],
-        left_out: &["./usr/lib/jvm/*/lib/src.zip", "./usr/lib/jvm/*/jmods"],
-    },
-    package: "openjdk-21-jdk-headless",
-    start: r#"cat >/srv/Server.java <<'END'
+/// A server of Java's own, in threads of its own.
+macro_rules! jvm {
+    ($options:literal) => {
+        concat!(
+            r#"cat >/srv/Server.java <<'END'
 import com.sun.net.httpserver.HttpServer;
 import java.net.InetSocketAddress;
 import java.nio.file.*;
@@ -200,10 +195,33 @@ public class Server {
     }
 }
 END
-exec java -Xmx64m /srv/Server.java"#,
+exec java "#,
+            $options,
+            " /srv/Server.java"
+        )
+    };
+}
+
+pub(super) const JVM: Program = Program {
+    name: "jvm",
+    image: &DebianImage {
+        name: "jvm",
+        packages: &["openjdk-21-jdk-headless"],
+        hooks: &[],
+        left_out: &["./usr/lib/jvm/*/lib/src.zip", "./usr/lib/jvm/*/jmods"],
+    },
+    package: "openjdk-21-jdk-headless",
+    start: jvm!("-Xmx64m"),
     operation: ASK_HTTP,
     count: COUNT,
     ..Program::PLAIN
+};
+
+/// Its heap is a memfd.
+pub(super) const JVM_ZGC: Program = Program {
+    name: "jvm_zgc",
+    start: jvm!("-XX:+UseZGC -Xmx128m"),
+    ..JVM
 };
 
 pub(super) const GO: Program = Program {

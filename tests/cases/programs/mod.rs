@@ -5,7 +5,7 @@
 //!   client ── one operation after the other, each on a connection of its own ──> server
 //!   acknowledged <= what the server has counted <= acknowledged + unanswered
 //!
-//!   servers.rs, interpreters.rs   the programs: a row each
+//!   servers.rs, interpreters.rs, stacks.rs   the programs: a row each
 //!   ways.rs                       the three ways they move       client.rs  who counts
 //!   table.rs                      what was seen, for docs/programs.md
 //! ```
@@ -16,6 +16,7 @@
 mod client;
 mod interpreters;
 mod servers;
+mod stacks;
 mod table;
 mod ways;
 
@@ -146,6 +147,19 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             moves(bed, &interpreters::NODE_WATCH_IMAGE)
         }),
         case("long_program_jvm", |bed| moves(bed, &interpreters::JVM)),
+        case("long_program_jvm_zgc", |bed| {
+            moves(bed, &interpreters::JVM_ZGC)
+        }),
+        case("long_program_supervisor", |bed| {
+            moves(bed, &stacks::SUPERVISOR)
+        }),
+        case("long_program_php_jit", |bed| moves(bed, &stacks::PHP_JIT)),
+        case("long_program_haproxy", |bed| moves(bed, &stacks::HAPROXY)),
+        case("long_program_gunicorn_sqlite", |bed| {
+            moves(bed, &stacks::GUNICORN)
+        }),
+        case("long_program_puma", |bed| moves(bed, &stacks::PUMA)),
+        case("long_program_slapd", |bed| moves(bed, &stacks::SLAPD)),
         case("long_program_go", |bed| moves(bed, &interpreters::GO)),
         case("long_program_go_mptcp", |bed| {
             moves(bed, &interpreters::GO_MPTCP)
