@@ -585,13 +585,14 @@ fn check_files(files: &[File]) -> Result<(), ManifestError> {
     Ok(())
 }
 
-/// Checks that a name is one path component that cannot lead anywhere else.
+/// Checks that a name is one path component that cannot lead anywhere else, and that a person sees where it ends.
 ///
 /// # Errors
 /// [`ManifestError::Name`].
 pub fn check_name(what: &'static str, name: &str) -> Result<(), ManifestError> {
     let plain = !name.is_empty()
         && name.len() <= 255
+        && name.trim() == name
         && name != "."
         && name != ".."
         && !name
@@ -610,6 +611,19 @@ pub fn check_name(what: &'static str, name: &str) -> Result<(), ManifestError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_one_component_that_can_be_seen() {
+        for name in ["a", "a b", "..a", ".a", "ä"] {
+            check_name("the name", name).unwrap();
+        }
+        for name in [
+            "", ".", "..", "a/b", "a\0", "a\n", " ", "a ", " a", "\u{a0}",
+        ] {
+            assert!(check_name("the name", name).is_err(), "{name:?}");
+        }
+        assert!(check_name("the name", &"a".repeat(256)).is_err());
+    }
 
     fn manifest() -> Manifest {
         Manifest {

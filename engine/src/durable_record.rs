@@ -1,21 +1,20 @@
 //! Small JSON files that are on the disk, whole, when their writer goes on, and the locks of who works on them.
 //!
 //! ```text
-//! <locks>/<name>   locked (flock): somebody works on the record of this name
+//! <locks>/<name>   locked ([`crate::locks`]): somebody works on the record of this name
 //! <path>~          being written, synced; then renamed to <path>, and the directory is synced
 //! ```
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Context as _, Result};
+use crate::locks::{self, Lock, make_private};
 
 /// What the name of a record ends with that is being written; no id of containerd ends so.
 pub(crate) const UNFINISHED: &str = "~";
@@ -26,30 +25,9 @@ const LIMIT: u64 = 64 << 10;
 ///
 /// # Errors
 /// A system call failed.
-pub(crate) fn lock(records: &Path, locks: &Path, name: &str) -> Result<Option<Flock<File>>> {
-    for dir in [records, locks] {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .with_context(|| format!("cannot make {}", dir.display()))?;
-    }
-    let path = locks.join(name);
-    let failed = || format!("cannot lock {}", path.display());
-    // It stays until the node boots: who removed it would take it from the next one.
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(nix::libc::O_NOFOLLOW)
-        .open(&path)
-        .with_context(failed)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(errno).with_context(failed),
-    }
+pub(crate) fn lock(records: &Path, locks: &Path, name: &str) -> Result<Option<Lock>> {
+    make_private(records)?;
+    locks::lock(locks, name)
 }
 
 /// Writes `record`, in the place of what `path` had.

@@ -24,7 +24,7 @@
 //!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
-//!  durable_record: small files that outlive a power cut
+//!  durable_record: small files that outlive a power cut;  locks: one at a time
 //! ```
 //!
 //! ```no_run
@@ -77,6 +77,7 @@ mod kill;
 mod killed_criu;
 mod kubelet;
 pub mod listing;
+mod locks;
 mod lost_task;
 pub mod memory_dir;
 pub mod migrate;

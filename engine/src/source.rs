@@ -45,6 +45,7 @@ use crate::container_log;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::freeze_guard::TaskToFreeze;
+use crate::locks::{Lock, lock_for_dump};
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
@@ -80,6 +81,8 @@ pub struct SourceContainer {
     pub was_paused: bool,
     /// What people call it.
     pub called: String,
+    /// Nobody else dumps it meanwhile; none where it was looked at alone.
+    _in_use: Option<Lock>,
     /// Its first process.
     pub pid: u32,
     /// Tasks that somebody has stopped with a signal.
@@ -211,13 +214,14 @@ pub struct Looked {
 /// Checks that a running container can be dumped: all reasons why not, at once.
 ///
 /// # Errors
-/// [`crate::Kind::Refused`] with the reasons.
+/// [`crate::Kind::Refused`] with the reasons, one of which may be that somebody dumps it already.
 pub async fn inspect(
     node: &Containerd,
     record: &Record,
     task: &Process,
     criu: &CriuOverrides,
 ) -> Result<SourceContainer> {
+    let in_use = Some(lock_for_dump(node.namespace(), &record.id)?);
     let Looked {
         called,
         found,
@@ -233,7 +237,11 @@ pub async fn inspect(
             for found in &losing {
                 tracing::warn!("{called}: {}", found.line());
             }
-            Ok(SourceContainer { losing, ..source })
+            Ok(SourceContainer {
+                losing,
+                _in_use: in_use,
+                ..source
+            })
         }
         None => {
             let message = format!("{called} cannot be dumped: {reasons}");
@@ -355,6 +363,7 @@ pub async fn look(
         }),
         was_paused: task.status() == Status::Paused,
         called: called.clone(),
+        _in_use: None,
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
         losing: Vec::new(),

@@ -92,6 +92,19 @@ fn a_network_of_its_own_has_loopback(bed: &Testbed) -> anyhow::Result<()> {
     refused(&a, &migrate, 4, "another migration")?;
     a.stop_daemon("other", "KILL")?;
 
+    // While it is being moved, nobody else moves it or takes a checkpoint of it.
+    let slow = ["--max-freeze", "20s", "--before-restore", "sleep 1000"];
+    a.start_daemon("slow", &[&["transship"], &migrate[..], &slow].concat())?;
+    poll_until("the freeze", PATIENCE, || {
+        let waits = a.shell("pgrep -f '[s]leep 1000'");
+        { waits }.run().map_err(|error| error.to_string())
+    })?;
+    for command in [&migrate[..], &["checkpoint", "counter"]] {
+        refused(&a, command, 4, "migration of \"counter\" is under way")?;
+    }
+    a.wait_for_daemon_end("slow")?;
+    a.shell("test -z \"$(ls /run/transship/dumps)\"").run()?;
+
     a.command("transship").args(migrate).run()?;
     counts_on(&b, "counter")?;
     let link = inside(&b, "ip -o link show lo")?;

@@ -10,16 +10,16 @@
 //! A record whose lock nobody has was left behind: nobody knows which copy runs, until
 //! `transship recover` has asked the target.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 use transship_cni::Attachment;
 
 use crate::durable_record;
 use crate::error::{Context, Error, Result};
+use crate::locks::Lock;
 
 /// A migration whose end is not known here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,7 +95,7 @@ impl Pending {
 #[derive(Debug)]
 pub(super) struct Record {
     path: PathBuf,
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 impl Record {

@@ -22,12 +22,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::types::Descriptor;
-use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{MIGRATION_DIGITS, is_migration};
 
 use crate::durable_record;
 use crate::error::{Context, Error, Kind, Result};
+use crate::locks::Lock;
 
 /// Where records of arrivals are.
 const ARRIVALS: &str = "/var/lib/transship/arrivals";
@@ -145,7 +145,7 @@ pub struct Locked {
     path: PathBuf,
     /// What the record says.
     pub arrival: Arrival,
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 /// What is found of a migration.
@@ -289,7 +289,7 @@ impl Arrivals {
     }
 
     /// None when somebody has it.
-    fn lock(&self, migration: &str) -> Result<Option<Flock<File>>> {
+    fn lock(&self, migration: &str) -> Result<Option<Lock>> {
         durable_record::lock(&self.records, &self.locks, migration)
     }
 }

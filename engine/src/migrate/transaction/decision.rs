@@ -105,7 +105,8 @@ impl Transaction<'_> {
         let (from, ended) = late.end(self.moving, source_goes_on).await;
         match ended {
             Ok((dumped, _)) => self.tell_dumps(from, dumped),
-            Err(error) => tracing::info!("the end of the dump: {}", error.one_line()),
+            // Its processes may have been killed, which it takes for a failure.
+            Err(error) => tracing::debug!("the end of the dump: {}", error.one_line()),
         }
     }
 
