@@ -101,6 +101,7 @@ pub mod send;
 pub mod serve;
 pub mod shim_options;
 pub mod snapshot;
+mod socket_attributes;
 pub mod source;
 pub mod stuck_dump;
 mod task_attributes;
