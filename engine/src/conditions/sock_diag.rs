@@ -1,4 +1,4 @@
-//! The other ends of unix sockets, which only `sock_diag(7)` tells.
+//! The other ends of unix sockets and what waits in them, which only `sock_diag(7)` tells.
 //!
 //! ```text
 //!  request  nlmsghdr { len u32, type u16 = 20, flags u16 = 0x301, seq u32, pid u32 }
@@ -6,6 +6,8 @@
 //!  answer   nlmsghdr { len, type = 20 | 2 (error) | 3 (done), ... }
 //!           unix_diag_msg { family u8, type u8, state u8, pad u8, inode u32, cookie [u32; 2] }
 //!           nlattr { len u16, type u16 = 2 (peer) } inode u32
+//!           nlattr { len u16, type u16 = 3 (icons) } inodes [u32]: of a listener, the other ends of what waits
+//!           nlattr { len u16, type u16 = 4 (rqlen) } to read u32, not read by the other end u32
 //! ```
 //!
 //! The kernel answers for the network namespace of the caller, so a thread of its own enters that of
@@ -25,26 +27,33 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const REQUEST_DUMP: u16 = 0x301;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
-const SHOW_PEER: u32 = 4;
+/// `UDIAG_SHOW_PEER`, `_ICONS` and `_RQLEN`.
+const SHOW: u32 = 4 | 8 | 16;
 const ATTRIBUTE_PEER: u16 = 2;
+const ATTRIBUTE_ICONS: u16 = 3;
+const ATTRIBUTE_RQLEN: u16 = 4;
 /// Lengths of `nlmsghdr` and `unix_diag_msg`.
 const HEADER: usize = 16;
 const MESSAGE: usize = 16;
 /// More sockets than this are not looked at.
 const SOCKETS: usize = 1 << 20;
 
-/// One unix socket that has another end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Connected {
+/// One unix socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct UnixSocket {
     /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
     pub(super) kind: u8,
     /// The inode of the other end.
-    pub(super) peer: u64,
+    pub(super) peer: Option<u64>,
+    /// Of a listener: the inodes of the other ends of connections that wait to be accepted; 0: it is closed.
+    pub(super) waiting: Vec<u64>,
+    /// Bytes that were sent and not read, as the kernel accounts for them.
+    pub(super) unread: u32,
 }
 
-/// The connected unix sockets in the network namespace of a process, by their inodes; none when the
+/// The unix sockets in the network namespace of a process, by their inodes; none when the
 /// kernel does not tell.
-pub(super) fn unix_peers(pid: u32) -> BTreeMap<u64, Connected> {
+pub(super) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
     let asked = std::thread::Builder::new()
         .name("unix sockets".to_owned())
         .spawn(move || ask(pid));
@@ -52,7 +61,7 @@ pub(super) fn unix_peers(pid: u32) -> BTreeMap<u64, Connected> {
     answer.and_then(Result::ok).unwrap_or_default()
 }
 
-fn ask(pid: u32) -> Result<BTreeMap<u64, Connected>, Errno> {
+fn ask(pid: u32) -> Result<BTreeMap<u64, UnixSocket>, Errno> {
     let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(|_| Errno::ENOENT)?;
     setns(&namespace, CloneFlags::CLONE_NEWNET)?;
     let socket: OwnedFd = socket(
@@ -68,15 +77,15 @@ fn ask(pid: u32) -> Result<BTreeMap<u64, Connected>, Errno> {
         &to_kernel,
         MsgFlags::empty(),
     )?;
-    let mut connected = BTreeMap::new();
+    let mut sockets = BTreeMap::new();
     let mut buffer = vec![0; 64 << 10];
-    while connected.len() < SOCKETS {
+    while sockets.len() < SOCKETS {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        if length == 0 || read(&buffer[..length], &mut connected) {
+        if length == 0 || read(&buffer[..length], &mut sockets) {
             break;
         }
     }
-    Ok(connected)
+    Ok(sockets)
 }
 
 fn request() -> Vec<u8> {
@@ -89,13 +98,13 @@ fn request() -> Vec<u8> {
     bytes.extend([1, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes());
     bytes.extend([0; 4]);
-    bytes.extend(SHOW_PEER.to_ne_bytes());
+    bytes.extend(SHOW.to_ne_bytes());
     bytes.extend([0xff; 8]);
     bytes
 }
 
 /// Reads the messages of one datagram; true at the end of the answer.
-fn read(mut bytes: &[u8], connected: &mut BTreeMap<u64, Connected>) -> bool {
+fn read(mut bytes: &[u8], sockets: &mut BTreeMap<u64, UnixSocket>) -> bool {
     while let (Some(length), Some(kind)) = (u32_at(bytes, 0), u16_at(bytes, 4)) {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         if matches!(kind, ERROR | DONE) || length < HEADER {
@@ -105,31 +114,35 @@ fn read(mut bytes: &[u8], connected: &mut BTreeMap<u64, Connected>) -> bool {
             return true;
         };
         if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
-            connected.insert(inode, socket);
+            sockets.insert(inode, socket);
         }
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     false
 }
 
-fn socket_of(message: &[u8]) -> Option<(u64, Connected)> {
-    let kind = *message.get(1)?;
+fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
+    let mut socket = UnixSocket {
+        kind: *message.get(1)?,
+        ..UnixSocket::default()
+    };
     let inode = u32_at(message, 4)?;
     let mut attributes = message.get(MESSAGE..)?;
     while let (Some(length), Some(name)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-        let length = usize::from(length);
-        if length < 4 {
-            return None;
+        let value = attributes.get(4..usize::from(length))?;
+        match name {
+            ATTRIBUTE_PEER => socket.peer = u32_at(value, 0).filter(|it| *it != 0).map(u64::from),
+            ATTRIBUTE_ICONS => {
+                let inodes = value.chunks_exact(4).filter_map(|inode| u32_at(inode, 0));
+                socket.waiting = inodes.map(u64::from).collect();
+            }
+            ATTRIBUTE_RQLEN => socket.unread = u32_at(value, 4)?,
+            _ => {}
         }
-        if name == ATTRIBUTE_PEER {
-            let peer = u64::from(u32_at(attributes, 4)?);
-            return (peer != 0).then_some((u64::from(inode), Connected { kind, peer }));
-        }
-        attributes = attributes
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
+        let next = usize::from(length).next_multiple_of(4);
+        attributes = attributes.get(next..).unwrap_or_default();
     }
-    None
+    Some((u64::from(inode), socket))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -144,6 +157,7 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::UnixStream;
 
@@ -160,10 +174,13 @@ mod tests {
             return;
         }
         let (one, two) = UnixStream::pair().unwrap();
-        let peers = unix_peers(std::process::id());
-        assert_eq!(peers[&inode(&one)].peer, inode(&two));
-        assert_eq!(peers[&inode(&two)].peer, inode(&one));
-        assert_eq!(peers[&inode(&one)].kind, 1);
+        let sockets = unix_sockets(std::process::id());
+        assert_eq!(sockets[&inode(&one)].peer, Some(inode(&two)));
+        assert_eq!(sockets[&inode(&two)].peer, Some(inode(&one)));
+        assert_eq!(sockets[&inode(&one)].kind, 1);
+        assert_eq!(sockets[&inode(&one)].unread, 0);
+        (&one).write_all(b"x").unwrap();
+        assert!(unix_sockets(std::process::id())[&inode(&one)].unread > 0);
     }
 
     #[test]
@@ -174,7 +191,11 @@ mod tests {
             assert_eq!(read(&whole[..length], &mut none), length >= 6, "{length}");
         }
         assert!(none.is_empty());
-        assert_eq!(socket_of(&[0; 18]), None);
+        assert_eq!(socket_of(&[0; 15]), None);
         assert_eq!(socket_of(&[0; 20]), None);
+        let waiting = [&[0; MESSAGE][..], &[12, 0, 3, 0, 7, 0, 0, 0, 0, 0, 0, 0]].concat();
+        if cfg!(target_endian = "little") {
+            assert_eq!(socket_of(&waiting).unwrap().1.waiting, [7, 0]);
+        }
     }
 }
