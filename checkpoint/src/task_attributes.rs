@@ -4,7 +4,8 @@
 //! tasks.json   { "frozen_at": 1767323045000000000,
 //!                "tasks": [ { "id": 7, "cpus": [0, 1], "timer_slack": 123456,
 //!                             "io_priority": { "class": "best-effort", "level": 7 } } ],
-//!                "sockets": [ { "process": 1, "descriptor": 5, "options": { "defer_accept": 7 } } ] }
+//!                "sockets": [ { "process": 1, "descriptor": 5, "options": { "defer_accept": 7 } } ],
+//!                "unread": [ { "process": 1, "descriptor": 3, "kind": "inotify", "bytes": 16 } ] }
 //! ```
 //!
 //! Only tasks and sockets are there, and only those of their attributes, that are not what every new task has.
@@ -33,6 +34,55 @@ pub struct TaskAttributes {
     /// TCP sockets that are not as every new one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sockets: Vec<Socket>,
+    /// What waited to be read and is lost.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unread: Vec<Unread>,
+}
+
+/// What waited to be read, by a descriptor of who would have read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread {
+    /// The id of the process in the container.
+    pub process: u32,
+    /// The number of the descriptor there.
+    pub descriptor: i32,
+    /// What it is.
+    pub kind: UnreadKind,
+    /// How much, as the kernel tells; of datagrams the first one.
+    pub bytes: u64,
+}
+
+/// Of what CRIU dumps the descriptor, and not what waits there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnreadKind {
+    /// Events of inotify.
+    Inotify,
+    /// Events of fanotify.
+    Fanotify,
+    /// Datagrams.
+    Udp,
+}
+
+impl Unread {
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Self {
+            process,
+            descriptor,
+            kind,
+            bytes,
+        } = self;
+        let what = match kind {
+            UnreadKind::Inotify => "events of inotify",
+            UnreadKind::Fanotify => "events of fanotify",
+            UnreadKind::Udp => "UDP datagrams",
+        };
+        format!(
+            "{what} that process {process} has not read from its descriptor {descriptor} ({bytes} bytes)"
+        )
+    }
 }
 
 /// A TCP socket, by one of its descriptors.

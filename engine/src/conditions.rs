@@ -49,6 +49,7 @@ mod watches;
 
 pub use needs::Needs;
 use processes::Processes;
+pub(crate) use sockets::protocol;
 pub(crate) use watches::SCAN_PATH;
 
 /// So many of a kind are named.
@@ -154,12 +155,10 @@ pub async fn look(subject: &Subject) -> Result<Findings> {
         |found: &Found| matches!(found.condition.name, "tcp" | "in-flight" | "unix-backlog");
     if findings.found.iter().any(passing) {
         tokio::time::sleep(MOMENT).await;
-        let again = look_once(subject).await?;
+        let again = subject.clone();
+        let again = tokio::task::spawn_blocking(move || passing_of(&again)).await?;
         findings.found.retain_mut(|found| {
-            let still = again
-                .found
-                .iter()
-                .find(|it| it.condition == found.condition);
+            let still = again.iter().find(|it| it.condition == found.condition);
             if passing(found) {
                 found
                     .on
@@ -174,6 +173,18 @@ pub async fn look(subject: &Subject) -> Result<Findings> {
 async fn look_once(subject: &Subject) -> Result<Findings> {
     let subject = subject.clone();
     Ok(tokio::task::spawn_blocking(move || look_at(&subject)).await?)
+}
+
+/// What comes and goes.
+fn passing_of(subject: &Subject) -> Vec<Found> {
+    let processes = Processes::read(subject.init, &subject.pids);
+    let owned = sockets::owned(&processes);
+    let mut hits = sockets::hits(subject, &owned);
+    hits.extend(unix_backlog::hits(
+        &owned,
+        &sock_diag::unix_sockets(subject.init),
+    ));
+    grouped(hits, &subject.criu.allow_lost)
 }
 
 fn look_at(subject: &Subject) -> Findings {

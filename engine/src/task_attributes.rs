@@ -1,5 +1,5 @@
 //! What CRIU does not keep of frozen tasks, read from the kernel: affinity, timer slack, I/O priority, what a core dump
-//! has, options of TCP sockets, and the moment of the freeze.
+//! has, options of TCP sockets, what was not read, and the moment of the freeze.
 //!
 //! ```text
 //!  /proc/PID/task/TID/status    NSpid, Cpus_allowed_list    cpus, where they are fewer than the cpuset's
@@ -18,7 +18,7 @@ use transship_checkpoint::task_attributes::{
     parse_cpus,
 };
 
-use crate::socket_attributes;
+use crate::descriptor_attributes;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -47,9 +47,11 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
             }
         }
     }
+    let of_descriptors = descriptor_attributes::read(pids);
     TaskAttributes {
         frozen_at: frozen_at.unwrap_or_default(),
-        sockets: socket_attributes::read(pids),
+        sockets: of_descriptors.sockets,
+        unread: of_descriptors.unread,
         tasks: tasks
             .into_iter()
             .map(|(_, task)| task)

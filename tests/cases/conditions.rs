@@ -291,6 +291,8 @@ fn changes_are_refused_unless_they_may_be(node: &Node) -> anyhow::Result<()> {
     }
     let (told, mut command): (Vec<&str>, Vec<&str>) = needs.into_iter().unzip();
     command.insert(0, HOLDER);
+    // Nobody can tell beforehand whether something will wait to be read.
+    command.push("unread-events");
     run(node, "changed", &[], &command)?;
     let found = check(node, "changed", &[])?;
     ensure!(names(&found) == told, "{found}");
@@ -312,6 +314,13 @@ fn changes_are_refused_unless_they_may_be(node: &Node) -> anyhow::Result<()> {
     checkpoint.run()?;
     node.shell("transship restore changed --id copy && transship rm changed")
         .run()?;
+    let log = node
+        .shell("grep 'container=copy ' /var/log/transship/restores.log")
+        .read()?;
+    ensure!(
+        log.contains("events of inotify that process 1 has not read"),
+        "{log}"
+    );
     for id in ["changed", "copy"] {
         journey::remove_container(node, id)?;
     }

@@ -7,8 +7,8 @@
 //!  /proc/PID/numa_maps   7f1a.. bind:0 anon=1 ...      mbind(2), set_mempolicy(2)
 //! ```
 //!
-//! The kernel goes through all page tables for these files, some 20 ns a page, so no more than a few seconds are spent,
-//! and they are read once in a look, however often that is repeated.
+//! The kernel goes through all page tables for these files, some 20 ns a page, so no more than some seconds are spent,
+//! before the freeze.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -23,30 +23,31 @@ const LONGEST: Duration = Duration::from_secs(10);
 /// Of a thread only its own policy is of interest, which the first mapping without one of its own has.
 const BEGINNING: u64 = 1024;
 /// Memory of the kernel's: `CONFIG_MSEAL_SYSTEM_MAPPINGS` seals it.
-const OF_THE_KERNEL: [&str; 5] = [
+const OF_THE_KERNEL: [&str; 7] = [
     "[vdso]",
     "[vvar]",
     "[vvar_vclock]",
     "[vsyscall]",
     "[uprobes]",
+    "[vectors]",
+    "[sigpage]",
 ];
 
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
     let until = Instant::now() + LONGEST;
     let mut hits = Vec::new();
     for seen in &processes.tree {
+        let told = of_mappings(seen, until).into_iter();
+        let told = told.chain(policy(seen, until));
+        hits.extend(told.map(|name| (name, seen.called())));
         if Instant::now() > until {
             tracing::warn!(
-                "the memory of {} and what comes after it was not looked at for protection keys, seals and NUMA \
-                 policies: it takes too long",
+                "the memory of {} and of what comes after it was not all looked at for protection keys, seals and \
+                 NUMA policies: it takes too long",
                 seen.called()
             );
             break;
         }
-        let told = of_mappings(seen, until)
-            .into_iter()
-            .chain(policy(seen, until));
-        hits.extend(told.map(|name| (name, seen.called())));
     }
     hits
 }
@@ -67,18 +68,23 @@ fn of_mappings(seen: &Seen, until: Instant) -> Vec<&'static str> {
 }
 
 fn special(lines: impl Iterator<Item = String>) -> Vec<&'static str> {
-    let (mut keys, mut seals, mut is_kernels) = (false, false, false);
+    let (mut keys, mut seals) = (false, false);
+    let (mut is_kernels, mut is_code_alone) = (false, false);
     for line in lines {
         if let Some(key) = line.strip_prefix("ProtectionKey:") {
-            // Key 0 is that of all memory.
-            keys |= key.trim() != "0";
+            // Key 0 is that of all memory; code that cannot be read gets one of the kernel's, also from CRIU.
+            keys |= !is_code_alone && key.trim() != "0";
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             seals |= !is_kernels && flags.split_ascii_whitespace().any(|flag| flag == "sl");
         } else if !line
             .split_once(' ')
             .is_some_and(|(name, _)| name.ends_with(':'))
         {
-            is_kernels = OF_THE_KERNEL.iter().any(|name| line.ends_with(name));
+            let mut words = line.split_ascii_whitespace();
+            is_code_alone = words.nth(1).is_some_and(|access| access.starts_with("--x"));
+            is_kernels = words
+                .last()
+                .is_some_and(|name| OF_THE_KERNEL.contains(&name));
         }
         if keys && seals {
             break;
@@ -127,6 +133,9 @@ mod tests {
         let vdso =
             "7fff000-7fff100 r-xp 00000000 00:00 0      [vdso]\nSize: 8 kB\nVmFlags: rd ex sl \n";
         assert!(told(vdso).is_empty());
+        let code =
+            "7f1a000-7f1b000 --xp 00000000 00:00 0 \nProtectionKey:         1\nVmFlags: ex mr\n";
+        assert!(told(code).is_empty());
         assert_eq!(told(&format!("{vdso}{sealed}{keyed}")).len(), 2);
     }
 

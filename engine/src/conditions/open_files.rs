@@ -11,6 +11,7 @@
 //! dumped by CRIU (a tmpfs of the container) or the link is written down ([`crate::dump_links`]: `/dev/shm` of a
 //! pod), and not on another bind mount.
 
+use std::cell::LazyCell;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -46,8 +47,13 @@ const MEMORY: [&str; 5] = ["/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/
 
 pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     let mut hits = Vec::new();
+    // Asked of CRIU once, and only where there is one.
+    let knows_pidfds = LazyCell::new(knows_pidfds);
     for (seen, number, target) in processes.descriptors() {
         match target {
+            FDTarget::AnonInode(kind) if kind == "[pidfd]" && !*knows_pidfds => {
+                hits.push(("open-file-kind", format!("{kind} of {}", seen.called())));
+            }
             FDTarget::AnonInode(kind) => hits.extend(unknown_kind(seen, kind)),
             FDTarget::Path(path) => {
                 let metadata = || fs::metadata(seen.descriptor(number)).ok();
@@ -66,7 +72,6 @@ fn unknown_kind(seen: &Seen, kind: &str) -> Option<Hit> {
     let name = match kind {
         "[io_uring]" => "io-uring",
         "[landlock-ruleset]" => "landlock-ruleset",
-        "[pidfd]" if !knows_pidfds() => "open-file-kind",
         // With or without the bracket of older kernels; BPF maps are dumped.
         kind if KNOWN_KINDS.contains(&kind) || kind == "bpf-map" => return None,
         _ => "open-file-kind",

@@ -59,7 +59,7 @@ fn unknown_kind(name: &str, seen: &Seen) -> Option<Hit> {
 }
 
 /// The kernel's name of a socket's protocol.
-pub(super) fn protocol(descriptor: &str) -> Option<String> {
+pub(crate) fn protocol(descriptor: &str) -> Option<String> {
     let mut name = [0; 64];
     let length = rustix::fs::getxattr(descriptor, "system.sockprotoname", &mut name[..]).ok()?;
     let name = name.get(..length)?;

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::task_attributes::{
-    IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, parse_cpus,
+    IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
 
 use crate::descendants::tree;
@@ -25,6 +25,8 @@ use crate::descendants::tree;
 /// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
 const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
 
+/// So many losses of what was not read are told.
+const UNREAD: usize = 16;
 /// Congestion controls that a process needs no capability for; others are modules that root's choice would load.
 const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
@@ -60,7 +62,8 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
         .iter()
         .map(|task| (task.id, task))
         .collect();
-    let mut lost = Vec::new();
+    let unread = attributes.unread.iter().take(UNREAD);
+    let mut lost: Vec<String> = unread.map(Unread::text).collect();
     if wanted.is_empty() && attributes.sockets.is_empty() {
         return Ok(lost);
     }
@@ -178,6 +181,7 @@ fn ionice(tid: i32, class: &str, level: u8) -> bool {
 mod tests {
     use std::os::fd::AsRawFd as _;
 
+    use transship_checkpoint::task_attributes::UnreadKind;
     use transship_checkpoint::tcp_options::TcpOptions;
 
     use super::*;
@@ -203,7 +207,7 @@ mod tests {
         let attributes = |cpus| TaskAttributes {
             frozen_at: 0,
             tasks: vec![task(cpus)],
-            sockets: Vec::new(),
+            ..TaskAttributes::default()
         };
         let lost = give_back(pid, &attributes(vec![60_000])).unwrap();
         assert_eq!(lost.len(), 1, "{lost:?}");
@@ -235,10 +239,17 @@ mod tests {
         };
         let attributes = TaskAttributes {
             sockets: vec![socket(listener.as_raw_fd()), socket(i32::MAX)],
+            unread: vec![Unread {
+                process: 1,
+                descriptor: 3,
+                kind: UnreadKind::Inotify,
+                bytes: 16,
+            }],
             ..TaskAttributes::default()
         };
         let lost = give_back(pid.cast_signed(), &attributes).unwrap();
-        assert_eq!(lost.len(), 1, "{lost:?}");
+        assert_eq!(lost.len(), 2, "{lost:?}");
+        assert!(lost[0].starts_with("events of inotify"), "{lost:?}");
         assert_eq!(
             TcpOptions::read(&listener, "cubic").unwrap().user_timeout,
             Some(4711)

@@ -1,5 +1,6 @@
 //! What CRIU restores without a word as something else, and more of what it does not dump or restore: each need makes one
-//! of the conditions that `transship check` tells of, but for the last four, which come along.
+//! of the conditions that `transship check` tells of, but for the last five: what was not read
+//! is lost and told, the others come along.
 //!
 //! ```text
 //!   personality       ADDR_NO_RANDOMIZE
@@ -14,6 +15,7 @@
 //!   backlog=PATH      a unix connection to itself at PATH, with data, that it does not accept
 //!   thread-file       an open file of a thread in /proc
 //!   memfd             goes on as a program that lies in memory alone
+//!   unread-events     an event of inotify that it does not read
 //!   named-deleted     an open file whose name ends with " (deleted)"
 //!   listener=PORT     TCP_DEFER_ACCEPT, TCP_USER_TIMEOUT, TCP_FASTOPEN and a congestion control
 //!   core-filter       another coredump_filter
@@ -110,6 +112,7 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
             Box::new(File::open(format!("/proc/self/task/{thread}/status"))?)
         }
         "memfd" => Box::new(from_memory()?),
+        "unread-events" => Box::new(unread_events()?),
         "named-deleted" => {
             let mut options = OpenOptions::new();
             Box::new(
@@ -229,6 +232,19 @@ fn interleaved() -> io::Result<c_long> {
     (answer == 0)
         .then_some(answer)
         .ok_or_else(io::Error::last_os_error)
+}
+
+fn unread_events() -> io::Result<c_long> {
+    let address =
+        |text: &'static std::ffi::CStr| text.as_ptr().expose_provenance().cast_signed() as c_long;
+    let watch = call(libc::SYS_inotify_init1, [0; 5])?;
+    let created = c_long::from(libc::IN_CREATE);
+    call(
+        libc::SYS_inotify_add_watch,
+        [watch, address(c"/data"), created, 0, 0],
+    )?;
+    File::create("/data/unread")?;
+    Ok(watch)
 }
 
 fn key() -> io::Result<c_long> {
