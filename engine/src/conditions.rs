@@ -54,6 +54,8 @@ pub(crate) use watches::SCAN_PATH;
 
 /// So many of a kind are named.
 const NAMED: usize = 4;
+/// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
+const PASSING: [&str; 4] = ["tcp", "in-flight", "unix-backlog", "thread-file"];
 /// How long a connection that may be about to end is given for it.
 const MOMENT: Duration = Duration::from_millis(100);
 
@@ -150,9 +152,8 @@ impl Found {
 /// A thread panicked. What cannot be read is not told of.
 pub async fn look(subject: &Subject) -> Result<Findings> {
     let mut findings = look_once(subject).await?;
-    // A connection may have been about to end, as those of probes are.
-    let passing =
-        |found: &Found| matches!(found.condition.name, "tcp" | "in-flight" | "unix-backlog");
+    // As those of probes.
+    let passing = |found: &Found| PASSING.contains(&found.condition.name);
     if findings.found.iter().any(passing) {
         tokio::time::sleep(MOMENT).await;
         let again = subject.clone();
@@ -175,11 +176,12 @@ async fn look_once(subject: &Subject) -> Result<Findings> {
     Ok(tokio::task::spawn_blocking(move || look_at(&subject)).await?)
 }
 
-/// What comes and goes.
+/// What is in conditions that come and go.
 fn passing_of(subject: &Subject) -> Vec<Found> {
     let processes = Processes::read(subject.init, &subject.pids);
     let owned = sockets::owned(&processes);
     let mut hits = sockets::hits(subject, &owned);
+    hits.extend(descriptors::hits(&processes));
     hits.extend(unix_backlog::hits(
         &owned,
         &sock_diag::unix_sockets(subject.init),
