@@ -143,7 +143,10 @@ fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
         note(row.name, condition(&a, &format!("odd{at}"), row));
     }
     note("several", several_are_told_at_once(&a));
-    note("changes", changes_are_refused_unless_they_may_be(&a));
+    note(
+        "changes",
+        changes_are_refused_unless_they_may_be(&a, &b, &ssh),
+    );
     note("compared", another_node_is_compared(&a, &b));
     note("clean", a_clean_program_passes_and_migrates(&a, &b, &ssh));
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -273,9 +276,9 @@ fn several_are_told_at_once(node: &Node) -> anyhow::Result<()> {
     Ok(journey::remove_container(node, "several")?)
 }
 
-/// What CRIU would restore as something else: refused by default, and dumped where somebody says so. The processor of
+/// What CRIU would restore as something else: refused by default, and moved where somebody says so. The processor of
 /// the test may have no protection keys, the kernel no seals: then these two are untested.
-fn changes_are_refused_unless_they_may_be(node: &Node) -> anyhow::Result<()> {
+fn changes_are_refused_unless_they_may_be(node: &Node, b: &Node, ssh: &str) -> anyhow::Result<()> {
     let mut needs = vec![
         ("personality", "personality"),
         ("eventfd-semaphore", "semaphore-eventfd"),
@@ -310,21 +313,17 @@ fn changes_are_refused_unless_they_may_be(node: &Node) -> anyhow::Result<()> {
     let allowed = format!("--allow-lost={first}");
     let found = check(node, "changed", &[&allowed])?;
     ensure!(found[0]["findings"][0]["verdict"] == "note", "{found}");
-    checkpoint.args([&allowed, "--allow-lost", &others.join(",")]);
-    checkpoint.run()?;
-    node.shell("transship restore changed --id copy && transship rm changed")
-        .run()?;
-    let log = node
-        .shell("grep 'container=copy ' /var/log/transship/restores.log")
-        .read()?;
+    let mut migrate = node.command("transship");
+    migrate.args(["migrate", "changed", "--to", ssh, "--allow", "host-mounts"]);
+    migrate.args([&allowed, "--allow-lost", &others.join(",")]);
+    migrate.run()?;
+    let log = b.shell("grep 'container=changed ' /var/log/transship/restores.log");
+    let log = { log }.read()?;
     ensure!(
         log.contains("events of inotify that process 1 has not read"),
         "{log}"
     );
-    for id in ["changed", "copy"] {
-        journey::remove_container(node, id)?;
-    }
-    Ok(())
+    Ok(journey::remove_container(b, "changed")?)
 }
 
 fn another_node_is_compared(a: &Node, b: &Node) -> anyhow::Result<()> {
