@@ -23,6 +23,8 @@ pub enum Effect {
     NoRestore,
     /// It is restored, and lacks something.
     Loses,
+    /// It is restored, and its programs are not what they have made of themselves: nobody would tell them.
+    Changes,
 }
 
 impl Effect {
@@ -33,6 +35,7 @@ impl Effect {
             Self::NoDump => "not dumped",
             Self::NoRestore => "not restored",
             Self::Loses => "lost",
+            Self::Changes => "changed",
         }
     }
 }
@@ -65,6 +68,12 @@ impl Condition {
             .iter()
             .find(|condition| condition.name == name)
             .expect("names of conditions are constants of this program")
+    }
+
+    /// The names of what may be lost where somebody says so.
+    pub fn losses() -> impl Iterator<Item = &'static str> {
+        let loses = |it: &&Self| matches!(it.effect, Effect::Loses | Effect::Changes);
+        CONDITIONS.iter().filter(loses).map(|it| it.name)
     }
 
     /// The condition that an error of CRIU tells of.

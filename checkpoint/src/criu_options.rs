@@ -13,14 +13,16 @@
 //! the environment names it, and what they send over RPC overrides it.
 
 mod config_line;
+mod losses;
 mod overrides;
 mod table;
 
 use serde::{Deserialize, Serialize};
 
 pub use config_line::{ConfigLine, ConfigLineError};
+pub use losses::{Losses, NETWORK};
 pub use overrides::{CriuOverrides, OptionError};
-pub use table::{Author, CriuOption, OPTIONS, Phase, SWITCH, documentation};
+pub use table::{Author, CriuOption, OPTIONS, Phase, SEVERAL, SWITCH, documentation};
 
 /// How a dump treats established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -88,6 +90,9 @@ pub struct CriuOptions {
     /// How much of the cgroups is restored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub manage_cgroups_mode: Option<CgroupsMode>,
+    /// What it may lose.
+    #[serde(skip_serializing_if = "Losses::is_empty")]
+    pub allow_lost: Losses,
     /// The profile that the restored processes get, as `TYPE:NAME`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lsm_profile: Option<String>,
@@ -117,6 +122,7 @@ impl Default for CriuOptions {
             lazy_pages: false,
             empty_ns: None,
             manage_cgroups_mode: None,
+            allow_lost: Losses::default(),
             lsm_profile: None,
             lsm_mount_context: None,
         }

@@ -36,4 +36,5 @@ pub mod shared_dirs;
 pub mod spec;
 pub mod store;
 pub mod task_attributes;
+pub mod tcp_options;
 pub mod wire;

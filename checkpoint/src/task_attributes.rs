@@ -3,12 +3,16 @@
 //! ```text
 //! tasks.json   { "frozen_at": 1767323045000000000,
 //!                "tasks": [ { "id": 7, "cpus": [0, 1], "timer_slack": 123456,
-//!                             "io_priority": { "class": "best-effort", "level": 7 } } ] }
+//!                             "io_priority": { "class": "best-effort", "level": 7 } } ],
+//!                "sockets": [ { "process": 1, "descriptor": 5, "options": { "defer_accept": 7 } } ],
+//!                "unread": [ { "process": 1, "descriptor": 3, "kind": "inotify", "bytes": 16 } ] }
 //! ```
 //!
-//! Only tasks are there, and only those of their attributes, that are not what every new task has.
+//! Only tasks and sockets are there, and only those of their attributes, that are not what every new task has.
 
 use serde::{Deserialize, Serialize};
+
+use crate::tcp_options::TcpOptions;
 
 /// Name of the file.
 pub const TASKS_FILE: &str = "tasks.json";
@@ -16,6 +20,8 @@ pub const TASKS_FILE: &str = "tasks.json";
 pub const TASKS_LIMIT: u64 = 16 << 20;
 /// Nanoseconds that the kernel gives to every program.
 pub const DEFAULT_TIMER_SLACK: u64 = 50_000;
+/// `MMF_DUMP_FILTER_DEFAULT` of a kernel that has ELF headers in core dumps, core(5).
+pub const DEFAULT_COREDUMP_FILTER: u32 = 0x33;
 
 /// The attributes of the tasks of one container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +31,69 @@ pub struct TaskAttributes {
     /// Those that are not as every new task.
     #[serde(default)]
     pub tasks: Vec<Task>,
+    /// TCP sockets that are not as every new one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sockets: Vec<Socket>,
+    /// What waited to be read and is lost.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unread: Vec<Unread>,
+}
+
+/// What waited to be read, by a descriptor of who would have read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread {
+    /// The id of the process in the container.
+    pub process: u32,
+    /// The number of the descriptor there.
+    pub descriptor: i32,
+    /// What it is.
+    pub kind: UnreadKind,
+    /// How much, as the kernel tells; of datagrams the first one.
+    pub bytes: u64,
+}
+
+/// Of what CRIU dumps the descriptor, and not what waits there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnreadKind {
+    /// Events of inotify.
+    Inotify,
+    /// Events of fanotify.
+    Fanotify,
+    /// Datagrams.
+    Udp,
+}
+
+impl Unread {
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Self {
+            process,
+            descriptor,
+            kind,
+            bytes,
+        } = self;
+        let what = match kind {
+            UnreadKind::Inotify => "events of inotify",
+            UnreadKind::Fanotify => "events of fanotify",
+            UnreadKind::Udp => "UDP datagrams",
+        };
+        format!(
+            "{what} that process {process} has not read from its descriptor {descriptor} ({bytes} bytes)"
+        )
+    }
+}
+
+/// A TCP socket, by one of its descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    /// The id in the container of a process that has it.
+    pub process: u32,
+    /// The number of its descriptor there.
+    pub descriptor: i32,
+    /// Its options.
+    pub options: TcpOptions,
 }
 
 /// One thread.
@@ -41,13 +110,24 @@ pub struct Task {
     /// Its I/O priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_priority: Option<IoPriority>,
+    /// Of the first thread of a process: which memory a core dump has, where that is not `0x33`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coredump_filter: Option<u32>,
 }
 
 impl Task {
     /// Whether there is nothing to say of it.
     #[must_use]
     pub fn is_ordinary(&self) -> bool {
-        self.cpus.is_empty() && self.timer_slack.is_none() && self.io_priority.is_none()
+        let Self {
+            id: _,
+            cpus,
+            timer_slack,
+            io_priority,
+            coredump_filter,
+        } = self;
+        let none = timer_slack.is_none() && io_priority.is_none() && coredump_filter.is_none();
+        none && cpus.is_empty()
     }
 }
 

@@ -327,6 +327,9 @@ pub(crate) struct CheckArgs {
     /// Pod of the CRI to look at, by its id or as namespace/name
     #[arg(long, conflicts_with = "node")]
     pub(crate) pod: Option<String>,
+    /// Volumes of the pod whose content would come along
+    #[arg(long, value_enum, value_name = "KIND", requires = "pod")]
+    pub(crate) volumes: Vec<VolumesArg>,
     /// Print what another node has to know of this one, as JSON
     #[arg(long, conflicts_with = "other")]
     pub(crate) node: bool,
@@ -479,15 +482,6 @@ impl AddressArg {
     }
 }
 
-/// What a container may lose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LostArg {
-    /// Network interfaces of its own
-    Network,
-    /// Processes that have come into it by exec
-    Exec,
-}
-
 /// A number of bytes with a suffix, as in 16M.
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -555,9 +549,6 @@ pub(crate) struct MigrateArgs {
     /// Keep the container's record and snapshot on this node, stopped; of a pod sandbox and containers
     #[arg(long)]
     pub(crate) keep_source: bool,
-    /// Let the container lose what does not come along
-    #[arg(long, value_enum, value_name = "WHAT")]
-    pub(crate) allow_lost: Vec<LostArg>,
     /// How long it may stand still.
     #[command(flatten)]
     pub(crate) freeze: FreezeArgs,

@@ -5,9 +5,11 @@
 //!  Subject (spec, options, process ids)
 //!     |--> processes: /proc/PID of the container's own tree, read once, with a bound
 //!     |       |--> open_files, devices   what descriptors are of, and which have lost their names
-//!     |       |--> sockets               kinds, connections;  outside_sockets --> sock_diag
+//!     |       |--> sockets               kinds, connections;  outside_sockets, unix_backlog --> sock_diag
 //!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
-//!     |       |--> message_queues, namespaces, privileges, code_room
+//!     |       |--> descriptors           what fdinfo tells of them
+//!     |       |--> programs, memory       what they have set for themselves and CRIU does not restore
+//!     |       |--> message_queues, namespaces, privileges, keyring, multicast, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
 //!            `--> (name of a condition, on what) --> Found, by the table of transship-checkpoint
@@ -16,41 +18,53 @@
 //! A probe says what is there, never what to do: text and remedy are the table's. Only what CRIU is
 //! known to refuse is told of; what is not seen here, CRIU says itself.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use transship_checkpoint::conditions::{CONDITIONS, Condition, Effect};
-use transship_checkpoint::criu_options::CriuOptions;
+use transship_checkpoint::criu_options::{CriuOptions, Losses};
 use transship_checkpoint::spec::Spec;
 
 use crate::error::Result;
 
 mod code_room;
+mod descriptors;
 mod devices;
+mod keyring;
+mod memory;
 mod message_queues;
 mod mounts;
+mod multicast;
 mod namespaces;
 mod needs;
 mod open_files;
 mod outside_sockets;
 mod privileges;
 mod processes;
+mod programs;
 mod read_only_root;
 pub(crate) mod sock_diag;
 mod sockets;
+mod unix_backlog;
 mod watches;
 
 pub use needs::Needs;
 use processes::Processes;
+pub(crate) use sockets::protocol;
 pub(crate) use watches::SCAN_PATH;
 
 /// So many of a kind are named.
 const NAMED: usize = 4;
+/// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
+const PASSING: [&str; 4] = ["tcp", "in-flight", "unix-backlog", "thread-file"];
 /// How long a connection that may be about to end is given for it.
 const MOMENT: Duration = Duration::from_millis(100);
 
 /// The container that is looked at.
 #[derive(Debug, Clone)]
 pub struct Subject {
+    /// Its id.
+    pub id: String,
     /// Its first process.
     pub init: u32,
     /// All processes of its cgroup.
@@ -68,6 +82,8 @@ pub struct Found {
     pub condition: &'static Condition,
     /// What of the container is in it; may be empty.
     pub on: Vec<String>,
+    /// Whether somebody has said that this may be lost.
+    pub allowed: bool,
 }
 
 /// What a look has found.
@@ -90,6 +106,7 @@ impl Found {
         Self {
             condition: Condition::named(name),
             on: on.into_iter().collect(),
+            allowed: false,
         }
     }
 
@@ -108,12 +125,25 @@ impl Found {
 
     /// Whether the container cannot be moved so.
     pub fn hinders(&self) -> bool {
-        self.condition.effect != Effect::Loses
+        match self.condition.effect {
+            Effect::NoDump | Effect::NoRestore => true,
+            Effect::Changes => !self.allowed,
+            Effect::Loses => false,
+        }
+    }
+
+    /// What to do about it.
+    pub fn remedy(&self) -> String {
+        let Condition { name, remedy, .. } = self.condition;
+        match self.condition.effect == Effect::Changes && !self.allowed {
+            true => format!("{remedy}; or let that be lost (--allow-lost {name})"),
+            false => (*remedy).to_owned(),
+        }
     }
 
     /// What is so, and what to do about it.
     pub fn line(&self) -> String {
-        format!("{}: {}", self.text(), self.condition.remedy)
+        format!("{}: {}", self.text(), self.remedy())
     }
 }
 
@@ -123,16 +153,14 @@ impl Found {
 /// A thread panicked. What cannot be read is not told of.
 pub async fn look(subject: &Subject) -> Result<Findings> {
     let mut findings = look_once(subject).await?;
-    // A connection may have been about to end, as those of probes are.
-    let passing = |found: &Found| matches!(found.condition.name, "tcp" | "in-flight");
+    // As those of probes.
+    let passing = |found: &Found| PASSING.contains(&found.condition.name);
     if findings.found.iter().any(passing) {
         tokio::time::sleep(MOMENT).await;
-        let again = look_once(subject).await?;
+        let again = subject.clone();
+        let again = tokio::task::spawn_blocking(move || passing_of(&again)).await?;
         findings.found.retain_mut(|found| {
-            let still = again
-                .found
-                .iter()
-                .find(|it| it.condition == found.condition);
+            let still = again.iter().find(|it| it.condition == found.condition);
             if passing(found) {
                 found
                     .on
@@ -149,13 +177,36 @@ async fn look_once(subject: &Subject) -> Result<Findings> {
     Ok(tokio::task::spawn_blocking(move || look_at(&subject)).await?)
 }
 
+/// What is in conditions that come and go.
+fn passing_of(subject: &Subject) -> Vec<Found> {
+    let processes = Processes::read(subject.init, &subject.pids);
+    let owned = sockets::owned(&processes);
+    let mut hits = sockets::hits(subject, &owned);
+    hits.extend(descriptors::hits(&processes));
+    hits.extend(unix_backlog::hits(
+        &owned,
+        &sock_diag::unix_sockets(subject.init),
+    ));
+    grouped(hits, &subject.criu.allow_lost)
+}
+
 fn look_at(subject: &Subject) -> Findings {
     let processes = Processes::read(subject.init, &subject.pids);
     let mut hits = open_files::hits(subject, &processes);
     hits.extend(devices::hits(&processes));
+    hits.extend(descriptors::hits(&processes));
+    hits.extend(programs::hits(&processes));
+    hits.extend(memory::hits(&processes));
+    hits.extend(keyring::hits(subject));
     let owned = sockets::owned(&processes);
     hits.extend(sockets::hits(subject, &owned));
-    hits.extend(outside_sockets::hits(subject, &owned));
+    let unix = match owned.is_empty() {
+        true => BTreeMap::new(),
+        false => sock_diag::unix_sockets(subject.init),
+    };
+    hits.extend(outside_sockets::hits(subject, &owned, &unix));
+    hits.extend(unix_backlog::hits(&owned, &unix));
+    hits.extend(multicast::hits(subject, &owned));
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));
     hits.extend(privileges::hits(&processes));
@@ -165,14 +216,14 @@ fn look_at(subject: &Subject) -> Findings {
     let (watched, lost) = watches::find(subject, &processes);
     hits.extend(lost);
     Findings {
-        found: grouped(hits),
+        found: grouped(hits, &subject.criu.allow_lost),
         watched,
         needs: needs::of(&subject.spec, &processes),
     }
 }
 
 /// One `Found` for each condition, in the order of the table, naming each thing once.
-fn grouped(hits: Vec<Hit>) -> Vec<Found> {
+fn grouped(hits: Vec<Hit>, may_be_lost: &Losses) -> Vec<Found> {
     let of = |condition: &'static Condition| {
         let mine = hits.iter().filter(|(name, _)| *name == condition.name);
         let mut on: Vec<String> = mine.map(|(_, on)| on.clone()).collect();
@@ -180,7 +231,12 @@ fn grouped(hits: Vec<Hit>) -> Vec<Found> {
         on.retain(|on| !on.is_empty());
         let mut seen = std::collections::BTreeSet::new();
         on.retain(|on| seen.insert(on.clone()));
-        there.then_some(Found { condition, on })
+        let allowed = may_be_lost.contain(condition.name);
+        there.then_some(Found {
+            condition,
+            on,
+            allowed,
+        })
     };
     CONDITIONS.iter().filter_map(of).collect()
 }
@@ -197,13 +253,17 @@ mod tests {
             ("tcp", "b".to_owned()),
             ("tcp", "a".to_owned()),
             ("exec", String::new()),
+            ("personality", String::new()),
+            ("multicast", String::new()),
         ];
-        let found = grouped(hits);
+        let found = grouped(hits, &"multicast".parse().unwrap());
         let lines: Vec<String> = found.iter().map(Found::text).collect();
-        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert_eq!(lines.len(), 5, "{lines:?}");
         assert!(lines[0].contains("Multipath") && lines[0].ends_with("(7 (x))"));
         assert_eq!(lines[1], "it has TCP connections (a, b)");
-        assert!(!found[2].hinders() && !lines[2].contains('('), "{lines:?}");
+        assert!(!found[2].hinders() && !lines[2].contains("(x"), "{lines:?}");
+        assert!(found[3].hinders() && found[3].line().ends_with("(--allow-lost personality)"));
+        assert!(!found[4].hinders() && !found[4].line().contains("--allow-lost"));
     }
 
     #[test]
@@ -221,6 +281,7 @@ mod tests {
             .unwrap();
         let pid = child.id();
         let subject = Subject {
+            id: String::new(),
             init: pid,
             pids: vec![pid],
             spec: Spec::parse(b"{}").unwrap(),

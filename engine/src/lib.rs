@@ -63,6 +63,7 @@ pub mod container_log;
 pub mod conversation;
 mod cri_pods;
 pub mod data_channel;
+mod descriptor_attributes;
 pub mod dump_hold;
 pub mod dump_links;
 mod durable_record;

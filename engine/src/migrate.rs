@@ -91,10 +91,6 @@ pub struct Request {
     pub before_restore: Option<String>,
     /// Whether record and snapshot stay here.
     pub keep_source: bool,
-    /// Whether a container may lose the network interfaces of its own.
-    pub lose_network: bool,
-    /// Whether processes may end that have come into the container by exec.
-    pub lose_joined: bool,
     /// Whether what it has written stays behind.
     pub leave_logs: bool,
     /// How long a dump may write nothing.
@@ -124,8 +120,6 @@ impl Request {
             remote_program: "transship".to_owned(),
             before_restore: None,
             keep_source: false,
-            lose_network: false,
-            lose_joined: false,
             leave_logs: false,
             dump_patience: crate::stuck_dump::PROGRESS_PATIENCE,
             max_freeze: None,
@@ -159,9 +153,9 @@ pub const RECORDS: &str = "/var/lib/transship/migrations";
 const LOCKS: &str = "/run/transship/migrations";
 
 /// Processes that came by exec descend from the shim; CRIU dumps what descends from the first one.
-fn check_exec(container: &SourceContainer, may_be_lost: bool) -> Result<()> {
+fn check_exec(container: &SourceContainer) -> Result<()> {
     let exec = { container.losing.iter() }.find(|found| found.condition.name == "exec");
-    match exec.filter(|_| !may_be_lost) {
+    match exec.filter(|found| !found.allowed) {
         Some(found) => Err(Error::refused(format!(
             "{:?} would lose processes: {}; or let it lose them (--allow-lost exec)",
             container.id(),

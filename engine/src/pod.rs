@@ -16,6 +16,7 @@ use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
 use crate::error::{Error, Kind, Result};
+use crate::pod_dirs;
 use crate::pod_ended::{self, Ended};
 use crate::source::{self, Looked, SourceContainer};
 use transship_containerd::Containerd;
@@ -91,8 +92,13 @@ pub(crate) async fn find_sandbox<'a>(
     the_running_one(node, find_sandboxes(records, selector)?, selector).await
 }
 
-/// Looks at all containers of the pod that run.
-pub async fn look(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<Vec<Looked>> {
+/// Looks at all containers of the pod that run; with `empty_dirs` the content of emptyDirs would come along.
+pub async fn look(
+    node: &Containerd,
+    selector: &str,
+    criu: &CriuOverrides,
+    empty_dirs: bool,
+) -> Result<Vec<Looked>> {
     let records = node.all_containers().await?;
     let sandbox = find_sandbox(node, &records, selector).await?;
     let mut looked = Vec::new();
@@ -101,7 +107,13 @@ pub async fn look(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Re
         .filter(|record| sandbox_of(record).as_deref() == Some(&sandbox.id))
     {
         if let Ok(task) = source::running_task(node, &record.id).await? {
-            looked.push(source::look(node, record, &task, criu).await?);
+            let mut container = source::look(node, record, &task, criu).await?;
+            if let Some(source) = &container.source {
+                let of_volumes =
+                    pod_dirs::conditions(node, source, &sandbox.id, empty_dirs).await?;
+                container.found.extend(of_volumes);
+            }
+            looked.push(container);
         }
     }
     if looked.is_empty() {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  find: specs --> which there are (a container with a part of one only is refused)
-//!  check: is anything open in one that is left behind?
+//!  check: is anything open in one that is left behind? (`transship check --pod` tells the same of each container)
 //!  export, while all containers stand still: each --> <draft>/.shared/<file>
 //! ```
 
@@ -18,6 +18,7 @@ use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file};
 use transship_sandbox::admission::resolve_within;
 use transship_sandbox::shared_dirs::shared_mounts;
 
+use crate::conditions::Found;
 use crate::error::{Context, Error, Result};
 use crate::source::SourceContainer;
 
@@ -38,11 +39,8 @@ pub fn find(containers: &[SourceContainer], sandbox: &str, empty_dirs: bool) -> 
                     continue;
                 }
                 if mount.part {
-                    let message = format!(
-                        "{name:?} mounts a subPath of the emptyDir {volume:?}: that mount is made \
-                         before the volume can be filled"
-                    );
-                    return Err(Error::refused(message));
+                    let found = Found::new("sub-path", [volume.clone()]);
+                    return Err(Error::refused(format!("{name:?}: {}", found.line())));
                 }
             }
             let (_, users) = dirs.entry(mount.dir).or_insert((mount.source, Vec::new()));
@@ -67,25 +65,7 @@ pub async fn check_left_behind(
 ) -> Result<()> {
     let mut reasons = Vec::new();
     for source in containers {
-        let spec = Spec::parse(&source.spec)
-            .with_context(|| format!("the spec of {:?} is no OCI runtime spec", source.id()))?;
-        let left: Vec<_> = { shared_mounts(&spec, sandbox).into_iter() }
-            .filter(|mount| mount.dir != SharedDir::Shm && !exported.contains(&mount.dir))
-            .collect();
-        if left.is_empty() {
-            continue;
-        }
-        let places: Vec<PathBuf> = spec.mount_destinations();
-        let pids = node.pids(source.id()).await?;
-        let found = pids.iter().find_map(|pid| {
-            open_below(*pid, &places, &|place| {
-                left.iter().find(|it| it.destination == place).cloned()
-            })
-        });
-        if let Some((path, mount)) = found {
-            let SharedDir::EmptyDir(volume) = mount.dir else {
-                continue;
-            };
+        if let Some((path, volume)) = open_in_left(node, source, sandbox, exported).await? {
             reasons.push(format!(
                 "{} has {path:?} open, which is in the emptyDir {volume:?}",
                 source.called
@@ -98,6 +78,72 @@ pub async fn check_left_behind(
     let reasons = reasons.join("; ");
     let message = format!("the pod cannot be restored from a checkpoint without it: {reasons}");
     Err(Error::refused(message).hint("--volumes emptydir takes the content of emptyDirs along"))
+}
+
+/// What keeps a container of a pod from being restored because of its volumes.
+///
+/// # Errors
+/// The answer of containerd, or the spec is none.
+pub async fn conditions(
+    node: &Containerd,
+    source: &SourceContainer,
+    sandbox: &str,
+    empty_dirs: bool,
+) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let (mut exported, mut parts) = (SharedDirs::default(), Vec::new());
+    let spec = spec_of(source)?;
+    for mount in shared_mounts(&spec, sandbox)
+        .into_iter()
+        .filter(|_| empty_dirs)
+    {
+        match mount.dir {
+            SharedDir::EmptyDir(volume) if mount.part => parts.push(volume),
+            dir => drop(exported.0.insert(dir, (mount.source, Vec::new()))),
+        }
+    }
+    if !parts.is_empty() {
+        found.push(Found::new("sub-path", parts));
+    } else if let Some((path, volume)) = open_in_left(node, source, sandbox, &exported).await? {
+        let what = format!(
+            "{} in {volume:?}",
+            path.display().to_string().escape_debug()
+        );
+        found.push(Found::new("left-in-volume", [what]));
+    }
+    Ok(found)
+}
+
+fn spec_of(source: &SourceContainer) -> Result<Spec> {
+    Spec::parse(&source.spec)
+        .with_context(|| format!("the spec of {:?} is no OCI runtime spec", source.id()))
+}
+
+/// A file that a container has open in an emptyDir that is not exported, and the name of that.
+async fn open_in_left(
+    node: &Containerd,
+    source: &SourceContainer,
+    sandbox: &str,
+    exported: &SharedDirs,
+) -> Result<Option<(PathBuf, String)>> {
+    let spec = spec_of(source)?;
+    let left: Vec<_> = { shared_mounts(&spec, sandbox).into_iter() }
+        .filter(|mount| mount.dir != SharedDir::Shm && !exported.contains(&mount.dir))
+        .collect();
+    if left.is_empty() {
+        return Ok(None);
+    }
+    let places: Vec<PathBuf> = spec.mount_destinations();
+    let pids = node.pids(source.id()).await?;
+    let found = pids.iter().find_map(|pid| {
+        open_below(*pid, &places, &|place| {
+            left.iter().find(|it| it.destination == place).cloned()
+        })
+    });
+    Ok(found.and_then(|(path, mount)| match mount.dir {
+        SharedDir::EmptyDir(volume) => Some((path, volume)),
+        SharedDir::Shm => None,
+    }))
 }
 
 /// Something that a process has open, mapped or as its working directory, in a mount that `wanted` knows;
@@ -128,7 +174,14 @@ fn open_below<M>(
         let holder = resolved.iter().filter(holds);
         let (place, name) = holder.max_by_key(|(place, _)| place.components().count())?;
         // The volume itself is there again, and files without a name come along by themselves.
-        if path == *place || path.to_string_lossy().ends_with(" (deleted)") {
+        let is_removed = || {
+            let is_name = || {
+                root.join(path.strip_prefix("/").unwrap_or(&path))
+                    .symlink_metadata()
+            };
+            path.to_string_lossy().ends_with(" (deleted)") && is_name().is_err()
+        };
+        if path == *place || is_removed() {
             return None;
         }
         Some((path, wanted(name)?))

@@ -292,6 +292,7 @@ pub async fn look(
         })
         .ok();
     let subject = Subject {
+        id: id.clone(),
         init: task.pid,
         pids: pids.clone(),
         spec: parsed.clone(),

@@ -1,9 +1,10 @@
-//! What CRIU does not keep of frozen tasks, read from the kernel: affinity, timer slack, I/O priority, and
-//! the moment of the freeze.
+//! What CRIU does not keep of frozen tasks, read from the kernel: affinity, timer slack, I/O priority, what a core dump
+//! has, options of TCP sockets, what was not read, and the moment of the freeze.
 //!
 //! ```text
 //!  /proc/PID/task/TID/status    NSpid, Cpus_allowed_list    cpus, where they are fewer than the cpuset's
 //!  /proc/TID/timerslack_ns
+//!  /proc/PID/coredump_filter
 //!  ionice -p TID...             ioprio_get(2) has no safe binding; without the program there is none
 //! ```
 
@@ -13,8 +14,11 @@ use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use transship_checkpoint::task_attributes::{
-    DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes, parse_cpus,
+    DEFAULT_COREDUMP_FILTER, DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes,
+    parse_cpus,
 };
+
+use crate::descriptor_attributes;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -43,8 +47,11 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
             }
         }
     }
+    let of_descriptors = descriptor_attributes::read(pids);
     TaskAttributes {
         frozen_at: frozen_at.unwrap_or_default(),
+        sockets: of_descriptors.sockets,
+        unread: of_descriptors.unread,
         tasks: tasks
             .into_iter()
             .map(|(_, task)| task)
@@ -69,7 +76,16 @@ fn task(pid: u32, tid: u32, allowed: &[usize]) -> Option<Task> {
         },
         timer_slack: slack.filter(|slack| *slack != DEFAULT_TIMER_SLACK),
         io_priority: None,
+        coredump_filter: (tid == pid).then(|| coredump_filter(pid)).flatten(),
     })
+}
+
+/// Where it is not the usual one.
+fn coredump_filter(pid: u32) -> Option<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/coredump_filter")).ok()?;
+    // Of a process without memory nothing is told.
+    let filter = u32::from_str_radix(text.trim(), 16).ok()?;
+    (filter != DEFAULT_COREDUMP_FILTER).then_some(filter)
 }
 
 /// The processors of the process's cpuset; where that cannot be found, those of the machine.
@@ -143,6 +159,7 @@ mod tests {
         let pid = child.id();
         fs::write(format!("/proc/{pid}/timerslack_ns"), "123456").ok();
         let slack = fs::read_to_string(format!("/proc/{pid}/timerslack_ns"));
+        fs::write(format!("/proc/{pid}/coredump_filter"), "0x7f").unwrap();
         let read = read(&[pid]);
         let found = read
             .tasks
@@ -150,6 +167,8 @@ mod tests {
             .find(|task| task.timer_slack == Some(123_456));
         // Another user's may be neither read nor written.
         assert_eq!(found.is_some(), slack.is_ok_and(|it| it.trim() == "123456"));
+        let filter = read.tasks.iter().find_map(|task| task.coredump_filter);
+        assert_eq!(filter, Some(0x7f));
         assert!(read.frozen_at > 1_700_000_000_000_000_000);
         child.kill().unwrap();
         child.wait().unwrap();

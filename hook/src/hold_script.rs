@@ -147,7 +147,8 @@ mod tests {
         assert_eq!(guard_of(&program), Some(std::process::id().cast_signed()));
         assert!(is_called(program.as_os_str()) && !is_called(OsStr::new("transship-runc")));
         // Not asked for anything.
-        serve(&program, "post-setup-namespaces", 1).unwrap();
+        let own = std::process::id().cast_signed();
+        serve(&program, "post-setup-namespaces", own).unwrap();
         serve(&program, "post-restore", 1).unwrap();
     }
 

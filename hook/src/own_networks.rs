@@ -3,7 +3,7 @@
 //! ```text
 //!  front    annotation of our own tool --> <work>/networks.json
 //!  CRIU, at `post-setup-namespaces` (hold_script): the network namespace is there, and empty
-//!           this: lo up, CNI ADD of each, lock;   it fails --> <work>/networks.error, and CRIU gives up
+//!           this: lo up (a socket may be connected over it), CNI ADD of each, lock;   it fails --> <work>/networks.error, and CRIU gives up
 //!  front    `start`: unlocked; the neighbours are told where its addresses are now
 //!           a restore that failed, `delete`: CNI DEL of each
 //! ```
@@ -28,7 +28,10 @@ const LOCKS: &str = "networks.locked";
 /// goes there before [`open`], if connections come along.
 pub(crate) fn make(work: &Path, pid: i32) -> io::Result<()> {
     let Some(networks) = read(work)? else {
-        return Ok(());
+        return match has_own(pid)? {
+            true => raise_loopback_of(pid).map_err(io::Error::other),
+            false => Ok(()),
+        };
     };
     let made = add_all(&Cni::default(), &networks, pid).and_then(|()| match is_locked(work) {
         true => lock_network(&namespace_of(pid)).map_err(io::Error::other),
@@ -42,7 +45,7 @@ pub(crate) fn make(work: &Path, pid: i32) -> io::Result<()> {
 
 fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
     let namespace = namespace_of(pid);
-    if fs::read_link(&namespace)? == fs::read_link("/proc/self/ns/net")? {
+    if !has_own(pid)? {
         return Err(io::Error::other("it has no network namespace of its own"));
     }
     raise_loopback_of(pid).map_err(io::Error::other)?;
@@ -60,6 +63,11 @@ fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Whether it has a network namespace that is not that of this program.
+fn has_own(pid: i32) -> io::Result<bool> {
+    Ok(fs::read_link(namespace_of(pid))? != fs::read_link("/proc/self/ns/net")?)
 }
 
 /// Whether networks that are asked for (as `write` is given them) keep the addresses that they had.

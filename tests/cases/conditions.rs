@@ -43,8 +43,8 @@ struct Row {
     command: &'static [&'static str],
     /// What is decided otherwise, so that this condition is the only one.
     flags: &'static [&'static str],
-    /// Not asked of one that is stopped by its tracer: CRIU would wait for ever for it in the freezer of
-    /// cgroup v1.
+    /// Whether CRIU refuses it. Not asked of one that is stopped by its tracer: CRIU would wait for ever for it in the
+    /// freezer of cgroup v1.
     asked_of_criu: bool,
 }
 
@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 17] = [
+const ROWS: [Row; 23] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -90,6 +90,19 @@ const ROWS: [Row; 17] = [
     row("link-remap", &[HOLDER, "semaphore"]),
     row("shared-code", &[HOLDER, "shared-code"]),
     row("message-queue", &[HOLDER, "queue=/orders"]),
+    row("packet-pipe", &[HOLDER, "packet-pipe"]),
+    row("pidfd", &[HOLDER, "thread-pidfd"]),
+    row("watch", &[HOLDER, "watch=/proc/self/status"]),
+    row("unix-backlog", &[HOLDER, "backlog=/data/socket"]),
+    // CRIU dumps these, and does not restore them.
+    Row {
+        asked_of_criu: false,
+        ..row("thread-file", &[HOLDER, "thread-file"])
+    },
+    Row {
+        asked_of_criu: false,
+        ..row("memfd-program", &[HOLDER, "memfd"])
+    },
     Row {
         asked_of_criu: false,
         ..row("traced", &[HOLDER, "traced"])
@@ -131,6 +144,10 @@ fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
         note(row.name, condition(&a, &format!("odd{at}"), row));
     }
     note("several", several_are_told_at_once(&a));
+    note(
+        "changes",
+        changes_are_refused_unless_they_may_be(&a, &b, &ssh),
+    );
     note("compared", another_node_is_compared(&a, &b));
     note("clean", a_clean_program_passes_and_migrates(&a, &b, &ssh));
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -260,6 +277,56 @@ fn several_are_told_at_once(node: &Node) -> anyhow::Result<()> {
     Ok(journey::remove_container(node, "several")?)
 }
 
+/// What CRIU would restore as something else: refused by default, and moved where somebody says so. The processor of
+/// the test may have no protection keys, the kernel no seals: then these two are untested.
+fn changes_are_refused_unless_they_may_be(node: &Node, b: &Node, ssh: &str) -> anyhow::Result<()> {
+    let mut needs = vec![
+        ("personality", "personality"),
+        ("eventfd-semaphore", "semaphore-eventfd"),
+        ("memory-policy", "memory-policy"),
+        ("multicast", "multicast"),
+        ("keyring", "keyring"),
+    ];
+    if node.shell("grep -qw ospke /proc/cpuinfo").run().is_ok() {
+        needs.insert(2, ("protection-key", "protection-key"));
+    }
+    if node.shell("grep -qw do_mseal /proc/kallsyms").run().is_ok() {
+        needs.insert(needs.len() - 3, ("sealed-memory", "sealed"));
+    }
+    let (told, mut command): (Vec<&str>, Vec<&str>) = needs.into_iter().unzip();
+    command.insert(0, HOLDER);
+    // Nobody can tell beforehand whether something will wait to be read.
+    command.push("unread-events");
+    run(node, "changed", &[], &command)?;
+    let found = check(node, "changed", &[])?;
+    ensure!(names(&found) == told, "{found}");
+    let mut checkpoint = node.command("transship");
+    checkpoint.args(["checkpoint", "changed", "--name", "changed"]);
+    let said = checkpoint.read_failure()?;
+    for name in &told {
+        let whole = said.contains(Condition::named(name).what);
+        ensure!(
+            whole && said.contains(&format!("--allow-lost {name}")),
+            "{said}"
+        );
+    }
+    let (first, others) = told.split_first().context("nothing is told")?;
+    let allowed = format!("--allow-lost={first}");
+    let found = check(node, "changed", &[&allowed])?;
+    ensure!(found[0]["findings"][0]["verdict"] == "note", "{found}");
+    let mut migrate = node.command("transship");
+    migrate.args(["migrate", "changed", "--to", ssh, "--allow", "host-mounts"]);
+    migrate.args([&allowed, "--allow-lost", &others.join(",")]);
+    migrate.run()?;
+    let log = b.shell("grep 'container=changed ' /var/log/transship/restores.log");
+    let log = { log }.read()?;
+    ensure!(
+        log.contains("events of inotify that process 1 has not read"),
+        "{log}"
+    );
+    Ok(journey::remove_container(b, "changed")?)
+}
+
 fn another_node_is_compared(a: &Node, b: &Node) -> anyhow::Result<()> {
     let facts = b.shell("transship check --node").read()?;
     let facts: Value = serde_json::from_str(&facts)?;
@@ -288,7 +355,16 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
         a,
         "clean",
         &[],
-        &[HOLDER, "watch=/usr/bin", "watch=/data", "lock"],
+        &[
+            HOLDER,
+            "watch=/usr/bin",
+            "watch=/data",
+            "lock",
+            "named-deleted",
+            "listener=7004",
+            "core-filter",
+            "udp=7005",
+        ],
     )?;
     let found = check(a, "clean", &[])?;
     ensure!(names(&found).is_empty(), "{found}");
@@ -311,6 +387,11 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
         other => Err(format!("{other:?}")),
     })?;
     ensure!(heard(b)? == 0, "{} bytes of events", heard(b)?);
+    let state =
+        journey::read_in_container(b, "clean", "/data/state").map_err(anyhow::Error::msg)?;
+    for need in ["named-deleted", "listener", "core-filter", "udp"] {
+        ensure!(state.contains(&format!("{need} ok\n")), "{state}");
+    }
     let before = poll_until("the events so far", PATIENCE, events)?;
     let pid = journey::task_pid(b, "clean")?;
     b.shell(&format!(

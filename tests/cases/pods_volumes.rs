@@ -42,6 +42,10 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
         "\"/work/log\" open, which is in the emptyDir \"work\"",
     )?;
     says(&error, "--volumes emptydir")?;
+    let check = "transship check --pod shop/web";
+    says(&told(&node, check)?, "problem  left-in-volume")?;
+    node.shell(&format!("{check} --volumes emptydir")).run()?;
+    a_part_of_a_volume_is_told(&node, &cri)?;
     node.shell(&format!("{take} --volumes emptydir")).run()?;
     cri.remove_pod(&old)?;
 
@@ -96,6 +100,35 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
         "has a directory mounted where the new pod has a file",
     )?;
     journey::check_no_pod_left(&node)
+}
+
+/// What `transship check` finds.
+fn told(node: &Node, check: &str) -> anyhow::Result<String> {
+    let output = node.shell(check).output()?;
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// kubelet mounts it at a place of its own.
+fn a_part_of_a_volume_is_told(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let pod = cri.run_pod(("shop", "part"), &[], PodNamespaces::Usual)?;
+    let volumes = Volumes::make(node, &pod, "..2025_01", "old")?;
+    let part = volumes.dir("../volume-subpaths/work/holder/0");
+    let part = part.replace("volumes/../", "");
+    node.shell(&format!("mkdir -p {part}")).run()?;
+    let mounts = [(&*volumes.settings, "/etc/settings"), (&*part, "/work")];
+    cri.run_container(&pod, &holder(&mounts))?;
+    let of = "--pod shop/part --volumes emptydir";
+    says(
+        &told(node, &format!("transship check {of}"))?,
+        "problem  sub-path",
+    )?;
+    let mut checkpoint = node.shell(&format!("transship checkpoint {of} --name part"));
+    says(
+        &checkpoint.read_failure()?,
+        "a part of an emptyDir (subPath)",
+    )?;
+    Ok(cri.remove_pod(&pod)?)
 }
 
 fn refused(

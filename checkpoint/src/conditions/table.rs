@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 47] = [
+pub static CONDITIONS: [Condition; 61] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -135,6 +135,36 @@ pub static CONDITIONS: [Condition; 47] = [
         ],
     },
     Condition {
+        name: "packet-pipe",
+        effect: Effect::NoDump,
+        what: "it has pipes of packets (pipe2 with O_DIRECT), which CRIU does not dump",
+        remedy: "close them before the checkpoint, or let the program use a socket pair of SOCK_SEQPACKET",
+        seen: "/proc/PID/fdinfo: flags",
+        criu_says: &["packetized mode for pipes"],
+    },
+    Condition {
+        name: "pidfd",
+        effect: Effect::NoDump,
+        what: "it has pidfds that CRIU does not dump: of a single thread (PIDFD_THREAD), or of a process outside of it",
+        remedy: "close them before the checkpoint",
+        seen: "/proc/PID/fdinfo: flags, Pid",
+        criu_says: &[
+            "PIDFD_THREAD flag is currently not supported",
+            "is not a part of process tree",
+        ],
+    },
+    Condition {
+        name: "unix-backlog",
+        effect: Effect::NoDump,
+        what: "unix connections wait to be accepted on which something was sent already, or whose other end is gone",
+        remedy: "let the program accept them: try again",
+        seen: "sock_diag",
+        criu_says: &[
+            "Non-empty write queue on an in-flight socket",
+            "Found a closed in-flight socket",
+        ],
+    },
+    Condition {
         name: "message-queue",
         effect: Effect::NoDump,
         what: "CRIU cannot dump POSIX message queues, and it has some",
@@ -183,6 +213,22 @@ pub static CONDITIONS: [Condition; 47] = [
         remedy: "take the checkpoint with transship, which puts that right",
         seen: "",
         criu_says: &["Can't create posix timer"],
+    },
+    Condition {
+        name: "thread-file",
+        effect: Effect::NoRestore,
+        what: "it has files of single threads open (below /proc/PID/task), or the directory of a process in /proc: CRIU opens files before it makes threads, and does not find them",
+        remedy: "close them before the checkpoint; /proc/PID/status and the like of a process are no hindrance",
+        seen: "/proc/PID/fd",
+        criu_says: &["Can't open file proc/"],
+    },
+    Condition {
+        name: "memfd-program",
+        effect: Effect::NoRestore,
+        what: "it runs a program that lies in memory alone (fexecve of a memfd), for which CRIU writes no file down",
+        remedy: "start the program from a file",
+        seen: "/proc/PID/exe",
+        criu_says: &["No entry for reg-file-ID"],
     },
     Condition {
         name: "nested-namespace",
@@ -279,6 +325,62 @@ pub static CONDITIONS: [Condition; 47] = [
         what: "processes that came by exec and are no children of its own do not come along",
         remedy: "end them, or let the container start them itself",
         seen: "/proc/PID/status: PPid",
+        criu_says: &[],
+    },
+    Condition {
+        name: "personality",
+        effect: Effect::Changes,
+        what: "the personality of its programs (setarch, personality(2)) comes back as the usual one",
+        remedy: "start it without setarch",
+        seen: "/proc/PID/task/TID/personality",
+        criu_says: &[],
+    },
+    Condition {
+        name: "eventfd-semaphore",
+        effect: Effect::Changes,
+        what: "its eventfds that count down one by one (EFD_SEMAPHORE) come back as ordinary ones, which are emptied by one read",
+        remedy: "let the program use another kind of semaphore",
+        seen: "/proc/PID/fdinfo: eventfd-semaphore (Linux 6.5 and later tell)",
+        criu_says: &[],
+    },
+    Condition {
+        name: "protection-key",
+        effect: Effect::Changes,
+        what: "memory with protection keys (pkey_mprotect) comes back without them",
+        remedy: "start the program so that it uses none",
+        seen: "/proc/PID/smaps: ProtectionKey",
+        criu_says: &[],
+    },
+    Condition {
+        name: "sealed-memory",
+        effect: Effect::Changes,
+        what: "memory that was sealed (mseal) comes back unsealed",
+        remedy: "start the program so that it seals none",
+        seen: "/proc/PID/smaps: VmFlags sl",
+        criu_says: &[],
+    },
+    Condition {
+        name: "memory-policy",
+        effect: Effect::Changes,
+        what: "its NUMA policies (numactl, set_mempolicy, mbind) come back as the default",
+        remedy: "bind it by its cpuset (ctr run --cpuset-mems, the memory manager of kubelet) instead",
+        seen: "/proc/PID/task/TID/numa_maps",
+        criu_says: &[],
+    },
+    Condition {
+        name: "multicast",
+        effect: Effect::Changes,
+        what: "its sockets come back without the multicast groups that they have joined",
+        remedy: "end what has joined them",
+        seen: "/proc/PID/net/igmp, igmp6, of a network namespace of its own; getsockopt",
+        criu_says: &[],
+    },
+    Condition {
+        name: "keyring",
+        effect: Effect::Changes,
+        what: "the keys in its session keyring stay behind",
+        remedy: "let the program keep secrets elsewhere",
+        seen: "/proc/keys: _ses.ID",
         criu_says: &[],
     },
     Condition {
@@ -379,6 +481,22 @@ pub static CONDITIONS: [Condition; 47] = [
         remedy: "bring the volume along (--volumes emptydir), or put the file there",
         seen: "",
         criu_says: &["on restore: No such file"],
+    },
+    Condition {
+        name: "sub-path",
+        effect: Effect::NoRestore,
+        what: "it mounts a part of an emptyDir (subPath), and that mount is made before the volume can be filled",
+        remedy: "mount the whole volume, or leave emptyDirs behind (without --volumes emptydir)",
+        seen: "the spec, with check --volumes emptydir",
+        criu_says: &[],
+    },
+    Condition {
+        name: "left-in-volume",
+        effect: Effect::NoRestore,
+        what: "it has files open in an emptyDir that is left behind, and the new pod has an empty one",
+        remedy: "--volumes emptydir takes the content of emptyDirs along",
+        seen: "/proc/PID/fd, maps, cwd, in a pod",
+        criu_says: &[],
     },
     Condition {
         name: "file-changed",

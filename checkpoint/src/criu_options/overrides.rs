@@ -230,6 +230,7 @@ mod tests {
                 "SIZE" => "16M",
                 "TYPE:NAME" => "selinux:x:y",
                 "CONTEXT" => "system_u:object_r:x",
+                "NAME" => "exec",
                 // The other one.
                 values if (option.get)(&CriuOptions::default()).as_deref() == Some("true") => {
                     values.rsplit('|').next().unwrap()

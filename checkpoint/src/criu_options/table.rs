@@ -54,11 +54,13 @@ pub struct CriuOption {
 
 /// The values of a switch.
 pub const SWITCH: &str = "true|false";
+/// Names with commas between them.
+pub const SEVERAL: &str = "NAME";
 
 const FLAG: &str = "runtime flag";
 
 /// All options.
-pub static OPTIONS: [CriuOption; 12] = [
+pub static OPTIONS: [CriuOption; 13] = [
     CriuOption {
         name: "tcp",
         values: "refuse|established|close",
@@ -224,6 +226,23 @@ pub static OPTIONS: [CriuOption; 12] = [
         set: |options, value| switch(value, &mut options.lazy_pages),
         get: |options| Some(options.lazy_pages.to_string()),
     },
+    CriuOption {
+        name: "allow-lost",
+        values: SEVERAL,
+        help: "Let it lose what CRIU does not restore and nothing else gives back: names of docs/conditions.md with \
+               the effect lost or changed, and network (interfaces of its own that CNI has not made); several \
+               with commas between them, or by several flags",
+        off_flag: None,
+        phase: Phase::Dump,
+        dump: "not at all",
+        restore: "",
+        author: Author::Pod,
+        set: |options, value| {
+            options.allow_lost = value.parse()?;
+            Ok(())
+        },
+        get: |options| (!options.allow_lost.is_empty()).then(|| options.allow_lost.to_string()),
+    },
 ];
 
 fn switch(value: &str, to: &mut bool) -> Result<(), OptionError> {
@@ -271,6 +290,7 @@ pub fn documentation() -> String {
             "SIZE" => "bytes, `16M`".to_owned(),
             "TYPE:NAME" => "`apparmor:NAME`, `selinux:LABEL`".to_owned(),
             "CONTEXT" => "a context".to_owned(),
+            SEVERAL => "names of [conditions](conditions.md)".to_owned(),
             values => values
                 .split('|')
                 .map(|value| format!("`{value}`"))

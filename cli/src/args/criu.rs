@@ -4,7 +4,9 @@
 use std::marker::PhantomData;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
-use transship_checkpoint::criu_options::{CriuOption, CriuOverrides, OPTIONS, Phase, SWITCH};
+use transship_checkpoint::criu_options::{
+    CriuOption, CriuOverrides, OPTIONS, Phase, SEVERAL, SWITCH,
+};
 
 const HEADING: &str = "CRIU (each also as an annotation dev.transship/<option>)";
 
@@ -77,12 +79,19 @@ impl<V: Verb> FromArgMatches for CriuArgs<V> {
         let mut overrides = CriuOverrides::default();
         for option in OPTIONS.iter().filter(|it| it.phase.meets(V::PHASE)) {
             let off = option.off_flag.is_some_and(|off| matches.get_flag(off));
-            let value = match matches.get_one::<String>(option.name) {
-                Some(value) => value.as_str(),
-                None if off => "false",
-                None => continue,
+            let given: Vec<String> = matches
+                .get_many(option.name)
+                .into_iter()
+                .flatten()
+                .cloned()
+                .collect();
+            let value = match given.is_empty() {
+                // Of those that may stand several times all count.
+                false => given.join(","),
+                true if off => "false".to_owned(),
+                true => continue,
             };
-            let set = overrides.set(option.name, value);
+            let set = overrides.set(option.name, &value);
             set.map_err(|error| Error::raw(clap::error::ErrorKind::InvalidValue, error))?;
         }
         Ok(Self {
@@ -113,6 +122,8 @@ fn flag(option: &'static CriuOption) -> Arg {
             .num_args(0..=1)
             .require_equals(true)
             .default_missing_value("true")
+    } else if option.values == SEVERAL {
+        arg.value_name(option.values).action(ArgAction::Append)
     } else {
         arg.value_name(option.values)
     }
@@ -140,7 +151,8 @@ mod tests {
     #[test]
     fn flags_choose_and_nonsense_is_refused() {
         assert_eq!(parse::<Moves>("").unwrap(), CriuOverrides::default());
-        let line = "--tcp close --no-file-locks --shell-job --link-remap=false";
+        let line = "--tcp close --no-file-locks --shell-job --link-remap=false --allow-lost exec \
+                    --allow-lost personality,multicast";
         let chosen = parse::<Moves>(line).unwrap();
         let options = chosen.over(CriuOptions {
             link_remap: true,
@@ -148,9 +160,11 @@ mod tests {
         });
         assert_eq!(options.tcp, Tcp::Close);
         assert!(!options.file_locks && options.shell_job && !options.link_remap);
+        assert_eq!(options.allow_lost.to_string(), "exec,multicast,personality");
         for (line, said) in [
             ("--tcp maybe", "\"established\""),
             ("--ghost-limit x", "16M"),
+            ("--allow-lost tcp", "docs/conditions.md"),
             ("--file-locks --no-file-locks", "cannot be used with"),
         ] {
             let error = parse::<Moves>(line).unwrap_err();

@@ -9,7 +9,7 @@ use transship_engine::checkpoint::Selection;
 use transship_engine::{Context as _, Error, Result};
 
 use super::{connect, print};
-use crate::args::{CheckArgs, Global};
+use crate::args::{CheckArgs, Global, VolumesArg};
 
 pub(crate) async fn run(global: &Global, args: CheckArgs) -> Result<()> {
     if args.node {
@@ -24,7 +24,9 @@ pub(crate) async fn run(global: &Global, args: CheckArgs) -> Result<()> {
     };
     if let Some(of) = of {
         let node = connect(global).await?;
-        let checked = container::check(&node, &of, &args.criu.overrides(), there.as_ref()).await?;
+        let (criu, there) = (args.criu.overrides(), there.as_ref());
+        let empty_dirs = args.volumes.contains(&VolumesArg::EmptyDir);
+        let checked = container::check(&node, &of, &criu, empty_dirs, there).await?;
         print(global, &checked, || {
             checked.iter().map(Checked::text).collect()
         })?;

@@ -7,7 +7,7 @@ use transship_engine::timeline::{Report, human_bytes};
 use transship_engine::{Error, Result};
 
 use super::{connect, print, store};
-use crate::args::{Global, LostArg, MigrateArgs, VolumesArg};
+use crate::args::{Global, MigrateArgs, VolumesArg};
 use crate::progress::Progress;
 use crate::timeline_file::TimelineFile;
 
@@ -65,8 +65,6 @@ fn request(args: MigrateArgs) -> Request {
         remote_program: args.remote_program,
         before_restore: args.before_restore,
         keep_source: args.keep_source,
-        lose_network: args.allow_lost.contains(&LostArg::Network),
-        lose_joined: args.allow_lost.contains(&LostArg::Exec),
         leave_logs: args.dump.leave_logs(),
         dump_patience: args.dump.patience(),
         max_freeze: args.freeze.max_freeze,

@@ -23,7 +23,8 @@ pub struct Checked {
     pub findings: Vec<Finding>,
 }
 
-/// Looks at a container or at all that run of a pod; `there` is the node that it would go to.
+/// Looks at a container or at all that run of a pod, whose emptyDirs come along or not; `there` is the node that it would
+/// go to.
 ///
 /// # Errors
 /// [`crate::Kind::NotFound`], or it does not run.
@@ -31,13 +32,20 @@ pub async fn check(
     node: &Containerd,
     of: &Selection,
     criu: &CriuOverrides,
+    empty_dirs: bool,
     there: Option<&NodeFacts>,
 ) -> Result<Vec<Checked>> {
     let looked = match of {
         Selection::Container(id) => vec![source::look_for(node, id, criu).await?],
         // The CRI's containers are in no other namespace.
         Selection::Pod(selector) => {
-            pod::look(&node.in_namespace(CRI_NAMESPACE)?, selector, criu).await?
+            pod::look(
+                &node.in_namespace(CRI_NAMESPACE)?,
+                selector,
+                criu,
+                empty_dirs,
+            )
+            .await?
         }
     };
     let here = match there {
@@ -78,8 +86,8 @@ pub async fn compare_nodes(node: Option<&Containerd>, there: &NodeFacts) -> Resu
 fn finding(found: &Found) -> Finding {
     let condition = found.condition;
     match found.hinders() {
-        true => Finding::problem(condition.name, found.text(), condition.remedy),
-        false => Finding::note(condition.name, found.text(), condition.remedy),
+        true => Finding::problem(condition.name, found.text(), found.remedy()),
+        false => Finding::note(condition.name, found.text(), found.remedy()),
     }
 }
 

@@ -77,6 +77,7 @@ mod tests {
             .unwrap();
         let init = shell.id();
         let subject = Subject {
+            id: String::new(),
             init,
             pids: Vec::new(),
             spec: Spec::parse(b"{}").unwrap(),

@@ -11,6 +11,7 @@
 //! dumped by CRIU (a tmpfs of the container) or the link is written down ([`crate::dump_links`]: `/dev/shm` of a
 //! pod), and not on another bind mount.
 
+use std::cell::LazyCell;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
+use crate::check::Version;
 
 const DELETED: &str = " (deleted)";
 /// CRIU's own `ghost-limit`.
@@ -39,17 +41,23 @@ const KNOWN_KINDS: [&str; 7] = [
     "[timerfd]",
     "[pidfd]",
 ];
+const PIDFDS_FROM: Version = Version(4, 1, 0);
 /// Names of memory that has none, and of which CRIU knows better.
 const MEMORY: [&str; 5] = ["/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/[aio]"];
 
 pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     let mut hits = Vec::new();
+    // Asked of CRIU once, and only where there is one.
+    let knows_pidfds = LazyCell::new(knows_pidfds);
     for (seen, number, target) in processes.descriptors() {
         match target {
+            FDTarget::AnonInode(kind) if kind == "[pidfd]" && !*knows_pidfds => {
+                hits.push(("open-file-kind", format!("{kind} of {}", seen.called())));
+            }
             FDTarget::AnonInode(kind) => hits.extend(unknown_kind(seen, kind)),
             FDTarget::Path(path) => {
                 let metadata = || fs::metadata(seen.descriptor(number)).ok();
-                hits.extend(without_its_name(subject, path, metadata));
+                hits.extend(without_its_name(subject, seen, path, metadata));
             }
             _ => {}
         }
@@ -75,6 +83,11 @@ fn unknown_kind(seen: &Seen, kind: &str) -> Option<Hit> {
     Some((name, of))
 }
 
+/// CRIU has them since 4.1.
+fn knows_pidfds() -> bool {
+    Version::of_criu().is_none_or(|version| version >= PIDFDS_FROM)
+}
+
 fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
     let maps = seen.process.maps().into_iter().flatten().take(MAPPINGS);
     let hits = maps.filter_map(|map| {
@@ -83,13 +96,14 @@ fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
         };
         let (from, to) = map.address;
         let file = format!("/proc/{}/map_files/{from:x}-{to:x}", seen.pid);
-        without_its_name(subject, path, || fs::metadata(file).ok())
+        without_its_name(subject, seen, path, || fs::metadata(file).ok())
     });
     hits.collect()
 }
 
 fn without_its_name(
     subject: &Subject,
+    seen: &Seen,
     path: &Path,
     metadata: impl FnOnce() -> Option<Metadata>,
 ) -> Option<Hit> {
@@ -98,6 +112,9 @@ fn without_its_name(
         return None;
     }
     let file = metadata().filter(Metadata::is_file)?;
+    if is_its_name(seen, path, &file) {
+        return None;
+    }
     let limit = subject.criu.ghost_limit.unwrap_or(GHOST_LIMIT);
     let shown = name.escape_debug();
     match file.nlink() {
@@ -110,6 +127,15 @@ fn without_its_name(
         }
         _ => (!subject.criu.link_remap).then(|| ("link-remap", shown.to_string())),
     }
+}
+
+/// Whether the file is called so: that it ends as the kernel's names of removed files do is chance.
+fn is_its_name(seen: &Seen, path: &Path, file: &Metadata) -> bool {
+    let Ok(below) = path.strip_prefix("/") else {
+        return false;
+    };
+    let named = fs::symlink_metadata(Path::new(&format!("/proc/{}/root", seen.pid)).join(below));
+    named.is_ok_and(|named| (named.dev(), named.ino()) == (file.dev(), file.ino()))
 }
 
 /// Whether a file is in a bind mount whose links are not in the checkpoint: all but `/dev/shm` of the pod.
@@ -143,6 +169,7 @@ mod tests {
             {"destination":"/dev/shm","type":"bind","source":"/run/x/sandboxes/s1/shm","options":["rbind"]}],
             "annotations":{"io.kubernetes.cri.sandbox-id":"s1"}}"#;
         Subject {
+            id: String::new(),
             init: 1,
             pids: Vec::new(),
             spec: Spec::parse(spec).unwrap(),
@@ -159,11 +186,32 @@ mod tests {
         let file = fs::File::open(&path).unwrap();
         fs::remove_file(&path).unwrap();
         let ghost = file.metadata().unwrap();
+        let own = std::process::id();
+        let processes = Processes::read(own, &[own]);
         let name = |path: &str, of: &Metadata, criu: &CriuOptions| {
-            let hit =
-                without_its_name(&subject(criu.clone()), Path::new(path), || Some(of.clone()));
+            let (subject, seen) = (subject(criu.clone()), &processes.tree[0]);
+            let hit = without_its_name(&subject, seen, Path::new(path), || Some(of.clone()));
             hit.map(|(name, _)| name)
         };
+        let called_so = dir.path().join("y (deleted)");
+        fs::write(&called_so, "").unwrap();
+        let metadata = fs::metadata(&called_so).unwrap();
+        assert_eq!(
+            name(
+                called_so.to_str().unwrap(),
+                &metadata,
+                &CriuOptions::default()
+            ),
+            None
+        );
+        assert_eq!(
+            name(
+                called_so.to_str().unwrap(),
+                &linked,
+                &CriuOptions::default()
+            ),
+            Some("link-remap")
+        );
         let none = CriuOptions::default();
         let all = CriuOptions {
             link_remap: true,

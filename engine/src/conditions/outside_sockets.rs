@@ -1,22 +1,24 @@
 //! Unix sockets whose other end is held by a process that CRIU would not dump with them.
 
+use std::collections::BTreeMap;
+
 use procfs::process::{FDTarget, all_processes};
 
-use super::sock_diag::unix_sockets;
+use super::sock_diag::UnixSocket;
 use super::sockets::Owned;
 use super::{Hit, Subject};
 
 const DATAGRAM: u8 = 2;
 
-pub(super) fn hits(subject: &Subject, owned: &Owned<'_>) -> Vec<Hit> {
-    if owned.is_empty() {
-        return Vec::new();
-    }
-    let sockets = unix_sockets(subject.init);
+pub(super) fn hits(
+    subject: &Subject,
+    owned: &Owned<'_>,
+    unix: &BTreeMap<u64, UnixSocket>,
+) -> Vec<Hit> {
     let outside = owned.iter().filter_map(|(inode, (seen, _))| {
-        let socket = sockets.get(inode)?;
-        let peer = socket.peer?;
-        let kept = socket.kind == DATAGRAM && subject.criu.ext_unix_sk;
+        let end = unix.get(inode)?;
+        let peer = end.peer?;
+        let kept = end.kind == DATAGRAM && subject.criu.ext_unix_sk;
         (!kept && !owned.contains_key(&peer)).then_some((seen, peer))
     });
     let outside: Vec<_> = outside.collect();

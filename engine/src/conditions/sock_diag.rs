@@ -1,4 +1,4 @@
-//! The other ends of unix sockets and their files, which only `sock_diag(7)` tells.
+//! The other ends of unix sockets, their files and what waits in them, which only `sock_diag(7)` tells.
 //!
 //! ```text
 //!  request  nlmsghdr { len u32, type u16 = 20, flags u16 = 0x301, seq u32, pid u32 }
@@ -7,6 +7,8 @@
 //!           unix_diag_msg { family u8, type u8, state u8, pad u8, inode u32, cookie [u32; 2] }
 //!           nlattr { len u16, type u16 = 1 (file) } inode u32, device u32
 //!           nlattr { len u16, type u16 = 2 (peer) } inode u32
+//!           nlattr { len u16, type u16 = 3 (icons) } inodes [u32]: of a listener, the other ends of what waits
+//!           nlattr { len u16, type u16 = 4 (rqlen) } to read u32, not read by the other end u32
 //! ```
 //!
 //! The kernel answers for the network namespace of the caller, so a thread of its own enters that of
@@ -26,10 +28,12 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const REQUEST_DUMP: u16 = 0x301;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
-const SHOW_FILE: u32 = 2;
-const SHOW_PEER: u32 = 4;
+/// `UDIAG_SHOW_VFS`, `_PEER`, `_ICONS` and `_RQLEN`.
+const SHOW: u32 = 2 | 4 | 8 | 16;
 const ATTRIBUTE_FILE: u16 = 1;
 const ATTRIBUTE_PEER: u16 = 2;
+const ATTRIBUTE_ICONS: u16 = 3;
+const ATTRIBUTE_RQLEN: u16 = 4;
 /// Lengths of `nlmsghdr` and `unix_diag_msg`.
 const HEADER: usize = 16;
 const MESSAGE: usize = 16;
@@ -37,7 +41,7 @@ const MESSAGE: usize = 16;
 const SOCKETS: usize = 1 << 20;
 
 /// One unix socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct UnixSocket {
     /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
     pub(crate) kind: u8,
@@ -45,9 +49,14 @@ pub(crate) struct UnixSocket {
     pub(crate) peer: Option<u64>,
     /// The low half of the inode of the file that it is bound to, also of one that has no name any more.
     pub(crate) file: Option<u32>,
+    /// Of a listener: the inodes of the other ends of connections that wait to be accepted; 0: it is closed.
+    pub(crate) waiting: Vec<u64>,
+    /// Bytes that were sent and not read, as the kernel accounts for them.
+    pub(crate) unread: u32,
 }
 
-/// The unix sockets in the network namespace of a process, by their inodes; none when the kernel does not tell.
+/// The unix sockets in the network namespace of a process, by their inodes; none when the
+/// kernel does not tell.
 pub(crate) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
     let asked = std::thread::Builder::new()
         .name("unix sockets".to_owned())
@@ -93,7 +102,7 @@ fn request() -> Vec<u8> {
     bytes.extend([1, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes());
     bytes.extend([0; 4]);
-    bytes.extend((SHOW_FILE | SHOW_PEER).to_ne_bytes());
+    bytes.extend(SHOW.to_ne_bytes());
     bytes.extend([0xff; 8]);
     bytes
 }
@@ -119,26 +128,24 @@ fn read(mut bytes: &[u8], sockets: &mut BTreeMap<u64, UnixSocket>) -> bool {
 fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
     let mut socket = UnixSocket {
         kind: *message.get(1)?,
-        peer: None,
-        file: None,
+        ..UnixSocket::default()
     };
     let inode = u32_at(message, 4)?;
     let mut attributes = message.get(MESSAGE..)?;
     while let (Some(length), Some(name)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-        let length = usize::from(length);
-        if length < 4 {
-            break;
-        }
+        let value = attributes.get(4..usize::from(length))?;
         match name {
-            ATTRIBUTE_FILE => socket.file = u32_at(attributes, 4),
-            ATTRIBUTE_PEER => {
-                socket.peer = u32_at(attributes, 4).filter(|it| *it != 0).map(u64::from);
+            ATTRIBUTE_FILE => socket.file = u32_at(value, 0),
+            ATTRIBUTE_PEER => socket.peer = u32_at(value, 0).filter(|it| *it != 0).map(u64::from),
+            ATTRIBUTE_ICONS => {
+                let inodes = value.chunks_exact(4).filter_map(|inode| u32_at(inode, 0));
+                socket.waiting = inodes.map(u64::from).collect();
             }
+            ATTRIBUTE_RQLEN => socket.unread = u32_at(value, 4)?,
             _ => {}
         }
-        attributes = attributes
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
+        let next = usize::from(length).next_multiple_of(4);
+        attributes = attributes.get(next..).unwrap_or_default();
     }
     Some((u64::from(inode), socket))
 }
@@ -155,6 +162,7 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::UnixStream;
 
@@ -175,6 +183,9 @@ mod tests {
         assert_eq!(sockets[&inode(&one)].peer, Some(inode(&two)));
         assert_eq!(sockets[&inode(&two)].peer, Some(inode(&one)));
         assert_eq!(sockets[&inode(&one)].kind, 1);
+        assert_eq!(sockets[&inode(&one)].unread, 0);
+        (&one).write_all(b"x").unwrap();
+        assert!(unix_sockets(std::process::id())[&inode(&one)].unread > 0);
     }
 
     #[test]
@@ -185,14 +196,11 @@ mod tests {
             assert_eq!(read(&whole[..length], &mut none), length >= 6, "{length}");
         }
         assert!(none.is_empty());
-        assert_eq!(socket_of(&[0; MESSAGE - 1]), None);
-        let plain = UnixSocket {
-            kind: 0,
-            peer: None,
-            file: None,
-        };
-        for length in [MESSAGE, MESSAGE + 2, MESSAGE + 4] {
-            assert_eq!(socket_of(&vec![0; length]), Some((0, plain)), "{length}");
+        assert_eq!(socket_of(&[0; 15]), None);
+        assert_eq!(socket_of(&[0; 20]), None);
+        let waiting = [&[0; MESSAGE][..], &[12, 0, 3, 0, 7, 0, 0, 0, 0, 0, 0, 0]].concat();
+        if cfg!(target_endian = "little") {
+            assert_eq!(socket_of(&waiting).unwrap().1.waiting, [7, 0]);
         }
     }
 }

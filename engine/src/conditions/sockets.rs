@@ -59,7 +59,7 @@ fn unknown_kind(name: &str, seen: &Seen) -> Option<Hit> {
 }
 
 /// The kernel's name of a socket's protocol.
-fn protocol(descriptor: &str) -> Option<String> {
+pub(crate) fn protocol(descriptor: &str) -> Option<String> {
     let mut name = [0; 64];
     let length = rustix::fs::getxattr(descriptor, "system.sockprotoname", &mut name[..]).ok()?;
     let name = name.get(..length)?;
@@ -101,6 +101,7 @@ mod tests {
 
     fn subject(criu: CriuOptions) -> Subject {
         Subject {
+            id: String::new(),
             init: std::process::id(),
             pids: vec![std::process::id()],
             spec: Spec::parse(b"{}").unwrap(),

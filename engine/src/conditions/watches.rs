@@ -6,6 +6,8 @@
 //!                       device as the kernel has it: major << 20 | minor, in hexadecimal
 //! ```
 //!
+//! No handle of a file in `/proc` and `/sys` can be opened, and CRIU has no other way to them.
+//!
 //! CRIU finds a watched file by its handle, and on an overlay, which opens no handles, by its inode
 //! below some well-known directories, and below those that `irmap-scan-path` names. So the inodes are
 //! looked for here, while the container runs, and CRIU is told where they are.
@@ -16,8 +18,8 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use nix::sys::stat::{major, minor};
-use procfs::process::FDTarget;
+use nix::sys::stat::{major, makedev, minor};
+use procfs::process::{FDTarget, Process};
 use transship_checkpoint::criu_options::ConfigLine;
 use walkdir::WalkDir;
 
@@ -26,6 +28,8 @@ use super::{Hit, Subject};
 
 /// CRIU's option.
 pub(crate) const SCAN_PATH: &str = "irmap-scan-path";
+/// File systems whose files have no handles that can be opened.
+const NO_HANDLES: [&str; 2] = ["proc", "sysfs"];
 /// More of a descriptor's information than this is not read.
 const INFORMATION: u64 = 4 << 20;
 /// More files than this are not compared.
@@ -41,18 +45,26 @@ pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Ve
         matches!(target, FDTarget::AnonInode(kind) if kind == "inotify" || kind == "[fanotify]")
     });
     let mut wanted = BTreeMap::new();
+    let mut lost = Vec::new();
+    let mut never = None;
     for (seen, number, _) in watching {
         let information = read(&format!("/proc/{}/fdinfo/{number}", seen.pid));
         for inode in watched(&information, device) {
             wanted.insert(inode, seen.called());
         }
+        for (device, place) in never.get_or_insert_with(|| without_handles(subject.init)) {
+            let watches = watched(&information, *device).len();
+            if watches > 0 {
+                let by = seen.called();
+                lost.push(("watch", format!("{watches} below {place} by {by}")));
+            }
+        }
     }
     if wanted.is_empty() || !is_overlay(&root) {
-        return (Vec::new(), Vec::new());
+        return (Vec::new(), lost);
     }
     let found = paths(Path::new(&root), device, &wanted.keys().copied().collect());
     let mut told = Vec::new();
-    let mut lost = Vec::new();
     for (inode, by) in wanted {
         match found.get(&inode) {
             Some(path) if ConfigLine::with(SCAN_PATH, path).is_ok() => told.push(path.clone()),
@@ -67,6 +79,24 @@ pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Ve
         }
     }
     (told, lost)
+}
+
+/// The devices of file systems whose files CRIU does not find again, and where they are.
+fn without_handles(init: u32) -> BTreeMap<u64, String> {
+    let mounts = Process::new(init.cast_signed()).and_then(|init| init.mountinfo());
+    let mounts = mounts.into_iter().flatten();
+    let without = mounts.filter(|mount| NO_HANDLES.contains(&mount.fs_type.as_str()));
+    let devices = without.filter_map(|mount| {
+        let (major, minor) = mount.majmin.split_once(':')?;
+        let device = makedev(major.parse().ok()?, minor.parse().ok()?);
+        Some((device, mount.mount_point.display().to_string()))
+    });
+    let mut places = BTreeMap::new();
+    for (device, place) in devices {
+        // /proc, not /proc/bus of the same.
+        places.entry(device).or_insert(place);
+    }
+    places
 }
 
 fn is_overlay(root: &str) -> bool {
@@ -138,6 +168,13 @@ mod tests {
         assert_eq!(watched(information, overlay), BTreeSet::from([0x9e7e, 7]));
         let disk = nix::sys::stat::makedev(254, 0);
         assert_eq!(watched(information, disk), BTreeSet::from([0x1f]));
+    }
+
+    #[test]
+    fn proc_has_no_handles() {
+        let device = fs::metadata("/proc/self/status").unwrap().dev();
+        let places = without_handles(std::process::id());
+        assert_eq!(places.get(&device).map(String::as_str), Some("/proc"));
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl Moving {
             },
         };
         for container in &moving.containers {
-            check_exec(container, request.lose_joined)?;
+            check_exec(container)?;
         }
         Ok(moving)
     }

@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 
-use transship_checkpoint::criu_options::Tcp;
+use transship_checkpoint::criu_options::{NETWORK, Tcp};
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Address, Attachment, Cni, Place, container_name, keep_addresses};
 
@@ -25,8 +25,9 @@ use crate::source::SourceContainer;
 
 /// Refuses a container whose interfaces would be lost, unless they may be; then it has no networks.
 pub(super) fn check(container: &mut SourceContainer, request: &Request) -> Result<()> {
+    let may_be_lost = container.container.criu.allow_lost.contain(NETWORK);
     let networks = &mut container.container.networks;
-    if request.lose_network || request.target.address == Some(AddressChoice::None) {
+    if may_be_lost || request.target.address == Some(AddressChoice::None) {
         networks.clear();
         return Ok(());
     }

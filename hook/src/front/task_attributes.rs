@@ -2,7 +2,8 @@
 //! [`transship_checkpoint::task_attributes`].
 //!
 //! The file is part of the checkpoint, so what it may do is bounded: a task gets processors of its own
-//! cpuset only, and a real-time I/O priority only where the container may have one.
+//! cpuset only, a real-time I/O priority only where the container may have one, and a socket only what every process
+//! may ask for.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,15 +14,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::task_attributes::{
-    IoClass, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, parse_cpus,
+    IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
 
 use crate::descendants::tree;
 
 /// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
 const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
+
+/// So many losses of what was not read are told.
+const UNREAD: usize = 16;
+/// Congestion controls that a process needs no capability for; others are modules that root's choice would load.
+const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
 /// Reads the file in a container's directory of the checkpoint. A checkpoint without one says nothing.
 ///
@@ -55,10 +62,17 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
         .iter()
         .map(|task| (task.id, task))
         .collect();
-    let mut lost = Vec::new();
-    if wanted.is_empty() {
+    let unread = attributes.unread.iter().take(UNREAD);
+    let mut lost: Vec<String> = unread.map(Unread::text).collect();
+    if wanted.is_empty() && attributes.sockets.is_empty() {
         return Ok(lost);
     }
+    let mut sockets: BTreeMap<u32, Vec<&Socket>> = BTreeMap::new();
+    for socket in &attributes.sockets {
+        sockets.entry(socket.process).or_default().push(socket);
+    }
+    let allowed_congestion = fs::read_to_string(ALLOWED_CONGESTION).unwrap_or_default();
+    let allowed_congestion: Vec<&str> = allowed_congestion.split_whitespace().collect();
     for pid in tree(root)? {
         for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
             let name = entry?.file_name();
@@ -68,6 +82,9 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
             let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
             let id = field("NSpid:").and_then(|ids| ids.split_whitespace().last()?.parse().ok());
+            if let Some(sockets) = id.filter(|_| tid == pid).and_then(|id| sockets.get(&id)) {
+                lost.extend(give_to_sockets(pid, sockets, &allowed_congestion));
+            }
             let Some(task) = id.and_then(|id: u32| wanted.get(&id)) else {
                 continue;
             };
@@ -93,6 +110,15 @@ fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<Stri
     {
         lost.push(format!("the timer slack of task {id}, {slack} ns"));
     }
+    if let Some(filter) = task.coredump_filter
+        && fs::write(
+            format!("/proc/{tid}/coredump_filter"),
+            format!("{filter:#x}"),
+        )
+        .is_err()
+    {
+        lost.push(format!("what a core dump of task {id} has, {filter:#x}"));
+    }
     if let Some(priority) = task.io_priority {
         let (class, may_be) = match priority.class {
             IoClass::Realtime => ("1", bounding & REALTIME_CAPABILITIES != 0),
@@ -104,6 +130,27 @@ fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<Stri
         }
     }
     lost
+}
+
+fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: &[&str]) -> Vec<String> {
+    let process = rustix::process::Pid::from_raw(pid);
+    let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let lost = sockets.iter().flat_map(|socket| {
+        let Socket {
+            process: id,
+            descriptor,
+            options,
+        } = socket;
+        let found = process
+            .as_ref()
+            .and_then(|process| pidfd_getfd(process, *descriptor, PidfdGetfdFlags::empty()).ok());
+        let lost = match found {
+            Some(socket) => options.give(&socket, allowed),
+            None => vec!["its TCP options".to_owned()],
+        };
+        { lost.into_iter() }.map(move |what| format!("of the socket {descriptor} of {id} {what}"))
+    });
+    lost.collect()
 }
 
 fn set_cpus(tid: i32, cpus: &[usize], allowed: &[usize]) -> bool {
@@ -132,6 +179,11 @@ fn ionice(tid: i32, class: &str, level: u8) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use transship_checkpoint::task_attributes::UnreadKind;
+    use transship_checkpoint::tcp_options::TcpOptions;
+
     use super::*;
 
     #[test]
@@ -155,6 +207,7 @@ mod tests {
         let attributes = |cpus| TaskAttributes {
             frozen_at: 0,
             tasks: vec![task(cpus)],
+            ..TaskAttributes::default()
         };
         let lost = give_back(pid, &attributes(vec![60_000])).unwrap();
         assert_eq!(lost.len(), 1, "{lost:?}");
@@ -166,6 +219,41 @@ mod tests {
         assert_eq!(cpus(), [first]);
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn root_a_socket_gets_its_options() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let options = TcpOptions {
+            user_timeout: Some(4711),
+            ..TcpOptions::default()
+        };
+        let pid = std::process::id();
+        let socket = |descriptor| Socket {
+            process: pid,
+            descriptor,
+            options: options.clone(),
+        };
+        let attributes = TaskAttributes {
+            sockets: vec![socket(listener.as_raw_fd()), socket(i32::MAX)],
+            unread: vec![Unread {
+                process: 1,
+                descriptor: 3,
+                kind: UnreadKind::Inotify,
+                bytes: 16,
+            }],
+            ..TaskAttributes::default()
+        };
+        let lost = give_back(pid.cast_signed(), &attributes).unwrap();
+        assert_eq!(lost.len(), 2, "{lost:?}");
+        assert!(lost[0].starts_with("events of inotify"), "{lost:?}");
+        assert_eq!(
+            TcpOptions::read(&listener, "cubic").unwrap().user_timeout,
+            Some(4711)
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //!   in-flight=PORT    a connection to itself that it never accepts
 //! ```
 //!
-//! and those of `rare`, which CRIU cannot dump.
+//! and those of `rare`, which CRIU cannot dump, and of `odd`, which it restores as something else.
 //!
 //! On every tick it replaces `/data/state`, a line a need and the number of the tick last:
 //!
@@ -36,6 +36,8 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
+#[path = "holder/odd.rs"]
+mod odd;
 #[path = "holder/rare.rs"]
 mod rare;
 
@@ -59,6 +61,7 @@ enum Held {
         #[expect(dead_code, reason = "it is held")] TcpStream,
     ),
     Rare(rare::Rare),
+    Odd(odd::Odd),
 }
 
 fn main() -> ExitCode {
@@ -172,7 +175,10 @@ fn take(need: &str) -> io::Result<Held> {
         }
         _ => match rare::take(name, value)? {
             Some(rare) => Held::Rare(rare),
-            None => return Err(io::Error::other(format!("unknown need {need}"))),
+            None => match odd::take(name, value)? {
+                Some(odd) => Held::Odd(odd),
+                None => return Err(io::Error::other(format!("unknown need {need}"))),
+            },
         },
     })
 }
@@ -214,6 +220,7 @@ fn check(held: &mut Held) -> io::Result<()> {
         Held::Tcp(client, server) => pass(client, server),
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
         Held::Rare(rare) => rare::check(rare),
+        Held::Odd(odd) => odd::check(odd),
     }
 }
 

@@ -1,0 +1,150 @@
+//! What `/proc/PID/fdinfo` tells of descriptors that CRIU knows by their kind, and yet does not dump, or makes again
+//! as other ones.
+//!
+//! ```text
+//!  eventfd   eventfd-semaphore: 1    EFD_SEMAPHORE; Linux 6.5 and later tell. CRIU makes it again without
+//!  pipe      flags: 040001           O_DIRECT: each write is a packet of its own
+//!  pidfd     flags: 02000202         O_EXCL is PIDFD_THREAD
+//!            Pid: 4711               -1: it has ended; else CRIU wants it among what it dumps
+//!  proc      /proc/1/task/7/status   files are opened again before there are threads
+//!            /proc/1                 CRIU asks for "/proc/1/" and whatever stands behind it in memory
+//! ```
+
+use std::fs;
+use std::path::Path;
+
+use nix::libc;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
+use procfs::process::FDTarget;
+
+use super::Hit;
+use super::processes::{Processes, Seen};
+
+pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
+    let hits = processes
+        .descriptors()
+        .filter_map(|(seen, number, target)| {
+            // One that was closed meanwhile is none.
+            let information =
+                || fs::read_to_string(format!("/proc/{}/fdinfo/{number}", seen.pid)).ok();
+            match target {
+                FDTarget::AnonInode(kind) if kind == "[eventfd]" => semaphore(&information()?),
+                FDTarget::AnonInode(kind) if kind == "[pidfd]" => {
+                    pidfd(&information()?, &in_tree(processes))
+                }
+                FDTarget::Pipe(_) => packets(&information()?),
+                FDTarget::Path(path) => {
+                    let of_threads = of_a_thread(path)?;
+                    let file = seen.descriptor(number);
+                    is_proc(&file).then_some(("thread-file", of_threads))
+                }
+                _ => None,
+            }
+            .map(|(name, what)| (name, of(&what, seen)))
+        });
+    hits.collect()
+}
+
+fn of(what: &str, seen: &Seen) -> String {
+    match what.is_empty() {
+        true => seen.called(),
+        false => format!("{what} of {}", seen.called()),
+    }
+}
+
+fn in_tree(processes: &Processes) -> impl Fn(i64) -> bool {
+    |pid| {
+        let mut pids = processes.tree.iter().map(|seen| i64::from(seen.pid));
+        pids.any(|it| it == pid)
+    }
+}
+
+fn field<'t>(information: &'t str, name: &str) -> Option<&'t str> {
+    let mut lines = information.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name))?;
+    Some(value.trim())
+}
+
+fn flags(information: &str) -> i32 {
+    let flags = field(information, "flags:").and_then(|octal| i32::from_str_radix(octal, 8).ok());
+    flags.unwrap_or_default()
+}
+
+fn semaphore(information: &str) -> Option<Hit> {
+    let on = field(information, "eventfd-semaphore:") == Some("1");
+    on.then(|| ("eventfd-semaphore", String::new()))
+}
+
+fn packets(information: &str) -> Option<Hit> {
+    (flags(information) & libc::O_DIRECT != 0).then(|| ("packet-pipe", String::new()))
+}
+
+fn pidfd(information: &str, in_tree: &dyn Fn(i64) -> bool) -> Option<Hit> {
+    if flags(information) & libc::O_EXCL != 0 {
+        return Some(("pidfd", "one of a thread".to_owned()));
+    }
+    let pid: i64 = field(information, "Pid:")?.parse().ok()?;
+    (pid != -1 && !in_tree(pid)).then(|| ("pidfd", "one of a process outside".to_owned()))
+}
+
+/// The path, if it is of a thread that is not the first of its process, or the directory of a process.
+fn of_a_thread(path: &Path) -> Option<String> {
+    let names: Vec<&str> = path.to_str()?.split('/').collect();
+    let is_id = |name: &&str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
+    let at = names.iter().position(is_id)?;
+    let told = match names[at..] {
+        [_] => true,
+        [process, "task", thread, ..] => is_id(&thread) && thread != process,
+        _ => false,
+    };
+    told.then(|| path.display().to_string().escape_debug().to_string())
+}
+
+fn is_proc(file: &str) -> bool {
+    statfs(file).is_ok_and(|it| it.filesystem_type() == PROC_SUPER_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_tells_is_read() {
+        let name = |hit: Option<Hit>| hit.map(|(name, _)| name);
+        let event = "pos:\t0\nflags:\t02\neventfd-count: 3\neventfd-id: 1\neventfd-semaphore: ";
+        assert_eq!(
+            name(semaphore(&format!("{event}1\n"))),
+            Some("eventfd-semaphore")
+        );
+        assert_eq!(name(semaphore(&format!("{event}0\n"))), None);
+        assert_eq!(name(packets("flags:\t040001\n")), Some("packet-pipe"));
+        assert_eq!(name(packets("flags:\t0100001\n")), None);
+        let inside = |pid| pid == 7;
+        for (information, told) in [
+            ("flags:\t02000202\nPid:\t7\n", Some("pidfd")),
+            ("flags:\t02000002\nPid:\t7\n", None),
+            ("flags:\t02000002\nPid:\t-1\n", None),
+            ("flags:\t02000002\nPid:\t8\n", Some("pidfd")),
+        ] {
+            assert_eq!(name(pidfd(information, &inside)), told, "{information}");
+        }
+    }
+
+    #[test]
+    fn files_of_threads_are_known_by_their_paths() {
+        for (path, told) in [
+            ("/proc/1/task/7/status", true),
+            ("/proc/1/task/7", true),
+            ("/proc/1", true),
+            ("/proc/1/task/1/status", false),
+            ("/proc/1/task", false),
+            ("/proc/1/status", false),
+            ("/proc/7 (deleted)", false),
+            ("/proc/meminfo", false),
+            ("/proc", false),
+        ] {
+            assert_eq!(of_a_thread(Path::new(path)).is_some(), told, "{path}");
+        }
+        assert!(is_proc("/proc/self/status") && !is_proc("/dev/null"));
+    }
+}

@@ -1,0 +1,171 @@
+//! What CRIU does not keep of the descriptors of frozen processes: options of TCP sockets, see
+//! [`transship_checkpoint::tcp_options`], and what they have not read.
+//!
+//! ```text
+//!  /proc/PID/fd/N -> socket:[4711]        --> pidfd_getfd --> getsockopt    some 3 us for each
+//!                    socket of UDP, inotify                  FIONREAD
+//! ```
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use nix::sched::{CloneFlags, setns};
+use procfs::process::{FDTarget, Process};
+use rustix::io::ioctl_fionread;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
+use transship_checkpoint::tcp_options::TcpOptions;
+
+use crate::conditions::protocol;
+
+/// What the network of a process gives to new sockets; it shows the network of who reads it.
+const USUAL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+/// More sockets than this are not looked at.
+const SOCKETS: usize = 1 << 20;
+
+/// Sockets with options that a new one has not, and what was not read.
+#[derive(Debug, Default)]
+pub(crate) struct OfDescriptors {
+    pub(crate) sockets: Vec<Socket>,
+    pub(crate) unread: Vec<Unread>,
+}
+
+/// Looks at all descriptors, at each socket once.
+pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
+    let mut seen = BTreeSet::new();
+    let mut found = OfDescriptors::default();
+    let mut usual = None;
+    for pid in pids {
+        // A zombie has no descriptors.
+        let Some(process) = Opened::open(*pid) else {
+            continue;
+        };
+        for open in process.process.fd().into_iter().flatten().flatten() {
+            match &open.target {
+                FDTarget::Socket(inode) if seen.len() < SOCKETS && seen.insert(*inode) => {
+                    // All processes of a container are in one network.
+                    let usual =
+                        usual.get_or_insert_with(|| usual_congestion(*pid).unwrap_or_default());
+                    found.socket(&process, open.fd, usual);
+                }
+                FDTarget::AnonInode(kind) if kind == "inotify" => {
+                    found.unread(&process, open.fd, UnreadKind::Inotify);
+                }
+                FDTarget::AnonInode(kind) if kind == "[fanotify]" => {
+                    found.unread(&process, open.fd, UnreadKind::Fanotify);
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// A process whose descriptors can be had.
+struct Opened {
+    process: Process,
+    /// Its id in the container.
+    id: u32,
+    pidfd: OwnedFd,
+}
+
+impl Opened {
+    fn open(pid: u32) -> Option<Self> {
+        let process = Process::new(pid.cast_signed()).ok()?;
+        let id = process.status().ok()?.nspid?.last()?.cast_unsigned();
+        let pidfd = pidfd_open(Pid::from_raw(pid.cast_signed())?, PidfdFlags::empty()).ok()?;
+        Some(Self { process, id, pidfd })
+    }
+
+    fn descriptor(&self, number: i32) -> Option<OwnedFd> {
+        pidfd_getfd(self.pidfd.as_fd(), number, PidfdGetfdFlags::empty()).ok()
+    }
+}
+
+impl OfDescriptors {
+    fn socket(&mut self, of: &Opened, number: i32, usual: &str) {
+        let options = of
+            .descriptor(number)
+            .and_then(|socket| TcpOptions::read(&socket, usual));
+        match options {
+            Some(options) if !options.are_ordinary() => self.sockets.push(Socket {
+                process: of.id,
+                descriptor: number,
+                options,
+            }),
+            Some(_) => {}
+            None => {
+                let name = protocol(&format!("/proc/{}/fd/{number}", of.process.pid));
+                if name.is_some_and(|name| name.starts_with("UDP")) {
+                    self.unread(of, number, UnreadKind::Udp);
+                }
+            }
+        }
+    }
+
+    fn unread(&mut self, of: &Opened, number: i32, kind: UnreadKind) {
+        let bytes = of
+            .descriptor(number)
+            .and_then(|file| ioctl_fionread(file).ok());
+        self.unread
+            .extend(bytes.filter(|bytes| *bytes > 0).map(|bytes| Unread {
+                process: of.id,
+                descriptor: number,
+                kind,
+                bytes,
+            }));
+    }
+}
+
+/// The congestion control of new sockets in the network of a process.
+fn usual_congestion(pid: u32) -> Option<String> {
+    let network = File::open(format!("/proc/{pid}/ns/net")).ok()?;
+    let thread = std::thread::Builder::new().name("network".to_owned());
+    let asked = thread.spawn(move || {
+        setns(&network, CloneFlags::CLONE_NEWNET).ok()?;
+        let name = fs::read_to_string(USUAL).ok()?;
+        Some(name.trim().to_owned())
+    });
+    asked.ok()?.join().ok()?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+    use std::os::fd::AsRawFd as _;
+
+    use super::*;
+
+    #[test]
+    fn root_a_listener_is_found_by_its_descriptor() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let own = std::process::id();
+        let (listener, other) = (
+            TcpListener::bind("127.0.0.1:0").unwrap(),
+            TcpListener::bind("127.0.0.1:0").unwrap(),
+        );
+        let options = TcpOptions {
+            user_timeout: Some(4711),
+            ..TcpOptions::default()
+        };
+        assert!(options.give(&listener, &[]).is_empty());
+        let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+        receiver
+            .send_to(b"hello", receiver.local_addr().unwrap())
+            .unwrap();
+        let found = read(&[own, u32::MAX >> 1]);
+        let of = |descriptor| found.sockets.iter().find(|it| it.descriptor == descriptor);
+        let mut unread = found.unread.iter();
+        let unread = unread
+            .find(|it| it.descriptor == receiver.as_raw_fd())
+            .unwrap();
+        assert_eq!((unread.kind, unread.bytes), (UnreadKind::Udp, 5));
+        assert_eq!(of(listener.as_raw_fd()).unwrap().options, options);
+        assert_eq!(of(other.as_raw_fd()), None);
+        let usual = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap();
+        assert_eq!(usual_congestion(own).as_deref(), Some(usual.trim()));
+    }
+}
