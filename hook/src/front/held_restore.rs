@@ -207,6 +207,9 @@ impl Front<'_> {
                 })
             })?;
             open_files::check(&create.id, pid)?;
+            let proc = format!("/proc/{pid}");
+            self.take_into_cgroup(&create.id, &config.spec, pid)
+                .during("move into the container's cgroup", &proc)?;
             if !joined.contains_key(&Namespace::Network) {
                 raise_loopback_of(pid)?;
             }
@@ -216,7 +219,6 @@ impl Front<'_> {
                     source,
                 })
             })?;
-            let proc = format!("/proc/{pid}");
             let lost = task_attributes::give_back(pid, &attributes).during("look at", &proc)?;
             if !lost.is_empty() {
                 Self::tell_incomplete(&create.id, config.cri, &lost.join("; "));

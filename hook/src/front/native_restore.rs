@@ -13,6 +13,8 @@ use transship_sandbox::admission::Admission;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::{LinkedImages, PodDir};
 
+use transship_path_error::During as _;
+
 use super::admission::{admit, take_oom_score};
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
@@ -129,6 +131,9 @@ impl Front<'_> {
             let pid = read_pid(restore)?;
             // It runs already: what it has found is not to be used for long.
             open_files::check(&restore.id, pid)?;
+            let proc = format!("/proc/{pid}");
+            self.take_into_cgroup(&restore.id, &config.spec, pid)
+                .during("move into the container's cgroup", &proc)?;
             bundle.write_marker(&Marker {
                 phase: Phase::Running,
                 pid,
