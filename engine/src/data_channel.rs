@@ -291,22 +291,58 @@ fn connect_to(
         let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(session, socket.try_clone()?);
         stream.conn.set_buffer_limit(Some(BUFFER));
-        during_handshake(&socket, || {
+        during_handshake(&socket, |socket| {
             // The other side says when it has seen our key, and that it has not only one of these.
             let mut seen = [0];
-            stream.read_exact(&mut seen)
+            rustls::Stream::new(&mut stream.conn, socket).read_exact(&mut seen)
         })?;
         connections.add(&socket, Box::new(stream))?;
     }
     Ok(connections)
 }
 
-/// With a deadline for each read and write.
-fn during_handshake<T>(socket: &TcpStream, shake: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+/// A socket until a deadline, however little comes with each read.
+struct UntilDeadline<'s> {
+    socket: &'s TcpStream,
+    deadline: Instant,
+}
+
+impl UntilDeadline<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(Some(left)),
+        }
+    }
+}
+
+impl Read for UntilDeadline<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for UntilDeadline<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+/// With a deadline for all of it.
+fn during_handshake<T>(
+    socket: &TcpStream,
+    shake: impl FnOnce(&mut UntilDeadline<'_>) -> io::Result<T>,
+) -> io::Result<T> {
     socket.set_nodelay(true)?;
-    socket.set_read_timeout(Some(HANDSHAKE))?;
-    socket.set_write_timeout(Some(HANDSHAKE))?;
-    let done = shake()?;
+    let deadline = Instant::now() + HANDSHAKE;
+    let done = shake(&mut UntilDeadline { socket, deadline })?;
     socket.set_read_timeout(None)?;
     socket.set_write_timeout(None)?;
     Ok(done)
@@ -355,8 +391,9 @@ impl Listener {
         socket.set_nonblocking(false)?;
         let session = ServerConnection::new(Arc::clone(&self.config)).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(session, socket.try_clone()?);
-        during_handshake(socket, || {
-            stream.conn.complete_io(&mut stream.sock)?;
+        during_handshake(socket, |socket| {
+            stream.conn.complete_io(socket)?;
+            let mut stream = rustls::Stream::new(&mut stream.conn, socket);
             stream.write_all(&[1])?;
             stream.flush()
         })?;
@@ -496,6 +533,27 @@ mod tests {
         drop(end);
         // Whatever it gets, it does not wait any more.
         drop(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn who_sends_a_byte_at_a_time_is_not_waited_for() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
+        let mut socket = TcpStream::connect(listener.addresses().unwrap()[0]).unwrap();
+        let begin = Instant::now();
+        let accepting = thread::spawn(|| listener.accept());
+        // The head of a record that is long.
+        let mut bytes = [0x16, 3, 1, 0x3f, 0]
+            .into_iter()
+            .chain(std::iter::repeat(1));
+        while !accepting.is_finished() && begin.elapsed() < 4 * PATIENCE {
+            // The other side hangs up at last.
+            drop(socket.write_all(&[bytes.next().unwrap()]));
+            thread::sleep(Duration::from_millis(100));
+        }
+        let within = PATIENCE + 2 * HANDSHAKE;
+        assert!(begin.elapsed() < within, "{:?}", begin.elapsed());
+        assert!(accepting.join().unwrap().is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //!
 //!  refused   capabilities, user and group ids, securebits, hard limits that the spec names,
 //!            scheduling, open files that take a capability, mounts, unmasked paths, namespaces, id
-//!            mappings, cgroups, devices, files that are no images
+//!            mappings, cgroups, devices, files that are no images, names of files that lead elsewhere
 //!  imposed   seccomp profile (a further filter), no_new_privs, LSM profile, bounding and
 //!            inheritable set, limits that the spec does not name, oom_score_adj
 //! ```
@@ -24,6 +24,7 @@ pub mod asker;
 pub mod capabilities;
 pub mod container_base;
 mod environment;
+mod files;
 pub mod foreign_spec;
 mod mounts;
 pub mod node_config;
@@ -47,6 +48,7 @@ use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
 pub use environment::{Environment, is_own_namespace, resolve_within};
+pub use files::refuse_links;
 pub use refusal::Refusal;
 pub use restored::{Restored, RestoredError};
 
@@ -172,7 +174,9 @@ pub fn compare(
     for thread in &restored.threads {
         threads::compare(thread, allowed, here, &mut admission);
     }
+    files::compare(restored, &mut admission);
     threads::compare_files(&restored.privileged_files, allowed, &mut admission);
+    threads::compare_addresses(restored.lowest_address, allowed, here, &mut admission);
     mounts::compare(&restored.mounts, allowed, here, &mut admission);
     places::compare_namespaces(
         &restored.processes,

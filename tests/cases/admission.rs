@@ -9,8 +9,8 @@ use transship_testbed::{
 use crate::Case;
 use crate::pods::{FIRST, start};
 
-const CACHE: &[(&str, &str)] = &[("/var/lib/cache", "/cache")];
-const RESTORE: (&str, &str) = ("dev.transship/restore", "web");
+pub(crate) const CACHE: &[(&str, &str)] = &[("/var/lib/cache", "/cache")];
+pub(crate) const RESTORE: (&str, &str) = ("dev.transship/restore", "web");
 
 /// Nothing that a restricted pod may not have.
 const RESTRICTED: PodSecurity<'static> = PodSecurity {
@@ -23,7 +23,7 @@ const RESTRICTED: PodSecurity<'static> = PodSecurity {
     protected_paths: true,
 };
 
-const PLAIN: PodContainer<'static> = PodContainer {
+pub(crate) const PLAIN: PodContainer<'static> = PodContainer {
     command: &["/usr/bin/counter", "--memory-mb", "1"],
     mounts: CACHE,
     ..FIRST
@@ -175,7 +175,7 @@ fn forged_images_are_refused(bed: &Testbed) -> anyhow::Result<()> {
 
 /// Puts a forged copy of the honest checkpoint in its place: as if its sender had written it so, with
 /// lengths and digests that are right.
-fn forge(node: &Node, statements: &str) -> anyhow::Result<()> {
+pub(crate) fn forge(node: &Node, statements: &str) -> anyhow::Result<()> {
     let statements = statements.replace("\n         ", "\n");
     node.write_file("/root/forge.py", format!("{FORGE}{statements}\n{SEAL}"))?;
     node.shell(&format!(
@@ -185,7 +185,7 @@ fn forge(node: &Node, statements: &str) -> anyhow::Result<()> {
     .map_err(Into::into)
 }
 
-const STORE: &str = "/var/lib/transship/checkpoints";
+pub(crate) const STORE: &str = "/var/lib/transship/checkpoints";
 
 /// `edit` gives the entries of images, and writes them back.
 const FORGE: &str = r#"
@@ -306,7 +306,7 @@ const FORGERIES: &[(&str, &str)] = &[
     ),
 ];
 
-fn prepared(bed: &Testbed) -> anyhow::Result<Node> {
+pub(crate) fn prepared(bed: &Testbed) -> anyhow::Result<Node> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     node.shell("mkdir -p /var/lib/cache").run()?;
@@ -314,7 +314,11 @@ fn prepared(bed: &Testbed) -> anyhow::Result<Node> {
 }
 
 /// A pod of the container, and its checkpoint `web`.
-fn checkpoint(node: &Node, cri: &Cri, container: &PodContainer<'_>) -> anyhow::Result<()> {
+pub(crate) fn checkpoint(
+    node: &Node,
+    cri: &Cri,
+    container: &PodContainer<'_>,
+) -> anyhow::Result<()> {
     let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, container)?;
     cri.exec(&id, &["true"])?;
@@ -325,7 +329,12 @@ fn checkpoint(node: &Node, cri: &Cri, container: &PodContainer<'_>) -> anyhow::R
     Ok(cri.remove_pod(&pod)?)
 }
 
-fn refused(node: &Node, cri: &Cri, container: &PodContainer<'_>, said: &str) -> anyhow::Result<()> {
+pub(crate) fn refused(
+    node: &Node,
+    cri: &Cri,
+    container: &PodContainer<'_>,
+    said: &str,
+) -> anyhow::Result<()> {
     let pod = cri.run_pod(("shop", "thief"), &[RESTORE], PodNamespaces::Usual)?;
     let answer = cri.run_container(&pod, container);
     let error = match answer {
@@ -342,7 +351,7 @@ fn refused(node: &Node, cri: &Cri, container: &PodContainer<'_>, said: &str) -> 
 }
 
 /// Restores it and gives what the kernel says of its first process.
-fn restored(cri: &Cri, container: &PodContainer<'_>) -> anyhow::Result<String> {
+pub(crate) fn restored(cri: &Cri, container: &PodContainer<'_>) -> anyhow::Result<String> {
     let pod = cri.run_pod(("shop", "again"), &[RESTORE], PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, container)?;
     ensure!(cri.runs(&id)?, "it runs");

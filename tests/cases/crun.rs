@@ -7,18 +7,27 @@ use transship_testbed::{
 };
 
 use crate::Case;
+use crate::admission::checkpoint;
 use crate::pods::{FIRST, SECOND, reached};
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    [Case {
-        what: "pod_crun",
-        tree: Tree::Forky,
-        run: a_pod_of_crun_comes_back,
-    }]
+    [
+        Case {
+            what: "pod_crun",
+            tree: Tree::Forky,
+            run: a_pod_of_crun_comes_back,
+        },
+        Case {
+            what: "pod_crun_cgroups",
+            tree: Tree::Forky,
+            run: all_processes_are_in_the_cgroup,
+        },
+    ]
     .into_iter()
 }
 
-fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
+/// A node whose CRI has crun behind the front.
+fn node_with_crun(bed: &Testbed) -> anyhow::Result<Node> {
     let options = NodeOptions {
         without_unified_cgroup: true,
         ..NodeOptions::default()
@@ -35,6 +44,11 @@ fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
     for image in [Image::pause(bed.settings())?, journey::counter_image(bed)?] {
         node.import_image_into("k8s.io", &image, "transship")?;
     }
+    Ok(node)
+}
+
+fn a_pod_of_crun_comes_back(bed: &Testbed) -> anyhow::Result<()> {
+    let node = node_with_crun(bed)?;
     let check = node.command("transship").arg("check").output()?;
     let said = String::from_utf8_lossy(&check.stdout).into_owned();
     ensure!(
@@ -111,4 +125,33 @@ fn weaker_pods_are_refused(node: &Node, cri: &Cri, restore: &[(&str, &str)]) -> 
         "{status}"
     );
     Ok(cri.remove_pod(&pod)?)
+}
+
+/// crun starts CRIU where it is itself, and with this option CRIU moves nothing.
+fn all_processes_are_in_the_cgroup(bed: &Testbed) -> anyhow::Result<()> {
+    let node = node_with_crun(bed)?;
+    let cri = node.cri()?;
+    let container = PodContainer {
+        command: &[
+            "/bin/sh",
+            "-c",
+            "tail -f /dev/null & tail -f /dev/null; true",
+        ],
+        ..FIRST
+    };
+    checkpoint(&node, &cri, &container)?;
+    let annotations = [
+        ("dev.transship/restore", "web"),
+        ("dev.transship/manage-cgroups-mode", "ignore"),
+    ];
+    let pod = cri.run_pod(("shop", "again"), &annotations, PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &container)?;
+    let cgroups = cri.exec(&id, &["/bin/sh", "-c", "cat /proc/[0-9]*/cgroup"])?;
+    let cgroups = String::from_utf8(cgroups.stdout)?;
+    let of_devices = { cgroups.lines() }.filter(|line| line.contains("devices"));
+    let (own, others): (Vec<_>, Vec<_>) = of_devices.partition(|line| line.ends_with(&*id));
+    ensure!(own.len() > 3 && others.is_empty(), "{cgroups}");
+    cri.remove_pod(&pod)?;
+    node.shell("transship rm web").run()?;
+    journey::check_nothing_left(&node)
 }

@@ -10,6 +10,7 @@
 //! that machine `vm_` cases are skipped. A case called `long_...` runs in `make test-long` alone.
 
 mod admission;
+mod attacker;
 mod conditions;
 mod consumed_once;
 mod crit;
@@ -164,6 +165,7 @@ fn main() -> ExitCode {
     }
     let cases = starts::cases()
         .chain(admission::cases())
+        .chain(attacker::cases())
         .chain(conditions::cases())
         .chain(consumed_once::cases())
         .chain(crit::cases())

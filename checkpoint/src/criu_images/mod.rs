@@ -13,6 +13,7 @@
 //! Magic numbers: `criu/include/magic.h`; fields: `images/*.proto` of CRIU 3.17 to 4.2, between
 //! which the messages below did not change.
 
+pub mod addresses;
 pub mod cgroups;
 pub mod conntrack;
 pub mod descriptors;
@@ -25,6 +26,7 @@ pub mod ipc_sysctls;
 pub mod ipcns;
 pub mod lazy_memory;
 pub mod mounts;
+pub mod named_files;
 pub mod open_files;
 pub mod pagemap;
 pub mod processes;
@@ -151,6 +153,7 @@ pub(crate) enum Kind {
     Stats,
     Conntrack,
     Expectations,
+    Remaps,
 }
 
 impl Kind {
@@ -178,6 +181,7 @@ impl Kind {
             Self::Stats => "stats-dump",
             Self::Conntrack => "netns-ct-",
             Self::Expectations => "netns-exp-",
+            Self::Remaps => "remap-fpath",
         }
     }
 
@@ -201,6 +205,7 @@ impl Kind {
             Self::Pagemap => 0x5608_4025,
             Self::Fdinfo => 0x5621_3732,
             Self::Stats => 0x5709_3306,
+            Self::Remaps => 0x5913_3954,
             // No head at all: what is in them is the kernel's.
             Self::Conntrack | Self::Expectations => 0,
         }

@@ -84,6 +84,8 @@ pub struct Mount {
     pub fs_flags: u32,
     /// The part of the file system that is mounted.
     pub root: String,
+    /// Options of `mount(2)`.
+    pub options: String,
     /// Where, in the container.
     pub destination: String,
     /// Under which name the runtime says what is mounted here, when it does.
@@ -196,6 +198,7 @@ pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
             flags: mount.flags,
             fs_flags: 0,
             root: entry.root,
+            options: entry.options,
             destination: entry.mountpoint,
             external: entry.ext_key,
             is_foreign: false,
@@ -287,6 +290,7 @@ fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
             flags: entry.flags,
             fs_flags,
             root: entry.root,
+            options: entry.options,
             destination: entry.mountpoint,
             external,
             is_foreign: entry.with_plugin == Some(true) || entry.fsname.is_some(),

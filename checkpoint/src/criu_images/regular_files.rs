@@ -43,7 +43,7 @@ const NAME: u64 = 6;
 const SIZE: u64 = 8;
 const MODE: u64 = 10;
 /// What else tells a file from another one.
-const IDENTITY: [u64; 4] = [11, 12, 13, 14];
+pub(super) const IDENTITY: [u64; 4] = [11, 12, 13, 14];
 
 /// Asks `find` about each file, by its path in the container, and writes what it answers into the images of
 /// `dir`. A file that it says nothing of is as it was.

@@ -19,7 +19,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use transship_checkpoint::manifest::{Container, check_name};
 use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
@@ -216,10 +216,21 @@ impl ClientFiles {
             return;
         };
         for (file, at, mount) in &self.files {
-            let mut mount = mount.clone();
-            mount["source"] = self.dir.join(file.name()).display().to_string().into();
-            mounts.insert(*at, mount);
+            mounts.insert(*at, self.made_anew(*file, mount));
         }
+    }
+
+    /// The rest of the spec has been looked at without this mount: of what the checkpoint says of it there is no more
+    /// in this one than whether it can be written.
+    fn made_anew(&self, file: File, mount: &Value) -> Value {
+        let mut options = mount["options"].as_array().into_iter().flatten();
+        let read_only = options.any(|option| option == "ro" || option == "rro");
+        json!({
+            "destination": file.mounted_on(),
+            "type": "bind",
+            "source": self.dir.join(file.name()).display().to_string(),
+            "options": ["bind", "rprivate", if read_only { "ro" } else { "rw" }],
+        })
     }
 
     /// Writes the files; `addresses` are the container's, as far as they are known.
@@ -320,8 +331,6 @@ pub(super) async fn sweep(node: &Containerd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn mount(source: &str, destination: &str) -> Value {
@@ -390,6 +399,28 @@ mod tests {
             hosts.ends_with("10.4.0.7\tweb\n10.0.0.9\tdb\n::1\tsix\n"),
             "{hosts}"
         );
+    }
+
+    /// Started again, the runtime would mount what the checkpoint says.
+    #[test]
+    fn what_is_made_anew_is_mounted_as_a_file() {
+        let (mut spec, container) = nerdctl();
+        let options = json!(["lowerdir=/etc:/root", "rshared", "ro"]);
+        spec["mounts"][2] = json!({
+            "type": "overlay",
+            "source": "/srv/etchosts/default/abc/hosts",
+            "destination": "/etc/hosts",
+            "options": options,
+        });
+        let taken = take_out(&mut spec, &container, ("moved", "web2"), &Allowed::new());
+        taken.unwrap().put_back(&mut spec);
+        let expected = json!({
+            "type": "bind",
+            "source": "/var/lib/transship/containers/moved:web2/hosts",
+            "destination": "/etc/hosts",
+            "options": ["bind", "rprivate", "ro"],
+        });
+        assert_eq!(spec["mounts"][2], expected);
     }
 
     #[test]

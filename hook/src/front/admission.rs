@@ -1,14 +1,22 @@
 //! The images of a restore and the spec of its container: compared before anything is changed, and
 //! again on the linked images that CRIU will read, which get what is imposed.
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
+use std::io::{self, BufReader};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::beneath::{Links, open_regular, read_regular};
+use transship_checkpoint::criu_images::mounts::Mount;
 use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
+use transship_layer::{Archive, MemberKind, decompress};
 use transship_sandbox::admission::{
-    Admission, AdmissionError, Allowance, Environment, Restored, compare, resolve_within,
+    Admission, AdmissionError, Allowance, Environment, Restored, compare, refuse_links,
+    resolve_within,
 };
 
 use transship_path_error::During as _;
@@ -20,6 +28,8 @@ use super::bundle::Bundle;
 const ROOTFS: &str = "rootfs";
 /// Longest spec that is read, in bytes.
 const SPEC_LIMIT: u64 = 16 << 20;
+/// Most links of a tmpfs that are remembered.
+const MOST_LINKS: usize = 100_000;
 const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
 
 /// What is to be imposed on the images in `dir`; `old` is the spec of the dump.
@@ -36,9 +46,42 @@ pub(super) fn admit(
     let rootfs = root(new, bundle);
     let allowed = Allowance::of(new, &|path| resolve_within(&rootfs, path));
     let here = Environment::of_node(&allowed, &rootfs);
-    let admission = compare(&restored, old, &allowed, &here);
+    let mut admission = compare(&restored, old, &allowed, &here);
+    let made = RefCell::new(BTreeMap::new());
+    let links_in = |mount: &Mount| {
+        let mut made = made.borrow_mut();
+        let links = made.entry(mount.id).or_insert_with(|| links_in(dir, mount));
+        links.clone()
+    };
+    refuse_links(&restored, &allowed, &rootfs, &links_in, &mut admission);
     admission.check()?;
     Ok(admission)
+}
+
+/// The links that CRIU will make in a tmpfs of the container; none where that cannot be told.
+fn links_in(dir: &Path, mount: &Mount) -> Option<BTreeSet<PathBuf>> {
+    let mut links = BTreeSet::new();
+    // The second name is that of CRIU before 2.0.
+    for name in [
+        format!("tmpfs-dev-{}.tar.gz.img", mount.device),
+        format!("tmpfs-{}.tar.gz.img", mount.id),
+    ] {
+        let file = match open_regular(dir, Path::new(&name), Links::Refused) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file.ok()?,
+        };
+        let mut archive = Archive::new(decompress(BufReader::new(file)).ok()?);
+        while let Some(member) = archive.next_member().ok()? {
+            // Another name of a link is one, too.
+            if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
+                links.insert(OsString::from_vec(member.clean_path()).into());
+            }
+            if links.len() > MOST_LINKS {
+                return None;
+            }
+        }
+    }
+    Some(links)
 }
 
 /// Puts this process, and CRIU after it, to the score of the new container: a restored process whose

@@ -258,6 +258,14 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
+    /// A name in the checkpoint has led out of the container.
+    #[error("{id:?} was restored with {path:?} open, which is not in its mounts, and is removed")]
+    ForeignFile {
+        /// The container.
+        id: String,
+        /// The file.
+        path: PathBuf,
+    },
     /// Memory that cannot come when it is touched.
     #[error("the memory cannot be restored lazily: {what}")]
     LazyPages {

@@ -24,7 +24,9 @@ use super::fit::not_admitted;
 use super::held::Hold;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
-use super::{Front, FrontError, Outcome, RestoreError, held, lost_addresses, task_attributes};
+use super::{
+    Front, FrontError, Outcome, RestoreError, held, lost_addresses, open_files, task_attributes,
+};
 use crate::argv::Arguments;
 use crate::{hold_script, one_line, own_networks};
 
@@ -204,6 +206,10 @@ impl Front<'_> {
                     source,
                 })
             })?;
+            open_files::check(&create.id, pid)?;
+            let proc = format!("/proc/{pid}");
+            self.take_into_cgroup(&create.id, &config.spec, pid)
+                .during("move into the container's cgroup", &proc)?;
             if !joined.contains_key(&Namespace::Network) {
                 raise_loopback_of(pid)?;
             }
@@ -213,7 +219,6 @@ impl Front<'_> {
                     source,
                 })
             })?;
-            let proc = format!("/proc/{pid}");
             let lost = task_attributes::give_back(pid, &attributes).during("look at", &proc)?;
             if !lost.is_empty() {
                 Self::tell_incomplete(&create.id, config.cri, &lost.join("; "));

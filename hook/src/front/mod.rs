@@ -21,6 +21,7 @@ mod kill;
 mod lost_addresses;
 mod moved;
 mod native_restore;
+mod open_files;
 mod pod_connections;
 mod reason;
 mod restored_cgroup;

@@ -13,11 +13,13 @@ use transship_sandbox::admission::Admission;
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::{LinkedImages, PodDir};
 
+use transship_path_error::During as _;
+
 use super::admission::{admit, take_oom_score};
 use super::bundle::{Bundle, Config, Marker, Phase};
 use super::criu_config::CriuConfig;
 use super::held_restore::read_pid;
-use super::{FitError, Front, FrontError, Outcome, RestoreError, held};
+use super::{FitError, Front, FrontError, Outcome, RestoreError, held, open_files};
 use crate::argv::Arguments;
 
 /// Where runc looks for images without `--image-path`.
@@ -127,6 +129,11 @@ impl Front<'_> {
         .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(restore)?;
+            // It runs already: what it has found is not to be used for long.
+            open_files::check(&restore.id, pid)?;
+            let proc = format!("/proc/{pid}");
+            self.take_into_cgroup(&restore.id, &config.spec, pid)
+                .during("move into the container's cgroup", &proc)?;
             bundle.write_marker(&Marker {
                 phase: Phase::Running,
                 pid,

@@ -13,6 +13,10 @@
 //! (libcontainer, `getCgroupMounts` called by `restore`, 1.1.5 to 1.3.6), which is in the cgroup of the
 //! shim: the container would see the limits of containerd's service, or all cgroups of the node.
 //!
+//! **Left behind.** crun starts CRIU where it is itself, so that tasks of which CRIU changes nothing
+//! (`manage-cgroups-mode: ignore`) are in the cgroup of the shim: out of all limits, with all devices. They are moved
+//! before they run.
+//!
 //! The path is the one that runc makes of the spec (libcontainer, specconv `createCgroupConfig` and
 //! the v2 managers; the same in 1.1.5 and 1.3.6):
 //!
@@ -25,6 +29,7 @@
 //! | systemd | none | `/system.slice/runc-<id>.scope` |
 
 use std::fs;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -32,6 +37,7 @@ use transship_checkpoint::criu_options::ConfigLine;
 use transship_checkpoint::spec::Spec;
 
 use super::{Front, FrontError};
+use crate::descendants::tree;
 
 const MOUNT: &str = "/sys/fs/cgroup";
 const DEFAULT_SLICE: &str = "system.slice";
@@ -93,6 +99,43 @@ impl Front<'_> {
                 Some(ConfigLine::with("external", &value).map_err(FrontError::from))
             })
             .collect()
+    }
+
+    /// Moves the restored tasks, from `root` downwards, out of the cgroups that are the front's own.
+    ///
+    /// # Errors
+    /// One cannot be moved, because the runtime has made no cgroup where the spec says it.
+    pub(super) fn take_into_cgroup(&self, id: &str, spec: &Spec, root: i32) -> io::Result<()> {
+        let path = spec.cgroups_path().unwrap_or_default();
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let unified = statfs(MOUNT).is_ok_and(|it| it.filesystem_type() == CGROUP2_SUPER_MAGIC);
+        let all: Vec<_> = match unified {
+            true => vec![("", "")],
+            false => hierarchies(&mounts).collect(),
+        };
+        for pid in tree(root)? {
+            let of_task = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            for (name, controllers) in &all {
+                let here = own_cgroup(&own, controllers);
+                let Some(here) = here.filter(|it| own_cgroup(&of_task, controllers) == Some(it))
+                else {
+                    continue;
+                };
+                let place = match self.globals.systemd_cgroup {
+                    true => scope(path, id),
+                    false => directory(path, id, here),
+                };
+                let place = place.ok_or_else(|| io::Error::other("its cgroup has no path"))?;
+                if place != here {
+                    let dir = Path::new(MOUNT)
+                        .join(name)
+                        .join(place.trim_start_matches('/'));
+                    fs::write(dir.join("cgroup.procs"), pid.to_string())?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 

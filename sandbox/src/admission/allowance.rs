@@ -39,6 +39,8 @@ pub struct SpecMount {
     pub destination: PathBuf,
     /// Its type; `bind` for every bind mount.
     pub kind: String,
+    /// What is mounted, as the spec has it.
+    pub source: PathBuf,
     /// `MS_RDONLY` and the like that it has.
     pub flags: u32,
 }
@@ -190,6 +192,7 @@ fn spec_mount(mount: &Value, resolve: &dyn Fn(&Path) -> PathBuf) -> Option<SpecM
         name,
         destination,
         kind,
+        source: mount["source"].as_str().unwrap_or_default().into(),
         flags: set,
     })
 }

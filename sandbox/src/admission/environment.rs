@@ -41,6 +41,8 @@ pub struct Environment {
     pub hard_limits: Vec<u64>,
     /// The caller's nice value.
     pub nice: i32,
+    /// The lowest address that a process may map without a capability.
+    pub lowest_address: u64,
     /// Masked and read-only paths of the spec that there are: runtimes pass over the others.
     pub present: BTreeSet<PathBuf>,
     /// The LSM that gives profiles, `apparmor` or `selinux`.
@@ -71,6 +73,7 @@ impl Environment {
             machine: machine(),
             hard_limits,
             nice: own_nice(),
+            lowest_address: lowest_address(),
             present: paths.filter(is_present).cloned().collect(),
             lsm: lsm(),
             node_namespaces: { allowed.joined.iter() }
@@ -144,6 +147,12 @@ fn own_nice() -> i32 {
         .nth(16)
         .and_then(|nice| nice.parse().ok())
         .unwrap_or_default()
+}
+
+/// Nothing that is there cannot be read by root.
+fn lowest_address() -> u64 {
+    let text = fs::read_to_string("/proc/sys/vm/mmap_min_addr").unwrap_or_default();
+    text.trim().parse().unwrap_or_default()
 }
 
 fn lsm() -> Option<&'static str> {

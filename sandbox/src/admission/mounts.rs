@@ -8,9 +8,14 @@
 //!  tmpfs                                         the spec mounts one there (or cgroups, on v1), or it
 //!                                                hides something and is read-only
 //!  devpts, mqueue                                anywhere: each is the container's own
-//!  the root's file system                        the root, a masked or read-only path
+//!  the root's file system                        the root, a read-only path that shows itself
 //!  all others                                    nowhere
 //! ```
+//!
+//! CRIU makes a file system once, and each further mount of the same device is a bind mount of the part of it that
+//! the image names: by a path that it walks in the tree of the node. So `..`, and a link that a process left in a
+//! tmpfs, lead to the node's files, and a mount that has the device of one of the node's directories is that
+//! directory, with flags of its own. A part is hence one that has no links, or what would be seen there anyway.
 //!
 //! A process with `CAP_SYS_ADMIN` can mount for itself: then more mounts of these types are no privilege.
 //! The flags of a mount of the spec are at least the spec's, always: what is mounted read-only there
@@ -111,11 +116,7 @@ impl Table<'_> {
 
     fn check(&self, mount: &Mount) -> Result<(), String> {
         let destination = Path::new(&mount.destination);
-        let is_plain = destination.is_absolute()
-            && destination
-                .components()
-                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-        if !is_plain {
+        if !is_plain(destination) {
             return Err("which is no plain path".to_owned());
         }
         if mount.is_foreign {
@@ -190,6 +191,7 @@ impl Table<'_> {
     }
 
     fn check_own(&self, mount: &Mount, destination: &Path) -> Result<(), String> {
+        self.check_part(mount, destination)?;
         let all_flags = mount.flags | mount.fs_flags;
         if let Some(spec) = self.of_spec(destination).last() {
             // On cgroup v1 a tmpfs of the container's own, which runc leaves writable: the hierarchies
@@ -218,11 +220,14 @@ impl Table<'_> {
                 .any(|spec| {
                     destination.starts_with(&spec.destination)
                         && check_flags(all_flags, spec).is_ok()
+                        && makes_no_hierarchy(mount)
                 }),
             FsType::Tmpfs => masks(mount) || same_kind(&["tmpfs", "cgroup", "bind"]),
             FsType::Unsupported | FsType::Overlay => {
-                (masked && masks(mount) || read_only && is_read_only(mount))
+                read_only
+                    && is_read_only(mount)
                     && self.is_of_root(mount)
+                    && self.is_part_of_parent(mount, destination)
             }
             FsType::Other(_) => masked && masks(mount),
         };
@@ -237,6 +242,35 @@ impl Table<'_> {
             return Ok(());
         }
         Err("and the new container does not".to_owned())
+    }
+
+    /// Whether the part of its file system that it shows is one of the container's own.
+    fn check_part(&self, mount: &Mount, destination: &Path) -> Result<(), String> {
+        if !is_plain(Path::new(&mount.root)) {
+            return Err("of which it shows what is no plain path".to_owned());
+        }
+        if self.may_mount {
+            return Ok(());
+        }
+        let has_links = !matches!(
+            mount.fs_type,
+            FsType::Devpts | FsType::Mqueue | FsType::Cgroup | FsType::Cgroup2
+        );
+        let is_own = matches!(mount.root.as_str(), "/" | "/null")
+            || self.is_part_of_parent(mount, destination);
+        if has_links && !is_own {
+            return Err("of which it shows another part than is there".to_owned());
+        }
+        let is_of_node = |it: &&Mount| {
+            let key = it.external.as_deref();
+            it.device == mount.device && key.is_some_and(|key| key != NULL)
+        };
+        // Where the root is a directory of the node, others of its file system are mounted as well.
+        let of_root = matches!(mount.fs_type, FsType::Unsupported | FsType::Overlay);
+        match self.mounts.iter().find(is_of_node).filter(|_| !of_root) {
+            Some(other) => Err(format!("which is that of {}", other.destination)),
+            None => Ok(()),
+        }
     }
 
     /// Whether it shows what would be seen there without it.
@@ -283,6 +317,20 @@ impl Table<'_> {
     fn spec_mounts<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a SpecMount> {
         self.allowed.mounts.iter().filter(move |it| it.kind == kind)
     }
+}
+
+fn is_plain(path: &Path) -> bool {
+    let mut parts = path.components();
+    path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
+}
+
+/// Whether it is a hierarchy of the node and not one that is made by mounting it: that could name a program
+/// (`release_agent`) that the kernel starts on the node.
+fn makes_no_hierarchy(mount: &Mount) -> bool {
+    let is_known = |option: &str| {
+        option == "name=systemd" || !option.contains('=') && !matches!(option, "none" | "all")
+    };
+    mount.fs_type == FsType::Cgroup2 || mount.options.split(',').all(is_known)
 }
 
 fn check_flags(found: u32, spec: &SpecMount) -> Result<(), String> {

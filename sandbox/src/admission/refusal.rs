@@ -85,6 +85,25 @@ pub enum Refusal {
         /// What it takes.
         needed: Capabilities,
     },
+    /// Memory where only the kernel's own mistakes look for it.
+    #[error(
+        "a process has memory at the address {found:#x}, which takes CAP_SYS_RAWIO below {allowed:#x}, and the new \
+         container has it not"
+    )]
+    Address {
+        /// Where it is.
+        found: u64,
+        /// The lowest address of this node.
+        allowed: u64,
+    },
+    /// A name that does not stay in the container, or what no dump says of a file.
+    #[error("the checkpoint has the file {path:?}, {why}")]
+    File {
+        /// Its path in the container.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// A mount that the spec does not have, or has with stricter flags.
     #[error("the checkpoint mounts {what} on {destination:?}, {why}")]
     Mount {

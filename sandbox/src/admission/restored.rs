@@ -4,10 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::criu_images::addresses;
 use transship_checkpoint::criu_images::cgroups::{self, Cgroups};
 use transship_checkpoint::criu_images::conntrack;
 use transship_checkpoint::criu_images::inventory::{self, Inventory};
 use transship_checkpoint::criu_images::mounts::{self, Mount};
+use transship_checkpoint::criu_images::named_files::{self, NamedFile, Remap};
 use transship_checkpoint::criu_images::open_files::{self, PrivilegedFile};
 use transship_checkpoint::criu_images::seccomp::{self, Filter};
 use transship_checkpoint::criu_images::threads::{self, Process, Thread};
@@ -42,6 +44,12 @@ pub struct Restored {
     pub id_mappings: Vec<IdMappings>,
     /// Open files that take a capability to make.
     pub privileged_files: Vec<PrivilegedFile>,
+    /// Files and sockets that are looked for by their names.
+    pub named_files: Vec<NamedFile>,
+    /// Those of the files that have no name.
+    pub remaps: Vec<Remap>,
+    /// The lowest address that a process has memory at.
+    pub lowest_address: Option<u64>,
 }
 
 /// Images that cannot be read.
@@ -93,6 +101,9 @@ impl Restored {
             cgroups: cgroups::read(dir)?,
             id_mappings: user_namespace::mappings(dir)?,
             privileged_files: open_files::privileged(dir)?,
+            named_files: named_files::named_files(dir)?,
+            remaps: named_files::remaps(dir)?,
+            lowest_address: addresses::lowest(dir)?,
         })
     }
 }

@@ -1,12 +1,14 @@
 //! The comparison as a table: a container as containerd and runc make it, each row with one thing that
 //! is other than it was.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use transship_checkpoint::criu_images::cgroups::{Cgroups, Hierarchy, Member};
 use transship_checkpoint::criu_images::inventory::Inventory;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
+use transship_checkpoint::criu_images::named_files::{NamedFile, Remap};
 use transship_checkpoint::criu_images::open_files::PrivilegedFile;
 use transship_checkpoint::criu_images::seccomp::Filter;
 use transship_checkpoint::criu_images::threads::{Creds, NamespaceIds, Process, Task, Thread};
@@ -72,6 +74,7 @@ fn mount(id: u32, parent: u32, destination: &str, fs_type: FsType) -> Mount {
         flags: flags::NO_SUID | flags::NO_DEV | flags::NO_EXEC,
         fs_flags: 0,
         root: "/".into(),
+        options: String::new(),
         destination: destination.into(),
         external: None,
         is_foreign: false,
@@ -90,8 +93,18 @@ fn null(id: u32, parent: u32, destination: &str) -> Mount {
 fn external(id: u32, destination: &str, read_only: bool) -> Mount {
     Mount {
         external: Some(destination.into()),
+        device: 100 + id,
         flags: if read_only { flags::READ_ONLY } else { 0 },
         ..mount(id, 1, destination, FsType::Unsupported)
+    }
+}
+
+fn file(path: &str) -> NamedFile {
+    NamedFile {
+        id: 9,
+        path: path.into(),
+        mount: Some(1),
+        ..NamedFile::default()
     }
 }
 
@@ -143,6 +156,7 @@ fn here() -> Environment {
     Environment {
         machine: "x86_64".into(),
         hard_limits: vec![20; 16],
+        lowest_address: 4096,
         present: ["/proc/kcore", "/proc/sys"].map(PathBuf::from).into(),
         ..Environment::default()
     }
@@ -210,6 +224,9 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("a TUN device", |r| {
             r.privileged_files.push(PrivilegedFile::Tun);
         }),
+        ("the audit log open, which takes CAP_AUDIT_READ", |r| {
+            r.privileged_files.push(PrivilegedFile::AuditLog);
+        }),
         ("a BPF map", |r| {
             r.privileged_files.push(PrivilegedFile::BpfMap);
         }),
@@ -239,6 +256,58 @@ fn what_is_stronger_than_the_spec_is_refused() {
             table(r).push(mount(9, 1, "/s", FsType::Other(11)));
         }),
         ("by a plugin", |r| table(r)[1].is_foreign = true),
+        (
+            "mqueue on \"/s\", of which it shows what is no plain path",
+            |r| {
+                let mut queues = mount(9, 1, "/s", FsType::Mqueue);
+                queues.root = "/../../etc".into();
+                table(r).push(queues);
+            },
+        ),
+        ("tmpfs on \"/s\", of which it shows another part", |r| {
+            let mut part = mount(9, 1, "/s", FsType::Tmpfs);
+            (part.root, part.flags) = ("/link/etc".into(), flags::READ_ONLY);
+            table(r).push(part);
+        }),
+        ("mqueue on \"/s\", which is that of /cache", |r| {
+            let mut other = mount(9, 1, "/s", FsType::Mqueue);
+            other.device = table(r)[3].device;
+            table(r).push(other);
+        }),
+        ("overlay on \"/proc/sys\"", |r| {
+            let mut other = mount(7, 2, "/proc/sys", FsType::Overlay);
+            (other.device, other.flags) = (0, flags::READ_ONLY);
+            table(r)[6] = other;
+        }),
+        ("memory at the address 0x0", |r| {
+            r.lowest_address = Some(0);
+        }),
+        ("\"/a/../b\", whose name leads out", |r| {
+            r.named_files.push(file("/a/../b"));
+        }),
+        ("\"/proc/self/fd/3/x\", whose name leads out", |r| {
+            r.named_files.push(file("/proc/self/fd/3/x"));
+        }),
+        ("\"/proc/1/task/1/root\", whose name leads out", |r| {
+            r.named_files.push(file("/proc/1/task/1/root"));
+        }),
+        ("which is to be made or emptied", |r| {
+            let mut emptied = file("/a");
+            emptied.flags = 0o1000;
+            r.named_files.push(emptied);
+        }),
+        (
+            "\"/cache/x\", to be removed from a mount that is read-only",
+            |r| {
+                let mut removed = file("/cache/x");
+                removed.mount = Some(4);
+                r.named_files.push(removed);
+                r.remaps.push(Remap {
+                    file: 9,
+                    linked: Some(9),
+                });
+            },
+        ),
         ("no plain path", |r| {
             table(r).push(mount(9, 1, "/a/../s", FsType::Tmpfs));
         }),
@@ -512,4 +581,87 @@ fn a_joined_namespace_of_the_node_is_no_way_out() {
         ..here()
     })
     .unwrap();
+}
+
+/// CRIU would leave the process its own, which are those of a service of the node.
+#[test]
+fn limits_that_the_image_leaves_out_are_imposed() {
+    let mut images = restored();
+    let task = images.threads[0].task.as_mut().unwrap();
+    task.rlimits.truncate(3);
+    let found = admission(&images, &spec());
+    assert_eq!(found.refusals, []);
+    let limits = found.edits[&images.threads[0].tid].rlimits.clone().unwrap();
+    assert_eq!(limits, [vec![(5, 20); 3], vec![(20, 20); 13]].concat());
+}
+
+/// A hierarchy that a mount makes has what its options say: a program that the kernel starts.
+#[test]
+fn a_mount_makes_no_hierarchy_of_cgroups() {
+    let mut spec = spec();
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({ "destination": "/cg", "type": "cgroup" }));
+    for (options, is_admitted) in [
+        ("cpu,cpuacct", true),
+        ("xattr,name=systemd", true),
+        ("none,name=x", false),
+        ("cpu,release_agent=/cache/run", false),
+    ] {
+        let mut images = restored();
+        let mut hierarchy = mount(20, 1, "/cg", FsType::Cgroup);
+        hierarchy.options = options.into();
+        images.mounts[0].push(hierarchy);
+        let found = admission(&images, &spec);
+        assert_eq!(found.check().is_ok(), is_admitted, "{options}");
+    }
+}
+
+#[test]
+fn names_that_lead_through_links_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let volume = tempfile::tempdir().unwrap();
+    for dir in [root.path(), volume.path()] {
+        std::fs::create_dir(dir.join("dir")).unwrap();
+        std::os::unix::fs::symlink("/etc", dir.join("link")).unwrap();
+    }
+    let mut spec = spec();
+    spec["mounts"][3]["source"] = volume.path().to_str().unwrap().into();
+    let allowed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+    let allowed = Allowance::of(&allowed, &Path::to_path_buf);
+    let destination = spec["mounts"][3]["destination"].as_str().unwrap();
+    assert_eq!(destination, "/rw");
+    // The path, its mount, whether it is a ghost, and whether it is refused.
+    for (path, mount, is_ghost, is_refused) in [
+        ("/dir/x", 1, false, false),
+        ("/dir/x", 1, true, false),
+        ("/link/x", 1, false, true),
+        ("/link/x", 1, true, true),
+        ("/link", 1, false, true),
+        ("/rw", 5, false, false),
+        ("/rw/dir/x", 5, true, false),
+        ("/rw/link/x", 5, false, true),
+        ("/rw/link/x", 5, true, true),
+        // The mount that a ghost is made in is what the image says.
+        ("/link/x", 5, true, true),
+        ("/dev/x", 3, true, false),
+        ("/dev/dir/x", 3, true, false),
+        ("/dev/fd/x", 3, true, true),
+        ("/dev/fd/1/x", 3, false, true),
+        ("/dev/fd", 3, false, false),
+        ("/dir/x", 77, true, true),
+    ] {
+        let mut images = restored();
+        let mut named = file(path);
+        named.mount = Some(mount);
+        images.named_files.push(named);
+        let remap = Remap {
+            file: 9,
+            linked: None,
+        };
+        images.remaps.extend(is_ghost.then_some(remap));
+        let mut found = Admission::default();
+        let made = |_: &Mount| Some(BTreeSet::from(["fd".into()]));
+        refuse_links(&images, &allowed, root.path(), &made, &mut found);
+        assert_eq!(!found.refusals.is_empty(), is_refused, "{path} in {mount}");
+    }
 }

@@ -5,7 +5,8 @@ use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
 
 use super::allowance::{Allowance, LIMITS};
 use super::capabilities::{
-    BPF, Capabilities, NET_ADMIN, NET_RAW, SETPCAP, SYS_ADMIN, SYS_NICE, SYS_RESOURCE,
+    AUDIT_READ, BPF, Capabilities, NET_ADMIN, NET_RAW, SETPCAP, SYS_ADMIN, SYS_NICE, SYS_RAWIO,
+    SYS_RESOURCE,
 };
 use super::{Admission, Environment, Refusal};
 
@@ -134,6 +135,14 @@ fn compare_limits(
         return;
     }
     let mut limits = task.rlimits.clone();
+    // Of a limit that the image does not name the process would keep CRIU's.
+    for number in limits.len()..LIMITS.len() {
+        let spec = allowed.limits.get(&number);
+        limits.extend(
+            spec.or(here.hard_limits.get(number))
+                .map(|most| (*most, *most)),
+        );
+    }
     for (number, (soft, hard)) in limits.iter_mut().enumerate() {
         if let Some(most) = allowed.limits.get(&number) {
             if *hard > *most {
@@ -167,11 +176,30 @@ pub(super) fn compare_files(
             PrivilegedFile::Tun => ("a TUN device", NET_ADMIN),
             PrivilegedFile::Fanotify => ("a fanotify group", SYS_ADMIN),
             PrivilegedFile::BpfMap => ("a BPF map", BPF),
+            PrivilegedFile::NetlinkGroup => ("a group of a netlink protocol", NET_ADMIN),
+            PrivilegedFile::AuditLog => ("the audit log", AUDIT_READ),
         };
         let enough = allowed.capabilities.has(needed)
             || needed == BPF && allowed.capabilities.has(SYS_ADMIN);
         if !enough {
             admission.refuse(Refusal::OpenFile { what, needed });
         }
+    }
+}
+
+/// Memory at the lowest addresses makes of a pointer that the kernel forgot to set one that a process has set: CRIU may
+/// map it, a process may not.
+pub(super) fn compare_addresses(
+    lowest: Option<u64>,
+    allowed: &Allowance,
+    here: &Environment,
+    admission: &mut Admission,
+) {
+    let low = lowest.filter(|found| *found < here.lowest_address);
+    if let Some(found) = low.filter(|_| !allowed.capabilities.has(SYS_RAWIO)) {
+        admission.refuse(Refusal::Address {
+            found,
+            allowed: here.lowest_address,
+        });
     }
 }

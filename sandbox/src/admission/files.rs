@@ -1,0 +1,181 @@
+//! The names by which CRIU finds the files of the images.
+//!
+//! It opens them as root of the node, while it still has descriptors of the node's directories: a name through
+//! `/proc/self/fd`, or through a link that leads there, is one of the node's files. And where a file has no name
+//! any more, CRIU makes it again beside the name that it had, by a path that begins at the root of the node: there
+//! a link with an absolute target leads to the node's directories.
+//!
+//! The kernel gave the names at the dump, without `..` and without links. So a name has none of them here either.
+
+use std::collections::BTreeSet;
+use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
+use transship_checkpoint::criu_images::named_files::NamedFile;
+
+use super::allowance::Allowance;
+use super::environment::resolve_within;
+use super::{Admission, Refusal, Restored};
+
+/// Links of `/proc/<pid>` that lead where no path does.
+const LINKS_TO_DIRECTORIES: [&str; 3] = ["root", "cwd", "exe"];
+/// Directories of such links.
+const DIRECTORIES_OF_LINKS: [&str; 2] = ["fd", "map_files"];
+
+const ELSEWHERE: &str = "whose name leads out of the container";
+const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
+
+/// Compares what the images alone say.
+pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
+    let mut refuse = |file: &NamedFile, why| {
+        let path = file.path.clone();
+        admission.refuse(Refusal::File { path, why });
+    };
+    for file in &restored.named_files {
+        if !is_plain(&file.path) || leads_through_proc(restored, &file.path) {
+            refuse(file, ELSEWHERE);
+        }
+        let makes = (OFlag::O_CREAT | OFlag::O_TRUNC).bits().cast_unsigned();
+        if file.flags & makes != 0 {
+            refuse(file, "which is to be made or emptied when it is opened");
+        }
+    }
+    for remap in &restored.remaps {
+        let Some(file) = with_id(restored, remap.file) else {
+            continue;
+        };
+        let read_only = mount_of(restored, file)
+            .is_some_and(|mount| (mount.flags | mount.fs_flags) & flags::READ_ONLY != 0);
+        if remap.linked.is_some() && read_only {
+            refuse(file, "to be removed from a mount that is read-only");
+        }
+    }
+}
+
+/// Compares it with what there is: `rootfs` is the root of the container, as it is mounted now, and `made` says which
+/// links are in a file system that CRIU will make, or that this is not known. Volumes may be changed by other
+/// containers at any time.
+pub fn refuse_links(
+    restored: &Restored,
+    allowed: &Allowance,
+    rootfs: &Path,
+    made: &dyn Fn(&Mount) -> Option<BTreeSet<PathBuf>>,
+    admission: &mut Admission,
+) {
+    let mut refuse = |path: &Path| {
+        let path = path.to_path_buf();
+        admission.refuse(Refusal::File { path, why: LINK });
+    };
+    for file in &restored.named_files {
+        // The name of a link that is open itself.
+        let itself = (OFlag::O_PATH | OFlag::O_NOFOLLOW).bits().cast_unsigned();
+        let path = match file.flags & itself == itself || file.is_socket {
+            true => file.path.parent().unwrap_or(&file.path),
+            false => &file.path,
+        };
+        let deepest = { restored.mounts.iter().flatten() }
+            .filter(|mount| file.path.starts_with(&mount.destination))
+            .max_by_key(|mount| Path::new(&mount.destination).components().count());
+        if deepest.is_some_and(|mount| {
+            leads_through_link(mount, path, allowed, rootfs)
+                || leads_through_made(mount, &file.path, made)
+        }) {
+            refuse(&file.path);
+        }
+    }
+    for remap in &restored.remaps {
+        let Some(file) = with_id(restored, remap.file) else {
+            continue;
+        };
+        let Some(mount) = mount_of(restored, file) else {
+            refuse(&file.path);
+            continue;
+        };
+        let other = remap.linked.and_then(|id| with_id(restored, id));
+        for path in [Some(file), other].into_iter().flatten().map(|it| &it.path) {
+            let parent = path.parent().unwrap_or(path);
+            if leads_through_link(mount, parent, allowed, rootfs)
+                || leads_through_made(mount, path, made)
+            {
+                refuse(path);
+            }
+        }
+    }
+}
+
+/// Whether `path` is not in the mount, or a link in it is followed on the way. What CRIU makes is not there yet.
+fn leads_through_link(mount: &Mount, path: &Path, allowed: &Allowance, rootfs: &Path) -> bool {
+    let Ok(below) = path.strip_prefix(&mount.destination) else {
+        // The name of the mount itself, whose parent is not in it.
+        return Path::new(&mount.destination).parent() != Some(path);
+    };
+    let root: PathBuf = match &mount.external {
+        _ if mount.destination == "/" => rootfs.to_path_buf(),
+        Some(_) => {
+            let mut there = allowed.mounts.iter();
+            let there = there.find(|it| it.destination == Path::new(&mount.destination));
+            match there {
+                Some(there) => there.source.clone(),
+                None => return false,
+            }
+        }
+        None => return false,
+    };
+    let below = Path::new("/").join(below);
+    resolve_within(&root, &below) != below
+}
+
+/// The same of the directories on the way, in a file system that CRIU makes and fills.
+fn leads_through_made(
+    mount: &Mount,
+    path: &Path,
+    made: &dyn Fn(&Mount) -> Option<BTreeSet<PathBuf>>,
+) -> bool {
+    let is_made = mount.fs_type == FsType::Tmpfs && mount.external.is_none();
+    let Ok(below) = path.strip_prefix(&mount.destination) else {
+        return false;
+    };
+    let mut dirs = { below.ancestors().skip(1) }.filter(|dir| !dir.as_os_str().is_empty());
+    let Some(first) = dirs.next().filter(|_| is_made && mount.destination != "/") else {
+        return false;
+    };
+    match made(mount) {
+        Some(links) => links.contains(first) || dirs.any(|dir| links.contains(dir)),
+        None => true,
+    }
+}
+
+fn leads_through_proc(restored: &Restored, path: &Path) -> bool {
+    let procs = { restored.mounts.iter().flatten() }.filter(|it| it.fs_type == FsType::Proc);
+    let parts = procs.filter_map(|mount| path.strip_prefix(&mount.destination).ok());
+    parts.into_iter().any(|below| {
+        let names: Vec<&str> = below.iter().filter_map(|it| it.to_str()).collect();
+        let Some((last, before)) = names.split_last() else {
+            return false;
+        };
+        let of_process = names[0].bytes().all(|byte| byte.is_ascii_digit());
+        let own = matches!(names[0], "self" | "thread-self");
+        own && !before.is_empty()
+            || of_process
+                && (LINKS_TO_DIRECTORIES.contains(last)
+                    || before.iter().any(|name| {
+                        LINKS_TO_DIRECTORIES.contains(name) || DIRECTORIES_OF_LINKS.contains(name)
+                    }))
+    })
+}
+
+fn is_plain(path: &Path) -> bool {
+    let mut parts = path.components();
+    path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
+}
+
+fn with_id(restored: &Restored, id: u32) -> Option<&NamedFile> {
+    let mut files = restored.named_files.iter();
+    files.find(|it| it.id == id && !it.is_socket)
+}
+
+fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&'a Mount> {
+    let mut mounts = restored.mounts.iter().flatten();
+    mounts.find(|it| Some(it.id) == file.mount)
+}
