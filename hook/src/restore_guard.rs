@@ -16,6 +16,8 @@
 //! Progress is what CRIU's processes read, and new ones: CRIU can wait for ever for a task that has
 //! died, and try for ever to read from images that are too short, with a line in its log each time.
 //! That log lies in `/run`, in memory: a log that grows too large ends the restore as well.
+//!
+//! It also makes the session keyring that the tasks have.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -26,6 +28,8 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use keyutils::Keyring;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_child_subreaper;
@@ -50,12 +54,12 @@ const RESTORE_LOG: &str = "restore.log";
 const LOG_LIMIT: u64 = 256 << 20;
 
 /// The guard. `args`: the front's pid, the work directory, the patience in milliseconds, the
-/// runtime, its arguments.
+/// container's id, the runtime, its arguments.
 ///
 /// # Errors
 /// The runtime cannot be started.
 pub fn serve(args: &[OsString]) -> io::Result<u8> {
-    let [front, work, patience, runtime @ ..] = args else {
+    let [front, work, patience, id, runtime @ ..] = args else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
     let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<u64>().ok());
@@ -75,6 +79,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         return Err(io::Error::other("the caller is gone"));
     }
     hold_script::guard(work)?;
+    join_keyring(&id.to_string_lossy())?;
     let own = std::process::id();
     let mut child = Command::new("/proc/self/exe")
         .arg(SUPERVISED)
@@ -97,6 +102,17 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
             kill_all(own);
             Ok(1)
         }
+    }
+}
+
+/// Gives what is restored a session keyring of its own, of the name that runc's containers have. CRIU knows no keyrings,
+/// and with that of containerd or of root the containers of a node would share their keys.
+fn join_keyring(id: &str) -> io::Result<()> {
+    match Keyring::join_session(format!("_ses.{id}")) {
+        Ok(_) => Ok(()),
+        // A kernel without keyrings.
+        Err(error) if error.0 == Errno::ENOSYS as i32 => Ok(()),
+        Err(error) => Err(io::Error::from_raw_os_error(error.0)),
     }
 }
 

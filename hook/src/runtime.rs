@@ -65,6 +65,8 @@ pub struct ContainerState {
 /// A call of `restore`.
 #[derive(Debug)]
 pub struct GuardedRestore<'a> {
+    /// Id of the container.
+    pub id: &'a str,
     /// All arguments of the runtime.
     pub args: Vec<OsString>,
     /// The directory where CRIU writes its log.
@@ -203,6 +205,7 @@ impl Runtime {
             .arg(std::process::id().to_string())
             .arg(restore.work)
             .arg(restore.patience.as_millis().to_string())
+            .arg(restore.id)
             .arg(&self.path)
             .args(&restore.args);
         let status = command.spawn().and_then(|mut child| {

@@ -34,6 +34,7 @@ fn options_of_a_container_alone(bed: &Testbed) -> anyhow::Result<()> {
     a_connection_moves_with_its_address(&node)?;
     a_network_is_left_behind(&node)?;
     sockets_are_found_under_their_names(&node)?;
+    a_keyring_is_its_own(&node)?;
     a_cgroup_is_restored_or_not(&node)?;
     memory_comes_when_it_is_touched(&node)?;
     journey::check_nothing_left(&node)
@@ -192,6 +193,25 @@ fn sockets_are_found_under_their_names(node: &Node) -> anyhow::Result<()> {
         .run()?;
     holds(node, "named", "renamed ok\nlinked ok\n")?;
     Ok(journey::remove_container(node, "named")?)
+}
+
+/// A restored container has a session keyring, and not the one of the node or of others.
+fn a_keyring_is_its_own(node: &Node) -> anyhow::Result<()> {
+    let is_there = || node.shell("grep -q '_ses.ringed:' /proc/keys");
+    run(node, "ringed", &[], &["lock"])?;
+    is_there().run()?;
+    checkpoint(node, "ringed", &[])?;
+    journey::remove_container(node, "ringed")?;
+    poll_until("the end of the keyring", PATIENCE, || {
+        match is_there().run() {
+            Ok(()) => Err("it is there".to_owned()),
+            Err(_) => Ok(()),
+        }
+    })?;
+    node.shell("transship restore ringed; transship rm ringed")
+        .run()?;
+    is_there().run()?;
+    Ok(journey::remove_container(node, "ringed")?)
 }
 
 /// Lets a program before runc on the path write down its arguments.

@@ -10,7 +10,6 @@
 //! that machine `vm_` cases are skipped. A case called `long_...` runs in `make test-long` alone.
 
 mod admission;
-mod attacker;
 mod conditions;
 mod consumed_once;
 mod crit;
@@ -21,6 +20,7 @@ mod differ;
 mod faults;
 mod foreign_checkpoints;
 mod foreign_streams;
+mod forged_names;
 mod freeze_containerd;
 mod frozen;
 mod image_labels;
@@ -165,7 +165,7 @@ fn main() -> ExitCode {
     }
     let cases = starts::cases()
         .chain(admission::cases())
-        .chain(attacker::cases())
+        .chain(forged_names::cases())
         .chain(conditions::cases())
         .chain(consumed_once::cases())
         .chain(crit::cases())

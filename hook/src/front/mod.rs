@@ -206,6 +206,7 @@ impl Front<'_> {
         let ended_stdin = stdin_is_null() && stdin_was_pipe(Path::new(images));
         let patience = NodeConfig::read(&self.env.node_config)?.restore_patience();
         let restore = GuardedRestore {
+            id: &pid_file.id,
             args,
             work,
             patience,
