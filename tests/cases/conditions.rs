@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 23] = [
+const ROWS: [Row; 25] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -90,6 +90,8 @@ const ROWS: [Row; 23] = [
     row("link-remap", &[HOLDER, "semaphore"]),
     row("shared-code", &[HOLDER, "shared-code"]),
     row("message-queue", &[HOLDER, "queue=/orders"]),
+    row("descriptor-limit", &[HOLDER, "descriptors=1"]),
+    row("descriptor-limit", &[HOLDER, "descriptors=3"]),
     row("packet-pipe", &[HOLDER, "packet-pipe"]),
     row("pidfd", &[HOLDER, "thread-pidfd"]),
     row("watch", &[HOLDER, "watch=/proc/self/status"]),

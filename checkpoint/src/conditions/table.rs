@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 61] = [
+pub static CONDITIONS: [Condition; 62] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -237,6 +237,19 @@ pub static CONDITIONS: [Condition; 61] = [
         remedy: "end them, or run each in a container of its own; a mount namespace alone is no hindrance",
         seen: "/proc/PID/ns",
         criu_says: &["Can't dump nested", "more than one netns"],
+    },
+    Condition {
+        name: "descriptor-limit",
+        effect: Effect::NoDump,
+        what: "a process has almost as many descriptors open as it may, and CRIU needs some in it",
+        remedy: "raise its limit, also while it runs (prlimit --pid PID --nofile=N)",
+        seen: "/proc/PID/limits",
+        criu_says: &[
+            "Can't create memfd in victim",
+            "Message reply from daemon is trimmed",
+            "Can't get /proc fd",
+            "can't get /proc/self/cgroup fd",
+        ],
     },
     Condition {
         name: "shared-code",

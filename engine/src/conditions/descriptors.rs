@@ -6,6 +6,7 @@
 //!  pipe      flags: 040001           O_DIRECT: each write is a packet of its own
 //!  pidfd     flags: 02000202         O_EXCL is PIDFD_THREAD
 //!            Pid: 4711               -1: it has ended; else CRIU wants it among what it dumps
+//!  limit     as many as there may be  CRIU opens its own in the process
 //!  proc      /proc/1/task/7/status   files are opened again before there are threads
 //!            /proc/1                 CRIU asks for "/proc/1/" and whatever stands behind it in memory
 //! ```
@@ -15,10 +16,13 @@ use std::path::Path;
 
 use nix::libc;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
-use procfs::process::FDTarget;
+use procfs::process::{FDTarget, LimitValue};
 
 use super::Hit;
 use super::processes::{Processes, Seen};
+
+/// What CRIU has open in a process at once: its memory, its socket, its log, /proc (3.17 to 4.2).
+const OF_CRIU: u64 = 4;
 
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
     let hits = processes
@@ -42,7 +46,18 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
             }
             .map(|(name, what)| (name, of(&what, seen)))
         });
-    hits.collect()
+    let full = processes.tree.iter().filter(|seen| !has_room(seen));
+    hits.chain(full.map(|seen| ("descriptor-limit", seen.called())))
+        .collect()
+}
+
+/// Also where the limit is not told.
+fn has_room(seen: &Seen) -> bool {
+    let limit = seen.process.limits().map(|it| it.max_open_files.soft_limit);
+    match limit {
+        Ok(LimitValue::Value(most)) => seen.descriptors.len() as u64 + OF_CRIU <= most,
+        _ => true,
+    }
 }
 
 fn of(what: &str, seen: &Seen) -> String {

@@ -14,6 +14,7 @@
 //!   thread-pidfd      a pidfd of a thread
 //!   backlog=PATH      a unix connection to itself at PATH, with data, that it does not accept
 //!   thread-file       an open file of a thread in /proc
+//!   descriptors=FREE  so many descriptors are left of those that it may have
 //!   memfd             goes on as a program that lies in memory alone
 //!   unread-events     an event of inotify that it does not read
 //!   named-deleted     an open file whose name ends with " (deleted)"
@@ -110,6 +111,14 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
         "thread-file" => {
             let thread = new_thread()?;
             Box::new(File::open(format!("/proc/self/task/{thread}/status"))?)
+        }
+        "descriptors" => {
+            use nix::sys::resource::{Resource, getrlimit, setrlimit};
+            let free: u64 = value.parse().map_err(io::Error::other)?;
+            // The directory is one of them while it is read.
+            let open = fs::read_dir("/proc/self/fd")?.count() as u64 - 1;
+            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+            Box::new(setrlimit(Resource::RLIMIT_NOFILE, open + free, hard)?)
         }
         "memfd" => Box::new(from_memory()?),
         "unread-events" => Box::new(unread_events()?),
