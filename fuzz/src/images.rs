@@ -14,8 +14,9 @@ use std::path::Path;
 use transship_checkpoint::criu_images::ipcns::{self, IpcKind, IpcObject};
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Thread, ThreadEdit};
 use transship_checkpoint::criu_images::{
-    ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, open_files, regular_files,
-    seccomp, shm_mappings, tasks, thread_timers, threads, timers, user_namespace, utsns,
+    ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, named_files, open_files,
+    regular_files, seccomp, shm_mappings, tasks, thread_timers, threads, timers, unix_sockets,
+    user_namespace, utsns,
 };
 use transship_checkpoint::criu_log;
 use transship_checkpoint::spec::Spec;
@@ -86,6 +87,7 @@ pub(crate) fn files(data: &[u8]) {
     alone("files.img", data, |dir| {
         let _connections = inet_sockets::connections(dir);
         let before = open_files::privileged(dir).ok();
+        let _named = named_files::named_files(dir);
         let _corrected = timers::correct(dir, 1 << 40);
         let moved = |name: &str| {
             let found = regular_files::FoundFile {
@@ -106,6 +108,13 @@ pub(crate) fn files(data: &[u8]) {
                 names.iter().all(|name| name.starts_with("/other")),
                 "{names:?}"
             );
+        }
+        if unix_sockets::rename(dir, |_, _| Some(b"/renamed".to_vec())).is_ok() {
+            let again = unix_sockets::rename(dir, |_, path| {
+                assert_eq!(path, b"/renamed");
+                None
+            });
+            again.expect("what was edited can be read");
         }
         let after = open_files::privileged(dir).ok();
         assert_eq!(before, after, "an edit has changed what is open");
