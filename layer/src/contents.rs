@@ -329,12 +329,13 @@ mod tests {
             answers.read_exact(&mut [0]).unwrap();
             InodeAttributes::from(fstat(File::open(&path).unwrap()).unwrap())
         };
-        let first = write(2);
-        rest();
-        assert!(
-            first.unchanged_in(&write(3)),
-            "the second write is not seen"
-        );
+        // Whoever syncs the file system meanwhile lets the second write be seen.
+        let is_unseen = (0..10).any(|_| {
+            let first = write(2);
+            rest();
+            first.unchanged_in(&write(3))
+        });
+        assert!(is_unseen, "the second write is seen");
         let known = send_to(from.path(), to.path());
         assert_eq!(known.count(), 1);
         assert_eq!(known.number_of(&write(4)), None);
