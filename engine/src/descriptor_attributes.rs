@@ -7,10 +7,9 @@
 //! ```
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use nix::sched::{CloneFlags, setns};
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -18,6 +17,7 @@ use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
 use transship_checkpoint::tcp_options::TcpOptions;
 
 use crate::conditions::protocol;
+use crate::network_namespace::within;
 
 /// What the network of a process gives to new sockets; it shows the network of who reads it.
 const USUAL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
@@ -120,14 +120,8 @@ impl OfDescriptors {
 
 /// The congestion control of new sockets in the network of a process.
 fn usual_congestion(pid: u32) -> Option<String> {
-    let network = File::open(format!("/proc/{pid}/ns/net")).ok()?;
-    let thread = std::thread::Builder::new().name("network".to_owned());
-    let asked = thread.spawn(move || {
-        setns(&network, CloneFlags::CLONE_NEWNET).ok()?;
-        let name = fs::read_to_string(USUAL).ok()?;
-        Some(name.trim().to_owned())
-    });
-    asked.ok()?.join().ok()?
+    let name = within(pid, || fs::read_to_string(USUAL)).ok()?.ok()?;
+    Some(name.trim().to_owned())
 }
 
 #[cfg(test)]

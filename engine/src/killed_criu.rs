@@ -12,11 +12,12 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::sockopt::TcpRepair;
 use nix::sys::socket::{getsockopt, setsockopt};
 use procfs::process::{FDTarget, Process, all_processes};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::network_namespace::within;
 
 /// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
 const MAKES_RULES: Duration = Duration::from_secs(2);
@@ -84,8 +85,6 @@ fn unlock_network(root: u32) {
         std::thread::sleep(LOOK_AGAIN);
     }
     let unlock = || {
-        let namespace = fs::File::open(format!("/proc/{root}/ns/net"))?;
-        setns(namespace, CloneFlags::CLONE_NEWNET)?;
         let tables = output("nft", &["list", "tables"]);
         for table in tables.lines().filter(|line| line.contains(" CRIU-")) {
             let mut words = vec!["delete"];
@@ -102,9 +101,8 @@ fn unlock_network(root: u32) {
         }
         io::Result::Ok(())
     };
-    // A thread of its own, because it changes its namespace. A container that has ended has no
-    // network, and a node without these tools no lock.
-    std::thread::scope(|scope| drop(scope.spawn(unlock).join()));
+    // A container that has ended has no network, and a node without these tools no lock.
+    drop(within(root, unlock));
 }
 
 /// What `iptables-restore` is told to take the lock away from what `iptables-save` has said. CRIU takes its jumps away

@@ -8,7 +8,7 @@
 //!  cri_pods: pods as a client of the CRI has them;  kubelet: whether one is here
 //!  dump_hold: a dump that waits while memory is read in its processes
 //!  dump_links: names in /dev/shm that CRIU's images need
-//!  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
+//!  network_namespace: in that of a process;  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation (pipe), data_channel (TLS) --> receive, restore on the other node;  migrate::recover: the end of one that
 //!  was cut off
@@ -83,6 +83,7 @@ mod lost_task;
 pub mod memory_dir;
 pub mod migrate;
 pub mod moved_pods;
+mod network_namespace;
 pub mod node_service;
 pub mod oci_runtime;
 pub mod overlay_mounts;

@@ -15,14 +15,14 @@
 //! the container.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
+
+use crate::network_namespace::within;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const REQUEST_DUMP: u16 = 0x301;
@@ -58,16 +58,11 @@ pub(crate) struct UnixSocket {
 /// The unix sockets in the network namespace of a process, by their inodes; none when the
 /// kernel does not tell.
 pub(crate) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
-    let asked = std::thread::Builder::new()
-        .name("unix sockets".to_owned())
-        .spawn(move || ask(pid));
-    let answer = asked.ok().and_then(|thread| thread.join().ok());
+    let answer = within(pid, ask).ok();
     answer.and_then(Result::ok).unwrap_or_default()
 }
 
-fn ask(pid: u32) -> Result<BTreeMap<u64, UnixSocket>, Errno> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(|_| Errno::ENOENT)?;
-    setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+fn ask() -> Result<BTreeMap<u64, UnixSocket>, Errno> {
     let socket: OwnedFd = socket(
         AddressFamily::Netlink,
         SockType::Raw,

@@ -138,6 +138,12 @@ pub fn is_own_namespace(kind: &str, path: &Path) -> bool {
     own.is_some() && own == identity(path)
 }
 
+/// Whether it is absolute, and no part of it leads back.
+pub(super) fn is_plain(path: &Path) -> bool {
+    let mut parts = path.components();
+    path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
+}
+
 /// The 19th field of `/proc/self/stat`, the 17th after the name.
 fn own_nice() -> i32 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();

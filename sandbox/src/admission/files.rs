@@ -8,14 +8,14 @@
 //! The kernel gave the names at the dump, without `..` and without links. So a name has none of them here either.
 
 use std::collections::BTreeSet;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
 use transship_checkpoint::criu_images::named_files::NamedFile;
 
 use super::allowance::Allowance;
-use super::environment::resolve_within;
+use super::environment::{is_plain, resolve_within};
 use super::{Admission, Refusal, Restored};
 
 /// Links of `/proc/<pid>` that lead where no path does.
@@ -163,11 +163,6 @@ fn leads_through_proc(restored: &Restored, path: &Path) -> bool {
                         LINKS_TO_DIRECTORIES.contains(name) || DIRECTORIES_OF_LINKS.contains(name)
                     }))
     })
-}
-
-fn is_plain(path: &Path) -> bool {
-    let mut parts = path.components();
-    path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
 }
 
 fn with_id(restored: &Restored, id: u32) -> Option<&NamedFile> {

@@ -21,12 +21,13 @@
 //! The flags of a mount of the spec are at least the spec's, always: what is mounted read-only there
 //! is the node's.
 
-use std::path::{Component, Path};
+use std::path::Path;
 
 use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
 
 use super::allowance::{Allowance, SpecMount};
 use super::capabilities::SYS_ADMIN;
+use super::environment::is_plain;
 use super::{Admission, Environment, Refusal};
 
 /// `DEVTMPFS` and the like of a file that is bind mounted from the node are no harm; these are: CRIU
@@ -317,11 +318,6 @@ impl Table<'_> {
     fn spec_mounts<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a SpecMount> {
         self.allowed.mounts.iter().filter(move |it| it.kind == kind)
     }
-}
-
-fn is_plain(path: &Path) -> bool {
-    let mut parts = path.components();
-    path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
 }
 
 /// Whether it is a hierarchy of the node and not one that is made by mounting it: that could name a program
