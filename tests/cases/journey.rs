@@ -30,6 +30,20 @@ fn start_counter(a: &Node, b: &Node, memory_mb: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// CRIU has restored little, the rest was written into the held process.
+fn check_memory_was_apart(node: &Node, memory_mb: u32) -> anyhow::Result<()> {
+    let log = "/run/containerd/io.containerd.runtime.v2.task/*/counter/work/restore.log";
+    let find = format!("grep -h nr_restored_pages {log}");
+    let lines = node.shell(&find).read()?;
+    let pages = |line: &str| line.rsplit(' ').next()?.parse::<u64>().ok();
+    let pages: Option<u64> = lines.lines().map(pages).sum();
+    ensure!(
+        pages.is_some_and(|pages| pages * 4096 < u64::from(memory_mb) << 18),
+        "{lines}"
+    );
+    Ok(())
+}
+
 pub(crate) fn a_container_counts_on_in_the_other_node(
     bed: &Testbed,
     memory_mb: u32,
@@ -63,6 +77,7 @@ pub(crate) fn a_container_counts_on_in_the_other_node(
         after.count >= before.count && after.memory_ok && after.memory_mb == u64::from(memory_mb),
         "{after:?}"
     );
+    check_memory_was_apart(&b, memory_mb)?;
     ensure!(
         after.local_ip == address && after.hostname == "node-b",
         "{after:?}"

@@ -1,25 +1,16 @@
-//! Where each page of a process is that may come after the restore has begun.
-//!
-//! ```text
-//! pagemap-7.img                1000-3000 in the file    3000-9000 in the parent    9000-a000 in the process
-//! parent/pagemap-7.img                                  3000-5000 in the file      5000-9000 in the parent
-//! parent/parent/pagemap-7.img                                                      5000-9000 in the file
-//!
-//! together                     1000-3000 pages-3.img    3000-5000 parent/pages-3.img    5000-9000 parent/parent/...
-//!                              9000-a000 where the dump has left them
-//! ```
+//! Where each page of a process is that may come after the restore has begun; through images that build on each other,
+//! see `page_levels`.
 //!
 //! `criu lazy-pages` does not copy pages of images that others build on (CRIU 3.17 to 4.2: the reader of a parent tells
 //! nobody that a page is there). So whoever serves pages to it looks them up here, and gives it images in which all
 //! such pages are elsewhere.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::file_names::PARENT_DIR;
+use super::ImageError;
+use super::page_levels::{Levels, Place, Span};
 use super::pagemap::{PagePlace, PageRun, Pagemap};
-use super::{ImageError, Kind};
-use crate::beneath::{Links, open_regular};
 
 /// The pages of one process that may come late.
 #[derive(Debug)]
@@ -30,23 +21,6 @@ pub struct LazyMemory {
     files: Vec<File>,
     /// Bytes of a page.
     page: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Span {
-    start: u64,
-    end: u64,
-    place: Place,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// How many images below the dump, and at which byte of the file.
-    File {
-        level: usize,
-        offset: u64,
-    },
-    Process,
 }
 
 /// Where pages are.
@@ -68,23 +42,6 @@ pub enum Found<'a> {
     },
 }
 
-/// A pagemap.
-#[derive(Debug)]
-struct Level {
-    path: PathBuf,
-    runs: Vec<Run>,
-}
-
-/// A run of it, by addresses, with its place in the file.
-#[derive(Debug)]
-struct Run {
-    start: u64,
-    end: u64,
-    place: PagePlace,
-    lazy: bool,
-    offset: u64,
-}
-
 impl LazyMemory {
     /// That of the process `pid` in the images in `dir`; none, if there are no pages of it. `page` is the size of one in
     /// bytes. With it comes the pagemap that CRIU is to be given.
@@ -92,31 +49,15 @@ impl LazyMemory {
     /// # Errors
     /// An image cannot be read, or names pages that are nowhere.
     pub fn open(dir: &Path, pid: u32, page: u64) -> Result<Option<(Self, Pagemap)>, ImageError> {
-        let name = format!("{}{pid}.img", Kind::Pagemap.prefix());
-        let (mut levels, mut files, mut served) = (Vec::new(), Vec::new(), None);
-        let mut dir = dir.to_path_buf();
-        while dir.join(&name).symlink_metadata().is_ok() {
-            let path = dir.join(&name);
-            let pagemap = Pagemap::read(&path)?;
-            let pages = PathBuf::from(format!("pages-{}.img", pagemap.pages_id));
-            let opened = open_regular(&dir, &pages, Links::Refused);
-            files.push(opened.map_err(|source| ImageError::Io {
-                act: "open",
-                path: dir.join(&pages),
-                source,
-            })?);
-            levels.push(Level::of(path, &pagemap, page)?);
-            served.get_or_insert_with(|| for_server(&pagemap, page));
-            dir.push(PARENT_DIR);
-        }
-        let (Some(dump), Some(served)) = (levels.first(), served) else {
+        let Some((levels, dump)) = Levels::open(dir, pid, page)? else {
             return Ok(None);
         };
         let mut spans = Vec::new();
-        for run in dump.runs.iter().filter(|run| run.lazy) {
-            resolve(&levels, 0, (run.start, run.end), &mut spans)?;
+        for run in levels.runs().iter().filter(|run| run.lazy) {
+            levels.find((run.start, run.end), &mut spans)?;
         }
-        Ok(Some((Self { spans, files, page }, served)))
+        let files = levels.into_files();
+        Ok(Some((Self { spans, files, page }, for_server(&dump, page))))
     }
 
     /// Whether all of them are in files.
@@ -142,79 +83,6 @@ impl LazyMemory {
     }
 }
 
-impl Level {
-    fn of(path: PathBuf, pagemap: &Pagemap, page: u64) -> Result<Self, ImageError> {
-        let (mut runs, mut last, mut offset) = (Vec::new(), 0, 0_u64);
-        for run in &pagemap.runs {
-            let bytes = run.pages.checked_mul(page);
-            let end = bytes.and_then(|bytes| run.start.checked_add(bytes));
-            let Some(end) = end.filter(|_| run.start >= last && run.start % page == 0) else {
-                return Err(ImageError::Pages { path });
-            };
-            last = end;
-            runs.push(Run {
-                start: run.start,
-                end,
-                place: run.place,
-                lazy: run.lazy,
-                offset,
-            });
-            if run.place == PagePlace::File {
-                // No more than all addresses.
-                offset += end - run.start;
-            }
-        }
-        Ok(Self { path, runs })
-    }
-}
-
-/// Adds where the pages of a range are that the level `at` has.
-fn resolve(
-    levels: &[Level],
-    at: usize,
-    (start, end): (u64, u64),
-    spans: &mut Vec<Span>,
-) -> Result<(), ImageError> {
-    // The one that says so has one below it, or none of these pages is anywhere.
-    let nowhere = || ImageError::Pages {
-        path: levels[at.min(levels.len() - 1)].path.clone(),
-    };
-    let runs = &levels.get(at).ok_or_else(nowhere)?.runs;
-    let mut next = start;
-    let first = runs.partition_point(|run| run.end <= start);
-    for run in &runs[first..] {
-        if next >= end {
-            break;
-        }
-        if run.start > next {
-            return Err(nowhere());
-        }
-        let part = (next, end.min(run.end));
-        let mut push = |place| {
-            spans.push(Span {
-                start: part.0,
-                end: part.1,
-                place,
-            });
-        };
-        match run.place {
-            PagePlace::File => push(Place::File {
-                level: at,
-                offset: run.offset + (part.0 - run.start),
-            }),
-            PagePlace::Process if at == 0 => push(Place::Process),
-            // Only a dump leaves pages where they are.
-            PagePlace::Process => return Err(nowhere()),
-            PagePlace::Parent => resolve(levels, at + 1, part, spans)?,
-        }
-        next = part.1;
-    }
-    match next < end {
-        true => Err(nowhere()),
-        false => Ok(()),
-    }
-}
-
 /// The same pages, but that of those which may come late none is said to be in the parent: whoever reads this asks a
 /// server for them.
 fn for_server(pagemap: &Pagemap, page: u64) -> Pagemap {
@@ -236,6 +104,7 @@ fn for_server(pagemap: &Pagemap, page: u64) -> Pagemap {
 mod tests {
     use std::fs;
 
+    use super::super::file_names::PARENT_DIR;
     use super::*;
 
     const PAGE: u64 = 4096;

@@ -250,6 +250,14 @@ pub enum RestoreError {
         /// Which process goes on.
         source: io::Error,
     },
+    /// Memory of the restored tasks that they cannot have.
+    #[error("{id:?} was restored without its memory, and is removed")]
+    NoMemory {
+        /// The container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Shared memory of the pod that the restored tasks cannot have.
     #[error("{id:?} was restored without the shared memory of its pod, and is removed")]
     NotAttached {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::container_log::put_in_front;
+use transship_checkpoint::criu_images::memory_apart::MemoryApart;
 use transship_checkpoint::criu_images::{tasks, timers};
 use transship_checkpoint::criu_options::{ConfigLine, Tcp};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
@@ -25,7 +26,8 @@ use super::held::Hold;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
 use super::{
-    Front, FrontError, Outcome, RestoreError, held, lost_addresses, open_files, task_attributes,
+    Front, FrontError, Outcome, RestoreError, apart_memory, held, lost_addresses, open_files,
+    task_attributes,
 };
 use crate::argv::Arguments;
 use crate::{hold_script, one_line, own_networks};
@@ -151,6 +153,11 @@ impl Front<'_> {
         criu.lazy_pages |= { request.images.with_file_name(missing_pages::SOCKET) }
             .symlink_metadata()
             .is_ok();
+        // What comes when it is touched is somebody else's.
+        let apart = match criu.lazy_pages {
+            true => None,
+            false => MemoryApart::take(images.path(), rustix::param::page_size() as u64)?,
+        };
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
         }
@@ -210,6 +217,12 @@ impl Front<'_> {
             let proc = format!("/proc/{pid}");
             self.take_into_cgroup(&create.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;
+            if let Some(memory) = &apart {
+                apart_memory::put_in(pid, memory).map_err(|source| {
+                    let id = create.id.clone();
+                    FrontError::from(RestoreError::NoMemory { id, source })
+                })?;
+            }
             if !joined.contains_key(&Namespace::Network) {
                 raise_loopback_of(pid)?;
             }

@@ -5,6 +5,7 @@
 //! restore).
 
 mod admission;
+mod apart_memory;
 mod beginning;
 mod bundle;
 mod checkpoint;
