@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cgroups::NodeCgroups;
+use crate::cgroups::{Hierarchy, NodeCgroups};
 use crate::init::{self, InitPlan, Report};
 use crate::run::CommandRun as _;
 use crate::{Settings, TestbedError, Tree, enter, poll_until};
@@ -89,16 +89,17 @@ impl Node {
         for path in [dir, &data, &root] {
             fs::create_dir(path).during("create", path)?;
         }
-        let mut cgroups = NodeCgroups::plan(
+        let cgroups = NodeCgroups::plan(
             &fs::read_to_string("/proc/self/mountinfo").during("read", "/proc/self/mountinfo")?,
             &fs::read_to_string("/proc/self/cgroup").during("read", "/proc/self/cgroup")?,
             &format!("transship-{run}-{name}"),
         );
-        if options.without_unified_cgroup {
-            cgroups
-                .hierarchies
-                .retain(|hierarchy| hierarchy.v1_options.is_some());
-        }
+        // One that is not shown has a cgroup of its own all the same: CRIU mounts the hierarchy for itself, and a restore
+        // would make all cgroups of the machine again below the container's.
+        let shown = |hierarchy: &&Hierarchy| {
+            !options.without_unified_cgroup || hierarchy.v1_options.is_some()
+        };
+        let shown = cgroups.hierarchies.iter().filter(shown).cloned().collect();
         let ours = BINARIES.map(|binary| settings.binaries_dir.join(binary));
         let files = ours
             .iter()
@@ -120,7 +121,7 @@ impl Node {
             },
             root,
             files,
-            cgroups: cgroups.hierarchies.clone(),
+            cgroups: shown,
         };
         let plan_file = write_json(&dir.join("init.json"), &plan)?;
         // Written before the first cgroup exists, for the sweep after a SIGKILL.
