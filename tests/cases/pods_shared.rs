@@ -159,12 +159,12 @@ fn no_rules_in_the_network_of_the_node(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_no_pod_left(&node)
 }
 
-/// CRIU has made the System V objects of the pod when it finds that an image of the memory is none.
+/// CRIU has made the System V objects of the pod when it finds that an image is none, which nobody has read before it.
 fn a_failed_restore_leaves_no_objects(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<()> {
     let images = "/var/lib/transship/checkpoints/mates/server/checkpoint";
     node.shell(&format!(
-        "cd {images}; cp -a pagemap-1.img /run/whole
-         head -c $(stat -c %s pagemap-1.img) /dev/zero | dd conv=notrunc status=none of=pagemap-1.img"
+        "cd {images}; cp -a fs-1.img /run/whole
+         head -c $(stat -c %s fs-1.img) /dev/zero | dd conv=notrunc status=none of=fs-1.img"
     ))
     .run()?;
     let [work, scratch] = make_volumes(node, pod)?;
@@ -181,7 +181,7 @@ fn a_failed_restore_leaves_no_objects(node: &Node, cri: &Cri, pod: &Pod) -> anyh
     cri.remove_container(&id)?;
     let ipc = format!("/run/transship/pods/{}/ns/ipc", pod.id);
     let objects = node.shell(&format!(
-        "nsenter --ipc={ipc} sh -c 'tail -q -n +2 /proc/sysvipc/*'; cp /run/whole {images}/pagemap-1.img"
+        "nsenter --ipc={ipc} sh -c 'tail -q -n +2 /proc/sysvipc/*'; cp /run/whole {images}/fs-1.img"
     ));
     let objects = { objects }.read()?;
     ensure!(objects.is_empty(), "left in the sandbox: {objects}");

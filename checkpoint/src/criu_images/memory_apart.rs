@@ -26,8 +26,8 @@ use super::page_levels::{Levels, Place, Span};
 use super::pagemap::{PagePlace, PageRun, Pagemap};
 use super::{Image, ImageError, Kind, list};
 
-/// Less memory than this is left to CRIU, in bytes: a restore takes longer for everything else.
-const LEAST: u64 = 48 << 20;
+/// Less memory than this is left to CRIU, in bytes: it takes no longer for it than this does.
+const LEAST: u64 = 8 << 20;
 /// What other processes have may be this part of all.
 const OTHERS: u64 = 8;
 /// Mappings with less memory in the dump are left to CRIU, in bytes.

@@ -153,10 +153,18 @@ impl Front<'_> {
         criu.lazy_pages |= { request.images.with_file_name(missing_pages::SOCKET) }
             .symlink_metadata()
             .is_ok();
+        let failed = |reason: String| {
+            FrontError::from(RestoreError::Restore {
+                container: request.container.clone(),
+                checkpoint: request.checkpoint.clone(),
+                reason,
+            })
+        };
         // What comes when it is touched is somebody else's.
         let apart = match criu.lazy_pages {
             true => None,
-            false => MemoryApart::take(images.path(), rustix::param::page_size() as u64)?,
+            false => MemoryApart::take(images.path(), rustix::param::page_size() as u64)
+                .map_err(|error| failed(one_line(&error)))?,
         };
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
@@ -195,15 +203,7 @@ impl Front<'_> {
             .with_flags(criu.restore_flags());
         take_oom_score(&config.spec)?;
         self.run_restore(restore, bundle, config, &work, Some(criu_config.path()))
-            .and_then(|done| {
-                done.map_err(|reason| {
-                    FrontError::from(RestoreError::Restore {
-                        container: request.container.clone(),
-                        checkpoint: request.checkpoint.clone(),
-                        reason,
-                    })
-                })
-            })
+            .and_then(|done| done.map_err(failed))
             .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(create)?;
