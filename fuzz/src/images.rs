@@ -12,6 +12,7 @@ use std::fs;
 use std::path::Path;
 
 use transship_checkpoint::criu_images::ipcns::{self, IpcKind, IpcObject};
+use transship_checkpoint::criu_images::memory_apart::MemoryApart;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Thread, ThreadEdit};
 use transship_checkpoint::criu_images::{
     ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, named_files, open_files,
@@ -24,6 +25,8 @@ use transship_sandbox::admission::{Allowance, Environment, Restored, compare};
 
 use crate::scratch::Scratch;
 
+/// Bytes of a page of the machine that was dumped.
+const PAGE: u64 = 4096;
 const SPEC: &str = "spec.json";
 /// Of a container that may do less than any that was dumped.
 const WEAK_SPEC: &str = include_str!("weak_spec.json");
@@ -303,6 +306,10 @@ pub(crate) fn dump(data: &[u8]) {
         lsm: Some("apparmor"),
         ..Environment::default()
     };
+    if let Ok(Some(apart)) = MemoryApart::take(&dir, PAGE) {
+        let again = MemoryApart::take(&dir, PAGE).expect("what was left can be read");
+        assert!(again.is_none(), "{apart:?} was left");
+    }
     let Ok(restored) = Restored::read(&dir) else {
         return;
     };

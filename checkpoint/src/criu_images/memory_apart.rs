@@ -30,8 +30,12 @@ use super::{Image, ImageError, Kind, list};
 const LEAST: u64 = 8 << 20;
 /// What other processes have may be this part of all.
 const OTHERS: u64 = 8;
+/// What is left for CRIU is written once more; at most so much, in bytes.
+const MOST_LEFT: u64 = 128 << 20;
 /// Mappings with less memory in the dump are left to CRIU, in bytes.
 const LEAST_MAPPING: u64 = 1 << 20;
+/// Memory in more pieces than this is left to CRIU: what is known of each is kept until the last one is put in.
+const MOST_RUNS: usize = 200_000;
 /// How much is put in at once, at most: bytes, and ranges of addresses.
 const BATCH: u64 = 1 << 20;
 const BATCH_RANGES: usize = 256;
@@ -121,8 +125,9 @@ impl MemoryApart {
         };
         let mm = dir.join(format!("{}{pid}.img", Kind::Mm.prefix()));
         let mm = Image::read(&mm, Kind::Mm)?.entries().next::<MmEntry>()?;
-        let Some((levels, _)) = Levels::open(dir, pid, page)? else {
-            return Ok(None);
+        let levels = match Levels::open(dir, pid, page)? {
+            Some((levels, _)) if levels.count() <= MOST_RUNS => levels,
+            _ => return Ok(None),
         };
         let mut mappings: Vec<_> = { mm.iter().flat_map(|mm| &mm.vmas) }
             .filter(|vma| may_be_apart(vma))
@@ -141,8 +146,9 @@ impl MemoryApart {
         let bytes_of = |spans: &[Span]| spans.iter().map(|it| it.end - it.start).sum::<u64>();
         let (bytes, left) = (bytes_of(&apart), bytes_of(&rest));
         let mut all = apart.iter().chain(&rest);
-        let is_worth_it =
-            bytes >= LEAST && left <= bytes / 2 && all.all(|span| span.place != Place::Process);
+        let is_worth_it = bytes >= LEAST
+            && left <= MOST_LEFT.min(bytes / 2)
+            && all.all(|span| span.place != Place::Process);
         if !is_worth_it {
             return Ok(None);
         }
@@ -267,10 +273,14 @@ fn split(
     let first = mappings.partition_point(|mapping| mapping.1 <= start);
     for mapping in mappings[first..].iter().take_while(|it| it.0 < end) {
         let (from, to) = (mapping.0.max(at), mapping.1.min(end));
+        // Only what nobody has dumped has one in another.
+        if from >= to {
+            continue;
+        }
         push(&mut at, from, false);
         for &of_kernel in pages.range(from..to) {
             push(&mut at, of_kernel, true);
-            push(&mut at, (of_kernel + page).min(to), false);
+            push(&mut at, of_kernel.saturating_add(page).min(to), false);
         }
         push(&mut at, to, true);
     }
@@ -554,6 +564,25 @@ mod tests {
             vma(0, 1, 0x22, PRIVATE | 1 << 16),
         ];
         assert!(!odd.iter().any(may_be_apart));
+    }
+
+    #[test]
+    fn ranges_are_split_whatever_the_mappings_are() {
+        let kernels = BTreeSet::from([3 * PAGE]);
+        // Beside each other, one in another, one that ends before it begins.
+        let mappings = [(PAGE, 5 * PAGE), (2 * PAGE, 3 * PAGE), (9 * PAGE, 4 * PAGE)];
+        let parts = split((0, 8 * PAGE), &mappings, &kernels, PAGE);
+        let parts: Vec<_> = { parts.iter() }
+            .map(|(start, end, may_be)| (start / PAGE, end / PAGE, *may_be))
+            .collect();
+        let expected = [
+            (0, 1, false),
+            (1, 3, true),
+            (3, 4, false),
+            (4, 5, true),
+            (5, 8, false),
+        ];
+        assert_eq!(parts, expected);
     }
 
     #[test]

@@ -93,6 +93,11 @@ impl Levels {
         self.levels.first().map_or(&[], |dump| &dump.runs)
     }
 
+    /// How many runs all of them have.
+    pub(super) fn count(&self) -> usize {
+        self.levels.iter().map(|level| level.runs.len()).sum()
+    }
+
     /// Adds where the pages of a range are that the dump has.
     ///
     /// # Errors
