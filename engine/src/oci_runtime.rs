@@ -26,7 +26,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
-use transship_sandbox::RELEASE_COMMAND;
+use transship_sandbox::{RELEASE_COMMAND, criu_lock};
 
 use crate::conditions::SCAN_PATH;
 use crate::dump_hold::DumpHold;
@@ -123,6 +123,7 @@ impl OciRuntime {
         for path in watched {
             lines.push(ConfigLine::with(SCAN_PATH, path)?);
         }
+        lines.push(ConfigLine::with("network-lock", criu_lock().name())?);
         let script = work.join("dump.sh");
         let scripted = export.is_some() || hold.is_some();
         if scripted {

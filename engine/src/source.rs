@@ -38,6 +38,7 @@ use transship_layer::{
 };
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
+use transship_sandbox::criu_lock;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::conditions::{self, Found, Needs, Subject};
@@ -352,6 +353,8 @@ pub async fn look(
         losses: Losses::default(),
         files: Vec::new(),
     };
+    // CRIU is asked while the container runs; the dump knows the answer.
+    tokio::task::spawn_blocking(criu_lock).await?;
     let source = SourceContainer {
         container,
         spec,

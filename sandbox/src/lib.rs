@@ -15,6 +15,7 @@
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
 //! /run/transship/opened/                 opened: sealed checkpoints in clear, in memory
+//! /run/transship/criu-lock               criu_lock: how CRIU locks networks here
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
@@ -26,6 +27,7 @@
 
 pub mod admission;
 pub mod consumed;
+mod criu_lock;
 mod error;
 mod files;
 pub mod forgotten_bundle;
@@ -44,6 +46,7 @@ mod staged;
 mod sysv_objects;
 pub mod wanted_image;
 
+pub use criu_lock::criu_lock;
 pub use error::SandboxError;
 pub use files::unmount_all;
 pub use interface_addresses::{addresses_of, announce_addresses_of};

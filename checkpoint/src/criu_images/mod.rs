@@ -311,7 +311,9 @@ impl Image {
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + self.body.len());
-        bytes.extend(HEAD_MAGIC.to_le_bytes());
+        if self.kind != Kind::Inventory {
+            bytes.extend(HEAD_MAGIC.to_le_bytes());
+        }
         bytes.extend(self.kind.magic().to_le_bytes());
         bytes.extend(&self.body);
         bytes

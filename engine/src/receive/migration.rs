@@ -16,6 +16,7 @@ use transship_checkpoint::wire::{
     printable, unexpected,
 };
 use transship_containerd::Containerd;
+use transship_sandbox::criu_lock;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
@@ -188,6 +189,8 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
             "the other node is the node that the container runs on",
         ));
     }
+    // CRIU looks once after each boot what the kernel can: while the container runs, not in the restore.
+    tokio::task::spawn_blocking(criu_lock).await?;
     let here = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
     let here = here.machine().to_string_lossy();
     if offer.architecture != here {

@@ -7,14 +7,14 @@ use std::path::Path;
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::criu_images::memory_apart::MemoryApart;
-use transship_checkpoint::criu_images::{tasks, timers};
+use transship_checkpoint::criu_images::{inventory, tasks, timers};
 use transship_checkpoint::criu_options::{ConfigLine, Tcp};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
-use transship_sandbox::{LinkedImages, PodDir, Staged, State, raise_loopback_of};
+use transship_sandbox::{LinkedImages, PodDir, Staged, State, criu_lock, raise_loopback_of};
 
 use transship_path_error::During as _;
 
@@ -141,6 +141,7 @@ impl Front<'_> {
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;
         timers::correct(images.path(), task_attributes::since_freeze(&attributes))?;
+        inventory::set_network_lock(images.path(), criu_lock())?;
         let networks = config.annotations.networks.as_deref();
         let keeps_addresses = { networks.map(own_networks::are_kept).transpose() }
             .during("parse the networks for", bundle.dir())?
