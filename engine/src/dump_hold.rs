@@ -14,7 +14,8 @@
 //! ```
 //!
 //! So a dump that has come to "ended" is a good one, whatever CRIU and the runtime say of it. Its files are whole some
-//! time before: CRIU still has to take back its lock of the network, which takes iptables longer than all the rest.
+//! time before: CRIU still has to take back its lock of the network, for which it runs five programs of iptables where it
+//! has no nftables.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
