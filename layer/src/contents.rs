@@ -12,9 +12,11 @@
 //! change time, which nobody can set back:
 //!
 //! - What is mapped and dirty is written to the disk first. The kernel protects its pages then, so that the next write to
-//!   them is noticed and changes the time. A file system without that (tmpfs) is left out.
+//!   them is noticed and changes the time. Only file systems are read that are known to do so ([`NOTICES_WRITES`]).
 //! - The last change has to be [`QUIET`] before the read: a write moves the time before it moves the data, and kernels
 //!   before 6.13 move it by a tick of the timer.
+//!
+//! What is mounted below the directory is left out: each file system is a question of its own.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -26,7 +28,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, fstat};
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs,
+};
 use nix::unistd::fdatasync;
 
 use crate::directory_listing::DirectoryListing;
@@ -38,6 +42,15 @@ use crate::upper_walk::open_for_export;
 pub(crate) const CONTENT_KEY: &[u8] = b"TRANSSHIP.content";
 /// The smallest file whose content is sent: what it saves is more than what the call for the disk costs.
 const LEAST_BYTES: u64 = 256 << 10;
+/// Whose kernel code protects the pages that it has written to the disk, and moves the change time at the next write to
+/// them. tmpfs and hugetlbfs do not, overlay syncs nothing where it is mounted `volatile`, and files of other nodes change
+/// without this kernel.
+const NOTICES_WRITES: [FsType; 4] = [
+    EXT4_SUPER_MAGIC,
+    XFS_SUPER_MAGIC,
+    BTRFS_SUPER_MAGIC,
+    F2FS_SUPER_MAGIC,
+];
 /// How long nobody has changed a file whose content is sent.
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -101,9 +114,10 @@ pub fn send_contents<E>(
     let mut known = KnownContents::default();
     let root = open(top, DIRECTORY_FLAGS, Mode::empty()).map_err(|errno| failed(errno.into()))?;
     let kind = fstatfs(&root).map_err(|errno| failed(errno.into()))?;
-    if kind.filesystem_type() == TMPFS_MAGIC {
+    if !NOTICES_WRITES.contains(&kind.filesystem_type()) {
         return Ok(known);
     }
+    let device = fstat(&root).map_err(|errno| failed(errno.into()))?.st_dev;
     let mut number = 0;
     let mut walk = Walk {
         stack: DirectoryStack::new(),
@@ -113,7 +127,7 @@ pub fn send_contents<E>(
         if !go_on() {
             break;
         }
-        let Some(before) = quiet(&file).map_err(failed)? else {
+        let Some(before) = quiet(&file, device).map_err(failed)? else {
             continue;
         };
         if known.files.contains_key(&before.identity) {
@@ -132,11 +146,11 @@ pub fn send_contents<E>(
     Ok(known)
 }
 
-/// What a file is whose content is worth sending; none of others.
-fn quiet(file: &File) -> io::Result<Option<InodeAttributes>> {
+/// What a file of the device is whose content is worth sending; none of others.
+fn quiet(file: &File, device: u64) -> io::Result<Option<InodeAttributes>> {
     let stat = fstat(file)?;
     let large = InodeAttributes::from(stat).size >= LEAST_BYTES;
-    if !large || has_holes(&stat) || !has_rested(&stat) {
+    if stat.st_dev != device || !large || has_holes(&stat) || !has_rested(&stat) {
         return Ok(None);
     }
     fdatasync(file)?;
