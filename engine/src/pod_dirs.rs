@@ -14,7 +14,7 @@ use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_containerd::Containerd;
-use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file};
+use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file, upperdir_usage};
 use transship_sandbox::admission::resolve_within;
 use transship_sandbox::shared_dirs::shared_mounts;
 
@@ -192,6 +192,17 @@ impl SharedDirs {
     /// Whether the content of a directory comes along.
     pub fn contains(&self, dir: &SharedDir) -> bool {
         self.0.contains_key(dir)
+    }
+
+    /// Each with its path on the node.
+    pub fn paths(&self) -> impl Iterator<Item = (&SharedDir, &Path)> {
+        self.0.iter().map(|(dir, (path, _))| (dir, &**path))
+    }
+
+    /// Bytes of the files in them, roughly: what cannot be counted while it is in use is left out.
+    pub fn estimate(&self) -> u64 {
+        let sizes = { self.paths() }.map(|(_, path)| upperdir_usage(path).map_or(0, |it| it.size));
+        sizes.sum()
     }
 
     /// Exports all into the draft, and says what is there now. Nothing may change meanwhile.

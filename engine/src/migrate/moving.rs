@@ -98,6 +98,9 @@ impl Moving {
         for container in &self.containers {
             bytes += container.estimate(node).await?;
         }
+        if let Some(pod) = &self.pod {
+            bytes += pod.dirs.estimate();
+        }
         Ok(bytes)
     }
 }
