@@ -11,6 +11,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::manifest::CONTENTS_DIR;
+
 /// Directory of the shared directories inside of a checkpoint. No container is called so.
 pub const SHARED_DIR: &str = ".shared";
 
@@ -30,6 +32,15 @@ impl SharedDir {
         match self {
             Self::Shm => "shm.tar".to_owned(),
             Self::EmptyDir(volume) => format!("emptydir-{volume}.tar"),
+        }
+    }
+
+    /// Directory in [`SHARED_DIR`] of the contents of its files that come before the freeze; none of memory.
+    #[must_use]
+    pub fn contents_dir(&self) -> Option<String> {
+        match self {
+            Self::Shm => None,
+            Self::EmptyDir(volume) => Some(format!("{CONTENTS_DIR}/{volume}")),
         }
     }
 }

@@ -15,9 +15,9 @@
 //!   > Offer            what is coming, one container or those of a pod; the target checks all that it can
 //!   < Need             the blobs of the images that it lacks, and where it can be reached directly
 //!   > (Blob data*)*  ImageEnd            which says how many direct connections there are: n
-//!   < Ready            the images are unpacked, and a pod has its sandbox: the source freezes the containers
+//!   < Ready            the images are unpacked, and a pod has its sandbox; which files may come before the freeze
 //!   n = 0:
-//!   > Begin (File data* FileEnd)* End    memory before the freeze; files of the dump
+//!   > Begin (File data* FileEnd)* End    files and memory before the freeze; files of the dump
 //!   n > 0:
 //!   > Begin End                          and through each direct connection, a stream of its own:
 //!     > (File data* FileEnd)* FilesEnd
@@ -64,7 +64,7 @@ pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 9;
+pub const PROTOCOL: u32 = 10;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
@@ -274,7 +274,11 @@ pub enum Message {
         direct: usize,
     },
     /// The target waits for the checkpoint.
-    Ready,
+    Ready {
+        /// Directories of the checkpoint whose files may come before the freeze: the contents of large files.
+        #[serde(default)]
+        contents: Vec<String>,
+    },
     /// A checkpoint follows.
     Begin {
         /// Its name.

@@ -366,7 +366,7 @@ type AllDumped = (Vec<Container>, Shared);
 async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) -> Result<AllDumped> {
     let mut export = tokio::task::spawn_blocking({
         let (dirs, draft) = (target.dirs.clone(), draft.to_path_buf());
-        move || dirs.export(&draft)
+        move || dirs.export(&draft, &BTreeMap::new())
     });
     // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.
     if target.sources.iter().any(|it| it.container.criu.link_remap) {

@@ -242,6 +242,7 @@ pub async fn migrate(
         direct: 0,
         estimate: 0,
         files_before: Vec::new(),
+        takes_contents: Vec::new(),
         late: None,
     };
     let result = transaction.carry_out().await;

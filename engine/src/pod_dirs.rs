@@ -9,12 +9,15 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_containerd::Containerd;
-use transship_layer::{ExportOptions, OverlayStack, export_upperdir_to_file, upperdir_usage};
+use transship_layer::{
+    ExportOptions, KnownContents, OverlayStack, export_upperdir_to_file, upperdir_usage,
+};
 use transship_sandbox::admission::resolve_within;
 use transship_sandbox::shared_dirs::shared_mounts;
 
@@ -205,8 +208,13 @@ impl SharedDirs {
         sizes.sum()
     }
 
-    /// Exports all into the draft, and says what is there now. Nothing may change meanwhile.
-    pub fn export(&self, draft: &Path) -> Result<Shared> {
+    /// Exports all into the draft, but for files whose contents are known, and says what is there now. Nothing may change
+    /// meanwhile.
+    pub fn export(
+        &self,
+        draft: &Path,
+        known: &BTreeMap<SharedDir, Arc<KnownContents>>,
+    ) -> Result<Shared> {
         let mut shared = Shared::default();
         let to = draft.join(SHARED_DIR);
         for (dir, (path, containers)) in &self.0 {
@@ -227,16 +235,20 @@ impl SharedDirs {
                 }),
             }
             fs::create_dir_all(&to).with_context(|| format!("cannot make {}", to.display()))?;
-            export(path, &to.join(dir.file_name()))?;
+            export(path, &to.join(dir.file_name()), known.get(dir).cloned())?;
         }
         Ok(shared)
     }
 }
 
-fn export(dir: &Path, to: &Path) -> Result<()> {
+fn export(dir: &Path, to: &Path, known: Option<Arc<KnownContents>>) -> Result<()> {
     let file = File::create_new(to).with_context(|| format!("cannot make {}", to.display()))?;
     let stack = OverlayStack::new(dir, []);
-    let stats = export_upperdir_to_file(&stack, &file, &ExportOptions::default())
+    let options = ExportOptions {
+        known,
+        ..ExportOptions::default()
+    };
+    let stats = export_upperdir_to_file(&stack, &file, &options)
         .with_context(|| format!("cannot export {}", dir.display()))?;
     // A socket leaves a whiteout without meaning; CRIU makes those again that somebody has bound.
     if stats.whiteouts > stats.sockets || stats.opaque_directories > 0 || stats.lost_xattrs > 0 {

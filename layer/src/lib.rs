@@ -82,6 +82,6 @@ pub use lower_view::LowerError;
 pub use mounted_overlay::MountedOverlay;
 pub use overlay_marks::OverlayXattrs;
 pub use overlay_stack::{MountFields, OverlayStack, StackError};
-pub use remove_tree::{remove_contents, remove_tree};
+pub use remove_tree::{remove_contents, remove_contents_but, remove_tree};
 pub use rewrite_for_image::{LeftOut, NotInImages, RewriteError, Rewritten, rewrite_for_image};
 pub use usage::{Usage, UsageError, upperdir_usage};

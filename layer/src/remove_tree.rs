@@ -44,13 +44,23 @@ pub fn remove_tree(tree: &Path) -> io::Result<()> {
 /// # Errors
 /// The first system call that fails, as the kernel said it; `dir` itself missing.
 pub fn remove_contents(dir: &Path) -> io::Result<()> {
+    remove_contents_but(dir, None)
+}
+
+/// The same, and leaves what has the name `kept` in `dir`.
+///
+/// # Errors
+/// As [`remove_contents`].
+pub fn remove_contents_but(dir: &Path, kept: Option<&str>) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let directory = open(dir, flags, Mode::empty())?;
     let mut listing = DirectoryListing::default();
     listing.read(directory.as_fd())?;
     let mut next = 0;
     while let Some((name, _)) = listing.get(next) {
-        remove_name(directory.as_fd(), name)?;
+        if kept.map(str::as_bytes) != Some(name) {
+            remove_name(directory.as_fd(), name)?;
+        }
         next += 1;
     }
     Ok(())
@@ -169,6 +179,12 @@ mod tests {
         assert!(outside.join("kept").try_exists().unwrap());
         remove_contents(&full).unwrap();
         remove_contents(&dir.path().join("missing")).unwrap_err();
+        std::fs::create_dir_all(full.join("kept/kept")).unwrap();
+        std::fs::write(full.join("kept.not"), "").unwrap();
+        remove_contents_but(&full, Some("kept")).unwrap();
+        let left: Vec<_> = std::fs::read_dir(&full).unwrap().collect();
+        assert_eq!(left.len(), 1);
+        assert!(full.join("kept/kept").is_dir());
     }
 
     #[test]

@@ -54,6 +54,7 @@ mod pods_closed;
 mod pods_kubelet;
 mod pods_migrated;
 mod pods_moved;
+mod pods_moved_volumes;
 mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
@@ -190,6 +191,7 @@ fn main() -> ExitCode {
         .chain(migration_keeps::cases())
         .chain(pods_migrated::cases())
         .chain(pods_moved::cases())
+        .chain(pods_moved_volumes::cases())
         .chain(migration_faults::cases())
         .chain(migration_files::cases())
         .chain(migration_lazy::cases())

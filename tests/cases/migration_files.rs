@@ -17,7 +17,7 @@ const IMAGE: &str = "transship.test/writer:1";
 const PID: &str = "pgrep -x writer";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often each of its 60 files that change has been changed, and looked at, by then.
-const ROUND: u64 = 60;
+pub(crate) const ROUND: u64 = 60;
 /// What these have, and the 20 that it only looks at.
 const CHANGED: u64 = ROUND * (512 << 10);
 const STILL: u64 = 20 * (512 << 10);
@@ -102,7 +102,7 @@ fn migrate(bed: &Testbed, from: &Node, to: &Node, what: &[&str]) -> anyhow::Resu
 }
 
 /// Waits until it has counted so far, every number once.
-fn wait_for(node: &Node, count: u64) -> anyhow::Result<u64> {
+pub(crate) fn wait_for(node: &Node, count: u64) -> anyhow::Result<u64> {
     let lines = format!("wc -l </proc/$({PID})/root/data/keep/counts");
     Ok(poll_until("the writer to count on", PATIENCE, || {
         let lines = node

@@ -131,7 +131,7 @@ fn settled(way: Way<'_>) -> anyhow::Result<Side> {
 fn nothing_is_left(way: Way<'_>) -> anyhow::Result<()> {
     journey::check_no_pod_left(way.to)?;
     let of_migration = "find /var/lib/transship/migrations /var/lib/transship/checkpoints /var/lib/transship/moved \
-         /run/transship/opened -mindepth 1 2>/dev/null || true";
+         /run/transship/opened -mindepth 1 2>/dev/null || true; find /var/lib/kubelet -name '.transship*'";
     for node in [way.from, way.to] {
         poll_until("the end of all that moved it", PATIENCE, || {
             match node.shell(of_migration).read() {

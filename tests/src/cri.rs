@@ -202,6 +202,37 @@ impl Cri {
         namespaces: PodNamespaces,
         sysctls: &[(&str, &str)],
     ) -> Result<Pod, TestbedError> {
+        let config = self.pod_config((namespace, name), annotations, namespaces, sysctls);
+        self.run_sandbox(config)
+    }
+
+    /// The same as [`Self::run_pod`], after `prepare`, which makes what is on the node before the sandbox.
+    ///
+    /// # Errors
+    /// What containerd answers, or `prepare`.
+    pub fn run_pod_after(
+        &self,
+        prepare: impl FnOnce(&Pod) -> Result<(), TestbedError>,
+        (namespace, name): (&str, &str),
+        annotations: &[(&str, &str)],
+        namespaces: PodNamespaces,
+    ) -> Result<Pod, TestbedError> {
+        let config = self.pod_config((namespace, name), annotations, namespaces, &[]);
+        let planned = Pod {
+            id: String::new(),
+            config,
+        };
+        prepare(&planned)?;
+        self.run_sandbox(planned.config)
+    }
+
+    fn pod_config(
+        &self,
+        (namespace, name): (&str, &str),
+        annotations: &[(&str, &str)],
+        namespaces: PodNamespaces,
+        sysctls: &[(&str, &str)],
+    ) -> PodSandboxConfig {
         // One pod after the other may have the same name.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -212,7 +243,7 @@ impl Cri {
         } else {
             format!("/kubepods/pod{uid}")
         };
-        let config = PodSandboxConfig {
+        PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.to_owned(),
                 uid: uid.clone(),
@@ -237,8 +268,7 @@ impl Cri {
                 ..Default::default()
             }),
             ..Default::default()
-        };
-        self.run_sandbox(config)
+        }
     }
 
     /// Runs the next sandbox of a pod whose sandbox has ended, as kubelet does it: the same pod,

@@ -13,7 +13,7 @@ use super::{
     ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, ZEROS,
     printable, unexpected, zeros,
 };
-use crate::manifest::{self, CONTENTS_DIR, Manifest, check_name};
+use crate::manifest::{self, Manifest, check_name};
 
 /// What a file or a directory costs beside its content, in bytes: so a stream of empty ones has an end as well.
 const FILE_COST: u64 = 4096;
@@ -50,7 +50,7 @@ pub struct Arriving {
     dir: PathBuf,
     limits: Limits,
     check: Check,
-    /// Where contents of files of a container go, that come before its layer, by its name.
+    /// Where contents of files go that come before their layer, by their directories in the checkpoint.
     contents: BTreeMap<String, PathBuf>,
     taken: Mutex<Taken>,
 }
@@ -75,7 +75,8 @@ impl Arriving {
         }
     }
 
-    /// The same, with the directories, which are empty, that take the contents of files: [`CONTENTS_DIR`].
+    /// The same, with the directories, which are empty, that take the contents of files, each by its directory in the
+    /// checkpoint: [`CONTENTS_DIR`](manifest::CONTENTS_DIR). Files of other names are taken into the checkpoint.
     #[must_use]
     pub fn with_contents(self, contents: BTreeMap<String, PathBuf>) -> Self {
         Self { contents, ..self }
@@ -83,13 +84,9 @@ impl Arriving {
 
     /// The directory and the names below it of a file in the stream.
     fn place<'p>(&self, path: &'p str) -> (&Path, &'p str) {
-        let content = path.split_once('/').and_then(|(container, path)| {
-            let number = path.strip_prefix(CONTENTS_DIR)?.strip_prefix('/')?;
+        let content = path.rsplit_once('/').and_then(|(dir, number)| {
             let is_number = number.bytes().all(|digit| digit.is_ascii_digit());
-            Some((
-                &**self.contents.get(container).filter(|_| is_number)?,
-                number,
-            ))
+            Some((&**self.contents.get(dir).filter(|_| is_number)?, number))
         });
         content.unwrap_or((&self.dir, path))
     }

@@ -251,12 +251,12 @@ fn signs_of_life_are_no_messages() {
     let sender = Sender::new(&mut stream);
     let beat = sender.clone();
     beat.alive().unwrap();
-    sender.send(&Message::Ready).unwrap();
+    sender.send(&Message::GoOn).unwrap();
     beat.alive().unwrap();
     sender.send(&Message::Received).unwrap();
     drop((sender, beat));
     let mut receiver = Receiver::new(&stream[..]);
-    assert_eq!(receiver.receive("x").unwrap(), Message::Ready);
+    assert_eq!(receiver.receive("x").unwrap(), Message::GoOn);
     assert_eq!(receiver.receive("x").unwrap(), Message::Received);
 }
 
@@ -344,4 +344,52 @@ fn pages_of_zeros_are_not_sent() {
         receive(Check::Sha256).1,
         Err(WireError::Protocol { .. })
     ));
+}
+
+#[test]
+fn contents_go_to_their_directories_and_nowhere_else() {
+    let (target, volume) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let receive = |path: &str| {
+        let mut stream = Vec::new();
+        let sender = Sender::new(&mut stream);
+        let (dir, file) = path.split_once('/').unwrap();
+        let mut content = sender.begin_file(dir, file, Check::Xxh3).unwrap();
+        content.write(b"content").unwrap();
+        content.end().unwrap();
+        sender.send(&Message::FilesEnd).unwrap();
+        drop(sender);
+        let known = (".shared/contents/work".to_owned(), volume.path().to_owned());
+        let arriving = Arriving::into_dir(target.path(), LIMITS, Check::Xxh3);
+        let arriving = arriving.with_contents([known].into());
+        Receiver::new(&stream[..]).receive_files(&arriving, &mut |_| {})
+    };
+    let names = |dir: &Path| -> Vec<_> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    receive(".shared/contents/work/7").unwrap();
+    assert_eq!(names(volume.path()), ["7"]);
+    // Never over one that has come before, nor through a link.
+    receive(".shared/contents/work/7").unwrap_err();
+    std::os::unix::fs::symlink(target.path().join("made"), volume.path().join("8")).unwrap();
+    receive(".shared/contents/work/8").unwrap_err();
+    for path in [
+        ".shared/contents/work/",
+        ".shared/contents/work/../7",
+        ".shared/contents/work//7",
+    ] {
+        receive(path).unwrap_err();
+    }
+    // Whatever else it is called is a file of the checkpoint.
+    for path in [
+        ".shared/contents/work/x",
+        ".shared/contents/other/9",
+        "web/contents/9",
+        ".shared/contents/work/9/9",
+    ] {
+        receive(path).unwrap();
+        assert!(target.path().join(path).is_file(), "{path}");
+    }
+    assert_eq!(names(volume.path()).len(), 2);
+    assert!(!target.path().join("made").try_exists().unwrap());
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use procfs::process::Process;
 use tokio::task::JoinSet;
 use transship_checkpoint::manifest::{Losses, Shared};
-use transship_checkpoint::shared_dirs::SHARED_DIR;
+use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::wire::missing_pages::Wanted;
 use transship_containerd::Containerd;
 use transship_layer::KnownContents;
@@ -34,9 +34,21 @@ pub(super) struct Known {
     pub(super) contents: Option<Arc<KnownContents>>,
 }
 
+/// The same of all that moves.
+#[derive(Debug)]
+pub(super) struct KnownBefore {
+    /// In the order of the containers.
+    pub(super) containers: Vec<Known>,
+    pub(super) volumes: BTreeMap<SharedDir, Arc<KnownContents>>,
+}
+
 /// All of it, in the order in which it is sent.
 #[derive(Debug)]
-pub(super) struct DumpParts(Vec<Part>);
+pub(super) struct DumpParts {
+    parts: Vec<Part>,
+    /// Contents of files that the target has of what the containers share.
+    volumes: BTreeMap<SharedDir, Arc<KnownContents>>,
+}
 
 /// One directory of the checkpoint.
 #[derive(Debug)]
@@ -62,12 +74,12 @@ impl DumpParts {
     pub(super) async fn of(
         node: &Containerd,
         moving: &Moving,
-        known: Vec<Known>,
+        known: KnownBefore,
         draft: &Path,
         is_late: bool,
     ) -> Result<Self> {
         let mut parts = Vec::new();
-        for (source, known) in moving.containers.iter().zip(known) {
+        for (source, known) in moving.containers.iter().zip(known.containers) {
             let container = &source.container;
             let pids = node.pids(source.id()).await?;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
@@ -108,16 +120,19 @@ impl DumpParts {
                 pids: Vec::new(),
             });
         }
-        Ok(Self(parts))
+        Ok(Self {
+            parts,
+            volumes: known.volumes,
+        })
     }
 
     pub(super) fn all(&self) -> &[Part] {
-        &self.0
+        &self.parts
     }
 
     /// Nobody reads memory in its processes any more: the dumps go on, also those that have not come so far.
     pub(super) fn release_holds(&self) {
-        let holds = self.0.iter().filter_map(|part| part.files.hold());
+        let holds = self.parts.iter().filter_map(|part| part.files.hold());
         holds.for_each(DumpHold::release);
     }
 
@@ -128,7 +143,7 @@ impl DumpParts {
             let status = process.and_then(|process| process.status());
             status.is_ok_and(|status| status.tracerpid != 0)
         };
-        self.0.iter().flat_map(|part| &part.pids).all(is_traced)
+        self.parts.iter().flat_map(|part| &part.pids).all(is_traced)
     }
 
     /// Fills the buffer with these pages of the one container that moves.
@@ -136,7 +151,7 @@ impl DumpParts {
     /// # Errors
     /// They cannot be read.
     pub(super) fn read(&self, wanted: Wanted, pages: &mut Vec<u8>) -> io::Result<()> {
-        match self.0.iter().find_map(|part| part.memory.as_ref()) {
+        match self.parts.iter().find_map(|part| part.memory.as_ref()) {
             Some(memory) => memory.read(wanted, pages),
             None => Err(io::ErrorKind::NotFound.into()),
         }
@@ -144,7 +159,7 @@ impl DumpParts {
 
     /// What the layers cannot say, if that is known of all parts before the dumps have ended.
     pub(super) fn losses(&self) -> Option<Vec<Losses>> {
-        let layers = self.0.iter().map(|part| part.files.hold()?.layer());
+        let layers = self.parts.iter().map(|part| part.files.hold()?.layer());
         layers.map(|layer| Some(layer?.losses.clone())).collect()
     }
 }
@@ -250,7 +265,11 @@ impl AllDumps {
         let dirs = self.moving.pod.as_ref().map(|pod| pod.dirs.clone());
         let export = {
             let draft = self.draft.clone();
-            let export = move || dirs.map_or(Ok(Shared::default()), |dirs| dirs.export(&draft));
+            let parts = Arc::clone(&parts);
+            let export = move || match dirs {
+                Some(dirs) => dirs.export(&draft, &parts.volumes),
+                None => Ok(Shared::default()),
+            };
             tokio::task::spawn_blocking(export)
         };
         // Beside the dumps, which only read memory, unless CRIU makes links in what is exported.

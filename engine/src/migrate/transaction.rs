@@ -14,24 +14,17 @@ use transship_checkpoint::wire::{
     Check, DataPlace, How, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL, unexpected,
 };
 use transship_containerd::{Containerd, unique};
-use transship_layer::KnownContents;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::before_restore;
 use super::dump_files::Next;
-use super::dump_parts::{DumpParts, Dumping, Known, PartDump};
-use super::file_contents;
+use super::dump_parts::{DumpParts, Dumping, KnownBefore, PartDump};
 use super::late_pages::PageServer;
-use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
-use super::precopy::Rounds;
-use super::process_memory::{can_compare_pages, fits_lazy_dump};
 use super::record::{Pending, Record};
 use super::{Request, mark_moved, network, resume_source, unmark_moved};
-use crate::check::node_facts::free_memory;
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
-use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
@@ -39,9 +32,10 @@ use crate::interrupt::Interrupt;
 use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
 use crate::restart_policy;
-use crate::source::{self, Dumped, SourceContainer};
+use crate::source::{self, Dumped};
 use crate::timeline::Timeline;
 
+mod before_freeze;
 mod decision;
 
 /// How long the target may take to compare what it has with its manifest: it has read all digests
@@ -74,6 +68,8 @@ pub(super) struct Transaction<'a> {
     pub(super) estimate: u64,
     /// What was sent before the freeze, by the names of the containers, for the manifest.
     pub(super) files_before: Vec<(String, File)>,
+    /// Directories of the checkpoint for which the target takes contents of files before the freeze.
+    pub(super) takes_contents: Vec<String>,
     /// Pages that come when the copy runs already.
     pub(super) late: Option<PageServer>,
 }
@@ -125,112 +121,6 @@ impl Transaction<'_> {
         self.commit(frozen.commit()).await
     }
 
-    /// Sends what can go while the containers run, and gives what the target has of each then.
-    async fn send_before(&mut self) -> Result<Vec<Known>> {
-        let contents = self.send_contents().await?;
-        let memory = self.send_memory().await?.into_iter();
-        let known = memory.zip(contents);
-        let known = known.map(|(memory, contents)| Known { memory, contents });
-        Ok(known.collect())
-    }
-
-    /// Sends the contents of large files. The upperdir of a container of a pod is filled by the target's front, which does
-    /// not have them.
-    async fn send_contents(&mut self) -> Result<Vec<Option<Arc<KnownContents>>>> {
-        let mut known = Vec::new();
-        let from = self.timeline.now();
-        let mut bytes = 0;
-        for source in &self.moving.containers {
-            // Otherwise CRIU has the layer written by a command of its own, or nothing is there yet that takes them.
-            let waits = self.request.pod.is_some_and(|pod| pod.wait);
-            let is_possible = !source.container.criu.link_remap && !waits;
-            if !is_possible || self.request.precopy.rounds == 0 {
-                known.push(None);
-                continue;
-            }
-            self.progress.bytes("files, while it runs", self.estimate);
-            let name = source.container.name.clone();
-            let (upperdir, most) = (source.stack.top.clone(), self.request.precopy.time);
-            let mut count = self.progress.counter();
-            let sent = self.conversation.write_data(move |sender| {
-                file_contents::send(sender, (&name, upperdir), most, &mut count)
-            });
-            let sent = sent.await?;
-            bytes += sent.bytes;
-            let name = &source.container.name;
-            let files = sent.files.into_iter().map(|file| (name.clone(), file));
-            self.files_before.extend(files);
-            known.push(Some(Arc::new(sent.known)));
-        }
-        if bytes > 0 {
-            self.timeline.step("files", from, Some(bytes));
-            self.bytes += bytes;
-        }
-        Ok(known)
-    }
-
-    /// Sends memory while the containers run, and gives what the target has of each; none of one whose memory CRIU
-    /// has to copy.
-    async fn send_memory(&mut self) -> Result<Vec<Option<KnownMemory>>> {
-        let containers = &self.moving.containers;
-        let possible = can_compare_pages() && DumpHold::is_possible();
-        let can_be_held = |source: &SourceContainer| possible && source.runtime.can_hold_dumps();
-        let mut known = Vec::new();
-        for source in containers {
-            let pids = self.node.pids(source.id()).await?;
-            known.push(
-                match can_be_held(source) && fits_lazy_dump(&pids, free_memory()) {
-                    true => Some(KnownMemory::new()?),
-                    false => None,
-                },
-            );
-        }
-        if self.request.is_lazy && known.iter().any(Option::is_none) {
-            let message =
-                "the memory cannot come late (--lazy): a dump cannot be held on this node";
-            return Err(Error::refused(message).hint("docs/migration.md says where it can"));
-        }
-        if known.iter().all(Option::is_none) {
-            tracing::info!("the dump cannot be held: all memory is sent in the freeze");
-            return Ok(known);
-        }
-        let mut rounds = Rounds::within(self.request.precopy);
-        let from = self.timeline.now();
-        while rounds.go_on() {
-            self.progress.bytes("memory, while it runs", self.estimate);
-            let mut pages = 0;
-            for (source, known) in containers.iter().zip(&mut known) {
-                let Some(mut of_container) = known.take() else {
-                    continue;
-                };
-                let pids = self.node.pids(source.id()).await?;
-                let processes = by_pid_inside(source.pid, &pids);
-                let name = source.container.name.clone();
-                let mut count = self.progress.counter();
-                let (back, sent) = self
-                    .conversation
-                    .write_data(move |sender| {
-                        let sent =
-                            of_container.send_round(sender, &name, &processes, &mut count)?;
-                        Ok((of_container, sent))
-                    })
-                    .await?;
-                *known = Some(back);
-                pages += sent.pages;
-                let name = &source.container.name;
-                let files = sent.files.into_iter().map(|file| (name.clone(), file));
-                self.files_before.extend(files);
-            }
-            rounds.add(pages);
-        }
-        if rounds.done > 0 {
-            self.timeline.step("precopy", from, Some(rounds.bytes));
-            self.timeline.note(format!("{} rounds", rounds.done));
-            self.bytes += rounds.bytes;
-        }
-        Ok(known)
-    }
-
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
         for container in &self.moving.containers {
             restart_policy::suspend(self.node, container.id()).await?;
@@ -243,7 +133,7 @@ impl Transaction<'_> {
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: Vec<Known>) -> Result<()> {
+    async fn move_and_record(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
         self.move_frozen(draft, known).await?;
         if let Some(late) = &mut self.late {
             late.freeze_again(self.moving).await?;
@@ -341,7 +231,10 @@ impl Transaction<'_> {
         loop {
             let what = "the target to have the image";
             match self.conversation.receive(what).await? {
-                Message::Ready => break,
+                Message::Ready { contents } => {
+                    self.takes_contents = contents;
+                    break;
+                }
                 Message::Waiting => self.conversation.send(Message::GoOn).await?,
                 other => return Err(unexpected(what, &other).into()),
             }
@@ -407,7 +300,7 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: Vec<Known>) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
         let from = self.timeline.now();
         let (node, moving) = (self.node, self.moving);
         self.progress.bytes("dump and transfer", self.estimate);

@@ -102,7 +102,10 @@ pub struct ArrivingPod {
     pub images: Vec<String>,
     /// Directories that were not there.
     pub directories: Vec<PathBuf>,
-    /// Whether somebody else makes it, and ends it: then nothing is made that would have to be removed.
+    /// Directories in its emptyDirs, for contents of files that come before the freeze.
+    #[serde(default)]
+    pub contents: Vec<PathBuf>,
+    /// Whether somebody else makes it, and ends it: then nothing but these is made that would have to be removed.
     #[serde(default)]
     pub waits: bool,
     /// Where its files are: upperdirs and emptyDirs.

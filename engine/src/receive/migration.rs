@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{
-    CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, check_name,
+    CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, Shared, check_name,
 };
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 use transship_checkpoint::wire::{
@@ -275,8 +275,8 @@ async fn take(
     let taken = async {
         let mut prepared = restore::prepare(node, &plan).await?;
         let contents = prepared.make_contents_dir(&plan)?;
-        let contents = BTreeMap::from([(offered.container.name.clone(), contents)]);
-        conversation.send(Message::Ready).await?;
+        let place = format!("{}/{CONTENTS_DIR}", offered.container.name);
+        let contents = BTreeMap::from([(place, contents)]);
         let what = (offer, contents);
         let checkpoint = receive(store, conversation, what, request, progress).await?;
         let late = match offer.lazy {
@@ -308,7 +308,8 @@ async fn take(
     runs(node, store, conversation, locked, copy).await
 }
 
-/// Receives the checkpoint of the migration; contents of files go to the directories of their containers.
+/// Says that the source may begin, and receives the checkpoint of the migration; contents of files go to these directories,
+/// by theirs in the checkpoint.
 pub(super) async fn receive(
     store: &Store,
     conversation: &mut Conversation,
@@ -316,6 +317,10 @@ pub(super) async fn receive(
     request: &Request,
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
+    let taken = contents.keys().cloned().collect();
+    conversation
+        .send(Message::Ready { contents: taken })
+        .await?;
     match conversation.receive("the checkpoint").await? {
         Message::Begin { .. } => {}
         other => return Err(unexpected("the checkpoint", &other).into()),
@@ -426,12 +431,8 @@ fn as_offered(offer: &Offer, stream: Manifest, specs: &[Vec<u8>], name: &str) ->
         if spec != it.spec.as_bytes() {
             return Err(differs(SPEC_FILE));
         }
-        // They are in the upperdir already.
-        let in_checkpoint = |file: &File| !file.path.starts_with(&format!("{CONTENTS_DIR}/"));
         containers.push(Container {
-            files: { offered.files.into_iter() }
-                .filter(in_checkpoint)
-                .collect(),
+            files: without_contents(offered.files),
             ..offered
         });
     }
@@ -444,11 +445,22 @@ fn as_offered(offer: &Offer, stream: Manifest, specs: &[Vec<u8>], name: &str) ->
     if pod.is_none() && !stream.shared.is_empty() {
         return Err(differs("the container"));
     }
+    let shared = Shared {
+        files: without_contents(stream.shared.files),
+        ..stream.shared
+    };
     Ok(Manifest {
         name: name.to_owned(),
         containers,
+        shared,
         ..stream
     })
+}
+
+/// The files of a directory of the checkpoint. Contents that have come before are where they will be filled in.
+fn without_contents(mut files: Vec<File>) -> Vec<File> {
+    files.retain(|file| !file.path.starts_with(&format!("{CONTENTS_DIR}/")));
+    files
 }
 
 /// Restores, and waits until the source has committed itself: then the copy may be let go.

@@ -10,7 +10,6 @@
 //!  each is let go (settle: also by whoever ends what was cut off)
 //! ```
 
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -24,7 +23,7 @@ use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
 };
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::{check_name, contents_in_upperdir};
+use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
@@ -45,9 +44,9 @@ use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::overlay_mounts::overlay_stack;
 use crate::progress::Progress;
-use crate::restore::make_contents_dir;
 
 mod admission;
+mod contents;
 mod go_json;
 pub(super) mod settle;
 
@@ -304,14 +303,7 @@ pub(super) async fn take(
             }
         };
         interrupt.check()?;
-        // A container that somebody else will make has none.
-        let mut contents = BTreeMap::new();
-        let dir = contents_in_upperdir(&of_migration(&offer.migration));
-        for (name, id) in &made.containers {
-            let upperdir = upperdir_of(node, name, id).await?;
-            contents.insert(name.clone(), make_contents_dir(&upperdir, &dir)?);
-        }
-        conversation.send(Message::Ready).await?;
+        let contents = contents::make(node, offer, &made, &mut locked).await?;
         let what = (offer, contents);
         let checkpoint = receive(store, conversation, what, request, progress).await?;
         agree(
@@ -640,6 +632,8 @@ async fn agree(
         );
         ids.push(id);
     }
+    // What the source has not named in a layer, and of emptyDirs that it has left behind.
+    contents::remove(pod_of(locked))?;
     pod_of(locked).ids = ids.clone();
     locked.write()?;
     let first = { ids.first() }.ok_or_else(|| Error::failed("no container"))?;

@@ -11,7 +11,7 @@ use containerd_client::types::Mount;
 use containerd_client::types::v1::Status;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
-use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, contents_in_upperdir};
+use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, contents_in_filled};
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
 use transship_containerd::NewContainer;
@@ -65,7 +65,7 @@ impl Prepared {
     /// # Errors
     /// A system call failed.
     pub fn make_contents_dir(&mut self, plan: &Plan) -> Result<PathBuf> {
-        let name = contents_in_upperdir(&plan.made_by);
+        let name = contents_in_filled(&plan.made_by);
         let dir = make_contents_dir(&self.stack.top, &name)?;
         self.contents = Some(name);
         Ok(dir)

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use transship_checkpoint::beneath::open_last;
-use transship_checkpoint::manifest::contents_in_upperdir;
+use transship_checkpoint::manifest::contents_in_filled;
 use transship_layer::{
     ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
     remove_contents,
@@ -122,7 +122,7 @@ impl Bundle {
         let import = || {
             let tar = decompress(BufReader::with_capacity(1 << 20, layer)).during("read", diff)?;
             // What a migration has sent before the freeze. Nobody but the receiver can have made it: nothing has run here.
-            let contents = contents_in_upperdir(checkpoint);
+            let contents = contents_in_filled(checkpoint);
             let has_come = { overlay.stack.top.join(&contents).symlink_metadata() };
             let has_come = has_come.is_ok_and(|it| it.is_dir());
             let options = ImportOptions {

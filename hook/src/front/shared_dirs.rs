@@ -3,6 +3,9 @@
 //!
 //! What lies in them by then (init containers run again, and may have filled a volume) gives way:
 //! the memory knows the files of the checkpoint.
+//!
+//! What comes with a migration waits for its files before anything of the pod runs; contents of large files may be there by
+//! then, in a directory of the emptyDir that only the receiver can have made.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader};
@@ -10,9 +13,10 @@ use std::path::Path;
 
 use transship_checkpoint::annotations::Role;
 use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::manifest::contents_in_filled;
 use transship_checkpoint::shared_dirs::{DumpLink, LINKS_FILE, LINKS_LIMIT, SHARED_DIR, SharedDir};
 use transship_layer::{
-    Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents,
+    Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents_but,
 };
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::shared_mounts;
@@ -67,7 +71,9 @@ impl Front<'_> {
             if !taken && !pod.is_filled(&file)? {
                 let layer = checkpoint.open_file(SHARED_DIR, &file)?;
                 let path = checkpoint.dir.join(SHARED_DIR).join(&file);
-                fill(&mount.source, &path, layer)?;
+                let contents = { config.annotations.receives }
+                    .then(|| contents_in_filled(&request.checkpoint));
+                fill(&mount.source, &path, layer, contents)?;
                 pod.set_filled(&file)?;
                 if let (SharedDir::EmptyDir(volume), Some(consumed)) = (&dir, &mut consumed) {
                     consumed.add_volume(&request.checkpoint, volume)?;
@@ -112,12 +118,21 @@ fn make_links(shm: &Path, of_container: &Path) -> Result<(), FrontError> {
     Ok(())
 }
 
-/// Makes the content of a directory that of a layer without lower layers.
-fn fill(dir: &Path, layer: &Path, file: File) -> Result<(), FrontError> {
+/// Makes the content of a directory that of a layer without lower layers. What the layer does not have may be in it
+/// already, in a directory of the name `contents`.
+fn fill(dir: &Path, layer: &Path, file: File, contents: Option<String>) -> Result<(), FrontError> {
     let len = file.metadata().during("stat", layer)?.len();
-    remove_contents(dir).during("empty", dir)?;
+    let has_come = |name: &String| {
+        let found = dir.join(name).symlink_metadata();
+        found.is_ok_and(|found| found.is_dir())
+    };
+    let contents = contents.filter(has_come);
+    remove_contents_but(dir, contents.as_deref()).during("empty", dir)?;
     let tar = BufReader::with_capacity(1 << 20, file);
-    let options = ImportOptions::for_checkpoint(len, Compression::None);
+    let options = ImportOptions {
+        contents,
+        ..ImportOptions::for_checkpoint(len, Compression::None)
+    };
     import_into_upperdir(tar, &OverlayStack::new(dir, []), &options)
         .map(drop)
         .map_err(|source| {

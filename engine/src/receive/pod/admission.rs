@@ -7,7 +7,7 @@
 //! their fields has its rule here, or gives nothing that a container would not have anyway.
 
 use std::collections::BTreeSet;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use k8s_cri::v1::{ContainerConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use transship_checkpoint::annotations::PREFIX;
@@ -24,6 +24,11 @@ const CGROUP_PARENTS: [&str; 2] = ["/kubepods", "kubepods"];
 const ANNOTATIONS: [&str; 2] = ["io.kubernetes.", "kubernetes.io/config."];
 /// Labels that mean something to containerd or its CRI.
 const RESERVED_LABELS: [&str; 2] = ["containerd.io/", "io.cri-containerd"];
+
+/// Where kubelet has an emptyDir of the pod; both names are plain.
+pub(super) fn place_of_empty_dir(uid: &str, volume: &str) -> PathBuf {
+    [KUBELET_PODS, uid, EMPTY_DIRS, volume].iter().collect()
+}
 
 /// The emptyDir of the pod that is at this path; `None` for whatever else is there.
 pub(super) fn empty_dir<'p>(uid: &str, path: &'p str) -> Option<&'p Path> {

@@ -11,6 +11,7 @@ use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::super::arrival::{Arrival, ArrivingPod};
+use super::contents;
 use crate::cri_pods::CriPods;
 use crate::error::{Context, Result};
 use crate::freeze_guard::TaskToFreeze;
@@ -112,7 +113,9 @@ pub(in super::super) async fn remove(
     migration: &str,
 ) -> Result<()> {
     if pod.waits {
-        return give_up(node, pod).await;
+        give_up(node, pod).await?;
+        // Nobody fills the emptyDirs of the pod any more.
+        return contents::remove(pod);
     }
     let mut cri = CriPods::of(node);
     // By its annotation, which nobody else has: a command that was killed in the middle of the call knows no id.
@@ -135,7 +138,8 @@ pub(in super::super) async fn remove(
             }
         }
     }
-    Ok(())
+    // In emptyDirs that were there before.
+    contents::remove(pod)
 }
 
 /// Ends what is held in a pod that somebody else has made and will remove. Whatever is made of it later fails, and
