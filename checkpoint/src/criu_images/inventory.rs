@@ -36,8 +36,8 @@ pub enum NetworkLock {
     Nftables,
 }
 
-/// Of `network_lock_method`.
-const LOCK: u64 = 11;
+/// Number of the field `network_lock_method`.
+const LOCK: u8 = 11;
 
 impl NetworkLock {
     /// As `criu --network-lock` calls it.
@@ -68,11 +68,14 @@ pub fn set_network_lock(dir: &Path, lock: NetworkLock) -> Result<(), ImageError>
     let message = entries.next_bytes()?.ok_or_else(|| entries.cut_off())?;
     let all = fields(message).ok_or_else(|| image.ambiguous())?;
     let mut edited = Vec::with_capacity(message.len() + 2);
-    for field in all.into_iter().filter(|field| field.number != LOCK) {
+    for field in all
+        .into_iter()
+        .filter(|field| field.number != u64::from(LOCK))
+    {
         edited.extend_from_slice(&message[field.whole]);
     }
     // A varint of one byte.
-    edited.extend([(LOCK as u8) << 3, lock.number()]);
+    edited.extend([LOCK << 3, lock.number()]);
     let mut body = Vec::new();
     push_bytes(&mut body, &edited);
     body.extend_from_slice(&image.body()[entries.position()..]);

@@ -397,6 +397,7 @@ mod tests {
     use super::*;
 
     const PAGE: u64 = 4096;
+    const PAGE_LEN: usize = 4096;
     /// Where the large mapping begins, and how many pages it has.
     const HEAP_START: u64 = 0x10_0000;
     const HEAP_PAGES: u64 = (64 << 20) / PAGE;
@@ -404,9 +405,9 @@ mod tests {
     /// The page of the heap that the kernel writes to.
     const RSEQ: u64 = HEAP_START + 5 * PAGE;
 
-    fn write(dir: &Path, name: &str, kind: Kind, entries: &[&dyn Fn(&mut Vec<u8>)]) {
+    fn write(dir: &Path, name: &str, kind: Kind, push: impl FnOnce(&mut Vec<u8>)) {
         let mut body = Vec::new();
-        entries.iter().for_each(|push| push(&mut body));
+        push(&mut body);
         let path = dir.join(name);
         Image::new(&path, kind, body).replace(&path).unwrap();
     }
@@ -432,41 +433,26 @@ mod tests {
 
     /// Process 7 with a heap, half of it in images before, and a stack; `other` has so many pages.
     fn dump(dir: &Path, other: u64) {
-        write(
-            dir,
-            "pstree.img",
-            Kind::Pstree,
-            &[&|body| {
-                for (pid, threads) in [(1, vec![1]), (7, vec![7, 9])] {
-                    push_entry(body, &PstreeEntry { pid, threads });
-                }
-            }],
-        );
-        write(
-            dir,
-            "core-9.img",
-            Kind::Core,
-            &[&|body| {
-                let rseq = Some(RseqEntry {
-                    address: RSEQ + 64,
-                    length: 32,
-                });
-                let thread_core = Some(ThreadCoreEntry { rseq });
-                push_entry(body, &CoreEntry { thread_core });
-            }],
-        );
-        write(
-            dir,
-            "mm-7.img",
-            Kind::Mm,
-            &[&|body| {
-                let vmas = vec![
-                    vma(HEAP_START, HEAP_PAGES, 0x22, PRIVATE | HEAP),
-                    vma(STACK, 4, 0x122, PRIVATE | 2),
-                ];
-                push_entry(body, &MmEntry { vmas });
-            }],
-        );
+        write(dir, "pstree.img", Kind::Pstree, |body| {
+            for (pid, threads) in [(1, vec![1]), (7, vec![7, 9])] {
+                push_entry(body, &PstreeEntry { pid, threads });
+            }
+        });
+        write(dir, "core-9.img", Kind::Core, |body| {
+            let rseq = Some(RseqEntry {
+                address: RSEQ + 64,
+                length: 32,
+            });
+            let thread_core = Some(ThreadCoreEntry { rseq });
+            push_entry(body, &CoreEntry { thread_core });
+        });
+        write(dir, "mm-7.img", Kind::Mm, |body| {
+            let vmas = vec![
+                vma(HEAP_START, HEAP_PAGES, 0x22, PRIVATE | HEAP),
+                vma(STACK, 4, 0x122, PRIVATE | 2),
+            ];
+            push_entry(body, &MmEntry { vmas });
+        });
         let half = HEAP_PAGES / 2;
         let second = HEAP_START + half * PAGE;
         let pagemap = |pages_id, runs| Pagemap { pages_id, runs };
@@ -511,7 +497,7 @@ mod tests {
         assert_eq!(places, [(RSEQ, 1), (STACK, 2)]);
         assert!(left.runs.iter().all(|run| run.place == PagePlace::File));
         let pages = fs::read(dir.path().join(format!("pages-{}.img", left.pages_id))).unwrap();
-        let marks = [0, 1, 2].map(|page| pages[page * PAGE as usize]);
+        let marks = [0, 1, 2].map(|page| pages[page * PAGE_LEN]);
         let half = HEAP_PAGES / 2;
         assert_eq!(marks, [5, 0, u8::try_from((half + 1) % 251).unwrap()]);
 
@@ -524,7 +510,7 @@ mod tests {
             for (start, length) in batch.ranges() {
                 found.push((*start, *length));
                 let (range, behind) = rest.split_at(usize::try_from(*length).unwrap());
-                let pages = range.chunks(PAGE as usize).zip(*start / PAGE..);
+                let pages = range.chunks(PAGE_LEN).zip(*start / PAGE..);
                 marked.extend(pages.filter(|(page, _)| page[0] != 0).map(|(_, at)| at));
                 rest = behind;
             }
