@@ -15,8 +15,9 @@ use std::time::Duration;
 use data_encoding::BASE64;
 use serde::Deserialize;
 use ureq::http::{Method, Request, Response, StatusCode};
-use ureq::{Body, SendBody};
+use ureq::{Body, ResponseExt as _, SendBody};
 
+use super::body::read_body;
 use super::{Registry, RegistryError};
 use crate::error::PackageError;
 use crate::oci::document::{INDEX, MANIFEST};
@@ -154,7 +155,7 @@ impl Trouble {
 
 impl Registry {
     pub(super) fn attempt(&self, act: &str, ask: &Ask<'_>) -> Result<Attempt, PackageError> {
-        let is_own = ask.url.starts_with(&format!("{}/", self.origin));
+        let is_own = self.is_own(ask.url);
         let mut is_first = true;
         loop {
             let authorization = self.authorization().clone().filter(|_| is_own);
@@ -176,7 +177,9 @@ impl Registry {
                 }
             };
             let status = answer.status();
-            if status == StatusCode::UNAUTHORIZED && is_own && is_first {
+            // A redirection may have led elsewhere, and whoever asks there asks for nothing of this registry's.
+            let asks_for_itself = is_own && self.is_own(&answer.get_uri().to_string());
+            if status == StatusCode::UNAUTHORIZED && asks_for_itself && is_first {
                 is_first = false;
                 let challenge = header(&answer, "www-authenticate").unwrap_or_default();
                 if let Some(fresh) = self.authorize(&challenge)? {
@@ -198,6 +201,12 @@ impl Registry {
                 wait: seconds.map(Duration::from_secs),
             }));
         }
+    }
+
+    /// Whether this is at the host of the reference.
+    fn is_own(&self, url: &str) -> bool {
+        let path = url.strip_prefix(&self.origin);
+        path.is_some_and(|path| path.starts_with('/'))
     }
 
     fn authorization(&self) -> std::sync::MutexGuard<'_, Option<String>> {
@@ -298,10 +307,19 @@ impl Registry {
             #[serde(alias = "access_token")]
             token: String,
         }
-        let text = read_answer(&mut answer).map_err(|error| failed(error.to_string()))?;
+        let (text, whole) = self.read_answer(&mut answer);
+        whole.map_err(|error| failed(error.to_string()))?;
         let token: Token =
             serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;
         Ok(Some(format!("Bearer {}", token.token)))
+    }
+
+    /// What there is of a short answer, and whether that is all of it.
+    fn read_answer(&self, answer: &mut Response<Body>) -> (String, io::Result<()>) {
+        let mut bytes = Vec::new();
+        let body = answer.body_mut().as_reader();
+        let read = read_body(body, &mut bytes, ANSWER_LIMIT, self.patience.silence);
+        (String::from_utf8_lossy(&bytes).into_owned(), read)
     }
 
     /// The error for an answer that is not the expected one.
@@ -316,7 +334,8 @@ impl Registry {
             let what = what.to_owned();
             return RegistryError::NotFound { registry, what }.into();
         }
-        let words = read_answer(&mut answer).unwrap_or_default();
+        // As many as have come.
+        let (words, _) = self.read_answer(&mut answer);
         let words: String = words.chars().take(300).collect();
         let reason = format!("{} {}", answer.status(), words.trim().escape_debug());
         RegistryError::Refused {
@@ -345,13 +364,6 @@ fn is_passing(error: &ureq::Error) -> bool {
 /// A header of an answer, when it is a text.
 pub(super) fn header(answer: &Response<Body>, name: &str) -> Option<String> {
     Some(answer.headers().get(name)?.to_str().ok()?.to_owned())
-}
-
-fn read_answer(answer: &mut Response<Body>) -> std::io::Result<String> {
-    let mut bytes = Vec::new();
-    let reader = answer.body_mut().as_reader();
-    reader.take(ANSWER_LIMIT).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// What may stand in a query as it is; the rest is escaped.

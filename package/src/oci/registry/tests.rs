@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Cursor, Read};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use transship_checkpoint::store::{Checkpoint, Store};
 
@@ -408,6 +408,66 @@ fn credentials_stay_with_the_host_that_they_are_for() {
         !asked
             .iter()
             .any(|it| it.headers.contains_key("authorization"))
+    );
+}
+
+/// A registry may keep its blobs elsewhere, as in a store of a cloud, and leads there by a redirection.
+#[test]
+fn where_a_redirection_leads_nobody_gets_credentials_by_asking() {
+    let (server, store, tokens) = (Server::start(), Server::start(), Server::start());
+    tokens.gives(br#"{"token": "T"}"#);
+    let blob = Descriptor::new("x", b"content");
+    let to_store = format!("location: http://{}/v2/web/blobs/x\r\n", store.host);
+    let to_store: &'static str = to_store.leak();
+    server.is_in(move |_, _| Mood::Status("307 Temporary Redirect", to_store));
+    let credentials = || {
+        Some(Credentials {
+            user: "me".into(),
+            secret: "secret".into(),
+        })
+    };
+    let bearer = format!("Bearer realm=\"http://{}/token\"", tokens.host);
+    for challenge in [&bearer[..], "Basic realm=\"x\""] {
+        let challenge = format!("www-authenticate: {challenge}\r\n");
+        let challenge: &'static str = challenge.leak();
+        store.is_in(move |_, _| Mood::Status("401 Unauthorized", challenge));
+        let registry = registry(&server, PATIENCE, credentials());
+        let error = registry.get(&blob, 100).unwrap_err().to_string();
+        assert!(error.contains("401"), "{error}");
+        assert_eq!(tokens.asked(), []);
+        assert_eq!(server.asked().len(), 1, "asked again, with the credentials");
+        assert!(!store.asked()[0].headers.contains_key("authorization"));
+        server.is_in(move |_, _| Mood::Status("307 Temporary Redirect", to_store));
+    }
+}
+
+/// What is neither a blob nor a manifest, but a token, or the words of a refusal.
+#[test]
+fn no_short_answer_comes_for_ever() {
+    let (server, tokens) = (Server::start(), Server::start());
+    let long = vec![b'x'; 60_000];
+    let since = Instant::now();
+    let realm = format!(
+        "www-authenticate: Bearer realm=\"http://{}/token\"\r\n",
+        tokens.host
+    );
+    let realm: &'static str = realm.leak();
+    server.is_in(move |_, _| Mood::Status("401 Unauthorized", realm));
+    tokens.gives(&long);
+    tokens.is_in(|_, _| Mood::Drip);
+    let blob = Descriptor::new("x", b"content");
+    let hasty = registry(&server, HASTY, None);
+    let error = hasty.get(&blob, 100).unwrap_err().to_string();
+    assert!(error.contains("bytes came in"), "{error}");
+    // It answers 200 where 201 or 202 are answers.
+    server.gives(&long);
+    server.is_in(|_, _| Mood::Drip);
+    let error = hasty.put(&digest_of(b"x"), b"x").unwrap_err().to_string();
+    assert!(error.contains("200 OK xxx"), "{error}");
+    assert!(
+        since.elapsed() < HASTY.silence * 20,
+        "{:?}",
+        since.elapsed()
     );
 }
 
