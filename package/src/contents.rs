@@ -8,10 +8,10 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::Path;
 
 use serde::Serialize;
+use transship_checkpoint::beneath::{Links, open_regular, read_regular};
 use transship_checkpoint::criu_images::descriptors::{self, Descriptor, Open};
 use transship_checkpoint::criu_images::processes::{self, Mapping, Process};
 use transship_checkpoint::criu_images::{dump_stats, mounts};
@@ -25,6 +25,8 @@ use crate::error::PackageError;
 use crate::layer_changes::{Digests, LayerChanges, layer_changes};
 use crate::requirements::{Requirement, requirements};
 
+/// Longest spec that is read, in bytes.
+const SPEC_LIMIT: u64 = 16 << 20;
 /// The version of what programs get.
 const FORMAT: u32 = 1;
 /// A dump that does not say how long a page is comes from a machine with this one.
@@ -176,9 +178,12 @@ impl Contents {
     pub fn of(checkpoint: &Checkpoint, digests: Digests) -> Result<Self, PackageError> {
         let manifest = &checkpoint.manifest;
         let containers = manifest.containers.iter().map(|container| {
+            // Whoever writes into a store puts there what he likes.
+            checkpoint.check_lengths(container)?;
             let dir = checkpoint.container_dir(container);
             let path = dir.join(ROOTFS_DIFF_FILE);
-            let changes = match File::open(&path) {
+            let layer = open_regular(&dir, Path::new(ROOTFS_DIFF_FILE), Links::Refused);
+            let changes = match layer {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     LayerChanges::default()
                 }
@@ -229,8 +234,8 @@ impl ContainerContents {
             Ok(_) => dump_stats::read(&stats)?,
             Err(_) => None,
         };
-        let spec = dir.join(SPEC_FILE);
-        let spec = std::fs::read(&spec).during("read", &spec)?;
+        let spec = read_regular(dir, Path::new(SPEC_FILE), Links::Refused, SPEC_LIMIT);
+        let spec = spec.during("read", dir.join(SPEC_FILE))?;
         Ok(Self {
             name: container.name.clone(),
             memory_bytes: size(&is_pages),

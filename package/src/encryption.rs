@@ -12,7 +12,7 @@
 //! Nothing of a piece is given on before its tag is right.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Chain, Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 
 use age::stream::{StreamReader, StreamWriter};
@@ -23,6 +23,13 @@ use crate::error::PackageError;
 
 /// What an encrypted package begins with.
 const MAGIC: &[u8] = b"age-encryption.org/v1\n";
+/// Longest head that is read, in bytes: some six hundred recipients. The reader of age has no bound, and parses all of it
+/// again with each line.
+const HEAD_LIMIT: u64 = 64 << 10;
+/// What begins the last line of a head.
+const HEAD_END: &[u8] = b"---";
+/// What age adds to a head, which differs each time, and the nonce and the tag behind it.
+const HEAD_SLACK: u64 = 1 << 10;
 /// Longest file of recipients that is read, in bytes.
 const RECIPIENTS_LIMIT: u64 = 1 << 20;
 
@@ -52,6 +59,16 @@ pub enum EncryptionError {
     Encrypt {
         /// Why.
         reason: String,
+    },
+    /// More than a reader takes.
+    #[error(
+        "the package cannot be encrypted for so many: their keys would take {bytes} bytes, and {limit} are the most"
+    )]
+    TooMany {
+        /// What they take.
+        bytes: u64,
+        /// What is taken.
+        limit: u64,
     },
     /// No key was given.
     #[error("the package is encrypted: name the file with your identity (--identity)")]
@@ -124,10 +141,17 @@ impl Recipients {
     /// Encrypts what is written to it into `out`; the last piece comes with `finish`.
     pub(crate) fn encrypt<W: Write>(&self, out: W) -> Result<StreamWriter<W>, EncryptionError> {
         let failed = |reason: String| EncryptionError::Encrypt { reason };
-        let recipients = self.0.iter().map(|it| it.as_ref() as &dyn Recipient);
-        let encryptor =
-            Encryptor::with_recipients(recipients).map_err(|error| failed(error.to_string()))?;
-        let writer = encryptor.wrap_output(out);
+        let encryptor = || {
+            let recipients = self.0.iter().map(|it| it.as_ref() as &dyn Recipient);
+            Encryptor::with_recipients(recipients).map_err(|error| failed(error.to_string()))
+        };
+        let nothing = { encryptor()?.wrap_output(Vec::new()) }.and_then(StreamWriter::finish);
+        let bytes = nothing.map_err(|error| failed(error.to_string()))?.len() as u64;
+        let limit = HEAD_LIMIT - HEAD_SLACK;
+        if bytes > limit {
+            return Err(EncryptionError::TooMany { bytes, limit });
+        }
+        let writer = encryptor()?.wrap_output(out);
         writer.map_err(|error| failed(error.to_string()))
     }
 }
@@ -224,10 +248,15 @@ impl Identities {
     }
 
     /// Decrypts what comes from `input`, from its first byte on.
-    pub(crate) fn decrypt<R: BufRead>(&self, input: R) -> Result<StreamReader<R>, EncryptionError> {
+    pub(crate) fn decrypt<R: BufRead>(
+        &self,
+        mut input: R,
+    ) -> Result<StreamReader<Opened<R>>, EncryptionError> {
         if self.0.is_empty() {
             return Err(EncryptionError::NoIdentity);
         }
+        let head = read_head(&mut input)?;
+        let input = Cursor::new(head).chain(input);
         let header = |error: age::DecryptError| match error {
             age::DecryptError::NoMatchingKeys => EncryptionError::WrongIdentity,
             other => EncryptionError::Header {
@@ -237,6 +266,33 @@ impl Identities {
         let decryptor = Decryptor::new_buffered(input).map_err(header)?;
         let identities = self.0.iter().map(|it| it.as_ref() as &dyn Identity);
         decryptor.decrypt(identities).map_err(header)
+    }
+}
+
+/// A package whose head has been read.
+pub(crate) type Opened<R> = Chain<Cursor<Vec<u8>>, R>;
+
+/// The head of a package to the end of its last line.
+fn read_head(input: &mut impl BufRead) -> Result<Vec<u8>, EncryptionError> {
+    let mut input = input.take(HEAD_LIMIT);
+    let mut head = Vec::new();
+    loop {
+        let start = head.len();
+        let read = input.read_until(b'\n', &mut head);
+        let read = read.map_err(|error| EncryptionError::Header {
+            reason: error.to_string(),
+        })?;
+        if head[start..].starts_with(HEAD_END) {
+            return Ok(head);
+        }
+        if read == 0 {
+            return Err(EncryptionError::Header {
+                reason: match head.len() as u64 == HEAD_LIMIT {
+                    true => format!("it has no end in {HEAD_LIMIT} bytes"),
+                    false => "it is cut off".to_owned(),
+                },
+            });
+        }
     }
 }
 
@@ -324,6 +380,65 @@ mod tests {
             decrypted(&keys, &longer).is_none(),
             "something behind the end"
         );
+    }
+
+    /// Gives the same for ever, and counts it.
+    struct Endless<'a> {
+        first: &'a [u8],
+        then: &'a [u8],
+        at: usize,
+        given: &'a std::cell::Cell<usize>,
+    }
+
+    impl Read for Endless<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            assert!(self.given.get() < 64 << 20, "it reads for ever");
+            let mut read = self.first.read(buffer)?;
+            while read < buffer.len() {
+                buffer[read] = self.then[self.at % self.then.len()];
+                (read, self.at) = (read + 1, self.at + 1);
+            }
+            self.given.set(self.given.get() + read);
+            Ok(read)
+        }
+    }
+
+    #[test]
+    fn a_head_has_an_end() {
+        let keys = keys();
+        let line = format!("{}\n", "A".repeat(64));
+        for (first, then) in [("", "A"), ("-> x\n", line.as_str()), ("", "-> x\n\n")] {
+            let first = [MAGIC, first.as_bytes()].concat();
+            let given = std::cell::Cell::new(0);
+            let endless = Endless {
+                first: &first,
+                then: then.as_bytes(),
+                at: 0,
+                given: &given,
+            };
+            let opened = keys.identities.decrypt(BufReader::new(endless));
+            let error = opened.err().unwrap();
+            assert!(matches!(error, EncryptionError::Header { .. }), "{error}");
+            assert!(given.get() <= 128 << 10, "{then:?}: {}", given.get());
+        }
+    }
+
+    #[test]
+    fn nothing_is_encrypted_for_more_than_can_be_read_again() {
+        let keys = keys();
+        let key = age::x25519::Identity::generate().to_public().to_string();
+        let mut team = Recipients::default();
+        let most = (1..).find(|_| {
+            team.add(&key).unwrap();
+            team.0.len() % 50 == 0 && team.encrypt(io::sink()).is_err()
+        });
+        let most = most.unwrap();
+        assert!((500..1000).contains(&most), "{most}");
+        team.0.truncate(most - 51);
+        team.0.extend(keys.recipients.0);
+        let mut bytes = Vec::new();
+        team.encrypt(&mut bytes).unwrap().finish().unwrap();
+        keys.identities.check(bytes.as_slice()).unwrap();
     }
 
     #[test]

@@ -34,7 +34,7 @@ use transship_layer::{Member, decompress};
 use transship_path_error::During as _;
 
 use crate::error::PackageError;
-use crate::import::{ImportOptions, NewFile, check_fits, check_room, room};
+use crate::import::{ImportOptions, NewFile, OF_MAX_SIZE, check_fits, check_room, room};
 use crate::open_package::OpenPackage;
 
 mod dump_files;
@@ -49,6 +49,10 @@ use dump_files::{ConfigDump, Named};
 const DIRECTORY: u32 = 0o040_000;
 /// Where the files lie until the container's name is known.
 const UNNAMED: &str = ".unnamed";
+/// Most that the names of all members may take, in bytes: zstd makes nothing of a million of them.
+const NAMES_LIMIT: usize = 16 << 20;
+/// What a name takes beside its bytes.
+const NAME_BYTES: usize = 64;
 /// Longest JSON that is read, in bytes.
 const JSON_LIMIT: u64 = 16 << 20;
 
@@ -127,6 +131,7 @@ struct Reading<'p> {
     bytes: u64,
     json: std::collections::BTreeMap<String, Vec<u8>>,
     seen: std::collections::BTreeSet<String>,
+    names: usize,
     left_out: Vec<String>,
     progress: &'p mut dyn FnMut(u64),
 }
@@ -185,6 +190,7 @@ pub(crate) fn read(
         bytes: 0,
         json: Default::default(),
         seen: Default::default(),
+        names: 0,
         left_out: Vec::new(),
         progress,
     };
@@ -214,6 +220,10 @@ impl Reading<'_> {
             member: path.to_owned(),
             reason: reason.to_owned(),
         };
+        self.names = self.names.saturating_add(path.len() + NAME_BYTES);
+        if self.names > NAMES_LIMIT {
+            return Err(refused("the names of the members are too long together"));
+        }
         if !self.seen.insert(path.to_owned()) {
             return Err(refused("it is there twice"));
         }
@@ -293,7 +303,7 @@ impl Reading<'_> {
             true => Err(PackageError::TooLarge {
                 bytes,
                 limit: self.max_bytes,
-                of: "--max-size",
+                of: OF_MAX_SIZE,
             }),
             false => Ok(()),
         }

@@ -30,6 +30,11 @@ const HOLE: usize = 4096;
 /// Bytes of the file system that stay free.
 const KEPT_FREE: u64 = 64 << 20;
 
+/// What limits a package: the bytes that its reader takes.
+pub const OF_MAX_SIZE: &str = "--max-size";
+/// What limits a package: the disk.
+pub const OF_ROOM: &str = "what is free on the disk, but for 64 MiB";
+
 /// How a package is read.
 #[derive(Debug)]
 pub struct ImportOptions {
@@ -94,7 +99,7 @@ fn import_own(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Checkpoint, PackageError> {
-    let head = Head::read(&mut package, first)?;
+    let head = Head::read(&mut package, first, Some(&options.trusted))?;
     head.check(options)?;
     let (manifest, json) = head.named(options.name.as_deref())?;
     let draft = store.draft(&manifest.name)?;
@@ -135,14 +140,17 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// Reads it; the manifest is the current member.
+    /// Reads it; the manifest is the current member. It is parsed when one of the keys that are `trusted` has signed it.
     pub(crate) fn read(
         package: &mut OpenPackage<'_>,
         first: &Member,
+        trusted: Option<&TrustedKeys>,
     ) -> Result<Self, PackageError> {
         let json = package.read_all(MANIFEST_FILE, first, MANIFEST_LIMIT)?;
-        // Before anything else is read.
-        Manifest::parse(&json)?;
+        if trusted.is_none_or(TrustedKeys::is_empty) {
+            // Before anything else is read.
+            Manifest::parse(&json)?;
+        }
         let mut after = package.next()?;
         let mut signature = None;
         if let Some((path, member)) = after.take_if(|(path, _)| path == SIGNATURE_FILE) {
@@ -150,12 +158,20 @@ impl Head {
             signature = Some(String::from_utf8_lossy(&bytes).into_owned());
             after = package.next()?;
         }
-        let head = Self::of(json, signature)?;
+        let head = Self::of(json, signature, trusted)?;
         Ok(Self { after, ..head })
     }
 
-    /// That of a manifest and its signature.
-    pub(crate) fn of(json: Vec<u8>, signature: Option<String>) -> Result<Self, PackageError> {
+    /// That of a manifest and its signature, by one of the keys that are `trusted`. What nobody has signed is not parsed:
+    /// in memory it takes many times its length.
+    pub(crate) fn of(
+        json: Vec<u8>,
+        signature: Option<String>,
+        trusted: Option<&TrustedKeys>,
+    ) -> Result<Self, PackageError> {
+        if let Some(trusted) = trusted {
+            trusted.check(&json, signature.as_deref())?;
+        }
         Ok(Self {
             manifest: Manifest::parse(&json)?,
             json,
@@ -196,11 +212,10 @@ impl Head {
             return Err(PackageError::TooLarge {
                 bytes,
                 limit: options.max_bytes,
-                of: "--max-size",
+                of: OF_MAX_SIZE,
             });
         }
-        let signature = self.signature.as_deref();
-        Ok(options.trusted.check(&self.json, signature)?)
+        Ok(())
     }
 }
 
@@ -210,7 +225,10 @@ pub(crate) fn check_room(dir: &Path, bytes: u64) -> Result<(), PackageError> {
 }
 
 /// How many bytes there is room for on the disk.
-pub(crate) fn room(dir: &Path) -> Result<u64, PackageError> {
+///
+/// # Errors
+/// The kernel does not say.
+pub fn room(dir: &Path) -> Result<u64, PackageError> {
     let stat = nix::sys::statvfs::statvfs(dir).during("ask for the free space of", dir)?;
     let free = stat.blocks_available().saturating_mul(stat.fragment_size());
     Ok(free.saturating_sub(KEPT_FREE))
@@ -222,7 +240,7 @@ pub(crate) fn check_fits(bytes: u64, limit: u64) -> Result<(), PackageError> {
         true => Err(PackageError::TooLarge {
             bytes,
             limit,
-            of: "what is free on the disk, but for 64 MiB",
+            of: OF_ROOM,
         }),
         false => Ok(()),
     }

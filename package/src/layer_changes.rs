@@ -8,8 +8,9 @@ use sha2::{Digest, Sha256};
 use transship_checkpoint::store::hex;
 use transship_layer::{Archive, ImportError, LayerChange, MemberKind, decompress};
 
-/// As many changes are listed; those behind are counted.
+/// As many changes are listed, with paths of as many bytes; those behind are counted.
 const LISTED: usize = 100_000;
+const PATHS: usize = 16 << 20;
 /// Bytes read at once.
 const PIECE: usize = 64 << 10;
 
@@ -20,7 +21,7 @@ pub struct LayerChanges {
     pub count: u64,
     /// Bytes of all its files.
     pub bytes: u64,
-    /// The changes, in the order of the layer; of 100 000 and more the first ones.
+    /// The changes, in the order of the layer; of 100 000 and more, or 16 MiB of paths, the first ones.
     pub changes: Vec<Change>,
 }
 
@@ -59,6 +60,7 @@ pub fn layer_changes(layer: impl Read, digests: Digests) -> Result<LayerChanges,
     let mut archive = Archive::new(plain);
     let mut found = LayerChanges::default();
     let mut piece = vec![0; PIECE];
+    let mut paths = 0_usize;
     while let Some(member) = archive.next_member()? {
         let (path, change) = member.layer_change();
         if path.is_empty() {
@@ -80,7 +82,8 @@ pub fn layer_changes(layer: impl Read, digests: Digests) -> Result<LayerChanges,
             }
             sha256 = Some(hex(&hasher.finalize()));
         }
-        if found.changes.len() < LISTED {
+        paths += path.len();
+        if found.changes.len() < LISTED && paths < PATHS {
             found.changes.push(Change {
                 path: format!("/{}", String::from_utf8_lossy(&path)),
                 change: match change {
@@ -175,6 +178,24 @@ mod tests {
         ];
         assert_eq!(found, expected.map(|(path, how)| (path.to_owned(), how)));
         assert!(old.compared_with(&old).is_empty());
+    }
+
+    #[test]
+    fn long_paths_are_counted_and_not_kept() {
+        let long = "x/".repeat(50_000);
+        let names: Vec<_> = (0..300).map(|nth| format!("{nth}/{long}x")).collect();
+        let mut builder = tar::Builder::new(Vec::new());
+        for name in &names {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(0);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, name, &b""[..]).unwrap();
+        }
+        let layer = builder.into_inner().unwrap();
+        let found = layer_changes(&layer[..], Digests::LeftOut).unwrap();
+        assert_eq!(found.count, 300);
+        let kept: usize = found.changes.iter().map(|it| it.path.len()).sum();
+        assert!((8 << 20..=PATHS).contains(&kept), "{kept}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub fn look(
             reason: format!("it does not begin with {MANIFEST_FILE}"),
         });
     };
-    let head = Head::read(&mut package, &member)?;
+    let head = Head::read(&mut package, &member, None)?;
     let temp = tempfile::tempdir().during("make a directory in", std::env::temp_dir())?;
     let kept = head.manifest.directories().flat_map(|(_, files)| files);
     let kept = kept

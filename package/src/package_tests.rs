@@ -545,3 +545,27 @@ fn packages_of_format_1_are_read() {
     let third = from_blobs(&layout, "format-1", &store).unwrap();
     assert_eq!(third.manifest, first);
 }
+
+/// What a manifest takes in memory is many times its length.
+#[test]
+fn nothing_is_parsed_that_nobody_has_signed() {
+    let root = tempfile::tempdir().unwrap();
+    let key = "RWThgSI8U3mWXyR4obbFHrJWAiO5hyezKvOkATr62ipuRZ473CZ9VTE8";
+    let trusting = ImportOptions {
+        trusted: TrustedKeys::parse([key]).unwrap(),
+        ..options()
+    };
+    let regular = tar::EntryType::Regular;
+    let unsigned = [("transship.json", regular, &b"no JSON"[..])];
+    let forged = [
+        unsigned[0],
+        ("transship.json.minisig", regular, &b"none"[..]),
+    ];
+    for (members, said) in [
+        (&unsigned[..], "is not signed"),
+        (&forged, "by none of the keys"),
+    ] {
+        let error = read(root.path(), &tar_of(members), &trusting).unwrap_err();
+        assert!(one_line(&error).contains(said), "{error}");
+    }
+}

@@ -83,6 +83,14 @@ const SWAPS: &[&str] = &[
     "mv web /root/w; ln -s /root/w web",
 ];
 
+/// Who looks into the files of a checkpoint.
+const READERS: &[&str] = &[
+    "restore evil --id r",
+    "inspect evil",
+    "inspect evil --verify",
+    "diff good evil",
+];
+
 /// What a change of the manifest or the spec leads to.
 enum Outcome {
     /// One line that holds this, and how to allow it.
@@ -112,11 +120,14 @@ fn a_checkpoint_decides_nothing_on_this_node(bed: &Testbed) -> anyhow::Result<()
         }
         .write(&node)?;
         node.shell(&format!("cd {STORE}/evil; {swap}")).run()?;
-        // 124: it has waited for whoever writes to the FIFO.
-        let restore = "timeout -k 1 60 transship restore evil --id r; test $? != 0 -a $? != 124";
-        node.shell(&format!("set +e; {restore}"))
-            .run()
-            .context(*swap)?;
+        for read in READERS {
+            // 124: it has waited for whoever writes to the FIFO.
+            let read = format!(
+                "timeout -k 1 60 transship {read} >/dev/null; c=$?; test $c != 0 -a $c != 124"
+            );
+            let refused = node.shell(&format!("set +e; {read}")).run();
+            refused.with_context(|| format!("{swap}, {read}"))?;
+        }
         ensure!(
             node.ctr(&["containers", "ls", "-q"])?.is_empty(),
             "{swap}: left"

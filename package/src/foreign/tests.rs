@@ -112,6 +112,30 @@ fn an_archive_becomes_a_checkpoint_however_it_is_compressed() {
     }
 }
 
+/// Members that are not taken have names as well, and zstd makes nothing of a million of them.
+#[test]
+fn names_of_members_have_an_end() {
+    let root = tempfile::tempdir().unwrap();
+    let with = |more: usize| {
+        let mut builder = tar::Builder::new(Vec::new());
+        let more = (0..more).map(|nth| {
+            let path = format!("artifacts/{nth}/{}", "x".repeat(4000));
+            (path, EntryType::Regular, Vec::new())
+        });
+        for (path, kind, bytes) in archive().into_iter().chain(more) {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o600);
+            builder.append_data(&mut header, path, &bytes[..]).unwrap();
+        }
+        read(root.path(), &builder.into_inner().unwrap(), &options())
+    };
+    with(100).unwrap();
+    let error = with(5000).unwrap_err();
+    assert!(one_line(&error).contains("names"), "{error}");
+}
+
 #[test]
 fn an_archive_that_is_cut_off_or_changed_leaves_nothing() {
     let root = tempfile::tempdir().unwrap();

@@ -30,6 +30,10 @@ pub(super) fn append(
     };
     let file = File::open(path).during("open", path)?;
     let mut archive = Archive::new(file);
+    // The layer may have any number of paths, and a list has an end.
+    let asked: BTreeSet<&[u8]> = { deleted.iter() }
+        .map(|path| path.trim_start_matches('/').as_bytes())
+        .collect();
     let (mut put, mut gone) = (BTreeSet::new(), BTreeSet::new());
     let (mut end, mut root_in_layer) = (0, None);
     while let Some(member) = archive.next_member().map_err(in_layer)? {
@@ -39,11 +43,13 @@ pub(super) fn append(
                 if changed.is_empty() {
                     root_in_layer = Some(member.mode & 0o7777);
                 }
-                put.insert(changed)
+                if asked.contains(&changed[..]) {
+                    put.insert(changed);
+                }
             }
-            LayerChange::Deleted => gone.insert(changed),
-            LayerChange::Opaque => false,
-        };
+            LayerChange::Deleted if asked.contains(&changed[..]) => drop(gone.insert(changed)),
+            LayerChange::Deleted | LayerChange::Opaque => {}
+        }
         archive.skip_data().map_err(in_layer)?;
         end = archive.offset();
     }

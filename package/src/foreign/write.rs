@@ -15,12 +15,11 @@
 //! network.status                         x   null
 //! ```
 
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::beneath::{Links, open_regular, read_regular};
 use transship_checkpoint::cri_names::{annotations, labels};
 use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, DUMP_STATS_FILE, IMAGES_DIR, ROOTFS_DIFF_FILE, SPEC_FILE,
@@ -73,7 +72,8 @@ pub fn write<W: Write>(
     let mut spec: Value = super::dump_files::parse(SPEC_FILE, &read(SPEC_FILE)?)?;
     annotate(&mut spec, checkpoint, container, engine);
     let path = dir.join(ROOTFS_DIFF_FILE);
-    let layer = File::open(&path).during("open", &path)?;
+    let layer = open_regular(&dir, Path::new(ROOTFS_DIFF_FILE), Links::Refused);
+    let layer = layer.during("open", &path)?;
     let changes = layer_changes(layer, Digests::LeftOut).map_err(|source| PackageError::Layer {
         container: container.name.clone(),
         source,

@@ -1,9 +1,10 @@
 //! The documents of OCI images, as far as they are written and read here.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::blobs::{check_digest, digest_of};
 use crate::error::PackageError;
@@ -12,6 +13,10 @@ use crate::error::PackageError;
 pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// Media type of a manifest.
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// Longest list of a document that is read: three bytes of it may be an entry, which takes two hundred in memory. An
+/// artifact of ours, which is no longer than 4 MiB, has half as many at most.
+const MOST_DESCRIPTORS: usize = 32 << 10;
 
 /// What names a blob.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +58,7 @@ pub struct Platform {
 pub(crate) struct Index {
     pub(crate) schema_version: u32,
     pub(crate) media_type: String,
+    #[serde(deserialize_with = "not_too_many")]
     pub(crate) manifests: Vec<Descriptor>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) annotations: BTreeMap<String, String>,
@@ -78,6 +84,7 @@ pub(crate) struct Manifest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) artifact_type: Option<String>,
     pub(crate) config: Descriptor,
+    #[serde(deserialize_with = "not_too_many")]
     pub(crate) layers: Vec<Descriptor>,
     /// The manifest that it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -133,6 +140,29 @@ impl Descriptor {
     }
 }
 
+fn not_too_many<'de, D: Deserializer<'de>>(list: D) -> Result<Vec<Descriptor>, D::Error> {
+    struct Bounded;
+    impl<'de> Visitor<'de> for Bounded {
+        type Value = Vec<Descriptor>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of {MOST_DESCRIPTORS} descriptors at most")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut all = Vec::new();
+            while let Some(next) = list.next_element()? {
+                if all.len() == MOST_DESCRIPTORS {
+                    return Err(A::Error::invalid_length(all.len() + 1, &self));
+                }
+                all.push(next);
+            }
+            Ok(all)
+        }
+    }
+    list.deserialize_seq(Bounded)
+}
+
 fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, PackageError> {
     serde_json::from_slice(json).map_err(|error| PackageError::Member {
         member: what.to_owned(),
@@ -161,5 +191,27 @@ impl Manifest {
 
     pub(crate) fn to_json(&self) -> Vec<u8> {
         to_json(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three bytes are an entry, which takes two hundred in memory.
+    #[test]
+    fn lists_have_an_end() {
+        let list = |count: usize| format!("[{}]", vec!["{}"; count].join(","));
+        let manifest =
+            |count| Manifest::parse(format!("{{\"layers\":{}}}", list(count)).as_bytes());
+        let index = |count| Index::parse(format!("{{\"manifests\":{}}}", list(count)).as_bytes());
+        assert_eq!(manifest(20_000).unwrap().layers.len(), 20_000);
+        assert_eq!(index(20_000).unwrap().manifests.len(), 20_000);
+        for error in [
+            manifest(40_000).map(drop).unwrap_err(),
+            index(40_000).map(drop).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("cannot be parsed"), "{error}");
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Read, Write as _};
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,6 +20,7 @@ use super::blobs::{Blobs, check_digest, digest_of};
 use super::document::{Descriptor, INDEX, Index};
 use crate::error::PackageError;
 
+const BLOBS: &str = "blobs/sha256";
 const TAG: &str = "org.opencontainers.image.ref.name";
 /// Longest `index.json` that is read, in bytes.
 const INDEX_LIMIT: u64 = 4 << 20;
@@ -45,7 +46,7 @@ impl Layout {
                 reason: format!("{} is a directory of something else", dir.display()),
             });
         }
-        let blobs = dir.join("blobs/sha256");
+        let blobs = dir.join(BLOBS);
         builder.create(&blobs).during("make", &blobs)?;
         let layout = Self {
             dir: dir.to_path_buf(),
@@ -89,7 +90,7 @@ impl Layout {
 
     fn blob(&self, digest: &str) -> Result<PathBuf, PackageError> {
         let hex = check_digest(digest)?;
-        Ok(self.dir.join("blobs/sha256").join(hex))
+        Ok(self.dir.join(BLOBS).join(hex))
     }
 
     /// Puts a file in its place whole.
@@ -112,27 +113,23 @@ impl Layout {
 impl Blobs for Layout {
     fn has(&self, digest: &str, size: u64) -> Result<bool, PackageError> {
         let path = self.blob(digest)?;
-        Ok(fs::metadata(path).is_ok_and(|it| it.len() == size))
+        Ok(fs::symlink_metadata(path).is_ok_and(|it| it.is_file() && it.len() == size))
     }
 
     fn put(&self, digest: &str, bytes: &[u8]) -> Result<(), PackageError> {
         let hex = check_digest(digest)?;
-        self.replace(&format!("blobs/sha256/{hex}"), bytes)
+        self.replace(&format!("{BLOBS}/{hex}"), bytes)
     }
 
     fn get(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, PackageError> {
-        let path = self.blob(&descriptor.digest)?;
-        let missing = || PackageError::Missing {
-            member: descriptor.digest.clone(),
-        };
-        let file = File::open(&path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => missing(),
+        let path = Path::new(BLOBS).join(check_digest(&descriptor.digest)?);
+        let read = read_regular(&self.dir, &path, Links::Refused, limit);
+        let bytes = read.map_err(|error| match error.kind() {
+            ErrorKind::NotFound => PackageError::Missing {
+                member: descriptor.digest.clone(),
+            },
             _ => PackageError::reading(error),
         })?;
-        let mut bytes = Vec::new();
-        file.take(limit + 1)
-            .read_to_end(&mut bytes)
-            .during("read", &path)?;
         descriptor.check(&bytes, limit)?;
         Ok(bytes)
     }
@@ -209,5 +206,22 @@ mod tests {
         }
         fs::write(dir.path().join("other"), b"").unwrap();
         assert!(Layout::create(dir.path()).is_err());
+    }
+
+    /// The directory may be somebody else's archive, unpacked.
+    #[test]
+    fn a_blob_is_a_regular_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        let descriptor = Descriptor::new("m", b"content");
+        let path = layout.blob(&descriptor.digest).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        layout.get(&descriptor, 100).unwrap_err();
+        assert!(!layout.has(&descriptor.digest, 0).unwrap());
+        fs::remove_file(&path).unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        fs::write(&elsewhere, b"content").unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        layout.get(&descriptor, 100).unwrap_err();
     }
 }

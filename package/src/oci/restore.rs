@@ -1,6 +1,6 @@
 //! Checkpoints out of blobs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
@@ -26,7 +26,7 @@ use crate::encryption::Identities;
 use crate::error::PackageError;
 use crate::import::{Head, ImportOptions, NewFile, check_room};
 use crate::layer_changes::Digests;
-use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT};
+use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT, TrustedKeys};
 
 /// Entries of an index that are looked at.
 const MOST_ENTRIES: usize = 64;
@@ -55,9 +55,10 @@ impl Offered {
     ) -> Result<Self, PackageError> {
         let (digest, artifact) = find_artifact(blobs, tag)?;
         let is_sealed = artifact.artifact_type.as_deref() == Some(SEALED);
+        let trusted = options.map(|it| &it.trusted);
         let head = match is_sealed {
-            true => sealed::read_head(blobs, &artifact, identities)?,
-            false => read_head(blobs, &artifact)?,
+            true => sealed::read_head(blobs, &artifact, identities, trusted)?,
+            false => read_head(blobs, &artifact, trusted)?,
         };
         if let Some(options) = options {
             head.check(options)?;
@@ -259,7 +260,8 @@ fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), Pac
             false => Err(no_checkpoint(tag)),
         };
     }
-    let mut found = BTreeMap::new();
+    // One at most is kept: their author makes each as large as he may.
+    let (mut found, mut digests) = (None, BTreeSet::new());
     // skopeo 1.9 leaves out what kind of artifact an entry is when it copies an index.
     let may_be = |it: &&Descriptor| match &it.artifact_type {
         Some(kind) => [ARTIFACT, SEALED].contains(&kind.as_str()),
@@ -268,16 +270,17 @@ fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), Pac
     for entry in entries.iter().filter(may_be).take(MOST_ENTRIES) {
         let artifact = Manifest::parse(&blobs.manifest(&entry.digest, ARTIFACT_LIMIT)?)?;
         if is_checkpoint(&artifact) {
-            found.insert(entry.digest.clone(), artifact);
+            digests.insert(entry.digest.clone());
+            found = Some((entry.digest.clone(), artifact));
         }
     }
-    match found.len() {
-        0 => Err(no_checkpoint(tag)),
-        1 => Ok(found.pop_first().expect("there is one")),
-        _ => Err(PackageError::Several {
+    match found {
+        _ if digests.len() > 1 => Err(PackageError::Several {
             name: tag.to_owned(),
-            digests: found.into_keys().collect(),
+            digests: digests.into_iter().collect(),
         }),
+        Some(found) => Ok(found),
+        None => Err(no_checkpoint(tag)),
     }
 }
 
@@ -323,7 +326,11 @@ fn length(chunk: &Descriptor) -> u64 {
     length.unwrap_or_default()
 }
 
-fn read_head(blobs: &dyn Blobs, artifact: &Manifest) -> Result<Head, PackageError> {
+fn read_head(
+    blobs: &dyn Blobs,
+    artifact: &Manifest,
+    trusted: Option<&TrustedKeys>,
+) -> Result<Head, PackageError> {
     let json = blobs.get(&artifact.config, MANIFEST_LIMIT)?;
     let mut signatures = artifact.layers.iter();
     let signature = match signatures.find(|it| it.media_type == SIGNATURE) {
@@ -333,7 +340,7 @@ fn read_head(blobs: &dyn Blobs, artifact: &Manifest) -> Result<Head, PackageErro
         }
         None => None,
     };
-    Head::of(json, signature)
+    Head::of(json, signature, trusted)
 }
 
 fn restore_small(

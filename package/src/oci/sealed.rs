@@ -26,6 +26,7 @@ use crate::import::{Head, ImportOptions, Imported, import};
 use crate::layer_changes::Digests;
 use crate::look::look;
 use crate::open_package::OpenPackage;
+use crate::signature::TrustedKeys;
 
 pub(super) const SEALED: &str = "application/vnd.transship.checkpoint.encrypted.v1";
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
@@ -155,11 +156,12 @@ pub(super) fn read_head(
     blobs: &dyn Blobs,
     artifact: &Manifest,
     identities: &Identities,
+    trusted: Option<&TrustedKeys>,
 ) -> Result<Head, PackageError> {
     let mut package = OpenPackage::new(PieceReader::new(blobs, artifact), identities)?;
     let first = package.next()?.filter(|(path, _)| path == MANIFEST_FILE);
     let (_, member) = first.ok_or_else(no_checkpoint)?;
-    Head::read(&mut package, &member)
+    Head::read(&mut package, &member, trusted)
 }
 
 /// Makes a checkpoint of it.
