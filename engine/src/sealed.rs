@@ -23,7 +23,9 @@ use transship_checkpoint::store::{Checkpoint, Draft, Store, StoreError, hex};
 use transship_package::PackageError;
 use transship_package::encryption::Identities;
 use transship_package::export::{ExportOptions, export};
-use transship_package::import::{ImportOptions, Imported, import};
+use transship_package::import::{
+    ImportOptions, Imported, OF_MAX_SIZE, OF_ROOM, import, room as room_on_disk,
+};
 use transship_package::signature::TrustedKeys;
 use transship_path_error::During as _;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
@@ -311,11 +313,7 @@ pub(crate) fn keep_sealed(
     let draft = store.draft(name)?;
     let memory = mounted_for(store).map_err(cannot_stay_sealed)?;
     let there = memory.dir();
-    let mut package = Kept {
-        package,
-        path: draft.dir().join(PACKAGE_FILE),
-        file: Hashed::new(new_package(&draft)?),
-    };
+    let mut package = Kept::new(package, &draft, options.max_bytes)?;
     let imported = import(
         &mut package,
         &there.store(),
@@ -345,13 +343,45 @@ pub(crate) fn keep_sealed(
 /// A package that is written to a file while it is read.
 struct Kept<R> {
     package: R,
+    /// Bytes that are still taken.
+    left: u64,
+    most: u64,
+    of: &'static str,
     path: PathBuf,
     file: Hashed<File>,
+}
+
+impl<R> Kept<R> {
+    /// In the draft, `most` bytes, and no more than there is room for: what stands behind the files in a package, its
+    /// manifest says nothing of.
+    fn new(package: R, draft: &Draft, most: u64) -> Result<Self> {
+        let room = room_on_disk(draft.dir())?;
+        let (most, of) = match most <= room {
+            true => (most, OF_MAX_SIZE),
+            false => (room, OF_ROOM),
+        };
+        Ok(Self {
+            package,
+            left: most,
+            most,
+            of,
+            path: draft.dir().join(PACKAGE_FILE),
+            file: Hashed::new(new_package(draft)?),
+        })
+    }
 }
 
 impl<R: Read> Read for Kept<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.package.read(buffer)?;
+        let Some(left) = self.left.checked_sub(read as u64) else {
+            return Err(io::Error::other(PackageError::TooLarge {
+                bytes: self.most.saturating_add(read as u64 - self.left),
+                limit: self.most,
+                of: self.of,
+            }));
+        };
+        self.left = left;
         let written = self.file.write_all(&buffer[..read]);
         // Whoever reads takes it for a fault of the package.
         let written = written.during("write", &self.path);
@@ -423,6 +453,21 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    /// The manifest of a package says how large its files are, and nothing of what stands behind them.
+    #[test]
+    fn a_package_that_is_kept_has_an_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        let draft = store.draft("sealed").unwrap();
+        let bytes = vec![7; 3 << 20];
+        let mut kept = Kept::new(&bytes[..], &draft, 1 << 20).unwrap();
+        let error = io::copy(&mut kept, &mut io::sink()).unwrap_err();
+        let error = PackageError::reading(error).to_string();
+        assert!(error.contains("--max-size"), "{error}");
+        let written = fs::metadata(draft.dir().join(PACKAGE_FILE)).unwrap().len();
+        assert!(written <= 1 << 20, "{written}");
+    }
 
     #[test]
     fn others_may_not_read_the_key_of_the_node() {
