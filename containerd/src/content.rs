@@ -52,7 +52,10 @@ impl Containerd {
             digest: digest.to_owned(),
         };
         match self.content().info(self.request(request)).await {
-            Err(status) if status.code() == Code::NotFound => Ok(None),
+            // What is no digest names nothing: an index of somebody's image may have such ones.
+            Err(status) if matches!(status.code(), Code::NotFound | Code::InvalidArgument) => {
+                Ok(None)
+            }
             answer => present(answer.during(act)?.into_inner().info, "info", act).map(Some),
         }
     }

@@ -12,6 +12,8 @@
 //!
 //! A name may mean another image by now: what a container is made of is found by its chain id under every name.
 
+use std::collections::{HashSet, VecDeque};
+
 use containerd_client::services::v1::images_client::ImagesClient;
 use containerd_client::services::v1::{
     Container, CreateImageRequest, GetImageRequest, Image, ListImagesRequest,
@@ -21,7 +23,7 @@ use data_encoding::HEXLOWER;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::labels::GC_REF_SNAPSHOT;
+use crate::labels::{GC_REF_SNAPSHOT, UNCOMPRESSED};
 use crate::{Cause, Containerd, ContainerdError, During, Snapshotter, present, unique};
 
 /// The manifest of an image whose layers make up a given chain.
@@ -58,6 +60,12 @@ struct Document {
     config: Option<Link>,
     layers: Option<Vec<Link>>,
 }
+
+/// Documents below the target of an image that are looked at: an index has one for each platform, and its author may
+/// write as many as he likes.
+const MOST_DOCUMENTS: usize = 1024;
+/// Documents on the way to the last one: indexes, and a manifest.
+const LONGEST_WAY: usize = 4;
 
 /// A descriptor.
 #[derive(Debug, Default, Deserialize)]
@@ -224,22 +232,18 @@ impl Containerd {
         &self,
         target: &Descriptor,
     ) -> Result<Vec<(Document, Vec<Descriptor>)>, ContainerdError> {
-        let mut ways = vec![vec![target.clone()]];
+        let mut walk = DocumentWalk::from(target);
         let mut found = Vec::new();
-        while let Some(way) = ways.pop() {
+        while let Some(way) = walk.next() {
             let Some(here) = way.last() else { continue };
             // An index usually names platforms that were never fetched.
-            if self.blob(&here.digest).await?.is_none() || way.len() > 4 {
+            if self.blob(&here.digest).await?.is_none() {
                 continue;
             }
-            let Ok(document) = parse::<Document>(&self.read_document(&here.digest).await?) else {
-                continue;
-            };
-            let entries = document.manifests.iter().flatten();
-            for entry in entries.filter_map(|entry| Link::deserialize(entry).ok()) {
-                ways.push(way.iter().cloned().chain([entry.into()]).collect());
+            if let Ok(document) = parse::<Document>(&self.read_document(&here.digest).await?) {
+                walk.go_below(&way, &document);
+                found.push((document, way));
             }
-            found.push((document, way));
         }
         Ok(found)
     }
@@ -355,6 +359,11 @@ impl Containerd {
                 return Err(Cause::Content { found, expected })
                     .during(|| format!("unpack the layer {}", layer.digest));
             }
+            if layer.digest != found {
+                // As containerd does when it unpacks.
+                let label = (UNCOMPRESSED, found.as_str());
+                self.label_blob(&layer.digest, &[label]).await?;
+            }
             snapshots.commit(name, &key, &[]).await
         };
         let Err(error) = committed.await else {
@@ -391,6 +400,40 @@ impl Containerd {
     }
 }
 
+/// The documents of an image, each with the way to it from the image's target. The shortest way to each counts, and each
+/// comes once: an index that has another one a thousand times, which has a third one a thousand times, is three documents.
+struct DocumentWalk {
+    ways: VecDeque<Vec<Descriptor>>,
+    seen: HashSet<String>,
+}
+
+impl DocumentWalk {
+    fn from(target: &Descriptor) -> Self {
+        Self {
+            ways: VecDeque::from([vec![target.clone()]]),
+            seen: HashSet::from([target.digest.clone()]),
+        }
+    }
+
+    fn next(&mut self) -> Option<Vec<Descriptor>> {
+        self.ways.pop_front()
+    }
+
+    /// Goes on with what the document at the end of `way` names.
+    fn go_below(&mut self, way: &[Descriptor], document: &Document) {
+        if way.len() == LONGEST_WAY {
+            return;
+        }
+        let entries = document.manifests.iter().flatten();
+        for entry in entries.filter_map(|entry| Link::deserialize(entry).ok()) {
+            if self.seen.len() < MOST_DOCUMENTS && self.seen.insert(entry.digest.clone()) {
+                let next = way.iter().cloned().chain([entry.into()]);
+                self.ways.push_back(next.collect());
+            }
+        }
+    }
+}
+
 fn parse<'de, T: Deserialize<'de>>(document: &'de [u8]) -> Result<T, serde_json::Error> {
     serde_json::from_slice(document)
 }
@@ -408,7 +451,64 @@ impl From<Link> for Descriptor {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
     use super::*;
+
+    /// What is found below the document `top` of these, and how often one was asked for.
+    fn found_below(top: &str, all: &[(&str, Vec<String>)]) -> (Vec<String>, usize) {
+        let document = |entries: &Vec<String>| {
+            let link = |digest| json!({"mediaType": "x", "digest": digest, "size": 1});
+            let entries: Vec<_> = entries.iter().map(link).collect();
+            json!({ "manifests": entries }).to_string().into_bytes()
+        };
+        let all: BTreeMap<_, _> = all.iter().map(|(name, of)| (*name, document(of))).collect();
+        let target = Descriptor {
+            digest: top.to_owned(),
+            ..Descriptor::default()
+        };
+        let (mut walk, mut found, mut asked) = (DocumentWalk::from(&target), Vec::new(), 0);
+        while let Some(way) = walk.next() {
+            asked += 1;
+            assert!(asked < 1_000_000, "it is asked for ever");
+            if let Some(document) = all.get(&*way.last().unwrap().digest) {
+                walk.go_below(&way, &parse(document).unwrap());
+                found.push(way);
+            }
+        }
+        let last = |way: &[Descriptor]| way.last().unwrap().digest.clone();
+        let mut names: Vec<_> = found.iter().map(|way| last(way)).collect();
+        names.sort_unstable();
+        (names, asked)
+    }
+
+    #[test]
+    fn an_index_costs_no_more_than_what_it_has() {
+        let many = |name: &str| vec![name.to_owned(); 1000];
+        let nested = [
+            ("a", many("b")),
+            ("b", many("c")),
+            ("c", many("d")),
+            ("d", Vec::new()),
+        ];
+        let (found, asked) = found_below("a", &nested);
+        assert_eq!(found, ["a", "b", "c", "d"]);
+        assert_eq!(asked, 4);
+        let wide: Vec<_> = (0..100_000).map(|nth| format!("absent {nth}")).collect();
+        let (_, asked) = found_below("a", &[("a", wide)]);
+        assert!(asked <= MOST_DOCUMENTS, "{asked}");
+        // The shorter way counts, whichever is seen first.
+        let two_ways = [
+            ("a", vec!["b".to_owned(), "d".to_owned()]),
+            ("b", vec!["c".to_owned()]),
+            ("c", vec!["d".to_owned()]),
+            ("d", vec!["e".to_owned()]),
+            ("e", Vec::new()),
+        ];
+        assert_eq!(found_below("a", &two_ways).0, ["a", "b", "c", "d", "e"]);
+    }
 
     #[test]
     fn chain_ids_follow_the_image_specification() {

@@ -12,7 +12,7 @@ use containerd_client::services::v1::Info;
 use containerd_client::types::Descriptor;
 use transship_checkpoint::manifest::Rebuilt;
 use transship_checkpoint::wire::Blob;
-use transship_containerd::labels::{GC_REF_CONTENT, UNCOMPRESSED};
+use transship_containerd::labels::GC_REF_CONTENT;
 use transship_containerd::{Containerd, ContainerdError, ResolvedImage, chain_id};
 
 use crate::source::SourceContainer;
@@ -99,13 +99,12 @@ fn offered(descriptor: &Descriptor, info: Info) -> Blob {
     }
 }
 
-/// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or
-/// say where it comes from.
+/// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or say where it comes
+/// from; what a layer unpacks to, by which it is found when its image is made again, is known when it has been unpacked.
 pub fn tying_labels<M: FromIterator<(String, String)>>(
     labels: impl IntoIterator<Item = (String, String)>,
 ) -> M {
-    let ties = |name: &str| name.starts_with(GC_REF_CONTENT) || name == UNCOMPRESSED;
     { labels.into_iter() }
-        .filter(|(name, _)| ties(name))
+        .filter(|(name, _)| name.starts_with(GC_REF_CONTENT))
         .collect()
 }

@@ -23,6 +23,7 @@ mod foreign_streams;
 mod forged_names;
 mod freeze_containerd;
 mod frozen;
+mod image_documents;
 mod image_labels;
 mod images_incomplete;
 mod images_with_links;
@@ -175,6 +176,7 @@ fn main() -> ExitCode {
         .chain(crun::cases())
         .chain(differ::cases())
         .chain(foreign_checkpoints::cases())
+        .chain(image_documents::cases())
         .chain(foreign_streams::cases())
         .chain(freeze_containerd::cases())
         .chain(frozen::cases())
