@@ -48,7 +48,7 @@ pub enum Holds {
 #[derive(Debug)]
 pub struct InMemory {
     dir: PathBuf,
-    _in_use: Flock<File>,
+    in_use: Flock<File>,
 }
 
 impl InMemory {
@@ -71,7 +71,7 @@ impl InMemory {
                 .map_err(|(_, errno)| errno)
                 .during("lock", &path)?;
             if lock.metadata().during("look at", &path)?.nlink() > 0 {
-                return Ok(Self { dir, _in_use: lock });
+                return Ok(Self { dir, in_use: lock });
             }
         }
     }
@@ -102,12 +102,16 @@ impl InMemory {
             .during("lock", &path)?)
     }
 
-    /// Mounts memory there, `bytes` of it at most; who calls it fills it.
+    /// Mounts memory there, `bytes` of it at most; who calls it fills it. What a killed process has left there goes.
     ///
     /// # Errors
-    /// [`SandboxError::Swapped`] where the kernel could write it to its swap; or a system call failed.
+    /// Somebody else uses it, unless it is that of a sealed checkpoint, which he who [fills](Self::lock_to_fill) it mounts
+    /// for all; [`SandboxError::Swapped`] where the kernel could write it to its swap; or a system call failed.
     pub fn mount(&self, bytes: u64, holds: Holds) -> Result<(), SandboxError> {
         let dir = self.dir.join(OPENED_FILES);
+        if holds != Holds::Sealed {
+            self.relock(FlockArg::LockExclusiveNonblock)?;
+        }
         unmount_all(&dir);
         make_dir(&dir)?;
         let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
@@ -123,9 +127,20 @@ impl InMemory {
             )
         };
         match (mount("noswap,"), holds) {
-            (Err(Errno::EINVAL), Holds::Sealed) => Err(SandboxError::Swapped),
-            (Err(Errno::EINVAL), _) => Ok(mount("").during("mount memory at", &dir)?),
-            (mounted, _) => Ok(mounted.during("mount memory at", &dir)?),
+            (Err(Errno::EINVAL), Holds::Sealed) => return Err(SandboxError::Swapped),
+            (Err(Errno::EINVAL), _) => mount("").during("mount memory at", &dir)?,
+            (mounted, _) => mounted.during("mount memory at", &dir)?,
+        }
+        self.relock(FlockArg::LockShared)
+    }
+
+    /// Changes the lock. The kernel does not do it in one step: another may remove the directory in between.
+    fn relock(&self, lock: FlockArg) -> Result<(), SandboxError> {
+        let path = self.dir.join(LOCK);
+        self.in_use.relock(lock).during("lock", &path)?;
+        match self.in_use.metadata().during("look at", &path)?.nlink() {
+            0 => Ok(Err(io::Error::from(io::ErrorKind::NotFound)).during("lock", &path)?),
+            _ => Ok(()),
         }
     }
 
@@ -255,6 +270,31 @@ mod tests {
         assert!(is_mounted(&files));
         remove_all_unused(run.path(), &opened).unwrap();
         assert!(!is_mounted(&files));
+        assert_eq!(fs::read_dir(&opened).unwrap().count(), 0);
+    }
+
+    /// A second offer of a migration, by somebody who has read its name.
+    #[test]
+    fn root_nobody_mounts_over_what_another_one_uses() {
+        let run = tempfile::tempdir().unwrap();
+        let opened = run.path().join("opened");
+        let one = InMemory::of(&opened, "key").unwrap();
+        one.mount(1 << 20, Holds::Arrival).unwrap();
+        let memory = opened.join("key/files/memory");
+        fs::write(&memory, "content").unwrap();
+        let other = InMemory::of(&opened, "key").unwrap();
+        let refused = other.mount(1 << 20, Holds::Arrival);
+        assert_eq!(fs::read_to_string(&memory).unwrap(), "content");
+        assert!(refused.is_err());
+        drop(other);
+        remove_all_unused(run.path(), &opened).unwrap();
+        assert_eq!(fs::read_to_string(&memory).unwrap(), "content");
+        // What a killed process has left is nobody's.
+        drop(one);
+        let next = InMemory::of(&opened, "key").unwrap();
+        next.mount(1 << 20, Holds::Arrival).unwrap();
+        assert!(!memory.try_exists().unwrap());
+        next.leave(run.path()).unwrap();
         assert_eq!(fs::read_dir(&opened).unwrap().count(), 0);
     }
 
