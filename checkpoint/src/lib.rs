@@ -14,6 +14,7 @@
 //!      sealed: a checkpoint that lies encrypted
 //!      container_log: what a container has written so far
 //!      shared_dirs: what the containers of a pod share;  criu_log: why CRIU failed
+//!      shown_text: what others have chosen, as people get to see it
 //!      conditions: what keeps a container from being dumped or restored, and what to do
 //! ```
 //!
@@ -33,6 +34,7 @@ pub mod manifest;
 pub mod namespaces;
 pub mod sealed;
 pub mod shared_dirs;
+pub mod shown_text;
 pub mod spec;
 pub mod store;
 pub mod task_attributes;

@@ -22,6 +22,7 @@ use transship_cni::Attachment;
 
 use crate::criu_options::CriuOptions;
 use crate::shared_dirs::{SHARED_DIR, SharedDir};
+use crate::shown_text::deceives;
 
 /// File name of the manifest inside of a checkpoint.
 pub const MANIFEST_FILE: &str = "transship.json";
@@ -466,7 +467,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Texts that are shown on terminals and written into logs hold no control characters.
+    /// Texts that are shown on terminals and written into logs hold nothing that is not seen there.
     fn check_texts(&self) -> Result<(), ManifestError> {
         let source = &self.source;
         let pod = self.pod.iter();
@@ -498,7 +499,7 @@ impl Manifest {
         let model = source.processor.iter().map(|it| &it.model);
         let texts = texts.chain(model).chain(of_processor);
         let mut all = texts.chain(of_pod).chain(of_containers);
-        match all.find(|text| text.chars().any(char::is_control)) {
+        match all.find(|text| text.chars().any(deceives)) {
             Some(text) => Err(ManifestError::Name {
                 what: "the text",
                 name: text.clone(),
@@ -596,9 +597,7 @@ pub fn check_name(what: &'static str, name: &str) -> Result<(), ManifestError> {
         && name.trim() == name
         && name != "."
         && name != ".."
-        && !name
-            .chars()
-            .any(|c| c == '/' || c == '\0' || c.is_control());
+        && !name.chars().any(|c| c == '/' || deceives(c));
     if plain {
         Ok(())
     } else {

@@ -53,6 +53,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Container, Manifest, ManifestError, NotRunning, Pod};
+use crate::shown_text::printable;
 
 mod check;
 pub mod missing_pages;
@@ -73,8 +74,6 @@ const ALIVE: u8 = b'a';
 const ZEROS: u8 = b'z';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
-/// As much of the other side's words as is shown, in bytes.
-const TEXT_LIMIT: usize = 4096;
 
 /// A failure of the stream.
 #[derive(Debug, thiserror::Error)]
@@ -348,24 +347,6 @@ pub fn unexpected(expected: &'static str, found: &Message) -> WireError {
     WireError::Protocol {
         what: format!("{expected} was expected, {} came", printable(&kind)),
     }
-}
-
-/// Text of the other side as a terminal may show it: control characters are escaped, and what is
-/// longer than 4096 bytes is cut off.
-#[must_use]
-pub fn printable(text: &str) -> String {
-    let mut shown = String::new();
-    for character in text.chars() {
-        if shown.len() > TEXT_LIMIT {
-            shown.push_str("...");
-            break;
-        }
-        match character.is_control() {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
-    }
-    shown
 }
 
 #[cfg(test)]

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
+use transship_checkpoint::shown_text::{printable_json, printable_lines};
 use transship_checkpoint::store::Store;
 
 use crate::args::{Cli, Command, Global, IdentityArgs};
 use crate::progress::Progress;
-use crate::report::shown;
 use transship_containerd::Containerd;
 use transship_engine::sealed::{Opened, open, open_for_pod};
 use transship_engine::{Context as _, Result, freeze_guard};
@@ -93,11 +93,12 @@ fn print<T: Serialize>(global: &Global, result: &T, text: impl FnOnce() -> Strin
     if global.json {
         println!("{}", json(result)?);
     } else {
-        print!("{}", shown(&text()));
+        print!("{}", printable_lines(&text()));
     }
     Ok(())
 }
 
 fn json<T: Serialize>(result: &T) -> Result<String> {
-    serde_json::to_string_pretty(result).context("cannot write JSON")
+    let json = serde_json::to_string_pretty(result).context("cannot write JSON")?;
+    Ok(printable_json(&json))
 }

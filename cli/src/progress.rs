@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use transship_checkpoint::shown_text::printable;
 
 /// The current step.
 #[derive(Debug)]
@@ -32,14 +33,14 @@ impl Progress {
 
     fn show(&self, what: &str, style: &str, total: Option<u64>) {
         if self.lines {
-            eprintln!("transship: {what}");
+            eprintln!("transship: {}", printable(what));
         }
         self.bar.set_position(0);
         self.bar.set_length(total.unwrap_or(0));
         if let Ok(style) = ProgressStyle::with_template(style) {
             self.bar.set_style(style);
         }
-        self.bar.set_message(what.to_owned());
+        self.bar.set_message(printable(what));
     }
 }
 
@@ -54,6 +55,7 @@ impl transship_engine::Progress for Progress {
     }
 
     fn tell(&self, line: &str) {
+        let line = printable(line);
         self.bar.suspend(|| eprintln!("transship: {line}"));
     }
 

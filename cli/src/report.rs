@@ -2,29 +2,24 @@
 
 use std::process::ExitCode;
 
+use transship_checkpoint::shown_text::{printable, printable_lines};
 use transship_engine::{Error, Kind};
 
 /// Prints the error with its causes and hints, and gives the exit code.
 pub(crate) fn report(error: &Error) -> ExitCode {
-    let line = error.one_line().replace('\n', " ");
-    eprintln!("transship: {}", shown(&line));
-    for hint in error.hints() {
-        eprintln!("  {hint}");
+    for line in lines(error) {
+        eprintln!("{line}");
     }
     exit_code(error.kind())
 }
 
-/// Text in which names of others may be: of files, processes, containers, nodes. What a terminal would obey is
-/// escaped, but for the ends of lines.
-pub(crate) fn shown(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character.is_control() && character != '\n' {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
+fn lines(error: &Error) -> Vec<String> {
+    let line = error.one_line().replace('\n', " ");
+    let mut lines = vec![format!("transship: {}", printable_lines(&line))];
+    for hint in error.hints() {
+        lines.push(format!("  {}", printable(hint)));
     }
-    shown
+    lines
 }
 
 /// `transship --help` lists them.
@@ -42,11 +37,16 @@ pub(crate) fn exit_code(kind: Kind) -> ExitCode {
 mod tests {
     use super::*;
 
+    /// An image is called as an archive or a stream says.
     #[test]
-    fn a_terminal_obeys_nobodys_names() {
-        assert_eq!(
-            shown("a\n\u{1b}[2J\r\u{9b}b\u{e9}\n"),
-            "a\n\\u{1b}[2J\\r\\u{9b}b\u{e9}\n"
+    fn what_to_do_next_is_no_command_to_the_terminal() {
+        let hint = "ctr images pull \u{1b}]0;x\u{7}\nnext";
+        let error = Error::refused("no image \u{9b}2J").hint(hint);
+        let lines = lines(&error);
+        assert_eq!(lines.len(), 2);
+        assert!(
+            !lines.iter().any(|line| line.chars().any(char::is_control)),
+            "{lines:?}"
         );
     }
 }

@@ -18,6 +18,7 @@ use transship_package::oci::{Blobs, Offered};
 use crate::error::{Context as _, Error, Result};
 use crate::progress::{Progress, Silent};
 use crate::sealed::keep_sealed;
+use crate::shell_words::command_line;
 
 /// Bytes of a package that are looked at before anything is made of it.
 const BEGIN: usize = 64 << 10;
@@ -176,7 +177,7 @@ pub async fn config_of_base(
     let (name, namespace) = (&container.image.name, node.namespace());
     let message =
         format!("the namespace {namespace:?} of this node does not have the image {name}");
-    Err(Error::refused(message).hint(format!("ctr -n {namespace} images pull {name}")))
+    Err(Error::refused(message).hint(pull_command(namespace, name)))
 }
 
 /// Digest and chain id of the image below the files of the archive.
@@ -216,7 +217,12 @@ async fn find_base(
         (digest, Some((repository, tag))) if !tag.contains('/') => format!("{repository}@{digest}"),
         (digest, _) => format!("{name}@{digest}"),
     };
-    Err(Error::refused(message).hint(format!("ctr -n {namespace} images pull {reference}")))
+    Err(Error::refused(message).hint(pull_command(namespace, &reference)))
+}
+
+/// The command by which a node gets an image, whoever has named it.
+pub(crate) fn pull_command(namespace: &str, image: &str) -> String {
+    command_line(&["ctr", "-n", namespace, "images", "pull", image])
 }
 
 /// What Go, and so an image, calls a machine.

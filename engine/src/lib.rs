@@ -104,6 +104,7 @@ pub mod retention;
 pub mod sealed;
 pub mod send;
 pub mod serve;
+mod shell_words;
 pub mod shim_options;
 pub mod snapshot;
 pub mod source;

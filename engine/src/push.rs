@@ -24,6 +24,7 @@ use transship_package::oci::{
 
 use crate::error::{Context as _, Error, Result};
 use crate::image_blobs::rebuild;
+use crate::import::pull_command;
 use crate::progress::Progress;
 
 /// Pieces of a blob that wait to be sent.
@@ -204,7 +205,7 @@ impl Found {
             None => refused,
         };
         Err(refused
-            .hint(format!("ctr -n {namespace} images pull {name}"))
+            .hint(pull_command(namespace, name))
             .hint("--artifact-only pushes the checkpoint without an image that starts"))
     }
 

@@ -1,10 +1,9 @@
 //! The manifest of a checkpoint, and the stream that brings one.
 
 use transship_checkpoint::manifest::Manifest;
+use transship_checkpoint::shown_text::printable;
 use transship_checkpoint::store::list_files;
-use transship_checkpoint::wire::{
-    Arriving, Check, Limits, Message, Receiver, WireError, printable,
-};
+use transship_checkpoint::wire::{Arriving, Check, Limits, Message, Receiver, WireError};
 
 use crate::scratch::Scratch;
 

@@ -11,9 +11,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::check::Running;
 use super::{
     ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, ZEROS,
-    printable, unexpected, zeros,
+    unexpected, zeros,
 };
 use crate::manifest::{self, Manifest, check_name};
+use crate::shown_text::printable;
 
 /// What a file or a directory costs beside its content, in bytes: so a stream of empty ones has an end as well.
 const FILE_COST: u64 = 4096;

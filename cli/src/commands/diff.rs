@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use transship_checkpoint::wire::printable;
+use transship_checkpoint::shown_text::printable;
 use transship_engine::Result;
 use transship_package::difference::{ContainerDifference, Difference, ProcessDifference};
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use transship_checkpoint::shown_text::printable;
 use transship_engine::push::{Form, push};
 use transship_engine::registry::{self, Reached};
 use transship_engine::timeline::human_bytes;
@@ -65,7 +66,8 @@ fn text(done: &Done) -> String {
     for image in &done.pushed.images {
         text += &format!("image of {} ({})\n", image.container, image.digest);
         for only in &image.left_out {
-            text += &format!("  only in the checkpoint: {}, {}\n", only.path, only.reason);
+            let path = printable(&only.path);
+            text += &format!("  only in the checkpoint: {path}, {}\n", only.reason);
         }
         let listed = image.left_out.len() as u64;
         if image.left_out_count > listed {

@@ -13,6 +13,7 @@ use transship_checkpoint::wire::WireError;
 
 use super::Request;
 use crate::error::{Context, Error, Kind, Result};
+use crate::shell_words::quoted;
 
 /// How long the command may take to end by itself.
 const END_PATIENCE: u32 = 100;
@@ -144,16 +145,6 @@ pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
     words
 }
 
-/// A word as the shell on the other side of `ssh` reads it. Commands that start a program by
-/// themselves would see the quotes, so ordinary words have none.
-fn quoted(word: &str) -> String {
-    let ordinary = |c: char| c.is_ascii_alphanumeric() || "-_=./:,@%+".contains(c);
-    match word.chars().all(ordinary) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
-    }
-}
-
 /// Gives failures of the other side their kind.
 pub(super) fn blame(error: Error, request: &Request, status: Option<&ExitStatus>) -> Error {
     if error.kind() != Kind::Failed {
@@ -195,13 +186,6 @@ pub(super) fn blame(error: Error, request: &Request, status: Option<&ExitStatus>
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn words_survive_the_shell_of_the_other_side() {
-        assert_eq!(quoted("--id=web-1.2"), "--id=web-1.2");
-        assert_eq!(quoted("--log-uri=file:///a b"), "'--log-uri=file:///a b'");
-        assert_eq!(quoted("--id=a'b$(x)"), "'--id=a'\\''b$(x)'");
-    }
 
     #[tokio::test]
     async fn what_the_command_has_started_ends_with_it() {

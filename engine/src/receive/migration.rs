@@ -10,10 +10,11 @@ use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{
     CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, Shared, check_name,
 };
+use transship_checkpoint::shown_text::printable;
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 use transship_checkpoint::wire::{
     Arriving, Check, DataPlace, Limits, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL,
-    printable, unexpected,
+    unexpected,
 };
 use transship_containerd::Containerd;
 use transship_sandbox::criu_lock;

@@ -22,6 +22,7 @@ use super::client_files;
 use super::{AddressChoice, LEASE, Target, hold, open, plan};
 use crate::check::node_facts::free_memory;
 use crate::error::{Context, Error, Result};
+use crate::shell_words::command_line;
 
 /// Checks that a container could be tried: before its checkpoint is taken.
 ///
@@ -65,7 +66,7 @@ pub async fn try_restore(node: &Containerd, store: &Store, name: &str) -> Result
         Error::failed(format!(
             "the checkpoint {name:?} was taken and cannot be restored"
         ))
-        .hint(format!("transship rm {name}"))
+        .hint(command_line(&["transship", "rm", name]))
         .because(error)
     })
 }

@@ -9,6 +9,8 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use transship_checkpoint::shown_text::deceives;
+
 use super::{Step, human_bytes, human_time};
 
 const ROW: u32 = 24;
@@ -88,7 +90,9 @@ fn escaped(text: &str) -> String {
             '&' => escaped.push_str("&amp;"),
             '<' => escaped.push_str("&lt;"),
             '>' => escaped.push_str("&gt;"),
-            control if control.is_control() => escaped.push(' '),
+            unseen if deceives(unseen) => escaped.push(' '),
+            // XML has no such characters.
+            '\u{fffe}' | '\u{ffff}' => escaped.push(' '),
             other => escaped.push(other),
         }
     }
@@ -107,7 +111,7 @@ mod tests {
             from: second,
             to: second * 3,
             bytes: Some(1000),
-            note: "<script>&\u{7}".into(),
+            note: "<script>&\u{7}\u{ffff}".into(),
         };
         let svg = draw(&[step], Some((second, second * 2)), second * 4);
         assert!(
@@ -115,7 +119,7 @@ mod tests {
             "{svg}"
         );
         assert!(
-            svg.contains("2.00 s  1.00 kB  &lt;script&gt;&amp; </text>"),
+            svg.contains("2.00 s  1.00 kB  &lt;script&gt;&amp;  </text>"),
             "{svg}"
         );
         assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
 use transship_checkpoint::manifest::{Container, Manifest};
-use transship_checkpoint::wire::printable;
+use transship_checkpoint::shown_text::printable;
 use transship_engine::timeline::human_bytes;
 use transship_package::contents::{ContainerContents, Contents, DumpTimes, ProcessContents};
 
