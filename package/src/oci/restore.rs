@@ -16,7 +16,7 @@ use super::artifact::{
     ARTIFACT, ARTIFACT_LIMIT, CHUNK, CHUNK_LIMIT, CONFIG, FILES, FILES_LIMIT, LENGTH, OFFSET, PATH,
     SIGNATURE, SMALL,
 };
-use super::blobs::{Blobs, digest_of};
+use super::blobs::{Blobs, check_digest, digest_of};
 use super::document::{Descriptor, Index, MANIFEST, Manifest};
 use super::partial::Partial;
 use super::sealed::{self, SEALED};
@@ -268,6 +268,8 @@ fn find_artifact(blobs: &dyn Blobs, tag: &str) -> Result<(String, Manifest), Pac
         None => it.platform.is_none() && it.media_type == MANIFEST,
     };
     for entry in entries.iter().filter(may_be).take(MOST_ENTRIES) {
+        // Else a tag, which means something else tomorrow, or a path.
+        check_digest(&entry.digest)?;
         let artifact = Manifest::parse(&blobs.manifest(&entry.digest, ARTIFACT_LIMIT)?)?;
         if is_checkpoint(&artifact) {
             digests.insert(entry.digest.clone());

@@ -150,3 +150,31 @@ fn small_files_that_lie_are_one_error() {
     });
     assert!(line.contains("its small files"), "{line}");
 }
+
+/// Where an index has a tag instead of a digest, what was asked for by its digest would be something else tomorrow; and a
+/// path would lead to another repository.
+#[test]
+fn an_index_names_digests_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    let checkpoint = checkpoint_of(root, b"pages");
+    let layout = Layout::create(&root.join("layout")).unwrap();
+    store(&checkpoint, &quickly(), &layout, "one", &mut |_| {}).unwrap();
+    for name in ["one", "../manifests/one", "sha256:one", ""] {
+        let entry = Descriptor {
+            digest: name.to_owned(),
+            media_type: MANIFEST.to_owned(),
+            artifact_type: Some(ARTIFACT.to_owned()),
+            ..Descriptor::default()
+        };
+        let index = Index {
+            manifests: vec![entry],
+            ..Index::default()
+        };
+        let json = index.to_json();
+        layout.put_manifest("index", &json, Some("lie")).unwrap();
+        let offered = Offered::read(&layout, &digest_of(&json), &Identities::default(), None);
+        let error = offered.unwrap_err();
+        assert!(one_line(&error).contains("digest"), "{name}: {error}");
+    }
+}
