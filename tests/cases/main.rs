@@ -141,6 +141,11 @@ enum Place {
     Vm,
 }
 
+/// The cases of a file. One chain of all of them is a type that the compiler gives up at.
+fn each(cases: impl Iterator<Item = Case> + 'static) -> Box<dyn Iterator<Item = Case>> {
+    Box::new(cases)
+}
+
 fn failed(error: &anyhow::Error) -> Failed {
     format!("{error:#}").into()
 }
@@ -165,70 +170,72 @@ fn main() -> ExitCode {
     {
         transship_testbed::stretch_deadlines(factor);
     }
-    let cases = starts::cases()
-        .chain(admission::cases())
-        .chain(forged_names::cases())
-        .chain(conditions::cases())
-        .chain(consumed_once::cases())
-        .chain(crit::cases())
-        .chain(criu_options::cases())
-        .chain(criu_options_alone::cases())
-        .chain(crun::cases())
-        .chain(differ::cases())
-        .chain(foreign_checkpoints::cases())
-        .chain(image_documents::cases())
-        .chain(foreign_streams::cases())
-        .chain(freeze_containerd::cases())
-        .chain(frozen::cases())
-        .chain(images_incomplete::cases())
-        .chain(images_with_links::cases())
-        .chain(image_labels::cases())
-        .chain(journey::cases())
-        .chain(kubernetes::cases())
-        .chain(lost_task::cases())
-        .chain(migration_address::cases())
-        .chain(migration_cut::cases())
-        .chain(migration_variants::cases())
-        .chain(migration_direct::cases())
-        .chain(migration_keeps::cases())
-        .chain(pods_migrated::cases())
-        .chain(pods_moved::cases())
-        .chain(pods_moved_volumes::cases())
-        .chain(migration_faults::cases())
-        .chain(migration_files::cases())
-        .chain(migration_lazy::cases())
-        .chain(nerdctl::cases())
-        .chain(node_api::cases())
-        .chain(not_ours::cases())
-        .chain(one_copy::cases())
-        .chain(package::cases())
-        .chain(package_foreign::cases())
-        .chain(package_podman::cases())
-        .chain(package_registry::cases())
-        .chain(package_sealed::cases())
-        .chain(pod_refusals::cases())
-        .chain(pods::cases())
-        .chain(pods_closed::cases())
-        .chain(pods_kubelet::cases())
-        .chain(pods_ordinary::cases())
-        .chain(pods_own_files::cases())
-        .chain(pods_shared::cases())
-        .chain(pods_volumes::cases())
-        .chain(programs::cases())
-        .chain(random_faults::cases())
-        .chain(random_faults_of_pods::cases())
-        .chain(readme::cases())
-        .chain(reference::cases())
-        .chain(snapshotter::cases())
-        .chain(stale_namespaces::cases())
-        .chain(stock::cases())
-        .chain(tcp_journeys::cases())
-        .chain(teardown::cases())
-        .chain(upperdir_told::cases());
+    let cases = [
+        each(starts::cases()),
+        each(admission::cases()),
+        each(forged_names::cases()),
+        each(conditions::cases()),
+        each(consumed_once::cases()),
+        each(crit::cases()),
+        each(criu_options::cases()),
+        each(criu_options_alone::cases()),
+        each(crun::cases()),
+        each(differ::cases()),
+        each(foreign_checkpoints::cases()),
+        each(image_documents::cases()),
+        each(foreign_streams::cases()),
+        each(freeze_containerd::cases()),
+        each(frozen::cases()),
+        each(images_incomplete::cases()),
+        each(images_with_links::cases()),
+        each(image_labels::cases()),
+        each(journey::cases()),
+        each(kubernetes::cases()),
+        each(lost_task::cases()),
+        each(migration_address::cases()),
+        each(migration_cut::cases()),
+        each(migration_variants::cases()),
+        each(migration_direct::cases()),
+        each(migration_keeps::cases()),
+        each(pods_migrated::cases()),
+        each(pods_moved::cases()),
+        each(pods_moved_volumes::cases()),
+        each(migration_faults::cases()),
+        each(migration_files::cases()),
+        each(migration_lazy::cases()),
+        each(nerdctl::cases()),
+        each(node_api::cases()),
+        each(not_ours::cases()),
+        each(one_copy::cases()),
+        each(package::cases()),
+        each(package_foreign::cases()),
+        each(package_podman::cases()),
+        each(package_registry::cases()),
+        each(package_sealed::cases()),
+        each(pod_refusals::cases()),
+        each(pods::cases()),
+        each(pods_closed::cases()),
+        each(pods_kubelet::cases()),
+        each(pods_ordinary::cases()),
+        each(pods_own_files::cases()),
+        each(pods_shared::cases()),
+        each(pods_volumes::cases()),
+        each(programs::cases()),
+        each(random_faults::cases()),
+        each(random_faults_of_pods::cases()),
+        each(readme::cases()),
+        each(reference::cases()),
+        each(snapshotter::cases()),
+        each(stale_namespaces::cases()),
+        each(stock::cases()),
+        each(tcp_journeys::cases()),
+        each(teardown::cases()),
+        each(upperdir_told::cases()),
+    ];
     let in_vm = vm_cgroups::cases()
         .chain(vm_units::cases())
         .chain(programs::vm_cases());
-    let trials = cases
+    let trials = { cases.into_iter().flatten() }
         .map(|case| (Place::Anywhere, case))
         .chain(in_vm.map(|case| (Place::Vm, case)))
         .map(|(place, case)| case.into_trial(place, &settings, &needs))
