@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
 use transship_checkpoint::wire::PROTOCOL;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
@@ -227,8 +227,17 @@ fn sums_do_not_overflow(node: &Node, good: &Forgery) -> anyhow::Result<()> {
         .run()?;
     let path = format!("{STORE}/evil/transship.json");
     node.write_file(&path, serde_json::to_vec(&manifest)?)?;
-    let listed = node.shell("transship ls; transship inspect evil").read()?;
+    let listed = node.shell("transship ls").read()?;
     ensure!(listed.contains("evil"), "{listed}");
+    // Whoever looks into it is told of the first file that is not what the manifest says.
+    let Err(refused) = node.shell("transship inspect evil").read() else {
+        bail!("it was looked into");
+    };
+    let refused = refused.to_string();
+    ensure!(
+        refused.contains("status: 1:") && refused.contains("is damaged"),
+        "{refused}"
+    );
     node.shell("rm -r /var/lib/transship/checkpoints/evil")
         .run()?;
     Ok(())
