@@ -18,6 +18,12 @@ const CANCELLED: u32 = 20;
 const PATIENCE: Duration = Duration::from_secs(60);
 const RESTORE: [(&str, &str); 1] = [("dev.transship/restore", "web")];
 
+/// The same with so little memory that CRIU restores all of it, and waits for ever for what is not there.
+const SMALL: PodContainer<'_> = PodContainer {
+    command: &["/usr/bin/counter", "--memory-mb", "1"],
+    ..FIRST
+};
+
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     let cancelled = Case {
         what: "restore_cancelled",
@@ -39,7 +45,7 @@ fn a_cancelled_restore_is_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     let cri = node.cri()?;
-    let before = take_checkpoint(&node, &cri)?;
+    let before = take_checkpoint(&node, &cri, &FIRST)?;
 
     // How long an undisturbed restore takes on this machine.
     let pod = cri.run_pod(("shop", "whole"), &RESTORE, PodNamespaces::Usual)?;
@@ -101,7 +107,7 @@ fn the_record_outlives_the_checkpoint(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     let cri = node.cri()?;
-    let before = take_checkpoint(&node, &cri)?;
+    let before = take_checkpoint(&node, &cri, &FIRST)?;
     let pod = cri.run_pod(("shop", "web"), &RESTORE, PodNamespaces::Usual)?;
     let id = cri.run_container(&pod, &FIRST)?;
     ensure!(reached(&cri, &id)? >= before, "it is restored");
@@ -141,7 +147,7 @@ fn a_restore_without_progress_ends(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
     let cri = node.cri()?;
-    take_checkpoint(&node, &cri)?;
+    take_checkpoint(&node, &cri, &SMALL)?;
     node.write_file("/etc/transship/node.toml", "restore_patience_seconds = 3\n")?;
     node.shell(
         "cd /var/lib/transship/checkpoints/web
@@ -152,7 +158,7 @@ fn a_restore_without_progress_ends(bed: &Testbed) -> anyhow::Result<()> {
     )
     .run()?;
     let pod = cri.run_pod(("shop", "stuck"), &RESTORE, PodNamespaces::Usual)?;
-    let id = cri.create_container(&pod, &FIRST)?;
+    let id = cri.create_container(&pod, &SMALL)?;
     let Err(error) = cri.start_container_within(&id, PATIENCE) else {
         anyhow::bail!("memory that is not there is restored");
     };
@@ -166,9 +172,9 @@ fn a_restore_without_progress_ends(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_no_pod_left(&node)
 }
 
-fn take_checkpoint(node: &Node, cri: &Cri) -> anyhow::Result<u64> {
+fn take_checkpoint(node: &Node, cri: &Cri, container: &PodContainer<'_>) -> anyhow::Result<u64> {
     let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
-    let id = cri.run_container(&pod, &FIRST)?;
+    let id = cri.run_container(&pod, container)?;
     let before = poll_until("a count", PATIENCE, || match reached(cri, &id) {
         Ok(count) if count >= 50 => Ok(count),
         other => Err(format!("{other:?}")),
