@@ -1,7 +1,6 @@
 //! Puts into a held process the memory that CRIU has not restored; see
 //! [`transship_checkpoint::criu_images::memory_apart`].
 
-use std::fs;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -10,6 +9,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use transship_checkpoint::criu_images::memory_apart::{Batch, MemoryApart};
 
+use super::held::pid_in_container;
 use crate::descendants::tree;
 
 /// Threads that write, at most: each has a buffer of 1 MiB, and more only wait for the kernel's locks.
@@ -48,17 +48,14 @@ pub(super) fn put_in(root: i32, memory: &MemoryApart) -> io::Result<()> {
     })
 }
 
-/// The process of this number in the innermost namespace.
+/// The process below `root` that has this number in the container.
 fn find(root: i32, inside: u32) -> io::Result<Pid> {
-    for pid in tree(root)? {
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
-        if ids.and_then(|ids| ids.split_whitespace().last()?.parse().ok()) == Some(inside) {
-            return Ok(Pid::from_raw(pid));
-        }
-    }
-    let message = format!("no process that was restored is {inside} in the container");
-    Err(io::Error::other(message))
+    let mut tasks = tree(root)?.into_iter();
+    let found = tasks.find(|pid| pid_in_container(*pid) == Some(inside));
+    found.map(Pid::from_raw).ok_or_else(|| {
+        let message = format!("no process that was restored is {inside} in the container");
+        io::Error::other(message)
+    })
 }
 
 fn write_batch(pid: Pid, batch: &Batch, bytes: &[u8]) -> io::Result<()> {
