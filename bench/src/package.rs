@@ -71,6 +71,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
             "export --format oci",
             "transship export half /var/lib/transship/layout-of-peak --format oci",
         )?,
+        size(&node, mb)?,
     ])
 }
 
@@ -140,6 +141,21 @@ fn second(node: &Node, changed: u32) -> Result<Row> {
     let row = Row::new(name, "MB", new);
     let row = row.beside("the first one", all, Better::Growth);
     Ok(row.goal(Goal::RatioAtMost(0.2)))
+}
+
+/// Bytes of the package that [`peak`] has left.
+fn size(node: &Node, mb: u32) -> Result<Row> {
+    const SIZES: &str = "cd /var/lib/transship
+stat -c %s p
+tar -C checkpoints/half -c . | zstd -q -T0 -3 | wc -c";
+    let sizes = node.shell(SIZES).read()?;
+    let figure = |line: Option<&str>| -> Result<f64> {
+        Ok(megabytes(line.context("no figure")?.trim().parse()?))
+    };
+    let mut lines = sizes.lines();
+    let (ours, theirs) = (figure(lines.next())?, figure(lines.next())?);
+    let name = format!("package of {mb} MB of memory");
+    Ok(Row::new(name, "MB", ours).beside(PEER, theirs, Better::Less))
 }
 
 /// Most memory that a command has had. busybox's `time` takes the kernel's kilobytes for pages.

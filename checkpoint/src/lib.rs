@@ -29,7 +29,6 @@ pub mod cri_names;
 pub mod criu_images;
 pub mod criu_log;
 pub mod criu_options;
-pub mod hashed;
 pub mod manifest;
 pub mod namespaces;
 pub mod sealed;

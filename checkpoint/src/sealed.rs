@@ -18,12 +18,11 @@
 //! so that neither can be that of another checkpoint.
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
+use transship_digest::sha256_hex;
 
 use crate::manifest::{
     Container, FORMAT_VERSION, File, Format, Manifest, ManifestError, Shared, Source,
 };
-use crate::store::hex;
 
 /// The file that makes a directory a sealed checkpoint.
 pub const SEALED_FILE: &str = "sealed.json";
@@ -126,7 +125,7 @@ impl Sealed {
     #[must_use]
     pub fn opened_key(&self) -> String {
         let named = format!("{} {}", self.package.sha256, self.head.name);
-        hex(&Sha256::digest(named))
+        sha256_hex(named)
     }
 
     /// It as JSON.

@@ -19,9 +19,8 @@ use containerd_client::services::v1::{
     Container, CreateImageRequest, GetImageRequest, Image, ListImagesRequest,
 };
 use containerd_client::types::Descriptor;
-use data_encoding::HEXLOWER;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
+use transship_digest::oci_digest;
 
 use crate::labels::{GC_REF_SNAPSHOT, UNCOMPRESSED};
 use crate::{Cause, Containerd, ContainerdError, During, Snapshotter, present, unique};
@@ -97,10 +96,7 @@ pub fn chain_id(diff_ids: &[String]) -> Option<String> {
     diff_ids.iter().fold(None, |chain, diff_id| {
         Some(match chain {
             None => diff_id.clone(),
-            Some(chain) => {
-                let digest = Sha256::digest(format!("{chain} {diff_id}"));
-                format!("sha256:{}", HEXLOWER.encode(&digest))
-            }
+            Some(chain) => oci_digest(format!("{chain} {diff_id}")),
         })
     })
 }
@@ -515,7 +511,7 @@ mod tests {
         let ids = ["sha256:aaa".to_owned(), "sha256:bbb".to_owned()];
         assert_eq!(chain_id(&[]), None);
         assert_eq!(chain_id(&ids[..1]).as_deref(), Some("sha256:aaa"));
-        let two = HEXLOWER.encode(&Sha256::digest(b"sha256:aaa sha256:bbb"));
+        let two = transship_digest::sha256_hex(b"sha256:aaa sha256:bbb");
         let two = format!("sha256:{two}");
         assert_eq!(chain_id(&ids), Some(two));
     }

@@ -14,10 +14,9 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::DiffRequest;
 use containerd_client::types::Descriptor;
-use data_encoding::HEXLOWER;
 use oci_spec::image::MediaType;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use transship_digest::oci_digest;
 
 use crate::labels::{GC_REF_CONTENT, UNCOMPRESSED};
 use crate::upload::Upload;
@@ -228,7 +227,7 @@ impl Containerd {
         labels: HashMap<String, String>,
     ) -> Result<Descriptor, ContainerdError> {
         let bytes = document.to_string().into_bytes();
-        let digest = format!("sha256:{}", HEXLOWER.encode(&Sha256::digest(&bytes)));
+        let digest = oci_digest(&bytes);
         let size = bytes.len();
         // Another may write the same at this moment; the first one who is done has written it.
         let reference = format!("transship-{digest}-{}", unique());

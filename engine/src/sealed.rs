@@ -14,12 +14,11 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
-use sha2::{Digest as _, Sha256};
 use transship_checkpoint::beneath::{Links, open_regular};
-use transship_checkpoint::hashed::{Hashed, Through};
 use transship_checkpoint::manifest;
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
-use transship_checkpoint::store::{Checkpoint, Draft, Store, StoreError, hex};
+use transship_checkpoint::store::{Checkpoint, Draft, Store, StoreError};
+use transship_digest::{Hashed, Through, sha256_hex};
 use transship_package::PackageError;
 use transship_package::encryption::Identities;
 use transship_package::export::{ExportOptions, export};
@@ -287,7 +286,7 @@ fn new_package(draft: &Draft) -> Result<File> {
 fn digest_of_manifest(checkpoint: &Checkpoint) -> Result<String> {
     let path = checkpoint.dir.join(manifest::MANIFEST_FILE);
     let json = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(&Sha256::digest(json)))
+    Ok(sha256_hex(json))
 }
 
 fn package_file(through: Through) -> manifest::File {

@@ -13,8 +13,9 @@ use zstd::stream::write::Encoder;
 use crate::encryption::Recipients;
 use crate::error::PackageError;
 
-/// The level of zstd unless somebody says otherwise.
-pub const DEFAULT_LEVEL: i32 = 3;
+/// The level of zstd unless somebody says otherwise. Of memory, half of which compresses, the next two levels leave 3 %
+/// less and take half as long again.
+pub const DEFAULT_LEVEL: i32 = 1;
 /// More threads than these take memory and no time: each has a job of 8 MiB in hand at the default level.
 const MOST_THREADS: usize = 8;
 

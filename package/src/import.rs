@@ -13,9 +13,9 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
 use transship_checkpoint::manifest::{self, MANIFEST_FILE, MANIFEST_LIMIT, Manifest};
-use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store, hex};
+use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
+use transship_digest::HashedBeside;
 use transship_layer::Member;
 use transship_path_error::During as _;
 
@@ -281,14 +281,15 @@ fn take_file(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), PackageError> {
     let mut target = NewFile::create(draft.dir(), path)?;
-    let mut hasher = Sha256::new();
-    package.read_pieces(&mut |piece| {
-        hasher.update(piece);
+    let mut hasher = HashedBeside::new();
+    package.read_shared_pieces(&mut |piece| {
+        hasher.update_shared(piece);
         progress(piece.len() as u64);
         target.write(piece)
     })?;
     target.finish()?;
-    if target.length != member.size || hex(&hasher.finalize()) != file.sha256 {
+    let found = hasher.finish();
+    if (found.size, &found.sha256) != (member.size, &file.sha256) {
         return Err(PackageError::Differs {
             member: path.to_owned(),
             reason: "its digest differs from the manifest's",

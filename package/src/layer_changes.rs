@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufReader, Read};
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
-use transship_checkpoint::store::hex;
+use transship_digest::Sha256;
 use transship_layer::{Archive, ImportError, LayerChange, MemberKind, decompress};
 
 /// As many changes are listed, with paths of as many bytes; those behind are counted.
@@ -80,7 +79,7 @@ pub fn layer_changes(layer: impl Read, digests: Digests) -> Result<LayerChanges,
                     len => hasher.update(&piece[..len]),
                 }
             }
-            sha256 = Some(hex(&hasher.finalize()));
+            sha256 = Some(hasher.finish_hex());
         }
         paths += path.len();
         if found.changes.len() < LISTED && paths < PATHS {

@@ -2,11 +2,9 @@
 
 use std::io::{self, Read};
 
-use sha2::{Digest, Sha256};
 use tempfile::TempDir;
-use transship_checkpoint::hashed::Hashed;
 use transship_checkpoint::manifest::{self, MANIFEST_FILE, ROOTFS_DIFF_FILE};
-use transship_checkpoint::store::hex;
+use transship_digest::{Hashed, Sha256};
 use transship_path_error::During as _;
 
 use crate::contents::{ContainerContents, Contents};
@@ -111,7 +109,7 @@ fn read_through(package: &mut OpenPackage<'_>) -> Result<String, PackageError> {
         hasher.update(piece);
         Ok(())
     })?;
-    Ok(hex(&hasher.finalize()))
+    Ok(hasher.finish_hex())
 }
 
 fn keep(package: &mut OpenPackage<'_>, temp: &TempDir, path: &str) -> Result<String, PackageError> {
@@ -122,7 +120,7 @@ fn keep(package: &mut OpenPackage<'_>, temp: &TempDir, path: &str) -> Result<Str
         file.write(piece)
     })?;
     file.finish()?;
-    Ok(hex(&hasher.finalize()))
+    Ok(hasher.finish_hex())
 }
 
 fn read_layer(

@@ -6,6 +6,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 
+use transship_digest::{PIECE, Piece, Pieces};
 use transship_layer::{Archive, Member, MemberKind, decompress};
 
 use crate::encryption::{Identities, is_encrypted};
@@ -102,12 +103,27 @@ impl<'a> OpenPackage<'a> {
         &mut self,
         take: &mut dyn FnMut(&[u8]) -> Result<(), PackageError>,
     ) -> Result<(), PackageError> {
-        let mut piece = vec![0; 256 << 10];
+        let mut piece = vec![0; PIECE];
         loop {
             let read = self.archive.read_piece(&mut piece);
             match read.map_err(PackageError::of_archive)? {
                 0 => return Ok(()),
                 read => take(&piece[..read])?,
+            }
+        }
+    }
+
+    /// The data of the current member, in pieces that another thread may keep for a while.
+    pub(crate) fn read_shared_pieces(
+        &mut self,
+        take: &mut dyn FnMut(&Piece) -> Result<(), PackageError>,
+    ) -> Result<(), PackageError> {
+        let mut pieces = Pieces::default();
+        loop {
+            let piece = pieces.next(|piece| self.archive.read_piece(piece));
+            match piece.map_err(PackageError::of_archive)? {
+                None => return Ok(()),
+                Some(piece) => take(&piece)?,
             }
         }
     }

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use sha2::{Digest as _, Sha256};
 use transship_checkpoint::manifest::{Container, File, Format, Manifest, Shared, Source};
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
-use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files, hex};
+use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files};
+use transship_digest::sha256_hex;
 
 use super::*;
 use crate::encryption::{Identities, Recipients};
@@ -535,10 +535,10 @@ fn packages_of_format_1_are_read() {
     let package = File {
         path: PACKAGE_FILE.into(),
         size: sealed.len() as u64,
-        sha256: hex(&Sha256::digest(&sealed)),
+        sha256: sha256_hex(&sealed),
     };
     let kept = read_manifest(&plain);
-    let expected = Sealed::new(package, &first, hex(&Sha256::digest(&kept)));
+    let expected = Sealed::new(package, &first, sha256_hex(&kept));
     assert_eq!(Sealed::parse(&head).unwrap(), expected);
     let layout = oci::Layout::open(&fixtures.join("format-1.oci")).unwrap();
     let store = Store::at(root.path().join("target"));

@@ -5,20 +5,16 @@ use std::path::Path;
 
 use tar::{EntryType, Header};
 use transship_checkpoint::beneath::{Links, open_regular};
-use transship_checkpoint::hashed::Hashed;
 use transship_checkpoint::manifest;
+use transship_digest::{HashedBeside, Piece, Pieces};
 use transship_path_error::During as _;
 
 use crate::counted::Counted;
 use crate::error::PackageError;
 
-/// Bytes read at once.
-const PIECE: usize = 256 << 10;
-
 /// Writes a tar, member by member.
 pub(crate) struct TarMembers<'a, W: Write> {
     builder: tar::Builder<W>,
-    piece: Vec<u8>,
     time: u64,
     progress: &'a mut dyn FnMut(u64),
 }
@@ -28,7 +24,6 @@ impl<'a, W: Write> TarMembers<'a, W> {
     pub(crate) fn new(out: W, time: u64, progress: &'a mut dyn FnMut(u64)) -> Self {
         Self {
             builder: tar::Builder::new(out),
-            piece: vec![0; PIECE],
             time,
             progress,
         }
@@ -81,19 +76,20 @@ impl<'a, W: Write> TarMembers<'a, W> {
         let source = open_regular(dir, Path::new(&file.path), Links::Refused);
         let source = source.during("open", &full)?;
         let mut header = self.header(EntryType::Regular, file.size, 0o600);
-        let mut source = Hashed::new(Counted {
-            inner: source.take(file.size),
-            progress: &mut *self.progress,
-        });
-        let mut source_in_pieces = InPieces {
-            source: &mut source,
-            piece: &mut self.piece,
-            filled: 0..0,
+        let mut source = InPieces {
+            source: Counted {
+                inner: source.take(file.size),
+                progress: &mut *self.progress,
+            },
+            hasher: HashedBeside::new(),
+            pieces: Pieces::default(),
+            piece: Piece::default(),
+            at: 0,
         };
         self.builder
-            .append_data(&mut header, path, &mut source_in_pieces)
+            .append_data(&mut header, path, &mut source)
             .map_err(PackageError::writing)?;
-        let (_, found) = source.finish();
+        let found = source.hasher.finish();
         if (found.size, &found.sha256) != (file.size, &file.sha256) {
             return Err(PackageError::Differs {
                 member: full.display().to_string(),
@@ -109,22 +105,29 @@ impl<'a, W: Write> TarMembers<'a, W> {
     }
 }
 
-/// Reads in larger pieces than those that are asked for.
-struct InPieces<'a, R> {
-    source: &'a mut R,
-    piece: &'a mut [u8],
-    filled: std::ops::Range<usize>,
+/// Reads in larger pieces than those that are asked for, and takes their digest.
+struct InPieces<R> {
+    source: R,
+    hasher: HashedBeside,
+    pieces: Pieces,
+    /// The last piece, and what of it was given.
+    piece: Piece,
+    at: usize,
 }
 
-impl<R: Read> Read for InPieces<'_, R> {
+impl<R: Read> Read for InPieces<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.filled.is_empty() {
-            self.filled = 0..self.source.read(self.piece)?;
+        if self.at == self.piece.len() {
+            let Some(piece) = self.pieces.next(|piece| self.source.read(piece))? else {
+                return Ok(0);
+            };
+            self.hasher.update_shared(&piece);
+            (self.piece, self.at) = (piece, 0);
         }
-        let piece = &self.piece[self.filled.clone()];
-        let length = piece.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&piece[..length]);
-        self.filled.start += length;
+        let rest = &self.piece[self.at..];
+        let length = rest.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&rest[..length]);
+        self.at += length;
         Ok(length)
     }
 }

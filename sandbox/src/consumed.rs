@@ -26,10 +26,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use transship_checkpoint::manifest::{Manifest, check_name};
 
+use transship_digest::{Sha256, hex};
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
@@ -106,10 +106,7 @@ fn layer_file(upperdir: &Path) -> Result<String, SandboxError> {
     hash.update(upperdir.as_os_str().as_encoded_bytes());
     hash.update(meta.ino().to_le_bytes());
     hash.update(born.as_nanos().to_le_bytes());
-    let hash: String = hash.finalize()[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hash = hex(&hash.finish()[..16]);
     Ok(format!("{LAYER_PREFIX}{hash}"))
 }
 

@@ -21,11 +21,10 @@ use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use transship_checkpoint::annotations::RESTORE_IMAGE;
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::{MANIFEST_FILE, MANIFEST_LIMIT};
-use transship_checkpoint::store::{Store, hex};
+use transship_checkpoint::store::Store;
 use transship_path_error::During as _;
 
 use crate::admission::node_config::{NODE_CONFIG, NodeConfig};
@@ -147,7 +146,7 @@ pub fn manifest_digest(store: &Store, name: &str) -> Option<String> {
     }
     let path = Path::new(MANIFEST_FILE);
     let json = read_regular(&checkpoint.dir, path, Links::Refused, MANIFEST_LIMIT).ok()?;
-    Some(hex(&Sha256::digest(json)))
+    Some(transship_digest::sha256_hex(json))
 }
 
 /// A checkpoint in a registry that a pod wants.

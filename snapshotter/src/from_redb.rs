@@ -27,8 +27,8 @@ use std::path::Path;
 
 use prost::Message;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
-use sha2::{Digest, Sha256};
 
+use transship_digest::Sha256;
 use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError};
@@ -225,10 +225,10 @@ impl<'a> Transaction<'a> {
         };
         let length = usize::try_from(number(0) >> 32).ok()?;
         let changes = rest.get(..length)?;
-        let sum = Sha256::new()
-            .chain_update(&header[..32])
-            .chain_update(changes);
-        let is_whole = header[..4] == *MAGIC && header[32..] == sum.finalize()[..];
+        let mut sum = Sha256::new();
+        sum.update(&header[..32]);
+        sum.update(changes);
+        let is_whole = header[..4] == *MAGIC && header[32..] == sum.finish();
         is_whole.then(|| Self {
             database: number(8),
             base: number(16),

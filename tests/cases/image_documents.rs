@@ -10,9 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use containerd_client::types::Descriptor;
-use data_encoding::HEXLOWER;
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 use transship_containerd::Containerd;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
 
@@ -71,7 +69,7 @@ fn index_of(digest: &str, times: usize) -> String {
 
 /// Puts a document into the content store; gives its digest.
 fn put_document(node: &Node, document: &str) -> anyhow::Result<String> {
-    let digest = HEXLOWER.encode(&Sha256::digest(document));
+    let digest = transship_digest::sha256_hex(document);
     let path = format!("/root/{digest}");
     node.write_file(&path, document)?;
     // Until it has its label it is garbage, which may be collected just then.

@@ -9,16 +9,15 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 use crate::containerd::PAUSE_IMAGE;
 use crate::run::CommandRun as _;
 use crate::{Node, Settings, TestbedError, Workload};
+use transship_digest::sha256_hex;
 use transship_path_error::During as _;
 
 /// Applets of busybox that tests use inside of containers.
@@ -73,7 +72,7 @@ impl LayerBlob {
     fn plain(content: Vec<u8>) -> LayerBlob {
         LayerBlob {
             media_type: LAYER.to_owned(),
-            diff_id: format!("sha256:{}", sha256(&content)),
+            diff_id: format!("sha256:{}", sha256_hex(&content)),
             annotations: BTreeMap::new(),
             content,
         }
@@ -250,7 +249,7 @@ impl Image {
         self.layers.push(LayerBlob {
             content,
             media_type: format!("{LAYER}{suffix}"),
-            diff_id: format!("sha256:{}", sha256(plain)),
+            diff_id: format!("sha256:{}", sha256_hex(plain)),
             annotations: BTreeMap::new(),
         });
         self
@@ -359,7 +358,11 @@ impl Image {
             .map(|layer| &layer.content[..])
             .chain(blobs.iter().map(String::as_bytes))
         {
-            archive.file(&format!("blobs/sha256/{}", sha256(content)), content, 0o644)?;
+            archive.file(
+                &format!("blobs/sha256/{}", sha256_hex(content)),
+                content,
+                0o644,
+            )?;
         }
         archive.file("index.json", index.as_bytes(), 0o644)?;
         archive.finish()
@@ -401,18 +404,9 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 fn blob(media_type: &str, content: &[u8]) -> serde_json::Value {
     json!({
         "mediaType": media_type,
-        "digest": format!("sha256:{}", sha256(content)),
+        "digest": format!("sha256:{}", sha256_hex(content)),
         "size": content.len(),
     })
-}
-
-fn sha256(content: &[u8]) -> String {
-    Sha256::digest(content)
-        .iter()
-        .fold(String::new(), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("writing to a String does not fail");
-            text
-        })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TestbedError> {

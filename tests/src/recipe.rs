@@ -6,13 +6,11 @@
 //! <cache_dir>/<name>.new*                      half made; removed by the next builder
 //! ```
 
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::fcntl::{Flock, FlockArg};
-use sha2::{Digest as _, Sha256};
 
 use crate::run::CommandRun as _;
 use crate::{TestbedError, Tree};
@@ -127,13 +125,7 @@ pub(crate) fn make_once(
 
 /// First digits of the SHA-256 of a text.
 pub(crate) fn short_hash(text: &str) -> String {
-    Sha256::digest(text)
-        .iter()
-        .take(6)
-        .fold(String::new(), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("writing to a String does not fail");
-            text
-        })
+    transship_digest::hex(&transship_digest::sha256(text)[..6])
 }
 
 /// What a tree is put together from.

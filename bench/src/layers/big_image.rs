@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use containerd_client::types::Descriptor;
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
+use transship_digest::Sha256;
 
 use crate::namespace::TAR;
 
@@ -195,15 +195,9 @@ struct Hashing {
 
 impl Hashing {
     fn blob(self, media_type: &'static str) -> Blob {
-        let hex: String = self
-            .hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
         Blob {
             media_type,
-            digest: format!("sha256:{hex}"),
+            digest: format!("sha256:{}", self.hash.finish_hex()),
             size: self.size,
         }
     }

@@ -13,8 +13,6 @@ use std::collections::BTreeMap;
 use std::io::{BufReader, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
-use sha2::{Digest as _, Sha256};
-
 use super::descriptors::{self, FileTable};
 use super::pagemap::{PagePlace, Pagemap};
 use super::{Image, ImageError, Kind, list};
@@ -351,7 +349,7 @@ pub fn page_digests(
         while at < range.end {
             pages.read_exact(&mut page).map_err(|e| io("read", e))?;
             let mut digest = PageDigest::default();
-            digest.copy_from_slice(&Sha256::digest(&page)[..16]);
+            digest.copy_from_slice(&transship_digest::sha256(&page)[..16]);
             digests.insert(at, digest);
             at = at.saturating_add(page_size.max(1));
         }

@@ -6,11 +6,11 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use transship_digest::Hashed;
 use transship_path_error::During as _;
 
 use super::{StoreError, lock};
 use crate::beneath::{Links, open_regular, read_regular, require_directory};
-use crate::hashed::Hashed;
 use crate::manifest::{self, LINKED_PREFIX, Manifest};
 use crate::sealed::Sealed;
 

@@ -1,14 +1,13 @@
 //! What is computed of a file while it goes by.
 
-use sha2::{Digest as _, Sha256};
+use transship_digest::Sha256;
 use twox_hash::XxHash3_128;
 
 use super::Check;
-use crate::store::hex;
 
 /// A digest in the making.
 pub(super) enum Running {
-    Sha256(Sha256),
+    Sha256(Box<Sha256>),
     Xxh3(Box<XxHash3_128>),
 }
 
@@ -24,7 +23,7 @@ pub(super) struct Done {
 impl Running {
     pub(super) fn of(check: Check) -> Self {
         match check {
-            Check::Sha256 => Self::Sha256(Sha256::new()),
+            Check::Sha256 => Self::Sha256(Box::default()),
             Check::Xxh3 => Self::Xxh3(Box::default()),
         }
     }
@@ -39,7 +38,7 @@ impl Running {
     pub(super) fn finish(self) -> Done {
         match self {
             Self::Sha256(hasher) => Done {
-                sha256: hex(&hasher.finalize()),
+                sha256: hasher.finish_hex(),
                 xxh3: None,
             },
             Self::Xxh3(hasher) => Done {

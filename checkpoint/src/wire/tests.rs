@@ -2,11 +2,8 @@ use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use super::*;
 use crate::manifest::{Format, Source};
-use crate::store::hex;
 
 const LIMITS: Limits = Limits {
     max_bytes: u64::MAX,
@@ -221,7 +218,7 @@ fn a_file_that_still_grows_is_followed() {
         .send_file("c", dir.path(), "pages-1.img", &mut how)
         .unwrap();
     assert_eq!(file.size, 9);
-    assert_eq!(file.sha256, hex(&Sha256::digest(b"begin end")));
+    assert_eq!(file.sha256, transship_digest::sha256_hex(b"begin end"));
 }
 
 #[test]

@@ -347,7 +347,7 @@ pub fn new_migration() -> Result<String> {
     File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))
         .context("cannot read /dev/urandom")?;
-    Ok(transship_checkpoint::store::hex(&bytes))
+    Ok(transship_digest::hex(&bytes))
 }
 
 /// It becomes the name of a file.

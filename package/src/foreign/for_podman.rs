@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 use transship_checkpoint::criu_images::mounts::{Fate, change};
 use transship_checkpoint::criu_images::regular_files::set_mode;
 use transship_checkpoint::manifest::{Container, IMAGES_DIR};
-use transship_checkpoint::store::{Checkpoint, hex};
+use transship_checkpoint::store::Checkpoint;
+use transship_digest::sha256_hex;
 use transship_path_error::During as _;
 
 use crate::error::PackageError;
@@ -101,7 +101,7 @@ impl<'a> ForPodman<'a> {
         let id = match is_hex {
             true => id.clone(),
             // podman's ids are such; this one is always the same.
-            false => hex(&Sha256::digest(format!("{id} {}", self.created))),
+            false => sha256_hex(format!("{id} {}", self.created)),
         };
         json!({
             "id": id,

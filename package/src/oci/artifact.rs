@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use transship_checkpoint::beneath::{Links, open_regular};
 use transship_checkpoint::store::Checkpoint;
+use transship_digest::Hashed;
 use transship_path_error::During as _;
 
 use super::annotations::annotations_of;
@@ -303,7 +304,8 @@ fn read_large(
                 drop(jobs.send(job));
             }
             progress(file.size.saturating_sub(told));
-            if hashed.finish() != (file.size, file.sha256.clone()) {
+            let (_, found) = hashed.finish();
+            if (found.size, &found.sha256) != (file.size, &file.sha256) {
                 return Err(PackageError::Differs {
                     member: full.display().to_string(),
                     reason: "its digest differs from the manifest's",
@@ -327,35 +329,4 @@ fn put_chunk(
     annotations.insert(OFFSET.to_owned(), job.offset.to_string());
     annotations.insert(LENGTH.to_owned(), job.bytes.len().to_string());
     Ok(descriptor)
-}
-
-/// Takes the digest of what is read.
-struct Hashed<R> {
-    source: R,
-    hasher: sha2::Sha256,
-    bytes: u64,
-}
-
-impl<R> Hashed<R> {
-    fn new(source: R) -> Self {
-        Self {
-            source,
-            hasher: sha2::Digest::new(),
-            bytes: 0,
-        }
-    }
-
-    fn finish(self) -> (u64, String) {
-        let digest = sha2::Digest::finalize(self.hasher);
-        (self.bytes, transship_checkpoint::store::hex(&digest))
-    }
-}
-
-impl<R: std::io::Read> std::io::Read for &mut Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.source.read(buffer)?;
-        sha2::Digest::update(&mut self.hasher, &buffer[..read]);
-        self.bytes += read as u64;
-        Ok(read)
-    }
 }

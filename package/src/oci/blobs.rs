@@ -1,8 +1,5 @@
 //! Where blobs go to and come from: a directory, a registry.
 
-use sha2::{Digest, Sha256};
-use transship_checkpoint::store::hex;
-
 use super::document::Descriptor;
 use crate::error::PackageError;
 
@@ -46,7 +43,7 @@ pub trait Blobs: Sync {
 
 /// The digest of bytes, with its algorithm.
 pub(crate) fn digest_of(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex(&Sha256::digest(bytes)))
+    transship_digest::oci_digest(bytes)
 }
 
 /// The hexadecimal digits of a digest: nothing else becomes a part of a path or an address.

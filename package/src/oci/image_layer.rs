@@ -11,7 +11,7 @@ use std::io::{self, PipeReader, Read, Write};
 use std::thread::JoinHandle;
 
 use flate2::{Compression, GzBuilder};
-use transship_checkpoint::hashed::Hashed;
+use transship_digest::Hashed;
 use transship_layer::{RewriteError, Rewritten, rewrite_for_image};
 
 use super::document::Descriptor;

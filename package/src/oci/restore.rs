@@ -6,9 +6,9 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use sha2::{Digest as _, Sha256};
 use transship_checkpoint::manifest::{self, MANIFEST_LIMIT, ROOTFS_DIFF_FILE};
-use transship_checkpoint::store::{Checkpoint, Durability, Store, hex};
+use transship_checkpoint::store::{Checkpoint, Durability, Store};
+use transship_digest::{Sha256, sha256_hex};
 use transship_layer::Archive;
 use transship_path_error::During as _;
 
@@ -80,7 +80,7 @@ impl Offered {
     /// The SHA-256 of the manifest of the checkpoint, in hexadecimal digits.
     #[must_use]
     pub fn manifest_digest(&self) -> String {
-        hex(&Sha256::digest(&self.head.json))
+        sha256_hex(&self.head.json)
     }
 
     /// Bytes that come, before they are compressed.
@@ -304,7 +304,7 @@ fn digest_of_file(path: &Path) -> std::io::Result<String> {
     let (mut hasher, mut piece) = (Sha256::new(), vec![0; 256 << 10]);
     loop {
         match file.read(&mut piece)? {
-            0 => return Ok(hex(&hasher.finalize())),
+            0 => return Ok(hasher.finish_hex()),
             read => hasher.update(&piece[..read]),
         }
     }

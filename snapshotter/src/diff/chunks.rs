@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, Read, Write};
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use sha2::{Digest, Sha256};
+use transship_digest::Sha256;
 
 /// Size of a chunk, but for the first ones.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
@@ -37,13 +37,8 @@ pub(super) fn measure(
         size += chunk.len() as u64;
         next(chunk)?;
     }
-    let hex: String = hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
     Ok(Measured {
-        digest: format!("sha256:{hex}"),
+        digest: format!("sha256:{}", hasher.finish_hex()),
         size,
     })
 }

@@ -13,9 +13,7 @@ use anyhow::{Context as _, ensure};
 use containerd_client::services::v1::DiffRequest;
 use containerd_client::tonic::Code;
 use containerd_client::types::{Descriptor, Mount};
-use data_encoding::HEXLOWER;
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use transship_containerd::labels::{GC_REF_CONTENT, GC_REF_SNAPSHOT, GC_ROOT, UNCOMPRESSED};
@@ -218,7 +216,7 @@ impl<'n> Api<'n> {
 }
 
 pub(super) fn digest_of(content: &[u8]) -> String {
-    format!("sha256:{}", HEXLOWER.encode(&Sha256::digest(content)))
+    transship_digest::oci_digest(content)
 }
 
 fn descriptor(media_type: &str, digest: String, size: i64) -> Descriptor {

@@ -8,11 +8,9 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use containerd_client::types::Mount;
-use data_encoding::HEXLOWER;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::SFlag;
-use sha2::{Digest as _, Sha256};
 use transship_testbed::Node;
 
 /// What is seen of one name. Access times are left out: reading changes them.
@@ -114,9 +112,9 @@ impl Reading {
     fn see(&mut self, path: &Path, name: &str, metadata: &fs::Metadata) -> anyhow::Result<Seen> {
         let kind = metadata.file_type();
         let content = if kind.is_file() {
-            HEXLOWER.encode(&Sha256::digest(fs::read(path)?))
+            transship_digest::sha256_hex(fs::read(path)?)
         } else if kind.is_symlink() {
-            HEXLOWER.encode(fs::read_link(path)?.as_os_str().as_bytes())
+            transship_digest::hex(fs::read_link(path)?.as_os_str().as_bytes())
         } else {
             String::new()
         };

@@ -2,19 +2,16 @@
 
 use std::io::{self, Read, Write};
 
-use sha2::{Digest as _, Sha256};
+use crate::HashedBeside;
 
-use crate::store::hex;
-
-/// A reader or writer, and what has gone through it.
+/// A reader or writer, and what has gone through it. The digest of much is taken on a thread.
 #[derive(Debug)]
 pub struct Hashed<I> {
     inner: I,
-    hasher: Sha256,
-    bytes: u64,
+    hasher: HashedBeside,
 }
 
-/// What has gone through a [`Hashed`].
+/// What has gone through.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Through {
     /// Bytes.
@@ -28,30 +25,20 @@ impl<I> Hashed<I> {
     pub fn new(inner: I) -> Self {
         Self {
             inner,
-            hasher: Sha256::new(),
-            bytes: 0,
+            hasher: HashedBeside::new(),
         }
     }
 
     /// The inner one, and what has gone through.
     pub fn finish(self) -> (I, Through) {
-        let through = Through {
-            size: self.bytes,
-            sha256: hex(&self.hasher.finalize()),
-        };
-        (self.inner, through)
-    }
-
-    fn note(&mut self, bytes: &[u8]) {
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
+        (self.inner, self.hasher.finish())
     }
 }
 
 impl<R: Read> Read for Hashed<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.note(&buffer[..read]);
+        self.hasher.update(&buffer[..read]);
         Ok(read)
     }
 }
@@ -59,7 +46,7 @@ impl<R: Read> Read for Hashed<R> {
 impl<W: Write> Write for Hashed<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        self.note(&bytes[..written]);
+        self.hasher.update(&bytes[..written]);
         Ok(written)
     }
 
@@ -91,7 +78,7 @@ mod tests {
     fn what_went_through_is_told_and_nothing_else() {
         let wanted = Through {
             size: 5,
-            sha256: hex(&Sha256::digest(b"bytes")),
+            sha256: crate::sha256_hex(b"bytes"),
         };
         let mut out = Hashed::new(Short(Vec::new()));
         out.write_all(b"bytes").unwrap();
