@@ -25,6 +25,7 @@ pub(crate) mod tests;
 mod upload;
 
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use ureq::http::{Method, Response, StatusCode};
 use ureq::tls::{RootCerts, TlsConfig};
@@ -124,6 +125,8 @@ pub struct Registry {
     credentials: Option<Credentials>,
     /// The header that the last answer asked for.
     authorization: Mutex<Option<String>>,
+    /// Whether it has answered anything.
+    has_answered: AtomicBool,
 }
 
 impl std::fmt::Debug for Registry {
@@ -178,6 +181,7 @@ impl Registry {
             patience: transport.patience,
             credentials,
             authorization: Mutex::new(None),
+            has_answered: AtomicBool::new(false),
         })
     }
 

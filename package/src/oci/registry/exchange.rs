@@ -10,6 +10,7 @@
 
 use std::io::{self, Read};
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use data_encoding::BASE64;
@@ -160,12 +161,20 @@ impl Registry {
         loop {
             let authorization = self.authorization().clone().filter(|_| is_own);
             let answer = match self.send(ask, authorization.as_deref()) {
-                Ok(answer) => answer,
+                Ok(answer) => {
+                    self.has_answered.store(true, Ordering::Relaxed);
+                    answer
+                }
                 Err(NotAnswered::Unread(error)) => {
                     return Err(PackageError::Unread { source: error });
                 }
                 Err(NotAnswered::Http(error)) if is_passing(&error) => {
-                    return Ok(Attempt::Later(Trouble::new(error.to_string())));
+                    let trouble = Trouble::new(error.to_string());
+                    // One that is started anew in the middle is waited for; one that was never there has a wrong name.
+                    return match is_refused(&error) && !self.has_answered.load(Ordering::Relaxed) {
+                        true => Err(self.failed(act, trouble)),
+                        false => Ok(Attempt::Later(trouble)),
+                    };
                 }
                 Err(NotAnswered::Http(error)) => {
                     return Err(RegistryError::Unusable {
@@ -357,6 +366,15 @@ fn is_passing(error: &ureq::Error) -> bool {
         | ureq::Error::ConnectionFailed
         | ureq::Error::Protocol(_)
         | ureq::Error::BodyStalled => true,
+        _ => false,
+    }
+}
+
+/// Whether nobody listens there.
+fn is_refused(error: &ureq::Error) -> bool {
+    match error {
+        ureq::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        ureq::Error::ConnectionFailed => true,
         _ => false,
     }
 }

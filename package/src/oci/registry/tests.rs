@@ -32,7 +32,11 @@ pub(crate) fn registry(
     patience: Patience,
     credentials: Option<Credentials>,
 ) -> Registry {
-    let reference = format!("{}/shop/web:1", of.host).parse().unwrap();
+    registry_at(&of.host, patience, credentials)
+}
+
+fn registry_at(host: &str, patience: Patience, credentials: Option<Credentials>) -> Registry {
+    let reference = format!("{host}/shop/web:1").parse().unwrap();
     let transport = Transport {
         plain_http: true,
         patience,
@@ -514,4 +518,22 @@ fn a_refusal_is_told_in_its_words() {
     };
     let error = patient.get(&large, 100).unwrap_err().to_string();
     assert!(error.contains("100 are taken at most"), "{error}");
+}
+
+#[test]
+fn nobody_is_waited_for_who_was_never_there() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = closed.local_addr().unwrap().to_string();
+    drop(closed);
+    // One that waited would not come back.
+    let patience = Patience {
+        first_wait: Duration::from_secs(3600),
+        longest: Duration::from_secs(7200),
+        ..PATIENCE
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let target = Store::at(dir.path().join("target"));
+    let error = from_blobs(&registry_at(&host, patience, None), "1", &target).unwrap_err();
+    assert!(error.is_passing(), "{error}");
+    assert!(error.to_string().contains("refused"), "{error}");
 }
