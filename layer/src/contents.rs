@@ -223,7 +223,7 @@ mod tests {
     use crate::overlay_tests::cross_read::have;
     use crate::{
         ExportOptions, ImportError, ImportOptions, OverlayStack, export_upperdir,
-        import_into_upperdir,
+        import_into_upperdir, remove_contents_but,
     };
     use std::sync::Arc;
 
@@ -392,5 +392,40 @@ while byte := os.read(0, 1):
         refused(import(None));
         fs::create_dir(to.path().join("contents")).unwrap();
         refused(import(Some("contents")));
+    }
+
+    #[test]
+    fn an_import_that_breaks_off_is_begun_anew() {
+        let (from, to) = (dir(), dir());
+        write_large(&from.path().join("a"), 1);
+        rest();
+        let contents = to.path().join("contents");
+        fs::create_dir(&contents).unwrap();
+        let known = Arc::new(send_to(from.path(), &contents));
+        // It is not among the contents, and comes behind what is.
+        write_large(&from.path().join("b"), 2);
+        let options = ExportOptions {
+            known: Some(known),
+            ..ExportOptions::default()
+        };
+        let mut tar = Vec::new();
+        export_upperdir(&OverlayStack::new(from.path(), &[]), &mut tar, &options).unwrap();
+        let import = |tar: &[u8]| {
+            let options = ImportOptions {
+                contents: Some("contents".to_owned()),
+                ..ImportOptions::default()
+            };
+            import_into_upperdir(tar, &OverlayStack::new(to.path(), &[]), &options)
+        };
+        import(&tar[..tar.len() / 2]).unwrap_err();
+        assert!(to.path().join("a").try_exists().unwrap());
+        remove_contents_but(to.path(), Some("contents")).unwrap();
+        import(&tar).unwrap();
+        for name in ["a", "b"] {
+            let [there, here] = [to.path(), from.path()].map(|it| fs::read(it.join(name)).unwrap());
+            assert!(there == here, "{name}");
+        }
+        assert_eq!(fs::metadata(to.path().join("a")).unwrap().nlink(), 1);
+        assert!(!contents.try_exists().unwrap());
     }
 }

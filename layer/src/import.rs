@@ -7,8 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, readlinkat, renameat2};
-use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat};
+use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::sys::stat::{Mode, SFlag, fstat, fstatat, makedev, mknodat};
 use nix::unistd::{ftruncate, linkat, symlinkat};
 
 use crate::decompress::Compression;
@@ -293,7 +293,8 @@ impl<R: Read> Import<R> {
         set_open_times(file.as_fd(), path, wanted.atime, wanted.mtime)
     }
 
-    /// Gives a content that has come before its place. Each is there once.
+    /// Gives a content that has come before its place, once. It stays among the contents until all is there: an import that
+    /// breaks off can be begun anew.
     fn place_content(
         &mut self,
         name: &[u8],
@@ -308,9 +309,13 @@ impl<R: Read> Import<R> {
             Err(Errno::ENOENT) => return Err(absent()),
             opened => opened.map_err(|errno| ImportError::io("open", path, errno))?,
         };
+        let found = fstat(&file).map_err(|errno| ImportError::io("look at", path, errno))?;
+        if found.st_nlink != 1 {
+            return Err(absent());
+        }
         replacing(&mut self.tree, name, path, |tree| {
-            let flags = RenameFlags::RENAME_NOREPLACE;
-            renameat2(contents, number.as_str(), tree.directory(), name, flags)
+            let flags = AtFlags::empty();
+            linkat(contents, number.as_str(), tree.directory(), name, flags)
         })?;
         Ok(file.into())
     }
