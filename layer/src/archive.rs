@@ -12,6 +12,8 @@ use crate::tar_read::{TarEntry, TarReader, TarType};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Bytes that may follow the end: no writer fills up blocks of more.
+const PADDING: u64 = 1 << 20;
 
 /// What a member is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,9 +128,9 @@ impl<R: Read> Archive<R> {
     /// Reads on to the end of the source: what encrypts or compresses it tells damage only there.
     ///
     /// # Errors
-    /// The source cannot be read to its end.
+    /// The source cannot be read to its end, or more follows than any tar's blocks: a few bytes of zstd can be many.
     pub fn finish(&mut self) -> Result<(), ImportError> {
-        self.reader.drain()
+        self.reader.drain(PADDING)
     }
 
     /// Skips what is left of the current member's data.
@@ -214,6 +216,21 @@ mod tests {
         let mut archive = Archive::new(cut);
         let all = std::iter::from_fn(|| archive.next_member().transpose());
         assert!(all.collect::<Result<Vec<_>, _>>().is_err());
+    }
+
+    #[test]
+    fn what_follows_the_end_is_no_more_than_padding() {
+        let mut bytes = tar_of(&[("spec.dump", tar::EntryType::Regular, b"{}")]);
+        let mut finish = |padding: usize| {
+            bytes.resize(bytes.len() + padding, 0);
+            let mut archive = Archive::new(bytes.as_slice());
+            archive.next_member().unwrap().unwrap();
+            assert!(archive.next_member().unwrap().is_none());
+            archive.finish()
+        };
+        finish(1 << 20).unwrap();
+        let error = finish(1 << 20).unwrap_err();
+        assert!(error.to_string().contains("behind the end"), "{error}");
     }
 
     #[test]

@@ -146,7 +146,7 @@ pub fn import_into_upperdir<R: Read>(
         clean_path(&entry.path, &mut path);
         import.apply(&entry, &path)?;
     }
-    import.tar.drain()?;
+    import.tar.drain(u64::MAX)?;
     import.finish(options)
 }
 

@@ -32,6 +32,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// Longest GNU long name; Linux has no limit for a path walked in steps, Go's reader has this one.
 const MAX_LONG_NAME: usize = 1 << 20;
 const NEGATIVE_SIZE: &str = "a size is negative";
+const TOO_MUCH_BEHIND: &str = "much more follows behind the end of the archive";
 
 /// The types of entry that a layer may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -372,11 +373,13 @@ impl<R: Read> TarReader<R> {
         self.data_left -= len as u64;
     }
 
-    /// Reads on to the end of the stream, so that a digest taken over it is that of the whole.
-    pub(crate) fn drain(&mut self) -> Result<(), ImportError> {
+    /// Reads on to the end of the stream, so that a digest taken over it is that of the whole; `most` bytes may follow.
+    pub(crate) fn drain(&mut self, most: u64) -> Result<(), ImportError> {
+        let end = self.offset.saturating_add(most);
         loop {
             match self.input.fill_buf() {
                 Ok([]) => return Ok(()),
+                Ok(_) if self.offset > end => return Err(self.malformed(TOO_MUCH_BEHIND)),
                 Ok(buffer) => {
                     let len = buffer.len();
                     self.input.consume(len);
