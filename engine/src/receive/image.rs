@@ -19,6 +19,8 @@ use crate::image_blobs::tying_labels;
 const REBUILT: &str = "transship/rebuilt";
 /// The longest name of an image, as in the reference grammar of the distribution project.
 const NAME_LIMIT: usize = 255;
+/// Blobs of all images together: containerd is asked for each, and each is looked for among all. An overlay has 500 layers.
+const MOST_BLOBS: usize = 4096;
 
 /// Takes the blobs that this node lacks, and unpacks the images; gives the chain ids of the layers that the copies
 /// get. Without a record and with the lease of `node` gone all of it is garbage.
@@ -31,6 +33,7 @@ pub(super) async fn receive(
     snapshotter: &str,
     listening: Option<Listening>,
 ) -> Result<Vec<String>> {
+    check_count(offered.iter().map(|it| it.blobs.len()).sum())?;
     let mut missing: Vec<String> = Vec::new();
     let mut all_own = Vec::new();
     for it in offered {
@@ -257,6 +260,15 @@ pub(super) async fn record(
     Ok({ node.create_image(&to_record.name, to_record.target()) }.await?)
 }
 
+fn check_count(blobs: usize) -> Result<()> {
+    match blobs > MOST_BLOBS {
+        true => Err(Error::refused(format!(
+            "the images that are offered have {blobs} blobs, and {MOST_BLOBS} are the most"
+        ))),
+        false => Ok(()),
+    }
+}
+
 fn own_name(plain: &str, suffix: &str) -> String {
     let is_reference = !plain.is_empty()
         && plain.len() <= NAME_LIMIT
@@ -305,6 +317,13 @@ mod tests {
         for hostile in ["", "a@sha256:1", "a b", "a\n", &"x".repeat(300)] {
             assert_eq!(own_name(hostile, suffix), "transship/migrated@sha256:0");
         }
+    }
+
+    #[test]
+    fn images_have_so_many_blobs_at_most() {
+        check_count(MOST_BLOBS).unwrap();
+        let error = check_count(MOST_BLOBS + 1).unwrap_err();
+        assert!(error.one_line().contains("4097 blobs"), "{error}");
     }
 
     #[test]
