@@ -50,7 +50,7 @@ use crate::locks::{Lock, lock_for_dump};
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
-use crate::renamed_sockets;
+use crate::renamed_sockets::{self, Named};
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
@@ -601,7 +601,11 @@ impl SourceContainer {
         }
         let images = dir.join(IMAGES_DIR);
         timer_threads::translate(&images).await?;
-        renamed_sockets::rename(&images, self.pid).await
+        let container = Named {
+            pid: self.pid,
+            upperdir: self.stack.top.clone(),
+        };
+        renamed_sockets::rename(&images, container).await
     }
 }
 

@@ -185,13 +185,25 @@ fn a_cgroup_is_restored_or_not(node: &Node) -> anyhow::Result<()> {
 
 /// Also those that were bound under another one.
 fn sockets_are_found_under_their_names(node: &Node) -> anyhow::Result<()> {
-    run(node, "named", &[], &["renamed=/data/a", "linked=/data/b"])?;
-    holds(node, "named", "renamed ok\nlinked ok\n")?;
+    // In the upperdir, and in a mount.
+    let needs = ["renamed", "linked", "moved", "moved", "forgotten"];
+    let paths = ["/data/a", "/data/b", "/data/c", "/dev/shm/d", "/data/e"];
+    let needs: Vec<_> = { needs.iter().zip(paths) }
+        .map(|(need, path)| format!("{need}={path}"))
+        .collect();
+    run(
+        node,
+        "named",
+        &[],
+        &needs.iter().map(String::as_str).collect::<Vec<_>>(),
+    )?;
+    let all = "renamed ok\nlinked ok\nmoved ok\nmoved ok\nforgotten ok\n";
+    holds(node, "named", all)?;
     checkpoint(node, "named", &[])?;
     journey::remove_container(node, "named")?;
     node.shell("transship restore named; transship rm named")
         .run()?;
-    holds(node, "named", "renamed ok\nlinked ok\n")?;
+    holds(node, "named", all)?;
     Ok(journey::remove_container(node, "named")?)
 }
 

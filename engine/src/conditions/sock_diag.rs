@@ -49,6 +49,8 @@ pub(crate) struct UnixSocket {
     pub(crate) peer: Option<u64>,
     /// The low half of the inode of the file that it is bound to, also of one that has no name any more.
     pub(crate) file: Option<u32>,
+    /// Major and minor number of the file system that it is in.
+    pub(crate) device: Option<(u32, u32)>,
     /// Of a listener: the inodes of the other ends of connections that wait to be accepted; 0: it is closed.
     pub(crate) waiting: Vec<u64>,
     /// Bytes that were sent and not read, as the kernel accounts for them.
@@ -130,7 +132,11 @@ fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
     while let (Some(length), Some(name)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
         let value = attributes.get(4..usize::from(length))?;
         match name {
-            ATTRIBUTE_FILE => socket.file = u32_at(value, 0),
+            ATTRIBUTE_FILE => {
+                socket.file = u32_at(value, 0);
+                // As the kernel has it in memory: twelve bits and twenty.
+                socket.device = u32_at(value, 4).map(|it| (it >> 20, it & 0xf_ffff));
+            }
             ATTRIBUTE_PEER => socket.peer = u32_at(value, 0).filter(|it| *it != 0).map(u64::from),
             ATTRIBUTE_ICONS => {
                 let inodes = value.chunks_exact(4).filter_map(|inode| u32_at(inode, 0));

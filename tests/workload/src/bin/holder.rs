@@ -8,7 +8,9 @@
 //!   datagrams=PATH    a unix datagram socket connected to PATH; sends on every tick
 //!   receive=PATH      one bound to PATH; how many bytes have come is in PATH.received
 //!   renamed=PATH      a unix socket that listens there, bound to PATH.new and renamed; is connected to on every tick
-//!   linked=PATH       the same, with PATH linked to PATH.new, and PATH.new removed
+//!   moved=PATH        the same, bound in a directory PATH.d that is removed
+//!   forgotten=PATH    a unix socket that listens, and is connected to; its file PATH/s and PATH are gone
+//!   linked=PATH       the same as renamed, with PATH linked to PATH.new, and PATH.new removed
 //!   tcp=PORT          a connection to itself over localhost; passes a byte on every tick
 //!   echo=ADDRESS      listens there, and sends back what comes
 //!   peer=ADDRESS      a connection to one that does; passes a byte on every tick
@@ -53,6 +55,7 @@ enum Held {
     Datagrams(UnixDatagram),
     Receive(UnixDatagram, String, usize),
     Listens(UnixListener, String),
+    Forgotten(UnixListener, UnixStream, UnixStream),
     Tcp(TcpStream, TcpStream),
     Echo,
     Peer(TcpStream),
@@ -148,6 +151,24 @@ fn take(need: &str) -> io::Result<Held> {
             }
             Held::Listens(listener, value.to_owned())
         }
+        "forgotten" => {
+            fs::create_dir(value)?;
+            let path = format!("{value}/s");
+            let listener = UnixListener::bind(&path)?;
+            let client = UnixStream::connect(&path)?;
+            let server = listener.accept()?.0;
+            fs::remove_file(path)?;
+            fs::remove_dir(value)?;
+            Held::Forgotten(listener, client, server)
+        }
+        "moved" => {
+            let (directory, first) = (format!("{value}.d"), format!("{value}.d/first"));
+            fs::create_dir(&directory)?;
+            let listener = UnixListener::bind(&first)?;
+            fs::rename(first, value)?;
+            fs::remove_dir(directory)?;
+            Held::Listens(listener, value.to_owned())
+        }
         "tcp" => {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port()?))?;
             let client = TcpStream::connect(listener.local_addr()?)?;
@@ -216,6 +237,10 @@ fn check(held: &mut Held) -> io::Result<()> {
             let client = UnixStream::connect(path)?;
             let (server, _) = listener.accept()?;
             pass(&mut &client, &mut &server)
+        }
+        Held::Forgotten(listener, client, server) => {
+            listener.local_addr()?;
+            pass(client, server)
         }
         Held::Tcp(client, server) => pass(client, server),
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
