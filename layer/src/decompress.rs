@@ -66,9 +66,23 @@ impl<R: BufRead> Read for Decompressed<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.decoder {
             Decoder::None(reader) => reader.read(buffer),
-            Decoder::Gzip(reader) => reader.read(buffer),
+            Decoder::Gzip(reader) => reader.read(buffer).map_err(name_foreign_header),
             Decoder::Zstd(reader) => reader.read(buffer).map_err(name_large_window),
         }
+    }
+}
+
+/// Tells a header that another reader may take from damage: RFC 1952 wants flags without a meaning refused, and Go does
+/// not look at them.
+fn name_foreign_header(error: io::Error) -> io::Error {
+    // flate2 tells it by its words alone.
+    if error.to_string() == "invalid gzip header" {
+        io::Error::new(
+            io::ErrorKind::Unsupported,
+            "a gzip header has fields that are not known",
+        )
+    } else {
+        error
     }
 }
 
@@ -187,6 +201,17 @@ mod tests {
             let packed = encoder.finish().unwrap();
             let read = io::copy(&mut decompress(&packed[..]).unwrap(), &mut io::sink());
             assert_eq!(read.err().map(|error| error.kind()), kind, "{window_log}");
+        }
+    }
+
+    #[test]
+    fn a_foreign_header_is_told_from_damage() {
+        let mut reserved = gzip(b"data");
+        reserved[3] |= 0xe0;
+        let second = [gzip(b"first"), reserved.clone()].concat();
+        for packed in [reserved, second] {
+            let read = io::copy(&mut decompress(&packed[..]).unwrap(), &mut io::sink());
+            assert_eq!(read.unwrap_err().kind(), io::ErrorKind::Unsupported);
         }
     }
 

@@ -28,8 +28,6 @@ use crate::tar_read::{TarEntry, TarReader, TarType};
 use crate::upper_tree::{MAX_LINKS, Reached, UpperTree, read_link};
 use crate::xattrs::XattrReader;
 
-/// Prefix of names that aufs kept for itself and that old Docker layers can contain.
-const AUFS_PREFIX: &[u8] = b".wh..wh.";
 /// Piece in which a file of a lower layer is copied.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -102,7 +100,7 @@ pub struct ImportStats {
     pub dropped_xattrs: u64,
     /// Attributes left out because of `skip_unsupported_xattrs`.
     pub unsupported_xattrs: u64,
-    /// Entries that were skipped: aufs' own, what lies below a deleted name, and deletions whose name leads
+    /// Entries that were skipped: what lies below a deleted name, and deletions whose name leads
     /// through a symlink or a file of the same layer (see docs/layers.md).
     pub skipped_entries: u64,
 }
@@ -201,10 +199,7 @@ impl<R: Read> Import<R> {
             if name == OPAQUE_NAME {
                 return self.hide_directory(parent);
             }
-            if name.starts_with(AUFS_PREFIX) && literal.is_none() {
-                self.stats.skipped_entries += 1;
-                return Ok(());
-            }
+            // aufs' own names in old layers of Docker (`.wh..wh.plnk`) are deletions of what nobody has.
             return self.delete_name(parent, &name[WHITEOUT_PREFIX.len()..], path);
         }
         let wanted = WantedAttributes {

@@ -166,7 +166,11 @@ pub(crate) fn parse_time(text: &[u8]) -> Option<Timestamp> {
         Some(dot) => (&text[..dot], &text[dot + 1..]),
         None => (text, &text[..0]),
     };
-    let whole = i64::try_from(parse_decimal(whole)?).ok()?;
+    let whole = parse_decimal(whole)?;
+    let secs = match negative {
+        false => 0_i64.checked_add_unsigned(whole)?,
+        true => 0_i64.checked_sub_unsigned(whole)?,
+    };
     if !fraction.iter().all(u8::is_ascii_digit) {
         return None;
     }
@@ -174,16 +178,16 @@ pub(crate) fn parse_time(text: &[u8]) -> Option<Timestamp> {
     for position in 0..9 {
         nanos = nanos * 10 + u32::from(fraction.get(position).map_or(0, |digit| digit - b'0'));
     }
-    Some(match (negative, nanos) {
-        (false, _) => Timestamp { secs: whole, nanos },
-        (true, 0) => Timestamp {
-            secs: -whole,
-            nanos: 0,
-        },
-        (true, _) => Timestamp {
-            secs: -whole - 1,
+    if !negative || nanos == 0 {
+        return Some(Timestamp { secs, nanos });
+    }
+    Some(match secs.checked_sub(1) {
+        Some(secs) => Timestamp {
+            secs,
             nanos: 1_000_000_000 - nanos,
         },
+        // No time is earlier, and Go takes the record.
+        None => Timestamp { secs, nanos: 0 },
     })
 }
 
@@ -273,7 +277,24 @@ mod tests {
             assert_eq!(parse_time(text.as_bytes()), Some(time), "{text}");
         }
         assert_eq!(parse_time(b"+1"), parse_time(b"1"));
-        for wrong in ["", "-", "+-1", "1.x", "1e3", " 1", "99999999999999999999"] {
+        let first = Timestamp {
+            secs: i64::MIN,
+            nanos: 0,
+        };
+        for text in ["-9223372036854775808", "-9223372036854775808.5"] {
+            assert_eq!(parse_time(text.as_bytes()), Some(first), "{text}");
+        }
+        for wrong in [
+            "",
+            "-",
+            "+-1",
+            "1.x",
+            "1e3",
+            " 1",
+            "9223372036854775808",
+            "-9223372036854775809",
+            "99999999999999999999",
+        ] {
             assert_eq!(parse_time(wrong.as_bytes()), None, "{wrong}");
         }
         assert_eq!(parse_time(b"1.5000000009"), parse_time(b"1.5"));

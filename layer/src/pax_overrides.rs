@@ -14,6 +14,8 @@ use crate::xattrs::{XATTR_MAX, Xattr};
 
 const MALFORMED: &str = "an extended header is malformed";
 const NO_MAP: &str = "a sparse map is none";
+/// The number of no content, which a checkpoint is refused for; in an image the record means nothing.
+const NO_CONTENT: u64 = u64::MAX;
 
 #[derive(Debug, Default)]
 pub(crate) struct PaxOverrides {
@@ -124,8 +126,8 @@ impl PaxOverrides {
                 time()?;
             }
             CONTENT_KEY => {
-                let content = number()?.try_into();
-                self.content = Some(content.map_err(|_| "the number of a content is none")?);
+                let content = parse_integer(value).and_then(|number| u64::try_from(number).ok());
+                self.content = Some(content.unwrap_or(NO_CONTENT));
             }
             NAMES_KEY => self.literal_names = LiteralNames::parse(value),
             _ => {}

@@ -31,6 +31,9 @@ use crate::xattrs::Xattr;
 const BUFFER_BYTES: usize = 1 << 20;
 /// Longest GNU long name; Linux has no limit for a path walked in steps, Go's reader has this one.
 const MAX_LONG_NAME: usize = 1 << 20;
+/// What Linux keeps of the numbers of a device.
+const MAJOR_BITS: u32 = 12;
+const MINOR_BITS: u32 = 20;
 const NEGATIVE_SIZE: &str = "a size is negative";
 const TOO_MUCH_BEHIND: &str = "much more follows behind the end of the archive";
 
@@ -213,7 +216,10 @@ impl<R: Read> TarReader<R> {
         entry.device = (0, 0);
         if matches!(entry.tar_type, TarType::CharDevice | TarType::BlockDevice) {
             let (major, minor) = header.device;
-            entry.device = (self.device_number(major)?, self.device_number(minor)?);
+            entry.device = (
+                self.device_number(major, MAJOR_BITS)?,
+                self.device_number(minor, MINOR_BITS)?,
+            );
         }
         entry.segments = None;
         entry.size = 0;
@@ -480,10 +486,10 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// Linux keeps 12 bits of major and 20 of minor number; more would be cut off to another device.
-    fn device_number(&self, number: i64) -> Result<u64, ImportError> {
+    /// More would be cut off to another device.
+    fn device_number(&self, number: i64, bits: u32) -> Result<u64, ImportError> {
         let number = u64::try_from(number).ok();
-        let number = number.filter(|number| *number < 1 << 20);
+        let number = number.filter(|number| *number < 1 << bits);
         number.ok_or_else(|| self.malformed("a device number is too large"))
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             .into_iter()
             .map(move |tree| Case { what, tree, run })
     });
-    let on_forky: [(_, fn(&Testbed) -> _); 4] = [
+    let on_forky: [(_, fn(&Testbed) -> _); 5] = [
         (
             "differ_builders",
             builders::images_of_other_builders_are_what_stock_makes_of_them,
@@ -51,6 +51,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         (
             "random_layers",
             random_layers::random_stacks_become_the_same_trees,
+        ),
+        (
+            "odd_layers",
+            random_layers::odd_layers_are_taken_as_containerd_takes_them,
         ),
         (
             "long_damaged_layers",

@@ -190,6 +190,16 @@ fn what_go_refuses_is_refused() {
     ] {
         assert!(read(&tar).is_err(), "{what}");
     }
+    // Go takes them, and Linux would cut them off to another device.
+    for (at, number, is_device) in [
+        (329, b"0007777\0", true),
+        (329, b"0010000\0", false),
+        (337, b"3777777\0", true),
+        (337, b"4000000\0", false),
+    ] {
+        let device = with_fields(file(), &[(156, b"3"), (at, number)]);
+        assert_eq!(read(&device).is_ok(), is_device, "{number:?}");
+    }
     // Of equal keys the last one is looked at, and only where an entry follows.
     for records in [
         &[("uid", &b"x"[..]), ("uid", b"7")][..],

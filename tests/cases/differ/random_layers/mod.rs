@@ -11,6 +11,7 @@
 
 mod faults;
 mod headers;
+mod odd;
 mod packing;
 mod seen;
 mod stacks;
@@ -176,8 +177,13 @@ impl Differs<'_> {
             bytes: damage.done_to(blob.bytes),
             ..blob
         }];
-        let walking = self.apply(By::Walking, &blobs, false)?;
-        let ours = self.apply(By::Ours, &blobs, false)?;
+        self.compare_blobs(&blobs)
+    }
+
+    /// The same of blobs that are as they are, one upon the other.
+    fn compare_blobs(&mut self, blobs: &[Blob]) -> anyhow::Result<bool> {
+        let walking = self.apply(By::Walking, blobs, false)?;
+        let ours = self.apply(By::Ours, blobs, false)?;
         let (mut walking, mut ours) = match (walking, ours) {
             (Outcome::Refused(error), Outcome::Tree(..)) => {
                 let reason = error.source.to_string();
@@ -354,6 +360,11 @@ fn in_node(
         comparing.join().map_err(panicked)?
     })?;
     Ok((node, stacks))
+}
+
+pub(super) fn odd_layers_are_taken_as_containerd_takes_them(bed: &Testbed) -> anyhow::Result<()> {
+    in_node(bed, "odd", odd::compare)?;
+    Ok(())
 }
 
 fn compare_stacks(differs: &mut Differs<'_>, cases: usize) -> anyhow::Result<()> {
