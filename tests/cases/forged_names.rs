@@ -63,6 +63,19 @@ const FORGERIES: &[(&str, &str)] = &[
         "link_in_dev('evil', '/proc/self/fd/121/1/root/root/secret'); opens('/dev/evil')",
         "\"/root/secret\" open, which is not in its mounts",
     ),
+    // Of these the kernel asks who has opened them, and that would be CRIU.
+    (
+        "opens('/proc/kmsg')",
+        "\"/proc/kmsg\" open, which takes CAP_SYSLOG",
+    ),
+    (
+        "opens('/proc/1/pagemap')",
+        "/pagemap\" open, which takes CAP_SYS_ADMIN",
+    ),
+    (
+        "link_in_dev('evil', '/proc/kallsyms'); opens('/dev/evil')",
+        "\"/proc/kallsyms\" open, which takes CAP_SYSLOG",
+    ),
     (
         "opens('/data/keep/a', '0x200')",
         "which is to be made or emptied when it is opened",

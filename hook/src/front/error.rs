@@ -274,6 +274,18 @@ pub enum RestoreError {
         /// The file.
         path: PathBuf,
     },
+    /// A file of which the kernel asks who has opened it, and that was CRIU.
+    #[error(
+        "{id:?} was restored with {path:?} open, which takes {needed}, and the process cannot have it; it is removed"
+    )]
+    PrivilegedFile {
+        /// The container.
+        id: String,
+        /// The file.
+        path: PathBuf,
+        /// The capability.
+        needed: &'static str,
+    },
     /// Memory that cannot come when it is touched.
     #[error("the memory cannot be restored lazily: {what}")]
     LazyPages {

@@ -24,6 +24,7 @@ mod moved;
 mod native_restore;
 mod open_files;
 mod pod_connections;
+mod privileged_files;
 mod reason;
 mod restored_cgroup;
 mod rootfs;

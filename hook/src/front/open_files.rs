@@ -1,4 +1,5 @@
-//! What the restored processes have open, before they run: files of the container's own mounts and no others.
+//! What the restored processes have open, before they run: files of the container's own mounts and no others, and none
+//! that they could not have opened.
 //!
 //! CRIU finds files by names, in volumes that others write to meanwhile and in file systems whose links are known when
 //! it has made them. So that a name has led elsewhere shows in what it has led to. A file knows its mount, and a mount is
@@ -8,6 +9,9 @@
 //! /proc/<pid>/mountinfo      <id> <parent> <device> ...      the mounts of the container
 //! /proc/<pid>/fdinfo/<n>     mnt_id: <id>                    the mount of an open file
 //! ```
+//!
+//! Of some files of `/proc` and `/sys` the kernel asks which capabilities those have who opened them, and of nobody who
+//! reads them later (privileged_files.rs). CRIU has them all.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +26,7 @@ use nix::sys::stat::Mode;
 
 use transship_path_error::During as _;
 
-use super::{FrontError, RestoreError};
+use super::{FrontError, RestoreError, privileged_files};
 use crate::descendants;
 
 /// Links that are files of the kernel, whose mount nobody has.
@@ -40,21 +44,32 @@ const OF_KERNEL: [&[u8]; 6] = [
 /// # Errors
 /// It has one, or `/proc` cannot be read.
 pub(super) fn check(id: &str, pid: i32) -> Result<(), FrontError> {
-    match foreign(pid).during("look at", format!("/proc/{pid}"))? {
-        Some(path) => {
-            let id = id.to_owned();
-            Err(RestoreError::ForeignFile { id, path }.into())
+    let id = id.to_owned();
+    match unfit(pid).during("look at", format!("/proc/{pid}"))? {
+        Some((path, Unfit::Foreign)) => Err(RestoreError::ForeignFile { id, path }.into()),
+        Some((path, Unfit::Takes(needed))) => {
+            Err(RestoreError::PrivilegedFile { id, path, needed }.into())
         }
         None => Ok(()),
     }
 }
 
+/// What is wrong with a file that is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unfit {
+    /// It is in none of the process' mounts.
+    Foreign,
+    /// Opening it takes this capability, which the process cannot have.
+    Takes(&'static str),
+}
+
 /// The first file or directory that the process `root`, or one below it, has open, mapped, or for its root, and that
-/// is in none of its mounts. Descriptors of pipes, sockets, terminals and devices may be the runtime's.
+/// is in none of its mounts, or could not be opened by it. Descriptors of pipes, sockets, terminals and devices may be
+/// the runtime's.
 ///
 /// # Errors
 /// `/proc` cannot be read.
-fn foreign(root: i32) -> io::Result<Option<PathBuf>> {
+fn unfit(root: i32) -> io::Result<Option<(PathBuf, Unfit)>> {
     for pid in descendants::tree(root)? {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let mounts = match mounts(&proc) {
@@ -65,10 +80,13 @@ fn foreign(root: i32) -> io::Result<Option<PathBuf>> {
         let Some(mounts) = mounts else {
             continue;
         };
+        let Some(bounds) = unless_gone(privileged_files::bounding_set(&proc))? else {
+            continue;
+        };
         for link in links(&proc)? {
-            let found = unless_gone(is_foreign(&link, &proc, &mounts))?;
-            if found == Some(true) {
-                return fs::read_link(&link).map(Some);
+            let found = unless_gone(look_at(&link, &proc, &mounts, bounds))?.flatten();
+            if let Some(unfit) = found {
+                return fs::read_link(&link).map(|path| Some((path, unfit)));
             }
         }
     }
@@ -97,16 +115,31 @@ fn links(proc: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(links)
 }
 
-fn is_foreign(link: &Path, proc: &Path, mounts: &BTreeSet<u64>) -> io::Result<bool> {
+/// What is wrong with the file that a link of the process at `proc` leads to.
+fn look_at(
+    link: &Path,
+    proc: &Path,
+    mounts: &BTreeSet<u64>,
+    bounds: u64,
+) -> io::Result<Option<Unfit>> {
     let target = fs::read_link(link)?;
-    let target = target.as_os_str().as_bytes();
-    if !target.starts_with(b"/") || OF_KERNEL.iter().any(|it| target.starts_with(it)) {
-        return Ok(false);
+    let bytes = target.as_os_str().as_bytes();
+    if !bytes.starts_with(b"/") || OF_KERNEL.iter().any(|it| bytes.starts_with(it)) {
+        return Ok(None);
     }
     let found = fs::metadata(link)?;
     if !found.is_file() && !found.is_dir() {
-        return Ok(false);
+        return Ok(None);
     }
+    if is_foreign(link, proc, mounts)? {
+        return Ok(Some(Unfit::Foreign));
+    }
+    let needed = privileged_files::taken_to_open(link, &target)?;
+    let lacking = needed.filter(|needed| bounds & needed.bit == 0);
+    Ok(lacking.map(|needed| Unfit::Takes(needed.name)))
+}
+
+fn is_foreign(link: &Path, proc: &Path, mounts: &BTreeSet<u64>) -> io::Result<bool> {
     let info = match link.parent().is_some_and(|dir| dir.ends_with("fd")) {
         true => {
             let number = link.file_name().unwrap_or_default();
@@ -142,11 +175,14 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let link = proc.join(format!("fd/{}", file.as_raw_fd()));
         let own = mounts(proc).unwrap();
-        assert!(!is_foreign(&link, proc, &own).unwrap());
-        assert!(is_foreign(&link, proc, &BTreeSet::new()).unwrap());
-        assert!(is_foreign(&proc.join("exe"), proc, &BTreeSet::new()).unwrap());
+        let none = BTreeSet::new();
+        let look_at = |link: &Path, mounts| look_at(link, proc, mounts, 0).unwrap();
+        assert_eq!(look_at(&link, &own), None);
+        assert_eq!(look_at(&link, &none), Some(Unfit::Foreign));
+        let exe = proc.join("exe");
+        assert_eq!(look_at(&exe, &none), Some(Unfit::Foreign));
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         let pipe = proc.join(format!("fd/{}", pipe.as_raw_fd()));
-        assert!(!is_foreign(&pipe, proc, &BTreeSet::new()).unwrap());
+        assert_eq!(look_at(&pipe, &none), None);
     }
 }
