@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::containerd::PAUSE_IMAGE;
 use crate::run::CommandRun as _;
 use crate::{Node, Settings, TestbedError, Workload};
-use transship_digest::sha256_hex;
+use transship_digest::{oci_digest, sha256_hex};
 use transship_path_error::During as _;
 
 /// Applets of busybox that tests use inside of containers.
@@ -72,7 +72,7 @@ impl LayerBlob {
     fn plain(content: Vec<u8>) -> LayerBlob {
         LayerBlob {
             media_type: LAYER.to_owned(),
-            diff_id: format!("sha256:{}", sha256_hex(&content)),
+            diff_id: oci_digest(&content),
             annotations: BTreeMap::new(),
             content,
         }
@@ -249,7 +249,7 @@ impl Image {
         self.layers.push(LayerBlob {
             content,
             media_type: format!("{LAYER}{suffix}"),
-            diff_id: format!("sha256:{}", sha256_hex(plain)),
+            diff_id: oci_digest(plain),
             annotations: BTreeMap::new(),
         });
         self
@@ -404,7 +404,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 fn blob(media_type: &str, content: &[u8]) -> serde_json::Value {
     json!({
         "mediaType": media_type,
-        "digest": format!("sha256:{}", sha256_hex(content)),
+        "digest": oci_digest(content),
         "size": content.len(),
     })
 }

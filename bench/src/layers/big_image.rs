@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use containerd_client::types::Descriptor;
 use serde_json::json;
-use transship_digest::Sha256;
+use transship_digest::{Hashed, oci_digest};
 
 use crate::namespace::TAR;
 
@@ -48,9 +48,14 @@ impl BigImage {
     /// Writes the archive; gives the descriptor of the lowest layer.
     pub(super) fn write_archive(self, path: &Path) -> Result<Descriptor> {
         let layers = (0..self.layers).map(|layer| {
-            let mut hash = Hashing::default();
-            self.write_layer(layer, &mut hash)?;
-            Ok(hash.blob(TAR))
+            let mut layer_bytes = Hashed::new(io::sink());
+            self.write_layer(layer, &mut layer_bytes)?;
+            let (_, written) = layer_bytes.finish();
+            Ok(Blob {
+                media_type: TAR,
+                digest: format!("sha256:{}", written.sha256),
+                size: written.size,
+            })
         });
         let layers: io::Result<Vec<_>> = layers.collect();
         let layers = layers.context("cannot make the layers")?;
@@ -171,10 +176,11 @@ struct Blob {
 
 impl Blob {
     fn of(content: &[u8], media_type: &'static str) -> Blob {
-        let mut hash = Hashing::default();
-        hash.hash.update(content);
-        hash.size = content.len() as u64;
-        hash.blob(media_type)
+        Blob {
+            media_type,
+            digest: oci_digest(content),
+            size: content.len() as u64,
+        }
     }
 
     fn path(&self) -> String {
@@ -183,35 +189,6 @@ impl Blob {
 
     fn json(&self) -> serde_json::Value {
         json!({ "mediaType": self.media_type, "digest": self.digest, "size": self.size })
-    }
-}
-
-/// Keeps the digest and the length of what is written, and nothing else.
-#[derive(Debug, Default)]
-struct Hashing {
-    hash: Sha256,
-    size: u64,
-}
-
-impl Hashing {
-    fn blob(self, media_type: &'static str) -> Blob {
-        Blob {
-            media_type,
-            digest: format!("sha256:{}", self.hash.finish_hex()),
-            size: self.size,
-        }
-    }
-}
-
-impl Write for Hashing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.hash.update(bytes);
-        self.size += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -43,10 +43,14 @@ const SYSLOG: Needed = Needed {
 /// # Errors
 /// The file system cannot be told.
 pub(super) fn taken_to_open(link: &Path, target: &Path) -> io::Result<Option<Needed>> {
-    let kind = statfs(link)?.filesystem_type();
-    Ok(match kind {
-        PROC_SUPER_MAGIC => in_proc(target),
-        SYSFS_MAGIC => in_sysfs(target),
+    let (of_proc, of_sysfs) = (in_proc(target), in_sysfs(target));
+    // Nearly all files have other names, and are asked no further.
+    if of_proc.is_none() && of_sysfs.is_none() {
+        return Ok(None);
+    }
+    Ok(match statfs(link)?.filesystem_type() {
+        PROC_SUPER_MAGIC => of_proc,
+        SYSFS_MAGIC => of_sysfs,
         _ => None,
     })
 }

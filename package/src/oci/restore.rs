@@ -8,7 +8,7 @@ use std::path::Path;
 
 use transship_checkpoint::manifest::{self, MANIFEST_LIMIT, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
-use transship_digest::{Sha256, sha256_hex};
+use transship_digest::{Hashed, sha256_hex};
 use transship_layer::Archive;
 use transship_path_error::During as _;
 
@@ -300,14 +300,9 @@ fn no_checkpoint(tag: &str) -> PackageError {
 }
 
 fn digest_of_file(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let (mut hasher, mut piece) = (Sha256::new(), vec![0; 256 << 10]);
-    loop {
-        match file.read(&mut piece)? {
-            0 => return Ok(hasher.finish_hex()),
-            read => hasher.update(&piece[..read]),
-        }
-    }
+    let (mut file, mut piece) = (Hashed::new(File::open(path)?), vec![0; 256 << 10]);
+    while file.read(&mut piece)? > 0 {}
+    Ok(file.finish().1.sha256)
 }
 
 fn no_small_files() -> PackageError {
