@@ -179,6 +179,10 @@ fn with(pointer: &str, value: Value) -> Value {
 #[test]
 fn the_same_is_admitted_as_it_is() {
     assert_eq!(admission(&restored(), &spec()), Admission::default());
+    // SCHED_BATCH with SCHED_RESET_ON_FORK takes no capability.
+    let mut batch = restored();
+    batch.threads[0].policy = 0x4000_0003;
+    assert_eq!(admission(&batch, &spec()), Admission::default());
 }
 
 /// What changes in the images, and what is said of it.

@@ -12,6 +12,8 @@ use super::{Admission, Environment, Refusal};
 
 /// `SECBIT_KEEP_CAPS` and its lock: all that a process can set without a capability.
 const FREE_SECUREBITS: u32 = 1 << 4;
+/// What a thread with `SCHED_RESET_ON_FORK` has besides its policy: its children have less, so anybody may set it.
+const RESET_ON_FORK: u32 = 0x4000_0000;
 /// `SCHED_OTHER`, `SCHED_BATCH`, `SCHED_IDLE`.
 const FREE_POLICIES: [u32; 3] = [0, 3, 5];
 
@@ -110,7 +112,7 @@ fn compare_scheduling(
     if allowed.has_scheduler || allowed.capabilities.has(SYS_NICE) {
         return;
     }
-    let what = if !FREE_POLICIES.contains(&thread.policy) {
+    let what = if !FREE_POLICIES.contains(&(thread.policy & !RESET_ON_FORK)) {
         format!("the scheduling policy {}", thread.policy)
     } else if thread.nice < here.nice.min(0) {
         format!("the nice value {}", thread.nice)
