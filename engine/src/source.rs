@@ -545,7 +545,7 @@ impl SourceContainer {
             dumped = &mut run => {
                 let layer = layer(started.elapsed()).await;
                 let finished = match (&dumped, layer) {
-                    (Ok(()), Ok(layer)) => self.finish_images(&dir).await.map(|()| layer),
+                    (Ok(()), Ok(layer)) => self.finish_images(&dir, pids).await.map(|()| layer),
                     (_, layer) => layer,
                 };
                 (dumped, finished)
@@ -554,7 +554,7 @@ impl SourceContainer {
                 // While CRIU waits, and ends.
                 let finish = async {
                     let layer = layer(started.elapsed()).await?;
-                    self.finish_images(&dir).await?;
+                    self.finish_images(&dir, pids).await?;
                     hold.into_iter().for_each(|hold| hold.complete(layer.clone()));
                     Ok(layer)
                 };
@@ -588,7 +588,7 @@ impl SourceContainer {
     }
 
     /// What is done to the images when CRIU has written them.
-    async fn finish_images(&self, dir: &Path) -> Result<()> {
+    async fn finish_images(&self, dir: &Path, pids: &[u32]) -> Result<()> {
         // Its last lines have had the time of the dump to get there.
         if let Some(log) = &self.log
             && let Err(error) = keep_log(log, dir)
@@ -600,7 +600,7 @@ impl SourceContainer {
             );
         }
         let images = dir.join(IMAGES_DIR);
-        timer_threads::translate(&images).await?;
+        timer_threads::translate(&images, pids).await?;
         let container = Named {
             pid: self.pid,
             upperdir: self.stack.top.clone(),

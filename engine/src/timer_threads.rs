@@ -1,5 +1,12 @@
 //! Timers that signal one thread, in the images of a dump whose container still stands still.
+//!
+//! ```text
+//!  /proc/PID/timers    ID: 3
+//!                      notify: signal/tid.4711 --> /proc/4711/status: NSpid ... 7
+//! ```
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use procfs::process::{Process, Status};
@@ -7,28 +14,59 @@ use transship_checkpoint::criu_images::thread_timers::translate_threads;
 
 use crate::error::{Context, Error, Result};
 
-/// Names the threads as the container knows them.
+/// A process as the container knows it, and one of its timers.
+type Timer = (u32, u64);
+
+/// Names the threads that timers of these processes signal as the container knows them.
 ///
 /// # Errors
 /// The images cannot be read or replaced.
-pub(crate) async fn translate(images: &Path) -> Result<()> {
-    let dir = images.to_path_buf();
-    let translated = tokio::task::spawn_blocking(move || translate_threads(&dir, inside)).await?;
+pub(crate) async fn translate(images: &Path, pids: &[u32]) -> Result<()> {
+    let (dir, pids) = (images.to_path_buf(), pids.to_vec());
+    let translated = tokio::task::spawn_blocking(move || {
+        let known: BTreeMap<Timer, u32> = pids.into_iter().flat_map(timers).collect();
+        translate_threads(&dir, |process, timer| known.get(&(process, timer)).copied())
+    });
     let failed = || format!("cannot edit the timers in {}", images.display());
-    translated.map_err(Error::caused_by).with_context(failed)
+    translated
+        .await?
+        .map_err(Error::caused_by)
+        .with_context(failed)
 }
 
-/// The thread's id in the container, if it is a thread of the process that has `process` as its id
-/// there: a CRIU that translates by itself must not be corrected.
-fn inside(process: u32, thread: u32) -> Option<u32> {
-    let of_thread = status(thread.cast_signed())?;
-    let of_process = status(of_thread.tgid)?;
-    let (process_inside, thread_inside) = (innermost(&of_process)?, innermost(&of_thread)?);
-    (process_inside == process).then_some(thread_inside)
+/// The timers of a process that signal one thread, with the thread's id in the container.
+fn timers(pid: u32) -> Vec<(Timer, u32)> {
+    // A zombie has none.
+    let text = fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default();
+    let told = threads(&text);
+    let process = (!told.is_empty()).then(|| inside(pid)).flatten();
+    let named = |process| {
+        let inside = |(timer, thread)| Some(((process, timer), inside(thread)?));
+        told.into_iter().filter_map(inside).collect()
+    };
+    process.map(named).unwrap_or_default()
 }
 
-fn status(id: i32) -> Option<Status> {
-    Process::new(id).ok()?.status().ok()
+/// Timers and threads in `/proc/PID/timers`.
+fn threads(text: &str) -> Vec<(u64, u32)> {
+    let mut timer = None;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        if let Some(id) = line.strip_prefix("ID: ") {
+            timer = id.parse().ok();
+        } else if let Some((_, thread)) = line
+            .strip_prefix("notify: ")
+            .and_then(|how| how.split_once("/tid."))
+        {
+            found.extend(timer.zip(thread.parse().ok()));
+        }
+    }
+    found
+}
+
+/// The id of a process or thread in its container.
+fn inside(id: u32) -> Option<u32> {
+    innermost(&Process::new(id.cast_signed()).ok()?.status().ok()?)
 }
 
 /// The id in the namespace of the thread itself, when that is not the one of who asks.
@@ -43,10 +81,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_no_namespace_of_its_own_is_left() {
+    fn timers_of_threads_are_told_from_others() {
+        let text = "ID: 0\nsignal: 34/0000000000000000\nnotify: signal/pid.4711\nClockID: 1\n\
+                    ID: 12\nsignal: 34/0000000000000000\nnotify: signal/tid.4712\nClockID: 1\n\
+                    ID: 13\nsignal: 0/0000000000000000\nnotify: none/pid.4711\nClockID: 0\n";
+        assert_eq!(threads(text), [(12, 4712)]);
+        assert_eq!(threads(""), []);
+        assert_eq!(
+            threads("notify: signal/tid.4712\nID: x\nnotify: signal/tid.1\n"),
+            []
+        );
+    }
+
+    #[test]
+    fn a_program_without_timers_has_none() {
         let own = std::process::id();
-        let nested = status(own.cast_signed()).and_then(|status| innermost(&status));
-        assert_eq!(inside(own, own), nested.filter(|id| *id == own));
-        assert_eq!(inside(own, u32::MAX), None);
+        assert_eq!(timers(own), []);
+        assert_eq!(timers(u32::MAX), []);
+        assert_eq!(inside(u32::MAX), None);
     }
 }

@@ -48,7 +48,7 @@ pub(crate) fn core(data: &[u8]) {
     alone("core-7.img", data, |dir| {
         let _ids = tasks::ids(dir);
         let _stopped = tasks::stopped(dir);
-        let _translated = thread_timers::translate_threads(dir, |pid, tid| tid.checked_sub(pid));
+        let _translated = thread_timers::translate_threads(dir, |pid, _| pid.checked_sub(1));
         let Some(thread) = threads::threads(dir).ok().and_then(|mut all| all.pop()) else {
             return;
         };

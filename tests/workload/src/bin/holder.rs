@@ -17,7 +17,7 @@
 //!   in-flight=PORT    a connection to itself that it never accepts
 //! ```
 //!
-//! and those of `rare`, which CRIU cannot dump, and of `odd`, which it restores as something else.
+//! and those of `rare`, which CRIU cannot dump, of `odd`, which it restores as something else, and of `shared`.
 //!
 //! On every tick it replaces `/data/state`, a line a need and the number of the tick last:
 //!
@@ -42,6 +42,8 @@ use nix::fcntl::{Flock, FlockArg};
 mod odd;
 #[path = "holder/rare.rs"]
 mod rare;
+#[path = "holder/shared.rs"]
+mod shared;
 
 const TICK: Duration = Duration::from_millis(50);
 /// How long an answer may take.
@@ -65,6 +67,7 @@ enum Held {
     ),
     Rare(rare::Rare),
     Odd(odd::Odd),
+    Shared(shared::Shared),
 }
 
 fn main() -> ExitCode {
@@ -194,13 +197,16 @@ fn take(need: &str) -> io::Result<Held> {
             let client = TcpStream::connect(listener.local_addr()?)?;
             Held::InFlight(listener, client)
         }
-        _ => match rare::take(name, value)? {
-            Some(rare) => Held::Rare(rare),
-            None => match odd::take(name, value)? {
-                Some(odd) => Held::Odd(odd),
-                None => return Err(io::Error::other(format!("unknown need {need}"))),
-            },
-        },
+        _ => {
+            let unknown = || io::Error::other(format!("unknown need {need}"));
+            if let Some(rare) = rare::take(name, value)? {
+                Held::Rare(rare)
+            } else if let Some(odd) = odd::take(name, value)? {
+                Held::Odd(odd)
+            } else {
+                Held::Shared(shared::take(name)?.ok_or_else(unknown)?)
+            }
+        }
     })
 }
 
@@ -246,6 +252,7 @@ fn check(held: &mut Held) -> io::Result<()> {
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
         Held::Rare(rare) => rare::check(rare),
         Held::Odd(odd) => odd::check(odd),
+        Held::Shared(shared) => shared::check(shared),
     }
 }
 

@@ -43,7 +43,7 @@ use nix::sys::socket::sockopt::{TcpCongestion, TcpUserTimeout};
 use nix::sys::socket::{getsockopt, setsockopt};
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const NAMED_DELETED: &str = "/data/x (deleted)";
 const CORE_FILTER: &str = "/proc/self/coredump_filter";
 const USER_TIMEOUT: u32 = 30_000;
@@ -192,7 +192,7 @@ pub(super) fn check(odd: &Odd) -> io::Result<()> {
 /// Of Linux 6.10 and later; libc does not name it everywhere.
 const SYS_MSEAL: c_long = 462;
 
-fn call(number: c_long, arguments: [c_long; 5]) -> io::Result<c_long> {
+pub(super) fn call(number: c_long, arguments: [c_long; 5]) -> io::Result<c_long> {
     let [a, b, c, d, e] = arguments;
     // SAFETY: plain numbers; the memory that some of them are addresses of is the kernel's or lives as long as the program.
     let answer = unsafe { libc::syscall(number, a, b, c, d, e) };
@@ -202,7 +202,7 @@ fn call(number: c_long, arguments: [c_long; 5]) -> io::Result<c_long> {
 }
 
 /// The address of a new page.
-fn page() -> io::Result<c_long> {
+pub(super) fn page() -> io::Result<c_long> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping at an address that the kernel chooses.
     let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, libc::PROT_READ, flags, -1, 0) };

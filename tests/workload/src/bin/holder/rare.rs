@@ -9,7 +9,6 @@
 //!   watch=PATH        inotify; how many bytes of events have come is in /data/events
 //!   semaphore         memory of a named semaphore, opened as glibc does in the process that makes it
 //!   opened-semaphore  the same, opened by its name
-//!   thread-timer      a POSIX timer that signals a thread
 //!   queue=/NAME       a POSIX message queue
 //!   device=PATH       an open device
 //!   shared-code       shared memory that can be executed and not written, before all other code
@@ -72,7 +71,6 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
             let file = OpenOptions::new().read(true).write(true).open(SEMAPHORE)?;
             return Ok(Some(Rare::Semaphore(mapped(&file)?)));
         }
-        "thread-timer" => Box::new(thread_timer()?),
         "queue" => Box::new(queue(value)?),
         "device" => Box::new(File::open(value)?),
         "shared-code" => Box::new(shared_code()?),
@@ -219,21 +217,6 @@ fn mapped(file: &File) -> io::Result<*mut u8> {
     match memory == libc::MAP_FAILED {
         true => Err(io::Error::last_os_error()),
         false => Ok(memory.cast()),
-    }
-}
-
-fn thread_timer() -> io::Result<usize> {
-    // SAFETY: all zeros are a valid `sigevent`.
-    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
-    event.sigev_notify = libc::SIGEV_THREAD_ID;
-    event.sigev_signo = libc::SIGRTMIN();
-    // SAFETY: a plain number.
-    event.sigev_notify_thread_id = unsafe { libc::gettid() };
-    let mut timer: libc::timer_t = std::ptr::null_mut();
-    // SAFETY: both live until the call comes back.
-    match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {
-        0 => Ok(timer as usize),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,0 +1,189 @@
+//! What processes and threads share, or do not, otherwise than fork and pthreads make it, and files that CRIU cannot
+//! tell from others.
+//!
+//! ```text
+//!   thread-timer      a POSIX timer that signals the first thread; waits for it on every tick
+//!   exit-signal       a child that sends SIGUSR1 at its end
+//!   speculation       no speculative store bypass
+//!   thread-directory  a thread with a directory of its own
+//!   thread-files      a thread with descriptors of its own
+//!   locked-on-fault   memory that is locked when it is touched
+//!   shared-directory  a child that shares its directory
+//!   epoll-target      an epoll that waits for a file which only its child has still open
+//!   credentials       a message with credentials that it does not read
+//!   long-path         a directory with a path of more than 4095 bytes
+//!   chroot            another root
+//! ```
+
+#![expect(
+    unsafe_code,
+    reason = "these calls have no safe wrapper; what they make lives as long as the program"
+)]
+
+use std::any::Any;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::raw::c_long;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::sync::mpsc;
+
+use nix::libc;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::odd::{PAGE, call, page};
+
+/// The timer's: nothing else uses it here.
+const TIMER_SIGNAL: i32 = libc::SIGUSR2;
+
+/// What is held, and what a tick does with it.
+pub(super) enum Shared {
+    Held(#[expect(dead_code, reason = "it is held")] Box<dyn Any>),
+    Timer,
+}
+
+/// None for a need that is none of these.
+pub(super) fn take(name: &str) -> io::Result<Option<Shared>> {
+    let held: Box<dyn Any> = match name {
+        "thread-timer" => {
+            thread_timer()?;
+            return Ok(Some(Shared::Timer));
+        }
+        "exit-signal" => Box::new(cloned(libc::SIGUSR1)?),
+        "speculation" => {
+            // PR_SET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, PR_SPEC_DISABLE
+            Box::new(call(libc::SYS_prctl, [53, 0, 4, 0, 0])?)
+        }
+        "thread-directory" => Box::new(thread_with(libc::CLONE_FS, || {
+            std::env::set_current_dir("/usr")
+        })?),
+        "thread-files" => Box::new(thread_with(libc::CLONE_FILES, || {
+            File::open("/").map(std::mem::forget)
+        })?),
+        "locked-on-fault" => {
+            // MLOCK_ONFAULT
+            let length = PAGE.cast_signed() as c_long;
+            Box::new(call(libc::SYS_mlock2, [page()?, length, 1, 0, 0])?)
+        }
+        "shared-directory" => Box::new(cloned(libc::CLONE_FS | libc::SIGCHLD)?),
+        "epoll-target" => Box::new(waits_for_what_is_closed()?),
+        "credentials" => {
+            let (sender, receiver) = UnixStream::pair()?;
+            setsockopt(&receiver, sockopt::PassCred, &true)?;
+            { &sender }.write_all(b"x")?;
+            Box::new((sender, receiver))
+        }
+        "long-path" => {
+            let name = "d".repeat(200);
+            for _ in 0..22 {
+                fs::create_dir(&name)?;
+                std::env::set_current_dir(&name)?;
+            }
+            Box::new(())
+        }
+        "chroot" => {
+            fs::create_dir_all("/data/data")?;
+            std::os::unix::fs::chroot("/data")?;
+            Box::new(std::env::set_current_dir("/")?)
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(Shared::Held(held)))
+}
+
+pub(super) fn check(shared: &Shared) -> io::Result<()> {
+    match shared {
+        Shared::Held(_) => Ok(()),
+        Shared::Timer => {
+            let mut signals = SigSet::empty();
+            signals.add(TIMER_SIGNAL.try_into()?);
+            // One that has come while nobody waited, or the next.
+            Ok(signals.wait().map(drop)?)
+        }
+    }
+}
+
+fn thread_timer() -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(TIMER_SIGNAL.try_into()?);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
+    // SAFETY: all zeros are a valid `sigevent`.
+    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+    event.sigev_notify = libc::SIGEV_THREAD_ID;
+    event.sigev_signo = TIMER_SIGNAL;
+    // SAFETY: a plain number.
+    event.sigev_notify_thread_id = unsafe { libc::gettid() };
+    let every = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 10_000_000,
+    };
+    let times = libc::itimerspec {
+        it_interval: every,
+        it_value: every,
+    };
+    let mut timer: libc::timer_t = std::ptr::null_mut();
+    // SAFETY: all of them live until the calls come back.
+    let answer = unsafe {
+        match libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) {
+            0 => libc::timer_settime(timer, 0, &raw const times, std::ptr::null_mut()),
+            failed => failed,
+        }
+    };
+    match answer {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A child that sleeps, and has or does what `flags` say.
+fn cloned(flags: i32) -> io::Result<c_long> {
+    // As fork: with its own copy of the stack.
+    let child = call(libc::SYS_clone, [flags.into(), 0, 0, 0, 0])?;
+    if child == 0 {
+        loop {
+            std::thread::park();
+        }
+    }
+    Ok(child)
+}
+
+/// A thread that leaves what `shared` says, does something and sleeps.
+fn thread_with(
+    shared: i32,
+    act: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<()> {
+    let (told, tells) = mpsc::channel();
+    std::thread::Builder::new().spawn(move || {
+        let left = call(libc::SYS_unshare, [shared.into(), 0, 0, 0, 0]);
+        // Who asked waits for it.
+        told.send(left.and_then(|_| act())).ok();
+        loop {
+            std::thread::park();
+        }
+    })?;
+    tells.recv().map_err(io::Error::other)?
+}
+
+fn waits_for_what_is_closed() -> io::Result<(c_long, io::PipeWriter)> {
+    let (reader, writer) = io::pipe()?;
+    let epoll = call(libc::SYS_epoll_create1, [0; 5])?;
+    let mut event = libc::epoll_event {
+        events: libc::EPOLLIN.cast_unsigned(),
+        u64: 0,
+    };
+    let of = i32::try_from(epoll).map_err(io::Error::other)?;
+    // SAFETY: the event lives until the call comes back.
+    let added =
+        unsafe { libc::epoll_ctl(of, libc::EPOLL_CTL_ADD, reader.as_raw_fd(), &raw mut event) };
+    if added != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The child has a descriptor of the pipe; this process has none when it is dropped.
+    Command::new("/proc/self/exe")
+        .arg("asleep")
+        .stdin(reader)
+        .spawn()?;
+    Ok((epoll, writer))
+}
