@@ -9,6 +9,7 @@
 //!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
 //!     |       |--> descriptors           what fdinfo tells of them
 //!     |       |--> programs, memory       what they have set for themselves and CRIU does not restore
+//!     |       |--> task_state             the same of single threads, and how processes were made
 //!     |       |--> message_queues, namespaces, privileges, keyring, multicast, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
@@ -45,6 +46,7 @@ mod programs;
 mod read_only_root;
 pub(crate) mod sock_diag;
 mod sockets;
+mod task_state;
 mod unix_backlog;
 mod watches;
 
@@ -196,6 +198,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(devices::hits(&processes));
     hits.extend(descriptors::hits(&processes));
     hits.extend(programs::hits(&processes));
+    hits.extend(task_state::hits(subject.init, &processes));
     hits.extend(memory::hits(&processes));
     hits.extend(keyring::hits(subject));
     let owned = sockets::owned(&processes);

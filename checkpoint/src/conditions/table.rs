@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 62] = [
+pub static CONDITIONS: [Condition; 72] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -349,6 +349,38 @@ pub static CONDITIONS: [Condition; 62] = [
         criu_says: &[],
     },
     Condition {
+        name: "exit-signal",
+        effect: Effect::Changes,
+        what: "processes that were made to send another signal than SIGCHLD at their end (clone) come back with SIGCHLD",
+        remedy: "let the program make them by fork",
+        seen: "/proc/PID/stat",
+        criu_says: &[],
+    },
+    Condition {
+        name: "speculation",
+        effect: Effect::Changes,
+        what: "mitigations against speculative execution that its threads have asked for (PR_SET_SPECULATION_CTRL) are off again",
+        remedy: "let the kernel mitigate for all programs (boot with spec_store_bypass_disable=on and spectre_v2_user=on), on both nodes",
+        seen: "/proc/PID/task/TID/status: Speculation_Store_Bypass, SpeculationIndirectBranch",
+        criu_says: &[],
+    },
+    Condition {
+        name: "thread-directory",
+        effect: Effect::Changes,
+        what: "threads with a working directory, root or umask of their own (unshare of CLONE_FS) come back with those of their process",
+        remedy: "let the program use processes instead, or paths relative to open directories",
+        seen: "/proc/PID/task/TID/cwd, root, status: Umask",
+        criu_says: &[],
+    },
+    Condition {
+        name: "thread-descriptors",
+        effect: Effect::Changes,
+        what: "threads with descriptors of their own (unshare of CLONE_FILES) come back with those of their process",
+        remedy: "let the program use processes instead",
+        seen: "/proc/PID/task/TID/fd",
+        criu_says: &[],
+    },
+    Condition {
         name: "eventfd-semaphore",
         effect: Effect::Changes,
         what: "its eventfds that count down one by one (EFD_SEMAPHORE) come back as ordinary ones, which are emptied by one read",
@@ -370,6 +402,14 @@ pub static CONDITIONS: [Condition; 62] = [
         what: "memory that was sealed (mseal) comes back unsealed",
         remedy: "start the program so that it seals none",
         seen: "/proc/PID/smaps: VmFlags sl",
+        criu_says: &[],
+    },
+    Condition {
+        name: "locked-on-fault",
+        effect: Effect::Changes,
+        what: "memory that is locked when it is touched (mlock2 with MLOCK_ONFAULT) comes back locked, and filled, as a whole",
+        remedy: "lock memory as a whole (mlock), or not at all",
+        seen: "/proc/PID/smaps: VmFlags lf",
         criu_says: &[],
     },
     Condition {
@@ -395,6 +435,51 @@ pub static CONDITIONS: [Condition; 62] = [
         remedy: "let the program keep secrets elsewhere",
         seen: "/proc/keys: _ses.ID",
         criu_says: &[],
+    },
+    Condition {
+        name: "shared-state",
+        effect: Effect::NoDump,
+        what: "some of its processes share memory, directories, descriptors or signal handlers (clone with CLONE_VM or CLONE_FS; vfork does for a moment)",
+        remedy: "try again, or let the program use threads or fork",
+        seen: "",
+        criu_says: &[
+            "Can't make VM id for",
+            "Can't make FS id for",
+            "Can't make FILES id for",
+            "Can't make IO id for",
+        ],
+    },
+    Condition {
+        name: "epoll-target",
+        effect: Effect::NoDump,
+        what: "an epoll waits for a file that its process has closed and another one still has open",
+        remedy: "let the program remove it from the epoll (EPOLL_CTL_DEL) before it closes it",
+        seen: "",
+        criu_says: &["Dump eventpoll"],
+    },
+    Condition {
+        name: "queued-credentials",
+        effect: Effect::NoDump,
+        what: "messages with credentials (SO_PASSCRED) wait to be read from a unix socket",
+        remedy: "let the program read them: try again",
+        seen: "",
+        criu_says: &["Control messages in queue"],
+    },
+    Condition {
+        name: "long-path",
+        effect: Effect::NoDump,
+        what: "the path of a working directory or an open file is longer than CRIU can read (4095 bytes)",
+        remedy: "let the program leave it, or use shorter names",
+        seen: "",
+        criu_says: &["File name too long"],
+    },
+    Condition {
+        name: "chroot",
+        effect: Effect::NoDump,
+        what: "its first process has changed its root (chroot) to a directory that is no mount",
+        remedy: "mount the directory over itself before the chroot, or make it the root file system of the container",
+        seen: "",
+        criu_says: &["'s mountinfo"],
     },
     Condition {
         name: "file-locks",

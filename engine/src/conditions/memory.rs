@@ -1,9 +1,10 @@
-//! Properties of memory that CRIU does not restore: protection keys, seals, NUMA policies.
+//! Properties of memory that CRIU does not restore: protection keys, seals, locks of what is touched, NUMA policies.
 //!
 //! ```text
 //!  /proc/PID/smaps       7f1a..-7f1b.. rw-p ...
 //!                        ProtectionKey:         1      pkey_mprotect(2), where the processor has keys
 //!                        VmFlags: rd mr mw me sl       mseal(2), Linux 6.10 and later; the kernel may seal its own
+//!                        VmFlags: rd mr mw me lo lf    mlock2(2) with MLOCK_ONFAULT
 //!  /proc/PID/numa_maps   7f1a.. bind:0 anon=1 ...      mbind(2), set_mempolicy(2)
 //! ```
 //!
@@ -42,8 +43,8 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
         hits.extend(told.map(|name| (name, seen.called())));
         if Instant::now() > until {
             tracing::warn!(
-                "the memory of {} and of what comes after it was not all looked at for protection keys, seals and \
-                 NUMA policies: it takes too long",
+                "the memory of {} and of what comes after it was not all looked at for protection keys, seals, \
+                 locks and NUMA policies: it takes too long",
                 seen.called()
             );
             break;
@@ -68,14 +69,16 @@ fn of_mappings(seen: &Seen, until: Instant) -> Vec<&'static str> {
 }
 
 fn special(lines: impl Iterator<Item = String>) -> Vec<&'static str> {
-    let (mut keys, mut seals) = (false, false);
+    let (mut keys, mut seals, mut locks) = (false, false, false);
     let (mut is_kernels, mut is_code_alone) = (false, false);
     for line in lines {
         if let Some(key) = line.strip_prefix("ProtectionKey:") {
             // Key 0 is that of all memory; code that cannot be read gets one of the kernel's, also from CRIU.
             keys |= !is_code_alone && key.trim() != "0";
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
-            seals |= !is_kernels && flags.split_ascii_whitespace().any(|flag| flag == "sl");
+            let has = |wanted| flags.split_ascii_whitespace().any(|flag| flag == wanted);
+            seals |= !is_kernels && has("sl");
+            locks |= has("lf");
         } else if !line
             .split_once(' ')
             .is_some_and(|(name, _)| name.ends_with(':'))
@@ -86,11 +89,15 @@ fn special(lines: impl Iterator<Item = String>) -> Vec<&'static str> {
                 .last()
                 .is_some_and(|name| OF_THE_KERNEL.contains(&name));
         }
-        if keys && seals {
+        if keys && seals && locks {
             break;
         }
     }
-    let told = [(keys, "protection-key"), (seals, "sealed-memory")];
+    let told = [
+        (keys, "protection-key"),
+        (seals, "sealed-memory"),
+        (locks, "locked-on-fault"),
+    ];
     told.into_iter()
         .filter_map(|(there, name)| there.then_some(name))
         .collect()
@@ -136,7 +143,9 @@ mod tests {
         let code =
             "7f1a000-7f1b000 --xp 00000000 00:00 0 \nProtectionKey:         1\nVmFlags: ex mr\n";
         assert!(told(code).is_empty());
-        assert_eq!(told(&format!("{vdso}{sealed}{keyed}")).len(), 2);
+        let locked = format!("{MAPPING}ProtectionKey:         0\nVmFlags: rd wr lo lf \n");
+        assert_eq!(told(&locked), ["locked-on-fault"]);
+        assert_eq!(told(&format!("{vdso}{sealed}{keyed}{locked}")).len(), 3);
     }
 
     #[test]
