@@ -54,23 +54,24 @@ impl Process {
             .with_context(|| format!("cannot open {}", self.dir.display()))
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "these daemons have names that are text"
+    )]
+    fn status(&self) -> Result<procfs::process::Status> {
+        let status = self.open()?.status();
+        status.context("cannot read the memory")
+    }
+
     /// Bytes that lie in memory now.
     pub(crate) fn resident_bytes(&self) -> Result<u64> {
-        let kilobytes = self
-            .open()?
-            .status()
-            .context("cannot read the memory")?
-            .vmrss;
+        let kilobytes = self.status()?.vmrss;
         Ok(kilobytes.context("a kernel thread has no memory")? * 1024)
     }
 
     /// The most bytes that lay in memory since the start or [`Process::reset_peak`].
     pub(crate) fn peak_bytes(&self) -> Result<u64> {
-        let kilobytes = self
-            .open()?
-            .status()
-            .context("cannot read the memory")?
-            .vmhwm;
+        let kilobytes = self.status()?.vmhwm;
         Ok(kilobytes.context("a kernel thread has no memory")? * 1024)
     }
 

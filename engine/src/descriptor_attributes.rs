@@ -18,6 +18,7 @@ use transship_checkpoint::tcp_options::TcpOptions;
 
 use crate::conditions::protocol;
 use crate::network_namespace::within;
+use crate::process_files;
 
 /// What the network of a process gives to new sockets; it shows the network of who reads it.
 const USUAL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
@@ -73,7 +74,11 @@ struct Opened {
 impl Opened {
     fn open(pid: u32) -> Option<Self> {
         let process = Process::new(pid.cast_signed()).ok()?;
-        let id = process.status().ok()?.nspid?.last()?.cast_unsigned();
+        let id = process_files::status(pid)
+            .ok()?
+            .nspid?
+            .last()?
+            .cast_unsigned();
         let pidfd = pidfd_open(Pid::from_raw(pid.cast_signed())?, PidfdFlags::empty()).ok()?;
         Some(Self { process, id, pidfd })
     }

@@ -18,6 +18,7 @@ use procfs::process::{FDTarget, Process, all_processes};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::network_namespace::within;
+use transship_sandbox::read_proc;
 
 /// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
 const MAKES_RULES: Duration = Duration::from_secs(2);
@@ -40,7 +41,7 @@ pub(crate) fn clean_up(roots: &[u32]) {
 
 /// Takes the sockets of a container out of the repair of TCP; the peer is sent a window probe then.
 fn end_repair(root: u32) {
-    let cgroups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+    let cgroups = |pid: i32| read_proc(format!("/proc/{pid}/cgroup")).ok();
     let Some(of_root) = cgroups(root.cast_signed()) else {
         return;
     };

@@ -21,6 +21,7 @@
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
+//!  process_files: what /proc tells of a process
 //!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
@@ -91,6 +92,7 @@ mod own_networks;
 pub mod pod;
 pub mod pod_dirs;
 pub mod pod_ended;
+mod process_files;
 pub mod progress;
 mod pulls;
 pub mod push;

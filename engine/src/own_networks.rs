@@ -1,10 +1,10 @@
 //! The interfaces of a container with a network namespace of its own, and the networks of CNI that they are in.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Attachment, Cni, Place, container_name};
+use transship_sandbox::read_proc;
 
 use crate::error::{Context, Result};
 
@@ -90,7 +90,7 @@ pub(crate) fn has_own_network(spec: &Spec) -> bool {
 /// The interfaces in the network namespace of a process, without those of every namespace; none of a process
 /// that is gone.
 pub(crate) fn interfaces(pid: u32) -> Vec<String> {
-    let table = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap_or_default();
+    let table = read_proc(format!("/proc/{pid}/net/dev")).unwrap_or_default();
     own_interfaces(&table)
 }
 

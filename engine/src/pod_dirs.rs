@@ -19,6 +19,7 @@ use transship_layer::{
     ExportOptions, KnownContents, OverlayStack, export_upperdir_to_file, upperdir_usage,
 };
 use transship_sandbox::admission::resolve_within;
+use transship_sandbox::read_proc;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::conditions::Found;
@@ -168,7 +169,7 @@ fn open_below<M>(
         .flatten();
     let links = fds.map(|fd| fd.path()).chain([proc.join("cwd")]);
     let open = links.filter_map(|link| fs::read_link(link).ok());
-    let maps = fs::read_to_string(proc.join("maps")).unwrap_or_default();
+    let maps = read_proc(proc.join("maps")).unwrap_or_default();
     let mapped = maps
         .lines()
         .filter_map(|line| line.find('/').map(|at| line[at..].into()));

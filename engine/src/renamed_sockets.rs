@@ -14,13 +14,14 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use procfs::process::{MountInfo, Process};
+use procfs::process::MountInfo;
 use transship_checkpoint::beneath::{Links, open_directory};
 use transship_checkpoint::criu_images::unix_sockets;
 use walkdir::WalkDir;
 
 use crate::conditions::sock_diag::{UnixSocket, unix_sockets};
 use crate::error::{Context, Error, Result};
+use crate::process_files;
 
 /// More files of a directory than this are not looked at.
 const FILES: usize = 100_000;
@@ -103,9 +104,8 @@ impl Named {
 
     /// Below the mounts of the file system that it is in. Of the root only what was written is gone through: a socket is.
     fn in_mounts(&self, file: u32, (major, minor): (u32, u32)) -> Option<PathBuf> {
-        let process = Process::new(self.pid.cast_signed()).ok()?;
         let device = format!("{major}:{minor}");
-        let mounts = process.mountinfo().ok()?.0.into_iter();
+        let mounts = process_files::mountinfo(self.pid).ok()?.0.into_iter();
         let mut mounts = mounts.filter(|mount| mount.majmin == device);
         mounts.find_map(|mount| {
             let is_root = mount.mount_point == Path::new("/") && mount.fs_type == "overlay";

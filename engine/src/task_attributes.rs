@@ -17,6 +17,7 @@ use transship_checkpoint::task_attributes::{
     DEFAULT_COREDUMP_FILTER, DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes,
     parse_cpus,
 };
+use transship_sandbox::read_proc;
 
 use crate::descriptor_attributes;
 
@@ -61,7 +62,7 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
 }
 
 fn task(pid: u32, tid: u32, allowed: &[usize]) -> Option<Task> {
-    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    let status = read_proc(format!("/proc/{pid}/task/{tid}/status")).ok()?;
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
     let cpus = parse_cpus(field("Cpus_allowed_list:")?);
     let slack = fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).ok();
@@ -90,7 +91,7 @@ fn coredump_filter(pid: u32) -> Option<u32> {
 
 /// The processors of the process's cpuset; where that cannot be found, those of the machine.
 fn allowed_cpus(pid: u32) -> Vec<usize> {
-    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let cgroups = read_proc(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let of_cpuset = cgroups.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next()?, fields.next()?);

@@ -6,13 +6,14 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
-use procfs::process::{Process, Status};
+use procfs::process::Status;
 use transship_checkpoint::criu_images::thread_timers::translate_threads;
+use transship_sandbox::read_proc;
 
 use crate::error::{Context, Error, Result};
+use crate::process_files;
 
 /// A process as the container knows it, and one of its timers.
 type Timer = (u32, u64);
@@ -37,7 +38,7 @@ pub(crate) async fn translate(images: &Path, pids: &[u32]) -> Result<()> {
 /// The timers of a process that signal one thread, with the thread's id in the container.
 fn timers(pid: u32) -> Vec<(Timer, u32)> {
     // A zombie has none.
-    let text = fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default();
+    let text = read_proc(format!("/proc/{pid}/timers")).unwrap_or_default();
     let told = threads(&text);
     let process = (!told.is_empty()).then(|| inside(pid)).flatten();
     let named = |process| {
@@ -66,7 +67,7 @@ fn threads(text: &str) -> Vec<(u64, u32)> {
 
 /// The id of a process or thread in its container.
 fn inside(id: u32) -> Option<u32> {
-    innermost(&Process::new(id.cast_signed()).ok()?.status().ok()?)
+    innermost(&process_files::status(id).ok()?)
 }
 
 /// The id in the namespace of the thread itself, when that is not the one of who asks.

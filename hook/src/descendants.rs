@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::freezer::thaw_killed;
+use transship_sandbox::read_proc;
 
 /// How often [`kill_below`] looks for processes that have been made since it looked last.
 const LOOKS: usize = 100;
@@ -169,7 +170,7 @@ fn open_child(pid: i32, parent: i32) -> Option<OwnedFd> {
 }
 
 fn parent_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 

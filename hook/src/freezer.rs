@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::front::start_time;
+use transship_sandbox::read_proc;
 
 /// How long tasks may take to freeze: one that writes to a slow disk is not interrupted.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,12 +42,12 @@ impl Freezer {
     /// # Errors
     /// There is none that can be frozen.
     pub(crate) fn around(pids: &[i32]) -> io::Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let mounts = read_proc("/proc/self/mountinfo")?;
         let mut common: Option<Self> = None;
         // Of one that has ended v1 gives the root of the hierarchy.
         let alive = pids.iter().filter(|pid| start_time(**pid).is_ok());
         for pid in alive {
-            let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            let cgroups = read_proc(format!("/proc/{pid}/cgroup"))?;
             let own = Self::find(&cgroups, &mounts).ok_or_else(unknown)?;
             common = Some(match common {
                 Some(common) => Self {

@@ -19,6 +19,7 @@ use transship_path_error::During as _;
 
 use crate::error::SandboxError;
 use crate::files::{remove_tree, unmount_all};
+use crate::proc_text::read_proc;
 
 /// What the shims of containerd are called, as far as the kernel keeps it.
 const SHIM: &str = "containerd-shim";
@@ -60,7 +61,7 @@ pub fn has_ended(bundle: &Path) -> bool {
     let lives = || {
         let stat = Path::new("/proc").join(pid.trim()).join("stat");
         // "PID (NAME) STATE ...", proc(5). One that has ended stays as a zombie while somebody traces it.
-        let stat = fs::read_to_string(stat).unwrap_or_default();
+        let stat = read_proc(stat).unwrap_or_default();
         let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
         !state.is_empty() && !state.starts_with(['Z', 'X'])
     };
@@ -77,7 +78,7 @@ pub fn kill_who_works_in(dir: &Path, name: Option<&str>) {
     for pid in pids.filter_map(Pid::from_raw) {
         let proc = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
         let is_one = || {
-            let comm = || fs::read_to_string(proc.join("comm")).unwrap_or_default();
+            let comm = || read_proc(proc.join("comm")).unwrap_or_default();
             fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd == dir)
                 && name.is_none_or(|name| comm().trim_end() == name)
         };

@@ -390,6 +390,7 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
             "core-filter",
             "udp=7005",
             "thread-timer",
+            "byte-names",
         ],
     )?;
     let found = check(a, "clean", &[])?;
@@ -421,6 +422,7 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
         "core-filter",
         "udp",
         "thread-timer",
+        "byte-names",
     ] {
         ensure!(state.contains(&format!("{need} ok\n")), "{state}");
     }

@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use super::inet_sockets::{InetSkEntry, address};
-use super::{Image, ImageError, Kind, list};
+use super::{Image, ImageError, Kind, list, shown};
 
 /// What is open behind a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,8 +121,8 @@ struct FileEntry {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct RegFileEntry {
-    #[prost(string, required, tag = "6")]
-    name: String,
+    #[prost(bytes = "vec", required, tag = "6")]
+    name: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -163,7 +163,9 @@ pub fn files(dir: &Path) -> Result<FileTable, ImageError> {
     let mut entries = image.entries();
     while let Some(entry) = entries.next::<FileEntry>()? {
         let open = match (entry.reg, entry.isk, entry.usk) {
-            (Some(file), _, _) => Open::File { path: file.name },
+            (Some(file), _, _) => Open::File {
+                path: shown(&file.name),
+            },
             (_, Some(socket), _) => Open::Inet(inet(&socket)),
             (_, _, Some(socket)) => Open::Unix(unix(&socket)),
             _ => {
@@ -242,9 +244,9 @@ fn inet(socket: &InetSkEntry) -> InetSocket {
 fn unix(socket: &UnixSkEntry) -> UnixSocket {
     let name = match socket.name.split_first() {
         None => None,
-        Some((0, abstract_name)) => Some(format!("@{}", String::from_utf8_lossy(abstract_name))),
+        Some((0, abstract_name)) => Some(format!("@{}", shown(abstract_name))),
         Some(_) => {
-            let text = String::from_utf8_lossy(&socket.name);
+            let text = shown(&socket.name);
             Some(text.trim_end_matches('\0').to_owned())
         }
     };
@@ -288,7 +290,7 @@ mod tests {
         let name = "/var/log/web.log".to_owned();
         for entry in [
             FileEntry {
-                reg: Some(RegFileEntry { name }),
+                reg: Some(RegFileEntry { name: name.into() }),
                 ..entry(1, 5)
             },
             FileEntry {

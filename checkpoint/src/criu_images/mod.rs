@@ -440,6 +440,11 @@ pub(crate) fn gather(body: &[u8], ranges: &[Range<usize>]) -> Vec<u8> {
         .collect()
 }
 
+/// A name for people: protobuf has them as text, and CRIU writes the bytes that a program has given.
+fn shown(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_le_bytes(

@@ -10,6 +10,8 @@
 //!
 //! A ghost is made beside the name that the file had, and a linked file is removed by the name that it got at the dump.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 use super::regular_files::IDENTITY;
@@ -59,8 +61,8 @@ struct RegEntry {
     id: u32,
     #[prost(uint32, required, tag = "2")]
     flags: u32,
-    #[prost(string, required, tag = "6")]
-    name: String,
+    #[prost(bytes = "vec", required, tag = "6")]
+    name: Vec<u8>,
     #[prost(sint32, optional, tag = "7")]
     mnt_id: Option<i32>,
 }
@@ -71,8 +73,8 @@ struct UnixEntry {
     id: u32,
     #[prost(bytes = "vec", required, tag = "11")]
     name: Vec<u8>,
-    #[prost(string, optional, tag = "14")]
-    name_dir: Option<String>,
+    #[prost(bytes = "vec", optional, tag = "14")]
+    name_dir: Option<Vec<u8>>,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -108,7 +110,7 @@ pub fn named_files(dir: &Path) -> Result<Vec<NamedFile>, ImageError> {
             let entry: RegEntry = image.decode(part)?;
             found.push(NamedFile {
                 id: entry.id,
-                path: entry.name.into(),
+                path: OsString::from_vec(entry.name).into(),
                 mount: entry.mnt_id.and_then(|id| u32::try_from(id).ok()),
                 flags: entry.flags,
                 is_socket: false,
@@ -120,11 +122,11 @@ pub fn named_files(dir: &Path) -> Result<Vec<NamedFile>, ImageError> {
         if name.is_empty() || name.starts_with(b"\0") {
             continue;
         }
-        let name = std::str::from_utf8(name).map_err(|_| image.ambiguous())?;
         found.push(NamedFile {
             id: entry.id,
             // A relative name without a directory is one in the root.
-            path: Path::new(entry.name_dir.as_deref().unwrap_or("/")).join(name),
+            path: Path::new(OsStr::from_bytes(entry.name_dir.as_deref().unwrap_or(b"/")))
+                .join(OsStr::from_bytes(name)),
             is_socket: true,
             ..NamedFile::default()
         });

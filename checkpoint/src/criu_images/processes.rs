@@ -15,7 +15,7 @@ use std::path::Path;
 
 use super::descriptors::{self, FileTable};
 use super::pagemap::{PagePlace, Pagemap};
-use super::{Image, ImageError, Kind, list};
+use super::{Image, ImageError, Kind, list, shown};
 use crate::beneath::{Links, open_regular};
 
 /// Longest command line that is shown, in bytes.
@@ -83,8 +83,8 @@ struct CoreEntry {
 struct TaskCoreEntry {
     #[prost(uint32, required, tag = "1")]
     task_state: u32,
-    #[prost(string, required, tag = "6")]
-    comm: String,
+    #[prost(bytes = "vec", required, tag = "6")]
+    comm: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -188,7 +188,7 @@ pub fn processes(dir: &Path, page_size: u64) -> Result<Vec<Process>, ImageError>
 
 fn fill_from_core(process: &mut Process, core: &CoreEntry) {
     if let Some(tc) = &core.tc {
-        process.name.clone_from(&tc.comm);
+        process.name = shown(&tc.comm);
         // `COMPEL_TASK_*`.
         process.state = match tc.task_state {
             2 | 6 => "zombie",
@@ -383,9 +383,7 @@ fn arguments(
         return Vec::new();
     }
     let words = text.split(|byte| *byte == 0);
-    words
-        .map(|word| String::from_utf8_lossy(word).into_owned())
-        .collect()
+    words.map(shown).collect()
 }
 
 #[cfg(test)]

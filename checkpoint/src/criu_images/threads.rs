@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::strict::{edit_submessage, is_ambiguous, set_varints, submessage};
-use super::{Image, ImageError, Kind, list, push_bytes};
+use super::{Image, ImageError, Kind, list, push_bytes, shown};
 
 const TC: u64 = 3;
 const THREAD_CORE: u64 = 5;
@@ -140,8 +140,8 @@ struct CoreEntry {
 struct TaskCoreEntry {
     #[prost(uint32, required, tag = "1")]
     task_state: u32,
-    #[prost(string, required, tag = "6")]
-    comm: String,
+    #[prost(bytes = "vec", required, tag = "6")]
+    comm: Vec<u8>,
     #[prost(message, optional, tag = "8")]
     rlimits: Option<TaskRlimitsEntry>,
     #[prost(uint32, optional, tag = "11")]
@@ -216,8 +216,8 @@ struct ThreadCoreEntry {
     seccomp_mode: Option<u32>,
     #[prost(uint32, optional, tag = "12")]
     seccomp_filter: Option<u32>,
-    #[prost(string, optional, tag = "13")]
-    comm: Option<String>,
+    #[prost(bytes = "vec", optional, tag = "13")]
+    comm: Option<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -356,8 +356,8 @@ fn read_thread(tid: u32, image: &Image) -> Result<Thread, ImageError> {
         _ => return Err(image.outdated()),
     };
     let comm = match (&core.tc, thread.comm) {
-        (_, Some(comm)) => comm,
-        (Some(tc), None) => tc.comm.clone(),
+        (_, Some(comm)) => shown(&comm),
+        (Some(tc), None) => shown(&tc.comm),
         (None, None) => String::new(),
     };
     let task = core.tc.map(|tc| Task {

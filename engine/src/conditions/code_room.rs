@@ -7,6 +7,7 @@ use procfs::process::{MMPermissions, MemoryMap};
 
 use super::Hit;
 use super::processes::{Processes, Seen};
+use crate::process_files;
 
 /// A shorter one is not taken (`PARASITE_START_AREA_MIN`), in bytes.
 const SHORTEST: u64 = 4096;
@@ -18,7 +19,7 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
 
 /// Also where the mappings cannot be read.
 fn has_room(seen: &Seen) -> bool {
-    let maps = seen.process.maps().into_iter().flatten();
+    let maps = process_files::maps(seen.pid).into_iter().flatten();
     first_executable(maps).is_none_or(|first| is_room(first.perms))
 }
 

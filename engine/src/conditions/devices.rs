@@ -10,6 +10,7 @@ use procfs::process::{FDTarget, MMapPath};
 
 use super::Hit;
 use super::processes::Processes;
+use crate::process_files;
 
 /// Where CRIU looks for plugins, as distributions build it.
 const PLUGINS: [&str; 5] = [
@@ -37,7 +38,7 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
         }
     }
     for seen in &processes.tree {
-        for map in seen.process.maps().into_iter().flatten() {
+        for map in process_files::maps(seen.pid).into_iter().flatten() {
             let MMapPath::Path(path) = &map.pathname else {
                 continue;
             };

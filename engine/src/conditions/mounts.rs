@@ -12,10 +12,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use procfs::process::{MountInfo, Process};
+use procfs::process::MountInfo;
 use transship_checkpoint::spec::Spec;
 
 use super::{Hit, Subject};
+use crate::process_files;
 
 /// Types that CRIU mounts again by themselves (`criu/filesystems.c`).
 const MADE_AGAIN: [&str; 16] = [
@@ -38,7 +39,7 @@ const MADE_AGAIN: [&str; 16] = [
 ];
 
 pub(super) fn hits(subject: &Subject) -> Vec<Hit> {
-    let mounts = Process::new(subject.init.cast_signed()).and_then(|init| init.mountinfo());
+    let mounts = process_files::mountinfo(subject.init);
     let mounts: Vec<MountInfo> = mounts.into_iter().flatten().collect();
     foreign(&mounts, &known(&subject.spec))
         .map(|mount| {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
+use crate::process_files;
 
 /// All but the mount namespace, of which CRIU knows several, and that of cgroups.
 const KINDS: [&str; 6] = ["ipc", "net", "pid", "time", "user", "uts"];
@@ -49,7 +50,7 @@ fn namespaces(pid: u32) -> BTreeMap<&'static str, PathBuf> {
 
 fn has_system_v(seen: &Seen) -> bool {
     use procfs::process::MMapPath;
-    let mut maps = seen.process.maps().into_iter().flatten();
+    let mut maps = process_files::maps(seen.pid).into_iter().flatten();
     maps.any(|map| match &map.pathname {
         MMapPath::Vsys(_) => true,
         MMapPath::Path(path) => path.to_string_lossy().starts_with(SYSTEM_V),

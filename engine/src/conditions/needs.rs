@@ -4,6 +4,7 @@ use procfs::process::FDTarget;
 use transship_checkpoint::spec::Spec;
 
 use super::processes::{Processes, Seen};
+use crate::process_files;
 
 /// What a container needs of a node, beyond what every container does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,9 +31,7 @@ pub(super) fn of(spec: &Spec, processes: &Processes) -> Needs {
     let memory = processes.tree.iter().map(resident).sum();
     Needs {
         mappings: most(|seen| {
-            seen.process
-                .maps()
-                .map_or(0, |maps| count(maps.into_iter()))
+            process_files::maps(seen.pid).map_or(0, |maps| count(maps.into_iter()))
         }),
         open_files: most(open_files),
         process_id: most(|seen| {

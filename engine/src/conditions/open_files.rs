@@ -25,6 +25,7 @@ use transship_sandbox::shared_dirs::shared_mounts;
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
 use crate::check::Version;
+use crate::process_files;
 
 const DELETED: &str = " (deleted)";
 /// CRIU's own `ghost-limit`.
@@ -89,7 +90,10 @@ fn knows_pidfds() -> bool {
 }
 
 fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
-    let maps = seen.process.maps().into_iter().flatten().take(MAPPINGS);
+    let maps = process_files::maps(seen.pid)
+        .into_iter()
+        .flatten()
+        .take(MAPPINGS);
     let hits = maps.filter_map(|map| {
         let MMapPath::Path(path) = &map.pathname else {
             return None;

@@ -1,9 +1,11 @@
 //! What CRIU may not do to a process: read its limits, trace it; and what it does not come to.
 
-use procfs::process::{Process, Status};
+use procfs::process::Status;
 
 use super::Hit;
 use super::processes::{Processes, Seen};
+use crate::process_files;
+use transship_sandbox::read_proc;
 
 /// `CAP_SYS_RESOURCE` in a mask of capabilities.
 const SYS_RESOURCE: u64 = 1 << 24;
@@ -39,7 +41,7 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
 /// Whether the freezer of cgroup v1 freezes it: `ptrace(PTRACE_SEIZE)` of a task that is stopped and frozen by that one does
 /// not come back (seen on Linux 6.18 in `ptrace_attach`).
 fn is_below_freezer(pid: i32) -> bool {
-    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let cgroups = read_proc(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     // "7:freezer:/default/web", cgroups(7).
     let mut controllers = { cgroups.lines() }.filter_map(|line| line.split(':').nth(1));
     controllers.any(|list| list.split(',').any(|controller| controller == "freezer"))
@@ -49,7 +51,7 @@ fn is_below_freezer(pid: i32) -> bool {
 fn of_runtime(processes: &Processes) -> Option<Status> {
     let in_tree = |pid: i32| processes.tree.iter().any(|it| it.status.pid == pid);
     let first = processes.tree.iter().find(|it| !in_tree(it.status.ppid))?;
-    Process::new(first.status.ppid).ok()?.status().ok()
+    process_files::status(first.parent()).ok()
 }
 
 /// Whether `prlimit` of root needs no capability (`check_prlimit_permission` of the kernel).

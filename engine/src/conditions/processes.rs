@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::process_files;
 use procfs::process::{FDTarget, Process, Status};
 
 /// More processes than this are not looked at.
@@ -43,7 +44,7 @@ impl Seen {
 
     fn read(pid: u32) -> Option<Self> {
         let process = Process::new(pid.cast_signed()).ok()?;
-        let status = process.status().ok()?;
+        let status = process_files::status(pid).ok()?;
         Some(Self {
             pid,
             process,
@@ -52,7 +53,7 @@ impl Seen {
         })
     }
 
-    fn parent(&self) -> u32 {
+    pub(crate) fn parent(&self) -> u32 {
         self.status.ppid.cast_unsigned()
     }
 }

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use super::Hit;
 use super::processes::{Processes, Seen};
 use super::programs::threads;
+use transship_sandbox::read_proc;
 
 /// More descriptors of all threads than this are not looked at.
 const DESCRIPTORS: usize = 1 << 20;
@@ -81,7 +82,7 @@ fn differ<T: PartialEq>(
 }
 
 fn status(thread: &str) -> Option<String> {
-    fs::read_to_string(format!("{thread}/status")).ok()
+    read_proc(format!("{thread}/status")).ok()
 }
 
 fn place(thread: &str) -> Option<Place> {

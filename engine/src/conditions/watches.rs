@@ -19,12 +19,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::stat::{major, makedev, minor};
-use procfs::process::{FDTarget, Process};
+use procfs::process::FDTarget;
 use transship_checkpoint::criu_options::ConfigLine;
 use walkdir::WalkDir;
 
 use super::processes::Processes;
 use super::{Hit, Subject};
+use crate::process_files;
 
 /// CRIU's option.
 pub(crate) const SCAN_PATH: &str = "irmap-scan-path";
@@ -83,7 +84,7 @@ pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Ve
 
 /// The devices of file systems whose files CRIU does not find again, and where they are.
 fn without_handles(init: u32) -> BTreeMap<u64, String> {
-    let mounts = Process::new(init.cast_signed()).and_then(|init| init.mountinfo());
+    let mounts = process_files::mountinfo(init);
     let mounts = mounts.into_iter().flatten();
     let without = mounts.filter(|mount| NO_HANDLES.contains(&mount.fs_type.as_str()));
     let devices = without.filter_map(|mount| {

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use procfs::process::Process;
 use tokio::task::JoinSet;
 use transship_checkpoint::manifest::{Losses, Shared};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
@@ -25,6 +24,7 @@ use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
+use crate::process_files;
 use crate::source::Dumped;
 
 /// What the target has of a container before it is frozen.
@@ -138,11 +138,8 @@ impl DumpParts {
 
     /// Whether CRIU holds all processes, as it has since the dump began: nobody else traces them.
     pub(super) fn are_traced(&self) -> bool {
-        let is_traced = |pid: &u32| {
-            let process = Process::new(pid.cast_signed());
-            let status = process.and_then(|process| process.status());
-            status.is_ok_and(|status| status.tracerpid != 0)
-        };
+        let is_traced =
+            |pid: &u32| process_files::status(*pid).is_ok_and(|status| status.tracerpid != 0);
         self.parts.iter().flat_map(|part| &part.pids).all(is_traced)
     }
 

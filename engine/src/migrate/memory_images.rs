@@ -15,7 +15,6 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use procfs::process::Process;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
 use transship_checkpoint::manifest::{self, MEMORY_DIR};
@@ -24,6 +23,7 @@ use twox_hash::XxHash3_64;
 
 use super::process_memory::{Buffers, PAGE, PAGE_LEN, ProcessMemory};
 use crate::error::{Error, Result};
+use crate::process_files;
 
 /// More pages than this are not remembered, 20 GB: their hashes have 40 MB.
 const MOST: usize = 5_000_000;
@@ -79,10 +79,7 @@ impl Hashes {
 
 /// The processes of a container by their ids in its own pid namespace, which `init` is in.
 pub(super) fn by_pid_inside(init: u32, pids: &[u32]) -> BTreeMap<u32, u32> {
-    let inside = |pid: u32| -> Option<Vec<i32>> {
-        let process = Process::new(pid.cast_signed()).ok()?;
-        process.status().ok()?.nspid
-    };
+    let inside = |pid: u32| -> Option<Vec<i32>> { process_files::status(pid).ok()?.nspid };
     let Some(level) = inside(init).map(|ids| ids.len()) else {
         return BTreeMap::new();
     };

@@ -12,9 +12,10 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt as _;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
+use crate::process_files;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+use procfs::process::{MMPermissions, MMapPath, MemoryMap};
 
 /// Bytes of a page. Machines with larger ones have no pre-copy.
 pub(super) const PAGE: u64 = PAGE_LEN as u64;
@@ -41,7 +42,7 @@ pub(super) fn can_compare_pages() -> bool {
 pub(super) fn fits_lazy_dump(pids: &[u32], free: u64) -> bool {
     let private = |map: &MemoryMap| !map.perms.contains(MMPermissions::SHARED);
     let pages = |pid: &u32| -> u64 {
-        let maps = Process::new(pid.cast_signed()).and_then(|process| process.maps());
+        let maps = process_files::maps(*pid);
         // A process that is gone has none.
         let maps = maps.into_iter().flatten().filter(private);
         maps.map(|map| (map.address.1 - map.address.0) / PAGE).sum()
@@ -119,7 +120,7 @@ impl ProcessMemory {
         buffers: &mut Buffers,
         take: &mut TakePages<'_, E>,
     ) -> Result<(), E> {
-        let maps = Process::new(self.pid.as_raw()).and_then(|process| process.maps());
+        let maps = process_files::maps(self.pid.as_raw().cast_unsigned());
         for map in maps.into_iter().flatten().filter(is_dumped) {
             self.of_mapping(map.address, &|_| true, buffers, take)?;
         }
@@ -146,7 +147,7 @@ impl ProcessMemory {
     /// CRIU calls into a process by changing code of it for a moment, so those that can be executed are left out;
     /// so are all where I/O that was begun before may still end.
     pub(super) fn mappings_at_rest(&self) -> Vec<(u64, u64)> {
-        let maps = Process::new(self.pid.as_raw()).and_then(|process| process.maps());
+        let maps = process_files::maps(self.pid.as_raw().cast_unsigned());
         let maps: Vec<_> = maps.into_iter().flatten().collect();
         let is_aio = |map: &MemoryMap| match &map.pathname {
             MMapPath::Path(path) => path.to_string_lossy().starts_with(AIO),

@@ -34,6 +34,7 @@ use transship_sandbox::consumed::Owner;
 use transship_sandbox::forgotten_bundle::MARKER;
 
 use transship_path_error::During as _;
+use transship_sandbox::read_proc;
 
 use super::criu_config;
 use super::{Front, FrontError};
@@ -279,7 +280,7 @@ impl Bundle {
     /// the same id. `None` for a root that is no overlay.
     pub(super) fn layer(&self) -> Option<PathBuf> {
         let root = self.path("rootfs").canonicalize().ok()?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let mounts = read_proc("/proc/self/mountinfo").ok()?;
         Some(MountedOverlay::on(&root, &mounts).ok()?.stack.top)
     }
 }

@@ -4,7 +4,6 @@
 //! container joins the pid namespace of others, CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it
 //! go. Tasks are found as the tree below the first process: that is what CRIU restored.
 
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::thread;
@@ -16,6 +15,7 @@ use nix::unistd::Pid;
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
+use transship_sandbox::read_proc;
 
 /// How long a stop signal may take: the task is on its way out of the kernel.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// When a process started, in clock ticks since boot. One that has ended is not found, although it
 /// may not have been waited for.
 pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let stat = read_proc(format!("/proc/{pid}/stat"))?;
     start_time_of(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
 }
 
@@ -73,7 +73,7 @@ fn frozen(tasks: &[i32]) -> Option<Freezer> {
 
 /// Stopped, or ended, or gone.
 fn is_stopped(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = read_proc(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat
         .rsplit_once(") ")
         .and_then(|(_, rest)| rest.split(' ').next());
@@ -103,7 +103,7 @@ pub(super) fn release(root: i32, hold: &Hold, stopped: &[u32]) -> io::Result<()>
 
 /// Its pid in the innermost pid namespace that it is in; none when it is gone.
 pub(super) fn pid_in_container(pid: i32) -> Option<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let status = read_proc(format!("/proc/{pid}/status")).ok()?;
     // One number for each pid namespace, the innermost last.
     status
         .lines()
@@ -130,7 +130,7 @@ mod tests {
     }
 
     fn state(pid: i32) -> Option<char> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
         stat.rsplit_once(") ")?.1.chars().next()
     }
 

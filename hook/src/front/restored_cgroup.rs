@@ -35,6 +35,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use transship_checkpoint::criu_options::ConfigLine;
 use transship_checkpoint::spec::Spec;
+use transship_sandbox::read_proc;
 
 use super::{Front, FrontError};
 use crate::descendants::tree;
@@ -78,7 +79,7 @@ impl Front<'_> {
             true => scope(path, id),
             false => directory(path, id, own),
         };
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let own = read_proc("/proc/self/cgroup").unwrap_or_default();
         if statfs(MOUNT).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC) {
             let place = own_cgroup(&own, "").and_then(place);
             let line = place.map(|place| ConfigLine::with("cgroup-root", &place));
@@ -91,7 +92,7 @@ impl Front<'_> {
         if !self.globals.systemd_cgroup && !path.starts_with('/') {
             return Ok(Vec::new());
         }
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = read_proc("/proc/self/mountinfo").unwrap_or_default();
         hierarchies(&mounts)
             .filter_map(|(name, controllers)| {
                 let place = place(own_cgroup(&own, controllers)?)?;
@@ -107,15 +108,15 @@ impl Front<'_> {
     /// One cannot be moved, because the runtime has made no cgroup where the spec says it.
     pub(super) fn take_into_cgroup(&self, id: &str, spec: &Spec, root: i32) -> io::Result<()> {
         let path = spec.cgroups_path().unwrap_or_default();
-        let own = fs::read_to_string("/proc/self/cgroup")?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let own = read_proc("/proc/self/cgroup")?;
+        let mounts = read_proc("/proc/self/mountinfo")?;
         let unified = statfs(MOUNT).is_ok_and(|it| it.filesystem_type() == CGROUP2_SUPER_MAGIC);
         let all: Vec<_> = match unified {
             true => vec![("", "")],
             false => hierarchies(&mounts).collect(),
         };
         for pid in tree(root)? {
-            let of_task = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            let of_task = read_proc(format!("/proc/{pid}/cgroup"))?;
             for (name, controllers) in &all {
                 let here = own_cgroup(&own, controllers);
                 let Some(here) = here.filter(|it| own_cgroup(&of_task, controllers) == Some(it))

@@ -22,6 +22,7 @@ use transship_layer::{
     remove_contents,
 };
 use transship_path_error::{During as _, PathError};
+use transship_sandbox::read_proc;
 
 use super::bundle::Bundle;
 
@@ -158,7 +159,7 @@ impl Bundle {
         let path = self.path("rootfs");
         let root = path.canonicalize().during("find", &path)?;
         let table = "/proc/self/mountinfo";
-        let mountinfo = fs::read_to_string(table).during("read", table)?;
+        let mountinfo = read_proc(table).during("read", table)?;
         let overlay = match MountedOverlay::on(&root, &mountinfo) {
             Ok(overlay) => overlay,
             Err(source) => return Err(RootfsError::NoOverlay { path, source }),

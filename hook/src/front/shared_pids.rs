@@ -12,6 +12,7 @@ use transship_checkpoint::namespaces::{self, Namespace};
 use transship_sandbox::Request;
 
 use transship_path_error::During as _;
+use transship_sandbox::read_proc;
 
 use super::bundle::Config;
 use super::{FitError, FrontError};
@@ -46,7 +47,7 @@ fn taken(wanted: &HashSet<u32>, namespace: &Path) -> io::Result<Option<(u32, Str
             continue;
         }
         for task in fs::read_dir(process.join("task")).into_iter().flatten() {
-            let status = fs::read_to_string(task?.path().join("status")).unwrap_or_default();
+            let status = read_proc(task?.path().join("status")).unwrap_or_default();
             let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
             let id = field("NSpid:")
                 .and_then(|ids| ids.split_whitespace().last()?.parse().ok())

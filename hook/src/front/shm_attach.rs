@@ -11,7 +11,7 @@
 //!
 //! The registers are those of x86-64; on other machines such a restore is refused.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
@@ -20,6 +20,7 @@ use nix::sys::ptrace::{self, Options};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use transship_checkpoint::criu_images::shm_mappings::Attachment;
+use transship_sandbox::read_proc;
 
 use super::held::pid_in_container;
 use crate::descendants::tree;
@@ -144,7 +145,7 @@ fn wait(pid: Pid) -> io::Result<()> {
 
 /// Address of a system call instruction in the memory of a task.
 fn find_syscall(pid: Pid) -> io::Result<u64> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let maps = read_proc(format!("/proc/{pid}/maps"))?;
     let memory = File::open(format!("/proc/{pid}/mem"))?;
     let executable = |line: &&str| line.split(' ').nth(1).is_some_and(|it| it.contains('x'));
     let mut lines: Vec<&str> = maps.lines().filter(executable).collect();
@@ -197,7 +198,7 @@ mod tests {
             .stdin(Stdio::piped());
         let mut shell = Shell(shell.spawn().unwrap());
         let pid = Pid::from_raw(shell.0.id().try_into().unwrap());
-        let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let stat = || read_proc(format!("/proc/{pid}/stat")).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         let until = |state: &str| {
             while !stat().contains(state) {

@@ -19,6 +19,7 @@ use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
+use transship_sandbox::read_proc;
 
 use crate::descendants::tree;
 
@@ -79,7 +80,7 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             let Some(tid) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+            let status = read_proc(format!("/proc/{pid}/task/{tid}/status"))?;
             let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
             let id = field("NSpid:").and_then(|ids| ids.split_whitespace().last()?.parse().ok());
             if let Some(sockets) = id.filter(|_| tid == pid).and_then(|id| sockets.get(&id)) {

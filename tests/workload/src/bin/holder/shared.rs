@@ -13,6 +13,8 @@
 //!   credentials       a message with credentials that it does not read
 //!   long-path         a directory with a path of more than 4095 bytes
 //!   chroot            another root
+//!   byte-names        names that are no UTF-8, of a thread, a directory, a mapped file and a unix socket that is
+//!                     connected to on every tick
 //! ```
 
 #![expect(
@@ -21,11 +23,14 @@
 )]
 
 use std::any::Any;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::raw::c_long;
-use std::os::unix::net::UnixStream;
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc;
 
@@ -42,6 +47,7 @@ const TIMER_SIGNAL: i32 = libc::SIGUSR2;
 pub(super) enum Shared {
     Held(#[expect(dead_code, reason = "it is held")] Box<dyn Any>),
     Timer,
+    ByteNames(UnixListener, PathBuf),
 }
 
 /// None for a need that is none of these.
@@ -51,6 +57,7 @@ pub(super) fn take(name: &str) -> io::Result<Option<Shared>> {
             thread_timer()?;
             return Ok(Some(Shared::Timer));
         }
+        "byte-names" => return Ok(Some(byte_names()?)),
         "exit-signal" => Box::new(cloned(libc::SIGUSR1)?),
         "speculation" => {
             // PR_SET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, PR_SPEC_DISABLE
@@ -102,7 +109,50 @@ pub(super) fn check(shared: &Shared) -> io::Result<()> {
             // One that has come while nobody waited, or the next.
             Ok(signals.wait().map(drop)?)
         }
+        Shared::ByteNames(listener, path) => {
+            let client = UnixStream::connect(path)?;
+            listener.accept()?;
+            let name = fs::read("/proc/thread-self/comm")?;
+            let good = name == NO_UTF8 && std::env::current_dir()?.ends_with(byte_name());
+            drop(client);
+            let other = || io::Error::other(format!("{name:?} in another directory"));
+            good.then_some(()).ok_or_else(other)
+        }
     }
+}
+
+/// As a name of more than 15 bytes is cut.
+const NO_UTF8: &[u8] = b"m\xc3\xbcller \xff\xfe w\xc3\n";
+
+fn byte_name() -> PathBuf {
+    PathBuf::from(OsString::from_vec(b"w\xc3 \xff".to_vec()))
+}
+
+fn byte_names() -> io::Result<Shared> {
+    fs::write("/proc/thread-self/comm", NO_UTF8.trim_ascii_end())?;
+    let directory = PathBuf::from("/data").join(byte_name());
+    fs::create_dir(&directory)?;
+    std::env::set_current_dir(&directory)?;
+    let mapped = directory.join(byte_name());
+    fs::write(&mapped, [7; PAGE])?;
+    let file = File::options().read(true).write(true).open(mapped)?;
+    let descriptor = file.as_raw_fd().into();
+    // mmap(PROT_READ | PROT_WRITE, MAP_SHARED)
+    let length = PAGE.cast_signed() as c_long;
+    let protection = (libc::PROT_READ | libc::PROT_WRITE).into();
+    mapping(length, protection, descriptor)?;
+    let socket = directory.join(OsString::from_vec(b"s\xff".to_vec()));
+    Ok(Shared::ByteNames(UnixListener::bind(&socket)?, socket))
+}
+
+fn mapping(length: c_long, protection: c_long, descriptor: c_long) -> io::Result<c_long> {
+    let flags: c_long = libc::MAP_SHARED.into();
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_mmap, 0, length, protection, flags, descriptor, 0) };
+    (answer >= 0)
+        .then_some(answer)
+        .ok_or_else(io::Error::last_os_error)
 }
 
 fn thread_timer() -> io::Result<()> {
