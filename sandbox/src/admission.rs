@@ -14,7 +14,7 @@
 //!            scheduling, open files that take a capability, mounts, unmasked paths, namespaces, id
 //!            mappings, cgroups, devices, files that are no images, names of files that lead elsewhere
 //!  imposed   seccomp profile (a further filter), no_new_privs, LSM profile, bounding and
-//!            inheritable set, limits that the spec does not name, oom_score_adj
+//!            inheritable set, limits that the spec does not name, oom_score_adj, buffers of sockets
 //! ```
 //!
 //! The comparison is pure. `asker` says who may ask at all, by the rules in `node_config`.
@@ -27,7 +27,9 @@ mod environment;
 mod files;
 pub mod foreign_spec;
 mod mounts;
+mod network;
 pub mod node_config;
+mod open_files;
 mod places;
 mod refusal;
 mod restored;
@@ -42,6 +44,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use transship_checkpoint::criu_images::ImageError;
+use transship_checkpoint::criu_images::open_files::{BufferLimits, limit_buffers};
 use transship_checkpoint::criu_images::seccomp::{Filter, write_filters};
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, ThreadEdit, edit};
 use transship_checkpoint::spec::Spec;
@@ -49,6 +52,7 @@ use transship_checkpoint::spec::Spec;
 pub use allowance::Allowance;
 pub use environment::{Environment, is_own_namespace, resolve_within};
 pub use files::refuse_links;
+pub use network::Network;
 pub use refusal::Refusal;
 pub use restored::{Restored, RestoredError};
 
@@ -94,6 +98,8 @@ pub struct Admission {
     pub filters: Option<Vec<Filter>>,
     /// What CRIU is told of the LSM, `apparmor:NAME` or `selinux:LABEL`.
     pub lsm_profile: Option<String>,
+    /// What sockets may keep, if some of them keep more.
+    pub buffers: Option<BufferLimits>,
 }
 
 impl Admission {
@@ -108,7 +114,9 @@ impl Admission {
     /// Whether something is to be changed before CRIU reads the images.
     #[must_use]
     pub fn has_edits(&self) -> bool {
-        self.filters.is_some() || self.edits.values().any(|edit| !edit.is_empty())
+        self.filters.is_some()
+            || self.buffers.is_some()
+            || self.edits.values().any(|edit| !edit.is_empty())
     }
 
     /// The first refusal as an error.
@@ -132,6 +140,9 @@ impl Admission {
     pub fn apply(&self, dir: &Path) -> Result<(), ImageError> {
         if let Some(filters) = &self.filters {
             write_filters(dir, filters)?;
+        }
+        if let Some(limits) = &self.buffers {
+            limit_buffers(dir, limits)?;
         }
         for (tid, change) in self.edits.iter().filter(|(_, change)| !change.is_empty()) {
             edit(dir, *tid, change)?;
@@ -175,7 +186,7 @@ pub fn compare(
         threads::compare(thread, allowed, here, &mut admission);
     }
     files::compare(restored, &mut admission);
-    threads::compare_files(&restored.privileged_files, allowed, &mut admission);
+    open_files::compare(&restored.privileged_files, allowed, here, &mut admission);
     threads::compare_addresses(restored.lowest_address, allowed, here, &mut admission);
     mounts::compare(&restored.mounts, allowed, here, &mut admission);
     places::compare_namespaces(

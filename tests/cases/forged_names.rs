@@ -99,7 +99,7 @@ const FORGERIES: &[(&str, &str)] = &[
     ),
 ];
 
-const HELP: &str = r#"
+pub(crate) const HELP: &str = r#"
 def entries(f):
     return json.loads(subprocess.run(['crit', 'decode', '-i', f], capture_output=True, check=True, text=True).stdout)
 def add(f, magic, more):

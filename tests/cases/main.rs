@@ -20,6 +20,7 @@ mod differ;
 mod faults;
 mod foreign_checkpoints;
 mod foreign_streams;
+mod forged_files;
 mod forged_names;
 mod freeze_containerd;
 mod frozen;
@@ -173,6 +174,7 @@ fn main() -> ExitCode {
     let cases = [
         each(starts::cases()),
         each(admission::cases()),
+        each(forged_files::cases()),
         each(forged_names::cases()),
         each(conditions::cases()),
         each(consumed_once::cases()),

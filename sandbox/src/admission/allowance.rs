@@ -76,6 +76,8 @@ pub struct Allowance {
     pub namespaces: Vec<String>,
     /// Those of them that are joined, and where they are.
     pub joined: Vec<(String, PathBuf)>,
+    /// The first port that everybody may bind, if it says so.
+    pub first_free_port: Option<u32>,
     /// Mappings of the user namespace.
     pub id_mappings: IdMappings,
     /// Whether the root is read-only.
@@ -140,6 +142,9 @@ impl Allowance {
                     Some((it["type"].as_str()?.to_owned(), it["path"].as_str()?.into()))
                 })
                 .collect(),
+            first_free_port: spec
+                .get("/linux/sysctl/net.ipv4.ip_unprivileged_port_start")
+                .and_then(|port| port.as_str()?.trim().parse().ok()),
             id_mappings: IdMappings {
                 uids: ranges(spec.get("/linux/uidMappings")),
                 gids: ranges(spec.get("/linux/gidMappings")),

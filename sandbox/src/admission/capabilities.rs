@@ -51,6 +51,7 @@ pub struct Capabilities(pub u64);
 pub(super) const SETGID: Capabilities = Capabilities(1 << 6);
 pub(super) const SETUID: Capabilities = Capabilities(1 << 7);
 pub(super) const SETPCAP: Capabilities = Capabilities(1 << 8);
+pub(super) const NET_BIND_SERVICE: Capabilities = Capabilities(1 << 10);
 pub(super) const NET_ADMIN: Capabilities = Capabilities(1 << 12);
 pub(super) const NET_RAW: Capabilities = Capabilities(1 << 13);
 pub(super) const SYS_RAWIO: Capabilities = Capabilities(1 << 17);

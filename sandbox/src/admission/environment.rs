@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::allowance::{Allowance, clean};
+use super::network::Network;
 
 /// In the order of their numbers, as the kernel has them on x86 and ARM.
 const RESOURCES: [Resource; 16] = [
@@ -50,6 +51,8 @@ pub struct Environment {
     /// Joined namespaces that are the node's own, by their OCI names: those of a pod in the network
     /// of its node.
     pub node_namespaces: BTreeSet<String>,
+    /// The network of the container.
+    pub network: Network,
 }
 
 impl Environment {
@@ -80,6 +83,7 @@ impl Environment {
                 .filter(|(kind, path)| is_own_namespace(kind, path))
                 .map(|(kind, _)| kind.clone())
                 .collect(),
+            network: Network::of(allowed),
         }
     }
 

@@ -85,6 +85,17 @@ pub enum Refusal {
         /// What it takes.
         needed: Capabilities,
     },
+    /// A socket at a port that not everybody may have.
+    #[error(
+        "a process has a socket at the port {port}, which takes CAP_NET_BIND_SERVICE below {free} in the new \
+         container's network, and the new container has it not"
+    )]
+    Port {
+        /// The port.
+        port: u16,
+        /// The first one that takes nothing.
+        free: u32,
+    },
     /// Memory where only the kernel's own mistakes look for it.
     #[error(
         "a process has memory at the address {found:#x}, which takes CAP_SYS_RAWIO below {allowed:#x}, and the new \

@@ -9,7 +9,7 @@ use transship_checkpoint::criu_images::cgroups::{Cgroups, Hierarchy, Member};
 use transship_checkpoint::criu_images::inventory::Inventory;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
 use transship_checkpoint::criu_images::named_files::{NamedFile, Remap};
-use transship_checkpoint::criu_images::open_files::PrivilegedFile;
+use transship_checkpoint::criu_images::open_files::{Buffers, PrivilegedFile};
 use transship_checkpoint::criu_images::seccomp::Filter;
 use transship_checkpoint::criu_images::threads::{Creds, NamespaceIds, Process, Task, Thread};
 use transship_checkpoint::criu_images::user_namespace::IdMappings;
@@ -158,6 +158,10 @@ fn here() -> Environment {
         hard_limits: vec![20; 16],
         lowest_address: 4096,
         present: ["/proc/kcore", "/proc/sys"].map(PathBuf::from).into(),
+        network: Network {
+            first_free_port: 80,
+            buffers: BufferLimits::default(),
+        },
         ..Environment::default()
     }
 }
@@ -234,6 +238,10 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("a BPF map", |r| {
             r.privileged_files.push(PrivilegedFile::BpfMap);
         }),
+        (
+            "a socket at the port 79, which takes CAP_NET_BIND_SERVICE below 80",
+            |r| r.privileged_files.push(PrivilegedFile::Port(79)),
+        ),
         ("\"/cache\", not read-only", |r| table(r)[3].flags = 0),
         ("\"/proc\", not nodev", |r| {
             table(r)[1].flags = flags::NO_SUID;
@@ -540,6 +548,51 @@ fn an_lsm_profile_is_imposed_where_there_is_the_lsm() {
     );
     assert_eq!(found.lsm_profile.as_deref(), Some("apparmor:web"));
     assert_eq!(found.edits[&1].lsm_profile.as_deref(), Some("web"));
+}
+
+#[test]
+fn sockets_and_owners_are_what_the_container_could_make() {
+    let with_file = |file| Restored {
+        privileged_files: vec![file],
+        ..restored()
+    };
+    let weak = with("/process/capabilities/bounding", json!(["CAP_CHOWN"]));
+    let weak = {
+        let mut weak = weak;
+        weak["process"]["capabilities"]["permitted"] = json!(["CAP_CHOWN"]);
+        weak
+    };
+    let of = |file, spec: &Value| {
+        let mut images = with_file(file);
+        let creds = &mut images.threads[0].creds;
+        (creds.permitted, creds.effective, creds.bounding) = (1, 1, 1);
+        admission(&images, spec)
+    };
+    let one = |file| {
+        PrivilegedFile::Buffers(Buffers {
+            send: file,
+            ..Buffers::default()
+        })
+    };
+    for (file, is_of_the_weak) in [
+        (PrivilegedFile::Port(80), true),
+        (PrivilegedFile::Owner(0), true),
+        (one(0), true),
+        (PrivilegedFile::Mark, false),
+        (PrivilegedFile::Priority, false),
+        (PrivilegedFile::Owner(7), false),
+    ] {
+        assert_eq!(
+            of(file, &weak).refusals.is_empty(),
+            is_of_the_weak,
+            "{file:?}"
+        );
+        // With CAP_NET_RAW, and with CAP_SETUID for root.
+        assert_eq!(of(file, &spec()).refusals, [], "{file:?}");
+    }
+    assert_eq!(of(one(0), &spec()).buffers, None);
+    let cut = of(one(1), &spec());
+    assert!(cut.has_edits() && cut.buffers.is_some());
 }
 
 #[test]

@@ -1,13 +1,9 @@
 //! Each thread of the images against the spec: credentials, limits, scheduling.
 
-use transship_checkpoint::criu_images::open_files::PrivilegedFile;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
 
 use super::allowance::{Allowance, LIMITS};
-use super::capabilities::{
-    AUDIT_READ, BPF, Capabilities, NET_ADMIN, NET_RAW, SETPCAP, SYS_ADMIN, SYS_NICE, SYS_RAWIO,
-    SYS_RESOURCE,
-};
+use super::capabilities::{Capabilities, SETPCAP, SYS_NICE, SYS_RAWIO, SYS_RESOURCE};
 use super::{Admission, Environment, Refusal};
 
 /// `SECBIT_KEEP_CAPS` and its lock: all that a process can set without a capability.
@@ -163,29 +159,6 @@ fn compare_limits(
     }
     if limits != task.rlimits {
         admission.edit(tid).rlimits = Some(limits);
-    }
-}
-
-/// Open files that CRIU makes with its own capabilities.
-pub(super) fn compare_files(
-    files: &[PrivilegedFile],
-    allowed: &Allowance,
-    admission: &mut Admission,
-) {
-    for file in files {
-        let (what, needed) = match file {
-            PrivilegedFile::RawSocket => ("a raw or packet socket", NET_RAW),
-            PrivilegedFile::Tun => ("a TUN device", NET_ADMIN),
-            PrivilegedFile::Fanotify => ("a fanotify group", SYS_ADMIN),
-            PrivilegedFile::BpfMap => ("a BPF map", BPF),
-            PrivilegedFile::NetlinkGroup => ("a group of a netlink protocol", NET_ADMIN),
-            PrivilegedFile::AuditLog => ("the audit log", AUDIT_READ),
-        };
-        let enough = allowed.capabilities.has(needed)
-            || needed == BPF && allowed.capabilities.has(SYS_ADMIN);
-        if !enough {
-            admission.refuse(Refusal::OpenFile { what, needed });
-        }
     }
 }
 

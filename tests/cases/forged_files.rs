@@ -1,0 +1,110 @@
+//! Checkpoints with open files that are what a process without capabilities cannot make of them: CRIU has them all.
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
+
+use crate::Case;
+use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared};
+use crate::forged_names::HELP;
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    // crit is in this tree alone.
+    [Case {
+        what: "pod_files_forged",
+        tree: Tree::Forky,
+        run: forged_files_are_refused,
+    }]
+    .into_iter()
+}
+
+const SOCKETS: &str = r"
+owner = {'uid': 0, 'euid': 0, 'signum': 0, 'pid_type': 0, 'pid': 0}
+def open_as(kind, name, fields):
+    add('files.img', 'FILES', [{'type': kind, 'id': 60, name: {'id': 60, **fields}}])
+    table_of_files = os.path.basename(glob.glob(im + '/fdinfo-*.img')[0])
+    add(table_of_files, 'FDINFO', [{'id': 60, 'flags': 0, 'type': kind, 'fd': 78}])
+def options(**more):
+    return {'so_sndbuf': 212992, 'so_rcvbuf': 212992, 'so_snd_tmo_sec': 0, 'so_snd_tmo_usec': 0,
+            'so_rcv_tmo_sec': 0, 'so_rcv_tmo_usec': 0, **more}
+def network(): return [e for e in edit('ids-*.img')][0]['net_ns_id']
+def inet(kind='DGRAM', proto='UDP', state='CLOSE', port=0, ip_opts={}, **more):
+    open_as('INETSK', 'isk', {'ino': 60, 'family': 'INET', 'type': kind, 'proto': proto, 'state': state,
+            'src_port': port, 'dst_port': 0, 'flags': '0x2', 'backlog': 1 if state == 'LISTEN' else 0,
+            'src_addr': ['0.0.0.0'], 'dst_addr': ['0.0.0.0'], 'fown': owner, 'opts': options(**more),
+            'ns_id': network(), 'ip_opts': ip_opts})
+def unix(**more):
+    open_as('UNIXSK', 'usk', {'ino': 60, 'type': 'DGRAM', 'state': 'CLOSE', 'flags': '0x2', 'uflags': '0x0', 'backlog': 0,
+            'peer': 0, 'fown': owner, 'opts': options(**more), 'name': '', 'ns_id': network()})
+def counter(owner):
+    open_as('EVENTFD', 'efd', {'flags': 2, 'fown': owner, 'counter': 0})
+";
+
+/// What is forged, and what is said of it.
+const FORGERIES: &[(&str, &str)] = &[
+    ("unix(so_mark=7)", "a socket with a mark"),
+    ("inet(so_priority=7)", "a socket with a priority above 6"),
+    (
+        "inet('STREAM', 'TCP', 'LISTEN', 80)",
+        "a socket at the port 80, which takes CAP_NET_BIND_SERVICE below 1024",
+    ),
+    (
+        "counter({**owner, 'signum': 9, 'pid_type': 1, 'pid': 1, 'uid': 7, 'euid': 7})",
+        "has the user id 7",
+    ),
+];
+
+/// The networks of pods, as those are whose ports are not free.
+const LOW_PORTS: &str = "for it in /run/netns/*; do nsenter --net=$it sysctl -qw net.ipv4.ip_unprivileged_port_start=PORT; done";
+
+fn forged_files_are_refused(bed: &Testbed) -> anyhow::Result<()> {
+    let node = prepared(bed)?;
+    let cri = node.cri()?;
+    let security = PodSecurity {
+        dropped: &["ALL"],
+        ..PodSecurity::NONE
+    };
+    let container = PodContainer {
+        command: &["/bin/sh", "-c", "exec tail -f /dev/null"],
+        security,
+        ..PLAIN
+    };
+    checkpoint(&node, &cri, &container)?;
+    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
+        .run()?;
+    for (forgery, said) in FORGERIES {
+        let what = || (*forgery).to_owned();
+        forge(&node, &format!("{HELP}{SOCKETS}{forgery}")).with_context(what)?;
+        let pod = cri.run_pod(("shop", "thief"), &[RESTORE], PodNamespaces::Usual)?;
+        node.shell(&LOW_PORTS.replace("PORT", "1024")).run()?;
+        let answer = cri.run_container(&pod, &container);
+        cri.remove_pod(&pod)?;
+        let Err(error) = answer else {
+            anyhow::bail!("{forgery}: restored, and it should say {said:?}");
+        };
+        let error = error.to_string().replace('\\', "");
+        ensure!(error.contains(said), "{error:?} does not say {said:?}");
+        transship_testbed::journey::check_no_pod_left(&node).with_context(what)?;
+    }
+    // Where a port is free everybody may have it; buffers are what everybody gets, unless the container may have more.
+    let large = "inet('STREAM', 'TCP', 'LISTEN', 80, so_rcvbuf=1 << 30)";
+    forge(&node, &format!("{HELP}{SOCKETS}{large}"))?;
+    for (added, is_whole) in [(&["NET_ADMIN"][..], true), (&[], false)] {
+        let security = PodSecurity { added, ..security };
+        let container = PodContainer {
+            security,
+            ..container
+        };
+        let pod = cri.run_pod(("shop", "again"), &[RESTORE], PodNamespaces::Usual)?;
+        node.shell(&LOW_PORTS.replace("PORT", "80")).run()?;
+        cri.run_container(&pod, &container)?;
+        let shown = node
+            .shell("for it in /run/netns/*; do nsenter --net=$it ss -Htlnm; done")
+            .read()?;
+        cri.remove_pod(&pod)?;
+        ensure!(
+            shown.contains(":80 ") && shown.contains("rb1073741824") == is_whole,
+            "{added:?}: {shown}"
+        );
+    }
+    Ok(())
+}
