@@ -58,7 +58,13 @@ pub(crate) use watches::SCAN_PATH;
 /// So many of a kind are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
-const PASSING: [&str; 4] = ["tcp", "in-flight", "unix-backlog", "thread-file"];
+const PASSING: [&str; 5] = [
+    "tcp",
+    "in-flight",
+    "unix-backlog",
+    "thread-file",
+    "privileged-file",
+];
 /// How long a connection that may be about to end is given for it.
 const MOMENT: Duration = Duration::from_millis(100);
 
@@ -184,6 +190,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
     let processes = Processes::read(subject.init, &subject.pids);
     let owned = sockets::owned(&processes);
     let mut hits = sockets::hits(subject, &owned);
+    hits.extend(open_files::privileged(&processes));
     hits.extend(descriptors::hits(&processes));
     hits.extend(unix_backlog::hits(
         &owned,
@@ -195,6 +202,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
 fn look_at(subject: &Subject) -> Findings {
     let processes = Processes::read(subject.init, &subject.pids);
     let mut hits = open_files::hits(subject, &processes);
+    hits.extend(open_files::privileged(&processes));
     hits.extend(devices::hits(&processes));
     hits.extend(descriptors::hits(&processes));
     hits.extend(programs::hits(&processes));

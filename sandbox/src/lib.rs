@@ -42,6 +42,7 @@ mod network_lock;
 pub mod opened;
 mod pins;
 mod pod_dir;
+pub mod privileged_files;
 mod proc_text;
 pub mod shared_dirs;
 mod staged;

@@ -1,7 +1,9 @@
 //! Checkpoints with open files that are what a process without capabilities cannot make of them: CRIU has them all.
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
+use transship_testbed::{
+    CommandRun as _, Cri, Node, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree,
+};
 
 use crate::Case;
 use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared};
@@ -106,5 +108,34 @@ fn forged_files_are_refused(bed: &Testbed) -> anyhow::Result<()> {
             "{added:?}: {shown}"
         );
     }
-    Ok(())
+    told_before_the_freeze(&node, &cri, security)
+}
+
+/// Everybody may open it, and sees less in it then than CRIU would.
+fn told_before_the_freeze(
+    node: &Node,
+    cri: &Cri,
+    security: PodSecurity<'static>,
+) -> anyhow::Result<()> {
+    let container = PodContainer {
+        command: &[
+            "/bin/sh",
+            "-c",
+            "exec 7</proc/self/pagemap; exec tail -f /dev/null",
+        ],
+        security,
+        ..PLAIN
+    };
+    let pod = cri.run_pod(("shop", "pages"), &[], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &container)?;
+    let said = "/proc/1/pagemap of";
+    let refused = node
+        .shell("transship checkpoint --pod shop/pages --name pages 2>&1 && exit 1; true")
+        .read()?;
+    ensure!(
+        refused.contains(said) && refused.contains("CAP_SYS_ADMIN"),
+        "{refused}"
+    );
+    ensure!(cri.runs(&id)?, "it runs on");
+    cri.remove_pod(&pod).map_err(Into::into)
 }

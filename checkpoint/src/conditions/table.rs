@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 72] = [
+pub static CONDITIONS: [Condition; 73] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -229,6 +229,15 @@ pub static CONDITIONS: [Condition; 72] = [
         remedy: "start the program from a file",
         seen: "/proc/PID/exe",
         criu_says: &["No entry for reg-file-ID"],
+    },
+    Condition {
+        name: "privileged-file",
+        effect: Effect::NoRestore,
+        what: "it has files open in which who has a capability sees more than it may (/proc/PID/pagemap, \
+               /proc/kallsyms), and CRIU would open them with every capability",
+        remedy: "close them before the checkpoint, or run it with the capability",
+        seen: "/proc/PID/fd, /proc/PID/status: CapBnd",
+        criu_says: &[],
     },
     Condition {
         name: "nested-namespace",

@@ -20,6 +20,7 @@ use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
+use transship_sandbox::privileged_files::taken_to_open;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
@@ -67,6 +68,28 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         hits.extend(mapped(subject, seen));
     }
     hits
+}
+
+/// Files that show more to who has a capability than the process may see: CRIU has all, and opens them again.
+pub(super) fn privileged(processes: &Processes) -> Vec<Hit> {
+    let descriptors = processes
+        .descriptors()
+        .filter_map(|(seen, number, target)| {
+            let FDTarget::Path(path) = target else {
+                return None;
+            };
+            let link = PathBuf::from(seen.descriptor(number));
+            // One that was closed meanwhile is none.
+            let found = fs::metadata(&link).ok()?;
+            let needed = taken_to_open(&link, path, &found).ok()??;
+            let bounds = seen.status.capbnd.unwrap_or_default();
+            (bounds & needed.bit == 0).then(|| {
+                let (path, name) = (path.display().to_string(), needed.name);
+                let what = format!("{} of {}, {name}", path.escape_debug(), seen.called());
+                ("privileged-file", what)
+            })
+        });
+    descriptors.collect()
 }
 
 fn unknown_kind(seen: &Seen, kind: &str) -> Option<Hit> {

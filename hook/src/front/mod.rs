@@ -24,7 +24,6 @@ mod moved;
 mod native_restore;
 mod open_files;
 mod pod_connections;
-mod privileged_files;
 mod reason;
 mod restored_cgroup;
 mod rootfs;

@@ -11,13 +11,14 @@
 //! ```
 //!
 //! Of some files of `/proc` and `/sys` the kernel asks which capabilities those have who opened them, and of nobody who
-//! reads them later (privileged_files.rs). CRIU has them all.
+//! reads them later (`sandbox/src/privileged_files.rs`). CRIU has them all.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -25,8 +26,9 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use transship_path_error::During as _;
+use transship_sandbox::privileged_files;
 
-use super::{FrontError, RestoreError, privileged_files};
+use super::{FrontError, RestoreError};
 use crate::descendants;
 
 /// Links that are files of the kernel, whose mount nobody has.
@@ -128,13 +130,14 @@ fn look_at(
         return Ok(None);
     }
     let found = fs::metadata(link)?;
-    if !found.is_file() && !found.is_dir() {
+    let is_device = found.file_type().is_char_device();
+    if !found.is_file() && !found.is_dir() && !is_device {
         return Ok(None);
     }
-    if is_foreign(link, proc, mounts)? {
+    if !is_device && is_foreign(link, proc, mounts)? {
         return Ok(Some(Unfit::Foreign));
     }
-    let needed = privileged_files::taken_to_open(link, &target)?;
+    let needed = privileged_files::taken_to_open(link, &target, &found)?;
     let lacking = needed.filter(|needed| bounds & needed.bit == 0);
     Ok(lacking.map(|needed| Unfit::Takes(needed.name)))
 }
