@@ -285,6 +285,35 @@ fn forgeries() -> Vec<(&'static str, Change, Outcome)> {
             },
             Refused("/etc on /host"),
         ),
+        // The runtimes of Go take a field in capitals for the same field, and "ſ" for "s".
+        (
+            "host path in capitals",
+            |it| {
+                mount(
+                    it,
+                    json!({"destination": "/data/made", "type": "tmpfs", "Source": "/root",
+                           "Options": ["rbind", "rw"]}),
+                );
+            },
+            Refused("Options"),
+        ),
+        (
+            "namespace by path in capitals",
+            |it| {
+                let kinds = ["mount", "pid", "ipc", "network"].map(|kind| json!({"type": kind}));
+                let uts = json!({"type": "uts", "Path": "/proc/1/ns/uts"});
+                it.spec["linux"]["namespaces"] = json!([&kinds[..], &[uts]].concat());
+            },
+            Refused("Path"),
+        ),
+        (
+            "device rule in other letters",
+            |it| {
+                it.spec["linux"]["resources"]["devices"] =
+                    json!([{"allow": true, "access": "m", "acceſſ": "rwm"}]);
+            },
+            Refused("acceſſ"),
+        ),
         (
             "disk",
             |it| {

@@ -10,8 +10,9 @@
 //!  allowed: --allow KIND of `transship restore` and `receive`, [restore] and [receive] of node.toml
 //! ```
 //!
-//! A field that this file does not know is refused: a later version of the OCI runtime specification
-//! must not add a way around it.
+//! A field that this file does not know is refused, in the items of lists as well: a later version of the OCI
+//! runtime specification must not add a way around it. Nor must another spelling: the runtimes that are written in Go
+//! take `Path` and `path` for the same field, and `acceſſ` for `access`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -233,6 +234,16 @@ const OBJECTS: [&str; 5] = [
     "/linux/seccomp",
 ];
 
+/// Lists, and the fields of their items that are looked at.
+const ITEMS: [(&str, &[&str]); 3] = [
+    ("/mounts", &["destination", "type", "source", "options"]),
+    ("/linux/namespaces", &["type", "path"]),
+    (
+        "/linux/resources/devices",
+        &["allow", "type", "major", "minor", "access"],
+    ),
+];
+
 /// What of the spec is made anew for this node.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
@@ -248,6 +259,9 @@ pub struct Place<'a> {
 pub fn refusals(spec: &Value, place: &Place<'_>) -> Vec<Refusal> {
     let mut found = Vec::new();
     walk_fields(spec, "", place, &mut found);
+    for (list, known) in ITEMS {
+        items(spec, list, known, &mut found);
+    }
     // What is dangerous by being absent.
     namespaces(spec, place, &mut found);
     for (field, required, how) in [
@@ -347,6 +361,20 @@ fn walk_fields(value: &Value, path: &str, place: &Place<'_>, found: &mut Vec<Ref
                 refuse(found, Allow::OtherFields, what);
             }
         }
+    }
+}
+
+fn items(spec: &Value, list: &str, known: &[&str], found: &mut Vec<Refusal>) {
+    let items = spec.pointer(list).and_then(Value::as_array);
+    let fields = items.into_iter().flatten().filter_map(Value::as_object);
+    let unknown: BTreeSet<_> = fields
+        .flat_map(|item| item.keys())
+        .filter(|name| !known.contains(&name.as_str()))
+        .collect();
+    for name in unknown {
+        let list = list[1..].replace('/', ".");
+        let what = format!("has {name:?} in its {list}, which other containers do not have");
+        refuse(found, Allow::OtherFields, what);
     }
 }
 

@@ -65,6 +65,32 @@ fn an_ordinary_container_is_refused_nothing() {
     assert_eq!(refused(&with_systemd), []);
 }
 
+/// A runtime in Go reads these as what is refused in its own letters.
+#[test]
+fn another_spelling_is_no_way_around() {
+    for (list, item) in [
+        (
+            "/mounts",
+            json!({"destination": "/host", "type": "tmpfs", "source": "x", "Options": ["rbind"]}),
+        ),
+        (
+            "/linux/namespaces",
+            json!({"type": "cgroup", "Path": "/proc/1/ns/cgroup"}),
+        ),
+        (
+            "/linux/resources/devices",
+            json!({"allow": true, "access": "m", "acce\u{17f}\u{17f}": "rwm"}),
+        ),
+    ] {
+        let mut spec = ordinary();
+        let items = spec.pointer_mut(list).unwrap().as_array_mut().unwrap();
+        items.push(item);
+        let found = refused(&spec);
+        assert_eq!(found.len(), 1, "{list}: {found:?}");
+        assert_eq!(found[0].0, Allow::OtherFields);
+    }
+}
+
 #[test]
 fn each_field_that_is_more_has_its_refusal() {
     let cases = [
