@@ -17,7 +17,7 @@ use transship_checkpoint::task_attributes::{
     DEFAULT_COREDUMP_FILTER, DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes,
     parse_cpus,
 };
-use transship_sandbox::read_proc;
+use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::descriptor_attributes;
 
@@ -62,14 +62,12 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
 }
 
 fn task(pid: u32, tid: u32, allowed: &[usize]) -> Option<Task> {
-    let status = read_proc(format!("/proc/{pid}/task/{tid}/status")).ok()?;
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let cpus = parse_cpus(field("Cpus_allowed_list:")?);
+    let status = TaskStatus::of(format!("/proc/{pid}/task/{tid}")).ok()?;
+    let cpus = parse_cpus(status.field("Cpus_allowed_list")?);
     let slack = fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).ok();
     let slack = slack.and_then(|text| text.trim().parse().ok());
     Some(Task {
-        // One for each pid namespace, the innermost last.
-        id: field("NSpid:")?.split_whitespace().last()?.parse().ok()?,
+        id: status.id_in_container()?,
         cpus: if cpus.len() < allowed.len() {
             cpus
         } else {

@@ -20,7 +20,7 @@
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
-//! /proc                                  proc_text: read_proc, also for engine and front
+//! /proc                                  proc_text: read_proc, TaskStatus, also for engine and front
 //! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
 //! ```
 //!
@@ -59,7 +59,7 @@ pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };
 pub use pod_dir::{Arrival, PodDir};
-pub use proc_text::read_proc;
+pub use proc_text::{TaskStatus, read_proc};
 pub use staged::{RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;
 

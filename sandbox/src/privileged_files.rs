@@ -19,6 +19,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use crate::proc_text::TaskStatus;
+
 use nix::fcntl::OFlag;
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, SYSFS_MAGIC, statfs};
@@ -123,11 +125,7 @@ fn in_sysfs(path: &Path) -> Option<Needed> {
 /// # Errors
 /// `/proc` cannot be read.
 pub fn bounding_set(proc: &Path) -> io::Result<u64> {
-    let status = fs::read(proc.join("status"))?;
-    let lines = status.split(|byte| *byte == b'\n');
-    let digits = { lines }.find_map(|line| line.strip_prefix(b"CapBnd:\t"));
-    let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-    let set = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    let set = TaskStatus::of(proc)?.bounding_set();
     set.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 

@@ -17,6 +17,48 @@ pub fn read_proc(path: impl AsRef<Path>) -> io::Result<String> {
     })
 }
 
+/// The status of a task: `/proc/PID/status` or `/proc/PID/task/TID/status`.
+#[derive(Debug, Default)]
+pub struct TaskStatus(String);
+
+impl From<String> for TaskStatus {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl TaskStatus {
+    /// Reads that of the task whose directory this is.
+    ///
+    /// # Errors
+    /// As [`read_proc`].
+    pub fn of(task: impl AsRef<Path>) -> io::Result<Self> {
+        read_proc(task.as_ref().join("status")).map(Self)
+    }
+
+    /// What stands behind this name, for example `Umask`; none where this kernel has no such line.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<&str> {
+        let mut values =
+            { self.0.lines() }.filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        values.next().map(str::trim)
+    }
+
+    /// Its id in the innermost of the pid namespaces that it is in.
+    #[must_use]
+    pub fn id_in_container(&self) -> Option<u32> {
+        // One number for each pid namespace, the innermost last.
+        let ids = self.field("NSpid")?;
+        ids.split_whitespace().last()?.parse().ok()
+    }
+
+    /// The capabilities that it can have at all.
+    #[must_use]
+    pub fn bounding_set(&self) -> Option<u64> {
+        u64::from_str_radix(self.field("CapBnd")?, 16).ok()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -26,8 +68,10 @@ mod tests {
         let own = "/proc/thread-self/comm";
         std::fs::write(own, b"m\xc3\xbcller \xff w\xc3").unwrap();
         assert_eq!(read_proc(own).unwrap(), "m\u{fc}ller \u{fffd} w\u{fffd}\n");
-        let status = read_proc("/proc/thread-self/status").unwrap();
-        assert!(status.contains("\nNSpid:"), "{status}");
+        let status = TaskStatus::of("/proc/thread-self").unwrap();
+        assert_eq!(status.field("Name"), Some("m\u{fc}ller \u{fffd} w\u{fffd}"));
+        assert_eq!(status.field("Nam"), None);
+        assert!(status.id_in_container().is_some() && status.bounding_set().is_some());
         assert!(read_proc("/proc/thread-self/none").is_err());
     }
 }

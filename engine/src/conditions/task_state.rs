@@ -19,12 +19,12 @@ use std::path::PathBuf;
 use super::Hit;
 use super::processes::{Processes, Seen};
 use super::programs::threads;
-use transship_sandbox::read_proc;
+use transship_sandbox::TaskStatus;
 
 /// More descriptors of all threads than this are not looked at.
 const DESCRIPTORS: usize = 1 << 20;
 const SIGCHLD: i32 = 17;
-const MITIGATIONS: [&str; 2] = ["Speculation_Store_Bypass:", "SpeculationIndirectBranch:"];
+const MITIGATIONS: [&str; 2] = ["Speculation_Store_Bypass", "SpeculationIndirectBranch"];
 /// Whether the kernel mitigates for all that has a seccomp filter, which CRIU restores.
 const STORE_BYPASS: &str = "/sys/devices/system/cpu/vulnerabilities/spec_store_bypass";
 
@@ -46,7 +46,11 @@ pub(super) fn hits(init: u32, processes: &Processes) -> Vec<Hit> {
         if seen.pid != init && signal.is_some_and(|signal| signal >= 0 && signal != SIGCHLD) {
             hits.push(("exit-signal", seen.called()));
         }
-        let mitigated = |thread: String| usual.are_less_than(&status(&thread)?).then_some(());
+        let mitigated = |thread: String| {
+            usual
+                .are_less_than(&TaskStatus::of(thread).ok()?)
+                .then_some(())
+        };
         if threads(seen).any(|thread| mitigated(thread).is_some()) {
             hits.push(("speculation", seen.called()));
         }
@@ -81,16 +85,12 @@ fn differ<T: PartialEq>(
     Some((look(first)?, look(other)?) == before)
 }
 
-fn status(thread: &str) -> Option<String> {
-    read_proc(format!("{thread}/status")).ok()
-}
-
 fn place(thread: &str) -> Option<Place> {
     let link = |name| fs::read_link(format!("{thread}/{name}")).ok();
     Some(Place {
         directory: link("cwd")?,
         root: link("root")?,
-        umask: value(&status(thread)?, "Umask:").to_owned(),
+        umask: value(&TaskStatus::of(thread).ok()?, "Umask").to_owned(),
     })
 }
 
@@ -101,15 +101,13 @@ fn descriptors(thread: &str, room: &mut usize) -> Option<BTreeSet<std::ffi::OsSt
     Some(names)
 }
 
-/// The value of a line of `status`; empty where this kernel has no such line.
-fn value<'text>(status: &'text str, name: &str) -> &'text str {
-    let line = status.lines().find_map(|line| line.strip_prefix(name));
-    line.unwrap_or_default().trim()
+fn value<'status>(status: &'status TaskStatus, name: &str) -> &'status str {
+    status.field(name).unwrap_or_default()
 }
 
 /// What this program has itself, as all that are started on the node have, and a restored one.
 struct Mitigations {
-    own: String,
+    own: TaskStatus,
     come_by_seccomp: bool,
 }
 
@@ -117,13 +115,13 @@ impl Mitigations {
     fn usual() -> Self {
         let kernel = fs::read_to_string(STORE_BYPASS).unwrap_or_default();
         Self {
-            own: status("/proc/thread-self").unwrap_or_default(),
+            own: TaskStatus::of("/proc/thread-self").unwrap_or_default(),
             come_by_seccomp: kernel.contains("seccomp"),
         }
     }
 
-    fn are_less_than(&self, status: &str) -> bool {
-        if self.come_by_seccomp && value(status, "Seccomp:") != "0" {
+    fn are_less_than(&self, status: &TaskStatus) -> bool {
+        if self.come_by_seccomp && value(status, "Seccomp") != "0" {
             return false;
         }
         MITIGATIONS.iter().any(|name| {
@@ -160,7 +158,9 @@ mod tests {
             assert_eq!(is_asked_for(mitigation), asked, "{mitigation}");
         }
         let text = |seccomp: u32, it: &str| {
-            format!("Seccomp:\t{seccomp}\nSpeculation_Store_Bypass:\t{it}\n")
+            TaskStatus::from(format!(
+                "Seccomp:\t{seccomp}\nSpeculation_Store_Bypass:\t{it}\n"
+            ))
         };
         let usual = |own: &'static str, come_by_seccomp| Mitigations {
             own: text(0, own),

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
-use transship_sandbox::read_proc;
+use transship_sandbox::{TaskStatus, read_proc};
 
 /// How long a stop signal may take: the task is on its way out of the kernel.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -103,15 +103,8 @@ pub(super) fn release(root: i32, hold: &Hold, stopped: &[u32]) -> io::Result<()>
 
 /// Its pid in the innermost pid namespace that it is in; none when it is gone.
 pub(super) fn pid_in_container(pid: i32) -> Option<u32> {
-    let status = read_proc(format!("/proc/{pid}/status")).ok()?;
-    // One number for each pid namespace, the innermost last.
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:"))?
-        .split_whitespace()
-        .last()?
-        .parse()
-        .ok()
+    let status = TaskStatus::of(format!("/proc/{pid}")).ok()?;
+    status.id_in_container()
 }
 
 #[cfg(test)]

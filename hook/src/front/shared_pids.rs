@@ -12,7 +12,7 @@ use transship_checkpoint::namespaces::{self, Namespace};
 use transship_sandbox::Request;
 
 use transship_path_error::During as _;
-use transship_sandbox::read_proc;
+use transship_sandbox::TaskStatus;
 
 use super::bundle::Config;
 use super::{FitError, FrontError};
@@ -47,13 +47,12 @@ fn taken(wanted: &HashSet<u32>, namespace: &Path) -> io::Result<Option<(u32, Str
             continue;
         }
         for task in fs::read_dir(process.join("task")).into_iter().flatten() {
-            let status = read_proc(task?.path().join("status")).unwrap_or_default();
-            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-            let id = field("NSpid:")
-                .and_then(|ids| ids.split_whitespace().last()?.parse().ok())
-                .filter(|id| wanted.contains(id));
+            let Ok(status) = TaskStatus::of(task?.path()) else {
+                continue;
+            };
+            let id = status.id_in_container().filter(|id| wanted.contains(id));
             if let Some(id) = id {
-                let name = field("Name:").unwrap_or_default().trim();
+                let name = status.field("Name").unwrap_or_default();
                 return Ok(Some((id, name.to_owned())));
             }
         }

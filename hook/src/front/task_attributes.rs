@@ -19,7 +19,7 @@ use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
-use transship_sandbox::read_proc;
+use transship_sandbox::TaskStatus;
 
 use crate::descendants::tree;
 
@@ -80,18 +80,17 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             let Some(tid) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            let status = read_proc(format!("/proc/{pid}/task/{tid}/status"))?;
-            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-            let id = field("NSpid:").and_then(|ids| ids.split_whitespace().last()?.parse().ok());
+            let status = TaskStatus::of(format!("/proc/{pid}/task/{tid}"))?;
+            let id = status.id_in_container();
             if let Some(sockets) = id.filter(|_| tid == pid).and_then(|id| sockets.get(&id)) {
                 lost.extend(give_to_sockets(pid, sockets, &allowed_congestion));
             }
-            let Some(task) = id.and_then(|id: u32| wanted.get(&id)) else {
+            let Some(task) = id.and_then(|id| wanted.get(&id)) else {
                 continue;
             };
-            let allowed = parse_cpus(field("Cpus_allowed_list:").unwrap_or_default());
-            let bounding = field("CapBnd:").and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
-            lost.extend(give_one(tid, task, &allowed, bounding.unwrap_or_default()));
+            let allowed = parse_cpus(status.field("Cpus_allowed_list").unwrap_or_default());
+            let bounding = status.bounding_set().unwrap_or_default();
+            lost.extend(give_one(tid, task, &allowed, bounding));
         }
     }
     Ok(lost)
