@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::tcp_options::TcpOptions;
+use crate::socket_options::SocketOptions;
 
 /// Name of the file.
 pub const TASKS_FILE: &str = "tasks.json";
@@ -31,7 +31,7 @@ pub struct TaskAttributes {
     /// Those that are not as every new task.
     #[serde(default)]
     pub tasks: Vec<Task>,
-    /// TCP sockets that are not as every new one.
+    /// Sockets that are not as every new one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sockets: Vec<Socket>,
     /// What waited to be read and is lost.
@@ -85,7 +85,7 @@ impl Unread {
     }
 }
 
-/// A TCP socket, by one of its descriptors.
+/// A socket, by one of its descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
     /// The id in the container of a process that has it.
@@ -93,7 +93,7 @@ pub struct Socket {
     /// The number of its descriptor there.
     pub descriptor: i32,
     /// Its options.
-    pub options: TcpOptions,
+    pub options: SocketOptions,
 }
 
 /// One thread.

@@ -1,27 +1,24 @@
-//! What CRIU does not keep of the descriptors of frozen processes: options of TCP sockets, see
-//! [`transship_checkpoint::tcp_options`], and what they have not read.
+//! What CRIU does not keep of the descriptors of frozen processes: options of sockets, see
+//! [`transship_checkpoint::socket_options`], and what they have not read.
 //!
 //! ```text
 //!  /proc/PID/fd/N -> socket:[4711]        --> pidfd_getfd --> getsockopt    some 3 us for each
 //!                    socket of UDP, inotify                  FIONREAD
 //! ```
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use transship_checkpoint::socket_options::{SocketKind, SocketOptions};
 use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
-use transship_checkpoint::tcp_options::TcpOptions;
 
 use crate::conditions::protocol;
 use crate::network_namespace::within;
 use crate::process_files;
 
-/// What the network of a process gives to new sockets; it shows the network of who reads it.
-const USUAL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 /// More sockets than this are not looked at.
 const SOCKETS: usize = 1 << 20;
 
@@ -36,7 +33,8 @@ pub(crate) struct OfDescriptors {
 pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
     let mut seen = BTreeSet::new();
     let mut found = OfDescriptors::default();
-    let mut usual = None;
+    // All processes of a container are in one network.
+    let mut new = BTreeMap::new();
     for pid in pids {
         // A zombie has no descriptors.
         let Some(process) = Opened::open(*pid) else {
@@ -45,10 +43,7 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
         for open in process.process.fd().into_iter().flatten().flatten() {
             match &open.target {
                 FDTarget::Socket(inode) if seen.len() < SOCKETS && seen.insert(*inode) => {
-                    // All processes of a container are in one network.
-                    let usual =
-                        usual.get_or_insert_with(|| usual_congestion(*pid).unwrap_or_default());
-                    found.socket(&process, open.fd, usual);
+                    found.socket(&process, open.fd, &mut new);
                 }
                 FDTarget::AnonInode(kind) if kind == "inotify" => {
                     found.unread(&process, open.fd, UnreadKind::Inotify);
@@ -83,28 +78,44 @@ impl Opened {
         Some(Self { process, id, pidfd })
     }
 
+    fn pid(&self) -> u32 {
+        self.process.pid.cast_unsigned()
+    }
+
     fn descriptor(&self, number: i32) -> Option<OwnedFd> {
         pidfd_getfd(self.pidfd.as_fd(), number, PidfdGetfdFlags::empty()).ok()
     }
 }
 
 impl OfDescriptors {
-    fn socket(&mut self, of: &Opened, number: i32, usual: &str) {
-        let options = of
-            .descriptor(number)
-            .and_then(|socket| TcpOptions::read(&socket, usual));
-        match options {
-            Some(options) if !options.are_ordinary() => self.sockets.push(Socket {
+    /// `new` has a new socket of each kind.
+    fn socket(
+        &mut self,
+        of: &Opened,
+        number: i32,
+        new: &mut BTreeMap<SocketKind, Option<OwnedFd>>,
+    ) {
+        let Some(socket) = of.descriptor(number) else {
+            return;
+        };
+        let Some(kind) = SocketKind::of(&socket) else {
+            return;
+        };
+        let new = new
+            .entry(kind)
+            .or_insert_with(|| within(of.pid(), || kind.make()).ok()?.ok());
+        let options = new.as_ref().map(|new| SocketOptions::read(&socket, new));
+        if let Some(options) = options.filter(|options| !options.are_ordinary()) {
+            self.sockets.push(Socket {
                 process: of.id,
                 descriptor: number,
                 options,
-            }),
-            Some(_) => {}
-            None => {
-                let name = protocol(&format!("/proc/{}/fd/{number}", of.process.pid));
-                if name.is_some_and(|name| name.starts_with("UDP")) {
-                    self.unread(of, number, UnreadKind::Udp);
-                }
+            });
+        }
+        if matches!(kind, SocketKind::Datagram | SocketKind::Datagram6) {
+            let name = protocol(&format!("/proc/{}/fd/{number}", of.pid()));
+            if name.is_some_and(|name| name.starts_with("UDP")) {
+                self.unread(of, number, UnreadKind::Udp);
             }
         }
     }
@@ -123,16 +134,12 @@ impl OfDescriptors {
     }
 }
 
-/// The congestion control of new sockets in the network of a process.
-fn usual_congestion(pid: u32) -> Option<String> {
-    let name = within(pid, || fs::read_to_string(USUAL)).ok()?.ok()?;
-    Some(name.trim().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, UdpSocket};
     use std::os::fd::AsRawFd as _;
+
+    use transship_checkpoint::socket_options::Allowed;
 
     use super::*;
 
@@ -146,11 +153,15 @@ mod tests {
             TcpListener::bind("127.0.0.1:0").unwrap(),
             TcpListener::bind("127.0.0.1:0").unwrap(),
         );
-        let options = TcpOptions {
-            user_timeout: Some(4711),
-            ..TcpOptions::default()
+        let options = SocketOptions {
+            plain: [("user_timeout".to_owned(), 4711)].into(),
+            ..SocketOptions::default()
         };
-        assert!(options.give(&listener, &[]).is_empty());
+        let none = Allowed {
+            congestion: &[],
+            network_admin: false,
+        };
+        assert!(options.give(&listener, none).is_empty());
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         receiver
             .send_to(b"hello", receiver.local_addr().unwrap())
@@ -164,7 +175,5 @@ mod tests {
         assert_eq!((unread.kind, unread.bytes), (UnreadKind::Udp, 5));
         assert_eq!(of(listener.as_raw_fd()).unwrap().options, options);
         assert_eq!(of(other.as_raw_fd()), None);
-        let usual = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap();
-        assert_eq!(usual_congestion(own).as_deref(), Some(usual.trim()));
     }
 }

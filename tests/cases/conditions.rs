@@ -387,6 +387,7 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
             "lock",
             "named-deleted",
             "listener=7004",
+            "options",
             "core-filter",
             "udp=7005",
             "thread-timer",
@@ -419,6 +420,7 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
     for need in [
         "named-deleted",
         "listener",
+        "options",
         "core-filter",
         "udp",
         "thread-timer",

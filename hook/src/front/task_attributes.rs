@@ -16,6 +16,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::socket_options::Allowed;
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
@@ -25,6 +26,8 @@ use crate::descendants::tree;
 
 /// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
 const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
+/// `CAP_NET_ADMIN`
+const NETWORK_ADMIN: u64 = 1 << 12;
 
 /// So many losses of what was not read are told.
 const UNREAD: usize = 16;
@@ -82,14 +85,18 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             };
             let status = TaskStatus::of(format!("/proc/{pid}/task/{tid}"))?;
             let id = status.id_in_container();
+            let bounding = status.bounding_set().unwrap_or_default();
             if let Some(sockets) = id.filter(|_| tid == pid).and_then(|id| sockets.get(&id)) {
-                lost.extend(give_to_sockets(pid, sockets, &allowed_congestion));
+                let allowed = Allowed {
+                    congestion: &allowed_congestion,
+                    network_admin: bounding & NETWORK_ADMIN != 0,
+                };
+                lost.extend(give_to_sockets(pid, sockets, allowed));
             }
             let Some(task) = id.and_then(|id| wanted.get(&id)) else {
                 continue;
             };
             let allowed = parse_cpus(status.field("Cpus_allowed_list").unwrap_or_default());
-            let bounding = status.bounding_set().unwrap_or_default();
             lost.extend(give_one(tid, task, &allowed, bounding));
         }
     }
@@ -132,7 +139,7 @@ fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<Stri
     lost
 }
 
-fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: &[&str]) -> Vec<String> {
+fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: Allowed<'_>) -> Vec<String> {
     let process = rustix::process::Pid::from_raw(pid);
     let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     let lost = sockets.iter().flat_map(|socket| {
@@ -146,7 +153,7 @@ fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: &[&str]) -> Vec<Strin
             .and_then(|process| pidfd_getfd(process, *descriptor, PidfdGetfdFlags::empty()).ok());
         let lost = match found {
             Some(socket) => options.give(&socket, allowed),
-            None => vec!["its TCP options".to_owned()],
+            None => vec!["its options".to_owned()],
         };
         { lost.into_iter() }.map(move |what| format!("of the socket {descriptor} of {id} {what}"))
     });
@@ -181,8 +188,8 @@ fn ionice(tid: i32, class: &str, level: u8) -> bool {
 mod tests {
     use std::os::fd::AsRawFd as _;
 
+    use transship_checkpoint::socket_options::{SocketKind, SocketOptions};
     use transship_checkpoint::task_attributes::UnreadKind;
-    use transship_checkpoint::tcp_options::TcpOptions;
 
     use super::*;
 
@@ -227,9 +234,9 @@ mod tests {
             return;
         }
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let options = TcpOptions {
-            user_timeout: Some(4711),
-            ..TcpOptions::default()
+        let options = SocketOptions {
+            plain: [("user_timeout".to_owned(), 4711)].into(),
+            ..SocketOptions::default()
         };
         let pid = std::process::id();
         let socket = |descriptor| Socket {
@@ -250,10 +257,8 @@ mod tests {
         let lost = give_back(pid.cast_signed(), &attributes).unwrap();
         assert_eq!(lost.len(), 2, "{lost:?}");
         assert!(lost[0].starts_with("events of inotify"), "{lost:?}");
-        assert_eq!(
-            TcpOptions::read(&listener, "cubic").unwrap().user_timeout,
-            Some(4711)
-        );
+        let new = SocketKind::Tcp.make().unwrap();
+        assert_eq!(SocketOptions::read(&listener, &new), options);
     }
 
     #[test]

@@ -40,6 +40,8 @@ use nix::fcntl::{Flock, FlockArg};
 
 #[path = "holder/odd.rs"]
 mod odd;
+#[path = "holder/options.rs"]
+mod options;
 #[path = "holder/rare.rs"]
 mod rare;
 #[path = "holder/shared.rs"]
@@ -67,6 +69,7 @@ enum Held {
     ),
     Rare(rare::Rare),
     Odd(odd::Odd),
+    Options(options::Options),
     Shared(shared::Shared),
 }
 
@@ -192,6 +195,7 @@ fn take(need: &str) -> io::Result<Held> {
             stream.set_read_timeout(Some(PATIENCE))?;
             Held::Peer(stream)
         }
+        "options" => Held::Options(options::Options::take()?),
         "in-flight" => {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port()?))?;
             let client = TcpStream::connect(listener.local_addr()?)?;
@@ -252,6 +256,7 @@ fn check(held: &mut Held) -> io::Result<()> {
         Held::Peer(stream) => pass(&mut &*stream, &mut &*stream),
         Held::Rare(rare) => rare::check(rare),
         Held::Odd(odd) => odd::check(odd),
+        Held::Options(options) => options.check(),
         Held::Shared(shared) => shared::check(shared),
     }
 }
