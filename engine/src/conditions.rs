@@ -10,7 +10,7 @@
 //!     |       |--> descriptors           what fdinfo tells of them
 //!     |       |--> programs, memory       what they have set for themselves and CRIU does not restore
 //!     |       |--> task_state             the same of single threads, and how processes were made
-//!     |       |--> message_queues, namespaces, privileges, keyring, multicast, code_room
+//!     |       |--> message_queues, namespaces, privileges, keyring, multicast, socket_modes, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
 //!            `--> (name of a condition, on what) --> Found, by the table of transship-checkpoint
@@ -45,6 +45,7 @@ mod processes;
 mod programs;
 mod read_only_root;
 pub(crate) mod sock_diag;
+mod socket_modes;
 mod sockets;
 mod task_state;
 mod unix_backlog;
@@ -218,6 +219,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(outside_sockets::hits(subject, &owned, &unix));
     hits.extend(unix_backlog::hits(&owned, &unix));
     hits.extend(multicast::hits(subject, &owned));
+    hits.extend(socket_modes::hits(&processes));
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));
     hits.extend(privileges::hits(&processes));

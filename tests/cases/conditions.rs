@@ -306,13 +306,14 @@ fn changes_are_refused_unless_they_may_be(node: &Node, b: &Node, ssh: &str) -> a
         ("locked-on-fault", "locked-on-fault"),
         ("memory-policy", "memory-policy"),
         ("multicast", "multicast"),
+        ("socket-mode", "encapsulated"),
         ("keyring", "keyring"),
     ];
     if node.shell("grep -qw ospke /proc/cpuinfo").run().is_ok() {
         needs.insert(5, ("protection-key", "protection-key"));
     }
     if node.shell("grep -qw do_mseal /proc/kallsyms").run().is_ok() {
-        needs.insert(needs.len() - 4, ("sealed-memory", "sealed"));
+        needs.insert(needs.len() - 5, ("sealed-memory", "sealed"));
     }
     let mitigated = "grep -q 'Speculation_Store_Bypass:.thread vulnerable' /proc/self/status";
     if node.shell(mitigated).run().is_ok() {

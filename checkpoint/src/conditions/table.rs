@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 73] = [
+pub static CONDITIONS: [Condition; 74] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -435,6 +435,14 @@ pub static CONDITIONS: [Condition; 73] = [
         what: "its sockets come back without the multicast groups that they have joined",
         remedy: "end what has joined them",
         seen: "/proc/PID/net/igmp, igmp6, of a network namespace of its own; getsockopt",
+        criu_says: &[],
+    },
+    Condition {
+        name: "socket-mode",
+        effect: Effect::Changes,
+        what: "its sockets come back without what the kernel does with their data: TLS (TCP_ULP), encapsulation (UDP_ENCAP), sending at set times (SO_TXTIME)",
+        remedy: "let the program do that itself, such as TLS without kTLS",
+        seen: "getsockopt",
         criu_says: &[],
     },
     Condition {

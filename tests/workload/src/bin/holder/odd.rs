@@ -19,6 +19,7 @@
 //!   unread-events     an event of inotify that it does not read
 //!   named-deleted     an open file whose name ends with " (deleted)"
 //!   listener=PORT     TCP_DEFER_ACCEPT, TCP_USER_TIMEOUT, TCP_FASTOPEN and a congestion control
+//!   encapsulated      a UDP socket from which the kernel takes ESP (UDP_ENCAP)
 //!   core-filter       another coredump_filter
 //!   udp=PORT          a UDP socket connected to another one over localhost; a datagram on every tick
 //! ```
@@ -50,6 +51,11 @@ const USER_TIMEOUT: u32 = 30_000;
 /// Every kernel has it.
 const CONGESTION: &str = "reno";
 
+/// From `linux/udp.h`; libc does not have them.
+const UDP_ENCAP: libc::c_int = 100;
+const ESP_IN_UDP: u32 = 2;
+
+sockopt_impl!(UdpEncap, Both, libc::IPPROTO_UDP, UDP_ENCAP, u32);
 sockopt_impl!(
     TcpDeferAccept,
     Both,
@@ -91,6 +97,11 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
         "multicast" => {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
             socket.join_multicast_v4(&Ipv4Addr::new(239, 1, 2, 3), &Ipv4Addr::LOCALHOST)?;
+            Box::new(socket)
+        }
+        "encapsulated" => {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            setsockopt(&socket, UdpEncap, &ESP_IN_UDP)?;
             Box::new(socket)
         }
         "keyring" => Box::new(key()?),

@@ -1,0 +1,93 @@
+//! What the kernel does with the data of a socket, which CRIU does not read, and which no other socket can be given:
+//! keys and numbers of TLS, the kind of an encapsulation, the clock of packets that are sent at set times.
+//!
+//! ```text
+//!  TCP_ULP      "tls"                   CRIU would go on with the connection in clear
+//!  UDP_ENCAP    2                       UDP_ENCAP_ESPINUDP
+//!  SO_TXTIME    clock 11, flags 0       0 and 0 is what a socket without it has
+//! ```
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use nix::sys::socket::getsockopt;
+use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
+use procfs::process::FDTarget;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use super::Hit;
+use super::processes::{Processes, Seen};
+
+/// From `linux/udp.h`; libc does not have it.
+const UDP_ENCAP: libc::c_int = 100;
+/// What names of protocols the kernel has room for (`TCP_ULP_NAME_MAX`).
+const NAME: usize = 16;
+
+sockopt_impl!(
+    /// What is between a TCP connection and its user.
+    UpperProtocol, Both, libc::IPPROTO_TCP, libc::TCP_ULP, OsString<[u8; NAME]>
+);
+sockopt_impl!(
+    /// What UDP takes out of its datagrams.
+    Encapsulation,
+    GetOnly,
+    libc::IPPROTO_UDP,
+    UDP_ENCAP,
+    u32
+);
+sockopt_impl!(
+    /// The clock, and flags.
+    SendTime,
+    GetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_TXTIME,
+    [u32; 2]
+);
+
+pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
+    let sockets = processes
+        .descriptors()
+        .filter_map(|(seen, number, target)| {
+            let FDTarget::Socket(_) = target else {
+                return None;
+            };
+            // One that was closed meanwhile has no mode.
+            let mode = mode(&socket(seen, number)?)?;
+            Some(("socket-mode", format!("{mode} of {}", seen.called())))
+        });
+    sockets.collect()
+}
+
+fn socket(of: &Seen, number: i32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(of.pid.cast_signed())?;
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    pidfd_getfd(process.as_fd(), number, PidfdGetfdFlags::empty()).ok()
+}
+
+fn mode(socket: &OwnedFd) -> Option<String> {
+    // What is no option of such a socket is an error.
+    let upper = getsockopt(socket, UpperProtocol).unwrap_or_default();
+    // Multipath TCP has a condition of its own.
+    if !upper.is_empty() && upper != "mptcp" {
+        return Some(upper.to_string_lossy().escape_debug().to_string());
+    }
+    if getsockopt(socket, Encapsulation).is_ok_and(|kind| kind != 0) {
+        return Some("UDP_ENCAP".to_owned());
+    }
+    let timed = getsockopt(socket, SendTime).is_ok_and(|clock| clock != [0, 0]);
+    timed.then(|| "SO_TXTIME".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+
+    #[test]
+    fn ordinary_sockets_have_no_mode() {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(mode(&tcp.into()), None);
+        assert_eq!(mode(&udp.into()), None);
+    }
+}
