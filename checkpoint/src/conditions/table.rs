@@ -257,6 +257,7 @@ pub static CONDITIONS: [Condition; 74] = [
             "Can't create memfd in victim",
             "Message reply from daemon is trimmed",
             "Can't get /proc fd",
+            "Can't retrieve FD from socket",
             "can't get /proc/self/cgroup fd",
         ],
     },
