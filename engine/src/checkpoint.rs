@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio::time::Instant;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::{Container, Losses, NotRunning, Pod, Shared};
@@ -309,11 +308,10 @@ async fn take(
 
     progress.step("dump");
     timeline.freeze();
-    let began = Instant::now();
     let tasks = target.sources.iter().map(SourceContainer::to_freeze);
     let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
     let dump = dump_all(target, draft.dir(), &mut timeline);
-    let dumped = match at_most(target.max_freeze, began, dump).await {
+    let dumped = match at_most(target.max_freeze, frozen.since(), dump).await {
         Ok(dumped) => dumped,
         Err(error) => return Err(frozen.thaw_after(error).await),
     };

@@ -28,6 +28,7 @@ use crate::kill;
 use crate::oci_runtime::OciRuntime;
 use crate::stuck_dump;
 use crate::thaw::{self, Seen};
+use crate::vfork;
 
 pub use crate::freeze_guard::TaskToFreeze;
 
@@ -39,12 +40,17 @@ const PAUSE: Duration = Duration::from_millis(100);
 const NOT_FROZEN: &str = "unable to freeze";
 /// How often a freeze is tried.
 const FREEZES: u32 = 5;
+/// How often they are let go because one waits for a child that has not executed its program yet. Who makes processes
+/// all the time does so for a part of the time.
+const VFORKS: u32 = 40;
+const VFORK_PAUSE: Duration = Duration::from_millis(25);
 
 /// Containers that stand still until they are thawed or killed.
 #[derive(Debug)]
 pub struct Frozen {
     tasks: Tasks,
     guard: FreezeGuard,
+    since: Instant,
 }
 
 /// Frozen containers that nobody but the caller may let run.
@@ -108,12 +114,25 @@ impl Frozen {
             tasks,
             draft: draft.map(Path::to_path_buf),
         };
-        let paused = tasks.pause().await;
-        let frozen = Self { tasks, guard };
+        let paused = tasks.pause_outside_of_vfork().await;
+        let since = Instant::now();
+        let mut frozen = Self {
+            tasks,
+            guard,
+            since,
+        };
         match paused {
-            Ok(()) => Ok(frozen),
+            Ok(since) => {
+                frozen.since = since;
+                Ok(frozen)
+            }
             Err(error) => Err(frozen.thaw_after(error).await),
         }
+    }
+
+    /// When the freeze that has lasted began.
+    pub(crate) fn since(&self) -> Instant {
+        self.since
     }
 
     /// Lets them run, and looks that they do.
@@ -205,6 +224,31 @@ impl Tasks {
     /// Those that this freeze pauses.
     fn ours(&self) -> impl Iterator<Item = &TaskToFreeze> {
         self.tasks.iter().filter(|task| !task.was_paused)
+    }
+
+    /// Gives when they were paused. One that never is outside is left to CRIU, which says so.
+    async fn pause_outside_of_vfork(&self) -> Result<Instant> {
+        let mut tries = 1;
+        loop {
+            let since = Instant::now();
+            self.pause().await?;
+            if tries == VFORKS || !self.are_within_vfork().await? {
+                return Ok(since);
+            }
+            tries += 1;
+            self.thaw().await?;
+            sleep(VFORK_PAUSE).await;
+        }
+    }
+
+    async fn are_within_vfork(&self) -> Result<bool> {
+        for task in self.ours() {
+            let pids = self.node.pids(&task.id).await?;
+            if tokio::task::spawn_blocking(move || vfork::is_going_on(&pids)).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     async fn pause(&self) -> Result<()> {

@@ -115,6 +115,7 @@ mod task_attributes;
 mod thaw;
 pub mod timeline;
 mod timer_threads;
+mod vfork;
 
 pub use error::{Context, Error, Kind, Result};
 pub use progress::{Progress, Silent};

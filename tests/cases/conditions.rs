@@ -157,6 +157,7 @@ fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
         changes_are_refused_unless_they_may_be(&a, &b, &ssh),
     );
     note("compared", another_node_is_compared(&a, &b));
+    note("vforks", between_two_vforks_there_is_a_dump(&a, &b, &ssh));
     note("clean", a_clean_program_passes_and_migrates(&a, &b, &ssh));
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
@@ -372,6 +373,25 @@ fn another_node_is_compared(a: &Node, b: &Node) -> anyhow::Result<()> {
     let found = check(a, "compared", &["--for", "/tmp/less.json"])?;
     ensure!(names(&found) == ["CRIU", "processor", "limit"], "{found}");
     Ok(journey::remove_container(a, "compared")?)
+}
+
+/// CRIU dumps no process that shares its memory with its parent, as all do until they execute a program.
+fn between_two_vforks_there_is_a_dump(a: &Node, b: &Node, ssh: &str) -> anyhow::Result<()> {
+    run(a, "vforks", &[], &[HOLDER, "vforks"])?;
+    for time in 0..4 {
+        let mut checkpoint = a.command("transship");
+        checkpoint.args(["checkpoint", "vforks", "--name", &format!("vforks-{time}")]);
+        checkpoint.run()?;
+    }
+    let mut migrate = a.command("transship");
+    migrate.args(["migrate", "vforks", "--to", ssh, "--allow", "host-mounts"]);
+    migrate.run()?;
+    let restored = tick_of(b, "vforks")?;
+    poll_until("a tick", PATIENCE, || match tick_of(b, "vforks") {
+        Ok(now) if now > restored + 1 => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    Ok(journey::remove_container(b, "vforks")?)
 }
 
 /// It watches a directory of the image, which CRIU does not find by itself, and one of its own: the check

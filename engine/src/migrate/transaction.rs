@@ -99,7 +99,6 @@ impl Transaction<'_> {
         })?;
         self.interrupt.check()?;
         self.timeline.freeze();
-        let began = Instant::now();
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
@@ -107,7 +106,8 @@ impl Transaction<'_> {
             }
         };
         let most = self.request.max_freeze;
-        if let Err(error) = at_most(most, began, self.move_and_record(&draft, known)).await {
+        let since = frozen.since();
+        if let Err(error) = at_most(most, since, self.move_and_record(&draft, known)).await {
             self.end_late_pages(true).await;
             frozen.wait_for_dump().await;
             let error = self.take_back_network(error).await;

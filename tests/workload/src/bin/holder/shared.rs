@@ -10,6 +10,7 @@
 //!   locked-on-fault   memory that is locked when it is touched
 //!   shared-directory  a child that shares its directory
 //!   epoll-target      an epoll that waits for a file which only its child has still open
+//!   vforks            a thread that makes one process after the other, and waits for each to leave its memory
 //!   credentials       a message with credentials that it does not read
 //!   long-path         a directory with a path of more than 4095 bytes
 //!   chroot            another root
@@ -74,6 +75,7 @@ pub(super) fn take(name: &str) -> io::Result<Option<Shared>> {
             let length = PAGE.cast_signed() as c_long;
             Box::new(call(libc::SYS_mlock2, [page()?, length, 1, 0, 0])?)
         }
+        "vforks" => Box::new(std::thread::spawn(vforks)),
         "shared-directory" => Box::new(cloned(libc::CLONE_FS | libc::SIGCHLD)?),
         "epoll-target" => Box::new(waits_for_what_is_closed()?),
         "credentials" => {
@@ -197,6 +199,26 @@ fn cloned(flags: i32) -> io::Result<c_long> {
         }
     }
     Ok(child)
+}
+
+/// As vfork: until the child ends, both have one memory. Most of the time there is one.
+fn vforks() -> io::Result<()> {
+    extern "C" fn child(_: *mut libc::c_void) -> libc::c_int {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        0
+    }
+    loop {
+        let mut stack = vec![0_u8; 1 << 16];
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        let top = stack.as_mut_ptr_range().end;
+        // SAFETY: this thread goes on when the child, which has the stack alone, has ended.
+        let pid = unsafe { libc::clone(child, top.cast(), flags, std::ptr::null_mut()) };
+        if pid < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None)?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
 }
 
 /// A thread that leaves what `shared` says, does something and sleeps.
