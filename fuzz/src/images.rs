@@ -67,6 +67,7 @@ pub(crate) fn core(data: &[u8]) {
             lsm_profile: Some("weaker".to_owned()),
             oom_score_adj: thread.task.as_ref().map(|_| 700),
             rlimits: thread.task.as_ref().map(|_| vec![(1, 2); 16]),
+            no_login: thread.task.is_some(),
         };
         threads::edit(dir, 7, &edit).expect("it could be read");
         let edited = threads::threads(dir).expect("what was edited can be read");
@@ -78,6 +79,7 @@ pub(crate) fn core(data: &[u8]) {
         wanted.seccomp_mode = FILTERS;
         wanted.seccomp_filter = Some(0);
         if let Some(task) = &mut wanted.task {
+            task.login = None;
             task.oom_score_adj = edit.oom_score_adj;
             task.rlimits = vec![(1, 2); 16];
         }

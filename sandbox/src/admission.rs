@@ -187,7 +187,9 @@ pub fn compare(
     }
     files::compare(restored, &mut admission);
     open_files::compare(&restored.privileged_files, allowed, here, &mut admission);
-    threads::compare_addresses(restored.lowest_address, allowed, here, &mut admission);
+    for addresses in &restored.addresses {
+        threads::compare_addresses(addresses, allowed, here, &mut admission);
+    }
     mounts::compare(&restored.mounts, allowed, here, &mut admission);
     places::compare_namespaces(
         &restored.processes,

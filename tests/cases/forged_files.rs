@@ -1,4 +1,5 @@
-//! Checkpoints with open files that are what a process without capabilities cannot make of them: CRIU has them all.
+//! Checkpoints with open files, timers and memory that are what a process without capabilities cannot make of them: CRIU
+//! has them all.
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
@@ -39,6 +40,19 @@ def unix(**more):
             'peer': 0, 'fown': owner, 'opts': options(**more), 'name': '', 'ns_id': network()})
 def counter(owner):
     open_as('EVENTFD', 'efd', {'flags': 2, 'fown': owner, 'counter': 0})
+def timer(clock):
+    for e in edit('core-*.img'):
+        e['tc']['timers']['posix'] = [{'it_id': 0, 'clock_id': clock, 'si_signo': 14, 'it_sigev_notify': 1, 'sival_ptr': 0,
+            'overrun': 0, 'isec': 0, 'insec': 0, 'vsec': 1000, 'vnsec': 0}]
+def locked(length):
+    for e in edit('mm-*.img'):
+        e['vmas'].insert(0, {**e['vmas'][0], 'start': '0x7000000000', 'end': hex(0x7000000000 + length), 'pgoff': 0, 'shmid': 0,
+            'prot': 'PROT_READ | PROT_WRITE', 'flags': 'MAP_PRIVATE | MAP_ANON | 0x2000',
+            'status': 'VMA_AREA_REGULAR | VMA_ANON_PRIVATE'})
+        e['vmas'].sort(key=lambda vma: int(str(vma['start']), 0))
+def login(uid):
+    for e in edit('core-*.img'):
+        e['tc']['loginuid'] = uid
 ";
 
 /// What is forged, and what is said of it.
@@ -52,6 +66,18 @@ const FORGERIES: &[(&str, &str)] = &[
     (
         "counter({**owner, 'signum': 9, 'pid_type': 1, 'pid': 1, 'uid': 7, 'euid': 7})",
         "has the user id 7",
+    ),
+    (
+        "timer(8)",
+        "a timer that wakes the node (CLOCK_REALTIME_ALARM",
+    ),
+    (
+        "timer(9)",
+        "a timer that wakes the node (CLOCK_REALTIME_ALARM",
+    ),
+    (
+        "locked(64 << 20)",
+        "has locked 67108864 bytes of memory, of which",
     ),
 ];
 
@@ -108,7 +134,24 @@ fn forged_files_are_refused(bed: &Testbed) -> anyhow::Result<()> {
             "{added:?}: {shown}"
         );
     }
+    nobody_has_logged_in(&node, &cri, &container)?;
     told_before_the_freeze(&node, &cri, security)
+}
+
+/// The audit log would say of what the container does that this user had done it.
+fn nobody_has_logged_in(
+    node: &Node,
+    cri: &Cri,
+    container: &PodContainer<'_>,
+) -> anyhow::Result<()> {
+    forge(node, &format!("{HELP}{SOCKETS}login(1000)"))?;
+    let pod = cri.run_pod(("shop", "again"), &[RESTORE], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, container)?;
+    let own = cri.exec(&id, &["cat", "/proc/1/loginuid"])?;
+    cri.remove_pod(&pod)?;
+    let own = String::from_utf8_lossy(&own.stdout).into_owned();
+    ensure!(own.trim() != "1000", "{own}");
+    Ok(())
 }
 
 /// Everybody may open it, and sees less in it then than CRIU would.

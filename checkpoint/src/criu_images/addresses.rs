@@ -1,7 +1,7 @@
-//! `mm-<pid>.img`: where the memory of the processes is.
+//! `mm-<pid>.img`: where the memory of the processes is, and how much of it stays in memory.
 //!
 //! ```text
-//! mm_entry   14 vmas: vma_entry   1 start
+//! mm_entry   14 vmas: vma_entry   1 start   2 end   6 flags of mmap(2)
 //! ```
 
 use std::path::Path;
@@ -12,6 +12,18 @@ use super::{Image, ImageError, Kind, list};
 const VMAS: u64 = 14;
 /// Auxiliary vector, mappings, and requests of asynchronous I/O.
 const REPEATED: [u64; 3] = [13, VMAS, 16];
+const MAP_LOCKED: u32 = 0x2000;
+
+/// The memory of a process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Its process, by its id in the container.
+    pub pid: u32,
+    /// The lowest address that it has memory at.
+    pub lowest: Option<u64>,
+    /// Bytes that are locked: they stay in memory.
+    pub locked: u64,
+}
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct MmEntry {
@@ -23,15 +35,19 @@ struct MmEntry {
 struct VmaEntry {
     #[prost(uint64, required, tag = "1")]
     start: u64,
+    #[prost(uint64, required, tag = "2")]
+    end: u64,
+    #[prost(uint32, required, tag = "6")]
+    flags: u32,
 }
 
-/// The lowest address that a process has memory at.
+/// That of each process.
 ///
 /// # Errors
 /// An image that cannot be read or says a thing twice.
-pub fn lowest(dir: &Path) -> Result<Option<u64>, ImageError> {
-    let mut lowest = None;
-    for (_, path) in list(dir, Kind::Mm)? {
+pub fn addresses(dir: &Path) -> Result<Vec<Addresses>, ImageError> {
+    let mut found = Vec::new();
+    for (pid, path) in list(dir, Kind::Mm)? {
         let image = Image::read(&path, Kind::Mm)?;
         let Some(message) = image.entries().next_bytes()? else {
             continue;
@@ -40,10 +56,14 @@ pub fn lowest(dir: &Path) -> Result<Option<u64>, ImageError> {
             return Err(image.ambiguous());
         }
         let entry: MmEntry = image.decode(message)?;
-        lowest = { entry.vmas.into_iter() }
-            .map(|vma| vma.start)
-            .chain(lowest)
-            .min();
+        let locked = entry.vmas.iter().filter(|vma| vma.flags & MAP_LOCKED != 0);
+        found.push(Addresses {
+            pid,
+            lowest: entry.vmas.iter().map(|vma| vma.start).min(),
+            locked: locked
+                .map(|vma| vma.end.saturating_sub(vma.start))
+                .fold(0, u64::saturating_add),
+        });
     }
-    Ok(lowest)
+    Ok(found)
 }

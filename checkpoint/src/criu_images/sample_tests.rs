@@ -169,6 +169,7 @@ fn threads_are_read_and_edited() {
                 lsm_profile: Some("web".into()),
                 oom_score_adj: is_task.then_some(-7),
                 rlimits: is_task.then(|| vec![(1, u64::MAX); 16]),
+                no_login: is_task,
             };
             edit(sample.path(), thread.tid, &changes).unwrap();
             thread.creds.no_new_privileges = true;

@@ -4,7 +4,9 @@
 //! ```text
 //! core_entry            3 tc           of the first thread of a process
 //!                       5 thread_core
-//!   task_core_entry     1 task_state   8 rlimits   11, 12 seccomp of CRIU before 3.12   14 oom_score_adj
+//!   task_core_entry     1 task_state   7 timers    8 rlimits   11, 12 seccomp of CRIU before 3.12
+//!                       13 loginuid    14 oom_score_adj
+//!   task_timers_entry   4 posix        its 2 clock_id
 //!   thread_core_entry   3 sched_nice   4 sched_policy   10 creds   11 seccomp_mode   12 seccomp_filter
 //!   creds_entry         1..8 ids   9 cap_inh  10 cap_prm  11 cap_eff  12 cap_bnd  13 secbits
 //!                       14 groups  15 lsm_profile  18 no_new_privs  19 cap_amb
@@ -22,6 +24,8 @@ const TC: u64 = 3;
 const THREAD_CORE: u64 = 5;
 const OOM_SCORE_ADJ: u64 = 14;
 const RLIMITS: u64 = 8;
+const TIMERS: u64 = 7;
+const LOGIN_UID: u64 = 13;
 const CREDS: u64 = 10;
 const SECCOMP_MODE: u64 = 11;
 const SECCOMP_FILTER: u64 = 12;
@@ -36,6 +40,10 @@ const REPEATED_TC: &[u64] = &[15];
 
 /// `SECCOMP_MODE_FILTER`.
 pub const SECCOMP_FILTER_MODE: u32 = 2;
+/// `CLOCK_REALTIME_ALARM` and `CLOCK_BOOTTIME_ALARM`, whose timers wake a node that sleeps.
+const ALARM_CLOCKS: [u32; 2] = [8, 9];
+/// Of a process that no login has made.
+const NO_LOGIN: u32 = u32::MAX;
 /// `COMPEL_TASK_DEAD`: a zombie, of which there is no more than an exit code.
 pub const TASK_DEAD: u32 = 2;
 
@@ -72,6 +80,10 @@ pub struct Task {
     pub rlimits: Vec<(u64, u64)>,
     /// `oom_score_adj`.
     pub oom_score_adj: Option<i32>,
+    /// Whether it has a timer that wakes the node.
+    pub has_alarm: bool,
+    /// Who has logged in, as the audit log of the node names it; none where nobody has.
+    pub login: Option<u32>,
 }
 
 /// Credentials.
@@ -118,6 +130,8 @@ pub struct ThreadEdit {
     pub oom_score_adj: Option<i32>,
     /// Its limits, by the number of the resource.
     pub rlimits: Option<Vec<(u64, u64)>>,
+    /// Nobody has logged in.
+    pub no_login: bool,
 }
 
 impl ThreadEdit {
@@ -142,14 +156,30 @@ struct TaskCoreEntry {
     task_state: u32,
     #[prost(bytes = "vec", required, tag = "6")]
     comm: Vec<u8>,
+    #[prost(message, optional, tag = "7")]
+    timers: Option<TaskTimersEntry>,
     #[prost(message, optional, tag = "8")]
     rlimits: Option<TaskRlimitsEntry>,
     #[prost(uint32, optional, tag = "11")]
     old_seccomp_mode: Option<u32>,
     #[prost(uint32, optional, tag = "12")]
     old_seccomp_filter: Option<u32>,
+    #[prost(uint32, optional, tag = "13")]
+    loginuid: Option<u32>,
     #[prost(int32, optional, tag = "14")]
     oom_score_adj: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct TaskTimersEntry {
+    #[prost(message, repeated, tag = "4")]
+    posix: Vec<PosixTimerEntry>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct PosixTimerEntry {
+    #[prost(uint32, required, tag = "2")]
+    clock_id: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -367,6 +397,10 @@ fn read_thread(tid: u32, image: &Image) -> Result<Thread, ImageError> {
             .map(|it| it.rlimits.iter().map(|it| (it.cur, it.max)).collect())
             .unwrap_or_default(),
         oom_score_adj: tc.oom_score_adj,
+        has_alarm: { tc.timers.iter() }
+            .flat_map(|timers| &timers.posix)
+            .any(|timer| ALARM_CLOCKS.contains(&timer.clock_id)),
+        login: tc.loginuid.filter(|id| *id != NO_LOGIN),
     });
     Ok(Thread {
         tid,
@@ -386,6 +420,7 @@ fn has_ambiguous_part(core: &[u8]) -> bool {
     is_ambiguous(core, &[])
         || is_ambiguous(&tc, REPEATED_TC)
         || is_ambiguous(&part(&tc, RLIMITS), &[1])
+        || is_ambiguous(&part(&tc, TIMERS), &[4])
         || is_ambiguous(&thread, &[])
         || is_ambiguous(&part(&thread, CREDS), REPEATED_CREDS)
 }
@@ -458,6 +493,11 @@ fn edited(core: &[u8], edit: &ThreadEdit) -> Vec<u8> {
     if let Some(score) = edit.oom_score_adj {
         core = edit_submessage(&core, TC, |tc| {
             set_varints(tc, OOM_SCORE_ADJ, &[i64::from(score).cast_unsigned()])
+        });
+    }
+    if edit.no_login {
+        core = edit_submessage(&core, TC, |tc| {
+            set_varints(tc, LOGIN_UID, &[u64::from(NO_LOGIN)])
         });
     }
     if let Some(limits) = &edit.rlimits {

@@ -5,13 +5,13 @@
 //!                                                                          name, by runc (crun: web); how many
 //! ```
 
-use std::fs;
+use transship_sandbox::read_proc;
 
 use super::{Hit, Subject};
 
 pub(super) fn hits(subject: &Subject) -> Option<Hit> {
     // Of a kernel without keys there is no file.
-    let keys = fs::read_to_string("/proc/keys").unwrap_or_default();
+    let keys = read_proc("/proc/keys").unwrap_or_default();
     let count = in_keyring(&keys, &subject.id)?;
     Some(("keyring", format!("{count}")))
 }

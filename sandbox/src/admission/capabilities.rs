@@ -54,10 +54,12 @@ pub(super) const SETPCAP: Capabilities = Capabilities(1 << 8);
 pub(super) const NET_BIND_SERVICE: Capabilities = Capabilities(1 << 10);
 pub(super) const NET_ADMIN: Capabilities = Capabilities(1 << 12);
 pub(super) const NET_RAW: Capabilities = Capabilities(1 << 13);
+pub(super) const IPC_LOCK: Capabilities = Capabilities(1 << 14);
 pub(super) const SYS_RAWIO: Capabilities = Capabilities(1 << 17);
 pub(super) const SYS_ADMIN: Capabilities = Capabilities(1 << 21);
 pub(super) const SYS_NICE: Capabilities = Capabilities(1 << 23);
 pub(super) const SYS_RESOURCE: Capabilities = Capabilities(1 << 24);
+pub(super) const WAKE_ALARM: Capabilities = Capabilities(1 << 35);
 pub(super) const AUDIT_READ: Capabilities = Capabilities(1 << 37);
 pub(super) const BPF: Capabilities = Capabilities(1 << 39);
 

@@ -107,6 +107,28 @@ pub enum Refusal {
         /// The lowest address of this node.
         allowed: u64,
     },
+    /// More memory that is never swapped out than a process may lock.
+    #[error(
+        "process {pid} has locked {found} bytes of memory, of which the new container may lock {allowed} without \
+         CAP_IPC_LOCK"
+    )]
+    LockedMemory {
+        /// Its id in the container.
+        pid: u32,
+        /// How much is locked.
+        found: u64,
+        /// The hard limit.
+        allowed: u64,
+    },
+    /// A timer that wakes a node that sleeps.
+    #[error(
+        "{who} has a timer that wakes the node (CLOCK_REALTIME_ALARM, CLOCK_BOOTTIME_ALARM), which takes \
+         CAP_WAKE_ALARM, and the new container has it not"
+    )]
+    Alarm {
+        /// The process.
+        who: String,
+    },
     /// A name that does not stay in the container, or what no dump says of a file.
     #[error("the checkpoint has the file {path:?}, {why}")]
     File {

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::beneath::{Links, read_regular};
-use transship_checkpoint::criu_images::addresses;
+use transship_checkpoint::criu_images::addresses::{self, Addresses};
 use transship_checkpoint::criu_images::cgroups::{self, Cgroups};
 use transship_checkpoint::criu_images::conntrack;
 use transship_checkpoint::criu_images::inventory::{self, Inventory};
@@ -48,8 +48,8 @@ pub struct Restored {
     pub named_files: Vec<NamedFile>,
     /// Those of the files that have no name.
     pub remaps: Vec<Remap>,
-    /// The lowest address that a process has memory at.
-    pub lowest_address: Option<u64>,
+    /// Where the processes have memory.
+    pub addresses: Vec<Addresses>,
 }
 
 /// Images that cannot be read.
@@ -103,7 +103,7 @@ impl Restored {
             privileged_files: open_files::privileged(dir)?,
             named_files: named_files::named_files(dir)?,
             remaps: named_files::remaps(dir)?,
-            lowest_address: addresses::lowest(dir)?,
+            addresses: addresses::addresses(dir)?,
         })
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use transship_checkpoint::criu_images::addresses::Addresses;
 use transship_checkpoint::criu_images::cgroups::{Cgroups, Hierarchy, Member};
 use transship_checkpoint::criu_images::inventory::Inventory;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
@@ -60,6 +61,7 @@ fn thread() -> Thread {
             state: 1,
             rlimits: vec![(5, 20); 16],
             oom_score_adj: Some(100),
+            ..Task::default()
         }),
         ..Thread::default()
     }
@@ -131,6 +133,11 @@ fn restored() -> Restored {
             namespaces: Some(NAMESPACES.into_iter().zip(11..).collect()),
         }],
         threads: vec![thread()],
+        addresses: vec![Addresses {
+            pid: 1,
+            lowest: Some(4096),
+            locked: 20,
+        }],
         mounts: vec![vec![
             mount(1, 0, "/", FsType::Overlay),
             mount(2, 1, "/proc", FsType::Proc),
@@ -292,7 +299,13 @@ fn what_is_stronger_than_the_spec_is_refused() {
             table(r)[6] = other;
         }),
         ("memory at the address 0x0", |r| {
-            r.lowest_address = Some(0);
+            r.addresses[0].lowest = Some(0);
+        }),
+        ("process 1 has locked 21 bytes of memory", |r| {
+            r.addresses[0].locked = 21;
+        }),
+        ("a timer that wakes the node", |r| {
+            r.threads[0].task.as_mut().unwrap().has_alarm = true;
         }),
         ("\"/a/../b\", whose name leads out", |r| {
             r.named_files.push(file("/a/../b"));
@@ -503,12 +516,13 @@ fn what_can_be_imposed_is() {
     let mut images = restored();
     let creds = &mut images.threads[0].creds;
     (creds.effective, creds.permitted, creds.inheritable) = (1, 1, CAPS);
-    images.threads[0].task.as_mut().unwrap().rlimits[0].1 = 1000;
+    let task = images.threads[0].task.as_mut().unwrap();
+    (task.rlimits[0].1, task.login) = (1000, Some(1000));
     images.filters = vec![Filter::default()];
     let found = admission(&images, &spec);
     assert_eq!(found.refusals, []);
     let edit = &found.edits[&1];
-    assert!(edit.no_new_privileges);
+    assert!(edit.no_new_privileges && edit.no_login);
     assert_eq!((edit.bounding, edit.inheritable), (Some(1), Some(1)));
     assert_eq!(edit.oom_score_adj, Some(500));
     assert_eq!(edit.rlimits.as_ref().unwrap()[0], (5, 20));
@@ -612,6 +626,7 @@ fn a_zombie_has_an_image_and_no_thread() {
             state: TASK_DEAD,
             rlimits: Vec::new(),
             oom_score_adj: None,
+            ..Task::default()
         }),
         ..Thread::default()
     });

@@ -1,15 +1,20 @@
 //! Each thread of the images against the spec: credentials, limits, scheduling.
 
+use transship_checkpoint::criu_images::addresses::Addresses;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
 
 use super::allowance::{Allowance, LIMITS};
-use super::capabilities::{Capabilities, SETPCAP, SYS_NICE, SYS_RAWIO, SYS_RESOURCE};
+use super::capabilities::{
+    Capabilities, IPC_LOCK, SETPCAP, SYS_NICE, SYS_RAWIO, SYS_RESOURCE, WAKE_ALARM,
+};
 use super::{Admission, Environment, Refusal};
 
 /// `SECBIT_KEEP_CAPS` and its lock: all that a process can set without a capability.
 const FREE_SECUREBITS: u32 = 1 << 4;
 /// What a thread with `SCHED_RESET_ON_FORK` has besides its policy: its children have less, so anybody may set it.
 const RESET_ON_FORK: u32 = 0x4000_0000;
+/// `RLIMIT_MEMLOCK`.
+const MEMLOCK: usize = 8;
 /// `SCHED_OTHER`, `SCHED_BATCH`, `SCHED_IDLE`.
 const FREE_POLICIES: [u32; 3] = [0, 3, 5];
 
@@ -36,6 +41,13 @@ pub(super) fn compare(
             && task.oom_score_adj.unwrap_or_default() < least
         {
             admission.edit(thread.tid).oom_score_adj = Some(least);
+        }
+        if task.has_alarm && !allowed.capabilities.has(WAKE_ALARM) {
+            admission.refuse(Refusal::Alarm { who });
+        }
+        // Whoever made the image would name who is to have done what the audit log of this node has of the container.
+        if task.login.is_some() {
+            admission.edit(thread.tid).no_login = true;
         }
     }
 }
@@ -163,18 +175,29 @@ fn compare_limits(
 }
 
 /// Memory at the lowest addresses makes of a pointer that the kernel forgot to set one that a process has set: CRIU may
-/// map it, a process may not.
+/// map it, a process may not. What is locked is never swapped out.
 pub(super) fn compare_addresses(
-    lowest: Option<u64>,
+    found: &Addresses,
     allowed: &Allowance,
     here: &Environment,
     admission: &mut Admission,
 ) {
-    let low = lowest.filter(|found| *found < here.lowest_address);
-    if let Some(found) = low.filter(|_| !allowed.capabilities.has(SYS_RAWIO)) {
+    let low = found.lowest.filter(|at| *at < here.lowest_address);
+    if let Some(at) = low.filter(|_| !allowed.capabilities.has(SYS_RAWIO)) {
         admission.refuse(Refusal::Address {
-            found,
+            found: at,
             allowed: here.lowest_address,
+        });
+    }
+    // A process may lower its limit when it has locked its memory: the hard one of the container counts.
+    let most = allowed.limits.get(&MEMLOCK);
+    let most = most.or(here.hard_limits.get(MEMLOCK)).copied();
+    let more = most.filter(|most| found.locked > *most);
+    if let Some(most) = more.filter(|_| !allowed.capabilities.has(IPC_LOCK)) {
+        admission.refuse(Refusal::LockedMemory {
+            pid: found.pid,
+            found: found.locked,
+            allowed: most,
         });
     }
 }
