@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::{AcceptConn, SockType as TypeOf, TcpCongestion};
@@ -19,7 +19,10 @@ use serde::{Deserialize, Serialize};
 
 mod plain;
 
-use plain::{Rule, TABLE};
+use plain::{Plain, Rule, TABLE};
+
+/// The bits of a traffic class that are not the program's.
+const ECN: u32 = 3;
 
 sockopt_impl!(
     /// The address family of a socket.
@@ -83,13 +86,43 @@ impl SocketKind {
     }
 }
 
+/// What new sockets of a kind have. What such a socket has not is not asked of others: this is done while a container
+/// stands still, for each of its sockets.
+#[derive(Debug)]
+pub struct Usual {
+    is_stream: bool,
+    plain: Vec<(&'static Plain, u32)>,
+    congestion: Option<String>,
+}
+
+impl Usual {
+    /// That of the kind of a new socket, in its network.
+    #[must_use]
+    pub fn of(new: &impl AsFd) -> Self {
+        let new = new.as_fd();
+        let is_stream = getsockopt(&new, TypeOf).is_ok_and(|it| it == SockType::Stream);
+        let options = { TABLE.iter() }.filter(|it| it.rule != Rule::OfDatagrams || !is_stream);
+        let plain = options.filter_map(|option| Some((option, (option.get)(new).ok()?)));
+        Self {
+            is_stream,
+            plain: plain.collect(),
+            congestion: congestion(new),
+        }
+    }
+}
+
+fn congestion(of: BorrowedFd<'_>) -> Option<String> {
+    let name = getsockopt(&of, TcpCongestion).ok()?.into_string().ok()?;
+    Some(name).filter(|name| !name.is_empty())
+}
+
 /// What a restored socket may be given.
 #[derive(Debug, Clone, Copy)]
 pub struct Allowed<'a> {
     /// Congestion controls that everybody may choose.
     pub congestion: &'a [&'a str],
-    /// Whether the process may administer its network.
-    pub network_admin: bool,
+    /// Those that the process can have at all, as a set of bits.
+    pub capabilities: u64,
 }
 
 /// The options that are not what a new socket has.
@@ -110,24 +143,29 @@ impl SocketOptions {
         *self == Self::default()
     }
 
-    /// Those of a socket; `new` is a new one of its kind in its network.
+    /// Those of a socket; `usual` is that of its kind in its network.
     #[must_use]
-    pub fn read(socket: &impl AsFd, new: &impl AsFd) -> Self {
-        let (socket, new) = (socket.as_fd(), new.as_fd());
+    pub fn read(socket: &impl AsFd, usual: &Usual) -> Self {
+        let socket = socket.as_fd();
         let listens = getsockopt(&socket, AcceptConn).unwrap_or_default();
-        let plain = TABLE.iter().filter_map(|option| {
+        let is_stream = usual.is_stream;
+        let plain = usual.plain.iter().filter_map(|(option, usual)| {
             if option.rule == Rule::OfListeners && !listens {
                 return None;
             }
             let value = (option.get)(socket).ok()?;
-            let usual = (option.get)(new).ok()?;
-            (value != usual).then(|| (option.name.to_owned(), value))
+            let value = match option.rule {
+                // The kernel of a connection keeps in two bits whether it tells of congestion.
+                Rule::TrafficClass if is_stream => value & !ECN | usual & ECN,
+                _ => value,
+            };
+            (value != *usual).then(|| (option.name.to_owned(), value))
         });
-        let congestion = |of| getsockopt(&of, TcpCongestion).ok()?.into_string().ok();
-        let chosen = congestion(socket).filter(|it| !it.is_empty());
+        // Only TCP has one.
+        let chosen = { usual.congestion.as_ref() }.and_then(|_| congestion(socket));
         Self {
             plain: plain.collect(),
-            congestion: chosen.filter(|it| congestion(new).as_ref() != Some(it)),
+            congestion: chosen.filter(|it| usual.congestion.as_ref() != Some(it)),
         }
     }
 
@@ -142,9 +180,7 @@ impl SocketOptions {
             let given = match TABLE.iter().find(|option| option.name == name) {
                 None => Err(Errno::ENOPROTOOPT),
                 // The caller could set it, and the container could not.
-                Some(option) if option.rule == Rule::NetworkAdmin && !allowed.network_admin => {
-                    Err(Errno::EPERM)
-                }
+                Some(option) if !option.rule.allows(allowed.capabilities) => Err(Errno::EPERM),
                 Some(option) => (option.set)(socket, *value),
             };
             note(&format!("{} (it was {value})", name.escape_debug()), given);
@@ -166,13 +202,13 @@ impl SocketOptions {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, UdpSocket};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
 
     use super::*;
 
     const NONE: Allowed<'_> = Allowed {
         congestion: &[],
-        network_admin: false,
+        capabilities: 0,
     };
 
     fn options<const N: usize>(plain: [(&str, u32); N]) -> SocketOptions {
@@ -187,8 +223,8 @@ mod tests {
         let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
         let (one, two) = (listen(), listen());
         assert_eq!(SocketKind::of(&one), Some(SocketKind::Tcp));
-        let new = SocketKind::Tcp.make().unwrap();
-        let read = |of| SocketOptions::read(of, &new);
+        let usual = Usual::of(&SocketKind::Tcp.make().unwrap());
+        let read = |of| SocketOptions::read(of, &usual);
         assert_eq!(read(&one), SocketOptions::default());
         let given = options([
             ("defer_accept", 7),
@@ -227,7 +263,24 @@ mod tests {
         ] {
             let (one, two) = (kind.make().unwrap(), kind.make().unwrap());
             assert_eq!(SocketKind::of(&one), Some(kind));
-            assert!(SocketOptions::read(&one, &two).are_ordinary());
+            assert!(SocketOptions::read(&one, &Usual::of(&two)).are_ordinary());
+        }
+    }
+
+    #[test]
+    fn connections_are_ordinary() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else {
+                // A machine without IPv6.
+                continue;
+            };
+            let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let two = listener.accept().unwrap().0;
+            let usual = Usual::of(&SocketKind::of(&one).unwrap().make().unwrap());
+            for socket in [one.as_fd(), two.as_fd(), listener.as_fd()] {
+                let read = SocketOptions::read(&socket, &usual);
+                assert_eq!(read, SocketOptions::default());
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //! [`transship_checkpoint::socket_options`], and what they have not read.
 //!
 //! ```text
-//!  /proc/PID/fd/N -> socket:[4711]        --> pidfd_getfd --> getsockopt    some 3 us for each
+//!  /proc/PID/fd/N -> socket:[4711]        --> pidfd_getfd --> getsockopt    of each of its kind
 //!                    socket of UDP, inotify                  FIONREAD
 //! ```
 
@@ -12,15 +12,15 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-use transship_checkpoint::socket_options::{SocketKind, SocketOptions};
+use transship_checkpoint::socket_options::{SocketKind, SocketOptions, Usual};
 use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
 
 use crate::conditions::protocol;
 use crate::network_namespace::within;
 use crate::process_files;
 
-/// More sockets than this are not looked at.
-const SOCKETS: usize = 1 << 20;
+/// More sockets than this are not looked at: a restore reads a list of 16 MiB.
+const SOCKETS: usize = 1 << 16;
 
 /// Sockets with options that a new one has not, and what was not read.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
     let mut seen = BTreeSet::new();
     let mut found = OfDescriptors::default();
     // All processes of a container are in one network.
-    let mut new = BTreeMap::new();
+    let mut usual = BTreeMap::new();
     for pid in pids {
         // A zombie has no descriptors.
         let Some(process) = Opened::open(*pid) else {
@@ -43,7 +43,7 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
         for open in process.process.fd().into_iter().flatten().flatten() {
             match &open.target {
                 FDTarget::Socket(inode) if seen.len() < SOCKETS && seen.insert(*inode) => {
-                    found.socket(&process, open.fd, &mut new);
+                    found.socket(&process, open.fd, &mut usual);
                 }
                 FDTarget::AnonInode(kind) if kind == "inotify" => {
                     found.unread(&process, open.fd, UnreadKind::Inotify);
@@ -88,12 +88,12 @@ impl Opened {
 }
 
 impl OfDescriptors {
-    /// `new` has a new socket of each kind.
+    /// `usual` has what new sockets of each kind have.
     fn socket(
         &mut self,
         of: &Opened,
         number: i32,
-        new: &mut BTreeMap<SocketKind, Option<OwnedFd>>,
+        usual: &mut BTreeMap<SocketKind, Option<Usual>>,
     ) {
         let Some(socket) = of.descriptor(number) else {
             return;
@@ -101,10 +101,9 @@ impl OfDescriptors {
         let Some(kind) = SocketKind::of(&socket) else {
             return;
         };
-        let new = new
-            .entry(kind)
-            .or_insert_with(|| within(of.pid(), || kind.make()).ok()?.ok());
-        let options = new.as_ref().map(|new| SocketOptions::read(&socket, new));
+        let make = || within(of.pid(), || kind.make()).ok()?.ok();
+        let usual = { usual.entry(kind) }.or_insert_with(|| make().as_ref().map(Usual::of));
+        let options = { usual.as_ref() }.map(|usual| SocketOptions::read(&socket, usual));
         if let Some(options) = options.filter(|options| !options.are_ordinary()) {
             self.sockets.push(Socket {
                 process: of.id,
@@ -159,7 +158,7 @@ mod tests {
         };
         let none = Allowed {
             congestion: &[],
-            network_admin: false,
+            capabilities: 0,
         };
         assert!(options.give(&listener, none).is_empty());
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();

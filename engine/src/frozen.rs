@@ -40,8 +40,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 const NOT_FROZEN: &str = "unable to freeze";
 /// How often a freeze is tried.
 const FREEZES: u32 = 5;
-/// How often they are let go because one waits for a child that has not executed its program yet. Who makes processes
-/// all the time does so for a part of the time.
+/// How often a freeze is tried while one waits for a child that has not executed its program yet: a program that starts
+/// others all the time is within vfork for a part of it.
 const VFORKS: u32 = 40;
 const VFORK_PAUSE: Duration = Duration::from_millis(25);
 

@@ -1,5 +1,5 @@
 //! What CRIU does not keep of frozen tasks, read from the kernel: affinity, timer slack, I/O priority, what a core dump
-//! has, options of TCP sockets, what was not read, and the moment of the freeze.
+//! has, options of sockets, what was not read, and the moment of the freeze.
 //!
 //! ```text
 //!  /proc/PID/task/TID/status    NSpid, Cpus_allowed_list    cpus, where they are fewer than the cpuset's

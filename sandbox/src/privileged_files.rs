@@ -124,8 +124,8 @@ fn in_sysfs(path: &Path) -> Option<Needed> {
 ///
 /// # Errors
 /// `/proc` cannot be read.
-pub fn bounding_set(proc: &Path) -> io::Result<u64> {
-    let set = TaskStatus::of(proc)?.bounding_set();
+pub fn attainable(proc: &Path) -> io::Result<u64> {
+    let set = TaskStatus::of(proc)?.attainable();
     set.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
@@ -163,7 +163,7 @@ mod tests {
         // A file of that name in another file system is one like others.
         assert_eq!(look("/", "/kmsg"), None);
         assert_eq!(look("/dev/null", "/dev/kmsg"), None);
-        bounding_set(Path::new("/proc/self")).unwrap();
+        attainable(Path::new("/proc/self")).unwrap();
     }
 
     #[test]

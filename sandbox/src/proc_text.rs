@@ -52,10 +52,13 @@ impl TaskStatus {
         ids.split_whitespace().last()?.parse().ok()
     }
 
-    /// The capabilities that it can have at all.
+    /// The capabilities that it can have at all: a user who can gain nothing has no others than now.
     #[must_use]
-    pub fn bounding_set(&self) -> Option<u64> {
-        u64::from_str_radix(self.field("CapBnd")?, 16).ok()
+    pub fn attainable(&self) -> Option<u64> {
+        let mut ids = self.field("Uid")?.split_whitespace();
+        let gains = self.field("NoNewPrivs") != Some("1") || ids.any(|id| id == "0");
+        let set = self.field(if gains { "CapBnd" } else { "CapPrm" })?;
+        u64::from_str_radix(set, 16).ok()
     }
 }
 
@@ -71,7 +74,14 @@ mod tests {
         let status = TaskStatus::of("/proc/thread-self").unwrap();
         assert_eq!(status.field("Name"), Some("m\u{fc}ller \u{fffd} w\u{fffd}"));
         assert_eq!(status.field("Nam"), None);
-        assert!(status.id_in_container().is_some() && status.bounding_set().is_some());
+        assert!(status.id_in_container().is_some() && status.attainable().is_some());
+        let of = |uid, no_new| {
+            let text = format!("Uid:\t{uid}\nCapPrm:\t1\nCapBnd:\t3\nNoNewPrivs:\t{no_new}\n");
+            TaskStatus::from(text).attainable()
+        };
+        assert_eq!(of("0\t0\t0\t0", 1), Some(3));
+        assert_eq!(of("7\t7\t7\t7", 0), Some(3));
+        assert_eq!(of("7\t7\t7\t7", 1), Some(1));
         assert!(read_proc("/proc/thread-self/none").is_err());
     }
 }

@@ -494,7 +494,7 @@ pub static CONDITIONS: [Condition; 74] = [
     Condition {
         name: "chroot",
         effect: Effect::NoDump,
-        what: "its first process has changed its root (chroot) to a directory that is no mount",
+        what: "CRIU cannot read its mounts; one reason is that its first process has changed its root (chroot) to a directory that is no mount",
         remedy: "mount the directory over itself before the chroot, or make it the root file system of the container",
         seen: "",
         criu_says: &["'s mountinfo"],

@@ -1,4 +1,4 @@
-//! The options that are a number, which every kernel gives and takes as an `int`.
+//! The options that a kernel gives and takes as four bytes.
 //!
 //! Left out is what CRIU keeps, what the kernel changes by itself while a connection lives (`TCP_QUICKACK`,
 //! `SO_TXREHASH`), and the modes that are no options any more once they are chosen (`TCP_ULP`, `UDP_ENCAP`).
@@ -13,11 +13,33 @@ pub(super) enum Rule {
     Always,
     /// The kernel changes it, or answers something else, when there is a connection.
     OfListeners,
-    /// The kernel asks who sets it for a capability in its network.
+    /// The kernel keeps something else there for a connection of TCP, and takes nothing.
+    OfDatagrams,
+    /// As always, but for what the kernel itself does with it.
+    TrafficClass,
+    /// The kernel asks who sets it for `CAP_NET_ADMIN` in its network.
     NetworkAdmin,
+    /// For `CAP_NET_RAW` or `CAP_NET_ADMIN`.
+    NetworkRaw,
+    /// For `CAP_NET_BROADCAST`.
+    NetworkBroadcast,
+}
+
+impl Rule {
+    /// Whether a process with these capabilities may set it.
+    pub(super) fn allows(self, capabilities: u64) -> bool {
+        let any_of = match self {
+            Self::NetworkAdmin => 1 << 12,
+            Self::NetworkRaw => 1 << 12 | 1 << 13,
+            Self::NetworkBroadcast => 1 << 11,
+            _ => return true,
+        };
+        capabilities & any_of != 0
+    }
 }
 
 /// One option.
+#[derive(Debug)]
 pub(super) struct Plain {
     /// As `tasks.json` has it.
     pub(super) name: &'static str,
@@ -72,7 +94,7 @@ table! {
     prefer_busy_poll NetworkAdmin SOL_SOCKET 69 SO_PREFER_BUSY_POLL,
     busy_poll_budget NetworkAdmin SOL_SOCKET 70 SO_BUSY_POLL_BUDGET,
     reserve_mem Always SOL_SOCKET 73 SO_RESERVE_MEM,
-    rcvmark NetworkAdmin SOL_SOCKET 75 SO_RCVMARK,
+    rcvmark Always SOL_SOCKET 75 SO_RCVMARK,
     passpidfd Always SOL_SOCKET 76 SO_PASSPIDFD,
     rcvpriority Always SOL_SOCKET 82 SO_RCVPRIORITY,
     passrights Always SOL_SOCKET 83 SO_PASSRIGHTS,
@@ -87,12 +109,11 @@ table! {
     fast_open Always IPPROTO_TCP 23 TCP_FASTOPEN,
     tcp_notsent_lowat Always IPPROTO_TCP 25 TCP_NOTSENT_LOWAT,
     tcp_save_syn Always IPPROTO_TCP 27 TCP_SAVE_SYN,
-    tcp_fastopen_connect Always IPPROTO_TCP 30 TCP_FASTOPEN_CONNECT,
     tcp_fastopen_no_cookie OfListeners IPPROTO_TCP 34 TCP_FASTOPEN_NO_COOKIE,
     tcp_inq Always IPPROTO_TCP 36 TCP_INQ,
     tcp_tx_delay Always IPPROTO_TCP 37 TCP_TX_DELAY,
     tcp_rto_max_ms Always IPPROTO_TCP 44 TCP_RTO_MAX_MS,
-    ip_tos Always IPPROTO_IP 1 IP_TOS,
+    ip_tos TrafficClass IPPROTO_IP 1 IP_TOS,
     ip_ttl Always IPPROTO_IP 2 IP_TTL,
     ip_recvopts Always IPPROTO_IP 6 IP_RECVOPTS,
     ip_retopts Always IPPROTO_IP 7 IP_RETOPTS,
@@ -102,28 +123,29 @@ table! {
     ip_recvttl Always IPPROTO_IP 12 IP_RECVTTL,
     ip_recvtos Always IPPROTO_IP 13 IP_RECVTOS,
     ip_passsec Always IPPROTO_IP 18 IP_PASSSEC,
-    ip_transparent NetworkAdmin IPPROTO_IP 19 IP_TRANSPARENT,
+    ip_transparent NetworkRaw IPPROTO_IP 19 IP_TRANSPARENT,
     ip_recvorigdstaddr Always IPPROTO_IP 20 IP_RECVORIGDSTADDR,
     ip_minttl Always IPPROTO_IP 21 IP_MINTTL,
     ip_checksum Always IPPROTO_IP 23 IP_CHECKSUM,
     ip_bind_address_no_port Always IPPROTO_IP 24 IP_BIND_ADDRESS_NO_PORT,
     ip_recvfragsize Always IPPROTO_IP 25 IP_RECVFRAGSIZE,
     ip_recverr_rfc4884 Always IPPROTO_IP 26 IP_RECVERR_RFC4884,
-    ip_multicast_if Always IPPROTO_IP 32 IP_MULTICAST_IF,
-    ip_multicast_ttl Always IPPROTO_IP 33 IP_MULTICAST_TTL,
-    ip_multicast_loop Always IPPROTO_IP 34 IP_MULTICAST_LOOP,
-    ip_multicast_all Always IPPROTO_IP 49 IP_MULTICAST_ALL,
+    ip_multicast_if OfDatagrams IPPROTO_IP 32 IP_MULTICAST_IF,
+    ip_multicast_ttl OfDatagrams IPPROTO_IP 33 IP_MULTICAST_TTL,
+    ip_multicast_loop OfDatagrams IPPROTO_IP 34 IP_MULTICAST_LOOP,
+    ip_multicast_all OfDatagrams IPPROTO_IP 49 IP_MULTICAST_ALL,
     ip_unicast_if Always IPPROTO_IP 50 IP_UNICAST_IF,
     ip_local_port_range Always IPPROTO_IP 51 IP_LOCAL_PORT_RANGE,
     ipv6_unicast_hops Always IPPROTO_IPV6 16 IPV6_UNICAST_HOPS,
-    ipv6_multicast_if Always IPPROTO_IPV6 17 IPV6_MULTICAST_IF,
-    ipv6_multicast_hops Always IPPROTO_IPV6 18 IPV6_MULTICAST_HOPS,
-    ipv6_multicast_loop Always IPPROTO_IPV6 19 IPV6_MULTICAST_LOOP,
+    ipv6_multicast_if OfDatagrams IPPROTO_IPV6 17 IPV6_MULTICAST_IF,
+    ipv6_multicast_hops OfDatagrams IPPROTO_IPV6 18 IPV6_MULTICAST_HOPS,
+    ipv6_multicast_loop OfDatagrams IPPROTO_IPV6 19 IPV6_MULTICAST_LOOP,
     ipv6_mtu_discover Always IPPROTO_IPV6 23 IPV6_MTU_DISCOVER,
     ipv6_recverr Always IPPROTO_IPV6 25 IPV6_RECVERR,
-    ipv6_multicast_all Always IPPROTO_IPV6 29 IPV6_MULTICAST_ALL,
+    ipv6_multicast_all OfDatagrams IPPROTO_IPV6 29 IPV6_MULTICAST_ALL,
     ipv6_recverr_rfc4884 Always IPPROTO_IPV6 31 IPV6_RECVERR_RFC4884,
     ipv6_flowinfo_send Always IPPROTO_IPV6 33 IPV6_FLOWINFO_SEND,
+    ipv6_recvpktinfo Always IPPROTO_IPV6 49 IPV6_RECVPKTINFO,
     ipv6_recvhoplimit Always IPPROTO_IPV6 51 IPV6_RECVHOPLIMIT,
     ipv6_recvhopopts Always IPPROTO_IPV6 53 IPV6_RECVHOPOPTS,
     ipv6_recvrthdr Always IPPROTO_IPV6 56 IPV6_RECVRTHDR,
@@ -131,12 +153,12 @@ table! {
     ipv6_recvpathmtu Always IPPROTO_IPV6 60 IPV6_RECVPATHMTU,
     ipv6_dontfrag Always IPPROTO_IPV6 62 IPV6_DONTFRAG,
     ipv6_recvtclass Always IPPROTO_IPV6 66 IPV6_RECVTCLASS,
-    ipv6_tclass Always IPPROTO_IPV6 67 IPV6_TCLASS,
+    ipv6_tclass TrafficClass IPPROTO_IPV6 67 IPV6_TCLASS,
     ipv6_autoflowlabel Always IPPROTO_IPV6 70 IPV6_AUTOFLOWLABEL,
     ipv6_addr_preferences Always IPPROTO_IPV6 72 IPV6_ADDR_PREFERENCES,
     ipv6_minhopcount Always IPPROTO_IPV6 73 IPV6_MINHOPCOUNT,
     ipv6_recvorigdstaddr Always IPPROTO_IPV6 74 IPV6_RECVORIGDSTADDR,
-    ipv6_transparent NetworkAdmin IPPROTO_IPV6 75 IPV6_TRANSPARENT,
+    ipv6_transparent NetworkRaw IPPROTO_IPV6 75 IPV6_TRANSPARENT,
     ipv6_unicast_if Always IPPROTO_IPV6 76 IPV6_UNICAST_IF,
     ipv6_recvfragsize Always IPPROTO_IPV6 77 IPV6_RECVFRAGSIZE,
     udp_no_check6_tx Always IPPROTO_UDP 101 UDP_NO_CHECK6_TX,
@@ -146,7 +168,7 @@ table! {
     netlink_pktinfo Always SOL_NETLINK 3 NETLINK_PKTINFO,
     netlink_broadcast_error Always SOL_NETLINK 4 NETLINK_BROADCAST_ERROR,
     netlink_no_enobufs Always SOL_NETLINK 5 NETLINK_NO_ENOBUFS,
-    netlink_listen_all_nsid NetworkAdmin SOL_NETLINK 8 NETLINK_LISTEN_ALL_NSID,
+    netlink_listen_all_nsid NetworkBroadcast SOL_NETLINK 8 NETLINK_LISTEN_ALL_NSID,
     netlink_cap_ack Always SOL_NETLINK 10 NETLINK_CAP_ACK,
     netlink_ext_ack Always SOL_NETLINK 11 NETLINK_EXT_ACK,
     netlink_get_strict_chk Always SOL_NETLINK 12 NETLINK_GET_STRICT_CHK,

@@ -82,7 +82,7 @@ fn unfit(root: i32) -> io::Result<Option<(PathBuf, Unfit)>> {
         let Some(mounts) = mounts else {
             continue;
         };
-        let Some(bounds) = unless_gone(privileged_files::bounding_set(&proc))? else {
+        let Some(bounds) = unless_gone(privileged_files::attainable(&proc))? else {
             continue;
         };
         for link in links(&proc)? {

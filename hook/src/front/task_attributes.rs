@@ -26,11 +26,10 @@ use crate::descendants::tree;
 
 /// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
 const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
-/// `CAP_NET_ADMIN`
-const NETWORK_ADMIN: u64 = 1 << 12;
-
 /// So many losses of what was not read are told.
 const UNREAD: usize = 16;
+/// So many losses in all, of which a checkpoint could name any number.
+const LOST: usize = 256;
 /// Congestion controls that a process needs no capability for; others are modules that root's choice would load.
 const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
@@ -85,11 +84,11 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             };
             let status = TaskStatus::of(format!("/proc/{pid}/task/{tid}"))?;
             let id = status.id_in_container();
-            let bounding = status.bounding_set().unwrap_or_default();
+            let bounding = status.attainable().unwrap_or_default();
             if let Some(sockets) = id.filter(|_| tid == pid).and_then(|id| sockets.get(&id)) {
                 let allowed = Allowed {
                     congestion: &allowed_congestion,
-                    network_admin: bounding & NETWORK_ADMIN != 0,
+                    capabilities: bounding,
                 };
                 lost.extend(give_to_sockets(pid, sockets, allowed));
             }
@@ -100,6 +99,7 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
             lost.extend(give_one(tid, task, &allowed, bounding));
         }
     }
+    lost.truncate(LOST);
     Ok(lost)
 }
 
@@ -188,7 +188,7 @@ fn ionice(tid: i32, class: &str, level: u8) -> bool {
 mod tests {
     use std::os::fd::AsRawFd as _;
 
-    use transship_checkpoint::socket_options::{SocketKind, SocketOptions};
+    use transship_checkpoint::socket_options::{SocketKind, SocketOptions, Usual};
     use transship_checkpoint::task_attributes::UnreadKind;
 
     use super::*;
@@ -257,8 +257,8 @@ mod tests {
         let lost = give_back(pid.cast_signed(), &attributes).unwrap();
         assert_eq!(lost.len(), 2, "{lost:?}");
         assert!(lost[0].starts_with("events of inotify"), "{lost:?}");
-        let new = SocketKind::Tcp.make().unwrap();
-        assert_eq!(SocketOptions::read(&listener, &new), options);
+        let usual = Usual::of(&SocketKind::Tcp.make().unwrap());
+        assert_eq!(SocketOptions::read(&listener, &usual), options);
     }
 
     #[test]

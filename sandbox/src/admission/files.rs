@@ -18,6 +18,20 @@ use super::allowance::Allowance;
 use super::environment::{is_plain, resolve_within};
 use super::{Admission, Refusal, Restored};
 
+/// What a process in `/proc/<pid>` shows to who may trace it when it is opened.
+const OF_TRACERS: [&str; 11] = [
+    "auxv",
+    "clear_refs",
+    "environ",
+    "io",
+    "maps",
+    "mem",
+    "numa_maps",
+    "personality",
+    "smaps",
+    "smaps_rollup",
+    "syscall",
+];
 /// Links of `/proc/<pid>` that lead where no path does.
 const LINKS_TO_DIRECTORIES: [&str; 3] = ["root", "cwd", "exe"];
 /// Directories of such links.
@@ -156,7 +170,14 @@ fn leads_through_proc(restored: &Restored, path: &Path) -> bool {
         };
         let of_process = names[0].bytes().all(|byte| byte.is_ascii_digit());
         let own = matches!(names[0], "self" | "thread-self");
+        // CRIU may look at each process of the node, and whoever has the file goes on to.
+        let is_stranger = || {
+            let pid = names[0].parse();
+            !{ restored.processes.iter() }.any(|process| Ok(process.pid) == pid)
+        };
+        let of_stranger = of_process && OF_TRACERS.contains(last) && is_stranger();
         own && !before.is_empty()
+            || of_stranger
             || of_process
                 && (LINKS_TO_DIRECTORIES.contains(last)
                     || before.iter().any(|name| {

@@ -313,6 +313,10 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("\"/proc/self/fd/3/x\", whose name leads out", |r| {
             r.named_files.push(file("/proc/self/fd/3/x"));
         }),
+        ("\"/proc/7/task/8/mem\", whose name leads out", |r| {
+            r.named_files.push(file("/proc/1/mem"));
+            r.named_files.push(file("/proc/7/task/8/mem"));
+        }),
         ("\"/proc/1/task/1/root\", whose name leads out", |r| {
             r.named_files.push(file("/proc/1/task/1/root"));
         }),

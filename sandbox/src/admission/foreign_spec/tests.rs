@@ -89,6 +89,21 @@ fn another_spelling_is_no_way_around() {
         assert_eq!(found.len(), 1, "{list}: {found:?}");
         assert_eq!(found[0].0, Allow::OtherFields);
     }
+    for (object, name) in [
+        ("/linux", "name\u{17f}paces"),
+        ("/linux", "MaskedPaths"),
+        ("/linux", "\u{17f}eccomp"),
+        ("/process", "NoNewPrivileges"),
+        ("", "Linux"),
+    ] {
+        let mut spec = ordinary();
+        spec.pointer_mut(object).unwrap()[name] = json!([]);
+        assert_eq!(refused(&spec).len(), 1, "{object}/{name}");
+        let object = spec.pointer_mut(object).unwrap().as_object_mut().unwrap();
+        object.remove(name);
+        object.insert("notKnown".to_owned(), json!([]));
+        assert_eq!(refused(&spec).len(), 0);
+    }
 }
 
 #[test]
