@@ -22,8 +22,9 @@ use tokio::time::{Instant, sleep, timeout};
 use transship_cni::Attachment;
 use transship_containerd::Containerd;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::guard_process::{self, GuardProcess};
+use crate::locks::lock_for_dump;
 use crate::memory_dir::remove_when_unused;
 use crate::oci_runtime::OciRuntime;
 use crate::own_networks;
@@ -114,7 +115,13 @@ pub async fn run() -> Result<()> {
     };
     if orders.draft.is_some() {
         // CRIU freezes again what was frozen when it began, and one that began late has ended only now.
-        let_all_run(&orders).await;
+        for task in &orders.tasks {
+            match lock_for_dump(&orders.namespace, &task.id) {
+                // Who has begun with the container since has frozen it for itself, and has a guard of its own.
+                Err(error) if error.kind() == Kind::Refused => {}
+                _in_use => let_run(&orders, task).await,
+            }
+        }
     }
     if let Some(draft) = &orders.draft {
         remove_when_unused(draft).await;
