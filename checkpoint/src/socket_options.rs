@@ -3,7 +3,7 @@
 //! same socket.
 //!
 //! What is written down is what a new socket of the same kind in the same network does not have. The options that are
-//! plain numbers are those of [`plain::TABLE`].
+//! plain numbers are in `socket_options/plain.rs`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

@@ -7,17 +7,16 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use transship_checkpoint::socket_options::{SocketKind, SocketOptions, Usual};
 use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
+use transship_sandbox::{DescriptorsOf, TaskStatus};
 
 use crate::conditions::protocol;
 use crate::network_namespace::within;
-use crate::process_files;
 
 /// More sockets than this are not looked at: a restore reads a list of 16 MiB.
 const SOCKETS: usize = 1 << 16;
@@ -63,19 +62,18 @@ struct Opened {
     process: Process,
     /// Its id in the container.
     id: u32,
-    pidfd: OwnedFd,
+    descriptors: DescriptorsOf,
 }
 
 impl Opened {
     fn open(pid: u32) -> Option<Self> {
         let process = Process::new(pid.cast_signed()).ok()?;
-        let id = process_files::status(pid)
-            .ok()?
-            .nspid?
-            .last()?
-            .cast_unsigned();
-        let pidfd = pidfd_open(Pid::from_raw(pid.cast_signed())?, PidfdFlags::empty()).ok()?;
-        Some(Self { process, id, pidfd })
+        let status = TaskStatus::of(format!("/proc/{pid}")).ok()?;
+        Some(Self {
+            id: status.id_in_container()?,
+            descriptors: DescriptorsOf::process(process.pid).ok()?,
+            process,
+        })
     }
 
     fn pid(&self) -> u32 {
@@ -83,7 +81,7 @@ impl Opened {
     }
 
     fn descriptor(&self, number: i32) -> Option<OwnedFd> {
-        pidfd_getfd(self.pidfd.as_fd(), number, PidfdGetfdFlags::empty()).ok()
+        self.descriptors.get(number).ok()
     }
 }
 

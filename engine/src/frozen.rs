@@ -115,17 +115,15 @@ impl Frozen {
             draft: draft.map(Path::to_path_buf),
         };
         let paused = tasks.pause_outside_of_vfork().await;
-        let since = Instant::now();
-        let mut frozen = Self {
+        let frozen = Self {
             tasks,
             guard,
-            since,
+            since: paused
+                .as_ref()
+                .map_or_else(|_| Instant::now(), |since| *since),
         };
         match paused {
-            Ok(since) => {
-                frozen.since = since;
-                Ok(frozen)
-            }
+            Ok(_) => Ok(frozen),
             Err(error) => Err(frozen.thaw_after(error).await),
         }
     }

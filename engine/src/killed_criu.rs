@@ -15,10 +15,9 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::sockopt::TcpRepair;
 use nix::sys::socket::{getsockopt, setsockopt};
 use procfs::process::{FDTarget, Process, all_processes};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use transship_sandbox::{DescriptorsOf, read_proc};
 
 use crate::network_namespace::within;
-use transship_sandbox::read_proc;
 
 /// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
 const MAKES_RULES: Duration = Duration::from_secs(2);
@@ -69,13 +68,13 @@ fn are_below(cgroups: &str, of_root: &str) -> bool {
 }
 
 fn sockets_of(process: &Process) -> Option<Vec<OwnedFd>> {
-    let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
+    let descriptors = DescriptorsOf::process(process.pid).ok()?;
     let sockets = process
         .fd()
         .ok()?
         .flatten()
         .filter(|it| matches!(it.target, FDTarget::Socket(_)));
-    let open = |fd| pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()).ok();
+    let open = |fd| descriptors.get(fd).ok();
     Some(sockets.filter_map(|socket| open(socket.fd)).collect())
 }
 

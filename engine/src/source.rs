@@ -33,6 +33,8 @@ use transship_checkpoint::namespaces;
 use transship_checkpoint::shared_dirs::{LINKS_FILE, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::task_attributes::TASKS_FILE;
+use transship_containerd::Containerd;
+use transship_containerd::ResolvedImage;
 use transship_layer::{
     ExportOptions, ExportStats, KnownContents, OverlayStack, export_upperdir_to_file,
 };
@@ -55,8 +57,6 @@ use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
 use crate::timer_threads;
-use transship_containerd::Containerd;
-use transship_containerd::ResolvedImage;
 
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);

@@ -8,12 +8,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use procfs::process::Status;
 use transship_checkpoint::criu_images::thread_timers::translate_threads;
-use transship_sandbox::read_proc;
+use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::error::{Context, Error, Result};
-use crate::process_files;
 
 /// A process as the container knows it, and one of its timers.
 type Timer = (u32, u64);
@@ -67,14 +65,9 @@ fn threads(text: &str) -> Vec<(u64, u32)> {
 
 /// The id of a process or thread in its container.
 fn inside(id: u32) -> Option<u32> {
-    innermost(&process_files::status(id).ok()?)
-}
-
-/// The id in the namespace of the thread itself, when that is not the one of who asks.
-fn innermost(status: &Status) -> Option<u32> {
-    let ids = status.nspid.as_deref()?;
-    let last = ids.last().filter(|_| ids.len() > 1)?;
-    Some(last.cast_unsigned())
+    TaskStatus::of(format!("/proc/{id}"))
+        .ok()?
+        .id_in_container()
 }
 
 #[cfg(test)]

@@ -11,9 +11,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use transship_sandbox::read_proc;
 
 use crate::freezer::thaw_killed;
-use transship_sandbox::read_proc;
 
 /// How often [`kill_below`] looks for processes that have been made since it looked last.
 const LOOKS: usize = 100;

@@ -17,8 +17,9 @@ use std::path::{Component, Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::front::start_time;
 use transship_sandbox::read_proc;
+
+use crate::front::start_time;
 
 /// How long tasks may take to freeze: one that writes to a slow disk is not interrupted.
 const PATIENCE: Duration = Duration::from_secs(10);

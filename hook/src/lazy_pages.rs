@@ -31,7 +31,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open, setsid};
+use rustix::process::setsid;
+use transship_sandbox::DescriptorsOf;
 
 use crate::descendants::Process;
 
@@ -252,8 +253,7 @@ fn close_streams() -> io::Result<()> {
 /// Copies of the server's descriptors of userfaultfds; none when it has served all already.
 fn userfaultfds(server: &Child) -> io::Result<Vec<OwnedFd>> {
     let pid = i32::try_from(server.id()).map_err(io::Error::other)?;
-    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let descriptors = DescriptorsOf::process(pid)?;
     let mut copies = Vec::new();
     for entry in fs::read_dir(format!("/proc/{}/fd", server.id()))? {
         let entry = entry?;
@@ -265,11 +265,7 @@ fn userfaultfds(server: &Child) -> io::Result<Vec<OwnedFd>> {
             continue;
         }
         let number = entry.file_name().to_string_lossy().parse();
-        if let Ok(copy) = pidfd_getfd(
-            &pidfd,
-            number.map_err(io::Error::other)?,
-            PidfdGetfdFlags::empty(),
-        ) {
+        if let Ok(copy) = descriptors.get(number.map_err(io::Error::other)?) {
             copies.push(copy);
         }
     }

@@ -20,7 +20,7 @@
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
-//! /proc                                  proc_text: read_proc, TaskStatus, also for engine and front
+//! /proc                                  proc_text, descriptors_of: also for engine and front
 //! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
 //! ```
 //!
@@ -29,6 +29,7 @@
 pub mod admission;
 pub mod consumed;
 mod criu_lock;
+mod descriptors_of;
 mod error;
 mod files;
 pub mod forgotten_bundle;
@@ -50,6 +51,7 @@ mod sysv_objects;
 pub mod wanted_image;
 
 pub use criu_lock::criu_lock;
+pub use descriptors_of::DescriptorsOf;
 pub use error::SandboxError;
 pub use files::unmount_all;
 pub use interface_addresses::{addresses_of, announce_addresses_of};

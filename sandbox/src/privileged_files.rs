@@ -19,11 +19,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use crate::proc_text::TaskStatus;
-
 use nix::fcntl::OFlag;
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, SYSFS_MAGIC, statfs};
+
+use crate::proc_text::TaskStatus;
 
 /// A capability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,7 +20,7 @@ use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::privileged_files::taken_to_open;
+use transship_sandbox::privileged_files::{attainable, taken_to_open};
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
@@ -82,7 +82,8 @@ pub(super) fn privileged(processes: &Processes) -> Vec<Hit> {
             // One that was closed meanwhile is none.
             let found = fs::metadata(&link).ok()?;
             let needed = taken_to_open(&link, path, &found).ok()??;
-            let bounds = seen.status.capbnd.unwrap_or_default();
+            let process = PathBuf::from(format!("/proc/{}", seen.pid));
+            let bounds = attainable(&process).ok()?;
             (bounds & needed.bit == 0).then(|| {
                 let (path, name) = (path.display().to_string(), needed.name);
                 let what = format!("{} of {}, {name}", path.escape_debug(), seen.called());

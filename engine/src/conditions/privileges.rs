@@ -1,11 +1,11 @@
 //! What CRIU may not do to a process: read its limits, trace it; and what it does not come to.
 
 use procfs::process::Status;
+use transship_sandbox::read_proc;
 
 use super::Hit;
 use super::processes::{Processes, Seen};
 use crate::process_files;
-use transship_sandbox::read_proc;
 
 /// `CAP_SYS_RESOURCE` in a mask of capabilities.
 const SYS_RESOURCE: u64 = 1 << 24;

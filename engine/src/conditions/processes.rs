@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::process_files;
 use procfs::process::{FDTarget, Process, Status};
+
+use crate::process_files;
 
 /// More processes than this are not looked at.
 const PROCESSES: usize = 8192;

@@ -7,15 +7,15 @@
 //!  SO_TXTIME    clock 11, flags 0       0 and 0 is what a socket without it has
 //! ```
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use nix::sys::socket::getsockopt;
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 use procfs::process::FDTarget;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use transship_sandbox::DescriptorsOf;
 
 use super::Hit;
-use super::processes::{Processes, Seen};
+use super::processes::Processes;
 
 /// From `linux/udp.h`; libc does not have it.
 const UDP_ENCAP: libc::c_int = 100;
@@ -44,23 +44,19 @@ sockopt_impl!(
 );
 
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
-    let sockets = processes
-        .descriptors()
-        .filter_map(|(seen, number, target)| {
-            let FDTarget::Socket(_) = target else {
-                return None;
-            };
-            // One that was closed meanwhile has no mode.
-            let mode = mode(&socket(seen, number)?)?;
-            Some(("socket-mode", format!("{mode} of {}", seen.called())))
-        });
-    sockets.collect()
-}
-
-fn socket(of: &Seen, number: i32) -> Option<OwnedFd> {
-    let pid = Pid::from_raw(of.pid.cast_signed())?;
-    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-    pidfd_getfd(process.as_fd(), number, PidfdGetfdFlags::empty()).ok()
+    let mut hits = Vec::new();
+    for seen in &processes.tree {
+        // One that has ended, or was closed meanwhile, has no mode.
+        let Ok(descriptors) = DescriptorsOf::process(seen.pid.cast_signed()) else {
+            continue;
+        };
+        let sockets = { seen.descriptors.iter() }
+            .filter(|(_, target)| matches!(target, FDTarget::Socket(_)))
+            .filter_map(|(number, _)| descriptors.get(*number).ok());
+        let modes = sockets.filter_map(|socket| mode(&socket));
+        hits.extend(modes.map(|mode| ("socket-mode", format!("{mode} of {}", seen.called()))));
+    }
+    hits
 }
 
 fn mode(socket: &OwnedFd) -> Option<String> {

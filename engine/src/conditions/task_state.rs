@@ -16,10 +16,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
+use transship_sandbox::TaskStatus;
+
 use super::Hit;
 use super::processes::{Processes, Seen};
 use super::programs::threads;
-use transship_sandbox::TaskStatus;
 
 /// More descriptors of all threads than this are not looked at.
 const DESCRIPTORS: usize = 1 << 20;

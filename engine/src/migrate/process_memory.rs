@@ -12,10 +12,11 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt as _;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
-use crate::process_files;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap};
+
+use crate::process_files;
 
 /// Bytes of a page. Machines with larger ones have no pre-copy.
 pub(super) const PAGE: u64 = PAGE_LEN as u64;

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
-use transship_sandbox::{TaskStatus, read_proc};
 
 /// How long a stop signal may take: the task is on its way out of the kernel.
 const PATIENCE: Duration = Duration::from_secs(5);

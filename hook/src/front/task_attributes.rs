@@ -14,13 +14,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::socket_options::Allowed;
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
-use transship_sandbox::TaskStatus;
+use transship_sandbox::{DescriptorsOf, TaskStatus};
 
 use crate::descendants::tree;
 
@@ -140,17 +139,14 @@ fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<Stri
 }
 
 fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: Allowed<'_>) -> Vec<String> {
-    let process = rustix::process::Pid::from_raw(pid);
-    let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let descriptors = DescriptorsOf::process(pid).ok();
     let lost = sockets.iter().flat_map(|socket| {
         let Socket {
             process: id,
             descriptor,
             options,
         } = socket;
-        let found = process
-            .as_ref()
-            .and_then(|process| pidfd_getfd(process, *descriptor, PidfdGetfdFlags::empty()).ok());
+        let found = { descriptors.as_ref() }.and_then(|it| it.get(*descriptor).ok());
         let lost = match found {
             Some(socket) => options.give(&socket, allowed),
             None => vec!["its options".to_owned()],

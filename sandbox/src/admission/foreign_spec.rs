@@ -234,22 +234,54 @@ const OBJECTS: [&str; 5] = [
     "/linux/seccomp",
 ];
 
+/// What is asked of the value of a field.
+type Rule = fn(&Value, &Place<'_>, &mut Vec<Refusal>);
+
 /// Fields with a rule of their own.
-const OTHERS: [&str; 13] = [
-    "/linux/namespaces",
-    "/linux/maskedPaths",
-    "/linux/readonlyPaths",
-    "/annotations",
-    "/hooks",
-    "/mounts",
-    "/process/capabilities",
-    "/linux/devices",
-    "/linux/resources/devices",
-    "/linux/resources/unified",
-    "/linux/cgroupsPath",
-    "/root/path",
-    "/process/oomScoreAdj",
+const RULES: [(&str, Rule); 14] = [
+    // What is dangerous in these is what they leave out: `refusals` looks at them.
+    ("/linux/namespaces", |_, _, _| {}),
+    ("/linux/maskedPaths", |_, _, _| {}),
+    ("/linux/readonlyPaths", |_, _, _| {}),
+    ("/annotations", |value, _, found| annotations(value, found)),
+    ("/hooks", |value, _, found| hooks(value, found)),
+    ("/mounts", |value, _, found| mounts(value, found)),
+    ("/process/capabilities", |value, _, found| {
+        capabilities(value, found);
+    }),
+    ("/linux/devices", |value, _, found| devices(value, found)),
+    ("/linux/resources/devices", |value, _, found| {
+        device_rules(value, found);
+    }),
+    ("/linux/resources/unified", |value, _, found| {
+        unified(value, found);
+    }),
+    ("/linux/cgroupsPath", cgroups_path),
+    ("/root/path", |value, _, found| {
+        if value != "rootfs" {
+            let what = format!("has its root at {value} of the node");
+            refuse(found, Allow::HostMounts, what);
+        }
+    }),
+    (OOM_SCORE_ADJ, |value, _, found| {
+        let is_fine = value.as_i64().is_some_and(|score| score >= 0);
+        if !is_fine && !is_empty(value) {
+            other_field(OOM_SCORE_ADJ, found);
+        }
+    }),
+    (PROPAGATION, |value, _, found| {
+        let is_fine = value
+            .as_str()
+            .is_some_and(|it| OWN_PROPAGATION.contains(&it));
+        if !is_fine && !is_empty(value) {
+            other_field(PROPAGATION, found);
+        }
+    }),
 ];
+const OOM_SCORE_ADJ: &str = "/process/oomScoreAdj";
+const PROPAGATION: &str = "/linux/rootfsPropagation";
+/// Nothing that is mounted in the container is seen outside of it.
+const OWN_PROPAGATION: [&str; 4] = ["private", "rprivate", "slave", "rslave"];
 
 /// Lists, and the fields of their items that are looked at.
 const ITEMS: [(&str, &[&str]); 3] = [
@@ -348,38 +380,24 @@ fn walk_fields(value: &Value, path: &str, place: &Place<'_>, found: &mut Vec<Ref
     };
     for (name, value) in fields {
         let path = format!("{path}/{name}");
-        match path.as_str() {
-            known if HARMLESS.contains(&known) => {}
-            object if OBJECTS.contains(&object) => walk_fields(value, &path, place, found),
-            "/linux/namespaces" | "/linux/maskedPaths" | "/linux/readonlyPaths" => {}
-            "/annotations" => annotations(value, found),
-            "/hooks" => hooks(value, found),
-            "/mounts" => mounts(value, found),
-            "/process/capabilities" => capabilities(value, found),
-            "/linux/devices" => devices(value, found),
-            "/linux/resources/devices" => device_rules(value, found),
-            "/linux/resources/unified" => unified(value, found),
-            "/linux/cgroupsPath" => cgroups_path(value, place, found),
-            "/root/path" if value == "rootfs" => {}
-            "/root/path" => {
-                let what = format!("has its root at {value} of the node");
-                refuse(found, Allow::HostMounts, what);
-            }
-            "/process/oomScoreAdj" if value.as_i64().is_some_and(|score| score >= 0) => {}
-            "/linux/rootfsPropagation"
-                if matches!(
-                    value.as_str(),
-                    Some("private" | "rprivate" | "slave" | "rslave")
-                ) => {}
+        if HARMLESS.contains(&path.as_str()) {
+            continue;
+        }
+        if OBJECTS.contains(&path.as_str()) {
+            walk_fields(value, &path, place, found);
+        } else if let Some((_, rule)) = RULES.iter().find(|(known, _)| *known == path) {
+            rule(value, place, found);
+        } else if !is_empty(value) || is_spelling_of_known(&path) {
             // A runtime in Go takes other spellings for a field that is known, and an empty one takes that away.
-            _ if is_empty(value) && !is_spelling_of_known(&path) => {}
-            _ => {
-                let field = path[1..].replace('/', ".");
-                let what = format!("has {field} in its spec, which other containers do not have");
-                refuse(found, Allow::OtherFields, what);
-            }
+            other_field(&path, found);
         }
     }
+}
+
+fn other_field(path: &str, found: &mut Vec<Refusal>) {
+    let field = path[1..].replace('/', ".");
+    let what = format!("has {field} in its spec, which other containers do not have");
+    refuse(found, Allow::OtherFields, what);
 }
 
 /// As Go's encoding/json compares names: without case, and with `ſ` for `s` and the sign of Kelvin for `k`.
@@ -392,8 +410,9 @@ fn is_spelling_of_known(path: &str) -> bool {
         };
         text.chars().map(one).collect()
     };
-    let known = HARMLESS.iter().chain(&OBJECTS).chain(&OTHERS);
-    { known }.any(|known| *known != path && folded(known) == folded(path))
+    let rules = RULES.iter().map(|(known, _)| known);
+    let mut known = HARMLESS.iter().chain(&OBJECTS).chain(rules);
+    known.any(|known| *known != path && folded(known) == folded(path))
 }
 
 fn items(spec: &Value, list: &str, known: &[&str], found: &mut Vec<Refusal>) {

@@ -93,6 +93,7 @@ fn another_spelling_is_no_way_around() {
         ("/linux", "name\u{17f}paces"),
         ("/linux", "MaskedPaths"),
         ("/linux", "\u{17f}eccomp"),
+        ("/linux", "RootfsPropagation"),
         ("/process", "NoNewPrivileges"),
         ("", "Linux"),
     ] {
