@@ -16,8 +16,8 @@ use transship_checkpoint::criu_images::memory_apart::MemoryApart;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Thread, ThreadEdit};
 use transship_checkpoint::criu_images::{
     ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, named_files, open_files,
-    regular_files, seccomp, shm_mappings, tasks, thread_timers, threads, timers, unix_sockets,
-    user_namespace, utsns,
+    pipe_data, regular_files, seccomp, shm_mappings, tasks, thread_timers, threads, timers,
+    unix_sockets, user_namespace, utsns,
 };
 use transship_checkpoint::criu_log;
 use transship_checkpoint::spec::Spec;
@@ -123,6 +123,13 @@ pub(crate) fn files(data: &[u8]) {
         }
         let after = open_files::privileged(dir).ok();
         assert_eq!(before, after, "an edit has changed what is open");
+    });
+}
+
+/// `pipes-data.img`, which may be of any size.
+pub(crate) fn pipes_data(data: &[u8]) {
+    alone("pipes-data.img", data, |dir| {
+        let _largest = pipe_data::largest_pipe(dir);
     });
 }
 

@@ -45,6 +45,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("criu_log", images::log),
     ("criu_mm", images::mm),
     ("criu_mountpoints", images::mountpoints),
+    ("criu_pipes_data", images::pipes_data),
     ("criu_pstree", images::pstree),
     ("criu_seccomp", images::seccomp),
     ("criu_userns", images::userns),

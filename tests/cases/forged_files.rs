@@ -50,6 +50,14 @@ def locked(length):
             'prot': 'PROT_READ | PROT_WRITE', 'flags': 'MAP_PRIVATE | MAP_ANON | 0x2000',
             'status': 'VMA_AREA_REGULAR | VMA_ANON_PRIVATE'})
         e['vmas'].sort(key=lambda vma: int(str(vma['start']), 0))
+def epoll(events):
+    open_as('EVENTPOLL', 'epfd', {'flags': 2, 'fown': owner, 'tfd': [{'id': 60, 'tfd': 79, 'events': events, 'data': 0}]})
+    add('files.img', 'FILES', [{'type': 'EVENTFD', 'id': 61, 'efd': {'id': 61, 'flags': 2, 'fown': owner, 'counter': 0}}])
+    table_of_files = os.path.basename(glob.glob(im + '/fdinfo-*.img')[0])
+    add(table_of_files, 'FDINFO', [{'id': 61, 'flags': 0, 'type': 'EVENTFD', 'fd': 79}])
+def pipe(size):
+    open_as('PIPE', 'pipe', {'pipe_id': 60, 'flags': '0x1', 'fown': owner})
+    add('pipes-data.img', 'PIPES_DATA', [{'pipe_id': 60, 'bytes': 0, 'size': size, 'extra': ''}])
 def login(uid):
     for e in edit('core-*.img'):
         e['tc']['loginuid'] = uid
@@ -74,6 +82,14 @@ const FORGERIES: &[(&str, &str)] = &[
     (
         "timer(9)",
         "a timer that wakes the node (CLOCK_REALTIME_ALARM",
+    ),
+    (
+        "epoll(1 << 29 | 1)",
+        "an epoll that keeps the node awake (EPOLLWAKEUP) open, which takes CAP_BLOCK_SUSPEND",
+    ),
+    (
+        "pipe(1 << 24)",
+        "a pipe that is larger than this node allows (fs.pipe-max-size) open, which takes CAP_SYS_RESOURCE",
     ),
     (
         "locked(64 << 20)",

@@ -31,6 +31,7 @@ pub mod named_files;
 pub mod open_files;
 mod page_levels;
 pub mod pagemap;
+pub mod pipe_data;
 pub mod processes;
 pub mod regular_files;
 pub mod seccomp;

@@ -8,6 +8,7 @@
 //! netlink_sk_entry  3 protocol  8 groups
 //! fown_entry        1 uid  2 euid  5 pid
 //! sk_opts_entry     1 so_sndbuf  2 so_rcvbuf  8 so_priority  10 so_mark
+//! eventpoll_file_entry  4 tfd (repeated): eventpoll_tfd_entry  3 events
 //! ```
 
 use std::path::Path;
@@ -38,6 +39,10 @@ pub enum PrivilegedFile {
     Port(u16),
     /// A file that sends its signals as this user.
     Owner(u32),
+    /// An epoll whose events keep the node awake (`EPOLLWAKEUP`, which the kernel takes from who may not have it).
+    KeepsAwake,
+    /// A pipe that holds so many bytes, which may be more than everybody may have.
+    Pipe(u32),
     /// A socket that keeps so many bytes, which may be more than everybody may have.
     Buffers(Buffers),
 }
@@ -121,6 +126,18 @@ struct SkOptsEntry {
     so_mark: Option<u32>,
 }
 
+#[derive(Clone, PartialEq, prost::Message)]
+struct EventpollFileEntry {
+    #[prost(message, repeated, tag = "4")]
+    tfd: Vec<EventpollTfdEntry>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct EventpollTfdEntry {
+    #[prost(uint32, required, tag = "3")]
+    events: u32,
+}
+
 impl InetSkEntry {
     /// As CRIU binds it: to the lower half of the number, and not at all if it has no ports.
     fn port(self) -> Option<PrivilegedFile> {
@@ -171,13 +188,14 @@ const fn part(entry: u64, owner: u64, options: Option<u64>) -> Part {
 
 const ISK: u64 = 4;
 const NLSK: u64 = 7;
+const EPFD: u64 = 9;
 const PARTS: [Part; 17] = [
     part(3, 5, None),
     part(ISK, 13, Some(14)),
     part(6, 6, Some(7)),
     part(NLSK, 11, Some(12)),
     part(8, 3, None),
-    part(9, 3, None),
+    part(EPFD, 3, None),
     part(10, 3, None),
     part(12, 3, None),
     part(13, 4, None),
@@ -193,12 +211,15 @@ const PARTS: [Part; 17] = [
 /// Source and destination addresses.
 const REPEATED_OF_ISK: [u64; 2] = [11, 12];
 const GROUPS: u64 = 8;
+/// What an epoll waits for.
+const TFDS: u64 = 4;
 /// Instructions of a socket's filter.
 const SO_FILTER: u64 = 16;
 const SO_SNDBUF: u64 = 1;
 const SO_RCVBUF: u64 = 2;
 /// A higher one takes a capability.
 const MOST_PRIORITY: u32 = 6;
+const EPOLLWAKEUP: u32 = 1 << 29;
 const IPPROTO_ICMP: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_ICMPV6: u32 = 58;
@@ -264,6 +285,19 @@ fn add_part(
                 return Err(image.ambiguous());
             }
             found.extend(image.decode::<NetlinkSkEntry>(entry)?.privilege());
+        }
+        EPFD => {
+            let all = fields(entry).ok_or_else(|| image.ambiguous())?;
+            let mut waits = all.iter().filter(|field| field.number == TFDS);
+            if is_ambiguous(entry, &[TFDS])
+                || waits.any(|field| is_ambiguous(&entry[field.value.clone()], &[]))
+            {
+                return Err(image.ambiguous());
+            }
+            let epoll: EventpollFileEntry = image.decode(entry)?;
+            let mut waits = epoll.tfd.iter();
+            let keeps_awake = waits.any(|wait| wait.events & EPOLLWAKEUP != 0);
+            found.extend(keeps_awake.then_some(PrivilegedFile::KeepsAwake));
         }
         _ => {}
     }
@@ -358,6 +392,8 @@ mod tests {
         isk: Option<Inet>,
         #[prost(message, optional, tag = "7")]
         nlsk: Option<NetlinkSkEntry>,
+        #[prost(message, optional, tag = "9")]
+        epfd: Option<EventpollFileEntry>,
         #[prost(message, optional, tag = "16")]
         usk: Option<Unix>,
     }
@@ -433,6 +469,26 @@ mod tests {
                 expected.into_iter().collect::<Vec<_>>(),
                 "{protocol}"
             );
+        }
+    }
+
+    #[test]
+    fn what_keeps_the_node_awake_is_seen() {
+        let epoll = |events: &[u32]| Entry {
+            epfd: Some(EventpollFileEntry {
+                tfd: { events.iter() }
+                    .map(|events| EventpollTfdEntry { events: *events })
+                    .collect(),
+            }),
+            ..Entry::default()
+        };
+        for (entry, expected) in [
+            (epoll(&[1, 1 << 31]), vec![]),
+            (epoll(&[1, 1 | EPOLLWAKEUP]), vec![PrivilegedFile::KeepsAwake]),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), std::slice::from_ref(&entry));
+            assert_eq!(privileged(dir.path()).unwrap(), expected, "{entry:?}");
         }
     }
 

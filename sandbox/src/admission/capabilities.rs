@@ -60,6 +60,7 @@ pub(super) const SYS_ADMIN: Capabilities = Capabilities(1 << 21);
 pub(super) const SYS_NICE: Capabilities = Capabilities(1 << 23);
 pub(super) const SYS_RESOURCE: Capabilities = Capabilities(1 << 24);
 pub(super) const WAKE_ALARM: Capabilities = Capabilities(1 << 35);
+pub(super) const BLOCK_SUSPEND: Capabilities = Capabilities(1 << 36);
 pub(super) const AUDIT_READ: Capabilities = Capabilities(1 << 37);
 pub(super) const BPF: Capabilities = Capabilities(1 << 39);
 
@@ -134,6 +135,7 @@ mod tests {
             ("CAP_SETUID", SETUID),
             ("CAP_SYS_ADMIN", SYS_ADMIN),
             ("CAP_SYS_RESOURCE", SYS_RESOURCE),
+            ("CAP_BLOCK_SUSPEND", BLOCK_SUSPEND),
             ("CAP_BPF", BPF),
             ("CAP_NET_RAW", NET_RAW),
         ] {

@@ -51,6 +51,8 @@ pub struct Environment {
     /// Joined namespaces that are the node's own, by their OCI names: those of a pod in the network
     /// of its node.
     pub node_namespaces: BTreeSet<String>,
+    /// Bytes of the largest pipe that everybody may have.
+    pub largest_pipe: u32,
     /// The network of the container.
     pub network: Network,
 }
@@ -83,6 +85,7 @@ impl Environment {
                 .filter(|(kind, path)| is_own_namespace(kind, path))
                 .map(|(kind, _)| kind.clone())
                 .collect(),
+            largest_pipe: largest_pipe(),
             network: Network::of(allowed),
         }
     }
@@ -163,6 +166,12 @@ fn own_nice() -> i32 {
 fn lowest_address() -> u64 {
     let text = fs::read_to_string("/proc/sys/vm/mmap_min_addr").unwrap_or_default();
     text.trim().parse().unwrap_or_default()
+}
+
+fn largest_pipe() -> u32 {
+    let text = fs::read_to_string("/proc/sys/fs/pipe-max-size").unwrap_or_default();
+    // The kernel's own default.
+    text.trim().parse().unwrap_or(1 << 20)
 }
 
 fn lsm() -> Option<&'static str> {

@@ -5,7 +5,8 @@ use transship_checkpoint::criu_images::open_files::PrivilegedFile;
 
 use super::allowance::Allowance;
 use super::capabilities::{
-    AUDIT_READ, BPF, Capabilities, NET_ADMIN, NET_BIND_SERVICE, NET_RAW, SYS_ADMIN,
+    AUDIT_READ, BLOCK_SUSPEND, BPF, Capabilities, NET_ADMIN, NET_BIND_SERVICE, NET_RAW, SYS_ADMIN,
+    SYS_RESOURCE,
 };
 use super::{Admission, Environment, Refusal};
 
@@ -45,6 +46,16 @@ pub(super) fn compare(
             PrivilegedFile::Priority => {
                 let what = "a socket with a priority above 6 (SO_PRIORITY)";
                 needs(&[NET_ADMIN, NET_RAW], what, allowed, admission);
+            }
+            PrivilegedFile::KeepsAwake => {
+                let what = "an epoll that keeps the node awake (EPOLLWAKEUP)";
+                needs(&[BLOCK_SUSPEND], what, allowed, admission);
+            }
+            PrivilegedFile::Pipe(size) => {
+                if size > here.largest_pipe {
+                    let what = "a pipe that is larger than this node allows (fs.pipe-max-size)";
+                    needs(&[SYS_RESOURCE], what, allowed, admission);
+                }
             }
             PrivilegedFile::Port(port) => {
                 let free = here.network.first_free_port;

@@ -14,7 +14,7 @@ use transship_checkpoint::criu_images::open_files::{self, PrivilegedFile};
 use transship_checkpoint::criu_images::seccomp::{self, Filter};
 use transship_checkpoint::criu_images::threads::{self, Process, Thread};
 use transship_checkpoint::criu_images::user_namespace::{self, IdMappings};
-use transship_checkpoint::criu_images::{ImageError, file_names};
+use transship_checkpoint::criu_images::{ImageError, file_names, pipe_data};
 
 /// The runtime's list of what the descriptors 0, 1 and 2 were.
 const DESCRIPTORS_FILE: &str = "descriptors.json";
@@ -91,6 +91,8 @@ impl Restored {
         }
         check_descriptors(dir)?;
         conntrack::check(dir)?;
+        let mut privileged_files = open_files::privileged(dir)?;
+        privileged_files.push(PrivilegedFile::Pipe(pipe_data::largest_pipe(dir)?));
         Ok(Self {
             strangers,
             inventory: inventory::read(dir)?,
@@ -100,7 +102,7 @@ impl Restored {
             filters: seccomp::filters(dir)?,
             cgroups: cgroups::read(dir)?,
             id_mappings: user_namespace::mappings(dir)?,
-            privileged_files: open_files::privileged(dir)?,
+            privileged_files,
             named_files: named_files::named_files(dir)?,
             remaps: named_files::remaps(dir)?,
             addresses: addresses::addresses(dir)?,

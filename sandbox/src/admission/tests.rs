@@ -133,6 +133,7 @@ fn restored() -> Restored {
             namespaces: Some(NAMESPACES.into_iter().zip(11..).collect()),
         }],
         threads: vec![thread()],
+        privileged_files: vec![PrivilegedFile::Pipe(8192)],
         addresses: vec![Addresses {
             pid: 1,
             lowest: Some(4096),
@@ -164,6 +165,7 @@ fn here() -> Environment {
         machine: "x86_64".into(),
         hard_limits: vec![20; 16],
         lowest_address: 4096,
+        largest_pipe: 8192,
         present: ["/proc/kcore", "/proc/sys"].map(PathBuf::from).into(),
         network: Network {
             first_free_port: 80,
@@ -242,6 +244,15 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("the audit log open, which takes CAP_AUDIT_READ", |r| {
             r.privileged_files.push(PrivilegedFile::AuditLog);
         }),
+        ("open, which takes CAP_BLOCK_SUSPEND", |r| {
+            r.privileged_files.push(PrivilegedFile::KeepsAwake);
+        }),
+        (
+            "(fs.pipe-max-size) open, which takes CAP_SYS_RESOURCE",
+            |r| {
+                r.privileged_files.push(PrivilegedFile::Pipe(8193));
+            },
+        ),
         ("a BPF map", |r| {
             r.privileged_files.push(PrivilegedFile::BpfMap);
         }),
