@@ -5,6 +5,7 @@
 //!                "tasks": [ { "id": 7, "cpus": [0, 1], "timer_slack": 123456,
 //!                             "io_priority": { "class": "best-effort", "level": 7 } } ],
 //!                "sockets": [ { "process": 1, "descriptor": 5, "options": { "defer_accept": 7 } } ],
+//!                "left_out": 12,
 //!                "unread": [ { "process": 1, "descriptor": 3, "kind": "inotify", "bytes": 16 } ] }
 //! ```
 //!
@@ -34,9 +35,37 @@ pub struct TaskAttributes {
     /// Sockets that are not as every new one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sockets: Vec<Socket>,
+    /// How many sockets more there were, of which nothing is here.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub left_out: u64,
     /// What waited to be read and is lost.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unread: Vec<Unread>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_none(count: &u64) -> bool {
+    *count == 0
+}
+
+impl TaskAttributes {
+    /// The bytes of the file. Sockets beyond [`TASKS_LIMIT`] are left out.
+    ///
+    /// # Errors
+    /// Those of the encoder.
+    pub fn to_json(mut self) -> serde_json::Result<Vec<u8>> {
+        loop {
+            let json = serde_json::to_vec(&self)?;
+            if json.len() as u64 <= TASKS_LIMIT || self.sockets.is_empty() {
+                return Ok(json);
+            }
+            let beyond = self.sockets.split_off(self.sockets.len() / 2);
+            self.left_out += beyond.len() as u64;
+        }
+    }
 }
 
 /// What waited to be read, by a descriptor of who would have read it.
@@ -176,6 +205,25 @@ mod tests {
         assert!(parse_cpus("").is_empty());
         assert!(parse_cpus("1-x").is_empty());
         assert_eq!(parse_cpus("0-99999999").len(), 1 << 16);
+    }
+
+    #[test]
+    fn more_sockets_than_can_be_read_are_counted() {
+        let socket = Socket {
+            process: 1,
+            descriptor: 5,
+            options: SocketOptions::default(),
+        };
+        let attributes = TaskAttributes {
+            sockets: vec![socket; 1 << 20],
+            left_out: 3,
+            ..TaskAttributes::default()
+        };
+        let json = attributes.to_json().unwrap();
+        assert!(json.len() as u64 <= TASKS_LIMIT);
+        let read: TaskAttributes = serde_json::from_slice(&json).unwrap();
+        assert_eq!(read.sockets.len() as u64 + read.left_out, (1 << 20) + 3);
+        assert!(!read.sockets.is_empty());
     }
 
     #[test]

@@ -307,9 +307,9 @@ async fn take(
     };
 
     progress.step("dump");
-    timeline.freeze();
     let tasks = target.sources.iter().map(SourceContainer::to_freeze);
     let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
+    timeline.freeze(frozen.since().into_std());
     let dump = dump_all(target, draft.dir(), &mut timeline);
     let dumped = match at_most(target.max_freeze, frozen.since(), dump).await {
         Ok(dumped) => dumped,

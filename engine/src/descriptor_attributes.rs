@@ -18,13 +18,15 @@ use transship_sandbox::{DescriptorsOf, TaskStatus};
 use crate::conditions::protocol;
 use crate::network_namespace::within;
 
-/// More sockets than this are not looked at: a restore reads a list of 16 MiB.
+/// More sockets than this are not looked at, since it takes some microseconds of the freeze for each.
 const SOCKETS: usize = 1 << 16;
 
 /// Sockets with options that a new one has not, and what was not read.
 #[derive(Debug, Default)]
 pub(crate) struct OfDescriptors {
     pub(crate) sockets: Vec<Socket>,
+    /// How many were not looked at.
+    pub(crate) left_out: u64,
     pub(crate) unread: Vec<Unread>,
 }
 
@@ -41,8 +43,12 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
         };
         for open in process.process.fd().into_iter().flatten().flatten() {
             match &open.target {
-                FDTarget::Socket(inode) if seen.len() < SOCKETS && seen.insert(*inode) => {
-                    found.socket(&process, open.fd, &mut usual);
+                FDTarget::Socket(inode) if seen.insert(*inode) => {
+                    if seen.len() <= SOCKETS {
+                        found.socket(&process, open.fd, &mut usual);
+                    } else {
+                        found.left_out += 1;
+                    }
                 }
                 FDTarget::AnonInode(kind) if kind == "inotify" => {
                     found.unread(&process, open.fd, UnreadKind::Inotify);

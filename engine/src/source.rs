@@ -503,8 +503,10 @@ impl SourceContainer {
         fs::File::create_new(&spec)
             .and_then(|mut file| file.write_all(&self.spec))
             .with_context(|| format!("cannot write {}", spec.display()))?;
-        let attributes = task_attributes::read(pids);
-        let attributes = serde_json::to_vec(&attributes).context("cannot write of tasks")?;
+        let frozen = pids.to_vec();
+        let attributes =
+            tokio::task::spawn_blocking(move || task_attributes::read(&frozen)).await?;
+        let attributes = attributes.to_json().context("cannot write of tasks")?;
         fs::File::create_new(dir.join(TASKS_FILE))
             .and_then(|mut file| file.write_all(&attributes))
             .with_context(|| format!("cannot write {TASKS_FILE}"))?;

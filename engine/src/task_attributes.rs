@@ -52,6 +52,7 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
     TaskAttributes {
         frozen_at: frozen_at.unwrap_or_default(),
         sockets: of_descriptors.sockets,
+        left_out: of_descriptors.left_out,
         unread: of_descriptors.unread,
         tasks: tasks
             .into_iter()

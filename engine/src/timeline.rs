@@ -131,9 +131,9 @@ impl Timeline {
         }
     }
 
-    /// From now on no copy of the container runs.
-    pub fn freeze(&mut self) {
-        self.frozen = Some((self.now(), None));
+    /// From `since` on no copy of the container runs.
+    pub fn freeze(&mut self, since: Instant) {
+        self.frozen = Some((self.since(since), None));
     }
 
     /// From now on one runs.

@@ -98,7 +98,6 @@ impl Transaction<'_> {
             Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
         self.interrupt.check()?;
-        self.timeline.freeze();
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
@@ -107,6 +106,7 @@ impl Transaction<'_> {
         };
         let most = self.request.max_freeze;
         let since = frozen.since();
+        self.timeline.freeze(since.into_std());
         if let Err(error) = at_most(most, since, self.move_and_record(&draft, known)).await {
             self.end_late_pages(true).await;
             frozen.wait_for_dump().await;

@@ -66,6 +66,12 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
         .collect();
     let unread = attributes.unread.iter().take(UNREAD);
     let mut lost: Vec<String> = unread.map(Unread::text).collect();
+    if attributes.left_out > 0 {
+        lost.push(format!(
+            "the options of {} sockets, which are more than a checkpoint has room for",
+            attributes.left_out
+        ));
+    }
     if wanted.is_empty() && attributes.sockets.is_empty() {
         return Ok(lost);
     }
