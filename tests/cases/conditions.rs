@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 30] = [
+const ROWS: [Row; 31] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -108,6 +108,11 @@ const ROWS: [Row; 30] = [
     Row {
         asked_of_criu: false,
         ..row("traced", &[HOLDER, "traced"])
+    },
+    Row {
+        run: &["--cap-add", "CAP_WAKE_ALARM"],
+        asked_of_criu: false,
+        ..row("alarm-timerfd", &[HOLDER, "alarm-timerfd"])
     },
     Row {
         run: &["--cap-add", "CAP_SYS_ADMIN"],

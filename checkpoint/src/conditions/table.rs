@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 74] = [
+pub static CONDITIONS: [Condition; 75] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -152,6 +152,15 @@ pub static CONDITIONS: [Condition; 74] = [
             "PIDFD_THREAD flag is currently not supported",
             "is not a part of process tree",
         ],
+    },
+    Condition {
+        name: "alarm-timerfd",
+        effect: Effect::NoRestore,
+        what: "it has timers that wake the node (timerfd of CLOCK_REALTIME_ALARM or CLOCK_BOOTTIME_ALARM), which CRIU \
+               dumps and does not restore",
+        remedy: "let it use CLOCK_REALTIME or CLOCK_BOOTTIME, or close them before the checkpoint",
+        seen: "/proc/PID/fdinfo: clockid",
+        criu_says: &["Unknown clock type"],
     },
     Condition {
         name: "unix-backlog",

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  eventfd   eventfd-semaphore: 1    EFD_SEMAPHORE; Linux 6.5 and later tell. CRIU makes it again without
+//!  timerfd   clockid: 8              CLOCK_REALTIME_ALARM, 9 is CLOCK_BOOTTIME_ALARM
 //!  pipe      flags: 040001           O_DIRECT: each write is a packet of its own
 //!  pidfd     flags: 02000202         O_EXCL is PIDFD_THREAD
 //!            Pid: 4711               -1: it has ended; else CRIU wants it among what it dumps
@@ -36,6 +37,7 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
                 FDTarget::AnonInode(kind) if kind == "[pidfd]" => {
                     pidfd(&information()?, &in_tree(processes))
                 }
+                FDTarget::AnonInode(kind) if kind == "[timerfd]" => alarm(&information()?),
                 FDTarget::Pipe(_) => packets(&information()?),
                 FDTarget::Path(path) => {
                     let of_threads = of_a_thread(path)?;
@@ -90,6 +92,12 @@ fn semaphore(information: &str) -> Option<Hit> {
     on.then(|| ("eventfd-semaphore", String::new()))
 }
 
+fn alarm(information: &str) -> Option<Hit> {
+    let clock: i32 = field(information, "clockid:")?.parse().ok()?;
+    let wakes = [libc::CLOCK_REALTIME_ALARM, libc::CLOCK_BOOTTIME_ALARM].contains(&clock);
+    wakes.then(|| ("alarm-timerfd", String::new()))
+}
+
 fn packets(information: &str) -> Option<Hit> {
     (flags(information) & libc::O_DIRECT != 0).then(|| ("packet-pipe", String::new()))
 }
@@ -134,6 +142,8 @@ mod tests {
         assert_eq!(name(semaphore(&format!("{event}0\n"))), None);
         assert_eq!(name(packets("flags:\t040001\n")), Some("packet-pipe"));
         assert_eq!(name(packets("flags:\t0100001\n")), None);
+        assert_eq!(name(alarm("clockid: 9\nticks: 0\n")), Some("alarm-timerfd"));
+        assert_eq!(name(alarm("clockid: 7\nticks: 0\n")), None);
         let inside = |pid| pid == 7;
         for (information, told) in [
             ("flags:\t02000202\nPid:\t7\n", Some("pidfd")),

@@ -12,6 +12,7 @@
 //!   keyring           a key in the session keyring
 //!   packet-pipe       a pipe with O_DIRECT
 //!   thread-pidfd      a pidfd of a thread
+//!   alarm-timerfd     a timerfd of CLOCK_BOOTTIME_ALARM
 //!   backlog=PATH      a unix connection to itself at PATH, with data, that it does not accept
 //!   thread-file       an open file of a thread in /proc
 //!   descriptors=FREE  so many descriptors are left of those that it may have
@@ -113,6 +114,10 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
                 [thread, libc::O_EXCL.into(), 0, 0, 0],
             )?)
         }
+        "alarm-timerfd" => Box::new(call(
+            libc::SYS_timerfd_create,
+            [libc::CLOCK_BOOTTIME_ALARM.into(), 0, 0, 0, 0],
+        )?),
         "backlog" => {
             let listener = UnixListener::bind(value)?;
             let client = UnixStream::connect(value)?;
