@@ -1,19 +1,25 @@
 //! The volumes of a pod at its restore: kubelet has made new ones, with other files at other paths.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, Testbed, Tree, journey,
+    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, Testbed, Tree, Workload, journey,
+    poll_until,
 };
 
 use crate::Case;
-use crate::pods::{IMAGE, start};
+use crate::pods::start;
 
+const IMAGE: &str = "transship.test/watcher:1";
+const PATIENCE: Duration = Duration::from_secs(60);
 const RESTORE: [(&str, &str); 1] = [("dev.transship/restore", "web")];
-/// Holds a file of a ConfigMap and one of an emptyDir open.
+/// Holds a file of a ConfigMap, one of an emptyDir and the termination log open, and watches the first one.
 const HOLD: &[&str] = &[
     "sh",
     "-c",
-    "exec 3</etc/settings/key 4>/work/log; while :; do sleep 1; done",
+    "exec 3</etc/settings/key 4>/work/log 5>/dev/termination-log
+     echo up >&5; holder watch=/etc/settings/key & while :; do sleep 1; done",
 ];
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -28,6 +34,9 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
+    let image = journey::counter_image(bed)?;
+    let image = image.with_program(IMAGE, Workload::Holder, bed.settings())?;
+    node.import_image_into("k8s.io", &image, "transship")?;
     let cri = node.cri()?;
     let old = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let volumes = Volumes::make(&node, &old, "..2025_01", "old")?;
@@ -46,6 +55,7 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
     says(&told(&node, check)?, "problem  left-in-volume")?;
     node.shell(&format!("{check} --volumes emptydir")).run()?;
     a_part_of_a_volume_is_told(&node, &cri)?;
+    what_is_bound_or_watched_is_told(&node, &cri)?;
     node.shell(&format!("{take} --volumes emptydir")).run()?;
     cri.remove_pod(&old)?;
 
@@ -67,6 +77,22 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
         Ok(String::from_utf8(answer.stdout)?)
     };
     ensure!(read("/proc/1/fd/3")? == "new and longer\n", "the open file");
+    // The inode of what is watched, in hexadecimal.
+    let watched = cri.exec(
+        &id,
+        &[
+            "sh",
+            "-c",
+            "for it in /proc/[0-9]*/fdinfo/*; do sed -n 's/^inotify.* ino:\\([0-9a-f]*\\).*/\\1/p' $it; done
+             printf '%x\n' $(stat -Lc %i /etc/settings/key)",
+        ],
+    )?;
+    let watched = String::from_utf8(watched.stdout)?;
+    let watched: Vec<&str> = watched.lines().collect();
+    ensure!(
+        watched.len() == 2 && watched[0] == watched[1],
+        "{watched:?}"
+    );
     ensure!(read("/etc/settings/key")? == "new and longer\n", "the key");
     ensure!(read("/new/place/file")? == "here\n", "the new volume");
     ensure!(read("/work/below/file")? == "here\n", "the one below");
@@ -131,6 +157,33 @@ fn a_part_of_a_volume_is_told(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     Ok(cri.remove_pod(&pod)?)
 }
 
+/// Neither is an open file.
+fn what_is_bound_or_watched_is_told(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    for (need, told_path) in [
+        ("receive=/work/run/socket", "/work/run/socket"),
+        ("watch=/work/run", "/work/run"),
+    ] {
+        let pod = cri.run_pod(("shop", "below"), &[], PodNamespaces::Usual)?;
+        let volumes = Volumes::make(node, &pod, "..2025_01", "old")?;
+        node.shell(&format!("mkdir {}/run", volumes.work)).run()?;
+        let mounts = volumes.mounts();
+        let container = PodContainer {
+            command: &["holder", need],
+            ..holder(&mounts)
+        };
+        cri.run_container(&pod, &container)?;
+        let found = poll_until("what it has in the volume", PATIENCE, || {
+            told(node, "transship check --pod shop/below").map_err(|error| format!("{error:#}"))
+        })?;
+        says(&found, "problem  left-in-volume")?;
+        says(&found, told_path)?;
+        node.shell("transship check --pod shop/below --volumes emptydir")
+            .run()?;
+        cri.remove_pod(&pod)?;
+    }
+    Ok(())
+}
+
 fn refused(
     node: &Node,
     cri: &Cri,
@@ -162,6 +215,7 @@ struct Volumes {
     root: String,
     settings: String,
     work: String,
+    log: String,
 }
 
 impl Volumes {
@@ -173,10 +227,15 @@ impl Volumes {
             "mkdir -p {settings}/{date} {work}
              echo {value} >{settings}/{date}/key
              ln -s {date} {settings}/..data
-             ln -s ..data/key {settings}/key"
+             ln -s ..data/key {settings}/key
+             mkdir -p {root}/../containers/holder; touch {root}/../containers/holder/{date}"
         ))
         .run()?;
         Ok(Self {
+            log: format!(
+                "/var/lib/kubelet/pods/{}/containers/holder/{date}",
+                pod.uid()
+            ),
             root,
             settings,
             work,
@@ -187,8 +246,12 @@ impl Volumes {
         format!("{}/{volume}", self.root)
     }
 
-    fn mounts(&self) -> [(&str, &str); 2] {
-        [(&self.settings, "/etc/settings"), (&self.work, "/work")]
+    fn mounts(&self) -> [(&str, &str); 3] {
+        [
+            (&self.settings, "/etc/settings"),
+            (&self.work, "/work"),
+            (&self.log, "/dev/termination-log"),
+        ]
     }
 }
 

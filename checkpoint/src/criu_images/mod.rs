@@ -44,6 +44,7 @@ pub mod timers;
 pub mod unix_sockets;
 pub mod user_namespace;
 pub mod utsns;
+pub mod watched_files;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};

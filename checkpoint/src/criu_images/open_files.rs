@@ -484,7 +484,10 @@ mod tests {
         };
         for (entry, expected) in [
             (epoll(&[1, 1 << 31]), vec![]),
-            (epoll(&[1, 1 | EPOLLWAKEUP]), vec![PrivilegedFile::KeepsAwake]),
+            (
+                epoll(&[1, 1 | EPOLLWAKEUP]),
+                vec![PrivilegedFile::KeepsAwake],
+            ),
         ] {
             let dir = tempfile::tempdir().unwrap();
             write(dir.path(), std::slice::from_ref(&entry));

@@ -87,6 +87,33 @@ pub(crate) fn edit_submessage(
     edited
 }
 
+/// The message with each submessage `number` for which `change` gives a new one replaced, in its place.
+///
+/// # Errors
+/// Those of `change`.
+pub(crate) fn edit_submessages<E>(
+    message: &[u8],
+    number: u64,
+    mut change: impl FnMut(&[u8]) -> Result<Option<Vec<u8>>, E>,
+) -> Result<Vec<u8>, E> {
+    let mut edited = Vec::with_capacity(message.len());
+    for field in fields(message).unwrap_or_default() {
+        let new = match field.number == number {
+            true => change(&message[field.value.clone()])?,
+            false => None,
+        };
+        match new {
+            Some(new) => {
+                prost::encoding::encode_key(key_number(number), WIRE_LEN, &mut edited);
+                prost::encoding::encode_varint(new.len() as u64, &mut edited);
+                edited.extend(new);
+            }
+            None => edited.extend(&message[field.whole]),
+        }
+    }
+    Ok(edited)
+}
+
 /// The message with its varint field `number` having these values.
 pub(crate) fn set_varints(message: &[u8], number: u64, values: &[u64]) -> Vec<u8> {
     let mut edited = without(message, number);

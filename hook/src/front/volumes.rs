@@ -1,10 +1,10 @@
 //! The volumes of the new pod: CRIU knows the mounts and files of the old one.
 //!
 //! ```text
-//!  ConfigMap, Secret, projected, downward API (kubelet's AtomicWriter):
+//!  ConfigMap, Secret, projected, downward API (kubelet's AtomicWriter), CSI drivers that write as it does:
 //!    <volume>/..data -> ..2026_01_02          key -> ..data/key
-//!             ..2026_01_02/key                the images have this path; each pod has another date
-//!  a file that kubelet or containerd writes for each pod (etc-hosts, a subPath of a ConfigMap):
+//!             ..2026_01_02/key                the images have this path, open or watched; each pod has another date
+//!  a file that kubelet or containerd writes for each pod (etc-hosts, the termination log, a subPath of a ConfigMap):
 //!    the same path, another length
 //!  a volume that the old pod had not:         is added to the mount table of the images
 //! ```
@@ -17,6 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 use transship_checkpoint::criu_images::mounts::{self, NewMount};
 use transship_checkpoint::criu_images::regular_files::{FoundFile, find_again};
+use transship_checkpoint::criu_images::watched_files::find_watched_again;
 use transship_checkpoint::spec::Spec;
 use transship_sandbox::Request;
 use transship_sandbox::admission::{Allowance, resolve_within};
@@ -33,6 +34,8 @@ const ATOMIC: [&str; 4] = [
     "kubernetes.io~projected",
     "kubernetes.io~downward-api",
 ];
+/// Of its volumes those have [`CURRENT`] whose driver keeps secrets and certificates.
+const CSI: &str = "kubernetes.io~csi";
 
 /// A bind mount of the new container.
 struct Bind {
@@ -86,6 +89,13 @@ impl Front<'_> {
                 Path::new(name),
             )),
             found => Ok(found.flatten()),
+        })?;
+        find_watched_again(dir, |name| match find_in_volumes(name, &binds) {
+            Some(None) => Err(error(
+                "watches a file that the new pod's volume lacks",
+                Path::new(name),
+            )),
+            found => Ok(found.flatten().map(|file| file.name)),
         })?;
         let before = old.mount_destinations();
         let new: Vec<NewMount> = { Allowance::of(&config.spec, &resolve).mounts.into_iter() }
@@ -155,11 +165,14 @@ fn is_version(name: &OsStr) -> bool {
     name.len() > 2 && name.starts_with(b"..") && name != CURRENT.as_bytes() && !name.contains(&b'/')
 }
 
-/// Whether kubelet replaces the content of the volume in one step.
+/// Whether kubelet, or a CSI driver, replaces the content of the volume in one step.
 fn is_atomic(source: &Path) -> bool {
-    let mut parts = source.iter().rev();
-    let kind = parts.nth(1).and_then(OsStr::to_str);
-    kind.is_some_and(|kind| ATOMIC.contains(&kind)) && parts.next() == Some(OsStr::new("volumes"))
+    let parts: Option<Vec<&str>> = source.iter().map(OsStr::to_str).collect();
+    match parts.as_deref() {
+        Some([.., "volumes", kind, _]) => ATOMIC.contains(kind),
+        Some([.., "volumes", CSI, _, "mount"]) => true,
+        _ => false,
+    }
 }
 
 /// Whether kubelet or containerd has written the file for this pod. A file of the node, or of a volume that
@@ -172,7 +185,9 @@ fn is_of_pod(source: &Path) -> bool {
         return false;
     };
     match parts.as_slice() {
+        // The last one is what /dev/termination-log is, by the name of the container.
         [.., "pods", _, "etc-hosts"]
+        | [.., "pods", _, "containers", _, _]
         | [.., "sandboxes", _, "hostname" | "hosts" | "resolv.conf"] => true,
         [.., "pods", _, "volume-subpaths", volume, _, _] => {
             let pod = source.ancestors().nth(4).map(|pod| pod.join("volumes"));
@@ -201,6 +216,16 @@ mod tests {
         fs::write(volume.join("..2026/sub/key"), "longer").unwrap();
         symlink("..2026", volume.join(CURRENT)).unwrap();
         fs::write(pod.join("etc-hosts"), "hosts").unwrap();
+        let (log, secrets) = (
+            pod.join("containers/app/1a2b"),
+            pod.join("volumes/kubernetes.io~csi/store/mount"),
+        );
+        for dir in [log.parent().unwrap(), &secrets.join("..7")] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        fs::write(&log, "up").unwrap();
+        fs::write(secrets.join("..7/tls.crt"), "cert").unwrap();
+        symlink("..7", secrets.join(CURRENT)).unwrap();
         let part = pod.join("volume-subpaths/cfg/app/0");
         fs::create_dir_all(part.parent().unwrap()).unwrap();
         fs::write(&part, "part").unwrap();
@@ -215,6 +240,8 @@ mod tests {
             bind("/etc/cfg", &volume),
             bind("/etc/hosts", &pod.join("etc-hosts")),
             bind("/etc/part", &part),
+            bind("/dev/termination-log", &log),
+            bind("/certs", &secrets),
             bind("/data", &other),
             bind("/one", &other.join("file")),
         ];
@@ -225,6 +252,10 @@ mod tests {
         assert_eq!(find("/etc/cfg/..2025/sub/key"), key);
         assert_eq!(find("/etc/hosts"), Some(Some(("/etc/hosts".to_owned(), 5))));
         assert_eq!(find("/etc/part"), Some(Some(("/etc/part".to_owned(), 4))));
+        let log = Some(Some(("/dev/termination-log".to_owned(), 2)));
+        assert_eq!(find("/dev/termination-log"), log);
+        let certificate = Some(Some(("/certs/..7/tls.crt".to_owned(), 4)));
+        assert_eq!(find("/certs/..6/tls.crt"), certificate);
         assert_eq!(find("/etc/cfg/..2025/gone"), Some(None));
         for untouched in [
             "/etc/cfg/..2026/sub/key",
