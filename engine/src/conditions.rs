@@ -54,20 +54,28 @@ mod watches;
 pub use needs::Needs;
 use processes::Processes;
 pub(crate) use sockets::protocol;
-pub(crate) use watches::SCAN_PATH;
+pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
 
 /// So many of a kind are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
-const PASSING: [&str; 5] = [
+const PASSING: [&str; 6] = [
+    EXEC,
     "tcp",
     "in-flight",
     "unix-backlog",
     "thread-file",
     "privileged-file",
 ];
-/// How long a connection that may be about to end is given for it.
-const MOMENT: Duration = Duration::from_millis(100);
+/// What runs beside the container's own processes: a probe of kubelet, or somebody's shell.
+const EXEC: &str = "exec";
+/// How long what may be about to end is given for it: probes longer than connections.
+const MOMENTS: [Duration; 4] = [
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_millis(1200),
+];
 
 /// The container that is looked at.
 #[derive(Debug, Clone)]
@@ -163,9 +171,13 @@ impl Found {
 pub async fn look(subject: &Subject) -> Result<Findings> {
     let mut findings = look_once(subject).await?;
     // As those of probes.
-    let passing = |found: &Found| PASSING.contains(&found.condition.name);
-    if findings.found.iter().any(passing) {
-        tokio::time::sleep(MOMENT).await;
+    let mut names = &PASSING[..];
+    for moment in MOMENTS {
+        let passing = |found: &Found| names.contains(&found.condition.name);
+        if !findings.found.iter().any(passing) {
+            break;
+        }
+        tokio::time::sleep(moment).await;
         let again = subject.clone();
         let again = tokio::task::spawn_blocking(move || passing_of(&again)).await?;
         findings.found.retain_mut(|found| {
@@ -177,6 +189,7 @@ pub async fn look(subject: &Subject) -> Result<Findings> {
             }
             !passing(found) || !found.on.is_empty()
         });
+        names = &[EXEC];
     }
     Ok(findings)
 }
@@ -193,6 +206,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
     let mut hits = sockets::hits(subject, &owned);
     hits.extend(open_files::privileged(&processes));
     hits.extend(descriptors::hits(&processes));
+    hits.extend(privileges::exec(&processes));
     hits.extend(unix_backlog::hits(
         &owned,
         &sock_diag::unix_sockets(subject.init),
@@ -223,6 +237,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));
     hits.extend(privileges::hits(&processes));
+    hits.extend(privileges::exec(&processes));
     hits.extend(code_room::hits(&processes));
     hits.extend(mounts::hits(subject));
     hits.extend(read_only_root::hits(&subject.spec));

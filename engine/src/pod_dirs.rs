@@ -6,11 +6,13 @@
 //!  export, while all containers stand still: each --> <draft>/.shared/<file>
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use transship_checkpoint::manifest::{Shared, Volume};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
@@ -20,9 +22,9 @@ use transship_layer::{
 };
 use transship_sandbox::admission::resolve_within;
 use transship_sandbox::read_proc;
-use transship_sandbox::shared_dirs::shared_mounts;
+use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
 
-use crate::conditions::Found;
+use crate::conditions::{Found, paths_of_inodes, watched_inodes};
 use crate::error::{Context, Error, Result};
 use crate::source::SourceContainer;
 
@@ -42,8 +44,12 @@ pub fn find(containers: &[SourceContainer], sandbox: &str, empty_dirs: bool) -> 
                 if !empty_dirs {
                     continue;
                 }
-                if mount.part {
-                    let found = Found::new("sub-path", [volume.clone()]);
+                let hinders = match mount.part {
+                    true => Some("sub-path"),
+                    false => has_huge_files(&mount.source).then_some("huge-volume"),
+                };
+                if let Some(condition) = hinders {
+                    let found = Found::new(condition, [volume.clone()]);
                     return Err(Error::refused(format!("{name:?}: {}", found.line())));
                 }
             }
@@ -95,7 +101,7 @@ pub async fn conditions(
     empty_dirs: bool,
 ) -> Result<Vec<Found>> {
     let mut found = Vec::new();
-    let (mut exported, mut parts) = (SharedDirs::default(), Vec::new());
+    let (mut exported, mut parts, mut huge) = (SharedDirs::default(), Vec::new(), Vec::new());
     let spec = spec_of(source)?;
     for mount in shared_mounts(&spec, sandbox)
         .into_iter()
@@ -103,10 +109,13 @@ pub async fn conditions(
     {
         match mount.dir {
             SharedDir::EmptyDir(volume) if mount.part => parts.push(volume),
+            SharedDir::EmptyDir(volume) if has_huge_files(&mount.source) => huge.push(volume),
             dir => drop(exported.0.insert(dir, (mount.source, Vec::new()))),
         }
     }
-    if !parts.is_empty() {
+    if !huge.is_empty() {
+        found.push(Found::new("huge-volume", huge));
+    } else if !parts.is_empty() {
         found.push(Found::new("sub-path", parts));
     } else if let Some((path, volume)) = open_in_left(node, source, sandbox, &exported).await? {
         let what = format!(
@@ -144,13 +153,48 @@ async fn open_in_left(
             left.iter().find(|it| it.destination == place).cloned()
         })
     });
+    let found = found.or_else(|| watched_below(&pids, &left));
     Ok(found.and_then(|(path, mount)| match mount.dir {
         SharedDir::EmptyDir(volume) => Some((path, volume)),
         SharedDir::Shm => None,
     }))
 }
 
-/// Something that a process has open, mapped or as its working directory, in a mount that `wanted` knows;
+/// Whether there are files that only memory of huge pages can have.
+fn has_huge_files(dir: &Path) -> bool {
+    let is_huge = statfs(dir).is_ok_and(|it| it.filesystem_type() == HUGETLBFS_MAGIC);
+    is_huge && fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Something that is watched in one of these directories. The directory itself is there again.
+fn watched_below(pids: &[u32], left: &[SharedMount]) -> Option<(PathBuf, SharedMount)> {
+    left.iter().find_map(|mount| {
+        let device = fs::metadata(&mount.source).ok()?.dev();
+        let inodes: BTreeSet<u64> = { pids.iter() }
+            .flat_map(|pid| watched_inodes(*pid, device))
+            .collect();
+        let paths = paths_of_inodes(&mount.source, device, &inodes);
+        let mut below = paths.values().filter(|path| *path != "/");
+        let path = mount
+            .destination
+            .join(below.next()?.trim_start_matches('/'));
+        Some((path, mount.clone()))
+    })
+}
+
+/// The path that each unix socket of the network of a process is bound to.
+fn bound_sockets(pid: u32) -> BTreeMap<String, PathBuf> {
+    let sockets = read_proc(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    // "0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x.sock"
+    let bound = sockets.lines().skip(1).filter_map(|line| {
+        let (numbers, path) = line.split_at(line.find('/')?);
+        let inode = numbers.split_whitespace().nth(6)?;
+        Some((format!("socket:[{inode}]"), PathBuf::from(path)))
+    });
+    bound.collect()
+}
+
+/// Something that a process has open, mapped, as its working directory or as the name of a socket, in a mount that `wanted` knows;
 /// `places` are where the container has mounts.
 fn open_below<M>(
     pid: u32,
@@ -168,28 +212,36 @@ fn open_below<M>(
         .flatten()
         .flatten();
     let links = fds.map(|fd| fd.path()).chain([proc.join("cwd")]);
-    let open = links.filter_map(|link| fs::read_link(link).ok());
+    let sockets = bound_sockets(pid);
+    let open = links.filter_map(|link| {
+        let target = fs::read_link(link).ok()?;
+        let bound = target.to_str().and_then(|target| sockets.get(target));
+        Some(bound.map_or((target.clone(), false), |path| (path.clone(), true)))
+    });
     let maps = read_proc(proc.join("maps")).unwrap_or_default();
     let mapped = maps
         .lines()
-        .filter_map(|line| line.find('/').map(|at| line[at..].into()));
-    open.chain(mapped).find_map(|path: PathBuf| {
-        let holds = |(place, _): &&(PathBuf, &PathBuf)| path.starts_with(place);
-        let holder = resolved.iter().filter(holds);
-        let (place, name) = holder.max_by_key(|(place, _)| place.components().count())?;
-        // The volume itself is there again, and files without a name come along by themselves.
-        let is_removed = || {
-            let is_name = || {
-                root.join(path.strip_prefix("/").unwrap_or(&path))
-                    .symlink_metadata()
+        .filter_map(|line| line.find('/').map(|at| (line[at..].into(), false)));
+    open.chain(mapped)
+        .find_map(|(path, is_socket): (PathBuf, bool)| {
+            let holds = |(place, _): &&(PathBuf, &PathBuf)| path.starts_with(place);
+            let holder = resolved.iter().filter(holds);
+            let (place, name) = holder.max_by_key(|(place, _)| place.components().count())?;
+            // The volume itself is there again, and files without a name come along by themselves.
+            let is_removed = || {
+                let is_name = || {
+                    root.join(path.strip_prefix("/").unwrap_or(&path))
+                        .symlink_metadata()
+                };
+                path.to_string_lossy().ends_with(" (deleted)") && is_name().is_err()
             };
-            path.to_string_lossy().ends_with(" (deleted)") && is_name().is_err()
-        };
-        if path == *place || is_removed() {
-            return None;
-        }
-        Some((path, wanted(name)?))
-    })
+            // CRIU binds it again, where there is a directory for it.
+            let is_bound_again = is_socket && path.parent() == Some(place);
+            if path == *place || is_bound_again || is_removed() {
+                return None;
+            }
+            Some((path, wanted(name)?))
+        })
 }
 
 impl SharedDirs {

@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 31] = [
+const ROWS: [Row; 34] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -117,6 +117,22 @@ const ROWS: [Row; 31] = [
     Row {
         run: &["--cap-add", "CAP_SYS_ADMIN"],
         ..row("nested-namespace", &[HOLDER, "unshared"])
+    },
+    // CRIU makes all threads alike, and children where their parent is.
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        asked_of_criu: false,
+        ..row("nested-namespace", &[HOLDER, "thread-unshared"])
+    },
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        asked_of_criu: false,
+        ..row("nested-namespace", &[HOLDER, "children-unshared"])
+    },
+    Row {
+        run: &["--cap-add", "CAP_SYS_NICE"],
+        asked_of_criu: false,
+        ..row("scheduling", &[HOLDER, "deadline"])
     },
     Row {
         run: &["--device", "/dev/fuse"],

@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 75] = [
+pub static CONDITIONS: [Condition; 77] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -352,6 +352,15 @@ pub static CONDITIONS: [Condition; 75] = [
         criu_says: &[],
     },
     Condition {
+        name: "scheduling",
+        effect: Effect::NoRestore,
+        what: "it has threads with a deadline (SCHED_DEADLINE) or a scheduler of BPF (SCHED_EXT), which CRIU dumps and does \
+               not restore",
+        remedy: "let them be SCHED_FIFO or SCHED_OTHER (chrt --pid)",
+        seen: "/proc/PID/task/TID/stat: policy",
+        criu_says: &["Inconsistent sched params"],
+    },
+    Condition {
         name: "exec",
         effect: Effect::Loses,
         what: "processes that came by exec and are no children of its own do not come along",
@@ -602,10 +611,10 @@ pub static CONDITIONS: [Condition; 75] = [
     Condition {
         name: "file-missing",
         effect: Effect::NoRestore,
-        what: "a file that it has open is not here: the volume or bind mount that it lies in has other content",
+        what: "a file that it has open or watches is not here: the volume or bind mount that it lies in has other content",
         remedy: "bring the volume along (--volumes emptydir), or put the file there",
         seen: "",
-        criu_says: &["on restore: No such file"],
+        criu_says: &["on restore: No such file", "Unable to open /"],
     },
     Condition {
         name: "sub-path",
@@ -613,6 +622,14 @@ pub static CONDITIONS: [Condition; 75] = [
         what: "it mounts a part of an emptyDir (subPath), and that mount is made before the volume can be filled",
         remedy: "mount the whole volume, or leave emptyDirs behind (without --volumes emptydir)",
         seen: "the spec, with check --volumes emptydir",
+        criu_says: &[],
+    },
+    Condition {
+        name: "huge-volume",
+        effect: Effect::NoRestore,
+        what: "it has files in an emptyDir of huge pages, which no volume can be filled with",
+        remedy: "let the program make its huge pages without files (MAP_HUGETLB)",
+        seen: "statfs(2) of the volume",
         criu_says: &[],
     },
     Condition {

@@ -1,15 +1,27 @@
-//! Namespaces: processes that have left those of the first one, and those that CRIU cannot restore.
+//! Namespaces: processes that have left those of the first one, threads that have left those of their process, and those
+//! that CRIU cannot restore.
+//!
+//! ```text
+//!  /proc/PID/ns/net                   CRIU looks here alone, and makes all threads alike
+//!  /proc/PID/task/TID/ns/net          setns(2), unshare(2) of one thread
+//!  /proc/PID/task/TID/ns/pid_for_children, time_for_children     where its next child will be
+//! ```
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
 use super::processes::{Processes, Seen};
+use super::programs::threads;
 use super::{Hit, Subject};
 use crate::process_files;
 
 /// All but the mount namespace, of which CRIU knows several, and that of cgroups.
 const KINDS: [&str; 6] = ["ipc", "net", "pid", "time", "user", "uts"];
+/// What threads of a process have in common unless one has left it.
+const OF_THREADS: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
+/// Where children will be, and the namespace that is the same unless they will be elsewhere.
+const OF_CHILDREN: [(&str, &str); 2] = [("pid_for_children", "pid"), ("time_for_children", "time")];
 /// System V memory in `/proc/PID/maps`.
 const SYSTEM_V: &str = "/SYSV";
 
@@ -24,6 +36,11 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
             let other = other.join(", ");
             hits.push(("nested-namespace", format!("{other} of {}", seen.called())));
         }
+        let apart = apart(seen);
+        hits.extend(apart.map(|kind| {
+            let what = format!("{kind} of a thread of {}", seen.called());
+            ("nested-namespace", what)
+        }));
     }
     let node = |kind| fs::read_link(format!("/proc/self/ns/{kind}")).ok();
     if first
@@ -37,6 +54,36 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         hits.extend(attached.map(|seen| ("node-ipc", seen.called())));
     }
     hits
+}
+
+/// The kinds of namespaces that a thread of the process has for itself.
+fn apart(seen: &Seen) -> impl Iterator<Item = &'static str> {
+    let link = |of: &str, kind: &str| fs::read_link(format!("{of}/ns/{kind}")).ok();
+    let process = format!("/proc/{}", seen.pid);
+    let first = OF_THREADS.map(|kind| (kind, link(&process, kind)));
+    let first = move |wanted: &str| {
+        let found = first.iter().find(|(kind, _)| *kind == wanted);
+        found.and_then(|(_, namespace)| namespace.clone())
+    };
+    // A kernel without one of them has it of nobody.
+    let known: Vec<_> = { OF_CHILDREN.into_iter() }
+        .filter(|(kind, _)| link("/proc/self", kind).is_some())
+        .collect();
+    let mut found = std::collections::BTreeSet::new();
+    for thread in threads(seen) {
+        let others = OF_THREADS.into_iter().filter(|kind| {
+            let own = link(&thread, kind);
+            own.is_some() && own != first(kind)
+        });
+        found.extend(others);
+        // That of processes has none to show before the first of them is there.
+        let of_children = known.iter().filter(|(kind, same)| {
+            let own = link(&thread, kind);
+            link(&thread, same).is_some() && own != first(same)
+        });
+        found.extend(of_children.map(|(kind, _)| *kind));
+    }
+    found.into_iter()
 }
 
 fn namespaces(pid: u32) -> BTreeMap<&'static str, PathBuf> {

@@ -30,12 +30,14 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
             hits.push(("dead-leader", seen.called()));
         }
     }
-    let exec = processes
-        .others
-        .iter()
-        .filter(|seen| !seen.status.state.starts_with('Z'));
-    hits.extend(exec.map(|seen| ("exec", seen.called())));
     hits
+}
+
+/// What is in the container and no descendant of its first process.
+pub(super) fn exec(processes: &Processes) -> impl Iterator<Item = Hit> {
+    let others = processes.others.iter();
+    let alive = others.filter(|seen| !seen.status.state.starts_with('Z'));
+    alive.map(|seen| ("exec", seen.called()))
 }
 
 /// Whether the freezer of cgroup v1 freezes it: `ptrace(PTRACE_SEIZE)` of a task that is stopped and frozen by that one does

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  /proc/PID/stat                   exit_signal 10              clone(2) with SIGUSR1 in place of SIGCHLD
+//!  /proc/PID/task/TID/stat          policy 6                    SCHED_DEADLINE, whose budget CRIU does not ask for
 //!  /proc/PID/task/TID/cwd, root                                 unshare(CLONE_FS) of one thread
 //!  /proc/PID/task/TID/fd                                        unshare(CLONE_FILES) of one thread
 //!  /proc/PID/task/TID/status        Umask: 0055                 as cwd
@@ -16,7 +17,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use transship_sandbox::TaskStatus;
+use transship_sandbox::{TaskStatus, read_proc};
 
 use super::Hit;
 use super::processes::{Processes, Seen};
@@ -25,6 +26,10 @@ use super::programs::threads;
 /// More descriptors of all threads than this are not looked at.
 const DESCRIPTORS: usize = 1 << 20;
 const SIGCHLD: i32 = 17;
+/// `SCHED_OTHER`, `SCHED_FIFO`, `SCHED_RR`, `SCHED_BATCH`, `SCHED_IDLE`.
+const RESTORED_POLICIES: [u32; 5] = [0, 1, 2, 3, 5];
+/// The field of `stat` that follows the name is the third, proc_pid_stat(5).
+const POLICY: usize = 41 - 3;
 const MITIGATIONS: [&str; 2] = ["Speculation_Store_Bypass", "SpeculationIndirectBranch"];
 /// Whether the kernel mitigates for all that has a seccomp filter, which CRIU restores.
 const STORE_BYPASS: &str = "/sys/devices/system/cpu/vulnerabilities/spec_store_bypass";
@@ -55,6 +60,10 @@ pub(super) fn hits(init: u32, processes: &Processes) -> Vec<Hit> {
         if threads(seen).any(|thread| mitigated(thread).is_some()) {
             hits.push(("speculation", seen.called()));
         }
+        let policies = || threads(seen).filter_map(|thread| policy(&thread));
+        if policies().any(|policy| !RESTORED_POLICIES.contains(&policy)) {
+            hits.push(("scheduling", seen.called()));
+        }
         let first = format!("/proc/{0}/task/{0}", seen.pid);
         if others(seen).any(|thread| differ(&first, &thread, place) == Some(true)) {
             hits.push(("thread-directory", seen.called()));
@@ -65,6 +74,18 @@ pub(super) fn hits(init: u32, processes: &Processes) -> Vec<Hit> {
         }
     }
     hits
+}
+
+/// How a thread is scheduled; none of one that has ended.
+fn policy(thread: &str) -> Option<u32> {
+    let stat = read_proc(format!("{thread}/stat")).ok()?;
+    policy_in(&stat)
+}
+
+fn policy_in(stat: &str) -> Option<u32> {
+    // A name may have blanks and brackets.
+    let (_, after_name) = stat.rsplit_once(')')?;
+    after_name.split_whitespace().nth(POLICY)?.parse().ok()
 }
 
 /// All threads but the first.
@@ -145,6 +166,15 @@ fn is_asked_for(mitigation: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_policy_is_found_behind_any_name() {
+        let own = policy("/proc/thread-self");
+        assert!(own.is_some_and(|policy| RESTORED_POLICIES.contains(&policy)));
+        let stat = format!("7 (a) b)) S {}", ["1"; 36].join(" "));
+        assert_eq!(policy_in(&format!("{stat} 2 6 0")), Some(6));
+        assert_eq!(policy_in(&stat), None);
+    }
 
     #[test]
     fn what_a_thread_has_asked_for_is_told_from_what_all_have() {

@@ -64,7 +64,7 @@ pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Ve
     if wanted.is_empty() || !is_overlay(&root) {
         return (Vec::new(), lost);
     }
-    let found = paths(Path::new(&root), device, &wanted.keys().copied().collect());
+    let found = paths_of_inodes(Path::new(&root), device, &wanted.keys().copied().collect());
     let mut told = Vec::new();
     for (inode, by) in wanted {
         match found.get(&inode) {
@@ -114,6 +114,15 @@ fn read(path: &str) -> String {
     text
 }
 
+/// The inodes on the device that a process watches.
+pub(crate) fn watched_inodes(pid: u32, device: u64) -> BTreeSet<u64> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo"));
+    let descriptors = descriptors.into_iter().flatten().flatten();
+    descriptors
+        .flat_map(|entry| watched(&read(&entry.path().display().to_string()), device))
+        .collect()
+}
+
 /// The inodes on the device.
 fn watched(information: &str, device: u64) -> BTreeSet<u64> {
     let wanted = major(device) << 20 | minor(device);
@@ -130,9 +139,16 @@ fn watched(information: &str, device: u64) -> BTreeSet<u64> {
         .collect()
 }
 
-/// The path of each inode, as the container sees it.
-fn paths(root: &Path, device: u64, wanted: &BTreeSet<u64>) -> BTreeMap<u64, String> {
+/// The path of each inode below `root`, as it is seen there.
+pub(crate) fn paths_of_inodes(
+    root: &Path,
+    device: u64,
+    wanted: &BTreeSet<u64>,
+) -> BTreeMap<u64, String> {
     let mut found = BTreeMap::new();
+    if wanted.is_empty() {
+        return found;
+    }
     let walk = WalkDir::new(root)
         .follow_links(false)
         .same_file_system(true);
@@ -186,7 +202,7 @@ mod tests {
         let inode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().ino();
         let device = fs::metadata(dir.path()).unwrap().dev();
         let wanted = BTreeSet::from([inode("usr/bin"), inode("usr/bin/x"), inode("")]);
-        let found = paths(dir.path(), device, &wanted);
+        let found = paths_of_inodes(dir.path(), device, &wanted);
         assert_eq!(found[&inode("usr/bin")], "/usr/bin");
         assert_eq!(found[&inode("usr/bin/x")], "/usr/bin/x");
         assert_eq!(found[&inode("")], "/");

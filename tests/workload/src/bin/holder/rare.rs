@@ -13,6 +13,9 @@
 //!   device=PATH       an open device
 //!   shared-code       shared memory that can be executed and not written, before all other code
 //!   unshared          a child in another UTS namespace
+//!   thread-unshared   a thread in another UTS namespace
+//!   children-unshared the next child will be in a PID namespace of its own
+//!   deadline          SCHED_DEADLINE: 1 ms of each 100
 //!   traced            a child that is traced
 //!   signals           counts each SIGCONT, and each SIGCHLD of a child that was stopped or went on
 //! ```
@@ -31,6 +34,7 @@ use std::os::raw::c_long;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
@@ -75,6 +79,9 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
         "device" => Box::new(File::open(value)?),
         "shared-code" => Box::new(shared_code()?),
         "unshared" => Box::new(Command::new("/proc/self/exe").arg("in-new-uts").spawn()?),
+        "thread-unshared" => Box::new(thread_in_new_uts()?),
+        "children-unshared" => Box::new(unshare(CloneFlags::CLONE_NEWPID)?),
+        "deadline" => Box::new(deadline()?),
         "traced" => Box::new(traced()?),
         "signals" => return Ok(Some(Rare::Signals(count_signals()?))),
         "asleep" => loop {
@@ -126,6 +133,33 @@ fn file(descriptor: c_long) -> io::Result<File> {
 fn socket(family: i32, protocol: i32) -> io::Result<File> {
     // SAFETY: plain numbers.
     file(unsafe { libc::socket(family, libc::SOCK_STREAM, protocol) }.into())
+}
+
+/// It is there when the thread has left.
+fn thread_in_new_uts() -> io::Result<()> {
+    let (told, tells) = mpsc::channel();
+    std::thread::Builder::new().spawn(move || {
+        // Who asked waits for it.
+        told.send(unshare(CloneFlags::CLONE_NEWUTS)).ok();
+        loop {
+            std::thread::park();
+        }
+    })?;
+    Ok(tells.recv().map_err(io::Error::other)??)
+}
+
+fn deadline() -> io::Result<()> {
+    const POLICY: u64 = 6;
+    const MILLISECOND: u64 = 1_000_000;
+    // `struct sched_attr`: size and policy, flags, nice and priority, runtime, deadline, period.
+    let size: u64 = 48;
+    let (runtime, period) = (MILLISECOND, 100 * MILLISECOND);
+    let attributes: [u64; 6] = [size | POLICY << 32, 0, 0, runtime, period, period];
+    // SAFETY: it has 48 bytes, as it says.
+    let answer = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, attributes.as_ptr(), 0) };
+    (answer == 0)
+        .then_some(())
+        .ok_or_else(io::Error::last_os_error)
 }
 
 fn ring() -> io::Result<File> {
