@@ -36,7 +36,7 @@ const WAITING: usize = 4;
 type Chunks = ReceiverStream<Result<Chunk, Status>>;
 
 /// The node's API.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct NodeService {
     node: Containerd,
     interrupt: Interrupt,
@@ -57,6 +57,22 @@ impl NodeService {
     /// Can be written when no call is under way.
     pub fn calls(&self) -> Arc<RwLock<()>> {
         Arc::clone(&self.calls)
+    }
+
+    /// Does what is called for whether or not who has called still waits: cut off in the middle it would leave half a
+    /// pod, which the next call makes a second time.
+    async fn to_its_end<T, F>(&self, act: impl FnOnce(Self) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let call = Arc::clone(&self.calls).read_owned().await;
+        let act = act(self.clone());
+        let acting = tokio::spawn(async move {
+            let _call = call;
+            act.await
+        });
+        acting.await?
     }
 
     async fn checkpoint(&self, request: CheckpointPodRequest) -> Result<()> {
@@ -174,20 +190,20 @@ impl NodeApi for NodeService {
         &self,
         request: Request<CheckpointPodRequest>,
     ) -> Result<Response<CheckpointPodResponse>, Status> {
-        let _call = self.calls.read().await;
-        let taken = self.checkpoint(request.into_inner()).await;
-        answer(taken.map(|()| CheckpointPodResponse {}))
+        let taken = self
+            .to_its_end(|service| async move { service.checkpoint(request.into_inner()).await });
+        answer(taken.await.map(|()| CheckpointPodResponse {}))
     }
 
     async fn restore_pod(
         &self,
         request: Request<RestorePodRequest>,
     ) -> Result<Response<RestorePodResponse>, Status> {
-        let _call = self.calls.read().await;
-        let store = Store::of_node();
-        let restored = restore_pod::restore_pod(&self.node, &store, request.into_inner()).await;
-        let restored = restored;
-        answer(restored.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
+        let restored = self.to_its_end(|service| async move {
+            let store = Store::of_node();
+            restore_pod::restore_pod(&service.node, &store, request.into_inner()).await
+        });
+        answer({ restored.await }.map(|pod_sandbox_id| RestorePodResponse { pod_sandbox_id }))
     }
 
     async fn export_snapshot(
@@ -201,8 +217,9 @@ impl NodeApi for NodeService {
         &self,
         requests: Request<Streaming<ImportSnapshotRequest>>,
     ) -> Result<Response<ImportSnapshotResponse>, Status> {
-        let _call = self.calls.read().await;
-        answer(self.import(requests.into_inner()).await)
+        let imported =
+            self.to_its_end(|service| async move { service.import(requests.into_inner()).await });
+        answer(imported.await)
     }
 }
 

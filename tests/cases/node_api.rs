@@ -17,7 +17,7 @@ use transship_proto::node_api::{
     PostCheckpointState, RestorePodRequest,
 };
 use transship_testbed::{
-    CommandRun as _, Node, Pod, PodNamespaces, Testbed, Tree, journey, poll_until,
+    CommandRun as _, Cri, Node, Pod, PodNamespaces, Testbed, Tree, journey, poll_until,
 };
 
 use crate::Case;
@@ -71,6 +71,49 @@ fn another_user_is_not_served(node: &Node) -> anyhow::Result<()> {
     Ok(node
         .shell(&format!("chmod 700 /run/transship; chmod 600 {SOCKET}"))
         .run()?)
+}
+
+/// A client that does not wait for the answer, as at a deadline.
+fn who_gives_up_leaves_a_whole_pod(
+    node: &Node,
+    cri: &Cri,
+    runtime: &tokio::runtime::Runtime,
+    client: &NodeClient<Channel>,
+    request: &RestorePodRequest,
+) -> anyhow::Result<()> {
+    const SANDBOXES: &str =
+        "ctr -n k8s.io containers ls -q 'labels.\"io.cri-containerd.kind\"==sandbox'";
+    let mut client = client.clone();
+    let sandbox_is_there = async {
+        loop {
+            match node.shell(SANDBOXES).read()?.trim() {
+                "" => tokio::time::sleep(Duration::from_millis(20)).await,
+                sandbox => return anyhow::Ok(sandbox.to_owned()),
+            }
+        }
+    };
+    let sandbox = runtime.block_on(async {
+        let sandbox = tokio::select! {
+            answer = client.restore_pod(request.clone()) => anyhow::bail!("answered: {answer:?}"),
+            sandbox = sandbox_is_there => sandbox,
+        };
+        // That nobody waits is told from here as well.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        sandbox
+    })?;
+    poll_until("the end of the restore", PATIENCE, || {
+        let running = node
+            .shell("ctr -n k8s.io tasks ls | grep -c RUNNING || true")
+            .read();
+        match running.map_err(|error| error.to_string())?.trim() {
+            "2" => Ok(()),
+            other => Err(format!("{other} tasks")),
+        }
+    })?;
+    let pod = Pod::of(sandbox, request.config.clone().unwrap_or_default());
+    let reply = journey::ask(node, &cri.pod_ip(&pod)?)?;
+    ensure!(reply.memory_ok, "{reply:?}");
+    Ok(cri.remove_pod(&pod)?)
 }
 
 fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
@@ -163,6 +206,7 @@ fn a_pod_is_stopped_and_made_again(bed: &Testbed) -> anyhow::Result<()> {
     let pods = node.shell("ctr -n k8s.io containers ls -q").read()?;
     ensure!(pods.is_empty(), "a pod that failed leaves {pods}");
 
+    who_gives_up_leaves_a_whole_pod(&node, &cri, &runtime, &client, &request)?;
     let answer = runtime.block_on(restorer.restore_pod(request))?;
     let pod = Pod::of(answer.into_inner().pod_sandbox_id, config);
     let reply = journey::ask(&node, &cri.pod_ip(&pod)?)?;
