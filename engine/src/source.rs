@@ -292,6 +292,11 @@ pub async fn look(
             found.push(Found::new("upperdir", [why]));
         })
         .ok();
+    if in_pod && stack.as_ref().is_some_and(|it| it.lowerdirs.is_empty()) {
+        // Without layers it is no overlay in the new pod, and is filled before that is known.
+        let why = "an image without layers".to_owned();
+        found.push(Found::new("upperdir", [why]));
+    }
     let subject = Subject {
         id: id.clone(),
         init: task.pid,
