@@ -38,6 +38,7 @@ mod mounts;
 mod multicast;
 mod namespaces;
 mod needs;
+mod network_rules;
 mod open_files;
 mod outside_sockets;
 mod privileges;
@@ -233,6 +234,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(outside_sockets::hits(subject, &owned, &unix));
     hits.extend(unix_backlog::hits(&owned, &unix));
     hits.extend(multicast::hits(subject, &owned));
+    hits.extend(network_rules::hits(subject));
     hits.extend(socket_modes::hits(&processes));
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));

@@ -29,6 +29,47 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     Case::on_all_trees("pod_refusals", refusals_name_why_and_leave_nothing)
 }
 
+/// As the init container of a service mesh makes them; it does not run again.
+fn rules_of_the_network_are_told(node: &Node) -> anyhow::Result<()> {
+    const CHECK: &str = "transship check --pod shop/web";
+    const TAKE: &str = "transship checkpoint --pod shop/web --name ruled";
+    let inside = |command: &str| {
+        let each = format!("for it in /run/netns/*; do nsenter --net=$it {command}; done");
+        node.shell(&each).run()
+    };
+    // Who looks makes a table.
+    inside("iptables -w -L")?;
+    node.shell(CHECK).run()?;
+    for (rule, table, away) in [
+        (
+            "nft 'add table ip mesh; add chain ip mesh out { type filter hook output priority 0; }
+                  add rule ip mesh out tcp dport 15001 accept'",
+            "mesh",
+            "nft delete table ip mesh",
+        ),
+        (
+            "iptables-legacy -w -A OUTPUT -p tcp --dport 15001 -j ACCEPT",
+            "filter",
+            "iptables-legacy -w -F",
+        ),
+    ] {
+        inside(rule)?;
+        let told = node.shell(CHECK).output()?;
+        says(&String::from_utf8_lossy(&told.stdout), "network-rules")?;
+        says(&String::from_utf8_lossy(&told.stdout), table)?;
+        says(
+            &node.shell(TAKE).read_failure()?,
+            "--allow-lost network-rules",
+        )?;
+        node.shell(&format!(
+            "{TAKE} --allow-lost network-rules; transship rm ruled"
+        ))
+        .run()?;
+        inside(away)?;
+    }
+    Ok(())
+}
+
 fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let node = bed.node("a")?;
     start(bed, &node, true)?;
@@ -45,6 +86,7 @@ fn refusals_name_why_and_leave_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let id = cri.run_container(&pod, &MOUNTED)?;
     journey::ask(&node, &cri.pod_ip(&pod)?)?;
     cri.exec(&id, &["true"])?;
+    rules_of_the_network_are_told(&node)?;
     node.shell("transship checkpoint --pod shop/web --name web")
         .run()?;
     cri.remove_pod(&pod)?;

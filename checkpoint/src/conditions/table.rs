@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 77] = [
+pub static CONDITIONS: [Condition; 78] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -454,6 +454,15 @@ pub static CONDITIONS: [Condition; 77] = [
         what: "its sockets come back without the multicast groups that they have joined",
         remedy: "end what has joined them",
         seen: "/proc/PID/net/igmp, igmp6, of a network namespace of its own; getsockopt",
+        criu_says: &[],
+    },
+    Condition {
+        name: "network-rules",
+        effect: Effect::Changes,
+        what: "its network has rules of iptables or nftables, which its new network has not: an init container that \
+               made them does not run again",
+        remedy: "let the CNI configuration of the other node make them",
+        seen: "nf_tables, iptables-legacy-save",
         criu_says: &[],
     },
     Condition {
