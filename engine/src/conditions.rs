@@ -195,6 +195,28 @@ pub async fn look(subject: &Subject) -> Result<Findings> {
     Ok(findings)
 }
 
+/// What CRIU would restore as something else, and nobody has allowed: of frozen processes, which have run on since they
+/// were looked at. What takes long to ask, their memory, is left out.
+///
+/// # Errors
+/// A thread panicked.
+pub(crate) async fn changes_of_frozen(subject: Subject) -> Result<Vec<Found>> {
+    let mut found = tokio::task::spawn_blocking(move || {
+        let processes = Processes::read(subject.init, &subject.pids);
+        let owned = sockets::owned(&processes);
+        let mut hits = descriptors::hits(&processes);
+        hits.extend(programs::hits(&processes));
+        hits.extend(task_state::hits(subject.init, &processes));
+        hits.extend(multicast::hits(&subject, &owned));
+        hits.extend(socket_modes::hits(&processes));
+        hits.extend(keyring::hits(&subject));
+        grouped(hits, &subject.criu.allow_lost)
+    })
+    .await?;
+    found.retain(|it| it.condition.effect == Effect::Changes && it.hinders());
+    Ok(found)
+}
+
 async fn look_once(subject: &Subject) -> Result<Findings> {
     let subject = subject.clone();
     Ok(tokio::task::spawn_blocking(move || look_at(&subject)).await?)
@@ -301,6 +323,35 @@ mod tests {
         let on = (0..9).map(|at| at.to_string());
         let text = Found::new("tcp", on).text();
         assert_eq!(text, "it has TCP connections (0, 1, 2, 3 and 5 more)");
+    }
+
+    #[tokio::test]
+    async fn a_change_is_seen_in_the_freeze_unless_it_may_be() {
+        let mut child = std::process::Command::new("setarch")
+            .args(["-R", "sleep", "1000"])
+            .spawn()
+            .unwrap();
+        let mut subject = Subject {
+            id: String::new(),
+            init: child.id(),
+            pids: Vec::new(),
+            spec: Spec::parse(b"{}").unwrap(),
+            criu: CriuOptions::default(),
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let found = loop {
+            let found = changes_of_frozen(subject.clone()).await.unwrap();
+            if !found.is_empty() || std::time::Instant::now() > deadline {
+                break found;
+            }
+        };
+        subject.criu.allow_lost = "personality".parse().unwrap();
+        let allowed = changes_of_frozen(subject).await.unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let names: Vec<_> = found.iter().map(|it| it.condition.name).collect();
+        assert_eq!(names, ["personality"]);
+        assert!(allowed.is_empty(), "{allowed:?}");
     }
 
     #[tokio::test]

@@ -509,9 +509,13 @@ impl SourceContainer {
             .and_then(|mut file| file.write_all(&self.spec))
             .with_context(|| format!("cannot write {}", spec.display()))?;
         let frozen = pids.to_vec();
-        let attributes =
-            tokio::task::spawn_blocking(move || task_attributes::read(&frozen)).await?;
-        let attributes = attributes.to_json().context("cannot write of tasks")?;
+        let attributes = tokio::task::spawn_blocking(move || task_attributes::read(&frozen));
+        let (attributes, changes) = tokio::join!(attributes, self.changes(pids));
+        if let [first, ..] = changes?.as_slice() {
+            let message = format!("{} has changed meanwhile: {}", self.called, first.line());
+            return Err(Error::refused(message));
+        }
+        let attributes = { attributes?.to_json() }.context("cannot write of tasks")?;
         fs::File::create_new(dir.join(TASKS_FILE))
             .and_then(|mut file| file.write_all(&attributes))
             .with_context(|| format!("cannot write {TASKS_FILE}"))?;
@@ -595,6 +599,17 @@ impl SourceContainer {
     }
 
     /// What is done to the images when CRIU has written them.
+    async fn changes(&self, pids: &[u32]) -> Result<Vec<Found>> {
+        let subject = Subject {
+            id: self.id().to_owned(),
+            init: self.pid,
+            pids: pids.to_vec(),
+            spec: Spec::parse(&self.spec).context("cannot read the spec again")?,
+            criu: self.container.criu.clone(),
+        };
+        conditions::changes_of_frozen(subject).await
+    }
+
     async fn finish_images(&self, dir: &Path, pids: &[u32]) -> Result<()> {
         // Its last lines have had the time of the dump to get there.
         if let Some(log) = &self.log
