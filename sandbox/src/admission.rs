@@ -12,7 +12,8 @@
 //!
 //!  refused   capabilities, user and group ids, securebits, hard limits that the spec names,
 //!            scheduling, open files that take a capability, mounts, unmasked paths, namespaces, id
-//!            mappings, cgroups, devices, files that are no images, names of files that lead elsewhere
+//!            mappings, cgroups, devices, files that are no images, names of files that lead elsewhere,
+//!            deleted files that it could not have made, watches without a name, sockets of others
 //!  imposed   seccomp profile (a further filter), no_new_privs, LSM profile, bounding and
 //!            inheritable set, limits that the spec does not name, oom_score_adj, buffers of sockets
 //! ```
@@ -23,14 +24,18 @@ pub mod allowance;
 pub mod asker;
 pub mod capabilities;
 pub mod container_base;
+mod deleted_files;
 mod environment;
 mod files;
 pub mod foreign_spec;
+#[cfg(test)]
+mod image_tests;
 mod mounts;
 mod network;
 pub mod node_config;
 mod open_files;
 mod places;
+mod queued_files;
 mod refusal;
 mod restored;
 mod seccomp_chains;
@@ -186,6 +191,8 @@ pub fn compare(
         threads::compare(thread, allowed, here, &mut admission);
     }
     files::compare(restored, &mut admission);
+    deleted_files::compare(restored, allowed, &mut admission);
+    queued_files::compare(restored, allowed, &mut admission);
     open_files::compare(&restored.privileged_files, allowed, here, &mut admission);
     for addresses in &restored.addresses {
         threads::compare_addresses(addresses, allowed, here, &mut admission);
@@ -198,6 +205,7 @@ pub fn compare(
         here,
         &mut admission,
     );
+    places::compare_networks(restored, allowed, &mut admission);
     places::compare_mappings(&restored.id_mappings, allowed, &mut admission);
     places::compare_cgroups(&restored.cgroups, &mut admission);
     if let Some(profile) = &allowed.seccomp {

@@ -20,7 +20,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     .into_iter()
 }
 
-const SOCKETS: &str = r"
+pub(crate) const SOCKETS: &str = r"
 owner = {'uid': 0, 'euid': 0, 'signum': 0, 'pid_type': 0, 'pid': 0}
 def open_as(kind, name, fields):
     add('files.img', 'FILES', [{'type': kind, 'id': 60, name: {'id': 60, **fields}}])

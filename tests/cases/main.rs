@@ -21,6 +21,7 @@ mod faults;
 mod foreign_checkpoints;
 mod foreign_streams;
 mod forged_files;
+mod forged_images;
 mod forged_names;
 mod freeze_containerd;
 mod frozen;
@@ -175,6 +176,7 @@ fn main() -> ExitCode {
         each(starts::cases()),
         each(admission::cases()),
         each(forged_files::cases()),
+        each(forged_images::cases()),
         each(forged_names::cases()),
         each(conditions::cases()),
         each(consumed_once::cases()),

@@ -16,7 +16,7 @@ use super::{IMAGE_LIMIT, ImageError, Kind, list, u32_at};
 use crate::beneath::{Links, read_regular};
 
 /// `struct nlmsghdr`.
-const HEAD: usize = 16;
+pub(super) const HEAD: usize = 16;
 /// `struct nfgenmsg`, with which each message of netfilter begins.
 const NETFILTER_HEAD: usize = 4;
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW`.

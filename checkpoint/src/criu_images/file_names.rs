@@ -128,6 +128,29 @@ pub fn strangers(dir: &Path) -> Result<Vec<String>, ImageError> {
     Ok(strangers)
 }
 
+/// The names in a directory of which each is one of an image.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub(super) fn all(dir: &Path) -> Result<Vec<String>, ImageError> {
+    let io = |source: io::Error| ImageError::Io {
+        act: "list",
+        path: dir.to_path_buf(),
+        source,
+    };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let name = entry.map_err(io)?.file_name();
+        names.extend(
+            name.to_str()
+                .filter(|name| is_image(name))
+                .map(str::to_owned),
+        );
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
 /// Whether an image has pages of a process, or says which.
 fn is_memory(name: &str) -> bool {
     let of_process = ["pagemap-", "pages-"].iter().any(|it| name.starts_with(it));

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::strict::is_ambiguous;
 use super::{Image, ImageError, Kind, gather, list};
 
 /// What kind of System V object.
@@ -58,6 +59,8 @@ struct ShmEntry {
     size: u64,
     #[prost(bool, optional, tag = "3")]
     in_pagemaps: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    hugetlb_flag: Option<u32>,
 }
 
 /// `ipc_msg_entry` of `images/ipc-msg.proto`.
@@ -104,6 +107,29 @@ pub fn objects(dir: &Path) -> Result<Vec<IpcObject>, ImageError> {
         }
     }
     Ok(objects)
+}
+
+/// Whether a segment is of huge pages, of which a node has few.
+///
+/// # Errors
+/// An image that cannot be read, or that says a thing twice.
+pub fn has_huge_segment(dir: &Path) -> Result<bool, ImageError> {
+    let mut found = false;
+    for (_, path) in list(dir, Kind::IpcShm)? {
+        let image = Image::read(&path, Kind::IpcShm)?;
+        let mut entries = image.entries();
+        while let Some(message) = entries.next_bytes()? {
+            if is_ambiguous(message, &[]) {
+                return Err(image.ambiguous());
+            }
+            let shm: ShmEntry = image.decode(message)?;
+            if !shm.in_pagemaps.unwrap_or_default() {
+                entries.skip(padded(shm.size, 4))?;
+            }
+            found |= shm.hugetlb_flag.is_some_and(|flag| flag != 0);
+        }
+    }
+    Ok(found)
 }
 
 /// Takes those objects out of the images of `dir` that are in `present`.

@@ -14,12 +14,14 @@
 //! which the messages below did not change.
 
 pub mod addresses;
+pub mod c_strings;
 pub mod cgroups;
 pub mod conntrack;
 pub mod descriptors;
 pub mod dump_stats;
 pub mod file_names;
 mod files_image;
+pub mod ghost_files;
 pub mod inet_sockets;
 pub mod inventory;
 pub mod ipc_sysctls;
@@ -28,11 +30,13 @@ pub mod lazy_memory;
 pub mod memory_apart;
 pub mod mounts;
 pub mod named_files;
+pub mod network_images;
 pub mod open_files;
 mod page_levels;
 pub mod pagemap;
 pub mod pipe_data;
 pub mod processes;
+pub mod queued_files;
 pub mod regular_files;
 pub mod seccomp;
 pub mod shm_mappings;
@@ -45,6 +49,7 @@ pub mod unix_sockets;
 pub mod user_namespace;
 pub mod utsns;
 pub mod watched_files;
+pub mod watches;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -55,6 +60,8 @@ use crate::beneath::{Links, open_regular};
 
 /// Largest image that is read here, in bytes. Those with memory pages are never read.
 const IMAGE_LIMIT: u64 = 64 << 20;
+/// Largest entry before bytes that are not read.
+const FIRST_ENTRY: u64 = 64 << 10;
 const HEAD_MAGIC: u32 = 0x5456_4319;
 /// Head of the files that are no part of the dump (`IMG_SERVICE_MAGIC`).
 const SERVICE_MAGIC: u32 = 0x5510_5940;
@@ -96,6 +103,12 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
     },
+    /// A name that ends for CRIU before its end.
+    #[error("{path} has a name with a NUL in it, as the kernel gives none")]
+    Nul {
+        /// The image.
+        path: PathBuf,
+    },
     /// Images in the old way, which can be read no more.
     #[error("{path} is of a CRIU before 3.12, whose images are not restored")]
     Outdated {
@@ -105,6 +118,12 @@ pub enum ImageError {
     /// Messages to the kernel that CRIU would send unseen.
     #[error("{path} has something else than tracked connections")]
     Conntrack {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The same of the routes of a network.
+    #[error("{path} has something else than addresses, routes and rules")]
+    Routes {
         /// The image.
         path: PathBuf,
     },
@@ -158,6 +177,12 @@ pub(crate) enum Kind {
     Conntrack,
     Expectations,
     Remaps,
+    Netns,
+    Netdev,
+    Pidns,
+    Memfd,
+    Ghost,
+    SocketQueues,
 }
 
 impl Kind {
@@ -186,6 +211,26 @@ impl Kind {
             Self::Conntrack => "netns-ct-",
             Self::Expectations => "netns-exp-",
             Self::Remaps => "remap-fpath",
+            Self::Netns => "netns-",
+            Self::Netdev => "netdev-",
+            Self::Pidns => "pidns-",
+            Self::Memfd => "memfd",
+            Self::Ghost => "ghost-file-",
+            Self::SocketQueues => "sk-queues",
+        }
+    }
+
+    /// Whether there may be several, each with a number.
+    fn is_numbered(self) -> bool {
+        self.prefix().ends_with('-')
+    }
+
+    /// The name of the only one.
+    fn file_name(self) -> String {
+        match self {
+            // It has no suffix.
+            Self::Stats => self.prefix().to_owned(),
+            _ => format!("{}.img", self.prefix()),
         }
     }
 
@@ -210,6 +255,12 @@ impl Kind {
             Self::Fdinfo => 0x5621_3732,
             Self::Stats => 0x5709_3306,
             Self::Remaps => 0x5913_3954,
+            Self::Netns => 0x5593_3752,
+            Self::Netdev => 0x5737_3951,
+            Self::Pidns => 0x6115_7326,
+            Self::Memfd => 0x4845_3499,
+            Self::Ghost => 0x5258_3605,
+            Self::SocketQueues => 0x5626_4026,
             // No head at all: what is in them is the kernel's.
             Self::Conntrack | Self::Expectations => 0,
         }
@@ -227,6 +278,29 @@ pub(crate) struct Image {
 impl Image {
     /// Reads an image of a known kind.
     pub(crate) fn read(path: &Path, kind: Kind) -> Result<Self, ImageError> {
+        let bytes = Self::read_bytes(path, IMAGE_LIMIT + 1)?;
+        if bytes.len() as u64 > IMAGE_LIMIT {
+            return Err(ImageError::TooLarge {
+                path: path.to_path_buf(),
+            });
+        }
+        Self::parse(path, kind, &bytes)
+    }
+
+    /// Reads its beginning, of an image whose first entry is followed by as many bytes as there are.
+    pub(crate) fn read_first(path: &Path, kind: Kind) -> Result<Self, ImageError> {
+        Self::parse(path, kind, &Self::read_bytes(path, FIRST_ENTRY)?)
+    }
+
+    /// The image if there is one.
+    pub(crate) fn read_if_there(path: &Path, kind: Kind) -> Result<Option<Self>, ImageError> {
+        match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            _ => Self::read(path, kind).map(Some),
+        }
+    }
+
+    fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>, ImageError> {
         let io = |act, source| ImageError::Io {
             act,
             path: path.to_path_buf(),
@@ -236,15 +310,10 @@ impl Image {
         let name = Path::new(path.file_name().unwrap_or_default());
         let file = open_regular(dir, name, Links::Refused).map_err(|e| io("open", e))?;
         let mut bytes = Vec::new();
-        file.take(IMAGE_LIMIT + 1)
+        file.take(most)
             .read_to_end(&mut bytes)
             .map_err(|e| io("read", e))?;
-        if bytes.len() as u64 > IMAGE_LIMIT {
-            return Err(ImageError::TooLarge {
-                path: path.to_path_buf(),
-            });
-        }
-        Self::parse(path, kind, &bytes)
+        Ok(bytes)
     }
 
     fn parse(path: &Path, kind: Kind, bytes: &[u8]) -> Result<Self, ImageError> {

@@ -14,6 +14,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
+use super::ghost_files::{self, Ghost};
 use super::regular_files::IDENTITY;
 use super::strict::{is_ambiguous, submessage};
 use super::{Image, ImageError, Kind};
@@ -41,12 +42,14 @@ pub struct NamedFile {
 }
 
 /// A file that had no name of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Remap {
     /// The number of the file.
     pub file: u32,
     /// The number of the file by whose name it is found, and which is removed then.
     pub linked: Option<u32>,
+    /// What it is made of, if it is made again.
+    pub ghost: Option<Ghost>,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -151,16 +154,18 @@ pub fn remaps(dir: &Path) -> Result<Vec<Remap>, ImageError> {
             return Err(image.ambiguous());
         }
         let entry: RemapEntry = image.decode(message)?;
-        let linked = match entry.remap_type {
-            None if entry.remap_id & OLD_GHOST != 0 => None,
-            None | Some(0) => Some(entry.remap_id),
-            Some(1) => None,
+        let (linked, ghost) = match entry.remap_type {
+            None if entry.remap_id & OLD_GHOST != 0 => (None, Some(entry.remap_id & !OLD_GHOST)),
+            None | Some(0) => (Some(entry.remap_id), None),
+            Some(1) => (None, Some(entry.remap_id)),
             // The process is all that is made again.
-            Some(_) => continue,
+            Some(2) => continue,
+            Some(_) => return Err(image.ambiguous()),
         };
         found.push(Remap {
             file: entry.orig_id,
             linked,
+            ghost: { ghost.map(|id| ghost_files::ghost(dir, id)) }.transpose()?,
         });
     }
     Ok(found)

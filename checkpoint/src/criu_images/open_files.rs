@@ -43,6 +43,8 @@ pub enum PrivilegedFile {
     KeepsAwake,
     /// A pipe that holds so many bytes, which may be more than everybody may have.
     Pipe(u32),
+    /// A System V segment of huge pages.
+    HugePages,
     /// A socket that keeps so many bytes, which may be more than everybody may have.
     Buffers(Buffers),
 }

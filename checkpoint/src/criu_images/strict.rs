@@ -11,6 +11,11 @@
 
 use std::ops::Range;
 
+use super::{Image, ImageError};
+
+/// More than a message of CRIU has: what is remembered of a field is twenty times as long as the shortest one.
+const MOST_FIELDS: usize = 1 << 20;
+
 /// One field of a message: its number, wire type, and where it and its value are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Field {
@@ -41,6 +46,9 @@ pub(crate) fn fields(message: &[u8]) -> Option<Vec<Field>> {
         };
         message.get(value.clone())?;
         at = value.end;
+        if fields.len() == MOST_FIELDS {
+            return None;
+        }
         fields.push(Field {
             number: key >> 3,
             whole: start..at,
@@ -62,6 +70,21 @@ pub(crate) fn is_ambiguous(message: &[u8], repeated: &[u64]) -> bool {
         .collect();
     seen.sort_unstable();
     seen.windows(2).any(|pair| pair[0] == pair[1])
+}
+
+/// The values of the fields `number` of a message in which only those in `repeated` may be there more than once.
+pub(crate) fn parts<'a>(
+    image: &Image,
+    message: &'a [u8],
+    number: u64,
+    repeated: &[u64],
+) -> Result<Vec<&'a [u8]>, ImageError> {
+    if is_ambiguous(message, repeated) {
+        return Err(image.ambiguous());
+    }
+    let all = fields(message).ok_or_else(|| image.ambiguous())?;
+    let wanted = all.into_iter().filter(|field| field.number == number);
+    Ok(wanted.map(|field| &message[field.value]).collect())
 }
 
 /// The value of a length-delimited field.

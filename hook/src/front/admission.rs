@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use transship_checkpoint::beneath::{Links, open_regular, read_regular};
 use transship_checkpoint::criu_images::mounts::Mount;
+use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
 use transship_layer::{Archive, MemberKind, decompress};
@@ -32,7 +33,7 @@ const SPEC_LIMIT: u64 = 16 << 20;
 const MOST_LINKS: usize = 100_000;
 const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
 
-/// What is to be imposed on the images in `dir`; `old` is the spec of the dump.
+/// What is to be imposed on the images in `dir`; `old` is the spec of the dump, and `criu` has the options of the restore.
 ///
 /// # Errors
 /// They are stronger than the spec, or cannot be read.
@@ -41,10 +42,12 @@ pub(super) fn admit(
     old: Option<&Spec>,
     new: &Spec,
     bundle: &Bundle,
+    criu: &CriuOptions,
 ) -> Result<Admission, AdmissionError> {
     let restored = Restored::read(dir)?;
     let rootfs = root(new, bundle);
-    let allowed = Allowance::of(new, &|path| resolve_within(&rootfs, path));
+    let mut allowed = Allowance::of(new, &|path| resolve_within(&rootfs, path));
+    allowed.external_sockets = criu.ext_unix_sk;
     let here = Environment::of_node(&allowed, &rootfs);
     let mut admission = compare(&restored, old, &allowed, &here);
     let made = RefCell::new(BTreeMap::new());

@@ -114,7 +114,8 @@ fn check_privileges(
     config: &Config,
     bundle: &Bundle,
 ) -> Result<(), FrontError> {
-    admit(&request.images, Some(old), &config.spec, bundle)
+    let criu = config.annotations.criu.over(request.criu.clone());
+    admit(&request.images, Some(old), &config.spec, bundle, &criu)
         .map(drop)
         .map_err(|source| not_admitted(request, source))
 }

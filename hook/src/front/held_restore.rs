@@ -136,7 +136,8 @@ impl Front<'_> {
         if config.cri {
             Self::fit_volumes(images.path(), config, bundle, &old, &request)?;
         }
-        let admission = admit(images.path(), Some(&old), &config.spec, bundle)
+        let asked = config.annotations.criu.over(request.criu.clone());
+        let admission = admit(images.path(), Some(&old), &config.spec, bundle, &asked)
             .map_err(|source| not_admitted(&request, source))?;
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;

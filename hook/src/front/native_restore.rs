@@ -162,7 +162,9 @@ fn admit_native(
     config: &Config,
     bundle: &Bundle,
 ) -> Result<Admission, FrontError> {
-    admit(images, None, &config.spec, bundle).map_err(|source| {
+    // containerd gives no option of the dump to its restore.
+    let criu = config.annotations.criu.over(CriuOptions::default());
+    admit(images, None, &config.spec, bundle, &criu).map_err(|source| {
         FrontError::from(FitError::NotAdmitted {
             what: format!("{id:?}"),
             source,

@@ -88,6 +88,8 @@ pub struct Allowance {
     pub masked: Vec<PathBuf>,
     /// Paths that are read-only.
     pub read_only: Vec<PathBuf>,
+    /// Whether sockets of other programs may be connected to (`ext-unix-sk`).
+    pub external_sockets: bool,
     /// Device nodes: path, type, major and minor number.
     pub devices: Vec<(PathBuf, String, i64, i64)>,
 }
@@ -155,6 +157,8 @@ impl Allowance {
                 .collect(),
             masked: paths("/linux/maskedPaths"),
             read_only: paths("/linux/readonlyPaths"),
+            // No spec says so: it is an option of CRIU.
+            external_sockets: false,
             devices: devices(spec),
         }
     }

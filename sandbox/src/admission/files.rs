@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
-use transship_checkpoint::criu_images::mounts::{FsType, Mount, flags};
+use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 use transship_checkpoint::criu_images::named_files::NamedFile;
 
 use super::allowance::Allowance;
@@ -46,7 +46,7 @@ pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
         let path = file.path.clone();
         admission.refuse(Refusal::File { path, why });
     };
-    for file in &restored.named_files {
+    for file in looked_for(restored) {
         if !is_plain(&file.path) || leads_through_proc(restored, &file.path) {
             refuse(file, ELSEWHERE);
         }
@@ -55,14 +55,11 @@ pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
             refuse(file, "which is to be made or emptied when it is opened");
         }
     }
-    for remap in &restored.remaps {
-        let Some(file) = with_id(restored, remap.file) else {
-            continue;
-        };
-        let read_only = mount_of(restored, file)
-            .is_some_and(|mount| (mount.flags | mount.fs_flags) & flags::READ_ONLY != 0);
-        if remap.linked.is_some() && read_only {
-            refuse(file, "to be removed from a mount that is read-only");
+    let mut ids = BTreeSet::new();
+    for file in { restored.named_files.iter() }.filter(|it| !it.is_socket) {
+        // CRIU takes one of them, and what is compared may be the other.
+        if !ids.insert(file.id) {
+            refuse(file, "with the number of another one");
         }
     }
 }
@@ -81,7 +78,7 @@ pub fn refuse_links(
         let path = path.to_path_buf();
         admission.refuse(Refusal::File { path, why: LINK });
     };
-    for file in &restored.named_files {
+    for file in looked_for(restored) {
         // The name of a link that is open itself.
         let itself = (OFlag::O_PATH | OFlag::O_NOFOLLOW).bits().cast_unsigned();
         let path = match file.flags & itself == itself || file.is_socket {
@@ -186,12 +183,17 @@ fn leads_through_proc(restored: &Restored, path: &Path) -> bool {
     })
 }
 
-fn with_id(restored: &Restored, id: u32) -> Option<&NamedFile> {
+/// All that CRIU looks for by a name.
+fn looked_for(restored: &Restored) -> impl Iterator<Item = &NamedFile> {
+    restored.named_files.iter().chain(&restored.watched_files)
+}
+
+pub(super) fn with_id(restored: &Restored, id: u32) -> Option<&NamedFile> {
     let mut files = restored.named_files.iter();
     files.find(|it| it.id == id && !it.is_socket)
 }
 
-fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&'a Mount> {
+pub(super) fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&'a Mount> {
     let mut mounts = restored.mounts.iter().flatten();
     mounts.find(|it| Some(it.id) == file.mount)
 }

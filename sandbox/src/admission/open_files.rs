@@ -5,8 +5,8 @@ use transship_checkpoint::criu_images::open_files::PrivilegedFile;
 
 use super::allowance::Allowance;
 use super::capabilities::{
-    AUDIT_READ, BLOCK_SUSPEND, BPF, Capabilities, NET_ADMIN, NET_BIND_SERVICE, NET_RAW, SYS_ADMIN,
-    SYS_RESOURCE,
+    AUDIT_READ, BLOCK_SUSPEND, BPF, Capabilities, IPC_LOCK, NET_ADMIN, NET_BIND_SERVICE, NET_RAW,
+    SYS_ADMIN, SYS_RESOURCE,
 };
 use super::{Admission, Environment, Refusal};
 
@@ -56,6 +56,10 @@ pub(super) fn compare(
                     let what = "a pipe that is larger than this node allows (fs.pipe-max-size)";
                     needs(&[SYS_RESOURCE], what, allowed, admission);
                 }
+            }
+            PrivilegedFile::HugePages => {
+                let what = "a System V segment of huge pages (SHM_HUGETLB)";
+                needs(&[IPC_LOCK], what, allowed, admission);
             }
             PrivilegedFile::Port(port) => {
                 let free = here.network.first_free_port;

@@ -10,7 +10,9 @@ use transship_checkpoint::criu_images::user_namespace::IdMappings;
 
 use super::allowance::Allowance;
 use super::capabilities::SYS_ADMIN;
-use super::{Admission, Environment, Refusal};
+use super::{Admission, Environment, Refusal, Restored};
+
+const NETWORK: &str = "network";
 
 /// Compares the namespaces of every process: CRIU makes one where the ids of a process and of CRIU at
 /// the dump differ, and leaves the process in the node's where they are the same.
@@ -61,6 +63,33 @@ pub(super) fn compare_namespaces(
         if own_users && !allowed.namespaces.iter().any(|it| it == "user") {
             let (who, namespace) = (who(), "user");
             admission.refuse(Refusal::Namespace { who, namespace });
+        }
+    }
+}
+
+/// Checks that a container that comes into a network of the node gets none of its own: what CRIU puts into that it
+/// puts there as root, interfaces of the node included.
+pub(super) fn compare_networks(
+    restored: &Restored,
+    allowed: &Allowance,
+    admission: &mut Admission,
+) {
+    let is_new = { allowed.namespaces.iter() }.any(|kind| kind == NETWORK)
+        && !{ allowed.joined.iter() }.any(|(kind, _)| kind == NETWORK);
+    if is_new {
+        return;
+    }
+    for process in &restored.processes {
+        let namespaces = process.namespaces.as_ref();
+        let Some(id) = namespaces.and_then(|all| all.get(NETWORK)) else {
+            continue;
+        };
+        let is_the_nodes = restored.inventory.criu_namespaces.get(NETWORK) == Some(id);
+        if !is_the_nodes && !restored.external_networks.contains(id) {
+            admission.refuse(Refusal::Namespace {
+                who: format!("process {}", process.pid),
+                namespace: NETWORK,
+            });
         }
     }
 }

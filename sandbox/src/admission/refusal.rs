@@ -137,6 +137,21 @@ pub enum Refusal {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A watch that CRIU opens as root, by a number that it has in a whole file system.
+    #[error(
+        "a process watches a file that has no name (inotify, fanotify): device {device:#x}, inode {inode}"
+    )]
+    Watch {
+        /// CRIU's number of the device.
+        device: u32,
+        /// The inode.
+        inode: u64,
+    },
+    /// A socket that CRIU connects to as root.
+    #[error(
+        "the checkpoint has a unix socket that is of another program, which takes the option ext-unix-sk"
+    )]
+    ExternalSocket,
     /// A mount that the spec does not have, or has with stricter flags.
     #[error("the checkpoint mounts {what} on {destination:?}, {why}")]
     Mount {

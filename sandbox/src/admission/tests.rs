@@ -16,13 +16,14 @@ use transship_checkpoint::criu_images::threads::{Creds, NamespaceIds, Process, T
 use transship_checkpoint::criu_images::user_namespace::IdMappings;
 use transship_checkpoint::spec::Spec;
 
+use super::image_tests::ghost;
 use super::*;
 
 /// CHOWN, SETGID, SETUID, NET_RAW.
 const CAPS: u64 = 1 | 1 << 6 | 1 << 7 | 1 << 13;
 const NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
 
-fn spec() -> Value {
+pub(super) fn spec() -> Value {
     let caps = ["CAP_CHOWN", "CAP_SETGID", "CAP_SETUID", "CAP_NET_RAW"];
     json!({
         "process": {
@@ -101,7 +102,7 @@ fn external(id: u32, destination: &str, read_only: bool) -> Mount {
     }
 }
 
-fn file(path: &str) -> NamedFile {
+pub(super) fn file(path: &str) -> NamedFile {
     NamedFile {
         id: 9,
         path: path.into(),
@@ -110,7 +111,7 @@ fn file(path: &str) -> NamedFile {
     }
 }
 
-fn restored() -> Restored {
+pub(super) fn restored() -> Restored {
     let sys = Mount {
         root: "/sys".into(),
         device: 1,
@@ -175,14 +176,14 @@ fn here() -> Environment {
     }
 }
 
-fn admission(restored: &Restored, spec: &Value) -> Admission {
+pub(super) fn admission(restored: &Restored, spec: &Value) -> Admission {
     let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
     let allowed = Allowance::of(&spec, &Path::to_path_buf);
     compare(restored, None, &allowed, &here())
 }
 
 /// A part of the spec, replaced.
-fn with(pointer: &str, value: Value) -> Value {
+pub(super) fn with(pointer: &str, value: Value) -> Value {
     let mut spec = spec();
     let (parent, key) = pointer.rsplit_once('/').unwrap();
     spec.pointer_mut(parent).unwrap()[key] = value;
@@ -238,6 +239,9 @@ fn what_is_stronger_than_the_spec_is_refused() {
         }),
         ("scheduling policy 1", |r| r.threads[0].policy = 1),
         ("nice value -1", |r| r.threads[0].nice = -1),
+        ("SHM_HUGETLB) open, which takes CAP_IPC_LOCK", |r| {
+            r.privileged_files.push(PrivilegedFile::HugePages);
+        }),
         ("a TUN device", |r| {
             r.privileged_files.push(PrivilegedFile::Tun);
         }),
@@ -345,9 +349,48 @@ fn what_is_stronger_than_the_spec_is_refused() {
                 r.remaps.push(Remap {
                     file: 9,
                     linked: Some(9),
+                    ghost: None,
                 });
             },
         ),
+        (
+            "\"/cache/x\", to be made again on a mount that is read-only",
+            |r| {
+                ghost(r, "/cache/x", 0o100_644);
+                r.named_files[0].mount = Some(4);
+            },
+        ),
+        ("\"/x\", to be made again as a device", |r| {
+            ghost(r, "/x", 0o020_666);
+        }),
+        ("\"/x\", to be made again as a symbolic link", |r| {
+            ghost(r, "/x", 0o120_777);
+        }),
+        ("\"/x\", to be removed, and it is no link", |r| {
+            ghost(r, "/x", 0);
+            (r.remaps[0].ghost, r.remaps[0].linked) = (None, Some(9));
+        }),
+        ("with the number of another one", |r| {
+            r.named_files.extend([file("/a"), file("/b")]);
+        }),
+        ("there is no file 9", |r| {
+            ghost(r, "/x", 0o100_644);
+            r.named_files.clear();
+        }),
+        ("\"/proc/self/fd/3/x\", whose name leads out", |r| {
+            r.watched_files.push(file("/proc/self/fd/3/x"));
+        }),
+        ("watches a file that has no name", |r| {
+            ghost(r, "/x", 0o100_644);
+            r.watched_inodes.extend([(7, 8), (7, 9)]);
+        }),
+        ("\"/x\", which is sent to a socket", |r| {
+            r.named_files.push(file("/x"));
+            r.queued_files.sent.insert(9);
+        }),
+        ("a unix socket that is of another program", |r| {
+            r.queued_files.has_external_socket = true;
+        }),
         ("no plain path", |r| {
             table(r).push(mount(9, 1, "/a/../s", FsType::Tmpfs));
         }),
@@ -744,6 +787,7 @@ fn names_that_lead_through_links_are_refused() {
         let remap = Remap {
             file: 9,
             linked: None,
+            ghost: None,
         };
         images.remaps.extend(is_ghost.then_some(remap));
         let mut found = Admission::default();

@@ -79,20 +79,13 @@ fn compare_credentials(thread: &Thread, who: &str, allowed: &Allowance, admissio
         let cut = inheritable.common(allowed.capabilities);
         admission.edit(thread.tid).inheritable = Some(cut.0);
     }
-    let stranger = creds.uids.iter().find(|id| **id != allowed.user);
-    if let Some(id) = stranger.filter(|_| !allowed.any_user) {
-        admission.refuse(Refusal::User {
-            who: who.to_owned(),
-            id: *id,
-            allowed: allowed.user,
-        });
-    }
-    let mut groups = creds.gids.iter().chain(&creds.groups);
-    let stranger = groups.find(|id| !allowed.groups.contains(id));
-    if let Some(id) = stranger.filter(|_| !allowed.any_group) {
-        let who = who.to_owned();
-        admission.refuse(Refusal::Group { who, id: *id });
-    }
+    compare_ids(
+        who,
+        creds.uids.iter(),
+        creds.gids.iter().chain(&creds.groups),
+        allowed,
+        admission,
+    );
     if creds.securebits & !FREE_SECUREBITS != 0 && !allowed.capabilities.has(SETPCAP) {
         admission.refuse(Refusal::Securebits {
             who: who.to_owned(),
@@ -107,6 +100,29 @@ fn compare_credentials(thread: &Thread, who: &str, allowed: &Allowance, admissio
     if imposed.is_some() && imposed != creds.lsm_profile {
         // CRIU's `--lsm-profile` is for threads alone whose image has one.
         admission.edit(thread.tid).lsm_profile = imposed;
+    }
+}
+
+/// Compares ids of users and groups with those that a process of the container may take.
+pub(super) fn compare_ids<'a>(
+    who: &str,
+    mut uids: impl Iterator<Item = &'a u32>,
+    mut gids: impl Iterator<Item = &'a u32>,
+    allowed: &Allowance,
+    admission: &mut Admission,
+) {
+    let stranger = uids.find(|id| **id != allowed.user);
+    if let Some(id) = stranger.filter(|_| !allowed.any_user) {
+        admission.refuse(Refusal::User {
+            who: who.to_owned(),
+            id: *id,
+            allowed: allowed.user,
+        });
+    }
+    let stranger = gids.find(|id| !allowed.groups.contains(id));
+    if let Some(id) = stranger.filter(|_| !allowed.any_group) {
+        let who = who.to_owned();
+        admission.refuse(Refusal::Group { who, id: *id });
     }
 }
 

@@ -1,0 +1,97 @@
+//! Deleted files, files of sockets and networks, each in several containers.
+
+use serde_json::json;
+use transship_checkpoint::criu_images::ghost_files::Ghost;
+use transship_checkpoint::criu_images::named_files::Remap;
+
+use super::tests::{admission, file, restored, spec, with};
+use super::*;
+
+/// A file without a name, which is watched.
+pub(super) fn ghost(restored: &mut Restored, path: &str, mode: u32) {
+    restored.named_files.push(file(path));
+    restored.watched_inodes.push((7, 8));
+    restored.remaps.push(Remap {
+        file: 9,
+        linked: None,
+        ghost: Some(Ghost {
+            mode,
+            identity: Some((7, 8)),
+            ..Ghost::default()
+        }),
+    });
+}
+
+#[test]
+fn what_a_container_could_have_made_may_be_made_again() {
+    let user = |uid: u32, capabilities: &[&str]| {
+        let mut spec = with("/process/user/uid", uid.into());
+        spec["process"]["capabilities"] = json!({ "bounding": capabilities });
+        spec
+    };
+    let root = spec();
+    let (nobody, weak) = (user(1000, &[]), user(0, &[]));
+    // The mode, its owner and group, in which container, and what is said of it.
+    for (mode, uid, gid, spec, said) in [
+        (0o100_644, 0, 0, &root, None),
+        (0o104_755, 33, 33, &root, None),
+        (0o010_600, 0, 10, &weak, None),
+        (0o042_775, 0, 10, &weak, None),
+        (0o104_755, 0, 0, &weak, Some("set-user-id")),
+        (0o102_755, 0, 10, &weak, Some("set-user-id")),
+        (0o100_644, 33, 0, &weak, Some("the user id 33")),
+        (0o100_644, 0, 33, &weak, Some("the group id 33")),
+        (0o100_644, 0, 0, &nobody, Some("the user id 0")),
+    ] {
+        let mut images = restored();
+        ghost(&mut images, "/rw/x", mode);
+        images.named_files[0].mount = Some(5);
+        let made = images.remaps[0].ghost.as_mut().unwrap();
+        (made.uid, made.gid) = (uid, gid);
+        images.queued_files.socket_files.push((mode, uid, gid));
+        let mut found = admission(&images, spec).refusals;
+        found.retain(|it| {
+            it.to_string().contains("the deleted file \"/rw/x\"") || {
+                matches!(it, Refusal::File { .. })
+            }
+        });
+        let all: Vec<String> = found.iter().map(ToString::to_string).collect();
+        match said {
+            None => assert!(all.is_empty(), "{mode:o}: {all:?}"),
+            Some(said) => assert!(all.iter().any(|it| it.contains(said)), "{said}: {all:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_joined_network_is_none_that_criu_makes() {
+    let mut joined = spec();
+    joined["linux"]["namespaces"][1]["path"] = "/run/netns/x".into();
+    let mut nodes = spec();
+    nodes["linux"]["namespaces"][1]["type"] = "time".into();
+    for (spec, is_external, is_the_nodes, is_admitted) in [
+        (&spec(), false, false, true),
+        (&joined, true, false, true),
+        (&joined, false, false, false),
+        (&nodes, false, true, true),
+        (&nodes, false, false, false),
+    ] {
+        let mut images = restored();
+        let id = images.processes[0].namespaces.as_ref().unwrap()["network"];
+        images.external_networks.extend(is_external.then_some(id));
+        if is_the_nodes {
+            images.inventory.criu_namespaces.insert("network", id);
+        }
+        let found = admission(&images, spec).refusals;
+        let is_network = |it: &Refusal| {
+            matches!(
+                it,
+                Refusal::Namespace {
+                    namespace: "network",
+                    ..
+                }
+            )
+        };
+        assert_eq!(!found.iter().any(is_network), is_admitted, "{found:?}");
+    }
+}
