@@ -5,6 +5,7 @@
 //!                 '─ tasks            `pre-resume`: every task is whole, and still traced by CRIU
 //!
 //!  <work>/transship-hold -> /proc/GUARD/exe     CRIU's action script: a program without arguments
+//!  <work>/transship-hold.socket                 the guard's: <number of the first task, 4 bytes> -> "\n"
 //!
 //!  helpers (CRIU, this) out of the container's cgroup ─> freeze it ─> CRIU detaches from frozen tasks
 //! ```
@@ -14,15 +15,22 @@
 //! started CRIU in the container's cgroup, to be frozen with it, so it is moved to that of the guard first.
 //! Where there is no freezer, or others are in the cgroup, the tasks are stopped by SIGSTOP after all.
 //!
+//! Where CRIU joins a pid namespace its scripts are in it, so that the numbers that cgroups and signals know there are not
+//! those of this node's /proc. The guard, which is not, then does what this would do. Others in that namespace may send
+//! SIGCONT; what is frozen stays so.
+//!
 //! CRIU goes on when `pre-resume` fails. So whatever comes here, the tasks do not run: what can be neither
 //! frozen nor stopped is killed.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -34,6 +42,7 @@ use crate::own_networks;
 
 /// The front's name as this program.
 pub const PROGRAM: &str = "transship-hold";
+const SOCKET: &str = "transship-hold.socket";
 /// How often helpers are moved that have come to be since.
 const ROUNDS: usize = 10;
 
@@ -48,15 +57,58 @@ pub(crate) fn prepare(work: &Path) -> io::Result<Result<ConfigLine, ConfigLineEr
     ))
 }
 
-/// The guard of the restore, below which all of it is, lives until its end.
-pub(crate) fn guard(work: &Path) -> io::Result<()> {
+/// The guard of the restore, below which all of it is, lives until its end. It gets where it may be asked, if there is a
+/// program.
+pub(crate) fn guard(work: &Path) -> io::Result<Option<UnixListener>> {
     match work.join(PROGRAM).symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         found => {
             found?;
-            link(work, std::process::id())
+            link(work, std::process::id())?;
+            drop(fs::remove_file(work.join(SOCKET)));
+            let dir = File::open(work)?;
+            UnixListener::bind(socket(&dir)).map(Some)
         }
     }
+}
+
+/// The name of a socket is short, and that of a work directory is not.
+fn socket(work: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", work.as_raw_fd()))
+}
+
+/// Holds the tasks as the guard, for a program that asks it. What goes wrong that one does not hear of, and waits.
+pub(crate) fn answer(asked: &UnixListener) -> io::Result<()> {
+    let (mut program, _) = asked.accept()?;
+    let mut root = [0; 4];
+    program.read_exact(&mut root)?;
+    hold(
+        Some(std::process::id().cast_signed()),
+        i32::from_le_bytes(root),
+    )?;
+    program.write_all(b"\n")
+}
+
+/// Has the tasks held by the guard. CRIU goes on when this ends, so it does not until they are; the guard ends what makes
+/// no progress.
+fn ask(program: &Path, root: i32) {
+    let asked = || -> io::Result<()> {
+        let work = program.parent().unwrap_or(Path::new("."));
+        let mut guard = UnixStream::connect(socket(&File::open(work)?))?;
+        guard.write_all(&root.to_le_bytes())?;
+        guard.read_exact(&mut [0])
+    };
+    if let Err(error) = asked() {
+        eprintln!("the tasks are not held: {error}");
+        loop {
+            thread::park();
+        }
+    }
+}
+
+/// Whether numbers of processes here are those of this node's /proc.
+fn is_in_pid_namespace_of_node() -> io::Result<bool> {
+    Ok(fs::read_link("/proc/self")?.as_os_str() == OsStr::new(&std::process::id().to_string()))
 }
 
 fn link(work: &Path, pid: u32) -> io::Result<()> {
@@ -80,17 +132,26 @@ pub fn serve(program: &Path, action: &str, root: i32) -> io::Result<()> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     match action {
         "post-setup-namespaces" => own_networks::make(program.parent().ok_or_else(invalid)?, root),
-        "pre-resume" => hold(program, root).inspect_err(|_| {
-            // One that has ended is as good.
-            drop(Process::open(root).and_then(|root| root.kill_tree()));
-        }),
+        "pre-resume" if is_in_pid_namespace_of_node()? => hold(guard_of(program), root),
+        "pre-resume" => {
+            ask(program, root);
+            Ok(())
+        }
         _ => Ok(()),
     }
 }
 
-fn hold(program: &Path, root: i32) -> io::Result<()> {
+/// Holds the tasks from `root` downwards, or kills them.
+fn hold(guard: Option<i32>, root: i32) -> io::Result<()> {
+    freeze_or_stop(guard, root).inspect_err(|_| {
+        // One that has ended is as good.
+        drop(Process::open(root).and_then(|root| root.kill_tree()));
+    })
+}
+
+fn freeze_or_stop(guard: Option<i32>, root: i32) -> io::Result<()> {
     let tasks = tree(root)?;
-    if guard_of(program).is_some_and(|guard| freeze(guard, &tasks).is_ok()) {
+    if guard.is_some_and(|guard| freeze(guard, &tasks).is_ok()) {
         return Ok(());
     }
     for task in tasks {
@@ -131,19 +192,19 @@ fn freeze(guard: i32, tasks: &[i32]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
-    use std::{thread, time::Duration};
+    use std::time::Duration;
 
     use super::*;
 
     #[test]
     fn the_program_leads_to_the_guard() {
         let dir = tempfile::tempdir().unwrap();
-        guard(dir.path()).unwrap();
+        assert!(guard(dir.path()).unwrap().is_none());
         let program = dir.path().join(PROGRAM);
         program.symlink_metadata().unwrap_err();
         let line = prepare(dir.path()).unwrap().unwrap().to_string();
         assert_eq!(line, format!("action-script {}", program.display()));
-        guard(dir.path()).unwrap();
+        drop(guard(dir.path()).unwrap().unwrap());
         assert_eq!(guard_of(&program), Some(std::process::id().cast_signed()));
         assert!(is_called(program.as_os_str()) && !is_called(OsStr::new("transship-runc")));
         // Not asked for anything.
@@ -156,9 +217,22 @@ mod tests {
     fn what_shares_its_cgroup_with_others_is_stopped() {
         let dir = tempfile::tempdir().unwrap();
         drop(prepare(dir.path()).unwrap());
+        let program = dir.path().join(PROGRAM);
+        is_stopped(|root| serve(&program, "pre-resume", root).unwrap());
+        // The same by the guard.
+        let asked = guard(dir.path()).unwrap().unwrap();
+        is_stopped(|root| {
+            thread::scope(|scope| {
+                scope.spawn(|| answer(&asked).unwrap());
+                ask(&program, root);
+            });
+        });
+    }
+
+    fn is_stopped(held: impl FnOnce(i32)) {
         let mut task = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = task.id();
-        serve(&dir.path().join(PROGRAM), "pre-resume", pid.cast_signed()).unwrap();
+        held(pid.cast_signed());
         let stopped = || {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
             stat.rsplit_once(") ").unwrap().1.starts_with('T')

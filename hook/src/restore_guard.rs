@@ -24,6 +24,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -78,7 +79,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
     if has_ended(&front)? {
         return Err(io::Error::other("the caller is gone"));
     }
-    hold_script::guard(work)?;
+    let asked = hold_script::guard(work)?;
     join_keyring(&id.to_string_lossy())?;
     let own = std::process::id();
     let mut child = Command::new("/proc/self/exe")
@@ -87,7 +88,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         .args(runtime)
         .spawn()?;
     let own = own.cast_signed();
-    match watch(&mut child, &front, own, work, patience)? {
+    match watch(&mut child, (&front, asked.as_ref()), own, work, patience)? {
         End::Done(0) => Ok(0),
         End::Done(code) => {
             kill_all(own);
@@ -145,7 +146,7 @@ enum End {
 
 fn watch(
     child: &mut Child,
-    front: &impl AsFd,
+    (front, asked): (&impl AsFd, Option<&UnixListener>),
     own: i32,
     work: &Path,
     patience: Duration,
@@ -154,10 +155,11 @@ fn watch(
     let runtime = pidfd_open(pid.expect("a child has a pid"), PidfdFlags::empty())?;
     let (mut done, mut seen, mut since) = (0, BTreeSet::new(), Instant::now());
     loop {
-        let mut ends = [
+        let mut ends = vec![
             PollFd::new(front.as_fd(), PollFlags::POLLIN),
             PollFd::new(runtime.as_fd(), PollFlags::POLLIN),
         ];
+        ends.extend(asked.map(|asked| PollFd::new(asked.as_fd(), PollFlags::POLLIN)));
         let timeout = PollTimeout::try_from(LOOK_AGAIN).expect("it is short");
         match poll(&mut ends, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -166,6 +168,12 @@ fn watch(
         // First: nobody is left to take over what the runtime may have finished.
         if ends[0].any() == Some(true) {
             return Ok(End::Deserted);
+        }
+        if let Some(asked) = asked
+            && ends[2].any() == Some(true)
+        {
+            // Who asks waits until the tasks are held.
+            drop(hold_script::answer(asked));
         }
         if let Some(status) = child.try_wait()? {
             return Ok(End::Done(exit_code(status)));

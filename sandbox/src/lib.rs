@@ -20,7 +20,8 @@
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
-//! /proc                                  proc_text, descriptors_of: also for engine and front
+//! /proc                                  proc_text, descriptors_of, privileged_files: also for engine and front
+//! config.json                            device_rules: also for the front
 //! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
 //! ```
 //!
@@ -30,6 +31,7 @@ pub mod admission;
 pub mod consumed;
 mod criu_lock;
 mod descriptors_of;
+pub mod device_rules;
 mod error;
 mod files;
 pub mod forgotten_bundle;

@@ -27,7 +27,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 }
 
 /// A node whose CRI has crun behind the front.
-fn node_with_crun(bed: &Testbed) -> anyhow::Result<Node> {
+pub(crate) fn node_with_crun(bed: &Testbed) -> anyhow::Result<Node> {
     let options = NodeOptions {
         without_unified_cgroup: true,
         ..NodeOptions::default()

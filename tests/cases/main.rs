@@ -23,6 +23,7 @@ mod foreign_streams;
 mod forged_files;
 mod forged_images;
 mod forged_names;
+mod forged_opens;
 mod freeze_containerd;
 mod frozen;
 mod image_documents;
@@ -178,6 +179,7 @@ fn main() -> ExitCode {
         each(forged_files::cases()),
         each(forged_images::cases()),
         each(forged_names::cases()),
+        each(forged_opens::cases()),
         each(conditions::cases()),
         each(consumed_once::cases()),
         each(crit::cases()),

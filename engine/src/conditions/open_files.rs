@@ -20,7 +20,7 @@ use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::privileged_files::{attainable, taken_to_open};
+use transship_sandbox::privileged_files::{OwnProcesses, attainable, lacking_to_open};
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
@@ -72,23 +72,25 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
 
 /// Files that show more to who has a capability than the process may see: CRIU has all, and opens them again.
 pub(super) fn privileged(processes: &Processes) -> Vec<Hit> {
+    let pids = processes.tree.iter().map(|seen| seen.pid.cast_signed());
+    let own = OwnProcesses::of(pids).unwrap_or_default();
     let descriptors = processes
         .descriptors()
         .filter_map(|(seen, number, target)| {
-            let FDTarget::Path(path) = target else {
+            // Namespaces have no path.
+            if !matches!(target, FDTarget::Path(_) | FDTarget::Other(..)) {
                 return None;
-            };
+            }
             let link = PathBuf::from(seen.descriptor(number));
             // One that was closed meanwhile is none.
+            let path = fs::read_link(&link).ok()?;
             let found = fs::metadata(&link).ok()?;
-            let needed = taken_to_open(&link, path, &found).ok()??;
             let process = PathBuf::from(format!("/proc/{}", seen.pid));
             let bounds = attainable(&process).ok()?;
-            (bounds & needed.bit == 0).then(|| {
-                let (path, name) = (path.display().to_string(), needed.name);
-                let what = format!("{} of {}, {name}", path.escape_debug(), seen.called());
-                ("privileged-file", what)
-            })
+            let needed = lacking_to_open(&link, (&path, &found), &own, bounds).ok()??;
+            let (path, name) = (path.display().to_string(), needed.name);
+            let what = format!("{} of {}, {name}", path.escape_debug(), seen.called());
+            Some(("privileged-file", what))
         });
     descriptors.collect()
 }

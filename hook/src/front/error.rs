@@ -286,6 +286,16 @@ pub enum RestoreError {
         /// The capability.
         needed: &'static str,
     },
+    /// A device that the rules of the spec do not allow, or not so.
+    #[error(
+        "{id:?} was restored with the device {path:?} open, which its device rules do not allow, and is removed"
+    )]
+    ClosedDevice {
+        /// The container.
+        id: String,
+        /// The device.
+        path: PathBuf,
+    },
     /// Memory that cannot come when it is touched.
     #[error("the memory cannot be restored lazily: {what}")]
     LazyPages {

@@ -1,11 +1,11 @@
 //! The tasks of a held restore: frozen in their cgroup ([`crate::hold_script`]), or stopped.
 //!
-//! Where the front has to work on the tasks with ptrace, which waits for ever for a frozen one, and where the
-//! container joins the pid namespace of others, CRIU's `leave-stopped` sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it
-//! go. Tasks are found as the tree below the first process: that is what CRIU restored.
+//! Where the front has to work on the tasks with ptrace, which waits for ever for a frozen one, CRIU's `leave-stopped`
+//! sends each task a SIGSTOP before it executes its first instruction; SIGCONT lets it go. Tasks are found as the tree
+//! below the first process: that is what CRIU restored.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,19 @@ pub(super) fn wait_until_held(root: i32) -> io::Result<Hold> {
             Some(_) => thread::sleep(Duration::from_millis(1)),
         }
     }
+}
+
+/// Thaws tasks that SIGSTOP holds as well, from `root` downwards.
+pub(super) fn thaw_stopped(root: i32, dir: &Path) -> io::Result<Hold> {
+    let (freezer, deadline) = (Freezer::at(dir), Instant::now() + PATIENCE);
+    freezer.thaw()?;
+    while freezer.is_frozen()? {
+        if Instant::now() > deadline {
+            return Err(io::Error::from(io::ErrorKind::TimedOut));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    wait_until_held(root)
 }
 
 fn frozen(tasks: &[i32]) -> Option<Freezer> {

@@ -174,18 +174,20 @@ impl Front<'_> {
         let mut lines = self.cgroup_lines(&create.id, &config.spec)?;
         let work = bundle.path("work");
         let joined = namespaces::joined(&config.spec);
-        // A frozen task cannot be traced; and where CRIU joins a pid namespace its scripts are in it, so that
-        // the numbers that cgroups and signals know there are not those of this node's /proc.
-        let stopped = !edits.attachments.is_empty() || joined.contains_key(&Namespace::Pid);
-        lines.push(match stopped {
-            false => hold_script::prepare(&work).during("prepare", &work)??,
-            true => ConfigLine::switch("leave-stopped"),
-        });
+        let joins_pids = joined.contains_key(&Namespace::Pid);
+        // A frozen task cannot be traced; but in the pid namespace of others those could let it go on.
+        let traced = !edits.attachments.is_empty();
+        if joins_pids || !traced {
+            lines.push(hold_script::prepare(&work).during("prepare", &work)??);
+        }
+        if traced {
+            lines.push(ConfigLine::switch("leave-stopped"));
+        }
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &lines)?;
         bundle.replace_config(&config.spec)?;
 
         if let Some(networks) = &config.annotations.networks {
-            if stopped {
+            if traced || joins_pids {
                 let id = create.id.clone();
                 return Err(RestoreError::NoNetworks { id }.into());
             }
@@ -209,13 +211,16 @@ impl Front<'_> {
             .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(create)?;
-            let hold = held::wait_until_held(pid).map_err(|source| {
-                FrontError::from(RestoreError::NotHeld {
-                    id: create.id.clone(),
-                    source,
-                })
-            })?;
-            open_files::check(&create.id, pid)?;
+            let not_held = |source| {
+                let id = create.id.clone();
+                FrontError::from(RestoreError::NotHeld { id, source })
+            };
+            let hold = held::wait_until_held(pid).map_err(not_held)?;
+            open_files::check(&create.id, pid, &config.spec)?;
+            let hold = match hold {
+                Hold::Frozen(dir) if traced => held::thaw_stopped(pid, &dir).map_err(not_held)?,
+                hold => hold,
+            };
             let proc = format!("/proc/{pid}");
             self.take_into_cgroup(&create.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;

@@ -1,11 +1,12 @@
 //! `restore`: containerd's own way (`ctr containers restore --live`), repaired.
 //!
 //! It hands over the spec of the dump word for word, with the namespace paths of a sandbox that is
-//! long gone, and starts what it restores at once: there is nothing to hold.
+//! long gone, and has no start: what is restored is held until it has been looked at, and no longer.
 
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::Role;
+use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces::{self, Namespace};
 use transship_checkpoint::spec::HookPoint;
@@ -21,6 +22,7 @@ use super::criu_config::CriuConfig;
 use super::held_restore::read_pid;
 use super::{FitError, Front, FrontError, Outcome, RestoreError, held, open_files};
 use crate::argv::Arguments;
+use crate::hold_script;
 
 /// Where runc looks for images without `--image-path`.
 const DEFAULT_IMAGES: &str = "checkpoint";
@@ -45,7 +47,7 @@ impl Front<'_> {
         let plan = self.plan_namespaces(&restore.id, &config, false)?;
         let imposes = admission.has_edits() || admission.lsm_profile.is_some();
         let as_it_is = !imposes && config.criu_config.is_none();
-        if plan.is_empty() && !config.annotations.ours && as_it_is {
+        if is_foreground(restore) && plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
         let pod = self.pod_of(&restore.id, &config)?;
@@ -93,44 +95,41 @@ impl Front<'_> {
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
         }
-        let cgroup = self.cgroup_lines(&restore.id, &config.spec)?;
-        let criu_config = match criu.restore_lines().is_empty() && cgroup.is_empty() {
-            true => None,
-            false => Some(CriuConfig::write(bundle, &mut config.spec, &criu, &cgroup)?),
-        };
+        let work = restore
+            .value("work-path")
+            .map_or(PathBuf::from("."), PathBuf::from);
+        let mut lines = self.cgroup_lines(&restore.id, &config.spec)?;
+        if !is_foreground(restore) {
+            lines.push(hold_script::prepare(&work).during("prepare", &work)??);
+        }
+        let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &lines)?;
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);
         let restoring = Marker::restoring(plan.has_made().then(|| restore.id.clone()), None);
         bundle.write_marker(&restoring)?;
 
-        let work = restore
-            .value("work-path")
-            .map_or(PathBuf::from("."), PathBuf::from);
         let fitted = restore
             .clone()
             .with("image-path", images.path())
             .with_flags(criu.restore_flags());
         take_oom_score(&config.spec)?;
-        self.run_restore(
-            fitted,
-            bundle,
-            config,
-            &work,
-            criu_config.as_ref().map(CriuConfig::path),
-        )
-        .and_then(|done| {
-            done.map_err(|reason| {
-                FrontError::from(RestoreError::NativeRestore {
-                    id: restore.id.clone(),
-                    reason,
+        self.run_restore(fitted, bundle, config, &work, Some(criu_config.path()))
+            .and_then(|done| {
+                done.map_err(|reason| {
+                    FrontError::from(RestoreError::NativeRestore {
+                        id: restore.id.clone(),
+                        reason,
+                    })
                 })
             })
-        })
-        .inspect_err(|_| edits.undo())?;
+            .inspect_err(|_| edits.undo())?;
         let finish = || {
             let pid = read_pid(restore)?;
-            // It runs already: what it has found is not to be used for long.
-            open_files::check(&restore.id, pid)?;
+            let hold = held::wait_until_held(pid).map_err(|source| {
+                let id = restore.id.clone();
+                FrontError::from(RestoreError::NotHeld { id, source })
+            })?;
+            open_files::check(&restore.id, pid, &config.spec)?;
             let proc = format!("/proc/{pid}");
             self.take_into_cgroup(&restore.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;
@@ -143,10 +142,11 @@ impl Front<'_> {
             if sandbox {
                 pod.pin(pid)?;
             }
-            if let Some(criu_config) = &criu_config {
-                criu_config.give_back()?;
-            }
-            edits.record(pod)
+            criu_config.give_back()?;
+            edits.record(pod)?;
+            let stopped = tasks::stopped(images.path())?;
+            let released = held::release(pid, &hold, &stopped);
+            Ok::<(), FrontError>(released.during("let go the tasks of", &proc)?)
         };
         finish().inspect_err(|_| {
             self.delete_restored(&restore.id);
@@ -154,6 +154,12 @@ impl Front<'_> {
         })?;
         Ok(Outcome::Exit(0))
     }
+}
+
+/// Whether the runtime is done when the container has ended: nobody's way but that of root at a terminal. Nothing can be
+/// held then.
+fn is_foreground(restore: &Arguments) -> bool {
+    !restore.switch("detach") || restore.value("pid-file").is_none()
 }
 
 fn admit_native(

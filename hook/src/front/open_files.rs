@@ -2,8 +2,8 @@
 //! that they could not have opened.
 //!
 //! CRIU finds files by names, in volumes that others write to meanwhile and in file systems whose links are known when
-//! it has made them. So that a name has led elsewhere shows in what it has led to. A file knows its mount, and a mount is
-//! in one namespace alone:
+//! it has made them. So that a name has led elsewhere shows in what it has led to. A file knows its mount, whatever kind of
+//! file it is and however it was opened, and a mount is in one namespace alone:
 //!
 //! ```text
 //! /proc/<pid>/mountinfo      <id> <parent> <device> ...      the mounts of the container
@@ -11,22 +11,27 @@
 //! ```
 //!
 //! Of some files of `/proc` and `/sys` the kernel asks which capabilities those have who opened them, and of nobody who
-//! reads them later (`sandbox/src/privileged_files.rs`). CRIU has them all.
+//! reads them later (`sandbox/src/privileged_files.rs`). CRIU has them all. Nor does the kernel ask again which devices the
+//! container may open (`sandbox/src/device_rules.rs`).
+//!
+//! Pipes, sockets and what else has no path are no files of a mount. The standard streams are the runtime's.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+use transship_checkpoint::spec::Spec;
 use transship_path_error::During as _;
-use transship_sandbox::privileged_files;
+use transship_sandbox::device_rules::DeviceRules;
+use transship_sandbox::privileged_files::{self, OwnProcesses};
 
 use super::{FrontError, RestoreError};
 use crate::descendants;
@@ -41,14 +46,15 @@ const OF_KERNEL: [&[u8]; 6] = [
     b"/secretmem",
 ];
 
-/// Refuses a restored container of which a process has a file of no mount of its own; `pid` is its first process.
+/// Refuses a restored container of which a process has a file that is not its own; `pid` is its first process.
 ///
 /// # Errors
 /// It has one, or `/proc` cannot be read.
-pub(super) fn check(id: &str, pid: i32) -> Result<(), FrontError> {
+pub(super) fn check(id: &str, pid: i32, spec: &Spec) -> Result<(), FrontError> {
     let id = id.to_owned();
-    match unfit(pid).during("look at", format!("/proc/{pid}"))? {
+    match unfit(pid, spec).during("look at", format!("/proc/{pid}"))? {
         Some((path, Unfit::Foreign)) => Err(RestoreError::ForeignFile { id, path }.into()),
+        Some((path, Unfit::Closed)) => Err(RestoreError::ClosedDevice { id, path }.into()),
         Some((path, Unfit::Takes(needed))) => {
             Err(RestoreError::PrivilegedFile { id, path, needed }.into())
         }
@@ -61,18 +67,25 @@ pub(super) fn check(id: &str, pid: i32) -> Result<(), FrontError> {
 enum Unfit {
     /// It is in none of the process' mounts.
     Foreign,
+    /// It is a device that the container may not open.
+    Closed,
     /// Opening it takes this capability, which the process cannot have.
     Takes(&'static str),
 }
 
-/// The first file or directory that the process `root`, or one below it, has open, mapped, or for its root, and that
-/// is in none of its mounts, or could not be opened by it. Descriptors of pipes, sockets, terminals and devices may be
-/// the runtime's.
+/// The first file of any kind that the process `root`, or one below it, has open, mapped, or for its root, and that
+/// is in none of its mounts, or could not be opened by it.
 ///
 /// # Errors
 /// `/proc` cannot be read.
-fn unfit(root: i32) -> io::Result<Option<(PathBuf, Unfit)>> {
-    for pid in descendants::tree(root)? {
+fn unfit(root: i32, spec: &Spec) -> io::Result<Option<(PathBuf, Unfit)>> {
+    let tree = descendants::tree(root)?;
+    let container = Container {
+        rules: DeviceRules::of(spec),
+        own: OwnProcesses::of(tree.iter().copied())?,
+        streams: streams(),
+    };
+    for pid in tree {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let mounts = match mounts(&proc) {
             // A zombie is in no mount namespace.
@@ -86,13 +99,21 @@ fn unfit(root: i32) -> io::Result<Option<(PathBuf, Unfit)>> {
             continue;
         };
         for link in links(&proc)? {
-            let found = unless_gone(look_at(&link, &proc, &mounts, bounds))?.flatten();
+            let found = unless_gone(container.look_at(&link, &proc, &mounts, bounds))?.flatten();
             if let Some(unfit) = found {
                 return fs::read_link(&link).map(|path| Some((path, unfit)));
             }
         }
     }
     Ok(None)
+}
+
+/// Device and inode of what the runtime gives to the container for its standard streams: terminals and `/dev/null` of
+/// the node among them.
+fn streams() -> Vec<(u64, u64)> {
+    let streams = (0..3).filter_map(|number| fs::metadata(format!("/proc/self/fd/{number}")).ok());
+    let streams = streams.filter(|found| !found.is_dir());
+    streams.map(|found| (found.dev(), found.ino())).collect()
 }
 
 fn mounts(proc: &Path) -> io::Result<BTreeSet<u64>> {
@@ -117,29 +138,37 @@ fn links(proc: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(links)
 }
 
-/// What is wrong with the file that a link of the process at `proc` leads to.
-fn look_at(
-    link: &Path,
-    proc: &Path,
-    mounts: &BTreeSet<u64>,
-    bounds: u64,
-) -> io::Result<Option<Unfit>> {
-    let target = fs::read_link(link)?;
-    let bytes = target.as_os_str().as_bytes();
-    if !bytes.starts_with(b"/") || OF_KERNEL.iter().any(|it| bytes.starts_with(it)) {
-        return Ok(None);
+/// What a restored container may have open.
+struct Container {
+    rules: DeviceRules,
+    own: OwnProcesses,
+    streams: Vec<(u64, u64)>,
+}
+
+impl Container {
+    /// What is wrong with the file that a link of the process at `proc` leads to.
+    fn look_at(
+        &self,
+        link: &Path,
+        proc: &Path,
+        mounts: &BTreeSet<u64>,
+        bounds: u64,
+    ) -> io::Result<Option<Unfit>> {
+        let target = fs::read_link(link)?;
+        let found = fs::metadata(link)?;
+        let bytes = target.as_os_str().as_bytes();
+        let has_path = bytes.starts_with(b"/") && !OF_KERNEL.iter().any(|it| bytes.starts_with(it));
+        let is_stream = self.streams.contains(&(found.dev(), found.ino()));
+        if has_path && !is_stream && is_foreign(link, proc, mounts)? {
+            return Ok(Some(Unfit::Foreign));
+        }
+        if !is_stream && !self.rules.allow(&found, privileged_files::flags(link)?) {
+            return Ok(Some(Unfit::Closed));
+        }
+        let file = (target.as_path(), &found);
+        let lacking = privileged_files::lacking_to_open(link, file, &self.own, bounds)?;
+        Ok(lacking.map(|needed| Unfit::Takes(needed.name)))
     }
-    let found = fs::metadata(link)?;
-    let is_device = found.file_type().is_char_device();
-    if !found.is_file() && !found.is_dir() && !is_device {
-        return Ok(None);
-    }
-    if !is_device && is_foreign(link, proc, mounts)? {
-        return Ok(Some(Unfit::Foreign));
-    }
-    let needed = privileged_files::taken_to_open(link, &target, &found)?;
-    let lacking = needed.filter(|needed| bounds & needed.bit == 0);
-    Ok(lacking.map(|needed| Unfit::Takes(needed.name)))
 }
 
 fn is_foreign(link: &Path, proc: &Path, mounts: &BTreeSet<u64>) -> io::Result<bool> {
@@ -176,16 +205,37 @@ mod tests {
     fn a_file_of_no_mount_of_its_own_is_told() {
         let proc = Path::new("/proc/self");
         let file = tempfile::tempfile().unwrap();
-        let link = proc.join(format!("fd/{}", file.as_raw_fd()));
+        let link = |file: &dyn AsRawFd| proc.join(format!("fd/{}", file.as_raw_fd()));
         let own = mounts(proc).unwrap();
         let none = BTreeSet::new();
-        let look_at = |link: &Path, mounts| look_at(link, proc, mounts, 0).unwrap();
-        assert_eq!(look_at(&link, &own), None);
-        assert_eq!(look_at(&link, &none), Some(Unfit::Foreign));
+        let closed = br#"{"linux":{"resources":{"devices":[{"allow":false,"access":"rwm"}]}}}"#;
+        let mut container = Container {
+            rules: DeviceRules::of(&Spec::parse(closed).unwrap()),
+            own: OwnProcesses::of([std::process::id().cast_signed()]).unwrap(),
+            streams: Vec::new(),
+        };
+        let look_at = |container: &Container, link: &Path, mounts| {
+            container.look_at(link, proc, mounts, 0).unwrap()
+        };
+        assert_eq!(look_at(&container, &link(&file), &own), None);
+        let foreign = Some(Unfit::Foreign);
+        assert_eq!(look_at(&container, &link(&file), &none), foreign);
         let exe = proc.join("exe");
-        assert_eq!(look_at(&exe, &none), Some(Unfit::Foreign));
+        assert_eq!(look_at(&container, &exe, &none), foreign);
         let (pipe, _other) = nix::unistd::pipe().unwrap();
-        let pipe = proc.join(format!("fd/{}", pipe.as_raw_fd()));
-        assert_eq!(look_at(&pipe, &none), None);
+        assert_eq!(look_at(&container, &link(&pipe), &none), None);
+        // What is no regular file, and what is only named.
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let named = open(&socket, OFlag::O_PATH, Mode::empty()).unwrap();
+        assert_eq!(look_at(&container, &link(&named), &own), None);
+        assert_eq!(look_at(&container, &link(&named), &none), foreign);
+        let null = fs::File::open("/dev/null").unwrap();
+        assert_eq!(look_at(&container, &link(&null), &none), foreign);
+        assert_eq!(look_at(&container, &link(&null), &own), None);
+        let found = null.metadata().unwrap();
+        container.streams = vec![(found.dev(), found.ino())];
+        assert_eq!(look_at(&container, &link(&null), &none), None);
     }
 }
