@@ -200,8 +200,9 @@ fn nobody_lets_it_go_on(bed: &Testbed) -> anyhow::Result<()> {
         .shell(
             "touch /root/wakes
              while test -e /root/wakes; do
-                 for pid in $(busybox pgrep -f '[l]ine <&77'); do
-                     case $(cat /proc/$pid/stat 2>/dev/null) in *') T '*) kill -CONT $pid || true ;; esac
+                 for it in /proc/[0-9]*; do
+                     read -r stat 2>/dev/null <$it/stat || continue
+                     case $stat in *'(sh) T '*) kill -CONT ${it#/proc/} || true ;; esac
                  done
              done",
         )
