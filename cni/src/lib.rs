@@ -15,6 +15,7 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use transship_path_error::PathError;
@@ -103,6 +104,8 @@ pub struct Cni {
     pub plugin_dirs: Vec<PathBuf>,
     /// libcni's results.
     pub results_dir: PathBuf,
+    /// How long a plugin may take for one call; then it is killed.
+    pub patience: Duration,
 }
 
 /// A container and its network namespace.
@@ -145,6 +148,18 @@ pub enum CniError {
         network: String,
         /// Its words.
         reason: String,
+    },
+    /// A plugin does not come to its end.
+    #[error(
+        "the plugin {plugin:?} of the network {network:?} has taken more than {seconds} s, and was killed"
+    )]
+    Slow {
+        /// The plugin.
+        plugin: String,
+        /// The network.
+        network: String,
+        /// What it may take.
+        seconds: u64,
     },
     /// Ports of the node cannot lead into the network.
     #[error("the network {network:?} of this node has no plugin with the capability portMappings")]
@@ -225,6 +240,7 @@ impl Default for Cni {
                 .map(PathBuf::from)
                 .into(),
             results_dir: "/var/lib/cni/results".into(),
+            patience: Duration::from_secs(60),
         }
     }
 }
@@ -312,7 +328,7 @@ impl Cni {
                 attachment,
                 previous: result.as_ref(),
             };
-            result = Some(plugin::run(&self.plugin_dirs, network, plugin, &call)?);
+            result = Some(plugin::run(self, network, plugin, &call)?);
         }
         let result = result.unwrap_or_default();
         if attachment.address == Address::Keep {
@@ -350,7 +366,7 @@ impl Cni {
                 attachment,
                 previous: previous.as_ref(),
             };
-            plugin::run(&self.plugin_dirs, network, plugin, &call)?;
+            plugin::run(self, network, plugin, &call)?;
         }
         results::remove(&self.results_dir, place.container, attachment);
         Ok(())

@@ -6,15 +6,21 @@
 //!  stdout       ADD: the result so far; on failure { "code", "msg", "details" }
 //! ```
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde_json::{Map, Value, json};
 use transship_path_error::During as _;
 
 use crate::config::Network;
-use crate::{Address, Attachment, CniError, Place};
+use crate::{Address, Attachment, Cni, CniError, Place};
 
 /// What a plugin is called for.
 #[derive(Debug)]
@@ -42,16 +48,18 @@ pub(crate) fn find(
     })
 }
 
-/// Runs a plugin and gives its result; null from one that gives none.
+/// Runs a plugin and gives its result; null from one that gives none. One that takes too long is killed, with all that it
+/// has started.
 pub(crate) fn run(
-    dirs: &[PathBuf],
+    cni: &Cni,
     network: &Network,
     plugin: &Value,
     call: &Call<'_>,
 ) -> Result<Value, CniError> {
+    let dirs = &cni.plugin_dirs;
     let program = find(dirs, network, plugin)?;
     let path: Vec<&str> = dirs.iter().filter_map(|dir| dir.to_str()).collect();
-    let mut child = Command::new(&program)
+    let child = Command::new(&program)
         .env("CNI_COMMAND", call.command)
         .env("CNI_CONTAINERID", call.place.container)
         .env("CNI_NETNS", call.place.namespace.unwrap_or(Path::new("")))
@@ -61,15 +69,17 @@ pub(crate) fn run(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .during("run", &program)?;
     let input = input(network, plugin, call).to_string();
-    if let Some(mut stdin) = child.stdin.take() {
-        // One that does not read it says why.
-        drop(stdin.write_all(input.as_bytes()));
-    }
-    let output = child.wait_with_output().during("run", &program)?;
     let name = plugin["type"].as_str().unwrap_or_default();
+    let output = output_within(cni.patience, child, input).during("run", &program)?;
+    let output = output.ok_or_else(|| CniError::Slow {
+        plugin: name.to_owned(),
+        network: network.name.clone(),
+        seconds: cni.patience.as_secs(),
+    })?;
     if !output.status.success() {
         return Err(CniError::Plugin {
             plugin: name.to_owned(),
@@ -84,6 +94,31 @@ pub(crate) fn run(
         what: format!("the answer of the plugin {name:?}"),
         source,
     })
+}
+
+/// What a process says that leads a group, until its end; none where it was killed for taking longer.
+fn output_within(
+    patience: Duration,
+    mut child: Child,
+    input: String,
+) -> io::Result<Option<Output>> {
+    let group = Pid::from_raw(child.id().cast_signed());
+    let (told, ended) = mpsc::channel();
+    thread::Builder::new().spawn(move || {
+        if let Some(mut stdin) = child.stdin.take() {
+            // One that does not read it says why.
+            drop(stdin.write_all(input.as_bytes()));
+        }
+        // Nobody waits for it any more where it was killed.
+        drop(told.send(child.wait_with_output()));
+    })?;
+    match ended.recv_timeout(patience) {
+        Ok(output) => output.map(Some),
+        Err(_) => {
+            let _ = killpg(group, Signal::SIGKILL);
+            Ok(None)
+        }
+    }
 }
 
 /// What is to be kept, for plugins that read it here; others pass it over.

@@ -11,6 +11,7 @@ input=$(cat)
 echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME $CNI_ARGS $input" >>"$0.calls"
 [ "$CNI_COMMAND" = ADD ] || exit 0
 case "$0" in
+*hangs) sleep 1000 & echo $! >"$0.child"; wait;;
 *fails) echo '{"code": 11, "msg": "no more addresses", "details": "all are taken"}'; exit 1;;
 *) echo '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1"},{"name":"eth0","mac":"0a:01","sandbox":"/ns"}],
    "ips":[{"address":"10.1.0.9/24","interface":1}]}';;
@@ -28,7 +29,7 @@ fn bed(plugins: &Value) -> Bed {
     for made in ["net.d", "bin"] {
         fs::create_dir(at(made)).unwrap();
     }
-    for plugin in ["first", "second", "fails"] {
+    for plugin in ["first", "second", "fails", "hangs"] {
         let path = at("bin").join(plugin);
         fs::write(&path, PLUGIN).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -40,6 +41,7 @@ fn bed(plugins: &Value) -> Bed {
         config_dir: at("net.d"),
         plugin_dirs: vec![at("nowhere"), at("bin")],
         results_dir: at("results"),
+        patience: Duration::from_secs(60),
     };
     Bed { dir, cni }
 }
@@ -225,4 +227,25 @@ fn words_that_would_be_others_are_seen() {
         change(&mut bad);
         assert!(!bad.is_plain(), "{bad:?}");
     }
+}
+
+#[test]
+fn a_plugin_that_hangs_is_killed_with_what_it_has_started() {
+    let mut bed = bed(&json!([{"type": "hangs"}]));
+    bed.cni.patience = Duration::from_secs(1);
+    let error = bed
+        .cni
+        .add(PLACE, &attachment(Address::New, "10.1.0.9/24"))
+        .unwrap_err();
+    assert!(matches!(error, CniError::Slow { .. }), "{error}");
+    let child = fs::read_to_string(bed.dir.path().join("bin/hangs.child")).unwrap();
+    let process = Path::new("/proc").join(child.trim()).join("stat");
+    let runs = || fs::read_to_string(&process).is_ok_and(|stat| !stat.contains(") Z "));
+    for _ in 0..100 {
+        if !runs() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("it runs on");
 }
