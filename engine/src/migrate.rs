@@ -244,6 +244,7 @@ pub async fn migrate(
         files_before: Vec::new(),
         takes_contents: Vec::new(),
         late: None,
+        giving_away: None,
     };
     let result = transaction.carry_out().await;
     if let Err(error) = &result

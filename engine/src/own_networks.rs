@@ -1,12 +1,14 @@
 //! The interfaces of a container with a network namespace of its own, and the networks of CNI that they are in.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use tokio::time::timeout;
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Attachment, Cni, Place, container_name};
 use transship_sandbox::read_proc;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// What the kernel puts into a new network namespace by itself: loopback, and the fallback devices of
 /// tunnel modules (`net.core.fb_tunnels_only_for_init_net`).
@@ -23,6 +25,9 @@ const OF_EVERY_NAMESPACE: [&str; 11] = [
     "ip6gre0",
     "ip6gretap0",
 ];
+
+/// How long a container that stands still waits for its networks.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The networks that a container with this first process is in by itself.
 ///
@@ -49,7 +54,7 @@ pub(crate) fn of_container(
 /// Puts a container with this first process into the networks again that it is not in any more.
 ///
 /// # Errors
-/// A plugin's: it has not all of its networks.
+/// A plugin's, or they have taken too long: it has not all of its networks.
 pub(crate) async fn give_back(
     (namespace, id): (&str, &str),
     pid: u32,
@@ -70,9 +75,16 @@ pub(crate) async fn give_back(
         };
         { gone.iter() }.try_for_each(|network| Cni::default().add(place, network))
     });
-    added
-        .await?
-        .with_context(|| format!("{id:?} runs on here without its network"))
+    let failed = || format!("{id:?} runs on here without its network");
+    match timeout(PATIENCE, added).await {
+        Ok(added) => added?.with_context(failed),
+        // They go on, and may still do it.
+        Err(_) => Err(Error::failed(format!(
+            "its plugins have taken more than {} s",
+            PATIENCE.as_secs()
+        )))
+        .with_context(failed),
+    }
 }
 
 /// The network namespace of a process.

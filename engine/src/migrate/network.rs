@@ -12,6 +12,7 @@
 
 use std::path::PathBuf;
 
+use tokio::task::JoinHandle;
 use transship_checkpoint::criu_options::{NETWORK, Tcp};
 use transship_checkpoint::spec::Spec;
 use transship_cni::{Address, Attachment, Cni, Place, container_name, keep_addresses};
@@ -75,12 +76,10 @@ pub(super) fn given_away(pending: &Pending) -> Vec<Attachment> {
     }
 }
 
-/// Before the copy is made: takes the addresses away here that it is to have.
-pub(super) async fn give_away(pending: &Pending, pid: u32) -> Result<()> {
-    if !are_kept(pending) {
-        return Ok(());
-    }
-    remove(pending, Some(namespace_of(pid))).await
+/// Before the copy is made: takes the addresses away here that it is to have. The plugins are at work until what is given
+/// has ended, also when it is dropped.
+pub(super) fn give_away(pending: &Pending, pid: u32) -> Option<JoinHandle<Result<()>>> {
+    are_kept(pending).then(|| remove(pending, Some(namespace_of(pid))))
 }
 
 /// The source goes on: it has its addresses again.
@@ -91,21 +90,22 @@ pub(super) async fn take_back(pending: &Pending, pid: u32) -> Result<()> {
 
 /// The copy runs: nothing here is the source's any more.
 pub(super) async fn forget(pending: &Pending) -> Result<()> {
-    remove(pending, None).await
+    remove(pending, None).await?
 }
 
-async fn remove(pending: &Pending, namespace: Option<PathBuf>) -> Result<()> {
+fn remove(pending: &Pending, namespace: Option<PathBuf>) -> JoinHandle<Result<()>> {
     let networks = pending.networks.clone();
     let container = container_name(&pending.namespace, &pending.container);
-    let id = &pending.container;
-    let failed = || format!("the network of {id:?} could not be removed here");
-    let removed = tokio::task::spawn_blocking(move || {
+    let id = pending.container.clone();
+    let failed = move || format!("the network of {id:?} could not be removed here");
+    tokio::task::spawn_blocking(move || {
         let place = Place {
             container: &container,
             namespace: namespace.as_deref(),
         };
         let mut networks = networks.iter().rev();
-        networks.try_for_each(|network: &Attachment| Cni::default().del(place, network))
-    });
-    removed.await?.with_context(failed)
+        let removed =
+            networks.try_for_each(|network: &Attachment| Cni::default().del(place, network));
+        removed.with_context(failed)
+    })
 }

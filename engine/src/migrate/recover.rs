@@ -177,9 +177,13 @@ async fn recover(
             }
         }
         (Outcome::Aborted, Some(source)) => {
-            network::take_back(pending, pid).await?;
+            let taken_back = network::take_back(pending, pid).await;
+            // Without its network it had better run than stand still.
             source.thaw().await?;
             let_be(&node, &record, pending).await?;
+            if let Err(error) = taken_back {
+                tracing::warn!("{}", error.one_line());
+            }
             Decided::SourceRuns
         }
         (Outcome::Aborted, None) => {

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containerd_client::types::v1::Status;
-use tokio::time::Instant;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, timeout};
 use transship_checkpoint::annotations::RECEIVE;
 use transship_checkpoint::manifest::{File, Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
@@ -72,6 +73,8 @@ pub(super) struct Transaction<'a> {
     pub(super) takes_contents: Vec<String>,
     /// Pages that come when the copy runs already.
     pub(super) late: Option<PageServer>,
+    /// The plugins at work that take the source out of its networks; also when nobody waits for them any more.
+    pub(super) giving_away: Option<JoinHandle<Result<()>>>,
 }
 
 impl Transaction<'_> {
@@ -401,7 +404,11 @@ impl Transaction<'_> {
         }
         self.progress.step("restore");
         let from = self.timeline.now();
-        network::give_away(&self.pending, self.first_pid()).await?;
+        if let Some(giving_away) = network::give_away(&self.pending, self.first_pid()) {
+            let given = self.giving_away.insert(giving_away).await;
+            self.giving_away = None;
+            given.map_err(Error::from).flatten()?;
+        }
         self.conversation.send(Message::Restore).await?;
         let deadline = match self.request.pod {
             Some(pod) if pod.wait => POD_DEADLINE,

@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use tokio::time::timeout;
 use transship_checkpoint::wire::{Message, Outcome, unexpected};
 
 use super::Transaction;
@@ -26,6 +27,8 @@ const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
 const COMMIT_GRACE: Duration = Duration::from_secs(10);
 /// How long it may take until the copy has all of its memory.
 const PAGES_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+/// How long plugins may still be at work that take the source out of its networks.
+const GIVING_AWAY: Duration = Duration::from_secs(30);
 /// How long the target may take to write all files of the copy to its disk.
 const DURABLE_DEADLINE: Duration = Duration::from_secs(3600);
 
@@ -127,7 +130,11 @@ impl Transaction<'_> {
     }
 
     /// The source is about to go on.
-    pub(super) async fn take_back_network(&self, error: Error) -> Error {
+    pub(super) async fn take_back_network(&mut self, error: Error) -> Error {
+        if let Some(giving_away) = self.giving_away.take() {
+            // Whoever has given up has left it at its work, which would undo this one.
+            drop(timeout(GIVING_AWAY, giving_away).await);
+        }
         match network::take_back(&self.pending, self.first_pid()).await {
             Ok(()) => error,
             Err(left) => left.after(error),
