@@ -9,7 +9,7 @@ use transship_package::signature::SIGNATURE_FILE;
 use transship_sandbox::consumed::times_restored;
 
 use crate::error::{Result, one_line};
-use crate::migrate::{Pending, pending};
+use crate::migrate::{Pending, Records, pending};
 
 /// A checkpoint in the list; one that cannot be read has its name and the reason. Or a migration of which nobody
 /// knows yet which copy runs, by `namespace/container`.
@@ -69,15 +69,21 @@ pub fn list(store: &Store, records: &Path) -> Result<Vec<Listed>> {
 /// Migrations that have not been decided.
 ///
 /// # Errors
-/// The records cannot be read.
+/// The records cannot be listed.
 pub fn undecided() -> Result<Vec<Listed>> {
-    let listed = pending()?.into_iter().map(|migration| Listed {
+    let Records { pending, unread } = pending()?;
+    let listed = pending.into_iter().map(|migration| Listed {
         name: format!("{}/{}", migration.namespace, migration.called()),
         created: migration.since.clone(),
         undecided: Some(migration),
         ..Listed::default()
     });
-    Ok(listed.collect())
+    let unread = unread.into_iter().map(|(name, error)| Listed {
+        name: name.replacen(':', "/", 1),
+        error: Some(error.one_line()),
+        ..Listed::default()
+    });
+    Ok(listed.chain(unread).collect())
 }
 
 fn listed(name: String, checkpoint: &Checkpoint, records: &Path) -> Listed {

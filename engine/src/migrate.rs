@@ -58,8 +58,8 @@ mod remote;
 mod transaction;
 
 pub use precopy::Bounds as PrecopyBounds;
-pub use record::{Pending, PendingPod};
-pub use recover::{Decided, Decision, pending, recover_all};
+pub use record::{Pending, PendingPod, Records};
+pub use recover::{Decided, Decision, Recovered, pending, recover_all};
 pub use remote::receive_arguments;
 
 use moving::Moving;

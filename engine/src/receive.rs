@@ -42,7 +42,7 @@ mod pod;
 mod settle;
 
 pub use arrival::{Arrivals, new_migration};
-pub use settle::{ARGUMENT as GUARD_ARGUMENT, run_guard, settle_all};
+pub use settle::{ARGUMENT as GUARD_ARGUMENT, Settled, run_guard, settle_all};
 
 /// Bytes of the store's file system that stay free.
 pub const KEEP_FREE: u64 = 64 << 20;

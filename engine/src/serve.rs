@@ -20,7 +20,7 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use crate::error::{Context, Error, Result, one_line};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::memory_dir::remove_unused;
-use crate::migrate::{Decision, recover_all};
+use crate::migrate::{Decision, Recovered, recover_all};
 use crate::node_service::NodeService;
 use crate::pulls::{fetch_wanted, forget_old};
 use crate::retention::{Due, Records, Rules, prune};
@@ -80,13 +80,18 @@ pub async fn serve(
 /// Asks the other node of each migration that was cut off until it answers.
 async fn recover(node: Containerd, store: Store, interrupt: Interrupt) {
     let ask = Decision::Ask(None);
-    let decided = match recover_all(&node, &store, |_| true, ask, &interrupt).await {
-        Ok(decided) => decided,
+    let Recovered { decided, failed } = match recover_all(&node, &store, |_| true, ask, &interrupt)
+        .await
+    {
+        Ok(recovered) => recovered,
         Err(error) => {
             tracing::warn!(error = %one_line(&error), "migrations that were cut off stay as they are");
             return;
         }
     };
+    for error in failed {
+        tracing::warn!(error = %error.one_line(), "not all that was cut off can be brought to its end");
+    }
     for (pending, decided) in decided {
         let container = format!("{}/{}", pending.namespace, pending.called());
         match decided {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::memory_dir::remove_unused;
-use transship_engine::migrate::{Decided, Decision, Pending, recover_all};
+use transship_engine::migrate::{Decided, Decision, Pending, Recovered, recover_all};
 use transship_engine::moved_pods;
 use transship_engine::{Error, Kind, Result};
 
@@ -39,7 +39,19 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
         Some(name) => it.is_called(&global.namespace, name),
         None => true,
     };
-    let found = recover_all(&node, &store(), wanted, decision, &interrupt).await?;
+    let Recovered {
+        decided: found,
+        failed,
+    } = recover_all(&node, &store(), wanted, decision, &interrupt).await?;
+    for error in &failed {
+        tracing::warn!("{}", error.one_line());
+    }
+    let failed = match failed.len() {
+        0 => Ok(()),
+        count => Err(Error::failed(format!(
+            "{count} that were cut off cannot be brought to their end; the log says why"
+        ))),
+    };
     if let (Some(id), true) = (&args.container, found.is_empty()) {
         let message = format!("there is no migration of {id:?} that is not decided");
         return Err(Error::not_found(message).hint("transship recover --once"));
@@ -50,6 +62,9 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
             Ok(Decided::SourceRuns) => "runs on here",
             Ok(Decided::TargetRuns) => "runs on the other node; removed here",
             Ok(Decided::TargetRunsFilesStay) => "has ended here; its files stay",
+            Ok(Decided::Replaced) => {
+                "has been removed here; the container that has its id now is left as it is"
+            }
             Ok(Decided::Ended) => "has ended here, and never ran on the other node",
             Err(_) => "not decided; paused here",
         };
@@ -77,6 +92,6 @@ pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
     match undecided {
         Some(error) if error.kind() == Kind::Uncertain => Err(error),
         Some(error) => Err(Error::new(Kind::Uncertain, "not all could be decided").because(error)),
-        None => Ok(()),
+        None => failed,
     }
 }

@@ -148,16 +148,30 @@ impl Record {
     }
 }
 
+/// The records of a node.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// What they say.
+    pub pending: Vec<Pending>,
+    /// The names of those that cannot be read, and why.
+    pub unread: Vec<(String, Error)>,
+}
+
 /// All records in a directory.
-pub(super) fn list(records: &Path) -> Result<Vec<Pending>> {
-    let mut found = Vec::new();
+pub(super) fn list(records: &Path) -> Result<Records> {
+    let mut found = Records::default();
     for path in durable_record::list(records)? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         // One that was being written when the node went down: nothing was sent.
-        if !path.to_string_lossy().ends_with(durable_record::UNFINISHED) {
-            found.extend(durable_record::read::<Pending>(&path)?);
+        if name.ends_with(durable_record::UNFINISHED) {
+            continue;
+        }
+        match durable_record::read::<Pending>(&path) {
+            Ok(pending) => found.pending.extend(pending),
+            Err(error) => found.unread.push((name.into_owned(), error)),
         }
     }
-    found.sort_by(|a, b| a.since.cmp(&b.since));
+    found.pending.sort_by(|a, b| a.since.cmp(&b.since));
     Ok(found)
 }
 
@@ -202,7 +216,10 @@ mod tests {
         record.write(&pending).unwrap();
         drop(record);
         let records = dir.path().join("records");
-        assert_eq!(list(&records).unwrap(), std::slice::from_ref(&pending));
+        fs::write(records.join("default:other"), "{").unwrap();
+        let listed = list(&records).unwrap();
+        assert_eq!(listed.pending, std::slice::from_ref(&pending));
+        assert_eq!(listed.unread[0].0, "default:other");
         let record = take(dir.path(), "default").unwrap();
         assert_eq!(record.read().unwrap(), Some(pending));
         let error = record.check_clear("web", "default").unwrap_err();
@@ -210,7 +227,8 @@ mod tests {
         record.clear().unwrap();
         record.check_clear("web", "default").unwrap();
         assert_eq!(record.read().unwrap(), None);
-        assert!(list(&records).unwrap().is_empty());
-        assert!(list(&dir.path().join("none")).unwrap().is_empty());
+        assert!(list(&records).unwrap().pending.is_empty());
+        let none = list(&dir.path().join("none")).unwrap();
+        assert!(none.pending.is_empty() && none.unread.is_empty());
     }
 }

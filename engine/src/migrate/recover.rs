@@ -23,7 +23,7 @@ use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
 
 use super::ask::Question;
-use super::record::{Pending, Record};
+use super::record::{Pending, Record, Records};
 use super::{LOCKS, RECORDS, network, record};
 use crate::conversation::LINK_PATIENCE;
 use crate::durable_record::remove_unfinished;
@@ -57,35 +57,58 @@ pub enum Decided {
     TargetRunsFilesStay,
     /// Neither runs: the source has ended here, and the copy never ran.
     Ended,
+    /// The source has been removed here, and its id is another container's, which is left as it is.
+    Replaced,
+}
+
+/// What was decided, and what stood in the way of the rest.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// What became of each migration.
+    pub decided: Vec<(Pending, Result<Decided>)>,
+    /// Records that cannot be read, and arrivals that cannot be brought to their end.
+    pub failed: Vec<Error>,
 }
 
 /// The migrations that have not been decided, of all of containerd's namespaces.
 ///
 /// # Errors
-/// The records cannot be read.
-pub fn pending() -> Result<Vec<Pending>> {
+/// The records cannot be listed.
+pub fn pending() -> Result<Records> {
     record::list(Path::new(RECORDS))
 }
 
 /// Decides all migrations that are `wanted`, side by side: one whose node does not answer keeps no other
-/// waiting. What was arriving here and was cut off comes to its end first, because others may wait for that.
+/// waiting. What was arriving here and was cut off comes to its end first, because others may wait for that; where it
+/// cannot, that is told, and keeps nobody waiting either.
 ///
 /// # Errors
-/// The records cannot be read. What became of each is told with it.
+/// The records cannot be listed. What became of each is told with it.
 pub async fn recover_all(
     node: &Containerd,
     store: &Store,
     wanted: impl Fn(&Pending) -> bool,
     decision: Decision,
     interrupt: &Interrupt,
-) -> Result<Vec<(Pending, Result<Decided>)>> {
-    for migration in settle_all(node, store, &Arrivals::default()).await? {
-        tracing::warn!("the copy of the migration {migration} was told to run here, and is gone");
+) -> Result<Recovered> {
+    let mut failed = Vec::new();
+    match settle_all(node, store, &Arrivals::default()).await {
+        Ok(settled) => {
+            for migration in settled.lost {
+                tracing::warn!(
+                    "the copy of the migration {migration} was told to run here, and is gone, or this node was down since"
+                );
+            }
+            failed.extend(settled.failed);
+        }
+        Err(error) => failed.push(error),
     }
-    remove_unfinished(Path::new(RECORDS), Path::new(LOCKS))?;
+    failed.extend(remove_unfinished(Path::new(RECORDS), Path::new(LOCKS)).err());
     // The draft of a command that was killed after `Commit`: nobody guards the source any more then.
-    store.remove_orphans()?;
-    let wanted: Vec<Pending> = pending()?.into_iter().filter(wanted).collect();
+    failed.extend(store.remove_orphans().err().map(Error::from));
+    let Records { pending, unread } = pending()?;
+    failed.extend(unread.into_iter().map(|(_, error)| error));
+    let wanted: Vec<Pending> = pending.into_iter().filter(wanted).collect();
     let (node, interrupt) = (node.clone(), interrupt.clone());
     // A thread of their own: a conversation stays in the one that it was begun in. Nobody waits for that thread
     // when the program ends.
@@ -119,7 +142,10 @@ pub async fn recover_all(
     let told = all
         .into_iter()
         .map(|(_, pending, decided)| (pending, decided));
-    Ok(told.collect())
+    Ok(Recovered {
+        decided: told.collect(),
+        failed,
+    })
 }
 
 /// Decides one migration; none where that has been done meanwhile.

@@ -250,16 +250,16 @@ impl Arrivals {
         Ok(state.is_none_or(|state| matches!(state, State::Durable | State::Aborted)))
     }
 
-    /// The migrations that have not come to their end. Of a record whose writer was killed at it only the one before is
-    /// left.
+    /// The migrations that have not come to their end, also those whose records cannot be read. Of a record whose writer
+    /// was killed at it only the one before is left.
     ///
     /// # Errors
-    /// The records cannot be read.
+    /// The records cannot be listed.
     pub fn unfinished(&self) -> Result<Vec<String>> {
         durable_record::remove_unfinished(&self.records, &self.locks)?;
         let mut found = Vec::new();
         for migration in self.all()? {
-            if !self.has_ended(&migration)? {
+            if !self.has_ended(&migration).unwrap_or(false) {
                 found.push(migration);
             }
         }
@@ -280,7 +280,7 @@ impl Arrivals {
             let path = self.records.join(&migration);
             let age = fs::metadata(&path).and_then(|meta| meta.modified());
             let age = age.ok().and_then(|modified| modified.elapsed().ok());
-            let state = self.state(&migration)?;
+            let state = self.state(&migration).unwrap_or_default();
             if age.is_some_and(|age| age > REMEMBERED)
                 && matches!(state, Some(State::Durable | State::Aborted))
             {

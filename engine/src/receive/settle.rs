@@ -124,29 +124,34 @@ pub(super) async fn outcome(
     }
 }
 
-/// Brings all that nobody works on to its end, also leases of processes that were killed; gives the migrations that
-/// may be lost.
+/// Brings all that nobody works on to its end, also leases of processes that were killed. One that cannot be keeps no other
+/// waiting.
 ///
 /// # Errors
-/// The first failure; the others have been tried.
-pub async fn settle_all(
-    node: &Containerd,
-    store: &Store,
-    arrivals: &Arrivals,
-) -> Result<Vec<String>> {
-    let (mut lost, mut failed) = (Vec::new(), None);
+/// The records cannot be listed.
+pub async fn settle_all(node: &Containerd, store: &Store, arrivals: &Arrivals) -> Result<Settled> {
+    let mut settled = Settled::default();
     for migration in arrivals.unfinished()? {
         match outcome(node, store, arrivals, &migration).await {
-            Ok(Outcome::Lost) => lost.push(migration),
+            Ok(Outcome::Lost) => settled.lost.push(migration),
             Ok(_) => {}
-            Err(error) => failed = failed.or(Some(error)),
+            Err(error) => settled.failed.push(error),
         }
     }
     for namespace in [node.namespace(), CRI_NAMESPACE] {
         let ended = leases::end_those_of_the_gone(&node.in_namespace(namespace)?).await;
-        failed = failed.or(ended.err());
+        settled.failed.extend(ended.err());
     }
-    failed.map_or(Ok(lost), Err)
+    Ok(settled)
+}
+
+/// What is left when all that nobody works on has been looked at.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// The migrations that may be lost.
+    pub lost: Vec<String>,
+    /// Why others have not come to their end.
+    pub failed: Vec<Error>,
 }
 
 async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<Outcome> {
