@@ -25,7 +25,7 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::check::node_facts::NodeFacts;
 use crate::error::{Context, Error, Result};
-use crate::frozen::{Frozen, at_most};
+use crate::frozen::{Frozen, TaskToFreeze, at_most};
 use crate::interrupt::Interrupt;
 use crate::moved_pods::Mark;
 use crate::pod::{self, SourcePod};
@@ -272,29 +272,7 @@ pub async fn checkpoint(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let mark = match (&target.pod, target.moves) {
-        (_, Moves::No) | (None, _) => None,
-        (Some(pod), moves) => {
-            let will_be_deleted = moves == Moves::WillBeDeleted;
-            Some(Mark::set(pod, &target.sources, name, will_be_deleted)?)
-        }
-    };
-    let taken = take(target, name, store, afterwards, interrupt, progress).await;
-    match (taken, mark) {
-        (Err(error), Some(mark)) => Err(mark.take_back(error)),
-        (taken, _) => taken,
-    }
-}
-
-async fn take(
-    target: &DumpTarget,
-    name: &str,
-    store: &Store,
-    afterwards: Afterwards,
-    interrupt: &Interrupt,
-    progress: &dyn Progress,
-) -> Result<Report> {
-    let mut timeline = Timeline::begin();
+    let timeline = Timeline::begin();
     let bytes = check_room(target, store).await?;
     let kept = store.draft(name)?;
     let (sealing, draft) = match target.seal {
@@ -306,8 +284,36 @@ async fn take(
         }
     };
 
+    // As late as it can be: of who is killed from then on the guard of the freeze takes it back.
+    let mark = match (&target.pod, target.moves) {
+        (_, Moves::No) | (None, _) => None,
+        (Some(pod), moves) => {
+            let will_be_deleted = moves == Moves::WillBeDeleted;
+            Some(Mark::set(pod, &target.sources, name, will_be_deleted)?)
+        }
+    };
+    let into = (store, (draft, sealing), timeline);
+    let taken = take(target, name, into, afterwards, interrupt, progress).await;
+    match (taken, mark) {
+        (Err(error), Some(mark)) => Err(mark.take_back(error)),
+        (taken, _) => taken,
+    }
+}
+
+async fn take(
+    target: &DumpTarget,
+    name: &str,
+    (store, (draft, sealing), mut timeline): (&Store, (Draft, Option<Sealing>), Timeline),
+    afterwards: Afterwards,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
     progress.step("dump");
-    let tasks = target.sources.iter().map(SourceContainer::to_freeze);
+    let marked = target.pod.as_ref().filter(|_| target.moves != Moves::No);
+    let tasks = target.sources.iter().map(|source| TaskToFreeze {
+        marked: marked.map(|pod| pod.uid.clone()),
+        ..source.to_freeze()
+    });
     let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
     timeline.freeze(frozen.since().into_std());
     let dump = dump_all(target, draft.dir(), &mut timeline);

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
 use transship_cni::Attachment;
 use transship_containerd::Containerd;
+use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::guard_process::{self, GuardProcess};
@@ -28,6 +29,7 @@ use crate::locks::lock_for_dump;
 use crate::memory_dir::remove_when_unused;
 use crate::oci_runtime::OciRuntime;
 use crate::own_networks;
+use crate::restart_policy;
 use crate::stuck_dump;
 use crate::thaw::{self, Seen};
 
@@ -56,6 +58,10 @@ pub struct TaskToFreeze {
     pub network_is_locked: bool,
     /// Networks that it may not be in as long as it is frozen: its copy has the addresses.
     pub given_away: Vec<Attachment>,
+    /// Whether its restart policy is hidden as long as it is frozen.
+    pub hides_policy: bool,
+    /// The uid of its pod, which is marked as moved as long as it is frozen.
+    pub marked: Option<String>,
 }
 
 /// What the guard is told.
@@ -135,8 +141,31 @@ async fn let_all_run(orders: &Orders) {
     }
 }
 
-/// Tries until the task has been seen to run, or is gone.
+/// Lets a task run, and takes back what was to keep others from it meanwhile.
 async fn let_run(orders: &Orders, task: &TaskToFreeze) {
+    see_run(orders, task).await;
+    if let Some(uid) = &task.marked {
+        drop(moved::unmark(Path::new(DEFAULT_MOVED_DIR), uid));
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while task.hides_policy && put_back_policy(orders, task).await.is_err() {
+        if Instant::now() > deadline {
+            return;
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+async fn put_back_policy(orders: &Orders, task: &TaskToFreeze) -> Result<()> {
+    let put_back = async {
+        let node = Containerd::connect(&orders.address, &orders.namespace).await?;
+        restart_policy::put_back(&node, &task.id).await
+    };
+    within_patience(put_back).await
+}
+
+/// Tries until the task has been seen to run, or is gone.
+async fn see_run(orders: &Orders, task: &TaskToFreeze) {
     let mut silent_since = None;
     loop {
         // Without its network it had better run than stand still.
@@ -171,7 +200,11 @@ async fn ask_containerd(orders: &Orders, task: &TaskToFreeze) -> Result<Seen> {
         let node = Containerd::connect(&orders.address, &orders.namespace).await?;
         thaw::resume_once(&node, task).await
     };
-    timeout(thaw::ANSWER, ask)
+    within_patience(ask).await
+}
+
+async fn within_patience<T>(asked: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(thaw::ANSWER, asked)
         .await
         .unwrap_or_else(|_| Err(Error::failed("containerd does not answer")))
 }

@@ -26,6 +26,7 @@ use crate::error::{Error, Result, StillPaused, one_line};
 use crate::freeze_guard::FreezeGuard;
 use crate::kill;
 use crate::oci_runtime::OciRuntime;
+use crate::restart_policy;
 use crate::stuck_dump;
 use crate::thaw::{self, Seen};
 use crate::vfork;
@@ -74,6 +75,8 @@ impl TaskToFreeze {
             was_paused: task.status() == Status::Paused,
             network_is_locked: false,
             given_away: Vec::new(),
+            hides_policy: false,
+            marked: None,
         }
     }
 
@@ -114,7 +117,11 @@ impl Frozen {
             tasks,
             draft: draft.map(Path::to_path_buf),
         };
-        let paused = tasks.pause_outside_of_vfork().await;
+        // What is hidden from others is put back by the guard, too.
+        let paused = match tasks.hide_policies().await {
+            Ok(()) => tasks.pause_outside_of_vfork().await,
+            Err(error) => Err(error),
+        };
         let frozen = Self {
             tasks,
             guard,
@@ -222,6 +229,13 @@ impl Tasks {
     /// Those that this freeze pauses.
     fn ours(&self) -> impl Iterator<Item = &TaskToFreeze> {
         self.tasks.iter().filter(|task| !task.was_paused)
+    }
+
+    async fn hide_policies(&self) -> Result<()> {
+        for task in self.tasks.iter().filter(|task| task.hides_policy) {
+            restart_policy::suspend(&self.node, &task.id).await?;
+        }
+        Ok(())
     }
 
     /// Gives when they were paused. One that never is outside is left to CRIU, which says so.

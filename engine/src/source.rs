@@ -415,6 +415,8 @@ impl SourceContainer {
             was_paused: self.was_paused,
             network_is_locked: false,
             given_away: Vec::new(),
+            hides_policy: false,
+            marked: None,
         }
     }
 

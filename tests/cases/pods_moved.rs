@@ -15,6 +15,12 @@ use crate::pods::{FIRST, reached, start};
 const PATIENCE: Duration = Duration::from_secs(60);
 const MARKS: &str = "ls /var/lib/transship/moved 2>/dev/null || true";
 
+/// Waits as long as there is a file.
+const SLOW_CRIU: &str = r#"#!/bin/sh
+while [ -e /run/hold ]; do sleep 0.1; done
+exec /usr/local/sbin/criu.real "$@"
+"#;
+
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [Case {
         what: "pod_moved",
@@ -60,6 +66,32 @@ fn a_moved_pod_starts_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let said = { failed }.args(taken).read_failure()?;
     ensure!(said.contains("one"), "{said}");
     ensure!(node.shell(MARKS).read()?.is_empty(), "{said}");
+    let before = reached(&cri, &id)?;
+    counts_on(&cri, &id, before)?;
+
+    // One that is killed in the freeze moves nothing either.
+    node.write_file("/run/slow-criu", SLOW_CRIU)?;
+    node.shell(
+        "cp $(command -v criu) /usr/local/sbin/criu.real
+         install -m 0755 /run/slow-criu /usr/local/sbin/criu; touch /run/hold",
+    )
+    .run()?;
+    let killed = [&["transship"], &taken[..4], &["killed", "--moved"]].concat();
+    node.start_daemon("killed", &killed)?;
+    poll_until("the freeze", PATIENCE, || {
+        let paused = node.shell("ctr -n k8s.io tasks ls | grep PAUSED");
+        { paused }.run().map_err(|error| error.to_string())
+    })?;
+    ensure!(!node.shell(MARKS).read()?.is_empty(), "it is marked");
+    node.stop_daemon("killed", "KILL")?;
+    node.shell("rm /run/hold").run()?;
+    poll_until("the end of the guard", PATIENCE, || {
+        let guard = node.shell("! pgrep -f '[f]reeze-guard'");
+        { guard }.run().map_err(|error| error.to_string())
+    })?;
+    node.shell("rm /usr/local/sbin/criu /usr/local/sbin/criu.real")
+        .run()?;
+    ensure!(node.shell(MARKS).read()?.is_empty(), "the mark is gone");
     let before = reached(&cri, &id)?;
     counts_on(&cri, &id, before)?;
 

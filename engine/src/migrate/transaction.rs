@@ -32,7 +32,6 @@ use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
 use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
-use crate::restart_policy;
 use crate::source::{self, Dumped};
 use crate::timeline::Timeline;
 
@@ -125,12 +124,10 @@ impl Transaction<'_> {
     }
 
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
-        for container in &self.moving.containers {
-            restart_policy::suspend(self.node, container.id()).await?;
-        }
         let tasks = self.moving.containers.iter().map(|source| TaskToFreeze {
             network_is_locked: network::is_locked(&self.pending, source.container.criu.tcp),
             given_away: network::given_away(&self.pending),
+            hides_policy: true,
             ..source.to_freeze()
         });
         Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
