@@ -22,7 +22,13 @@ const FRONT: &str = "/usr/local/lib/paced/transship-runc";
 
 /// The moments of the front.
 const MOMENTS: &str = r#"    # The second of the three.
-    *" create "*) ! ls /run/transship/pods/*/restore/*/holder >/dev/null 2>&1 || stop_at create ;;
+    *" create "*)
+        held=$(ls /run/transship/pods/*/restore/*/holder 2>/dev/null | wc -l)
+        [ "$held" = 0 ] || stop_at create
+        /usr/local/bin/transship-runc "$@" || exit
+        [ "$held" != 2 ] || stop_at held
+        exit
+        ;;
     *" transship-release "*)
         stop_at release
         /usr/local/bin/transship-runc "$@" || exit
@@ -96,6 +102,7 @@ fn a_pod_moves_in_one_migration(bed: &Testbed) -> anyhow::Result<()> {
 
     cut_at(&b, &a, &pod, &to_a, "frozen", Cut::Source, Runs::Here)?;
     cut_at(&b, &a, &pod, &to_a, "create", Cut::Target, Runs::Here)?;
+    cut_at(&b, &a, &pod, &to_a, "held", Cut::Held, Runs::Here)?;
     cut_at(&b, &a, &pod, &to_a, "released", Cut::Target, Runs::There)?;
     cut_at(&a, &b, &pod, &to_b, "release", Cut::Source, Runs::There)?;
     into_the_pod_of_a_kubelet(&b, &a, &pod, &to_a)?;
@@ -179,6 +186,8 @@ fn nothing_is_there(node: &Node, pod: &Pod) -> anyhow::Result<()> {
 enum Cut {
     Source,
     Target,
+    /// The second of the three containers that are held there.
+    Held,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,8 +219,11 @@ fn cut_at(
             format!("{error}: {said:?}")
         })
     })?;
-    let killed = if cut == Cut::Source { from } else { to };
-    killed.shell("pkill -KILL -x transship").run()?;
+    match cut {
+        Cut::Source => from.shell("pkill -KILL -x transship").run()?,
+        Cut::Target => to.shell("pkill -KILL -x transship").run()?,
+        Cut::Held => to.shell("pkill -KILL -f '[p]odmate client'").run()?,
+    }
     stops.shell("rm -f /run/stop-at-*").run()?;
     let (runs, ended) = match runs {
         Runs::Here => (from, to),

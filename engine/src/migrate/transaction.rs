@@ -33,6 +33,7 @@ use crate::interrupt::Interrupt;
 use crate::memory_dir::MigrationFiles;
 use crate::progress::Progress;
 use crate::source::{self, Dumped};
+use crate::thaw;
 use crate::timeline::Timeline;
 
 mod before_freeze;
@@ -145,20 +146,30 @@ impl Transaction<'_> {
         self.check_stands_still().await
     }
 
-    /// A kubelet, whose probes a pod does not answer, may have ended what is dumped: then it is not moved, because
-    /// what it has started instead would run beside the copy.
+    /// A kubelet, whose probes a pod does not answer, may have ended what is dumped, and somebody may have let it go, past
+    /// containerd, too: then it is not moved, because what runs here would run beside the copy.
     async fn check_stands_still(&self) -> Result<()> {
-        for container in self
-            .moving
-            .containers
-            .iter()
-            .filter(|_| self.moving.pod.is_some())
-        {
-            let task = source::running_task(self.node, container.id()).await?;
-            if !task.is_ok_and(|task| task.status() == Status::Paused) {
-                let message = format!("{} was ended while it stood still", container.called);
-                return Err(Error::failed(message));
-            }
+        let mut looks = JoinSet::new();
+        for container in &self.moving.containers {
+            let (node, id) = (self.node.clone(), container.id().to_owned());
+            let (runtime, called) = (container.runtime.clone(), container.called.clone());
+            looks.spawn(async move {
+                let task = timeout(thaw::ANSWER, source::running_task(&node, &id)).await;
+                // Where containerd does not answer, the runtime knows it as well.
+                let may_be_paused = task
+                    .ok()
+                    .and_then(Result::ok)
+                    .is_none_or(|task| task.is_ok_and(|task| task.status() == Status::Paused));
+                match may_be_paused && runtime.has_paused(&id).await {
+                    true => Ok(()),
+                    false => Err(Error::failed(format!(
+                        "{called} does not stand still any more: it was ended, or let go"
+                    ))),
+                }
+            });
+        }
+        while let Some(looked) = looks.join_next().await {
+            looked.map_err(Error::from).flatten()?;
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ use containerd_client::types::Descriptor;
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{MIGRATION_DIGITS, is_migration};
 
+use super::pod::held::HeldProcess;
 use crate::durable_record;
 use crate::error::{Context, Error, Kind, Result};
 use crate::locks::Lock;
@@ -98,6 +99,9 @@ pub struct ArrivingPod {
     pub containers: Vec<String>,
     /// Their ids, when all are made.
     pub ids: Vec<String>,
+    /// Their first processes, when all are held.
+    #[serde(default)]
+    pub held: Vec<HeldProcess>,
     /// Images that this node had not, by the digests of their configs.
     pub images: Vec<String>,
     /// Directories that were not there.

@@ -34,6 +34,7 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
+use self::held::HeldProcess;
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
 use super::migration::{listen, receive};
 use super::{Request, image};
@@ -48,6 +49,7 @@ use crate::progress::Progress;
 mod admission;
 mod contents;
 mod go_json;
+pub(super) mod held;
 pub(super) mod settle;
 
 /// How long the CRI may take to know an image that containerd has: it hears of it as an event.
@@ -634,10 +636,16 @@ async fn agree(
     }
     // What the source has not named in a layer, and of emptyDirs that it has left behind.
     contents::remove(pod_of(locked))?;
-    pod_of(locked).ids = ids.clone();
+    let (mut held, mut first) = (Vec::new(), None);
+    for id in &ids {
+        let pid = node.task(id).await?.pid;
+        first = first.or(Some(pid));
+        held.push(HeldProcess::of(pid)?);
+    }
+    let pid = first.ok_or_else(|| Error::failed("no container"))?;
+    let pod = pod_of(locked);
+    (pod.ids, pod.held) = (ids, held);
     locked.write()?;
-    let first = { ids.first() }.ok_or_else(|| Error::failed("no container"))?;
-    let pid = node.task(first).await?.pid;
     conversation.send(Message::Restored).await?;
     match conversation.receive("the commitment").await? {
         Message::Commit => {}

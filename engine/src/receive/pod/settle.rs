@@ -13,7 +13,7 @@ use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 use super::super::arrival::{Arrival, ArrivingPod};
 use super::contents;
 use crate::cri_pods::CriPods;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::freeze_guard::TaskToFreeze;
 
 /// What is found of a pod whose source has committed itself.
@@ -30,8 +30,12 @@ pub(in super::super) enum Committed {
 /// Lets all containers go that are held; those that run are as they were.
 ///
 /// # Errors
-/// The runtime front's; what has been let go runs.
+/// One of them has ended before the first was let go: then none is. The runtime front's; what has been let go runs.
 pub(in super::super) async fn release(node: &Containerd, arrival: &Arrival) -> Result<()> {
+    if !has_run(arrival)? && !all_are_held(arrival) {
+        let message = "a container of the pod has ended while it was held";
+        return Err(Error::failed(message));
+    }
     for id in ids(arrival) {
         let record = node.container(id).await?;
         let task = node.task(id).await?;
@@ -79,6 +83,12 @@ pub(in super::super) async fn let_go(node: &Containerd, arrival: &Arrival) -> Re
         }
     }
     Ok(Committed::Runs)
+}
+
+/// Whether the first processes of all containers live that were held, as far as they are known.
+fn all_are_held(arrival: &Arrival) -> bool {
+    let mut held = arrival.pod.iter().flat_map(|pod| &pod.held);
+    held.all(|process| process.lives())
 }
 
 fn ids(arrival: &Arrival) -> impl Iterator<Item = &String> {
