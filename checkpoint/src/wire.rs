@@ -277,6 +277,9 @@ pub enum Message {
         /// Directories of the checkpoint whose files may come before the freeze: the contents of large files.
         #[serde(default)]
         contents: Vec<String>,
+        /// What tells the target from all other nodes; empty: one that does not say it.
+        #[serde(default)]
+        node: String,
     },
     /// A checkpoint follows.
     Begin {
@@ -331,6 +334,9 @@ pub enum Message {
     Answer {
         /// What became of the copy.
         outcome: Outcome,
+        /// Who says so, as in `Ready`.
+        #[serde(default)]
+        node: String,
     },
     /// The side that sends this has given up and cleaned up.
     Failed {

@@ -85,6 +85,7 @@ pub mod memory_dir;
 pub mod migrate;
 pub mod moved_pods;
 mod network_namespace;
+mod node_id;
 pub mod node_service;
 pub mod oci_runtime;
 pub mod overlay_mounts;

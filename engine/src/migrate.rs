@@ -210,6 +210,7 @@ pub async fn migrate(
     }
     let networks = moving.containers.iter();
     let networks = networks.flat_map(|it| it.container.networks.clone());
+    let ids: Vec<&str> = moving.containers.iter().map(SourceContainer::id).collect();
     let pending = Pending {
         migration: new_migration()?,
         namespace: node.namespace().to_owned(),
@@ -217,6 +218,8 @@ pub async fn migrate(
         pod: moving.pending_pod(),
         to: request.to.clone(),
         remote_program: request.remote_program.clone(),
+        node: String::new(),
+        created: recover::created(node, &ids).await?,
         was_paused,
         keep_source: request.keep_source,
         networks: networks.collect(),

@@ -29,6 +29,7 @@ use transship_containerd::Containerd;
 use crate::conversation::{Conversation, LINK_PATIENCE, Reading};
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
+use crate::node_id::node_id;
 use crate::progress::Progress;
 use crate::restore::Target;
 
@@ -146,11 +147,13 @@ pub async fn receive(
             conversation.watch(request.link_patience)?;
             let answer = async {
                 let node = connect().await?;
-                settle::outcome(&node, store, &Arrivals::default(), &migration).await
+                let outcome =
+                    settle::outcome(&node, store, &Arrivals::default(), &migration).await?;
+                Ok::<_, Error>((outcome, node_id()?))
             };
             match answer.await {
-                Ok(outcome) => {
-                    let told = conversation.send(Message::Answer { outcome }).await;
+                Ok((outcome, node)) => {
+                    let told = conversation.send(Message::Answer { outcome, node }).await;
                     conversation.close();
                     told.map(|()| Received::Asked(outcome))
                 }

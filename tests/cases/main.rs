@@ -40,6 +40,7 @@ mod migration_faults;
 mod migration_files;
 mod migration_keeps;
 mod migration_lazy;
+mod migration_undecided;
 mod migration_variants;
 mod moments;
 mod nerdctl;
@@ -209,6 +210,7 @@ fn main() -> ExitCode {
         each(migration_faults::cases()),
         each(migration_files::cases()),
         each(migration_lazy::cases()),
+        each(migration_undecided::cases()),
         each(nerdctl::cases()),
         each(node_api::cases()),
         each(not_ours::cases()),

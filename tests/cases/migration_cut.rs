@@ -39,7 +39,7 @@ const MOMENTS: &str = r#"    *" create "*)
         ;;"#;
 const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\nexec ssh node-b \"$@\"\n";
 const MOVE: &str = r#"#!/bin/sh
-transship migrate "$1" --to /usr/local/bin/link --link-timeout 3 --max-freeze 30s \
+transship migrate "$@" --to /usr/local/bin/link --link-timeout 3 --max-freeze 30s \
     --runtime-binary /usr/local/bin/paced-front --before-restore "#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -112,6 +112,19 @@ fn one_copy_whatever_is_cut(
     cuts: &[(&str, Cut)],
     hands: &[(&str, &str)],
 ) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    for (moment, cut) in cuts {
+        cut_at(&a, &b, moment, *cut).with_context(|| format!("{cut:?} cut at: {moment}"))?;
+    }
+    for (flag, id) in hands {
+        a_person_decides(&a, &b, flag, id).with_context(|| (*flag).to_owned())?;
+    }
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+/// Two nodes, between which [`begin`] moves.
+pub(crate) fn paced_nodes(bed: &Testbed) -> anyhow::Result<(Node, Node)> {
     let (a, b) = journey::start_nodes(bed)?;
     bed.ssh(&a, &b)?;
     for (node, path, script) in [
@@ -122,14 +135,7 @@ fn one_copy_whatever_is_cut(
         node.write_file(path, script)?;
         node.shell(&format!("chmod +x {path}")).run()?;
     }
-    for (moment, cut) in cuts {
-        cut_at(&a, &b, moment, *cut).with_context(|| format!("{cut:?} cut at: {moment}"))?;
-    }
-    for (flag, id) in hands {
-        a_person_decides(&a, &b, flag, id).with_context(|| (*flag).to_owned())?;
-    }
-    journey::check_nothing_left(&a)?;
-    journey::check_nothing_left(&b)
+    Ok((a, b))
 }
 
 fn cut_at(a: &Node, b: &Node, moment: &str, cut: Cut) -> anyhow::Result<()> {
@@ -198,12 +204,17 @@ fn expected_code(copy_runs: bool) -> &'static str {
 
 fn begin(a: &Node, b: &Node, moment: &str, id: &str) -> anyhow::Result<()> {
     run_alone(a, id)?;
+    begin_of(a, b, moment, &[id])
+}
+
+/// Begins to move a container that runs, up to a moment; `what` is its id and how it moves.
+pub(crate) fn begin_of(a: &Node, b: &Node, moment: &str, what: &[&str]) -> anyhow::Result<()> {
     let stops = if moment == "frozen" { a } else { b };
     a.shell("rm -f /run/moved").run()?;
     stops
         .shell(&format!("rm -f /run/at-*; touch /run/stop-at-{moment}"))
         .run()?;
-    a.start_daemon("move", &["/usr/local/bin/move", id])?;
+    a.start_daemon("move", &[&["/usr/local/bin/move"], what].concat())?;
     let there = format!("test -e /run/at-{moment}");
     poll_until(moment, PATIENCE, || {
         let reached = stops.shell(&there).run();
@@ -215,7 +226,7 @@ fn begin(a: &Node, b: &Node, moment: &str, id: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn go_on(a: &Node, b: &Node) -> anyhow::Result<()> {
+pub(crate) fn go_on(a: &Node, b: &Node) -> anyhow::Result<()> {
     for node in [a, b] {
         node.shell("rm -f /run/stop-at-*").run()?;
     }
@@ -227,7 +238,7 @@ fn wait_said(a: &Node) -> Option<String> {
     (!code.is_empty()).then(|| code.trim().to_owned())
 }
 
-fn wait_for_end(a: &Node) -> anyhow::Result<String> {
+pub(crate) fn wait_for_end(a: &Node) -> anyhow::Result<String> {
     let end = "the end of the migration";
     Ok(poll_until(end, PATIENCE, || {
         wait_said(a).ok_or_else(|| "it goes on".to_owned())
@@ -276,7 +287,7 @@ fn the_service_decides(a: &Node) -> anyhow::Result<()> {
 }
 
 /// Neither a command, nor a guard of one.
-fn nobody_is_left(a: &Node, b: &Node) -> Result<(), String> {
+pub(crate) fn nobody_is_left(a: &Node, b: &Node) -> Result<(), String> {
     for node in [a, b] {
         let left = node.shell("pgrep -af '[f]reeze-guard|[r]eceive' || true");
         let left = { left }.read().map_err(|error| error.to_string())?;

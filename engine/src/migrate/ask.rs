@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  > Ask { migration }
-//!  < Answer { runs | aborted | undecided | lost }
+//!  < Answer { runs | aborted | undecided | lost, node }    of another node: undecided
 //! ```
 
 use std::time::Duration;
@@ -31,8 +31,15 @@ pub(super) struct Question<'a> {
     pub(super) namespace: &'a str,
     /// The migration.
     pub(super) migration: &'a str,
+    /// The node that has the copy, as it has called itself; empty: one that does not say it.
+    pub(super) node: &'a str,
     /// How long the link may be silent.
     pub(super) link_patience: Duration,
+}
+
+/// Whether the node that is asked for is the one that answers, as far as both are known.
+fn is_of(asked: &str, answers: &str) -> bool {
+    asked.is_empty() || answers.is_empty() || asked == answers
 }
 
 impl Question<'_> {
@@ -56,7 +63,12 @@ impl Question<'_> {
             let answer = "what became of the copy";
             let answer = conversation.receive_within(answer, ANSWER_DEADLINE, Duration::ZERO);
             match answer.await? {
-                Message::Answer { outcome } => Ok(outcome),
+                Message::Answer { outcome, node } if is_of(self.node, &node) => Ok(outcome),
+                Message::Answer { .. } => {
+                    let to = self.to;
+                    tracing::warn!("{to:?} leads to another node than that which has the copy");
+                    Ok(Outcome::Undecided)
+                }
                 other => Err(unexpected("what became of the copy", &other).into()),
             }
         };
@@ -94,5 +106,16 @@ impl Question<'_> {
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_node_is_not_believed() {
+        assert!(is_of("a", "a") && !is_of("a", "b"));
+        assert!(is_of("", "b") && is_of("a", ""), "an older peer");
     }
 }

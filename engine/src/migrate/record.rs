@@ -10,6 +10,7 @@
 //! A record whose lock nobody has was left behind: nobody knows which copy runs, until
 //! `transship recover` has asked the target.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,12 @@ pub struct Pending {
     pub to: String,
     /// The program's path there.
     pub remote_program: String,
+    /// What tells the other node from all others; empty: it does not say it.
+    #[serde(default)]
+    pub node: String,
+    /// When containerd has made the records of the containers, by their ids.
+    #[serde(default)]
+    pub created: BTreeMap<String, String>,
     /// Whether somebody had paused it before.
     pub was_paused: bool,
     /// Whether record and snapshot stay here.
@@ -80,6 +87,12 @@ impl Pending {
             Some(pod) => format!("{}/{}", pod.namespace, pod.name),
             None => self.container.clone(),
         }
+    }
+
+    /// Whether a container that has one of its ids was made at another time than the one that moves.
+    pub(super) fn names_others(&self, created: &BTreeMap<String, String>) -> bool {
+        let mut then = self.created.iter();
+        then.any(|(id, then)| created.get(id).is_some_and(|now| now != then))
     }
 
     /// Whether a person means this one, who works in containerd's namespace `namespace`. Pods are in one alone.
@@ -207,12 +220,22 @@ mod tests {
             pod: None,
             to: "ssh node-b".into(),
             remote_program: "transship".into(),
+            node: String::new(),
+            created: BTreeMap::new(),
             was_paused: false,
             keep_source: false,
             networks: Vec::new(),
             since: "2026-01-02T03:04:05Z".into(),
             copy_runs: false,
         };
+        let at = |at: &str| BTreeMap::from([("web".to_owned(), at.to_owned())]);
+        assert!(!pending.names_others(&at("1.0")), "an older record");
+        let known = Pending {
+            created: at("1.0"),
+            ..pending.clone()
+        };
+        assert!(!known.names_others(&at("1.0")) && known.names_others(&at("1.1")));
+        assert!(!known.names_others(&BTreeMap::new()), "it is gone");
         record.write(&pending).unwrap();
         drop(record);
         let records = dir.path().join("records");

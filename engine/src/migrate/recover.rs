@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  the source        the record, and the target's answer (or a person's)
+//!  another           its id has been given to a container that was made since: the record goes
 //!  (any)             the record says that the copy runs: it is ended, then the target is asked for its disk
 //!  runs              somebody has let it run: the record goes
 //!  paused, or gone   runs       it is ended, and removed
@@ -10,6 +11,7 @@
 //!                    (none)     it stays as it is; asked again
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -166,6 +168,11 @@ async fn recover(
     let Some(pending) = &pending else {
         return Ok(None);
     };
+    if pending.names_others(&created(&node, &pending.ids()).await?) {
+        // Nothing of it is the source's.
+        record.clear()?;
+        return Ok(Some(Decided::Replaced));
+    }
     let ends = pending.copy_runs && decision != Decision::SourceRuns;
     let tasks = tasks_of(&node, pending).await?;
     let is = |status| tasks.iter().any(|(_, it)| *it == status);
@@ -219,6 +226,22 @@ async fn recover(
         (Outcome::Undecided | Outcome::Lost, _) => return Err(undecided(pending, outcome)),
     };
     Ok(Some(decided))
+}
+
+/// When containerd has made the records of these containers, as far as they are there.
+pub(super) async fn created(node: &Containerd, ids: &[&str]) -> Result<BTreeMap<String, String>> {
+    let mut created = BTreeMap::new();
+    for id in ids {
+        let record = match node.container(id).await {
+            Err(error) if error.is_not_found() => continue,
+            record => record?,
+        };
+        if let Some(at) = record.created_at {
+            let at = format!("{}.{:09}", at.seconds, at.nanos);
+            created.insert((*id).to_owned(), at);
+        }
+    }
+    Ok(created)
 }
 
 /// The tasks that are left, and the state that containerd gives them.
@@ -280,6 +303,7 @@ async fn ask(
         remote_program: &pending.remote_program,
         namespace: &pending.namespace,
         migration: &pending.migration,
+        node: &pending.node,
         link_patience: LINK_PATIENCE,
     };
     let answer = question.ask_on(patience, interrupt).await;

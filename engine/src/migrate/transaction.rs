@@ -242,8 +242,9 @@ impl Transaction<'_> {
         loop {
             let what = "the target to have the image";
             match self.conversation.receive(what).await? {
-                Message::Ready { contents } => {
+                Message::Ready { contents, node } => {
                     self.takes_contents = contents;
+                    self.pending.node = node;
                     break;
                 }
                 Message::Waiting => self.conversation.send(Message::GoOn).await?,

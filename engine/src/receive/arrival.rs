@@ -16,8 +16,7 @@
 //! Whoever finds a record that is not locked brings it to its end ([`super::settle`]). The ends, `durable`
 //! and `aborted`, stay for 30 days: as long as a source may ask.
 
-use std::fs::{self, File};
-use std::io::Read as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -29,6 +28,7 @@ use super::pod::held::HeldProcess;
 use crate::durable_record;
 use crate::error::{Context, Error, Kind, Result};
 use crate::locks::Lock;
+use crate::node_id::{boot_id, random_digits};
 
 /// Where records of arrivals are.
 const ARRIVALS: &str = "/var/lib/transship/arrivals";
@@ -60,6 +60,9 @@ pub enum State {
 pub struct Arrival {
     /// How far it has come.
     pub state: State,
+    /// The boot of this node in which it came; what was not written out then may be lost. Empty: not known.
+    #[serde(default)]
+    pub boot: String,
     /// containerd's namespace.
     pub namespace: String,
     /// Id of the container.
@@ -194,6 +197,10 @@ impl Arrivals {
     /// There is one already, or it cannot be written.
     pub(super) fn begin(&self, migration: &str, arrival: Arrival) -> Result<Locked> {
         check_id(migration)?;
+        let arrival = Arrival {
+            boot: boot_id()?,
+            ..arrival
+        };
         let lock = self.lock(migration)?;
         let path = self.records.join(migration);
         let is_there = path.try_exists();
@@ -327,6 +334,15 @@ impl Locked {
         })
     }
 
+    /// Whether this node was down since then: what was not written out may be lost.
+    ///
+    /// # Errors
+    /// The kernel does not say which boot this is.
+    pub(super) fn is_of_another_boot(&self) -> Result<bool> {
+        let boot = &self.arrival.boot;
+        Ok(!boot.is_empty() && *boot != boot_id()?)
+    }
+
     /// Writes down what has been added to [`Self::arrival`].
     ///
     /// # Errors
@@ -347,11 +363,7 @@ impl Locked {
 /// # Errors
 /// The kernel gives no random bytes.
 pub fn new_migration() -> Result<String> {
-    let mut bytes = [0; MIGRATION_DIGITS / 2];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .context("cannot read /dev/urandom")?;
-    Ok(transship_digest::hex(&bytes))
+    random_digits::<{ MIGRATION_DIGITS / 2 }>()
 }
 
 /// It becomes the name of a file.
@@ -369,6 +381,7 @@ mod tests {
     fn arrival() -> Arrival {
         Arrival {
             state: State::Arriving,
+            boot: String::new(),
             namespace: "default".into(),
             container: "web".into(),
             name: "web".into(),

@@ -30,6 +30,7 @@ use crate::dump_hold::has_userfaultfd;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::memory_dir::{MigrationFiles, remove_when_unused};
+use crate::node_id::node_id;
 use crate::progress::Progress;
 use crate::restore::{self, LEASE, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
@@ -260,6 +261,7 @@ async fn take(
     plan.set_image(&name.name, chain);
     let arrival = Arrival {
         state: State::Arriving,
+        boot: String::new(),
         namespace: node.namespace().to_owned(),
         container: plan.id.clone(),
         name: offered.container.name.clone(),
@@ -320,7 +322,10 @@ pub(super) async fn receive(
 ) -> Result<Checkpoint> {
     let taken = contents.keys().cloned().collect();
     conversation
-        .send(Message::Ready { contents: taken })
+        .send(Message::Ready {
+            contents: taken,
+            node: node_id()?,
+        })
         .await?;
     match conversation.receive("the checkpoint").await? {
         Message::Begin { .. } => {}
@@ -349,16 +354,32 @@ async fn runs(
     store: &Store,
     conversation: &mut Conversation,
     mut locked: Locked,
-    (pid, released, late): (u32, Result<()>, Option<PageRelay>),
+    copy: (u32, Result<()>, Option<PageRelay>),
 ) -> Result<Received> {
+    let container = locked.arrival.container.clone();
+    let pid = copy.0;
+    let ended = write_out(node, store, conversation, &mut locked, copy).await;
+    if ended.is_err() && locked.arrival.state != State::Aborted {
+        // Whatever has failed, the source must not hear that the copy does not run; it asks.
+        conversation.close();
+    }
+    ended.map(|()| Received::Migrated { container, pid })
+}
+
+async fn write_out(
+    node: &Containerd,
+    store: &Store,
+    conversation: &mut Conversation,
+    locked: &mut Locked,
+    (pid, released, late): (u32, Result<()>, Option<PageRelay>),
+) -> Result<()> {
     match released {
         // It can still be lost.
         Ok(()) if late.is_some() => {}
         // Without this word the next one who looks sees that it runs.
         Ok(()) => drop(locked.set(State::Runs)),
-        Err(error) => settle::after_commit(node, store, &mut locked, error).await?,
+        Err(error) => settle::after_commit(node, store, locked, error).await?,
     }
-    let container = locked.arrival.container.clone();
     // The copy runs, whether the source hears it or not; nothing takes it back.
     let running = Message::Running { pid };
     let mut told = conversation.send_with_grace(running, TELL_GRACE).await;
@@ -368,17 +389,16 @@ async fn runs(
                 locked.arrival.lacks_memory = false;
                 locked.set(State::Runs)?;
             }
-            Err(error) => settle::after_commit(node, store, &mut locked, error).await?,
+            Err(error) => settle::after_commit(node, store, locked, error).await?,
         }
         let all = Message::AllPages;
         told = told.and(conversation.send_with_grace(all, TELL_GRACE).await);
     }
-    settle::write_out(node, store, &mut locked).await?;
+    settle::write_out(node, store, locked).await?;
     told?;
     let told = conversation.send(Message::Durable).await;
     conversation.close();
-    told?;
-    Ok(Received::Migrated { container, pid })
+    told
 }
 
 /// Waits for the source to connect directly; none where it cannot be waited for.

@@ -275,6 +275,7 @@ pub(super) async fn take(
     let names = offer.containers.iter().map(|it| it.container.name.clone());
     let arrival = Arrival {
         state: State::Arriving,
+        boot: String::new(),
         namespace: node.namespace().to_owned(),
         container: format!("{}/{}", pod.namespace, pod.name),
         name: String::new(),

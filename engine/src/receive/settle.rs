@@ -6,6 +6,8 @@
 //!  committed, runs                                                             -> runs
 //!  committed, and gone    it has never run (the front's record says so)        -> aborting
 //!                         it may have run                                      stays; the source hears `lost`
+//!  committed, runs, and this node was down since: it has never run             -> aborting
+//!                         it may have run, and not all is on the disk          stays; the source hears `lost`
 //!  committed, and pages of its memory are still on the source: it is ended, and gone
 //!  runs                   its record, image and files are written out          -> durable
 //! ```
@@ -161,6 +163,12 @@ async fn settle(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
             State::Durable => return Ok(Outcome::Runs),
             State::Aborted => return Ok(Outcome::Aborted),
             State::Arriving | State::Aborting => abort(&node, store, locked).await?,
+            State::Committed | State::Runs if locked.is_of_another_boot()? => {
+                if !never_ran(locked)? {
+                    return Ok(Outcome::Lost);
+                }
+                abort(&node, store, locked).await?;
+            }
             State::Committed => {
                 if !let_go(&node, store, locked).await? {
                     return Ok(Outcome::Lost);
@@ -301,6 +309,13 @@ fn has_run(locked: &Locked) -> Result<bool> {
     let consumed = Consumed::by(Path::new(DEFAULT_CONSUMED_DIR), &Owner::Layer(upperdir))?;
     let found = consumed.container(&arrival.checkpoint, &arrival.name);
     Ok(found.is_some())
+}
+
+/// Whether a copy, whose node was down since it was to be let go, has not run: what the front says of a pod goes with the
+/// pod's sandbox.
+fn never_ran(locked: &Locked) -> Result<bool> {
+    let arrival = &locked.arrival;
+    Ok(arrival.state == State::Committed && arrival.pod.is_none() && !has_run(locked)?)
 }
 
 /// The upperdir of the copy, unless the copy has been removed since.

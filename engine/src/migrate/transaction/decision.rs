@@ -3,7 +3,7 @@
 //! ```text
 //!  Commit ──> Running ──> (AllPages) ──> the record: the copy runs ──> the source is killed and ended
 //!     │                                      ──> Durable ──> it is removed, and the record
-//!     ├─> refused, or asked: aborted ──> the source goes on
+//!     ├─> refused before Running, or asked: aborted ──> the source goes on
 //!     └─> no answer ──> the record stays, and the source as it is
 //! ```
 
@@ -48,6 +48,7 @@ impl Transaction<'_> {
             }
             Err(error) => Err(error),
         };
+        let runs = matches!(answer, Ok(Message::Running { .. }));
         let answer = match answer {
             Ok(Message::Running { pid }) => {
                 self.timeline.thaw();
@@ -59,8 +60,8 @@ impl Transaction<'_> {
         let lost = match answer {
             Ok(Message::Running { pid }) => return Ok((Some(pid), source)),
             Ok(other) => unexpected("the copy to run", &other).into(),
-            // The target says that its copy does not run.
-            Err(error) if is_refusal_of_target(&error) => {
+            // The target says that its copy does not run. When it has run, whatever has failed there says nothing.
+            Err(error) if is_refusal_of_target(&error) && !runs => {
                 return Err(self.resume(source, error).await);
             }
             Err(error) => error,
@@ -148,6 +149,7 @@ impl Transaction<'_> {
             remote_program: &self.request.remote_program,
             namespace: self.node.namespace(),
             migration: &self.pending.migration,
+            node: &self.pending.node,
             link_patience: self.request.link_patience,
         };
         let patience = self.request.link_patience * 2;

@@ -1,0 +1,280 @@
+//! Nobody knows which copy runs, and what is asked or found then is odd: a target that has no disk left, has been down,
+//! or is another node; a source that somebody has let go or made again; records that nobody can read.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+
+use crate::Case;
+use crate::migration_cut::{begin_of, go_on, nobody_is_left, paced_nodes, wait_for_end};
+use crate::migration_faults::{counts_on, refused, run_alone};
+use crate::migration_lazy::IS_LOST;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+const ARRIVALS: &str = "/var/lib/transship/arrivals";
+const RECORDS: &str = "/var/lib/transship/migrations";
+/// Where the networks of a node are.
+const NETWORKS: &str = "/etc/cni/net.d";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    let case = |what, run| Case {
+        what,
+        tree: Tree::Forky,
+        run,
+    };
+    [
+        case("migration_undecided_lazy", a_full_disk_says_nothing),
+        case("migration_undecided_boot", a_target_that_was_down_is_lost),
+        case("migration_undecided_node", another_node_knows_nothing_of_it),
+        case("migration_undecided_new", what_has_its_id_now_is_left_alone),
+        case(
+            "migration_undecided_unread",
+            what_cannot_be_read_keeps_nobody_waiting,
+        ),
+        case(
+            "migration_undecided_network",
+            it_goes_on_without_its_network,
+        ),
+        case("migration_resumed", what_somebody_lets_go_is_not_moved),
+        case("migration_killed_policy", a_policy_outlives_the_command),
+    ]
+    .into_iter()
+}
+
+/// The target cannot write down that the copy has all of its memory.
+fn a_full_disk_says_nothing(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    run_alone(&a, "late")?;
+    let lazily = [
+        "late",
+        "--lazy",
+        "--accept-loss",
+        "--max-precopy-rounds",
+        "0",
+    ];
+    begin_of(&a, &b, "running", &lazily)?;
+    b.shell(&format!(
+        "mount --bind {ARRIVALS} {ARRIVALS}; mount -o remount,bind,ro {ARRIVALS}"
+    ))
+    .run()?;
+    go_on(&a, &b)?;
+    let code = wait_for_end(&a)?;
+    ensure!(code == "6", "exit code {code}");
+    stands_still(&a)?;
+    poll_until("the end of the other side", PATIENCE, || {
+        nobody_is_left(&b, &b)
+    })?;
+    b.shell(&format!("umount {ARRIVALS}")).run()?;
+    is_lost(&a)?;
+    the_source_goes_on(&a, &b, "late")
+}
+
+/// What was written there since is on no disk.
+fn a_target_that_was_down_is_lost(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    b.shell(&format!(
+        "sed -i 's/\"boot\":\"[^\"]*\"/\"boot\":\"another\"/' {ARRIVALS}/*"
+    ))
+    .run()?;
+    is_lost(&a)?;
+    b.shell(&format!(
+        "sed -i 's/\"state\":\"committed\"/\"state\":\"runs\"/' {ARRIVALS}/*"
+    ))
+    .run()?;
+    is_lost(&a)?;
+    the_source_goes_on(&a, &b, "web")
+}
+
+/// The command leads to a node that has never heard of it.
+fn another_node_knows_nothing_of_it(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    b.shell("cd /var/lib/transship; mkdir away; mv arrivals away; mv node-id away || true")
+        .run()?;
+    let asked = recover(&a)?;
+    ensure!(asked.contains("not decided; paused here"), "{asked}");
+    stands_still(&a)?;
+    b.shell("cd /var/lib/transship; rm -rf arrivals node-id; mv away/* .")
+        .run()?;
+    let asked = recover(&a)?;
+    ensure!(asked.contains("runs on the other node"), "{asked}");
+    counts_on(&b, "web")?;
+    journey::remove_container(&b, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// Somebody has removed the source, and made another one.
+fn what_has_its_id_now_is_left_alone(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    // As if the target had been heard to say that it runs.
+    a.shell(&format!(
+        "sed -i 's/\"since\"/\"copy_runs\":true,\"since\"/' {RECORDS}/*
+         ctr tasks kill -s KILL web; ctr tasks resume web || true"
+    ))
+    .run()?;
+    journey::delete_ended_task(&a, "web")?;
+    a.shell("ctr containers delete web").run()?;
+    run_alone(&a, "web")?;
+    let asked = recover(&a)?;
+    counts_on(&a, "web").with_context(|| asked.clone())?;
+    let left = a.shell(&format!("ls {RECORDS}")).read()?;
+    ensure!(left.is_empty(), "{asked}: {left}");
+    journey::remove_container(&a, "web")?;
+    counts_on(&b, "web")?;
+    journey::remove_container(&b, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+fn what_cannot_be_read_keeps_nobody_waiting(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    let arrival = "0123456789abcdef0123456789abcdef";
+    a.shell(&format!(
+        "mkdir -p {ARRIVALS}; echo '{{' >{ARRIVALS}/{arrival}; echo '{{' >{RECORDS}/default:other"
+    ))
+    .run()?;
+    let asked = recover(&a)?;
+    for said in [arrival, "default:other", "runs on the other node"] {
+        ensure!(asked.contains(said), "{said:?} is not in {asked}");
+    }
+    counts_on(&b, "web")?;
+    a.shell(&format!(
+        "transship ls; rm {ARRIVALS}/{arrival} {RECORDS}/default:other"
+    ))
+    .run()?;
+    journey::remove_container(&b, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// The networks of the node have gone when it is decided that the source goes on.
+fn it_goes_on_without_its_network(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    let lan = r#"{"cniVersion":"0.4.0","name":"lan","plugins":[{"type":"bridge","bridge":"lan0",
+        "isGateway":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]]}}]}"#;
+    for node in [&a, &b] {
+        node.write_file(&format!("{NETWORKS}/05-lan.conflist"), lan)?;
+    }
+    a.shell("ctr run --detach --cni --snapshotter transship transship.test/counter:1 web")
+        .run()?;
+    journey::wait_for_count(&a, "web", 3)?;
+    undecide(&a, &b, &["web", "--network", "keep"])?;
+    a.shell(&format!("mkdir /run/away; mv {NETWORKS}/* /run/away/"))
+        .run()?;
+    journey::remove_container(&b, "web")?;
+    let decided = { a.shell("transship recover web --source-runs 2>&1 || true") }.read()?;
+    ensure!(
+        decided.contains("runs on here") && decided.contains("without its network"),
+        "{decided}"
+    );
+    counts_on(&a, "web").with_context(|| decided.clone())?;
+    a.shell(&format!("mv /run/away/* {NETWORKS}/")).run()?;
+    journey::remove_container(&a, "web")
+        .map_err(anyhow::Error::from)
+        .map(drop)
+}
+
+/// A client of containerd resumes it when it has been dumped.
+fn what_somebody_lets_go_is_not_moved(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    run_alone(&a, "web")?;
+    let to = "/usr/local/bin/link";
+    let migrate = ["migrate", "web", "--to", to, "--before-restore"];
+    for resume in [
+        "ctr tasks resume web",
+        "runc --root /run/containerd/runc/default resume web",
+    ] {
+        let resume = format!("sleep 1; {resume}; sleep 1");
+        let migrate = [&migrate[..], &[resume.as_str()]].concat();
+        refused(&a, &migrate, 1, "does not stand still any more")?;
+        poll_until("the end of all that moved it", PATIENCE, || {
+            nobody_is_left(&a, &b)
+        })?;
+    }
+    let migrate = &migrate[..4];
+    a.command("transship").args(migrate).run()?;
+    counts_on(&b, "web")?;
+    journey::remove_container(&b, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// The command is killed in the freeze, when it has hidden the container from containerd's monitor.
+fn a_policy_outlives_the_command(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    run_alone(&a, "web")?;
+    a.shell("ctr containers label web containerd.io/restart.status=running")
+        .run()?;
+    begin_of(&a, &b, "frozen", &["web"])?;
+    a.shell("pkill -KILL -x transship").run()?;
+    go_on(&a, &b)?;
+    poll_until("the end of all that moved it", PATIENCE, || {
+        nobody_is_left(&a, &b)
+    })?;
+    counts_on(&a, "web")?;
+    let info = a.ctr(&["containers", "info", "web"])?;
+    ensure!(
+        info.contains("\"containerd.io/restart.status\": \"running\""),
+        "{info}"
+    );
+    a.shell("ctr containers label web containerd.io/restart.status=")
+        .run()?;
+    journey::remove_container(&a, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// A counter whose copy runs, which nobody has told.
+fn undecided(a: &Node, b: &Node, what: &[&str]) -> anyhow::Result<()> {
+    run_alone(a, what[0])?;
+    undecide(a, b, what)
+}
+
+fn undecide(a: &Node, b: &Node, what: &[&str]) -> anyhow::Result<()> {
+    begin_of(a, b, "running", what)?;
+    a.shell("touch /run/cut; pkill -KILL -x ssh").run()?;
+    // Who is at it would bring it to its end.
+    b.shell("pkill -KILL -f '[r]eceive-guard'; pkill -KILL -x transship")
+        .run()?;
+    go_on(a, b)?;
+    let code = wait_for_end(a)?;
+    ensure!(code == "6", "exit code {code}");
+    counts_on(b, what[0])?;
+    Ok(a.shell("rm /run/cut").run()?)
+}
+
+fn recover(a: &Node) -> anyhow::Result<String> {
+    Ok(a.shell("transship recover --once 2>&1 || true").read()?)
+}
+
+fn stands_still(a: &Node) -> anyhow::Result<()> {
+    let tasks = a.ctr(&["tasks", "ls"])?;
+    ensure!(tasks.contains("PAUSED"), "{tasks}");
+    Ok(())
+}
+
+fn is_lost(a: &Node) -> anyhow::Result<()> {
+    let asked = recover(a)?;
+    ensure!(asked.contains(IS_LOST), "{asked}");
+    stands_still(a)
+}
+
+fn the_source_goes_on(a: &Node, b: &Node, id: &str) -> anyhow::Result<()> {
+    b.shell(&format!(
+        "ctr tasks kill -s KILL {id} || true; sleep 1; ctr tasks delete {id} || true; ctr containers delete {id}"
+    ))
+    .run()?;
+    a.command("transship")
+        .args(["recover", id, "--source-runs"])
+        .run()?;
+    counts_on(a, id)?;
+    journey::remove_container(a, id)?;
+    Ok(())
+}
+
+/// Beside what those had in use there who were killed.
+fn nothing_is_left(a: &Node, b: &Node) -> anyhow::Result<()> {
+    b.shell("transship recover --once").run()?;
+    journey::check_nothing_left(a)?;
+    journey::check_nothing_left(b)
+}
