@@ -48,7 +48,6 @@ pub mod timers;
 pub mod unix_sockets;
 pub mod user_namespace;
 pub mod utsns;
-pub mod watched_files;
 pub mod watches;
 
 use std::fs::{self, File};

@@ -1,8 +1,8 @@
 //! `files.img`: what is watched with inotify and fanotify.
 //!
 //! ```text
-//! file_entry                 13 ify: 5 wd: inotify_wd_entry  2 i_ino  5 s_dev  7 f_handle
-//!                            14 ffy: 6 mark: fanotify_mark_entry  6 s_dev  7 ie: 1 i_ino  2 f_handle  8 me: 2 path
+//! file_entry  1 type: 8      13 ify: 5 wd: inotify_wd_entry  2 i_ino  5 s_dev  7 f_handle
+//!                     12     14 ffy: 6 mark: fanotify_mark_entry  6 s_dev  7 ie: 1 i_ino  2 f_handle  8 me: 2 path
 //! fh_entry (f_handle)        3 handle  4 path, absolute in the container
 //! ```
 //!
@@ -14,7 +14,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-use super::strict::parts;
+use super::files_image::{self, OfKind};
+use super::strict::{edit_submessage, edit_submessages, parts, submessage};
 use super::{Image, ImageError, Kind};
 
 /// What is watched.
@@ -128,10 +129,69 @@ fn check_handles(image: &Image, watch: &[u8], number: u64) -> Result<(), ImageEr
     Ok(())
 }
 
+/// The submessages that lead to the handles of a kind.
+struct Way {
+    of: OfKind,
+    through: &'static [u64],
+}
+
+const WAYS: [Way; 2] = [
+    Way {
+        of: OfKind {
+            kind: 8,
+            entry: INOTIFY,
+            repeated: &[WDS],
+        },
+        through: &[WDS, WD_HANDLE],
+    },
+    Way {
+        of: OfKind {
+            kind: 12,
+            entry: FANOTIFY,
+            repeated: &[MARKS],
+        },
+        through: &[MARKS, INODE_MARK, MARK_HANDLE],
+    },
+];
+const PATH: u64 = 4;
+
+/// Asks `find` about the path of each watched file, and writes what it answers into the images of `dir`. One that it
+/// says nothing of is as it was.
+///
+/// # Errors
+/// The image cannot be read or replaced, or `find` fails.
+pub fn find_watched_again<E: From<ImageError>>(
+    dir: &Path,
+    mut find: impl FnMut(&str) -> Result<Option<String>, E>,
+) -> Result<(), E> {
+    for way in &WAYS {
+        files_image::edit(dir, &way.of, |entry| -> Result<_, E> {
+            let edited = rename(entry, way.through, &mut find)?;
+            Ok((edited != entry).then_some(edited))
+        })?;
+    }
+    Ok(())
+}
+
+fn rename<E>(
+    message: &[u8],
+    way: &[u64],
+    find: &mut dyn FnMut(&str) -> Result<Option<String>, E>,
+) -> Result<Vec<u8>, E> {
+    let Some((next, rest)) = way.split_first() else {
+        let path = submessage(message, PATH).and_then(|path| std::str::from_utf8(path).ok());
+        return Ok(match path.map(find).transpose()?.flatten() {
+            Some(new) => edit_submessage(message, PATH, |_| new.into_bytes()),
+            None => message.to_vec(),
+        });
+    };
+    edit_submessages(message, *next, |inner| rename(inner, rest, find).map(Some))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::push_bytes;
-    use super::super::strict::{edit_submessage, set_varints};
+    use super::super::strict::set_varints;
     use super::*;
 
     fn within(number: u64, message: Vec<u8>) -> Vec<u8> {
@@ -179,5 +239,52 @@ mod tests {
             matches!(found, Err(ImageError::Ambiguous { .. })),
             "{found:?}"
         );
+    }
+
+    #[test]
+    fn each_path_is_asked_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("files.img");
+        let handle = |path: Option<&str>| {
+            let handle = set_varints(&[], 3, &[1, 2, 3]);
+            let path = path.map(|path| within(PATH, path.as_bytes().to_vec()));
+            [handle, path.unwrap_or_default()].concat()
+        };
+        let inotify = |paths: &[Option<&str>]| {
+            let watches = paths.iter().map(|path| {
+                let watch = [set_varints(&[], 6, &[1]), within(7, handle(*path))].concat();
+                within(5, watch)
+            });
+            let entry = watches.collect::<Vec<_>>().concat();
+            [set_varints(&[], 1, &[8]), within(13, entry)].concat()
+        };
+        let fanotify = |path: &str| {
+            let mark = within(7, within(2, handle(Some(path))));
+            [set_varints(&[], 1, &[12]), within(14, within(6, mark))].concat()
+        };
+        let write = |messages: &[Vec<u8>]| {
+            let mut body = Vec::new();
+            { messages.iter() }.for_each(|message| push_bytes(&mut body, message));
+            Image::new(&path, Kind::Files, body).replace(&path).unwrap();
+        };
+        write(&[
+            inotify(&[Some("/a"), None, Some("/b")]),
+            fanotify("/a"),
+            set_varints(&[], 1, &[1]),
+        ]);
+        let mut asked = Vec::new();
+        find_watched_again::<ImageError>(dir.path(), |name| {
+            asked.push(name.to_owned());
+            Ok((name == "/a").then(|| "/a/longer".to_owned()))
+        })
+        .unwrap();
+        assert_eq!(asked, ["/a", "/b", "/a"]);
+        let found = std::fs::read(&path).unwrap();
+        write(&[
+            inotify(&[Some("/a/longer"), None, Some("/b")]),
+            fanotify("/a/longer"),
+            set_varints(&[], 1, &[1]),
+        ]);
+        assert_eq!(found, std::fs::read(&path).unwrap());
     }
 }

@@ -17,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 use transship_checkpoint::criu_images::mounts::{self, NewMount};
 use transship_checkpoint::criu_images::regular_files::{FoundFile, find_again};
-use transship_checkpoint::criu_images::watched_files::find_watched_again;
+use transship_checkpoint::criu_images::watches::find_watched_again;
 use transship_checkpoint::spec::Spec;
 use transship_sandbox::Request;
 use transship_sandbox::admission::{Allowance, resolve_within};
