@@ -51,8 +51,10 @@ impl Front<'_> {
             return Ok(None);
         }
         let pod = self.pod_of(&restore.id, &config)?;
+        let is_known = pod.path().symlink_metadata().is_ok();
         let made = plan.has_made();
-        self.restore_repaired(restore, &bundle, &mut config, &plan, &pod)
+        let restored = self
+            .restore_repaired(restore, &bundle, &mut config, &plan, &pod)
             .inspect_err(|_| {
                 // The error is what failed first; what cannot be removed is in /run.
                 if made {
@@ -60,8 +62,12 @@ impl Front<'_> {
                 }
                 drop(pod.remove_if_empty());
                 bundle.remove_marker();
-            })
-            .map(Some)
+            })?;
+        if !is_known {
+            // A sandbox that is not ours has nobody who would remove what the restore alone has needed.
+            drop(pod.remove_if_empty());
+        }
+        Ok(Some(restored))
     }
 
     fn restore_repaired(
