@@ -286,6 +286,14 @@ pub enum RestoreError {
         /// The capability.
         needed: &'static str,
     },
+    /// CRIU 4.0 and 4.1 lose that.
+    #[error(
+        "{id:?} was restored with its read-only root writable, and is removed: CRIU 4.2 and later keep it as it was"
+    )]
+    WritableRoot {
+        /// The container.
+        id: String,
+    },
     /// A device that the rules of the spec do not allow, or not so.
     #[error(
         "{id:?} was restored with the device {path:?} open, which its device rules do not allow, and is removed"

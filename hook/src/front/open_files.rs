@@ -14,6 +14,8 @@
 //! reads them later (`sandbox/src/privileged_files.rs`). CRIU has them all. Nor does the kernel ask again which devices the
 //! container may open (`sandbox/src/device_rules.rs`).
 //!
+//! The root itself is read-only where the spec says so: CRIU 4.0 and 4.1 forget it.
+//!
 //! Pipes, sockets and what else has no path are no files of a mount. The standard streams are the runtime's.
 
 use std::collections::BTreeSet;
@@ -27,7 +29,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
-
+use nix::sys::statvfs::{FsFlags, statvfs};
+use serde_json::Value;
 use transship_checkpoint::spec::Spec;
 use transship_path_error::During as _;
 use transship_sandbox::device_rules::DeviceRules;
@@ -36,6 +39,8 @@ use transship_sandbox::privileged_files::{self, OwnProcesses};
 use super::{FrontError, RestoreError};
 use crate::descendants;
 
+/// Of the spec.
+const READ_ONLY: &str = "/root/readonly";
 /// Links that are files of the kernel, whose mount nobody has.
 const OF_KERNEL: [&[u8]; 6] = [
     b"/memfd:",
@@ -46,12 +51,18 @@ const OF_KERNEL: [&[u8]; 6] = [
     b"/secretmem",
 ];
 
-/// Refuses a restored container of which a process has a file that is not its own; `pid` is its first process.
+/// Refuses a restored container of which a process has a file that is not its own, or whose root can be written and should
+/// not; `pid` is its first process.
 ///
 /// # Errors
 /// It has one, or `/proc` cannot be read.
 pub(super) fn check(id: &str, pid: i32, spec: &Spec) -> Result<(), FrontError> {
     let id = id.to_owned();
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let flags = statvfs(&root).during("look at", &root)?.flags();
+    if spec.get(READ_ONLY) == Some(&Value::Bool(true)) && !flags.contains(FsFlags::ST_RDONLY) {
+        return Err(RestoreError::WritableRoot { id }.into());
+    }
     match unfit(pid, spec).during("look at", format!("/proc/{pid}"))? {
         Some((path, Unfit::Foreign)) => Err(RestoreError::ForeignFile { id, path }.into()),
         Some((path, Unfit::Closed)) => Err(RestoreError::ClosedDevice { id, path }.into()),
