@@ -190,7 +190,7 @@ pub fn compare(
     for thread in &restored.threads {
         threads::compare(thread, allowed, here, &mut admission);
     }
-    files::compare(restored, &mut admission);
+    files::compare(restored, allowed, &mut admission);
     deleted_files::compare(restored, allowed, &mut admission);
     queued_files::compare(restored, allowed, &mut admission);
     open_files::compare(&restored.privileged_files, allowed, here, &mut admission);

@@ -67,19 +67,19 @@ const FORGERIES: &[(&str, &str)] = &[
     // Through the node's /proc in a volume.
     (
         "opens_no_file('/host/proc/1/environ', mount='/host/proc')",
-        "/environ\" open, which takes CAP_SYS_PTRACE",
+        "/environ\", whose name leads out of the container",
     ),
     (
         "opens_no_file('/host/proc/1/mem', '0x2', '/host/proc')",
-        "/mem\" open, which takes CAP_SYS_PTRACE",
+        "/mem\", whose name leads out of the container",
     ),
     (
         "opens_no_file('/host/proc/1/task/1/maps', '0x0', '/host/proc')",
-        "/maps\" open, which takes CAP_SYS_PTRACE",
+        "/maps\", whose name leads out of the container",
     ),
     (
         "opens_no_file('/host/proc/1/fd', '0x10000', '/host/proc')",
-        "/fd\" open, which takes CAP_SYS_PTRACE",
+        "/fd\", whose name leads out of the container",
     ),
     (
         "opens_no_file('/host/proc/1/oom_score_adj', '0x1', '/host/proc')",

@@ -5,10 +5,12 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Read as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::sys::sysinfo::sysinfo;
+use serde_json::Value;
 use transship_checkpoint::beneath::{Links, open_regular, read_regular};
 use transship_checkpoint::criu_images::mounts::Mount;
 use transship_checkpoint::criu_options::CriuOptions;
@@ -50,10 +52,13 @@ pub(super) fn admit(
     allowed.external_sockets = criu.ext_unix_sk;
     let here = Environment::of_node(&allowed, &rootfs);
     let mut admission = compare(&restored, old, &allowed, &here);
+    let room = memory_of(new);
     let made = RefCell::new(BTreeMap::new());
     let links_in = |mount: &Mount| {
         let mut made = made.borrow_mut();
-        let links = made.entry(mount.id).or_insert_with(|| links_in(dir, mount));
+        let links = made
+            .entry(mount.id)
+            .or_insert_with(|| links_in(dir, mount, room));
         links.clone()
     };
     refuse_links(&restored, &allowed, &rootfs, &links_in, &mut admission);
@@ -61,8 +66,16 @@ pub(super) fn admit(
     Ok(admission)
 }
 
-/// The links that CRIU will make in a tmpfs of the container; none where that cannot be told.
-fn links_in(dir: &Path, mount: &Mount) -> Option<BTreeSet<PathBuf>> {
+/// Bytes of memory that a container may have, and with it its tmpfs: those of the node where the spec has no limit.
+fn memory_of(spec: &Spec) -> u64 {
+    let limit = spec.get("/linux/resources/memory/limit");
+    let limit = limit.and_then(Value::as_u64).unwrap_or(u64::MAX);
+    limit.min(sysinfo().map_or(u64::MAX, |node| node.ram_total()))
+}
+
+/// The links that CRIU will make in a tmpfs of the container; none where that cannot be told, or where more comes out of
+/// the archive than there is `room` for.
+fn links_in(dir: &Path, mount: &Mount, room: u64) -> Option<BTreeSet<PathBuf>> {
     let mut links = BTreeSet::new();
     // The second name is that of CRIU before 2.0.
     for name in [
@@ -73,7 +86,8 @@ fn links_in(dir: &Path, mount: &Mount) -> Option<BTreeSet<PathBuf>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file.ok()?,
         };
-        let mut archive = Archive::new(decompress(BufReader::new(file)).ok()?);
+        let unpacked = decompress(BufReader::new(file)).ok()?;
+        let mut archive = Archive::new(unpacked.take(room));
         while let Some(member) = archive.next_member().ok()? {
             // Another name of a link is one, too.
             if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {

@@ -56,6 +56,7 @@ pub(super) const NET_ADMIN: Capabilities = Capabilities(1 << 12);
 pub(super) const NET_RAW: Capabilities = Capabilities(1 << 13);
 pub(super) const IPC_LOCK: Capabilities = Capabilities(1 << 14);
 pub(super) const SYS_RAWIO: Capabilities = Capabilities(1 << 17);
+pub(super) const SYS_PTRACE: Capabilities = Capabilities(1 << 19);
 pub(super) const SYS_ADMIN: Capabilities = Capabilities(1 << 21);
 pub(super) const SYS_NICE: Capabilities = Capabilities(1 << 23);
 pub(super) const SYS_RESOURCE: Capabilities = Capabilities(1 << 24);

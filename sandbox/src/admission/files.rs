@@ -15,6 +15,7 @@ use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 use transship_checkpoint::criu_images::named_files::NamedFile;
 
 use super::allowance::Allowance;
+use super::capabilities::SYS_PTRACE;
 use super::environment::{is_plain, resolve_within};
 use super::{Admission, Refusal, Restored};
 
@@ -35,19 +36,21 @@ const OF_TRACERS: [&str; 11] = [
 /// Links of `/proc/<pid>` that lead where no path does.
 const LINKS_TO_DIRECTORIES: [&str; 3] = ["root", "cwd", "exe"];
 /// Directories of such links.
-const DIRECTORIES_OF_LINKS: [&str; 2] = ["fd", "map_files"];
+const DIRECTORIES_OF_LINKS: [&str; 3] = ["fd", "map_files", "ns"];
 
 const ELSEWHERE: &str = "whose name leads out of the container";
 const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
 
 /// Compares what the images alone say.
-pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
+pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut Admission) {
     let mut refuse = |file: &NamedFile, why| {
         let path = file.path.clone();
         admission.refuse(Refusal::File { path, why });
     };
     for file in looked_for(restored) {
-        if !is_plain(&file.path) || leads_through_proc(restored, &file.path) {
+        let leads_elsewhere = leads_through_proc(restored, &file.path)
+            || leads_through_foreign_proc(allowed, &file.path);
+        if !is_plain(&file.path) || leads_elsewhere {
             refuse(file, ELSEWHERE);
         }
         let makes = (OFlag::O_CREAT | OFlag::O_TRUNC).bits().cast_unsigned();
@@ -181,6 +184,27 @@ fn leads_through_proc(restored: &Restored, path: &Path) -> bool {
                         LINKS_TO_DIRECTORIES.contains(name) || DIRECTORIES_OF_LINKS.contains(name)
                     }))
     })
+}
+
+/// The same of a volume that is the node's own `/proc`, or a part of it, whose processes are all strangers.
+fn leads_through_foreign_proc(allowed: &Allowance, path: &Path) -> bool {
+    let binds = { allowed.mounts.iter() }.filter_map(|mount| {
+        let part = mount.source.strip_prefix("/proc").ok()?;
+        Some(part.join(path.strip_prefix(&mount.destination).ok()?))
+    });
+    let is_of_stranger = |below: PathBuf| {
+        let mut names = below.iter().filter_map(|it| it.to_str());
+        let is_process = |name: &str| {
+            matches!(name, "self" | "thread-self") || name.bytes().all(|byte| byte.is_ascii_digit())
+        };
+        names.next().is_some_and(is_process)
+            && names.any(|name| {
+                OF_TRACERS.contains(&name)
+                    || LINKS_TO_DIRECTORIES.contains(&name)
+                    || DIRECTORIES_OF_LINKS.contains(&name)
+            })
+    };
+    !allowed.capabilities.has(SYS_PTRACE) && binds.into_iter().any(is_of_stranger)
 }
 
 /// All that CRIU looks for by a name.

@@ -64,6 +64,33 @@ fn what_a_container_could_have_made_may_be_made_again() {
 }
 
 #[test]
+fn the_proc_of_the_node_has_strangers_alone() {
+    let mut spec = spec();
+    spec["mounts"][3]["source"] = "/proc".into();
+    let destination = spec["mounts"][3]["destination"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    for (name, is_refused) in [
+        ("1/mem", true),
+        ("1/fd/3", true),
+        ("7/task/7/ns/mnt", true),
+        ("self/maps", true),
+        ("1/status", false),
+        ("self/mountinfo", false),
+        ("sys/mem", false),
+    ] {
+        let mut images = restored();
+        images
+            .named_files
+            .push(file(&format!("{destination}/{name}")));
+        let refusals = admission(&images, &spec).refusals;
+        let found = refusals.iter().any(|it| it.to_string().contains(name));
+        assert_eq!(found, is_refused, "{name}: {refusals:?}");
+    }
+}
+
+#[test]
 fn a_joined_network_is_none_that_criu_makes() {
     let mut joined = spec();
     joined["linux"]["namespaces"][1]["path"] = "/run/netns/x".into();
