@@ -140,15 +140,20 @@ impl Transaction<'_> {
             late.freeze_again(self.moving).await?;
         }
         self.interrupt.check()?;
+        // The runtime takes as long as the disk.
+        let looks = self.look_at_sources();
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
         self.record.write(&self.pending)?;
         mark_moved(self.moving, &self.pending)?;
-        self.check_stands_still().await
+        for looked in looks.join_all().await {
+            looked?;
+        }
+        Ok(())
     }
 
-    /// A kubelet, whose probes a pod does not answer, may have ended what is dumped, and somebody may have let it go, past
+    /// Whether each still stands still. A kubelet, whose probes a pod does not answer, may have ended what is dumped, and somebody may have let it go, past
     /// containerd, too: then it is not moved, because what runs here would run beside the copy.
-    async fn check_stands_still(&self) -> Result<()> {
+    fn look_at_sources(&self) -> JoinSet<Result<()>> {
         let mut looks = JoinSet::new();
         for container in &self.moving.containers {
             let (node, id) = (self.node.clone(), container.id().to_owned());
@@ -168,10 +173,7 @@ impl Transaction<'_> {
                 }
             });
         }
-        while let Some(looked) = looks.join_next().await {
-            looked.map_err(Error::from).flatten()?;
-        }
-        Ok(())
+        looks
     }
 
     /// Says what will come, and sends the parts of the image that the target lacks.
