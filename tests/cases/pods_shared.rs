@@ -252,10 +252,15 @@ pub(crate) fn run_mates_of(
     Ok(roles.iter().map(run).collect::<Result<_, _>>()?)
 }
 
+/// As a kubelet has them before there is a sandbox: nobody finds a directory that is mounted over later.
 fn make_volumes(node: &Node, pod: &Pod) -> anyhow::Result<[String; 2]> {
     let [work, scratch] = ["work", "scratch"].map(|volume| volume_dir(pod, volume));
     node.shell(&format!(
-        "mkdir -p {work} {scratch}
+        "all=$(dirname {work})
+         if ! [ -d $all ]; then
+             mkdir -p $all.new/work $all.new/scratch; mount -t tmpfs tmpfs $all.new/scratch; mv -T $all.new $all
+         fi
+         mkdir -p {work} {scratch}
          mountpoint -q {scratch} || mount -t tmpfs tmpfs {scratch}; chmod 0777 {work} {scratch}"
     ))
     .run()?;
