@@ -56,6 +56,7 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
     node.shell(&format!("{check} --volumes emptydir")).run()?;
     a_part_of_a_volume_is_told(&node, &cri)?;
     what_is_bound_or_watched_is_told(&node, &cri)?;
+    what_was_updated_is_told(&node, &cri)?;
     node.shell(&format!("{take} --volumes emptydir")).run()?;
     cri.remove_pod(&old)?;
 
@@ -182,6 +183,29 @@ fn what_is_bound_or_watched_is_told(node: &Node, cri: &Cri) -> anyhow::Result<()
         cri.remove_pod(&pod)?;
     }
     Ok(())
+}
+
+/// kubelet removes the directory of the old date; the file that is open has no name any more.
+fn what_was_updated_is_told(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let pod = cri.run_pod(("shop", "updated"), &[], PodNamespaces::Usual)?;
+    let volumes = Volumes::make(node, &pod, "..2025_01", "old")?;
+    let container = PodContainer {
+        command: &[
+            "sh",
+            "-c",
+            "exec 3</etc/settings/key; while :; do sleep 1; done",
+        ],
+        read_only_mounts: &[(&volumes.settings, "/etc/settings")],
+        ..holder(&[])
+    };
+    let id = cri.run_container(&pod, &container)?;
+    cri.exec(&id, &["cat", "/proc/1/fd/3"])?;
+    node.shell("transship check --pod shop/updated").run()?;
+    node.shell(&format!("rm -r {}/..2025_01", volumes.settings))
+        .run()?;
+    let found = told(node, "transship check --pod shop/updated")?;
+    says(&found, "problem  deleted-read-only")?;
+    Ok(cri.remove_pod(&pod)?)
 }
 
 fn refused(

@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 78] = [
+pub static CONDITIONS: [Condition; 79] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -190,6 +190,15 @@ pub static CONDITIONS: [Condition; 78] = [
         criu_says: &["Can't lookup mount="],
     },
     Condition {
+        name: "deleted-read-only",
+        effect: Effect::NoRestore,
+        what: "it has files open that were removed from a mount that it may only read (those of a ConfigMap or Secret that \
+               was updated), where nothing is made again",
+        remedy: "let it open the new ones (many programs do on SIGHUP), or close them before the checkpoint",
+        seen: "/proc/PID/fd, /proc/PID/map_files",
+        criu_says: &[],
+    },
+    Condition {
         name: "ghost-limit",
         effect: Effect::NoDump,
         what: "it has large files open whose names are removed",
@@ -243,7 +252,7 @@ pub static CONDITIONS: [Condition; 78] = [
         name: "privileged-file",
         effect: Effect::NoRestore,
         what: "it has files open in which who has a capability sees more than it may (/proc/PID/pagemap, \
-               /proc/kallsyms), and CRIU would open them with every capability",
+               /proc/kallsyms, files of processes or namespaces of others), and CRIU would open them with every capability",
         remedy: "close them before the checkpoint, or run it with the capability",
         seen: "/proc/PID/fd, /proc/PID/status: CapBnd",
         criu_says: &[],

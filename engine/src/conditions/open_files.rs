@@ -3,6 +3,7 @@
 //! ```text
 //!  /proc/PID/fd/N     -> anon_inode:[io_uring]    a kind
 //!  /proc/PID/fd/N     -> /data/x (deleted)        no link left: a ghost file, up to a limit
+//!                        the same, on a read-only mount    cannot be made again
 //!  /proc/PID/maps     /dev/shm/sem.y (deleted)    links left: found by another name (link-remap)
 //! ```
 //!
@@ -16,6 +17,7 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::shared_dirs::SharedDir;
@@ -58,8 +60,8 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
             }
             FDTarget::AnonInode(kind) => hits.extend(unknown_kind(seen, kind)),
             FDTarget::Path(path) => {
-                let metadata = || fs::metadata(seen.descriptor(number)).ok();
-                hits.extend(without_its_name(subject, seen, path, metadata));
+                let found = || found_at(&seen.descriptor(number));
+                hits.extend(without_its_name(subject, seen, path, found));
             }
             _ => {}
         }
@@ -125,8 +127,8 @@ fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
             return None;
         };
         let (from, to) = map.address;
-        let file = format!("/proc/{}/map_files/{from:x}-{to:x}", seen.pid);
-        without_its_name(subject, seen, path, || fs::metadata(file).ok())
+        let link = format!("/proc/{}/map_files/{from:x}-{to:x}", seen.pid);
+        without_its_name(subject, seen, path, || found_at(&link))
     });
     hits.collect()
 }
@@ -135,19 +137,20 @@ fn without_its_name(
     subject: &Subject,
     seen: &Seen,
     path: &Path,
-    metadata: impl FnOnce() -> Option<Metadata>,
+    found: impl FnOnce() -> Option<(Metadata, bool)>,
 ) -> Option<Hit> {
     let name = path.to_str()?.strip_suffix(DELETED)?;
     if MEMORY.iter().any(|memory| name.starts_with(memory)) {
         return None;
     }
-    let file = metadata().filter(Metadata::is_file)?;
+    let (file, is_read_only) = found().filter(|(file, _)| file.is_file())?;
     if is_its_name(seen, path, &file) {
         return None;
     }
     let limit = subject.criu.ghost_limit.unwrap_or(GHOST_LIMIT);
     let shown = name.escape_debug();
     match file.nlink() {
+        0 if is_read_only => Some(("deleted-read-only", shown.to_string())),
         0 => {
             let size = file.len().min(file.blocks() * 512);
             (size > limit).then(|| ("ghost-limit", format!("{shown}, {size} bytes")))
@@ -157,6 +160,13 @@ fn without_its_name(
         }
         _ => (!subject.criu.link_remap).then(|| ("link-remap", shown.to_string())),
     }
+}
+
+/// A file that is open, and whether it was opened on a read-only mount.
+fn found_at(link: &str) -> Option<(Metadata, bool)> {
+    let file = fs::metadata(link).ok()?;
+    let flags = statvfs(link).ok()?.flags();
+    Some((file, flags.contains(FsFlags::ST_RDONLY)))
 }
 
 /// Whether the file is called so: that it ends as the kernel's names of removed files do is chance.
@@ -220,7 +230,9 @@ mod tests {
         let processes = Processes::read(own, &[own]);
         let name = |path: &str, of: &Metadata, criu: &CriuOptions| {
             let (subject, seen) = (subject(criu.clone()), &processes.tree[0]);
-            let hit = without_its_name(&subject, seen, Path::new(path), || Some(of.clone()));
+            let hit = without_its_name(&subject, seen, Path::new(path), || {
+                Some((of.clone(), false))
+            });
             hit.map(|(name, _)| name)
         };
         let called_so = dir.path().join("y (deleted)");
