@@ -38,6 +38,7 @@ mod mounts;
 mod multicast;
 mod namespaces;
 mod needs;
+mod netlink;
 mod network_rules;
 mod open_files;
 mod outside_sockets;

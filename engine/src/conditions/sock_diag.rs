@@ -1,9 +1,9 @@
 //! The other ends of unix sockets, their files and what waits in them, which only `sock_diag(7)` tells.
 //!
 //! ```text
-//!  request  nlmsghdr { len u32, type u16 = 20, flags u16 = 0x301, seq u32, pid u32 }
+//!  question  type 20 (netlink)
 //!           unix_diag_req { family u8 = 1, protocol u8, pad u16, states u32, inode u32, show u32, cookie [u32; 2] }
-//!  answer   nlmsghdr { len, type = 20 | 2 (error) | 3 (done), ... }
+//!  answer    type 20
 //!           unix_diag_msg { family u8, type u8, state u8, pad u8, inode u32, cookie [u32; 2] }
 //!           nlattr { len u16, type u16 = 1 (file) } inode u32, device u32
 //!           nlattr { len u16, type u16 = 2 (peer) } inode u32
@@ -15,27 +15,21 @@
 //! the container.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-};
+use nix::sys::socket::SockProtocol;
 
+use super::netlink::{self, u32_at};
 use crate::network_namespace::within;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const REQUEST_DUMP: u16 = 0x301;
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
 /// `UDIAG_SHOW_VFS`, `_PEER`, `_ICONS` and `_RQLEN`.
 const SHOW: u32 = 2 | 4 | 8 | 16;
 const ATTRIBUTE_FILE: u16 = 1;
 const ATTRIBUTE_PEER: u16 = 2;
 const ATTRIBUTE_ICONS: u16 = 3;
 const ATTRIBUTE_RQLEN: u16 = 4;
-/// Lengths of `nlmsghdr` and `unix_diag_msg`.
-const HEADER: usize = 16;
+/// Length of `unix_diag_msg`.
 const MESSAGE: usize = 16;
 /// More sockets than this are not looked at.
 const SOCKETS: usize = 1 << 20;
@@ -65,36 +59,23 @@ pub(crate) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
 }
 
 fn ask() -> Result<BTreeMap<u64, UnixSocket>, Errno> {
-    let socket: OwnedFd = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkSockDiag,
-    )?;
-    let to_kernel = NetlinkAddr::new(0, 0);
-    sendto(
-        socket.as_raw_fd(),
-        &request(),
-        &to_kernel,
-        MsgFlags::empty(),
-    )?;
     let mut sockets = BTreeMap::new();
-    let mut buffer = vec![0; 64 << 10];
-    while sockets.len() < SOCKETS {
-        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        if length == 0 || read(&buffer[..length], &mut sockets) {
-            break;
-        }
-    }
+    netlink::list(
+        SockProtocol::NetlinkSockDiag,
+        SOCK_DIAG_BY_FAMILY,
+        &wanted(),
+        |kind, message| {
+            if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
+                sockets.insert(inode, socket);
+            }
+            sockets.len() < SOCKETS
+        },
+    )?;
     Ok(sockets)
 }
 
-fn request() -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(40);
-    bytes.extend(40_u32.to_ne_bytes());
-    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend(REQUEST_DUMP.to_ne_bytes());
-    bytes.extend([0; 8]);
+fn wanted() -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(24);
     // AF_UNIX; every state; every inode.
     bytes.extend([1, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes());
@@ -104,33 +85,13 @@ fn request() -> Vec<u8> {
     bytes
 }
 
-/// Reads the messages of one datagram; true at the end of the answer.
-fn read(mut bytes: &[u8], sockets: &mut BTreeMap<u64, UnixSocket>) -> bool {
-    while let (Some(length), Some(kind)) = (u32_at(bytes, 0), u16_at(bytes, 4)) {
-        let length = usize::try_from(length).unwrap_or(usize::MAX);
-        if matches!(kind, ERROR | DONE) || length < HEADER {
-            return true;
-        }
-        let Some(message) = bytes.get(HEADER..length) else {
-            return true;
-        };
-        if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
-            sockets.insert(inode, socket);
-        }
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    false
-}
-
 fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
     let mut socket = UnixSocket {
         kind: *message.get(1)?,
         ..UnixSocket::default()
     };
     let inode = u32_at(message, 4)?;
-    let mut attributes = message.get(MESSAGE..)?;
-    while let (Some(length), Some(name)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-        let value = attributes.get(4..usize::from(length))?;
+    for (name, value) in netlink::attributes(message.get(MESSAGE..)?) {
         match name {
             ATTRIBUTE_FILE => {
                 socket.file = u32_at(value, 0);
@@ -145,25 +106,14 @@ fn socket_of(message: &[u8]) -> Option<(u64, UnixSocket)> {
             ATTRIBUTE_RQLEN => socket.unread = u32_at(value, 4)?,
             _ => {}
         }
-        let next = usize::from(length).next_multiple_of(4);
-        attributes = attributes.get(next..).unwrap_or_default();
     }
     Some((u64::from(inode), socket))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    let bytes = bytes.get(at..at + 4)?;
-    Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    let bytes = bytes.get(at..at + 2)?;
-    Some(u16::from_ne_bytes(bytes.try_into().ok()?))
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::os::fd::AsRawFd as _;
     use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::UnixStream;
 
@@ -190,15 +140,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_ends_the_answer() {
-        let mut none = BTreeMap::new();
-        let whole = request();
-        for length in 0..whole.len() {
-            assert_eq!(read(&whole[..length], &mut none), length >= 6, "{length}");
-        }
-        assert!(none.is_empty());
+    fn who_waits_is_in_an_attribute() {
         assert_eq!(socket_of(&[0; 15]), None);
-        assert_eq!(socket_of(&[0; 20]), None);
         let waiting = [&[0; MESSAGE][..], &[12, 0, 3, 0, 7, 0, 0, 0, 0, 0, 0, 0]].concat();
         if cfg!(target_endian = "little") {
             assert_eq!(socket_of(&waiting).unwrap().1.waiting, [7, 0]);
