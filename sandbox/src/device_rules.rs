@@ -17,8 +17,8 @@ use nix::sys::stat::{major, minor};
 use transship_checkpoint::spec::Spec;
 
 /// Character devices of every container: null, zero, full, random, urandom, tty, console, ptmx, all of devpts, and tun
-/// (crun, and runc before 1.2.0).
-const OF_EVERYBODY: [(i64, Option<i64>); 10] = [
+/// (crun, and runc before 1.2.0; containerd 1.6).
+pub(crate) const OF_EVERYBODY: [(i64, Option<i64>); 10] = [
     (1, Some(3)),
     (1, Some(5)),
     (1, Some(7)),

@@ -23,6 +23,8 @@ use serde_json::Value;
 use transship_checkpoint::annotations::PREFIX;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides, OPTIONS};
 
+use crate::device_rules::OF_EVERYBODY;
+
 /// Something that a checkpoint may ask for and only the node's operator can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -167,21 +169,6 @@ pub const READ_ONLY: [&str; 5] = [
 
 /// The namespaces that every container has for itself, or shares with a sandbox.
 const NAMESPACES: [&str; 5] = ["ipc", "mount", "network", "pid", "uts"];
-
-/// Character devices of every container: null, zero, full, random, urandom, tty, console, ptmx, all of
-/// devpts, and tun (containerd 1.6).
-const CHARACTER_DEVICES: [(u64, Option<u64>); 10] = [
-    (1, Some(3)),
-    (1, Some(5)),
-    (1, Some(7)),
-    (1, Some(8)),
-    (1, Some(9)),
-    (5, Some(0)),
-    (5, Some(1)),
-    (5, Some(2)),
-    (10, Some(200)),
-    (136, None),
-];
 
 /// Files of the node that `ctr run --net-host` mounts read-only, on their own path.
 const NETWORK_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
@@ -507,8 +494,8 @@ fn devices(value: &Value, found: &mut Vec<Refusal>) {
 
 fn device_rules(value: &Value, found: &mut Vec<Refusal>) {
     let harmless = |rule: &Value| {
-        let number = |field: &str| rule[field].as_u64();
-        let known = CHARACTER_DEVICES.iter().any(|(major, minor)| {
+        let number = |field: &str| rule[field].as_i64();
+        let known = OF_EVERYBODY.iter().any(|(major, minor)| {
             number("major") == Some(*major) && (minor.is_none() || number("minor") == *minor)
         });
         rule["allow"] == false
