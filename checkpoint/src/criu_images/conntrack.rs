@@ -12,11 +12,10 @@
 
 use std::path::Path;
 
-use super::{IMAGE_LIMIT, ImageError, Kind, list, u32_at};
+use super::kernel_messages::{HEAD, are_all};
+use super::{IMAGE_LIMIT, ImageError, Kind, list};
 use crate::beneath::{Links, read_regular};
 
-/// `struct nlmsghdr`.
-pub(super) const HEAD: usize = 16;
 /// `struct nfgenmsg`, with which each message of netfilter begins.
 const NETFILTER_HEAD: usize = 4;
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW`.
@@ -49,19 +48,8 @@ pub fn check(dir: &Path) -> Result<(), ImageError> {
     Ok(())
 }
 
-fn are_messages(mut body: &[u8], wanted: u16) -> bool {
-    while !body.is_empty() {
-        let length = u32_at(body, 0).and_then(|length| usize::try_from(length).ok());
-        let kind = u32_at(body, 4).map(|word| word & 0xffff);
-        let (Some(length), Some(kind)) = (length, kind) else {
-            return false;
-        };
-        if kind != u32::from(wanted) || length < HEAD + NETFILTER_HEAD || length > body.len() {
-            return false;
-        }
-        body = &body[length..];
-    }
-    true
+fn are_messages(body: &[u8], wanted: u16) -> bool {
+    are_all(body, wanted.into(), HEAD + NETFILTER_HEAD, 1)
 }
 
 #[cfg(test)]

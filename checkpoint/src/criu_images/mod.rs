@@ -26,6 +26,7 @@ pub mod inet_sockets;
 pub mod inventory;
 pub mod ipc_sysctls;
 pub mod ipcns;
+mod kernel_messages;
 pub mod lazy_memory;
 pub mod memory_apart;
 pub mod mounts;

@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::conntrack::HEAD;
+use super::kernel_messages::{HEAD, are_all};
 use super::strict::is_ambiguous;
 use super::{IMAGE_LIMIT, Image, ImageError, Kind, file_names, list, u32_at};
 use crate::beneath::{Links, read_regular};
@@ -81,25 +81,7 @@ pub fn check(dir: &Path) -> Result<(), ImageError> {
 }
 
 fn is_saved(saved: &[u8], magic: u32, wanted: u32) -> bool {
-    if u32_at(saved, 0) != Some(magic) {
-        return false;
-    }
-    let mut messages = &saved[4..];
-    while !messages.is_empty() {
-        let length = u32_at(messages, 0).and_then(|length| usize::try_from(length).ok());
-        let kind = u32_at(messages, 4).map(|word| word & 0xffff);
-        let (Some(length), Some(kind)) = (length, kind) else {
-            return false;
-        };
-        let Some(padded) = length.checked_next_multiple_of(4) else {
-            return false;
-        };
-        if kind != wanted || length < HEAD || padded > messages.len() {
-            return false;
-        }
-        messages = &messages[padded..];
-    }
-    true
+    u32_at(saved, 0) == Some(magic) && are_all(&saved[4..], wanted, HEAD, 4)
 }
 
 #[cfg(test)]
