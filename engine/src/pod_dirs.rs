@@ -148,8 +148,9 @@ async fn open_in_left(
     }
     let places: Vec<PathBuf> = spec.mount_destinations();
     let pids = node.pids(source.id()).await?;
+    let sockets = bound_sockets(source.pid);
     let found = pids.iter().find_map(|pid| {
-        open_below(*pid, &places, &|place| {
+        open_below(*pid, &sockets, &places, &|place| {
             left.iter().find(|it| it.destination == place).cloned()
         })
     });
@@ -194,10 +195,12 @@ fn bound_sockets(pid: u32) -> BTreeMap<String, PathBuf> {
     bound.collect()
 }
 
-/// Something that a process has open, mapped, as its working directory or as the name of a socket, in a mount that `wanted` knows;
+/// Something that a process has open, mapped, as its working directory or as the name of one of `sockets`, in a mount that
+/// `wanted` knows;
 /// `places` are where the container has mounts.
 fn open_below<M>(
     pid: u32,
+    sockets: &BTreeMap<String, PathBuf>,
     places: &[PathBuf],
     wanted: &dyn Fn(&Path) -> Option<M>,
 ) -> Option<(PathBuf, M)> {
@@ -212,7 +215,6 @@ fn open_below<M>(
         .flatten()
         .flatten();
     let links = fds.map(|fd| fd.path()).chain([proc.join("cwd")]);
-    let sockets = bound_sockets(pid);
     let open = links.filter_map(|link| {
         let target = fs::read_link(link).ok()?;
         let bound = target.to_str().and_then(|target| sockets.get(target));
