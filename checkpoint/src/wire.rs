@@ -13,7 +13,7 @@
 //!
 //! migration (source >, target <):
 //!   > Offer            what is coming, one container or those of a pod; the target checks all that it can
-//!   < Need             the blobs of the images that it lacks, and where it can be reached directly
+//!   < Need             the blobs of the images that it lacks, where it can be reached directly, and what its node is like
 //!   > (Blob data*)*  ImageEnd            which says how many direct connections there are: n
 //!   < Ready            the images are unpacked, and a pod has its sandbox; which files may come before the freeze
 //!   n = 0:
@@ -65,7 +65,7 @@ pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
@@ -258,6 +258,8 @@ pub enum Message {
         /// Where files can be sent directly.
         #[serde(default)]
         direct: Option<DataPlace>,
+        /// What its node is like: what `transship check --node` prints there.
+        facts: String,
     },
     /// A blob follows.
     Blob {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use transship_checkpoint::criu_options::CriuOverrides;
+use transship_engine::check::lacking::MayLack;
 use transship_engine::conversation::LINK_PATIENCE;
 use transship_engine::data_channel::DataAddress;
 use transship_engine::migrate::PrecopyBounds;
@@ -572,6 +573,9 @@ pub(crate) struct MigrateArgs {
     /// Accept that a copy is lost whose source or link goes before it has all of its memory
     #[arg(long, requires = "lazy")]
     pub(crate) accept_loss: bool,
+    /// What the other node may lack of what is compared before the freeze: limit, memory, processor, security-module
+    #[arg(long, value_name = "NAME[,NAME]")]
+    pub(crate) may_lack: Option<MayLack>,
     /// Address at which the other node listens for the bulk of the data, none for the command's pipe
     /// [default: the one that ssh has reached it by]
     #[arg(long, value_name = "ADDRESS")]

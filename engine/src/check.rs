@@ -7,12 +7,14 @@
 //!  layers      whether those of images reach our differ, where snapshots lie    (its configuration is read)
 //!  container   the conditions that containers are in (engine::conditions)
 //!  node_facts  this node for another one  --> compare: what a container would come up against there
+//!  lacking     that comparison as a migration makes it, before it freezes anything
 //! ```
 
 mod compare;
 pub mod container;
 pub mod containerd;
 pub mod host;
+pub mod lacking;
 mod layers;
 pub mod node_facts;
 mod version;
@@ -79,6 +81,13 @@ impl Finding {
         }
     }
 
+    /// What was found, and what to do about it.
+    pub fn text(&self) -> String {
+        let remedy = self.remedy.iter().map(|remedy| format!("; {remedy}"));
+        let remedy: String = remedy.collect();
+        format!("{}{remedy}", self.found)
+    }
+
     /// For people.
     pub fn line(&self) -> String {
         let verdict = match self.verdict {
@@ -86,8 +95,6 @@ impl Finding {
             Verdict::Note => "note",
             Verdict::Problem => "problem",
         };
-        let remedy = self.remedy.iter().map(|remedy| format!("; {remedy}"));
-        let remedy: String = remedy.collect();
-        format!("{verdict:<8} {:<12} {}{remedy}\n", self.what, self.found)
+        format!("{verdict:<8} {:<12} {}\n", self.what, self.text())
     }
 }

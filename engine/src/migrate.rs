@@ -24,6 +24,7 @@ use transship_checkpoint::wire::WireError;
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
+use crate::check::lacking::MayLack;
 use crate::conversation::{Conversation, LINK_PATIENCE};
 use crate::cri_pods::CriPods;
 use crate::data_channel::DataAddress;
@@ -104,6 +105,8 @@ pub struct Request {
     pub is_lazy: bool,
     /// What is sent before the freeze.
     pub precopy: PrecopyBounds,
+    /// What of a comparison of the nodes the other one may lack.
+    pub may_lack: MayLack,
     /// Where the other node is to listen for the bulk of the data; none: where it thinks best.
     pub data_address: Option<DataAddress>,
     /// How it is made on the other node. CRIU's options hold for the dump as well.
@@ -126,6 +129,7 @@ impl Request {
             link_patience: LINK_PATIENCE,
             is_lazy: false,
             precopy: PrecopyBounds::default(),
+            may_lack: MayLack::default(),
             data_address: None,
             target: Target::default(),
         }

@@ -90,6 +90,8 @@ pub struct SourceContainer {
     pub stopped: Vec<String>,
     /// What it would lose.
     pub losing: Vec<Found>,
+    /// What it needs of a node.
+    pub needs: Needs,
     /// Its log, which comes along.
     pub log: Option<PathBuf>,
     /// What CRIU is to look for by its path.
@@ -227,7 +229,7 @@ pub async fn inspect(
         called,
         found,
         source,
-        needs: _,
+        needs,
     } = look(node, record, task, criu).await?;
     let (hindering, losing): (Vec<Found>, Vec<Found>) =
         found.into_iter().partition(|found| found.hinders());
@@ -240,6 +242,7 @@ pub async fn inspect(
             }
             Ok(SourceContainer {
                 losing,
+                needs,
                 _in_use: in_use,
                 ..source
             })
@@ -376,6 +379,7 @@ pub async fn look(
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
         losing: Vec::new(),
+        needs: Needs::default(),
         log: container_log::path(record, &task.stdout),
         watched: seen.watched,
         by_containerd,

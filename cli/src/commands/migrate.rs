@@ -74,6 +74,7 @@ fn request(args: MigrateArgs) -> Request {
             rounds: args.max_precopy_rounds,
             time: (args.max_precopy_time).unwrap_or(PrecopyBounds::default().time),
         },
+        may_lack: args.may_lack.unwrap_or_default(),
         data_address: args.data_address,
         target: args.target.target(args.criu.overrides()),
         ..Request::new(what, args.to)

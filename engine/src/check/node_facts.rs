@@ -22,12 +22,15 @@ use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 pub use transship_checkpoint::manifest::Processor;
 use transship_checkpoint::manifest::Source;
+use transship_checkpoint::shown_text::printable;
 use transship_checkpoint::store::DEFAULT_ROOT;
 use transship_containerd::Containerd;
 
 use super::{Version, host};
 use crate::error::{Context, Error, Result};
 
+/// Bytes of them; features of a processor are most of it.
+const MOST_BYTES: usize = 64 << 10;
 /// The version of what is printed.
 const FORMAT: u32 = 1;
 /// Limits that a container may come up against.
@@ -111,6 +114,14 @@ impl NodeFacts {
         })
     }
 
+    /// What [`Self::parse`] reads, in one line.
+    ///
+    /// # Errors
+    /// Never, with what this has.
+    pub fn json(&self) -> Result<String> {
+        serde_json::to_string(self).context("cannot write what this node is like")
+    }
+
     /// Tells in a manifest what was asked of this node.
     pub(crate) fn complete(self, source: &mut Source) {
         source.criu = self.criu;
@@ -126,14 +137,36 @@ impl NodeFacts {
     /// # Errors
     /// It is something else, or of a later version.
     pub fn parse(json: &[u8]) -> Result<Self> {
+        let json = { Some(json).filter(|json| json.len() <= MOST_BYTES) }.unwrap_or_default();
         let facts: Self = serde_json::from_slice(json)
             .context("this is not what transship check --node prints")?;
         if facts.format == FORMAT {
-            return Ok(facts);
+            return Ok(facts.shown());
         }
         let format = facts.format;
         let message = format!("transship check --node of another version wrote this ({format})");
         Err(Error::failed(message))
+    }
+}
+
+impl NodeFacts {
+    /// Its texts, which another node has written, as they can be shown.
+    fn shown(mut self) -> Self {
+        let texts = [
+            &mut self.architecture,
+            &mut self.kernel,
+            &mut self.processor.model,
+        ];
+        let versions = [
+            &mut self.criu,
+            &mut self.runc,
+            &mut self.crun,
+            &mut self.containerd,
+        ];
+        for text in texts.into_iter().chain(versions.into_iter().flatten()) {
+            *text = printable(text);
+        }
+        self
     }
 }
 

@@ -24,6 +24,8 @@ use super::late_pages::PageServer;
 use super::moving::Moving;
 use super::record::{Pending, Record};
 use super::{Request, mark_moved, network, resume_source, unmark_moved};
+use crate::check::lacking;
+use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::error::{Context, Error, Result};
@@ -223,10 +225,21 @@ impl Transaction<'_> {
             .send(Message::Offer(Box::new(offer)))
             .await?;
         self.conversation.watch(self.request.link_patience)?;
-        let (needed, place) = match self.conversation.receive("the target's answer").await? {
-            Message::Need { digests, direct } => (digests, direct),
+        let here = NodeFacts::of_this(Some(self.node));
+        let (needed, place, there) = match self.conversation.receive("the target's answer").await? {
+            Message::Need {
+                digests,
+                direct,
+                facts,
+            } => (digests, direct, NodeFacts::parse(facts.as_bytes())?),
             other => return Err(unexpected("the target's answer", &other).into()),
         };
+        let needs: Vec<_> = self.moving.containers.iter().map(|it| &it.needs).collect();
+        let called = self.moving.called();
+        let may_lack = &self.request.may_lack;
+        for note in lacking::check(&called, &needs, (&here.await?, &there), may_lack)? {
+            tracing::info!("the other node: {}: {}", note.what, note.text());
+        }
         let mut bytes = 0;
         for (digest, size) in blobs.iter().filter(|(digest, _)| needed.contains(digest)) {
             self.send_blob(digest, *size).await?;

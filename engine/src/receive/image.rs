@@ -10,6 +10,7 @@ use transship_containerd::{Containerd, ContainerdError};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
+use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::data_channel::Connections;
 use crate::error::{Context, Error, Result};
@@ -57,6 +58,7 @@ pub(super) async fn receive(
         .send(Message::Need {
             digests: missing.clone(),
             direct: place,
+            facts: NodeFacts::of_this(Some(node)).await?.json()?,
         })
         .await?;
     loop {
