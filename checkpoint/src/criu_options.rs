@@ -16,13 +16,15 @@ mod config_line;
 mod losses;
 mod overrides;
 mod table;
+mod values;
 
 use serde::{Deserialize, Serialize};
 
 pub use config_line::{ConfigLine, ConfigLineError};
 pub use losses::{Losses, NETWORK};
-pub use overrides::{CriuOverrides, OptionError};
+pub use overrides::CriuOverrides;
 pub use table::{Author, CriuOption, OPTIONS, Phase, SEVERAL, SWITCH, documentation};
+pub use values::OptionError;
 
 /// How a dump treats established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -24,15 +24,12 @@ use crate::criu_options::CriuOptions;
 use crate::shared_dirs::{SHARED_DIR, SharedDir};
 use crate::shown_text::deceives;
 
+pub use crate::shared_dirs::CONTENTS_DIR;
+
 /// File name of the manifest inside of a checkpoint.
 pub const MANIFEST_FILE: &str = "transship.json";
 /// Directory of the CRIU images inside of a container's directory.
 pub const IMAGES_DIR: &str = "checkpoint";
-/// In a migration: contents of files that come before the layer of the container, `0`, `1`, ...; see
-/// `transship_layer::send_contents`. They get their places with the layer, and are in no checkpoint. Those of an emptyDir
-/// are in a directory with its name in that of [`SHARED_DIR`].
-pub const CONTENTS_DIR: &str = "contents";
-
 /// Where they are before that: a directory of this name at the top of the upperdir or emptyDir that the layer fills. `of` is
 /// what that is filled for, and tells it from the directories of others.
 #[must_use]

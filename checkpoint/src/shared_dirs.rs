@@ -11,10 +11,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::CONTENTS_DIR;
-
 /// Directory of the shared directories inside of a checkpoint. No container is called so.
 pub const SHARED_DIR: &str = ".shared";
+/// In a migration: contents of files that come before the layer of the container, `0`, `1`, ...; see
+/// `transship_layer::send_contents`. They get their places with the layer, and are in no checkpoint. Those of an emptyDir
+/// are in a directory with its name in that of [`SHARED_DIR`].
+pub const CONTENTS_DIR: &str = "contents";
 
 /// A directory that all containers of a pod can share.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

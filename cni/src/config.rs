@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use transship_path_error::During as _;
 
-use crate::{CniError, results};
+use crate::CniError;
+use crate::listing::list;
 
 /// What configurations are called; others in the directory are none.
 const EXTENSIONS: [&str; 3] = ["conflist", "conf", "json"];
@@ -63,7 +64,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
         let extension = path.extension().and_then(|it| it.to_str());
         extension.is_some_and(|it| EXTENSIONS.contains(&it))
     };
-    let mut files = results::files(dir)?;
+    let mut files = list(dir)?;
     files.retain(is_configuration);
     Ok(files)
 }

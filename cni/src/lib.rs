@@ -4,6 +4,7 @@
 //!  /etc/cni/net.d/*.conflist ── config ──> plugins of a network
 //!                                            └─ plugin: ADD one after the other, DEL in reverse
 //!  /var/lib/cni/results/     ── results <── what was made: written and read as libcni does it
+//!                               (listing: the files of either directory)
 //! ```
 //!
 //! `ctr --cni` and `nerdctl` know a container as `<namespace>-<id>`. Which networks one has is in the results
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use transship_path_error::PathError;
 
 mod config;
+mod listing;
 mod plugin;
 mod results;
 

@@ -12,7 +12,6 @@
 //! Results before version 0.3.0 of the specification have `ip4` and `ip6` instead of lists.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
@@ -21,6 +20,7 @@ use serde_json::{Value, json};
 use transship_path_error::During as _;
 
 use crate::config::Network;
+use crate::listing::list;
 use crate::{Address, Attachment, CniError, PortMapping};
 
 const KIND: &str = "cniCacheV1";
@@ -28,7 +28,7 @@ const KIND: &str = "cniCacheV1";
 /// The networks of a container, by its results.
 pub(crate) fn read(dir: &Path, container: &str) -> Result<Vec<Attachment>, CniError> {
     let mut found = Vec::new();
-    for file in files(dir)? {
+    for file in list(dir)? {
         let named = file.file_name().and_then(|name| name.to_str());
         // Its parts may have dashes themselves: what it says counts.
         if !named.is_some_and(|name| name.contains(container)) {
@@ -46,7 +46,7 @@ pub(crate) fn read(dir: &Path, container: &str) -> Result<Vec<Attachment>, CniEr
 /// The ports of the node that lead to containers, and to which.
 pub(crate) fn ports(dir: &Path) -> Result<Vec<(String, PortMapping)>, CniError> {
     let mut found = Vec::new();
-    for file in files(dir)? {
+    for file in list(dir)? {
         let text = fs::read(&file).during("read", &file)?;
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
         let container = json["containerId"].as_str().unwrap_or_default();
@@ -54,18 +54,6 @@ pub(crate) fn ports(dir: &Path) -> Result<Vec<(String, PortMapping)>, CniError> 
         found.extend(ports.map(|port| (container.to_owned(), port)));
     }
     Ok(found)
-}
-
-/// What is in a directory, in its order; nothing in one that is not there.
-pub(crate) fn files(dir: &Path) -> Result<Vec<PathBuf>, CniError> {
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.during("list", dir)?,
-    };
-    let paths: io::Result<Vec<_>> = entries.map(|entry| Ok(entry?.path())).collect();
-    let mut files = paths.during("list", dir)?;
-    files.sort();
-    Ok(files)
 }
 
 fn ports_of(json: &Value) -> Vec<PortMapping> {

@@ -11,7 +11,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use crate::{Sha256, Through};
+use crate::Sha256;
+
+/// What has gone through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Through {
+    /// Bytes.
+    pub size: u64,
+    /// Their SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
 
 /// Bytes of a piece.
 pub const PIECE: usize = 128 << 10;

@@ -13,8 +13,8 @@
 mod beside;
 mod through;
 
-pub use beside::{HashedBeside, PIECE, Piece, Pieces};
-pub use through::{Hashed, Through};
+pub use beside::{HashedBeside, PIECE, Piece, Pieces, Through};
+pub use through::Hashed;
 
 use data_encoding::HEXLOWER;
 use ring::digest::{Context, SHA256};

@@ -2,22 +2,13 @@
 
 use std::io::{self, Read, Write};
 
-use crate::HashedBeside;
+use crate::beside::{HashedBeside, Through};
 
 /// A reader or writer, and what has gone through it. The digest of much is taken on a thread.
 #[derive(Debug)]
 pub struct Hashed<I> {
     inner: I,
     hasher: HashedBeside,
-}
-
-/// What has gone through.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Through {
-    /// Bytes.
-    pub size: u64,
-    /// Their SHA-256, lower-case hexadecimal.
-    pub sha256: String,
 }
 
 impl<I> Hashed<I> {

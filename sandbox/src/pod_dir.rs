@@ -50,8 +50,11 @@ impl PodDir {
         })
     }
 
-    pub(crate) fn of_dir(dir: PathBuf) -> Self {
-        Self { dir }
+    /// The sandbox that a restore is in.
+    #[must_use]
+    pub fn of_staged(staged: &Staged) -> Option<Self> {
+        let dir = staged.path().parent()?.parent()?.to_path_buf();
+        Some(Self { dir })
     }
 
     /// Its path.
@@ -300,7 +303,7 @@ impl PodDir {
 pub(crate) fn remove_forgotten(run_dir: &Path) {
     let pods = fs::read_dir(run_dir.join("pods")).into_iter().flatten();
     for pod in pods.flatten() {
-        drop(PodDir::of_dir(pod.path()).remove_forgotten());
+        drop(PodDir { dir: pod.path() }.remove_forgotten());
     }
 }
 

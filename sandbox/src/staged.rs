@@ -32,7 +32,6 @@ use transship_path_error::During as _;
 
 use crate::error::SandboxError;
 use crate::files::{remove_tree, replace};
-use crate::pod_dir::PodDir;
 
 /// The command of the runtime front that lets a container go whose `start` has answered while its tasks are held,
 /// because it came with a migration. No OCI runtime has it.
@@ -85,13 +84,6 @@ impl Staged {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.dir
-    }
-
-    /// The sandbox that it is in.
-    #[must_use]
-    pub fn pod(&self) -> Option<PodDir> {
-        let dir = self.dir.parent()?.parent()?.to_path_buf();
-        Some(PodDir::of_dir(dir))
     }
 
     /// How far it is.

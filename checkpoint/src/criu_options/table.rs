@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::overrides::{GhostLimit, LsmProfile, MountContext, OptionError, Switch};
+use super::values::{GhostLimit, LsmProfile, MountContext, OptionError, Switch};
 use super::{CriuOptions, EmptyNamespace};
 
 /// When an option means something.

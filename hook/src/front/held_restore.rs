@@ -305,7 +305,7 @@ impl Front<'_> {
     /// Takes the checkpoint away when it is to be restored once, and nothing in the sandbox waits for it. What
     /// cannot be removed now, because its memory is still read, `transship serve` removes.
     pub(super) fn take_away(&self, restore: &HeldRestore) {
-        let pod = Staged::at(restore.staged.clone()).pod();
+        let pod = PodDir::of_staged(&Staged::at(restore.staged.clone()));
         if restore.once.is_none() || pod.is_some_and(|pod| pod.has_restores()) {
             return;
         }
@@ -332,7 +332,7 @@ impl Front<'_> {
             return Ok(give_back(consumed)?);
         }
         let staged = Staged::at(restore.staged.clone());
-        let Some(pod) = staged.pod().filter(|_| staged.path().is_dir()) else {
+        let Some(pod) = PodDir::of_staged(&staged).filter(|_| staged.path().is_dir()) else {
             return Ok(());
         };
         let own = std::path::absolute(bundle.dir()).during("find", bundle.dir())?;

@@ -6,7 +6,7 @@
 
 use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_sandbox::opened::remove_all_unused;
-use transship_sandbox::{Arrival, Staged};
+use transship_sandbox::{Arrival, PodDir, Staged};
 
 use transship_path_error::During as _;
 
@@ -45,7 +45,7 @@ impl Front<'_> {
         if marker.phase != Phase::Running && marker.comes_with_migration {
             check_is_there(id, &marker)?;
             let staged = { marker.restore.as_ref() }.map(|it| Staged::at(it.staged.clone()));
-            let pod = staged.as_ref().and_then(Staged::pod);
+            let pod = staged.as_ref().and_then(PodDir::of_staged);
             // Nobody would let it go.
             if let Some(pod) = pod
                 && pod.arrival()? == Some(Arrival::GivenUp)
@@ -101,7 +101,7 @@ impl Front<'_> {
             let staged = Staged::at(restore.staged.clone());
             drop(staged.remove());
             self.take_away(restore);
-            if let Some(pod) = staged.pod() {
+            if let Some(pod) = PodDir::of_staged(&staged) {
                 drop(pod.remove_if_empty());
             }
             self.publish(id, Event::Restored, Some(&restore.checkpoint), None);
