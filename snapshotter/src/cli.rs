@@ -52,10 +52,14 @@ pub struct Arguments {
     pub command: Option<Command>,
 }
 
+const FSCK_CODES: &str = "Exit codes, as of fsck(8):\n  0  nothing was found\n  1  all that was found is mended\n  \
+                          4  something is left\n  8  it could not be checked";
+
 /// What to do instead of serving.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Check that database and directories agree; the daemon must not be running
+    #[command(after_help = FSCK_CODES)]
     Fsck {
         /// Mend what can be mended; rebuild the database from the directories when it is lost
         #[arg(long)]

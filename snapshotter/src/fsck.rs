@@ -57,9 +57,12 @@ pub fn report(problems: &[Problem]) -> String {
     format!("{lines}{} problems, {left} left\n", problems.len())
 }
 
-/// As those of fsck(8): 0 clean, 1 mended, 4 something is left.
+/// As those of fsck(8): 0 clean, 1 mended, 4 something is left, 8 nothing could be checked (none).
 #[must_use]
-pub fn exit_code(problems: &[Problem]) -> u8 {
+pub fn exit_code(problems: Option<&[Problem]>) -> u8 {
+    let Some(problems) = problems else {
+        return 8;
+    };
     if problems.iter().any(|problem| !problem.mended) {
         4
     } else {

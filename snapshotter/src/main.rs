@@ -25,9 +25,12 @@ fn main() -> anyhow::Result<ExitCode> {
     let log_level = logging::start(config.log_format, &config.log_level, colours)
         .map_err(|error| anyhow!(error))?;
     if let Some(Command::Fsck { repair }) = arguments.command {
-        let problems = daemon::check_root(&config.root, repair)?;
-        print!("{}", fsck::report(&problems));
-        return Ok(fsck::exit_code(&problems).into());
+        let checked = daemon::check_root(&config.root, repair);
+        match &checked {
+            Ok(problems) => print!("{}", fsck::report(problems)),
+            Err(error) => eprintln!("Error: {error:#}"),
+        }
+        return Ok(fsck::exit_code(checked.ok().as_deref()).into());
     }
     let mut handed_over = ListenFd::from_env();
     let listeners = (0..handed_over.len()).map(|n| handed_over.take_unix_listener(n));

@@ -579,6 +579,7 @@ fn root_fsck_finds_nothing_on_a_sound_root() {
         check_filled_site(&site).await;
         let daemon = site.start(&[]);
         let error = refusal(&site, &["fsck"]);
+        assert_eq!(run(&site, &["fsck"]).status.code(), Some(8));
         assert!(
             error.contains("another transship-snapshotter uses"),
             "{error}"
