@@ -9,8 +9,9 @@ export REQUIRE ?= $(if $(filter true,$(CI)),root$(comma)node)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # As root, with the cargo of who calls.
 AS_ROOT := $(SUDO) env PATH="$$PATH" HOME="$$HOME"
-# What building and one node need; what the tests need; what `make test-vm` needs besides.
-PACKAGES_DEMO := ca-certificates gcc iproute2 libc6-dev mmdebstrap protobuf-compiler util-linux
+# What building needs, and one node; what the tests need; what `make test-vm` needs besides.
+PACKAGES_BUILD := ca-certificates gcc libc6-dev protobuf-compiler
+PACKAGES_DEMO := $(PACKAGES_BUILD) iproute2 mmdebstrap util-linux
 PACKAGES := $(PACKAGES_DEMO) btrfs-progs buildah busybox-static docker-registry libarchive-tools podman skopeo strace umoci
 PACKAGES_FUZZ := g++
 PACKAGES_VM := e2fsprogs qemu-system-x86
@@ -71,10 +72,15 @@ build: ## Build all binaries and tests (debug)
 trees: build ## Build the Debian trees of the tests' nodes, once
 	@$(AS_ROOT) target/debug/testbed prepare bookworm trixie forky servers
 
+# The examples of the documentation, which the test runner does not know.
+EXAMPLES = $(if $(ONLY),,$(CARGO) test --quiet --workspace --doc)
+
 test: setup-test build ## Run all tests, those on real nodes too; ONLY=part of their names, a regular expression
+	$(EXAMPLES)
 	$(CARGO) nextest run --workspace $(if $(ONLY),-E 'test(/$(ONLY)/)')
 
 test-quick: setup-test build ## Run the tests that need no node
+	$(EXAMPLES)
 	$(CARGO) nextest run --workspace -E 'not test(/(^|::)(node|vm)_/)'
 
 test-long: setup-test build ## Run all tests with many more generated cases, and those that take long
@@ -126,6 +132,7 @@ bench: setup ## Measure beside stock tools; ONLY=snapshots|layers|migration|rest
 	@$(AS_ROOT) $(RELEASE_DIR)/transship-bench $(if $(ONLY),--only $(ONLY))
 
 install: ## Build a release, and install binaries, units and sample configurations to PREFIX
+	$(call ensure,$(PACKAGES_BUILD))
 	$(RELEASE) $(addprefix --bin ,$(BINARIES))
 	$(MAKE) install-built BUILT=$(RELEASE_DIR)
 

@@ -12,6 +12,9 @@
 //!               report.rs ──> results.json, results.md       <── why.toml, where a goal is not reached
 //! ```
 //!
+//! pod_node: a node with pods;  namespace: where in containerd;  node_clock: times taken inside of a node;  daemon: memory and
+//! processor time of one;  statistics: medians.
+//!
 //! Only ratios within one run mean something: machines differ, and one machine differs from hour to
 //! hour. So ours and the peer take turns, on the same disk, and medians are compared. No time is
 //! ever asserted: the exit code tells whether everything was measured, not how fast it was.

@@ -8,6 +8,10 @@
 //!  cri_pods: pods as a client of the CRI has them;  kubelet: whether one is here
 //!  dump_hold: a dump that waits while memory is read in its processes
 //!  dump_links: names in /dev/shm that CRIU's images need
+//!  oci_runtime: runc or crun, called past containerd;  shim_options: what containerd's shim is told;  vfork: waits for processes
+//!  that CRIU cannot dump yet
+//!  task_attributes, descriptor_attributes: what CRIU does not keep of what stands still
+//!  overlay_mounts: the directories of a snapshot;  image_blobs: the image of a container, for another node
 //!  network_namespace: in that of a process;  own_networks: interfaces and networks of CNI of a container that shares its network with nobody
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation (pipe), data_channel (TLS) --> receive, restore on the other node;  migrate::recover: the end of one that
@@ -15,17 +19,17 @@
 //!  restart_policy: keeps containerd from starting what a migration has frozen
 //!  moved_pods: pods that must not start again where they were
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
-//!  cannot (guard_process: how such a one is started);  kill: their end;  stuck_dump: ends a dump;
+//!  cannot (guard_process: how such a one is started);  thaw: they are seen to run;  kill: their end;  stuck_dump: ends a dump;
 //!  killed_criu: what one that was killed has left
 //!  lost_task: what containerd has lost from its list
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
-//!  process_files: what /proc tells of a process
+//!  process_files: what /proc tells of a process;  node_id: this node and its boot;  shell_words: words for a shell
 //!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
-//!  durable_record: small files that outlive a power cut;  locks: one at a time
+//!  timeline: what took how long;  durable_record: small files that outlive a power cut;  locks: one at a time
 //! ```
 //!
 //! ```no_run

@@ -13,6 +13,8 @@
 //!                                  snapshots  filters of List, messages of gRPC
 //! ```
 //!
+//! `scratch` is a directory for those that write.
+//!
 //! A target panics when the code under it does, and when what it promises does not hold: that nothing
 //! beside a directory is touched, that what was written is read again, that what was admitted once is
 //! admitted as it is.

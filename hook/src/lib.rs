@@ -15,6 +15,10 @@
 //! CRIU --action script--> hold_script: own_networks are made before the sockets; freezes (freezer) what
 //!                                      is about to run
 //!
+//!      restore_guard: the parent of the runtime in a restore, which ends what it has left
+//!      lazy_pages: the server of memory that comes when it is touched;  descendants: processes below another one
+//!      runtime_log, restore_log: why the runtime has failed, and what is kept of it
+//!
 //! runtime --state JSON--> hook: createRuntime  pins the sandbox's namespaces, stages its restores
 //!                               poststop       removes both
 //! ```

@@ -29,9 +29,38 @@
 //! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
+//! `overlay_stack` and `mounted_overlay` tell the directories of an overlay, by its options or as it is mounted;
+//! `directory_stack` walks a tree of any depth with few descriptors (`remove_tree`, `usage`, `directory_listing`).
+//! `load`, `inode_attributes` and `set_attributes` take and give what a layer keeps of an inode, `export_renamed` what
+//! `redirect_dir` and `metacopy` have left in lower layers; `tar_header` and `pax_overrides` are Go's reading of a header,
+//! `layer_format` says for whom a layer is, `path_bytes` what a path may be. `export_error` and `import_error` say why not.
+//!
 //! `contents` sends large files of a directory that is in use, so that a layer need not have them.
 //! `archive` reads a tar member by member, for those who only look. `rewrite_for_image` makes of a checkpoint's
 //! layer one for registries.
+//!
+//! ```
+//! use std::fs;
+//!
+//! use transship_layer::{
+//!     ExportOptions, ImportOptions, OverlayStack, export_upperdir, import_into_upperdir,
+//! };
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+//! # for top in [&here, &there] { fs::create_dir(top)?; }
+//! // Upperdirs over no image at all, on two nodes; over one the lowerdirs stand in place of `[]`.
+//! fs::write(here.join("state"), "changed")?;
+//! let stack = OverlayStack::new(here, []);
+//! let mut layer = Vec::new();
+//! let stats = export_upperdir(&stack, &mut layer, &ExportOptions::default())?;
+//! assert_eq!(stats.entries, 2, "the root and the file");
+//!
+//! let stack = OverlayStack::new(there.clone(), []);
+//! import_into_upperdir(layer.as_slice(), &stack, &ImportOptions::default())?;
+//! assert_eq!(fs::read_to_string(there.join("state"))?, "changed");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! The library is synchronous, prints nothing and reads no environment.
 

@@ -9,9 +9,10 @@
 //!                      <── foreign: archives of containerd, CRI-O and podman
 //!  contents            <── look: the same without unpacking it                    <── a package
 //!                           signature: whose checkpoint it is
+//!  counted: how far a reader is;  times: as Go and OCI write them
 //! ```
 //!
-//! A plain synchronous library: no runtime, no gRPC, no terminal, no environment. Every byte of a package
+//! A plain synchronous library: no runtime, no gRPC, no terminal; of the environment it reads `TMPDIR` alone. Every byte of a package
 //! is hostile input.
 
 mod compression;

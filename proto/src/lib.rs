@@ -1,5 +1,5 @@
 //! Services and messages that no crate ships, generated from the `.proto` files beside `src/`, and what
-//! every server of them needs: a socket that root alone is served on.
+//! every server of them needs: a socket that root alone is served on (`private_socket`).
 //!
 //! ```text
 //!  node.proto          transship.node.v1                 node_api       server, client, messages

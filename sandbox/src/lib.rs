@@ -16,12 +16,17 @@
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
 //! /run/transship/opened/                 opened: sealed checkpoints in clear, in memory
 //! /run/transship/criu-lock               criu_lock: how CRIU locks networks here
+//! /run/transship/{migrations,arrivals,dumps}/  locks of the engine
+//! /var/lib/transship/moved/              moved: pods that must not start here again
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
 //! /proc                                  proc_text, descriptors_of, privileged_files: also for engine and front
+//! in a network namespace                 interface_addresses, loopback, network_lock (nft)
+//! in an IPC namespace                    sysv_objects
 //! config.json                            device_rules: also for the front
+//! files: whole or not there, for root alone
 //! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
 //! ```
 //!

@@ -15,6 +15,10 @@
 //!                 └─ interrupt.rs, footprint.rs      teardown on signals; proof that nothing is left
 //! ```
 //!
+//! cri.rs and cri_stream.rs are a client of the CRI, podman.rs is Debian's podman, debian_program.rs a program of another suite,
+//! disk.rs a disk of its own; journey.rs is what the demo shows and tests check; needs.rs tells what a test needs, poll.rs waits.
+//! maps.rs and documented_tests.rs check what the sources and documents say of the sources.
+//!
 //! All that runs on any Linux; machine/ boots a Debian with systemd and cgroup v2 in QEMU and runs it
 //! there ([`Machine`]).
 //!
@@ -49,6 +53,8 @@ mod kubernetes;
 mod kubernetes_build;
 mod logs;
 mod machine;
+#[cfg(test)]
+mod maps;
 mod needs;
 mod network;
 mod node;

@@ -1,8 +1,22 @@
 //! The runtime front: one call of the OCI runtime, from argv to its end.
 //!
-//! Each command has a file; what they share: `bundle` (config.json, the marker), `sandbox`
-//! (which namespaces a container joins), `rootfs` (its files), `held` (the tasks of a held
-//! restore).
+//! ```text
+//!  create ──> moved: refused       sandbox      joins which living namespaces
+//!    │    ──> done: has ended      beginning    memory, image, or nothing
+//!    │    ──> held_restore ──────> fit          the checkpoint fits the container (shared_pids)
+//!    │             │               volumes, shared_dirs, rootfs          mounts and files
+//!    │             │               admission    images and spec compared, before CRIU runs
+//!    │             │               criu_config, restored_cgroup          what CRIU is told
+//!    │             │               pod_connections, lost_addresses       sockets
+//!    │             │           CRIU, then, while the tasks are held (held):
+//!    │             │               open_files   what they have open
+//!    │             │               apart_memory, shm_attach, task_attributes   what CRIU has not restored
+//!    │             └─────────────> hold_watch   ends it when nobody starts it
+//!    └──────> the runtime, untouched
+//!  start ──> lets a held restore go;  kill ──> ends it;  delete ──> takes away what it left
+//!  native_restore: `ctr containers restore --live`;  checkpoint: a dump that somebody else takes
+//!  bundle: config.json and the marker;  reason, tell: why it failed, and who hears of it;  error
+//! ```
 
 mod admission;
 mod apart_memory;
