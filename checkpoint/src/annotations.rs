@@ -136,7 +136,7 @@ pub enum ColdContainers {
     Refuse,
 }
 
-/// What becomes of sockets of MPTCP.
+/// How sockets of MPTCP are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mptcp {
     /// They are sockets of TCP, which CRIU can dump.

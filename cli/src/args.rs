@@ -462,7 +462,7 @@ impl LinkArgs {
     }
 }
 
-/// What becomes of a container's own address.
+/// Which address a container of its own network has afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum AddressArg {
     /// One that the network there has

@@ -58,7 +58,7 @@ use processes::Processes;
 pub(crate) use sockets::protocol;
 pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
 
-/// So many of a kind are named.
+/// The most things of one kind that are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
 const PASSING: [&str; 6] = [

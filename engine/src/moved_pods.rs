@@ -1,4 +1,4 @@
-//! Pods that move: their mark on the node that they leave, and what becomes of them there.
+//! Pods that move: their mark on the node that they leave, and whether they end or run on there.
 //!
 //! ```text
 //!  checkpoint --moved:  mark, freeze, dump  ──> paused, and marked: kubelet starts no second copy
@@ -84,7 +84,7 @@ pub(crate) fn check_front(pod: &Pod, containers: &[SourceContainer]) -> Result<(
     )))
 }
 
-/// Decides what becomes of a pod that `checkpoint --moved` has left paused: it runs on here, or its
+/// Ends the pause in which `checkpoint --moved` has left a pod: it runs on here, or its
 /// processes end, without another instruction.
 ///
 /// # Errors

@@ -207,7 +207,7 @@ pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
     image.with_body(body).replace(path)
 }
 
-/// What becomes of a mount.
+/// What is done with a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
     /// It stays as it is.

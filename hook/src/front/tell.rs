@@ -1,4 +1,4 @@
-//! What becomes of a container, told where people look for it.
+//! What a container begins with, and why its restore has failed, told where people look for it.
 //!
 //! ```text
 //!  restored       the container's log (stderr)                  event /transship/restored

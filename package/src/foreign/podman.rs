@@ -1,4 +1,4 @@
-//! What podman puts into every container of its own, which no other node has, and what becomes of it.
+//! What podman puts into every container of its own, which no other node has, and what is done about it.
 //!
 //! ```text
 //! /etc/hosts /etc/hostname /etc/resolv.conf /run/.containerenv /run/secrets

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  page page page page | page page | page page page ...      | after a page whose hash ends in zeros
-//!  '----- chunk ------'  '- chunk -'                          at least 16 pages, at most 4096
+//!  '----- chunk ------'  '- chunk -'                          at least 16 pages, at most 1024
 //! ```
 //!
 //! Boundaries depend on the pages around them alone: a page that changes spoils its own chunk, pages that are
