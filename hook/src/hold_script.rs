@@ -1,18 +1,22 @@
 //! What CRIU runs while it restores: the container's networks are made, and its tasks are held.
 //!
 //! ```text
-//!  guard ── runc ─┬─ CRIU ── this     `post-setup-namespaces`: the networks (own_networks)
+//!  guard ── runc ─┬─ CRIU ── this     `setup-namespaces`: the first task is there, in the container's cgroup, with CRIU
+//!                 │                   `post-setup-namespaces`: the networks (own_networks)
 //!                 '─ tasks            `pre-resume`: every task is whole, and still traced by CRIU
 //!
 //!  <work>/transship-hold -> /proc/GUARD/exe     CRIU's action script: a program without arguments
-//!  <work>/transship-hold.socket                 the guard's: <number of the first task, 4 bytes> -> "\n"
+//!  <work>/transship-hold.socket                 the guard's: 'm' <number of the first task, 4 bytes>         move helpers
+//!                                                            'h' <number of the first task, 4 bytes> -> "\n"  hold
 //!
 //!  helpers (CRIU, this) out of the container's cgroup ─> freeze it ─> CRIU detaches from frozen tasks
 //! ```
 //!
 //! CRIU's own way, `leave-stopped`, sends SIGSTOP, so who lets the tasks go must send SIGCONT: programs
 //! have handlers for it, and their parents hear of both (SIGCHLD). The freezer nobody notices. runc has
-//! started CRIU in the container's cgroup, to be frozen with it, so it is moved to that of the guard first.
+//! started CRIU in the container's cgroup, to be frozen with it, so it is moved to that of the guard first. The kernel takes
+//! some ten milliseconds for it (a grace period of RCU), so the guard does it while CRIU restores; `pre-resume` moves what is
+//! left.
 //! Where there is no freezer, or others are in the cgroup, the tasks are stopped by SIGSTOP after all.
 //!
 //! Where CRIU joins a pid namespace its scripts are in it, so that the numbers that cgroups and signals know there are not
@@ -43,6 +47,9 @@ use crate::own_networks;
 /// The front's name as this program.
 pub const PROGRAM: &str = "transship-hold";
 const SOCKET: &str = "transship-hold.socket";
+/// What the guard is asked for.
+const MOVE_HELPERS: u8 = b'm';
+const HOLD: u8 = b'h';
 /// How often helpers are moved that have come to be since.
 const ROUNDS: usize = 10;
 
@@ -77,28 +84,42 @@ fn socket(work: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", work.as_raw_fd()))
 }
 
-/// Holds the tasks as the guard, for a program that asks it. What goes wrong that one does not hear of, and waits.
+/// Does as the guard what a program asks for. What goes wrong when the tasks are to be held that one does not hear of, and
+/// waits.
 pub(crate) fn answer(asked: &UnixListener) -> io::Result<()> {
     let (mut program, _) = asked.accept()?;
-    let mut root = [0; 4];
+    let (mut what, mut root) = ([0; 1], [0; 4]);
+    program.read_exact(&mut what)?;
     program.read_exact(&mut root)?;
-    hold(
-        Some(std::process::id().cast_signed()),
-        i32::from_le_bytes(root),
-    )?;
-    program.write_all(b"\n")
+    let (guard, root) = (std::process::id().cast_signed(), i32::from_le_bytes(root));
+    match what {
+        [MOVE_HELPERS] => {
+            // What it does not do `pre-resume` does.
+            thread::spawn(move || tree(root).and_then(|tasks| move_helpers(guard, &tasks)));
+            Ok(())
+        }
+        [HOLD] => {
+            hold(Some(guard), root)?;
+            program.write_all(b"\n")
+        }
+        _ => Err(io::Error::from(io::ErrorKind::InvalidData)),
+    }
+}
+
+fn say(program: &Path, what: u8, root: i32) -> io::Result<UnixStream> {
+    let work = program.parent().unwrap_or(Path::new("."));
+    let mut guard = UnixStream::connect(socket(&File::open(work)?))?;
+    let mut message = vec![what];
+    message.extend(root.to_le_bytes());
+    guard.write_all(&message)?;
+    Ok(guard)
 }
 
 /// Has the tasks held by the guard. CRIU goes on when this ends, so it does not until they are; the guard ends what makes
 /// no progress.
 fn ask(program: &Path, root: i32) {
-    let asked = || -> io::Result<()> {
-        let work = program.parent().unwrap_or(Path::new("."));
-        let mut guard = UnixStream::connect(socket(&File::open(work)?))?;
-        guard.write_all(&root.to_le_bytes())?;
-        guard.read_exact(&mut [0])
-    };
-    if let Err(error) = asked() {
+    let held = say(program, HOLD, root).and_then(|mut guard| guard.read_exact(&mut [0]));
+    if let Err(error) = held {
         eprintln!("the tasks are not held: {error}");
         loop {
             thread::park();
@@ -132,6 +153,11 @@ pub fn serve(program: &Path, action: &str, root: i32) -> io::Result<()> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     match action {
         "post-setup-namespaces" => own_networks::make(program.parent().ok_or_else(invalid)?, root),
+        "setup-namespaces" if is_in_pid_namespace_of_node()? => {
+            // Without a guard, and whenever it does not, `pre-resume` moves them.
+            drop(say(program, MOVE_HELPERS, root));
+            Ok(())
+        }
         "pre-resume" if is_in_pid_namespace_of_node()? => hold(guard_of(program), root),
         "pre-resume" => {
             ask(program, root);
@@ -169,6 +195,11 @@ fn guard_of(program: &Path) -> Option<i32> {
 }
 
 fn freeze(guard: i32, tasks: &[i32]) -> io::Result<()> {
+    move_helpers(guard, tasks)?.freeze()
+}
+
+/// Moves what restores the tasks, and is below the guard, out of their freezer, which has nobody else then.
+fn move_helpers(guard: i32, tasks: &[i32]) -> io::Result<Freezer> {
     let freezer = Freezer::around(tasks)?;
     let outside = Freezer::around(&[guard])?;
     let tasks: BTreeSet<i32> = tasks.iter().copied().collect();
@@ -176,7 +207,7 @@ fn freeze(guard: i32, tasks: &[i32]) -> io::Result<()> {
         let members = freezer.members()?;
         let others: Vec<i32> = members.difference(&tasks).copied().collect();
         if others.is_empty() {
-            return freezer.freeze();
+            return Ok(freezer);
         }
         let helpers: BTreeSet<i32> = tree(guard)?.into_iter().skip(1).collect();
         for other in others {
