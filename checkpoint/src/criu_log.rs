@@ -16,6 +16,7 @@ use std::path::Path;
 use std::{fs::File, io};
 
 use crate::conditions::Condition;
+use crate::shown_text::printable;
 
 /// More of a log than this is not read: the first error comes early, the rest is debugging output.
 const LOG_LIMIT: u64 = 64 << 20;
@@ -53,10 +54,12 @@ pub fn first_error(log: &str) -> Option<String> {
                 .find(|text| Condition::of_error(text).is_some())
         })
         .or(errors.first())?;
-    Some(Condition::of_error(cause).map_or_else(
-        || (*cause).to_owned(),
-        |known| format!("{cause} ({}; {})", known.what, known.remedy),
-    ))
+    // Names of files are in it, which the container has chosen.
+    let shown = printable(cause);
+    Some(match Condition::of_error(cause) {
+        Some(known) => format!("{shown} ({}; {})", known.what, known.remedy),
+        None => shown,
+    })
 }
 
 /// [`first_error`] of a file.

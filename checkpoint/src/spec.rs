@@ -177,6 +177,19 @@ impl Spec {
         mounts.filter_map(|mount| Some((mount["destination"].as_str()?, mount["source"].as_str()?)))
     }
 
+    /// Whether all mounts at `destination` are read-only, as runc reads their options: the last word counts.
+    #[must_use]
+    pub fn is_read_only(&self, destination: &str) -> bool {
+        let mounts = self.0["mounts"].as_array().into_iter().flatten();
+        let mut there = mounts.filter(|mount| mount["destination"] == destination);
+        there.all(|mount| {
+            let options = mount["options"].as_array().into_iter().flatten();
+            let mut words = options.filter_map(|option| option.as_str()).rev();
+            let last = words.find(|word| ["ro", "rro", "rw", "rrw"].contains(word));
+            last.is_some_and(|word| word.ends_with("ro"))
+        })
+    }
+
     /// Adds a hook, unless one with this path is there.
     pub fn add_hook(&mut self, point: HookPoint, path: &str, args: &[&str]) {
         let hooks = self

@@ -11,7 +11,9 @@
 //! containerd's clients write the fields of a port as `HostPort`, `ContainerPort`, `Protocol` and `HostIP`.
 //! Results before version 0.3.0 of the specification have `ip4` and `ip6` instead of lists.
 
-use std::fs;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
@@ -115,7 +117,8 @@ pub(crate) fn write(
     network: &Network,
     result: &Value,
 ) -> Result<(), CniError> {
-    fs::create_dir_all(dir).during("create", dir)?;
+    // What the configuration of a network has in it is for root alone, as with libcni.
+    { DirBuilder::new().recursive(true).mode(0o700).create(dir) }.during("create", dir)?;
     let path = path(dir, container, of);
     let mut json = json!({
         "kind": KIND,
@@ -128,7 +131,16 @@ pub(crate) fn write(
     if !of.ports.is_empty() {
         json["capabilityArgs"] = json!({ "portMappings": of.ports });
     }
-    Ok(fs::write(&path, json.to_string()).during("write", &path)?)
+    let mut new = path.clone().into_os_string();
+    new.push(".new");
+    let written = || -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        let mut file =
+            { options.write(true).create(true).truncate(true).mode(0o600) }.open(&new)?;
+        file.write_all(json.to_string().as_bytes())?;
+        fs::rename(&new, &path)
+    };
+    Ok(written().during("write", &path)?)
 }
 
 pub(crate) fn remove(dir: &Path, container: &str, of: &Attachment) {

@@ -7,9 +7,9 @@
 //! ```
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::sockopt::TcpRepair;
@@ -21,6 +21,10 @@ use crate::network_namespace::within;
 
 /// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
 const MAKES_RULES: Duration = Duration::from_secs(2);
+/// How long one may take to list rules, or to take them away.
+const TAKES_RULES_AWAY: Duration = Duration::from_secs(5);
+/// Bytes of a list of rules; a container can make more.
+const LISTED_BYTES: u64 = 4 << 20;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Takes away what it has left in the containers with these first processes. What cannot be looked at has nothing of it.
@@ -85,11 +89,8 @@ fn unlock_network(root: u32) {
         std::thread::sleep(LOOK_AGAIN);
     }
     let unlock = || {
-        let tables = output("nft", &["list", "tables"]);
-        for table in tables.lines().filter(|line| line.contains(" CRIU-")) {
-            let mut words = vec!["delete"];
-            words.extend(table.split_whitespace());
-            output("nft", &words);
+        for name in tables_of_criu(&output("nft", &["list", "tables"])) {
+            output("nft", &["delete", "table", "inet", name]);
         }
         for (save, restore) in [
             ("iptables-save", "iptables-restore"),
@@ -105,15 +106,33 @@ fn unlock_network(root: u32) {
     drop(within(root, unlock));
 }
 
+/// The tables that are CRIU's, by what `nft list tables` says. A container can give one any name, and nft takes its words for a
+/// script: only names as CRIU makes them are said to it.
+fn tables_of_criu(listed: &str) -> impl Iterator<Item = &str> {
+    let names = listed
+        .lines()
+        .filter_map(|line| line.strip_prefix("table inet "));
+    names.filter(|name| {
+        // The number of the first process, or the id of a run (CRIU 4.2).
+        let run = name.strip_prefix("CRIU-").unwrap_or_default();
+        !run.is_empty() && run.bytes().all(|it| it.is_ascii_hexdigit() || it == b'-')
+    })
+}
+
 /// What `iptables-restore` is told to take the lock away from what `iptables-save` has said. CRIU takes its jumps away
 /// first, and the chain then.
 fn without_lock(saved: &str) -> Option<String> {
     if !saved.lines().any(|line| line.starts_with(":CRIU ")) {
         return None;
     }
-    let jumps = { saved.lines() }
-        .filter(|line| line.starts_with("-A ") && line.ends_with(" -j CRIU"))
-        .map(|line| line.replacen("-A", "-D", 1) + "\n");
+    // Others may stand there, with comments that a container has written.
+    let jumps = ["INPUT", "OUTPUT"].map(|chain| format!("{chain} -j CRIU"));
+    let jumps = jumps.iter().flat_map(|jump| {
+        let made = saved
+            .lines()
+            .filter(move |line| line.strip_prefix("-A ") == Some(jump));
+        made.map(move |_| format!("-D {jump}\n"))
+    });
     Some(format!(
         "*filter\n:CRIU - [0:0]\n{}-X CRIU\nCOMMIT\n",
         jumps.collect::<String>()
@@ -137,15 +156,38 @@ fn makes_rules(root: u32) -> bool {
         .any(|process| network(process.pid) == Some(of_root.clone()))
 }
 
+/// What a program says, as far as it is worth reading; nothing of one that hangs.
 fn output(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program)
+    let child = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
-        .output();
-    output.map_or_else(
-        |_| String::new(),
-        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
-    )
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(mut child) = child else {
+        return String::new();
+    };
+    let stdout = child.stdout.take();
+    let reader = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        // What was read until it failed is what it has said.
+        drop(stdout.map(|stdout| stdout.take(LISTED_BYTES).read_to_end(&mut said)));
+        said
+    });
+    end_by(&mut child, Instant::now() + TAKES_RULES_AWAY);
+    String::from_utf8_lossy(&reader.join().unwrap_or_default()).into_owned()
+}
+
+/// Waits for a program, and kills it at the deadline: the container stands still meanwhile.
+fn end_by(child: &mut Child, deadline: Instant) {
+    while matches!(child.try_wait(), Ok(None)) {
+        if Instant::now() > deadline {
+            drop(child.kill());
+            drop(child.wait());
+            return;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 fn feed(program: &str, text: &str) -> io::Result<()> {
@@ -158,7 +200,8 @@ fn feed(program: &str, text: &str) -> io::Result<()> {
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(text.as_bytes())?;
     }
-    child.wait().map(drop)
+    end_by(&mut child, Instant::now() + TAKES_RULES_AWAY);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -185,6 +228,29 @@ mod tests {
             Some(format!("{begin}{end}"))
         );
         assert_eq!(without_lock("*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n"), None);
+        // What a container has written is said to no program.
+        let comment = "-A INPUT -m comment --comment \"--modprobe=/x -A\" -j CRIU\n";
+        assert_eq!(
+            without_lock(&format!("{rules}{comment}COMMIT\n")),
+            Some(format!("{begin}{end}"))
+        );
+    }
+
+    #[test]
+    fn only_tables_of_criu_are_named_to_nft() {
+        let listed = "table inet CRIU-17\ntable inet CRIU-5c0e-b1\ntable ip CRIU-1\ntable inet CRIU-1;include \"/x\"\ntable inet CRIU-\n\
+                      table inet filter\ntable inet CRIU-2 \n";
+        assert_eq!(
+            tables_of_criu(listed).collect::<Vec<_>>(),
+            ["CRIU-17", "CRIU-5c0e-b1"]
+        );
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        end_by(&mut child, Instant::now());
+        assert!(!child.wait().unwrap().success());
     }
 
     #[test]

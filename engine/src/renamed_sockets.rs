@@ -6,9 +6,9 @@
 //! is looked for where it was, then in what the container has written, or in the mount that it is in. One that is
 //! nowhere is what CRIU makes of it.
 
-use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::DirEntry;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -23,10 +23,8 @@ use crate::conditions::sock_diag::{UnixSocket, unix_sockets};
 use crate::error::{Context, Error, Result};
 use crate::process_files;
 
-/// More files of a directory than this are not looked at.
+/// More files than these, of directories and mounts together, are not looked at: the container stands still meanwhile.
 const FILES: usize = 100_000;
-/// More files of a mount than this are not looked at: the container stands still meanwhile.
-const FILES_OF_MOUNT: usize = 20_000;
 
 /// The container whose sockets are named.
 #[derive(Debug, Clone)]
@@ -44,8 +42,8 @@ pub(crate) struct Named {
 pub(crate) async fn rename(images: &Path, container: Named) -> Result<()> {
     let dir = images.to_path_buf();
     let rename = move || {
-        let sockets = OnceCell::new();
-        let find = |inode, path: &[u8]| container.name_now(&sockets, inode, path);
+        let mut search = Search::new(container);
+        let find = |inode, path: &[u8]| search.name_now(inode, path);
         unix_sockets::rename(&dir, find)
     };
     let renamed = tokio::task::spawn_blocking(rename).await?;
@@ -53,88 +51,132 @@ pub(crate) async fn rename(images: &Path, container: Named) -> Result<()> {
     renamed.map_err(Error::caused_by).with_context(failed)
 }
 
-impl Named {
+/// Socket files by half of the number of their inode, which is what the kernel tells of a socket: the first one by its name.
+type Files = BTreeMap<u32, PathBuf>;
+
+/// What was looked for and found, once for all sockets of a container.
+struct Search {
+    container: Named,
+    sockets: Option<BTreeMap<u64, UnixSocket>>,
+    of_directories: BTreeMap<PathBuf, Files>,
+    of_devices: BTreeMap<(u32, u32), Files>,
+    /// Files that may still be looked at.
+    left: usize,
+}
+
+impl Search {
+    fn new(container: Named) -> Self {
+        Self {
+            container,
+            sockets: None,
+            of_directories: BTreeMap::new(),
+            of_devices: BTreeMap::new(),
+            left: FILES,
+        }
+    }
+
     /// The path of the socket's file, when it is not the one of `bind`.
-    fn name_now(
-        &self,
-        sockets: &OnceCell<BTreeMap<u64, UnixSocket>>,
-        inode: u32,
-        bound: &[u8],
-    ) -> Option<Vec<u8>> {
-        let sockets = sockets.get_or_init(|| unix_sockets(self.pid));
+    fn name_now(&mut self, inode: u32, bound: &[u8]) -> Option<Vec<u8>> {
+        let pid = self.container.pid;
+        let sockets = self.sockets.get_or_insert_with(|| unix_sockets(pid));
         let socket = sockets.get(&u64::from(inode))?;
-        let file = socket.file?;
+        let (file, device) = (socket.file?, socket.device);
         let bound = Path::new(OsStr::from_bytes(bound));
-        if self.is_at(file, bound) {
+        if self.container.file_at(bound) == Some(file) {
             return None;
         }
-        let found = { self.in_directory(file, bound.parent()?) }
-            .or_else(|| self.in_mounts(file, socket.device?));
+        let found = { self.in_directory(bound.parent()?).get(&file).cloned() }
+            .or_else(|| self.in_mounts(device?).get(&file).cloned());
         Some(found?.into_os_string().into_vec())
     }
 
+    fn in_directory(&mut self, path: &Path) -> &Files {
+        if !self.of_directories.contains_key(path) {
+            let mut files = Files::new();
+            let directory = self.container.open(path);
+            let names = directory.and_then(|it| std::fs::read_dir(path_of(&it)).ok());
+            let is_socket = |it: &DirEntry| it.file_type().is_ok_and(|it| it.is_socket());
+            for entry in names.into_iter().flatten().flatten() {
+                if !self.may_look() {
+                    break;
+                }
+                if is_socket(&entry) {
+                    self.container.add(path.join(entry.file_name()), &mut files);
+                }
+            }
+            self.of_directories.insert(path.to_path_buf(), files);
+        }
+        self.of_directories.entry(path.to_path_buf()).or_default()
+    }
+
+    /// Below the mounts of the file system that it is in. Of the root only what was written is gone through: a socket is.
+    fn in_mounts(&mut self, device: (u32, u32)) -> &Files {
+        if !self.of_devices.contains_key(&device) {
+            let mut files = Files::new();
+            let (major, minor) = device;
+            let majmin = format!("{major}:{minor}");
+            let mounts = process_files::mountinfo(self.container.pid).map(|it| it.0);
+            let mounts = mounts.into_iter().flatten();
+            for mount in mounts.filter(|mount| mount.majmin == majmin) {
+                let is_root = mount.mount_point == Path::new("/") && mount.fs_type == "overlay";
+                if is_root {
+                    let top = self.container.upperdir.clone();
+                    self.below(&top, &mount, &mut files);
+                } else if let Some(directory) = self.container.open(&mount.mount_point) {
+                    // With a slash: the walk goes through links at the end alone.
+                    self.below(&path_of(&directory).join(""), &mount, &mut files);
+                }
+            }
+            self.of_devices.insert(device, files);
+        }
+        self.of_devices.entry(device).or_default()
+    }
+
+    fn below(&mut self, top: &Path, mount: &MountInfo, files: &mut Files) {
+        let walk = WalkDir::new(top).min_depth(1).same_file_system(true);
+        for entry in walk.into_iter().flatten() {
+            if !self.may_look() {
+                break;
+            }
+            if entry.file_type().is_socket()
+                && let Ok(path) = entry.path().strip_prefix(top)
+            {
+                self.container.add(mount.mount_point.join(path), files);
+            }
+        }
+    }
+
+    fn may_look(&mut self) -> bool {
+        let may = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        may
+    }
+}
+
+impl Named {
     /// A directory of the container, in which no link leads out of it.
     fn open(&self, path: &Path) -> Option<OwnedFd> {
         let root = PathBuf::from(format!("/proc/{}/root", self.pid));
         open_directory(&root, path, Links::Within).ok()
     }
 
-    fn is_at(&self, file: u32, path: &Path) -> bool {
-        let parent = path.parent().and_then(|it| self.open(it));
-        let (Some(parent), Some(name)) = (parent, path.file_name()) else {
-            return false;
-        };
-        is_file(file, &path_of(&parent).join(name))
+    /// Half of the number of the inode of a socket file, as the container sees it.
+    fn file_at(&self, path: &Path) -> Option<u32> {
+        let parent = self.open(path.parent()?)?;
+        let found = { path_of(&parent).join(path.file_name()?) }.symlink_metadata();
+        let found = found.ok().filter(|it| it.file_type().is_socket())?;
+        u32::try_from(found.ino() & u64::from(u32::MAX)).ok()
     }
 
-    fn in_directory(&self, file: u32, path: &Path) -> Option<PathBuf> {
-        let directory = self.open(path)?;
-        let mut names: Vec<_> = std::fs::read_dir(path_of(&directory))
-            .ok()?
-            .take(FILES)
-            .flatten()
-            .filter(|entry| entry.file_type().is_ok_and(|it| it.is_socket()))
-            .filter(|entry| is_file(file, &entry.path()))
-            .map(|entry| entry.file_name())
-            .collect();
-        // The same one each time.
-        names.sort();
-        Some(path.join(names.into_iter().next()?))
-    }
-
-    /// Below the mounts of the file system that it is in. Of the root only what was written is gone through: a socket is.
-    fn in_mounts(&self, file: u32, (major, minor): (u32, u32)) -> Option<PathBuf> {
-        let device = format!("{major}:{minor}");
-        let mounts = process_files::mountinfo(self.pid).ok()?.0.into_iter();
-        let mut mounts = mounts.filter(|mount| mount.majmin == device);
-        mounts.find_map(|mount| {
-            let is_root = mount.mount_point == Path::new("/") && mount.fs_type == "overlay";
-            if is_root {
-                return self.below(file, &self.upperdir, &mount);
+    fn add(&self, path: PathBuf, files: &mut Files) {
+        if let Some(file) = self.file_at(&path) {
+            let known = files.entry(file).or_insert_with(|| path.clone());
+            // The same one each time.
+            if path < *known {
+                *known = path;
             }
-            let directory = self.open(&mount.mount_point)?;
-            // With a slash: the walk goes through links at the end alone.
-            self.below(file, &path_of(&directory).join(""), &mount)
-        })
+        }
     }
-
-    fn below(&self, file: u32, top: &Path, mount: &MountInfo) -> Option<PathBuf> {
-        let walk = WalkDir::new(top).min_depth(1).same_file_system(true);
-        walk.sort_by_file_name()
-            .into_iter()
-            .take(FILES_OF_MOUNT)
-            .flatten()
-            .filter(|entry| entry.file_type().is_socket())
-            .filter_map(|entry| Some(mount.mount_point.join(entry.path().strip_prefix(top).ok()?)))
-            .find(|path| self.is_at(file, path))
-    }
-}
-
-/// The kernel tells half of the number of an inode.
-fn is_file(file: u32, path: &Path) -> bool {
-    let low_half = |it: u64| it & u64::from(u32::MAX);
-    path.symlink_metadata()
-        .is_ok_and(|it| it.file_type().is_socket() && low_half(it.ino()) == u64::from(file))
 }
 
 fn path_of(directory: &OwnedFd) -> PathBuf {
@@ -153,15 +195,11 @@ mod tests {
     }
 
     fn now(listener: &UnixListener, bound: &Path) -> Option<PathBuf> {
-        let own = Named {
+        let mut own = Search::new(Named {
             pid: std::process::id(),
             upperdir: PathBuf::new(),
-        };
-        let found = own.name_now(
-            &OnceCell::new(),
-            inode(listener),
-            bound.as_os_str().as_bytes(),
-        );
+        });
+        let found = own.name_now(inode(listener), bound.as_os_str().as_bytes());
         found.map(|path| PathBuf::from(std::ffi::OsString::from_vec(path)))
     }
 

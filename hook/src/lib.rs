@@ -41,7 +41,9 @@ pub mod runtime_log;
 
 use std::error::Error;
 
-/// The chain of an error on one line, as logs and shims want it.
+use transship_checkpoint::shown_text::printable;
+
+/// The chain of an error on one line, as logs and shims want it. Names and texts of others in it cannot deceive a terminal.
 #[must_use]
 pub fn one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -51,5 +53,5 @@ pub fn one_line(error: &dyn Error) -> String {
         text.push_str(&cause.to_string());
         source = cause.source();
     }
-    text.replace('\n', " ")
+    printable(&text.replace('\n', " "))
 }

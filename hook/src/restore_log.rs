@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::Annotations;
 use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::shown_text::printable;
 
 use crate::runtime_log::now;
 
@@ -61,7 +62,7 @@ pub fn append(dir: &Path, id: &str, outcome: Outcome, reason: &str) -> io::Resul
         fs::rename(&path, dir.join(format!("{LOG_FILE}.1")))?;
     }
     // A reason may have names in it that others have chosen.
-    let reason = reason.replace(|c: char| c.is_control(), " ");
+    let reason = printable(&reason.replace(|c: char| c.is_control(), " "));
     OpenOptions::new()
         .append(true)
         .create(true)

@@ -31,6 +31,21 @@ pub struct SharedMount {
     pub source: PathBuf,
     /// Whether the container sees only a part of it.
     pub part: bool,
+    /// Whether the container may write to it.
+    pub is_writable: bool,
+}
+
+impl SharedMount {
+    /// Whether it may get the content of a checkpoint, as a directory of the pod `uid`: the container may write to it, or it
+    /// is that pod's own. The path of another pod's directory looks the same, and a host path may be one.
+    #[must_use]
+    pub fn may_be_filled(&self, uid: Option<&str>) -> bool {
+        // <kubelet>/pods/<uid>/volumes/kubernetes.io~empty-dir/<volume>
+        let of_pod = self.source.ancestors().nth(3);
+        let of_pod = of_pod.filter(|it| it.parent().is_some_and(|it| it.ends_with("pods")));
+        let of_pod = of_pod.and_then(|it| it.file_name()?.to_str());
+        self.is_writable || (of_pod.is_some() && of_pod == uid)
+    }
 }
 
 /// The shared directories that a container of the sandbox `sandbox` has mounted. What belongs to
@@ -42,6 +57,7 @@ pub fn shared_mounts(spec: &Spec, sandbox: &str) -> Vec<SharedMount> {
             let mount = shared_dir(Path::new(source), sandbox)?;
             Some(SharedMount {
                 destination: destination.into(),
+                is_writable: !spec.is_read_only(destination),
                 ..mount
             })
         })
@@ -60,6 +76,7 @@ fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
             destination,
             source,
             part,
+            is_writable: false,
         })
     };
     match parts.as_slice() {
@@ -79,6 +96,7 @@ fn shared_dir(source: &Path, sandbox: &str) -> Option<SharedMount> {
                 destination: PathBuf::new(),
                 source: whole,
                 part: true,
+                is_writable: false,
             })
         }
         _ => None,
@@ -111,7 +129,8 @@ mod tests {
             part.display(),
             other.display(),
         );
-        let spec = Spec::parse(spec.as_bytes()).unwrap();
+        let spec_text = spec;
+        let spec = Spec::parse(spec_text.as_bytes()).unwrap();
         let mounts = shared_mounts(&spec, "s1");
         let work = SharedDir::EmptyDir("work".to_owned());
         let found: Vec<_> = mounts.iter().map(|it| (&it.dir, it.part)).collect();
@@ -119,6 +138,19 @@ mod tests {
             found,
             [(&SharedDir::Shm, false), (&work, false), (&work, true)]
         );
+        // As another pod's directory may be mounted.
+        let read_only = spec_text.replace("\"}", "\",\"options\":[\"rbind\",\"ro\"]}");
+        let read_only = Spec::parse(read_only.as_bytes()).unwrap();
+        for mount in shared_mounts(&read_only, "s1") {
+            assert!(!mount.may_be_filled(Some("u1")) && !mount.may_be_filled(None));
+        }
+        assert!(mounts.iter().all(|mount| mount.may_be_filled(None)));
+        let own = SharedMount {
+            source: "/k/pods/u1/volumes/kubernetes.io~empty-dir/work".into(),
+            is_writable: false,
+            ..mounts[1].clone()
+        };
+        assert!(own.may_be_filled(Some("u1")) && !own.may_be_filled(Some("u2")));
         assert_eq!(mounts[1].source, volume);
         assert_eq!(mounts[2].source, volume);
         assert!(

@@ -19,7 +19,7 @@ use transship_layer::{
     Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents_but,
 };
 use transship_sandbox::consumed::{Consumed, Owner};
-use transship_sandbox::shared_dirs::shared_mounts;
+use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
 use transship_sandbox::{PodDir, Request};
 
 use transship_path_error::During as _;
@@ -49,7 +49,9 @@ impl Front<'_> {
         let consumed = owner.map(|owner| Consumed::by(&self.env.consumed, &owner));
         let mut consumed = consumed.transpose()?;
         for dir in needed.collect::<Vec<_>>() {
-            let mount = mounts.iter().find(|it| it.dir == dir && !it.part);
+            let uid = config.annotations.pod_uid.as_deref();
+            let is_it = |it: &&SharedMount| it.dir == dir && !it.part && it.may_be_filled(uid);
+            let mount = mounts.iter().find(is_it);
             let mount = mount.ok_or_else(|| {
                 FrontError::from(FitError::NoSharedDir {
                     checkpoint: request.checkpoint.clone(),

@@ -64,6 +64,19 @@ pub enum NotForAsker {
         /// Machine of this node.
         here: String,
     },
+    /// What others keep would be taken away.
+    #[error(
+        "the checkpoint {checkpoint:?} belongs to {owner}: pods of the namespace {asker:?} may restore it, but not take \
+         it away (leave out dev.transship/once)"
+    )]
+    Once {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// Whose it is.
+        owner: String,
+        /// Kubernetes namespace of the asker.
+        asker: String,
+    },
     /// The new container lacks a mount.
     #[error(
         "the container {container:?} of the checkpoint {checkpoint:?} has something mounted on \
@@ -143,16 +156,25 @@ impl Asker<'_> {
     fn check_namespace(&self, manifest: &Manifest, asker: &str) -> Result<(), NotForAsker> {
         let owner = owner(manifest);
         // A namespace that is not known is nobody's.
-        let is_own = owner == Some(asker) && !asker.is_empty();
-        if is_own || self.is_exception(manifest, asker) {
+        if owner == Some(asker) && !asker.is_empty() {
             return Ok(());
         }
         let named = |owner| format!("the Kubernetes namespace {owner:?}");
-        Err(NotForAsker::Namespace {
-            checkpoint: manifest.name.clone(),
-            owner: owner.map_or("no pod".to_owned(), named),
-            asker: asker.to_owned(),
-        })
+        let (checkpoint, asker) = (manifest.name.clone(), asker.to_owned());
+        let owner = owner.map_or("no pod".to_owned(), named);
+        match self.is_exception(manifest, &asker) {
+            true if self.annotations.once => Err(NotForAsker::Once {
+                checkpoint,
+                owner,
+                asker,
+            }),
+            true => Ok(()),
+            false => Err(NotForAsker::Namespace {
+                checkpoint,
+                owner,
+                asker,
+            }),
+        }
     }
 
     fn check_service_account(
@@ -279,6 +301,17 @@ mod tests {
             assert!(asker.check_namespace(&of_no_pod, "ops").is_ok());
             assert!(asker.check_namespace(&of_no_pod, "staging").is_err());
         });
+        let taken_away = Annotations {
+            once: true,
+            ..Annotations::read("web", None).unwrap()
+        };
+        let asker = Asker {
+            rules: &rules,
+            annotations: &taken_away,
+        };
+        let error = asker.check_namespace(&taken(None), "staging").unwrap_err();
+        assert!(error.is_forbidden() && error.to_string().contains("dev.transship/once"));
+        assert!(asker.check_namespace(&taken(None), "shop").is_ok());
     }
 
     #[test]
