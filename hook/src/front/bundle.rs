@@ -37,9 +37,11 @@ use transship_path_error::During as _;
 use transship_sandbox::read_proc;
 
 use super::criu_config;
-use super::{Front, FrontError};
+use super::{FitError, Front, FrontError};
 use crate::argv::Arguments;
 
+/// How annotations of CRI-O and podman begin.
+const OTHER_ENGINES: [&str; 3] = ["io.kubernetes.cri-o.", "io.podman.", "io.container.manager"];
 const MARKER_VERSION: u32 = 1;
 
 /// The directory of one container.
@@ -228,6 +230,14 @@ impl Bundle {
         };
         let all = spec.annotations();
         let annotations = Annotations::read(id, Some(&all))?;
+        // Who asks stands in the annotations of the CRI, which other engines call otherwise.
+        let of_other = |key: &&String| OTHER_ENGINES.iter().any(|it| key.starts_with(it));
+        if annotations.ours
+            && let Some(annotation) = all.keys().find(of_other)
+        {
+            let (id, annotation) = (id.to_owned(), annotation.clone());
+            return Err(FitError::OtherEngine { id, annotation }.into());
+        }
         let cri = all.contains_key(CONTAINER_TYPE);
         // Of a pod its author chooses them, and CRIU executes what such a file names.
         let own = std::path::absolute(self.path(criu_config::CONFIG_FILE)).ok();
@@ -388,6 +398,18 @@ mod tests {
                 fs::write(bundle.path(CONFIG_FILE), json).unwrap();
             }
             assert_eq!(bundle.our_config("me").unwrap().is_some(), ours, "{json:?}");
+        }
+    }
+
+    #[test]
+    fn containers_of_other_engines_ask_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = Bundle::at(dir.path());
+        for (ours, is_refused) in [("dev.transship/restore", true), ("other", false)] {
+            let json =
+                format!(r#"{{"annotations":{{"{ours}":"x","io.kubernetes.cri-o.Name":"x"}}}}"#);
+            fs::write(bundle.path(CONFIG_FILE), json).unwrap();
+            assert_eq!(bundle.any_config("me").is_err(), is_refused, "{ours}");
         }
     }
 }

@@ -86,6 +86,17 @@ pub enum FitError {
         /// Its id.
         id: String,
     },
+    /// An engine whose annotations do not say who asks.
+    #[error(
+        "{id:?} has annotations of transship and is a container of another engine ({annotation}): they mean something to \
+         containers of containerd alone"
+    )]
+    OtherEngine {
+        /// The container.
+        id: String,
+        /// What says so.
+        annotation: String,
+    },
     /// The pod runs elsewhere.
     #[error(
         "the pod {pod:?} has been moved away (checkpoint {checkpoint:?}) and starts nothing here any more; \
@@ -233,6 +244,15 @@ pub enum RestoreError {
         /// What CRIU or the runtime said.
         reason: String,
     },
+    /// A restore that nobody can hold.
+    #[error(
+        "the restore of {id:?} has to be held until it has been looked at, and in the foreground nothing is: add \
+         --detach"
+    )]
+    InForeground {
+        /// The container.
+        id: String,
+    },
     /// Networks that CRIU's script would make, where it cannot.
     #[error(
         "the networks of {id:?} cannot be made where it joins the pid namespace of others; --network none \
@@ -342,9 +362,11 @@ impl FrontError {
             Self::NodeConfig(_)
             | Self::Annotation(_)
             | Self::Closed(_)
-            | Self::Fit(FitError::NotInCheckpoint { .. } | FitError::ForeignCriuConfig { .. }) => {
-                true
-            }
+            | Self::Fit(
+                FitError::NotInCheckpoint { .. }
+                | FitError::ForeignCriuConfig { .. }
+                | FitError::OtherEngine { .. },
+            ) => true,
             _ => false,
         }
     }

@@ -26,6 +26,8 @@ use crate::hold_script;
 
 /// Where runc looks for images without `--image-path`.
 const DEFAULT_IMAGES: &str = "checkpoint";
+/// Where it writes the first process of a restore, unless it is told.
+const PID_FILE: &str = "transship.pid";
 
 impl Front<'_> {
     pub(super) fn native_restore(
@@ -47,9 +49,19 @@ impl Front<'_> {
         let plan = self.plan_namespaces(&restore.id, &config, false)?;
         let imposes = admission.has_edits() || admission.lsm_profile.is_some();
         let as_it_is = !imposes && config.criu_config.is_none();
-        if is_foreground(restore) && plan.is_empty() && !config.annotations.ours && as_it_is {
+        // Without these it is nobody's way but that of root at a terminal.
+        let is_by_hand = !is_detached(restore) || restore.value("pid-file").is_none();
+        if is_by_hand && plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
+        if !is_detached(restore) {
+            let id = restore.id.clone();
+            return Err(RestoreError::InForeground { id }.into());
+        }
+        let restore = &match restore.value("pid-file") {
+            Some(_) => restore.clone(),
+            None => restore.clone().with("pid-file", bundle.path(PID_FILE)),
+        };
         let pod = self.pod_of(&restore.id, &config)?;
         let is_known = pod.path().symlink_metadata().is_ok();
         let made = plan.has_made();
@@ -105,9 +117,7 @@ impl Front<'_> {
             .value("work-path")
             .map_or(PathBuf::from("."), PathBuf::from);
         let mut lines = self.cgroup_lines(&restore.id, &config.spec)?;
-        if !is_foreground(restore) {
-            lines.push(hold_script::prepare(&work).during("prepare", &work)??);
-        }
+        lines.push(hold_script::prepare(&work).during("prepare", &work)??);
         let criu_config = CriuConfig::write(bundle, &mut config.spec, &criu, &lines)?;
         bundle.replace_config(&config.spec)?;
         self.remove_aborted_restore(&restore.id, bundle);
@@ -162,10 +172,9 @@ impl Front<'_> {
     }
 }
 
-/// Whether the runtime is done when the container has ended: nobody's way but that of root at a terminal. Nothing can be
-/// held then.
-fn is_foreground(restore: &Arguments) -> bool {
-    !restore.switch("detach") || restore.value("pid-file").is_none()
+/// Whether the runtime is done when the container has been restored. In the foreground nothing can be held.
+fn is_detached(restore: &Arguments) -> bool {
+    restore.switch("detach") || restore.switch("d")
 }
 
 fn admit_native(
