@@ -32,11 +32,23 @@ pub(crate) struct DirectoryListing {
 impl DirectoryListing {
     /// Reads the directory; what was listed before is forgotten.
     pub(crate) fn read(&mut self, directory: BorrowedFd<'_>) -> io::Result<()> {
+        self.read_piece(directory, 0, usize::MAX).map(drop)
+    }
+
+    /// Reads at most `most` names, from the place `begins` of the directory (0: its beginning), and gives where those after
+    /// them begin; none at the end.
+    pub(crate) fn read_piece(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        begins: u64,
+        most: usize,
+    ) -> io::Result<Option<u64>> {
         self.names.clear();
         self.entries.clear();
-        rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(0))?;
+        rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(begins))?;
         let mut buffer: Vec<u8> = Vec::with_capacity(READ_BYTES);
         let mut stream = RawDir::new(directory, buffer.spare_capacity_mut());
+        let mut after = None;
         while let Some(entry) = stream.next() {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
@@ -51,11 +63,15 @@ impl DirectoryListing {
                 len: name.len(),
                 inode_type,
             });
+            if self.entries.len() == most {
+                after = Some(entry.next_entry_cookie());
+                break;
+            }
         }
         let names = &self.names;
         self.entries
             .sort_unstable_by_key(|entry| &names[entry.start..entry.start + entry.len]);
-        Ok(())
+        Ok(after)
     }
 
     /// Name and type by position; the type is None where the file system does not tell it.

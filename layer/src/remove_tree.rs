@@ -13,7 +13,7 @@ use nix::sys::stat::{Mode, fstat, fstatat, futimens};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use crate::directory_listing::DirectoryListing;
+use crate::directory_names::{DirectoryNames, Given, KEPT_PIECES};
 use crate::directory_stack::{DirectoryStack, open_directory};
 use crate::inode_attributes::{InodeAttributes, InodeType};
 
@@ -54,14 +54,11 @@ pub fn remove_contents(dir: &Path) -> io::Result<()> {
 pub fn remove_contents_but(dir: &Path, kept: Option<&str>) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let directory = open(dir, flags, Mode::empty())?;
-    let mut listing = DirectoryListing::default();
-    listing.read(directory.as_fd())?;
-    let mut next = 0;
-    while let Some((name, _)) = listing.get(next) {
+    let mut names = DirectoryNames::begin(directory.as_fd(), Given::Stay)?;
+    while let Some((name, _)) = names.next(directory.as_fd())? {
         if kept.map(str::as_bytes) != Some(name) {
             remove_name(directory.as_fd(), name)?;
         }
-        next += 1;
     }
     Ok(())
 }
@@ -95,8 +92,7 @@ pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>) -> io::Result<()> {
 
 /// A directory whose names are being gone through.
 struct Level {
-    listing: DirectoryListing,
-    next: usize,
+    names: DirectoryNames,
     attributes: InodeAttributes,
 }
 
@@ -107,11 +103,14 @@ fn visit(
     keep_directories: bool,
     mut each: impl FnMut(BorrowedFd<'_>, &[u8]) -> nix::Result<()>,
 ) -> io::Result<()> {
+    let given = match keep_directories {
+        true => Given::Stay,
+        false => Given::AreRemoved,
+    };
     let mut stack = DirectoryStack::new();
-    enter(&mut stack, tree)?;
+    enter(&mut stack, tree, given)?;
     while let Some((fd, level)) = stack.innermost_mut() {
-        if let Some((name, inode_type)) = level.listing.get(level.next) {
-            level.next += 1;
+        if let Some((name, inode_type)) = level.names.next(fd.as_fd())? {
             let is_directory = match inode_type {
                 Some(inode_type) => inode_type == InodeType::Directory,
                 None => {
@@ -124,7 +123,7 @@ fn visit(
             } else if keep_directories || unlinkat(fd, name, UnlinkatFlags::RemoveDir).is_err() {
                 // An empty one costs the single call above.
                 let directory = open_directory(fd, name)?;
-                enter(&mut stack, directory)?;
+                enter(&mut stack, directory, given)?;
             }
             continue;
         }
@@ -139,23 +138,22 @@ fn visit(
         stack.leave()?;
         if let Some((fd, level)) = stack.innermost_mut()
             && !keep_directories
-            && let Some((name, _)) = level.listing.get(level.next - 1)
         {
-            unlinkat(fd, name, UnlinkatFlags::RemoveDir)?;
+            unlinkat(fd, level.names.current(), UnlinkatFlags::RemoveDir)?;
         }
     }
     Ok(())
 }
 
-fn enter(stack: &mut DirectoryStack<Level>, directory: OwnedFd) -> io::Result<()> {
+fn enter(stack: &mut DirectoryStack<Level>, directory: OwnedFd, given: Given) -> io::Result<()> {
     let attributes = InodeAttributes::from(fstat(&directory)?);
-    let mut listing = DirectoryListing::default();
-    listing.read(directory.as_fd())?;
-    let level = Level {
-        listing,
-        next: 0,
-        attributes,
-    };
+    let names = DirectoryNames::begin(directory.as_fd(), given)?;
+    if stack.depth() > KEPT_PIECES
+        && let Some(outer) = stack.note_mut()
+    {
+        outer.names.forget();
+    }
+    let level = Level { names, attributes };
     stack.push(directory, attributes.identity, level);
     Ok(())
 }

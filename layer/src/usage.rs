@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, open};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
-use crate::directory_listing::DirectoryListing;
+use crate::directory_names::{DirectoryNames, Given, KEPT_PIECES};
 use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, open_directory};
 use crate::inode_attributes::InodeAttributes;
 
@@ -46,12 +46,6 @@ pub fn upperdir_usage(dir: &Path) -> Result<Usage, UsageError> {
     count_tree(root).map_err(failed)
 }
 
-/// A directory that is being counted.
-struct Level {
-    listing: DirectoryListing,
-    next: usize,
-}
-
 fn count_tree(root: OwnedFd) -> io::Result<Usage> {
     let mut usage = Usage::default();
     let mut linked = HashSet::new();
@@ -59,11 +53,15 @@ fn count_tree(root: OwnedFd) -> io::Result<Usage> {
     count(&fstat(&root)?, &mut usage, &mut linked);
     enter(&mut stack, root)?;
     while let Some((fd, level)) = stack.innermost_mut() {
-        let Some((name, _)) = level.listing.get(level.next) else {
+        let name = match level.next(fd.as_fd()) {
+            // The directory itself is gone.
+            Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => None,
+            next => next?,
+        };
+        let Some((name, _)) = name else {
             stack.leave()?;
             continue;
         };
-        level.next += 1;
         let stat = match fstatat(fd, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => continue,
             stat => stat?,
@@ -79,11 +77,19 @@ fn count_tree(root: OwnedFd) -> io::Result<Usage> {
     Ok(usage)
 }
 
-fn enter(stack: &mut DirectoryStack<Level>, directory: OwnedFd) -> io::Result<()> {
+fn enter(stack: &mut DirectoryStack<DirectoryNames>, directory: OwnedFd) -> io::Result<()> {
     let identity = InodeAttributes::from(fstat(&directory)?).identity;
-    let mut listing = DirectoryListing::default();
-    listing.read(directory.as_fd())?;
-    stack.push(directory, identity, Level { listing, next: 0 });
+    let names = match DirectoryNames::begin(directory.as_fd(), Given::Stay) {
+        // It was removed when it had been opened.
+        Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => return Ok(()),
+        names => names?,
+    };
+    if stack.depth() > KEPT_PIECES
+        && let Some(outer) = stack.note_mut()
+    {
+        outer.forget();
+    }
+    stack.push(directory, identity, names);
     Ok(())
 }
 

@@ -96,17 +96,11 @@ pub fn list(paths: &SnapshotPaths) -> Result<Vec<(String, Entry)>> {
 /// I/O errors; what was made is removed again.
 pub fn create_new(paths: &SnapshotPaths, id: u64, writable: bool, owner: (u32, u32)) -> Result<()> {
     let dir = paths.new_dir(id);
-    let mkdir = |path: &Path, mode| {
-        DirBuilder::new()
-            .mode(mode)
-            .create(path)
-            .during("create directory", path)
-    };
     let fill = || {
         let fs = dir.join("fs");
         mkdir(&fs, 0o755)?;
         if writable {
-            mkdir(&dir.join("work"), 0o711)?;
+            create_work(&dir)?;
         }
         if owner != (0, 0) {
             std::os::unix::fs::lchown(&fs, Some(owner.0), Some(owner.1)).during("chown", &fs)?;
@@ -115,6 +109,19 @@ pub fn create_new(paths: &SnapshotPaths, id: u64, writable: bool, owner: (u32, u
     };
     mkdir(&dir, 0o700)?;
     fill().inspect_err(|_| discard_new(paths, id))
+}
+
+/// Makes the workdir in the directory of a snapshot.
+///
+/// # Errors
+/// I/O errors.
+pub fn create_work(dir: &Path) -> Result<()> {
+    mkdir(&dir.join("work"), 0o711)
+}
+
+fn mkdir(path: &Path, mode: u32) -> Result<()> {
+    let made = DirBuilder::new().mode(mode).create(path);
+    Ok(made.during("create directory", path)?)
 }
 
 /// Removes a half made `snapshots/new-<id>`; what resists goes at the next start.

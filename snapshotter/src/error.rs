@@ -4,7 +4,8 @@
 //! never prints the source: whoever shows an error walks the chain with [`chain`].
 
 use std::error::Error;
-use std::io;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use transship_path_error::PathError;
@@ -98,6 +99,14 @@ pub enum SnapshotError {
         /// Why the write failed.
         source: Arc<rusqlite::Error>,
     },
+    /// The file of the metadata database is damaged.
+    #[error("{path} is damaged: {fault}")]
+    DamagedDatabase {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: String,
+    },
     /// The call in whose thread the transaction was made has panicked.
     #[error("another call panicked while it wrote the snapshot metadata")]
     LeaderPanicked,
@@ -120,6 +129,22 @@ impl SnapshotError {
         Self::Database {
             act,
             source: Arc::new(source),
+        }
+    }
+
+    /// Whether it says that the database itself is damaged, and not that it cannot be read now.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        match self {
+            Self::Database { source, .. } => {
+                let code = source.sqlite_error_code();
+                matches!(code, Some(DatabaseCorrupt | NotADatabase))
+            }
+            // Of redb's file.
+            Self::Io(error) => error.source.kind() == ErrorKind::InvalidData,
+            Self::DamagedDatabase { .. } | Self::Damaged { .. } => true,
+            _ => false,
         }
     }
 

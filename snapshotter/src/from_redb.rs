@@ -32,7 +32,7 @@ use transship_digest::Sha256;
 use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError};
-use crate::metadata::Metadata;
+use crate::metadata::{FILE, Metadata};
 use crate::record::Record;
 
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -111,31 +111,44 @@ pub fn take_over(root: &Path, metadata: &mut Metadata) -> Result<()> {
         return Ok(());
     }
     let (database, journal) = (root.join(DATABASE), root.join("metadata.journal"));
+    let mut content = read(&database).during("read", &database)?;
+    let from_journal = match fs::read(&journal) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        outcome => outcome.during("read", &journal)?,
+    };
+    content.add(&from_journal);
+    let next_id = content.counters.get("next_id").copied().unwrap_or(1);
+    let decode = |(key, bytes): (String, Vec<u8>)| match Record::decode(&bytes[..]) {
+        Ok(record) => Ok((key, record)),
+        Err(error) => Err(SnapshotError::Damaged {
+            key,
+            reason: error.to_string(),
+        }),
+    };
+    let records: Vec<_> = content
+        .snapshots
+        .into_iter()
+        .map(decode)
+        .collect::<Result<_>>()?;
     if metadata.is_fresh() {
-        let mut content = read(&database).during("read", &database)?;
-        let from_journal = match fs::read(&journal) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            outcome => outcome.during("read", &journal)?,
-        };
-        content.add(&from_journal);
-        let next_id = content.counters.get("next_id").copied().unwrap_or(1);
-        let decode = |(key, bytes): (String, Vec<u8>)| match Record::decode(&bytes[..]) {
-            Ok(record) => Ok((key, record)),
-            Err(error) => Err(SnapshotError::Damaged {
-                key,
-                reason: error.to_string(),
-            }),
-        };
-        let records: Vec<_> = content
-            .snapshots
-            .into_iter()
-            .map(decode)
-            .collect::<Result<_>>()?;
         tracing::info!(
             snapshots = records.len(),
             "taking over the metadata of an earlier release"
         );
         metadata.fill(records, next_id)?;
+    } else {
+        // It was taken over, and whoever did it was killed before he had deleted it; or the earlier release has run since.
+        let known = metadata.walk()?.collect::<Result<BTreeMap<_, _>>>()?;
+        if known != records.into_iter().collect() {
+            return Err(SnapshotError::Invalid {
+                reason: format!(
+                    "{} has other snapshots than {}, because an earlier release has run since: rename the one that is \
+                     out of date",
+                    database.display(),
+                    database.with_file_name(FILE).display()
+                ),
+            });
+        }
     }
     for path in [journal, database] {
         match fs::remove_file(&path) {

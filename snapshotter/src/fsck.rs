@@ -106,7 +106,8 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
             check.compare(&metadata, &entries)?;
             return Ok(check.problems);
         }
-        Err(why) => {
+        Err(Unusable::Now(error)) => return Err(error),
+        Err(Unusable::Lost(why)) => {
             check.note(
                 format!("{} cannot be used: {why}", database.display()),
                 repair,
@@ -126,18 +127,31 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
     Ok(check.problems)
 }
 
+/// Why a database is of no use.
+enum Unusable {
+    /// It is damaged or missing, and can be rebuilt from the directories.
+    Lost(String),
+    /// It could not be read this time (a full disk, too many open files), or a later release has written it: what it says
+    /// is more than the directories know.
+    Now(SnapshotError),
+}
+
 /// Opens the database, with the structure of the whole file checked; that of an earlier release is taken over.
-fn open_database(root: &Path, path: &Path) -> Result<Metadata, String> {
-    let exists = |path: &Path| path.try_exists().map_err(|error| error.to_string());
-    if !exists(path)? && !from_redb::is_in(root).map_err(|error| chain(&error))? {
-        return Err("it does not exist".to_owned());
+fn open_database(root: &Path, path: &Path) -> Result<Metadata, Unusable> {
+    let is_there = path.try_exists().during("look for", path);
+    let is_there = is_there.map_err(|error| Unusable::Now(error.into()))?;
+    if !is_there && !from_redb::is_in(root).map_err(Unusable::Now)? {
+        return Err(Unusable::Lost("it does not exist".to_owned()));
     }
     let open = || {
         let mut metadata = Metadata::open_checked(path, CHECK_CACHE)?;
         from_redb::take_over(root, &mut metadata)?;
         Ok(metadata)
     };
-    open().map_err(|error: SnapshotError| chain(&error))
+    open().map_err(|error: SnapshotError| match error.is_damage() {
+        true => Unusable::Lost(chain(&error)),
+        false => Unusable::Now(error),
+    })
 }
 
 /// Renames a damaged database and its WAL, which must not meet another database.
@@ -286,7 +300,12 @@ impl Check<'_> {
     fn compare_directory(&mut self, key: &str, record: &Record) -> Result<()> {
         let (dir, id) = (self.paths.dir(record.id), record.id);
         let is_active = record.kind() == Some(Kind::Active);
-        if !is_dir(&dir.join("fs"))? || (is_active && !is_dir(&dir.join("work"))?) {
+        if is_active && is_dir(&dir.join("fs"))? && !is_dir(&dir.join("work"))? {
+            // Somebody has removed it, as the kernel's documentation says after a crash of a volatile overlay. What the
+            // container has written is in the other one.
+            let what = format!("{key:?} has no workdir in {}", dir.display());
+            self.mend(what, || disk::create_work(&dir))?;
+        } else if !is_dir(&dir.join("fs"))? {
             let what = format!("{key:?} has no directory {}", dir.display());
             if record.kind() == Some(Kind::Committed) {
                 self.note(what, false);

@@ -150,9 +150,8 @@ impl Metadata {
             connection.query_row("PRAGMA integrity_check(1)", (), |row| row.get(0))
         })?;
         if fault != "ok" {
-            return Err(SnapshotError::Invalid {
-                reason: format!("{} is damaged: {fault}", path.display()),
-            });
+            let path = path.to_path_buf();
+            return Err(SnapshotError::DamagedDatabase { path, fault });
         }
         Ok(metadata)
     }

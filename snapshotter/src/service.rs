@@ -355,7 +355,7 @@ fn code_of(error: &SnapshotError) -> Code {
         | E::NoMounts { .. }
         | E::HasChildren { .. }
         | E::ParentAtCommit { .. } => Code::FailedPrecondition,
-        E::Damaged { .. } => Code::DataLoss,
+        E::DamagedDatabase { .. } | E::Damaged { .. } => Code::DataLoss,
         E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } | E::LeaderPanicked => {
             match error.io_source().map(io::Error::kind) {
                 _ if error.is_disk_full() => Code::ResourceExhausted,

@@ -711,6 +711,23 @@ fn root_fsck_mends_directories() {
     });
 }
 
+/// As the kernel's documentation says for a volatile overlay after a crash.
+#[test]
+fn root_fsck_keeps_what_was_written_when_the_workdir_is_gone() {
+    as_root(async || {
+        let site = filled_site().await;
+        let dir = site.snapshots().join("3");
+        fs::write(dir.join("fs/written"), "by the container").unwrap();
+        fs::remove_dir_all(dir.join("work")).unwrap();
+        assert_eq!(run(&site, &["fsck"]).status.code(), Some(4));
+        let output = run(&site, &["fsck", "--repair"]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(dir.join("work").is_dir());
+        let written = fs::read_to_string(dir.join("fs/written")).unwrap();
+        assert_eq!(written, "by the container");
+    });
+}
+
 /// Whatever the mode of the socket, only root is served.
 #[test]
 fn root_another_user_is_not_served() {
