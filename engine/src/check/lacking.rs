@@ -136,6 +136,30 @@ mod tests {
         check("processor,memory", &[&one, &two]).unwrap();
     }
 
+    #[tokio::test]
+    async fn a_limit_above_the_other_nodes_is_refused() {
+        let here = NodeFacts::of_this(None).await.unwrap();
+        let mut there = here.clone();
+        there.limits.insert("fs.nr_open".into(), 1024);
+        there.limits.insert("vm.max_map_count".into(), 10);
+        // As they come.
+        let there = NodeFacts::parse(there.json().unwrap().as_bytes()).unwrap();
+        let check = |may: &str, needs: &Needs| {
+            let may = may.parse().unwrap_or_default();
+            super::check("web", &[needs], (&here, &there), &may)
+        };
+        let files = Needs {
+            open_files: 1025,
+            ..Needs::default()
+        };
+        let error = format!("{:?}", check("memory", &files).unwrap_err());
+        assert!(error.contains("fs.nr_open is 1024 there"), "{error}");
+        let error = format!("{:?}", check("", &needs(0, 11)).unwrap_err());
+        assert!(error.contains("vm.max_map_count is 10 there"), "{error}");
+        check("limit", &needs(0, 11)).unwrap();
+        check("", &needs(0, 10)).unwrap();
+    }
+
     #[test]
     fn only_what_is_compared_may_be_lacking() {
         for nonsense in ["", "architecture", "processor,", "CRIU"] {

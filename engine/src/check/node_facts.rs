@@ -16,10 +16,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+use tokio::time::timeout;
 pub use transship_checkpoint::manifest::Processor;
 use transship_checkpoint::manifest::Source;
 use transship_checkpoint::shown_text::printable;
@@ -31,6 +33,8 @@ use crate::error::{Context, Error, Result};
 
 /// Bytes of them; features of a processor are most of it.
 const MOST_BYTES: usize = 64 << 10;
+/// How long a program may take to say its version, and containerd.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The version of what is printed.
 const FORMAT: u32 = 1;
 /// Limits that a container may come up against.
@@ -84,10 +88,16 @@ impl NodeFacts {
     /// The kernel does not tell its name.
     pub async fn of_this(containerd: Option<&Containerd>) -> Result<Self> {
         let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
-        let containerd = match containerd {
-            Some(node) => node.version().await.ok(),
-            None => None,
+        let of_containerd = async {
+            let version = timeout(PATIENCE, containerd?.version()).await;
+            version.ok()?.ok()
         };
+        let (criu, runc, crun, containerd) = tokio::join!(
+            version_of("criu"),
+            version_of("runc"),
+            version_of("crun"),
+            of_containerd
+        );
         let limit = |name: &str| {
             let path = format!("/proc/sys/{}", name.replace('.', "/"));
             let value = fs::read_to_string(path).ok()?.trim().parse().ok()?;
@@ -100,9 +110,9 @@ impl NodeFacts {
             architecture: uname.machine().to_string_lossy().into_owned(),
             page_size: page_size(),
             kernel: uname.release().to_string_lossy().into_owned(),
-            criu: version_of("criu"),
-            runc: version_of("runc"),
-            crun: version_of("crun"),
+            criu,
+            runc,
+            crun,
             containerd,
             cgroups: if host::has_cgroup2() { 2 } else { 1 },
             security_modules: security_modules(),
@@ -170,9 +180,13 @@ impl NodeFacts {
     }
 }
 
-fn version_of(program: &str) -> Option<String> {
-    let said = host::run(program, &["--version"]).ok()?;
-    let Version(major, minor, patch) = Version::find(&said)?;
+/// None where the program cannot be run, or does not come to its end.
+async fn version_of(program: &str) -> Option<String> {
+    let mut command = Command::new(program);
+    let said = command.arg("--version").kill_on_drop(true).output();
+    let said = timeout(PATIENCE, said).await.ok()?.ok()?;
+    let said = said.status.success().then_some(said.stdout)?;
+    let Version(major, minor, patch) = Version::find(&String::from_utf8_lossy(&said))?;
     Some(format!("{major}.{minor}.{patch}"))
 }
 
@@ -231,6 +245,8 @@ fn free_disk() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -243,6 +259,21 @@ mod tests {
         let later = NodeFacts { format: 2, ..facts };
         assert!(NodeFacts::parse(&serde_json::to_vec(&later).unwrap()).is_err());
         assert!(NodeFacts::parse(b"{}").is_err());
+    }
+
+    #[tokio::test]
+    async fn a_program_that_does_not_end_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("criu");
+        let script = |text: &str| {
+            fs::write(&program, text).unwrap();
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        };
+        let program = program.to_str().unwrap();
+        script("#!/bin/sh\nexec sleep 600\n");
+        assert_eq!(version_of(program).await, None);
+        script("#!/bin/sh\necho Version: 4.2\n");
+        assert_eq!(version_of(program).await.as_deref(), Some("4.2.0"));
     }
 
     #[test]

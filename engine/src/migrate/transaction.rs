@@ -225,8 +225,9 @@ impl Transaction<'_> {
             .send(Message::Offer(Box::new(offer)))
             .await?;
         self.conversation.watch(self.request.link_patience)?;
-        let here = NodeFacts::of_this(Some(self.node));
-        let (needed, place, there) = match self.conversation.receive("the target's answer").await? {
+        let answer = self.conversation.receive("the target's answer");
+        let (answer, here) = tokio::join!(answer, NodeFacts::of_this(Some(self.node)));
+        let (needed, place, there) = match answer? {
             Message::Need {
                 digests,
                 direct,
@@ -237,7 +238,7 @@ impl Transaction<'_> {
         let needs: Vec<_> = self.moving.containers.iter().map(|it| &it.needs).collect();
         let called = self.moving.called();
         let may_lack = &self.request.may_lack;
-        for note in lacking::check(&called, &needs, (&here.await?, &there), may_lack)? {
+        for note in lacking::check(&called, &needs, (&here?, &there), may_lack)? {
             tracing::info!("the other node: {}: {}", note.what, note.text());
         }
         let mut bytes = 0;

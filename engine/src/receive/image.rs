@@ -32,7 +32,7 @@ pub(super) async fn receive(
     conversation: &mut Conversation,
     offered: &[OfferedContainer],
     snapshotter: &str,
-    listening: Option<Listening>,
+    listen: impl FnOnce() -> Option<Listening>,
 ) -> Result<Vec<String>> {
     check_count(offered.iter().map(|it| it.blobs.len()).sum())?;
     let mut missing: Vec<String> = Vec::new();
@@ -53,12 +53,14 @@ pub(super) async fn receive(
         }
         all_own.push(own);
     }
-    let (place, accepting) = listening.unzip();
+    let facts = NodeFacts::of_this(Some(node)).await?.json()?;
+    // Last: the source is waited for from here on, and not for long.
+    let (place, accepting) = listen().unzip();
     conversation
         .send(Message::Need {
             digests: missing.clone(),
             direct: place,
-            facts: NodeFacts::of_this(Some(node)).await?.json()?,
+            facts,
         })
         .await?;
     loop {

@@ -253,9 +253,9 @@ async fn take(
     (interrupt, progress): (&Interrupt, &dyn Progress),
 ) -> Result<Received> {
     progress.step("image");
-    let listening = listen(offer, &request.data_addresses);
+    let listen = || listen(offer, &request.data_addresses);
     let all = std::slice::from_ref(offered);
-    let chains = image::receive(node, conversation, all, &plan.snapshotter, listening).await?;
+    let chains = image::receive(node, conversation, all, &plan.snapshotter, listen).await?;
     let chain = chains.first().map_or("", String::as_str);
     let name = image::choose_name(node, offered, chain, &request.target.allowed).await?;
     plan.set_image(&name.name, chain);

@@ -264,13 +264,13 @@ pub(super) async fn take(
     (interrupt, progress): (&Interrupt, &dyn Progress),
 ) -> Result<(Locked, u32)> {
     progress.step("image");
-    let listening = listen(offer, &request.data_addresses);
+    let listen = || listen(offer, &request.data_addresses);
     // Whoever makes the pod has its images.
     let (images, snapshotter) = match &plan {
         PodPlan::Make(new) => (offer.containers.as_slice(), new.snapshotter.clone()),
         PodPlan::Wait => (&[][..], String::new()),
     };
-    let chains = image::receive(node, conversation, images, &snapshotter, listening).await?;
+    let chains = image::receive(node, conversation, images, &snapshotter, listen).await?;
     let pod = &offered.pod;
     let names = offer.containers.iter().map(|it| it.container.name.clone());
     let arrival = Arrival {
