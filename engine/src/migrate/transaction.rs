@@ -27,7 +27,7 @@ use super::{Request, mark_moved, network, resume_source, unmark_moved};
 use crate::check::lacking;
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
-use crate::data_channel::{Identity, STREAMS};
+use crate::data_channel::{Connections, Identity, STREAMS};
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
@@ -241,6 +241,8 @@ impl Transaction<'_> {
         for note in lacking::check(&called, &needs, (&here?, &there), may_lack)? {
             tracing::info!("the other node: {}: {}", note.what, note.text());
         }
+        // Before the blobs, which may take minutes: the target does not listen that long.
+        let connections = self.connect(identity, place).await?;
         let mut bytes = 0;
         for (digest, size) in blobs.iter().filter(|(digest, _)| needed.contains(digest)) {
             self.send_blob(digest, *size).await?;
@@ -252,8 +254,11 @@ impl Transaction<'_> {
                 "waits for a pod on the other node with the annotation {RECEIVE}: {migration}"
             ));
         }
-        let direct = self.connect(identity, place).await?;
-        self.direct = direct;
+        self.direct = connections.as_ref().map_or(0, Connections::count);
+        if let Some(connections) = connections {
+            self.conversation.send_files_through(connections)?;
+        }
+        let direct = self.direct;
         self.conversation.send(Message::ImageEnd { direct }).await?;
         loop {
             let what = "the target to have the image";
@@ -275,18 +280,18 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Connects directly, if the target can be reached so; gives the number of connections.
+    /// Connects directly, if the target can be reached so; gives the connections for files.
     async fn connect(
         &mut self,
         identity: Arc<Identity>,
         place: Option<DataPlace>,
-    ) -> Result<usize> {
+    ) -> Result<Option<Connections>> {
         let is_lazy = self.request.is_lazy;
         let late = "pages cannot come late (--lazy) without a direct connection to the other node";
         let Some(DataPlace { addresses, key }) = place else {
             return match is_lazy {
                 true => Err(Error::refused(late).hint("--data-address names where it listens")),
-                false => Ok(0),
+                false => Ok(None),
             };
         };
         let streams = STREAMS + usize::from(is_lazy);
@@ -297,16 +302,14 @@ impl Transaction<'_> {
                 if is_lazy {
                     self.conversation.keep_for_pages(connections.take_last());
                 }
-                let count = connections.count();
-                self.conversation.send_files_through(connections)?;
-                Ok(count)
+                Ok(Some(connections))
             }
             Err(error) => {
                 tracing::info!(
                     "no direct connection, all goes through the command: {}",
                     error.one_line()
                 );
-                Ok(0)
+                Ok(None)
             }
         }
     }
