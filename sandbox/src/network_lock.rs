@@ -10,12 +10,21 @@
 //! and the restore only.
 
 use std::io::{self, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::error::SandboxError;
 use crate::pins::in_network;
 
+/// How long nft may take: somebody stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(5);
 const TABLE: &str = "inet transship-migration";
 
 /// Keeps all packets from and to others in a network namespace, until they are let go or the namespace goes.
@@ -41,24 +50,24 @@ pub fn unlock_network(namespace: &Path) -> Result<(), SandboxError> {
     nft("unlock the network", namespace, &script)
 }
 
-/// Runs a script of nft in a network namespace.
+/// Runs a script of nft in a network namespace. One that takes too long is killed.
 ///
 /// # Errors
-/// `act` failed, with the first line that nft has said.
+/// `act` failed, or took too long, with the first line that nft has said.
 pub fn nft(act: &'static str, namespace: &Path, script: &str) -> Result<(), SandboxError> {
     in_network(act, namespace, || {
-        let mut nft = Command::new("nft")
+        let nft = Command::new("nft")
             .args(["-f", "-"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            .process_group(0)
             .spawn()
             .map_err(|error| io::Error::new(error.kind(), format!("nft: {error}")))?;
-        if let Some(mut stdin) = nft.stdin.take() {
-            // One that ends early says why on stderr.
-            drop(stdin.write_all(script.as_bytes()));
-        }
-        let output = nft.wait_with_output()?;
+        let output = output_within(PATIENCE, nft, script.to_owned())?.ok_or_else(|| {
+            let seconds = PATIENCE.as_secs();
+            io::Error::other(format!("nft: it has taken more than {seconds} s"))
+        })?;
         if output.status.success() {
             return Ok(());
         }
@@ -66,4 +75,56 @@ pub fn nft(act: &'static str, namespace: &Path, script: &str) -> Result<(), Sand
         let first = said.lines().next().unwrap_or("no reason given");
         Err(io::Error::other(format!("nft: {first}")))
     })
+}
+
+/// What a process says that leads a group, until its end; none where it was killed for taking longer.
+fn output_within(
+    patience: Duration,
+    mut child: Child,
+    input: String,
+) -> io::Result<Option<Output>> {
+    let group = Pid::from_raw(child.id().cast_signed());
+    let (told, ended) = mpsc::channel();
+    thread::Builder::new().spawn(move || {
+        if let Some(mut stdin) = child.stdin.take() {
+            // One that ends early says why on stderr.
+            drop(stdin.write_all(input.as_bytes()));
+        }
+        // Nobody waits for it any more where it was killed.
+        drop(told.send(child.wait_with_output()));
+    })?;
+    match ended.recv_timeout(patience) {
+        Ok(output) => output.map(Some),
+        Err(_) => {
+            let _ = killpg(group, Signal::SIGKILL);
+            Ok(None)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_program_that_does_not_end_is_killed() {
+        let run = |program: &str| {
+            let child = Command::new("sh")
+                .args(["-c", program])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .process_group(0)
+                .spawn()
+                .unwrap();
+            output_within(Duration::from_millis(500), child, "script".into()).unwrap()
+        };
+        let began = Instant::now();
+        // It holds the pipes as well.
+        assert!(run("sleep 600 & wait").is_none());
+        assert!(began.elapsed() < Duration::from_secs(30));
+        assert_eq!(run("cat").unwrap().stdout, b"script");
+    }
 }
