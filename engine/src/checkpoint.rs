@@ -314,7 +314,8 @@ async fn take(
         marked: marked.map(|pod| pod.uid.clone()),
         ..source.to_freeze()
     });
-    let frozen = Frozen::freeze(&target.node, tasks.collect(), Some(draft.dir())).await?;
+    let (tasks, bounds) = (tasks.collect(), (target.max_freeze, interrupt));
+    let frozen = Frozen::freeze_within(&target.node, tasks, Some(draft.dir()), bounds).await?;
     timeline.freeze(frozen.since().into_std());
     let dump = dump_all(target, draft.dir(), &mut timeline);
     let dumped = match at_most(target.max_freeze, frozen.since(), dump).await {

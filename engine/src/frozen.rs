@@ -24,6 +24,7 @@ use transship_sandbox::{SandboxError, lock_network, unlock_network};
 
 use crate::error::{Error, Result, StillPaused, one_line};
 use crate::freeze_guard::FreezeGuard;
+use crate::interrupt::Interrupt;
 use crate::kill;
 use crate::oci_runtime::OciRuntime;
 use crate::restart_policy;
@@ -33,6 +34,8 @@ use crate::vfork;
 
 pub use crate::freeze_guard::TaskToFreeze;
 
+/// How long containerd may take to freeze a container: a runtime on a busy node tries again for seconds.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long containerd may take to let a container run; then the guard goes on.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
@@ -111,6 +114,19 @@ impl Frozen {
         tasks: Vec<TaskToFreeze>,
         draft: Option<&Path>,
     ) -> Result<Self> {
+        Self::freeze_within(node, tasks, draft, (None, &Interrupt::never())).await
+    }
+
+    /// As [`Self::freeze`], for at most `most`, and unless somebody asks to give up.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn freeze_within(
+        node: &Containerd,
+        tasks: Vec<TaskToFreeze>,
+        draft: Option<&Path>,
+        (most, interrupt): (Option<Duration>, &Interrupt),
+    ) -> Result<Self> {
         let guard = FreezeGuard::start(node, &tasks, draft)?;
         let tasks = Tasks {
             node: node.clone(),
@@ -118,9 +134,20 @@ impl Frozen {
             draft: draft.map(Path::to_path_buf),
         };
         // What is hidden from others is put back by the guard, too.
-        let paused = match tasks.hide_policies().await {
-            Ok(()) => tasks.pause_outside_of_vfork().await,
-            Err(error) => Err(error),
+        let paused = {
+            let pausing = async {
+                tasks.hide_policies().await?;
+                tasks.pause_outside_of_vfork(most).await
+            };
+            tokio::pin!(pausing);
+            tokio::select! {
+                paused = &mut pausing => paused,
+                signal = interrupt.wait() => {
+                    // One that is cut off may freeze later than it is let go.
+                    drop(timeout(thaw::ANSWER, pausing).await);
+                    Err(signal.into())
+                }
+            }
         };
         let frozen = Self {
             tasks,
@@ -233,18 +260,22 @@ impl Tasks {
 
     async fn hide_policies(&self) -> Result<()> {
         for task in self.tasks.iter().filter(|task| task.hides_policy) {
-            restart_policy::suspend(&self.node, &task.id).await?;
+            let suspended = restart_policy::suspend(&self.node, &task.id);
+            thaw::answered(FREEZE_PATIENCE, suspended).await?;
         }
         Ok(())
     }
 
-    /// Gives when they were paused. One that never is outside is left to CRIU, which says so.
-    async fn pause_outside_of_vfork(&self) -> Result<Instant> {
+    /// Gives when they were paused, each time for at most `most`. One that never is outside is left to CRIU, which says so.
+    async fn pause_outside_of_vfork(&self, most: Option<Duration>) -> Result<Instant> {
         let mut tries = 1;
         loop {
             let since = Instant::now();
-            self.pause().await?;
-            if tries == VFORKS || !self.are_within_vfork().await? {
+            let paused = async {
+                self.pause().await?;
+                Ok(tries == VFORKS || !self.are_within_vfork().await?)
+            };
+            if at_most(most, since, paused).await? {
                 return Ok(since);
             }
             tries += 1;
@@ -255,7 +286,7 @@ impl Tasks {
 
     async fn are_within_vfork(&self) -> Result<bool> {
         for task in self.ours() {
-            let pids = self.node.pids(&task.id).await?;
+            let pids = thaw::answered(FREEZE_PATIENCE, self.node.pids(&task.id)).await?;
             if tokio::task::spawn_blocking(move || vfork::is_going_on(&pids)).await? {
                 return Ok(true);
             }
@@ -270,7 +301,7 @@ impl Tasks {
         for task in self.ours() {
             let mut tries = 1;
             loop {
-                match self.node.pause(&task.id).await {
+                match thaw::answered(FREEZE_PATIENCE, self.node.pause(&task.id)).await {
                     Err(error) if tries < FREEZES && one_line(&error).contains(NOT_FROZEN) => {
                         tries += 1;
                         sleep(PAUSE).await;

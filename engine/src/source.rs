@@ -56,6 +56,7 @@ use crate::renamed_sockets::{self, Named};
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
+use crate::thaw;
 use crate::timer_threads;
 
 /// How long a runtime may take to notice that its CRIU is gone.
@@ -785,7 +786,7 @@ pub async fn manifest(
             hostname: uname.nodename().to_string_lossy().into_owned(),
             architecture: uname.machine().to_string_lossy().into_owned(),
             kernel: uname.release().to_string_lossy().into_owned(),
-            containerd: node.version().await?,
+            containerd: thaw::answered(thaw::ANSWER, node.version()).await?,
             ..Source::default()
         },
         pod,

@@ -3,13 +3,34 @@
 use std::time::Duration;
 
 use containerd_client::types::v1::Status;
+use tokio::time::timeout;
 use transship_containerd::Containerd;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::freeze_guard::TaskToFreeze;
 
 /// How long containerd may take for one answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
+
+/// What containerd answers, for which somebody waits who stands still.
+///
+/// # Errors
+/// Those of the answer, or it has not come in time.
+pub(crate) async fn answered<T, E>(
+    patience: Duration,
+    answer: impl Future<Output = Result<T, E>>,
+) -> Result<T>
+where
+    Error: From<E>,
+{
+    match timeout(patience, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Error::failed(format!(
+            "containerd has not answered within {} s",
+            patience.as_secs()
+        ))),
+    }
+}
 
 /// What a task does, as containerd says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -133,7 +133,8 @@ impl Transaction<'_> {
             hides_policy: true,
             ..source.to_freeze()
         });
-        Frozen::freeze(self.node, tasks.collect(), Some(draft.dir())).await
+        let bounds = (self.request.max_freeze, self.interrupt);
+        Frozen::freeze_within(self.node, tasks.collect(), Some(draft.dir()), bounds).await
     }
 
     async fn move_and_record(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
