@@ -7,22 +7,31 @@
 //!  direct   --> or <--   files through connections of their own (data_channel), where there are some
 //! ```
 //!
+//! Bytes that have been written may lie in this node's buffers: while files go through connections of their own, each of
+//! these is judged by its own writes, the kernel ends one whose other side acknowledges nothing, and the pipe is read.
+//!
 //! A step ends with its result, an interrupt, or because the link has stalled: a live side is heard
 //! every few seconds, whatever it is doing, so silence for [`Conversation::watch`]'s patience means that
 //! the link or the other node is gone. A step that is abandoned takes the conversation with it.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{Read, Write};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use transship_checkpoint::wire::{Message, Receiver, Sender, WireError, unexpected};
 
 use crate::data_channel::{Connection, Connections, EndAtDrop};
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
+
+mod activity;
+
+use activity::Activity;
+pub use activity::Watched;
 
 /// How long a link may be silent unless somebody says otherwise.
 pub const LINK_PATIENCE: Duration = Duration::from_secs(30);
@@ -39,68 +48,6 @@ const READER: &str = "the other node to read";
 pub type Writing = Sender<Watched<Box<dyn Write + Send>>>;
 /// The receiving half of one.
 pub type Reading = Receiver<Watched<Box<dyn Read + Send>>>;
-
-/// When something last went through a pipe, in milliseconds of a common clock.
-#[derive(Debug)]
-struct Activity {
-    began: Instant,
-    last: AtomicU64,
-}
-
-impl Activity {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            began: Instant::now(),
-            last: AtomicU64::new(0),
-        })
-    }
-
-    fn now(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    fn mark(&self) {
-        self.last.store(self.now(), Ordering::Relaxed);
-    }
-
-    fn idle(&self) -> Duration {
-        let last = self.last.load(Ordering::Relaxed);
-        Duration::from_millis(self.now().saturating_sub(last))
-    }
-}
-
-/// A pipe that remembers when it last moved.
-#[derive(Debug)]
-pub struct Watched<P> {
-    pipe: P,
-    activity: Arc<Activity>,
-}
-
-impl<P: Write> Write for Watched<P> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let written = self.pipe.write(buffer)?;
-        self.activity.mark();
-        Ok(written)
-    }
-
-    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        let written = self.pipe.write_vectored(pieces)?;
-        self.activity.mark();
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.pipe.flush()
-    }
-}
-
-impl<P: Read> Read for Watched<P> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.pipe.read(buffer)?;
-        self.activity.mark();
-        Ok(read)
-    }
-}
 
 /// Says that this side is alive, as long as it is there.
 #[derive(Debug)]
@@ -149,14 +96,21 @@ pub struct Conversation {
     patience: Option<Duration>,
     heartbeat: Option<Heartbeat>,
     direct: Option<Direct>,
+    /// The next message, waited for while files are sent.
+    hearing: Option<Hearing>,
     /// A connection for pages that come late, and what ends it.
     pages: Option<(Connection, EndAtDrop)>,
 }
 
+/// A message on its way, and the half of the pipe that it comes through.
+type Hearing =
+    Pin<Box<dyn Future<Output = Result<(Reading, Result<Message, WireError>), JoinError>> + Send>>;
+
 /// The connections that files go through. Dropped, they end.
 struct Direct {
     links: Links,
-    activity: Arc<Activity>,
+    /// Of each connection: signs of life on one say nothing of another.
+    activities: Vec<Arc<Activity>>,
     _heartbeats: Vec<Heartbeat>,
     _end: EndAtDrop,
 }
@@ -164,6 +118,24 @@ struct Direct {
 enum Links {
     Sending(Vec<Writing>),
     Receiving(Vec<Reading>),
+}
+
+impl Direct {
+    fn mark(&self) {
+        self.activities.iter().for_each(|it| it.mark());
+    }
+
+    /// How long the one that is stuck the longest has been in a write.
+    fn stuck(&self) -> Duration {
+        let stuck = self.activities.iter().map(|it| it.stuck());
+        stuck.max().unwrap_or_default()
+    }
+
+    /// How long nothing has come through any.
+    fn idle(&self) -> Duration {
+        let idle = self.activities.iter().map(|it| it.idle());
+        idle.min().unwrap_or_default()
+    }
 }
 
 impl std::fmt::Debug for Conversation {
@@ -216,6 +188,7 @@ impl Conversation {
             patience: None,
             heartbeat: None,
             direct: None,
+            hearing: None,
             pages: None,
         }
     }
@@ -235,23 +208,26 @@ impl Conversation {
     /// # Errors
     /// A thread cannot be started.
     pub fn send_files_through(&mut self, connections: Connections) -> Result<()> {
-        let activity = Activity::new();
+        let patience = self.patience.unwrap_or(LINK_PATIENCE);
+        connections.end_unheard(patience)?;
         let (connections, end) = connections.split();
-        let senders: Vec<Writing> = { connections.into_iter() }
+        let (senders, activities): (Vec<Writing>, Vec<_>) = { connections.into_iter() }
             .map(|connection| {
-                Sender::new(Watched {
+                let activity = Activity::new();
+                let sender = Sender::new(Watched {
                     pipe: Box::new(connection) as Box<dyn Write + Send>,
                     activity: Arc::clone(&activity),
-                })
+                });
+                (sender, activity)
             })
-            .collect();
-        let interval = self.patience.unwrap_or(LINK_PATIENCE) / BEATS;
+            .unzip();
+        let interval = patience / BEATS;
         let beats = senders.iter().cloned();
         let heartbeats = beats.map(|sender| Heartbeat::start(sender, interval));
         self.direct = Some(Direct {
             _heartbeats: heartbeats.collect::<Result<_>>()?,
             links: Links::Sending(senders),
-            activity,
+            activities,
             _end: end,
         });
         Ok(())
@@ -259,17 +235,20 @@ impl Conversation {
 
     /// From now on files are received through these connections.
     pub fn receive_files_through(&mut self, connections: Connections) {
-        let activity = Activity::new();
         let (connections, end) = connections.split();
-        let receivers = connections.into_iter().map(|connection| {
-            Receiver::new(Watched {
-                pipe: Box::new(connection) as Box<dyn Read + Send>,
-                activity: Arc::clone(&activity),
+        let (receivers, activities) = { connections.into_iter() }
+            .map(|connection| {
+                let activity = Activity::new();
+                let receiver = Receiver::new(Watched {
+                    pipe: Box::new(connection) as Box<dyn Read + Send>,
+                    activity: Arc::clone(&activity),
+                });
+                (receiver, activity)
             })
-        });
+            .unzip();
         self.direct = Some(Direct {
-            links: Links::Receiving(receivers.collect()),
-            activity: Arc::clone(&activity),
+            links: Links::Receiving(receivers),
+            activities,
             _heartbeats: Vec::new(),
             _end: end,
         });
@@ -289,8 +268,6 @@ impl Conversation {
         let Links::Sending(senders) = &direct.links else {
             return Err(given_up());
         };
-        self.interrupt.check()?;
-        direct.activity.mark();
         let mut all = JoinSet::new();
         for sender in senders {
             let (step, sender) = (step.clone(), sender.clone());
@@ -301,10 +278,7 @@ impl Conversation {
             });
         }
         let all = tokio::spawn(join_all(all));
-        match self.wait(all, &direct.activity, Bounds::of(READER)).await {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(error)) | Err(error) => Err(self.reason_for(error).await),
-        }
+        self.while_heard(all).await
     }
 
     /// Runs a step that writes to one of the connections for files, or to the pipe.
@@ -319,17 +293,58 @@ impl Conversation {
             Some(Links::Sending(senders)) => senders.first().cloned(),
             _ => None,
         };
-        let (Some(direct), Some(sender)) = (&self.direct, first) else {
+        let Some(sender) = first else {
             return self.write(step).await;
         };
-        self.interrupt.check()?;
-        direct.activity.mark();
-        let task = tokio::task::spawn_blocking(move || step(&sender));
-        let done = self.wait(task, &direct.activity, Bounds::of(READER)).await;
-        match done.and_then(|done| Ok(done?)) {
-            Ok(done) => Ok(done),
-            Err(error) => Err(self.reason_for(error).await),
+        let task = tokio::task::spawn_blocking(move || Ok(step(&sender)?));
+        self.while_heard(task).await
+    }
+
+    /// Waits for who writes to the connections for files. The other side is heard through the pipe meanwhile: what has
+    /// been written may have come no further than this node's buffers.
+    async fn while_heard<T>(&mut self, task: JoinHandle<Result<T>>) -> Result<T> {
+        let mut hearing = self.hear()?;
+        let has_heard = AtomicBool::new(false);
+        let done = {
+            let silence = || {
+                let stuck = self.direct.as_ref().map_or(Duration::ZERO, Direct::stuck);
+                match has_heard.load(Ordering::Relaxed) {
+                    true => stuck,
+                    false => stuck.max(self.read.idle()),
+                }
+            };
+            let mut step = std::pin::pin!(self.wait(task, silence, Bounds::of(READER)));
+            tokio::select! {
+                done = &mut step => done,
+                heard = &mut hearing => match heard? {
+                    (receiver, Ok(message)) => {
+                        has_heard.store(true, Ordering::Relaxed);
+                        hearing = Box::pin(std::future::ready(Ok((receiver, Ok(message)))));
+                        step.await
+                    }
+                    (_, Err(reason)) => return Err(reason.into()),
+                },
+            }
+        };
+        self.hearing = Some(hearing);
+        match done {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) | Err(error) => Err(self.reason_for(error).await),
         }
+    }
+
+    /// The next message, as it comes.
+    fn hear(&mut self) -> Result<Hearing> {
+        self.interrupt.check()?;
+        if let Some(hearing) = self.hearing.take() {
+            return Ok(hearing);
+        }
+        let mut receiver = self.receiver.take().ok_or_else(given_up)?;
+        self.read.mark();
+        Ok(Box::pin(tokio::task::spawn_blocking(move || {
+            let message = receiver.receive("the other node's word");
+            (receiver, message)
+        })))
     }
 
     /// Receives files: `step` is run for each connection, or once for the pipe. Gives the message that came
@@ -348,9 +363,10 @@ impl Conversation {
         let Links::Receiving(receivers) = &mut direct.links else {
             return Err(given_up());
         };
-        direct.activity.mark();
+        let receivers = std::mem::take(receivers);
+        direct.mark();
         let mut all = JoinSet::new();
-        for mut receiver in std::mem::take(receivers) {
+        for mut receiver in receivers {
             let mut step = step.clone();
             all.spawn_blocking(move || match step(&mut receiver)? {
                 Message::FilesEnd => Ok(()),
@@ -377,7 +393,7 @@ impl Conversation {
             }
         };
         if let Some(files) = files {
-            let files = self.wait(files, &direct.activity, Bounds::of("files"));
+            let files = self.wait(files, || direct.idle(), Bounds::of("files"));
             files.await??;
         }
         self.direct = Some(direct);
@@ -426,7 +442,7 @@ impl Conversation {
         let sender = self.sender.clone().ok_or_else(given_up)?;
         self.written.mark();
         let task = tokio::task::spawn_blocking(move || step(&sender));
-        match self.wait(task, &self.written, bounds).await {
+        match self.wait(task, || self.written.idle(), bounds).await {
             Ok(done) => Ok(done?),
             Err(error) => {
                 self.sender = None;
@@ -461,7 +477,7 @@ impl Conversation {
             let result = step(&mut receiver);
             (receiver, result)
         });
-        let (receiver, result) = self.wait(task, &self.read, bounds).await?;
+        let (receiver, result) = self.wait(task, || self.read.idle(), bounds).await?;
         self.receiver = Some(receiver);
         Ok(result?)
     }
@@ -470,7 +486,7 @@ impl Conversation {
     async fn wait<T>(
         &self,
         mut task: impl Future<Output = Result<T, JoinError>> + Unpin,
-        activity: &Activity,
+        silence: impl Fn() -> Duration,
         bounds: Bounds,
     ) -> Result<T> {
         let began = Instant::now();
@@ -489,7 +505,7 @@ impl Conversation {
             };
             let expected = bounds.expected;
             if let Some(patience) = self.patience
-                && activity.idle() > patience
+                && silence() > patience
             {
                 let seconds = patience.as_secs();
                 return Err(Error::new(
@@ -557,6 +573,15 @@ impl Conversation {
     }
 
     async fn receive_bounded(&mut self, bounds: Bounds) -> Result<Message> {
+        if let Some(hearing) = self.hearing.take() {
+            if bounds.grace.is_zero() {
+                self.interrupt.check()?;
+            }
+            self.read.mark();
+            let (receiver, message) = self.wait(hearing, || self.read.idle(), bounds).await?;
+            self.receiver = Some(receiver);
+            return Ok(message?);
+        }
         let expected = bounds.expected;
         self.read_within(bounds, move |receiver| receiver.receive(expected))
             .await
@@ -565,6 +590,7 @@ impl Conversation {
     /// Ends the conversation: nothing can be taken back after this, so nobody gives up any more.
     pub fn close(&mut self) {
         self.heartbeat = None;
+        self.hearing = None;
         self.direct = None;
         self.pages = None;
         self.sender = None;
@@ -613,6 +639,8 @@ fn given_up() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
     use crate::data_channel::Identity;
 
@@ -660,6 +688,84 @@ mod tests {
         let full = |_: &mut Reading| Err(WireError::TooLarge { limit: 7 });
         let error = conversation.read_files(full).await.unwrap_err();
         assert!(error.to_string().contains("more than 7 bytes"), "{error}");
+    }
+
+    /// Two ends of so many connections.
+    fn connections(streams: usize) -> (Connections, Connections) {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let here = [std::net::Ipv4Addr::LOCALHOST.into()];
+        let listener = target.listen(&here, source.public(), streams).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let accepting = std::thread::spawn(|| listener.accept());
+        let sending = source
+            .connect(&addresses, target.public(), streams)
+            .unwrap();
+        (sending, accepting.join().unwrap().unwrap())
+    }
+
+    /// Sends files, of which nobody takes those of the first connection, and gives how that ends.
+    async fn send_to_nobody(is_alive: bool) -> Error {
+        let patience = Duration::from_millis(900);
+        let (here, there) = (io::pipe().unwrap(), io::pipe().unwrap());
+        let mut a = Conversation::new(here.0, there.1, nobody());
+        let mut b = Conversation::new(there.0, here.1, nobody());
+        a.watch(patience).unwrap();
+        if is_alive {
+            b.watch(patience).unwrap();
+        }
+        let (sending, _unread) = connections(2);
+        a.send_files_through(sending).unwrap();
+        let first = Arc::new(AtomicBool::new(is_alive));
+        let (waits, waiting) = (Arc::new(AtomicBool::new(true)), Duration::from_millis(50));
+        let waited = Arc::clone(&waits);
+        let step = move |sender: &Writing| {
+            if first.swap(false, Ordering::Relaxed) {
+                return sender.send_data(&vec![0; 64 << 20]);
+            }
+            while waited.load(Ordering::Relaxed) {
+                std::thread::sleep(waiting);
+            }
+            Ok(())
+        };
+        let sent = tokio::time::timeout(Duration::from_secs(20), a.write_files(step)).await;
+        waits.store(false, Ordering::Relaxed);
+        a.close();
+        sent.expect("it is not waited for for ever").unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_stuck_is_not_kept_alive_by_another() {
+        // Whoever sees it first, this side or the kernel.
+        let error = send_to_nobody(true).await.one_line();
+        let is_seen = ["silent", "timed out"].iter().any(|it| error.contains(it));
+        assert!(is_seen, "{error}");
+    }
+
+    #[tokio::test]
+    async fn who_sends_files_hears_that_the_pipe_is_silent() {
+        let error = send_to_nobody(false).await;
+        assert!(error.to_string().contains("silent"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_comes_while_files_are_sent_is_kept() {
+        let (here, there) = (io::pipe().unwrap(), io::pipe().unwrap());
+        let mut a = Conversation::new(here.0, there.1, nobody());
+        let mut b = Conversation::new(there.0, here.1, nobody());
+        a.watch(LINK_PATIENCE).unwrap();
+        let (sending, _unread) = connections(2);
+        a.send_files_through(sending).unwrap();
+        let wait = |_: &Writing| {
+            std::thread::sleep(Duration::from_millis(300));
+            Ok(())
+        };
+        b.send(Message::Restored).await.unwrap();
+        a.write_files(wait).await.unwrap();
+        a.write_data(wait).await.unwrap();
+        assert_eq!(a.receive("the copy").await.unwrap(), Message::Restored);
+        b.give_up("a disk is full".to_owned()).await;
+        let error = a.write_files(wait).await.unwrap_err();
+        assert!(error.to_string().contains("a disk is full"), "{error}");
     }
 
     #[tokio::test]

@@ -23,6 +23,7 @@ use data_encoding::BASE64;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use rustls::client::AlwaysResolvesClientRawPublicKeys;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring::{default_provider, sign::any_eddsa_type};
@@ -170,6 +171,19 @@ impl Connections {
     }
 
     /// Takes the last one, and what ends it.
+    /// From now on the kernel ends one whose other side has acknowledged nothing for so long.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn end_unheard(&self, patience: Duration) -> Result<()> {
+        let most = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        for socket in &self.sockets {
+            { setsockopt(socket, TcpUserTimeout, &most) }
+                .context("cannot bound the wait for the other side")?;
+        }
+        Ok(())
+    }
+
     pub fn take_last(&mut self) -> Option<(Connection, EndAtDrop)> {
         let (connection, socket) = self.connections.pop().zip(self.sockets.pop())?;
         Some((connection, EndAtDrop(vec![socket])))
