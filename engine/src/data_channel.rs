@@ -12,18 +12,20 @@
 //! is gone as soon as the source has come, or after three seconds. Where the other node cannot be reached
 //! directly, the command's pipe carries everything.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use data_encoding::BASE64;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
-use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use rustls::client::AlwaysResolvesClientRawPublicKeys;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring::{default_provider, sign::any_eddsa_type};
@@ -49,6 +51,10 @@ pub const STREAMS: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long one handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(2);
+/// Handshakes beside each other, with strangers as well.
+const HANDSHAKES: usize = 16;
+/// How often who waits looks at those that are shaking hands.
+const LOOK: Duration = Duration::from_millis(10);
 /// More addresses than this are not tried.
 const ADDRESSES: usize = 4;
 /// Bytes that the session takes before it writes: one frame of the stream.
@@ -165,12 +171,6 @@ impl Connections {
         self.connections.len()
     }
 
-    /// The connections, and what ends them.
-    pub fn split(self) -> (Vec<Connection>, EndAtDrop) {
-        (self.connections, EndAtDrop(self.sockets))
-    }
-
-    /// Takes the last one, and what ends it.
     /// From now on the kernel ends one whose other side has acknowledged nothing for so long.
     ///
     /// # Errors
@@ -184,6 +184,12 @@ impl Connections {
         Ok(())
     }
 
+    /// The connections, and what ends them.
+    pub fn split(self) -> (Vec<Connection>, EndAtDrop) {
+        (self.connections, EndAtDrop(self.sockets))
+    }
+
+    /// Takes the last one, and what ends it.
     pub fn take_last(&mut self) -> Option<(Connection, EndAtDrop)> {
         let (connection, socket) = self.connections.pop().zip(self.sockets.pop())?;
         Some((connection, EndAtDrop(vec![socket])))
@@ -391,8 +397,9 @@ impl Listener {
     /// It has not come in time.
     pub fn accept(self) -> Result<Connections> {
         let deadline = Instant::now() + PATIENCE;
-        let mut connections = Connections::none();
-        while connections.count() < self.streams {
+        let (told, proven) = mpsc::channel();
+        let (mut came, mut found) = (0, BTreeMap::new());
+        while found.len() < self.streams {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let message = "nobody has come for the direct connection";
@@ -401,30 +408,55 @@ impl Listener {
             let wanted = { self.listeners.iter() }
                 .map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN));
             let mut wanted: Vec<PollFd<'_>> = wanted.collect();
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            let left = PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO);
             poll(&mut wanted, left).context("cannot wait for the direct connection")?;
             for listener in &self.listeners {
-                // One that gave up meanwhile, or is a stranger, leaves room for the next one.
-                if let Ok((socket, _)) = listener.accept() {
-                    drop(self.shake_hands(&socket, &mut connections));
+                // Beside each other: one that says nothing keeps nobody waiting. One that gave up meanwhile, or is a
+                // stranger, leaves room for the next one.
+                if Arc::strong_count(&self.config) <= HANDSHAKES
+                    && let Ok((socket, _)) = listener.accept()
+                {
+                    let (config, told, turn) = (Arc::clone(&self.config), told.clone(), came);
+                    came += 1;
+                    let shake = move || {
+                        if let Ok(connection) = shake_hands(&socket, config) {
+                            drop(told.send((turn, socket, connection)));
+                        }
+                    };
+                    {
+                        thread::Builder::new()
+                            .name("handshake".to_owned())
+                            .spawn(shake)
+                    }
+                    .context("cannot start a thread")?;
                 }
             }
+            found.extend(
+                proven
+                    .try_iter()
+                    .map(|(turn, socket, it)| (turn, (socket, it))),
+            );
+        }
+        let mut connections = Connections::none();
+        // In the order in which the source has made them: the last one may be for pages.
+        for (socket, connection) in found.into_values().take(self.streams) {
+            { connections.add(&socket, connection) }.context("cannot keep a connection")?;
         }
         Ok(connections)
     }
+}
 
-    fn shake_hands(&self, socket: &TcpStream, connections: &mut Connections) -> io::Result<()> {
-        socket.set_nonblocking(false)?;
-        let session = ServerConnection::new(Arc::clone(&self.config)).map_err(io::Error::other)?;
-        let mut stream = StreamOwned::new(session, socket.try_clone()?);
-        during_handshake(socket, |socket| {
-            stream.conn.complete_io(socket)?;
-            let mut stream = rustls::Stream::new(&mut stream.conn, socket);
-            stream.write_all(&[1])?;
-            stream.flush()
-        })?;
-        connections.add(socket, Box::new(stream))
-    }
+fn shake_hands(socket: &TcpStream, config: Arc<ServerConfig>) -> io::Result<Connection> {
+    socket.set_nonblocking(false)?;
+    let session = ServerConnection::new(config).map_err(io::Error::other)?;
+    let mut stream = StreamOwned::new(session, socket.try_clone()?);
+    during_handshake(socket, |socket| {
+        stream.conn.complete_io(socket)?;
+        let mut stream = rustls::Stream::new(&mut stream.conn, socket);
+        stream.write_all(&[1])?;
+        stream.flush()
+    })?;
+    Ok(Box::new(stream))
 }
 
 /// Takes one key, and no other.
@@ -523,7 +555,6 @@ impl ClientCertVerifier for Pinned {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
-    use std::thread;
 
     use super::*;
 
@@ -579,6 +610,21 @@ mod tests {
         let within = PATIENCE + 2 * HANDSHAKE;
         assert!(begin.elapsed() < within, "{:?}", begin.elapsed());
         assert!(accepting.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn who_says_nothing_keeps_nobody_waiting() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let silent: io::Result<Vec<_>> = { addresses.iter().cycle().take(4) }
+            .map(TcpStream::connect)
+            .collect();
+        let silent = silent.unwrap();
+        let accepting = thread::spawn(|| listener.accept());
+        assert!(source.connect(&addresses, target.public(), STREAMS).is_ok());
+        assert_eq!(accepting.join().unwrap().unwrap().count(), STREAMS);
+        drop(silent);
     }
 
     #[test]
