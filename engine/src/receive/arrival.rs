@@ -13,8 +13,9 @@
 //! ```
 //!
 //! Each state is on the disk before anybody hears of it, and `committed` before the copy is let go.
-//! Whoever finds a record that is not locked brings it to its end ([`super::settle`]). The ends, `durable`
-//! and `aborted`, stay for 30 days: as long as a source may ask.
+//! Whoever finds a record that is not locked brings it to its end ([`super::settle`]). A source that finds no record
+//! takes the migration for `aborted`: so that is forgotten after 30 days, and `durable` never by age, which a clock that
+//! is set tells wrongly.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ use crate::node_id::{boot_id, random_digits};
 const ARRIVALS: &str = "/var/lib/transship/arrivals";
 /// Where their locks are.
 const LOCKS: &str = "/run/transship/arrivals";
-/// How long the end of a migration is remembered.
+/// How long a migration is remembered that was aborted.
 const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// How far a migration has come here.
@@ -161,7 +162,7 @@ pub struct Locked {
 /// What is found of a migration.
 #[derive(Debug)]
 pub enum Found {
-    /// Nothing: it has not come so far, or a month has gone by.
+    /// Nothing: it has not come so far, or was aborted a month ago.
     Nothing,
     /// Somebody works on it.
     Busy,
@@ -292,9 +293,7 @@ impl Arrivals {
             let age = fs::metadata(&path).and_then(|meta| meta.modified());
             let age = age.ok().and_then(|modified| modified.elapsed().ok());
             let state = self.state(&migration).unwrap_or_default();
-            if age.is_some_and(|age| age > REMEMBERED)
-                && matches!(state, Some(State::Durable | State::Aborted))
-            {
+            if age.is_some_and(|age| age > REMEMBERED) && state == Some(State::Aborted) {
                 fs::remove_file(&path)
                     .with_context(|| format!("cannot remove {}", path.display()))?;
             }
@@ -416,6 +415,23 @@ mod tests {
         assert!(arrivals.unfinished().unwrap().is_empty());
         assert!(arrivals.begin(&id, arrival()).is_err(), "once");
         assert_ne!(new_migration().unwrap(), id);
+    }
+
+    #[test]
+    fn that_a_copy_runs_is_never_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::at(&dir.path().join("records"), &dir.path().join("locks"));
+        let end = |state| {
+            let id = new_migration().unwrap();
+            arrivals.begin(&id, arrival()).unwrap().set(state).unwrap();
+            let record = fs::File::open(arrivals.records.join(&id)).unwrap();
+            record.set_modified(std::time::UNIX_EPOCH).unwrap();
+            id
+        };
+        let (durable, aborted) = (end(State::Durable), end(State::Aborted));
+        end(State::Arriving);
+        assert_eq!(arrivals.state(&durable).unwrap(), Some(State::Durable));
+        assert_eq!(arrivals.state(&aborted).unwrap(), None);
     }
 
     #[test]
