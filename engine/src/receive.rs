@@ -17,6 +17,7 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use crate::interrupt::Interrupt;
 use crate::node_id::node_id;
 use crate::progress::Progress;
 use crate::restore::Target;
+use crate::timeline::human_bytes;
 
 mod arrival;
 mod durable;
@@ -221,4 +223,32 @@ async fn keep(
         .await
         .context("the checkpoint was not kept")?
         .map_err(Into::into)
+}
+
+/// Refuses what has no room below `dir`.
+///
+/// # Errors
+/// There are fewer bytes free than `needed`.
+pub(crate) fn require_room(dir: &Path, needed: u64) -> Result<()> {
+    let free = free_bytes(dir)?;
+    if free < needed {
+        return Err(Error::refused(format!(
+            "not enough room below {}: {} free, about {} needed",
+            dir.display(),
+            human_bytes(free),
+            human_bytes(needed)
+        )));
+    }
+    Ok(())
+}
+
+/// Free bytes of the file system that `path` is or will be on.
+fn free_bytes(path: &Path) -> Result<u64> {
+    let there = path
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok());
+    let there = there.unwrap_or(Path::new("/"));
+    let stat = nix::sys::statvfs::statvfs(there)
+        .with_context(|| format!("cannot ask for the free space of {}", there.display()))?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }

@@ -23,7 +23,9 @@ use transship_sandbox::opened::{Holds, InMemory};
 use super::arrival::{Arrival, Arrivals, Locked, State};
 use super::late_pages::PageRelay;
 use super::pod::{self, PodPlan};
-use super::{KEEP_FREE, Received, Request, image, keep, leases, receive_files, settle, tell};
+use super::{
+    KEEP_FREE, Received, Request, image, keep, leases, receive_files, require_room, settle, tell,
+};
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::dump_hold::has_userfaultfd;
@@ -64,9 +66,9 @@ pub(super) async fn accept(
     }
     check_nodes(node, &offer, request).await?;
     check_lazy(&offer)?;
-    require_room(&files.store, needed_bytes(&offer))?;
-    // What the upperdir is filled with is on the disk, wherever it arrives.
-    require_room(store, offer.estimate.saturating_add(KEEP_FREE))?;
+    require_room(files.store.root(), needed_bytes(&offer))?;
+    // Records are on the disk, wherever the files arrive.
+    require_room(store.root(), KEEP_FREE)?;
     let arriving = match (&offer.pod, offer.containers.as_slice()) {
         (Some(pod), [_, ..]) => {
             let plan = pod::plan(node, &offer, pod, request).await?;
@@ -214,33 +216,14 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
     Ok(())
 }
 
-fn require_room(store: &Store, needed: u64) -> Result<()> {
-    let free = free_bytes(store.root())?;
-    if free < needed {
-        return Err(Error::refused(format!(
-            "not enough room below {}: {} free, about {} needed",
-            store.root().display(),
-            human_bytes(free),
-            human_bytes(needed)
-        )));
-    }
-    Ok(())
+/// An upperdir or emptyDir is filled where it is, wherever the files arrive.
+pub(super) fn require_room_for_files(dir: &Path, offer: &Offer) -> Result<()> {
+    require_room(dir, offer.estimate.saturating_add(KEEP_FREE))
 }
 
 /// Three times what there is: memory that comes before the freeze, the checkpoint, and the upperdir filled from it.
 fn needed_bytes(offer: &Offer) -> u64 {
     offer.estimate.saturating_mul(3).saturating_add(KEEP_FREE)
-}
-
-/// Free bytes of the file system that `path` is or will be on.
-fn free_bytes(path: &Path) -> Result<u64> {
-    let there = path
-        .ancestors()
-        .find(|path| path.symlink_metadata().is_ok());
-    let there = there.unwrap_or(Path::new("/"));
-    let stat = nix::sys::statvfs::statvfs(there)
-        .with_context(|| format!("cannot ask for the free space of {}", there.display()))?;
-    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
 async fn take(
@@ -278,6 +261,7 @@ async fn take(
     let taken = async {
         let mut prepared = restore::prepare(node, &plan).await?;
         let contents = prepared.make_contents_dir(&plan)?;
+        require_room_for_files(&contents, offer)?;
         let place = format!("{}/{CONTENTS_DIR}", offered.container.name);
         let contents = BTreeMap::from([(place, contents)]);
         let what = (offer, contents);

@@ -18,6 +18,7 @@ use transship_layer::remove_tree;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::super::arrival::{ArrivingPod, Locked};
+use super::super::migration::require_room_for_files;
 use super::{Made, admission, pod_of, upperdir_of};
 use crate::error::{Context, Result};
 use crate::restore::make_contents_dir;
@@ -37,6 +38,7 @@ pub(super) async fn make(
     // A container that somebody else will make has none yet.
     for (container, id) in &made.containers {
         let upperdir = upperdir_of(node, container, id).await?;
+        require_room_for_files(&upperdir, offer)?;
         let dir = make_contents_dir(&upperdir, &name)?;
         contents.insert(format!("{container}/{CONTENTS_DIR}"), dir);
     }
