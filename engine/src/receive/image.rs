@@ -2,6 +2,8 @@
 //! runs, and then the record. The CRI makes containers of images that have one, so those of a pod have it before, and
 //! lose it with a pod that does not come to run.
 
+use std::path::PathBuf;
+
 use containerd_client::types::Descriptor;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -10,12 +12,15 @@ use transship_containerd::{Containerd, ContainerdError};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
+use super::{KEEP_FREE, require_room};
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::data_channel::Connections;
 use crate::error::{Context, Error, Result};
 use crate::image_blobs::tying_labels;
 
+/// Where containerd's content is unless it says so.
+const CONTENT: &str = "/var/lib/containerd";
 /// What an image is called that was made out of snapshots.
 const REBUILT: &str = "transship/rebuilt";
 /// The longest name of an image, as in the reference grammar of the distribution project.
@@ -53,6 +58,14 @@ pub(super) async fn receive(
         }
         all_own.push(own);
     }
+    let asked = { offered.iter().flat_map(|it| &it.blobs) }
+        .filter(|blob| missing.contains(&blob.digest))
+        .fold(KEEP_FREE, |sum, blob| sum.saturating_add(blob.size));
+    let store = node.content_root().await?;
+    let store = store.unwrap_or_else(|| PathBuf::from(CONTENT));
+    if !missing.is_empty() {
+        require_room(&store, asked)?;
+    }
     let facts = NodeFacts::of_this(Some(node)).await?.json()?;
     // Last: the source is waited for from here on, and not for long.
     let (place, accepting) = listen().unzip();
@@ -76,6 +89,8 @@ pub(super) async fn receive(
                     ));
                 };
                 missing.swap_remove(at);
+                // Others write there as well.
+                require_room(&store, size.saturating_add(KEEP_FREE))?;
                 receive_blob(node, conversation, blob).await?;
             }
             Message::ImageEnd { direct: 0 } => break,
