@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::time::sleep;
 use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{
     CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, Shared, check_name,
@@ -40,6 +41,8 @@ use crate::timeline::human_bytes;
 /// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
 const SLACK: u64 = 1 << 30;
 
+/// How long after a record could not be written that is tried again.
+const RECORD_PAUSE: Duration = Duration::from_secs(2);
 /// How long an interrupt waits until the source knows that the copy runs.
 const TELL_GRACE: Duration = Duration::from_secs(10);
 
@@ -371,7 +374,15 @@ async fn write_out(
         match late.all().await {
             Ok(()) => {
                 locked.arrival.lacks_memory = false;
-                locked.set(State::Runs)?;
+                // Whoever finds the record as it was ends the copy: a full disk is waited for, as long as it lives.
+                while let Err(error) = locked.set(State::Runs) {
+                    let process = Path::new("/proc").join(pid.to_string());
+                    if process.symlink_metadata().is_err() {
+                        return Err(error);
+                    }
+                    tracing::warn!("{}", error.one_line());
+                    sleep(RECORD_PAUSE).await;
+                }
             }
             Err(error) => settle::after_commit(node, store, locked, error).await?,
         }
