@@ -13,13 +13,13 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::{Context as _, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::locks::{self, Lock, make_private};
 
 /// What the name of a record ends with that is being written; no id of containerd ends so.
 pub(crate) const UNFINISHED: &str = "~";
-/// Longest record that is read, in bytes.
-const LIMIT: u64 = 64 << 10;
+/// Longest record, in bytes.
+const LIMIT: u64 = 4 << 20;
 
 /// Locks the record `name`; the directories are made first. None when somebody has it.
 ///
@@ -33,10 +33,17 @@ pub(crate) fn lock(records: &Path, locks: &Path, name: &str) -> Result<Option<Lo
 /// Writes `record`, in the place of what `path` had.
 ///
 /// # Errors
-/// A system call failed; the file is as it was.
+/// It is longer than one that can be read, or a system call failed; the file is as it was.
 pub(crate) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
     let failed = || format!("cannot write {}", path.display());
     let json = serde_json::to_vec(record).with_context(failed)?;
+    if json.len() as u64 > LIMIT {
+        let message = format!(
+            "a record has {LIMIT} bytes at most, and this would have {}",
+            json.len()
+        );
+        return Err(Error::failed(message)).with_context(failed);
+    }
     let mut new = path.as_os_str().to_owned();
     new.push(UNFINISHED);
     let written = || {
@@ -117,6 +124,17 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("default:a");
+        let long = "x".repeat(100 << 10);
+        write(&path, &long).unwrap();
+        assert_eq!(read(&path).unwrap(), Some(long.clone()));
+        assert!(write(&path, &"x".repeat(5 << 20)).is_err());
+        assert_eq!(read(&path).unwrap(), Some(long));
+    }
 
     #[test]
     fn what_a_killed_writer_has_left_goes() {

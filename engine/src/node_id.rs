@@ -25,6 +25,11 @@ pub(crate) fn node_id() -> Result<String> {
     of_file(Path::new(NODE_ID))
 }
 
+/// Whether another node may have said it of itself.
+pub(crate) fn is_node_id(id: &str) -> bool {
+    id.len() == 2 * BYTES && id.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
 /// What tells this boot from all others.
 ///
 /// # Errors

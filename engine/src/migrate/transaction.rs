@@ -33,6 +33,7 @@ use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
 use crate::memory_dir::MigrationFiles;
+use crate::node_id::is_node_id;
 use crate::progress::Progress;
 use crate::source::{self, Dumped};
 use crate::thaw;
@@ -265,6 +266,9 @@ impl Transaction<'_> {
             let what = "the target to have the image";
             match self.conversation.receive(what).await? {
                 Message::Ready { contents, node } => {
+                    if !is_node_id(&node) {
+                        return Err(Error::failed("what the other node calls itself is no id"));
+                    }
                     self.takes_contents = contents;
                     self.pending.node = node;
                     break;

@@ -38,6 +38,8 @@ use crate::progress::Progress;
 use crate::restore::{self, LEASE, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
 
+/// Containers of a pod: a record holds what there is of each.
+const MOST_CONTAINERS: usize = 1000;
 /// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
 const SLACK: u64 = 1 << 30;
 
@@ -176,6 +178,12 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
             "the transship of the source is {age} than that of the target (protocol {}, here \
              {PROTOCOL}): both nodes need the same",
             offer.protocol.max(1)
+        )));
+    }
+    if offer.containers.len() > MOST_CONTAINERS {
+        return Err(Error::refused(format!(
+            "the pod has {} containers, and {MOST_CONTAINERS} are the most",
+            offer.containers.len()
         )));
     }
     let mut names = BTreeSet::new();
