@@ -5,10 +5,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::{RwLock, mpsc};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
@@ -24,6 +26,7 @@ use crate::checkpoint::{self, Afterwards, Selection};
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Silent;
+use crate::receive::{KEEP_FREE, require_room};
 use crate::restore_pod;
 use crate::snapshot::{self, Sink, Source, Target, WhileRead};
 
@@ -31,6 +34,11 @@ use crate::snapshot::{self, Sink, Source, Target, WhileRead};
 const CHUNK: usize = 1 << 20;
 /// Messages that wait for a slow reader.
 const WAITING: usize = 4;
+
+/// How long a client may leave what it is sent unread, or send nothing.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+/// Bytes of a layer that come between two looks at the disk.
+const BETWEEN_LOOKS: u64 = 64 << 20;
 
 /// A layer on its way out.
 type Chunks = ReceiverStream<Result<Chunk, Status>>;
@@ -124,8 +132,8 @@ impl NodeService {
                     let mut data = Vec::with_capacity(CHUNK);
                     match reader.read_buf(&mut data).await {
                         Ok(0) => break,
-                        Ok(_) if sender.send(Ok(Chunk { data })).await.is_ok() => {}
-                        // Nobody listens any more: the export fails with EPIPE.
+                        Ok(_) if told(&sender, Ok(Chunk { data }), &interrupt).await => {}
+                        // Nobody listens any more, or only in form: the export fails with EPIPE.
                         _ => break,
                     }
                 }
@@ -134,7 +142,7 @@ impl NodeService {
             let (exported, ()) = tokio::join!(export, send);
             if let Err(error) = exported {
                 // The client may be gone.
-                drop(sender.send(Err(status(&error))).await);
+                told(&sender, Err(status(&error)), &interrupt).await;
             }
         });
         Ok(ReceiverStream::new(receiver))
@@ -144,7 +152,7 @@ impl NodeService {
         &self,
         mut requests: Streaming<ImportSnapshotRequest>,
     ) -> Result<ImportSnapshotResponse> {
-        let first = next(&mut requests).await?;
+        let first = next(&mut requests, &self.interrupt).await?;
         let Some((target, data)) = first.and_then(|first| Some((first.snapshot?, first.data)))
         else {
             let message = "the first message names no snapshot";
@@ -162,9 +170,19 @@ impl NodeService {
         let layer = nameless_file().context("cannot make a file for the layer")?;
         let mut layer = tokio::fs::File::from_std(layer);
         let keep = "cannot keep the layer";
-        layer.write_all(&data).await.context(keep)?;
-        while let Some(request) = next(&mut requests).await? {
-            layer.write_all(&request.data).await.context(keep)?;
+        let root = Path::new(DEFAULT_ROOT);
+        let mut since_look = BETWEEN_LOOKS;
+        let mut data = Some(data);
+        while let Some(piece) = data {
+            since_look += piece.len() as u64;
+            if since_look >= BETWEEN_LOOKS {
+                require_room(root, BETWEEN_LOOKS + KEEP_FREE)?;
+                since_look = 0;
+            }
+            layer.write_all(&piece).await.context(keep)?;
+            data = next(&mut requests, &self.interrupt)
+                .await?
+                .map(|it| it.data);
         }
         layer.rewind().await.context(keep)?;
         let target = Target {
@@ -223,15 +241,37 @@ impl NodeApi for NodeService {
     }
 }
 
+/// Whether the client takes it: the container stands still meanwhile.
+async fn told(
+    client: &mpsc::Sender<Result<Chunk, Status>>,
+    chunk: Result<Chunk, Status>,
+    interrupt: &Interrupt,
+) -> bool {
+    tokio::select! {
+        taken = client.send_timeout(chunk, CLIENT_PATIENCE) => taken.is_ok(),
+        _ = interrupt.wait() => false,
+    }
+}
+
 fn answer<T>(result: Result<T>) -> Result<Response<T>, Status> {
     result.map(Response::new).map_err(|error| status(&error))
 }
 
 async fn next(
     requests: &mut Streaming<ImportSnapshotRequest>,
+    interrupt: &Interrupt,
 ) -> Result<Option<ImportSnapshotRequest>> {
-    let next = requests.message().await;
-    next.context("the stream of the layer has broken off")
+    let broken = "the stream of the layer has broken off";
+    tokio::select! {
+        next = timeout(CLIENT_PATIENCE, requests.message()) => match next {
+            Ok(next) => next.context(broken),
+            Err(_) => Err(Error::failed(format!(
+                "{broken}: nothing has come for {} s",
+                CLIENT_PATIENCE.as_secs()
+            ))),
+        },
+        signal = interrupt.wait() => Err(signal.into()),
+    }
 }
 
 /// A file that is gone with its last descriptor, on the disk of the checkpoints.
