@@ -176,7 +176,9 @@ async fn recover(
     let ends = pending.copy_runs && decision != Decision::SourceRuns;
     let tasks = tasks_of(&node, pending).await?;
     let is = |status| tasks.iter().any(|(_, it)| *it == status);
-    if is(Status::Running) && !ends {
+    // Of a pod somebody may have let go one, and the others stand still.
+    let is_mixed = is(Status::Running) && is(Status::Paused) && !ends;
+    if is(Status::Running) && !ends && !is_mixed {
         let_be(&node, &record, pending).await?;
         return Ok(Some(Decided::SourceRuns));
     }
@@ -197,6 +199,8 @@ async fn recover(
         Decision::Ask(patience) => ask(pending, patience, interrupt).await?,
     };
     let decided = match (outcome, source) {
+        // What runs here is not ended without a word of the person who has let it go.
+        (Outcome::Runs, _) if is_mixed => return Err(undecided(pending, Outcome::Undecided)),
         (Outcome::Runs, source) => {
             end(&node, pending, source, &ended).await?;
             let by_hand = decision == Decision::TargetRuns;
