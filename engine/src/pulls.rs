@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use transship_checkpoint::store::Store;
+use transship_package::PackageError;
 use transship_package::import::ImportOptions;
 use transship_package::oci::{Offered, Reference};
 use transship_package::signature::TrustedKeys;
@@ -30,6 +31,8 @@ use crate::sealed::identities_of_node;
 
 /// How often is looked for new ones.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How long one is left alone that somebody else fetches, or all, when somebody else serves.
+const IN_TRANSFER: Duration = Duration::from_secs(10);
 /// Transfers at once; each has several threads.
 const AT_ONCE: usize = 2;
 /// What nobody has wanted for so long is forgotten.
@@ -38,18 +41,25 @@ const FORGOTTEN: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Fetches what is wanted, as long as this runs.
 pub(crate) async fn fetch_wanted(store: Store) {
     let images = Path::new(DEFAULT_IMAGES_DIR);
-    let _serving = match serve(images) {
-        Ok(Some(lock)) => lock,
-        Ok(None) => {
-            tracing::warn!("another process fetches what pods want from registries");
-            return;
+    let mut is_told = false;
+    let _serving = loop {
+        match serve(images) {
+            Ok(Some(lock)) => break lock,
+            Ok(None) if is_told => {}
+            // It may be a hook that looks whether somebody does.
+            Ok(None) => {
+                tracing::warn!("another process fetches what pods want from registries");
+                is_told = true;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "nothing is fetched from registries");
+                return;
+            }
         }
-        Err(error) => {
-            tracing::warn!(%error, "nothing is fetched from registries");
-            return;
-        }
+        tokio::time::sleep(IN_TRANSFER).await;
     };
     // Threads, not tasks: a transfer that is under way does not keep this program from ending.
+    // By digest: what two registries have of one is one.
     let mut running: BTreeMap<String, JoinHandle<()>> = BTreeMap::new();
     let mut ticks = tokio::time::interval(INTERVAL);
     loop {
@@ -61,13 +71,13 @@ pub(crate) async fn fetch_wanted(store: Store) {
         });
         for image in wanted {
             if running.len() < AT_ONCE
-                && !running.contains_key(&image.reference)
+                && !running.contains_key(image.digest())
                 && has_to_be_fetched(&image)
             {
                 let store = store.clone();
-                let reference = image.reference.clone();
+                let digest = image.digest().to_owned();
                 let fetch = move || fetch(&image, &store);
-                running.insert(reference, std::thread::spawn(fetch));
+                running.insert(digest, std::thread::spawn(fetch));
             }
         }
     }
@@ -88,6 +98,8 @@ fn fetch(image: &WantedImage, store: &Store) {
             tracing::info!(%reference, checkpoint = %pulled.checkpoint, "pulled");
             PullState::Ready(pulled)
         }
+        // `transship pull` has it: the state stays, and there is another attempt.
+        Err(error) if is_in_transfer(&error) => return std::thread::sleep(IN_TRANSFER),
         Err(error) => {
             let reason = error.one_line();
             tracing::warn!(%reference, %reason, "cannot be pulled");
@@ -97,6 +109,13 @@ fn fetch(image: &WantedImage, store: &Store) {
     if let Err(error) = image.set_state(&state) {
         tracing::warn!(%reference, %error, "nobody hears how far it is");
     }
+}
+
+fn is_in_transfer(error: &Error) -> bool {
+    matches!(
+        error.cause::<PackageError>(),
+        Some(PackageError::InTransfer)
+    )
 }
 
 fn pull(image: &WantedImage, store: &Store) -> Result<Pulled> {

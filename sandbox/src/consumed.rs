@@ -8,7 +8,7 @@
 //!
 //! one line each, fields separated by tabs:
 //!   of         UPPERDIR
-//!   container  CHECKPOINT  NAME  NAME IN THE POD
+//!   container  CHECKPOINT  NAME  NAME IN THE POD  CREATED     the last: of the checkpoint; not in records of old
 //!   volume     CHECKPOINT  NAME
 //!   once       CHECKPOINT  CREATED           nobody else restores the one that was taken then, and it goes
 //! ```
@@ -69,6 +69,8 @@ enum Entry {
         checkpoint: String,
         name: String,
         asker: String,
+        /// Seconds since 1970: another one may get its name; none: not known.
+        created: Option<u64>,
     },
     Volume {
         checkpoint: String,
@@ -132,6 +134,7 @@ impl Consumed {
                 checkpoint: of,
                 name: it,
                 asker,
+                ..
             } if of == checkpoint && it == name => Some(asker.as_str()),
             _ => None,
         })
@@ -173,23 +176,34 @@ impl Consumed {
         })
     }
 
-    /// Remembers, also beyond a power cut, that the container `name` runs as `asker`.
+    /// Remembers, also beyond a power cut, that the container `name` of a checkpoint (its name, and when it was taken) runs
+    /// as `asker`.
     ///
     /// # Errors
     /// A system call failed; nothing is remembered then.
     pub fn add_container(
         &mut self,
-        checkpoint: &str,
+        (checkpoint, created): (&str, Option<u64>),
         name: &str,
         asker: &str,
     ) -> Result<(), SandboxError> {
-        if self.container(checkpoint, name).is_some() {
+        let is_known = |entry: &Entry| match entry {
+            Entry::Container {
+                checkpoint: of,
+                name: it,
+                created: taken,
+                ..
+            } => of == checkpoint && it == name && is_same_time(*taken, created),
+            _ => false,
+        };
+        if self.entries.iter().any(is_known) {
             return Ok(());
         }
         self.add(Entry::Container {
             checkpoint: checkpoint.to_owned(),
             name: name.to_owned(),
             asker: asker.to_owned(),
+            created,
         })
     }
 
@@ -308,9 +322,13 @@ pub fn times_restored(dir: &Path, manifest: &Manifest) -> Result<usize, SandboxE
         // A container that it lacks has started cold.
         let restored = |entry: &Entry| match entry {
             Entry::Container {
-                checkpoint, name, ..
+                checkpoint,
+                name,
+                created,
+                ..
             } => {
                 *checkpoint == manifest.name
+                    && is_same_time(*created, Some(manifest.created))
                     && manifest.containers.iter().any(|it| it.name == *name)
             }
             _ => false,
@@ -367,6 +385,11 @@ fn is_once_of_another(
     Ok(false)
 }
 
+/// Whether these may be the time of one checkpoint, where it is known.
+fn is_same_time(one: Option<u64>, other: Option<u64>) -> bool {
+    one.zip(other).is_none_or(|(one, other)| one == other)
+}
+
 /// Held by whoever writes a record, or removes one.
 fn lock(dir: &Path) -> Result<Flock<File>, SandboxError> {
     let file = File::open(dir).during("open", dir)?;
@@ -398,10 +421,15 @@ impl Entry {
         let fields: Vec<&str> = line.split('\t').collect();
         Some(match *fields.as_slice() {
             ["of", upperdir] => Self::Of(upperdir.to_owned()),
-            ["container", checkpoint, name, asker] => Self::Container {
+            ["container", checkpoint, name, asker, ref created @ ..] => Self::Container {
                 checkpoint: checkpoint.to_owned(),
                 name: name.to_owned(),
                 asker: asker.to_owned(),
+                created: match *created {
+                    [] => None,
+                    [created] => Some(created.parse().ok()?),
+                    _ => return None,
+                },
             },
             ["volume", checkpoint, name] => Self::Volume {
                 checkpoint: checkpoint.to_owned(),
@@ -423,7 +451,11 @@ impl Entry {
                 checkpoint,
                 name,
                 asker,
-            } => format!("container\t{checkpoint}\t{name}\t{asker}"),
+                created,
+            } => {
+                let created = created.map(|it| format!("\t{it}")).unwrap_or_default();
+                format!("container\t{checkpoint}\t{name}\t{asker}{created}")
+            }
             Self::Volume { checkpoint, name } => format!("volume\t{checkpoint}\t{name}"),
             Self::Once {
                 checkpoint,
@@ -499,12 +531,13 @@ mod tests {
         let mut one = read("u1");
         assert_eq!(one.container("web", "app"), None);
         assert!(!one.has_any_of("web"));
-        one.add_container("web", "app", "app").unwrap();
+        one.add_container(("web", Some(100)), "app", "app").unwrap();
         one.add_volume("web", "my data").unwrap();
         assert_eq!(read("u1"), one);
         // Another process, which has looked before, does not take anything away.
         let mut other = read("u1");
-        one.add_container("web", "late", "late").unwrap();
+        one.add_container(("web", Some(100)), "late", "late")
+            .unwrap();
         other.add_volume("web", "other").unwrap();
         assert!(read("u1").has_volume("web", "other"));
         assert_eq!(read("u1").container("web", "late"), Some("late"));
@@ -523,7 +556,7 @@ mod tests {
     fn restores_are_counted_and_cold_starts_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("consumed");
-        let json = br#"{"format":{"version":1},"name":"web","created":0,
+        let json = br#"{"format":{"version":1},"name":"web","created":100,
             "source":{"hostname":"","architecture":"","kernel":"","containerd":""},
             "containers":[{"name":"app","id":"","namespace":"","image":{"name":"","digest":"","chain_id":""},
                            "snapshotter":"","runtime":"","files":[]}]}"#;
@@ -537,7 +570,9 @@ mod tests {
             ("u4", "db", "app"),
         ] {
             let mut record = Consumed::by(&dir, &Owner::Pod(uid.to_owned())).unwrap();
-            record.add_container(checkpoint, name, name).unwrap();
+            record
+                .add_container((checkpoint, Some(100)), name, name)
+                .unwrap();
         }
         assert_eq!(times_restored(&dir, &manifest).unwrap(), 2);
     }
@@ -549,7 +584,9 @@ mod tests {
         let by = |uid: &str| Consumed::by(&dir, &Owner::Pod(uid.to_owned())).unwrap();
         by("u1").check_not_spent("web", Some(100)).unwrap();
         by("u1").add_once("web", 100).unwrap();
-        by("u1").add_container("web", "app", "app").unwrap();
+        by("u1")
+            .add_container(("web", Some(100)), "app", "app")
+            .unwrap();
         by("u1").add_once("web", 100).unwrap();
         assert_eq!(by("u1").taken_from(), Some("web"));
         by("u1").check_not_spent("web", Some(100)).unwrap();
@@ -574,7 +611,9 @@ mod tests {
         fs::create_dir_all(&upperdir).unwrap();
         let owner = Owner::Layer(upperdir.clone());
         let mut consumed = Consumed::by(&dir, &owner).unwrap();
-        consumed.add_container("web", "c1", "c1").unwrap();
+        consumed
+            .add_container(("web", Some(100)), "c1", "c1")
+            .unwrap();
         remove_records_of_the_gone(&dir, &run).unwrap();
         assert!(Consumed::by(&dir, &owner).unwrap().has_any_of("web"));
         assert!(fs::read_dir(&upperdir).unwrap().next().is_none());
@@ -592,7 +631,9 @@ mod tests {
         let (dir, run) = (root.path().join("consumed"), root.path().join("run"));
         for owner in [Owner::Pod("u".into()), Owner::Container("s".into())] {
             let mut consumed = Consumed::by(&dir, &owner).unwrap();
-            consumed.add_container("web", "app", "app").unwrap();
+            consumed
+                .add_container(("web", Some(100)), "app", "app")
+                .unwrap();
         }
         remove_records_of_the_gone(&dir, &run).unwrap();
         let names: Vec<_> = fs::read_dir(&dir)

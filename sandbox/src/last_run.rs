@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! /var/lib/transship/runs/<namespace>_<pod>     neither name can have an underscore
-//!   UID  BEGAN  BEFORE       when the pod with this uid got its first sandbox, and when the one of the same
-//!                            name before it did: seconds since 1970, separated by tabs
+//!   UID  BEGAN  BEFORE       when the pod with this uid got its first sandbox that came up, and when the one of
+//!                            the same name before it did: seconds since 1970, separated by tabs
 //! ```
 //!
 //! A later sandbox of the same pod changes nothing: until one of its containers has run, it may still have what
@@ -36,6 +36,13 @@ pub struct PodRun<'a> {
     pub uid: &'a str,
 }
 
+/// What a record has.
+struct LastRun {
+    uid: String,
+    began: u64,
+    before: u64,
+}
+
 impl PodRun<'_> {
     fn path(&self, dir: &Path) -> Result<PathBuf, SandboxError> {
         for part in [self.namespace, self.name] {
@@ -44,27 +51,51 @@ impl PodRun<'_> {
         Ok(dir.join(format!("{}_{}", self.namespace, self.name)))
     }
 
-    /// Records that the pod begins to run `now`, and gives when the one before it did; 0: never.
+    /// When the pod before this one has begun to run; 0: there was none.
     ///
     /// # Errors
     /// A name that could lead elsewhere, or a failed system call.
-    pub fn begin(&self, dir: &Path, now: u64) -> Result<u64, SandboxError> {
+    pub fn since(&self, dir: &Path) -> Result<u64, SandboxError> {
+        let last = self.last(dir)?;
+        Ok(match last.uid == self.uid {
+            true => last.before,
+            false => last.began,
+        })
+    }
+
+    /// Records that the pod begins to run `now`, unless that is known.
+    ///
+    /// # Errors
+    /// A name that could lead elsewhere, or a failed system call.
+    pub fn begin(&self, dir: &Path, now: u64) -> Result<(), SandboxError> {
+        let last = self.last(dir)?;
+        if last.uid == self.uid {
+            return Ok(());
+        }
+        make_dir(dir)?;
+        let (uid, began) = (self.uid.replace(['\t', '\n'], " "), last.began);
+        let record = format!("{uid}\t{now}\t{began}\n");
+        replace_durably(&self.path(dir)?, record.as_bytes())
+    }
+
+    fn last(&self, dir: &Path) -> Result<LastRun, SandboxError> {
         let path = self.path(dir)?;
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             text => text.during("read", &path)?,
         };
         let mut fields = text.trim_end().split('\t');
-        let uid = fields.next().unwrap_or_default();
-        let mut seconds = || fields.next().and_then(|it| it.parse::<u64>().ok());
-        let (began, before) = (seconds().unwrap_or_default(), seconds().unwrap_or_default());
-        if uid == self.uid {
-            return Ok(before);
-        }
-        make_dir(dir)?;
-        let record = format!("{}\t{now}\t{began}\n", self.uid.replace(['\t', '\n'], " "));
-        replace_durably(&path, record.as_bytes())?;
-        Ok(began)
+        let uid = fields.next().unwrap_or_default().to_owned();
+        let mut seconds = || {
+            { fields.next() }
+                .and_then(|it| it.parse().ok())
+                .unwrap_or_default()
+        };
+        Ok(LastRun {
+            uid,
+            began: seconds(),
+            before: seconds(),
+        })
     }
 
     /// Name of the newest checkpoint of `store` that is of a pod of this namespace and name, was taken after
@@ -123,11 +154,22 @@ mod tests {
     fn a_later_sandbox_of_the_same_pod_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("runs");
-        assert_eq!(run("a").begin(&dir, 100).unwrap(), 0);
-        assert_eq!(run("a").begin(&dir, 150).unwrap(), 0);
-        assert_eq!(run("b").begin(&dir, 200).unwrap(), 100);
-        assert_eq!(run("b").begin(&dir, 250).unwrap(), 100);
-        assert_eq!(run("c").begin(&dir, 300).unwrap(), 200);
+        for (uid, now, since) in [
+            ("a", 100, 0),
+            ("a", 150, 0),
+            ("b", 200, 100),
+            ("b", 250, 100),
+        ] {
+            assert_eq!(run(uid).since(&dir).unwrap(), since);
+            // Another sandbox of it may fail.
+            assert_eq!(run(uid).since(&dir).unwrap(), since);
+            run(uid).begin(&dir, now).unwrap();
+            assert_eq!(run(uid).since(&dir).unwrap(), since);
+        }
+        // Of "x" nothing has run.
+        for uid in ["x", "c"] {
+            assert_eq!(run(uid).since(&dir).unwrap(), 200);
+        }
         let thief = PodRun {
             namespace: "../..",
             ..run("a")
@@ -173,7 +215,16 @@ mod tests {
         assert_eq!(latest(0).as_deref(), Some("two"));
         assert_eq!(latest(200), None);
         let mut record = Consumed::by(&consumed, &Owner::Pod("b".into())).unwrap();
-        record.add_container("two", "app", "app").unwrap();
+        record
+            .add_container(("two", Some(200)), "app", "app")
+            .unwrap();
         assert_eq!(latest(0).as_deref(), Some("one"));
+        // Another one gets its name.
+        store.remove("two").unwrap();
+        take(&store, "two", "web-0", 400);
+        assert_eq!(latest(0).as_deref(), Some("two"));
+        // Records of old did not say which one it was.
+        record.add_container(("two", None), "app", "app").unwrap();
+        assert_eq!(latest(0).as_deref(), Some("two"), "it has that already");
     }
 }

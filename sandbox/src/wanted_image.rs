@@ -6,6 +6,7 @@
 //! /var/lib/transship/images/
 //!   <64 hex digits>/   one for each digest
 //!     wanted           HOST/NAME@sha256:DIGEST, as the pod has it; as old as the last call that wants it
+//!     by-<uid>         empty; as old as the first call for the pod with this uid
 //!     state            JSON: {"pulling": 34}, {"failed": "why"},
 //!                      {"ready": {"checkpoint": NAME, "manifest": SHA-256 of transship.json, "keys": [...]}}
 //! ```
@@ -23,7 +24,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::RESTORE_IMAGE;
 use transship_checkpoint::beneath::{Links, read_regular};
-use transship_checkpoint::manifest::{MANIFEST_FILE, MANIFEST_LIMIT};
+use transship_checkpoint::manifest::{MANIFEST_FILE, MANIFEST_LIMIT, check_name};
 use transship_checkpoint::store::Store;
 use transship_path_error::During as _;
 
@@ -36,6 +37,7 @@ pub const DEFAULT_IMAGES_DIR: &str = "/var/lib/transship/images";
 const LOCK: &str = "lock";
 const WANTED: &str = "wanted";
 const STATE: &str = "state";
+const ASKER: &str = "by-";
 /// Longest reference or state that is read, in bytes.
 const LIMIT: u64 = 64 << 10;
 
@@ -178,12 +180,18 @@ impl WantedImage {
         })
     }
 
+    /// The digits of its digest, whatever registry it comes from.
+    #[must_use]
+    pub fn digest(&self) -> &str {
+        self.reference.rsplit(':').next().unwrap_or_default()
+    }
+
     fn host(&self) -> &str {
         self.reference.split('/').next().unwrap_or_default()
     }
 
-    /// The name of the checkpoint that it is on this node. `had` tells whether the pod has been restored from a
-    /// checkpoint before: then that may be gone.
+    /// The name of the checkpoint that it is on this node, for the pod with the uid `asker`: for this one another attempt
+    /// is made, however an earlier one has ended.
     ///
     /// # Errors
     /// It is not there (yet), or is not to be.
@@ -191,7 +199,7 @@ impl WantedImage {
         &self,
         rules: &NodeConfig,
         store: &Store,
-        had: impl Fn(&str) -> bool,
+        asker: Option<&str>,
     ) -> Result<String, WantedImageError> {
         let (host, reference) = (self.host().to_owned(), self.reference.clone());
         if !rules.images.registries.contains(&host) {
@@ -202,18 +210,21 @@ impl WantedImage {
         }
         let state = self.state()?;
         if let Some(PullState::Ready(pulled)) = &state
-            && (had(&pulled.checkpoint) || pulled.is_there(store, rules))
+            && pulled.is_there(store, rules)
         {
             return Ok(pulled.checkpoint.clone());
         }
         self.want()?;
+        let is_of_this = self.has_ended_for(asker)?;
         if !is_served(self.dir.parent().unwrap_or(Path::new("/")))? {
             return Err(WantedImageError::NotServed { reference });
         }
         Err(match state {
-            Some(PullState::Failed(reason)) => WantedImageError::Failed { reference, reason },
+            Some(PullState::Failed(reason)) if is_of_this => {
+                WantedImageError::Failed { reference, reason }
+            }
             Some(PullState::Pulling(percent)) => WantedImageError::Pulling { reference, percent },
-            Some(PullState::Ready(_)) | None => WantedImageError::Pulling {
+            Some(PullState::Ready(_) | PullState::Failed(_)) | None => WantedImageError::Pulling {
                 reference,
                 percent: 0,
             },
@@ -224,6 +235,27 @@ impl WantedImage {
     fn want(&self) -> Result<(), SandboxError> {
         make_dir(&self.dir)?;
         replace(&self.dir.join(WANTED), self.reference.as_bytes())
+    }
+
+    /// Whether its state is newer than the first call for this pod, which this one may be.
+    fn has_ended_for(&self, asker: Option<&str>) -> Result<bool, SandboxError> {
+        // Outside of the CRI nothing tells pods apart.
+        let Some(uid) = asker else { return Ok(true) };
+        check_name("the pod's uid", uid)?;
+        let path = self.dir.join(format!("{ASKER}{uid}"));
+        let mut open = OpenOptions::new();
+        match open.write(true).create_new(true).mode(0o600).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            opened => {
+                return opened
+                    .map(|_| false)
+                    .during("make", &path)
+                    .map_err(Into::into);
+            }
+        }
+        let time = |path: &Path| fs::metadata(path).and_then(|it| it.modified());
+        let first = time(&path).during("look at", &path)?;
+        Ok(time(&self.dir.join(STATE)).is_ok_and(|state| state > first))
     }
 
     /// How far it is; none: nobody has begun.
@@ -381,7 +413,7 @@ mod tests {
         }
         let image = WantedImage::new(&images, REFERENCE).unwrap();
         let ask = |rules: &NodeConfig| {
-            let error = image.checkpoint(rules, &store, |_| false).unwrap_err();
+            let error = image.checkpoint(rules, &store, None).unwrap_err();
             error.to_string()
         };
         let error = ask(&NodeConfig::default());
@@ -400,12 +432,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (images, store) = (root.path().join("images"), Store::at(root.path().join("s")));
         let image = WantedImage::new(&images, REFERENCE).unwrap();
-        let ask = |rules: &NodeConfig| {
-            let had = |name: &str| name == "gone";
-            image
-                .checkpoint(rules, &store, had)
-                .map_err(|error| error.to_string())
+        let ask_for = |rules: &NodeConfig, asker| {
+            let found = image.checkpoint(rules, &store, asker);
+            found.map_err(|error| error.to_string())
         };
+        let ask = |rules: &NodeConfig| ask_for(rules, None);
         assert!(
             ask(&rules())
                 .unwrap_err()
@@ -432,6 +463,17 @@ mod tests {
                 .ends_with("could not be pulled: no room")
         );
         assert!(image.is_wanted_again());
+        // That was before this pod: for it there will be another attempt.
+        for _ in 0..2 {
+            let answer = ask_for(&rules(), Some("new")).unwrap_err();
+            assert!(answer.starts_with("pulling, 0 %"), "{answer}");
+        }
+        let later = SystemTime::now() + std::time::Duration::from_secs(1);
+        let state = File::options().write(true).open(image.dir.join(STATE));
+        state.unwrap().set_modified(later).unwrap();
+        let answer = ask_for(&rules(), Some("new")).unwrap_err();
+        assert!(answer.ends_with("no room"), "{answer}");
+        ask_for(&rules(), Some("../x")).unwrap_err();
         checkpoint(&store, "web");
         let ready = |name: &str| {
             PullState::Ready(Pulled {
@@ -448,20 +490,8 @@ mod tests {
         store.remove("web").unwrap();
         checkpoint(&store, "other");
         assert!(ask(&rules()).unwrap_err().starts_with("pulling, 0 %"));
-        // A pod that has had it goes on without it.
-        let mut gone = ready_state(&image);
-        gone.checkpoint = "gone".into();
-        image.set_state(&PullState::Ready(gone)).unwrap();
-        assert_eq!(ask(&rules()).unwrap(), "gone");
         drop(serving);
         image.forget().unwrap();
         assert!(list(&images).unwrap().is_empty());
-    }
-
-    fn ready_state(image: &WantedImage) -> Pulled {
-        match image.state().unwrap().unwrap() {
-            PullState::Ready(pulled) => pulled,
-            other => panic!("{other:?}"),
-        }
     }
 }

@@ -140,7 +140,7 @@ impl Front<'_> {
                 check_lacking(config, manifest, name, &consumed)?;
                 let missing = not_in_checkpoint(&manifest.name, name);
                 self.tell_cold_start(id, Some(wanted), &missing.to_string());
-                consumed.add_container(wanted, name, asker)?;
+                consumed.add_container((wanted, Some(manifest.created)), name, asker)?;
                 return Ok(Beginning::Cold);
             }
             None => manifest.container(config.annotations.container.as_deref())?,

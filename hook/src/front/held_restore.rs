@@ -299,7 +299,12 @@ impl Front<'_> {
         if let Some(created) = restore.once {
             consumed.add_once(&restore.checkpoint, created)?;
         }
-        Ok(consumed.add_container(&restore.checkpoint, name, asker)?)
+        let created = self
+            .env
+            .store
+            .find(&restore.checkpoint)
+            .map(|it| it.manifest.created);
+        Ok(consumed.add_container((&restore.checkpoint, created.ok()), name, asker)?)
     }
 
     /// Takes the checkpoint away when it is to be restored once, and nothing in the sandbox waits for it. What

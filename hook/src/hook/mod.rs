@@ -161,10 +161,12 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
     let pod = PodDir::at(&node.run_dir, &state.id).map_err(stage_error)?;
     // What an earlier sandbox of this id left when the node lost it.
     pod.remove().map_err(stage_error)?;
+    let begin_run = || begin_run(&annotations, node).map_err(stage_error);
     let staged = pod
         .pin(state.pid)
         .map_err(stage_error)
-        .and_then(|()| stage_all(state, &annotations, node, &pod));
+        .and_then(|()| stage_all(state, &annotations, node, &pod))
+        .and_then(|()| begin_run());
     let Err(error) = staged else { return Ok(()) };
     let cold_start = annotations.on_failure == OnFailure::ColdStart && error.may_start_cold();
     let outcome = match cold_start {
@@ -185,11 +187,14 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
             &one_line(&error),
         ));
     }
-    if cold_start {
-        return Ok(());
+    let ended = match cold_start {
+        true => begin_run(),
+        false => Err(error),
+    };
+    if ended.is_err() {
+        drop(pod.remove());
     }
-    drop(pod.remove());
-    Err(error)
+    ended
 }
 
 fn stage_all(
@@ -303,18 +308,20 @@ fn chosen(
     node: &Node,
     consumed: Option<&Consumed>,
 ) -> Result<Option<String>, HookError> {
-    // What it was restored from is its own for ever, whatever was taken since.
-    let had = consumed.and_then(Consumed::taken_from);
+    let wants = annotations.restore_latest || annotations.restore_image.is_some();
+    // What it was restored from is its own for ever, whatever was taken since, and whether it could still be had.
+    if let Some(had) = consumed.and_then(Consumed::taken_from).filter(|_| wants) {
+        return Ok(Some(had.to_owned()));
+    }
     if let Some(reference) = &annotations.restore_image {
         let image = WantedImage::new(&node.images, reference)?;
         let rules = NodeConfig::read(&node.config)?;
-        let name = image.checkpoint(&rules, &node.store, |name| had == Some(name));
-        return Ok(Some(name?));
+        let asker = annotations.pod_uid.as_deref();
+        return Ok(Some(image.checkpoint(&rules, &node.store, asker)?));
     }
-    match (annotations.restore_latest, had) {
-        (false, _) => Ok(None),
-        (true, Some(had)) => Ok(Some(had.to_owned())),
-        (true, None) => latest_of(state, annotations, node),
+    match annotations.restore_latest {
+        false => Ok(None),
+        true => latest_of(state, annotations, node),
     }
 }
 
@@ -328,23 +335,13 @@ fn latest_of(
         id: state.id.clone(),
         source,
     };
-    let parts = (
-        annotations.kubernetes_namespace.as_deref(),
-        annotations.pod_name.as_deref(),
-        annotations.pod_uid.as_deref(),
-    );
-    // Outside of the CRI nothing says which pod this is.
-    let (Some(namespace), Some(name), Some(uid)) = parts else {
+    let Some(run) = run_of(annotations) else {
         return Ok(None);
     };
-    let run = PodRun {
-        namespace,
-        name,
-        uid,
-    };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.map_or(0, |now| now.as_secs());
-    let since = run.begin(&node.runs, now).map_err(stage_error)?;
+    let PodRun {
+        namespace, name, ..
+    } = run;
+    let since = run.since(&node.runs).map_err(stage_error)?;
     let found = run.latest(&node.store, &node.consumed, since);
     let found = found.map_err(stage_error)?;
     if found.is_none() {
@@ -356,6 +353,26 @@ fn latest_of(
         drop(restore_log::append(&node.log_dir, &state.id, cold, &reason));
     }
     Ok(found)
+}
+
+/// The run of a pod with `restore-latest`; outside of the CRI nothing says which pod this is.
+fn run_of(annotations: &Annotations) -> Option<PodRun<'_>> {
+    Some(PodRun {
+        namespace: annotations.kubernetes_namespace.as_deref()?,
+        name: annotations.pod_name.as_deref()?,
+        uid: annotations.pod_uid.as_deref()?,
+    })
+    .filter(|_| annotations.restore_latest)
+}
+
+/// Records that a pod with `restore-latest` begins to run, now that nothing here keeps its containers from it: of one whose
+/// sandbox has failed, nothing has gone on since its checkpoint.
+fn begin_run(annotations: &Annotations, node: &Node) -> Result<(), SandboxError> {
+    let Some(run) = run_of(annotations) else {
+        return Ok(());
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    run.begin(&node.runs, now.map_or(0, |now| now.as_secs()))
 }
 
 /// Removes what [`create_runtime`] made. It is no error when there is nothing.

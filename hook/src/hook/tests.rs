@@ -34,19 +34,23 @@ fn poststop_of_nothing_is_no_error() {
     );
 }
 
+fn node(dir: &Path) -> Node {
+    Node {
+        run_dir: dir.into(),
+        store: Store::at(dir.join("checkpoints")),
+        consumed: dir.join("consumed"),
+        runs: dir.join("runs"),
+        images: dir.join("images"),
+        config: dir.join("node.toml"),
+        log_dir: dir.join("log"),
+        tool: "transship".into(),
+    }
+}
+
 #[test]
 fn a_container_that_is_no_sandbox_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let node = Node {
-        run_dir: dir.path().into(),
-        store: Store::at(dir.path().join("checkpoints")),
-        consumed: dir.path().join("consumed"),
-        runs: dir.path().join("runs"),
-        images: dir.path().join("images"),
-        config: dir.path().join("node.toml"),
-        log_dir: dir.path().join("log"),
-        tool: "transship".into(),
-    };
+    let node = node(dir.path());
     for (status, annotations) in [
         ("creating", vec![("dev.transship/sandbox", "other")]),
         ("creating", vec![("dev.transship/restore", "web")]),
@@ -65,4 +69,39 @@ fn a_container_that_is_no_sandbox_is_left_alone() {
         create_runtime(&state, &node).unwrap();
         assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
     }
+}
+
+/// Its record is asked before the registry, which may not be allowed any more, and before the pull, which is forgotten.
+#[test]
+fn a_pod_that_had_its_restore_needs_no_registry() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let digest = "0123456789abcdef".repeat(4);
+    let annotations = [
+        (
+            "dev.transship/restore-image",
+            format!("registry.example/web@sha256:{digest}"),
+        ),
+        ("io.kubernetes.cri.container-type", "sandbox".to_owned()),
+        ("io.kubernetes.cri.sandbox-uid", "u".to_owned()),
+    ];
+    let annotations = annotations.map(|(key, value)| (key.to_owned(), value));
+    let state = HookState {
+        id: "s".into(),
+        status: "creating".into(),
+        pid: 1,
+        annotations: annotations.into(),
+    };
+    let annotations = Annotations::read("s", Some(&state.annotations)).unwrap();
+    let chosen = || {
+        let consumed = Consumed::by(&node.consumed, &Owner::Pod("u".into())).unwrap();
+        chosen(&state, &annotations, &node, Some(&consumed))
+    };
+    assert!(chosen().is_err(), "the registry is not allowed");
+    let mut consumed = Consumed::by(&node.consumed, &Owner::Pod("u".into())).unwrap();
+    consumed
+        .add_container(("web", Some(1)), "app", "app")
+        .unwrap();
+    assert_eq!(chosen().unwrap().as_deref(), Some("web"));
+    assert!(!node.images.try_exists().unwrap(), "nothing is asked for");
 }
