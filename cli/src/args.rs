@@ -18,8 +18,8 @@ mod package;
 
 pub(crate) use criu::{CriuArgs, Dumps, Moves, Restores};
 pub(crate) use package::{
-    DiffArgs, ExportArgs, FormatArg, IdentityArgs, ImportArgs, InspectArgs, PruneArgs, PullArgs,
-    PushArgs, RegistryArgs,
+    DiffArgs, ExportArgs, FormatArg, IdentityArgs, ImportArgs, InspectArgs, LeavingArgs, PruneArgs,
+    PullArgs, PushArgs, RegistryArgs,
 };
 
 /// Moves running containers from one containerd node to another: memory, writable layer, namespaces.
@@ -619,7 +619,7 @@ pub(crate) struct SendArgs {
     pub(crate) name: String,
     /// The keys for one that is sealed.
     #[command(flatten)]
-    pub(crate) keys: IdentityArgs,
+    pub(crate) keys: LeavingArgs,
 }
 
 /// `transship receive`

@@ -7,11 +7,11 @@ use serde::Serialize;
 use transship_checkpoint::shown_text::{printable_json, printable_lines};
 use transship_checkpoint::store::Store;
 
-use crate::args::{Cli, Command, Global, IdentityArgs};
+use crate::args::{Cli, Command, Global, IdentityArgs, LeavingArgs};
 use crate::progress::Progress;
 use transship_containerd::Containerd;
 use transship_engine::sealed::{Opened, open, open_for_pod};
-use transship_engine::{Context as _, Result, freeze_guard};
+use transship_engine::{Context as _, Error, Result, freeze_guard};
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 
 mod check;
@@ -78,6 +78,24 @@ fn opened(name: &str, keys: &IdentityArgs, json: bool) -> Result<Opened> {
         inspect::identities(keys)?,
         &Progress::new(json),
     )
+}
+
+/// The same, to leave this node; unless it is encrypted then, one that is sealed leaves only when somebody has said so.
+fn opened_to_leave(
+    name: &str,
+    keys: &LeavingArgs,
+    is_encrypted: bool,
+    json: bool,
+) -> Result<Opened> {
+    let is_sealed = || store().find(name).is_ok_and(|it| it.sealed.is_some());
+    if !keys.in_clear && !is_encrypted && is_sealed() {
+        let message =
+            format!("the checkpoint {name:?} is sealed, and would leave this node in clear");
+        return Err(Error::refused(message)
+            .hint("--encrypt-to KEY, of export and push: those who have it can read it")
+            .hint("--identity FILE --in-clear: whoever gets it can read its memory"));
+    }
+    opened(name, &keys.keys, json)
 }
 
 fn store() -> Store {

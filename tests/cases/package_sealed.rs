@@ -161,13 +161,23 @@ fn only_with_the_key(node: &Node) -> anyhow::Result<()> {
         "{inside}"
     );
     nothing_in_clear(node)?;
+    // Nobody makes it readable without saying so.
+    for line in [
+        "send secret --identity /root/mine",
+        "export secret - --identity /root/mine",
+        "export secret /root/layout --format oci --identity /root/mine",
+        "push secret 127.0.0.1:5000/shop/web:clear --plain-http --identity /root/mine",
+    ] {
+        let line: Vec<_> = line.split(' ').collect();
+        fails_with(node, &line, 4, "would leave this node in clear").context(line.join(" "))?;
+    }
     // As it lies; and opened.
     node.shell(
         "transship export secret /root/package
          cmp /root/package /var/lib/transship/checkpoints/secret/sealed.age
          transship inspect /root/package --identity /root/mine >/dev/null
-         transship export secret - --identity /root/mine | zstd -dc | tar -t | grep -q first/checkpoint/inventory.img
-         transship send secret --identity /root/mine | transship receive --name sent
+         transship export secret - --identity /root/mine --in-clear | zstd -dc | tar -t | grep -q first/checkpoint/inventory.img
+         transship send secret --identity /root/mine --in-clear | transship receive --name sent
          transship inspect sent --verify >/dev/null; transship rm sent; rm /root/package",
     )
     .run()?;

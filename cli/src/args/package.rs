@@ -69,7 +69,7 @@ pub(crate) struct ExportArgs {
     pub(crate) sign: Option<PathBuf>,
     /// The keys for one that is sealed.
     #[command(flatten)]
-    pub(crate) keys: IdentityArgs,
+    pub(crate) keys: LeavingArgs,
     /// How hard zstd tries, from 1 to 19; 0: nothing is compressed
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(0..=19))]
@@ -122,6 +122,17 @@ pub(crate) struct IdentityArgs {
     /// File with your identities of age, or your private key of ssh, for what is encrypted
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Vec<PathBuf>,
+}
+
+/// How what is sealed leaves the node.
+#[derive(Debug, Args)]
+pub(crate) struct LeavingArgs {
+    /// The keys.
+    #[command(flatten)]
+    pub(crate) keys: IdentityArgs,
+    /// Let one that is sealed leave this node in clear, with its memory
+    #[arg(long, requires = "identity")]
+    pub(crate) in_clear: bool,
 }
 
 /// How what is encrypted is taken.
@@ -182,7 +193,7 @@ pub(crate) struct PushArgs {
     pub(crate) encrypt_to: Vec<String>,
     /// The keys for one that is sealed.
     #[command(flatten)]
-    pub(crate) keys: IdentityArgs,
+    pub(crate) keys: LeavingArgs,
     /// Push the checkpoint alone, without an image that starts each of its containers cold
     #[arg(long)]
     pub(crate) artifact_only: bool,

@@ -1,9 +1,9 @@
 //! `transship export NAME FILE`
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+mod target;
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
 
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
@@ -17,8 +17,9 @@ use transship_package::foreign::{self, Engine};
 use transship_package::oci::{self, Layout, StoreOptions};
 use transship_package::signature::Signer;
 
+use self::target::Target;
 use super::push::pushed;
-use super::{connect, opened, print, store};
+use super::{connect, opened_to_leave, print, store};
 use crate::args::{ExportArgs, FormatArg, Global};
 use crate::progress::Progress;
 
@@ -35,7 +36,8 @@ pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
     if args.format == FormatArg::Transship && is_copied(&args) {
         return copy_sealed(global, &args);
     }
-    let opened = opened(&args.name, &args.keys, global.json)?;
+    let is_encrypted = !args.encrypt_to.is_empty();
+    let opened = opened_to_leave(&args.name, &args.keys, is_encrypted, global.json)?;
     let checkpoint = opened.checkpoint.clone();
     let engine = match args.format {
         FormatArg::Transship | FormatArg::Oci => None,
@@ -93,17 +95,16 @@ pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
         let reference = format!("{}:{tag}", args.file.display());
         return print(global, &stored, || pushed(&reference, &stored));
     }
-    if args.file == Path::new("-") {
-        let stdout = std::io::stdout();
-        if stdout.is_terminal() {
-            let message = "a package cannot be written to a terminal";
-            return Err(Error::refused(message).hint("name a file, or redirect it"));
-        }
-        drop(write(&checkpoint, &content, stdout.lock(), &progress)?);
-        return Ok(());
-    }
-    let package_bytes = write_file(&checkpoint, &content, &args.file, &progress)?;
+    let target = Target::of(&args.file)?;
+    let package_bytes = target.write(|file| {
+        let out = BufWriter::with_capacity(1 << 20, file);
+        let out = write(&checkpoint, &content, out, &progress)?;
+        out.into_inner().context("cannot write the package")
+    })?;
     drop(progress);
+    let Some(package_bytes) = package_bytes else {
+        return Ok(());
+    };
     let done = Done {
         name: checkpoint.manifest.name.clone(),
         file: args.file.display().to_string(),
@@ -119,27 +120,23 @@ pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
 /// Whether nothing of it has to be read: it is sealed, and stays so.
 fn is_copied(args: &ExportArgs) -> bool {
     let sealed = store().find(&args.name).is_ok_and(|it| it.sealed.is_some());
-    sealed && args.keys.identity.is_empty() && args.encrypt_to.is_empty() && args.sign.is_none()
+    sealed
+        && args.keys.keys.identity.is_empty()
+        && args.encrypt_to.is_empty()
+        && args.sign.is_none()
 }
 
 /// The package of a sealed checkpoint, for those that it was sealed for.
 fn copy_sealed(global: &Global, args: &ExportArgs) -> Result<()> {
     let mut package = sealed_package(&store(), &args.name)?;
-    if args.file == Path::new("-") {
-        let mut stdout = std::io::stdout().lock();
-        if stdout.is_terminal() {
-            let message = "a package cannot be written to a terminal";
-            return Err(Error::refused(message).hint("name a file, or redirect it"));
-        }
-        std::io::copy(&mut package.file, &mut stdout).context("cannot write the package")?;
-        return Ok(());
-    }
     // The kernel copies it: by reference where the file system can.
     let copy = |mut file: File| {
         std::io::copy(&mut package.file, &mut file).context("cannot write the package")?;
         Ok(file)
     };
-    let package_bytes = write_whole(&args.file, copy)?;
+    let Some(package_bytes) = Target::of(&args.file)?.write(copy)? else {
+        return Ok(());
+    };
     let done = Done {
         name: args.name.clone(),
         file: args.file.display().to_string(),
@@ -193,53 +190,4 @@ fn write<W: Write>(
             &mut *count,
         )?,
     })
-}
-
-fn write_file(
-    checkpoint: &Checkpoint,
-    content: &Content<'_>,
-    path: &Path,
-    progress: &Progress,
-) -> Result<u64> {
-    write_whole(path, |file| {
-        let out = BufWriter::with_capacity(1 << 20, file);
-        let out = write(checkpoint, content, out, progress)?;
-        out.into_inner().context("cannot write the package")
-    })
-}
-
-/// The package gets its name when it is whole and on the disk; until then an older one stays.
-fn write_whole(path: &Path, write: impl FnOnce(File) -> Result<File>) -> Result<u64> {
-    let name = path.file_name().with_context_of(path)?;
-    let new = path.with_file_name(format!(
-        ".{}.{}.new",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
-    let mut open = OpenOptions::new();
-    open.write(true).create_new(true).mode(0o600);
-    let file = open.open(&new);
-    let file = file.with_context(|| format!("cannot make {}", new.display()))?;
-    let finished = write(file).and_then(|file| finish(&file, &new, path));
-    if finished.is_err() {
-        drop(fs::remove_file(&new));
-    }
-    finished
-}
-
-fn finish(file: &File, new: &Path, path: &Path) -> Result<u64> {
-    let shown = || format!("cannot write {}", path.display());
-    file.sync_all().with_context(shown)?;
-    fs::rename(new, path).with_context(shown)?;
-    Ok(file.metadata().with_context(shown)?.len())
-}
-
-trait NameOf<T> {
-    fn with_context_of(self, path: &Path) -> Result<T>;
-}
-
-impl<T> NameOf<T> for Option<T> {
-    fn with_context_of(self, path: &Path) -> Result<T> {
-        self.ok_or_else(|| Error::refused(format!("{} is no file", path.display())))
-    }
 }

@@ -12,7 +12,7 @@ use transship_package::encryption::Recipients;
 use transship_package::oci::{Pushed, Reference, Registry, StoreOptions, Stored};
 use transship_package::signature::Signer;
 
-use super::{opened, print};
+use super::{opened_to_leave, print};
 use crate::args::{Global, PushArgs, RegistryArgs};
 use crate::progress::Progress;
 
@@ -25,7 +25,8 @@ struct Done {
 }
 
 pub(crate) async fn run(global: &Global, args: PushArgs) -> Result<()> {
-    let opened = opened(&args.name, &args.keys, global.json)?;
+    let is_encrypted = !args.encrypt_to.is_empty();
+    let opened = opened_to_leave(&args.name, &args.keys, is_encrypted, global.json)?;
     let checkpoint = opened.checkpoint.clone();
     let reference = &args.reference;
     if reference.is_digest() {

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use transship_engine::{Error, Result};
 
-use super::opened;
+use super::opened_to_leave;
 use crate::args::SendArgs;
 use crate::progress::Progress;
 
@@ -16,7 +16,7 @@ pub(crate) fn run(args: &SendArgs) -> Result<()> {
                 .hint("redirect it to a file, or pipe it to `transship receive`"),
         );
     }
-    let opened = opened(&args.name, &args.keys, false)?;
+    let opened = opened_to_leave(&args.name, &args.keys, false, false)?;
     transship_engine::send::send(&opened.checkpoint, stdout.lock(), &Progress::new(false))?;
     Ok(())
 }
