@@ -13,7 +13,7 @@
 //! manifest   artifactType application/vnd.transship.checkpoint.v1
 //!   config   application/vnd.transship.checkpoint.config.v1+json    transship.json, byte for byte
 //!   layers   application/vnd.transship.checkpoint.signature.v1      optional: transship.json.minisig
-//!            application/vnd.transship.checkpoint.files.v1.tar+zstd all files below 256 KiB, whole
+//!            application/vnd.transship.checkpoint.files.v1.tar+zstd files below 256 KiB, whole
 //!            application/vnd.transship.checkpoint.chunk.v1+zstd     a piece of a larger file (chunks.rs), with
 //!              annotations dev.transship.path, dev.transship.offset, dev.transship.length
 //! ```

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  page page page page | page page | page page page ...      | after a page whose hash ends in zeros
-//!  '----- chunk ------'  '- chunk -'                          at least 16 pages, at most 1024
+//!  '----- chunk ------'  '- chunk -'                          at least 16 pages, at most 1024; 2040 of a
+//!                                                             checkpoint above 16 GiB
 //! ```
 //!
 //! Boundaries depend on the pages around them alone: a page that changes spoils its own chunk, pages that are
@@ -15,54 +16,75 @@ pub(crate) const PAGE: usize = 4096;
 /// Fewest and most pages of a chunk.
 const FEWEST: usize = 16;
 const MOST: usize = 1024;
+/// Most pages of one of a large checkpoint: readers take 8 MiB, also of what has not become smaller.
+const MOST_OF_LARGE: usize = 2040;
 /// A chunk has 64 pages at least in the mean, as long as there are not too many of them: a registry takes
 /// manifests of 4 MB.
 const FEWEST_BITS: u32 = 6;
 const MOST_CHUNKS: u64 = 8192;
 
-/// A piece of a file.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Chunk {
-    /// Where it begins in the file.
-    pub(crate) offset: u64,
-    /// Its content.
-    pub(crate) bytes: Vec<u8>,
+/// How large the chunks of a checkpoint are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChunkSize {
+    /// Most pages of one.
+    most: usize,
+    /// It ends after a page in whose hash these bits are zeros.
+    mask: u64,
+}
+
+impl ChunkSize {
+    /// `total` is how many bytes the checkpoint has: of a large one the chunks are larger.
+    pub(crate) fn of(total: u64) -> Self {
+        let mut bits = FEWEST_BITS;
+        while (total >> bits) / PAGE as u64 > MOST_CHUNKS && bits < 12 {
+            bits += 1;
+        }
+        let (bits, most) = match bits {
+            ..10 => (bits, MOST),
+            10 => (bits, MOST_OF_LARGE),
+            // What would be longer than the longest is as long as that: it takes more bits to have fewer chunks.
+            11 => (12, MOST_OF_LARGE),
+            _ => (16, MOST_OF_LARGE),
+        };
+        Self {
+            most,
+            mask: (1 << bits) - 1,
+        }
+    }
+
+    /// Bytes of the longest one.
+    pub(crate) fn longest(self) -> usize {
+        self.most * PAGE
+    }
 }
 
 /// Cuts what it reads.
 pub(crate) struct Chunks<R> {
     source: R,
-    mask: u64,
+    size: ChunkSize,
     offset: u64,
     is_at_end: bool,
 }
 
 impl<R: Read> Chunks<R> {
-    /// `total` is how many bytes the checkpoint has: of a large one the chunks are larger.
-    pub(crate) fn new(source: R, total: u64) -> Self {
-        let mut bits = FEWEST_BITS;
-        while (total >> bits) / PAGE as u64 > MOST_CHUNKS && bits < 10 {
-            bits += 1;
-        }
+    pub(crate) fn new(source: R, size: ChunkSize) -> Self {
         Self {
             source,
-            mask: (1 << bits) - 1,
+            size,
             offset: 0,
             is_at_end: false,
         }
     }
 
-    /// The next chunk that is no hole; none at the end.
-    pub(crate) fn next(&mut self) -> io::Result<Option<Chunk>> {
+    /// Where the next chunk that is no hole begins in the file, and its content in `bytes`; none at the end.
+    pub(crate) fn next(&mut self, bytes: &mut Vec<u8>) -> io::Result<Option<u64>> {
         while !self.is_at_end {
-            let mut bytes = Vec::new();
+            bytes.clear();
             let mut pages = 0;
             let mut has_data = false;
-            while pages < MOST {
+            while pages < self.size.most {
                 let start = bytes.len();
-                let read = (&mut self.source)
-                    .take(PAGE as u64)
-                    .read_to_end(&mut bytes)?;
+                let read = (&mut self.source).take(PAGE as u64).read_to_end(bytes)?;
                 let page = &bytes[start..];
                 has_data |= page.iter().any(|byte| *byte != 0);
                 pages += 1;
@@ -70,14 +92,14 @@ impl<R: Read> Chunks<R> {
                     self.is_at_end = true;
                     break;
                 }
-                if pages >= FEWEST && hash(page) & self.mask == 0 {
+                if pages >= FEWEST && hash(page) & self.size.mask == 0 {
                     break;
                 }
             }
             let offset = self.offset;
             self.offset += bytes.len() as u64;
             if has_data {
-                return Ok(Some(Chunk { offset, bytes }));
+                return Ok(Some(offset));
             }
         }
         Ok(None)
@@ -113,9 +135,35 @@ mod tests {
         bytes
     }
 
+    struct Chunk {
+        offset: u64,
+        bytes: Vec<u8>,
+    }
+
     fn cut(bytes: &[u8]) -> Vec<Chunk> {
-        let mut chunks = Chunks::new(bytes, bytes.len() as u64);
-        std::iter::from_fn(|| chunks.next().unwrap()).collect()
+        cut_as(bytes, ChunkSize::of(bytes.len() as u64))
+    }
+
+    fn cut_as(bytes: &[u8], size: ChunkSize) -> Vec<Chunk> {
+        let mut chunks = Chunks::new(bytes, size);
+        let next = || {
+            let mut bytes = Vec::new();
+            let offset = chunks.next(&mut bytes).unwrap();
+            offset.map(|offset| Chunk { offset, bytes })
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    #[test]
+    fn a_large_checkpoint_has_larger_chunks_and_not_too_many() {
+        let bytes = noise(40_000, 5);
+        for gibibytes in [1, 2, 8, 16, 17, 32, 33, 64, 65, 96] {
+            let size = ChunkSize::of(gibibytes << 30);
+            assert!(size.longest() <= 8 << 20);
+            let chunks = cut_as(&bytes, size).len() as u64;
+            let of_all = chunks * (gibibytes << 30) / bytes.len() as u64;
+            assert!(of_all < 13_500, "{gibibytes} GiB: {of_all}");
+        }
     }
 
     #[test]

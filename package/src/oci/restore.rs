@@ -98,6 +98,17 @@ impl Offered {
         layers.filter(move |(_, it)| it.media_type == media_type)
     }
 
+    /// The blobs of small files; there is one at least.
+    fn small_files(&self) -> Result<Vec<(usize, &Descriptor)>, PackageError> {
+        let files: Vec<_> = self.layers(FILES).collect();
+        match files.is_empty() {
+            true => Err(PackageError::Missing {
+                member: "the blob of its small files".to_owned(),
+            }),
+            false => Ok(files),
+        }
+    }
+
     fn small_bytes(&self) -> u64 {
         let all = { self.head.manifest.directories() }.flat_map(|(_, files)| files);
         let small = all.filter(|file| file.size < SMALL);
@@ -191,9 +202,11 @@ impl Offered {
         }
         let bytes = kept.iter().map(|(_, file)| file.size);
         check_room(temp.path(), bytes.fold(0, u64::saturating_add))?;
-        let files = self.layers(FILES).next();
-        let (_, files) = files.ok_or_else(no_small_files)?;
-        restore_small(blobs, files, manifest, temp.path(), &mut |_| {})?;
+        let mut small = SmallFiles::new(manifest, temp.path());
+        for (_, files) in self.small_files()? {
+            small.restore(blobs, files, &mut |_| {})?;
+        }
+        small.check_all_there()?;
         let targets = open_targets(manifest, temp.path())?;
         for (_, chunk) in self.layers(CHUNK) {
             let path = chunk.annotation(PATH).unwrap_or_default();
@@ -230,14 +243,19 @@ impl Offered {
         let there = { there.map(|(_, it)| length(it)) }.fold(0, u64::saturating_add);
         check_room(partial.dir(), manifest.size().saturating_sub(there))?;
         progress(there);
-        let files = self.layers(FILES).next();
-        let (layer, files) = files.ok_or_else(no_small_files)?;
-        if partial.is_done(layer) {
-            progress(self.small_bytes());
-        } else {
-            restore_small(blobs, files, manifest, partial.dir(), progress)?;
-            partial.set_done(layer)?;
+        let mut small = SmallFiles::new(manifest, partial.dir());
+        let mut told = 0;
+        for (layer, files) in self.small_files()? {
+            if !partial.is_done(layer) {
+                small.restore(blobs, files, &mut |bytes| {
+                    told += bytes;
+                    progress(bytes);
+                })?;
+                partial.set_done(layer)?;
+            }
         }
+        small.check_all_there()?;
+        progress(self.small_bytes().saturating_sub(told));
         let missing = self.layers(CHUNK).filter(|(it, _)| !partial.is_done(*it));
         restore_large(
             blobs,
@@ -305,12 +323,6 @@ fn digest_of_file(path: &Path) -> std::io::Result<String> {
     Ok(file.finish().1.sha256)
 }
 
-fn no_small_files() -> PackageError {
-    PackageError::Missing {
-        member: "the blob of its small files".to_owned(),
-    }
-}
-
 /// Whether a large file is more than pages of memory or the content of a volume.
 fn is_looked_at(path: &str) -> bool {
     let is_volume = !path.contains('/') && path.ends_with(".tar") && path != ROOTFS_DIFF_FILE;
@@ -340,52 +352,74 @@ fn read_head(
     Head::of(json, signature, trusted)
 }
 
-fn restore_small(
-    blobs: &dyn Blobs,
-    descriptor: &Descriptor,
-    manifest: &manifest::Manifest,
-    dir: &Path,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), PackageError> {
-    let packed = blobs.get(descriptor, FILES_LIMIT)?;
-    let tar = zstd::stream::read::Decoder::new(&packed[..]).map_err(PackageError::reading)?;
-    let mut archive = Archive::new(tar.take(FILES_LIMIT));
-    let mut piece = vec![0; 64 << 10];
-    let mut known: BTreeMap<String, u64> = BTreeMap::new();
-    for (name, files) in manifest.directories() {
-        let small = files.iter().filter(|file| file.size < SMALL);
-        known.extend(small.map(|file| (format!("{name}/{}", file.path), file.size)));
-    }
-    // An attempt that was cut off may have left some.
-    for path in known.keys() {
-        drop(fs::remove_file(dir.join(path)));
-    }
-    while let Some(member) = archive.next_member().map_err(PackageError::of_archive)? {
-        let path = String::from_utf8_lossy(&member.path).into_owned();
-        if known.remove(&path) != Some(member.size) {
-            return Err(PackageError::Member {
-                member: path.escape_debug().to_string(),
-                reason: "the manifest does not know it so, or it is there twice".to_owned(),
-            });
+/// Small files on their way into a directory, out of one blob after the other.
+struct SmallFiles<'a> {
+    dir: &'a Path,
+    /// Those of the manifest, with their lengths.
+    known: BTreeMap<String, u64>,
+    came: BTreeSet<String>,
+}
+
+impl<'a> SmallFiles<'a> {
+    fn new(manifest: &manifest::Manifest, dir: &'a Path) -> Self {
+        let mut known = BTreeMap::new();
+        for (name, files) in manifest.directories() {
+            let small = files.iter().filter(|file| file.size < SMALL);
+            known.extend(small.map(|file| (format!("{name}/{}", file.path), file.size)));
         }
-        let mut file = NewFile::create(dir, &path)?;
-        loop {
-            match archive
-                .read_piece(&mut piece)
-                .map_err(PackageError::of_archive)?
-            {
-                0 => break,
-                read => {
-                    progress(read as u64);
-                    file.write(&piece[..read])?;
+        Self {
+            dir,
+            known,
+            came: BTreeSet::new(),
+        }
+    }
+
+    fn restore(
+        &mut self,
+        blobs: &dyn Blobs,
+        descriptor: &Descriptor,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), PackageError> {
+        let packed = blobs.get(descriptor, FILES_LIMIT)?;
+        let tar = zstd::stream::read::Decoder::new(&packed[..]).map_err(PackageError::reading)?;
+        let mut archive = Archive::new(tar.take(FILES_LIMIT));
+        let mut piece = vec![0; 64 << 10];
+        while let Some(member) = archive.next_member().map_err(PackageError::of_archive)? {
+            let path = String::from_utf8_lossy(&member.path).into_owned();
+            if self.known.get(&path) != Some(&member.size) || !self.came.insert(path.clone()) {
+                return Err(PackageError::Member {
+                    member: path.escape_debug().to_string(),
+                    reason: "the manifest does not know it so, or it is there twice".to_owned(),
+                });
+            }
+            // An attempt that was cut off may have left it.
+            drop(fs::remove_file(self.dir.join(&path)));
+            let mut file = NewFile::create(self.dir, &path)?;
+            loop {
+                match { archive.read_piece(&mut piece) }.map_err(PackageError::of_archive)? {
+                    0 => break,
+                    read => {
+                        progress(read as u64);
+                        file.write(&piece[..read])?;
+                    }
                 }
             }
+            file.finish()?;
         }
-        file.finish()?;
+        Ok(())
     }
-    match known.into_keys().next() {
-        Some(member) => Err(PackageError::Missing { member }),
-        None => Ok(()),
+
+    /// What has not come now has come before.
+    fn check_all_there(self) -> Result<(), PackageError> {
+        let is_there = |path: &String| {
+            self.came.contains(path) || fs::symlink_metadata(self.dir.join(path)).is_ok()
+        };
+        match self.known.keys().find(|path| !is_there(path)) {
+            Some(member) => Err(PackageError::Missing {
+                member: member.clone(),
+            }),
+            None => Ok(()),
+        }
     }
 }
 
