@@ -5,14 +5,19 @@
 //! oci-layout              {"imageLayoutVersion": "1.0.0"}
 //! index.json              the tags: descriptors with org.opencontainers.image.ref.name
 //! blobs/sha256/<digest>   each appears whole, by rename
+//! .new-<pid>-<n>          one that is written; locked (flock) by who writes it
 //! ```
+//!
+//! The directory itself is locked by who makes it a layout, and by who changes the tags.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
 
+use nix::fcntl::{Flock, FlockArg};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_path_error::During as _;
 
@@ -21,6 +26,9 @@ use super::document::{Descriptor, INDEX, Index};
 use crate::error::PackageError;
 
 const BLOBS: &str = "blobs/sha256";
+const NEW: &str = ".new-";
+/// What is written has its lock by then.
+const OLD: Duration = Duration::from_secs(60);
 const TAG: &str = "org.opencontainers.image.ref.name";
 /// Longest `index.json` that is read, in bytes.
 const INDEX_LIMIT: u64 = 4 << 20;
@@ -39,6 +47,11 @@ impl Layout {
     pub fn create(dir: &Path) -> Result<Self, PackageError> {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
+        builder.create(dir).during("make", dir)?;
+        let layout = Self {
+            dir: dir.to_path_buf(),
+        };
+        let _lock = layout.lock()?;
         let is_new = !dir.join("oci-layout").is_file();
         let has_other = fs::read_dir(dir).is_ok_and(|mut it| it.next().is_some());
         if is_new && has_other {
@@ -48,9 +61,7 @@ impl Layout {
         }
         let blobs = dir.join(BLOBS);
         builder.create(&blobs).during("make", &blobs)?;
-        let layout = Self {
-            dir: dir.to_path_buf(),
-        };
+        layout.remove_abandoned();
         if is_new {
             layout.replace("oci-layout", b"{\"imageLayoutVersion\": \"1.0.0\"}")?;
         }
@@ -93,20 +104,58 @@ impl Layout {
         Ok(self.dir.join(BLOBS).join(hex))
     }
 
+    fn lock(&self) -> Result<Flock<File>, PackageError> {
+        let dir = File::open(&self.dir).during("open", &self.dir)?;
+        let lock = Flock::lock(dir, FlockArg::LockExclusive);
+        Ok(lock.map_err(|(_, errno)| errno).during("lock", &self.dir)?)
+    }
+
+    /// Removes what others have begun to write and nobody writes any more.
+    fn remove_abandoned(&self) {
+        let is_old = |path: &Path| {
+            let modified = fs::symlink_metadata(path).and_then(|it| it.modified());
+            let age = modified
+                .ok()
+                .and_then(|it| SystemTime::now().duration_since(it).ok());
+            age.is_some_and(|age| age > OLD)
+        };
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(NEW.as_bytes())
+                && is_old(&path)
+                && let Ok(file) = OpenOptions::new().write(true).open(&path)
+                && let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            {
+                drop(fs::remove_file(&path));
+            }
+        }
+    }
+
     /// Puts a file in its place whole.
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), PackageError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let new = self
             .dir
-            .join(format!(".new-{}-{count}", std::process::id()));
+            .join(format!("{NEW}{}-{count}", std::process::id()));
         let mut open = OpenOptions::new();
         open.write(true).create_new(true).mode(0o600);
-        open.open(&new)
-            .and_then(|mut file| file.write_all(bytes))
-            .during("write", &new)?;
-        let path = self.dir.join(name);
-        Ok(fs::rename(&new, &path).during("rename to", &path)?)
+        let file = open.open(&new).during("make", &new)?;
+        let write = || {
+            let file = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+            let mut file = file.map_err(|(_, errno)| errno).during("lock", &new)?;
+            file.write_all(bytes).during("write", &new)?;
+            let path = self.dir.join(name);
+            Ok(fs::rename(&new, &path).during("rename to", &path)?)
+        };
+        let written = write();
+        if written.is_err() {
+            drop(fs::remove_file(&new));
+        }
+        written
     }
 }
 
@@ -161,6 +210,7 @@ impl Blobs for Layout {
         let digest = digest_of(bytes);
         self.put(&digest, bytes)?;
         let Some(tag) = tag else { return Ok(()) };
+        let _lock = self.lock()?;
         let mut index = self.index()?;
         index.manifests.retain(|it| it.annotation(TAG) != Some(tag));
         let mut descriptor = Descriptor::new(media_type, bytes);
@@ -206,6 +256,55 @@ mod tests {
         }
         fs::write(dir.path().join("other"), b"").unwrap();
         assert!(Layout::create(dir.path()).is_err());
+    }
+
+    #[test]
+    fn many_at_once_lose_no_tag() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("layout");
+        std::thread::scope(|scope| {
+            for tag in 0..16 {
+                let dir = &dir;
+                scope.spawn(move || {
+                    let layout = Layout::create(dir).unwrap();
+                    let tag = format!("tag-{tag}");
+                    layout
+                        .put_manifest("m", tag.as_bytes(), Some(&tag))
+                        .unwrap();
+                });
+            }
+        });
+        assert_eq!(Layout::open(&dir).unwrap().tags().unwrap().len(), 16);
+    }
+
+    #[test]
+    fn nothing_is_left_of_what_was_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        fs::create_dir(dir.path().join("blobs/sha256/busy")).unwrap();
+        layout.replace("blobs/sha256/busy", b"x").unwrap_err();
+        let new = || {
+            let entries = fs::read_dir(dir.path()).unwrap();
+            let names = entries.map(|it| it.unwrap().file_name().into_string().unwrap());
+            names.filter(|it| it.starts_with(NEW)).collect::<Vec<_>>()
+        };
+        assert!(new().is_empty());
+        let held = {
+            let old = SystemTime::now() - 2 * OLD;
+            let make = |name: &str| {
+                let file = File::create(dir.path().join(name)).unwrap();
+                file.set_modified(old).unwrap();
+                file
+            };
+            drop(make(".new-1-0"));
+            Flock::lock(make(".new-1-1"), FlockArg::LockExclusive).unwrap()
+        };
+        fs::write(dir.path().join(".new-1-2"), b"").unwrap();
+        Layout::create(dir.path()).unwrap();
+        let mut left = new();
+        left.sort();
+        assert_eq!(left, [".new-1-1", ".new-1-2"]);
+        drop(held);
     }
 
     /// The directory may be somebody else's archive, unpacked.

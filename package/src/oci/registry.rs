@@ -154,7 +154,17 @@ impl Registry {
                 Ok(ureq::tls::PemItem::Certificate(it)) => Some(it),
                 _ => None,
             });
-            tls = tls.root_certs(RootCerts::from(certificates.collect::<Vec<_>>()));
+            let certificates: Vec<_> = certificates.collect();
+            if certificates.is_empty() {
+                return Err(RegistryError::Unusable {
+                    registry: reference.host,
+                    act: "be trusted".to_owned(),
+                    reason: "what was named as its authorities has no certificate in PEM"
+                        .to_owned(),
+                }
+                .into());
+            }
+            tls = tls.root_certs(RootCerts::from(certificates));
         }
         let silence = Some(transport.patience.silence);
         let config = Agent::config_builder()
@@ -172,10 +182,11 @@ impl Registry {
         } else {
             "https"
         };
-        let origin = format!("{scheme}://{}", reference.host);
+        let (host, name) = place_of(&reference);
+        let origin = format!("{scheme}://{host}");
         Ok(Self {
             agent: Agent::new_with_config(config),
-            base: format!("{origin}/v2/{}", reference.name),
+            base: format!("{origin}/v2/{name}"),
             origin,
             reference,
             patience: transport.patience,
@@ -264,6 +275,18 @@ impl Registry {
         let body = answer.into_body().into_with_config().limit(u64::MAX);
         let read = read_body(body.reader(), bytes, most, self.patience.silence);
         Ok(read.err().map(|error| Trouble::new(error.to_string())))
+    }
+}
+
+/// Host and repository of a reference: those of Docker's own registry are not what everybody calls them.
+fn place_of(reference: &Reference) -> (&str, String) {
+    let name = reference.name.as_str();
+    match reference.host.as_str() {
+        "docker.io" | "index.docker.io" | "registry-1.docker.io" => {
+            let library = if name.contains('/') { "" } else { "library/" };
+            ("registry-1.docker.io", format!("{library}{name}"))
+        }
+        host => (host, name.to_owned()),
     }
 }
 

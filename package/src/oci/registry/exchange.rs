@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  401 ──> WWW-Authenticate: Basic, or Bearer realm="...",service="...",scope="..." ──> a token ──> once more
+//!          GET with the secret, POST with an identity token
 //!  408, 429, 5xx, a broken or silent connection ──> worth another attempt
 //! ```
 //!
@@ -157,9 +158,11 @@ impl Trouble {
 impl Registry {
     pub(super) fn attempt(&self, act: &str, ask: &Ask<'_>) -> Result<Attempt, PackageError> {
         let is_own = self.is_own(ask.url);
-        let mut is_first = true;
+        let mut own: Option<String> = None;
         loop {
-            let authorization = self.authorization().clone().filter(|_| is_own);
+            // Another thread may have got one for something else meanwhile.
+            let shared = || self.authorization().clone().filter(|_| is_own);
+            let authorization = own.clone().or_else(shared);
             let answer = match self.send(ask, authorization.as_deref()) {
                 Ok(answer) => {
                     self.has_answered.store(true, Ordering::Relaxed);
@@ -188,11 +191,11 @@ impl Registry {
             let status = answer.status();
             // A redirection may have led elsewhere, and whoever asks there asks for nothing of this registry's.
             let asks_for_itself = is_own && self.is_own(&answer.get_uri().to_string());
-            if status == StatusCode::UNAUTHORIZED && asks_for_itself && is_first {
-                is_first = false;
+            if status == StatusCode::UNAUTHORIZED && asks_for_itself && own.is_none() {
                 let challenge = header(&answer, "www-authenticate").unwrap_or_default();
                 if let Some(fresh) = self.authorize(&challenge)? {
-                    *self.authorization() = Some(fresh);
+                    *self.authorization() = Some(fresh.clone());
+                    own = Some(fresh);
                     continue;
                 }
             }
@@ -272,7 +275,8 @@ impl Registry {
 
     /// The header that answers a challenge; none when there is nothing to answer it with.
     fn authorize(&self, challenge: &str) -> Result<Option<String>, PackageError> {
-        let basic = self.credentials.as_ref().map(|it| {
+        let secret = self.credentials.as_ref().filter(|it| it.has_secret());
+        let basic = secret.map(|it| {
             let text = format!("{}:{}", it.user, it.secret);
             format!("Basic {}", BASE64.encode(text.as_bytes()))
         });
@@ -291,19 +295,42 @@ impl Registry {
         let Some(realm) = value("realm") else {
             return Ok(None);
         };
-        let mut url = realm;
-        for key in ["service", "scope"] {
-            if let Some(value) = value(key) {
-                let separator = if url.contains('?') { '&' } else { '?' };
-                url = format!("{url}{separator}{key}={}", escape(&value));
-            }
-        }
+        let named = ["service", "scope"].map(|key| value(key).map(|it| (key, it)));
+        let query = query_of(named.into_iter().flatten());
+        let token = self
+            .credentials
+            .as_ref()
+            .map(|it| it.identity_token.as_str());
+        let token = token.filter(|it| !it.is_empty());
+        // As OAuth2 has it: a token that lasts is exchanged for one that does not.
+        let form = token.map(|token| {
+            let grant = [
+                ("grant_type", "refresh_token".to_owned()),
+                ("client_id", "transship".to_owned()),
+                ("refresh_token", token.to_owned()),
+            ];
+            format!("{}&{query}", query_of(grant))
+        });
+        let url = match (&form, query.is_empty(), realm.contains('?')) {
+            (Some(_), ..) | (None, true, _) => realm,
+            (None, false, true) => format!("{realm}&{query}"),
+            (None, false, false) => format!("{realm}?{query}"),
+        };
+        let ask = match &form {
+            Some(form) => Ask {
+                content_type: Some("application/x-www-form-urlencoded"),
+                content: Content::Bytes(form.as_bytes()),
+                ..Ask::new(Method::POST, &url)
+            },
+            None => Ask::new(Method::GET, &url),
+        };
+        let basic = basic.filter(|_| form.is_none());
         let failed = |reason: String| RegistryError::Credentials {
             registry: self.registry(),
             reason,
         };
         let mut answer = self
-            .send(&Ask::new(Method::GET, &url), basic.as_deref())
+            .send(&ask, basic.as_deref())
             .map_err(|error| match error {
                 NotAnswered::Http(error) => failed(error.to_string()),
                 NotAnswered::Unread(error) => failed(error.to_string()),
@@ -311,16 +338,19 @@ impl Registry {
         if !answer.status().is_success() {
             return Err(failed(format!("{url} answers {}", answer.status())).into());
         }
+        // Some answer with both names.
         #[derive(Deserialize)]
         struct Token {
-            #[serde(alias = "access_token")]
-            token: String,
+            token: Option<String>,
+            access_token: Option<String>,
         }
         let (text, whole) = self.read_answer(&mut answer);
         whole.map_err(|error| failed(error.to_string()))?;
         let token: Token =
             serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;
-        Ok(Some(format!("Bearer {}", token.token)))
+        let token = token.token.or(token.access_token);
+        let token = token.ok_or_else(|| failed(format!("{url} gives no token")))?;
+        Ok(Some(format!("Bearer {token}")))
     }
 
     /// What there is of a short answer, and whether that is all of it.
@@ -382,6 +412,14 @@ fn is_refused(error: &ureq::Error) -> bool {
 /// A header of an answer, when it is a text.
 pub(super) fn header(answer: &Response<Body>, name: &str) -> Option<String> {
     Some(answer.headers().get(name)?.to_str().ok()?.to_owned())
+}
+
+fn query_of<'a>(values: impl IntoIterator<Item = (&'a str, String)>) -> String {
+    let values = values.into_iter();
+    let values: Vec<_> = values
+        .map(|(key, it)| format!("{key}={}", escape(&it)))
+        .collect();
+    values.join("&")
 }
 
 /// What may stand in a query as it is; the rest is escaped.

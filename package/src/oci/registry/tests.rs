@@ -396,6 +396,7 @@ fn credentials_stay_with_the_host_that_they_are_for() {
         Some(Credentials {
             user: "me".into(),
             secret: "secret".into(),
+            ..Credentials::default()
         })
     };
     let patient = registry(&server, PATIENCE, credentials());
@@ -428,6 +429,7 @@ fn where_a_redirection_leads_nobody_gets_credentials_by_asking() {
         Some(Credentials {
             user: "me".into(),
             secret: "secret".into(),
+            ..Credentials::default()
         })
     };
     let bearer = format!("Bearer realm=\"http://{}/token\"", tokens.host);
@@ -493,12 +495,62 @@ fn a_token_is_fetched_with_the_credentials() {
     let credentials = Credentials {
         user: "me".into(),
         secret: "secret".into(),
+        ..Credentials::default()
     };
     let got = registry(&server, PATIENCE, Some(credentials)).get(&blob, 100);
     assert_eq!(got.unwrap(), b"content");
     let asked = tokens.asked();
     assert_eq!(asked[0].path, "/token?service=s&scope=repository:web:pull");
     assert_eq!(asked[0].headers["authorization"], "Basic bWU6c2VjcmV0");
+}
+
+/// `docker login` keeps one for registries that give it, and their tokens have two names.
+#[test]
+fn an_identity_token_is_exchanged() {
+    let (server, tokens) = (Server::start(), Server::start());
+    let blob = Descriptor::new("x", b"content");
+    server.put_blob(b"content");
+    let realm = format!(
+        "www-authenticate: Bearer realm=\"http://{}/token\",service=\"s\",scope=\"repository:web:pull\"\r\n",
+        tokens.host
+    );
+    let realm: &'static str = realm.leak();
+    server.is_in(move |asked, _| match asked.headers.get("authorization") {
+        Some(token) if token == "Bearer T" => Mood::Good,
+        _ => Mood::Status("401 Unauthorized", realm),
+    });
+    tokens.gives(br#"{"access_token": "T", "token": "T"}"#);
+    let credentials = Credentials {
+        identity_token: "a+b".into(),
+        ..Credentials::default()
+    };
+    let got = registry(&server, PATIENCE, Some(credentials)).get(&blob, 100);
+    assert_eq!(got.unwrap(), b"content");
+    let asked = tokens.asked();
+    assert_eq!(
+        (asked[0].method.as_str(), asked[0].path.as_str()),
+        ("POST", "/token")
+    );
+    assert!(!asked[0].headers.contains_key("authorization"));
+    let form = "grant_type=refresh_token&client_id=transship&refresh_token=a%2Bb&service=s&scope=repository:web:pull";
+    let length = asked[0].headers["content-length"].as_str();
+    assert_eq!(length, form.len().to_string());
+}
+
+#[test]
+fn docker_s_registry_is_at_another_place() {
+    for (text, place) in [
+        ("docker.io/web:1", ("registry-1.docker.io", "library/web")),
+        ("docker.io/shop/web:1", ("registry-1.docker.io", "shop/web")),
+        ("localhost:5000/web:1", ("localhost:5000", "web")),
+    ] {
+        let reference: Reference = text.parse().unwrap();
+        let (host, name) = place_of(&reference);
+        assert_eq!((host, name.as_str()), place);
+    }
+    let reference: Reference = "a/web:1".parse().unwrap();
+    let error = Registry::new(reference, Transport::default(), Some(b"no PEM"), None).unwrap_err();
+    assert!(error.to_string().contains("no certificate"), "{error}");
 }
 
 #[test]
