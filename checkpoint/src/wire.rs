@@ -245,6 +245,15 @@ pub enum Outcome {
     Lost,
 }
 
+/// A manifest as it was signed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Signed {
+    /// Its bytes.
+    pub json: String,
+    /// The signature of them, as its file has it.
+    pub signature: String,
+}
+
 /// One message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "message")]
@@ -305,6 +314,9 @@ pub enum Message {
     End {
         /// Its manifest.
         manifest: Box<Manifest>,
+        /// Its bytes with their signature, of one that is signed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Box<Signed>>,
     },
     /// The checkpoint has arrived, and all of it is right.
     Received,

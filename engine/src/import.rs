@@ -61,9 +61,11 @@ pub async fn import(
         if options.identities.is_empty() {
             return Err(PackageError::from(EncryptionError::NoIdentity).into());
         }
-        let name = options.name.as_deref().unwrap_or("imported");
+        // What it is called is inside of it; two at once, or one that is called so, are not in each other's way.
+        let unnamed = || format!("imported-{}", std::process::id());
+        let name = options.name.clone().unwrap_or_else(unnamed);
         return Ok(ReadPackage {
-            checkpoint: keep_sealed(input, store, name, options, progress)?,
+            checkpoint: keep_sealed(input, store, &name, options, progress)?,
             engine: None,
             left_out: Vec::new(),
         });

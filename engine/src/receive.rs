@@ -21,11 +21,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use transship_checkpoint::manifest::Manifest;
 use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
 use transship_checkpoint::wire::{
-    Arriving, Check, Limits, Message, Outcome, WireError, unexpected,
+    Arriving, Check, Limits, Message, Outcome, Signed, WireError, unexpected,
 };
 use transship_containerd::Containerd;
+use transship_package::signature::{SIGNATURE_FILE, TrustedKeys};
+use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::conversation::{Conversation, LINK_PATIENCE, Reading};
 use crate::error::{Context, Error, Kind, Result};
@@ -33,6 +36,7 @@ use crate::interrupt::Interrupt;
 use crate::node_id::node_id;
 use crate::progress::Progress;
 use crate::restore::Target;
+use crate::retention::check_quota;
 use crate::timeline::human_bytes;
 
 mod arrival;
@@ -120,9 +124,14 @@ pub async fn receive(
             };
             let draft = store.draft(&name)?;
             let arriving = Arriving::into_dir(draft.dir(), limits, Check::Sha256);
-            let mut manifest = receive_files(&mut conversation, arriving, progress).await?;
-            manifest.name = name;
-            let checkpoint = keep(draft, manifest, Durability::Synced).await?;
+            let (manifest, signed) = receive_files(&mut conversation, arriving, progress).await?;
+            let config = Path::new(NODE_CONFIG);
+            let rules =
+                NodeConfig::read(config).context("cannot tell whose checkpoints are taken")?;
+            let keys = &rules.checkpoints.signed_by;
+            let named = named_and_signed(manifest, &name, signed.as_deref(), keys)?;
+            check_quota(store, config, named.0.size())?;
+            let checkpoint = keep_signed(draft, named, signed).await?;
             Ok(Received::Checkpoint(Box::new(checkpoint)))
         }
         Message::Offer(offer) => {
@@ -191,7 +200,7 @@ async fn receive_files(
     conversation: &mut Conversation,
     arriving: Arriving,
     progress: &dyn Progress,
-) -> Result<transship_checkpoint::manifest::Manifest> {
+) -> Result<(Manifest, Option<Box<Signed>>)> {
     progress.step("receive");
     let count = Arc::new(Mutex::new(progress.counter()));
     let arriving = Arc::new(arriving);
@@ -209,16 +218,41 @@ async fn receive_files(
     let arriving =
         Arc::into_inner(arriving).ok_or_else(|| Error::failed("a file still arrives"))?;
     match end {
-        Message::End { manifest } => Ok(arriving.compare(&manifest)?),
+        Message::End { manifest, signed } => Ok((arriving.compare(&manifest)?, signed)),
         other => Err(unexpected("the end of the checkpoint", &other).into()),
     }
 }
 
-async fn keep(
-    draft: Draft,
-    manifest: transship_checkpoint::manifest::Manifest,
-    durability: Durability,
-) -> Result<Checkpoint> {
+/// The manifest under the name that it gets here, and its bytes. One of `keys` has signed it, where there are any; under
+/// another name nobody has.
+fn named_and_signed(
+    mut manifest: Manifest,
+    name: &str,
+    signed: Option<&Signed>,
+    keys: &[String],
+) -> Result<(Manifest, Vec<u8>)> {
+    let json = signed.map_or(&b""[..], |it| it.json.as_bytes());
+    let trusted = TrustedKeys::parse(keys.iter().map(String::as_str))?;
+    trusted.check(json, signed.map(|it| it.signature.as_str()))?;
+    if signed.is_none() {
+        name.clone_into(&mut manifest.name);
+        let json = manifest.to_json();
+        return Ok((manifest, json));
+    }
+    if Manifest::parse(json)? != manifest {
+        return Err(Error::refused("what is signed is of another checkpoint"));
+    }
+    if manifest.name != name {
+        let message = format!(
+            "it is signed under the name that it has, {:?}",
+            manifest.name
+        );
+        return Err(Error::refused(message).hint("without --name"));
+    }
+    Ok((manifest, json.to_vec()))
+}
+
+async fn keep(draft: Draft, manifest: Manifest, durability: Durability) -> Result<Checkpoint> {
     tokio::task::spawn_blocking(move || draft.commit(manifest, durability))
         .await
         .context("the checkpoint was not kept")?
@@ -251,4 +285,73 @@ fn free_bytes(path: &Path) -> Result<u64> {
     let stat = nix::sys::statvfs::statvfs(there)
         .with_context(|| format!("cannot ask for the free space of {}", there.display()))?;
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+async fn keep_signed(
+    draft: Draft,
+    (manifest, json): (Manifest, Vec<u8>),
+    signed: Option<Box<Signed>>,
+) -> Result<Checkpoint> {
+    tokio::task::spawn_blocking(move || {
+        if let Some(signed) = signed {
+            let path = draft.dir().join(SIGNATURE_FILE);
+            let written = std::fs::write(&path, &signed.signature);
+            written.with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(draft.commit_as(manifest, &json, Durability::Synced)?)
+    })
+    .await
+    .context("the checkpoint was not kept")?
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_checkpoint::manifest::{Format, Shared, Source};
+    use transship_package::signature::Signer;
+
+    use super::*;
+
+    #[test]
+    fn what_the_node_s_keys_have_not_signed_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        std::fs::write(
+            &key,
+            include_bytes!("../../package/tests/fixtures/minisign.key"),
+        )
+        .unwrap();
+        let manifest = Manifest {
+            format: Format::default(),
+            name: "web".into(),
+            created: 1,
+            source: Source::default(),
+            pod: None,
+            containers: Vec::new(),
+            not_running: Vec::new(),
+            shared: Shared::default(),
+        };
+        let json = String::from_utf8(manifest.to_json()).unwrap();
+        let signed = Signed {
+            signature: Signer::read(&key).unwrap().sign(json.as_bytes()).unwrap(),
+            json,
+        };
+        let take = |name: &str, signed: Option<&Signed>, keys: &[String]| {
+            named_and_signed(manifest.clone(), name, signed, keys)
+        };
+        let keys = ["RWThgSI8U3mWXyR4obbFHrJWAiO5hyezKvOkATr62ipuRZ473CZ9VTE8".to_owned()];
+        let (taken, json) = take("web", Some(&signed), &keys).unwrap();
+        assert_eq!(
+            (taken, json),
+            (manifest.clone(), signed.json.clone().into_bytes())
+        );
+        take("web", Some(&signed), &[]).unwrap();
+        assert_eq!(take("other", None, &[]).unwrap().0.name, "other");
+        let said = |name, signed, keys: &[String]| take(name, signed, keys).unwrap_err().one_line();
+        assert!(said("web", None, &keys).contains("is not signed"));
+        assert!(said("other", Some(&signed), &keys).contains("under the name"));
+        let mut changed = signed.clone();
+        changed.json = changed.json.replace("\"web\"", "\"wee\"");
+        assert!(said("wee", Some(&changed), &keys).contains("none of the keys"));
+        assert!(said("web", Some(&changed), &[]).contains("of another checkpoint"));
+    }
 }

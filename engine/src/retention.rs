@@ -208,19 +208,38 @@ pub fn remove(store: &Store, name: &str) -> Result<()> {
     }
 }
 
+/// How many bytes the store may still get by node.toml, and at most `most`, where somebody says so.
+///
+/// # Errors
+/// node.toml or the store cannot be read.
+pub fn most_taken(store: &Store, config: &Path, most: Option<u64>) -> Result<u64> {
+    let most = most.unwrap_or(u64::MAX);
+    Ok(match quota(config)? {
+        Some(quota) => most.min(quota.saturating_sub(bytes_of_all(store)?)),
+        None => most,
+    })
+}
+
+fn quota(config: &Path) -> Result<Option<u64>> {
+    let config = NodeConfig::read(config).context("cannot tell how much may be kept")?;
+    let gigabytes = config.checkpoints.quota_gigabytes;
+    Ok((gigabytes > 0).then(|| gigabytes.saturating_mul(1_000_000_000)))
+}
+
+fn bytes_of_all(store: &Store) -> Result<u64> {
+    let opened = store.list()?.into_iter().filter_map(|(_, it)| it.ok());
+    Ok(opened.fold(0, |sum, it| sum.saturating_add(it.bytes())))
+}
+
 /// Refuses a checkpoint of about `bytes` with which the store would be larger than node.toml allows.
 ///
 /// # Errors
 /// [`crate::Kind::Refused`]; or node.toml or the store cannot be read.
 pub fn check_quota(store: &Store, config: &Path, bytes: u64) -> Result<()> {
-    let config = NodeConfig::read(config).context("cannot tell how much may be kept")?;
-    let gigabytes = config.checkpoints.quota_gigabytes;
-    if gigabytes == 0 {
+    let Some(quota) = quota(config)? else {
         return Ok(());
-    }
-    let quota = gigabytes.saturating_mul(1_000_000_000);
-    let opened = store.list()?.into_iter().filter_map(|(_, it)| it.ok());
-    let there = opened.fold(0, |sum: u64, it| sum.saturating_add(it.bytes()));
+    };
+    let there = bytes_of_all(store)?;
     if there.saturating_add(bytes) <= quota {
         return Ok(());
     }
@@ -257,6 +276,26 @@ mod tests {
             candidate("a3", 300, "shop/a"),
             candidate("b1", 150, "shop/b"),
         ]
+    }
+
+    #[test]
+    fn a_quota_holds_for_what_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, config) = (
+            Store::at(dir.path().join("s")),
+            dir.path().join("node.toml"),
+        );
+        assert_eq!(most_taken(&store, &config, None).unwrap(), u64::MAX);
+        std::fs::write(&config, "[checkpoints]\nquota-gigabytes = 2\n").unwrap();
+        for (flag, most) in [
+            (None, 2_000_000_000),
+            (Some(7), 7),
+            (Some(3 << 40), 2_000_000_000),
+        ] {
+            assert_eq!(most_taken(&store, &config, flag).unwrap(), most);
+        }
+        check_quota(&store, &config, 2_000_000_000).unwrap();
+        check_quota(&store, &config, 2_000_000_001).unwrap_err();
     }
 
     fn names(due: &[Due]) -> Vec<(&str, &str)> {

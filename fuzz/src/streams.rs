@@ -47,7 +47,7 @@ pub(crate) fn stream(data: &[u8]) {
                 let arriving = Arriving::into_dir(scratch.dir(), LIMITS, check);
                 let received = receiver.receive_files(&arriving, &mut |_| {});
                 scratch.check();
-                if let Ok(Message::End { manifest }) = received
+                if let Ok(Message::End { manifest, .. }) = received
                     && let Ok(manifest) = arriving.compare(&manifest)
                 {
                     check_files(&scratch, &manifest);

@@ -31,7 +31,7 @@ const HOLE: usize = 4096;
 const KEPT_FREE: u64 = 64 << 20;
 
 /// What limits a package: the bytes that its reader takes.
-pub const OF_MAX_SIZE: &str = "--max-size";
+pub const OF_MAX_SIZE: &str = "--max-size, or what quota-gigabytes in node.toml leaves";
 /// What limits a package: the disk.
 pub const OF_ROOM: &str = "what is free on the disk, but for 64 MiB";
 

@@ -39,6 +39,7 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
     sender
         .send(&Message::End {
             manifest: Box::new(manifest),
+            signed: None,
         })
         .unwrap();
     stream
@@ -60,7 +61,7 @@ fn receive_all(
 ) -> Result<Manifest, WireError> {
     let arriving = Arriving::into_dir(dir, limits, Check::Sha256);
     match receiver.receive_files(&arriving, &mut |_| {})? {
-        Message::End { manifest } => arriving.compare(&manifest),
+        Message::End { manifest, .. } => arriving.compare(&manifest),
         other => Err(unexpected("the end", &other)),
     }
 }

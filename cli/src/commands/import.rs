@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
 use transship_engine::import::{architecture, import, import_blobs};
+use transship_engine::retention::most_taken;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Result};
 use transship_package::import::ImportOptions;
@@ -62,7 +63,7 @@ pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<()> {
         name: args.name,
         identities: identities(&args.keys.keys)?,
         trusted,
-        max_bytes: args.max_size.unwrap_or(u64::MAX),
+        max_bytes: most_taken(&store(), Path::new(NODE_CONFIG), args.max_size)?,
         architecture: architecture()?,
     };
     let how = (&options, args.keys.lies());

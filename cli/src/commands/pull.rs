@@ -1,8 +1,12 @@
 //! `transship pull REF`
 
+use std::path::Path;
+
 use transship_engine::Result;
 use transship_engine::import::{architecture, import_blobs};
+use transship_engine::retention::most_taken;
 use transship_package::import::ImportOptions;
+use transship_sandbox::admission::node_config::NODE_CONFIG;
 
 use super::import::{Done, text, trusted_keys};
 use super::inspect::identities;
@@ -17,7 +21,7 @@ pub(crate) fn run(global: &Global, args: PullArgs) -> Result<()> {
         name_without: String::new(),
         identities: identities(&args.keys.keys)?,
         trusted: trusted_keys(&args.signed_by)?,
-        max_bytes: args.max_size.unwrap_or(u64::MAX),
+        max_bytes: most_taken(&store(), Path::new(NODE_CONFIG), args.max_size)?,
         architecture: architecture()?,
     };
     let registry = connect(&args.reference, &args.registry)?;

@@ -419,6 +419,7 @@ impl Transaction<'_> {
         self.conversation
             .send(Message::End {
                 manifest: Box::new(manifest),
+                signed: None,
             })
             .await?;
         self.expect(

@@ -339,7 +339,7 @@ pub(super) async fn receive(
         let spec = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         specs.push(spec);
     }
-    let manifest = as_offered(offer, stream, &specs, draft.name())?;
+    let manifest = as_offered(offer, stream.0, &specs, draft.name())?;
     keep(draft, manifest, Durability::Ephemeral).await
 }
 
