@@ -10,6 +10,7 @@
 //!     |       |--> descriptors           what fdinfo tells of them
 //!     |       |--> programs, memory       what they have set for themselves and CRIU does not restore
 //!     |       |--> task_state             the same of single threads, and how processes were made
+//!     |       |--> netlink_sockets       what waits in them, and their groups --> netlink
 //!     |       |--> message_queues, namespaces, privileges, keyring, multicast, socket_modes, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
@@ -39,6 +40,7 @@ mod multicast;
 mod namespaces;
 mod needs;
 mod netlink;
+mod netlink_sockets;
 mod network_rules;
 mod open_files;
 mod outside_sockets;
@@ -61,13 +63,15 @@ pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
 /// The most things of one kind that are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
-const PASSING: [&str; 6] = [
+const PASSING: [&str; 8] = [
     EXEC,
     "tcp",
     "in-flight",
     "unix-backlog",
     "thread-file",
     "privileged-file",
+    "udp-cork",
+    "netlink-data",
 ];
 /// What runs beside the container's own processes: a probe of kubelet, or somebody's shell.
 const EXEC: &str = "exec";
@@ -231,6 +235,8 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
     hits.extend(open_files::privileged(&processes));
     hits.extend(descriptors::hits(&processes));
     hits.extend(privileges::exec(&processes));
+    hits.extend(socket_modes::corked(&processes));
+    hits.extend(netlink_sockets::hits(subject.init, &owned));
     hits.extend(unix_backlog::hits(
         &owned,
         &sock_diag::unix_sockets(subject.init),
@@ -241,6 +247,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
 fn look_at(subject: &Subject) -> Findings {
     let processes = Processes::read(subject.init, &subject.pids);
     let mut hits = open_files::hits(subject, &processes);
+    hits.extend(processes.unseen());
     hits.extend(open_files::privileged(&processes));
     hits.extend(devices::hits(&processes));
     hits.extend(descriptors::hits(&processes));
@@ -259,6 +266,8 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(multicast::hits(subject, &owned));
     hits.extend(network_rules::hits(subject));
     hits.extend(socket_modes::hits(&processes));
+    hits.extend(socket_modes::corked(&processes));
+    hits.extend(netlink_sockets::hits(subject.init, &owned));
     hits.extend(message_queues::hits(&processes));
     hits.extend(namespaces::hits(subject, &processes));
     hits.extend(privileges::hits(&processes));

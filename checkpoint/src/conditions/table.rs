@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 79] = [
+pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -174,6 +174,34 @@ pub static CONDITIONS: [Condition; 79] = [
         ],
     },
     Condition {
+        name: "udp-cork",
+        effect: Effect::NoDump,
+        what: "it has UDP sockets that hold back what is sent (UDP_CORK)",
+        remedy: "let the program send it: try again",
+        seen: "getsockopt",
+        criu_says: &["Can't dump corked dgram socket"],
+    },
+    Condition {
+        name: "netlink-data",
+        effect: Effect::NoDump,
+        what: "messages of the kernel wait to be read from its netlink sockets",
+        remedy: "let the program read them: try again",
+        seen: "sock_diag",
+        criu_says: &["The socket has data to read"],
+    },
+    Condition {
+        name: "netlink-groups",
+        effect: Effect::NoDump,
+        what: "it has netlink sockets in more than 32 groups, in a group whose number is higher, or in groups without an \
+               address of their own",
+        remedy: "end what has joined them before the checkpoint",
+        seen: "sock_diag",
+        criu_says: &[
+            "has more than 32 groups",
+            "bound to groups but not to portid",
+        ],
+    },
+    Condition {
         name: "message-queue",
         effect: Effect::NoDump,
         what: "CRIU cannot dump POSIX message queues, and it has some",
@@ -297,6 +325,14 @@ pub static CONDITIONS: [Condition; 79] = [
         criu_says: &["Unable to open tty-info.img: Permission denied"],
     },
     Condition {
+        name: "seccomp-listener",
+        effect: Effect::NoRestore,
+        what: "its seccomp profile asks a listener outside of it (SCMP_ACT_NOTIFY), which no restore connects",
+        remedy: "run it with a profile that decides by itself",
+        seen: "the spec",
+        criu_says: &[],
+    },
+    Condition {
         name: "node-ipc",
         effect: Effect::NoDump,
         what: "it has System V shared memory in the IPC namespace of the node",
@@ -375,6 +411,14 @@ pub static CONDITIONS: [Condition; 79] = [
         what: "processes that came by exec and are no children of its own do not come along",
         remedy: "end them, or let the container start them itself",
         seen: "/proc/PID/status: PPid",
+        criu_says: &[],
+    },
+    Condition {
+        name: "unseen",
+        effect: Effect::Loses,
+        what: "it has more processes, threads or descriptors than are looked at: what CRIU makes of the others is not known",
+        remedy: "let the program end those that it does not need",
+        seen: "/proc/PID/task, /proc/PID/fd",
         criu_says: &[],
     },
     Condition {
@@ -463,6 +507,14 @@ pub static CONDITIONS: [Condition; 79] = [
         what: "its sockets come back without the multicast groups that they have joined",
         remedy: "end what has joined them",
         seen: "/proc/PID/net/igmp, igmp6, of a network namespace of its own; getsockopt",
+        criu_says: &[],
+    },
+    Condition {
+        name: "filesystem-watch",
+        effect: Effect::Changes,
+        what: "its watches of whole file systems (fanotify, FAN_MARK_FILESYSTEM) are gone, and it is told of nothing any more",
+        remedy: "let it watch mounts (FAN_MARK_MOUNT) or files",
+        seen: "/proc/PID/fdinfo: fanotify sdev",
         criu_says: &[],
     },
     Condition {

@@ -4,6 +4,7 @@
 //! ```text
 //!  eventfd   eventfd-semaphore: 1    EFD_SEMAPHORE; Linux 6.5 and later tell. CRIU makes it again without
 //!  timerfd   clockid: 8              CLOCK_REALTIME_ALARM, 9 is CLOCK_BOOTTIME_ALARM
+//!  fanotify  fanotify sdev:39 mflags:0 mask:20 ...    FAN_MARK_FILESYSTEM
 //!  pipe      flags: 040001           O_DIRECT: each write is a packet of its own
 //!  pidfd     flags: 02000202         O_EXCL is PIDFD_THREAD
 //!            Pid: 4711               -1: it has ended; else CRIU wants it among what it dumps
@@ -36,6 +37,9 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
                 FDTarget::AnonInode(kind) if kind == "[eventfd]" => semaphore(&information()?),
                 FDTarget::AnonInode(kind) if kind == "[pidfd]" => {
                     pidfd(&information()?, &in_tree(processes))
+                }
+                FDTarget::AnonInode(kind) if kind == "[fanotify]" => {
+                    watches_file_system(&information()?)
                 }
                 FDTarget::AnonInode(kind) if kind == "[timerfd]" => alarm(&information()?),
                 FDTarget::Pipe(_) => packets(&information()?),
@@ -98,6 +102,13 @@ fn alarm(information: &str) -> Option<Hit> {
     wakes.then(|| ("alarm-timerfd", String::new()))
 }
 
+/// CRIU reads the marks of files and mounts, and passes over what it does not know (`parse_fdinfo_pid_s`).
+fn watches_file_system(information: &str) -> Option<Hit> {
+    let mut lines = information.lines();
+    let any = lines.any(|line| line.starts_with("fanotify sdev:"));
+    any.then(|| ("filesystem-watch", String::new()))
+}
+
 fn packets(information: &str) -> Option<Hit> {
     (flags(information) & libc::O_DIRECT != 0).then(|| ("packet-pipe", String::new()))
 }
@@ -144,6 +155,11 @@ mod tests {
         assert_eq!(name(packets("flags:\t0100001\n")), None);
         assert_eq!(name(alarm("clockid: 9\nticks: 0\n")), Some("alarm-timerfd"));
         assert_eq!(name(alarm("clockid: 7\nticks: 0\n")), None);
+        let marks = "flags:\t02\nfanotify flags:0 event-flags:0\nfanotify ino:7 sdev:39 mflags:0 mask:2\n\
+            fanotify mnt_id:3 mflags:0 mask:2\n";
+        assert_eq!(name(watches_file_system(marks)), None);
+        let whole = format!("{marks}fanotify sdev:39 mflags:0 mask:20 ignored_mask:0\n");
+        assert_eq!(name(watches_file_system(&whole)), Some("filesystem-watch"));
         let inside = |pid| pid == 7;
         for (information, told) in [
             ("flags:\t02000202\nPid:\t7\n", Some("pidfd")),

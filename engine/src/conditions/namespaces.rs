@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use serde_json::Value;
+
 use super::processes::{Processes, Seen};
 use super::programs::threads;
 use super::{Hit, Subject};
@@ -22,6 +24,8 @@ const KINDS: [&str; 6] = ["ipc", "net", "pid", "time", "user", "uts"];
 const OF_THREADS: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
 /// Where children will be, and the namespace that is the same unless they will be elsewhere.
 const OF_CHILDREN: [(&str, &str); 2] = [("pid_for_children", "pid"), ("time_for_children", "time")];
+/// The action of a seccomp profile.
+const ASKS_LISTENER: &str = "SCMP_ACT_NOTIFY";
 /// System V memory in `/proc/PID/maps`.
 const SYSTEM_V: &str = "/SYSV";
 
@@ -49,11 +53,25 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     {
         hits.push(("user-namespace", String::new()));
     }
+    if asks_listener(subject) {
+        hits.push(("seccomp-listener", String::new()));
+    }
     if first.get("ipc") == node("ipc").as_ref() {
         let attached = processes.tree.iter().filter(|seen| has_system_v(seen));
         hits.extend(attached.map(|seen| ("node-ipc", seen.called())));
     }
     hits
+}
+
+/// Whether its seccomp profile has somebody outside decide: a restore installs filters that nobody listens to.
+fn asks_listener(subject: &Subject) -> bool {
+    let text = |pointer: &str| subject.spec.get(pointer).and_then(Value::as_str);
+    let rules = subject.spec.get("/linux/seccomp/syscalls");
+    let rules = rules.and_then(Value::as_array).into_iter().flatten();
+    let mut actions = rules
+        .map(|rule| rule["action"].as_str())
+        .chain([text("/linux/seccomp/defaultAction")]);
+    actions.any(|action| action == Some(ASKS_LISTENER))
 }
 
 /// The kinds of namespaces that a thread of the process has for itself.
@@ -111,6 +129,27 @@ mod tests {
     use transship_checkpoint::spec::Spec;
 
     use super::*;
+
+    #[test]
+    fn a_profile_with_a_listener_is_known() {
+        let asks = |spec: &str| {
+            asks_listener(&Subject {
+                id: String::new(),
+                init: 1,
+                pids: Vec::new(),
+                spec: Spec::parse(spec.as_bytes()).unwrap(),
+                criu: CriuOptions::default(),
+            })
+        };
+        let profile = |action: &str| {
+            format!(
+                r#"{{"linux":{{"seccomp":{{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[
+                {{"names":["mount"],"action":"{action}"}}]}}}}}}"#
+            )
+        };
+        assert!(asks(&profile("SCMP_ACT_NOTIFY")));
+        assert!(!asks(&profile("SCMP_ACT_ALLOW")) && !asks("{}"));
+    }
 
     #[test]
     fn root_a_process_in_another_namespace_is_named() {

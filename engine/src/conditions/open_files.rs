@@ -17,6 +17,7 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{FsType, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
@@ -46,6 +47,10 @@ const KNOWN_KINDS: [&str; 7] = [
     "[pidfd]",
 ];
 const PIDFDS_FROM: Version = Version(4, 1, 0);
+/// What memfd_secret(2) is called, which looks like a removed file that has another name.
+const SECRET_MEMORY: &str = "/secretmem";
+/// From `linux/magic.h`; nix does not have it.
+const SECRETMEM_MAGIC: FsType = FsType(0x5345_434d);
 /// Names of memory that has none, and of which CRIU knows better.
 const MEMORY: [&str; 5] = ["/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/[aio]"];
 
@@ -60,8 +65,10 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
             }
             FDTarget::AnonInode(kind) => hits.extend(unknown_kind(seen, kind)),
             FDTarget::Path(path) => {
-                let found = || found_at(&seen.descriptor(number));
-                hits.extend(without_its_name(subject, seen, path, found));
+                let link = seen.descriptor(number);
+                let is_secret = || is_secret_memory(&link);
+                let found = || found_at(&link);
+                hits.extend(without_its_name(subject, seen, path, found, is_secret));
             }
             _ => {}
         }
@@ -128,7 +135,8 @@ fn mapped(subject: &Subject, seen: &Seen) -> Vec<Hit> {
         };
         let (from, to) = map.address;
         let link = format!("/proc/{}/map_files/{from:x}-{to:x}", seen.pid);
-        without_its_name(subject, seen, path, || found_at(&link))
+        let is_secret = || is_secret_memory(&link);
+        without_its_name(subject, seen, path, || found_at(&link), is_secret)
     });
     hits.collect()
 }
@@ -138,10 +146,14 @@ fn without_its_name(
     seen: &Seen,
     path: &Path,
     found: impl FnOnce() -> Option<(Metadata, bool)>,
+    is_secret_memory: impl FnOnce() -> bool,
 ) -> Option<Hit> {
     let name = path.to_str()?.strip_suffix(DELETED)?;
     if MEMORY.iter().any(|memory| name.starts_with(memory)) {
         return None;
+    }
+    if name == SECRET_MEMORY && is_secret_memory() {
+        return Some(("open-file-kind", format!("secretmem of {}", seen.called())));
     }
     let (file, is_read_only) = found().filter(|(file, _)| file.is_file())?;
     if is_its_name(seen, path, &file) {
@@ -167,6 +179,11 @@ fn found_at(link: &str) -> Option<(Metadata, bool)> {
     let file = fs::metadata(link).ok()?;
     let flags = statvfs(link).ok()?.flags();
     Some((file, flags.contains(FsFlags::ST_RDONLY)))
+}
+
+/// Whether it is of memfd_secret(2): an ordinary file may have its name.
+fn is_secret_memory(link: &str) -> bool {
+    statfs(link).is_ok_and(|it| it.filesystem_type() == SECRETMEM_MAGIC)
 }
 
 /// Whether the file is called so: that it ends as the kernel's names of removed files do is chance.
@@ -230,8 +247,9 @@ mod tests {
         let processes = Processes::read(own, &[own]);
         let name = |path: &str, of: &Metadata, criu: &CriuOptions| {
             let (subject, seen) = (subject(criu.clone()), &processes.tree[0]);
-            let hit = without_its_name(&subject, seen, Path::new(path), || {
-                Some((of.clone(), false))
+            let found = || Some((of.clone(), false));
+            let hit = without_its_name(&subject, seen, Path::new(path), found, || {
+                path == "/secretmem (deleted)"
             });
             hit.map(|(name, _)| name)
         };
@@ -272,6 +290,12 @@ mod tests {
             ),
             ("/data/x", &linked, None, None),
             ("/memfd:x (deleted)", &ghost, None, None),
+            (
+                "/secretmem (deleted)",
+                &linked,
+                Some("open-file-kind"),
+                Some("open-file-kind"),
+            ),
         ] {
             assert_eq!(name(path, of, &none), told, "{path}");
             assert_eq!(name(path, of, &all), untold, "{path}");

@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use procfs::process::{FDTarget, Process, Status};
 
+use super::Hit;
+use super::programs::THREADS;
 use crate::process_files;
 
 /// More processes than this are not looked at.
@@ -21,6 +23,8 @@ pub(crate) struct Processes {
     pub(crate) tree: Vec<Seen>,
     /// The others of the cgroup.
     pub(crate) others: Vec<Seen>,
+    /// What there are more of than are looked at.
+    beyond: Vec<&'static str>,
 }
 
 /// One process.
@@ -63,6 +67,10 @@ impl Processes {
     /// Reads those that are there; one that has ended is none.
     pub(crate) fn read(init: u32, pids: &[u32]) -> Self {
         let pids: BTreeSet<u32> = pids.iter().copied().chain([init]).collect();
+        let mut beyond = Vec::new();
+        if pids.len() > PROCESSES {
+            beyond.push("processes");
+        }
         let seen = pids.into_iter().take(PROCESSES).filter_map(Seen::read);
         let parents: BTreeMap<u32, Seen> = seen.map(|seen| (seen.pid, seen)).collect();
         let in_tree: BTreeSet<u32> = parents
@@ -71,7 +79,10 @@ impl Processes {
             .filter(|pid| descends(*pid, init, &parents))
             .collect();
         let mut room = DESCRIPTORS;
-        let mut processes = Self::default();
+        let mut processes = Self {
+            beyond,
+            ..Self::default()
+        };
         for (pid, mut seen) in parents {
             if in_tree.contains(&pid) {
                 let open = seen.process.fd().into_iter().flatten().flatten().take(room);
@@ -82,7 +93,20 @@ impl Processes {
                 processes.others.push(seen);
             }
         }
+        if room == 0 {
+            processes.beyond.push("descriptors");
+        }
         processes
+    }
+
+    /// What is not looked at, because there is too much of it.
+    pub(super) fn unseen(&self) -> impl Iterator<Item = Hit> {
+        let many = |seen: &&Seen| seen.status.threads > THREADS as u64;
+        let threads = self.tree.iter().filter(many);
+        let threads = threads.map(|seen| ("unseen", format!("threads of {}", seen.called())));
+        let beyond = self.beyond.iter();
+        let beyond = beyond.map(|what| ("unseen", (*what).to_owned()));
+        beyond.chain(threads)
     }
 
     /// All descriptors of the tree.
@@ -127,6 +151,7 @@ mod tests {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+        assert_eq!(processes.unseen().count(), 0);
         let pids = |seen: &[Seen]| seen.iter().map(|it| it.pid).collect::<Vec<_>>();
         assert_eq!(pids(&processes.tree), [first.id()]);
         assert_eq!(pids(&processes.others), [second.id()]);

@@ -4,6 +4,7 @@
 //! ```text
 //!  TCP_ULP      "tls"                   CRIU would go on with the connection in clear
 //!  UDP_ENCAP    2                       UDP_ENCAP_ESPINUDP
+//!  UDP_CORK     1                       a datagram is being put together
 //!  SO_TXTIME    clock 11, flags 0       0 and 0 is what a socket without it has
 //! ```
 
@@ -35,6 +36,14 @@ sockopt_impl!(
     u32
 );
 sockopt_impl!(
+    /// Whether datagrams are held back until they are whole.
+    Cork,
+    Both,
+    libc::IPPROTO_UDP,
+    libc::UDP_CORK,
+    u32
+);
+sockopt_impl!(
     /// The clock, and flags.
     SendTime,
     GetOnly,
@@ -44,6 +53,19 @@ sockopt_impl!(
 );
 
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
+    sockets_that(processes, "socket-mode", mode)
+}
+
+/// Sockets that hold back what is sent: CRIU refuses them, whether anything was (`dump_one_inet_fd`).
+pub(super) fn corked(processes: &Processes) -> Vec<Hit> {
+    sockets_that(processes, "udp-cork", cork)
+}
+
+fn sockets_that(
+    processes: &Processes,
+    condition: &'static str,
+    is_so: fn(&OwnedFd) -> Option<String>,
+) -> Vec<Hit> {
     let mut hits = Vec::new();
     for seen in &processes.tree {
         // One that has ended, or was closed meanwhile, has no mode.
@@ -53,10 +75,16 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
         let sockets = { seen.descriptors.iter() }
             .filter(|(_, target)| matches!(target, FDTarget::Socket(_)))
             .filter_map(|(number, _)| descriptors.get(*number).ok());
-        let modes = sockets.filter_map(|socket| mode(&socket));
-        hits.extend(modes.map(|mode| ("socket-mode", format!("{mode} of {}", seen.called()))));
+        let modes = sockets.filter_map(|socket| is_so(&socket));
+        hits.extend(modes.map(|mode| (condition, format!("{mode} of {}", seen.called()))));
     }
     hits
+}
+
+fn cork(socket: &OwnedFd) -> Option<String> {
+    // What is no option of such a socket is an error.
+    let corked = getsockopt(socket, Cork).is_ok_and(|on| on != 0);
+    corked.then(|| "UDP_CORK".to_owned())
 }
 
 fn mode(socket: &OwnedFd) -> Option<String> {
@@ -83,7 +111,11 @@ mod tests {
     fn ordinary_sockets_have_no_mode() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert_eq!(mode(&tcp.into()), None);
-        assert_eq!(mode(&udp.into()), None);
+        let tcp = tcp.into();
+        assert_eq!((mode(&tcp), cork(&tcp)), (None, None));
+        let udp = udp.into();
+        assert_eq!((mode(&udp), cork(&udp)), (None, None));
+        nix::sys::socket::setsockopt(&udp, Cork, &1).unwrap();
+        assert_eq!(cork(&udp).as_deref(), Some("UDP_CORK"));
     }
 }
