@@ -25,6 +25,8 @@ use crate::descendants::tree;
 
 /// `CAP_SYS_ADMIN` and `CAP_SYS_NICE`, either of which ioprio_set(2) wants for real-time.
 const REALTIME_CAPABILITIES: u64 = 1 << 21 | 1 << 23;
+/// So many tasks are given an I/O priority by one program.
+const IONICE_TASKS: usize = 512;
 /// So many losses of what was not read are told.
 const UNREAD: usize = 16;
 /// So many losses in all, of which a checkpoint could name any number.
@@ -81,6 +83,7 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
     }
     let allowed_congestion = fs::read_to_string(ALLOWED_CONGESTION).unwrap_or_default();
     let allowed_congestion: Vec<&str> = allowed_congestion.split_whitespace().collect();
+    let mut io_priorities: BTreeMap<_, Vec<(i32, &Task)>> = BTreeMap::new();
     for pid in tree(root)? {
         for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
             let name = entry?.file_name();
@@ -101,14 +104,22 @@ pub(super) fn give_back(root: i32, attributes: &TaskAttributes) -> io::Result<Ve
                 continue;
             };
             let allowed = parse_cpus(status.field("Cpus_allowed_list").unwrap_or_default());
-            lost.extend(give_one(tid, task, &allowed, bounding));
+            lost.extend(give_one(tid, task, &allowed));
+            match io_priority(task, bounding) {
+                Ok(None) => {}
+                Ok(Some(priority)) => io_priorities.entry(priority).or_default().push((tid, task)),
+                Err(refused) => lost.push(refused),
+            }
         }
+    }
+    for (priority, tasks) in io_priorities {
+        lost.extend(give_io_priority(priority, &tasks));
     }
     lost.truncate(LOST);
     Ok(lost)
 }
 
-fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<String> {
+fn give_one(tid: i32, task: &Task, allowed: &[usize]) -> Vec<String> {
     let mut lost = Vec::new();
     let id = task.id;
     if !task.cpus.is_empty() && !set_cpus(tid, &task.cpus, allowed) {
@@ -131,15 +142,44 @@ fn give_one(tid: i32, task: &Task, allowed: &[usize], bounding: u64) -> Vec<Stri
     {
         lost.push(format!("what a core dump of task {id} has, {filter:#x}"));
     }
-    if let Some(priority) = task.io_priority {
-        let (class, may_be) = match priority.class {
-            IoClass::Realtime => ("1", bounding & REALTIME_CAPABILITIES != 0),
-            IoClass::BestEffort => ("2", true),
-            IoClass::Idle => ("3", true),
-        };
-        if !may_be || !ionice(tid, class, priority.level.min(7)) {
-            lost.push(format!("the I/O priority of task {id}, {priority:?}"));
+    lost
+}
+
+/// The class and level that `ionice` is told.
+///
+/// # Errors
+/// The task may not have it.
+fn io_priority(task: &Task, bounding: u64) -> Result<Option<(&'static str, u8)>, String> {
+    let Some(priority) = task.io_priority else {
+        return Ok(None);
+    };
+    let (class, may_be) = match priority.class {
+        IoClass::Realtime => ("1", bounding & REALTIME_CAPABILITIES != 0),
+        IoClass::BestEffort => ("2", true),
+        IoClass::Idle => ("3", true),
+    };
+    match may_be {
+        true => Ok(Some((class, priority.level.min(7)))),
+        false => Err(lost_io_priority(task)),
+    }
+}
+
+fn lost_io_priority(task: &Task) -> String {
+    let had = { task.io_priority }.map_or_else(String::new, |it| format!(", {it:?}"));
+    format!("the I/O priority of task {}{had}", task.id)
+}
+
+/// Gives many tasks the same: the container stands still meanwhile, and a program for each would take its time.
+fn give_io_priority((class, level): (&str, u8), tasks: &[(i32, &Task)]) -> Vec<String> {
+    let mut lost = Vec::new();
+    for some in tasks.chunks(IONICE_TASKS) {
+        let ids = some.iter().map(|(tid, _)| *tid);
+        if ionice(ids, class, level) {
+            continue;
         }
+        // It ends at the first that it cannot give it to.
+        let refused = some.iter().filter(|(tid, _)| !ionice([*tid], class, level));
+        lost.extend(refused.map(|(_, task)| lost_io_priority(task)));
     }
     lost
 }
@@ -171,14 +211,15 @@ fn set_cpus(tid: i32, cpus: &[usize], allowed: &[usize]) -> bool {
     any && sched_setaffinity(Pid::from_raw(tid), &set).is_ok()
 }
 
-fn ionice(tid: i32, class: &str, level: u8) -> bool {
+fn ionice(tids: impl IntoIterator<Item = i32>, class: &str, level: u8) -> bool {
     let mut command = Command::new("ionice");
     command.args(["-c", class]);
     if class != "3" {
         command.args(["-n", &level.to_string()]);
     }
     let status = command
-        .args(["-p", &tid.to_string()])
+        .arg("-p")
+        .args(tids.into_iter().map(|tid| tid.to_string()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -228,6 +269,35 @@ mod tests {
         assert_eq!(cpus(), [first]);
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn tasks_with_one_io_priority_get_it_together() {
+        let mut children: Vec<_> = (0..3)
+            .map(|_| Command::new("sleep").arg("1000").spawn().unwrap())
+            .collect();
+        let task = Task::default();
+        let mut tasks: Vec<(i32, &Task)> = { children.iter() }
+            .map(|child| (child.id().cast_signed(), &task))
+            .collect();
+        // No process has this id.
+        tasks.insert(0, (i32::MAX, &task));
+        let lost = give_io_priority(("3", 0), &tasks);
+        let told: Vec<String> = { children.iter() }
+            .map(|child| {
+                let of = ["-p", &child.id().to_string()];
+                let output = Command::new("ionice").args(of).output().unwrap();
+                String::from_utf8(output.stdout).unwrap()
+            })
+            .collect();
+        let all = give_io_priority(("2", 7), &tasks[1..]);
+        for child in &mut children {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert_eq!(lost.len(), 1, "{lost:?}");
+        assert!(told.iter().all(|it| it.trim() == "idle"), "{told:?}");
+        assert!(all.is_empty(), "{all:?}");
     }
 
     #[test]
