@@ -1,14 +1,16 @@
-//! A pod that shares its process namespace (`shareProcessNamespace`): a process is restored with the
+//! A pod that shares its process namespace (`shareProcessNamespace`), or has that of the node (`hostPID`): a process is restored with the
 //! id that it had, and somebody else may have it by now. CRIU would fail with "File exists".
 
 use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use transship_checkpoint::criu_images::tasks;
 use transship_checkpoint::namespaces::{self, Namespace};
+use transship_checkpoint::spec::Spec;
 use transship_sandbox::Request;
 
 use transship_path_error::During as _;
@@ -17,13 +19,16 @@ use transship_sandbox::TaskStatus;
 use super::bundle::Config;
 use super::{FitError, FrontError};
 
+/// The front runs in the process namespace of the node.
+const OF_NODE: &str = "/proc/self/ns/pid";
+
 /// Checks that the ids of the container's processes and threads are free in the process namespace
-/// that it joins, if it joins one.
+/// that it shares, if it has none of its own.
 pub(super) fn check_pids(config: &Config, request: &Request) -> Result<(), FrontError> {
-    let joined = namespaces::joined(&config.spec);
-    let Some(namespace) = joined.get(&Namespace::Pid) else {
+    let Some(namespace) = others_namespace(&config.spec) else {
         return Ok(());
     };
+    let namespace = namespace.as_path();
     let wanted: HashSet<u32> = tasks::ids(&request.images)?.into_iter().collect();
     match taken(&wanted, namespace).during("look for processes in", namespace)? {
         None => Ok(()),
@@ -34,6 +39,16 @@ pub(super) fn check_pids(config: &Config, request: &Request) -> Result<(), Front
             taken_by,
         })),
     }
+}
+
+/// The process namespace that the container shares with others: the one that it joins, or without an entry that of the
+/// node.
+fn others_namespace(spec: &Spec) -> Option<PathBuf> {
+    let joined = namespaces::joined(spec).remove(&Namespace::Pid);
+    let entries = spec.get("/linux/namespaces").and_then(Value::as_array);
+    let mut entries = entries.into_iter().flatten();
+    let has_entry = entries.any(|entry| entry["type"] == Namespace::Pid.oci_name());
+    joined.or_else(|| (!has_entry).then(|| PathBuf::from(OF_NODE)))
 }
 
 /// One of the ids that a task of the namespace has, and the name of that task.
@@ -63,6 +78,17 @@ fn taken(wanted: &HashSet<u32>, namespace: &Path) -> io::Result<Option<(u32, Str
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_an_entry_the_ids_are_those_of_the_node() {
+        let of = |namespaces: &str| {
+            let spec = format!(r#"{{"linux":{{"namespaces":[{namespaces}]}}}}"#);
+            others_namespace(&Spec::parse(spec.as_bytes()).unwrap())
+        };
+        assert_eq!(of(r#"{"type":"pid"}"#), None);
+        assert_eq!(of(r#"{"type":"pid","path":"/x"}"#), Some("/x".into()));
+        assert_eq!(of(r#"{"type":"mount"}"#), Some(OF_NODE.into()));
+    }
 
     #[test]
     fn the_ids_of_a_namespace_are_found() {
