@@ -27,7 +27,7 @@ use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
-use transship_checkpoint::wire::{Message, Offer, OfferedPod, unexpected};
+use transship_checkpoint::wire::{Message, Offer, OfferedContainer, OfferedPod, unexpected};
 use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{Allowed, Refusal};
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
@@ -40,7 +40,7 @@ use super::migration::{listen, receive};
 use super::{Request, image};
 use crate::conversation::Conversation;
 use crate::cri_pods::CriPods;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::overlay_mounts::overlay_stack;
@@ -55,9 +55,11 @@ pub(super) mod settle;
 /// How long the CRI may take to know an image that containerd has: it hears of it as an event.
 const IMAGE_PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(50);
+/// An image comes slowly, and the answer takes containerd some work.
+const IMAGE_PAUSE: Duration = Duration::from_millis(500);
 /// How often the source is asked whether it still waits.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
-/// How long somebody else may take to make the sandbox, while the source runs.
+/// How long somebody else may take to make the sandbox and to pull images, while the source runs.
 const POD_PATIENCE: Duration = Duration::from_secs(300);
 /// How long somebody else may take to start all containers, while the source stands still.
 const STARTS_PATIENCE: Duration = Duration::from_secs(60);
@@ -302,7 +304,11 @@ pub(super) async fn take(
             }
             PodPlan::Wait => {
                 let what = (offer, offered);
-                wait_for_sandbox(node, conversation, what, &mut locked, interrupt).await?
+                let deadline = Instant::now() + POD_PATIENCE;
+                let until = (deadline, interrupt);
+                let made = wait_for_sandbox(node, conversation, what, &mut locked, until).await?;
+                wait_for_images(node, conversation, offer, until).await?;
+                made
             }
         };
         interrupt.check()?;
@@ -384,10 +390,9 @@ async fn wait_for_sandbox(
     conversation: &mut Conversation,
     (offer, offered): (&Offer, &OfferedPod),
     locked: &mut Locked,
-    interrupt: &Interrupt,
+    (deadline, interrupt): (Instant, &Interrupt),
 ) -> Result<Made> {
     let mut cri = CriPods::of(node);
-    let deadline = Instant::now() + POD_PATIENCE;
     let mut asked = Instant::now();
     loop {
         for sandbox in cri.sandboxes().await? {
@@ -427,6 +432,56 @@ async fn wait_for_sandbox(
         ask_whether_to_wait(conversation, &mut asked).await?;
         sleep(PAUSE).await;
     }
+}
+
+/// Waits until somebody else has pulled what the pod's containers are made of: the source runs on meanwhile, and would
+/// stand still if that were done when they are started.
+async fn wait_for_images(
+    node: &Containerd,
+    conversation: &mut Conversation,
+    offer: &Offer,
+    (deadline, interrupt): (Instant, &Interrupt),
+) -> Result<()> {
+    let mut cri = CriPods::of(node);
+    let mut asked = Instant::now();
+    for offered in &offer.containers {
+        while !has_image_of(node, &mut cri, offered).await? {
+            interrupt.check()?;
+            if Instant::now() > deadline {
+                return Err(Error::failed(format!(
+                    "nobody has pulled the image {:?} of the pod's container {:?} within {} s",
+                    offered.container.image.name,
+                    offered.container.name,
+                    POD_PATIENCE.as_secs()
+                )));
+            }
+            ask_whether_to_wait(conversation, &mut asked).await?;
+            sleep(IMAGE_PAUSE).await;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the CRI has the image by its name, or another one with its layers.
+async fn has_image_of(
+    node: &Containerd,
+    cri: &mut CriPods,
+    offered: &OfferedContainer,
+) -> Result<bool> {
+    let image = &offered.container.image;
+    if cri.has_image(&image.name).await? {
+        return Ok(true);
+    }
+    let rebuilt = image.rebuilt.iter().map(|it| &it.chain_id);
+    for chain in [&image.chain_id].into_iter().chain(rebuilt) {
+        match image::config_of(node, offered, chain).await {
+            Ok(id) if cri.has_image(&id).await? => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == Kind::Refused => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 /// Now and then: a source that has given up is not heard otherwise.
