@@ -159,7 +159,8 @@ fn containerd_makes_no_second_copy(bed: &Testbed) -> anyhow::Result<()> {
     let (a, b) = journey::start_nodes(bed)?;
     let ssh = bed.ssh(&a, &b)?;
     run_alone(&a, "counter")?;
-    a.shell("ctr containers label counter containerd.io/restart.status=running")
+    let policy = "containerd.io/restart.status=running containerd.io/restart.policy=on-failure:3";
+    a.shell(&format!("ctr containers label counter {policy}"))
         .run()?;
     let migrate = ["migrate", "counter", "--to", &ssh, "--before-restore"];
     // containerd 1.7 looks every ten seconds, and takes a paused container for one that has ended.
@@ -183,7 +184,20 @@ fn containerd_makes_no_second_copy(bed: &Testbed) -> anyhow::Result<()> {
     let tasks = a.ctr(&["tasks", "ls", "-q"])?;
     ensure!(tasks.is_empty(), "a second copy: {tasks}");
     let info = b.ctr(&["containers", "info", "counter"])?;
-    ensure!(!info.contains("restart.status"), "{info}");
+    // Of the two only the copy is started again.
+    for label in [
+        "\"containerd.io/restart.status\": \"running\"",
+        "\"containerd.io/restart.policy\": \"on-failure:3\"",
+    ] {
+        ensure!(info.contains(label), "{info}");
+    }
+    ensure!(!info.contains("suspended"), "{info}");
+    b.ctr(&[
+        "containers",
+        "label",
+        "counter",
+        "containerd.io/restart.status=",
+    ])?;
     a.ctr(&["containers", "delete", "counter"])?;
     journey::remove_container(&b, "counter")?;
     journey::check_nothing_left(&a)?;

@@ -81,7 +81,8 @@ pub(super) async fn accept(
         }
         (None, [one]) => {
             let spec = one.spec.as_bytes();
-            let plan = restore::plan(node, &one.container, spec, &request.target).await?;
+            let mut plan = restore::plan(node, &one.container, spec, &request.target).await?;
+            plan.keep_restart_policy();
             ToMake::Container(one, Box::new(plan))
         }
         _ => {

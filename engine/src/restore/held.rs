@@ -27,6 +27,7 @@ use crate::error::{Context, Error, Result, one_line};
 use crate::lost_task;
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
+use crate::restart_policy;
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
@@ -300,7 +301,8 @@ pub async fn settle(node: &Containerd, id: &str) -> Result<()> {
         let spec = record.spec.unwrap_or_default().value;
         node.update_spec(id, without_restore(&spec)?).await?;
         record.labels.remove(COPY);
-        Ok(node.label_container(id, record.labels).await?)
+        let labels = restart_policy::shown(record.labels);
+        Ok(node.label_container(id, labels).await?)
     };
     let settled: Result<()> = settle.await;
     settled.with_context(|| format!("{id:?} runs, but its record still asks for the restore"))

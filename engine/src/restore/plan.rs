@@ -22,9 +22,15 @@ use super::networks;
 use super::spec::{cgroups_path, joined_kinds, replace_joined, strip_our_annotations};
 use super::target::Target;
 use crate::error::{Context, Error, Result};
+use crate::restart_policy;
 
-/// Labels that mean something to containerd, its CRI or kubelet.
-const RESERVED_LABELS: [&str; 3] = ["containerd.io/", "io.cri-containerd", "io.kubernetes."];
+/// Labels that mean something to containerd, its CRI, kubelet or this program.
+const RESERVED_LABELS: [&str; 4] = [
+    "containerd.io/",
+    "io.cri-containerd",
+    "io.kubernetes.",
+    "dev.transship/",
+];
 
 /// Output that goes nowhere: a pipe of the shim, which throws away what comes. A process that is given
 /// the node's `/dev/null` could not be dumped another time.
@@ -72,6 +78,13 @@ impl Plan {
             snapshotter: &self.snapshotter,
             made_by: &self.made_by,
         }
+    }
+
+    /// Lets containerd start the copy again as it would have started the source, of which there is nothing any more when
+    /// this one runs.
+    pub(crate) fn keep_restart_policy(&mut self) {
+        let policy = restart_policy::of_copy(&self.container.labels);
+        self.labels.extend(policy);
     }
 
     /// Names the image in the container's record, and the layers that are below its files.
@@ -374,6 +387,7 @@ mod tests {
         let mut container = manifest::Container::default();
         for name in [
             "containerd.io/restart.status",
+            "dev.transship/suspended-restart.status",
             "io.kubernetes.pod.name",
             "mine",
         ] {
