@@ -22,7 +22,7 @@ use crate::error::Result;
 const STATUS: &str = "containerd.io/restart.status";
 const SUSPENDED: &str = "dev.transship/suspended-restart.status";
 
-/// What is known of the monitor that a container may bring along: `always`, `on-failure:3`.
+/// When the monitor starts a container again: `always`, `on-failure:3`.
 const POLICY: &str = "containerd.io/restart.policy";
 
 /// The labels of a copy that containerd shall start again, once it is the only one, as it did with the source.
