@@ -1,5 +1,6 @@
 //! Import: an OCI layer tar becomes the content of a fresh upperdir.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,6 +31,9 @@ use crate::xattrs::XattrReader;
 
 /// Piece in which a file of a lower layer is copied.
 const COPY_BYTES: usize = 1 << 20;
+
+/// Memory for the names of files that are copied from lower layers.
+const MAX_COPIED_BYTES: usize = 8 << 20;
 
 /// How to import, and how much of it.
 #[derive(Debug, Clone)]
@@ -135,6 +139,8 @@ pub fn import_into_upperdir<R: Read>(
         stats: ImportStats::default(),
         root_is_opaque: false,
         contents,
+        copied: HashSet::new(),
+        copied_bytes: 0,
     };
     let mut entry = TarEntry::default();
     let mut path = Vec::new();
@@ -175,6 +181,9 @@ struct Import<R> {
     stats: ImportStats,
     root_is_opaque: bool,
     contents: Option<OwnedFd>,
+    /// Files that were copied from the lower layers.
+    copied: HashSet<Vec<u8>>,
+    copied_bytes: usize,
 }
 
 impl<R: Read> Import<R> {
@@ -510,6 +519,20 @@ impl<R: Read> Import<R> {
 
     /// Copies a file of a lower layer into the upperdir, as overlay would before it links it.
     fn copy_up(&mut self, target: &[u8], path: &[u8]) -> Result<(), ImportError> {
+        // A few headers of a layer could have a large file copied again and again, and removed in between.
+        if !self.copied.insert(target.to_vec()) {
+            return Err(ImportError::refused(
+                target,
+                "it is copied from the lower layers a second time",
+            ));
+        }
+        self.copied_bytes += target.len() + size_of::<Vec<u8>>();
+        if self.copied_bytes > MAX_COPIED_BYTES {
+            return Err(ImportError::refused(
+                target,
+                "too many files of the lower layers are linked",
+            ));
+        }
         let (parent, name) = split_last(target);
         self.tree.enter(parent)?;
         let mut reader = XattrReader::new();

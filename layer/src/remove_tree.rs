@@ -77,10 +77,12 @@ pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<
     Ok(unlinkat(directory, name, UnlinkatFlags::RemoveDir)?)
 }
 
-/// Removes all overlay whiteouts from a tree and leaves the rest as it is, times included.
-pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>) -> io::Result<()> {
+/// Removes all overlay whiteouts from a tree and leaves the rest as it is, times included. Of `left` names that may be looked at
+/// it takes those that it has; when there are none left it gives up.
+pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>, left: &mut u64) -> io::Result<()> {
     let tree = open_directory(directory, b".")?;
     visit(tree, true, |directory, name| {
+        *left = left.checked_sub(1).ok_or(Errno::E2BIG)?;
         let attributes: InodeAttributes =
             fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?.into();
         if attributes.is_whiteout_device() {

@@ -46,6 +46,9 @@ const MAX_DEPTH: usize = 65_536;
 const MAX_WAITING_ACL_BYTES: usize = 1 << 20;
 /// Most bytes of names that are remembered as deleted because the layer has a file there.
 const MAX_DELETED_BYTES: usize = 1 << 20;
+/// Most names that are looked at below directories that become opaque, for all of a layer: each marker may have all of it looked
+/// at again.
+const MAX_NAMES: u64 = 20_000_000;
 /// Symlinks that one name may lead through, as containerd counts them.
 pub(crate) const MAX_LINKS: usize = 255;
 
@@ -114,6 +117,8 @@ pub(crate) struct UpperTree {
     /// its place hides what the lower layers have there. Honest layers have none.
     deleted: BTreeSet<Vec<u8>>,
     deleted_bytes: usize,
+    /// Names that may still be looked at below directories that become opaque.
+    names_left: u64,
     pub(crate) counts: TreeCounts,
 }
 
@@ -147,6 +152,7 @@ impl UpperTree {
             xattr_reader: XattrReader::new(),
             deleted: BTreeSet::new(),
             deleted_bytes: 0,
+            names_left: MAX_NAMES,
             counts: TreeCounts::default(),
         };
         tree.push_existing(root, b"")?;
@@ -445,8 +451,13 @@ impl UpperTree {
         // Overlay lists a directory with nothing below it as it is: a whiteout in it would show as
         // a name that cannot be opened.
         if may_hold_whiteouts && self.counts.whiteouts_made > 0 {
-            remove_whiteouts(fd)
-                .map_err(|error| ImportError::io("remove whiteouts from", path, error))?;
+            let mut left = self.names_left;
+            let removed = remove_whiteouts(fd, &mut left);
+            self.names_left = left;
+            removed.map_err(|error| match left {
+                0 => ImportError::refused(path, "too many names lie below opaque directories"),
+                _ => ImportError::io("remove whiteouts from", path, error),
+            })?;
         }
         self.innermost_mut().hides_lower = true;
         Ok(())

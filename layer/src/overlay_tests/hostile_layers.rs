@@ -585,6 +585,23 @@ fn root_hard_links_to_lower_files_copy_them_up() {
     assert_eq!(fs::read(dirs.upperdir.join("four")).unwrap(), b"linked");
 }
 
+/// A thousand bytes of tar would copy a large file of the image a thousand times.
+#[test]
+fn root_a_lower_file_is_copied_up_once() {
+    if !have_root() {
+        return;
+    }
+    let dirs = OverlayDirs::on_disk();
+    fs::create_dir(dirs.lowerdirs[0].join("d")).unwrap();
+    fs::write(dirs.lowerdirs[0].join("d/big"), "big").unwrap();
+    let mut cycle = tar().dir("d").link(b'1', "x0", "d/big");
+    for link in ["x1", "x2"] {
+        cycle = cycle.file("d", "").dir("d").link(b'1', link, "d/big");
+    }
+    let error = import(&cycle.end(), &dirs).unwrap_err();
+    assert!(error.to_string().contains("a second time"), "{error}");
+}
+
 #[test]
 fn root_directories_keep_times_and_default_acls_in_any_order() {
     if !have_root() {
