@@ -22,6 +22,7 @@ mod export;
 mod has_container;
 mod import;
 mod inspect;
+mod keys;
 mod ls;
 mod migrate;
 mod prune;
@@ -75,7 +76,7 @@ fn opened(name: &str, keys: &IdentityArgs, json: bool) -> Result<Opened> {
     open(
         &store(),
         name,
-        inspect::identities(keys)?,
+        keys::identities(keys)?,
         &Progress::new(json),
     )
 }

@@ -17,11 +17,10 @@ pub mod host;
 pub mod lacking;
 mod layers;
 pub mod node_facts;
-mod version;
 
 use serde::Serialize;
 
-pub use version::Version;
+pub use crate::version::Version;
 
 /// How good it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

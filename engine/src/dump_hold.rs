@@ -29,9 +29,9 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::time::sleep;
 
-use crate::check::Version;
 use crate::error::{Context, Result};
-use crate::source::Layer;
+use crate::exported_layer::Layer;
+use crate::version::Version;
 
 /// CRIU before it does not run scripts beside the RPC of the runtimes in all of these places.
 const SINCE: Version = Version(4, 0, 0);

@@ -23,8 +23,6 @@ use transship_package::oci::RegistryError;
 use transship_package::signature::SignatureError;
 use transship_sandbox::SandboxError;
 
-use crate::interrupt::Interrupted;
-
 /// A result of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -43,6 +41,11 @@ pub enum Kind {
     /// Nobody can know which of two copies runs.
     Uncertain,
 }
+
+/// Somebody has asked to give up.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted by {0}")]
+pub struct Interrupted(pub(crate) &'static str);
 
 /// A container that should run could not be let go in time.
 #[derive(Debug, thiserror::Error)]

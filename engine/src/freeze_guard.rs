@@ -19,7 +19,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
-use transship_cni::Attachment;
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
@@ -27,10 +26,10 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::guard_process::{self, GuardProcess};
 use crate::locks::lock_for_dump;
 use crate::memory_dir::remove_when_unused;
-use crate::oci_runtime::OciRuntime;
 use crate::own_networks;
 use crate::restart_policy;
 use crate::stuck_dump;
+use crate::task_to_freeze::TaskToFreeze;
 use crate::thaw::{self, Seen};
 
 /// The first argument of the guard's process.
@@ -42,27 +41,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How long after the death of its caller a dump may begin.
 const LATE_DUMP: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(200);
-
-/// A running task that is to be frozen.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct TaskToFreeze {
-    /// Id of its container.
-    pub id: String,
-    /// Its first process.
-    pub pid: u32,
-    /// What runs it.
-    pub runtime: OciRuntime,
-    /// Whether somebody has paused it before: then it stays paused.
-    pub was_paused: bool,
-    /// Whether no packet comes to its network or leaves it as long as it is frozen.
-    pub network_is_locked: bool,
-    /// Networks that it may not be in as long as it is frozen: its copy has the addresses.
-    pub given_away: Vec<Attachment>,
-    /// Whether its restart policy is hidden as long as it is frozen.
-    pub hides_policy: bool,
-    /// The uid of its pod, which is marked as moved as long as it is frozen.
-    pub marked: Option<String>,
-}
 
 /// What the guard is told.
 #[derive(Debug, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ use crate::stuck_dump;
 use crate::thaw::{self, Seen};
 use crate::vfork;
 
-pub use crate::freeze_guard::TaskToFreeze;
+pub use crate::task_to_freeze::TaskToFreeze;
 
 /// How long containerd may take to freeze a container: a runtime on a busy node tries again for seconds.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(30);

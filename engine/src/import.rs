@@ -15,7 +15,7 @@ use transship_package::foreign::ForeignCheckpoint;
 use transship_package::import::{ImportOptions, Imported, import as read};
 use transship_package::oci::{Blobs, Offered};
 
-use crate::error::{Context as _, Error, Result};
+use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
 use crate::sealed::keep_sealed;
 use crate::shell_words::command_line;
@@ -149,15 +149,6 @@ pub(crate) fn take_offered(
     };
     let name = options.name.as_deref().unwrap_or(offered.name());
     keep_sealed(package, store, name, options, &Silent)
-}
-
-/// This machine, as in `uname -m`.
-///
-/// # Errors
-/// The kernel does not say.
-pub fn architecture() -> Result<String> {
-    let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
-    Ok(uname.machine().to_string_lossy().into_owned())
 }
 
 /// The digest of the config of the image that a container of a checkpoint has below its files.

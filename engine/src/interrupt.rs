@@ -8,14 +8,11 @@ use tokio::sync::watch;
 
 use crate::error::{Context as _, Result};
 
+pub use crate::error::Interrupted;
+
 /// Tells when somebody has asked to give up.
 #[derive(Debug, Clone)]
 pub struct Interrupt(watch::Receiver<Option<&'static str>>);
-
-/// Somebody has asked to give up.
-#[derive(Debug, thiserror::Error)]
-#[error("interrupted by {0}")]
-pub struct Interrupted(&'static str);
 
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP from their default action.

@@ -19,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
-use crate::freeze_guard::TaskToFreeze;
+use crate::task_to_freeze::TaskToFreeze;
 
 /// How long killed processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(30);

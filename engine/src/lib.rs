@@ -18,6 +18,7 @@
 //!  was cut off
 //!  restart_policy: keeps containerd from starting what a migration has frozen
 //!  moved_pods: pods that must not start again where they were
+//!  exported_layer: what the export of an upperdir gives;  task_to_freeze: what is to stand still
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  thaw: they are seen to run;  kill: their end;  stuck_dump: ends a dump;
 //!  killed_criu: what one that was killed has left
@@ -25,7 +26,7 @@
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
-//!  process_files: what /proc tells of a process;  node_id: this node and its boot;  shell_words: words for a shell
+//!  process_files: what /proc tells of a process;  node_id: this node and its boot;  machine: what it is and has;  version: of programs;  shell_words: words for a shell
 //!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  sealed: checkpoints that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
@@ -73,6 +74,7 @@ pub mod dump_hold;
 pub mod dump_links;
 mod durable_record;
 pub mod error;
+pub mod exported_layer;
 pub mod freeze_guard;
 pub mod frozen;
 mod guard_process;
@@ -85,6 +87,7 @@ mod kubelet;
 pub mod listing;
 mod locks;
 mod lost_task;
+pub mod machine;
 pub mod memory_dir;
 pub mod migrate;
 pub mod moved_pods;
@@ -117,9 +120,11 @@ pub mod snapshot;
 pub mod source;
 pub mod stuck_dump;
 mod task_attributes;
+pub mod task_to_freeze;
 mod thaw;
 pub mod timeline;
 mod timer_threads;
+pub mod version;
 mod vfork;
 
 pub use error::{Context, Error, Kind, Result};

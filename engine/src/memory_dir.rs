@@ -17,8 +17,8 @@ use transship_checkpoint::store::{DEFAULT_OPENED, Store};
 use transship_sandbox::opened::{Holds, InMemory, remove_all_unused};
 use transship_sandbox::{DEFAULT_RUN_DIR, SandboxError};
 
-use crate::check::node_facts::free_memory;
 use crate::error::{Error, Result, one_line};
+use crate::machine::free_memory;
 use crate::timeline::human_bytes;
 
 /// How long memory may be in use after the process whose it was has gone.

@@ -17,10 +17,10 @@ use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR, Moved};
 
 use crate::error::{Error, Result};
-use crate::freeze_guard::TaskToFreeze;
 use crate::frozen::Committed;
 use crate::pod;
 use crate::source::{self, SourceContainer};
+use crate::task_to_freeze::TaskToFreeze;
 
 /// The mark of a pod that is about to move.
 #[derive(Debug)]

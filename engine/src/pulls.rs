@@ -24,7 +24,8 @@ use transship_sandbox::wanted_image::{
 };
 
 use crate::error::{Context as _, Error, Result};
-use crate::import::{Lies, architecture, take_offered};
+use crate::import::{Lies, take_offered};
+use crate::machine::architecture;
 use crate::registry::{Reached, connect};
 use crate::retention::check_quota;
 use crate::sealed::identities_of_node;

@@ -32,7 +32,7 @@ use transship_sandbox::opened::{Holds, InMemory};
 use transship_sandbox::wanted_image::manifest_digest;
 
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::import::architecture;
+use crate::machine::architecture;
 use crate::memory_dir::{Memory, room};
 use crate::progress::Progress;
 

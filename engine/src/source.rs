@@ -47,7 +47,7 @@ use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
-use crate::freeze_guard::TaskToFreeze;
+use crate::exported_layer::Layer;
 use crate::locks::{Lock, lock_for_dump};
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
@@ -56,6 +56,7 @@ use crate::renamed_sockets::{self, Named};
 use crate::shim_options;
 use crate::stuck_dump;
 use crate::task_attributes;
+use crate::task_to_freeze::TaskToFreeze;
 use crate::thaw;
 use crate::timer_threads;
 
@@ -680,17 +681,6 @@ pub struct Dumped {
     pub criu: Duration,
     /// The layer of the upperdir.
     pub upperdir: Layer,
-}
-
-/// An exported upperdir.
-#[derive(Debug, Clone)]
-pub struct Layer {
-    /// Length of the tar.
-    pub bytes: u64,
-    /// How long the export took.
-    pub took: Duration,
-    /// What a layer cannot say.
-    pub losses: Losses,
 }
 
 /// The layer that `transship snapshot export` has written in the middle of the dump.

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use transship_containerd::Containerd;
 
 use crate::error::{Error, Result};
-use crate::freeze_guard::TaskToFreeze;
+use crate::task_to_freeze::TaskToFreeze;
 
 /// How long containerd may take for one answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);

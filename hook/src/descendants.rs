@@ -95,7 +95,7 @@ pub(crate) fn kill_if_same(pid: i32, start_time: u64) {
     let Ok(process) = Process::open(pid) else {
         return;
     };
-    if crate::front::start_time(pid).ok() == Some(start_time) {
+    if crate::start_time::start_time(pid).ok() == Some(start_time) {
         // What cannot be listed is left.
         drop(process.kill_tree());
     }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use transship_sandbox::read_proc;
 
-use crate::front::start_time;
+use crate::start_time::start_time;
 
 /// How long tasks may take to freeze: one that writes to a slow disk is not interrupted.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -17,6 +17,7 @@
 //!
 //!      restore_guard: the parent of the runtime in a restore, which ends what it has left
 //!      lazy_pages: the server of memory that comes when it is touched;  descendants: processes below another one
+//!      start_time: whether a number is that of the same process
 //!      runtime_log, restore_log: why the runtime has failed, and what is kept of it
 //!
 //! runtime --state JSON--> hook: createRuntime  pins the sandbox's namespaces, stages its restores
@@ -38,6 +39,7 @@ pub mod restore_guard;
 pub mod restore_log;
 pub mod runtime;
 pub mod runtime_log;
+mod start_time;
 
 use std::error::Error;
 

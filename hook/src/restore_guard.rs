@@ -41,8 +41,8 @@ use crate::descendants::{children, kill_below, work_done};
 use crate::hold_script;
 use crate::runtime::{SUPERVISED, exit_code};
 
-/// First argument of the front as guard.
-pub const ROLE: &str = "transship-restore-guard";
+pub use crate::runtime::GUARD as ROLE;
+
 /// Exit code of a guard whose restore made no progress; no runtime has it.
 pub const TIMED_OUT: u8 = 124;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);

@@ -14,8 +14,8 @@ use nix::sys::signal::Signal;
 use nix::unistd::{AccessFlags, access, getppid};
 use serde::Deserialize;
 
-use crate::restore_guard;
-
+/// First argument of the front as the guard of a restore.
+pub const GUARD: &str = "transship-restore-guard";
 /// First argument of the front's own child; see [`Runtime::run`].
 pub const SUPERVISED: &str = "transship-supervised";
 /// A configuration file that CRIU reads before it hears of options over RPC.
@@ -186,7 +186,7 @@ impl Runtime {
     }
 
     /// Runs a `restore` of the runtime below a guard, and waits for it; see
-    /// [`restore_guard`].
+    /// [`crate::restore_guard`].
     ///
     /// # Errors
     /// It cannot be started.
@@ -201,7 +201,7 @@ impl Runtime {
         }
         command
             .envs(restore.criu_config.map(|path| (CRIU_CONFIG_VARIABLE, path)))
-            .arg(restore_guard::ROLE)
+            .arg(GUARD)
             .arg(std::process::id().to_string())
             .arg(restore.work)
             .arg(restore.patience.as_millis().to_string())

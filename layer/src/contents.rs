@@ -36,7 +36,7 @@ use nix::unistd::fdatasync;
 use crate::directory_listing::DirectoryListing;
 use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, LeaveError, open_directory};
 use crate::inode_attributes::{InodeAttributes, InodeType};
-use crate::upper_walk::open_for_export;
+use crate::open_for_export::open_for_export;
 
 /// Key of the record.
 pub(crate) const CONTENT_KEY: &[u8] = b"TRANSSHIP.content";

@@ -20,13 +20,14 @@ use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
 use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::load::{FileBatch, LoadedDirectory, LoadedFile};
 use crate::lower_view::LowerView;
+use crate::open_for_export::open_for_export;
 use crate::overlay_marks::{OverlayMarks, read_marks_and_xattrs};
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, push_component, split_last, to_path_buf};
 use crate::read_ahead::ReadAhead;
 use crate::sparse::{Segment, find_segments};
 use crate::tar_write::{EntryHead, TarWriter};
-use crate::upper_walk::{LoadedName, NextName, UpperWalk, open_for_export};
+use crate::upper_walk::{LoadedName, NextName, UpperWalk};
 use crate::xattrs::{Xattr, XattrHolder, XattrReader};
 
 /// Prefix by which an OCI layer says that a name of a lower layer is deleted.

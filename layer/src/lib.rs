@@ -32,7 +32,7 @@
 //! `overlay_stack` and `mounted_overlay` tell the directories of an overlay, by its options or as it is mounted;
 //! `directory_stack` walks a tree of any depth with few descriptors (`remove_tree`, `usage`, with `directory_names` of a
 //! few at a time; the export with a whole `directory_listing`).
-//! `load`, `inode_attributes` and `set_attributes` take and give what a layer keeps of an inode, `export_renamed` what
+//! `open_for_export`, `load`, `inode_attributes` and `set_attributes` take and give what a layer keeps of an inode, `export_renamed` what
 //! `redirect_dir` and `metacopy` have left in lower layers; `tar_header` and `pax_overrides` are Go's reading of a header,
 //! `layer_format` says for whom a layer is, `path_bytes` what a path may be. `export_error` and `import_error` say why not.
 //!
@@ -81,6 +81,7 @@ mod layer_format;
 mod load;
 mod lower_view;
 mod mounted_overlay;
+mod open_for_export;
 mod overlay_marks;
 mod overlay_stack;
 #[cfg(test)]

@@ -16,9 +16,9 @@ use nix::sys::stat::fstat;
 
 use crate::directory_listing::DirectoryListing;
 use crate::inode_attributes::{InodeAttributes, InodeType};
+use crate::open_for_export::open_for_export;
 use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
 use crate::sparse::find_segments;
-use crate::upper_walk::open_for_export;
 use crate::xattrs::{Xattr, XattrHolder, XattrReader};
 
 /// Names that are loaded together: some 100 us of work, against 1 us for handing it over. In tests so

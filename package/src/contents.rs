@@ -25,6 +25,8 @@ use crate::error::PackageError;
 use crate::layer_changes::{Digests, LayerChanges, layer_changes};
 use crate::requirements::{Requirement, requirements};
 
+pub use crate::socket::Socket;
+
 /// Longest spec that is read, in bytes.
 const SPEC_LIMIT: u64 = 16 << 20;
 /// The version of what programs get.
@@ -139,21 +141,6 @@ pub struct OpenFile {
     /// Its path in the container.
     pub path: String,
     /// Who has it open: process and descriptor.
-    pub by: Vec<(u32, u32)>,
-}
-
-/// A socket.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Socket {
-    /// `tcp`, `udp`, `unix`, ...
-    pub protocol: &'static str,
-    /// `listening`, `connected`, ...
-    pub state: &'static str,
-    /// Its own address, or its name.
-    pub local: String,
-    /// The other end of it.
-    pub peer: Option<String>,
-    /// Who has it: process and descriptor.
     pub by: Vec<(u32, u32)>,
 }
 

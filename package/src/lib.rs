@@ -9,7 +9,7 @@
 //!                      <── foreign: archives of containerd, CRI-O and podman
 //!  contents            <── look: the same without unpacking it                    <── a package
 //!                           signature: whose checkpoint it is
-//!  counted: how far a reader is;  times: as Go and OCI write them
+//!  socket: one, as it is shown;  counted: how far a reader is;  times: as Go and OCI write them
 //! ```
 //!
 //! A plain synchronous library: no runtime, no gRPC, no terminal; of the environment it reads `TMPDIR` alone. Every byte of a package
@@ -30,6 +30,7 @@ pub mod oci;
 mod open_package;
 pub mod requirements;
 pub mod signature;
+mod socket;
 mod tar_members;
 mod times;
 

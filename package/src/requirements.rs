@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 use transship_checkpoint::manifest::{Container, Manifest};
 
-use crate::contents::Socket;
+use crate::socket::Socket;
 
 /// Where kubelet and the CRI put what each pod gets anew.
 const OF_THE_POD: [&str; 3] = [

@@ -6,16 +6,16 @@ use std::path::Path;
 
 use serde::Serialize;
 use transship_checkpoint::store::Checkpoint;
-use transship_engine::import::{architecture, import, import_blobs};
+use transship_engine::import::{import, import_blobs};
+use transship_engine::machine::architecture;
 use transship_engine::retention::most_taken;
 use transship_engine::timeline::human_bytes;
 use transship_engine::{Context as _, Error, Result};
 use transship_package::import::ImportOptions;
 use transship_package::oci::Layout;
-use transship_package::signature::TrustedKeys;
-use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
+use transship_sandbox::admission::node_config::NODE_CONFIG;
 
-use super::inspect::identities;
+use super::keys::{identities, trusted_keys};
 use super::{connect, print, store};
 use crate::args::{Global, ImportArgs};
 use crate::progress::Progress;
@@ -126,15 +126,4 @@ pub(super) fn only_tag(layout: &Layout, dir: &Path) -> Result<String> {
             Err(Error::refused(message).hint(format!("name one of them: {}", tags.join(", "))))
         }
     }
-}
-
-/// The keys that a flag names, else those of node.toml.
-pub(super) fn trusted_keys(flags: &[String]) -> Result<TrustedKeys> {
-    let config = NodeConfig::read(Path::new(NODE_CONFIG));
-    let config = config.context("cannot tell whose checkpoints are taken")?;
-    let keys = match flags {
-        [] => &config.checkpoints.signed_by,
-        flags => flags,
-    };
-    Ok(TrustedKeys::parse(keys.iter().map(String::as_str))?)
 }

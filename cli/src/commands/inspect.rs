@@ -5,15 +5,15 @@ use std::path::Path;
 
 use transship_engine::{Context as _, Error, Kind, Result};
 use transship_package::contents::Contents;
-use transship_package::encryption::Identities;
 use transship_package::layer_changes::Digests;
 use transship_package::look::look;
 use transship_package::oci::{Blobs, Layout, Offered, Reference};
 
 use super::import::only_tag;
+use super::keys::identities;
 use super::push::connect as registry_of;
 use super::{opened, print};
-use crate::args::{Global, IdentityArgs, InspectArgs};
+use crate::args::{Global, InspectArgs};
 
 mod text;
 
@@ -95,13 +95,4 @@ fn look_at_blobs(blobs: &dyn Blobs, tag: &str, args: &InspectArgs) -> Result<(Co
         note += ", signed";
     }
     Ok((contents, note))
-}
-
-/// The keys of the files that were named.
-pub(crate) fn identities(args: &IdentityArgs) -> Result<Identities> {
-    let mut identities = Identities::default();
-    for path in &args.identity {
-        identities.add_file(path)?;
-    }
-    Ok(identities)
 }

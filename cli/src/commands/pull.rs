@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use transship_engine::Result;
-use transship_engine::import::{architecture, import_blobs};
+use transship_engine::import::import_blobs;
+use transship_engine::machine::architecture;
 use transship_engine::retention::most_taken;
 use transship_package::import::ImportOptions;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 
-use super::import::{Done, text, trusted_keys};
-use super::inspect::identities;
+use super::import::{Done, text};
+use super::keys::{identities, trusted_keys};
 use super::push::connect;
 use super::{print, store};
 use crate::args::{Global, PullArgs};

@@ -30,6 +30,7 @@ use transship_containerd::Containerd;
 
 use super::{Version, host};
 use crate::error::{Context, Error, Result};
+use crate::machine::free_memory;
 
 /// Bytes of them; features of a processor are most of it.
 const MOST_BYTES: usize = 64 << 10;
@@ -222,19 +223,6 @@ fn processor(cpuinfo: &str) -> Processor {
     }
 }
 
-/// Bytes of memory that could be had.
-pub(crate) fn free_memory() -> u64 {
-    available(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
-}
-
-fn available(meminfo: &str) -> u64 {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kilobytes.unwrap_or_default() * 1024
-}
-
 fn free_disk() -> u64 {
     // Before the first checkpoint its directory is not there.
     let stat = [DEFAULT_ROOT, "/var/lib"]
@@ -283,7 +271,5 @@ mod tests {
         let read = processor(text);
         assert_eq!(read.model, "Some CPU @ 2 GHz");
         assert_eq!(read.features, ["avx", "fpu", "sse2"]);
-        let memory = "MemTotal:  8 kB\nMemAvailable:      3 kB\n";
-        assert_eq!(available(memory), 3072);
     }
 }

@@ -28,8 +28,8 @@ use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
-use crate::check::Version;
 use crate::process_files;
+use crate::version::Version;
 
 const DELETED: &str = " (deleted)";
 /// CRIU's own `ghost-limit`.

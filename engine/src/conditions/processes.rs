@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use procfs::process::{FDTarget, Process, Status};
 
 use super::Hit;
-use super::programs::THREADS;
 use crate::process_files;
 
+/// More threads of one process than this are not looked at.
+pub(super) const THREADS: usize = 1 << 16;
 /// More processes than this are not looked at.
 const PROCESSES: usize = 8192;
 /// More descriptors than this, of all processes, are not looked at.

@@ -8,10 +8,8 @@
 use std::fs;
 
 use super::Hit;
-use super::processes::{Processes, Seen};
+use super::processes::{Processes, Seen, THREADS};
 
-/// More threads of one process than this are not looked at.
-pub(super) const THREADS: usize = 1 << 16;
 /// Of memory that only a descriptor knows.
 const MEMFD: &str = "/memfd:";
 

@@ -3,7 +3,7 @@
 use transship_checkpoint::spec::Spec;
 
 use super::Hit;
-use crate::check::Version;
+use crate::version::Version;
 
 const LOST_FROM: Version = Version(4, 0, 0);
 const KEPT_FROM: Version = Version(4, 2, 0);

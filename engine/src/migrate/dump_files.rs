@@ -252,7 +252,7 @@ fn number(path: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Layer;
+    use crate::exported_layer::Layer;
 
     fn file(path: &str) -> Option<Next> {
         Some(Next::File(path.to_owned()))

@@ -30,11 +30,11 @@ use super::{LOCKS, RECORDS, network, record};
 use crate::conversation::LINK_PATIENCE;
 use crate::durable_record::remove_unfinished;
 use crate::error::{Context, Error, Kind, Result};
-use crate::freeze_guard::TaskToFreeze;
 use crate::frozen::Committed;
 use crate::interrupt::Interrupt;
 use crate::receive::{Arrivals, settle_all};
 use crate::restart_policy;
+use crate::task_to_freeze::TaskToFreeze;
 
 /// Who decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,8 +20,8 @@ use transship_sandbox::admission::foreign_spec::Allow;
 
 use super::client_files;
 use super::{AddressChoice, LEASE, Target, hold, open, plan};
-use crate::check::node_facts::free_memory;
 use crate::error::{Context, Error, Result};
+use crate::machine::free_memory;
 use crate::shell_words::command_line;
 
 /// Checks that a container could be tried: before its checkpoint is taken.

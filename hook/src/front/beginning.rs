@@ -22,9 +22,9 @@ use transship_sandbox::consumed::Consumed;
 use transship_sandbox::{Arrival, PodDir, SandboxError, Staged, State};
 
 use super::bundle::{Bundle, Config, HeldRestore, Phase};
-use super::held::start_time;
 use super::{FitError, Front, FrontError};
 use crate::descendants::kill_if_same;
+use crate::start_time::start_time;
 
 /// How long a container waits for its migration: less than kubelet waits for it (two minutes). The next attempt waits
 /// again.

@@ -30,6 +30,7 @@ use super::{
     task_attributes,
 };
 use crate::argv::Arguments;
+use crate::start_time::start_time;
 use crate::{hold_script, one_line, own_networks};
 
 impl Front<'_> {
@@ -243,7 +244,7 @@ impl Front<'_> {
             if !lost.is_empty() {
                 Self::tell_incomplete(&create.id, config.cri, &lost.join("; "));
             }
-            let start_time = held::start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
+            let start_time = start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
             staged.set_holder(pid, start_time)?;
             bundle.write_marker(&Marker {
                 phase: Phase::Held,

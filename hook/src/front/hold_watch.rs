@@ -36,12 +36,12 @@ use transship_path_error::During as _;
 use transship_sandbox::forgotten_bundle;
 
 use super::bundle::{Bundle, Phase};
-use super::held::start_time;
 use super::{Environment, Front, FrontError};
 use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
 use crate::restore_guard;
 use crate::restore_log::{self, LOG_DIR};
+use crate::start_time::start_time;
 
 /// First argument of the front as watch; the rest are those of the call of `create`.
 pub const ROLE: &str = "transship-hold-watch";

@@ -64,7 +64,6 @@ use transship_sandbox::forgotten_bundle::unmount_yards;
 use transship_sandbox::unmount_all;
 
 pub use error::{FitError, FrontError, RestoreError};
-pub(crate) use held::start_time;
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
 pub use rootfs::RootfsError;
 

@@ -23,6 +23,7 @@ use super::held_restore::read_pid;
 use super::{FitError, Front, FrontError, Outcome, RestoreError, held, open_files};
 use crate::argv::Arguments;
 use crate::hold_script;
+use crate::start_time::start_time;
 
 /// Where runc looks for images without `--image-path`.
 const DEFAULT_IMAGES: &str = "checkpoint";
@@ -152,7 +153,7 @@ impl Front<'_> {
             bundle.write_marker(&Marker {
                 phase: Phase::Running,
                 pid,
-                start_time: held::start_time(pid).unwrap_or_default(),
+                start_time: start_time(pid).unwrap_or_default(),
                 ..restoring
             })?;
             if sandbox {

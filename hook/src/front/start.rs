@@ -11,9 +11,10 @@ use transship_sandbox::{Arrival, PodDir, Staged};
 use transship_path_error::During as _;
 
 use super::bundle::{Bundle, Marker, Phase};
-use super::held::{Hold, release, start_time};
+use super::held::{Hold, release};
 use super::tell::Event;
 use super::{FitError, Front, FrontError, Outcome, RestoreError};
+use crate::start_time::start_time;
 use crate::{own_networks, restore_guard};
 
 impl Front<'_> {

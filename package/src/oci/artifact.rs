@@ -15,8 +15,9 @@ use zstd::bulk::Compressor;
 use zstd::zstd_safe::compress_bound;
 
 use super::annotations::annotations_of;
-use super::blobs::{Blobs, digest_of};
+use super::blobs::Blobs;
 use super::chunks::{ChunkSize, Chunks};
+use super::digests::digest_of;
 use super::document::{Descriptor, MANIFEST, Manifest};
 use super::transfers::{lock, threads};
 use crate::error::PackageError;

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{DeserializeOwned, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::blobs::{check_digest, digest_of};
+use super::digests::{check_digest, digest_of};
 use crate::error::PackageError;
 
 /// Media type of an index.

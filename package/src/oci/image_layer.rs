@@ -106,7 +106,7 @@ mod tests {
     use std::io::Seek as _;
 
     use super::*;
-    use crate::oci::blobs::digest_of;
+    use crate::oci::digests::digest_of;
     use crate::package_tests::tar_of;
 
     #[test]

@@ -21,7 +21,8 @@ use nix::fcntl::{Flock, FlockArg};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_path_error::During as _;
 
-use super::blobs::{Blobs, check_digest, digest_of};
+use super::blobs::Blobs;
+use super::digests::{check_digest, digest_of};
 use super::document::{Descriptor, INDEX, Index};
 use crate::error::PackageError;
 

@@ -23,7 +23,7 @@ use nix::fcntl::{Flock, FlockArg};
 use transship_checkpoint::store::{Draft, Store};
 use transship_path_error::{During as _, PathError};
 
-use super::blobs::check_digest;
+use super::digests::check_digest;
 use crate::error::PackageError;
 
 const PULLS: &str = ".pulls";

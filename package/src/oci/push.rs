@@ -18,7 +18,8 @@ use transship_layer::{LeftOut, NotInImages};
 
 use super::annotations::annotations_of;
 use super::artifact::{ARTIFACT, Figures, StoreOptions, Stored, put, store_blobs, to_bytes};
-use super::blobs::{Blobs as _, digest_of};
+use super::blobs::Blobs as _;
+use super::digests::digest_of;
 use super::document::{Descriptor, INDEX, Index, MANIFEST};
 use super::image::{Base, Config, IMAGE_CONFIG, manifest_of};
 use super::image_layer::ImageLayer;

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::blobs::check_digest;
-use super::registry::RegistryError;
+use super::digests::check_digest;
+use super::registry_error::RegistryError;
 
 /// A reference. The host is always named: nothing goes to a registry that nobody meant.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -36,72 +36,16 @@ use self::exchange::{Ask, Attempt, Trouble, header};
 use self::patience::Attempts;
 pub use self::patience::Patience;
 pub(crate) use self::upload::Streamed;
-use super::blobs::{Blobs, check_digest, digest_of};
+use super::blobs::Blobs;
 use super::credentials::Credentials;
+use super::digests::{check_digest, digest_of};
 use super::document::Descriptor;
 use super::reference::Reference;
+use super::registry_error::RegistryError;
 use crate::error::PackageError;
 
 /// How often a blob or manifest is asked for that is another one.
 const LIES: u32 = 3;
-
-/// A failure of a registry.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RegistryError {
-    /// A reference that none is.
-    #[error("{text:?} is no reference: HOST/NAME:TAG or HOST/NAME@sha256:DIGEST")]
-    Reference {
-        /// What was given.
-        text: String,
-    },
-    /// It has no such thing.
-    #[error("{registry} has no {what}")]
-    NotFound {
-        /// The registry.
-        registry: String,
-        /// What was asked for.
-        what: String,
-    },
-    /// It wants to know who asks, or that is not enough.
-    #[error("{registry} refuses to {act}: {reason}")]
-    Refused {
-        /// The registry.
-        registry: String,
-        /// The act.
-        act: String,
-        /// Its words.
-        reason: String,
-    },
-    /// It cannot be reached, or fails, however often it is asked.
-    #[error("{registry} cannot {act}: {reason}")]
-    Failed {
-        /// The registry.
-        registry: String,
-        /// The act.
-        act: String,
-        /// Why.
-        reason: String,
-    },
-    /// It cannot be talked to, and another attempt would not change that.
-    #[error("{registry} cannot {act}: {reason}")]
-    Unusable {
-        /// The registry.
-        registry: String,
-        /// The act.
-        act: String,
-        /// Why.
-        reason: String,
-    },
-    /// The credentials of the configuration cannot be used.
-    #[error("the credentials for {registry} cannot be had: {reason}")]
-    Credentials {
-        /// The registry.
-        registry: String,
-        /// Why.
-        reason: String,
-    },
-}
 
 /// How a registry is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

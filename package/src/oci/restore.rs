@@ -16,7 +16,8 @@ use super::artifact::{
     ARTIFACT, ARTIFACT_LIMIT, CHUNK, CHUNK_LIMIT, CONFIG, FILES, FILES_LIMIT, LENGTH, OFFSET, PATH,
     SIGNATURE, SMALL,
 };
-use super::blobs::{Blobs, check_digest, digest_of};
+use super::blobs::Blobs;
+use super::digests::{check_digest, digest_of};
 use super::document::{Descriptor, Index, MANIFEST, Manifest};
 use super::partial::Partial;
 use super::sealed::{self, SEALED};

@@ -16,7 +16,8 @@ use transship_checkpoint::manifest::MANIFEST_FILE;
 use transship_checkpoint::store::{Checkpoint, Store};
 
 use super::artifact::{Figures, Stored, put, to_bytes};
-use super::blobs::{Blobs, digest_of};
+use super::blobs::Blobs;
+use super::digests::digest_of;
 use super::document::{Descriptor, MANIFEST, Manifest};
 use crate::contents::Contents;
 use crate::encryption::Identities;

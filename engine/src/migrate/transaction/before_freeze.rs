@@ -11,9 +11,9 @@ use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_layer::KnownContents;
 
 use super::Transaction;
-use crate::check::node_facts::free_memory;
 use crate::dump_hold::DumpHold;
 use crate::error::{Error, Result};
+use crate::machine::free_memory;
 use crate::migrate::dump_parts::{Known, KnownBefore};
 use crate::migrate::file_contents::{self, Directory};
 use crate::migrate::memory_images::{KnownMemory, by_pid_inside};

@@ -14,7 +14,7 @@ use super::super::arrival::{Arrival, ArrivingPod};
 use super::contents;
 use crate::cri_pods::CriPods;
 use crate::error::{Context, Error, Result};
-use crate::freeze_guard::TaskToFreeze;
+use crate::task_to_freeze::TaskToFreeze;
 
 /// What is found of a pod whose source has committed itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

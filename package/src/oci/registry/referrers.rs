@@ -15,7 +15,8 @@ use super::exchange::{Ask, Content, header};
 use super::{Registry, RegistryError};
 use crate::error::PackageError;
 use crate::oci::artifact::ARTIFACT_LIMIT;
-use crate::oci::blobs::{Blobs as _, check_digest, digest_of};
+use crate::oci::blobs::Blobs as _;
+use crate::oci::digests::{check_digest, digest_of};
 use crate::oci::document::{Descriptor, INDEX, Index, MANIFEST};
 
 impl Registry {

@@ -26,7 +26,8 @@ use super::exchange::{Ask, Attempt, Content, Trouble, header};
 use super::patience::Attempts;
 use crate::error::PackageError;
 use crate::oci::artifact::Came;
-use crate::oci::blobs::{Blobs as _, check_digest};
+use crate::oci::blobs::Blobs as _;
+use crate::oci::digests::check_digest;
 use crate::oci::reference::is_repository;
 
 const TAKE_BLOB: &str = "take a blob";
