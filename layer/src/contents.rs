@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::open;
 use nix::sys::stat::{FileStat, Mode, fstat};
 use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs,
@@ -36,7 +36,7 @@ use nix::unistd::fdatasync;
 use crate::directory_listing::DirectoryListing;
 use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, LeaveError, open_directory};
 use crate::inode_attributes::{InodeAttributes, InodeType};
-use crate::open_for_export::open_for_export;
+use crate::open_for_export::open_regular;
 
 /// Key of the record.
 pub(crate) const CONTENT_KEY: &[u8] = b"TRANSSHIP.content";
@@ -201,7 +201,7 @@ impl Walk {
                 },
                 Some(InodeType::Regular) => {
                     // One that has gone, or is another kind of file now, is none of ours.
-                    if let Ok(file) = open_for_export(fd.as_fd(), name, name, OFlag::empty()) {
+                    if let Ok(file) = open_regular(fd.as_fd(), name) {
                         return Ok(Some(file.into()));
                     }
                 }

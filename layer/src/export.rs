@@ -37,6 +37,9 @@ pub(crate) const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
 
 /// Paths that `ExportStats` names as examples, so that it stays small whatever the layer.
 const MAX_NOTED_PATHS: usize = 16;
+/// Memory for the first names of files with several: a million files a hundred bytes deep. A container can nest thousands of
+/// directories, and a path of each file is kept.
+const MAX_LINKS_BYTES: usize = 128 << 20;
 /// From this size on the kernel is told that a file is read from front to end.
 const SEQUENTIAL_READ_BYTES: u64 = 1 << 20;
 
@@ -156,6 +159,7 @@ pub(crate) fn export_with<W: Write>(
         options,
         stats: ExportStats::default(),
         links: HashMap::new(),
+        links_bytes: 0,
         xattr_reader: XattrReader::new(),
         xattrs: Vec::new(),
     };
@@ -194,6 +198,8 @@ pub(crate) struct Export<'o, W> {
     pub(crate) stats: ExportStats,
     /// Inodes with more names than were met yet. An entry goes when its last name is written.
     links: HashMap<(u64, u64), FirstLink>,
+    /// Bytes of their paths.
+    links_bytes: usize,
     pub(crate) xattr_reader: XattrReader,
     /// Attributes of the current inode.
     pub(crate) xattrs: Vec<Xattr>,
@@ -522,6 +528,7 @@ impl<W: Write> Export<'_, W> {
             let (target, is_last) = (first.path.clone(), first.left == 0);
             if is_last {
                 self.links.remove(&attributes.identity);
+                self.links_bytes -= target.len();
             }
             // With its extended attributes: containerd gives the file those of each of its entries anew, and a
             // change of the owner takes the capabilities away.
@@ -530,6 +537,13 @@ impl<W: Write> Export<'_, W> {
             return Ok(true);
         }
         if attributes.links > 1 {
+            self.links_bytes += path.len();
+            if self.links_bytes > MAX_LINKS_BYTES {
+                return Err(ExportError::inexact(
+                    path,
+                    "too many files here have further names, which were not met yet",
+                ));
+            }
             let first = FirstLink {
                 path: path.to_vec(),
                 left: attributes.links - 1,

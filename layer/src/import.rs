@@ -104,7 +104,7 @@ pub struct ImportStats {
     pub dropped_xattrs: u64,
     /// Attributes left out because of `skip_unsupported_xattrs`.
     pub unsupported_xattrs: u64,
-    /// Entries that were skipped: what lies below a deleted name, and deletions whose name leads
+    /// Entries that were skipped: device nodes in a user namespace, what lies below a deleted name, and deletions whose name leads
     /// through a symlink or a file of the same layer (see docs/layers.md).
     pub skipped_entries: u64,
 }
@@ -367,18 +367,32 @@ impl<R: Read> Import<R> {
         device: (u64, u64),
         wanted: WantedAttributes<'_>,
     ) -> Result<(), ImportError> {
+        let mut is_left_out = false;
+        let is_device = matches!(inode_type, InodeType::CharDevice | InodeType::BlockDevice);
         let make = |tree: &UpperTree| {
             let directory = tree.directory();
             let mode = Mode::S_IRUSR | Mode::S_IWUSR;
             let number = makedev(device.0, device.1);
-            match inode_type {
+            let made = match inode_type {
                 InodeType::Symlink => symlinkat(link, directory, name),
                 InodeType::CharDevice => mknodat(directory, name, SFlag::S_IFCHR, mode, number),
                 InodeType::BlockDevice => mknodat(directory, name, SFlag::S_IFBLK, mode, number),
                 _ => mknodat(directory, name, SFlag::S_IFIFO, mode, 0),
+            };
+            match made {
+                // No root of a user namespace may make one, and containerd leaves it out there as well.
+                Err(Errno::EPERM) if is_device && is_in_user_namespace() => {
+                    is_left_out = true;
+                    Ok(())
+                }
+                made => made,
             }
         };
         replacing(&mut self.tree, name, path, make)?;
+        if is_left_out {
+            self.stats.skipped_entries += 1;
+            return Ok(());
+        }
         self.tree
             .set_special_attributes(name, path, (inode_type, device), wanted)
     }
@@ -730,6 +744,12 @@ impl<R: Read> Import<R> {
 }
 
 /// Makes something under a name, in the place of what an earlier entry made there.
+/// Whether user ids of this process are mapped, that is, not all of them are its own.
+fn is_in_user_namespace() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| !map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
 fn replacing(
     tree: &mut UpperTree,
     name: &[u8],

@@ -13,7 +13,9 @@ use super::mounted_overlay::OverlayDirs;
 use super::tree_state::read_tree;
 use crate::pax::push_record;
 use crate::xattrs::{XattrHolder, XattrReader, set_xattr};
-use crate::{ImportError, ImportOptions, ImportStats, OverlayStack, import_into_upperdir};
+use crate::{
+    ImportError, ImportOptions, ImportStats, OverlayStack, OverlayXattrs, import_into_upperdir,
+};
 
 /// Builds tars that no honest program would.
 pub(super) struct TarBytes {
@@ -583,6 +585,37 @@ fn root_hard_links_to_lower_files_copy_them_up() {
     assert_eq!(inode("four"), inode("one"));
     assert!(!dirs.upperdir.join("two").try_exists().unwrap());
     assert_eq!(fs::read(dirs.upperdir.join("four")).unwrap(), b"linked");
+}
+
+/// As containerd does it: rootless, an image with a device can be pulled.
+#[test]
+fn root_devices_are_left_out_in_a_user_namespace() {
+    const INSIDE: &str = "TRANSSHIP_IN_USER_NAMESPACE";
+    if std::env::var_os(INSIDE).is_some() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        fs::create_dir(&top).unwrap();
+        let stack = OverlayStack::new(&top, []).with_overlay_xattrs(OverlayXattrs::User);
+        let tar = tar().raw(b"disk", b'4', b"", 0, b"").file("kept", "").end();
+        let stats =
+            import_into_upperdir(tar.as_slice(), &stack, &ImportOptions::default()).unwrap();
+        assert_eq!(stats.skipped_entries, 1);
+        let names: Vec<_> = fs::read_dir(&top)
+            .unwrap()
+            .map(|it| it.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["kept"]);
+    } else if have_root() {
+        let test = std::thread::current().name().unwrap().to_owned();
+        let status = std::process::Command::new("unshare")
+            .args(["--user", "--map-root-user"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", &test])
+            .env(INSIDE, "")
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
 }
 
 /// A thousand bytes of tar would copy a large file of the image a thousand times.

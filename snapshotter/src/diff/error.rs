@@ -58,15 +58,16 @@ impl DiffError {
     /// containerd asks the next differ after `Unimplemented` only.
     pub(super) fn code(&self) -> Code {
         match self {
-            // A mounted overlay shows what its upperdir alone does not.
+            // A mounted overlay shows what its upperdir alone does not. Of a container that goes on writing the walking
+            // differ makes a layer, too, with what it finds.
             Self::NotOurs(_)
             | Self::Pack(PackError::Export(
-                ExportError::Inexact { .. } | ExportError::Lower(LowerError::Redirected { .. }),
+                ExportError::Inexact { .. }
+                | ExportError::Changed { .. }
+                | ExportError::Lower(LowerError::Redirected { .. }),
             )) => Code::Unimplemented,
             Self::Invalid(_) => Code::InvalidArgument,
-            Self::Pack(PackError::Export(ExportError::Changed { .. })) | Self::GivenUp => {
-                Code::Aborted
-            }
+            Self::GivenUp => Code::Aborted,
             Self::Pack(PackError::Export(
                 ExportError::ReservedName { .. } | ExportError::HeaderTooLarge { .. },
             )) => Code::FailedPrecondition,
@@ -115,7 +116,7 @@ mod tests {
             ),
             (
                 pack(changed),
-                Code::Aborted,
+                Code::Unimplemented,
                 "cannot export the layer: \"b\" changed while it was being exported; pause the \
                  container first",
             ),

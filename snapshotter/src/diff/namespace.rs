@@ -5,13 +5,19 @@
 //! issue 12328): there the namespace is the one that has the blob to be applied, or the snapshot whose
 //! mounts are to be compared. The directories of a snapshot belong to one namespace alone.
 
+use std::time::Duration;
+
 use containerd_client::tonic::Code;
 use containerd_client::types::Mount;
+use tokio::time::timeout;
 use transship_containerd::{Containerd, ContainerdError};
 
 use super::error::DiffError;
 use super::plan::NotOurs;
 use super::store::Connection;
+
+/// How long one snapshotter may take to tell what it has mounted.
+const SNAPSHOTTER_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A namespace that has the blob; the content of a blob is the same in all of them.
 pub(super) async fn with_blob(connection: &Connection, digest: &str) -> Result<String, DiffError> {
@@ -29,15 +35,23 @@ pub(super) async fn with_mounts(
     connection: &Connection,
     mounts: &[Mount],
 ) -> Result<String, DiffError> {
+    let mut failed = None;
     for namespace in connection.namespaces().await? {
         let containerd = connection.in_namespace(&namespace).await?;
         for snapshotter in containerd.snapshotters().await? {
-            if has_mounts(&containerd, &snapshotter, mounts).await? {
-                return Ok(namespace);
+            let found = has_mounts(&containerd, &snapshotter, mounts);
+            // Another one that is down, or hangs, has not made these mounts.
+            match timeout(SNAPSHOTTER_PATIENCE, found).await {
+                Ok(Ok(true)) => return Ok(namespace),
+                Ok(Ok(false)) | Err(_) => {}
+                Ok(Err(error)) => failed = Some(error),
             }
         }
     }
-    Err(NotOurs::because("no namespace has a snapshot with these mounts").into())
+    Err(match failed {
+        Some(error) => error.into(),
+        None => NotOurs::because("no namespace has a snapshot with these mounts").into(),
+    })
 }
 
 async fn has_mounts(
