@@ -317,7 +317,11 @@ async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
         record => {
             let record = record?;
             lost_task::delete_of_runtime(node, &record).await?;
-            node.delete_container(id).await?;
+            match node.delete_container(id).await {
+                // Its client (`ctr run --rm`) removes it as well.
+                Err(error) if error.is_not_found() => {}
+                deleted => deleted?,
+            }
             let snapshotter = node.snapshotter(&record.snapshotter);
             { snapshotter.remove_if_exists(&record.snapshot_key) }.await?;
         }
