@@ -35,6 +35,17 @@ impl DirectoryListing {
         self.read_piece(directory, 0, usize::MAX).map(drop)
     }
 
+    /// Reads the names from the place `begins` up to `ends`, which is where a piece has ended before; none: to the end.
+    pub(crate) fn read_until(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        begins: u64,
+        ends: Option<u64>,
+    ) -> io::Result<()> {
+        self.read_while(directory, begins, |_, after| Some(after) == ends)
+            .map(drop)
+    }
+
     /// Reads at most `most` names, from the place `begins` of the directory (0: its beginning), and gives where those after
     /// them begin; none at the end.
     pub(crate) fn read_piece(
@@ -42,6 +53,16 @@ impl DirectoryListing {
         directory: BorrowedFd<'_>,
         begins: u64,
         most: usize,
+    ) -> io::Result<Option<u64>> {
+        self.read_while(directory, begins, |count, _| count == most)
+    }
+
+    /// Reads names until one is the last, by how many there are and where the next one is; gives that place.
+    fn read_while(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        begins: u64,
+        is_last: impl Fn(usize, u64) -> bool,
     ) -> io::Result<Option<u64>> {
         self.names.clear();
         self.entries.clear();
@@ -63,8 +84,9 @@ impl DirectoryListing {
                 len: name.len(),
                 inode_type,
             });
-            if self.entries.len() == most {
-                after = Some(entry.next_entry_cookie());
+            let next = entry.next_entry_cookie();
+            if is_last(self.entries.len(), next) {
+                after = Some(next);
                 break;
             }
         }

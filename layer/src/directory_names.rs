@@ -109,16 +109,16 @@ impl DirectoryNames {
     fn read_again(&mut self, directory: BorrowedFd<'_>) -> io::Result<()> {
         self.is_forgotten = false;
         if self.given == Given::AreRemoved {
-            self.begins = 0;
+            self.after = self.piece.read_piece(directory, 0, PIECE)?;
+            (self.begins, self.next) = (0, 0);
+            return Ok(());
         }
-        self.after = self.piece.read_piece(directory, self.begins, PIECE)?;
+        // As many names as may have gone from it are not in it any more, and those behind it are of the next piece.
+        self.piece.read_until(directory, self.begins, self.after)?;
         let names = self.piece.iter();
-        self.next = match self.given {
-            Given::Stay => names
-                .take_while(|(name, _)| *name <= self.current.as_slice())
-                .count(),
-            Given::AreRemoved => 0,
-        };
+        self.next = names
+            .take_while(|(name, _)| *name <= self.current.as_slice())
+            .count();
         Ok(())
     }
 }
@@ -161,6 +161,23 @@ mod tests {
             assert_eq!(seen.len(), MANY);
             assert!(names.piece.iter().count() <= PIECE);
         }
+    }
+
+    #[test]
+    fn some_may_go_where_the_others_stay() {
+        let (_dir, open) = full();
+        let mut names = DirectoryNames::begin(open.as_fd(), Given::Stay).unwrap();
+        let mut seen = BTreeSet::new();
+        while let Some((name, _)) = names.next(open.as_fd()).unwrap() {
+            assert!(seen.insert(name.to_vec()));
+            if seen.len() % 3 == 0 {
+                unlinkat(&open, name, UnlinkatFlags::NoRemoveDir).unwrap();
+            }
+            if seen.len().is_multiple_of(100) {
+                names.forget();
+            }
+        }
+        assert_eq!(seen.len(), MANY);
     }
 
     #[test]

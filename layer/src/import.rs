@@ -369,6 +369,7 @@ impl<R: Read> Import<R> {
     ) -> Result<(), ImportError> {
         let mut is_left_out = false;
         let is_device = matches!(inode_type, InodeType::CharDevice | InodeType::BlockDevice);
+        let may_lack_devices = is_device && self.tree.format != LayerFormat::Checkpoint;
         let make = |tree: &UpperTree| {
             let directory = tree.directory();
             let mode = Mode::S_IRUSR | Mode::S_IWUSR;
@@ -381,7 +382,7 @@ impl<R: Read> Import<R> {
             };
             match made {
                 // No root of a user namespace may make one, and containerd leaves it out there as well.
-                Err(Errno::EPERM) if is_device && is_in_user_namespace() => {
+                Err(Errno::EPERM) if may_lack_devices && is_in_user_namespace() => {
                     is_left_out = true;
                     Ok(())
                 }
@@ -743,13 +744,13 @@ impl<R: Read> Import<R> {
     }
 }
 
-/// Makes something under a name, in the place of what an earlier entry made there.
 /// Whether user ids of this process are mapped, that is, not all of them are its own.
 fn is_in_user_namespace() -> bool {
     std::fs::read_to_string("/proc/self/uid_map")
         .is_ok_and(|map| !map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
+/// Makes something under a name, in the place of what an earlier entry made there.
 fn replacing(
     tree: &mut UpperTree,
     name: &[u8],

@@ -21,7 +21,11 @@ pub(crate) fn open_regular(directory: BorrowedFd<'_>, name: &[u8]) -> Result<Own
     }
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    open(path.as_str(), flags, Mode::empty()).map_err(failed)
+    let opened = match open(path.as_str(), flags | OFlag::O_NOATIME, Mode::empty()) {
+        Err(Errno::EPERM) => open(path.as_str(), flags, Mode::empty()),
+        opened => opened,
+    };
+    opened.map_err(failed)
 }
 
 /// Opens a name of the upperdir for reading without following it or waiting for it.

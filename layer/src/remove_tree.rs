@@ -71,7 +71,7 @@ pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<
         Err(errno) => return Err(errno.into()),
     }
     let tree = open_directory(directory, name)?;
-    visit(tree, false, |directory, name| {
+    visit(tree, None, |directory, name| {
         unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)
     })?;
     Ok(unlinkat(directory, name, UnlinkatFlags::RemoveDir)?)
@@ -81,8 +81,7 @@ pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<
 /// it takes those that it has; when there are none left it gives up.
 pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>, left: &mut u64) -> io::Result<()> {
     let tree = open_directory(directory, b".")?;
-    visit(tree, true, |directory, name| {
-        *left = left.checked_sub(1).ok_or(Errno::E2BIG)?;
+    visit(tree, Some(left), |directory, name| {
         let attributes: InodeAttributes =
             fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?.into();
         if attributes.is_whiteout_device() {
@@ -98,13 +97,14 @@ struct Level {
     attributes: InodeAttributes,
 }
 
-/// Calls `each` on all that is no directory, depth first. Directories below the first are kept with
-/// their times, or removed when they are left.
+/// Calls `each` on all that is no directory, depth first. Directories below the first are removed when they are left; or,
+/// with a number of names that may be looked at, kept with their times.
 fn visit(
     tree: OwnedFd,
-    keep_directories: bool,
+    mut kept: Option<&mut u64>,
     mut each: impl FnMut(BorrowedFd<'_>, &[u8]) -> nix::Result<()>,
 ) -> io::Result<()> {
+    let keep_directories = kept.is_some();
     let given = match keep_directories {
         true => Given::Stay,
         false => Given::AreRemoved,
@@ -113,6 +113,9 @@ fn visit(
     enter(&mut stack, tree, given)?;
     while let Some((fd, level)) = stack.innermost_mut() {
         if let Some((name, inode_type)) = level.names.next(fd.as_fd())? {
+            if let Some(left) = kept.as_deref_mut() {
+                *left = left.checked_sub(1).ok_or(Errno::E2BIG)?;
+            }
             let is_directory = match inode_type {
                 Some(inode_type) => inode_type == InodeType::Directory,
                 None => {

@@ -31,7 +31,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use transship_digest::Sha256;
 use transship_path_error::During as _;
 
-use crate::error::{Result, SnapshotError};
+use crate::error::{Result, SnapshotError, chain};
 use crate::metadata::{FILE, Metadata};
 use crate::record::Record;
 
@@ -102,19 +102,70 @@ pub fn is_in(root: &Path) -> Result<bool> {
     Ok(database.try_exists().during("look for", database)?)
 }
 
-/// Fills the empty `metadata` from `metadata.redb` in `root`, if that is there, and deletes it.
+/// Fills the empty `metadata` from `metadata.redb` in `root`, if that is there, and deletes it. One that is there beside
+/// `metadata` that is not empty has to say the same: whoever took it over was killed before he had renamed it.
 ///
 /// # Errors
-/// A database that cannot be read, a record that is damaged, I/O errors; nothing is changed then.
+/// A database that cannot be read, a record that is damaged, I/O errors; an earlier release has run since. Nothing is
+/// changed then.
 pub fn take_over(root: &Path, metadata: &mut Metadata) -> Result<()> {
-    if !is_in(root)? {
-        return Ok(());
-    }
     let (database, journal) = (root.join(DATABASE), root.join("metadata.journal"));
-    let mut content = read(&database).during("read", &database)?;
-    let from_journal = match fs::read(&journal) {
+    let taken_over = root.join("metadata.redb.taken-over");
+    if is_in(root)? {
+        if metadata.is_fresh() {
+            let (records, next_id) = read_all(&database, &journal)?;
+            tracing::info!(
+                snapshots = records.len(),
+                "taking over the metadata of an earlier release"
+            );
+            metadata.fill(records.into_iter().collect(), next_id)?;
+        } else {
+            check_same(&database, &journal, metadata)?;
+        }
+        // Whole, before a part of it goes.
+        fs::rename(&database, &taken_over).during("rename", &database)?;
+    }
+    for path in [journal, taken_over] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            outcome => outcome.during("delete", path)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether both have the same snapshots; else nobody can know here which of them are there.
+fn check_same(database: &Path, journal: &Path, metadata: &Metadata) -> Result<()> {
+    let known = metadata.walk()?.collect::<Result<BTreeMap<_, _>>>()?;
+    let newest = |of: &BTreeMap<String, Record>| of.values().map(|it| it.id).max().unwrap_or(0);
+    let both = || {
+        let other = database.with_file_name(FILE);
+        format!("{} and {}", database.display(), other.display())
+    };
+    let reason = match read_all(database, journal) {
+        Ok((records, _)) if records == known => return Ok(()),
+        Ok((records, _)) => format!(
+            "{} have different snapshots (up to number {} and {}), because an earlier release has run since: rename the \
+             one that is out of date",
+            both(),
+            newest(&records),
+            newest(&known)
+        ),
+        Err(error) => format!(
+            "both {} are there, and the first one cannot be read ({}): rename the one that is out of date",
+            both(),
+            chain(&error)
+        ),
+    };
+    Err(SnapshotError::Invalid { reason })
+}
+
+/// The records, and the next free id.
+fn read_all(database: &Path, journal: &Path) -> Result<(BTreeMap<String, Record>, u64)> {
+    let mut content = read(database).during("read", database)?;
+    let from_journal = match fs::read(journal) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        outcome => outcome.during("read", &journal)?,
+        outcome => outcome.during("read", journal)?,
     };
     content.add(&from_journal);
     let next_id = content.counters.get("next_id").copied().unwrap_or(1);
@@ -125,38 +176,8 @@ pub fn take_over(root: &Path, metadata: &mut Metadata) -> Result<()> {
             reason: error.to_string(),
         }),
     };
-    let records: Vec<_> = content
-        .snapshots
-        .into_iter()
-        .map(decode)
-        .collect::<Result<_>>()?;
-    if metadata.is_fresh() {
-        tracing::info!(
-            snapshots = records.len(),
-            "taking over the metadata of an earlier release"
-        );
-        metadata.fill(records, next_id)?;
-    } else {
-        // It was taken over, and whoever did it was killed before he had deleted it; or the earlier release has run since.
-        let known = metadata.walk()?.collect::<Result<BTreeMap<_, _>>>()?;
-        if known != records.into_iter().collect() {
-            return Err(SnapshotError::Invalid {
-                reason: format!(
-                    "{} has other snapshots than {}, because an earlier release has run since: rename the one that is \
-                     out of date",
-                    database.display(),
-                    database.with_file_name(FILE).display()
-                ),
-            });
-        }
-    }
-    for path in [journal, database] {
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            outcome => outcome.during("delete", path)?,
-        }
-    }
-    Ok(())
+    let records = content.snapshots.into_iter().map(decode);
+    Ok((records.collect::<Result<_>>()?, next_id))
 }
 
 fn read(path: &Path) -> io::Result<Content> {

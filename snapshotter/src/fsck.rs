@@ -94,6 +94,11 @@ pub fn check(root: &Path, repair: bool) -> Result<Vec<Problem>> {
             }
         })
         .collect();
+    if !repair && from_redb::is_in(root)? {
+        let what = "the metadata is that of an earlier release: the next start, or --repair, takes it over";
+        check.note(what.to_owned(), false);
+        return Ok(check.problems);
+    }
     let metadata = match open_database(root, &database) {
         Ok(metadata) if metadata.is_fresh() && !ids.is_empty() => {
             check.note(

@@ -14,7 +14,8 @@ use super::tree_state::read_tree;
 use crate::pax::push_record;
 use crate::xattrs::{XattrHolder, XattrReader, set_xattr};
 use crate::{
-    ImportError, ImportOptions, ImportStats, OverlayStack, OverlayXattrs, import_into_upperdir,
+    ImportError, ImportOptions, ImportStats, LayerFormat, OverlayStack, OverlayXattrs,
+    import_into_upperdir,
 };
 
 /// Builds tars that no honest program would.
@@ -597,8 +598,11 @@ fn root_devices_are_left_out_in_a_user_namespace() {
         fs::create_dir(&top).unwrap();
         let stack = OverlayStack::new(&top, []).with_overlay_xattrs(OverlayXattrs::User);
         let tar = tar().raw(b"disk", b'4', b"", 0, b"").file("kept", "").end();
-        let stats =
-            import_into_upperdir(tar.as_slice(), &stack, &ImportOptions::default()).unwrap();
+        let of_image = ImportOptions {
+            format: LayerFormat::Image,
+            ..ImportOptions::default()
+        };
+        let stats = import_into_upperdir(tar.as_slice(), &stack, &of_image).unwrap();
         assert_eq!(stats.skipped_entries, 1);
         let names: Vec<_> = fs::read_dir(&top)
             .unwrap()
