@@ -6,18 +6,13 @@
 //!  stdout       ADD: the result so far; on failure { "code", "msg", "details" }
 //! ```
 
-use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use serde_json::{Map, Value, json};
 use transship_path_error::During as _;
+use transship_program_output::output_within;
 
 use crate::config::Network;
 use crate::{Address, Attachment, Cni, CniError, Place};
@@ -94,31 +89,6 @@ pub(crate) fn run(
         what: format!("the answer of the plugin {name:?}"),
         source,
     })
-}
-
-/// What a process says that leads a group, until its end; none where it was killed for taking longer.
-fn output_within(
-    patience: Duration,
-    mut child: Child,
-    input: String,
-) -> io::Result<Option<Output>> {
-    let group = Pid::from_raw(child.id().cast_signed());
-    let (told, ended) = mpsc::channel();
-    thread::Builder::new().spawn(move || {
-        if let Some(mut stdin) = child.stdin.take() {
-            // One that does not read it says why.
-            drop(stdin.write_all(input.as_bytes()));
-        }
-        // Nobody waits for it any more where it was killed.
-        drop(told.send(child.wait_with_output()));
-    })?;
-    match ended.recv_timeout(patience) {
-        Ok(output) => output.map(Some),
-        Err(_) => {
-            let _ = killpg(group, Signal::SIGKILL);
-            Ok(None)
-        }
-    }
 }
 
 /// What is to be kept, for plugins that read it here; others pass it over.

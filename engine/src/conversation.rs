@@ -170,18 +170,11 @@ impl Conversation {
         output: impl Write + Send + 'static,
         interrupt: Interrupt,
     ) -> Self {
-        let (written, read) = (Activity::new(), Activity::new());
-        let sender = Sender::new(Watched {
-            pipe: Box::new(output) as Box<dyn Write + Send>,
-            activity: Arc::clone(&written),
-        });
-        let receiver = Receiver::new(Watched {
-            pipe: Box::new(input) as Box<dyn Read + Send>,
-            activity: Arc::clone(&read),
-        });
+        let (output, written) = Watched::new(Box::new(output) as Box<dyn Write + Send>);
+        let (input, read) = Watched::new(Box::new(input) as Box<dyn Read + Send>);
         Self {
-            sender: Some(sender),
-            receiver: Some(receiver),
+            sender: Some(Sender::new(output)),
+            receiver: Some(Receiver::new(input)),
             interrupt,
             written,
             read,
@@ -213,12 +206,8 @@ impl Conversation {
         let (connections, end) = connections.split();
         let (senders, activities): (Vec<Writing>, Vec<_>) = { connections.into_iter() }
             .map(|connection| {
-                let activity = Activity::new();
-                let sender = Sender::new(Watched {
-                    pipe: Box::new(connection) as Box<dyn Write + Send>,
-                    activity: Arc::clone(&activity),
-                });
-                (sender, activity)
+                let (pipe, activity) = Watched::new(Box::new(connection) as Box<dyn Write + Send>);
+                (Sender::new(pipe), activity)
             })
             .unzip();
         let interval = patience / BEATS;
@@ -238,12 +227,8 @@ impl Conversation {
         let (connections, end) = connections.split();
         let (receivers, activities) = { connections.into_iter() }
             .map(|connection| {
-                let activity = Activity::new();
-                let receiver = Receiver::new(Watched {
-                    pipe: Box::new(connection) as Box<dyn Read + Send>,
-                    activity: Arc::clone(&activity),
-                });
-                (receiver, activity)
+                let (pipe, activity) = Watched::new(Box::new(connection) as Box<dyn Read + Send>);
+                (Receiver::new(pipe), activity)
             })
             .unzip();
         self.direct = Some(Direct {

@@ -27,6 +27,7 @@ use crate::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
 use crate::upper_tree::{MAX_LINKS, Reached, UpperTree, read_link};
+use crate::user_namespace::in_user_namespace;
 use crate::xattrs::XattrReader;
 
 /// Piece in which a file of a lower layer is copied.
@@ -382,7 +383,7 @@ impl<R: Read> Import<R> {
             };
             match made {
                 // No root of a user namespace may make one, and containerd leaves it out there as well.
-                Err(Errno::EPERM) if may_lack_devices && is_in_user_namespace() => {
+                Err(Errno::EPERM) if may_lack_devices && in_user_namespace().unwrap_or(false) => {
                     is_left_out = true;
                     Ok(())
                 }
@@ -742,12 +743,6 @@ impl<R: Read> Import<R> {
         self.check_limit(options.max_bytes)?;
         Ok(self.stats)
     }
-}
-
-/// Whether user ids of this process are mapped, that is, not all of them are its own.
-fn is_in_user_namespace() -> bool {
-    std::fs::read_to_string("/proc/self/uid_map")
-        .is_ok_and(|map| !map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// Makes something under a name, in the place of what an earlier entry made there.

@@ -34,7 +34,7 @@
 //! few at a time; the export with a whole `directory_listing`).
 //! `open_for_export`, `load`, `inode_attributes` and `set_attributes` take and give what a layer keeps of an inode, `export_renamed` what
 //! `redirect_dir` and `metacopy` have left in lower layers; `tar_header` and `pax_overrides` are Go's reading of a header,
-//! `layer_format` says for whom a layer is, `path_bytes` what a path may be. `export_error` and `import_error` say why not.
+//! `user_namespace` tells whether devices can be made; `layer_format` says for whom a layer is, `path_bytes` what a path may be. `export_error` and `import_error` say why not.
 //!
 //! `contents` sends large files of a directory that is in use, so that a layer need not have them.
 //! `archive` reads a tar member by member, for those who only look. `rewrite_for_image` makes of a checkpoint's
@@ -100,6 +100,7 @@ mod tar_write;
 mod upper_tree;
 mod upper_walk;
 mod usage;
+mod user_namespace;
 mod xattrs;
 
 pub use archive::{Archive, LayerChange, Member, MemberKind};
@@ -117,3 +118,4 @@ pub use overlay_stack::{MountFields, OverlayStack, StackError};
 pub use remove_tree::{remove_contents, remove_contents_but, remove_tree};
 pub use rewrite_for_image::{LeftOut, NotInImages, RewriteError, Rewritten, rewrite_for_image};
 pub use usage::{Usage, UsageError, upperdir_usage};
+pub use user_namespace::in_user_namespace;

@@ -9,16 +9,13 @@
 //! again, and what it has acknowledged for a copy that is given up neither. CRIU's own lock is there during the dump
 //! and the restore only.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
-use std::thread;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use transship_program_output::output_within;
 
 use crate::error::SandboxError;
 use crate::pins::in_network;
@@ -75,56 +72,4 @@ pub fn nft(act: &'static str, namespace: &Path, script: &str) -> Result<(), Sand
         let first = said.lines().next().unwrap_or("no reason given");
         Err(io::Error::other(format!("nft: {first}")))
     })
-}
-
-/// What a process says that leads a group, until its end; none where it was killed for taking longer.
-fn output_within(
-    patience: Duration,
-    mut child: Child,
-    input: String,
-) -> io::Result<Option<Output>> {
-    let group = Pid::from_raw(child.id().cast_signed());
-    let (told, ended) = mpsc::channel();
-    thread::Builder::new().spawn(move || {
-        if let Some(mut stdin) = child.stdin.take() {
-            // One that ends early says why on stderr.
-            drop(stdin.write_all(input.as_bytes()));
-        }
-        // Nobody waits for it any more where it was killed.
-        drop(told.send(child.wait_with_output()));
-    })?;
-    match ended.recv_timeout(patience) {
-        Ok(output) => output.map(Some),
-        Err(_) => {
-            let _ = killpg(group, Signal::SIGKILL);
-            Ok(None)
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    use super::*;
-
-    #[test]
-    fn a_program_that_does_not_end_is_killed() {
-        let run = |program: &str| {
-            let child = Command::new("sh")
-                .args(["-c", program])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .process_group(0)
-                .spawn()
-                .unwrap();
-            output_within(Duration::from_millis(500), child, "script".into()).unwrap()
-        };
-        let began = Instant::now();
-        // It holds the pipes as well.
-        assert!(run("sleep 600 & wait").is_none());
-        assert!(began.elapsed() < Duration::from_secs(30));
-        assert_eq!(run("cat").unwrap().stdout, b"script");
-    }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use transship_layer::in_user_namespace;
 use transship_path_error::During as _;
 
 use crate::error::{Result, SnapshotError};
@@ -25,7 +26,7 @@ pub fn overlay_options(configured: &[String], root: &Path) -> Result<Vec<String>
             .iter()
             .any(|option| option.split('=').next() == Some(name))
     };
-    if !has(&options, "userxattr") && in_user_namespace()? && mounts_with_userxattr(root)? {
+    if !has(&options, "userxattr") && is_in_user_namespace()? && mounts_with_userxattr(root)? {
         options.push("userxattr".to_owned());
     }
     let index = Path::new("/sys/module/overlay/parameters/index");
@@ -68,11 +69,8 @@ pub fn require_entry_types(root: &Path) -> Result<()> {
     outcome
 }
 
-/// Whether user ids of this process are mapped, that is, not all of them are its own.
-fn in_user_namespace() -> Result<bool> {
-    let path = "/proc/self/uid_map";
-    let map = fs::read_to_string(path).during("read", path)?;
-    Ok(map.split_whitespace().collect::<Vec<_>>() != ["0", "0", "4294967295"])
+fn is_in_user_namespace() -> Result<bool> {
+    Ok(in_user_namespace().during("read", "/proc/self/uid_map")?)
 }
 
 fn mounts_with_userxattr(root: &Path) -> Result<bool> {

@@ -6,6 +6,7 @@
 //!  nlattr    { len u16, type u16 }, its value, padded to 4
 //! ```
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
@@ -13,6 +14,9 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
 
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// More sockets than this are not looked at.
+const SOCKETS: usize = 1 << 20;
 /// `NLM_F_REQUEST | NLM_F_DUMP`.
 const REQUEST_DUMP: u16 = 0x301;
 const ERROR: u16 = 2;
@@ -47,6 +51,29 @@ pub(super) fn list(
             return Ok(());
         }
     }
+}
+
+/// The sockets of a family, as sock_diag(7) tells them when it is asked for those that are `wanted`, by their inodes.
+///
+/// # Errors
+/// The kernel knows no such protocol.
+pub(super) fn sockets<S>(
+    wanted: &[u8],
+    socket_of: impl Fn(&[u8]) -> Option<(u64, S)>,
+) -> Result<BTreeMap<u64, S>, Errno> {
+    let mut sockets = BTreeMap::new();
+    list(
+        SockProtocol::NetlinkSockDiag,
+        SOCK_DIAG_BY_FAMILY,
+        wanted,
+        |kind, message| {
+            if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
+                sockets.insert(inode, socket);
+            }
+            sockets.len() < SOCKETS
+        },
+    )?;
+    Ok(sockets)
 }
 
 fn question(kind: u16, wanted: &[u8]) -> Vec<u8> {

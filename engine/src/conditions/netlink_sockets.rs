@@ -15,14 +15,12 @@
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
-use nix::sys::socket::SockProtocol;
 
 use super::Hit;
 use super::netlink::{self, u32_at};
 use super::sockets::Owned;
 use crate::network_namespace::within;
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NETLINK: u8 = 16;
 const ALL_PROTOCOLS: u8 = 255;
 /// `NDIAG_SHOW_MEMINFO` and `NDIAG_SHOW_GROUPS`.
@@ -31,8 +29,6 @@ const ATTRIBUTE_MEMORY: u16 = 0;
 const ATTRIBUTE_GROUPS: u16 = 1;
 /// Length of `netlink_diag_msg`.
 const MESSAGE: usize = 28;
-/// More sockets than this are not looked at.
-const SOCKETS: usize = 1 << 20;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct NetlinkSocket {
@@ -70,19 +66,7 @@ fn not_dumped(socket: &NetlinkSocket) -> Option<&'static str> {
 }
 
 fn ask() -> Result<BTreeMap<u64, NetlinkSocket>, Errno> {
-    let mut sockets = BTreeMap::new();
-    netlink::list(
-        SockProtocol::NetlinkSockDiag,
-        SOCK_DIAG_BY_FAMILY,
-        &wanted(),
-        |kind, message| {
-            if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
-                sockets.insert(inode, socket);
-            }
-            sockets.len() < SOCKETS
-        },
-    )?;
-    Ok(sockets)
+    netlink::sockets(&wanted(), socket_of)
 }
 
 fn wanted() -> Vec<u8> {
@@ -118,7 +102,8 @@ mod tests {
     use std::os::fd::AsRawFd as _;
 
     use nix::sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockType, bind, sendto, socket,
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, sendto,
+        socket,
     };
 
     use super::super::processes::Processes;

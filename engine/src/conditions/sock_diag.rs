@@ -17,12 +17,10 @@
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
-use nix::sys::socket::SockProtocol;
 
 use super::netlink::{self, u32_at};
 use crate::network_namespace::within;
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `UDIAG_SHOW_VFS`, `_PEER`, `_ICONS` and `_RQLEN`.
 const SHOW: u32 = 2 | 4 | 8 | 16;
 const ATTRIBUTE_FILE: u16 = 1;
@@ -31,8 +29,6 @@ const ATTRIBUTE_ICONS: u16 = 3;
 const ATTRIBUTE_RQLEN: u16 = 4;
 /// Length of `unix_diag_msg`.
 const MESSAGE: usize = 16;
-/// More sockets than this are not looked at.
-const SOCKETS: usize = 1 << 20;
 
 /// One unix socket.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -59,19 +55,7 @@ pub(crate) fn unix_sockets(pid: u32) -> BTreeMap<u64, UnixSocket> {
 }
 
 fn ask() -> Result<BTreeMap<u64, UnixSocket>, Errno> {
-    let mut sockets = BTreeMap::new();
-    netlink::list(
-        SockProtocol::NetlinkSockDiag,
-        SOCK_DIAG_BY_FAMILY,
-        &wanted(),
-        |kind, message| {
-            if let (SOCK_DIAG_BY_FAMILY, Some((inode, socket))) = (kind, socket_of(message)) {
-                sockets.insert(inode, socket);
-            }
-            sockets.len() < SOCKETS
-        },
-    )?;
-    Ok(sockets)
+    netlink::sockets(&wanted(), socket_of)
 }
 
 fn wanted() -> Vec<u8> {

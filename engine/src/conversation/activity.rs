@@ -23,7 +23,7 @@ pub(super) struct Activity {
 }
 
 impl Activity {
-    pub(super) fn new() -> Arc<Self> {
+    fn new() -> Arc<Self> {
         Arc::new(Self {
             began: Instant::now(),
             last: AtomicU64::new(0),
@@ -64,8 +64,20 @@ impl Activity {
 /// A pipe that remembers when it last moved.
 #[derive(Debug)]
 pub struct Watched<P> {
-    pub(super) pipe: P,
-    pub(super) activity: Arc<Activity>,
+    pipe: P,
+    activity: Arc<Activity>,
+}
+
+impl<P> Watched<P> {
+    /// The pipe, and what tells when it has moved.
+    pub(super) fn new(pipe: P) -> (Self, Arc<Activity>) {
+        let activity = Activity::new();
+        let watched = Self {
+            pipe,
+            activity: Arc::clone(&activity),
+        };
+        (watched, activity)
+    }
 }
 
 impl<P: Write> Write for Watched<P> {

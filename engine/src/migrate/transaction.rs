@@ -32,6 +32,7 @@ use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::offer_blobs;
 use crate::interrupt::Interrupt;
+use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
 use crate::node_id::is_node_id;
 use crate::progress::Progress;
@@ -203,14 +204,13 @@ impl Transaction<'_> {
             .map(|blob| (blob.digest.clone(), blob.size))
             .collect();
         self.estimate = self.moving.estimate(self.node).await?;
-        let uname = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
         let identity = Arc::new(Identity::new()?);
         let offer = Offer {
             key: identity.public().to_owned(),
             protocol: PROTOCOL,
             migration: self.pending.migration.clone(),
             node: self.node.server_id().await?,
-            architecture: uname.machine().to_string_lossy().into_owned(),
+            architecture: architecture()?,
             containers,
             pod: self.moving.pod.as_ref().map(|pod| {
                 Box::new(OfferedPod {

@@ -32,6 +32,7 @@ use crate::data_channel::{Identity, STREAMS};
 use crate::dump_hold::has_userfaultfd;
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
+use crate::machine::architecture;
 use crate::memory_dir::{MigrationFiles, remove_when_unused};
 use crate::node_id::node_id;
 use crate::progress::Progress;
@@ -207,8 +208,7 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
     }
     // CRIU looks once after each boot what the kernel can: while the container runs, not in the restore.
     tokio::task::spawn_blocking(criu_lock).await?;
-    let here = nix::sys::utsname::uname().context("cannot ask the kernel for its name")?;
-    let here = here.machine().to_string_lossy();
+    let here = architecture()?;
     if offer.architecture != here {
         let there = printable(&offer.architecture);
         return Err(Error::refused(format!(

@@ -477,11 +477,8 @@ fn no_short_answer_comes_for_ever() {
     );
 }
 
-#[test]
-fn a_token_is_fetched_with_the_credentials() {
-    let (server, tokens) = (Server::start(), Server::start());
-    let blob = Descriptor::new("x", b"content");
-    server.put_blob(b"content");
+/// Lets the registry be good to who has the token `T` of that server.
+fn wants_token_of(server: &Server, tokens: &Server) {
     let realm = format!(
         "www-authenticate: Bearer realm=\"http://{}/token\",service=\"s\",scope=\"repository:web:pull\"\r\n",
         tokens.host
@@ -491,6 +488,14 @@ fn a_token_is_fetched_with_the_credentials() {
         Some(token) if token == "Bearer T" => Mood::Good,
         _ => Mood::Status("401 Unauthorized", realm),
     });
+}
+
+#[test]
+fn a_token_is_fetched_with_the_credentials() {
+    let (server, tokens) = (Server::start(), Server::start());
+    let blob = Descriptor::new("x", b"content");
+    server.put_blob(b"content");
+    wants_token_of(&server, &tokens);
     tokens.gives(br#"{"token": "T"}"#);
     let credentials = Credentials {
         user: "me".into(),
@@ -510,15 +515,7 @@ fn an_identity_token_is_exchanged() {
     let (server, tokens) = (Server::start(), Server::start());
     let blob = Descriptor::new("x", b"content");
     server.put_blob(b"content");
-    let realm = format!(
-        "www-authenticate: Bearer realm=\"http://{}/token\",service=\"s\",scope=\"repository:web:pull\"\r\n",
-        tokens.host
-    );
-    let realm: &'static str = realm.leak();
-    server.is_in(move |asked, _| match asked.headers.get("authorization") {
-        Some(token) if token == "Bearer T" => Mood::Good,
-        _ => Mood::Status("401 Unauthorized", realm),
-    });
+    wants_token_of(&server, &tokens);
     tokens.gives(br#"{"access_token": "T", "token": "T"}"#);
     let credentials = Credentials {
         identity_token: "a+b".into(),
