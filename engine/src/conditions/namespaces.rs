@@ -178,7 +178,13 @@ mod tests {
                 .split_whitespace()
                 .next()
                 .map(|it| it.parse::<u32>().unwrap());
-            if let Some(child) = child {
+            // Between the looks at the process and at its thread it may be between two namespaces: asked
+            // is the program that `unshare` has become.
+            let is_asleep = |pid| {
+                let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+                name.is_ok_and(|name| name.trim_end() == "sleep")
+            };
+            if let Some(child) = child.filter(|pid| is_asleep(*pid)) {
                 let hits = hits(&subject, &Processes::read(init, &[init, child]));
                 if !hits.is_empty() {
                     break (child, hits);
