@@ -11,6 +11,7 @@
 //!                                  specs      config.json of a bundle
 //!                                  calls      argv of the runtime front, stdin of the hook
 //!                                  snapshots  filters of List, messages of gRPC
+//!                                  packages   packages, archives of other engines, artifacts of registries
 //! ```
 //!
 //! `scratch` is a directory for those that write.
@@ -23,6 +24,7 @@ mod calls;
 mod images;
 mod layers;
 mod mounts;
+mod packages;
 mod scratch;
 mod snapshots;
 mod specs;
@@ -34,6 +36,7 @@ pub type Target = fn(&[u8]);
 /// All targets, by the names of their folders in `corpus/`.
 pub const TARGETS: &[(&str, Target)] = &[
     ("argv", calls::argv),
+    ("artifact", packages::artifact),
     ("criu_cgroup", images::cgroup),
     ("criu_core", images::core),
     ("criu_dump", images::dump),
@@ -59,6 +62,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("manifest", streams::manifest),
     ("mountinfo", mounts::mountinfo),
     ("overlay_options", mounts::overlay_options),
+    ("package", packages::package),
     ("shared_dir", layers::shared_dir),
     ("spec", specs::spec),
     ("stream", streams::stream),
