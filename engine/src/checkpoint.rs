@@ -35,6 +35,7 @@ use crate::progress::Progress;
 use crate::restore::verify;
 use crate::retention;
 use crate::sealed::Sealing;
+pub use crate::selection::Selection;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
@@ -90,15 +91,6 @@ impl Request {
             seal: None,
         }
     }
-}
-
-/// What a checkpoint is taken of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Selection {
-    /// The container of this id, in the node's namespace.
-    Container(String),
-    /// All containers of the pod with this id (or the beginning of it), or `namespace/name`.
-    Pod(String),
 }
 
 /// What the containers do after a checkpoint.

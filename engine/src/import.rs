@@ -57,7 +57,7 @@ pub async fn import(
 ) -> Result<ReadPackage> {
     progress.bytes("import", 0);
     let mut input = BufReader::with_capacity(BEGIN, input);
-    if lies == Lies::Sealed && is_encrypted(&mut input)? {
+    if lies == Lies::Sealed && is_encrypted(&mut input).map_err(PackageError::reading)? {
         if options.identities.is_empty() {
             return Err(PackageError::from(EncryptionError::NoIdentity).into());
         }

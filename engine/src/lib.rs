@@ -1,6 +1,7 @@
 //! What `transship` does, for the command line, the node's API and whoever else calls it.
 //!
 //! ```text
+//!  selection: one container or a pod
 //!  checkpoint --> source, pod, pod_ended, pod_dirs (find, dump, export)  --> checkpoint directory
 //!  restore, restore_pod                      <-- checkpoint directory
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
@@ -112,6 +113,7 @@ pub mod restore;
 pub mod restore_pod;
 pub mod retention;
 pub mod sealed;
+pub mod selection;
 pub mod send;
 pub mod serve;
 mod shell_words;

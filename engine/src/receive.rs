@@ -5,9 +5,10 @@
 //!  Offer --> migration     the source's side is engine::migrate
 //!              image       blobs and layers, under a lease
 //!              restore::hold, start        pod: the same of a pod, through the CRI
+//!              offered_files   what the source brings is what it has offered
 //!              late_pages  memory that comes when the copy runs
 //!              durable     on the disk before the source is removed
-//!              arrival     the record of how far it has come;  settle: the end of one that was cut off
+//!              arrival     the record of how far it has come (held_process);  settle: the end of one that was cut off
 //!  Ask   --> what became of a migration
 //! ```
 //!
@@ -41,10 +42,12 @@ use crate::timeline::human_bytes;
 
 mod arrival;
 mod durable;
+mod held_process;
 mod image;
 mod late_pages;
 mod leases;
 mod migration;
+mod offered_files;
 mod pod;
 mod settle;
 

@@ -20,6 +20,8 @@ pub const GUARD: &str = "transship-restore-guard";
 pub const SUPERVISED: &str = "transship-supervised";
 /// A configuration file that CRIU reads before it hears of options over RPC.
 pub const CRIU_CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
+/// Where the operator's configurations of CRIU are.
+pub const CRIU_CONFIG_DIR: &str = "/etc/criu";
 const FRONT_PREFIX: &str = "transship-";
 
 /// The real runtime cannot be found or started.

@@ -23,10 +23,11 @@ use crate::overlay_marks::read_marks_and_xattrs;
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, join_cleaned, push_component, split_last};
 use crate::remove_tree::remove_name;
-use crate::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
-use crate::upper_tree::{MAX_LINKS, Reached, UpperTree, read_link};
+use crate::upper_tree::{
+    MAX_LINKS, Reached, UpperTree, WantedAttributes, creation_mode, read_link, set_open_times,
+};
 use crate::user_namespace::in_user_namespace;
 use crate::xattrs::XattrReader;
 

@@ -92,7 +92,6 @@ mod pax_overrides;
 mod read_ahead;
 mod remove_tree;
 mod rewrite_for_image;
-mod set_attributes;
 mod sparse;
 mod tar_header;
 mod tar_read;

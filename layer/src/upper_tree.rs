@@ -35,8 +35,12 @@ use crate::overlay_marks::{OverlayXattrs, read_marks_and_xattrs};
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, join_cleaned, push_component};
 use crate::remove_tree::{remove_name, remove_whiteouts};
-use crate::set_attributes::{DEFAULT_ACL, WantedAttributes, creation_mode, set_open_times};
 use crate::xattrs::{XattrHolder, XattrReader, remove_xattr, set_xattr};
+
+mod set_attributes;
+
+use self::set_attributes::DEFAULT_ACL;
+pub(crate) use self::set_attributes::{WantedAttributes, creation_mode, set_open_times};
 
 /// Deepest nesting that is accepted: what the stack may grow to. Far above any path that can be named
 /// in one system call (2 048 levels).

@@ -19,8 +19,6 @@ use age::stream::{StreamReader, StreamWriter};
 use age::{Decryptor, Encryptor, Identity, IdentityFile, Recipient};
 use transship_path_error::{During as _, PathError};
 
-use crate::error::PackageError;
-
 /// What an encrypted package begins with.
 const MAGIC: &[u8] = b"age-encryption.org/v1\n";
 /// Longest head that is read, in bytes: some six hundred recipients. The reader of age has no bound, and parses all of it
@@ -168,9 +166,9 @@ fn parse_recipient(text: &str) -> Option<Box<dyn Recipient + Send + Sync>> {
 ///
 /// # Errors
 /// It cannot be read.
-pub fn is_encrypted(input: &mut impl BufRead) -> Result<bool, PackageError> {
+pub fn is_encrypted(input: &mut impl BufRead) -> io::Result<bool> {
     // The first read of a pipe may give less; a short beginning is no such package.
-    let buffer = input.fill_buf().map_err(PackageError::reading)?;
+    let buffer = input.fill_buf()?;
     let length = buffer.len().min(MAGIC.len());
     Ok(length >= 4 && buffer[..length] == MAGIC[..length])
 }

@@ -9,7 +9,7 @@ use transship_layer::{ImportError, RewriteError};
 use transship_path_error::PathError;
 
 use crate::encryption::EncryptionError;
-use crate::oci::RegistryError;
+use crate::registry_error::RegistryError;
 use crate::signature::SignatureError;
 
 /// A failure of a package.

@@ -34,7 +34,8 @@ use transship_layer::{Member, decompress};
 use transship_path_error::During as _;
 
 use crate::error::PackageError;
-use crate::import::{ImportOptions, NewFile, OF_MAX_SIZE, check_fits, check_room, room};
+use crate::import_options::{ImportOptions, OF_MAX_SIZE};
+use crate::new_file::{NewFile, check_fits, check_room, room};
 use crate::open_package::OpenPackage;
 
 mod dump_files;

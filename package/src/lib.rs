@@ -9,6 +9,7 @@
 //!                      <── foreign: archives of containerd, CRI-O and podman
 //!  contents            <── look: the same without unpacking it                    <── a package
 //!                           signature: whose checkpoint it is
+//!  new_file: where what was read comes to lie;  import_options;  registry_error: what a registry has refused
 //!  socket: one, as it is shown;  counted: how far a reader is;  times: as Go and OCI write them
 //! ```
 //!
@@ -24,10 +25,13 @@ pub mod error;
 pub mod export;
 pub mod foreign;
 pub mod import;
+mod import_options;
 pub mod layer_changes;
 pub mod look;
+mod new_file;
 pub mod oci;
 mod open_package;
+mod registry_error;
 pub mod requirements;
 pub mod signature;
 mod socket;

@@ -10,8 +10,9 @@ use transship_path_error::During as _;
 use crate::contents::{ContainerContents, Contents};
 use crate::encryption::Identities;
 use crate::error::PackageError;
-use crate::import::{Head, NewFile, check_room, expect};
+use crate::import::{Head, expect};
 use crate::layer_changes::{Digests, LayerChanges, layer_changes};
+use crate::new_file::{NewFile, check_room};
 use crate::open_package::OpenPackage;
 
 /// What a package is, and what is in it.

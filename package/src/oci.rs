@@ -35,7 +35,6 @@ mod partial;
 mod push;
 mod reference;
 mod registry;
-mod registry_error;
 mod restore;
 mod sealed;
 mod transfers;
@@ -50,6 +49,7 @@ pub use partial::remove_abandoned;
 pub use push::{Bases, OnlyInArtifact, OpenBlob, Pushed, PushedImage, push};
 pub use reference::Reference;
 pub use registry::{Patience, Registry, Transport};
-pub use registry_error::RegistryError;
 pub use restore::Offered;
 pub use sealed::store_encrypted;
+
+pub use crate::registry_error::RegistryError;

@@ -29,7 +29,7 @@ impl<'a> OpenPackage<'a> {
         identities: &Identities,
     ) -> Result<Self, PackageError> {
         let mut input = BufReader::with_capacity(BUFFER, input);
-        let encrypted = is_encrypted(&mut input)?;
+        let encrypted = is_encrypted(&mut input).map_err(PackageError::reading)?;
         let plain: Box<dyn BufRead + 'a> = match encrypted {
             true => Box::new(BufReader::with_capacity(BUFFER, identities.decrypt(input)?)),
             false => Box::new(input),

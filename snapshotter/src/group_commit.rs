@@ -13,8 +13,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::batch::{Batch, Change};
 use crate::error::{Result, SnapshotError};
-use crate::metadata::{Batch, Change};
 
 /// Upper bound of a batch, so that its first callers do not wait for a crowd.
 const BATCH_LIMIT: usize = 256;

@@ -9,7 +9,7 @@
 //!                                                        v       v
 //!            changes.rs: what may change     metadata.rs         disk.rs      snapshots/<id>/{fs,work}
 //!            record.rs:  how it is stored    SQLite              usage.rs     background.rs
-//!            from_redb.rs: earlier releases  group_commit.rs
+//!            from_redb.rs: earlier releases  group_commit.rs, batch.rs
 //!                                            reserve.rs
 //! ```
 //!
@@ -21,6 +21,7 @@
 //! kill the process).
 
 pub mod background;
+mod batch;
 pub mod changes;
 pub mod cli;
 pub mod config;

@@ -30,11 +30,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::vec;
 
-use prost::Message;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use transship_path_error::During as _;
 
+use crate::batch::{Batch, Change, FORMAT, decode, find};
 use crate::error::{Result, SnapshotError};
 use crate::group_commit::{Apply, Deliver, GroupCommit};
 use crate::record::Record;
@@ -42,7 +42,6 @@ use crate::reserve::Reserve;
 
 /// Name of the database in the root directory.
 pub const FILE: &str = "metadata.sqlite";
-const FORMAT: u32 = 3;
 /// How many ids one write of "next_id" makes available.
 const ID_RESERVE: u64 = 4096;
 /// Pages of 4 KiB in the WAL at which it is copied into the database.
@@ -73,15 +72,6 @@ pub struct Metadata {
     is_fresh: bool,
     batch_observer: Box<dyn Fn(usize) + Send + Sync>,
 }
-
-/// The tables inside a write transaction.
-pub(crate) struct Batch<'t> {
-    connection: &'t Connection,
-    has_changes: bool,
-}
-
-/// How a change ended inside its transaction, before the transaction is durable.
-pub(crate) type Change<T> = Result<Result<T>, rusqlite::Error>;
 
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -364,10 +354,7 @@ fn run_transaction(connection: &Connection, applies: Vec<Apply>) -> Result<Vec<D
             tracing::warn!(%error, "cannot roll back");
         }
     };
-    let mut batch = Batch {
-        connection,
-        has_changes: false,
-    };
+    let mut batch = Batch::of(connection);
     let deliveries: Result<Vec<_>, _> =
         applies.into_iter().map(|apply| apply(&mut batch)).collect();
     let deliveries = deliveries.map_err(|error| {
@@ -431,88 +418,6 @@ fn connect(path: &Path, cache_kib: usize) -> Result<Connection, rusqlite::Error>
     Ok(connection)
 }
 
-fn find(connection: &Connection, key: &str) -> Result<Option<Vec<u8>>, rusqlite::Error> {
-    connection
-        .prepare_cached("SELECT record FROM snapshots WHERE key = ?1")?
-        .query_row([key], |row| row.get(0))
-        .optional()
-}
-
-impl Batch<'_> {
-    /// The record under `key`.
-    pub(crate) fn get(&self, key: &str) -> Change<Option<Record>> {
-        let found = find(self.connection, key)?;
-        Ok(found.map(|bytes| decode(key, &bytes)).transpose())
-    }
-
-    /// Whether `key` is taken.
-    pub(crate) fn contains(&self, key: &str) -> Result<bool, rusqlite::Error> {
-        self.connection
-            .prepare_cached("SELECT 1 FROM snapshots WHERE key = ?1")?
-            .exists([key])
-    }
-
-    /// Stores `record` under `key`.
-    pub(crate) fn put(&mut self, key: &str, record: &Record) -> Result<(), rusqlite::Error> {
-        self.has_changes = true;
-        let parent = record
-            .ancestors
-            .first()
-            .copied()
-            .map(to_stored)
-            .transpose()?;
-        self.connection
-            .prepare_cached(
-                "INSERT OR REPLACE INTO snapshots (key, parent, record) VALUES (?1, ?2, ?3)",
-            )?
-            .execute((key, parent, record.encode_to_vec()))
-            .map(drop)
-    }
-
-    /// Removes the record under `key`.
-    pub(crate) fn delete(&mut self, key: &str) -> Result<(), rusqlite::Error> {
-        self.has_changes = true;
-        self.connection
-            .prepare_cached("DELETE FROM snapshots WHERE key = ?1")?
-            .execute([key])
-            .map(drop)
-    }
-
-    /// Whether anything is built on `parent`.
-    pub(crate) fn has_children(&self, parent: u64) -> Result<bool, rusqlite::Error> {
-        self.connection
-            .prepare_cached("SELECT 1 FROM snapshots WHERE parent = ?1")?
-            .exists([to_stored(parent)?])
-    }
-
-    fn set_format(&mut self) -> Result<(), rusqlite::Error> {
-        self.has_changes = true;
-        self.connection.pragma_update(None, "user_version", FORMAT)
-    }
-
-    fn counter(&self, name: &str) -> Result<u64, rusqlite::Error> {
-        let value: Option<i64> = self
-            .connection
-            .prepare_cached("SELECT value FROM counters WHERE name = ?1")?
-            .query_row([name], |row| row.get(0))
-            .optional()?;
-        Ok(value.map_or(0, i64::unsigned_abs))
-    }
-
-    fn set_counter(&mut self, name: &str, value: u64) -> Result<(), rusqlite::Error> {
-        self.has_changes = true;
-        self.connection
-            .prepare_cached("INSERT OR REPLACE INTO counters (name, value) VALUES (?1, ?2)")?
-            .execute((name, to_stored(value)?))
-            .map(drop)
-    }
-}
-
-/// SQLite's integers have a sign.
-fn to_stored(number: u64) -> Result<i64, rusqlite::Error> {
-    i64::try_from(number).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
-}
-
 /// Iterates over all records of one moment; see [`Metadata::walk`].
 #[derive(Debug)]
 pub struct Walk {
@@ -557,11 +462,4 @@ impl Iterator for Walk {
         let (key, bytes) = self.step.next()?;
         Some(decode(&key, &bytes).map(|record| (key, record)))
     }
-}
-
-fn decode(key: &str, bytes: &[u8]) -> Result<Record> {
-    Record::decode(bytes).map_err(|error| SnapshotError::Damaged {
-        key: key.to_owned(),
-        reason: error.to_string(),
-    })
 }

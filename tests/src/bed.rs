@@ -19,8 +19,9 @@ use std::sync::{Arc, Mutex};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::cgroups::NodeCgroups;
+use crate::interrupt::{self, TearDown};
 use crate::node::{CGROUPS_FILE, Node, NodeOptions, lock};
-use crate::{Settings, TestbedError, Tree, interrupt};
+use crate::{Settings, TestbedError, Tree};
 use transship_path_error::During as _;
 
 /// Some nodes on the same tree; all of it ends when this is dropped.
@@ -30,7 +31,7 @@ pub struct Testbed {
 }
 
 #[derive(Debug)]
-pub(crate) struct BedInner {
+struct BedInner {
     settings: Settings,
     tree: Tree,
     tree_dir: PathBuf,
@@ -171,9 +172,8 @@ impl Drop for Testbed {
     }
 }
 
-impl BedInner {
-    /// Ends all nodes, the later ones too when one fails; idempotent.
-    pub(crate) fn tear_down(&self) -> Result<(), TestbedError> {
+impl TearDown for BedInner {
+    fn tear_down(&self) -> Result<(), TestbedError> {
         let _alone = lock(&self.teardown);
         let nodes = std::mem::take(&mut *lock(&self.nodes));
         let mut result = Ok(());

@@ -8,16 +8,22 @@ use std::sync::{Arc, Mutex, Once, Weak};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::bed::BedInner;
+use crate::TestbedError;
 use crate::node::lock;
 
 /// Set when a signal has come; the process ends soon.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
-static LIVE: Mutex<Vec<Weak<BedInner>>> = Mutex::new(Vec::new());
+static LIVE: Mutex<Vec<Weak<dyn TearDown>>> = Mutex::new(Vec::new());
+
+/// What has an end that must not be left out.
+pub(crate) trait TearDown: Send + Sync {
+    /// Ends all of it, the rest too when a part fails; idempotent.
+    fn tear_down(&self) -> Result<(), TestbedError>;
+}
 
 /// Makes SIGINT, SIGTERM and SIGHUP tear this testbed down before they end the process.
-pub(crate) fn register(bed: &Arc<BedInner>) {
+pub(crate) fn register(bed: &Arc<impl TearDown + 'static>) {
     static THREAD: Once = Once::new();
     THREAD.call_once(|| match Signals::new([SIGINT, SIGTERM, SIGHUP]) {
         Ok(mut signals) => {
@@ -37,7 +43,8 @@ pub(crate) fn register(bed: &Arc<BedInner>) {
     });
     let mut live = lock(&LIVE);
     live.retain(|bed| bed.strong_count() > 0);
-    live.push(Arc::downgrade(bed));
+    let bed = Arc::downgrade(bed);
+    live.push(bed);
 }
 
 /// Keeps the caller, whose testbed was taken from under it, from ending the process in its own way

@@ -17,7 +17,8 @@
 //!
 //! cri.rs and cri_stream.rs are a client of the CRI, podman.rs is Debian's podman, debian_program.rs a program of another suite,
 //! disk.rs a disk of its own; journey.rs is what the demo shows and tests check; needs.rs tells what a test needs, poll.rs waits.
-//! maps.rs and documented_tests.rs check what the sources and documents say of the sources.
+//! maps.rs and documented_tests.rs check what the sources and documents say of the sources, circles.rs that no modules use each
+//! other in a circle.
 //!
 //! All that runs on any Linux; machine/ boots a Debian with systemd and cgroup v2 in QEMU and runs it
 //! there ([`Machine`]).
@@ -34,6 +35,8 @@
 
 mod bed;
 mod cgroups;
+#[cfg(test)]
+mod circles;
 mod containerd;
 mod cri;
 mod cri_stream;

@@ -5,6 +5,9 @@ use std::process::{Command, Stdio};
 
 use crate::{Settings, Tree};
 
+/// In the machine, and nowhere else: tests with the prefix `vm_` may do to it what they want.
+const MARKER: &str = "/etc/transship-vm";
+
 /// A need; `root_`, `node_` and `vm_` are the prefixes of test names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
@@ -48,7 +51,7 @@ impl Needs {
 impl Need {
     /// Says what is missing; `None` when the need is met.
     pub fn missing(self, settings: &Settings) -> Option<String> {
-        if self == Need::Vm && !Path::new(crate::machine::MARKER).is_file() {
+        if self == Need::Vm && !Path::new(MARKER).is_file() {
             return Some("not in the machine of `make test-vm`".to_owned());
         }
         if !nix::unistd::geteuid().is_root() {

@@ -12,8 +12,8 @@ use std::process::Command;
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::TestbedError;
 use crate::run::CommandRun as _;
-use crate::{TestbedError, Tree};
 use transship_path_error::During as _;
 
 /// What a node consists of besides the minimal base.
@@ -64,7 +64,7 @@ impl Recipe {
         for part in &self.parts {
             match part {
                 Part::Base { .. } | Part::Image { .. } => part.bootstrap().arg(new).run()?,
-                Part::Tree(base) => {
+                Part::Copy(base) => {
                     let base = base.ensure(cache_dir)?;
                     Command::new("cp")
                         .args(["-a", "--reflink=auto"])
@@ -87,7 +87,7 @@ impl Recipe {
     /// All that the tree is made of.
     fn text(&self) -> String {
         let part_text = |part: &Part| match part {
-            Part::Tree(tree) => tree.recipe().text(),
+            Part::Copy(base) => base.text(),
             Part::Base { .. } | Part::Image { .. } | Part::Packages { .. } => {
                 format!("{:?}", part.bootstrap())
             }
@@ -129,7 +129,7 @@ pub(crate) fn short_hash(text: &str) -> String {
 }
 
 /// What a tree is put together from.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Part {
     /// A minimal Debian with [`PACKAGES`] and more.
     Base {
@@ -145,8 +145,8 @@ pub(crate) enum Part {
         /// Further arguments of mmdebstrap.
         hooks: &'static [&'static str],
     },
-    /// A copy of another tree.
-    Tree(Tree),
+    /// A copy of the tree of another recipe.
+    Copy(Recipe),
     /// Packages of another suite, installed over those that are there.
     Packages {
         suite: &'static str,
@@ -157,18 +157,18 @@ pub(crate) enum Part {
 impl Part {
     /// The mmdebstrap command without its target. Only the suite is named: the mirror is
     /// mmdebstrap's default.
-    fn bootstrap(self) -> Command {
+    fn bootstrap(&self) -> Command {
         let mut command = Command::new("mmdebstrap");
         command.args(["--quiet", "--format=directory"]);
         let suite = match self {
             Part::Base { suite, more, hooks } => {
-                let packages = [&PACKAGES, more].concat();
+                let packages = [&PACKAGES, *more].concat();
                 command.args([
                     "--variant=minbase",
                     &format!("--include={}", packages.join(",")),
                 ]);
                 command.arg("--customize-hook=rm -rf \"$1\"/usr/share/{doc,man,locale}");
-                command.args(hooks);
+                command.args(*hooks);
                 suite
             }
             Part::Image {
@@ -180,7 +180,7 @@ impl Part {
                     "--variant=minbase",
                     &format!("--include={}", packages.join(",")),
                 ]);
-                command.args(hooks);
+                command.args(*hooks);
                 suite
             }
             Part::Packages { suite, names } => {
@@ -192,9 +192,9 @@ impl Part {
                 command.arg("--skip=cleanup/apt");
                 suite
             }
-            Part::Tree(_) => unreachable!("a copied tree is not bootstrapped"),
+            Part::Copy(_) => unreachable!("a copied tree is not bootstrapped"),
         };
-        if suite == "forky" {
+        if *suite == "forky" {
             // A testing suite's Release file may have run out on a mirror that follows slowly.
             command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
         }

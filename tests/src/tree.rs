@@ -71,7 +71,7 @@ impl Tree {
             Tree::Trixie => vec![base("trixie", &[]), packages("forky", &CRIU_PACKAGES)],
             Tree::Bookworm => {
                 vec![
-                    Part::Tree(Tree::Trixie),
+                    Part::Copy(Tree::Trixie.recipe()),
                     packages("bookworm", &["containerd", "runc"]),
                 ]
             }

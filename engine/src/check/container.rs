@@ -8,10 +8,10 @@ use transship_containerd::Containerd;
 use super::compare;
 use super::node_facts::NodeFacts;
 use super::{Finding, Verdict};
-use crate::checkpoint::Selection;
 use crate::conditions::{Found, Needs};
 use crate::error::Result;
 use crate::pod;
+use crate::selection::Selection;
 use crate::source;
 
 /// One container that was looked at.

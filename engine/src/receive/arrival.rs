@@ -25,7 +25,7 @@ use containerd_client::types::Descriptor;
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::annotations::{MIGRATION_DIGITS, is_migration};
 
-use super::pod::held::HeldProcess;
+use super::held_process::HeldProcess;
 use crate::durable_record;
 use crate::error::{Context, Error, Kind, Result};
 use crate::locks::Lock;

@@ -34,9 +34,9 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
-use self::held::HeldProcess;
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
-use super::migration::{listen, receive};
+use super::held_process::HeldProcess;
+use super::offered_files::{listen, receive};
 use super::{Request, image};
 use crate::conversation::Conversation;
 use crate::cri_pods::CriPods;
@@ -49,7 +49,6 @@ use crate::progress::Progress;
 mod admission;
 mod contents;
 mod go_json;
-pub(super) mod held;
 pub(super) mod settle;
 
 /// How long the CRI may take to know an image that containerd has: it hears of it as an event.
@@ -255,7 +254,7 @@ async fn snapshotter(node: &Containerd, offer: &Offer) -> Result<String> {
 }
 
 /// Takes the pod, up to the moment when it may be let go: gives the process id of the first process of its first
-/// container.
+/// container. The caller undoes what is there of a pod that has failed.
 pub(super) async fn take(
     node: &Containerd,
     store: &Store,
@@ -264,7 +263,7 @@ pub(super) async fn take(
     plan: PodPlan,
     request: &Request,
     (interrupt, progress): (&Interrupt, &dyn Progress),
-) -> Result<(Locked, u32)> {
+) -> Result<(Locked, Result<u32>)> {
     progress.step("image");
     let listen = || listen(offer, &request.data_addresses);
     // Whoever makes the pod has its images.
@@ -325,10 +324,8 @@ pub(super) async fn take(
         )
         .await
     };
-    match taken.await {
-        Ok(pid) => Ok((locked, pid)),
-        Err(error) => Err(super::settle::undo(node, store, &mut locked, error).await),
-    }
+    let taken = taken.await;
+    Ok((locked, taken))
 }
 
 /// Makes all that can be there before the source is frozen.

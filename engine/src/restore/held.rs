@@ -21,7 +21,7 @@ use transship_proto::runc_options::Options;
 
 use super::client_files;
 use super::plan::Plan;
-use super::spec::{asking_for_restore, has_systemd_cgroup, without_restore};
+use super::spec::{has_systemd_cgroup, without_restore};
 use crate::container_log::path_of_uri;
 use crate::error::{Context, Error, Result, one_line};
 use crate::lost_task;
@@ -143,7 +143,7 @@ pub async fn hold_in(
 }
 
 async fn remove_after(node: &Containerd, plan: &Plan, error: Error) -> Error {
-    match plan.copy().remove(node).await {
+    match Copy::of(plan).remove(node).await {
         Ok(()) => error,
         Err(left) => Error::failed(format!(
             "and not all of it could be removed: {}",
@@ -160,7 +160,7 @@ async fn make(
     checkpoint: &Checkpoint,
 ) -> Result<(u32, PathBuf)> {
     let container = &plan.container;
-    let held = asking_for_restore(plan, &checkpoint.manifest.name);
+    let held = plan.asking_for_restore(&checkpoint.manifest.name);
     let image = &container.image;
     let Prepared {
         mounts,
@@ -272,13 +272,13 @@ impl Restored {
     /// What could not be removed.
     pub async fn undo(self) -> Result<()> {
         let id = &self.plan.id;
-        let removed = self.plan.copy().remove(&self.node).await;
+        let removed = Copy::of(&self.plan).remove(&self.node).await;
         removed.with_context(|| format!("{id:?} could not be removed again"))
     }
 
     /// Removes all that was made, because of this error.
     pub async fn undo_after(self, error: Error) -> Error {
-        match self.plan.copy().remove(&self.node).await {
+        match Copy::of(&self.plan).remove(&self.node).await {
             Ok(()) => error,
             Err(left) => Error::failed(format!(
                 "{:?} could not be removed again ({}) after this",
@@ -317,6 +317,17 @@ pub struct Copy<'a> {
     pub snapshotter: &'a str,
     /// The restore that makes it, as [`Plan::made_by`] has it.
     pub made_by: &'a str,
+}
+
+impl<'p> Copy<'p> {
+    /// What the restore of this plan makes.
+    fn of(plan: &'p Plan) -> Self {
+        Self {
+            id: &plan.id,
+            snapshotter: &plan.snapshotter,
+            made_by: &plan.made_by,
+        }
+    }
 }
 
 impl Copy<'_> {

@@ -6,7 +6,9 @@ use std::process::Command;
 
 use containerd_client::types::v1::Status;
 use serde_json::Value;
-use transship_checkpoint::annotations::RESTORE;
+use transship_checkpoint::annotations::{
+    MISSING_NAMESPACES, NETWORKS, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX,
+};
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest;
 use transship_checkpoint::namespaces::{self, Namespace};
@@ -17,7 +19,6 @@ use transship_sandbox::admission::foreign_spec::{self, Allow, Place};
 use transship_sandbox::{DEFAULT_RUN_DIR, PodDir, paths_of_process};
 
 use super::client_files::{self, ClientFiles};
-use super::held::Copy;
 use super::networks;
 use super::spec::{cgroups_path, joined_kinds, replace_joined, strip_our_annotations};
 use super::target::Target;
@@ -71,15 +72,6 @@ pub(super) struct Sandbox {
 }
 
 impl Plan {
-    /// What this restore makes.
-    pub(super) fn copy(&self) -> Copy<'_> {
-        Copy {
-            id: &self.id,
-            snapshotter: &self.snapshotter,
-            made_by: &self.made_by,
-        }
-    }
-
     /// Lets containerd start the copy again as it would have started the source, of which there is nothing any more when
     /// this one runs.
     pub(crate) fn keep_restart_policy(&mut self) {
@@ -91,6 +83,29 @@ impl Plan {
     pub(crate) fn set_image(&mut self, name: &str, chain_id: &str) {
         name.clone_into(&mut self.container.image.name);
         chain_id.clone_into(&mut self.container.image.chain_id);
+    }
+
+    /// The spec of the held container: it asks the runtime front for the restore.
+    pub(super) fn asking_for_restore(&self, checkpoint: &str) -> Spec {
+        let mut spec = self.spec.clone();
+        spec.set_annotation(RESTORE, checkpoint);
+        spec.set_annotation(RESTORE_CONTAINER, &self.container.name);
+        spec.set_annotation(ROOTFS, "filled");
+        // For the next dump.
+        for (name, value) in self.criu.choices(&self.container.criu) {
+            spec.set_annotation(&format!("{PREFIX}{name}"), &value);
+        }
+        if self.new_namespaces {
+            spec.set_annotation(MISSING_NAMESPACES, "new");
+        }
+        if let Some(sandbox) = &self.sandbox {
+            spec.set_annotation(SANDBOX, &sandbox.id);
+        }
+        if let Some(networks) = &self.networks {
+            let json = serde_json::to_string(networks).expect("strings are JSON");
+            spec.set_annotation(NETWORKS, &json);
+        }
+        spec
     }
 }
 

@@ -1,15 +1,10 @@
 //! The spec of a checkpoint, changed to what it must be on this node: pure functions.
 
 use serde_json::{Value, json};
-use transship_checkpoint::annotations::{
-    MISSING_NAMESPACES, NETWORKS, PREFIX, RESTORE, RESTORE_CONTAINER, ROOTFS, SANDBOX,
-    is_criu_option,
-};
+use transship_checkpoint::annotations::{PREFIX, SANDBOX, is_criu_option};
 use transship_checkpoint::manifest;
-use transship_checkpoint::spec::Spec;
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
-use super::plan::Plan;
 use crate::error::{Context, Result};
 
 /// The path of a shared namespace that is to become the container's own: with
@@ -72,29 +67,6 @@ pub(super) fn cgroups_path(
 pub(super) fn has_systemd_cgroup(spec: &Value) -> bool {
     let path = spec.pointer("/linux/cgroupsPath").and_then(Value::as_str);
     path.is_some_and(|path| path.split(':').count() == 3)
-}
-
-/// The spec of the held container: it asks the runtime front for the restore.
-pub(super) fn asking_for_restore(plan: &Plan, checkpoint: &str) -> Spec {
-    let mut spec = plan.spec.clone();
-    spec.set_annotation(RESTORE, checkpoint);
-    spec.set_annotation(RESTORE_CONTAINER, &plan.container.name);
-    spec.set_annotation(ROOTFS, "filled");
-    // For the next dump.
-    for (name, value) in plan.criu.choices(&plan.container.criu) {
-        spec.set_annotation(&format!("{PREFIX}{name}"), &value);
-    }
-    if plan.new_namespaces {
-        spec.set_annotation(MISSING_NAMESPACES, "new");
-    }
-    if let Some(sandbox) = &plan.sandbox {
-        spec.set_annotation(SANDBOX, &sandbox.id);
-    }
-    if let Some(networks) = &plan.networks {
-        let json = serde_json::to_string(networks).expect("strings are JSON");
-        spec.set_annotation(NETWORKS, &json);
-    }
-    spec
 }
 
 /// The spec of an ordinary container: started again, it starts its program.

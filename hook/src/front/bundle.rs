@@ -36,13 +36,14 @@ use transship_sandbox::forgotten_bundle::MARKER;
 use transship_path_error::During as _;
 use transship_sandbox::read_proc;
 
-use super::criu_config;
 use super::{FitError, Front, FrontError};
 use crate::argv::Arguments;
 
 /// How annotations of CRI-O and podman begin.
 const OTHER_ENGINES: [&str; 3] = ["io.kubernetes.cri-o.", "io.podman.", "io.container.manager"];
 const MARKER_VERSION: u32 = 1;
+/// CRIU's options of the restore, in the bundle.
+pub(super) const CRIU_CONFIG_FILE: &str = "transship-criu.conf";
 
 /// The directory of one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -240,7 +241,7 @@ impl Bundle {
         }
         let cri = all.contains_key(CONTAINER_TYPE);
         // Of a pod its author chooses them, and CRIU executes what such a file names.
-        let own = std::path::absolute(self.path(criu_config::CONFIG_FILE)).ok();
+        let own = std::path::absolute(self.path(CRIU_CONFIG_FILE)).ok();
         let is_own = all.get(CRIU_CONFIG).map(Path::new) == own.as_deref();
         let criu_config = match cri && !is_own {
             true => spec.remove_annotation(CRIU_CONFIG),

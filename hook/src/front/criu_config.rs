@@ -15,13 +15,10 @@ use transship_checkpoint::spec::Spec;
 
 use transship_path_error::During as _;
 
-use super::bundle::Bundle;
+use super::bundle::{Bundle, CRIU_CONFIG_FILE};
 use super::{FitError, FrontError};
+use crate::runtime::CRIU_CONFIG_DIR;
 
-/// In the bundle.
-pub(super) const CONFIG_FILE: &str = "transship-criu.conf";
-/// Where the operator's configurations of CRIU are.
-pub(super) const CRIU_CONFIG_DIR: &str = "/etc/criu";
 /// Where runc and crun look for CRIU options when no annotation names a file.
 const DEFAULT_CONFIG: &str = "/etc/criu/runc.conf";
 
@@ -40,7 +37,7 @@ impl CriuConfig {
         options: &CriuOptions,
         more: &[ConfigLine],
     ) -> Result<Self, FrontError> {
-        let path = bundle.path(CONFIG_FILE);
+        let path = bundle.path(CRIU_CONFIG_FILE);
         let path = std::path::absolute(&path).during("find", &path)?;
         let own = match spec.annotations().remove(annotations::CRIU_CONFIG) {
             // A failed attempt has named it already.

@@ -9,15 +9,14 @@ use transship_checkpoint::criu_options::ConfigLineError;
 use transship_checkpoint::manifest::ManifestError;
 use transship_checkpoint::namespaces::NamespaceError;
 use transship_checkpoint::store::StoreError;
+use transship_layer::{ImportError, StackError};
 use transship_path_error::PathError;
 use transship_sandbox::SandboxError;
 use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::asker::NotForAsker;
 use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
 
-use super::criu_config::CRIU_CONFIG_DIR;
-use super::rootfs::RootfsError;
-use crate::runtime::RuntimeError;
+use crate::runtime::{CRIU_CONFIG_DIR, RuntimeError};
 
 /// Why a call fails.
 #[derive(Debug, thiserror::Error)]
@@ -344,6 +343,46 @@ pub enum RestoreError {
         /// The container.
         id: String,
     },
+}
+
+/// Why the files of a checkpoint are not in the container.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RootfsError {
+    /// There is no upperdir to fill.
+    #[error(
+        "the root file system {path} of the container cannot be filled: it is no overlay that is understood"
+    )]
+    NoOverlay {
+        /// The mount point.
+        path: PathBuf,
+        /// What it is instead.
+        source: StackError,
+    },
+    /// Its lower layers cannot be mounted again.
+    #[error(
+        "the root file system {path} of the container cannot be filled: its lower layer {lowerdir} is \
+         not there any more, as that of a pod with a user namespace of its own (`hostUsers: false`)"
+    )]
+    LostLayer {
+        /// The mount point.
+        path: PathBuf,
+        /// The lower layer.
+        lowerdir: PathBuf,
+    },
+    /// The layer cannot be imported.
+    #[error("cannot fill {upperdir} from {layer}")]
+    Import {
+        /// The upperdir.
+        upperdir: PathBuf,
+        /// The layer.
+        layer: PathBuf,
+        /// Why.
+        source: ImportError,
+    },
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 impl FrontError {

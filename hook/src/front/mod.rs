@@ -63,9 +63,8 @@ use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::forgotten_bundle::unmount_yards;
 use transship_sandbox::unmount_all;
 
-pub use error::{FitError, FrontError, RestoreError};
+pub use error::{FitError, FrontError, RestoreError, RootfsError};
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
-pub use rootfs::RootfsError;
 
 use self::bundle::{Bundle, Config};
 use self::held_restore::read_pid;

@@ -18,53 +18,13 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::manifest::contents_in_filled;
 use transship_layer::{
-    ImportError, ImportOptions, MountedOverlay, StackError, decompress, import_into_upperdir,
-    remove_contents,
+    ImportOptions, MountedOverlay, decompress, import_into_upperdir, remove_contents,
 };
-use transship_path_error::{During as _, PathError};
+use transship_path_error::During as _;
 use transship_sandbox::read_proc;
 
+use super::RootfsError;
 use super::bundle::Bundle;
-
-/// Why the files of a checkpoint are not in the container.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RootfsError {
-    /// There is no upperdir to fill.
-    #[error(
-        "the root file system {path} of the container cannot be filled: it is no overlay that is understood"
-    )]
-    NoOverlay {
-        /// The mount point.
-        path: PathBuf,
-        /// What it is instead.
-        source: StackError,
-    },
-    /// Its lower layers cannot be mounted again.
-    #[error(
-        "the root file system {path} of the container cannot be filled: its lower layer {lowerdir} is \
-         not there any more, as that of a pod with a user namespace of its own (`hostUsers: false`)"
-    )]
-    LostLayer {
-        /// The mount point.
-        path: PathBuf,
-        /// The lower layer.
-        lowerdir: PathBuf,
-    },
-    /// The layer cannot be imported.
-    #[error("cannot fill {upperdir} from {layer}")]
-    Import {
-        /// The upperdir.
-        upperdir: PathBuf,
-        /// The layer.
-        layer: PathBuf,
-        /// Why.
-        source: ImportError,
-    },
-    /// A system call failed.
-    #[error(transparent)]
-    Io(#[from] PathError),
-}
 
 /// Mounts an overlay on `root` as it was.
 fn mount_again(overlay: &MountedOverlay, root: &Path) -> Result<(), RootfsError> {

@@ -24,8 +24,8 @@ use transship_sandbox::{PodDir, Request};
 
 use transship_path_error::During as _;
 
+use super::RootfsError;
 use super::bundle::Config;
-use super::rootfs::RootfsError;
 use super::{FitError, Front, FrontError};
 
 impl Front<'_> {

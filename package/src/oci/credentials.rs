@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use data_encoding::BASE64;
 use serde::Deserialize;
 
-use super::registry_error::RegistryError;
+use crate::registry_error::RegistryError;
 
 /// How long a helper may take: it may ask somebody.
 const HELPER_PATIENCE: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::digests::check_digest;
-use super::registry_error::RegistryError;
+use crate::registry_error::RegistryError;
 
 /// A reference. The host is always named: nothing goes to a registry that nobody meant.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -41,8 +41,8 @@ use super::credentials::Credentials;
 use super::digests::{check_digest, digest_of};
 use super::document::Descriptor;
 use super::reference::Reference;
-use super::registry_error::RegistryError;
 use crate::error::PackageError;
+use crate::registry_error::RegistryError;
 
 /// How often a blob or manifest is asked for that is another one.
 const LIES: u32 = 3;

@@ -25,8 +25,9 @@ use super::transfers::in_threads;
 use crate::contents::Contents;
 use crate::encryption::Identities;
 use crate::error::PackageError;
-use crate::import::{Head, ImportOptions, NewFile, check_room};
+use crate::import::{Head, ImportOptions};
 use crate::layer_changes::Digests;
+use crate::new_file::{NewFile, check_room};
 use crate::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT, TrustedKeys};
 
 /// Entries of an index that are looked at.

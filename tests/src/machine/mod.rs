@@ -38,9 +38,6 @@ pub use cases::Verdict;
 use crate::{Settings, TestbedError};
 use transship_path_error::During as _;
 
-/// In the machine, and nowhere else: tests with the prefix `vm_` may do to it what they want.
-pub(crate) const MARKER: &str = "/etc/transship-vm";
-
 /// One run of tests in machines.
 #[derive(Debug)]
 pub struct Machine<'a> {

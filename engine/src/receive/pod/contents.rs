@@ -18,7 +18,7 @@ use transship_layer::remove_tree;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::super::arrival::{ArrivingPod, Locked};
-use super::super::migration::require_room_for_files;
+use super::super::offered_files::require_room_for_files;
 use super::{Made, admission, pod_of, upperdir_of};
 use crate::error::{Context, Result};
 use crate::restore::make_contents_dir;

@@ -12,11 +12,11 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchown, fchownat};
 use rustix::fs::{Timespec, Timestamps, utimensat};
 
+use super::UpperTree;
 use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
 use crate::layer_format::LayerFormat;
 use crate::overlay_marks::{is_host_bound, is_overlay_private};
-use crate::upper_tree::UpperTree;
 use crate::xattrs::{Xattr, XattrHolder, remove_xattr, set_xattr};
 
 /// Kept back until a directory is left.
