@@ -11,6 +11,10 @@ use std::io::{self, BufRead, Chain, Cursor, Read};
 
 use flate2::bufread::MultiGzDecoder;
 
+use crate::large_windows::{
+    HEADER_BYTES, LargeWindowTurn, LargeWindows, SMALL_WINDOW_LOG, has_small_window,
+};
+
 /// How a layer is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
@@ -94,7 +98,7 @@ fn name_large_window(error: io::Error) -> io::Error {
     if error.to_string() == too_large {
         io::Error::new(
             io::ErrorKind::Unsupported,
-            "its zstd window is larger than 128 MiB",
+            "its zstd window is larger than 128 MiB, or than 8 MiB and not that of its first frame",
         )
     } else {
         error
@@ -106,11 +110,48 @@ fn name_large_window(error: io::Error) -> io::Error {
 /// # Errors
 /// When the first bytes cannot be read, or zstd cannot be set up. Damaged data is an error of the
 /// `read` that comes to it.
-pub fn decompress<R: BufRead>(mut reader: R) -> io::Result<Decompressed<R>> {
-    let mut start = Vec::with_capacity(SIGNATURE_BYTES);
-    (&mut reader)
-        .take(SIGNATURE_BYTES as u64)
-        .read_to_end(&mut start)?;
+pub fn decompress<R: BufRead>(reader: R) -> io::Result<Decompressed<R>> {
+    let (start, reader) = begin(reader, SIGNATURE_BYTES)?;
+    decompress_within(start, reader, MAX_WINDOW_LOG)
+}
+
+/// As [`decompress`], of several layers at once: one with a large window waits for its turn, which is to be kept as long as it
+/// is read. A window that becomes large behind the first frame is one that is too large.
+///
+/// # Errors
+/// As [`decompress`]; or it was given up meanwhile.
+pub fn decompress_in_turn<'w, R: BufRead>(
+    reader: R,
+    windows: &'w LargeWindows,
+    is_given_up: &dyn Fn() -> bool,
+) -> io::Result<(Decompressed<R>, Option<LargeWindowTurn<'w>>)> {
+    let (mut start, mut reader) = begin(reader, SIGNATURE_BYTES)?;
+    if compression_of(&start) == Compression::Zstd {
+        let rest = HEADER_BYTES - SIGNATURE_BYTES;
+        (&mut reader).take(rest as u64).read_to_end(&mut start)?;
+    }
+    if compression_of(&start) != Compression::Zstd || has_small_window(&start) {
+        return Ok((decompress_within(start, reader, SMALL_WINDOW_LOG)?, None));
+    }
+    let turn = windows.take(is_given_up)?;
+    Ok((
+        decompress_within(start, reader, MAX_WINDOW_LOG)?,
+        Some(turn),
+    ))
+}
+
+/// The first bytes, and what comes behind them.
+fn begin<R: BufRead>(mut reader: R, bytes: usize) -> io::Result<(Vec<u8>, R)> {
+    let mut start = Vec::with_capacity(bytes);
+    (&mut reader).take(bytes as u64).read_to_end(&mut start)?;
+    Ok((start, reader))
+}
+
+fn decompress_within<R: BufRead>(
+    start: Vec<u8>,
+    reader: R,
+    window_log: u32,
+) -> io::Result<Decompressed<R>> {
     let compression = compression_of(&start);
     let whole = Cursor::new(start).chain(reader);
     let decoder = match compression {
@@ -118,7 +159,7 @@ pub fn decompress<R: BufRead>(mut reader: R) -> io::Result<Decompressed<R>> {
         Compression::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(whole))),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(whole)?;
-            decoder.window_log_max(MAX_WINDOW_LOG)?;
+            decoder.window_log_max(window_log)?;
             Decoder::Zstd(Box::new(decoder))
         }
     };
@@ -128,7 +169,7 @@ pub fn decompress<R: BufRead>(mut reader: R) -> io::Result<Decompressed<R>> {
 fn compression_of(start: &[u8]) -> Compression {
     match start {
         [0x1f, 0x8b, ..] => Compression::Gzip,
-        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Compression::Zstd,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Compression::Zstd,
         _ => Compression::None,
     }
 }
@@ -202,6 +243,47 @@ mod tests {
             let read = io::copy(&mut decompress(&packed[..]).unwrap(), &mut io::sink());
             assert_eq!(read.err().map(|error| error.kind()), kind, "{window_log}");
         }
+    }
+
+    fn of_window(window_log: u32) -> Vec<u8> {
+        let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(window_log).unwrap();
+        // More than the window: a smaller frame is its own window.
+        for _ in 0..(1 << (window_log - 20)) + 1 {
+            encoder.write_all(&[7; 1 << 20]).unwrap();
+        }
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn large_windows_are_read_one_after_the_other() {
+        let windows = LargeWindows::new(1);
+        let given_up = || true;
+        let (small, large) = (of_window(23), of_window(24));
+        let whole = zstd::bulk::compress(&[7; 1 << 20], 1).unwrap();
+        let others = [small.clone(), whole, gzip(b"data"), b"tar".to_vec()];
+        let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0][..], &large].concat();
+        let behind = [&small[..], &large].concat();
+        let in_turn = |packed| decompress_in_turn(packed, &windows, &given_up);
+        let (mut first, turn) = in_turn(&large[..]).unwrap();
+        assert!(turn.is_some());
+        // Whoever needs none does not wait.
+        for packed in &others {
+            assert!(in_turn(packed).unwrap().1.is_none());
+        }
+        assert!(in_turn(&large[..]).is_err(), "there is one turn");
+        assert_eq!(io::copy(&mut first, &mut io::sink()).unwrap(), 17 << 20);
+        drop(turn);
+        assert!(in_turn(&large[..]).unwrap().1.is_some());
+        // Of what begins with something else it is not told.
+        let (mut reader, turn) = in_turn(&skippable).unwrap();
+        assert!(turn.is_some());
+        assert_eq!(io::copy(&mut reader, &mut io::sink()).unwrap(), 17 << 20);
+        drop(turn);
+        let (mut reader, turn) = in_turn(&behind).unwrap();
+        assert!(turn.is_none());
+        let error = io::copy(&mut reader, &mut io::sink()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported, "handed on");
     }
 
     #[test]

@@ -37,6 +37,7 @@
 //! `user_namespace` tells whether devices can be made; `layer_format` says for whom a layer is, `path_bytes` what a path may be. `export_error` and `import_error` say why not.
 //!
 //! `contents` sends large files of a directory that is in use, so that a layer need not have them.
+//! `large_windows` bounds what zstd takes for several layers at once.
 //! `archive` reads a tar member by member, for those who only look. `rewrite_for_image` makes of a checkpoint's
 //! layer one for registries.
 //!
@@ -77,6 +78,7 @@ mod export_renamed;
 mod import;
 mod import_error;
 mod inode_attributes;
+mod large_windows;
 mod layer_format;
 mod load;
 mod lower_view;
@@ -104,11 +106,12 @@ mod xattrs;
 
 pub use archive::{Archive, LayerChange, Member, MemberKind};
 pub use contents::{ContentsError, KnownContents, send_contents};
-pub use decompress::{Compression, Decompressed, decompress};
+pub use decompress::{Compression, Decompressed, decompress, decompress_in_turn};
 pub use export::{
     ExportError, ExportOptions, ExportStats, export_upperdir, export_upperdir_to_file,
 };
 pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
+pub use large_windows::{LargeWindowTurn, LargeWindows};
 pub use layer_format::LayerFormat;
 pub use lower_view::LowerError;
 pub use mounted_overlay::MountedOverlay;

@@ -45,47 +45,51 @@ fn blob_path(root: &Path, digest: &str) -> Option<PathBuf> {
 #[derive(Debug)]
 pub(super) struct BlobFile {
     file: BufReader<File>,
-    stopped: Arc<AtomicBool>,
+    stop: Stop,
 }
 
-/// Makes the reads of a [`BlobFile`] fail.
-#[derive(Debug)]
+/// The order to stop, for all threads that work on a layer.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Stop(Arc<AtomicBool>);
 
 impl Stop {
     pub(super) fn now(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
+
+    pub(super) fn is_ordered(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// It was ordered.
+    pub(super) fn check(&self) -> io::Result<()> {
+        match self.is_ordered() {
+            true => Err(io::Error::other("given up")),
+            false => Ok(()),
+        }
+    }
 }
 
 impl BlobFile {
-    pub(super) fn new(file: File) -> (Self, Stop) {
-        let stopped = Arc::new(AtomicBool::new(false));
-        let blob = Self {
+    pub(super) fn new(file: File, stop: Stop) -> Self {
+        Self {
             file: BufReader::with_capacity(CHUNK_BYTES, file),
-            stopped: Arc::clone(&stopped),
-        };
-        (blob, Stop(stopped))
-    }
-
-    fn check(&self) -> io::Result<()> {
-        if self.stopped.load(Ordering::Relaxed) {
-            return Err(io::Error::other("given up"));
+            stop,
         }
-        Ok(())
     }
 }
 
 impl Read for BlobFile {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.check()?;
+        self.stop.check()?;
         self.file.read(buffer)
     }
 }
 
 impl BufRead for BlobFile {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.check()?;
+        self.stop.check()?;
         self.file.fill_buf()
     }
 
@@ -127,7 +131,9 @@ mod tests {
         for (digest, size) in [("sha256:aa", 6), ("sha256:bb", 7), ("sha256:cc", 7)] {
             assert!(open_blob(root.path(), digest, size).is_none(), "{digest}");
         }
-        let (mut blob, stop) = BlobFile::new(open_blob(root.path(), "sha256:aa", 7).unwrap());
+        let stop = Stop::default();
+        let file = open_blob(root.path(), "sha256:aa", 7).unwrap();
+        let mut blob = BlobFile::new(file, stop.clone());
         let mut read = [0; 3];
         blob.read_exact(&mut read).unwrap();
         assert_eq!(&read, b"con");

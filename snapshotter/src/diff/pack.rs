@@ -115,9 +115,12 @@ mod tests {
     use std::io::Read;
     use std::path::Path;
 
-    use transship_layer::OverlayStack;
+    use std::sync::Arc;
 
-    use super::super::unpack::unpack_layer;
+    use transship_layer::{LargeWindows, OverlayStack};
+
+    use super::super::blob_file::Stop;
+    use super::super::unpack::{Bounds, unpack_layer};
 
     fn source(dir: &Path) -> LayerSource {
         LayerSource {
@@ -157,7 +160,12 @@ mod tests {
                 .unwrap();
             assert!(read == tar);
             let target = tempfile::tempdir().unwrap();
-            let unpacked = unpack_layer(&blob[..], &OverlayStack::new(target.path(), [])).unwrap();
+            let bounds = Bounds {
+                windows: Arc::new(LargeWindows::new(1)),
+                stop: Stop::default(),
+            };
+            let stack = OverlayStack::new(target.path(), []);
+            let unpacked = unpack_layer(&blob[..], &stack, &bounds).unwrap();
             assert_eq!(unpacked.tar, plain.tar);
             assert_eq!(
                 fs::read(target.path().join("sub/49")).unwrap(),

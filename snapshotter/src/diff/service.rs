@@ -13,13 +13,15 @@ use containerd_client::tonic::metadata::MetadataMap;
 use containerd_client::tonic::{self, Code, Request, Response, Status};
 use containerd_client::types::Descriptor;
 use nix::unistd::{AccessFlags, access};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use transship_containerd::labels::{GC_ROOT, UNCOMPRESSED};
 use transship_containerd::{Containerd, Upload, namespace_of};
-use transship_layer::{Compression, ExportError, ImportError, OverlayStack, remove_contents};
+use transship_layer::{
+    Compression, ExportError, ImportError, LargeWindows, OverlayStack, remove_contents,
+};
 
-use super::blob_file::BlobFile;
+use super::blob_file::{BlobFile, Stop};
 use super::chunks::{ChunkReader, QUEUED_CHUNKS, gone};
 use super::error::DiffError;
 use super::handed_on::HandedOn;
@@ -29,12 +31,15 @@ use super::namespace;
 use super::pack::{PackError, Packed, pack_layer};
 use super::plan::{LayerSource, NotOurs, plan_apply, plan_diff};
 use super::store::Connection;
-use super::unpack::{Unpacked, unpack_layer};
+use super::unpack::{Bounds, Unpacked, unpack_layer};
 use crate::error::chain;
 use crate::metrics::{Metrics, NEXT_DIFFER, THIS_DIFFER};
 
 /// Calls that are worked on at a time; each holds some MiB and some threads.
 const JOBS: usize = 8;
+/// Layers with a large zstd window that are worked on at a time: each takes up to 128 MiB, of the gigabyte that the unit may
+/// have.
+const LARGE_WINDOWS: usize = 2;
 /// How often a layer is exported anew when the snapshot changed meanwhile. A container that writes now
 /// and then lets one through; one that never stops has to be paused.
 const ATTEMPTS: usize = 3;
@@ -47,6 +52,7 @@ pub(super) struct DiffService {
     /// change to its database while it waits for a Commit.
     durable_below: Option<PathBuf>,
     jobs: Semaphore,
+    windows: Arc<LargeWindows>,
     /// Turns true when the daemon can wait no longer.
     give_up: watch::Receiver<bool>,
     names: Names,
@@ -119,6 +125,7 @@ impl DiffService {
             connection,
             durable_below,
             jobs: Semaphore::new(JOBS),
+            windows: Arc::new(LargeWindows::new(LARGE_WINDOWS)),
             give_up,
             names: Names::new(socket),
             leases: Leases::default(),
@@ -144,6 +151,15 @@ impl DiffService {
         Ok(containerd)
     }
 
+    /// Waits for a turn, as long as somebody waits for the answer.
+    async fn turn(&self, given_up: &mut GivenUp) -> Result<Option<SemaphorePermit<'_>>, DiffError> {
+        tokio::select! {
+            // Nobody closes it.
+            turn = self.jobs.acquire() => Ok(turn.ok()),
+            () = given_up.wait() => Err(DiffError::GivenUp),
+        }
+    }
+
     async fn write_diff(
         &self,
         namespace: Option<String>,
@@ -162,7 +178,7 @@ impl DiffService {
                 .transpose()
                 .map_err(|_| DiffError::Invalid("the source date epoch lies before 1970"))?,
         };
-        let _turn = self.jobs.acquire().await;
+        let _turn = self.turn(&mut given_up).await?;
         let namespace = match namespace {
             Some(namespace) => namespace,
             None => namespace::with_mounts(&self.connection, &request.right).await?,
@@ -273,14 +289,19 @@ impl DiffService {
         if !media_type::is_layer(&layer.media_type) {
             return Err(NotOurs::because(format!("media type {:?}", layer.media_type)).into());
         }
-        let _turn = self.jobs.acquire().await;
+        let _turn = self.turn(given_up).await?;
         let durable_below = self.durable_below.as_deref();
         let is_durable = durable_below.is_some_and(|dir| target.top.starts_with(dir));
         let sync = request.sync_fs || is_durable;
         let digest = layer.digest.clone();
+        let stop = Stop::default();
+        let bounds = Bounds {
+            windows: Arc::clone(&self.windows),
+            stop: stop.clone(),
+        };
         let unpack = move |blob: &mut (dyn BufRead + Send)| {
             check_target(&target)?;
-            let unpacked = unpack_layer(blob, &target)
+            let unpacked = unpack_layer(blob, &target, &bounds)
                 .map_err(|source| left_or_failed(source, digest, &target.top))?;
             if sync {
                 sync_file_system(&target.top)?;
@@ -289,17 +310,9 @@ impl DiffService {
         };
         let unpacked = match self.connection.open_blob(containerd, layer).await? {
             Some(file) => {
-                let (mut blob, stop) = BlobFile::new(file);
-                let mut unpacking = tokio::task::spawn_blocking(move || unpack(&mut blob));
-                tokio::select! {
-                    unpacked = joined_with(&mut unpacking) => unpacked,
-                    () = given_up.wait() => {
-                        stop.now();
-                        // The target is nobody's before the last thread has left it.
-                        drop(unpacking.await);
-                        Err(DiffError::GivenUp)
-                    }
-                }
+                let mut blob = BlobFile::new(file, stop.clone());
+                let unpacking = tokio::task::spawn_blocking(move || unpack(&mut blob));
+                joined_unless(unpacking, &stop, given_up).await
             }
             None => {
                 let (pieces, queue) = mpsc::channel(QUEUED_CHUNKS);
@@ -307,15 +320,23 @@ impl DiffService {
                     tokio::task::spawn_blocking(move || unpack(&mut ChunkReader::new(queue)));
                 let read = tokio::select! {
                     read = read_into(&pieces, containerd, layer) => read,
-                    () = given_up.wait() => Err(DiffError::GivenUp),
+                    () = given_up.wait() => {
+                        stop.now();
+                        Err(DiffError::GivenUp)
+                    }
                 };
                 if read.is_err() {
                     // Else the end of the queue would look like the end of the blob.
                     drop(pieces.send(Err(io::Error::other("given up"))).await);
                 }
                 drop(pieces);
-                let unpacked = joined(unpacking).await;
-                read.and(unpacked)
+                match read {
+                    Ok(()) => joined_unless(unpacking, &stop, given_up).await,
+                    Err(error) => {
+                        drop(unpacking.await);
+                        Err(error)
+                    }
+                }
             }
         };
         let (target, Unpacked { tar, stats }) = unpacked?;
@@ -450,6 +471,23 @@ async fn joined<T>(mut task: JoinHandle<Result<T, DiffError>>) -> Result<T, Diff
 async fn joined_with<T>(task: &mut JoinHandle<Result<T, DiffError>>) -> Result<T, DiffError> {
     task.await
         .unwrap_or_else(|error| Err(DiffError::Internal(error.to_string())))
+}
+
+/// The same of what is told to stop when nobody waits for it any more.
+async fn joined_unless<T>(
+    mut task: JoinHandle<Result<T, DiffError>>,
+    stop: &Stop,
+    given_up: &mut GivenUp,
+) -> Result<T, DiffError> {
+    tokio::select! {
+        done = joined_with(&mut task) => done,
+        () = given_up.wait() => {
+            stop.now();
+            // The target is nobody's before the last thread has left it.
+            drop(task.await);
+            Err(DiffError::GivenUp)
+        }
+    }
 }
 
 /// Removes what killed processes of this differ have left unfinished.

@@ -5,15 +5,26 @@
 //! ```
 
 use std::io::{self, BufRead, Read};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use transship_layer::{
-    ImportError, ImportOptions, ImportStats, LayerFormat, OverlayStack, decompress,
-    import_into_upperdir,
+    ImportError, ImportOptions, ImportStats, LargeWindows, LayerFormat, OverlayStack,
+    decompress_in_turn, import_into_upperdir,
 };
 
+use super::blob_file::Stop;
 use super::chunks::{CHUNK_BYTES, ChunkReader, Measured, QUEUED_CHUNKS, gone, measure};
+
+/// What bounds the work on a layer.
+#[derive(Debug, Clone)]
+pub(super) struct Bounds {
+    /// Turns for large windows, which all layers share.
+    pub(super) windows: Arc<LargeWindows>,
+    /// Ends it.
+    pub(super) stop: Stop,
+}
 
 /// A layer that has been applied.
 #[derive(Debug)]
@@ -32,6 +43,7 @@ pub(super) struct Unpacked {
 pub(super) fn unpack_layer(
     blob: impl BufRead + Send,
     target: &OverlayStack,
+    bounds: &Bounds,
 ) -> Result<Unpacked, ImportError> {
     let options = ImportOptions {
         format: LayerFormat::Image,
@@ -45,7 +57,7 @@ pub(super) fn unpack_layer(
         let (plain, plain_chunks) = sync_channel(QUEUED_CHUNKS);
         let (hashed, hashed_chunks) = sync_channel(QUEUED_CHUNKS);
         scope.spawn(move || {
-            if let Err(error) = decompress_into(&plain, blob) {
+            if let Err(error) = decompress_into(&plain, blob, bounds) {
                 drop(plain.send(Err(error)));
             }
         });
@@ -60,9 +72,16 @@ pub(super) fn unpack_layer(
     })
 }
 
-fn decompress_into(plain: &SyncSender<io::Result<Vec<u8>>>, blob: impl BufRead) -> io::Result<()> {
-    let mut reader = decompress(blob)?;
+fn decompress_into(
+    plain: &SyncSender<io::Result<Vec<u8>>>,
+    blob: impl BufRead,
+    bounds: &Bounds,
+) -> io::Result<()> {
+    let (mut reader, _turn) =
+        decompress_in_turn(blob, &bounds.windows, &|| bounds.stop.is_ordered())?;
     loop {
+        // A few bytes of a blob may be gigabytes of a layer.
+        bounds.stop.check()?;
         let mut chunk = Vec::with_capacity(CHUNK_BYTES);
         (&mut reader)
             .take(CHUNK_BYTES as u64)
@@ -99,6 +118,37 @@ mod tests {
     use std::io::{BufReader, Write};
     use std::path::Path;
 
+    fn bounds() -> Bounds {
+        Bounds {
+            windows: Arc::new(LargeWindows::new(1)),
+            stop: Stop::default(),
+        }
+    }
+
+    /// A layer of a few kilobytes that would be a terabyte of zeros is not read to its end by who was told to stop.
+    #[test]
+    fn what_is_given_up_ends_between_two_reads_of_the_blob() {
+        struct Endless;
+        impl Read for Endless {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                buffer.fill(0);
+                Ok(buffer.len())
+            }
+        }
+        let bounds = bounds();
+        let stop = bounds.stop.clone();
+        let start = tar(0);
+        let plain = BufReader::new(start[..1024].chain(Endless));
+        let stopping = thread::spawn(move || {
+            thread::sleep(std::time::Duration::from_millis(50));
+            stop.now();
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let error = unpack_layer(plain, &target(dir.path()), &bounds).unwrap_err();
+        stopping.join().unwrap();
+        assert!(error.to_string().contains("cannot read"), "{error}");
+    }
+
     fn target(dir: &Path) -> OverlayStack {
         OverlayStack::new(dir, [])
     }
@@ -134,7 +184,7 @@ mod tests {
                 flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
             gzip.write_all(&tar).unwrap();
             let gzip = gzip.finish().unwrap();
-            let unpacked = unpack_layer(&gzip[..], &target(dir.path())).unwrap();
+            let unpacked = unpack_layer(&gzip[..], &target(dir.path()), &bounds()).unwrap();
             assert_eq!(unpacked.tar, measure([tar], |_| Ok(())).unwrap());
             assert_eq!(std::fs::read(dir.path().join("file")).unwrap(), b"abc");
         }
@@ -160,7 +210,7 @@ mod tests {
         for good in [0, 512] {
             let dir = tempfile::tempdir().unwrap();
             let blob = BufReader::with_capacity(512, Broken(good));
-            let error = unpack_layer(blob, &target(dir.path())).unwrap_err();
+            let error = unpack_layer(blob, &target(dir.path()), &bounds()).unwrap_err();
             let ImportError::Read { source } = error else {
                 panic!("{error:?}");
             };
@@ -173,7 +223,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut damaged = tar(100 * CHUNK_BYTES);
         damaged[0] = b'x';
-        let error = unpack_layer(&damaged[..], &target(dir.path())).unwrap_err();
+        let error = unpack_layer(&damaged[..], &target(dir.path()), &bounds()).unwrap_err();
         assert!(matches!(error, ImportError::Malformed { .. }), "{error:?}");
     }
 }
