@@ -21,7 +21,7 @@ use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::lower_view::LowerView;
 use crate::overlay_marks::read_marks_and_xattrs;
 use crate::overlay_stack::OverlayStack;
-use crate::path_bytes::{components, join_cleaned, push_component, split_last};
+use crate::path_bytes::{clean_path_into, components, join_cleaned, push_component, split_last};
 use crate::remove_tree::remove_name;
 use crate::sparse::{Segment, find_segments};
 use crate::tar_read::{TarEntry, TarReader, TarType};
@@ -34,7 +34,7 @@ use crate::xattrs::XattrReader;
 /// Piece in which a file of a lower layer is copied.
 const COPY_BYTES: usize = 1 << 20;
 
-/// Memory for the names of files that are copied from lower layers.
+/// Memory for names of files that are copied from lower layers.
 const MAX_COPIED_BYTES: usize = 8 << 20;
 
 /// How to import, and how much of it.
@@ -45,8 +45,8 @@ pub struct ImportOptions {
     /// Leaves out (and counts) extended attributes that the file system does not know, as containerd
     /// does for images; otherwise they make the import fail.
     pub skip_unsupported_xattrs: bool,
-    /// Most bytes of uncompressed tar that are accepted. An entry has at least 512, so this bounds their
-    /// number, too.
+    /// Most bytes of uncompressed tar that are accepted, with those of files that are copied from lower layers because a
+    /// hard link names them. An entry has at least 512, so this bounds their number, too.
     pub max_bytes: u64,
     /// The name, at the top of the upperdir, of the directory of contents that have come before (contents.rs); it is gone
     /// when the layer is applied.
@@ -143,30 +143,19 @@ pub fn import_into_upperdir<R: Read>(
         contents,
         copied: HashSet::new(),
         copied_bytes: 0,
+        copied_data: 0,
+        max_bytes: options.max_bytes,
     };
     let mut entry = TarEntry::default();
     let mut path = Vec::new();
     while import.tar.next_entry(&mut entry)? {
         import.stats.entries += 1;
-        import.check_limit(options.max_bytes)?;
-        clean_path(&entry.path, &mut path);
+        import.check_limit()?;
+        clean_path_into(&entry.path, &mut path);
         import.apply(&entry, &path)?;
     }
     import.tar.drain(u64::MAX)?;
     import.finish(options)
-}
-
-/// Brings a name into the form of path_bytes.rs. The root of the layer is the root of all: absolute names
-/// count from there, and `..` does not lead out of it, as Go's `filepath.Clean` and containerd have it.
-fn clean_path(raw: &[u8], path: &mut Vec<u8>) {
-    path.clear();
-    for component in components(raw) {
-        match component {
-            b"." => {}
-            b".." => path.truncate(split_last(path).0.len()),
-            component => push_component(path, component),
-        }
-    }
 }
 
 /// What of the symlinks in a path was followed.
@@ -186,14 +175,20 @@ struct Import<R> {
     /// Files that were copied from the lower layers.
     copied: HashSet<Vec<u8>>,
     copied_bytes: usize,
+    copied_data: u64,
+    max_bytes: u64,
 }
 
 impl<R: Read> Import<R> {
-    fn check_limit(&self, max_bytes: u64) -> Result<(), ImportError> {
-        if self.tar.offset().saturating_add(self.tar.data_left()) > max_bytes {
-            return Err(ImportError::TooLarge { limit: max_bytes });
+    fn check_limit(&self) -> Result<(), ImportError> {
+        let (tar, limit) = (self.tar.offset(), self.max_bytes);
+        let all = tar
+            .saturating_add(self.tar.data_left())
+            .saturating_add(self.copied_data);
+        match all > limit {
+            true => Err(ImportError::TooLarge { limit }),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn apply(&mut self, entry: &TarEntry, path: &[u8]) -> Result<(), ImportError> {
@@ -608,7 +603,6 @@ impl<R: Read> Import<R> {
             .metadata()
             .map_err(|error| ImportError::io("stat", target, error))?
             .len();
-        let file = File::from(create_file(&mut self.tree, name, target, wanted.mode)?);
         let whole = vec![Segment {
             offset: 0,
             len: size,
@@ -616,6 +610,11 @@ impl<R: Read> Import<R> {
         let segments = find_segments(&source, size)
             .map_err(|error| ImportError::io("find the holes of", target, error))?
             .unwrap_or(whole);
+        // A few headers could have all of the lower layers copied.
+        let data = segments.iter().map(|segment| segment.len);
+        self.copied_data = data.fold(self.copied_data, u64::saturating_add);
+        self.check_limit()?;
+        let file = File::from(create_file(&mut self.tree, name, target, wanted.mode)?);
         let mut buffer = vec![0; COPY_BYTES];
         for segment in segments {
             let (mut position, end) = (segment.offset, segment.offset + segment.len);
@@ -741,7 +740,7 @@ impl<R: Read> Import<R> {
         self.stats.implied_directories = self.tree.counts.implied_directories;
         self.stats.dropped_xattrs = self.tree.counts.dropped_xattrs;
         self.stats.unsupported_xattrs = self.tree.counts.unsupported_xattrs;
-        self.check_limit(options.max_bytes)?;
+        self.check_limit()?;
         Ok(self.stats)
     }
 }

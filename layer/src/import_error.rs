@@ -45,7 +45,9 @@ pub enum ImportError {
         reason: &'static str,
     },
     /// The tar is larger than the caller allows.
-    #[error("the uncompressed layer has more than {limit} bytes")]
+    #[error(
+        "the uncompressed layer, with what it copies from lower ones, has more than {limit} bytes"
+    )]
     TooLarge {
         /// The limit that was set.
         limit: u64,

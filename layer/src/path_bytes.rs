@@ -59,6 +59,19 @@ pub(crate) fn push_component(path: &mut Vec<u8>, name: &[u8]) {
     path.extend_from_slice(name);
 }
 
+/// Brings a name into that form. The root of the layer is the root of all: absolute names
+/// count from there, and `..` does not lead out of it, as Go's `filepath.Clean` and containerd have it.
+pub(crate) fn clean_path_into(raw: &[u8], path: &mut Vec<u8>) {
+    path.clear();
+    for component in components(raw) {
+        match component {
+            b"." => {}
+            b".." => path.truncate(split_last(path).0.len()),
+            component => push_component(path, component),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

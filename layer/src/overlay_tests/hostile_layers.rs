@@ -14,7 +14,7 @@ use super::tree_state::read_tree;
 use crate::pax::push_record;
 use crate::xattrs::{XattrHolder, XattrReader, set_xattr};
 use crate::{
-    ImportError, ImportOptions, ImportStats, LayerFormat, OverlayStack, OverlayXattrs,
+    Compression, ImportError, ImportOptions, ImportStats, LayerFormat, OverlayStack, OverlayXattrs,
     import_into_upperdir,
 };
 
@@ -637,6 +637,14 @@ fn root_a_lower_file_is_copied_up_once() {
     }
     let error = import(&cycle.end(), &dirs).unwrap_err();
     assert!(error.to_string().contains("a second time"), "{error}");
+    // One of a checkpoint makes no more of itself than it is.
+    let dirs = OverlayDirs::on_disk();
+    fs::write(dirs.lowerdirs[0].join("big"), vec![1; 1 << 20]).unwrap();
+    let layer = tar().link(b'1', "x", "big").end();
+    let options = ImportOptions::for_checkpoint(layer.len() as u64, Compression::None);
+    let error = import_into_upperdir(&layer[..], &dirs.stack(), &options).unwrap_err();
+    assert!(matches!(error, ImportError::TooLarge { .. }), "{error}");
+    assert!(!dirs.stack().top.join("x").try_exists().unwrap());
 }
 
 #[test]
