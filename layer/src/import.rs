@@ -213,7 +213,10 @@ impl<R: Read> Import<R> {
             uid: entry.uid,
             gid: entry.gid,
             mtime: entry.mtime,
-            atime: entry.atime.unwrap_or(entry.mtime),
+            // As containerd: the later one.
+            atime: entry
+                .atime
+                .map_or(entry.mtime, |atime| atime.max(entry.mtime)),
             xattrs: &entry.xattrs,
         };
         if path.is_empty() {

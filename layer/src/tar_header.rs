@@ -48,6 +48,8 @@ pub(crate) struct TarHeader<'b> {
     pub(crate) gid: i64,
     pub(crate) size: i64,
     pub(crate) mtime: i64,
+    /// Where the format has one.
+    pub(crate) atime: Option<i64>,
     /// Major and minor number; zeros where the format has none.
     pub(crate) device: (i64, i64),
 }
@@ -71,6 +73,7 @@ impl<'b> TarHeader<'b> {
             gid: number(116, 8)?,
             size: number(124, 12)?,
             mtime: number(136, 12)?,
+            atime: None,
             device: (0, 0),
         };
         if format != HeaderFormat::V7 {
@@ -81,8 +84,11 @@ impl<'b> TarHeader<'b> {
             HeaderFormat::Ustar => header.prefix = until_nul(&block[345..500]),
             HeaderFormat::Star => {
                 header.prefix = until_nul(&block[345..476]);
-                number(476, 12)?;
+                header.atime = Some(number(476, 12)?);
                 number(488, 12)?;
+            }
+            HeaderFormat::Gnu if has_gnu_times(block) => {
+                header.atime = parse_number(&block[345..357]).filter(|_| block[345] != 0);
             }
             HeaderFormat::Gnu => header.prefix = prefix_in_gnu_times(block),
         }
@@ -107,15 +113,20 @@ impl<'b> TarHeader<'b> {
     }
 }
 
+/// Whether the times of a GNU header are some, or left out.
+fn has_gnu_times(block: &[u8; BLOCK]) -> bool {
+    let is_time = |field: &[u8]| field[0] == 0 || parse_number(field).is_some();
+    is_time(&block[345..357]) && is_time(&block[357..369])
+}
+
 /// Go before 1.8 (Docker's layers until 2017) wrote a prefix into GNU headers, where their times are. Go reads
 /// it when those are no times.
 fn prefix_in_gnu_times(block: &[u8; BLOCK]) -> &[u8] {
-    let is_time = |field: &[u8]| field[0] == 0 || parse_number(field).is_some();
     let prefix = until_nul(&block[345..500]);
-    if is_time(&block[345..357]) && is_time(&block[357..369]) || !prefix.is_ascii() {
-        return &[];
+    match prefix.is_ascii() {
+        true => prefix,
+        false => &[],
     }
-    prefix
 }
 
 fn has_right_sum(block: &[u8; BLOCK]) -> bool {

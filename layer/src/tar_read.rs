@@ -209,7 +209,8 @@ impl<R: Read> TarReader<R> {
             secs: header.mtime,
             nanos: 0,
         });
-        entry.atime = records.atime;
+        let atime = header.atime.map(|secs| Timestamp { secs, nanos: 0 });
+        entry.atime = records.atime.or(atime);
         entry.literal_names = records.literal_names.take();
         entry.content = records.content.take();
         std::mem::swap(&mut entry.xattrs, &mut records.xattrs);

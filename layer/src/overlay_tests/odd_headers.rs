@@ -211,3 +211,22 @@ fn what_go_refuses_is_refused() {
     assert!(read(&fault().pax(&[("uid", b"7")]).file("x", "").end()).is_ok());
     assert!(read(&fault().end()).is_ok());
 }
+
+/// Go reads the time of the last access where GNU tar and star have it; containerd sets the later one of both.
+#[test]
+fn times_of_access_are_those_of_the_format() {
+    let star: [(usize, &[u8]); 2] = [(257, b"ustar\x0000"), (508, b"tar\0")];
+    let gnu: [(usize, &[u8]); 1] = [(257, b"ustar  \0")];
+    let of = |format: &[(usize, &'static [u8])], at, field: &'static [u8]| {
+        let fields = [format, &[(at, field)]].concat();
+        let tar = with_fields(tar().file("x", "").end(), &fields);
+        let mut entry = TarEntry::default();
+        assert!(TarReader::new(&tar[..]).next_entry(&mut entry).unwrap());
+        entry.atime.map(|time| time.secs)
+    };
+    assert_eq!(of(&gnu, 345, b"00000000017\0"), Some(15));
+    assert_eq!(of(&gnu, 345, b"\0"), None);
+    assert_eq!(of(&gnu, 345, b"a/prefix"), None);
+    assert_eq!(of(&star, 476, b"00000000017\0"), Some(15));
+    assert_eq!(of(&[], 345, b"00000000017\0"), None);
+}

@@ -454,3 +454,18 @@ fn root_neither_order_nor_hidden_files_give_attributes() {
     assert_eq!(file.mtime(), 1_000_000);
     assert!(dirs.upperdir.join("global").try_exists().unwrap());
 }
+
+#[test]
+fn root_the_time_of_access_is_the_later_one() {
+    if !have_root() {
+        return;
+    }
+    for (atime, shown) in [("5.5", 1_000_000), ("2000000.5", 2_000_000)] {
+        let dirs = OverlayDirs::in_memory();
+        let records = [("atime", atime.as_bytes())];
+        let layer = tar().pax(&records).file("x", "").end();
+        import_into_upperdir(&layer[..], &dirs.stack(), &image_options()).unwrap();
+        let found = fs::metadata(dirs.stack().top.join("x")).unwrap();
+        assert_eq!((found.mtime(), found.atime()), (1_000_000, shown));
+    }
+}
