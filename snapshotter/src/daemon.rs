@@ -2,7 +2,6 @@
 //! manner.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -78,11 +77,7 @@ pub fn open_snapshots(
     let root = fs::canonicalize(&config.root).during("resolve", &config.root)?;
     let paths = SnapshotPaths::below(&root)?;
     match probe::require_entry_types(&root) {
-        Err(error)
-            if error
-                .io_source()
-                .is_some_and(|io| io.kind() == io::ErrorKind::StorageFull) =>
-        {
+        Err(error) if error.is_disk_full() => {
             // Snapshots must be removable on a full disk, and so the daemon must start on it.
             tracing::warn!(
                 error = chain(&error),

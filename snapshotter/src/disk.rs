@@ -185,9 +185,12 @@ pub fn write_copy(dir: &Path, key: &str, record: &Record) -> Result<()> {
     };
     let outcome = set_attribute(dir, &copy.encode_to_vec());
     let outcome = match outcome {
-        Err(rustix::io::Errno::NOSPC | rustix::io::Errno::TOOBIG | rustix::io::Errno::RANGE)
-            if !copy.labels.is_empty() =>
-        {
+        Err(
+            rustix::io::Errno::NOSPC
+            | rustix::io::Errno::DQUOT
+            | rustix::io::Errno::TOOBIG
+            | rustix::io::Errno::RANGE,
+        ) if !copy.labels.is_empty() => {
             copy.labels.clear();
             set_attribute(dir, &copy.encode_to_vec())
         }
