@@ -175,6 +175,9 @@ impl Snapshots {
         }
         for (id, (key, kind, parent)) in &known {
             if present.contains(id) {
+                if *kind == Some(Kind::Active) {
+                    self.mend_work(key, *id);
+                }
                 continue;
             }
             match kind {
@@ -197,6 +200,24 @@ impl Snapshots {
         }
         let highest = known.keys().chain(&unknown).max().copied().unwrap_or(0);
         self.metadata.skip_ids_through(highest)
+    }
+
+    /// Makes a workdir that somebody has removed, as the kernel's documentation says after a crash of a volatile overlay:
+    /// without one no container starts on the snapshot.
+    fn mend_work(&self, key: &str, id: u64) {
+        let dir = self.paths.dir(id);
+        let is_missing = |name| {
+            let stat = std::fs::symlink_metadata(dir.join(name));
+            stat.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+        };
+        if is_missing("fs") || !is_missing("work") {
+            return;
+        }
+        match disk::create_work(&dir) {
+            Ok(()) => tracing::warn!(key, id, "the workdir was lost: made a new one"),
+            // Snapshots must be removable on a full disk.
+            Err(error) => tracing::error!(error = chain(&error), key, id, "no workdir"),
+        }
     }
 
     /// The directory below which layers are on the disk when they are committed, if any are.
