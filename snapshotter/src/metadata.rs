@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::vec;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use transship_path_error::During as _;
 
@@ -388,6 +389,7 @@ fn open_writer(path: &Path, cache_bytes: usize) -> Result<Connection> {
         .mode(0o600)
         .open(path)
         .during("open", path)?;
+    write_index_in_place(path);
     let open = || {
         let connection = connect(path, cache_bytes >> 10)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -404,6 +406,23 @@ fn open_writer(path: &Path, cache_bytes: usize) -> Result<Connection> {
         .and_then(|dir| dir.sync_all())
         .during("sync", dir)?;
     Ok(connection)
+}
+
+/// SQLite maps the WAL's index into memory. btrfs would give each page that is written to a new place, and on a full disk end
+/// the process that writes to it (SIGBUS), unless the file is made to be written in place. Other file systems do so anyway.
+fn write_index_in_place(path: &Path) {
+    let mut index = path.as_os_str().to_owned();
+    index.push("-shm");
+    let mut open = OpenOptions::new();
+    open.read(true).write(true).create_new(true).mode(0o600);
+    // One that is there has been made so.
+    if let Ok(index) = open.open(&index)
+        && let Ok(flags) = ioctl_getflags(&index)
+        && let Err(error) = ioctl_setflags(&index, flags | IFlags::NOCOW)
+    {
+        // They have no such flag.
+        tracing::debug!(%error, "the index of the WAL is written as the file system likes");
+    }
 }
 
 fn open_reader(path: &Path) -> Result<Connection> {
