@@ -9,15 +9,14 @@ use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::{Checkpoint, Store};
 use transship_containerd::Containerd;
 use transship_package::PackageError;
-use transship_package::counted::Counted;
 use transship_package::encryption::{EncryptionError, is_encrypted};
 use transship_package::foreign::ForeignCheckpoint;
 use transship_package::import::{ImportOptions, Imported, import as read};
 use transship_package::oci::{Blobs, Offered};
 
 use crate::error::{Error, Result};
-use crate::progress::{Progress, Silent};
-use crate::sealed::keep_sealed;
+use crate::progress::Progress;
+use crate::sealed::{keep_fetched, keep_sealed, memory_to_look};
 use crate::shell_words::command_line;
 
 /// Bytes of a package that are looked at before anything is made of it.
@@ -95,8 +94,8 @@ pub async fn import(
 /// Makes a checkpoint of what has the tag `tag` among blobs.
 ///
 /// # Errors
-/// It is none, or cannot be had. Nothing of it is left then, but for what has come of one that is not encrypted when
-/// the blobs cannot be had for now: the next attempt goes on with it.
+/// It is none, or cannot be had. Nothing of it is left then, but for what has come when the blobs cannot be had for now: the
+/// next attempt goes on with it.
 pub fn import_blobs(
     blobs: &dyn Blobs,
     tag: &str,
@@ -108,24 +107,23 @@ pub fn import_blobs(
     let offered = Offered::read(blobs, tag, &options.identities, Some(options))?;
     let name = options.name.as_deref().unwrap_or(offered.name());
     store.check_free(name)?;
-    let sealed = offered.is_encrypted() && lies == Lies::Sealed;
     progress.bytes(
         act,
-        match sealed {
+        match offered.is_encrypted() {
             true => offered.package_bytes(),
             false => offered.bytes(),
         },
     );
-    take_offered(
+    let taken = take_offered(
         &offered,
         blobs,
         store,
         (options, lies),
         &mut *progress.counter(),
-    )
-    .map_err(|error| {
+    );
+    taken.map_err(|error| {
         let passing = error.cause::<PackageError>();
-        match passing.is_some_and(PackageError::is_passing) && !sealed {
+        match passing.is_some_and(PackageError::is_passing) {
             true => error.hint("try again later: what has come is kept for a day"),
             false => error,
         }
@@ -143,12 +141,9 @@ pub(crate) fn take_offered(
     if !offered.is_encrypted() || lies == Lies::InClear {
         return Ok(offered.restore(blobs, store, options, progress)?);
     }
-    let package = Counted {
-        inner: offered.package(blobs),
-        progress,
-    };
-    let name = options.name.as_deref().unwrap_or(offered.name());
-    keep_sealed(package, store, name, options, &Silent)
+    let memory = memory_to_look(store, offered.bytes())?;
+    let package = offered.fetch_package(blobs, store, options.max_bytes, progress)?;
+    keep_fetched(package, store, &memory, options)
 }
 
 /// The digest of the config of the image that a container of a checkpoint has below its files.

@@ -25,6 +25,7 @@ use transship_package::export::{ExportOptions, export};
 use transship_package::import::{
     ImportOptions, Imported, OF_MAX_SIZE, OF_ROOM, import, room as room_on_disk,
 };
+use transship_package::oci::FetchedPackage;
 use transship_package::signature::TrustedKeys;
 use transship_path_error::During as _;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
@@ -34,7 +35,7 @@ use transship_sandbox::wanted_image::manifest_digest;
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::machine::architecture;
 use crate::memory_dir::{Memory, room};
-use crate::progress::Progress;
+use crate::progress::{Progress, Silent};
 
 const OF_ANOTHER: &str = "what is said of it in clear is of another checkpoint";
 
@@ -310,20 +311,55 @@ pub(crate) fn keep_sealed(
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
     let draft = store.draft(name)?;
-    let memory = mounted_for(store).map_err(cannot_stay_sealed)?;
-    let there = memory.dir();
+    let memory = memory_to_look(store, 0)?;
     let mut package = Kept::new(package, &draft, options.max_bytes)?;
-    let imported = import(
-        &mut package,
-        &there.store(),
-        options,
-        &mut *progress.counter(),
-    );
-    let imported = match imported {
+    let checkpoint = look_through(&mut package, &memory, options, progress)?;
+    let kept = package_file(package.file.finish().1);
+    let digest = digest_of_manifest(&checkpoint)?;
+    let draft = draft.renamed(store, &checkpoint.manifest.name)?;
+    Ok(draft.commit_sealed(Sealed::new(kept, &checkpoint.manifest, digest))?)
+}
+
+/// The same of one that was fetched in pieces, and is whole.
+///
+/// # Errors
+/// Nothing of it is left then.
+pub(crate) fn keep_fetched(
+    fetched: FetchedPackage,
+    store: &Store,
+    memory: &Memory,
+    options: &ImportOptions,
+) -> Result<Checkpoint> {
+    let mut package = Hashed::new(fetched.open()?);
+    let checkpoint = look_through(&mut package, memory, options, &Silent)?;
+    let kept = package_file(package.finish().1);
+    let digest = digest_of_manifest(&checkpoint)?;
+    let draft = fetched.into_draft(store, &checkpoint.manifest.name)?;
+    Ok(draft.commit_sealed(Sealed::new(kept, &checkpoint.manifest, digest))?)
+}
+
+/// Memory in which a package with `bytes` is looked through.
+///
+/// # Errors
+/// There is none, or too little.
+pub(crate) fn memory_to_look(store: &Store, bytes: u64) -> Result<Memory> {
+    room(bytes, "opened").map_err(cannot_stay_sealed)?;
+    mounted_for(store).map_err(cannot_stay_sealed)
+}
+
+/// Reads a package to its end, and opens it in memory.
+fn look_through(
+    package: &mut impl Read,
+    memory: &Memory,
+    options: &ImportOptions,
+    progress: &dyn Progress,
+) -> Result<Checkpoint> {
+    let there = memory.dir().store();
+    let imported = match import(&mut *package, &there, options, &mut *progress.counter()) {
         // What there is room for is memory here, and not the disk.
-        Err(PackageError::TooLarge { bytes, .. }) if bytes <= options.max_bytes => {
+        Err(error @ PackageError::TooLarge { bytes, .. }) if bytes <= options.max_bytes => {
             room(bytes, "opened").map_err(cannot_stay_sealed)?;
-            imported?
+            return Err(error.into());
         }
         imported => imported?,
     };
@@ -332,11 +368,8 @@ pub(crate) fn keep_sealed(
             "what is encrypted is no checkpoint of transship",
         ));
     };
-    io::copy(&mut package, &mut io::sink()).map_err(PackageError::reading)?;
-    let kept = package_file(package.file.finish().1);
-    let digest = digest_of_manifest(&checkpoint)?;
-    let draft = draft.renamed(store, &checkpoint.manifest.name)?;
-    Ok(draft.commit_sealed(Sealed::new(kept, &checkpoint.manifest, digest))?)
+    io::copy(package, &mut io::sink()).map_err(PackageError::reading)?;
+    Ok(checkpoint)
 }
 
 /// A package that is written to a file while it is read.

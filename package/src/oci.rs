@@ -50,6 +50,6 @@ pub use push::{Bases, OnlyInArtifact, OpenBlob, Pushed, PushedImage, push};
 pub use reference::Reference;
 pub use registry::{Patience, Registry, Transport};
 pub use restore::Offered;
-pub use sealed::store_encrypted;
+pub use sealed::{FetchedPackage, store_encrypted};
 
 pub use crate::registry_error::RegistryError;

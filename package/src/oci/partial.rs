@@ -3,7 +3,8 @@
 //! ```text
 //! <store>/.pulls/<digest of the artifact's manifest>/     0700; locked (flock) by who fills it
 //!     .done                  a line for each layer that is in its place: its number in the manifest
-//!     <container>/<path>     the files of the checkpoint, as long as the manifest says, with holes
+//!     <container>/<path>     the files of the checkpoint, as long as the manifest says, with holes; of one that is
+//!                            encrypted sealed.age, the package, instead
 //! ```
 //!
 //! It is a draft that nobody works on: it becomes the checkpoint, is removed with the first error that another
@@ -30,7 +31,8 @@ const PULLS: &str = ".pulls";
 const DONE: &str = ".done";
 const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The files of an artifact that are there; removed when it is dropped, unless it is kept.
+/// The files of an artifact that are there; of one that is encrypted the package. Removed when it is dropped, unless it is kept.
+#[derive(Debug)]
 pub(super) struct Partial {
     dir: PathBuf,
     lock: Option<Flock<File>>,

@@ -20,7 +20,7 @@ use super::blobs::Blobs;
 use super::digests::{check_digest, digest_of};
 use super::document::{Descriptor, Index, MANIFEST, Manifest};
 use super::partial::Partial;
-use super::sealed::{self, SEALED};
+use super::sealed::{self, FetchedPackage, SEALED};
 use super::transfers::in_threads;
 use crate::contents::Contents;
 use crate::encryption::Identities;
@@ -130,7 +130,8 @@ impl Offered {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Checkpoint, PackageError> {
         if self.is_sealed {
-            return sealed::restore(blobs, &self.artifact, store, options, progress);
+            let artifact = (self.digest.as_str(), &self.artifact);
+            return sealed::restore(blobs, artifact, store, options, progress);
         }
         let (manifest, json) = self.head.named(options.name.as_deref())?;
         store.check_free(&manifest.name)?;
@@ -155,9 +156,20 @@ impl Offered {
         Ok(draft.commit_as(whole.manifest, &json, Durability::Synced)?)
     }
 
-    /// The package of one that is encrypted, as it is in there; of others nothing.
-    pub fn package<'a>(&'a self, blobs: &'a dyn Blobs) -> impl Read + 'a {
-        sealed::PieceReader::new(blobs, &self.artifact)
+    /// Fetches the package of one that is encrypted, `max_bytes` at most. What has come is kept when the blobs cannot be
+    /// had for now ([`PackageError::is_passing`]): the next attempt goes on with it. `progress` gets the bytes.
+    ///
+    /// # Errors
+    /// It is too large, or cannot be had.
+    pub fn fetch_package(
+        &self,
+        blobs: &dyn Blobs,
+        store: &Store,
+        max_bytes: u64,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<FetchedPackage, PackageError> {
+        let artifact = (self.digest.as_str(), &self.artifact);
+        sealed::fetch(blobs, artifact, store, max_bytes, progress)
     }
 
     /// Bytes of that package.

@@ -5,25 +5,33 @@
 //! manifest   artifactType application/vnd.transship.checkpoint.encrypted.v1
 //!   config   application/vnd.oci.empty.v1+json               {}
 //!   layers   application/vnd.transship.checkpoint.piece.v1   8 MiB of the package each, the last one less; in their order
+//!
+//! <store>/.pulls/<digest of the manifest>/sealed.age     what has come of it (partial.rs), piece by piece in its place
 //! ```
 //!
 //! Nothing is said in clear: no names, no annotations, no image. Two pushes of one checkpoint have no blob in common. Pieces
 //! that are changed, missing, twice or in another place do not open (encryption.rs).
 
+use std::fs::{File, OpenOptions};
 use std::io::{self, Cursor, Read, Write};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
 use transship_checkpoint::manifest::MANIFEST_FILE;
-use transship_checkpoint::store::{Checkpoint, Store};
+use transship_checkpoint::sealed::PACKAGE_FILE;
+use transship_checkpoint::store::{Checkpoint, Draft, Store};
+use transship_path_error::During as _;
 
 use super::artifact::{Figures, Stored, put, to_bytes};
 use super::blobs::Blobs;
 use super::digests::digest_of;
 use super::document::{Descriptor, MANIFEST, Manifest};
+use super::partial::Partial;
+use super::transfers::in_threads;
 use crate::contents::Contents;
 use crate::encryption::Identities;
 use crate::error::PackageError;
 use crate::export::{ExportOptions, export};
-use crate::import::{Head, ImportOptions, Imported, import};
+use crate::import::{Head, ImportOptions, Imported, OF_MAX_SIZE, check_room, import};
 use crate::layer_changes::Digests;
 use crate::look::look;
 use crate::open_package::OpenPackage;
@@ -165,15 +173,104 @@ pub(super) fn read_head(
     Head::read(&mut package, &member, trusted)
 }
 
+/// All pieces of a package, in one file as they belong together.
+#[derive(Debug)]
+pub struct FetchedPackage {
+    partial: Partial,
+}
+
+impl FetchedPackage {
+    /// The package, from its beginning on.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open(&self) -> Result<File, PackageError> {
+        let path = self.partial.dir().join(PACKAGE_FILE);
+        Ok(File::open(&path).during("open", &path)?)
+    }
+
+    /// Makes a draft of it, called `name`, in which it is [`PACKAGE_FILE`].
+    ///
+    /// # Errors
+    /// The name is taken, or a system call failed.
+    pub fn into_draft(self, store: &Store, name: &str) -> Result<Draft, PackageError> {
+        store.check_free(name)?;
+        self.partial.into_draft(store, name)
+    }
+}
+
+/// Fetches the pieces that are missing, several at once. What has come is kept when they cannot be had for now.
+pub(super) fn fetch(
+    blobs: &dyn Blobs,
+    (digest, artifact): (&str, &Manifest),
+    store: &Store,
+    max_bytes: u64,
+    progress: &mut dyn FnMut(u64),
+) -> Result<FetchedPackage, PackageError> {
+    let mut pieces = Vec::new();
+    let mut end = 0_u64;
+    for (number, layer) in artifact.layers.iter().enumerate() {
+        pieces.push((number, end, layer));
+        end = end.saturating_add(layer.size);
+    }
+    if end > max_bytes {
+        return Err(PackageError::TooLarge {
+            bytes: end,
+            limit: max_bytes,
+            of: OF_MAX_SIZE,
+        });
+    }
+    let partial = Partial::open(store, digest)?;
+    match fill(blobs, &pieces, end, &partial, progress) {
+        Ok(()) => Ok(FetchedPackage { partial }),
+        Err(error) => {
+            if error.is_passing() {
+                partial.keep();
+            }
+            Err(error)
+        }
+    }
+}
+
+fn fill(
+    blobs: &dyn Blobs,
+    pieces: &[(usize, u64, &Descriptor)],
+    size: u64,
+    partial: &Partial,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), PackageError> {
+    let there = pieces.iter().filter(|(it, ..)| partial.is_done(*it));
+    let there = { there.map(|(.., it)| it.size) }.fold(0, u64::saturating_add);
+    check_room(partial.dir(), size.saturating_sub(there))?;
+    progress(there);
+    let path = partial.dir().join(PACKAGE_FILE);
+    let mut open = OpenOptions::new();
+    open.write(true).create(true).truncate(false).mode(0o600);
+    open.custom_flags(nix::libc::O_NOFOLLOW);
+    let file = open.open(&path).during("open", &path)?;
+    file.set_len(size).during("write", &path)?;
+    let missing = pieces.iter().filter(|(it, ..)| !partial.is_done(*it));
+    let missing: Vec<_> = missing.collect();
+    in_threads(&missing, progress, |(number, offset, layer), tell| {
+        let piece = blobs.get(layer, PIECE_BYTES as u64)?;
+        file.write_all_at(&piece, *offset).during("write", &path)?;
+        partial.set_done(*number)?;
+        tell(piece.len() as u64);
+        Ok(())
+    })?;
+    Ok(())
+}
+
 /// Makes a checkpoint of it.
 pub(super) fn restore(
     blobs: &dyn Blobs,
-    artifact: &Manifest,
+    artifact: (&str, &Manifest),
     store: &Store,
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Checkpoint, PackageError> {
-    match import(PieceReader::new(blobs, artifact), store, options, progress)? {
+    let package = fetch(blobs, artifact, store, options.max_bytes, progress)?;
+    match import(package.open()?, store, options, &mut |_| {})? {
         Imported::Checkpoint(checkpoint) => Ok(checkpoint),
         Imported::Foreign(_) => Err(no_checkpoint()),
     }
@@ -292,6 +389,69 @@ mod tests {
         let for_nobody = ExportOptions::default();
         let error = store_encrypted(&checkpoint, &for_nobody, &layout, "web", &mut |_| {});
         assert!(error.is_err());
+    }
+
+    /// The pieces that have come are not fetched again.
+    #[test]
+    fn an_encrypted_pull_goes_on_with_what_an_earlier_one_has_brought() {
+        use crate::oci::registry::server::{Mood, Server};
+        use crate::oci::registry::tests::{PATIENCE, registry};
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let checkpoint = checkpoint_of(root, &noise(5 * PIECE_BYTES));
+        let (mine, for_me) = key(root, "mine");
+        let (mine, sealed) = (with(mine), for_nobody_else(for_me));
+        let server = Server::start();
+        let registry = registry(&server, PATIENCE, None);
+        store_encrypted(&checkpoint, &sealed, &registry, "1", &mut |_| {}).unwrap();
+        let blobs = |server: &Server| {
+            let asked = server.asked().into_iter().filter(|it| it.is_for_blob());
+            asked.map(|it| it.path).collect::<Vec<_>>()
+        };
+        let all = Manifest::parse(&server.manifest("1").unwrap()).unwrap();
+        let last = all.layers.last().unwrap().digest.clone();
+        server.is_in(move |asked, _| match asked.path.ends_with(&last) {
+            true => Mood::Status("500 Internal Server Error", ""),
+            false => Mood::Good,
+        });
+        let error = pull(&registry, "1", root, &mine).unwrap_err();
+        assert!(error.is_passing(), "{}", one_line(&error));
+        server.is_in(|_, _| Mood::Good);
+        let mut told = 0;
+        let store = Store::at(root.join("target"));
+        let offered = Offered::read(&registry, "1", &mine.identities, Some(&mine)).unwrap();
+        let back = offered.restore(&registry, &store, &mine, &mut |bytes| told += bytes);
+        back.unwrap().verify().unwrap();
+        let again = blobs(&server);
+        // Its head is read from the first one.
+        assert_eq!(again.len(), 2, "{again:?}");
+        assert_eq!(told, offered.package_bytes());
+        assert!(!root.join("target/.pulls").try_exists().unwrap());
+
+        // What was spoilt meanwhile is found, and not kept.
+        store.remove("web").unwrap();
+        let last = all.layers.last().unwrap().digest.clone();
+        server.is_in(move |asked, _| match asked.path.ends_with(&last) {
+            true => Mood::Status("500 Internal Server Error", ""),
+            false => Mood::Good,
+        });
+        pull(&registry, "1", root, &mine).unwrap_err();
+        let kept = fs::read_dir(root.join("target/.pulls")).unwrap().next();
+        let kept = kept.unwrap().unwrap().path().join(PACKAGE_FILE);
+        let file = OpenOptions::new().write(true).open(kept).unwrap();
+        file.write_all_at(&[0; 100], PIECE_BYTES as u64).unwrap();
+        server.is_in(|_, _| Mood::Good);
+        let error = pull(&registry, "1", root, &mine).unwrap_err();
+        assert!(!error.is_passing(), "{}", one_line(&error));
+        pull(&registry, "1", root, &mine).unwrap().verify().unwrap();
+    }
+
+    fn for_nobody_else(recipients: Recipients) -> ExportOptions {
+        ExportOptions {
+            level: Some(1),
+            recipients,
+            signer: None,
+        }
     }
 
     #[test]
