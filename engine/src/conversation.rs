@@ -405,6 +405,11 @@ impl Conversation {
         Ok(())
     }
 
+    /// From now on silence of the other side for `patience` ends a step; nothing is said to it, which only sends.
+    pub fn wait_at_most(&mut self, patience: Duration) {
+        self.patience = Some(patience);
+    }
+
     /// Runs a step that writes.
     ///
     /// # Errors
@@ -644,6 +649,20 @@ mod tests {
         assert!(error.to_string().contains("silent"), "{error}");
         let error = conversation.receive("the copy").await.unwrap_err();
         assert!(error.to_string().contains("given up"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn who_only_sends_is_told_nothing_and_not_waited_for() {
+        let (silent, _held) = io::pipe().unwrap();
+        let (mut told, output) = io::pipe().unwrap();
+        let mut conversation = Conversation::new(silent, output, nobody());
+        conversation.wait_at_most(Duration::from_millis(300));
+        let error = conversation.receive("a file").await.unwrap_err();
+        assert!(error.to_string().contains("silent"), "{error}");
+        drop(conversation);
+        let mut said = Vec::new();
+        io::Read::read_to_end(&mut told, &mut said).unwrap();
+        assert!(said.is_empty(), "{said:?}");
     }
 
     #[tokio::test]

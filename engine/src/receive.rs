@@ -56,6 +56,8 @@ pub use settle::{ARGUMENT as GUARD_ARGUMENT, Settled, run_guard, settle_all};
 
 /// Bytes of the store's file system that stay free.
 pub const KEEP_FREE: u64 = 64 << 20;
+/// How long the sender of a checkpoint may be silent: it has nobody frozen, and its disk may be slow.
+const STREAM_PATIENCE: Duration = Duration::from_secs(5 * 60);
 
 /// What the operator of this node lets come.
 #[derive(Debug, Clone)]
@@ -120,6 +122,7 @@ pub async fn receive(
     let mut conversation = Conversation::new(input, output, interrupt.clone());
     match conversation.receive("a checkpoint or a migration").await? {
         Message::Begin { name } => {
+            conversation.wait_at_most(STREAM_PATIENCE.max(request.link_patience));
             let name = request.name.clone().unwrap_or(name);
             let limits = Limits {
                 max_bytes: request.max_size.unwrap_or(u64::MAX),

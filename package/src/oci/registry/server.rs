@@ -30,6 +30,8 @@ pub(crate) enum Mood {
     NoRanges,
     /// So many bytes of what is sent are read, and the connection breaks; others are not lost.
     Reads(usize),
+    /// What is sent is read a byte now and then.
+    Sips,
 }
 
 /// A request.
@@ -162,6 +164,12 @@ fn serve(stream: &TcpStream, kept: &Mutex<Kept>, moods: &Mutex<Arc<Moods>>) {
         let mut length = length.map_or(0, |it| it.parse().unwrap());
         if let Mood::Reads(bytes) = mood {
             length = length.min(bytes);
+        }
+        if mood == Mood::Sips {
+            while reader.read_exact(&mut [0]).is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            return;
         }
         asked.body = vec![0; length];
         if reader.read_exact(&mut asked.body).is_err() {

@@ -309,6 +309,23 @@ fn what_fails_for_ever_ends_with_one_error() {
     }
 }
 
+/// One that takes a byte now and then is given up like one that gives so few.
+#[test]
+fn a_push_ends_that_gets_nowhere() {
+    let server = Server::start();
+    server.is_in(|asked, _| match asked.method.as_str() {
+        "PUT" | "PATCH" => Mood::Sips,
+        _ => Mood::Good,
+    });
+    // More than fits into the buffers of a connection.
+    let bytes = noise(32 << 20);
+    let begun = Instant::now();
+    let error = registry(&server, HASTY, None).put(&digest_of(&bytes), &bytes);
+    let error = error.unwrap_err();
+    assert!(error.is_passing(), "{}", one_line(&error));
+    assert!(begun.elapsed() < Duration::from_secs(60), "{begun:?}");
+}
+
 #[test]
 fn a_pull_goes_on_with_what_an_earlier_one_has_brought() {
     let root = tempfile::tempdir().unwrap();
