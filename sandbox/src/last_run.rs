@@ -5,14 +5,21 @@
 //! /var/lib/transship/runs/<namespace>_<pod>     neither name can have an underscore
 //!   UID  BEGAN  BEFORE       when the pod with this uid got its first sandbox that came up, and when the one of
 //!                            the same name before it did: seconds since 1970, separated by tabs
+//! /var/lib/transship/runs/.forgotten            the newest BEGAN of the records that are no more
 //! ```
+//!
+//! Records are kept for 90 days, and the newest 20 000: a name without one counts as one that has last begun to run when the
+//! newest of those that are gone did. So nothing that was taken before a run is restored after it, whatever is forgotten.
 //!
 //! A later sandbox of the same pod changes nothing: until one of its containers has run, it may still have what
 //! its first sandbox was to have.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
 
 use transship_checkpoint::manifest::{Manifest, check_name};
 use transship_checkpoint::store::Store;
@@ -20,10 +27,16 @@ use transship_path_error::During as _;
 
 use crate::consumed::times_restored;
 use crate::error::SandboxError;
-use crate::files::{make_dir, replace_durably};
+use crate::files::{make_dir, remove_file, replace_durably};
 
 /// Where the records are.
 pub const DEFAULT_RUNS_DIR: &str = "/var/lib/transship/runs";
+/// No name of a record: neither part begins with a dot.
+const FORGOTTEN: &str = ".forgotten";
+/// How long a record is kept.
+const KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
+/// How many are.
+const MOST: usize = 20_000;
 
 /// A pod, as kubelet names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +54,84 @@ struct LastRun {
     uid: String,
     began: u64,
     before: u64,
+}
+
+impl LastRun {
+    /// The record in `path`, if there is one.
+    fn read(path: &Path) -> Result<Option<Self>, SandboxError> {
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => text.during("read", path)?,
+        };
+        let mut fields = text.trim_end().split('\t');
+        let uid = fields.next().unwrap_or_default().to_owned();
+        let mut seconds = || {
+            { fields.next() }
+                .and_then(|it| it.parse().ok())
+                .unwrap_or_default()
+        };
+        Ok(Some(Self {
+            uid,
+            began: seconds(),
+            before: seconds(),
+        }))
+    }
+}
+
+/// When the newest of those began that have no record any more.
+fn forgotten(dir: &Path) -> Result<u64, SandboxError> {
+    let path = dir.join(FORGOTTEN);
+    match fs::read_to_string(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        text => Ok(text
+            .during("read", &path)?
+            .trim_end()
+            .parse()
+            .unwrap_or_default()),
+    }
+}
+
+/// Forgets the records that are too old, and the oldest beyond `most`.
+fn forget_old(dir: &Path, now: u64, most: usize) -> Result<(), SandboxError> {
+    let file = File::open(dir).during("open", dir)?;
+    // Somebody else forgets them.
+    let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+        return Ok(());
+    };
+    let mut records = Vec::new();
+    for entry in fs::read_dir(dir).during("list", dir)? {
+        let entry = entry.during("list", dir)?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        // Written when it began, so not all of them are read; one that is gone was of a writer.
+        let Ok(written) = entry.metadata().and_then(|meta| meta.modified()) else {
+            continue;
+        };
+        let written = written.duration_since(UNIX_EPOCH);
+        records.push((written.map_or(0, |it| it.as_secs()), entry.path()));
+    }
+    records.sort_unstable();
+    let beyond = records.len().saturating_sub(most);
+    let is_old = |at: u64| at.saturating_add(KEPT.as_secs()) < now;
+    let old = records.iter().enumerate();
+    let old: Vec<_> = old
+        .filter(|(place, (at, _))| *place < beyond || is_old(*at))
+        .map(|(_, (_, path))| path)
+        .collect();
+    if old.is_empty() {
+        return Ok(());
+    }
+    let before = forgotten(dir)?;
+    let mut newest = before;
+    for path in &old {
+        newest = newest.max(LastRun::read(path)?.map_or(0, |last| last.began));
+    }
+    if newest > before {
+        // Before the first of them goes.
+        replace_durably(&dir.join(FORGOTTEN), format!("{newest}\n").as_bytes())?;
+    }
+    old.into_iter().try_for_each(|path| remove_file(path))
 }
 
 impl PodRun<'_> {
@@ -73,29 +164,21 @@ impl PodRun<'_> {
             return Ok(());
         }
         make_dir(dir)?;
+        forget_old(dir, now, MOST)?;
         let (uid, began) = (self.uid.replace(['\t', '\n'], " "), last.began);
         let record = format!("{uid}\t{now}\t{began}\n");
         replace_durably(&self.path(dir)?, record.as_bytes())
     }
 
     fn last(&self, dir: &Path) -> Result<LastRun, SandboxError> {
-        let path = self.path(dir)?;
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text.during("read", &path)?,
-        };
-        let mut fields = text.trim_end().split('\t');
-        let uid = fields.next().unwrap_or_default().to_owned();
-        let mut seconds = || {
-            { fields.next() }
-                .and_then(|it| it.parse().ok())
-                .unwrap_or_default()
-        };
-        Ok(LastRun {
-            uid,
-            began: seconds(),
-            before: seconds(),
-        })
+        match LastRun::read(&self.path(dir)?)? {
+            Some(last) => Ok(last),
+            None => Ok(LastRun {
+                uid: String::new(),
+                began: forgotten(dir)?,
+                before: 0,
+            }),
+        }
     }
 
     /// Name of the newest checkpoint of `store` that is of a pod of this namespace and name, was taken after
@@ -139,6 +222,7 @@ impl PodRun<'_> {
 mod tests {
     use super::*;
     use crate::consumed::{Consumed, Owner};
+    use std::time::SystemTime;
     use transship_checkpoint::manifest::{Container, Format, Pod, Shared, Source};
     use transship_checkpoint::store::Durability;
 
@@ -175,6 +259,38 @@ mod tests {
             ..run("a")
         };
         assert!(thief.begin(&dir, 1).is_err());
+    }
+
+    #[test]
+    fn what_is_forgotten_restores_nothing_that_was_taken_before() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("runs");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let now = now.as_secs();
+        let of = |name| PodRun { name, ..run("a") };
+        let age = |name: &str, days: u64| {
+            let path = dir.join(format!("shop_{name}"));
+            let file = File::options().write(true).open(path).unwrap();
+            let at = SystemTime::now() - Duration::from_secs(days * 24 * 60 * 60);
+            file.set_modified(at).unwrap();
+        };
+        for (name, began, days) in [("web-0", 100, 91), ("web-1", 300, 91), ("web-2", 500, 1)] {
+            of(name).begin(&dir, began).unwrap();
+            age(name, days);
+        }
+        of("web-3").begin(&dir, now).unwrap();
+        let left = || fs::read_dir(&dir).unwrap().count();
+        assert_eq!(left(), 3, "two, and what is known of the others");
+        for (name, since) in [("web-0", 300), ("web-1", 300), ("new", 300), ("web-2", 0)] {
+            assert_eq!(of(name).since(&dir).unwrap(), since, "{name}");
+        }
+        forget_old(&dir, now, 1).unwrap();
+        assert_eq!(left(), 2);
+        assert_eq!(of("web-2").since(&dir).unwrap(), 500);
+        assert_eq!(of("web-3").since(&dir).unwrap(), 0);
+        // It comes back as what it was.
+        of("web-1").begin(&dir, now).unwrap();
+        assert_eq!(of("web-1").since(&dir).unwrap(), 500);
     }
 
     fn take(store: &Store, name: &str, pod: &str, created: u64) {
