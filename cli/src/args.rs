@@ -171,6 +171,13 @@ pub(crate) enum Command {
         /// The checkpoint
         name: String,
     },
+    /// Check that this node may restore a checkpoint: it has taken it, or one of its keys has signed it (for the runtime
+    /// front and the hook of a pod)
+    #[command(hide = true)]
+    CheckSignature {
+        /// The checkpoint
+        name: String,
+    },
     /// Print which image a container is made of (for the runtime front)
     #[command(hide = true)]
     ContainerBase {

@@ -10,6 +10,7 @@ use transship_checkpoint::store::Store;
 use crate::args::{Cli, Command, Global, IdentityArgs, LeavingArgs};
 use crate::progress::Progress;
 use transship_containerd::Containerd;
+use transship_engine::origin::Origins;
 use transship_engine::sealed::{Opened, open, open_for_pod};
 use transship_engine::{Context as _, Error, Result, freeze_guard};
 use transship_sandbox::admission::node_config::NODE_CONFIG;
@@ -62,6 +63,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::HasContainer { id } => has_container::run(&global, &id).await,
         Command::OpenSealed { name } => open_for_pod(&store(), &name, Path::new(NODE_CONFIG)),
+        Command::CheckSignature { name } => Origins::of_node().require(&store().open(&name)?),
         Command::ContainerBase { id } => container_base::run(&global, &id).await,
         Command::DumpLinks { dir, to } => transship_engine::dump_links::write(&dir, &to),
         Command::Publish(args) => publish::run(&global, args).await,

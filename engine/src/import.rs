@@ -15,6 +15,7 @@ use transship_package::import::{ImportOptions, Imported, import as read};
 use transship_package::oci::{Blobs, Offered};
 
 use crate::error::{Error, Result};
+use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::sealed::{keep_fetched, keep_sealed, memory_to_look};
 use crate::shell_words::command_line;
@@ -70,11 +71,14 @@ pub async fn import(
         });
     }
     match read(input, store, options, &mut *progress.counter())? {
-        Imported::Checkpoint(checkpoint) => Ok(ReadPackage {
-            checkpoint,
-            engine: None,
-            left_out: Vec::new(),
-        }),
+        Imported::Checkpoint(checkpoint) => {
+            Origins::of_node().compared(&checkpoint, &options.trusted)?;
+            Ok(ReadPackage {
+                checkpoint,
+                engine: None,
+                left_out: Vec::new(),
+            })
+        }
         Imported::Foreign(foreign) => {
             let node = connect().await?;
             let node = match foreign.is_of_pod() {
@@ -139,7 +143,9 @@ pub(crate) fn take_offered(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Checkpoint> {
     if !offered.is_encrypted() || lies == Lies::InClear {
-        return Ok(offered.restore(blobs, store, options, progress)?);
+        let checkpoint = offered.restore(blobs, store, options, progress)?;
+        Origins::of_node().compared(&checkpoint, &options.trusted)?;
+        return Ok(checkpoint);
     }
     let memory = memory_to_look(store, offered.bytes())?;
     let package = offered.fetch_package(blobs, store, options.max_bytes, progress)?;

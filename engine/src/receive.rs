@@ -35,6 +35,7 @@ use crate::conversation::{Conversation, LINK_PATIENCE, Reading};
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::node_id::node_id;
+use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::restore::Target;
 use crate::retention::check_quota;
@@ -138,6 +139,8 @@ pub async fn receive(
             let named = named_and_signed(manifest, &name, signed.as_deref(), keys)?;
             check_quota(store, config, named.0.size())?;
             let checkpoint = keep_signed(draft, named, signed).await?;
+            let trusted = TrustedKeys::parse(keys.iter().map(String::as_str))?;
+            Origins::of_node().compared(&checkpoint, &trusted)?;
             Ok(Received::Checkpoint(Box::new(checkpoint)))
         }
         Message::Offer(offer) => {

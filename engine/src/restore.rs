@@ -18,6 +18,7 @@ use transship_containerd::Containerd;
 
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
+use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::timeline::Timeline;
 
@@ -71,6 +72,11 @@ pub async fn restore(
     let mut timeline = Timeline::begin();
     let checkpoint = open(store, request.name)?;
     let _in_use = checkpoint.lock_for_reading()?;
+    tokio::task::spawn_blocking({
+        let checkpoint = checkpoint.clone();
+        move || Origins::of_node().require(&checkpoint)
+    })
+    .await??;
     let container = checkpoint.manifest.container(request.container)?.clone();
     let spec = checkpoint.read_spec(&container)?;
     let plan = plan(node, &container, &spec, &request.target).await?;

@@ -18,6 +18,7 @@ use transship_proto::node_api::RestorePodRequest;
 
 use crate::cri_pods::CriPods;
 use crate::error::{Error, Result};
+use crate::origin::Origins;
 
 mod adopt;
 
@@ -54,7 +55,7 @@ pub async fn restore_pod(
     let store = store.clone();
     let adopted = tokio::task::spawn_blocking({
         let store = store.clone();
-        move || adopt(&store, &path)
+        move || adopt(&store, &path, Origins::of_node())
     })
     .await??;
     config

@@ -19,6 +19,7 @@ use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::{CheckpointRules, NodeConfig};
 use transship_sandbox::consumed::{DEFAULT_CONSUMED_DIR, is_spent};
 use transship_sandbox::opened::staged;
+use transship_sandbox::origins::{DEFAULT_ORIGINS_DIR, forget_gone};
 
 use crate::error::{Context, Error, Result};
 
@@ -73,6 +74,8 @@ pub struct Records {
     pub run_dir: PathBuf,
     /// What has been consumed, by whom.
     pub consumed: PathBuf,
+    /// Where they come from.
+    pub origins: PathBuf,
 }
 
 impl Default for Records {
@@ -80,6 +83,7 @@ impl Default for Records {
         Self {
             run_dir: DEFAULT_RUN_DIR.into(),
             consumed: DEFAULT_CONSUMED_DIR.into(),
+            origins: DEFAULT_ORIGINS_DIR.into(),
         }
     }
 }
@@ -189,6 +193,7 @@ pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>
             removed => removed?,
         }
     }
+    forget_gone(&records.origins)?;
     Ok(due)
 }
 
@@ -204,7 +209,10 @@ pub fn remove(store: &Store, name: &str) -> Result<()> {
     match store.remove(name) {
         Err(error @ StoreError::NotFound { .. }) => Err(Error::not_found(error.to_string())),
         Err(error @ StoreError::InUse { .. }) => Err(Error::refused(error.to_string())),
-        removed => Ok(removed?),
+        removed => {
+            removed?;
+            Ok(forget_gone(Path::new(DEFAULT_ORIGINS_DIR))?)
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 //!
 //!      restore_guard: the parent of the runtime in a restore, which ends what it has left
 //!      lazy_pages: the server of memory that comes when it is touched;  descendants: processes below another one
+//!      origin: whether a checkpoint is one that this node restores
 //!      start_time: whether a number is that of the same process
 //!      runtime_log, restore_log: why the runtime has failed, and what is kept of it
 //!
@@ -34,6 +35,7 @@ pub mod front;
 pub mod hold_script;
 pub mod hook;
 pub mod lazy_pages;
+pub mod origin;
 mod own_networks;
 pub mod restore_guard;
 pub mod restore_log;

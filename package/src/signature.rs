@@ -16,7 +16,7 @@ use transship_path_error::{During as _, PathError};
 /// File name of the signature beside the manifest.
 pub const SIGNATURE_FILE: &str = "transship.json.minisig";
 /// Longest signature that is read, in bytes.
-pub(crate) const SIGNATURE_LIMIT: u64 = 16 << 10;
+pub const SIGNATURE_LIMIT: u64 = 16 << 10;
 
 /// A failure of signatures.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +109,7 @@ impl Signer {
 
 /// The keys whose signatures count.
 #[derive(Debug, Default)]
-pub struct TrustedKeys(Vec<PublicKey>);
+pub struct TrustedKeys(Vec<(String, PublicKey)>);
 
 impl TrustedKeys {
     /// Reads keys as `minisign -G` prints them: 56 letters and digits of base64.
@@ -118,9 +118,12 @@ impl TrustedKeys {
     /// One is none.
     pub fn parse<'k>(keys: impl IntoIterator<Item = &'k str>) -> Result<Self, SignatureError> {
         let parse = |text: &str| {
-            PublicKey::from_base64(text).map_err(|_| SignatureError::PublicKey {
+            let none = |_| SignatureError::PublicKey {
                 text: text.to_owned(),
-            })
+            };
+            PublicKey::from_base64(text)
+                .map(|key| (text.to_owned(), key))
+                .map_err(none)
         };
         Ok(Self(keys.into_iter().map(parse).collect::<Result<_, _>>()?))
     }
@@ -131,20 +134,25 @@ impl TrustedKeys {
         self.0.is_empty()
     }
 
-    /// Checks the manifest's signature, when one is asked for.
+    /// Checks the manifest's signature, when one is asked for, and gives the key that has made it.
     ///
     /// # Errors
     /// There is none, or it is by no key of these.
-    pub fn check(&self, manifest: &[u8], signature: Option<&str>) -> Result<(), SignatureError> {
+    pub fn check(
+        &self,
+        manifest: &[u8],
+        signature: Option<&str>,
+    ) -> Result<Option<&str>, SignatureError> {
         if self.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let signature = signature.ok_or(SignatureError::Missing)?;
         let signature = Signature::decode(signature).map_err(|_| SignatureError::Untrusted)?;
-        let fits = |key: &PublicKey| key.verify(manifest, &signature, false).is_ok();
-        match self.0.iter().any(fits) {
-            true => Ok(()),
-            false => Err(SignatureError::Untrusted),
+        let fits =
+            |(_, key): &&(String, PublicKey)| key.verify(manifest, &signature, false).is_ok();
+        match self.0.iter().find(fits) {
+            Some((key, _)) => Ok(Some(key)),
+            None => Err(SignatureError::Untrusted),
         }
     }
 }
@@ -170,7 +178,8 @@ mod tests {
         let trusted = TrustedKeys::parse([my_key.as_str()]).unwrap();
         let manifest = b"{\"name\": \"web\"}";
         let good = mine.sign(manifest).unwrap();
-        trusted.check(manifest, Some(&good)).unwrap();
+        let by = trusted.check(manifest, Some(&good)).unwrap();
+        assert_eq!(by, Some(my_key.as_str()));
         let missing = trusted.check(manifest, None).unwrap_err();
         assert!(matches!(missing, SignatureError::Missing));
         let other = yours.sign(manifest).unwrap();

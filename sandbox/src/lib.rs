@@ -21,6 +21,7 @@
 //! /var/lib/transship/consumed/           consumed: who has taken what out of which checkpoint
 //! /var/lib/transship/images/             wanted_image: what pods want from registries
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
+//! /var/lib/transship/origins/            origins: where the checkpoints of this node come from
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
 //! /proc                                  proc_text, descriptors_of, privileged_files: also for engine and front
 //! in a network namespace                 interface_addresses, loopback, network_lock (nft)
@@ -48,6 +49,7 @@ mod loopback;
 pub mod moved;
 mod network_lock;
 pub mod opened;
+pub mod origins;
 mod pins;
 mod pod_dir;
 pub mod privileged_files;

@@ -69,6 +69,14 @@ pub(crate) fn from_a_registry(node: &Node, cri: &Cri, before: u64) -> anyhow::Re
         Err(error) if said_that_it_comes(&error) => Err(error),
         other => panic!("{other:?}"),
     })?;
+    // What lay there before signatures were asked for has none.
+    let theirs = [("dev.transship/restore", "theirs")];
+    let unsigned = cri.run_pod(POD, &theirs, PodNamespaces::Usual);
+    let unsigned = unsigned.map_err(|error| format!("{:#}", anyhow::Error::from(error)));
+    ensure!(
+        matches!(&unsigned, Err(error) if error.contains("is not signed")),
+        "{unsigned:?}"
+    );
     node.stop_daemon("transship-serve", "TERM")?;
     let tidy = format!("rm {NODE_CONFIG} /root/minisign.key; transship prune --max-age 1000days");
     node.shell(&tidy).run()?;

@@ -356,9 +356,9 @@ fn leftovers(node: &Node) -> Result<Vec<String>, TestbedError> {
         .shell(
             "set +e
              # The record of a layer that is gone goes with the next one that is written, and a source may
-             # ask for weeks what became of a migration.
+             # ask for weeks what became of a migration. That of a checkpoint goes with the next one that is removed.
              find /run/transship/pods /var/lib/transship -mindepth 2 ! -path '*/consumed/*' \
-                 ! -path '*/arrivals/*' 2>/dev/null
+                 ! -path '*/arrivals/*' ! -path '*/origins/*' 2>/dev/null
              awk '$2 ~ \"^/run/transship\" {print \"mount \" $2}' /proc/mounts
              iptables-save 2>/dev/null | grep -i criu
              nft list tables 2>/dev/null | grep -i criu

@@ -15,6 +15,7 @@ use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::error::{Context, Error, Result};
 use crate::node_id::node_id;
+use crate::origin::Origins;
 use crate::progress::Progress;
 
 /// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
@@ -59,7 +60,9 @@ pub(super) async fn receive(
         specs.push(spec);
     }
     let manifest = as_offered(offer, stream.0, &specs, draft.name())?;
-    keep(draft, manifest, Durability::Ephemeral).await
+    let checkpoint = keep(draft, manifest, Durability::Ephemeral).await?;
+    Origins::of_node().made_here_for_now(&checkpoint)?;
+    Ok(checkpoint)
 }
 
 /// Waits for the source to connect directly; none where it cannot be waited for.

@@ -10,6 +10,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::origin::Origins;
 
 /// A checkpoint of the node's store.
 pub(super) struct Adopted {
@@ -18,7 +19,7 @@ pub(super) struct Adopted {
 }
 
 /// What an annotation can name: a checkpoint of the store.
-pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
+pub(super) fn adopt(store: &Store, path: &Path, origins: Origins<'_>) -> Result<Adopted> {
     let name = path.file_name().and_then(|name| name.to_str());
     let (Some(name), Some(parent)) = (name, path.parent()) else {
         return Err(Error::refused(format!(
@@ -40,6 +41,7 @@ pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
         });
     }
     let checkpoint = elsewhere.open(name)?;
+    origins.require(&checkpoint)?;
     let name = format!("pod-{}", transship_containerd::unique());
     let draft = store.draft(&name)?;
     copy_files(&checkpoint, draft.dir())?;
@@ -52,7 +54,8 @@ pub(super) fn adopt(store: &Store, path: &Path) -> Result<Adopted> {
         sealed: None,
     };
     copy.verify()?;
-    draft.commit(manifest, Durability::Ephemeral)?;
+    let adopted = draft.commit(manifest, Durability::Ephemeral)?;
+    origins.made_here_for_now(&adopted)?;
     Ok(Adopted { name, copied: true })
 }
 
@@ -132,8 +135,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (store, elsewhere) = (Store::at(dir.path().join("in")), dir.path().join("out"));
         let path = checkpoint_at(&Store::at(&elsewhere));
+        let (config, records) = (dir.path().join("node.toml"), dir.path().join("origins"));
+        let origins = Origins {
+            config: &config,
+            records: &records,
+        };
         symlink("/etc/passwd", path.join("c/checkpoint/utsns-12.img.new")).unwrap();
-        let adopted = adopt(&store, &path).unwrap();
+        let adopted = adopt(&store, &path, origins).unwrap();
         let taken = store.open(&adopted.name).unwrap();
         assert!(adopted.copied);
         taken.verify().unwrap();
@@ -143,17 +151,20 @@ mod tests {
         fs::write(&pages, "m3mory").unwrap();
         taken.verify().unwrap();
 
-        assert!(adopt(&store, &path).is_err(), "another digest");
+        assert!(adopt(&store, &path, origins).is_err(), "another digest");
         fs::remove_file(&pages).unwrap();
         fs::write(dir.path().join("memory"), "memory").unwrap();
         symlink(dir.path().join("memory"), &pages).unwrap();
-        assert!(adopt(&store, &path).is_err(), "a link");
+        assert!(adopt(&store, &path, origins).is_err(), "a link");
         fs::remove_file(&pages).unwrap();
         nix::unistd::mkfifo(&pages, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert!(adopt(&store, &path).is_err(), "a FIFO");
+        assert!(adopt(&store, &path, origins).is_err(), "a FIFO");
         fs::rename(path.join("c"), path.join("d")).unwrap();
         symlink("d", path.join("c")).unwrap();
-        assert!(adopt(&store, &path).is_err(), "a directory that is a link");
+        assert!(
+            adopt(&store, &path, origins).is_err(),
+            "a directory that is a link"
+        );
         assert_eq!(store.list().unwrap().len(), 1);
     }
 }

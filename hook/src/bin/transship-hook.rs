@@ -12,6 +12,7 @@ use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 use transship_sandbox::last_run::DEFAULT_RUNS_DIR;
+use transship_sandbox::origins::DEFAULT_ORIGINS_DIR;
 use transship_sandbox::wanted_image::DEFAULT_IMAGES_DIR;
 
 const USAGE: &str = "usage: transship-hook createRuntime|poststop < STATE (an OCI hook)";
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
                 runs: DEFAULT_RUNS_DIR.into(),
                 images: DEFAULT_IMAGES_DIR.into(),
                 config: NODE_CONFIG.into(),
+                origins: DEFAULT_ORIGINS_DIR.into(),
                 log_dir: LOG_DIR.into(),
                 tool: beside("transship"),
             };

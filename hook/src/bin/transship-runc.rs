@@ -16,6 +16,7 @@ use transship_sandbox::DEFAULT_RUN_DIR;
 use transship_sandbox::admission::node_config::NODE_CONFIG;
 use transship_sandbox::consumed::DEFAULT_CONSUMED_DIR;
 use transship_sandbox::moved::DEFAULT_MOVED_DIR;
+use transship_sandbox::origins::DEFAULT_ORIGINS_DIR;
 
 /// What execvp(3) searches when there is no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -107,6 +108,7 @@ fn environment(program: &OsStr) -> Result<Environment, RuntimeError> {
         moved: DEFAULT_MOVED_DIR.into(),
         containerd: containerd_socket(),
         node_config: NODE_CONFIG.into(),
+        origins: DEFAULT_ORIGINS_DIR.into(),
         criu_config_named: std::env::var_os(CRIU_CONFIG_VARIABLE).is_some(),
     })
 }

@@ -16,6 +16,7 @@ use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::asker::NotForAsker;
 use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
 
+use crate::origin::OriginError;
 use crate::runtime::{CRIU_CONFIG_DIR, RuntimeError};
 
 /// Why a call fails.
@@ -37,6 +38,9 @@ pub enum FrontError {
     /// The checkpoint is not for who asks.
     #[error(transparent)]
     NotForAsker(#[from] NotForAsker),
+    /// Nobody whom this node trusts has made the checkpoint.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Something staged that cannot be used.
     #[error(transparent)]
     Stage(#[from] SandboxError),

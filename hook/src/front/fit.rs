@@ -27,6 +27,7 @@ use transship_path_error::During as _;
 use super::admission::{admit, read_spec};
 use super::bundle::{Bundle, Config};
 use super::{FitError, Front, FrontError};
+use crate::origin::require_origin;
 
 pub(super) fn not_admitted(request: &Request, source: AdmissionError) -> FrontError {
     let (container, checkpoint) = (&request.container, &request.checkpoint);
@@ -51,11 +52,11 @@ impl Front<'_> {
         let container = manifest.container(Some(&request.container))?;
         checkpoint.check_lengths(container)?;
         let old = read_spec(&checkpoint.container_dir(container))?;
-        let asker = Asker {
-            rules: &NodeConfig::read(&self.env.node_config)?,
-            annotations: &config.annotations,
-        };
+        let rules = &NodeConfig::read(&self.env.node_config)?;
+        let annotations = &config.annotations;
+        let asker = Asker { rules, annotations };
         asker.admit_container(manifest, container, &old, &config.spec)?;
+        require_origin(&checkpoint, rules, &self.env.origins, self.tool())?;
         // Outside of the CRI our own tool has made the container, of the image that it found.
         let log = match config.cri {
             true => self.check_base(id, container, &manifest.name)?,

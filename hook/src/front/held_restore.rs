@@ -14,6 +14,7 @@ use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
+use transship_sandbox::origins::forget_gone;
 use transship_sandbox::{LinkedImages, PodDir, Staged, State, criu_lock, raise_loopback_of};
 
 use transship_path_error::During as _;
@@ -321,6 +322,7 @@ impl Front<'_> {
             && !store.is_being_restored(name).unwrap_or(true)
         {
             drop(store.remove(name));
+            drop(forget_gone(&self.env.origins));
         }
     }
 

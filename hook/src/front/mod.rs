@@ -106,6 +106,8 @@ pub struct Environment {
     pub containerd: Option<PathBuf>,
     /// The rules of this node.
     pub node_config: PathBuf,
+    /// Where its checkpoints come from.
+    pub origins: PathBuf,
     /// Whether the caller names a CRIU configuration in the environment.
     pub criu_config_named: bool,
 }

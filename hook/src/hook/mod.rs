@@ -28,6 +28,7 @@ use transship_sandbox::{PodDir, SandboxError};
 
 use crate::descendants::kill_if_same;
 use crate::one_line;
+use crate::origin::{OriginError, require_origin};
 use crate::restore_log;
 
 /// Longest state that is read, in bytes: annotations are most of it, and a spec has no more.
@@ -80,6 +81,9 @@ pub enum HookError {
     /// The rules of this node.
     #[error(transparent)]
     NodeConfig(#[from] NodeConfigError),
+    /// Nobody whom this node trusts has made the checkpoint.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// The checkpoint is in a registry.
     #[error(transparent)]
     WantedImage(#[from] WantedImageError),
@@ -118,7 +122,7 @@ impl HookError {
         match self {
             Self::NotForAsker(error) => !error.is_forbidden(),
             Self::WantedImage(error) => error.is_failure(),
-            Self::Store { .. } | Self::Spent(_) | Self::Sealed { .. } => true,
+            Self::Store { .. } | Self::Spent(_) | Self::Sealed { .. } | Self::Origin(_) => true,
             _ => false,
         }
     }
@@ -139,6 +143,8 @@ pub struct Node {
     pub images: PathBuf,
     /// The rules of this node.
     pub config: PathBuf,
+    /// Where its checkpoints come from.
+    pub origins: PathBuf,
     /// Where failed restores are told of.
     pub log_dir: PathBuf,
     /// The program `transship`, which has the keys of sealed checkpoints.
@@ -256,13 +262,15 @@ fn stage_all(
     };
     let stage = |checkpoint: &Checkpoint| -> Result<(), HookError> {
         asker.admit(&checkpoint.manifest)?;
-        for container in &checkpoint.manifest.containers {
-            if !has_run(&container.name) {
-                pod.stage(&container.name, checkpoint, container)
-                    .map_err(stage_error)?;
-            }
+        let containers = checkpoint.manifest.containers.iter();
+        let mut waiting = containers.filter(|it| !has_run(&it.name)).peekable();
+        if waiting.peek().is_some() {
+            require_origin(checkpoint, rules, &node.origins, Command::new(&node.tool))?;
         }
-        Ok(())
+        waiting.try_for_each(|container| {
+            let staged = pod.stage(&container.name, checkpoint, container);
+            staged.map(drop).map_err(stage_error)
+        })
     };
     match &found.sealed {
         None => stage(&found),
@@ -343,16 +351,30 @@ fn latest_of(
     } = run;
     let since = run.since(&node.runs).map_err(stage_error)?;
     let found = run.latest(&node.store, &node.consumed, since);
-    let found = found.map_err(stage_error)?;
+    let mut found = found.map_err(stage_error)?;
+    let mut lack = "none was taken since its last run, or it was consumed".to_owned();
+    if let Some(Err(error)) = found.as_deref().map(|latest| check_latest(latest, node)) {
+        (found, lack) = (None, one_line(&error));
+    }
     if found.is_none() {
-        let reason = format!(
-            "the pod {namespace}/{name} wants its latest checkpoint: none was taken since its last run, or it was \
-             consumed"
-        );
+        let reason = format!("the pod {namespace}/{name} wants its latest checkpoint: {lack}");
         let cold = restore_log::Outcome::StartedCold;
         drop(restore_log::append(&node.log_dir, &state.id, cold, &reason));
     }
     Ok(found)
+}
+
+/// Whether this node restores the latest checkpoint; of one that is sealed that is seen when it is opened.
+fn check_latest(name: &str, node: &Node) -> Result<(), HookError> {
+    let rules = NodeConfig::read(&node.config)?;
+    match node.store.find(name) {
+        Ok(found) if found.sealed.is_none() => {
+            let tool = Command::new(&node.tool);
+            Ok(require_origin(&found, &rules, &node.origins, tool)?)
+        }
+        // Whoever stages it tells what is wrong with it.
+        _ => Ok(()),
+    }
 }
 
 /// The run of a pod with `restore-latest`; outside of the CRI nothing says which pod this is.

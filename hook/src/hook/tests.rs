@@ -42,6 +42,7 @@ fn node(dir: &Path) -> Node {
         runs: dir.join("runs"),
         images: dir.join("images"),
         config: dir.join("node.toml"),
+        origins: dir.join("origins"),
         log_dir: dir.join("log"),
         tool: "transship".into(),
     }

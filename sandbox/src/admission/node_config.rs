@@ -18,7 +18,7 @@
 //! keep-per-pod = 0
 //! keep-gigabytes = 0
 //! quota-gigabytes = 0
-//! signed-by = []            public keys of minisign: a package without a signature of one is refused
+//! signed-by = []            public keys of minisign: what others have taken is refused without a signature of one
 //! identity = ""             file (0600) with the keys that open sealed checkpoints for pods
 //! [images]
 //! registries = []           from which `transship serve` fetches what pods name (`restore-image`)
