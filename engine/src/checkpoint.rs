@@ -37,6 +37,7 @@ use crate::restore::verify;
 use crate::retention;
 use crate::sealed::Sealing;
 pub use crate::selection::Selection;
+use crate::sharing::share;
 use crate::source::{self, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
@@ -287,10 +288,24 @@ pub async fn checkpoint(
     };
     let into = (store, (draft, sealing), timeline);
     let taken = take(target, name, into, afterwards, interrupt, progress).await;
+    if taken.is_ok() {
+        // Whoever was to run runs again.
+        share_blocks(store, name).await?;
+    }
     match (taken, mark) {
         (Err(error), Some(mark)) => Err(mark.take_back(error)),
         (taken, _) => taken,
     }
+}
+
+async fn share_blocks(store: &Store, name: &str) -> Result<()> {
+    let (store, name) = (store.clone(), name.to_owned());
+    let share = move || {
+        if let Ok(new) = store.find(&name) {
+            share(&store, &new);
+        }
+    };
+    Ok(tokio::task::spawn_blocking(share).await?)
 }
 
 async fn take(

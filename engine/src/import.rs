@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::sealed::{keep_fetched, keep_sealed, memory_to_look};
+use crate::sharing::share;
 use crate::shell_words::command_line;
 
 /// Bytes of a package that are looked at before anything is made of it.
@@ -73,6 +74,7 @@ pub async fn import(
     match read(input, store, options, &mut *progress.counter())? {
         Imported::Checkpoint(checkpoint) => {
             Origins::of_node().compared(&checkpoint, &options.trusted)?;
+            share(store, &checkpoint);
             Ok(ReadPackage {
                 checkpoint,
                 engine: None,
@@ -145,6 +147,7 @@ pub(crate) fn take_offered(
     if !offered.is_encrypted() || lies == Lies::InClear {
         let checkpoint = offered.restore(blobs, store, options, progress)?;
         Origins::of_node().compared(&checkpoint, &options.trusted)?;
+        share(store, &checkpoint);
         return Ok(checkpoint);
     }
     let memory = memory_to_look(store, offered.bytes())?;

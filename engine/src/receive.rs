@@ -39,6 +39,7 @@ use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::restore::Target;
 use crate::retention::check_quota;
+use crate::sharing::share;
 use crate::timeline::human_bytes;
 
 mod arrival;
@@ -141,6 +142,8 @@ pub async fn receive(
             let checkpoint = keep_signed(draft, named, signed).await?;
             let trusted = TrustedKeys::parse(keys.iter().map(String::as_str))?;
             Origins::of_node().compared(&checkpoint, &trusted)?;
+            let shared = (store.clone(), checkpoint.clone());
+            tokio::task::spawn_blocking(move || share(&shared.0, &shared.1)).await?;
             Ok(Received::Checkpoint(Box::new(checkpoint)))
         }
         Message::Offer(offer) => {
