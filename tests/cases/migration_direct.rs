@@ -5,6 +5,7 @@ use serde_json::Value;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
 
 use crate::Case;
+use crate::package_image::PUBLIC_KEY;
 
 const MEMORY_MB: u32 = 48;
 
@@ -48,7 +49,11 @@ fn data_goes_the_short_way_where_there_is_one(bed: &Testbed) -> anyhow::Result<(
     ensure!(walled["direct"] == 0, "{walled}");
     b.shell("iptables -D INPUT -i link+ -p tcp --syn ! --dport 22 -j DROP")
         .run()?;
+    // What comes with a migration is signed by nobody.
+    let rules = format!("[checkpoints]\nsigned-by = [\"{PUBLIC_KEY}\"]\n");
+    b.write_file("/etc/transship/node.toml", rules)?;
     let elsewhere = moved(5, &["--data-address", "192.0.2.1"])?;
+    b.shell("rm /etc/transship/node.toml").run()?;
     ensure!(elsewhere["direct"] == 0, "{elsewhere}");
     for node in [&a, &b] {
         journey::check_nothing_left(node)?;

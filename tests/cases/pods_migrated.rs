@@ -11,6 +11,7 @@ use transship_testbed::{
 
 use crate::Case;
 use crate::moments::{paced_front, tells_how_it_ended};
+use crate::package_image::PUBLIC_KEY;
 use crate::pods_shared::{
     ROLES, fill_scratch, run_mates, run_mates_of, steps, volume_dir, wait_for,
 };
@@ -70,6 +71,9 @@ fn a_pod_moves_in_one_migration(bed: &Testbed) -> anyhow::Result<()> {
         })?;
         node.import_image_into("k8s.io", &pause, "transship")?;
     }
+    // What comes with a migration is signed by nobody.
+    let rules = format!("[checkpoints]\nsigned-by = [\"{PUBLIC_KEY}\"]\n");
+    b.write_file("/etc/transship/node.toml", rules)?;
     let busybox = bed.tree_dir().join("bin/busybox");
     let mates = Image::podmate(bed.settings(), &busybox)?;
     a.import_image_into("k8s.io", &mates, "transship")?;
