@@ -33,7 +33,7 @@ use nix::sys::statfs::{
 };
 use nix::unistd::fdatasync;
 
-use crate::directory_listing::DirectoryListing;
+use crate::directory_names::{DirectoryNames, Given, KEPT_PIECES};
 use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, LeaveError, open_directory};
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::open_for_export::open_regular;
@@ -171,21 +171,29 @@ fn has_rested(stat: &FileStat) -> bool {
 
 /// The regular files of a tree that others change, by descriptors: nothing that a container does to it leads out of it.
 struct Walk {
-    stack: DirectoryStack<(DirectoryListing, usize)>,
+    stack: DirectoryStack<DirectoryNames>,
 }
 
 impl Walk {
     fn enter(&mut self, directory: OwnedFd) -> io::Result<()> {
         let identity = InodeAttributes::from(fstat(&directory)?).identity;
-        let mut listing = DirectoryListing::default();
-        listing.read(directory.as_fd())?;
-        self.stack.push(directory, identity, (listing, 0));
+        let names = match DirectoryNames::begin(directory.as_fd(), Given::Stay) {
+            // It was removed when it had been opened.
+            Err(error) if error.raw_os_error() == Some(Errno::ENOENT as i32) => return Ok(()),
+            names => names?,
+        };
+        if self.stack.depth() > KEPT_PIECES
+            && let Some(outer) = self.stack.note_mut()
+        {
+            outer.forget();
+        }
+        self.stack.push(directory, identity, names);
         Ok(())
     }
 
     fn next_file(&mut self) -> io::Result<Option<File>> {
-        while let Some((fd, (listing, next))) = self.stack.innermost_mut() {
-            let Some((name, inode_type)) = listing.get(*next) else {
+        while let Some((fd, names)) = self.stack.innermost_mut() {
+            let Some((name, inode_type)) = names.next(fd.as_fd())? else {
                 match self.stack.leave() {
                     // Somebody has moved it: what is left of the tree goes in the freeze.
                     Err(LeaveError::Moved) => return Ok(None),
@@ -193,7 +201,6 @@ impl Walk {
                 }
                 continue;
             };
-            *next += 1;
             match inode_type {
                 Some(InodeType::Directory) => match open_directory(fd, name) {
                     Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
@@ -228,6 +235,34 @@ mod tests {
     use std::sync::Arc;
 
     const LARGE: usize = 256 << 10;
+
+    /// More names than are held at once, in more directories than keep theirs.
+    #[test]
+    fn each_file_is_met_once_however_many_there_are() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut inner = dir.path().to_path_buf();
+        for _ in 0..KEPT_PIECES + 3 {
+            inner.push("m");
+            fs::create_dir(&inner).unwrap();
+            for name in ["a", "z"] {
+                fs::write(inner.join(name), "").unwrap();
+            }
+        }
+        for name in 0..2500 {
+            fs::write(dir.path().join(name.to_string()), "").unwrap();
+            fs::write(inner.join(name.to_string()), "").unwrap();
+        }
+        let mut walk = Walk {
+            stack: DirectoryStack::new(),
+        };
+        let root = open(dir.path(), DIRECTORY_FLAGS, Mode::empty()).unwrap();
+        walk.enter(root).unwrap();
+        let mut met = std::collections::HashSet::new();
+        while let Some(file) = walk.next_file().unwrap() {
+            assert!(met.insert(file.metadata().unwrap().ino()));
+        }
+        assert_eq!(met.len(), 2 * 2500 + 2 * (KEPT_PIECES + 3));
+    }
 
     /// On a file system of the disk.
     fn dir() -> tempfile::TempDir {
