@@ -99,6 +99,9 @@ pub enum SnapshotError {
         /// Why the write failed.
         source: Arc<rusqlite::Error>,
     },
+    /// The metadata database may not grow.
+    #[error("cannot write the snapshot metadata: the quota of the disk is spent")]
+    OverQuota,
     /// The file of the metadata database is damaged.
     #[error("{path} is damaged: {fault}")]
     DamagedDatabase {
@@ -160,6 +163,7 @@ impl SnapshotError {
                         || error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
                 )
             }
+            Self::OverQuota => true,
             _ => self.io_source().is_some_and(|io| {
                 matches!(
                     io.kind(),

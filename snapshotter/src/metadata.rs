@@ -1,6 +1,6 @@
 //! The metadata database: which snapshots there are.
 //!
-//! One SQLite database in WAL mode, `metadata.sqlite` (with `-wal` and `-shm` beside it while the daemon runs):
+//! One SQLite database in WAL mode, `metadata.sqlite` (with `-wal` beside it while the daemon runs):
 //!
 //! ```text
 //! snapshots   key TEXT, primary      parent INTEGER            record BLOB
@@ -31,7 +31,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::vec;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use transship_path_error::During as _;
 
@@ -49,6 +48,9 @@ const ID_RESERVE: u64 = 4096;
 const CHECKPOINT_PAGES: u32 = 1000;
 /// KiB of page cache of a connection that reads.
 const READ_CACHE: usize = 256;
+/// The connections are those of one process, and the WAL's index is in its memory. Else it would be a file that SQLite has mapped:
+/// on a full btrfs, which gives each page that is written to a new place, that ends the process (SIGBUS).
+const IN_ONE_PROCESS: &str = "unix-excl";
 /// Records that [`Walk`] reads at a time.
 const WALK_STEP: u32 = 256;
 
@@ -94,7 +96,7 @@ impl Metadata {
         let open = || open_writer(path, cache_bytes);
         let writer = match open() {
             // On a full disk snapshots must be removable: the WAL and its index need some blocks.
-            Err(error) if error.is_disk_full() && reserve.give_up()? => open()?,
+            Err(error) if is_full(&error, &reserve) && reserve.give_up()? => open()?,
             outcome => outcome?,
         };
         let format: u32 = writer
@@ -327,7 +329,7 @@ impl Metadata {
             Some(connection) => connection,
             None => open_writer(&self.path, self.cache_bytes)?,
         };
-        let outcome = run_transaction(&connection, applies);
+        let outcome = run_transaction(&connection, applies, &self.reserve);
         match &outcome {
             // What the WAL holds is read anew, by both connections.
             Err(SnapshotError::UnknownOutcome { .. }) => {
@@ -343,8 +345,30 @@ impl Metadata {
     }
 }
 
-fn run_transaction(connection: &Connection, applies: Vec<Apply>) -> Result<Vec<Deliver>> {
-    let fail = |error| SnapshotError::database("write", error);
+/// Whether there is no room for what was to be written.
+fn is_full(error: &SnapshotError, reserve: &Reserve) -> bool {
+    let is_unwritten = match error {
+        SnapshotError::Database { source, .. } => is_unwritten(source),
+        _ => false,
+    };
+    error.is_disk_full() || is_unwritten && reserve.is_over_quota()
+}
+
+/// Whether a write has failed, for whatever reason.
+fn is_unwritten(error: &rusqlite::Error) -> bool {
+    use rusqlite::ffi::SQLITE_IOERR_WRITE;
+    { error.sqlite_error() }.is_some_and(|it| it.extended_code == SQLITE_IOERR_WRITE)
+}
+
+fn run_transaction(
+    connection: &Connection,
+    applies: Vec<Apply>,
+    reserve: &Reserve,
+) -> Result<Vec<Deliver>> {
+    let fail = |error| match is_unwritten(&error) && reserve.is_over_quota() {
+        true => SnapshotError::OverQuota,
+        false => SnapshotError::database("write", error),
+    };
     let begin = || connection.prepare_cached("BEGIN IMMEDIATE")?.execute(());
     begin().map_err(fail)?;
     let roll_back = || {
@@ -370,7 +394,10 @@ fn run_transaction(connection: &Connection, applies: Vec<Apply>) -> Result<Vec<D
     match commit() {
         Ok(_) => Ok(deliveries),
         // The record that ends a transaction is the last of its frames: without room it was not written.
-        Err(error) if error.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
+        Err(error)
+            if error.sqlite_error_code() == Some(ErrorCode::DiskFull)
+                || is_unwritten(&error) && reserve.is_over_quota() =>
+        {
             roll_back();
             Err(fail(error))
         }
@@ -389,7 +416,6 @@ fn open_writer(path: &Path, cache_bytes: usize) -> Result<Connection> {
         .mode(0o600)
         .open(path)
         .during("open", path)?;
-    write_index_in_place(path);
     let open = || {
         let connection = connect(path, cache_bytes >> 10)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -408,23 +434,6 @@ fn open_writer(path: &Path, cache_bytes: usize) -> Result<Connection> {
     Ok(connection)
 }
 
-/// SQLite maps the WAL's index into memory. btrfs would give each page that is written to a new place, and on a full disk end
-/// the process that writes to it (SIGBUS), unless the file is made to be written in place. Other file systems do so anyway.
-fn write_index_in_place(path: &Path) {
-    let mut index = path.as_os_str().to_owned();
-    index.push("-shm");
-    let mut open = OpenOptions::new();
-    open.read(true).write(true).create_new(true).mode(0o600);
-    // One that is there has been made so.
-    if let Ok(index) = open.open(&index)
-        && let Ok(flags) = ioctl_getflags(&index)
-        && let Err(error) = ioctl_setflags(&index, flags | IFlags::NOCOW)
-    {
-        // They have no such flag.
-        tracing::debug!(%error, "the index of the WAL is written as the file system likes");
-    }
-}
-
 fn open_reader(path: &Path) -> Result<Connection> {
     connect(path, READ_CACHE).map_err(|error| SnapshotError::database("open", error))
 }
@@ -432,7 +441,7 @@ fn open_reader(path: &Path) -> Result<Connection> {
 fn connect(path: &Path, cache_kib: usize) -> Result<Connection, rusqlite::Error> {
     // No mutex of SQLite's own: no two threads use a connection at the same time.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
+    let connection = Connection::open_with_flags_and_vfs(path, flags, IN_ONE_PROCESS)?;
     connection.pragma_update(None, "cache_size", format!("-{cache_kib}"))?;
     Ok(connection)
 }

@@ -6,7 +6,7 @@
 //! it can be made again. File systems without fallocate have no reserve.
 
 use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +20,8 @@ use crate::error::Result;
 
 /// Many removals, each of which makes room, and what the WAL holds when it is copied into the database.
 const LENGTH: u32 = 1 << 20;
+/// What is written to see whether it may be: more than a file system keeps in an inode.
+const PROBE: usize = 64 << 10;
 
 /// The file that keeps the room.
 #[derive(Debug)]
@@ -67,6 +69,23 @@ impl Reserve {
         make().during("reserve room in", &self.path)?;
         self.is_low.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// Whether nothing more may be written by whom this daemon is counted to. SQLite knows a full disk alone, and takes
+    /// that for a write that has failed.
+    pub(crate) fn is_over_quota(&self) -> bool {
+        let path = self.path.with_extension("probe");
+        let write = || {
+            let mut open = OpenOptions::new();
+            let open = open.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = open.open(&path)?;
+            file.write_all(&[1; PROBE])?;
+            file.sync_all()
+        };
+        let written = write();
+        // It goes with the next one.
+        drop(fs::remove_file(&path));
+        written.is_err_and(|error| error.kind() == io::ErrorKind::QuotaExceeded)
     }
 
     /// Gives the room back to the disk; `false`: there was none.

@@ -356,6 +356,7 @@ fn code_of(error: &SnapshotError) -> Code {
         | E::HasChildren { .. }
         | E::ParentAtCommit { .. } => Code::FailedPrecondition,
         E::DamagedDatabase { .. } | E::Damaged { .. } => Code::DataLoss,
+        E::OverQuota => Code::ResourceExhausted,
         E::Io(_) | E::Database { .. } | E::UnknownOutcome { .. } | E::LeaderPanicked => {
             match error.io_source().map(io::Error::kind) {
                 _ if error.is_disk_full() => Code::ResourceExhausted,

@@ -15,9 +15,19 @@ use nix::mount::{MntFlags, umount2};
 use support::daemon::Site;
 use support::mounted::{Mounted, enter_private_mounts};
 
-/// What SQLite has mapped is written to on a full btrfs, too.
+/// What SQLite has mapped would be written to on a full btrfs, too.
 #[test]
 fn root_a_full_btrfs_ends_no_daemon() {
+    on_btrfs_that_takes_no_more(None);
+}
+
+/// Over quota is as full as full.
+#[test]
+fn root_a_spent_quota_is_said_and_survived() {
+    on_btrfs_that_takes_no_more(Some("12M"));
+}
+
+fn on_btrfs_that_takes_no_more(quota: Option<&str>) {
     if !support::is_root() {
         return;
     }
@@ -34,6 +44,11 @@ fn root_a_full_btrfs_ends_no_daemon() {
             .args(["-o", "loop"])
             .arg(&image)
             .arg(&root));
+        if let Some(quota) = quota {
+            run(Command::new("btrfs").args(["quota", "enable"]).arg(&root));
+            let limit = ["qgroup", "limit", quota];
+            run(Command::new("btrfs").args(limit).arg(&root));
+        }
         {
             let daemon = site.start(&[]);
             let client = daemon.client().await;

@@ -175,7 +175,6 @@ fn root_files_are_private_and_the_socket_goes_at_stop() {
             (site.root(), 0o700),
             (site.root().join("metadata.sqlite"), 0o600),
             (site.root().join("metadata.sqlite-wal"), 0o600),
-            (site.root().join("metadata.sqlite-shm"), 0o600),
             (site.snapshots(), 0o700),
             (site.snapshots().join("1"), 0o700),
             (site.snapshots().join("1/fs"), 0o755),

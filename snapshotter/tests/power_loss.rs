@@ -13,7 +13,7 @@
 //!  Metadata::open: everything acknowledged is there, the change in flight is there or not, no id comes back
 //! ```
 //!
-//! Nothing but `-shm` is written by other ways than these calls, and that file is made anew after a crash.
+//! Nothing is written by other ways than these calls.
 #![allow(clippy::tests_outside_test_module, reason = "the whole file is tests")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -286,9 +286,7 @@ fn parse(line: &str, dir: &str) -> Option<Event> {
     if result < 0 {
         return None;
     }
-    let matters = |name: String| {
-        (!name.ends_with("-shm") && !name.ends_with(".reserve") && name != "mark").then_some(name)
-    };
+    let matters = |name: String| (!name.ends_with(".reserve") && name != "mark").then_some(name);
     match call {
         "openat" if arguments.contains("O_CREAT") => Some(Event::Create(matters(of_argument()?)?)),
         "write" if of_descriptor()? == "mark" => {
