@@ -8,10 +8,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use procfs::process::{FDTarget, Process, all_processes};
+use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
+use transship_sandbox::ProcessHandle;
 use walkdir::WalkDir;
 
 use crate::killed_criu;
@@ -54,9 +54,9 @@ pub async fn wait_for_end(dir: &Path, roots: Vec<u32>) {
 
 /// Ends the dump into `dir`: the runtime that asked for it then says that it has failed.
 pub fn end(dir: &Path) {
-    for pid in criu_writing_to(dir) {
+    for criu in criu_writing_to(dir) {
         // One that has ended meanwhile is as good.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        drop(criu.signal(Signal::KILL));
     }
 }
 
@@ -70,12 +70,15 @@ fn bytes_below(dir: &Path) -> u64 {
 }
 
 /// The CRIU processes that have something below `dir` open.
-fn criu_writing_to(dir: &Path) -> Vec<i32> {
+fn criu_writing_to(dir: &Path) -> Vec<ProcessHandle> {
     let processes = all_processes().into_iter().flatten().flatten();
     let criu = processes.filter(|process| process.stat().is_ok_and(|stat| stat.comm == "criu"));
-    criu.filter(|criu| has_open_below(criu, dir))
-        .map(|criu| criu.pid)
-        .collect()
+    // What is read of it after its handle was opened is its own: the directory in /proc is that of one process.
+    criu.filter_map(|criu| {
+        let handle = ProcessHandle::open(criu.pid).ok()?;
+        has_open_below(&criu, dir).then_some(handle)
+    })
+    .collect()
 }
 
 fn has_open_below(process: &Process, dir: &Path) -> bool {
@@ -119,7 +122,8 @@ mod tests {
     fn a_stopped_task_is_named() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = child.id();
-        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP).unwrap();
+        let handle = ProcessHandle::open(pid.cast_signed()).unwrap();
+        assert!(handle.signal(Signal::STOP).unwrap());
         while stopped_tasks(&[pid]).is_empty() {
             std::thread::yield_now();
         }

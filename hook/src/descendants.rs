@@ -6,41 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd as _;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use transship_sandbox::read_proc;
+use rustix::process::Signal;
+pub(crate) use transship_sandbox::children;
+use transship_sandbox::{ProcessHandle, open_children, open_tree};
 
 use crate::freezer::thaw_killed;
 
 /// How often [`kill_below`] looks for processes that have been made since it looked last.
 const LOOKS: usize = 100;
-
-/// The children of all threads of a process; none when it is gone.
-pub(crate) fn children(pid: i32) -> io::Result<Vec<i32>> {
-    let gone = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
-    };
-    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
-        Err(error) if gone(&error) => return Ok(Vec::new()),
-        threads => threads?,
-    };
-    let mut children = Vec::new();
-    for thread in threads {
-        // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
-        match fs::read_to_string(thread?.path().join("children")) {
-            Err(error) if gone(&error) => {}
-            text => children.extend(
-                text?
-                    .split_whitespace()
-                    .filter_map(|pid| pid.parse::<i32>().ok()),
-            ),
-        }
-    }
-    Ok(children)
-}
 
 /// A process and all below it, parents first.
 pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
@@ -64,30 +40,55 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
         let mut new = Vec::new();
         let mut parents = vec![root];
         while let Some(parent) = parents.pop() {
-            for pid in children(parent)? {
-                if !spared.contains(&pid) {
-                    parents.push(pid);
-                    new.push((pid, parent));
+            for process in open_children(parent)? {
+                if !spared.contains(&process.pid()) {
+                    parents.push(process.pid());
+                    new.push(process);
                 }
             }
         }
-        new.retain(|(pid, _)| !found.contains_key(pid));
+        new.retain(|process| !found.contains_key(&process.pid()));
         if new.is_empty() {
             break;
         }
-        for (pid, parent) in new {
-            if let Some(process) = open_child(pid, parent) {
-                // One that has ended meanwhile is as good.
-                let _ = pidfd_send_signal(&process, Signal::STOP);
-                found.insert(pid, process);
-            }
+        for process in new {
+            // One that has ended meanwhile is as good.
+            drop(process.signal(Signal::STOP));
+            found.insert(process.pid(), process);
         }
     }
     for process in found.values() {
-        let _ = pidfd_send_signal(process, Signal::KILL);
+        drop(process.signal(Signal::KILL));
     }
     thaw_killed(&found.into_keys().collect());
     Ok(())
+}
+
+/// Stops a process and all below it, also those that are made meanwhile.
+///
+/// # Errors
+/// It is gone, or the kernel does not let us.
+pub(crate) fn stop_tree(root: i32) -> io::Result<()> {
+    let mut stopped = BTreeSet::new();
+    for _ in 0..LOOKS {
+        let tasks = open_tree(root)?;
+        if tasks.is_empty() {
+            return Err(io::Error::from(io::ErrorKind::NotFound));
+        }
+        let mut is_any_new = false;
+        for task in tasks {
+            if stopped.insert(task.pid()) {
+                is_any_new = true;
+                task.signal(Signal::STOP)?;
+            }
+        }
+        if !is_any_new {
+            return Ok(());
+        }
+    }
+    Err(io::Error::other(
+        "its processes make others faster than they are stopped",
+    ))
 }
 
 /// Kills the process that has this number since `start_time`, and all below it.
@@ -101,12 +102,9 @@ pub(crate) fn kill_if_same(pid: i32, start_time: u64) {
     }
 }
 
-/// A process that is signalled later: whoever has its number by then is left alone.
+/// A process that is killed later, with what is below it.
 #[derive(Debug)]
-pub(crate) struct Process {
-    pid: i32,
-    pidfd: OwnedFd,
-}
+pub(crate) struct Process(ProcessHandle);
 
 impl Process {
     /// The process that has this number now.
@@ -114,9 +112,7 @@ impl Process {
     /// # Errors
     /// There is none.
     pub(crate) fn open(pid: i32) -> io::Result<Self> {
-        let number = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty())?;
-        Ok(Self { pid, pidfd })
+        ProcessHandle::open(pid).map(Self)
     }
 
     /// Kills it and all below it, if it has not ended.
@@ -125,12 +121,12 @@ impl Process {
     /// `/proc` cannot be read.
     pub(crate) fn kill_tree(&self) -> io::Result<()> {
         // One that has been waited for takes no signal.
-        if pidfd_send_signal(&self.pidfd, Signal::STOP).is_err() {
+        if !self.0.signal(Signal::STOP).unwrap_or_default() {
             return Ok(());
         }
-        let killed = kill_below(self.pid, &[]);
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        let below = tree(self.pid)?.into_iter().collect();
+        let killed = kill_below(self.0.pid(), &[]);
+        drop(self.0.signal(Signal::KILL));
+        let below = tree(self.0.pid())?.into_iter().collect();
         thaw_killed(&below);
         killed
     }
@@ -140,12 +136,12 @@ impl Process {
     /// # Errors
     /// `/proc` cannot be read.
     pub(crate) fn kill_below(&self, spared: &[i32]) -> io::Result<()> {
-        let mut end = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        let mut end = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         let has_ended = poll(&mut end, PollTimeout::ZERO)? > 0;
         if has_ended {
             return Ok(());
         }
-        kill_below(self.pid, spared)
+        kill_below(self.0.pid(), spared)
     }
 }
 
@@ -161,17 +157,6 @@ pub(crate) fn work_done(root: i32, seen: &mut BTreeSet<i32>) -> u64 {
         bytes = bytes.wrapping_add(read.unwrap_or_default());
     }
     bytes.wrapping_add(seen.len() as u64)
-}
-
-fn open_child(pid: i32, parent: i32) -> Option<OwnedFd> {
-    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
-    // A child whose parent has just ended is a child of its reaper: it is found there next time.
-    (parent_of(pid)? == parent).then_some(process)
-}
-
-fn parent_of(pid: i32) -> Option<i32> {
-    let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -202,9 +187,5 @@ mod tests {
         }
         Process::open(root).unwrap().kill_tree().unwrap();
         assert_eq!(shell.wait().unwrap().signal(), Some(9));
-        assert_eq!(
-            parent_of(std::process::id().try_into().unwrap()),
-            Some(std::os::unix::process::parent_id().try_into().unwrap())
-        );
     }
 }

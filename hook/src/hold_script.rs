@@ -36,11 +36,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use transship_checkpoint::criu_options::{ConfigLine, ConfigLineError};
 
-use crate::descendants::{Process, tree};
+use crate::descendants::{Process, stop_tree, tree};
 use crate::freezer::Freezer;
 use crate::own_networks;
 
@@ -180,11 +178,8 @@ fn freeze_or_stop(guard: Option<i32>, root: i32) -> io::Result<()> {
     if guard.is_some_and(|guard| freeze(guard, &tasks).is_ok()) {
         return Ok(());
     }
-    for task in tasks {
-        // It takes the signal when CRIU has gone.
-        kill(Pid::from_raw(task), Signal::SIGSTOP)?;
-    }
-    Ok(())
+    // They take the signal when CRIU has gone.
+    stop_tree(root)
 }
 
 /// The guard, by the link that it has made.

@@ -23,7 +23,9 @@
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! /var/lib/transship/origins/            origins: where the checkpoints of this node come from
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
-//! /proc                                  proc_text, descriptors_of, privileged_files: also for engine and front
+//! /proc                                  proc_text, process_handle, descriptors_of, privileged_files: also for engine and
+//!                                        front
+//! /sys/fs/cgroup                         guards_cgroup: what must not end with its caller
 //! in a network namespace                 interface_addresses, loopback, network_lock (nft)
 //! in an IPC namespace                    sysv_objects
 //! config.json                            device_rules: also for the front
@@ -54,6 +56,7 @@ mod pins;
 mod pod_dir;
 pub mod privileged_files;
 mod proc_text;
+mod process_handle;
 pub mod shared_dirs;
 mod staged;
 mod sysv_objects;
@@ -71,6 +74,7 @@ pub use pins::{
 };
 pub use pod_dir::{Arrival, PodDir};
 pub use proc_text::{TaskStatus, read_proc};
+pub use process_handle::{ProcessHandle, children, open_children, open_tree};
 pub use staged::{RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;
 

@@ -5,11 +5,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use procfs::process::Process;
+use rustix::process::Signal;
 use transship_checkpoint::criu_options::{CriuOption, Phase};
 use transship_checkpoint::wire::WireError;
+use transship_sandbox::{ProcessHandle, open_tree};
 
 use super::Request;
 use crate::error::{Context, Error, Kind, Result};
@@ -72,7 +71,7 @@ impl Remote {
         }
         for below in processes_below(self.child.id()) {
             // It may have ended meanwhile.
-            kill(below, Signal::SIGKILL).unwrap_or_default();
+            below.signal(Signal::KILL).unwrap_or_default();
         }
         drop(self.child.kill());
         drop(self.child.wait());
@@ -81,25 +80,10 @@ impl Remote {
 }
 
 /// The children of a process that has not been waited for, theirs, and so on.
-fn processes_below(root: u32) -> Vec<Pid> {
-    let mut found = vec![root];
-    let mut seen = 0;
-    while let Some(pid) = found.get(seen).copied() {
-        seen += 1;
-        let tasks = i32::try_from(pid)
-            .ok()
-            .and_then(|pid| Process::new(pid).ok())
-            .and_then(|process| process.tasks().ok());
-        let children = tasks
-            .into_iter()
-            .flatten()
-            .filter_map(|task| task.ok()?.children().ok());
-        found.extend(children.flatten());
-    }
-    let below = found.into_iter().skip(1);
-    below
-        .filter_map(|pid| i32::try_from(pid).ok().map(Pid::from_raw))
-        .collect()
+fn processes_below(root: u32) -> Vec<ProcessHandle> {
+    let mut tree = open_tree(root.cast_signed()).unwrap_or_default();
+    drop(tree.drain(..tree.len().min(1)));
+    tree
 }
 
 /// The arguments of `transship` on the other node: how the container is made there. They are
@@ -208,7 +192,8 @@ mod tests {
         let below = processes_below(shell);
         remote.end(true).await;
         for pid in below {
-            while procfs::process::Process::new(pid.as_raw())
+            let pid = pid.pid();
+            while procfs::process::Process::new(pid)
                 .is_ok_and(|process| process.stat().is_ok_and(|stat| stat.state != 'Z'))
             {
                 assert!(std::time::Instant::now() < deadline, "{pid} is left");

@@ -9,10 +9,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use transship_sandbox::{TaskStatus, read_proc};
+use rustix::process::Signal;
+use transship_sandbox::{TaskStatus, open_tree, read_proc};
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
@@ -85,15 +83,12 @@ pub(super) fn release(root: i32, hold: &Hold, stopped: &[u32]) -> io::Result<()>
     if let Hold::Frozen(dir) = hold {
         return Freezer::at(dir).thaw();
     }
-    for pid in tree(root)?.into_iter().rev() {
-        if pid_in_container(pid).is_some_and(|inner| stopped.contains(&inner)) {
+    for task in open_tree(root)?.into_iter().rev() {
+        if pid_in_container(task.pid()).is_some_and(|inner| stopped.contains(&inner)) {
             continue;
         }
-        match kill(Pid::from_raw(pid), Signal::SIGCONT) {
-            // Killed meanwhile: nothing to let go.
-            Ok(()) | Err(Errno::ESRCH) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        // One that was killed meanwhile is not to be let go.
+        task.signal(Signal::CONT)?;
     }
     Ok(())
 }
@@ -108,7 +103,10 @@ pub(super) fn pid_in_container(pid: i32) -> Option<u32> {
 mod tests {
     use std::process::{Command, Stdio};
 
-    use super::*;
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    use super::{Hold, read_proc, release, tree, wait_until_held};
 
     fn state(pid: i32) -> Option<char> {
         let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;

@@ -1,0 +1,174 @@
+//! Processes that are signalled: their numbers may be those of others by then.
+//!
+//! ```text
+//!  number ── pidfd_open ──> ProcessHandle ── is it what was looked for? ──> pidfd_send_signal
+//! ```
+//!
+//! What is asked of `/proc` about a number holds for the process only if the handle was there before.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::proc_text::read_proc;
+
+/// One process: whoever has its number later is left alone.
+#[derive(Debug)]
+pub struct ProcessHandle {
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl ProcessHandle {
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let number = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty())?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Its number, as long as it has not been waited for.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends it a signal; gives whether it is there to take it.
+    ///
+    /// # Errors
+    /// The kernel does not let us.
+    pub fn signal(&self, signal: Signal) -> io::Result<bool> {
+        match pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::SRCH) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A child of `parent`.
+    fn open_child(pid: i32, parent: i32) -> Option<Self> {
+        let process = Self::open(pid).ok()?;
+        // A child whose parent has just ended is a child of its reaper: it is found there next time.
+        (parent_of(pid)? == parent).then_some(process)
+    }
+}
+
+impl AsFd for ProcessHandle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// The children of all threads of a process; none when it is gone.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn children(pid: i32) -> io::Result<Vec<i32>> {
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+    };
+    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if gone(&error) => return Ok(Vec::new()),
+        threads => threads?,
+    };
+    let mut children = Vec::new();
+    for thread in threads {
+        // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
+        match fs::read_to_string(thread?.path().join("children")) {
+            Err(error) if gone(&error) => {}
+            text => children.extend(
+                text?
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            ),
+        }
+    }
+    Ok(children)
+}
+
+/// The children of a process.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn open_children(parent: i32) -> io::Result<Vec<ProcessHandle>> {
+    let children = children(parent)?.into_iter();
+    Ok(children
+        .filter_map(|pid| ProcessHandle::open_child(pid, parent))
+        .collect())
+}
+
+/// A process and all below it, parents first; nothing when it is gone.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn open_tree(root: i32) -> io::Result<Vec<ProcessHandle>> {
+    let Ok(first) = ProcessHandle::open(root) else {
+        return Ok(Vec::new());
+    };
+    let mut tasks = vec![first];
+    let mut seen = 0;
+    while let Some(parent) = tasks.get(seen).map(ProcessHandle::pid) {
+        seen += 1;
+        tasks.extend(open_children(parent)?);
+    }
+    Ok(tasks)
+}
+
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_takes_no_signal() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let own = std::process::id().cast_signed();
+        assert_eq!(parent_of(pid), Some(own));
+        assert!(ProcessHandle::open_child(pid, 1).is_none());
+        let handle = ProcessHandle::open_child(pid, own).unwrap();
+        assert!(handle.signal(Signal::KILL).unwrap());
+        child.wait().unwrap();
+        // Its number may be another one's from here on.
+        assert!(!handle.signal(Signal::KILL).unwrap());
+        assert!(ProcessHandle::open(0).is_err());
+    }
+
+    #[test]
+    fn a_tree_has_parents_first() {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sh -c 'sleep 1000; :' & wait"])
+            .spawn()
+            .unwrap();
+        let root = shell.id().cast_signed();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let tasks = loop {
+            let tasks = open_tree(root).unwrap();
+            if tasks.len() == 3 {
+                break tasks;
+            }
+            assert!(Instant::now() < deadline, "three processes");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(tasks[0].pid(), root);
+        assert_eq!(parent_of(tasks[2].pid()), Some(tasks[1].pid()));
+        for task in tasks {
+            task.signal(Signal::KILL).unwrap();
+        }
+        shell.wait().unwrap();
+        assert!(open_tree(root).unwrap().is_empty());
+    }
+}
