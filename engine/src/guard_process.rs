@@ -8,28 +8,22 @@
 //! ```
 //!
 //! What ends its caller is not to end it: systemd kills all processes of a unit, or of a session, by their cgroup, and the
-//! kernel some process when memory runs out. So it goes into a cgroup of its own, at the top:
-//!
-//! ```text
-//!  /sys/fs/cgroup/transship.guards             v2; of v1 in /sys/fs/cgroup/systemd, which alone systemd goes by
-//! ```
+//! kernel some process when memory runs out. So it goes into a cgroup of its own, at the top
+//! ([`leave_cgroup_of_caller`]).
 //!
 //! It is started before there is anything to guard, so that there is no moment without it.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
-use std::path::Path;
 use std::process::Stdio;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::process::{Child, Command};
+use transship_sandbox::leave_cgroup_of_caller;
 
 use crate::error::{Context, Result};
 
-const CGROUPS: &str = "/sys/fs/cgroup";
-/// Its cgroup; it stays when the last guard has ended.
-const GUARDS: &str = "transship.guards";
 /// Its oom_score_adj: as little as there is but for what is never killed.
 const NOT_FOR_MEMORY: &str = "-999";
 
@@ -81,26 +75,9 @@ pub(crate) async fn orders<O: DeserializeOwned + Send + 'static>() -> Result<Opt
     // No signal of the terminal is meant for it.
     let _ = nix::unistd::setsid();
     // Where that cannot be done it guards all the same.
-    drop(leave_cgroup_of_caller(Path::new(CGROUPS)));
+    drop(leave_cgroup_of_caller());
     drop(fs::write("/proc/self/oom_score_adj", NOT_FOR_MEMORY));
     tokio::task::spawn_blocking(read_orders).await?
-}
-
-/// Moves this process.
-fn leave_cgroup_of_caller(cgroups: &Path) -> io::Result<()> {
-    const PROCESSES: &str = "cgroup.procs";
-    let of_v1 = cgroups.join("systemd");
-    let is_v1 = of_v1.join(PROCESSES).symlink_metadata().is_ok();
-    let top = if is_v1 { of_v1.as_path() } else { cgroups };
-    // Else no cgroups are there, and a directory would be one.
-    top.join(PROCESSES).symlink_metadata()?;
-    let own = top.join(GUARDS);
-    fs::DirBuilder::new().recursive(true).create(&own)?;
-    // Without O_CREAT.
-    let mut processes = fs::OpenOptions::new()
-        .write(true)
-        .open(own.join(PROCESSES))?;
-    processes.write_all(b"0")
 }
 
 fn read_orders<O: DeserializeOwned>() -> Result<Option<O>> {
@@ -117,26 +94,4 @@ fn read_orders<O: DeserializeOwned>() -> Result<Option<O>> {
     }
     let orders = serde_json::from_str(&line).context("cannot read the orders")?;
     Ok(Some(orders))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn it_goes_to_where_systemd_looks() {
-        let dir = tempfile::tempdir().unwrap();
-        let cgroups = dir.path();
-        assert!(leave_cgroup_of_caller(cgroups).is_err());
-        assert!(cgroups.join(GUARDS).symlink_metadata().is_err());
-        for top in [cgroups.to_path_buf(), cgroups.join("systemd")] {
-            let own = top.join(GUARDS);
-            fs::create_dir_all(&own).unwrap();
-            fs::write(top.join("cgroup.procs"), "").unwrap();
-            fs::write(own.join("cgroup.procs"), "").unwrap();
-            leave_cgroup_of_caller(cgroups).unwrap();
-            let joined = fs::read(own.join("cgroup.procs")).unwrap();
-            assert_eq!(joined, b"0", "{}", top.display());
-        }
-    }
 }

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
 use rustix::process::setsid;
-use transship_sandbox::DescriptorsOf;
+use transship_sandbox::{DescriptorsOf, leave_cgroup_of_caller};
 
 use crate::descendants::Process;
 
@@ -146,6 +146,9 @@ fn serve_restore(images: &Path, work: &Path) -> io::Result<()> {
     let front = Process::open(std::os::unix::process::parent_id().cast_signed())?;
     // The front's caller waits for the end of what it has started.
     setsid()?;
+    // The memory is gone with the server, and what ends its caller's unit or session does not end the container. Where
+    // that cannot be done it serves all the same.
+    drop(leave_cgroup_of_caller());
     let memory = Memory::open(images)?;
     let (pages, for_criu) = UnixStream::pair()?;
     setsockopt(&for_criu, SndBufForce, &REQUESTS)?;
