@@ -23,7 +23,7 @@ pub enum Effect {
     NoRestore,
     /// It is restored, and lacks something.
     Loses,
-    /// It is restored, and its programs are not what they have made of themselves: nobody would tell them.
+    /// It is restored, and its programs are not what they have made of themselves, or not all there: nobody would tell them.
     Changes,
 }
 

@@ -26,6 +26,7 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use crate::check::node_facts::NodeFacts;
 use crate::error::{Context, Error, Result, one_line};
 use crate::frozen::{Frozen, TaskToFreeze, at_most};
+use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
 use crate::moved_pods::Mark;
 use crate::origin::Origins;
@@ -402,7 +403,7 @@ async fn dump_one_by_one(
     let mut all = Vec::new();
     for source in &target.sources {
         let from = timeline.now();
-        let pids = target.node.pids(source.id()).await?;
+        let pids = pids_of_frozen(&target.node, &source.runtime, source.id()).await?;
         let dumped = source
             .dump(&target.node, draft, &pids, target.dump_patience, None, None)
             .await;

@@ -7,11 +7,12 @@
 //!     |       |--> open_files, devices   what descriptors are of, and which have lost their names
 //!     |       |--> sockets               kinds, connections;  outside_sockets, unix_backlog --> sock_diag
 //!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
-//!     |       |--> descriptors           what fdinfo tells of them
+//!     |       |--> descriptors           what fdinfo tells of them;  epoll_targets: of an epoll
+//!     |       |--> file_places           the mounts of open files, and whether they are seen
 //!     |       |--> programs, memory       what they have set for themselves and CRIU does not restore
 //!     |       |--> task_state             the same of single threads, and how processes were made
 //!     |       |--> netlink_sockets       what waits in them, and their groups --> netlink
-//!     |       |--> message_queues, namespaces, privileges, keyring, multicast, socket_modes, code_room
+//!     |       |--> message_queues, namespaces, privileges, sessions, keyring, multicast, socket_modes, code_room
 //!     |       `--> needs                 counted, to be compared with another node
 //!     `--> mounts, read_only_root
 //!            `--> (name of a condition, on what) --> Found, by the table of transship-checkpoint
@@ -32,6 +33,8 @@ use crate::error::Result;
 mod code_room;
 mod descriptors;
 mod devices;
+mod epoll_targets;
+mod file_places;
 mod keyring;
 mod memory;
 mod message_queues;
@@ -48,6 +51,7 @@ mod privileges;
 mod processes;
 mod programs;
 mod read_only_root;
+mod sessions;
 pub(crate) mod sock_diag;
 mod socket_modes;
 mod sockets;
@@ -63,8 +67,9 @@ pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
 /// The most things of one kind that are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
-const PASSING: [&str; 8] = [
+const PASSING: [&str; 9] = [
     EXEC,
+    "file-locks",
     "tcp",
     "in-flight",
     "unix-backlog",
@@ -210,6 +215,7 @@ pub(crate) async fn changes_of_frozen(subject: Subject) -> Result<Vec<Found>> {
         let processes = Processes::read(subject.init, &subject.pids);
         let owned = sockets::owned(&processes);
         let mut hits = descriptors::hits(&processes);
+        hits.extend(privileges::lasting_exec(&processes));
         hits.extend(programs::hits(&processes));
         hits.extend(task_state::hits(subject.init, &processes));
         hits.extend(multicast::hits(&subject, &owned));
@@ -234,6 +240,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
     let mut hits = sockets::hits(subject, &owned);
     hits.extend(open_files::privileged(&processes));
     hits.extend(descriptors::hits(&processes));
+    hits.extend(descriptors::locks(subject, &processes));
     hits.extend(privileges::exec(&processes));
     hits.extend(socket_modes::corked(&processes));
     hits.extend(netlink_sockets::hits(subject.init, &owned));
@@ -251,6 +258,10 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(open_files::privileged(&processes));
     hits.extend(devices::hits(&processes));
     hits.extend(descriptors::hits(&processes));
+    hits.extend(descriptors::locks(subject, &processes));
+    hits.extend(epoll_targets::hits(&processes));
+    hits.extend(file_places::hits(subject, &processes));
+    hits.extend(sessions::hits(subject, &processes));
     hits.extend(programs::hits(&processes));
     hits.extend(task_state::hits(subject.init, &processes));
     hits.extend(memory::hits(&processes));
@@ -323,7 +334,7 @@ mod tests {
         assert_eq!(lines.len(), 5, "{lines:?}");
         assert!(lines[0].contains("Multipath") && lines[0].ends_with("(7 (x))"));
         assert_eq!(lines[1], "it has TCP connections (a, b)");
-        assert!(!found[2].hinders() && !lines[2].contains("(x"), "{lines:?}");
+        assert!(found[2].hinders() && !lines[2].contains("(x"), "{lines:?}");
         assert!(found[3].hinders() && found[3].line().ends_with("(--allow-lost personality)"));
         assert!(!found[4].hinders() && !found[4].line().contains("--allow-lost"));
     }

@@ -24,6 +24,7 @@ use transship_sandbox::{SandboxError, lock_network, unlock_network};
 
 use crate::error::{Error, Result, StillPaused, one_line};
 use crate::freeze_guard::FreezeGuard;
+use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
 use crate::kill;
 use crate::oci_runtime::OciRuntime;
@@ -286,7 +287,7 @@ impl Tasks {
 
     async fn are_within_vfork(&self) -> Result<bool> {
         for task in self.ours() {
-            let pids = thaw::answered(FREEZE_PATIENCE, self.node.pids(&task.id)).await?;
+            let pids = pids_of_frozen(&self.node, &task.runtime, &task.id).await?;
             if tokio::task::spawn_blocking(move || vfork::is_going_on(&pids)).await? {
                 return Ok(true);
             }

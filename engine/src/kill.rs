@@ -1,7 +1,7 @@
 //! The end of a frozen container: not one of its processes executes another instruction.
 //!
 //! ```text
-//!  frozen: ListPids --> a pidfd of each --> SIGKILL to each --> resume --> each has ended
+//!  frozen: its processes --> a pidfd of each --> SIGKILL to each --> resume --> each has ended
 //! ```
 //!
 //! While a container is frozen none of its processes can make another one, so the list is whole. With
@@ -19,6 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Error, Result};
+use crate::frozen_pids::pids_of_frozen;
 use crate::task_to_freeze::TaskToFreeze;
 
 /// How long killed processes may take to end.
@@ -41,12 +42,7 @@ pub(crate) async fn kill_frozen(
 async fn signal_all(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<Vec<OwnedFd>> {
     let mut processes = Vec::new();
     for task in tasks {
-        let pids = match node.pids(&task.id).await {
-            Ok(pids) => pids,
-            // The runtime knows them as well.
-            Err(error) => task.runtime.pids(&task.id).await.map_err(|_| error)?,
-        };
-        for pid in pids {
+        for pid in pids_of_frozen(node, &task.runtime, &task.id).await? {
             processes.extend(open(pid, &task.id)?);
         }
     }

@@ -22,7 +22,7 @@
 //!  exported_layer: what the export of an upperdir gives;  task_to_freeze: what is to stand still
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  thaw: they are seen to run;  kill: their end;  stuck_dump: ends a dump;
-//!  killed_criu: what one that was killed has left
+//!  killed_criu: what one that was killed has left;  frozen_pids: which processes stand still
 //!  lost_task: what containerd has lost from its list
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
@@ -78,6 +78,7 @@ pub mod error;
 pub mod exported_layer;
 pub mod freeze_guard;
 pub mod frozen;
+mod frozen_pids;
 mod guard_process;
 pub mod image_blobs;
 pub mod import;

@@ -156,19 +156,6 @@ pub const RECORDS: &str = "/var/lib/transship/migrations";
 /// Where the locks of migrations are.
 const LOCKS: &str = "/run/transship/migrations";
 
-/// Processes that came by exec descend from the shim; CRIU dumps what descends from the first one.
-fn check_exec(container: &SourceContainer) -> Result<()> {
-    let exec = { container.losing.iter() }.find(|found| found.condition.name == "exec");
-    match exec.filter(|found| !found.allowed) {
-        Some(found) => Err(Error::refused(format!(
-            "{:?} would lose processes: {}; or let it lose them (--allow-lost exec)",
-            container.id(),
-            found.line()
-        ))),
-        None => Ok(()),
-    }
-}
-
 /// Moves a running container to another node.
 ///
 /// # Errors

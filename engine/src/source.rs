@@ -90,8 +90,6 @@ pub struct SourceContainer {
     pub pid: u32,
     /// Tasks that somebody has stopped with a signal.
     pub stopped: Vec<String>,
-    /// What it would lose.
-    pub losing: Vec<Found>,
     /// What it needs of a node.
     pub needs: Needs,
     /// Its log, which comes along.
@@ -243,7 +241,6 @@ pub async fn inspect(
                 tracing::warn!("{called}: {}", found.line());
             }
             Ok(SourceContainer {
-                losing,
                 needs,
                 _in_use: in_use,
                 ..source
@@ -380,7 +377,6 @@ pub async fn look(
         _in_use: None,
         pid: task.pid,
         stopped: stuck_dump::stopped_tasks(&pids),
-        losing: Vec::new(),
         needs: Needs::default(),
         log: container_log::path(record, &task.stdout),
         watched: seen.watched,

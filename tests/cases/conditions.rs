@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 34] = [
+const ROWS: [Row; 38] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -151,12 +151,26 @@ const ROWS: [Row; 34] = [
     },
     // A mount that somebody makes later: see `mount_from_outside`.
     row("hook-mount", &[HOLDER, "lock"]),
-    // CRIU alone can tell these.
-    row("shared-state", &[HOLDER, "shared-directory"]),
+    // A process that somebody brings in: see `session_from_outside`.
+    row("outside-session", &[HOLDER, "lock"]),
+    Row {
+        flags: &["--no-file-locks"],
+        ..row("file-locks", &[HOLDER, "lock"])
+    },
     row("epoll-target", &[HOLDER, "epoll-target"]),
-    row("queued-credentials", &[HOLDER, "credentials"]),
     row("long-path", &[HOLDER, "long-path"]),
     row("chroot", &[HOLDER, "chroot"]),
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        ..row("overmounted", &[HOLDER, "covered"])
+    },
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        ..row("hidden-mount", &[HOLDER, "unmounted"])
+    },
+    // CRIU alone can tell these.
+    row("shared-state", &[HOLDER, "shared-directory"]),
+    row("queued-credentials", &[HOLDER, "credentials"]),
 ];
 
 fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
@@ -173,6 +187,7 @@ fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
         note(row.name, condition(&a, &format!("odd{at}"), row));
     }
     note("several", several_are_told_at_once(&a));
+    note("exec", what_came_by_exec_is_not_lost_unasked(&a));
     note(
         "changes",
         changes_are_refused_unless_they_may_be(&a, &b, &ssh),
@@ -212,6 +227,9 @@ fn condition(node: &Node, id: &str, row: &Row) -> anyhow::Result<()> {
     let pid = journey::task_pid(node, id)?;
     if row.name == "hook-mount" {
         mount_from_outside(node, pid)?;
+    }
+    if row.name == "outside-session" {
+        session_from_outside(node, pid)?;
     }
     let known = Condition::named(row.name);
     let found = check(node, id, row.flags)?;
@@ -269,6 +287,25 @@ fn mount_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// As `nsenter` does it: a process of the node's session in the namespaces of the container, whose parent ends.
+fn session_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
+    let asleep = "/bin/busybox sleep 100000 </dev/null >/dev/null 2>&1 &";
+    // CRIU seizes none that is not frozen with the others.
+    let join = format!(
+        "while IFS=: read -r number controllers path; do
+             for dir in /sys/fs/cgroup \"/sys/fs/cgroup/${{controllers#name=}}\"; do
+                 test ! -w \"$dir$path/cgroup.procs\" || echo $$ >\"$dir$path/cgroup.procs\" || true
+             done
+         done </proc/{pid}/cgroup"
+    );
+    node.shell(&format!(
+        "{join}
+         nsenter -t {pid} -m -u -i -n -p /bin/busybox sh -c '{asleep}'; test -n \"$(cat /proc/{pid}/task/*/children)\""
+    ))
+    .run()?;
+    Ok(())
+}
+
 fn has_sys_resource(node: &Node) -> anyhow::Result<bool> {
     let status = String::from_utf8(node.read_file("/proc/1/status")?)?;
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
@@ -278,15 +315,18 @@ fn has_sys_resource(node: &Node) -> anyhow::Result<bool> {
 
 /// CRIU's log of a dump that runc alone asks for, and that fails.
 fn refused_by_criu(node: &Node, id: &str, row: &Row) -> anyhow::Result<String> {
-    let established = if row.flags.is_empty() {
-        ""
-    } else {
-        "--tcp-established"
+    let locks = match row.flags.contains(&"--no-file-locks") {
+        true => "",
+        false => "--file-locks",
+    };
+    let established = match row.flags.contains(&"--tcp=established") {
+        true => "--tcp-established",
+        false => "",
     };
     node.shell(&format!(
         "rm -rf /var/tmp/past; mkdir -p /var/tmp/past/images
          timeout -s KILL 60 runc --root /run/containerd/runc/default checkpoint --leave-running \
-              --file-locks {established} --image-path /var/tmp/past/images --work-path /var/tmp/past {id}"
+              {locks} {established} --image-path /var/tmp/past/images --work-path /var/tmp/past {id}"
     ))
     .read_failure()?;
     let log = node.read_file("/var/tmp/past/dump.log").unwrap_or_default();
@@ -303,7 +343,7 @@ fn several_are_told_at_once(node: &Node) -> anyhow::Result<()> {
     let flags = ["--tcp=close", "--ghost-limit=4M", "--link-remap"];
     let found = check(node, "several", &flags)?;
     ensure!(names(&found) == ["io-uring"], "{found}");
-    // What has come by exec is told of, and hinders nothing.
+    // So does what has come by exec.
     node.shell("ctr tasks exec --exec-id guest --detach several /bin/busybox sleep 100000")
         .run()?;
     let found = check(node, "several", &flags)?;
@@ -314,6 +354,38 @@ fn several_are_told_at_once(node: &Node) -> anyhow::Result<()> {
         .output()?;
     ensure!(missing.status.code() == Some(3), "{missing:?}");
     Ok(journey::remove_container(node, "several")?)
+}
+
+/// A probe that comes and goes hinders nothing; what stays is no part of a checkpoint, unless somebody says that it may be
+/// lost.
+fn what_came_by_exec_is_not_lost_unasked(node: &Node) -> anyhow::Result<()> {
+    run(node, "visited", &[], &[HOLDER, "lock"])?;
+    let checkpoint = |name: &str, more: &[&str]| {
+        let mut command = node.command("transship");
+        command.args(["checkpoint", "visited", "--name", name]);
+        command.args(more);
+        command
+    };
+    let exec = "ctr tasks exec --exec-id probe-$i visited /bin/busybox";
+    node.write_file(
+        "/usr/local/bin/probes",
+        format!("#!/bin/sh\ni=0\nwhile :; do i=$((i+1)); {exec} sleep 0.3; done\n"),
+    )?;
+    node.shell("chmod 755 /usr/local/bin/probes").run()?;
+    node.start_daemon("probes", &["/usr/local/bin/probes"])?;
+    for time in 0..3 {
+        checkpoint(&format!("probed-{time}"), &[]).run()?;
+    }
+    node.stop_daemon("probes", "KILL")?;
+    node.shell("ctr tasks exec --exec-id guest --detach visited /bin/busybox sleep 100000")
+        .run()?;
+    let said = checkpoint("visited", &[]).read_failure()?;
+    ensure!(
+        said.contains("(busybox)") && said.contains("--allow-lost exec"),
+        "{said}"
+    );
+    checkpoint("visited", &["--allow-lost=exec"]).run()?;
+    Ok(journey::remove_container(node, "visited")?)
 }
 
 /// What CRIU would restore as something else: refused by default, and moved where somebody says so. The processor of

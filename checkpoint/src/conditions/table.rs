@@ -33,7 +33,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "a process holds the terminal of a session whose leader is outside",
         remedy: "end what an exec with a terminal has left behind; --shell-job dumps it for a restore by hand",
-        seen: "",
+        seen: "/proc/PID/stat: session, tty_nr; /proc/PID/status: NSsid",
         criu_says: &["tty: Found dangling tty", "A session leader of"],
     },
     Condition {
@@ -214,7 +214,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "it has files open on a mount that it does not see: a POSIX message queue, or what was unmounted",
         remedy: "close them before the checkpoint",
-        seen: "",
+        seen: "statx of /proc/PID/fd, cwd, root, exe: mount id; /proc/PID/mountinfo",
         criu_says: &["Can't lookup mount="],
     },
     Condition {
@@ -407,7 +407,7 @@ pub static CONDITIONS: [Condition; 85] = [
     },
     Condition {
         name: "exec",
-        effect: Effect::Loses,
+        effect: Effect::Changes,
         what: "processes that came by exec and are no children of its own do not come along",
         remedy: "end them, or let the container start them itself",
         seen: "/proc/PID/status: PPid",
@@ -560,7 +560,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "an epoll waits for a file that its process has closed and another one still has open",
         remedy: "let the program remove it from the epoll (EPOLL_CTL_DEL) before it closes it",
-        seen: "",
+        seen: "/proc/PID/fdinfo: tfd; /proc/PID/fd",
         criu_says: &["Dump eventpoll"],
     },
     Condition {
@@ -576,7 +576,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "the path of a working directory or an open file is longer than CRIU can read (4095 bytes)",
         remedy: "let the program leave it, or use shorter names",
-        seen: "",
+        seen: "/proc/PID/fd, cwd, root, exe",
         criu_says: &["File name too long"],
     },
     Condition {
@@ -584,7 +584,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "CRIU cannot read its mounts; one reason is that its first process has changed its root (chroot) to a directory that is no mount",
         remedy: "mount the directory over itself before the chroot, or make it the root file system of the container",
-        seen: "",
+        seen: "/proc/PID/mountinfo",
         criu_says: &["'s mountinfo"],
     },
     Condition {
@@ -592,7 +592,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "it holds file locks",
         remedy: "--file-locks keeps them",
-        seen: "",
+        seen: "/proc/PID/fdinfo: lock",
         criu_says: &["Some file locks are hold"],
     },
     Condition {
@@ -614,9 +614,9 @@ pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "uprobes",
         effect: Effect::NoDump,
-        what: "a uprobe is set in it (perf, bpftrace)",
-        remedy: "remove the probe before the checkpoint",
-        seen: "",
+        what: "a uprobe was hit in it (perf, bpftrace), for which the kernel has made a mapping that stays",
+        remedy: "remove the probe, and start the program anew",
+        seen: "/proc/PID/maps",
         criu_says: &["has uprobes vma"],
     },
     Condition {
@@ -747,7 +747,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "it has files open below something that was mounted over them",
         remedy: "close them, or unmount what covers them",
-        seen: "",
+        seen: "statx of /proc/PID/fd, cwd, root, exe: mount id; /proc/PID/mountinfo",
         criu_says: &["Open files on overmounted mounts"],
     },
     Condition {

@@ -9,6 +9,7 @@
 //!  pidfd     flags: 02000202         O_EXCL is PIDFD_THREAD
 //!            Pid: 4711               -1: it has ended; else CRIU wants it among what it dumps
 //!  limit     as many as there may be  CRIU opens its own in the process
+//!  any       lock: 1: FLOCK  ADVISORY  WRITE 7 00:1b:42 0 EOF    also leases
 //!  proc      /proc/1/task/7/status   files are opened again before there are threads
 //!            /proc/1                 CRIU asks for "/proc/1/" and whatever stands behind it in memory
 //! ```
@@ -20,8 +21,8 @@ use nix::libc;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 use procfs::process::{FDTarget, LimitValue};
 
-use super::Hit;
 use super::processes::{Processes, Seen};
+use super::{Hit, Subject};
 
 /// What CRIU has open in a process at once: its memory, its socket, its log, /proc (3.17 to 4.2).
 const OF_CRIU: u64 = 4;
@@ -55,6 +56,32 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
     let full = processes.tree.iter().filter(|seen| !has_room(seen));
     hits.chain(full.map(|seen| ("descriptor-limit", seen.called())))
         .collect()
+}
+
+/// Files that are locked, where locks are not to be kept.
+pub(super) fn locks(subject: &Subject, processes: &Processes) -> Vec<Hit> {
+    if subject.criu.file_locks {
+        return Vec::new();
+    }
+    let paths = { processes.descriptors() }.filter_map(|(seen, number, target)| match target {
+        FDTarget::Path(path) => Some((seen, number, path)),
+        _ => None,
+    });
+    let locked = paths.filter(|(seen, number, _)| {
+        let information = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", seen.pid));
+        information.is_ok_and(|it| is_locked(&it))
+    });
+    locked
+        .map(|(seen, _, path)| {
+            let path = path.display().to_string();
+            let what = format!("{} of {}", path.escape_debug(), seen.called());
+            ("file-locks", what)
+        })
+        .collect()
+}
+
+fn is_locked(information: &str) -> bool {
+    field(information, "lock:").is_some()
 }
 
 /// Also where the limit is not told.
@@ -153,6 +180,8 @@ mod tests {
         assert_eq!(name(semaphore(&format!("{event}0\n"))), None);
         assert_eq!(name(packets("flags:\t040001\n")), Some("packet-pipe"));
         assert_eq!(name(packets("flags:\t0100001\n")), None);
+        let lock = "flags:\t0100002\nlock:\t1: FLOCK  ADVISORY  WRITE 7 00:1b:42 0 EOF\n";
+        assert!(is_locked(lock) && !is_locked("flags:\t0100002\nmnt_id:\t7\n"));
         assert_eq!(name(alarm("clockid: 9\nticks: 0\n")), Some("alarm-timerfd"));
         assert_eq!(name(alarm("clockid: 7\nticks: 0\n")), None);
         let marks = "flags:\t02\nfanotify flags:0 event-flags:0\nfanotify ino:7 sdev:39 mflags:0 mask:2\n\

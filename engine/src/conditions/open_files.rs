@@ -149,7 +149,7 @@ fn without_its_name(
     is_secret_memory: impl FnOnce() -> bool,
 ) -> Option<Hit> {
     let name = path.to_str()?.strip_suffix(DELETED)?;
-    if MEMORY.iter().any(|memory| name.starts_with(memory)) {
+    if is_kernel_memory(name) {
         return None;
     }
     if name == SECRET_MEMORY && is_secret_memory() {
@@ -172,6 +172,16 @@ fn without_its_name(
         }
         _ => (!subject.criu.link_remap).then(|| ("link-remap", shown.to_string())),
     }
+}
+
+fn is_kernel_memory(name: &str) -> bool {
+    MEMORY.iter().any(|memory| name.starts_with(memory))
+}
+
+/// Whether this is the name of memory that has none.
+pub(super) fn is_memory(path: &Path) -> bool {
+    let is_one = |name: &str| is_kernel_memory(name) || name.starts_with(SECRET_MEMORY);
+    path.to_str().is_some_and(is_one)
 }
 
 /// A file that is open, and whether it was opened on a read-only mount.

@@ -1,10 +1,13 @@
 //! What CRIU may not do to a process: read its limits, trace it; and what it does not come to.
 
+use std::time::Duration;
+
 use procfs::process::Status;
+use procfs::{Current as _, Uptime};
 use transship_sandbox::read_proc;
 
-use super::Hit;
 use super::processes::{Processes, Seen};
+use super::{Hit, MOMENTS};
 use crate::process_files;
 
 /// `CAP_SYS_RESOURCE` in a mask of capabilities.
@@ -35,9 +38,27 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
 
 /// What is in the container and no descendant of its first process.
 pub(super) fn exec(processes: &Processes) -> impl Iterator<Item = Hit> {
-    let others = processes.others.iter();
-    let alive = others.filter(|seen| !seen.status.state.starts_with('Z'));
+    exec_of(processes).map(|seen| ("exec", seen.called()))
+}
+
+/// The same, but for those that may be about to end.
+pub(super) fn lasting_exec(processes: &Processes) -> impl Iterator<Item = Hit> {
+    let given: Duration = MOMENTS.iter().sum();
+    let alive = exec_of(processes).filter(move |seen| age(seen).is_some_and(|age| age > given));
     alive.map(|seen| ("exec", seen.called()))
+}
+
+fn exec_of(processes: &Processes) -> impl Iterator<Item = &Seen> {
+    let others = processes.others.iter();
+    others.filter(|seen| !seen.status.state.starts_with('Z'))
+}
+
+/// For how long there is a process; none of one that has ended.
+fn age(seen: &Seen) -> Option<Duration> {
+    let ticks = seen.process.stat().ok()?.starttime;
+    let began = Duration::from_millis(ticks * 1000 / procfs::ticks_per_second());
+    let now = Uptime::current().ok()?.uptime_duration();
+    Some(now.saturating_sub(began))
 }
 
 /// Whether the freezer of cgroup v1 freezes it: `ptrace(PTRACE_SEIZE)` of a task that is stopped and frozen by that one does
@@ -70,4 +91,30 @@ fn is_dead_leader(seen: &Seen) -> bool {
             .process
             .tasks()
             .is_ok_and(|tasks| tasks.flatten().count() > 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_just_come_may_be_about_to_end() {
+        let sleeps = || {
+            let mut sleep = std::process::Command::new("sleep");
+            sleep.arg("1000").spawn().unwrap()
+        };
+        let (mut first, mut probe) = (sleeps(), sleeps());
+        let look = || Processes::read(first.id(), &[first.id(), probe.id()]);
+        let processes = look();
+        assert_eq!(exec(&processes).count(), 1);
+        assert_eq!(lasting_exec(&processes).count(), 0);
+        let young = age(&processes.others[0]).unwrap();
+        assert!(young < Duration::from_secs(60), "{young:?}");
+        std::thread::sleep(MOMENTS.iter().sum::<Duration>() + Duration::from_millis(100));
+        assert_eq!(lasting_exec(&look()).count(), 1);
+        for child in [&mut first, &mut probe] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
 }

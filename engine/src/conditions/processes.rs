@@ -1,11 +1,12 @@
 //! The processes of a container, read from `/proc` once for all probes.
 //!
-//! CRIU dumps the first process and all that descend from it. What has come by exec is in the cgroup,
-//! but descends from the shim.
+//! CRIU dumps the first process and all that descend from it, also what somebody has brought there from another cgroup.
+//! What has come by exec is in the cgroup, but descends from the shim.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use procfs::process::{FDTarget, Process, Status};
+use transship_sandbox::children;
 
 use super::Hit;
 use crate::process_files;
@@ -67,7 +68,8 @@ impl Seen {
 impl Processes {
     /// Reads those that are there; one that has ended is none.
     pub(crate) fn read(init: u32, pids: &[u32]) -> Self {
-        let pids: BTreeSet<u32> = pids.iter().copied().chain([init]).collect();
+        let pids = pids.iter().copied();
+        let pids: BTreeSet<u32> = pids.chain(descendants(init)).collect();
         let mut beyond = Vec::new();
         if pids.len() > PROCESSES {
             beyond.push("processes");
@@ -117,6 +119,23 @@ impl Processes {
             open.map(move |(number, target)| (seen, *number, target))
         })
     }
+}
+
+/// A process and all below it, as far as they are looked at.
+fn descendants(init: u32) -> Vec<u32> {
+    let mut found = vec![init];
+    let mut seen = 0;
+    while let Some(parent) = found
+        .get(seen)
+        .copied()
+        .filter(|_| found.len() <= PROCESSES)
+    {
+        seen += 1;
+        // One that has ended has none.
+        let below = children(parent.cast_signed()).unwrap_or_default();
+        found.extend(below.into_iter().map(i32::cast_unsigned));
+    }
+    found
 }
 
 fn descends(pid: u32, init: u32, all: &BTreeMap<u32, Seen>) -> bool {

@@ -24,9 +24,9 @@ use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
+use crate::frozen_pids::pids_of_frozen;
 use crate::process_files;
 use crate::source::Dumped;
-use crate::thaw;
 
 /// What the target has of a container before it is frozen.
 #[derive(Debug, Default)]
@@ -82,7 +82,7 @@ impl DumpParts {
         let mut parts = Vec::new();
         for (source, known) in moving.containers.iter().zip(known.containers) {
             let container = &source.container;
-            let pids = thaw::answered(thaw::ANSWER, node.pids(source.id())).await?;
+            let pids = pids_of_frozen(node, &source.runtime, source.id()).await?;
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
             let processes = || by_pid_inside(source.pid, &pids);
             let memory = known.memory.map(|known| match known.has_rounds() {

@@ -5,7 +5,7 @@ use transship_checkpoint::manifest::{NotRunning, Pod};
 use transship_containerd::Containerd;
 
 use super::record::PendingPod;
-use super::{Request, check_exec, network};
+use super::{Request, network};
 use crate::checkpoint::check_options;
 use crate::cri_pods::{CriPods, MadeOf};
 use crate::error::Result;
@@ -45,17 +45,13 @@ impl Moving {
     /// # Errors
     /// [`crate::Kind::NotFound`], or [`crate::Kind::Refused`] with the reasons.
     pub(super) async fn find(node: &Containerd, request: &Request) -> Result<Self> {
-        let moving = match request.pod {
-            Some(pod) => find_pod(node, request, pod.empty_dirs).await?,
-            None => Self {
+        match request.pod {
+            Some(pod) => find_pod(node, request, pod.empty_dirs).await,
+            None => Ok(Self {
                 containers: vec![find_container(node, request).await?],
                 pod: None,
-            },
-        };
-        for container in &moving.containers {
-            check_exec(container)?;
+            }),
         }
-        Ok(moving)
     }
 
     /// Id of the container, or of the pod's sandbox.

@@ -14,6 +14,8 @@
 //!   credentials       a message with credentials that it does not read
 //!   long-path         a directory with a path of more than 4095 bytes
 //!   chroot            another root
+//!   covered           an open file of a mount that another one is on
+//!   unmounted         an open file of a mount that is gone
 //!   byte-names        names that are no UTF-8, of a thread, a directory, a mapped file and a unix socket that is
 //!                     connected to on every tick
 //! ```
@@ -36,6 +38,7 @@ use std::process::Command;
 use std::sync::mpsc;
 
 use nix::libc;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -92,6 +95,16 @@ pub(super) fn take(name: &str) -> io::Result<Option<Shared>> {
             }
             Box::new(())
         }
+        "covered" => {
+            let file = file_of_mount("/data/covered")?;
+            tmpfs("/data/covered")?;
+            Box::new(file)
+        }
+        "unmounted" => {
+            let file = file_of_mount("/data/unmounted")?;
+            umount2("/data/unmounted", MntFlags::MNT_DETACH)?;
+            Box::new(file)
+        }
         "chroot" => {
             fs::create_dir_all("/data/data")?;
             std::os::unix::fs::chroot("/data")?;
@@ -121,6 +134,23 @@ pub(super) fn check(shared: &Shared) -> io::Result<()> {
             good.then_some(()).ok_or_else(other)
         }
     }
+}
+
+fn file_of_mount(at: &str) -> io::Result<File> {
+    fs::create_dir(at)?;
+    tmpfs(at)?;
+    File::create(format!("{at}/file"))
+}
+
+fn tmpfs(at: &str) -> io::Result<()> {
+    let none = None::<&str>;
+    Ok(mount(
+        Some("none"),
+        at,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        none,
+    )?)
 }
 
 /// As a name of more than 15 bytes is cut.
