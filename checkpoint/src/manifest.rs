@@ -184,6 +184,10 @@ pub struct NotRunning {
     /// again beside those that are restored.
     #[serde(default)]
     pub done: bool,
+    /// The code with which it had ended, where that is another one: then it ends so again. A pod that does not restart its
+    /// containers has seen it fail, and any other one starts it after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<u8>,
 }
 
 /// The directories that the containers of a pod share.
@@ -526,10 +530,11 @@ impl Manifest {
         json
     }
 
-    /// Whether the container of the pod had ended with 0, and does not run again.
+    /// The code with which the container of the pod had ended, when it is to end so again without running.
     #[must_use]
-    pub fn is_done(&self, name: &str) -> bool {
-        { self.not_running.iter() }.any(|it| it.done && it.name == name)
+    pub fn ended_with(&self, name: &str) -> Option<u8> {
+        let found = { self.not_running.iter() }.find(|it| it.name == name)?;
+        found.failed.or(found.done.then_some(0))
     }
 
     /// The container called `name`; without a name the only one.

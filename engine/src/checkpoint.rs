@@ -121,6 +121,9 @@ pub struct Report {
     pub left_out: Vec<String>,
     /// Those of them that had ended with 0, and do not run again when the pod is restored.
     pub done: Vec<String>,
+    /// Those that had ended with another code, and end so again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<String>,
     /// What the containers share, as in "/dev/shm".
     pub shared: Vec<String>,
     /// What the layers could not say, by the container's name.
@@ -463,6 +466,8 @@ async fn keep(
     let left_out = not_running.iter().map(|it| it.name.clone()).collect();
     let done = { not_running.iter() }.filter(|it| it.done);
     let done = done.map(|it| it.name.clone()).collect();
+    let failed = { not_running.iter() }.filter(|it| it.failed.is_some());
+    let failed = failed.map(|it| it.name.clone()).collect();
     let mut manifest =
         source::manifest(&target.node, &name, pod, containers, not_running, shared).await?;
     NodeFacts::of_this(None)
@@ -497,6 +502,7 @@ async fn keep(
         containers: names,
         left_out,
         done,
+        failed,
         shared: shared_names,
         losses,
         bytes,

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!  records without a task --CRI status--> Ended {name, exit code}, the last attempt of each name
-//!    `--> NotRunning in the manifest; `done`: ended with 0, and what it left for the others comes along
+//!    `--> NotRunning in the manifest; `done`: ended with 0, `failed`: with another code; and what it left for the others
+//!         comes along
 //! ```
 //!
 //! An init container that has ended with 0 must not run again beside containers that have its results: a
 //! database would be made a second time where there is one. But what it wrote into an emptyDir that the
-//! checkpoint leaves behind has to be written again.
+//! checkpoint leaves behind has to be written again. One that has failed has failed: whether it runs once more is for the
+//! restart policy of the pod, which is kubelet's to know.
 
 use std::collections::BTreeMap;
 
@@ -90,9 +92,14 @@ pub fn not_running(
         .flat_map(|source| volumes(&source.spec))
         .collect();
     let left_behind = |dir: &SharedDir| used.contains(dir) && !exported.contains(dir);
-    let one = |it: &Ended| NotRunning {
-        name: it.name.clone(),
-        done: it.exit_code == Some(0) && !volumes(&it.spec).iter().any(left_behind),
+    let one = |it: &Ended| {
+        let runs_again = volumes(&it.spec).iter().any(left_behind);
+        let code = it.exit_code.filter(|_| !runs_again);
+        NotRunning {
+            name: it.name.clone(),
+            done: code == Some(0),
+            failed: code.and_then(|code| code.try_into().ok().filter(|code| *code != 0)),
+        }
     };
     ended.iter().map(one).collect()
 }

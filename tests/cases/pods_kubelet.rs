@@ -19,6 +19,13 @@ const RESTORE: (&str, &str) = ("dev.transship/restore", "web");
 /// Makes a database, and fails where there is one.
 const INIT: &[&str] = &["sh", "-c", "mkdir /work/db && echo made"];
 
+/// Fails.
+const JOB: PodContainer<'_> = PodContainer {
+    name: "job",
+    command: &["sh", "-c", "echo it runs; exit 7"],
+    ..FIRST
+};
+
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [Case {
         what: "pod_kubelet",
@@ -47,6 +54,8 @@ fn what_kubelet_sees(bed: &Testbed) -> anyhow::Result<()> {
     let mounts = [(work.as_str(), "/work")];
     let init = cri.run_container(&old, &init(&mounts))?;
     ended(&cri, &init)?;
+    let job = cri.run_container(&old, &JOB)?;
+    ensure!(ended(&cri, &job)? == 7, "it fails");
     let id = cri.run_container(&old, &first(&mounts))?;
     cri.exec(&id, &["touch", "/work/db/rows"])?;
     cri.exec(&id, &["sh", "-c", "echo written before >/proc/1/fd/1"])?;
@@ -63,6 +72,7 @@ fn what_kubelet_sees(bed: &Testbed) -> anyhow::Result<()> {
         .shell("transship checkpoint --pod shop/web --name web --volumes emptydir")
         .read()?;
     says(&taken, "ended with 0, and do not run again: init")?;
+    says(&taken, "had failed, and end so again: job")?;
     cri.remove_pod(&old)?;
     cri.remove_pod(&dead)?;
 
@@ -70,6 +80,7 @@ fn what_kubelet_sees(bed: &Testbed) -> anyhow::Result<()> {
     let work = volume(&node, &pod)?;
     let mounts = [(work.as_str(), "/work")];
     a_sidecar_comes_first(&node, &cri, &pod, &mounts, before)?;
+    a_failure_stays_one(&node, &cri, &pod)?;
     let log = log_of(&node, &pod, "first")?;
     ensure!(
         log.starts_with(&written),
@@ -91,6 +102,21 @@ fn init<'a>(mounts: &'a [(&'a str, &'a str)]) -> PodContainer<'a> {
         mounts,
         ..PodContainer::default()
     }
+}
+
+/// With `restartPolicy: Never` kubelet makes it this once; with any other policy it makes it once more, which runs.
+fn a_failure_stays_one(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<()> {
+    let again = cri.run_container(pod, &JOB)?;
+    let status = ended(cri, &again)?;
+    ensure!(status == 7, "the failed container ended with {status}");
+    let log = log_of(node, pod, "job")?;
+    says(&log, "transship: not run again: it had ended with 7")?;
+    ensure!(!log.contains("it runs"), "it has run: {log}");
+    cri.remove_container(&again)?;
+    let restarted = cri.run_container(pod, &JOB)?;
+    let status = ended(cri, &restarted)?;
+    ensure!(status == 7, "the restarted container ended with {status}");
+    says(&log_of(node, pod, "job")?, "it runs")
 }
 
 fn first<'a>(mounts: &'a [(&'a str, &'a str)]) -> PodContainer<'a> {

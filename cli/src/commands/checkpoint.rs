@@ -82,6 +82,10 @@ fn text(taken: &Report) -> String {
         let stopped = taken.left_out.join(", ");
         let _ = writeln!(text, "not in it, because they do not run: {stopped}");
     }
+    if !taken.failed.is_empty() {
+        let failed = taken.failed.join(", ");
+        let _ = writeln!(text, "had failed, and end so again: {failed}");
+    }
     if !taken.done.is_empty() {
         let done = taken.done.join(", ");
         let _ = writeln!(text, "ended with 0, and do not run again: {done}");

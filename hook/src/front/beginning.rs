@@ -5,7 +5,7 @@
 //!  comes with a migration? ──yes─> waits for it
 //!  staged by the sandbox's hook, or by who receives it? ──yes─> restored
 //!  the checkpoint that it names has it ──> staged now, restored
-//!                               had seen it end with 0 ──> nothing: it does not run again
+//!                               had seen it end ──> nothing: it ends so again
 //!                               lacks it ──> its image, and not in silence; or refused
 //! ```
 
@@ -38,8 +38,8 @@ pub(super) enum Beginning {
     Restored(PodDir, Staged),
     /// Its image.
     Cold,
-    /// It had ended with 0 when the checkpoint was taken. Its start takes that out of the checkpoint.
-    Done(HeldRestore),
+    /// It had ended with this code when the checkpoint was taken. Its start takes that out of the checkpoint.
+    Done(HeldRestore, u8),
 }
 
 impl Front<'_> {
@@ -132,10 +132,9 @@ impl Front<'_> {
         let container = match manifest.containers.iter().find(is_named) {
             Some(container) => container,
             None if config.cri && config.annotations.container.is_some() => {
-                if manifest.is_done(name) {
-                    return Ok(Beginning::Done(HeldRestore::of_done(
-                        owner, wanted, name, asker,
-                    )));
+                if let Some(code) = manifest.ended_with(name) {
+                    let restore = HeldRestore::of_done(owner, wanted, name, asker);
+                    return Ok(Beginning::Done(restore, code));
                 }
                 check_lacking(config, manifest, name, &consumed)?;
                 let missing = not_in_checkpoint(&manifest.name, name);

@@ -15,7 +15,7 @@
 //!          (no pid yet)     |  start   ^
 //!                           '--> awaiting         of a pod that comes with a migration: its `start` has answered,
 //!                           start                 and its tasks are let go when the migration is committed
-//!          done -------------------> running     a program that ends with 0 in the container's place
+//!          done -------------------> running     a program that ends at once in the container's place
 //! ```
 //!
 //! The marker goes with the bundle, which containerd removes when the container is deleted. One

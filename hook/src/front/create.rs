@@ -56,7 +56,9 @@ impl Front<'_> {
             Ok((Beginning::Restored(pod, staged), log)) => {
                 self.restore_held(create, &bundle, config, (&pod, &staged), log.as_deref())
             }
-            Ok((Beginning::Done(restore), _)) => self.create_done(create, &bundle, config, restore),
+            Ok((Beginning::Done(restore, code), _)) => {
+                self.create_done(create, &bundle, config, (restore, code))
+            }
             Ok((Beginning::Cold, _)) => return self.create_cold(create, &bundle, config),
             Err(error) if cold_start && !error.is_refusal() => {
                 let checkpoint = config.annotations.restore.as_deref();

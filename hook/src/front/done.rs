@@ -1,12 +1,13 @@
-//! `create` of a container that had ended with 0 when the checkpoint of its pod was taken: an init
-//! container, or one that was to run once. Those that are restored have what it did; run again, it would do
-//! it a second time, to files that it finds changed. In its place runs a program that ends with 0.
+//! `create` of a container that had ended when the checkpoint of its pod was taken: an init container, one
+//! that was to run once, or one that has failed. Those that are restored have what it did; run again, it would do
+//! it a second time, to files that it finds changed. In its place runs a program that ends with the same code: what is
+//! done about a failure is kubelet's to decide, as it was.
 //!
 //! ```text
 //! <bundle>/done/        the root file system; the container's own is not touched
 //!   proc/  dev/         mounted as in any container
 //!   end                 an ELF file: header, one segment, and
-//!                         exit_group(0)
+//!                         exit_group(code)
 //! ```
 
 use std::fs;
@@ -27,36 +28,39 @@ const PROGRAM: &str = "end";
 /// What the runtimes need to start a program.
 const MOUNTS: [&str; 3] = ["/proc", "/dev", "/dev/pts"];
 
-/// Number of the machine in ELF, and `exit_group(0)` in its code.
+/// Number of the machine in ELF, and `exit_group(code)` in its code.
 #[cfg(target_arch = "x86_64")]
-const MACHINE: Option<(u16, &[u8])> = Some((
-    62,
-    // xor edi, edi; mov eax, 231; syscall
-    &[0x31, 0xff, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05],
-));
+fn machine(code: u8) -> Option<(u16, Vec<u8>)> {
+    // mov edi, code; mov eax, 231; syscall
+    let program = [0xbf, code, 0, 0, 0, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05];
+    Some((62, program.to_vec()))
+}
 #[cfg(target_arch = "aarch64")]
-const MACHINE: Option<(u16, &[u8])> = Some((
-    183,
-    // mov x0, #0; mov x8, #94; svc #0
-    &[0, 0, 0x80, 0xd2, 0xc8, 0x0b, 0x80, 0xd2, 1, 0, 0, 0xd4],
-));
+fn machine(code: u8) -> Option<(u16, Vec<u8>)> {
+    // mov x0, #code; mov x8, #94; svc #0
+    let first = 0xd280_0000_u32 | u32::from(code) << 5;
+    let rest = [0xc8, 0x0b, 0x80, 0xd2, 1, 0, 0, 0xd4];
+    Some((183, [&first.to_le_bytes()[..], &rest].concat()))
+}
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-const MACHINE: Option<(u16, &[u8])> = None;
+fn machine(_code: u8) -> Option<(u16, Vec<u8>)> {
+    None
+}
 
 impl Front<'_> {
-    /// Lets the runtime make a container that ends with 0. Where that is not known to be possible it starts
+    /// Lets the runtime make a container that ends with `code`. Where that is not known to be possible it starts
     /// from its image.
     pub(super) fn create_done(
         &self,
         create: &Arguments,
         bundle: &Bundle,
         mut config: Config,
-        restore: HeldRestore,
+        (restore, code): (HeldRestore, u8),
     ) -> Result<Option<Outcome>, FrontError> {
         let checkpoint = restore.checkpoint.clone();
-        let Some(program) = program() else {
-            let reason = "there is no program that ends with 0 for this machine";
-            self.tell_cold_start(&create.id, Some(&checkpoint), reason);
+        let Some(program) = program(code) else {
+            let reason = format!("there is no program that ends with {code} for this machine");
+            self.tell_cold_start(&create.id, Some(&checkpoint), &reason);
             return self.create_cold(create, bundle, config);
         };
         write_root(&bundle.path(ROOT), &program)?;
@@ -69,7 +73,7 @@ impl Front<'_> {
         spec.set("/process/cwd", json!("/"));
         bundle.replace_config(&config.spec)?;
         bundle.write_marker(&Marker::done(restore))?;
-        self.tell_done(&create.id, &checkpoint);
+        self.tell_done(&create.id, &checkpoint, code);
         Ok(None)
     }
 }
@@ -84,11 +88,11 @@ fn write_root(root: &Path, program: &[u8]) -> Result<(), FrontError> {
     Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).during("open", &path)?)
 }
 
-/// An ELF file that ends with 0.
-fn program() -> Option<Vec<u8>> {
+/// An ELF file that ends with this code.
+fn program(exit_code: u8) -> Option<Vec<u8>> {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
-    let (machine, code) = MACHINE?;
+    let (machine, code) = machine(exit_code)?;
     let len = HEADERS + u64::try_from(code.len()).ok()?;
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
@@ -119,18 +123,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_program_ends_with_0() {
+    fn the_program_ends_with_its_code() {
         let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("done");
-        let Some(program) = program() else { return };
-        write_root(&root, &program).unwrap();
-        // Elsewhere in this program a fork may have the file open for writing.
-        let ended = loop {
-            match std::process::Command::new(root.join(PROGRAM)).status() {
-                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {}
-                ended => break ended.unwrap(),
-            }
-        };
-        assert_eq!(ended.code(), Some(0));
+        for code in [0, 1, 137, 255] {
+            let root = dir.path().join(code.to_string());
+            let Some(program) = program(code) else { return };
+            write_root(&root, &program).unwrap();
+            // Elsewhere in this program a fork may have the file open for writing.
+            let ended = loop {
+                match std::process::Command::new(root.join(PROGRAM)).status() {
+                    Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {}
+                    ended => break ended.unwrap(),
+                }
+            };
+            assert_eq!(ended.code(), Some(code.into()));
+        }
     }
 }

@@ -27,7 +27,7 @@ pub(super) enum Event {
     Restored,
     /// It starts from its image although a restore was asked for.
     StartedCold,
-    /// It had ended with 0, and does not run.
+    /// It had ended, and does not run.
     NotRunAgain,
 }
 
@@ -73,9 +73,9 @@ impl Front<'_> {
     }
 
     /// Tells that a container does not run again.
-    pub(super) fn tell_done(&self, id: &str, checkpoint: &str) {
+    pub(super) fn tell_done(&self, id: &str, checkpoint: &str, code: u8) {
         say(&format!(
-            "not run again: it had ended with 0 when the checkpoint {checkpoint:?} was taken"
+            "not run again: it had ended with {code} when the checkpoint {checkpoint:?} was taken"
         ));
         self.publish(id, Event::NotRunAgain, Some(checkpoint), None);
     }

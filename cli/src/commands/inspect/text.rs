@@ -38,10 +38,10 @@ pub(super) fn text(contents: &Contents, note: &str, all: bool) -> String {
         text.line(2, &format!("{dir}, shared by {}", containers.join(", ")));
     }
     for container in &manifest.not_running {
-        let why = if container.done {
-            "had ended with 0"
-        } else {
-            "did not run"
+        let why = match (container.failed, container.done) {
+            (Some(code), _) => format!("had ended with {code}"),
+            (None, true) => "had ended with 0".to_owned(),
+            (None, false) => "did not run".to_owned(),
         };
         text.line(2, &format!("container {} {why}", container.name));
     }
