@@ -85,9 +85,23 @@ impl Front<'_> {
             self.tell_cold_start(id, Some(named), &reason);
             return Ok(Beginning::Cold);
         }
+        let pod_asks = Asker {
+            rules: &NodeConfig::read(&self.env.node_config)?,
+            annotations: &config.annotations,
+        };
         if let Some(named) = &named {
-            let created = self.env.store.find(named).map(|it| it.manifest.created);
-            consumed.check_not_spent(named, created.ok())?;
+            let found = self.env.store.find(named);
+            if let Ok(found) = &found
+                && staged.is_none()
+            {
+                // First of all: who may not have it does not hear what has become of it.
+                pod_asks.admit(&found.manifest)?;
+            }
+            let created = found.ok().map(|it| it.manifest.created);
+            // Of what is not there a pod hears that.
+            if created.is_some() || staged.is_some() || !config.cri {
+                consumed.check_not_spent(named, created)?;
+            }
         }
         if config.annotations.receives {
             if wanted.is_some_and(|wanted| consumed.has_container_of(wanted)) {
@@ -120,13 +134,14 @@ impl Front<'_> {
             }
             // What it has is staged as long as it waits, and opened as long as it is staged.
             Err(StoreError::Sealed { .. }) => self.find_lacking(wanted, name)?,
+            Err(error @ StoreError::NotFound { .. }) => {
+                return Err(pod_asks
+                    .not_there(wanted)
+                    .map_or(error.into(), FrontError::from));
+            }
             opened => opened?,
         };
         let manifest = &checkpoint.manifest;
-        let pod_asks = Asker {
-            rules: &NodeConfig::read(&self.env.node_config)?,
-            annotations: &config.annotations,
-        };
         pod_asks.admit(manifest)?;
         let is_named = |it: &&transship_checkpoint::manifest::Container| it.name == name;
         let container = match manifest.containers.iter().find(is_named) {

@@ -186,11 +186,19 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
     let is_passing = matches!(&error, HookError::WantedImage(error) if error.is_passing());
     if wants && !is_passing {
         // The error itself is told by the call that fails.
+        let of_node = match &error {
+            HookError::NotForAsker(error) => error.for_the_node(),
+            _ => None,
+        };
+        let reason = match of_node {
+            Some(of_node) => format!("{} ({of_node})", one_line(&error)),
+            None => one_line(&error),
+        };
         drop(restore_log::append(
             &node.log_dir,
             &state.id,
             outcome,
-            &one_line(&error),
+            &reason,
         ));
     }
     let ended = match cold_start {
@@ -230,6 +238,8 @@ fn stage_all(
     if annotations.restore.is_none() {
         pod.set_checkpoint(name).map_err(stage_error)?;
     }
+    let rules = &NodeConfig::read(&node.config)?;
+    let asker = Asker { rules, annotations };
     let found = match node.store.find(name) {
         Ok(found) => found,
         // The pod has had its restore; the sandbox has been made again since the checkpoint was
@@ -242,20 +252,24 @@ fn stage_all(
         // It has not arrived yet; whoever receives it stages it, and what is started before fails.
         Err(StoreError::NotFound { .. }) if annotations.receives => return Ok(()),
         Err(source) => {
+            if matches!(source, StoreError::NotFound { .. })
+                && let Some(error) = asker.not_there(name)
+            {
+                return Err(error.into());
+            }
             return Err(HookError::Store {
                 id: state.id.clone(),
                 source: Box::new(source),
             });
         }
     };
+    // First of all: who may not have it does not hear what has become of it.
+    asker.admit(&found.manifest)?;
     if let Some(consumed) = &consumed {
         let created = found.manifest.created;
         let checked = consumed.check_not_spent(name, Some(created));
         checked.map_err(HookError::Spent)?;
     }
-    let rules = &NodeConfig::read(&node.config)?;
-    let asker = Asker { rules, annotations };
-    asker.admit(&found.manifest)?;
     let has_run = |container: &str| {
         let consumed = consumed.as_ref();
         consumed.is_some_and(|it| it.container(name, container).is_some())

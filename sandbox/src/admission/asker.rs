@@ -22,16 +22,16 @@ use super::service_account;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotForAsker {
-    /// Of another Kubernetes namespace.
+    /// Of another Kubernetes namespace, or of nobody: who asks does not hear which.
     #[error(
-        "the checkpoint {checkpoint:?} is of {owner}; a pod of the Kubernetes namespace {asker:?} \
-         may not restore it"
+        "there is no checkpoint {checkpoint:?} on this node, or a pod of the Kubernetes namespace {asker:?} may not \
+         restore it"
     )]
     Namespace {
         /// Name of the checkpoint.
         checkpoint: String,
-        /// Whose it is.
-        owner: String,
+        /// Whose it is; none where there is none.
+        owner: Option<String>,
         /// The namespace of the pod that asks for it.
         asker: String,
     },
@@ -93,10 +93,26 @@ pub enum NotForAsker {
 }
 
 impl NotForAsker {
-    /// Whether the asker may not have it; else it does not fit, and a cold start is no harm.
+    /// Whether the asker may not have it; else it does not fit, or is as good as not there, and a cold start is no harm.
     #[must_use]
     pub fn is_forbidden(&self) -> bool {
-        !matches!(self, Self::Architecture { .. } | Self::Mount { .. })
+        !matches!(
+            self,
+            Self::Namespace { .. } | Self::Architecture { .. } | Self::Mount { .. }
+        )
+    }
+
+    /// What the node's own log says beside the reason.
+    #[must_use]
+    pub fn for_the_node(&self) -> Option<String> {
+        match self {
+            Self::Namespace { owner, .. } => {
+                let owner = owner.as_ref();
+                let of = |owner: &String| format!("it is of {owner}");
+                Some(owner.map_or("there is none".to_owned(), of))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -149,6 +165,17 @@ impl Asker<'_> {
         check_mounts(manifest, &container.name, old, new)
     }
 
+    /// What a pod is told of a checkpoint that is not there: the same as of one that is not its own. Outside of the CRI
+    /// nobody is kept from knowing it.
+    #[must_use]
+    pub fn not_there(&self, checkpoint: &str) -> Option<NotForAsker> {
+        self.namespace().map(|asker| NotForAsker::Namespace {
+            checkpoint: checkpoint.to_owned(),
+            owner: None,
+            asker: asker.to_owned(),
+        })
+    }
+
     fn namespace(&self) -> Option<&str> {
         self.annotations.kubernetes_namespace.as_deref()
     }
@@ -171,7 +198,7 @@ impl Asker<'_> {
             true => Ok(()),
             false => Err(NotForAsker::Namespace {
                 checkpoint,
-                owner,
+                owner: Some(owner),
                 asker,
             }),
         }
@@ -276,14 +303,38 @@ mod tests {
         asks(&NodeConfig::default(), |asker| {
             assert!(asker.check_namespace(&taken(None), "shop").is_ok());
             let error = asker.check_namespace(&taken(None), "bank").unwrap_err();
-            let said = "the checkpoint \"web\" is of the Kubernetes namespace \"shop\"; a pod of the \
-                        Kubernetes namespace \"bank\" may not restore it";
+            let said = "there is no checkpoint \"web\" on this node, or a pod of the Kubernetes namespace \"bank\" \
+                        may not restore it";
             assert_eq!(error.to_string(), said);
+            assert!(!error.is_forbidden());
+            let of_node = error.for_the_node().unwrap();
+            assert_eq!(of_node, "it is of the Kubernetes namespace \"shop\"");
             let mut other = taken(None);
             other.pod = Some(Pod::default());
             assert!(asker.check_namespace(&other, "").is_err(), "nobody's");
             other.pod = None;
             assert!(asker.check_namespace(&other, "shop").is_err(), "of no pod");
+        });
+    }
+
+    #[test]
+    fn a_pod_does_not_hear_which_checkpoints_of_others_there_are() {
+        let annotations = Annotations {
+            kubernetes_namespace: Some("bank".to_owned()),
+            ..Annotations::read("web", None).unwrap()
+        };
+        let rules = &NodeConfig::default();
+        let asker = Asker {
+            rules,
+            annotations: &annotations,
+        };
+        let not_own = asker.admit(&taken(None)).unwrap_err();
+        let not_there = asker.not_there("web").unwrap();
+        assert_eq!(not_own.to_string(), not_there.to_string());
+        assert_eq!(not_own.is_forbidden(), not_there.is_forbidden());
+        assert_ne!(not_own.for_the_node(), not_there.for_the_node());
+        asks(rules, |of_root| {
+            assert!(of_root.not_there("web").is_none());
         });
     }
 
