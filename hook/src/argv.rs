@@ -27,7 +27,7 @@ const GLOBAL_VALUES: &[&str] = &[
 ];
 /// Globals that stand alone.
 const GLOBAL_SWITCHES: &[&str] = &["debug", "systemd-cgroup"];
-/// Flags of `create`, `restore` and `checkpoint` that take a value in the next argument.
+/// Flags of `create`, `run`, `restore` and `checkpoint` that take a value in the next argument.
 const COMMAND_VALUES: &[&str] = &[
     "b",
     "bundle",
@@ -78,6 +78,8 @@ pub struct Globals {
 pub enum Command {
     /// Makes a container that does not run yet.
     Create(Arguments),
+    /// Makes and starts one, in one go.
+    Run(Arguments),
     /// Restores one from an image directory.
     Restore(Arguments),
     /// Dumps one.
@@ -287,6 +289,7 @@ fn read_command(command: &OsStr, args: &[OsString]) -> Command {
     let force = arguments.switch("force") || arguments.switch("f");
     match command.to_str() {
         Some("create") => Command::Create(arguments),
+        Some("run") => Command::Run(arguments),
         Some("restore") => Command::Restore(arguments),
         Some("checkpoint") => Command::Checkpoint(arguments),
         Some("start") => Command::Start { id: arguments.id },

@@ -86,6 +86,15 @@ fn create_becomes_restore() {
 }
 
 #[test]
+fn a_container_that_is_run_at_once_is_seen() {
+    let Command::Run(run) = read("--root /r run --detach --keep -b /b --pid-file /p web").command
+    else {
+        panic!()
+    };
+    assert_eq!((run.id.as_str(), run.bundle()), ("web", Some("/b".into())));
+}
+
+#[test]
 fn flags_may_follow_the_id() {
     // urfave/cli 1.22 sorts the arguments of a command before it parses them.
     for line in [

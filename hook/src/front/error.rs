@@ -100,6 +100,15 @@ pub enum FitError {
         /// What says so.
         annotation: String,
     },
+    /// A call that leaves no room for a restore.
+    #[error(
+        "{id:?} has annotations of transship, which mean nothing to a container that is made by \"run\": make it by \
+         \"create\" and \"start\", or without them"
+    )]
+    RunAtOnce {
+        /// The container.
+        id: String,
+    },
     /// The pod runs elsewhere.
     #[error(
         "the pod {pod:?} has been moved away (checkpoint {checkpoint:?}) and starts nothing here any more; \

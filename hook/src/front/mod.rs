@@ -13,6 +13,7 @@
 //!    │             │               apart_memory, shm_attach, task_attributes   what CRIU has not restored
 //!    │             └─────────────> hold_watch   ends it when nobody starts it
 //!    └──────> the runtime, untouched
+//!  run ──> refused where `create` would have something to do
 //!  start ──> lets a held restore go;  kill ──> ends it;  delete ──> takes away what it left
 //!  native_restore: `ctr containers restore --live`;  checkpoint: a dump that somebody else takes
 //!  bundle: config.json and the marker;  reason, tell: why it failed, and who hears of it;  error
@@ -41,6 +42,7 @@ mod pod_connections;
 mod reason;
 mod restored_cgroup;
 mod rootfs;
+mod run;
 mod sandbox;
 mod shared_dirs;
 mod shared_pids;
@@ -164,6 +166,10 @@ pub fn serve(env: &Environment, call: Invocation) -> Outcome {
         Command::Create(create) => {
             streams_are_ours = false;
             front.create(create)
+        }
+        Command::Run(run) => {
+            streams_are_ours = false;
+            front.run(run)
         }
         Command::Restore(restore) => {
             streams_are_ours = false;
