@@ -268,7 +268,7 @@ impl Identity {
         }
     }
 
-    /// Connects to the owner of `key`, so many times, at the first of these addresses that answers.
+    /// Connects to the owner of `key`, so many times, at that of these addresses which answers first.
     ///
     /// # Errors
     /// None answers, or not with that key.
@@ -288,8 +288,8 @@ impl Identity {
             )));
         let config = Arc::new(config);
         let mut why = Error::failed("the other node names no address");
-        for address in addresses.iter().take(ADDRESSES) {
-            match connect_to(address, &config, streams) {
+        for (address, first) in reach(addresses)? {
+            match first.and_then(|first| connect_to(&address, first, &config, streams)) {
                 Ok(connections) => return Ok(connections),
                 Err(error) => {
                     why = Error::failed(format!("cannot connect to {address}")).because(error);
@@ -311,14 +311,42 @@ fn provider() -> CryptoProvider {
     provider
 }
 
+/// An address, and what has become of the attempt to reach it.
+type Reached = (SocketAddr, io::Result<TcpStream>);
+
+/// Tries all of them side by side, so that those which lead nowhere keep nobody waiting. They come as they answer.
+fn reach(addresses: &[SocketAddr]) -> Result<mpsc::IntoIter<Reached>> {
+    let (told, reached) = mpsc::channel();
+    for address in addresses.iter().copied().take(ADDRESSES) {
+        let told = told.clone();
+        let connect = move || {
+            let socket = TcpStream::connect_timeout(&address, HANDSHAKE);
+            // One that comes too late is closed before it has said anything.
+            drop(told.send((address, socket)));
+        };
+        {
+            thread::Builder::new()
+                .name("connect".to_owned())
+                .spawn(connect)
+        }
+        .context("cannot start a thread")?;
+    }
+    Ok(reached.into_iter())
+}
+
+/// `first` leads to the address already.
 fn connect_to(
     address: &SocketAddr,
+    first: TcpStream,
     config: &Arc<ClientConfig>,
     streams: usize,
 ) -> io::Result<Connections> {
-    let mut connections = Connections::none();
+    let (mut connections, mut first) = (Connections::none(), Some(first));
     for _ in 0..streams {
-        let socket = TcpStream::connect_timeout(address, HANDSHAKE)?;
+        let socket = match first.take() {
+            Some(first) => first,
+            None => TcpStream::connect_timeout(address, HANDSHAKE)?,
+        };
         let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
         let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(session, socket.try_clone()?);
@@ -589,6 +617,47 @@ mod tests {
         drop(end);
         // Whatever it gets, it does not wait any more.
         drop(waiting.join().unwrap());
+    }
+
+    /// An address that takes no connection, and refuses none, as long as what comes with it is there.
+    fn nowhere() -> (SocketAddr, impl Sized) {
+        use std::os::fd::AsRawFd as _;
+
+        use nix::sys::socket::{
+            AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, getsockname, listen,
+            socket,
+        };
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let full = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+        bind(full.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+        listen(&full, Backlog::new(0).unwrap()).unwrap();
+        let bound: SockaddrIn = getsockname(full.as_raw_fd()).unwrap();
+        let address = SocketAddr::from((bound.ip(), bound.port()));
+        let patience = Duration::from_millis(50);
+        let waiting = std::iter::repeat_with(|| TcpStream::connect_timeout(&address, patience));
+        let waiting: Vec<_> = waiting.take_while(io::Result::is_ok).collect();
+        (address, (full, waiting))
+    }
+
+    #[test]
+    fn addresses_that_lead_nowhere_keep_nobody_waiting() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
+        let (dead, alive) = (nowhere(), listener.addresses().unwrap());
+        let addresses = [&[dead.0; ADDRESSES - 1], &alive[..]].concat();
+        let began = Instant::now();
+        let accepting = thread::spawn(|| listener.accept());
+        let connected = source.connect(&addresses, target.public(), STREAMS);
+        assert_eq!(connected.unwrap().count(), STREAMS);
+        assert!(began.elapsed() < HANDSHAKE, "{:?}", began.elapsed());
+        assert!(accepting.join().unwrap().is_ok());
+        let began = Instant::now();
+        assert!(
+            source
+                .connect(&addresses[..ADDRESSES - 1], target.public(), 1)
+                .is_err()
+        );
+        assert!(began.elapsed() < 2 * HANDSHAKE, "{:?}", began.elapsed());
     }
 
     #[test]
