@@ -6,6 +6,12 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use transship_checkpoint::shown_text::printable;
 
+/// A step.
+const STEP: &str = "{spinner} {msg}";
+/// A step that moves bytes.
+const BYTES: &str = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} \
+                     {decimal_bytes_per_sec:>12}, {eta} left";
+
 /// The current step.
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -31,11 +37,13 @@ impl Progress {
         }
     }
 
+    /// `style` is one of those below.
     fn show(&self, what: &str, style: &str, total: Option<u64>) {
         if self.lines {
             eprintln!("transship: {}", printable(what));
         }
-        self.bar.set_position(0);
+        // Rate and time left are those of this step.
+        self.bar.reset();
         self.bar.set_length(total.unwrap_or(0));
         if let Ok(style) = ProgressStyle::with_template(style) {
             self.bar.set_style(style);
@@ -46,12 +54,11 @@ impl Progress {
 
 impl transship_engine::Progress for Progress {
     fn step(&self, what: &str) {
-        self.show(what, "{spinner} {msg}", None);
+        self.show(what, STEP, None);
     }
 
     fn bytes(&self, what: &str, total: u64) {
-        let style = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} {decimal_bytes_per_sec}";
-        self.show(what, style, Some(total));
+        self.show(what, BYTES, Some(total));
     }
 
     fn tell(&self, line: &str) {
@@ -68,5 +75,26 @@ impl transship_engine::Progress for Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_shows_rate_and_time_left() {
+        for style in [STEP, BYTES] {
+            assert!(ProgressStyle::with_template(style).is_ok(), "{style}");
+        }
+        assert!(BYTES.contains("per_sec") && BYTES.contains("{eta} left"));
+        let shown = Progress::new(true);
+        shown.show("dump", BYTES, Some(100));
+        let mut count = transship_engine::Progress::counter(&shown);
+        count(60);
+        assert_eq!((shown.bar.position(), shown.bar.length()), (60, Some(100)));
+        // What came before counts for nothing.
+        shown.show("transfer", BYTES, Some(7));
+        assert_eq!((shown.bar.position(), shown.bar.length()), (0, Some(7)));
     }
 }
