@@ -7,6 +7,7 @@
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
 //!   'a'       empty: the sender is alive and has nothing to say yet (migrations only)
 //!   'z'       instead of 'd': zeros, see zeros.rs (migrations only)
+//!   'c'       instead of 'd': compressed, see compression.rs (files of migrations only)
 //!
 //! one way (send | receive):
 //!   Begin  (File data* FileEnd)*  End
@@ -56,22 +57,25 @@ use crate::manifest::{Container, Manifest, ManifestError, NotRunning, Pod};
 use crate::shown_text::printable;
 
 mod check;
+mod compression;
 pub mod missing_pages;
 mod receiver;
 mod sender;
 mod zeros;
 
+pub use compression::Compressed;
 pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 11;
+pub const PROTOCOL: u32 = 12;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';
 const DATA: u8 = b'd';
 const ALIVE: u8 = b'a';
 const ZEROS: u8 = b'z';
+const COMPRESSED: u8 = b'c';
 const MESSAGE_LIMIT: usize = 64 << 20;
 const DATA_LIMIT: usize = 1 << 20;
 

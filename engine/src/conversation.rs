@@ -22,7 +22,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinError, JoinHandle, JoinSet};
-use transship_checkpoint::wire::{Message, Receiver, Sender, WireError, unexpected};
+use transship_checkpoint::wire::{Compressed, Message, Receiver, Sender, WireError, unexpected};
 
 use crate::data_channel::{Connection, Connections, EndAtDrop};
 use crate::error::{Error, Kind, Result};
@@ -204,12 +204,15 @@ impl Conversation {
         let patience = self.patience.unwrap_or(LINK_PATIENCE);
         connections.end_unheard(patience)?;
         let (connections, end) = connections.split();
-        let (senders, activities): (Vec<Writing>, Vec<_>) = { connections.into_iter() }
-            .map(|connection| {
-                let (pipe, activity) = Watched::new(Box::new(connection) as Box<dyn Write + Send>);
-                (Sender::new(pipe), activity)
-            })
-            .unzip();
+        let (mut senders, mut activities): (Vec<Writing>, _) = (Vec::new(), Vec::new());
+        for connection in connections {
+            let (pipe, activity) = Watched::new(Box::new(connection) as Box<dyn Write + Send>);
+            senders.push(match senders.first() {
+                Some(first) => first.beside(pipe),
+                None => Sender::new(pipe),
+            });
+            activities.push(activity);
+        }
         let interval = patience / BEATS;
         let beats = senders.iter().cloned();
         let heartbeats = beats.map(|sender| Heartbeat::start(sender, interval));
@@ -283,6 +286,16 @@ impl Conversation {
         };
         let task = tokio::task::spawn_blocking(move || Ok(step(&sender)?));
         self.while_heard(task).await
+    }
+
+    /// What has gone compressed so far.
+    pub fn compressed(&self) -> Compressed {
+        let direct = match self.direct.as_ref().map(|direct| &direct.links) {
+            Some(Links::Sending(senders)) => senders.first(),
+            _ => None,
+        };
+        let sender = direct.or(self.sender.as_ref());
+        sender.map(Sender::compressed).unwrap_or_default()
     }
 
     /// Waits for who writes to the connections for files. The other side is heard through the pipe meanwhile: what has

@@ -20,7 +20,7 @@ use std::time::Duration;
 use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::Store;
-use transship_checkpoint::wire::WireError;
+use transship_checkpoint::wire::{Compressed, WireError};
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
@@ -145,6 +145,8 @@ pub struct Report {
     pub pid: Option<u32>,
     /// Bytes that were moved.
     pub bytes: u64,
+    /// Bytes of files and memory that went compressed, because the link was slow.
+    pub compressed: Compressed,
     /// Direct connections that they went through; 0: all went through the command.
     pub direct: usize,
     /// What took how long.
@@ -233,6 +235,7 @@ pub async fn migrate(
         progress,
         interrupt,
         bytes: 0,
+        compressed: Compressed::default(),
         direct: 0,
         estimate: 0,
         files_before: Vec::new(),
@@ -258,6 +261,7 @@ pub async fn migrate(
         mut conversation,
         timeline,
         bytes,
+        compressed,
         direct,
         ..
     } = transaction;
@@ -274,6 +278,7 @@ pub async fn migrate(
         container: there,
         pid,
         bytes,
+        compressed,
         direct,
         timeline,
     })

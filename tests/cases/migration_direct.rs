@@ -1,8 +1,10 @@
 //! The bulk of a migration goes before the freeze and through connections of its own, where that can be.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey};
+use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
 use crate::package_image::PUBLIC_KEY;
@@ -10,11 +12,106 @@ use crate::package_image::PUBLIC_KEY;
 const MEMORY_MB: u32 = 48;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "migration_direct",
-        tree: Tree::Forky,
-        run: data_goes_the_short_way_where_there_is_one,
-    })
+    [
+        Case {
+            what: "migration_direct",
+            tree: Tree::Forky,
+            run: data_goes_the_short_way_where_there_is_one,
+        },
+        Case {
+            what: "migration_slow_link",
+            tree: Tree::Forky,
+            run: less_goes_over_a_slow_link,
+        },
+    ]
+    .into_iter()
+}
+
+/// Bytes of text, which a container has once in a file and once in its memory.
+const TEXT: u64 = 24 << 20;
+/// 12 MB in a second.
+const SLOW: &str = "for link in /sys/class/net/link*; do
+        tc qdisc add dev ${link##*/} root tbf rate 100mbit burst 64kb latency 200ms
+    done";
+
+fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
+    let holds_text = format!(
+        "b=/bin/busybox; $b mkdir -p /data
+         $b yes 'what is much like the next line' | $b head -c {TEXT} >/data/text
+         text=$($b cat /data/text)
+         while :; do echo ${{#text}} >/data/length; $b sleep 1; done"
+    );
+    let sh = ["text", "/bin/busybox", "sh", "-c", &holds_text];
+    let run = [
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        journey::COUNTER_IMAGE,
+    ];
+    a.ctr(&[&run[..], &sh].concat())?;
+    has_its_text(&a)?;
+    let all = 2 * TEXT;
+
+    let quickly = migrate_text(&a, &to_b, &[])?;
+    ensure!(quickly["compressed"]["bytes"] == 0, "{quickly}");
+    ensure!(quickly["bytes"].as_u64() >= Some(all), "{quickly}");
+    has_its_text(&b)?;
+
+    for (from, to, command, more) in [
+        (&b, &a, &to_a, &[][..]),
+        (&a, &b, &to_b, &["--data-address", "none"]),
+    ] {
+        from.shell(SLOW).run()?;
+        let before = sent_by(from)?;
+        let slowly = migrate_text(from, command, more)?;
+        let went = sent_by(from)? - before;
+        from.shell("for link in /sys/class/net/link*; do tc qdisc del dev ${link##*/} root; done")
+            .run()?;
+        ensure!(
+            slowly["compressed"]["bytes"].as_u64() >= Some(TEXT),
+            "{slowly}"
+        );
+        ensure!(went < all / 2, "{went} bytes went: {slowly}");
+        has_its_text(to)?;
+    }
+    journey::remove_container(&b, "text")?;
+    journey::check_nothing_left(&a)?;
+    journey::check_nothing_left(&b)
+}
+
+fn migrate_text(from: &Node, to: &str, more: &[&str]) -> anyhow::Result<Value> {
+    let mut command = from.command("transship");
+    command.args(["migrate", "text", "--to", to, "--json"]);
+    let told = command.args(more).read()?;
+    serde_json::from_str(&told).with_context(|| format!("no answer: {told:?}"))
+}
+
+/// Waits until the container says anew how much text it has in its memory, and looks at the file.
+fn has_its_text(node: &Node) -> anyhow::Result<()> {
+    let pid = journey::task_pid(node, "text")?;
+    let data = format!("/proc/{pid}/root/data");
+    node.shell(&format!("rm -f {data}/length")).run()?;
+    // Without the end of the last line.
+    let expected = format!("{} {TEXT}", TEXT - 1);
+    Ok(poll_until("the text", Duration::from_secs(60), || {
+        let seen = node.shell(&format!(
+            "set -e; length=$(cat {data}/length); echo $length $(stat -c %s {data}/text)"
+        ));
+        let seen = { seen }.read().map_err(|error| error.to_string())?;
+        let is_whole = seen.trim() == expected;
+        { is_whole.then_some(()) }.ok_or_else(|| format!("{seen:?}, not {expected:?}"))
+    })?)
+}
+
+/// Bytes that a node has sent over the link.
+fn sent_by(node: &Node) -> anyhow::Result<u64> {
+    let sent = node
+        .shell("cat /sys/class/net/link*/statistics/tx_bytes")
+        .read()?;
+    Ok(sent.trim().parse()?)
 }
 
 fn data_goes_the_short_way_where_there_is_one(bed: &Testbed) -> anyhow::Result<()> {

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::check::Running;
+use super::compression::Decompression;
 use super::{
-    ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError, ZEROS,
-    unexpected, zeros,
+    ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError,
+    ZEROS, unexpected, zeros,
 };
 use crate::manifest::{self, Manifest, check_name};
 use crate::shown_text::printable;
@@ -35,6 +36,7 @@ enum Frame {
     Message(Message),
     Data,
     Zeros,
+    Compressed,
 }
 
 /// The receiving half.
@@ -43,6 +45,7 @@ pub struct Receiver<R> {
     input: R,
     begun: bool,
     payload: Vec<u8>,
+    decompression: Decompression,
 }
 
 /// What has come of a checkpoint so far, through one stream or several.
@@ -166,6 +169,7 @@ impl<R: Read> Receiver<R> {
             input,
             begun: false,
             payload: Vec::new(),
+            decompression: Decompression::default(),
         }
     }
 
@@ -197,7 +201,7 @@ impl<R: Read> Receiver<R> {
             let piece = match self.frame("data")? {
                 Frame::Data => mem::take(&mut self.payload),
                 Frame::Message(other) => return Err(unexpected("data", &other)),
-                Frame::Zeros => return Err(misplaced()),
+                Frame::Zeros | Frame::Compressed => return Err(misplaced()),
             };
             left = left
                 .checked_sub(piece.len() as u64)
@@ -275,7 +279,12 @@ impl<R: Read> Receiver<R> {
         let mut hasher = Running::of(arriving.check);
         let mut size = 0;
         let said = loop {
-            match self.frame("the rest of a file")? {
+            let mut frame = self.frame("the rest of a file")?;
+            if matches!(frame, Frame::Compressed) && arriving.check == Check::Xxh3 {
+                self.payload = self.decompression.unpack(&self.payload, DATA_LIMIT)?;
+                frame = Frame::Data;
+            }
+            match frame {
                 Frame::Data => {
                     let piece = &self.payload;
                     arriving.add(piece.len() as u64)?;
@@ -296,7 +305,7 @@ impl<R: Read> Receiver<R> {
                         .and_then(|()| file.seek(SeekFrom::Start(size)))
                         .map_err(|e| failed("write", e))?;
                 }
-                Frame::Zeros => return Err(misplaced()),
+                Frame::Zeros | Frame::Compressed => return Err(misplaced()),
                 Frame::Message(Message::FileEnd { xxh3 }) => break xxh3,
                 Frame::Message(other) => return Err(unexpected("the rest of a file", &other)),
             }
@@ -338,7 +347,7 @@ impl<R: Read> Receiver<R> {
         };
         let limit = match kind {
             MESSAGE => MESSAGE_LIMIT,
-            DATA | ZEROS => DATA_LIMIT,
+            DATA | ZEROS | COMPRESSED => DATA_LIMIT,
             other => {
                 return Err(WireError::Protocol {
                     what: format!("a frame of kind {other:#x}"),
@@ -357,6 +366,7 @@ impl<R: Read> Receiver<R> {
         match kind {
             DATA => return Ok(Frame::Data),
             ZEROS => return Ok(Frame::Zeros),
+            COMPRESSED => return Ok(Frame::Compressed),
             _ => {}
         }
         match serde_json::from_slice(&self.payload) {

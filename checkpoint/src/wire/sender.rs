@@ -7,8 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::check::Running;
+use super::compression::{Compressed, Compression, Next, Queue};
 use super::zeros::{Part, parts};
-use super::{ALIVE, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, Message, WireError, ZEROS};
+use super::{
+    ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, Message, WireError, ZEROS,
+};
 use crate::manifest;
 
 /// How long a file that does not grow at the moment is left alone.
@@ -18,6 +21,7 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub struct Sender<W> {
     out: Arc<Mutex<Out<W>>>,
+    compression: Arc<Compression>,
 }
 
 #[derive(Debug)]
@@ -62,6 +66,7 @@ impl<W> Clone for Sender<W> {
     fn clone(&self) -> Self {
         Self {
             out: Arc::clone(&self.out),
+            compression: Arc::clone(&self.compression),
         }
     }
 }
@@ -71,7 +76,23 @@ impl<W: Write> Sender<W> {
     pub fn new(out: W) -> Self {
         Self {
             out: Arc::new(Mutex::new(Out { out, begun: false })),
+            compression: Arc::default(),
         }
+    }
+
+    /// Sends to `out`, which shares this one's link: what is known of it holds for both.
+    #[must_use]
+    pub fn beside(&self, out: W) -> Self {
+        Self {
+            compression: Arc::clone(&self.compression),
+            ..Self::new(out)
+        }
+    }
+
+    /// What has gone compressed so far, through this one and those beside it.
+    #[must_use]
+    pub fn compressed(&self) -> Compressed {
+        self.compression.compressed()
     }
 
     /// Sends one message.
@@ -141,8 +162,7 @@ impl<W: Write> Sender<W> {
             (how.progress)(filled as u64);
             filled = 0;
         }
-        how.sent += sending.sent();
-        sending.end()
+        sending.end(&mut how.sent)
     }
 
     /// Begins a file that is made while it is sent. `path` is its path in the directory of `container`.
@@ -161,7 +181,8 @@ impl<W: Write> Sender<W> {
         Ok(SendingFile {
             sender: self,
             path: path.to_owned(),
-            skip_zeros: check == Check::Xxh3,
+            of_migration: check == Check::Xxh3,
+            queue: Queue::default(),
             hasher: Running::of(check),
             size: 0,
             sent: 0,
@@ -191,9 +212,14 @@ impl<W: Write> Sender<W> {
         header.push(kind);
         header.extend_from_slice(&length.to_le_bytes());
         let out = &mut half.out;
-        write_both(out, &header, payload)
+        let mut write = || write_both(out, &header, payload);
+        let written = match kind {
+            DATA | COMPRESSED => self.compression.measured(payload.len(), write),
+            _ => write(),
+        };
+        written
             .and_then(|()| match kind {
-                DATA | ZEROS => Ok(()),
+                DATA | ZEROS | COMPRESSED => Ok(()),
                 _ => out.flush(),
             })
             .map_err(|source| WireError::Stream {
@@ -208,7 +234,8 @@ pub struct SendingFile<'a, W> {
     sender: &'a Sender<W>,
     path: String,
     /// A stream of a checkpoint has data alone.
-    skip_zeros: bool,
+    of_migration: bool,
+    queue: Queue,
     hasher: Running,
     size: u64,
     sent: u64,
@@ -232,35 +259,59 @@ impl<W: Write> SendingFile<'_, W> {
         self.hasher.update(data);
         self.size += data.len() as u64;
         for piece in data.chunks(DATA_LIMIT) {
-            if !self.skip_zeros {
-                self.sender.frame(DATA, piece)?;
-                self.sent += piece.len() as u64;
+            if !self.of_migration {
+                self.frame(DATA, piece)?;
                 continue;
             }
+            let compression = &self.sender.compression;
             for part in parts(piece) {
                 match part {
                     Part::Data(data) => {
-                        self.sender.frame(DATA, data)?;
-                        self.sent += data.len() as u64;
+                        if !self.queue.takes(compression, data) {
+                            self.send_waiting(true)?;
+                            self.frame(DATA, data)?;
+                        }
                     }
-                    Part::Zeros(bytes) => self.sender.frame(ZEROS, &bytes.to_le_bytes())?,
+                    Part::Zeros(bytes) => {
+                        if !self.queue.takes_zeros(compression, bytes) {
+                            self.frame(ZEROS, &bytes.to_le_bytes())?;
+                        }
+                    }
                 }
+                self.send_waiting(false)?;
             }
         }
         Ok(())
     }
 
-    /// Bytes that had to be sent of it.
-    #[must_use]
-    pub fn sent(&self) -> u64 {
-        self.sent
+    /// Sends what has been compressed; with `all`, whatever waits for it.
+    fn send_waiting(&mut self, all: bool) -> Result<(), WireError> {
+        let compression = &self.sender.compression;
+        while let Some(next) = self.queue.next(compression, all)? {
+            match next {
+                Next::Data(data) => self.frame(DATA, &data)?,
+                Next::Compressed(frame) => self.frame(COMPRESSED, &frame)?,
+                Next::Zeros(bytes) => self.frame(ZEROS, &bytes.to_le_bytes())?,
+            }
+        }
+        Ok(())
     }
 
-    /// Ends it, and gives its entry for the manifest.
+    fn frame(&mut self, kind: u8, payload: &[u8]) -> Result<(), WireError> {
+        self.sender.frame(kind, payload)?;
+        if kind != ZEROS {
+            self.sent += payload.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Ends it, and gives its entry for the manifest; `sent` is raised by the bytes that had to be sent of it.
     ///
     /// # Errors
     /// [`WireError::Stream`].
-    pub fn end(self) -> Result<manifest::File, WireError> {
+    pub fn end(mut self, sent: &mut u64) -> Result<manifest::File, WireError> {
+        self.send_waiting(true)?;
+        *sent += self.sent;
         let done = self.hasher.finish();
         self.sender.send(&Message::FileEnd { xxh3: done.xxh3 })?;
         Ok(manifest::File {

@@ -1,5 +1,5 @@
 use std::fs::{self, OpenOptions};
-use std::io::Write as _;
+use std::io::Write;
 use std::path::Path;
 
 use super::*;
@@ -317,7 +317,9 @@ fn pages_of_zeros_are_not_sent() {
     let mut made = sender.begin_file("c", "made", Check::Xxh3).unwrap();
     made.write(&page(0)).unwrap();
     made.write(b"end").unwrap();
-    assert_eq!((made.sent(), made.end().unwrap().size), (3, 4099));
+    let mut sent = 0;
+    assert_eq!(made.end(&mut sent).unwrap().size, 4099);
+    assert_eq!(sent, 3);
     sender.send(&Message::FilesEnd).unwrap();
     drop(sender);
     let receive = |check| {
@@ -347,7 +349,7 @@ fn contents_go_to_their_directories_and_nowhere_else() {
         let (dir, file) = path.split_once('/').unwrap();
         let mut content = sender.begin_file(dir, file, Check::Xxh3).unwrap();
         content.write(b"content").unwrap();
-        content.end().unwrap();
+        content.end(&mut 0).unwrap();
         sender.send(&Message::FilesEnd).unwrap();
         drop(sender);
         let known = (".shared/contents/work".to_owned(), volume.path().to_owned());
@@ -384,4 +386,138 @@ fn contents_go_to_their_directories_and_nowhere_else() {
     }
     assert_eq!(names(volume.path()).len(), 2);
     assert!(!target.path().join("made").try_exists().unwrap());
+}
+
+/// A link that takes so many bytes a second.
+struct Link {
+    bytes_per_second: usize,
+    taken: Vec<u8>,
+}
+
+impl Write for &mut Link {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let micros = bytes.len() * 1_000_000 / self.bytes_per_second;
+        std::thread::sleep(std::time::Duration::from_micros(micros as u64));
+        self.taken.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Sends a file over such a link, with a page of zeros and many small pieces in it; gives what went, and whether it came
+/// as it was.
+fn send_over(bytes_per_second: usize, check: Check, file: &[u8]) -> (usize, Compressed, bool) {
+    let mut link = Link {
+        bytes_per_second,
+        taken: Vec::with_capacity(file.len() + (1 << 20)),
+    };
+    let sender = Sender::new(&mut link);
+    let mut sending = sender.begin_file("c", "pages-1.img", check).unwrap();
+    let (zeros, mut sent) = ([0; 8192], 0);
+    let (large, small) = file.split_at(file.len() / 2);
+    sending.write(large).unwrap();
+    sending.write(&zeros).unwrap();
+    for piece in small.chunks(4096) {
+        sending.write(piece).unwrap();
+    }
+    sending.end(&mut sent).unwrap();
+    sender.send(&Message::FilesEnd).unwrap();
+    let compressed = sender.compressed();
+    drop(sender);
+    let target = tempfile::tempdir().unwrap();
+    let arriving = Arriving::into_dir(target.path(), LIMITS, check);
+    let end = Receiver::new(&link.taken[..]).receive_files(&arriving, &mut |_| {});
+    assert_eq!(end.unwrap(), Message::FilesEnd);
+    let came = fs::read(target.path().join("c/pages-1.img")).unwrap();
+    let is_same = came == [large, &zeros, small].concat();
+    assert!(sent <= link.taken.len() as u64);
+    (link.taken.len(), compressed, is_same)
+}
+
+fn text(bytes: usize) -> Vec<u8> {
+    let lines = (0..).map(|line: u64| format!("line {line} of what is much like the next one\n"));
+    let mut text: Vec<u8> = lines.flat_map(String::into_bytes).take(bytes).collect();
+    text.shrink_to_fit();
+    text
+}
+
+#[test]
+fn less_goes_over_a_slow_link() {
+    const FILE: usize = 24 << 20;
+    const SLOW: usize = 20_000_000;
+    let (went, compressed, is_same) = send_over(SLOW, Check::Xxh3, &text(FILE));
+    assert!(is_same);
+    assert!(went < FILE / 2, "{went} {compressed:?}");
+    assert!(compressed.bytes > FILE as u64 / 2 && compressed.sent < compressed.bytes / 2);
+    // What does not get smaller goes as it is.
+    let mut state = 1_u64;
+    let random = std::iter::repeat_with(|| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        state.to_be_bytes()
+    });
+    let random: Vec<u8> = random
+        .flat_map(|word| [word[0], word[1]])
+        .take(FILE / 4)
+        .collect();
+    let (_, compressed, is_same) = send_over(SLOW, Check::Xxh3, &random);
+    assert!(
+        is_same && compressed == Compressed::default(),
+        "{compressed:?}"
+    );
+}
+
+#[test]
+fn nothing_is_compressed_for_a_quick_link_nor_in_a_checkpoint() {
+    const FILE: usize = 24 << 20;
+    let none = Compressed::default();
+    let (_, compressed, is_same) = send_over(usize::MAX, Check::Xxh3, &text(FILE));
+    assert!(is_same && compressed == none, "{compressed:?}");
+    let (_, compressed, is_same) = send_over(20_000_000, Check::Sha256, &text(FILE / 4));
+    assert!(is_same && compressed == none, "{compressed:?}");
+}
+
+#[test]
+fn compressed_data_that_lies_or_is_misplaced_is_refused() {
+    let stream = |frame: &[u8]| {
+        let mut stream = MAGIC.to_vec();
+        let file = Message::File { path: "c/f".into() };
+        for (kind, payload) in [
+            (MESSAGE, &*serde_json::to_vec(&file).unwrap()),
+            (COMPRESSED, frame),
+        ] {
+            stream.push(kind);
+            stream.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
+            stream.extend(payload);
+        }
+        stream
+    };
+    let receive = |frame: &[u8], check| {
+        let target = tempfile::tempdir().unwrap();
+        let arriving = Arriving::into_dir(target.path(), LIMITS, check);
+        let received = Receiver::new(&stream(frame)[..]).receive_files(&arriving, &mut |_| {});
+        received.unwrap_err()
+    };
+    let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
+    let frame = |size: u32, data: &[u8]| [&size.to_le_bytes(), data].concat();
+    let is_lie = |error: WireError| error.to_string().contains("not what it says");
+    assert!(is_lie(receive(&frame(64 << 20, &bomb), Check::Xxh3)));
+    assert!(is_lie(receive(&frame(1 << 20, &bomb), Check::Xxh3)));
+    let good = frame(4, &zstd::bulk::compress(b"good", 1).unwrap());
+    assert!(matches!(
+        receive(&good, Check::Xxh3),
+        WireError::Ended { .. }
+    ));
+    assert!(matches!(
+        receive(&good, Check::Sha256),
+        WireError::Protocol { .. }
+    ));
+    let stream = stream(&good);
+    let mut receiver = Receiver::new(&stream[..]);
+    receiver.receive("a blob").unwrap();
+    assert!(receiver.receive_data(4, &mut |_| Ok(())).is_err());
 }

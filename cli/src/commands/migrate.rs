@@ -11,11 +11,19 @@ use crate::args::{Global, MigrateArgs, VolumesArg};
 use crate::progress::Progress;
 use crate::timeline_file::TimelineFile;
 
+/// What went compressed, and as what.
+#[derive(Serialize)]
+struct Compressed {
+    bytes: u64,
+    sent: u64,
+}
+
 #[derive(Serialize)]
 struct Migrated {
     container: String,
     pid: Option<u32>,
     bytes: u64,
+    compressed: Compressed,
     direct: usize,
     timeline: Report,
 }
@@ -37,16 +45,25 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
         container: done.container,
         pid: done.pid,
         bytes: done.bytes,
+        compressed: Compressed {
+            bytes: done.compressed.bytes,
+            sent: done.compressed.sent,
+        },
         direct: done.direct,
         timeline: done.timeline.report(),
     };
     print(global, &shown, || {
         let pid = shown.pid.map(|pid| format!(", pid {pid} there"));
+        let Compressed { bytes, sent } = shown.compressed;
+        let [bytes, sent] = [bytes, sent].map(|it| (it > 0).then(|| human_bytes(it)));
+        let compressed = { bytes.zip(sent) }
+            .map(|(bytes, sent)| format!(", of which {sent} were {bytes} and went compressed"));
         format!(
-            "{} runs on the other node{} ({} moved)\n{}",
+            "{} runs on the other node{} ({} moved{})\n{}",
             shown.container,
             pid.unwrap_or_default(),
             human_bytes(shown.bytes),
+            compressed.unwrap_or_default(),
             done.timeline.draw()
         )
     })?;

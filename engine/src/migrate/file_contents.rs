@@ -56,8 +56,7 @@ pub(super) fn send(
             sending.write(&buffer[..read])?;
             progress(read as u64);
         }
-        sent.bytes += sending.sent();
-        sent.files.push(sending.end()?);
+        sent.files.push(sending.end(&mut sent.bytes)?);
         Ok(())
     });
     match known {

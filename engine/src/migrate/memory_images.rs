@@ -300,12 +300,10 @@ impl<W: Write> ImageWriter<'_, W> {
         sent: &mut SentMemory,
     ) -> std::result::Result<(), WireError> {
         sent.pages += self.new;
-        sent.bytes += self.sending.sent();
-        sent.files.push(self.sending.end()?);
+        sent.files.push(self.sending.end(&mut sent.bytes)?);
         let mut image = sender.begin_file(self.container, &self.path, Check::Xxh3)?;
         image.write(&self.pagemap.to_bytes())?;
-        sent.bytes += image.sent();
-        sent.files.push(image.end()?);
+        sent.files.push(image.end(&mut sent.bytes)?);
         Ok(())
     }
 }

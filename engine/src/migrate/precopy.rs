@@ -3,8 +3,6 @@
 
 use std::time::{Duration, Instant};
 
-use super::process_memory::PAGE;
-
 /// A round that finds less new pages than this is the last one.
 const FEW: u64 = 64;
 /// So is one that finds this much more than the one before it, in percent.
@@ -62,12 +60,12 @@ impl Rounds {
             && self.began.elapsed() < self.bounds.time
     }
 
-    /// A round has sent so many pages.
-    pub(super) fn add(&mut self, pages: u64) {
+    /// A round has found so many new pages, and sent so many bytes.
+    pub(super) fn add(&mut self, pages: u64, bytes: u64) {
         let last = self.last;
         self.grows = last.is_some_and(|last| pages > last.saturating_mul(GROWTH) / 100);
         self.done += 1;
-        self.bytes += pages * PAGE;
+        self.bytes += bytes;
         self.last = Some(pages);
     }
 }
@@ -84,7 +82,7 @@ mod tests {
         };
         let after = |pages: &[u64]| {
             let mut rounds = Rounds::within(bounds);
-            pages.iter().for_each(|pages| rounds.add(*pages));
+            pages.iter().for_each(|pages| rounds.add(*pages, 1));
             assert_eq!(rounds.done as usize, pages.len());
             rounds.go_on()
         };

@@ -12,7 +12,8 @@ use transship_checkpoint::manifest::{File, Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Store};
 use transship_checkpoint::wire::{
-    Check, DataPlace, How, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL, unexpected,
+    Check, Compressed, DataPlace, How, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL,
+    unexpected,
 };
 use transship_containerd::{Containerd, unique};
 use transship_sandbox::opened::{Holds, InMemory};
@@ -67,6 +68,8 @@ pub(super) struct Transaction<'a> {
     pub(super) progress: &'a dyn Progress,
     pub(super) interrupt: &'a Interrupt,
     pub(super) bytes: u64,
+    /// What of it has gone compressed.
+    pub(super) compressed: Compressed,
     /// Connections to the target beside the command.
     pub(super) direct: usize,
     /// Bytes of memory and files, as far as they can be known before.
@@ -365,6 +368,7 @@ impl Transaction<'_> {
         self.interrupt.check()?;
         self.timeline.step("transfer", from, Some(bytes));
         self.bytes += bytes;
+        self.compressed = self.conversation.compressed();
         let (losses, shared) = match &dumped {
             Some((all, shared)) => {
                 let losses = all.iter().map(|it| it.dumped.upperdir.losses.clone());

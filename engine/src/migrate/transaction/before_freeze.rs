@@ -130,7 +130,7 @@ impl Transaction<'_> {
         let from = self.timeline.now();
         while rounds.go_on() {
             self.progress.bytes("memory, while it runs", self.estimate);
-            let mut pages = 0;
+            let (mut pages, mut bytes) = (0, 0);
             for (source, known) in containers.iter().zip(&mut known) {
                 let Some(mut of_container) = known.take() else {
                     continue;
@@ -149,11 +149,12 @@ impl Transaction<'_> {
                     .await?;
                 *known = Some(back);
                 pages += sent.pages;
+                bytes += sent.bytes;
                 let name = &source.container.name;
                 let files = sent.files.into_iter().map(|file| (name.clone(), file));
                 self.files_before.extend(files);
             }
-            rounds.add(pages);
+            rounds.add(pages, bytes);
         }
         if rounds.done > 0 {
             self.timeline.step("precopy", from, Some(rounds.bytes));

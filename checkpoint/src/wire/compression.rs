@@ -1,0 +1,497 @@
+//! Data that is compressed on its way, where the link is slower than the processor.
+//!
+//! ```text
+//!   'c'  (size u32le) (zstd frame): so many bytes of a file, at most 1 MiB
+//!
+//!  pieces ──> Compression ──as they are──────────────────────────────> 'd'
+//!                  │   └───> threads, each with a piece ──smaller────> 'c'   in the order of the pieces
+//!                  └── bytes, and time in writes of all senders <──────┘
+//! ```
+//!
+//! The link is what the writes of all connections bring through while there is one; the processor is what its threads
+//! compress. A link of more than 1 Gbit/s is never asked about: there the processor has enough to do with TLS. What does
+//! not get smaller goes as it is, and for the next megabytes nothing is tried.
+
+use std::collections::VecDeque;
+use std::io;
+use std::num::NonZero;
+use std::sync::mpsc::{self, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use zstd::bulk::{Compressor, Decompressor};
+
+use super::{DATA_LIMIT, WireError};
+
+/// The level of zstd: the next ones leave a few percent less and take half as long again.
+const LEVEL: i32 = 1;
+/// More threads than these outrun every link that is asked about.
+const MOST_THREADS: usize = 4;
+/// Pieces in hand for each thread: one that it has, one that waits, so that memory has a bound.
+const IN_HAND: usize = 2;
+/// Bytes that are worth a thread. Smaller pieces are put together.
+const PIECE: usize = 256 << 10;
+/// Bytes a second of a link that is quick enough for everything; one of 1 Gbit/s has less.
+const QUICK: u64 = 160_000_000;
+/// So many times quicker than the link the processor has to be: it has other things to do as well.
+const MARGIN: u64 = 3;
+/// A link is judged by so many bytes, or by what goes through it in that time. Less may be in the kernel's buffers alone.
+const WINDOW: (u64, Duration) = (8 << 20, Duration::from_millis(200));
+/// Bytes that go as they are before it is tried again whether they get smaller.
+const PAUSE: u64 = 32 << 20;
+/// So many pieces that do not get smaller end it.
+const VAIN: u32 = 4;
+
+/// Bytes of files that have gone compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compressed {
+    /// How many they were.
+    pub bytes: u64,
+    /// How many have been sent instead.
+    pub sent: u64,
+}
+
+/// What is known of a link, and who compresses for it.
+#[derive(Debug, Default)]
+pub(super) struct Compression {
+    pace: Mutex<Pace>,
+    threads: OnceLock<Option<Threads>>,
+}
+
+/// How quick the link is, and the processor.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Who sits in a write, and since when anybody does.
+    writers: u32,
+    since: Option<Instant>,
+    /// Of the window: bytes, and the time in which somebody wrote.
+    bytes: u64,
+    busy: Duration,
+    /// Bytes a second; none: not known yet.
+    link: Option<u64>,
+    processor: Option<u64>,
+    compresses: bool,
+    /// Bytes before the next trial.
+    pause: u64,
+    /// Pieces in a row that have not got smaller.
+    vain: u32,
+    compressed: Compressed,
+}
+
+#[derive(Debug)]
+struct Threads {
+    jobs: mpsc::Sender<Job>,
+    count: usize,
+}
+
+struct Job {
+    piece: Vec<u8>,
+    done: mpsc::SyncSender<Done>,
+}
+
+/// A piece that a thread has had.
+#[derive(Debug)]
+struct Done {
+    piece: Vec<u8>,
+    /// What a frame says instead of it, where that is smaller.
+    frame: Option<Vec<u8>>,
+    took: Duration,
+}
+
+/// What comes next of a file.
+pub(super) enum Next {
+    Data(Vec<u8>),
+    Compressed(Vec<u8>),
+    Zeros(u32),
+}
+
+/// The pieces of one file that threads have, in their order.
+#[derive(Default)]
+pub(super) struct Queue {
+    /// What is not worth a thread yet.
+    begun: Vec<u8>,
+    waiting: VecDeque<Waiting>,
+}
+
+enum Waiting {
+    Piece(mpsc::Receiver<Done>),
+    Zeros(u32),
+    Ready(Done),
+}
+
+impl Pace {
+    /// A write begins.
+    fn begin(&mut self) {
+        if self.writers == 0 {
+            self.since = Some(Instant::now());
+        }
+        self.writers += 1;
+    }
+
+    /// A write has ended, by which so many bytes have gone.
+    fn end(&mut self, bytes: u64) {
+        self.writers = self.writers.saturating_sub(1);
+        let took = self.since.map(|since| since.elapsed());
+        // Another one goes on.
+        self.since = (self.writers > 0).then(Instant::now);
+        self.add(bytes, took.unwrap_or_default());
+    }
+
+    fn add(&mut self, bytes: u64, took: Duration) {
+        self.bytes += bytes;
+        self.busy += took;
+        if self.bytes < WINDOW.0 && self.busy < WINDOW.1 {
+            return;
+        }
+        let link = per_second(self.bytes, self.busy);
+        (self.link, self.bytes, self.busy) = (Some(link), 0, Duration::ZERO);
+        if self.processor.is_some_and(|processor| link > processor) || link > QUICK {
+            self.compresses = false;
+        }
+    }
+
+    /// Whether a thread is to have the next piece: because it is worth it, or to see whether it is.
+    fn wants(&mut self, bytes: u64) -> bool {
+        if self.compresses {
+            return true;
+        }
+        if self.link.is_none_or(|link| link > QUICK) {
+            return false;
+        }
+        let is_trial = self.pause == 0;
+        self.pause = match is_trial {
+            true => PAUSE,
+            false => self.pause.saturating_sub(bytes),
+        };
+        is_trial
+    }
+
+    /// So many threads would have taken `took` for a piece of so many bytes each, which has got smaller, or not.
+    fn tried(&mut self, bytes: u64, took: Duration, is_smaller: bool, threads: u64) {
+        let now = per_second(bytes, took).saturating_mul(threads);
+        let processor = self.processor.map_or(now, |before| (before * 3 + now) / 4);
+        self.processor = Some(processor);
+        self.vain = match is_smaller {
+            true => 0,
+            false => self.vain + 1,
+        };
+        self.compresses = match self.compresses {
+            true => self.vain < VAIN,
+            false => {
+                is_smaller && { self.link }
+                    .is_some_and(|link| link.saturating_mul(MARGIN) < processor)
+            }
+        };
+    }
+}
+
+fn per_second(bytes: u64, took: Duration) -> u64 {
+    let rate = u128::from(bytes) * 1_000_000_000 / took.as_nanos().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+impl Compression {
+    /// Runs a write to the link, and remembers how long it took.
+    pub(super) fn measured<T>(
+        &self,
+        bytes: usize,
+        write: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.pace().begin();
+        let written = write();
+        let bytes = if written.is_ok() { bytes as u64 } else { 0 };
+        self.pace().end(bytes);
+        written
+    }
+
+    /// What has gone compressed so far.
+    pub(super) fn compressed(&self) -> Compressed {
+        self.pace().compressed
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        // One that panicked has counted, or has not.
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn threads(&self) -> Option<&Threads> {
+        self.threads.get_or_init(Threads::start).as_ref()
+    }
+
+    fn most_waiting(&self) -> usize {
+        IN_HAND * self.threads().map_or(1, |threads| threads.count)
+    }
+
+    /// Hands a piece to a thread.
+    fn begin(&self, piece: Vec<u8>) -> Waiting {
+        let (done, waiting) = mpsc::sync_channel(1);
+        let job = Job { piece, done };
+        match self.threads() {
+            None => Waiting::Ready(job.into_undone()),
+            Some(threads) => match threads.jobs.send(job) {
+                Ok(()) => Waiting::Piece(waiting),
+                Err(mpsc::SendError(job)) => Waiting::Ready(job.into_undone()),
+            },
+        }
+    }
+
+    /// What goes for a piece that a thread has had.
+    fn judge(&self, done: Done) -> Next {
+        let Done { piece, frame, took } = done;
+        let threads = self.threads().map_or(1, |threads| threads.count as u64);
+        let mut pace = self.pace();
+        pace.tried(piece.len() as u64, took, frame.is_some(), threads);
+        match frame {
+            Some(frame) if pace.compresses => {
+                pace.compressed.bytes += piece.len() as u64;
+                pace.compressed.sent += frame.len() as u64;
+                Next::Compressed(frame)
+            }
+            _ => Next::Data(piece),
+        }
+    }
+}
+
+impl Queue {
+    /// Takes data that follows, at most 1 MiB; unless it is to go as it is, and nothing before it waits.
+    pub(super) fn takes(&mut self, compression: &Compression, data: &[u8]) -> bool {
+        if self.begun.is_empty() && !compression.pace().wants(data.len() as u64) {
+            return false;
+        }
+        if self.begun.len() + data.len() > DATA_LIMIT {
+            self.begin(compression);
+        }
+        self.begun.extend_from_slice(data);
+        if self.begun.len() >= PIECE {
+            self.begin(compression);
+        }
+        true
+    }
+
+    /// Takes zeros that follow, unless nothing before them waits.
+    pub(super) fn takes_zeros(&mut self, compression: &Compression, count: u32) -> bool {
+        self.begin(compression);
+        let has_others = !self.waiting.is_empty();
+        if has_others {
+            self.waiting.push_back(Waiting::Zeros(count));
+        }
+        has_others
+    }
+
+    fn begin(&mut self, compression: &Compression) {
+        if !self.begun.is_empty() {
+            let piece = std::mem::take(&mut self.begun);
+            self.waiting.push_back(compression.begin(piece));
+        }
+    }
+
+    /// What can go now, or has to because too much waits; with `all`, whatever there is.
+    ///
+    /// # Errors
+    /// [`WireError::Stream`]: a thread has lost its piece.
+    pub(super) fn next(
+        &mut self,
+        compression: &Compression,
+        all: bool,
+    ) -> Result<Option<Next>, WireError> {
+        if all {
+            self.begin(compression);
+        }
+        let waits = self.waiting.len();
+        let done = match self.waiting.pop_front() {
+            None => return Ok(None),
+            Some(Waiting::Zeros(count)) => return Ok(Some(Next::Zeros(count))),
+            Some(Waiting::Ready(done)) => done,
+            Some(Waiting::Piece(waiting)) => match waiting.try_recv() {
+                Ok(done) => done,
+                Err(TryRecvError::Empty) if !all && waits <= compression.most_waiting() => {
+                    self.waiting.push_front(Waiting::Piece(waiting));
+                    return Ok(None);
+                }
+                Err(_) => waiting.recv().map_err(|lost| WireError::Stream {
+                    act: "compress a piece of",
+                    source: io::Error::other(lost),
+                })?,
+            },
+        };
+        Ok(Some(compression.judge(done)))
+    }
+}
+
+impl Job {
+    /// Nobody has had it.
+    fn into_undone(self) -> Done {
+        Done {
+            piece: self.piece,
+            frame: None,
+            took: Duration::ZERO,
+        }
+    }
+
+    fn compress(self, compressor: &mut Compressor<'_>) {
+        let began = Instant::now();
+        let size = u32::try_from(self.piece.len()).unwrap_or_default();
+        let frame = compressor.compress(&self.piece).ok();
+        // Less than a tenth is not worth the other side's work.
+        let frame = { frame }
+            .filter(|frame| frame.len() + size_of_val(&size) < self.piece.len() / 10 * 9)
+            .map(|frame| [&size.to_le_bytes(), &*frame].concat());
+        let done = Done {
+            piece: self.piece,
+            frame,
+            took: began.elapsed(),
+        };
+        // Who has given up takes nothing.
+        drop(self.done.send(done));
+    }
+}
+
+impl Threads {
+    /// None where there can be none.
+    fn start() -> Option<Self> {
+        let count = thread::available_parallelism().map_or(1, NonZero::get);
+        let count = count.min(MOST_THREADS);
+        let (jobs, waiting) = mpsc::channel::<Job>();
+        let waiting = Arc::new(Mutex::new(waiting));
+        for _ in 0..count {
+            let waiting = Arc::clone(&waiting);
+            let mut compressor = Compressor::new(LEVEL).ok()?;
+            let work = move || {
+                loop {
+                    let job = waiting
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .recv();
+                    // Nobody sends any more.
+                    let Ok(job) = job else { break };
+                    job.compress(&mut compressor);
+                }
+            };
+            let name = "compress".to_owned();
+            thread::Builder::new().name(name).spawn(work).ok()?;
+        }
+        Some(Self { jobs, count })
+    }
+}
+
+/// The other side's half.
+#[derive(Default)]
+pub(super) struct Decompression(Decompressor<'static>);
+
+impl std::fmt::Debug for Decompression {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decompression").finish_non_exhaustive()
+    }
+}
+
+impl Decompression {
+    /// What a frame stands for: as many bytes as it says, at most `most`, whatever is in it.
+    pub(super) fn unpack(&mut self, frame: &[u8], most: usize) -> Result<Vec<u8>, WireError> {
+        let untrue = || WireError::Protocol {
+            what: "compressed data that is not what it says".to_owned(),
+        };
+        let (size, data) = frame.split_first_chunk().ok_or_else(untrue)?;
+        let size = usize::try_from(u32::from_le_bytes(*size)).unwrap_or(usize::MAX);
+        if size > most {
+            return Err(untrue());
+        }
+        // Into a buffer of that size, and no other.
+        let data = self.0.decompress(data, size).map_err(|_| untrue())?;
+        match data.len() == size {
+            true => Ok(data),
+            false => Err(untrue()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const MB: u64 = 1_000_000;
+
+    #[test]
+    fn a_quick_link_is_left_alone() {
+        let mut pace = Pace::default();
+        assert!(!pace.wants(1), "nothing is known");
+        pace.add(QUICK + MB, SECOND);
+        assert!(!pace.wants(1));
+        assert!(!pace.compresses);
+    }
+
+    #[test]
+    fn a_slow_link_gets_less_as_long_as_it_is_slow() {
+        let mut pace = Pace::default();
+        pace.add(100 * MB, SECOND);
+        assert!(pace.wants(1), "a trial");
+        pace.tried(200 * MB, SECOND, true, 1);
+        assert!(!pace.compresses, "the processor is not quicker by far");
+        assert!(!pace.wants(PAUSE) && pace.wants(1), "after a while again");
+        pace.processor = None;
+        pace.tried(200 * MB, SECOND, true, 2);
+        assert!(pace.compresses && pace.wants(1) && pace.wants(1));
+        pace.add(401 * MB, SECOND);
+        assert!(!pace.compresses, "it has become quicker");
+    }
+
+    #[test]
+    fn what_does_not_get_smaller_is_left_alone() {
+        let mut pace = Pace::default();
+        pace.add(MB, SECOND);
+        assert!(pace.wants(1));
+        pace.tried(MB, SECOND / 1000, false, 1);
+        assert!(!pace.compresses && !pace.wants(1));
+        pace.pause = 0;
+        assert!(pace.wants(1));
+        pace.tried(MB, SECOND / 1000, true, 1);
+        for _ in 1..VAIN {
+            pace.tried(MB, SECOND / 1000, false, 1);
+        }
+        assert!(pace.compresses);
+        pace.tried(MB, SECOND / 1000, false, 1);
+        assert!(!pace.compresses && !pace.wants(1));
+    }
+
+    #[test]
+    fn time_in_which_two_write_counts_once() {
+        let mut pace = Pace::default();
+        pace.begin();
+        pace.begin();
+        thread::sleep(Duration::from_millis(20));
+        pace.end(1);
+        pace.end(1);
+        let busy = pace.busy;
+        assert!(busy >= Duration::from_millis(20) && busy < Duration::from_millis(40) * 10);
+        assert!(pace.since.is_none() && pace.writers == 0);
+    }
+
+    #[test]
+    fn a_frame_is_what_it_says_or_refused() {
+        let text = b"again and again ".repeat(1000);
+        let packed = zstd::bulk::compress(&text, LEVEL).unwrap();
+        let frame = |size: usize, packed: &[u8]| {
+            let size = u32::try_from(size).unwrap();
+            [&size.to_le_bytes(), packed].concat()
+        };
+        let mut decompression = Decompression::default();
+        let mut unpack = |frame: &[u8]| decompression.unpack(frame, DATA_LIMIT);
+        assert_eq!(unpack(&frame(text.len(), &packed)).unwrap(), text);
+        let bomb = zstd::bulk::compress(&vec![0; 64 << 20], LEVEL).unwrap();
+        assert!(bomb.len() < 64 << 10);
+        for lie in [
+            frame(64 << 20, &bomb),
+            frame(DATA_LIMIT, &bomb),
+            frame(DATA_LIMIT + 1, &packed),
+            frame(text.len() - 1, &packed),
+            frame(text.len() + 1, &packed),
+            frame(text.len(), &packed[..packed.len() - 1]),
+            frame(7, b"nothing"),
+            vec![0; 3],
+        ] {
+            assert!(unpack(&lie).is_err());
+        }
+        assert_eq!(unpack(&frame(text.len(), &packed)).unwrap(), text);
+    }
+}
