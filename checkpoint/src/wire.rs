@@ -29,7 +29,7 @@
 //!   < Running
 //!   < AllPages         of a lazy migration, whose pages have come meanwhile: see missing_pages.rs
 //!   < Durable          a power cut of the target loses nothing: the source is removed
-//!   either side, instead of its next message: Failed
+//!   either side, instead of its next message: Failed    with what its node is like, where that is Need
 //!   < Waiting          before Ready and before Restored, as often as it likes: somebody else makes the pod there
 //!   > GoOn
 //!
@@ -94,6 +94,8 @@ pub enum WireError {
     Failed {
         /// Its reason, printable.
         reason: String,
+        /// What its node is like, of one that has refused an offer; else empty.
+        facts: String,
     },
     /// Something that is not this protocol.
     #[error("this is not a stream of this program: {what}")]
@@ -360,6 +362,9 @@ pub enum Message {
     Failed {
         /// Why, for people.
         reason: String,
+        /// What its node is like, as in `Need`: instead of that, so that the source can tell all reasons at once.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        facts: String,
     },
 }
 

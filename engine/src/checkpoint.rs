@@ -34,6 +34,7 @@ use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
 use crate::progress::Progress;
+use crate::reasons::Reasons;
 use crate::restore::verify;
 use crate::retention;
 use crate::sealed::Sealing;
@@ -181,7 +182,9 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
     let selector = match &request.of {
         Selection::Pod(selector) => selector,
         Selection::Container(id) => {
-            let mut source = source::find(node, id, &request.criu).await?;
+            let mut reasons = Reasons::default();
+            let source = source::find(node, id, &request.criu, &mut reasons).await?;
+            let mut source = reasons.or(Some(source))?;
             source.log = source.log.filter(|_| !request.leave_logs);
             if request.verify_restore {
                 let memory = source.estimate(node).await?;
@@ -211,12 +214,14 @@ pub async fn find(node: &Containerd, request: &Request) -> Result<DumpTarget> {
     }
     // The CRI's containers are in no other namespace.
     let node = node.in_namespace(CRI_NAMESPACE)?;
+    let mut reasons = Reasons::default();
+    let found = pod::find(&node, selector, &request.criu, &mut reasons).await?;
     let SourcePod {
         pod,
         sandbox,
         mut containers,
         ended,
-    } = pod::find(&node, selector, &request.criu).await?;
+    } = reasons.or(Some(found))?;
     check_options(&containers)?;
     if request.leave_logs {
         containers.iter_mut().for_each(|source| source.log = None);

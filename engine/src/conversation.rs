@@ -602,9 +602,14 @@ impl Conversation {
 
     /// Tells the other side that this one gives up; whether it still listens does not matter.
     pub async fn give_up(&mut self, reason: String) {
+        self.refuse(reason, String::new()).await;
+    }
+
+    /// The same of an offer; `facts` are what this node is like.
+    pub async fn refuse(&mut self, reason: String, facts: String) {
         if let Some(sender) = self.sender.take() {
             let told = tokio::task::spawn_blocking(move || {
-                drop(sender.send(&Message::Failed { reason }));
+                drop(sender.send(&Message::Failed { reason, facts }));
             });
             // A pipe that nobody reads must not hold up the way back.
             drop(tokio::time::timeout(FAREWELL, told).await);

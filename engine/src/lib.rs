@@ -30,7 +30,7 @@
 //!  process_files: what /proc tells of a process;  node_id: this node and its boot;  machine: what it is and has;  version: of programs;  shell_words: words for a shell
 //!  timer_threads, renamed_sockets: what CRIU gets wrong in the images of a dump
 //!  origin: whose checkpoints are restored;  sealed: those that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  sharing: of their blocks;  retention: which of them go;  check: findings about this node
-//!  error: one error type, with its kind and what to do next;  progress: what the caller is told;
+//!  error: one error type, with its kind and what to do next;  reasons: several of them at once;  progress: what the caller is told;
 //!  timeline: what took how long;  durable_record: small files that outlive a power cut;  locks: one at a time
 //! ```
 //!
@@ -107,6 +107,7 @@ mod process_files;
 pub mod progress;
 mod pulls;
 pub mod push;
+mod reasons;
 pub mod receive;
 pub mod registry;
 mod renamed_sockets;

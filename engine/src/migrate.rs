@@ -35,6 +35,7 @@ use crate::kubelet;
 use crate::lost_task;
 use crate::moved_pods::Mark;
 use crate::progress::Progress;
+use crate::reasons::Reasons;
 use crate::receive::new_migration;
 use crate::restart_policy;
 use crate::restore::{Target, remove_client_files};
@@ -169,7 +170,11 @@ pub async fn migrate(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let mut moving = Moving::find(node, request).await?;
+    let mut reasons = Reasons::default();
+    let found = Moving::find(node, request, &mut reasons).await;
+    let Some(mut moving) = reasons.keep(found)? else {
+        return reasons.or(None);
+    };
     let node = &match moving.pod {
         // The CRI's containers are in no other namespace.
         Some(_) => node.in_namespace(CRI_NAMESPACE)?,
@@ -192,7 +197,9 @@ pub async fn migrate(
         }));
     }
     let mut made = Vec::new();
-    for container in &mut moving.containers {
+    // What is not going to move needs no image.
+    let completed = moving.containers.iter_mut().filter(|_| reasons.is_empty());
+    for container in completed {
         match image_blobs::complete(node, container).await {
             Ok(leased) => made.extend(leased),
             Err(error) => tracing::warn!(
@@ -225,6 +232,7 @@ pub async fn migrate(
     let mut transaction = Transaction {
         node,
         moving: &moving,
+        reasons,
         store,
         request,
         record: &record,

@@ -15,9 +15,10 @@ use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pod_dirs;
 use crate::pod_ended::{self, Ended};
+use crate::reasons::Reasons;
 use crate::source::{self, Looked, SourceContainer};
 use transship_containerd::Containerd;
 
@@ -34,36 +35,35 @@ pub struct SourcePod {
     pub ended: Vec<Ended>,
 }
 
-/// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`.
-pub async fn find(node: &Containerd, selector: &str, criu: &CriuOverrides) -> Result<SourcePod> {
+/// Finds the pod by the id of its sandbox (or the beginning of it), or by `namespace/name`. Why its containers cannot be
+/// dumped is kept with other reasons.
+pub(crate) async fn find(
+    node: &Containerd,
+    selector: &str,
+    criu: &CriuOverrides,
+    reasons: &mut Reasons,
+) -> Result<SourcePod> {
     let records = node.all_containers().await?;
     let sandbox = find_sandbox(node, &records, selector).await?;
     let mut containers = Vec::new();
-    let (mut stopped, mut refused) = (Vec::new(), Vec::new());
+    let (mut stopped, mut is_whole) = (Vec::new(), true);
     for record in records
         .iter()
         .filter(|record| sandbox_of(record).as_deref() == Some(&sandbox.id))
     {
         match source::running_task(node, &record.id).await? {
-            Ok(task) => match source::inspect(node, record, &task, criu).await {
-                Ok(container) => containers.push(container),
-                Err(error) if error.kind() == Kind::Refused => refused.push(error),
-                Err(error) => return Err(error),
-            },
+            Ok(task) => {
+                let inspected = source::inspect(node, record, &task, criu, reasons).await;
+                match reasons.keep(inspected)? {
+                    Some(container) => containers.push(container),
+                    None => is_whole = false,
+                }
+            }
             Err(_) => stopped.push(record),
         }
     }
-    if let Some(first) = refused.pop() {
-        // All reasons of all containers, at once.
-        let all: Vec<String> = refused
-            .iter()
-            .chain([&first])
-            .map(Error::one_line)
-            .collect();
-        return Err(match refused.is_empty() {
-            true => first,
-            false => Error::refused(all.join("; ")),
-        });
+    if !is_whole {
+        return std::mem::take(reasons).or(None);
     }
     if containers.is_empty() {
         let message = format!("the pod {selector:?} has no running container");

@@ -52,6 +52,7 @@ use crate::locks::{Lock, lock_for_dump};
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
+use crate::reasons::Reasons;
 use crate::renamed_sockets::{self, Named};
 use crate::shim_options;
 use crate::stuck_dump;
@@ -150,10 +151,18 @@ fn checkpoint_name(record: &Record, namespace: &str) -> Result<String> {
     Ok(name.to_owned())
 }
 
-/// Finds the container `id` and checks that it can be dumped: all reasons why not, at once.
-pub async fn find(node: &Containerd, id: &str, criu: &CriuOverrides) -> Result<SourceContainer> {
+/// Finds the container `id` and checks that it can be dumped; why not is kept with other reasons.
+///
+/// # Errors
+/// [`crate::Kind::NotFound`], it does not run, or it is not known how to dump it.
+pub(crate) async fn find(
+    node: &Containerd,
+    id: &str,
+    criu: &CriuOverrides,
+    reasons: &mut Reasons,
+) -> Result<SourceContainer> {
     let (record, task) = find_running(node, id).await?;
-    inspect(node, &record, &task, criu).await
+    inspect(node, &record, &task, criu, reasons).await
 }
 
 /// Finds the container `id` and looks at it.
@@ -214,15 +223,16 @@ pub struct Looked {
     pub source: Option<SourceContainer>,
 }
 
-/// Checks that a running container can be dumped: all reasons why not, at once.
+/// Checks that a running container can be dumped; why not is kept with other reasons.
 ///
 /// # Errors
-/// [`crate::Kind::Refused`] with the reasons, one of which may be that somebody dumps it already.
-pub async fn inspect(
+/// [`crate::Kind::Refused`]: somebody dumps it already, or it is not known how to dump it.
+pub(crate) async fn inspect(
     node: &Containerd,
     record: &Record,
     task: &Process,
     criu: &CriuOverrides,
+    reasons: &mut Reasons,
 ) -> Result<SourceContainer> {
     let in_use = Some(lock_for_dump(node.namespace(), &record.id)?);
     let Looked {
@@ -233,10 +243,15 @@ pub async fn inspect(
     } = look(node, record, task, criu).await?;
     let (hindering, losing): (Vec<Found>, Vec<Found>) =
         found.into_iter().partition(|found| found.hinders());
-    let reasons = hindering.iter().map(|found| found.line());
-    let reasons = reasons.collect::<Vec<_>>().join("; ");
-    match source.filter(|_| hindering.is_empty()) {
+    let refused = || {
+        let lines: Vec<String> = hindering.iter().map(Found::line).collect();
+        Error::refused(format!("{called} cannot be dumped: {}", lines.join("; ")))
+    };
+    match source {
         Some(source) => {
+            if !hindering.is_empty() {
+                reasons.add(refused());
+            }
             for found in &losing {
                 tracing::warn!("{called}: {}", found.line());
             }
@@ -246,10 +261,7 @@ pub async fn inspect(
                 ..source
             })
         }
-        None => {
-            let message = format!("{called} cannot be dumped: {reasons}");
-            Err(Error::refused(message))
-        }
+        None => Err(refused()),
     }
 }
 

@@ -62,7 +62,7 @@ pub(crate) fn stream(data: &[u8]) {
                 });
                 assert!(blob.is_err() || taken == size, "a blob of another length");
             }
-            Message::Failed { reason } => {
+            Message::Failed { reason, .. } => {
                 assert!(
                     !printable(&reason).chars().any(char::is_control),
                     "{reason:?}"

@@ -40,6 +40,23 @@ fn attributes_of_tasks_come_along(bed: &Testbed) -> anyhow::Result<()> {
     a.shell("ctr tasks exec --detach --exec-id more counter /bin/busybox sleep 1000")
         .run()?;
     refused(&a, &migrate, 4, "--allow-lost exec")?;
+    // What the other node has against it is told with that.
+    let create = "ctr containers create --snapshotter transship transship.test/pause:1 counter";
+    b.shell(create).run()?;
+    refused(&a, &migrate, 4, "--allow-lost exec")?;
+    refused(
+        &a,
+        &migrate,
+        4,
+        "a container \"counter\" exists in the namespace",
+    )?;
+    b.ctr(&["containers", "delete", "counter"])?;
+    refused(
+        &a,
+        &["migrate", "counter", "--to", "false"],
+        4,
+        "--allow-lost exec",
+    )?;
     a.shell("pkill -KILL -f '[s]leep 1000'").run()?;
     poll_until("the end of the exec", PATIENCE, || {
         let left = a.shell("! pgrep -f '[s]leep 1000'");

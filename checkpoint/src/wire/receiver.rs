@@ -370,8 +370,9 @@ impl<R: Read> Receiver<R> {
             _ => {}
         }
         match serde_json::from_slice(&self.payload) {
-            Ok(Message::Failed { reason }) => Err(WireError::Failed {
+            Ok(Message::Failed { reason, facts }) => Err(WireError::Failed {
                 reason: printable(&reason),
+                facts,
             }),
             Ok(message) => Ok(Frame::Message(message)),
             Err(error) => Err(WireError::Protocol {

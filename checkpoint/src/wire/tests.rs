@@ -180,6 +180,7 @@ fn a_failure_is_heard_even_where_data_should_come() {
     sender
         .send(&Message::Failed {
             reason: "the dump failed".into(),
+            facts: String::new(),
         })
         .unwrap();
     let error = receive(&stream).1.unwrap_err();

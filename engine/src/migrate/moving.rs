@@ -14,6 +14,7 @@ use crate::moved_pods::check_front;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
+use crate::reasons::Reasons;
 use crate::source::{self, SourceContainer};
 
 /// What moves.
@@ -40,15 +41,19 @@ pub(super) struct MovingPod {
 }
 
 impl Moving {
-    /// Finds it, and checks that it can move.
+    /// Finds it, and checks that it can move; why not is kept, to be told with what the other node has against it.
     ///
     /// # Errors
-    /// [`crate::Kind::NotFound`], or [`crate::Kind::Refused`] with the reasons.
-    pub(super) async fn find(node: &Containerd, request: &Request) -> Result<Self> {
+    /// [`crate::Kind::NotFound`], or it is not known how to offer it.
+    pub(super) async fn find(
+        node: &Containerd,
+        request: &Request,
+        reasons: &mut Reasons,
+    ) -> Result<Self> {
         match request.pod {
-            Some(pod) => find_pod(node, request, pod.empty_dirs).await,
+            Some(pod) => find_pod(node, request, pod.empty_dirs, reasons).await,
             None => Ok(Self {
-                containers: vec![find_container(node, request).await?],
+                containers: vec![find_container(node, request, reasons).await?],
                 pod: None,
             }),
         }
@@ -101,33 +106,43 @@ impl Moving {
     }
 }
 
-async fn find_container(node: &Containerd, request: &Request) -> Result<SourceContainer> {
-    let mut container = source::find(node, &request.container, &request.target.criu).await?;
-    network::check(&mut container, request)?;
+async fn find_container(
+    node: &Containerd,
+    request: &Request,
+    reasons: &mut Reasons,
+) -> Result<SourceContainer> {
+    let (id, criu) = (&request.container, &request.target.criu);
+    let mut container = source::find(node, id, criu, reasons).await?;
+    reasons.keep(network::check(&mut container, request))?;
     // Without a file there, it would come along for nothing.
     let wanted = !request.leave_logs && request.target.log_uri.is_some();
     container.log = container.log.filter(|_| wanted);
     Ok(container)
 }
 
-async fn find_pod(node: &Containerd, request: &Request, empty_dirs: bool) -> Result<Moving> {
+async fn find_pod(
+    node: &Containerd,
+    request: &Request,
+    empty_dirs: bool,
+    reasons: &mut Reasons,
+) -> Result<Moving> {
     let node = node.in_namespace(CRI_NAMESPACE)?;
-    let found = pod::find(&node, &request.container, &request.target.criu).await?;
+    let found = pod::find(&node, &request.container, &request.target.criu, reasons).await?;
     let SourcePod {
         pod,
         sandbox,
         mut containers,
         ended,
     } = found;
-    check_options(&containers)?;
+    reasons.keep(check_options(&containers))?;
     if request.leave_logs {
         containers.iter_mut().for_each(|source| source.log = None);
     }
     if kubelet::seen().is_some() {
-        check_front(&pod, &containers)?;
+        reasons.keep(check_front(&pod, &containers))?;
     }
     let dirs = pod_dirs::find(&containers, &sandbox, empty_dirs)?;
-    pod_dirs::check_left_behind(&node, &containers, &sandbox, &dirs).await?;
+    reasons.keep(pod_dirs::check_left_behind(&node, &containers, &sandbox, &dirs).await)?;
     let mut cri = CriPods::of(&node);
     let made_of = cri.made_of(&sandbox).await?;
     let mut containers_made_of = Vec::new();

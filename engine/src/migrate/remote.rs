@@ -129,6 +129,16 @@ pub fn receive_arguments(namespace: &str, request: &Request) -> Vec<String> {
     words
 }
 
+/// What the other side has told.
+pub(super) fn refused_there(error: Error) -> Error {
+    match error.cause::<WireError>() {
+        Some(WireError::Failed { .. }) if error.kind() == Kind::Failed => {
+            Error::new(Kind::Target, "the other node refused or failed").because(error)
+        }
+        _ => error,
+    }
+}
+
 /// Gives failures of the other side their kind.
 pub(super) fn blame(error: Error, request: &Request, status: Option<&ExitStatus>) -> Error {
     if error.kind() != Kind::Failed {
@@ -136,9 +146,7 @@ pub(super) fn blame(error: Error, request: &Request, status: Option<&ExitStatus>
     }
     let to = &request.to;
     match error.cause::<WireError>() {
-        Some(WireError::Failed { .. }) => {
-            Error::new(Kind::Target, "the other node refused or failed").because(error)
-        }
+        Some(WireError::Failed { .. }) => refused_there(error),
         Some(WireError::Ended { expected }) if *expected == "the target's answer" => {
             let ended = status
                 .map(|status| format!(" ({status})"))

@@ -13,7 +13,7 @@ use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Store};
 use transship_checkpoint::wire::{
     Check, Compressed, DataPlace, How, Message, Offer, OfferedContainer, OfferedPod, PROTOCOL,
-    unexpected,
+    WireError, unexpected,
 };
 use transship_containerd::{Containerd, unique};
 use transship_sandbox::opened::{Holds, InMemory};
@@ -24,6 +24,7 @@ use super::dump_parts::{DumpParts, Dumping, KnownBefore, PartDump};
 use super::late_pages::PageServer;
 use super::moving::Moving;
 use super::record::{Pending, Record};
+use super::remote::refused_there;
 use super::{Request, mark_moved, network, resume_source, unmark_moved};
 use crate::check::lacking;
 use crate::check::node_facts::NodeFacts;
@@ -37,6 +38,7 @@ use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
 use crate::node_id::is_node_id;
 use crate::progress::Progress;
+use crate::reasons::Reasons;
 use crate::source::{self, Dumped};
 use crate::thaw;
 use crate::timeline::Timeline;
@@ -56,6 +58,8 @@ const RESTORE_SPEED: u64 = 20 << 20;
 pub(super) struct Transaction<'a> {
     pub(super) node: &'a Containerd,
     pub(super) moving: &'a Arc<Moving>,
+    /// What speaks against it here, until the other node has been asked.
+    pub(super) reasons: Reasons,
     pub(super) store: &'a Store,
     pub(super) request: &'a Request,
     pub(super) record: &'a Record,
@@ -226,26 +230,7 @@ impl Transaction<'_> {
             estimate: self.estimate,
             lazy: self.request.is_lazy,
         };
-        self.conversation
-            .send(Message::Offer(Box::new(offer)))
-            .await?;
-        self.conversation.watch(self.request.link_patience)?;
-        let answer = self.conversation.receive("the target's answer");
-        let (answer, here) = tokio::join!(answer, NodeFacts::of_this(Some(self.node)));
-        let (needed, place, there) = match answer? {
-            Message::Need {
-                digests,
-                direct,
-                facts,
-            } => (digests, direct, NodeFacts::parse(facts.as_bytes())?),
-            other => return Err(unexpected("the target's answer", &other).into()),
-        };
-        let needs: Vec<_> = self.moving.containers.iter().map(|it| &it.needs).collect();
-        let called = self.moving.called();
-        let may_lack = &self.request.may_lack;
-        for note in lacking::check(&called, &needs, (&here?, &there), may_lack)? {
-            tracing::info!("the other node: {}: {}", note.what, note.text());
-        }
+        let (needed, place) = self.ask_target(offer).await?;
         // Before the blobs, which may take minutes: the target does not listen that long.
         let connections = self.connect(identity, place).await?;
         let mut bytes = 0;
@@ -286,6 +271,48 @@ impl Transaction<'_> {
         }
         self.bytes += bytes;
         Ok(())
+    }
+
+    /// Has the target look at the offer; gives the blobs that it lacks, and where it can be reached directly.
+    ///
+    /// # Errors
+    /// All that speaks against the migration, on both nodes.
+    async fn ask_target(&mut self, offer: Offer) -> Result<(Vec<String>, Option<DataPlace>)> {
+        let expected = "the target's answer";
+        let mut reasons = std::mem::take(&mut self.reasons);
+        let (conversation, patience) = (&mut self.conversation, self.request.link_patience);
+        let answer = async {
+            conversation.send(Message::Offer(Box::new(offer))).await?;
+            conversation.watch(patience)?;
+            conversation.receive(expected).await
+        };
+        let (answer, here) = tokio::join!(answer, NodeFacts::of_this(Some(self.node)));
+        let told = answer.as_ref().map_err(Error::cause::<WireError>);
+        let there = match told {
+            Ok(Message::Need { facts, .. }) => facts.as_str(),
+            Err(Some(WireError::Failed { facts, .. })) => facts,
+            _ => "",
+        };
+        if !there.is_empty() {
+            let there = NodeFacts::parse(there.as_bytes())?;
+            let needs: Vec<_> = self.moving.containers.iter().map(|it| &it.needs).collect();
+            let (called, may_lack) = (self.moving.called(), &self.request.may_lack);
+            let compared = lacking::check(&called, &needs, (&here?, &there), may_lack);
+            for note in reasons.keep(compared)?.into_iter().flatten() {
+                tracing::info!("the other node: {}: {}", note.what, note.text());
+            }
+        }
+        let answer = match answer {
+            Ok(Message::Need {
+                digests, direct, ..
+            }) => Some((digests, direct)),
+            Ok(other) => return Err(unexpected(expected, &other).into()),
+            Err(error) => {
+                reasons.add(refused_there(error));
+                None
+            }
+        };
+        reasons.or(answer)
     }
 
     /// Connects directly, if the target can be reached so; gives the connections for files.

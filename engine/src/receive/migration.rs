@@ -21,13 +21,15 @@ use super::late_pages::PageRelay;
 use super::offered_files::{listen, receive, require_room_for_files};
 use super::pod::{self, PodPlan};
 use super::{KEEP_FREE, Received, Request, image, leases, require_room, settle, tell};
+use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::dump_hold::has_userfaultfd;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::machine::architecture;
 use crate::memory_dir::{MigrationFiles, remove_when_unused};
 use crate::progress::Progress;
+use crate::reasons::Reasons;
 use crate::restore::{self, LEASE, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
 
@@ -59,26 +61,16 @@ pub(super) async fn accept(
     if let Some(why) = why_on_disk {
         tracing::info!("the files arrive on the disk: {}", why.one_line());
     }
-    check_nodes(node, &offer, request).await?;
-    check_lazy(&offer)?;
-    require_room(files.store.root(), needed_bytes(&offer))?;
-    // Records are on the disk, wherever the files arrive.
-    require_room(store.root(), KEEP_FREE)?;
-    let arriving = match (&offer.pod, offer.containers.as_slice()) {
-        (Some(pod), [_, ..]) => {
-            let plan = pod::plan(node, &offer, pod, request).await?;
-            ToMake::Pod(pod, Box::new(plan))
-        }
-        (None, [one]) => {
-            let spec = one.spec.as_bytes();
-            let mut plan = restore::plan(node, &one.container, spec, &request.target).await?;
-            plan.keep_restart_policy();
-            ToMake::Container(one, Box::new(plan))
-        }
-        _ => {
-            return Err(Error::refused(
-                "the offer is of no container, or of several",
-            ));
+    let arriving = match look_at(node, (store, &files.store), &offer, request).await {
+        Ok(arriving) => arriving,
+        Err(error) => {
+            if error.kind() == Kind::Refused {
+                // What else this node lacks only the source can tell, which knows what the containers need.
+                let facts = NodeFacts::of_this(Some(node)).await;
+                let facts = facts.and_then(|facts| facts.json()).unwrap_or_default();
+                conversation.refuse(error.one_line(), facts).await;
+            }
+            return Err(error);
         }
     };
     let guard = settle::guard(node, store, &offer.migration)?;
@@ -145,6 +137,50 @@ pub(super) async fn accept(
     result
 }
 
+/// Looks at all that can be looked at before anything is made.
+///
+/// # Errors
+/// [`Kind::Refused`] with all reasons in one line.
+async fn look_at<'o>(
+    node: &Containerd,
+    (store, files): (&Store, &Store),
+    offer: &'o Offer,
+    request: &Request,
+) -> Result<ToMake<'o>> {
+    check_offer(offer)?;
+    // CRIU looks once after each boot what the kernel can: while the container runs, not in the restore.
+    tokio::task::spawn_blocking(criu_lock).await?;
+    let mut reasons = Reasons::default();
+    reasons.keep(check_node(node, offer, request).await)?;
+    reasons.keep(check_architecture(offer))?;
+    reasons.keep(check_size(offer, request))?;
+    reasons.keep(check_lazy(offer))?;
+    reasons.keep(require_room(files.root(), needed_bytes(offer)))?;
+    // Records are on the disk, wherever the files arrive.
+    if files.root() != store.root() {
+        reasons.keep(require_room(store.root(), KEEP_FREE))?;
+    }
+    let to_make = match (&offer.pod, offer.containers.as_slice()) {
+        (Some(pod), [_, ..]) => {
+            let plan = pod::plan(node, offer, pod, request).await;
+            { reasons.keep(plan)? }.map(|plan| ToMake::Pod(pod, Box::new(plan)))
+        }
+        (None, [one]) => {
+            let spec = one.spec.as_bytes();
+            let plan = restore::plan(node, &one.container, spec, &request.target).await;
+            { reasons.keep(plan)? }.map(|mut plan| {
+                plan.keep_restart_policy();
+                ToMake::Container(one, Box::new(plan))
+            })
+        }
+        _ => {
+            let message = "the offer is of no container, or of several";
+            return Err(Error::refused(message));
+        }
+    };
+    reasons.or(to_make)
+}
+
 /// Whether memory can come late here.
 fn check_lazy(offer: &Offer) -> Result<()> {
     if !offer.lazy {
@@ -161,8 +197,8 @@ fn check_lazy(offer: &Offer) -> Result<()> {
     }
 }
 
-/// What concerns the two nodes, whatever moves.
-async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Result<()> {
+/// Whether it is an offer at all, so that what is in it can be looked at.
+fn check_offer(offer: &Offer) -> Result<()> {
     if offer.protocol != PROTOCOL {
         let age = match offer.protocol < PROTOCOL {
             true => "older",
@@ -190,6 +226,11 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
             return Err(Error::refused(message));
         }
     }
+    Ok(())
+}
+
+/// Whether it comes from another node.
+async fn check_node(node: &Containerd, offer: &Offer, request: &Request) -> Result<()> {
     if !offer.node.is_empty()
         && offer.node == node.server_id().await?
         && request.target.id.is_none()
@@ -198,8 +239,10 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
             "the other node is the node that the container runs on",
         ));
     }
-    // CRIU looks once after each boot what the kernel can: while the container runs, not in the restore.
-    tokio::task::spawn_blocking(criu_lock).await?;
+    Ok(())
+}
+
+fn check_architecture(offer: &Offer) -> Result<()> {
     let here = architecture()?;
     if offer.architecture != here {
         let there = printable(&offer.architecture);
@@ -207,6 +250,11 @@ async fn check_nodes(node: &Containerd, offer: &Offer, request: &Request) -> Res
             "this node is {here}, the container runs on {there}"
         )));
     }
+    Ok(())
+}
+
+/// Whether it is not more than this node takes.
+fn check_size(offer: &Offer, request: &Request) -> Result<()> {
     let blobs = { offer.containers.iter().flat_map(|it| &it.blobs) }
         .fold(0, |sum: u64, blob| sum.saturating_add(blob.size));
     let most = request.max_size.unwrap_or(u64::MAX);
