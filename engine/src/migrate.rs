@@ -292,6 +292,15 @@ pub async fn migrate(
     })
 }
 
+/// Leaves the source as it is, whose processes have ended; nothing starts it again.
+async fn keep_source(node: &Containerd, pending: &Pending) -> Result<()> {
+    for id in pending.ids() {
+        let kept = restart_policy::keep_suspended(node, id).await;
+        kept.with_context(|| format!("the labels of {id:?} could not be changed here"))?;
+    }
+    Ok(())
+}
+
 /// Removes what is left of the source, whose processes have ended.
 async fn remove_source(node: &Containerd, pending: &Pending) -> Result<()> {
     let removed = match &pending.pod {

@@ -6,9 +6,13 @@
 //!
 //! ```text
 //!  source    restart.status -> dev.transship/suspended-restart.status, until the migration has failed
+//!            dev.transship/suspended-in: the boot in which that was; not on a source that is kept
 //!  target    dev.transship/suspended-restart.status, restart.policy, as the copy is made
 //!            -> restart.status, when it runs and is the only one
 //! ```
+//!
+//! A guard puts it back where the command cannot; after a power cut neither is left, and before the record is on the disk
+//! nothing says that anything was under way. So what was hidden in an earlier boot, and has no record, is shown again.
 //!
 //! Of what the source says only values that mean nothing else than "start it again" come along: `restart.loguri` is a program
 //! that the monitor would run.
@@ -18,9 +22,13 @@ use std::collections::{BTreeMap, HashMap};
 use transship_containerd::Containerd;
 
 use crate::error::Result;
+use crate::node_id::boot_id;
 
 const STATUS: &str = "containerd.io/restart.status";
 const SUSPENDED: &str = "dev.transship/suspended-restart.status";
+
+/// The boot in which a container was hidden that moves.
+const SUSPENDED_IN: &str = "dev.transship/suspended-in";
 
 /// When the monitor starts a container again: `always`, `on-failure:3`.
 const POLICY: &str = "containerd.io/restart.policy";
@@ -58,7 +66,47 @@ pub(crate) fn shown(labels: HashMap<String, String>) -> HashMap<String, String> 
 /// # Errors
 /// containerd does not answer.
 pub async fn suspend(node: &Containerd, id: &str) -> Result<()> {
-    rename(node, id, STATUS, SUSPENDED).await
+    let boot = boot_id()?;
+    change(node, id, |labels| hidden(labels, &boot)).await
+}
+
+/// It stays hidden from the monitor: it has moved.
+///
+/// # Errors
+/// containerd does not answer.
+pub(crate) async fn keep_suspended(node: &Containerd, id: &str) -> Result<()> {
+    change(node, id, |mut labels| {
+        labels.remove(SUSPENDED_IN).map(|_| labels)
+    })
+    .await
+}
+
+/// Shows what a power cut has left hidden, in all namespaces; `has_record` tells of a namespace and an id whether a
+/// migration of it is still to be decided.
+///
+/// # Errors
+/// containerd does not answer.
+pub(crate) async fn put_back_left(
+    node: &Containerd,
+    has_record: impl Fn(&str, &str) -> bool,
+) -> Result<()> {
+    let boot = boot_id()?;
+    for namespace in node.namespaces().await? {
+        let node = node.in_namespace(&namespace)?;
+        for record in node.all_containers().await? {
+            if is_left(&record.labels, &boot) && !has_record(&namespace, &record.id) {
+                put_back(&node, &record.id).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether it was hidden, in an earlier boot, by who cannot be there any more.
+fn is_left(labels: &HashMap<String, String>, boot: &str) -> bool {
+    labels
+        .get(SUSPENDED_IN)
+        .is_some_and(|hidden_in| hidden_in != boot)
 }
 
 /// Shows it to the monitor again, if it was hidden.
@@ -66,18 +114,34 @@ pub async fn suspend(node: &Containerd, id: &str) -> Result<()> {
 /// # Errors
 /// containerd does not answer. A container that has gone needs no policy.
 pub async fn put_back(node: &Containerd, id: &str) -> Result<()> {
-    rename(node, id, SUSPENDED, STATUS).await
+    change(node, id, |labels| renamed(labels, SUSPENDED, STATUS)).await
 }
 
-async fn rename(node: &Containerd, id: &str, from: &str, to: &str) -> Result<()> {
+/// Changes its labels, if there is something to change.
+async fn change(
+    node: &Containerd,
+    id: &str,
+    changed: impl FnOnce(HashMap<String, String>) -> Option<HashMap<String, String>>,
+) -> Result<()> {
     let record = match node.container(id).await {
         Err(error) if error.is_not_found() => return Ok(()),
         record => record?,
     };
-    match renamed(record.labels, from, to) {
+    match changed(record.labels) {
         Some(labels) => Ok(node.label_container(id, labels).await?),
         None => Ok(()),
     }
+}
+
+/// Also of one that an earlier boot has left hidden and somebody has started since.
+fn hidden(labels: HashMap<String, String>, boot: &str) -> Option<HashMap<String, String>> {
+    let is_left = labels.contains_key(SUSPENDED_IN);
+    let mut labels = match labels.contains_key(STATUS) {
+        true => renamed(labels, STATUS, SUSPENDED)?,
+        false => Some(labels).filter(|_| is_left)?,
+    };
+    labels.insert(SUSPENDED_IN.to_owned(), boot.to_owned());
+    Some(labels)
 }
 
 fn renamed(
@@ -85,6 +149,7 @@ fn renamed(
     from: &str,
     to: &str,
 ) -> Option<HashMap<String, String>> {
+    labels.remove(SUSPENDED_IN);
     let value = labels.remove(from)?;
     labels.insert(to.to_owned(), value);
     Some(labels)
@@ -128,9 +193,24 @@ mod tests {
     #[test]
     fn the_label_comes_back_as_it_was() {
         let labels: HashMap<_, _> = [(STATUS.to_owned(), "running".to_owned())].into();
-        let hidden = renamed(labels.clone(), STATUS, SUSPENDED).unwrap();
+        let hidden = hidden(labels.clone(), "now").unwrap();
         assert!(!hidden.contains_key(STATUS));
         assert_eq!(renamed(hidden, SUSPENDED, STATUS).unwrap(), labels);
         assert_eq!(renamed(labels, SUSPENDED, STATUS), None);
+    }
+
+    #[test]
+    fn what_an_earlier_boot_has_hidden_is_left() {
+        let labels: HashMap<_, _> = [(STATUS.to_owned(), "running".to_owned())].into();
+        assert!(!is_left(&labels, "now"));
+        let before = hidden(labels, "before").unwrap();
+        assert!(is_left(&before, "now") && !is_left(&before, "before"));
+        let again = hidden(before.clone(), "now").unwrap();
+        assert!(!is_left(&again, "now") && again.contains_key(SUSPENDED));
+        // One that is kept.
+        let mut kept = before;
+        kept.remove(SUSPENDED_IN);
+        assert!(!is_left(&kept, "now"));
+        assert_eq!(hidden(kept, "now"), None);
     }
 }

@@ -198,8 +198,37 @@ fn containerd_makes_no_second_copy(bed: &Testbed) -> anyhow::Result<()> {
         "counter",
         "containerd.io/restart.status=",
     ])?;
+    what_a_power_cut_has_hidden_is_shown(&a)?;
     a.ctr(&["containers", "delete", "counter"])?;
     journey::remove_container(&b, "counter")?;
     journey::check_nothing_left(&a)?;
     journey::check_nothing_left(&b)
+}
+
+/// The counter was kept, and stays hidden, unless a power cut has come before anything was written down.
+fn what_a_power_cut_has_hidden_is_shown(a: &Node) -> anyhow::Result<()> {
+    let labels = || a.ctr(&["containers", "info", "counter"]);
+    let kept = labels()?;
+    let hidden = "\"dev.transship/suspended-restart.status\": \"running\"";
+    ensure!(
+        kept.contains(hidden) && !kept.contains("suspended-in"),
+        "{kept}"
+    );
+    a.shell("transship recover").run()?;
+    ensure!(labels()?.contains(hidden), "{}", labels()?);
+    a.shell("ctr containers label counter dev.transship/suspended-in=an-earlier-boot; transship recover")
+        .run()?;
+    let shown = labels()?;
+    ensure!(
+        shown.contains("\"containerd.io/restart.status\": \"running\"")
+            && !shown.contains("suspended"),
+        "{shown}"
+    );
+    a.ctr(&[
+        "containers",
+        "label",
+        "counter",
+        "containerd.io/restart.status=",
+    ])?;
+    Ok(())
 }

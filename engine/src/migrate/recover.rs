@@ -109,6 +109,12 @@ pub async fn recover_all(
     // The draft of a command that was killed after `Commit`: nobody guards the source any more then.
     failed.extend(store.remove_orphans().err().map(Error::from));
     let Records { pending, unread } = pending()?;
+    let has_record = |namespace: &str, id: &str| {
+        { pending.iter() }.any(|it| it.namespace == namespace && it.ids().contains(&id))
+    };
+    if unread.is_empty() {
+        failed.extend(restart_policy::put_back_left(node, has_record).await.err());
+    }
     failed.extend(unread.into_iter().map(|(_, error)| error));
     let wanted: Vec<Pending> = pending.into_iter().filter(wanted).collect();
     let (node, interrupt) = (node.clone(), interrupt.clone());
@@ -204,8 +210,9 @@ async fn recover(
         (Outcome::Runs, source) => {
             end(&node, pending, source, &ended).await?;
             let by_hand = decision == Decision::TargetRuns;
-            if !pending.keep_source && !by_hand {
-                super::remove_source(&node, pending).await?;
+            match pending.keep_source || by_hand {
+                true => super::keep_source(&node, pending).await?,
+                false => super::remove_source(&node, pending).await?,
             }
             record.clear()?;
             match by_hand {

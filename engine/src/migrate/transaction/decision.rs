@@ -18,7 +18,8 @@ use crate::frozen::Committed;
 use crate::migrate::ask::Question;
 use crate::migrate::recover::undecided;
 use crate::migrate::{
-    end_source, is_refusal_of_target, network, remove_source, resume_source, unmark_moved,
+    end_source, is_refusal_of_target, keep_source, network, remove_source, resume_source,
+    unmark_moved,
 };
 
 /// How long the target may take to let go what it holds.
@@ -94,7 +95,9 @@ impl Transaction<'_> {
         let came = self
             .conversation
             .receive_within(what, PAGES_DEADLINE, PAGES_DEADLINE);
-        match came.await? {
+        let came = came.await?;
+        self.compressed = self.conversation.compressed();
+        match came {
             Message::AllPages => self.timeline.step("pages", from, None),
             other => return Err(unexpected(what, &other).into()),
         }
@@ -173,8 +176,9 @@ impl Transaction<'_> {
             self.wait_for_disk().await?;
         }
         self.timeline.step("sync", from, None);
-        if !self.request.keep_source {
-            remove_source(self.node, &self.pending).await?;
+        match self.request.keep_source {
+            true => keep_source(self.node, &self.pending).await?,
+            false => remove_source(self.node, &self.pending).await?,
         }
         self.record.clear()
     }
