@@ -72,6 +72,7 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
         .map(|address| Stream::begin(&a, address))
         .collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(streams.len() == 2, "{streams:?}");
+    a_copy_that_is_taken_back_ends_no_connection((&a, &b), &to_b, &streams)?;
     for journey in 1..=times {
         // Back with all memory in the freeze.
         for (from, to, rounds) in [(&a, &to_b, "8"), (&b, &to_a, "0")] {
@@ -92,6 +93,38 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
     journey::remove_container(&a, CONTAINER)?;
     no_rule_is_left(&a, None)?;
     no_rule_is_left(&b, None)
+}
+
+/// The copy is held, with its sockets, when the source finds that it cannot write its record.
+fn a_copy_that_is_taken_back_ends_no_connection(
+    (a, b): (&Node, &Node),
+    to_b: &str,
+    streams: &[Stream],
+) -> anyhow::Result<()> {
+    let records = "/var/lib/transship/migrations";
+    let full = format!("mount -t tmpfs -o ro none {records}");
+    let refused = a
+        .command("transship")
+        .args(["migrate", CONTAINER, "--to", to_b])
+        .args(["--network", "keep", "--tcp", "established"])
+        .args(["--before-restore", &full])
+        .output()?;
+    a.shell(&format!("umount {records}")).run()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        !refused.status.success() && said.contains("Read-only file system"),
+        "{said}"
+    );
+    for stream in streams {
+        stream.goes_on().with_context(|| said.clone())?;
+    }
+    Ok(poll_until("the end of the copy", PATIENCE, || {
+        let left = b.ctr(&["containers", "ls", "-q"]);
+        match left.map_err(|error| error.to_string())? {
+            left if left.is_empty() => Ok(()),
+            left => Err(left),
+        }
+    })?)
 }
 
 /// Where the container listens.
