@@ -63,7 +63,7 @@ mod receiver;
 mod sender;
 mod zeros;
 
-pub use compression::Compressed;
+pub use compression::{Compressed, Link};
 pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 

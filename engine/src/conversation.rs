@@ -22,7 +22,9 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinError, JoinHandle, JoinSet};
-use transship_checkpoint::wire::{Compressed, Message, Receiver, Sender, WireError, unexpected};
+use transship_checkpoint::wire::{
+    Compressed, Link, Message, Receiver, Sender, WireError, unexpected,
+};
 
 use crate::data_channel::{Connection, Connections, EndAtDrop};
 use crate::error::{Error, Kind, Result};
@@ -277,11 +279,7 @@ impl Conversation {
         &mut self,
         step: impl FnOnce(&Writing) -> Result<T, WireError> + Send + 'static,
     ) -> Result<T> {
-        let first = match self.direct.as_ref().map(|direct| &direct.links) {
-            Some(Links::Sending(senders)) => senders.first().cloned(),
-            _ => None,
-        };
-        let Some(sender) = first else {
+        let Some(sender) = self.file_sender().cloned() else {
             return self.write(step).await;
         };
         let task = tokio::task::spawn_blocking(move || Ok(step(&sender)?));
@@ -290,12 +288,21 @@ impl Conversation {
 
     /// What has gone compressed so far.
     pub fn compressed(&self) -> Compressed {
-        let direct = match self.direct.as_ref().map(|direct| &direct.links) {
-            Some(Links::Sending(senders)) => senders.first(),
-            _ => None,
-        };
-        let sender = direct.or(self.sender.as_ref());
+        let sender = self.file_sender().or(self.sender.as_ref());
         sender.map(Sender::compressed).unwrap_or_default()
+    }
+
+    /// The link of the connections for files.
+    pub fn link(&self) -> Option<Link> {
+        self.file_sender().map(Sender::link)
+    }
+
+    /// That of the first connection for files.
+    fn file_sender(&self) -> Option<&Writing> {
+        match &self.direct.as_ref()?.links {
+            Links::Sending(senders) => senders.first(),
+            Links::Receiving(_) => None,
+        }
     }
 
     /// Waits for who writes to the connections for files. The other side is heard through the pipe meanwhile: what has

@@ -39,7 +39,7 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
     let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
     let holds_text = format!(
         "b=/bin/busybox; $b mkdir -p /data
-         $b yes 'what is much like the next line' | $b head -c {TEXT} >/data/text
+         $b hexdump -v -e '32/1 \"%02x\" \"\\n\"' /dev/urandom | $b head -c {TEXT} >/data/text
          text=$($b cat /data/text)
          while :; do echo ${{#text}} >/data/length; $b sleep 1; done"
     );
@@ -55,14 +55,35 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
     has_its_text(&a)?;
     let all = 2 * TEXT;
 
-    let quickly = migrate_text(&a, &to_b, &[])?;
-    ensure!(quickly["compressed"]["bytes"] == 0, "{quickly}");
-    ensure!(quickly["bytes"].as_u64() >= Some(all), "{quickly}");
-    has_its_text(&b)?;
+    // While this machine has other work to do every link may be slow.
+    let mut quick = false;
+    for turn in 0..6 {
+        let (from, command, to) = match turn % 2 {
+            0 if quick => break,
+            0 => (&a, &to_b, &b),
+            _ => (&b, &to_a, &a),
+        };
+        let quickly = migrate_text(from, command, &[])?;
+        has_its_text(to)?;
+        let is_plain = quickly["compressed"]["bytes"] == 0;
+        ensure!(
+            !is_plain || quickly["bytes"].as_u64() >= Some(all),
+            "{quickly}"
+        );
+        quick |= is_plain;
+    }
+    ensure!(quick, "something was compressed each time");
 
     for (from, to, command, more) in [
-        (&b, &a, &to_a, &[][..]),
-        (&a, &b, &to_b, &["--data-address", "none"]),
+        (&a, &b, &to_b, &[][..]),
+        (&b, &a, &to_a, &["--data-address", "none"]),
+        // Nothing goes before: the pages come late.
+        (
+            &a,
+            &b,
+            &to_b,
+            &["--lazy", "--accept-loss", "--max-precopy-rounds", "0"],
+        ),
     ] {
         from.shell(SLOW).run()?;
         let before = sent_by(from)?;
@@ -74,7 +95,8 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
             slowly["compressed"]["bytes"].as_u64() >= Some(TEXT),
             "{slowly}"
         );
-        ensure!(went < all / 2, "{went} bytes went: {slowly}");
+        // Half of it is what hexadecimal digits say.
+        ensure!(went < all / 4 * 3, "{went} bytes went: {slowly}");
         has_its_text(to)?;
     }
     journey::remove_container(&b, "text")?;
@@ -94,8 +116,7 @@ fn has_its_text(node: &Node) -> anyhow::Result<()> {
     let pid = journey::task_pid(node, "text")?;
     let data = format!("/proc/{pid}/root/data");
     node.shell(&format!("rm -f {data}/length")).run()?;
-    // Without the end of the last line.
-    let expected = format!("{} {TEXT}", TEXT - 1);
+    let expected = format!("{TEXT} {TEXT}");
     Ok(poll_until("the text", Duration::from_secs(60), || {
         let seen = node.shell(&format!(
             "set -e; length=$(cat {data}/length); echo $length $(stat -c %s {data}/text)"

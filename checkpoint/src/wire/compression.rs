@@ -52,6 +52,49 @@ pub struct Compressed {
     pub sent: u64,
 }
 
+/// The link of a migration, for what goes through it beside the streams.
+#[derive(Debug, Clone)]
+pub struct Link(pub(super) Arc<Compression>);
+
+impl Link {
+    /// Compressed, where the link is slower than the processor and it gets smaller.
+    pub(super) fn compress(&self, data: &[u8]) -> Option<Vec<u8>> {
+        let bytes = data.len() as u64;
+        if !self.0.pace().wants(bytes) {
+            return None;
+        }
+        let began = Instant::now();
+        let smaller = zstd::bulk::compress(data, LEVEL).ok();
+        let smaller = smaller.filter(|it| is_smaller(it, data));
+        let mut pace = self.0.pace();
+        pace.tried(bytes, began.elapsed(), smaller.is_some(), 1);
+        let smaller = smaller.filter(|_| pace.compresses)?;
+        pace.count(bytes, smaller.len() as u64);
+        Some(smaller)
+    }
+
+    /// Runs a write to the link, and remembers how long it took.
+    pub(super) fn measured<T>(
+        &self,
+        bytes: usize,
+        write: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.0.measured(bytes, write)
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_rate(bytes_per_second: u64) -> Self {
+        let compression = Compression::default();
+        compression.pace().link = Some(bytes_per_second);
+        Self(Arc::new(compression))
+    }
+}
+
+/// Less than a tenth is not worth the other side's work.
+fn is_smaller(compressed: &[u8], data: &[u8]) -> bool {
+    compressed.len() + size_of::<u32>() < data.len() / 10 * 9
+}
+
 /// What is known of a link, and who compresses for it.
 #[derive(Debug, Default)]
 pub(super) struct Compression {
@@ -72,6 +115,8 @@ struct Pace {
     link: Option<u64>,
     processor: Option<u64>,
     compresses: bool,
+    /// What has been tried last has got smaller.
+    gets_smaller: bool,
     /// Bytes before the next trial.
     pause: u64,
     /// Pieces in a row that have not got smaller.
@@ -146,9 +191,14 @@ impl Pace {
         }
         let link = per_second(self.bytes, self.busy);
         (self.link, self.bytes, self.busy) = (Some(link), 0, Duration::ZERO);
-        if self.processor.is_some_and(|processor| link > processor) || link > QUICK {
-            self.compresses = false;
-        }
+        self.compresses = self.gets_smaller && self.is_slow();
+    }
+
+    /// Whether the link is slower than the processor: by far, until there is reason to think that it is not.
+    fn is_slow(&self) -> bool {
+        let margin = if self.compresses { 1 } else { MARGIN };
+        let known = self.link.zip(self.processor);
+        known.is_some_and(|(link, processor)| link <= QUICK && link * margin < processor)
     }
 
     /// Whether a thread is to have the next piece: because it is worth it, or to see whether it is.
@@ -167,6 +217,12 @@ impl Pace {
         is_trial
     }
 
+    /// So many bytes go compressed.
+    fn count(&mut self, bytes: u64, sent: u64) {
+        self.compressed.bytes += bytes;
+        self.compressed.sent += sent;
+    }
+
     /// So many threads would have taken `took` for a piece of so many bytes each, which has got smaller, or not.
     fn tried(&mut self, bytes: u64, took: Duration, is_smaller: bool, threads: u64) {
         let now = per_second(bytes, took).saturating_mul(threads);
@@ -176,13 +232,11 @@ impl Pace {
             true => 0,
             false => self.vain + 1,
         };
-        self.compresses = match self.compresses {
+        self.gets_smaller = match self.compresses {
             true => self.vain < VAIN,
-            false => {
-                is_smaller && { self.link }
-                    .is_some_and(|link| link.saturating_mul(MARGIN) < processor)
-            }
+            false => is_smaller,
         };
+        self.compresses = self.gets_smaller && self.is_slow();
     }
 }
 
@@ -244,8 +298,7 @@ impl Compression {
         pace.tried(piece.len() as u64, took, frame.is_some(), threads);
         match frame {
             Some(frame) if pace.compresses => {
-                pace.compressed.bytes += piece.len() as u64;
-                pace.compressed.sent += frame.len() as u64;
+                pace.count(piece.len() as u64, frame.len() as u64);
                 Next::Compressed(frame)
             }
             _ => Next::Data(piece),
@@ -333,9 +386,8 @@ impl Job {
         let began = Instant::now();
         let size = u32::try_from(self.piece.len()).unwrap_or_default();
         let frame = compressor.compress(&self.piece).ok();
-        // Less than a tenth is not worth the other side's work.
         let frame = { frame }
-            .filter(|frame| frame.len() + size_of_val(&size) < self.piece.len() / 10 * 9)
+            .filter(|frame| is_smaller(frame, &self.piece))
             .map(|frame| [&size.to_le_bytes(), &*frame].concat());
         let done = Done {
             piece: self.piece,
@@ -429,11 +481,17 @@ mod tests {
         pace.tried(200 * MB, SECOND, true, 1);
         assert!(!pace.compresses, "the processor is not quicker by far");
         assert!(!pace.wants(PAUSE) && pace.wants(1), "after a while again");
-        pace.processor = None;
-        pace.tried(200 * MB, SECOND, true, 2);
+        // As soon as the link is known to be slower.
+        pace.add(60 * MB, SECOND);
         assert!(pace.compresses && pace.wants(1) && pace.wants(1));
-        pace.add(401 * MB, SECOND);
+        pace.add(140 * MB, SECOND);
+        assert!(pace.compresses, "still slower");
+        pace.add(QUICK + MB, SECOND);
         assert!(!pace.compresses, "it has become quicker");
+        pace.add(120 * MB, SECOND);
+        assert!(!pace.compresses);
+        pace.tried(600 * MB, SECOND, true, 2);
+        assert!(pace.compresses, "more threads");
     }
 
     #[test]

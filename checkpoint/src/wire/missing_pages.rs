@@ -4,13 +4,17 @@
 //!  who serves the restore ──> pages.socket ──> receive ──> a direct connection ──> migrate, which reads the process
 //!
 //!  request   pid:u32le  pages:u32le  start:u64le    pages = 0: nothing is missing any more
-//!  answer    pages:u32le, then the pages            as many as wanted, or fewer; 0: none can be read, or the end
+//!  answer    pages:u32le  length:u32le  data        as many as wanted, or fewer; 0: none can be read, or the end
 //! ```
+//!
+//! Data is the pages, or, where it is shorter, a zstd frame of them: over a slow link, see compression.rs.
 //!
 //! A request is answered before the next one is made. Whoever finds the connection ended before the end was said has
 //! to take the process for lost.
 
 use std::io::{self, Read, Write};
+
+use super::Link;
 
 /// Bytes of a page.
 const PAGE: usize = 4096;
@@ -88,12 +92,24 @@ fn length(pages: u32) -> usize {
 /// None can be read where they are, or the connection has ended.
 pub fn ask(to: &mut (impl Read + Write), wanted: Wanted, pages: &mut Vec<u8>) -> io::Result<()> {
     wanted.write(to)?;
-    let count = read_u32(to)?;
+    let (count, data) = (read_u32(to)?, read_u32(to)?);
     if count == 0 || count > wanted.pages {
         return Err(invalid("the other node cannot read the page"));
     }
-    pages.resize(length(count), 0);
-    to.read_exact(pages)
+    let (whole, data) = (length(count), usize::try_from(data).unwrap_or(usize::MAX));
+    if data > whole {
+        return Err(invalid("more has come than the pages that were wanted"));
+    }
+    pages.resize(data, 0);
+    to.read_exact(pages)?;
+    if data < whole {
+        // Into a buffer of that size, and no other.
+        *pages = zstd::bulk::decompress(pages, whole)?;
+    }
+    match pages.len() == whole {
+        true => Ok(()),
+        false => Err(invalid("compressed pages are not what they are said to be")),
+    }
 }
 
 /// Says that nothing is missing any more, and waits until that is understood.
@@ -102,19 +118,20 @@ pub fn ask(to: &mut (impl Read + Write), wanted: Wanted, pages: &mut Vec<u8>) ->
 /// The connection has ended.
 pub fn end(to: &mut (impl Read + Write)) -> io::Result<()> {
     Wanted::END.write(to)?;
-    match read_u32(to)? {
-        0 => Ok(()),
+    match (read_u32(to)?, read_u32(to)?) {
+        (0, 0) => Ok(()),
         _ => Err(invalid("pages came that nobody has asked for")),
     }
 }
 
 /// Answers until nothing is missing any more. `read` fills a buffer with the pages that are wanted, or with fewer; with
-/// none where they cannot be read.
+/// none where they cannot be read. `link` is the one to the other node; none: it is another program here that asks.
 ///
 /// # Errors
 /// Those of `read`; or the connection has ended.
 pub fn answer(
     from: &mut (impl Read + Write),
+    link: Option<&Link>,
     mut read: impl FnMut(Wanted, &mut Vec<u8>) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut pages = Vec::new();
@@ -126,7 +143,7 @@ pub fn answer(
         }
         read(wanted, &mut pages)?;
         pages.truncate(length(wanted.pages));
-        give(from, &pages)?;
+        give(from, link, &pages)?;
     }
 }
 
@@ -135,14 +152,25 @@ pub fn answer(
 /// # Errors
 /// The connection has ended.
 pub fn confirm_end(to: &mut impl Write) -> io::Result<()> {
-    give(to, &[])
+    give(to, None, &[])
 }
 
-fn give(to: &mut impl Write, pages: &[u8]) -> io::Result<()> {
+fn give(to: &mut impl Write, link: Option<&Link>, pages: &[u8]) -> io::Result<()> {
     let count = u32::try_from(pages.len() / PAGE).map_err(io::Error::other)?;
-    to.write_all(&count.to_le_bytes())?;
-    to.write_all(&pages[..length(count)])?;
-    to.flush()
+    let pages = &pages[..length(count)];
+    let compressed = link.and_then(|link| link.compress(pages));
+    let data = compressed.as_deref().unwrap_or(pages);
+    let length = u32::try_from(data.len()).map_err(io::Error::other)?;
+    let mut write = || {
+        to.write_all(&count.to_le_bytes())?;
+        to.write_all(&length.to_le_bytes())?;
+        to.write_all(data)?;
+        to.flush()
+    };
+    match link {
+        Some(link) => link.measured(data.len(), write),
+        None => write(),
+    }
 }
 
 #[cfg(test)]
@@ -157,7 +185,7 @@ mod tests {
         let (mut here, mut there) = UnixStream::pair().unwrap();
         let other_node = thread::spawn(move || {
             let mut asked = Vec::new();
-            answer(&mut there, |wanted, pages| {
+            answer(&mut there, None, |wanted, pages| {
                 asked.push(wanted);
                 let has = if wanted.start == 0 { 0 } else { 2 };
                 pages.resize(has * PAGE, 7);
@@ -187,15 +215,69 @@ mod tests {
     }
 
     #[test]
+    fn less_comes_over_a_slow_link() {
+        let wanted = Wanted {
+            pid: 3,
+            start: 0,
+            pages: 100,
+        };
+        for (rate, is_slow) in [(1000, true), (u64::MAX, false)] {
+            let (mut here, mut there) = UnixStream::pair().unwrap();
+            let link = Link::of_rate(rate);
+            let known = link.clone();
+            let other_node = thread::spawn(move || {
+                answer(&mut there, Some(&link), |_, pages| {
+                    pages.resize(100 * PAGE, 7);
+                    Ok(())
+                })
+                .unwrap();
+                confirm_end(&mut there)
+            });
+            let mut pages = Vec::new();
+            ask(&mut here, wanted, &mut pages).unwrap();
+            assert_eq!(pages, vec![7; 100 * PAGE]);
+            end(&mut here).unwrap();
+            other_node.join().unwrap().unwrap();
+            let compressed = known.0.compressed();
+            assert_eq!(compressed.bytes, u64::from(is_slow) * 100 * PAGE as u64);
+            assert!(compressed.sent <= 1000);
+        }
+    }
+
+    #[test]
+    fn answers_that_lie_are_refused() {
+        let zeros = zstd::bulk::compress(&[0; 2 * PAGE], 1).unwrap();
+        let wanted = Wanted {
+            pid: 3,
+            start: 0,
+            pages: 2,
+        };
+        for (count, data, is_true) in [
+            (2, &zeros[..], true),
+            (1, &zeros, false),
+            (2, &zeros[1..], false),
+            (3, &zeros, false),
+            (1, &[0; PAGE + 1], false),
+        ] {
+            let (mut here, mut there) = UnixStream::pair().unwrap();
+            let length = u32::try_from(data.len()).unwrap();
+            let answer = [&u32::to_le_bytes(count)[..], &length.to_le_bytes(), data].concat();
+            there.write_all(&answer).unwrap();
+            let asked = ask(&mut here, wanted, &mut Vec::new());
+            assert_eq!(asked.is_ok(), is_true, "{count} {length}");
+        }
+    }
+
+    #[test]
     fn an_end_that_was_not_said_is_none() {
         let (mut here, there) = UnixStream::pair().unwrap();
         drop(there);
         assert!(end(&mut here).is_err());
         let (here, mut there) = UnixStream::pair().unwrap();
         drop(here);
-        assert!(answer(&mut there, |_, _| Ok(())).is_err());
+        assert!(answer(&mut there, None, |_, _| Ok(())).is_err());
         let (mut here, mut there) = UnixStream::pair().unwrap();
         here.write_all(&[0xff; 16]).unwrap();
-        assert!(answer(&mut there, |_, _| Ok(())).is_err());
+        assert!(answer(&mut there, None, |_, _| Ok(())).is_err());
     }
 }

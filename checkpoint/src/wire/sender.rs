@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::check::Running;
-use super::compression::{Compressed, Compression, Next, Queue};
+use super::compression::{Compressed, Compression, Link, Next, Queue};
 use super::zeros::{Part, parts};
 use super::{
     ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, Message, WireError, ZEROS,
@@ -87,6 +87,12 @@ impl<W: Write> Sender<W> {
             compression: Arc::clone(&self.compression),
             ..Self::new(out)
         }
+    }
+
+    /// Its link, for what goes through that beside the streams.
+    #[must_use]
+    pub fn link(&self) -> Link {
+        Link(Arc::clone(&self.compression))
     }
 
     /// What has gone compressed so far, through this one and those beside it.

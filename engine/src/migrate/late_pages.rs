@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use transship_checkpoint::manifest::Shared;
+use transship_checkpoint::wire::Link;
 use transship_checkpoint::wire::missing_pages::{answer, confirm_end};
 
 use super::dump_parts::{DumpParts, Dumping, PartDump};
@@ -38,15 +39,17 @@ impl PageServer {
     /// # Errors
     /// There is no connection, or no thread can be started.
     pub(super) fn serve(
-        link: Option<(Connection, EndAtDrop)>,
+        (connection, link): (Option<(Connection, EndAtDrop)>, Option<Link>),
         dumps: Dumping,
         parts: Arc<DumpParts>,
         began: Duration,
     ) -> Result<Self> {
-        let (mut link, end) = link.ok_or_else(|| Error::failed("no connection is left"))?;
+        let none = || Error::failed("no connection is left");
+        let (mut connection, end) = connection.ok_or_else(none)?;
         let serve = move || {
-            let served = answer(&mut link, |wanted, pages| parts.read(wanted, pages));
-            let served = served.and_then(|()| confirm_end(&mut link));
+            let read = |wanted, pages: &mut Vec<u8>| parts.read(wanted, pages);
+            let served = answer(&mut connection, link.as_ref(), read);
+            let served = served.and_then(|()| confirm_end(&mut connection));
             // The other side finds the connection ended, and says what became of the copy.
             if let Err(error) = served {
                 tracing::info!("pages are not asked for any more: {error}");

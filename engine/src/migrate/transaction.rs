@@ -404,7 +404,8 @@ impl Transaction<'_> {
             None => (losses.unwrap_or_default(), Shared::default()),
         };
         if is_late {
-            let link = self.conversation.take_for_pages();
+            let connection = self.conversation.take_for_pages();
+            let link = (connection, self.conversation.link());
             self.late = Some(PageServer::serve(link, dumps, parts, from)?);
             return self.hand_over(draft, files, losses, shared).await;
         }

@@ -76,7 +76,9 @@ async fn relay_pages(listener: tokio::net::UnixListener, mut link: Connection) -
     let mut guard = guard.into_std().context(failed)?;
     guard.set_nonblocking(false).context(failed)?;
     let relay = move || {
-        answer(&mut guard, |wanted, pages| ask(&mut link, wanted, pages))?;
+        answer(&mut guard, None, |wanted, pages| {
+            ask(&mut link, wanted, pages)
+        })?;
         end(&mut link)?;
         confirm_end(&mut guard)
     };
@@ -103,7 +105,7 @@ mod tests {
         let (mut process, ends) = there.take_last().unwrap();
         let link = accepting.join().unwrap().unwrap().take_last();
         let serving = std::thread::spawn(move || {
-            answer(&mut process, |wanted, pages| {
+            answer(&mut process, None, |wanted, pages| {
                 pages.resize(4096, u8::try_from(wanted.pid).unwrap());
                 Ok(())
             })?;

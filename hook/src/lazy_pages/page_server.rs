@@ -264,7 +264,7 @@ mod tests {
         let memory = Memory::open(&dir.path().join("images")).unwrap();
         let (mut relay, _) = receive.accept().unwrap();
         let source = thread::spawn(move || {
-            missing_pages::answer(&mut relay, |wanted, pages| {
+            missing_pages::answer(&mut relay, None, |wanted, pages| {
                 assert_eq!((wanted.pid, wanted.pages), (3, 1));
                 pages.resize(4096, 9);
                 Ok(())
