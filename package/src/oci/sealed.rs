@@ -31,9 +31,11 @@ use crate::contents::Contents;
 use crate::encryption::Identities;
 use crate::error::PackageError;
 use crate::export::{ExportOptions, export};
-use crate::import::{Head, ImportOptions, Imported, OF_MAX_SIZE, check_room, import};
+use crate::import::{Head, Imported, OF_MAX_SIZE, import};
+use crate::import_options::ImportOptions;
 use crate::layer_changes::Digests;
 use crate::look::look;
+use crate::new_file::check_room;
 use crate::open_package::OpenPackage;
 use crate::signature::TrustedKeys;
 
