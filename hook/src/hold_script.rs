@@ -220,6 +220,8 @@ mod tests {
     use std::process::Command;
     use std::time::Duration;
 
+    use transship_sandbox::TaskStat;
+
     use super::*;
 
     #[test]
@@ -259,10 +261,7 @@ mod tests {
         let mut task = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = task.id();
         held(pid.cast_signed());
-        let stopped = || {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            stat.rsplit_once(") ").unwrap().1.starts_with('T')
-        };
+        let stopped = || TaskStat::of(format!("/proc/{pid}")).unwrap().state() == 'T';
         for _ in 0..2000 {
             if stopped() {
                 break;

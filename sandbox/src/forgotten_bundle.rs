@@ -19,7 +19,7 @@ use transship_path_error::During as _;
 
 use crate::error::SandboxError;
 use crate::files::{remove_tree, unmount_all};
-use crate::proc_text::read_proc;
+use crate::proc_text::{TaskStat, read_proc};
 
 /// What the shims of containerd are called, as far as the kernel keeps it.
 const SHIM: &str = "containerd-shim";
@@ -59,11 +59,9 @@ pub fn has_ended(bundle: &Path) -> bool {
     // The runtime writes it when the container is there; the front's marker goes when it is deleted.
     let pid = fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
     let lives = || {
-        let stat = Path::new("/proc").join(pid.trim()).join("stat");
-        // "PID (NAME) STATE ...", proc(5). One that has ended stays as a zombie while somebody traces it.
-        let stat = read_proc(stat).unwrap_or_default();
-        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-        !state.is_empty() && !state.starts_with(['Z', 'X'])
+        let stat = TaskStat::of(Path::new("/proc").join(pid.trim()));
+        // One that has ended stays as a zombie while somebody traces it.
+        stat.is_ok_and(|stat| !stat.has_ended())
     };
     !pid.is_empty() && !lives() && bundle.join(MARKER).symlink_metadata().is_err()
 }

@@ -75,7 +75,7 @@ pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };
 pub use pod_dir::{Arrival, PodDir};
-pub use proc_text::{TaskStatus, read_proc};
+pub use proc_text::{TaskStat, TaskStatus, read_proc};
 pub use process_handle::{ProcessHandle, children, open_children, open_tree};
 pub use staged::{RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;

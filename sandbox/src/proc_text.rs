@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::str::FromStr;
 
 /// Reads a file of `/proc` as text. Names of threads, files, sockets and mount points in it are whatever a program has
 /// given them, and the kernel cuts that of a thread at 15 bytes, also in the middle of a character: what is no UTF-8
@@ -62,9 +63,95 @@ impl TaskStatus {
     }
 }
 
+/// What the kernel counts of a task: `/proc/PID/stat` or `/proc/PID/task/TID/stat`, proc_pid_stat(5).
+///
+/// ```text
+/// 7 (a) b (c) S 1 7 7 ...      the name, in parentheses, may hold anything; then the fields from the third on
+/// ```
+#[derive(Debug)]
+pub struct TaskStat {
+    /// Behind the name.
+    fields: String,
+}
+
+impl TaskStat {
+    /// Reads that of the task whose directory this is.
+    ///
+    /// # Errors
+    /// As [`read_proc`].
+    pub fn of(task: impl AsRef<Path>) -> io::Result<Self> {
+        let text = read_proc(task.as_ref().join("stat"))?;
+        Self::parse(&text).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (_, fields) = text.rsplit_once(") ")?;
+        let fields = fields.trim_end().to_owned();
+        Some(Self { fields })
+    }
+
+    /// A field, by its number in proc_pid_stat(5).
+    fn field<T: FromStr>(&self, number: usize) -> Option<T> {
+        let mut fields = self.fields.split(' ');
+        fields.nth(number.checked_sub(3)?)?.parse().ok()
+    }
+
+    /// What it does, as in `S`.
+    #[must_use]
+    pub fn state(&self) -> char {
+        self.field(3).unwrap_or_default()
+    }
+
+    /// Whether it has ended, and is there because nobody has waited for it, or somebody traces it.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        matches!(self.state(), 'Z' | 'X')
+    }
+
+    /// The process that has it for a child.
+    #[must_use]
+    pub fn parent(&self) -> Option<i32> {
+        self.field(4)
+    }
+
+    /// Its nice value.
+    #[must_use]
+    pub fn nice(&self) -> Option<i32> {
+        self.field(19)
+    }
+
+    /// When it started, in clock ticks since boot.
+    #[must_use]
+    pub fn start_time(&self) -> Option<u64> {
+        self.field(22)
+    }
+
+    /// How it is scheduled: a policy of sched(7).
+    #[must_use]
+    pub fn policy(&self) -> Option<u32> {
+        self.field(41)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fields_are_found_behind_any_name() {
+        let text = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 -5 1 0 4242 9 10";
+        let stat = TaskStat::parse(text).unwrap();
+        assert_eq!((stat.state(), stat.parent()), ('S', Some(1)));
+        assert_eq!((stat.nice(), stat.start_time()), (Some(-5), Some(4242)));
+        assert_eq!(stat.policy(), None);
+        assert!(!stat.has_ended());
+        let ended = TaskStat::parse(&text.replace(" S ", " Z ")).unwrap();
+        assert!(ended.has_ended());
+        assert!(TaskStat::parse("7 (a").is_none());
+        let own = TaskStat::of("/proc/thread-self").unwrap();
+        assert!(own.start_time() > Some(0) && own.policy().is_some() && own.state() == 'R');
+        assert!(TaskStat::of("/proc/none").is_err());
+    }
 
     #[test]
     fn a_name_is_whatever_a_thread_calls_itself() {

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::proc_text::read_proc;
+use crate::proc_text::TaskStat;
 
 /// One process: whoever has its number later is left alone.
 #[derive(Debug)]
@@ -121,8 +121,7 @@ pub fn open_tree(root: i32) -> io::Result<Vec<ProcessHandle>> {
 }
 
 fn parent_of(pid: i32) -> Option<i32> {
-    let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    TaskStat::of(format!("/proc/{pid}")).ok()?.parent()
 }
 
 #[cfg(test)]

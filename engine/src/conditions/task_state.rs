@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use transship_sandbox::{TaskStatus, read_proc};
+use transship_sandbox::{TaskStat, TaskStatus};
 
 use super::Hit;
 use super::processes::{Processes, Seen};
@@ -28,8 +28,6 @@ const DESCRIPTORS: usize = 1 << 20;
 const SIGCHLD: i32 = 17;
 /// `SCHED_OTHER`, `SCHED_FIFO`, `SCHED_RR`, `SCHED_BATCH`, `SCHED_IDLE`.
 const RESTORED_POLICIES: [u32; 5] = [0, 1, 2, 3, 5];
-/// The field of `stat` that follows the name is the third, proc_pid_stat(5).
-const POLICY: usize = 41 - 3;
 const MITIGATIONS: [&str; 2] = ["Speculation_Store_Bypass", "SpeculationIndirectBranch"];
 /// Whether the kernel mitigates for all that has a seccomp filter, which CRIU restores.
 const STORE_BYPASS: &str = "/sys/devices/system/cpu/vulnerabilities/spec_store_bypass";
@@ -81,14 +79,7 @@ pub(super) fn hits(init: u32, processes: &Processes) -> Vec<Hit> {
 
 /// How a thread is scheduled; none of one that has ended.
 fn policy(thread: &str) -> Option<u32> {
-    let stat = read_proc(format!("{thread}/stat")).ok()?;
-    policy_in(&stat)
-}
-
-fn policy_in(stat: &str) -> Option<u32> {
-    // A name may have blanks and brackets.
-    let (_, after_name) = stat.rsplit_once(')')?;
-    after_name.split_whitespace().nth(POLICY)?.parse().ok()
+    TaskStat::of(thread).ok()?.policy()
 }
 
 /// All threads but the first.
@@ -187,12 +178,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_policy_is_found_behind_any_name() {
+    fn the_own_policy_is_an_ordinary_one() {
         let own = policy("/proc/thread-self");
         assert!(own.is_some_and(|policy| RESTORED_POLICIES.contains(&policy)));
-        let stat = format!("7 (a) b)) S {}", ["1"; 36].join(" "));
-        assert_eq!(policy_in(&format!("{stat} 2 6 0")), Some(6));
-        assert_eq!(policy_in(&stat), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use transship_sandbox::{TaskStatus, open_tree, read_proc};
+use transship_sandbox::{TaskStat, TaskStatus, open_tree};
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
@@ -68,11 +68,8 @@ fn frozen(tasks: &[i32]) -> Option<Freezer> {
 
 /// Stopped, or ended, or gone.
 fn is_stopped(pid: i32) -> bool {
-    let stat = read_proc(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.split(' ').next());
-    state.is_none_or(|state| matches!(state, "T" | "Z" | "X"))
+    let stat = TaskStat::of(format!("/proc/{pid}"));
+    stat.map_or(true, |stat| stat.state() == 'T' || stat.has_ended())
 }
 
 /// Lets all tasks below `root` and itself go on. Of those that SIGSTOP holds the ones stay whose pid in the
@@ -106,11 +103,10 @@ mod tests {
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
 
-    use super::{Hold, read_proc, release, tree, wait_until_held};
+    use super::{Hold, TaskStat, release, tree, wait_until_held};
 
     fn state(pid: i32) -> Option<char> {
-        let stat = read_proc(format!("/proc/{pid}/stat")).ok()?;
-        stat.rsplit_once(") ")?.1.chars().next()
+        Some(TaskStat::of(format!("/proc/{pid}")).ok()?.state())
     }
 
     fn wait_for(what: &str, mut reached: impl FnMut() -> bool) {

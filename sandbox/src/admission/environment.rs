@@ -9,6 +9,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::allowance::{Allowance, clean};
 use super::network::Network;
+use crate::proc_text::TaskStat;
 
 /// In the order of their numbers, as the kernel has them on x86 and ARM.
 const RESOURCES: [Resource; 16] = [
@@ -151,15 +152,9 @@ pub(super) fn is_plain(path: &Path) -> bool {
     path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
 }
 
-/// The 19th field of `/proc/self/stat`, the 17th after the name.
 fn own_nice() -> i32 {
-    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-    fields
-        .split_whitespace()
-        .nth(16)
-        .and_then(|nice| nice.parse().ok())
-        .unwrap_or_default()
+    let stat = TaskStat::of("/proc/self").ok();
+    stat.and_then(|stat| stat.nice()).unwrap_or_default()
 }
 
 /// Nothing that is there cannot be read by root.
