@@ -21,6 +21,7 @@ use transship_package::PackageError;
 use transship_package::encryption::EncryptionError;
 use transship_package::oci::RegistryError;
 use transship_package::signature::SignatureError;
+pub use transship_path_error::one_line;
 use transship_sandbox::SandboxError;
 
 /// A result of the engine.
@@ -175,20 +176,6 @@ impl Error {
     pub fn one_line(&self) -> String {
         one_line(self)
     }
-}
-
-/// An error and its causes in one line; a cause that the text before it tells is left out.
-pub fn one_line(error: &(dyn StdError + 'static)) -> String {
-    let mut line = String::new();
-    for cause in chain(error) {
-        let text = cause.to_string();
-        if line.is_empty() {
-            line = text;
-        } else if !line.contains(&text) {
-            line = format!("{line}: {text}");
-        }
-    }
-    line
 }
 
 fn chain<'e>(

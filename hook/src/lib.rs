@@ -50,12 +50,6 @@ use transship_checkpoint::shown_text::printable;
 /// The chain of an error on one line, as logs and shims want it. Names and texts of others in it cannot deceive a terminal.
 #[must_use]
 pub fn one_line(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    printable(&text.replace('\n', " "))
+    let line = transship_path_error::one_line(error);
+    printable(&line.replace('\n', " "))
 }

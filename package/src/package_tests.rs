@@ -7,6 +7,7 @@ use transship_checkpoint::manifest::{Container, File, Format, Manifest, Shared, 
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
 use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files};
 use transship_digest::sha256_hex;
+pub(crate) use transship_path_error::one_line;
 
 use super::*;
 use crate::encryption::{Identities, Recipients};
@@ -322,16 +323,6 @@ fn each_fault_has_one_clear_error() {
         let line = one_line(&error);
         assert!(line.contains("package"), "{line}");
     }
-}
-
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line = format!("{line}: {cause}");
-        source = cause.source();
-    }
-    line
 }
 
 #[test]

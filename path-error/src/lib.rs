@@ -1,4 +1,4 @@
-//! An I/O error with the act that failed and the path that it was done to.
+//! An I/O error with the act that failed and the path that it was done to; and any error with its causes in one line.
 //!
 //! ```text
 //!  io::Error, Errno ── during("read", path) ──> PathError ── ? ──> the error of the caller's subject
@@ -25,6 +25,7 @@
 //! assert_eq!(error.0.to_string(), "cannot read /no/such/file");
 //! ```
 
+use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,5 +66,42 @@ impl<T, E: Into<io::Error>> During<T> for Result<T, E> {
             path: path.as_ref().to_path_buf(),
             source: Arc::new(error.into()),
         })
+    }
+}
+
+/// An error and its causes in one line, as in "cannot read /x: No such file or directory"; a cause that the text before it
+/// tells is left out.
+#[must_use]
+pub fn one_line(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        next = cause.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot move {0}: {1}")]
+    struct Told(&'static str, #[source] PathError);
+
+    #[test]
+    fn causes_are_told_once() {
+        let read = || Err::<(), _>(io::Error::from(io::ErrorKind::NotFound)).during("read", "/x");
+        let error = read().unwrap_err();
+        assert_eq!(one_line(&error), "cannot read /x: entity not found");
+        let error = Told("web", error);
+        assert_eq!(
+            one_line(&error),
+            "cannot move web: cannot read /x: entity not found"
+        );
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use transship_path_error::During as _;
 
-use crate::error::{Result, SnapshotError, chain};
+use crate::error::{Result, SnapshotError, one_line};
 
 /// How long orders are gathered before the first is carried out; a stop does not wait for it.
 const GATHERING: Duration = Duration::from_millis(100);
@@ -113,6 +113,6 @@ fn carry_out(task: Task) {
     match task() {
         // Removed before its turn came.
         Ok(()) | Err(SnapshotError::NotFound { .. }) => {}
-        Err(error) => tracing::warn!(error = chain(&error), "left for later"),
+        Err(error) => tracing::warn!(error = one_line(&error), "left for later"),
     }
 }

@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(parse("\"images\"").unwrap(), DurableCommit::Images);
         assert_eq!(parse("true").unwrap(), DurableCommit::Always);
         assert_eq!(parse("false").unwrap(), DurableCommit::Never);
-        let error = crate::error::chain(&parse("\"image\"").unwrap_err());
+        let error = crate::error::one_line(&parse("\"image\"").unwrap_err());
         assert!(
             error.contains("expected \"images\", true or false"),
             "{error}"

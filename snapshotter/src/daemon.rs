@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::disk;
 use transship_path_error::During as _;
 
-use crate::error::{Result, SnapshotError, chain};
+use crate::error::{Result, SnapshotError, one_line};
 use crate::fault::Faults;
 use crate::from_redb;
 use crate::fsck::{self, Problem};
@@ -80,7 +80,7 @@ pub fn open_snapshots(
         Err(error) if error.is_disk_full() => {
             // Snapshots must be removable on a full disk, and so the daemon must start on it.
             tracing::warn!(
-                error = chain(&error),
+                error = one_line(&error),
                 "not looking whether directories have types"
             );
         }

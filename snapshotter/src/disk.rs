@@ -22,7 +22,7 @@ use rustix::fs::XattrFlags;
 
 use transship_path_error::During as _;
 
-use crate::error::{Result, chain};
+use crate::error::{Result, one_line};
 use crate::mounts::SnapshotPaths;
 use crate::record::Record;
 
@@ -129,7 +129,7 @@ pub fn discard_new(paths: &SnapshotPaths, id: u64) {
     let dir = paths.new_dir(id);
     if let Err(error) = delete_tree(&dir) {
         tracing::warn!(
-            error = chain(&error),
+            error = one_line(&error),
             "a half made snapshot is left for the next start"
         );
     }

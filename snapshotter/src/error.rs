@@ -1,14 +1,14 @@
 //! What can go wrong with a snapshot, told so that a caller can act on it.
 //!
 //! The domain code returns these; `service.rs` turns them into gRPC codes in one place. Display
-//! never prints the source: whoever shows an error walks the chain with [`chain`].
+//! never prints the source: whoever shows an error calls [`one_line`].
 
-use std::error::Error;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use transship_path_error::PathError;
+pub use transship_path_error::one_line;
 
 /// An act on a snapshot that was refused or failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -181,17 +181,4 @@ impl SnapshotError {
             _ => None,
         }
     }
-}
-
-/// Joins an error and its sources into one line: "cannot read /x: No such file or directory".
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        line.push_str(": ");
-        line.push_str(&source.to_string());
-        next = source.source();
-    }
-    line
 }

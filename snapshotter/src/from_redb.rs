@@ -31,7 +31,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use transship_digest::Sha256;
 use transship_path_error::During as _;
 
-use crate::error::{Result, SnapshotError, chain};
+use crate::error::{Result, SnapshotError, one_line};
 use crate::metadata::{FILE, Metadata};
 use crate::record::Record;
 
@@ -97,7 +97,7 @@ struct Content {
 ///
 /// # Errors
 /// I/O errors.
-pub fn is_in(root: &Path) -> Result<bool> {
+pub(crate) fn is_in(root: &Path) -> Result<bool> {
     let database = root.join(DATABASE);
     Ok(database.try_exists().during("look for", database)?)
 }
@@ -108,7 +108,7 @@ pub fn is_in(root: &Path) -> Result<bool> {
 /// # Errors
 /// A database that cannot be read, a record that is damaged, I/O errors; an earlier release has run since. Nothing is
 /// changed then.
-pub fn take_over(root: &Path, metadata: &mut Metadata) -> Result<()> {
+pub(crate) fn take_over(root: &Path, metadata: &mut Metadata) -> Result<()> {
     let (database, journal) = (root.join(DATABASE), root.join("metadata.journal"));
     let taken_over = root.join("metadata.redb.taken-over");
     if is_in(root)? {
@@ -154,7 +154,7 @@ fn check_same(database: &Path, journal: &Path, metadata: &Metadata) -> Result<()
         Err(error) => format!(
             "both {} are there, and the first one cannot be read ({}): rename the one that is out of date",
             both(),
-            chain(&error)
+            one_line(&error)
         ),
     };
     Err(SnapshotError::Invalid { reason })

@@ -23,7 +23,7 @@ use std::path::Path;
 use transship_path_error::During as _;
 
 use crate::disk::{self, Entry};
-use crate::error::{Result, SnapshotError, chain};
+use crate::error::{Result, SnapshotError, one_line};
 use crate::from_redb;
 use crate::metadata::{self, Metadata};
 use crate::mounts::SnapshotPaths;
@@ -154,7 +154,7 @@ fn open_database(root: &Path, path: &Path) -> Result<Metadata, Unusable> {
         Ok(metadata)
     };
     open().map_err(|error: SnapshotError| match error.is_damage() {
-        true => Unusable::Lost(chain(&error)),
+        true => Unusable::Lost(one_line(&error)),
         false => Unusable::Now(error),
     })
 }

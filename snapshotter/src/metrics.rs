@@ -26,7 +26,7 @@ use prometheus_client::registry::{Registry, Unit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::error::{Result, chain};
+use crate::error::{Result, one_line};
 use crate::snapshots::Snapshots;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -198,7 +198,7 @@ async fn answer(
     let (status, body) = if request.starts_with(b"GET /metrics ") {
         match tokio::task::spawn_blocking(move || metrics.render(&snapshots)).await? {
             Ok(text) => ("200 OK", text),
-            Err(error) => ("500 Internal Server Error", chain(&error)),
+            Err(error) => ("500 Internal Server Error", one_line(&error)),
         }
     } else {
         ("404 Not Found", "there is only GET /metrics\n".to_owned())

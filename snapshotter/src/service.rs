@@ -23,7 +23,7 @@ use transship_proto::snapshots_api::{
 };
 
 use crate::dispatch::{Dispatch, InFlight, Work};
-use crate::error::{SnapshotError, chain};
+use crate::error::{SnapshotError, one_line};
 use crate::filter::Filter;
 use crate::metrics::Metrics;
 use crate::mounts::Mount;
@@ -338,7 +338,7 @@ fn mounts_to_wire(mounts: Vec<Mount>) -> Vec<WireMount> {
 
 impl From<SnapshotError> for Status {
     fn from(error: SnapshotError) -> Self {
-        Status::new(code_of(&error), chain(&error))
+        Status::new(code_of(&error), one_line(&error))
     }
 }
 

@@ -43,7 +43,7 @@ use crate::dispatch::Work;
 use crate::durable_commit::DurableCommit;
 use transship_path_error::During as _;
 
-use crate::error::{Result, SnapshotError, chain};
+use crate::error::{Result, SnapshotError, one_line};
 use crate::fault::{Faults, Step};
 use crate::filter::Filter;
 use crate::labels;
@@ -444,7 +444,7 @@ impl Snapshots {
         if let Err(error) = outcome {
             // On a full disk the directory may have no room for another name. No other snapshot will
             // ever have this one.
-            tracing::warn!(error = chain(&error), "deleting a snapshot where it is");
+            tracing::warn!(error = one_line(&error), "deleting a snapshot where it is");
             self.background.order(move || disk::delete_tree(&dir));
         }
     }
@@ -529,7 +529,7 @@ impl Snapshots {
             if let Entry::Gone(id) = entry
                 && let Err(error) = disk::delete_tree(&self.paths.gone_dir(id))
             {
-                tracing::warn!(error = chain(&error), "will be deleted later");
+                tracing::warn!(error = one_line(&error), "will be deleted later");
             }
         }
         Ok(())
@@ -560,7 +560,7 @@ impl Snapshots {
         self.background.stop();
         if let Err(error) = self.metadata.return_unused_ids() {
             tracing::warn!(
-                error = chain(&error),
+                error = one_line(&error),
                 "ids will be skipped at the next start"
             );
         }
@@ -607,7 +607,7 @@ impl Snapshots {
         if let Err(error) = disk::write_copy(&self.paths.dir(record.id), key, record) {
             tracing::warn!(
                 key,
-                error = chain(&error),
+                error = one_line(&error),
                 "fsck could not rebuild this snapshot"
             );
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use transship_path_error::PathError;
+use transship_path_error::{PathError, one_line};
 
 /// An error of the testbed; its `Display` leaves the cause to the chain.
 #[derive(Debug, thiserror::Error)]
@@ -78,13 +78,5 @@ impl TestbedError {
         // tonic's errors tell little by themselves and everything in their chain.
         let reason = one_line(&reason);
         Self::Cri { act, reason }
-    }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", one_line(source)),
-        None => error.to_string(),
     }
 }

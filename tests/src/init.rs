@@ -29,9 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::TestbedError;
 use crate::cgroups::Hierarchy;
-use transship_path_error::During as _;
-
-use crate::error::one_line;
+use transship_path_error::{During as _, one_line};
 
 /// First argument that asks for this role.
 pub(crate) const ROLE: &str = "testbed-init";

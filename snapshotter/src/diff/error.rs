@@ -8,7 +8,7 @@ use transship_layer::{ExportError, ImportError, LowerError};
 
 use super::pack::PackError;
 use super::plan::NotOurs;
-use crate::error::chain;
+use crate::error::one_line;
 
 /// A call that was not done.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +87,7 @@ impl DiffError {
 
 impl From<DiffError> for Status {
     fn from(error: DiffError) -> Self {
-        Self::new(error.code(), chain(&error))
+        Self::new(error.code(), one_line(&error))
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use transship_containerd::{Containerd, ContainerdError};
 
-use crate::error::chain;
+use crate::error::one_line;
 
 /// How long a finished layer is kept, at least, for its caller to refer to it. A checkpoint with `--rw`
 /// asks for the layer first and dumps memory then, which takes its time.
@@ -142,7 +142,7 @@ impl Leases {
 
 async fn end(lease: &Lease) {
     if let Err(error) = lease.containerd().end_lease().await {
-        tracing::warn!(error = chain(&error), "the lease ends by itself");
+        tracing::warn!(error = one_line(&error), "the lease ends by itself");
     }
 }
 

@@ -32,7 +32,7 @@ use super::pack::{PackError, Packed, pack_layer};
 use super::plan::{LayerSource, NotOurs, plan_apply, plan_diff};
 use super::store::Connection;
 use super::unpack::{Bounds, Unpacked, unpack_layer};
-use crate::error::chain;
+use crate::error::one_line;
 use crate::metrics::{Metrics, NEXT_DIFFER, THIS_DIFFER};
 
 /// Calls that are worked on at a time; each holds some MiB and some threads.
@@ -257,7 +257,7 @@ impl DiffService {
         };
         tracing::debug!(
             layer = layer.digest,
-            reason = chain(&reason),
+            reason = one_line(&reason),
             "handed on to the next differ"
         );
         let _mark = self.handed_on.begin(&request);
@@ -459,7 +459,7 @@ impl Writing {
         if let Some(upload) = &mut self.upload
             && let Err(error) = upload.abort().await
         {
-            tracing::warn!(error = chain(&error), "unfinished content stays");
+            tracing::warn!(error = one_line(&error), "unfinished content stays");
         }
     }
 }
@@ -502,7 +502,7 @@ async fn sweep(containerd: &Containerd, differ: &str, process: &str) {
         Ok::<_, transship_containerd::ContainerdError>(())
     };
     if let Err(error) = swept.await {
-        tracing::warn!(error = chain(&error), "cannot look for leftovers");
+        tracing::warn!(error = one_line(&error), "cannot look for leftovers");
     }
 }
 
@@ -559,7 +559,7 @@ fn left_or_failed(source: ImportError, digest: String, dir: &Path) -> DiffError 
         return DiffError::Import { digest, source };
     }
     match remove_contents(dir) {
-        Ok(()) => NotOurs::because(chain(&source)).into(),
+        Ok(()) => NotOurs::because(one_line(&source)).into(),
         Err(source) => DiffError::Io {
             act: "empty",
             path: dir.to_owned(),
@@ -621,10 +621,10 @@ impl Calls {
         match &result {
             Ok(_) => tracing::debug!(rpc, took_us, "ok"),
             Err(error) if error.code() == Code::Unimplemented => {
-                tracing::debug!(rpc, reason = chain(error), "left to the next differ");
+                tracing::debug!(rpc, reason = one_line(error), "left to the next differ");
             }
             Err(error) => {
-                tracing::warn!(rpc, took_us, code = ?error.code(), error = chain(error), "failed");
+                tracing::warn!(rpc, took_us, code = ?error.code(), error = one_line(error), "failed");
             }
         }
         result.map_err(Status::from)
