@@ -7,14 +7,16 @@
 //! ```
 
 use std::fs;
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command, Stdio};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::sockopt::TcpRepair;
 use nix::sys::socket::{getsockopt, setsockopt};
 use procfs::process::{FDTarget, Process, all_processes};
+use transship_program_output::output_within;
 use transship_sandbox::{DescriptorsOf, read_proc};
 
 use crate::network_namespace::within;
@@ -23,8 +25,6 @@ use crate::network_namespace::within;
 const MAKES_RULES: Duration = Duration::from_secs(2);
 /// How long one may take to list rules, or to take them away.
 const TAKES_RULES_AWAY: Duration = Duration::from_secs(5);
-/// Bytes of a list of rules; a container can make more.
-const LISTED_BYTES: u64 = 4 << 20;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Takes away what it has left in the containers with these first processes. What cannot be looked at has nothing of it.
@@ -97,7 +97,7 @@ fn unlock_network(root: u32) {
             ("ip6tables-save", "ip6tables-restore"),
         ] {
             if let Some(rules) = without_lock(&output(save, &["-t", "filter"])) {
-                feed(restore, &rules)?;
+                feed(restore, rules)?;
             }
         }
         io::Result::Ok(())
@@ -156,56 +156,31 @@ fn makes_rules(root: u32) -> bool {
         .any(|process| network(process.pid) == Some(of_root.clone()))
 }
 
-/// What a program says, as far as it is worth reading; nothing of one that hangs.
+/// What a program says, as far as it is worth reading; nothing of one that hangs: the container stands still meanwhile.
 fn output(program: &str, args: &[&str]) -> String {
+    let said = run(program, args, Stdio::piped(), String::new());
+    String::from_utf8_lossy(&said.unwrap_or_default()).into_owned()
+}
+
+fn feed(program: &str, text: String) -> io::Result<()> {
+    run(program, &["-w", "--noflush"], Stdio::null(), text).map(drop)
+}
+
+fn run(program: &str, args: &[&str], stdout: Stdio, input: String) -> io::Result<Vec<u8>> {
     let child = Command::new(program)
         .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn();
-    let Ok(mut child) = child else {
-        return String::new();
-    };
-    let stdout = child.stdout.take();
-    let reader = std::thread::spawn(move || {
-        let mut said = Vec::new();
-        // What was read until it failed is what it has said.
-        drop(stdout.map(|stdout| stdout.take(LISTED_BYTES).read_to_end(&mut said)));
-        said
-    });
-    end_by(&mut child, Instant::now() + TAKES_RULES_AWAY);
-    String::from_utf8_lossy(&reader.join().unwrap_or_default()).into_owned()
-}
-
-/// Waits for a program, and kills it at the deadline: the container stands still meanwhile.
-fn end_by(child: &mut Child, deadline: Instant) {
-    while matches!(child.try_wait(), Ok(None)) {
-        if Instant::now() > deadline {
-            drop(child.kill());
-            drop(child.wait());
-            return;
-        }
-        std::thread::sleep(LOOK_AGAIN);
-    }
-}
-
-fn feed(program: &str, text: &str) -> io::Result<()> {
-    let mut child = Command::new(program)
-        .args(["-w", "--noflush"])
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(stdout)
         .stderr(Stdio::null())
+        .process_group(0)
         .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(text.as_bytes())?;
-    }
-    end_by(&mut child, Instant::now() + TAKES_RULES_AWAY);
-    Ok(())
+    let output = output_within(TAKES_RULES_AWAY, child, input)?;
+    Ok(output.map(|output| output.stdout).unwrap_or_default())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd as _;
 
@@ -244,13 +219,6 @@ mod tests {
             tables_of_criu(listed).collect::<Vec<_>>(),
             ["CRIU-17", "CRIU-5c0e-b1"]
         );
-    }
-
-    #[test]
-    fn a_program_that_hangs_is_ended() {
-        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        end_by(&mut child, Instant::now());
-        assert!(!child.wait().unwrap().success());
     }
 
     #[test]
