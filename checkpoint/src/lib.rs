@@ -10,7 +10,7 @@
 //!      annotations: what is asked for;  namespaces, spec: the OCI spec of the new container
 //!      criu_images: the images that must be edited;  criu_options: what CRIU is told
 //!      cri_names: labels and annotations of the CRI
-//!      task_attributes, socket_options: what CRIU does not keep, in a file of the checkpoint
+//!      task_attributes: what CRIU does not keep, in a file of the checkpoint
 //!      beneath: opens what others have put into a directory
 //!      sealed: a checkpoint that lies encrypted
 //!      container_log: what a container has written so far
@@ -52,7 +52,6 @@ pub mod namespaces;
 pub mod sealed;
 pub mod shared_dirs;
 pub mod shown_text;
-pub mod socket_options;
 pub mod spec;
 pub mod store;
 pub mod task_attributes;

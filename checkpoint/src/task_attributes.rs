@@ -11,9 +11,9 @@
 //!
 //! Only tasks and sockets are there, and only those of their attributes, that are not what every new task has.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-use crate::socket_options::SocketOptions;
+use serde::{Deserialize, Serialize};
 
 /// Name of the file.
 pub const TASKS_FILE: &str = "tasks.json";
@@ -123,6 +123,25 @@ pub struct Socket {
     pub descriptor: i32,
     /// Its options.
     pub options: SocketOptions,
+}
+
+/// The options of a socket that are not what a new one has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOptions {
+    /// `TCP_CONGESTION`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub congestion: Option<String>,
+    /// The others, by their names.
+    #[serde(flatten)]
+    pub plain: BTreeMap<String, u32>,
+}
+
+impl SocketOptions {
+    /// Whether a new socket has the same.
+    #[must_use]
+    pub fn are_ordinary(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// One thread.
@@ -238,5 +257,13 @@ mod tests {
             serde_json::to_string(&task).unwrap(),
             r#"{"id":7,"timer_slack":1}"#
         );
+    }
+
+    #[test]
+    fn options_of_older_checkpoints_are_read() {
+        let read = serde_json::from_str(r#"{"defer_accept":7,"congestion":"reno"}"#);
+        let read: SocketOptions = read.unwrap();
+        assert_eq!(read.congestion.as_deref(), Some("reno"));
+        assert_eq!(read.plain, [("defer_accept".to_owned(), 7)].into());
     }
 }

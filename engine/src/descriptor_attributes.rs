@@ -1,5 +1,5 @@
 //! What CRIU does not keep of the descriptors of frozen processes: options of sockets, see
-//! [`transship_checkpoint::socket_options`], and what they have not read.
+//! [`transship_sandbox::socket_options`], and what they have not read.
 //!
 //! ```text
 //!  /proc/PID/fd/N -> socket:[4711]        --> pidfd_getfd --> getsockopt    of each of its kind
@@ -11,8 +11,8 @@ use std::os::fd::OwnedFd;
 
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
-use transship_checkpoint::socket_options::{SocketKind, SocketOptions, Usual};
 use transship_checkpoint::task_attributes::{Socket, Unread, UnreadKind};
+use transship_sandbox::socket_options::{self, SocketKind, Usual};
 use transship_sandbox::{DescriptorsOf, TaskStatus};
 
 use crate::conditions::protocol;
@@ -107,7 +107,7 @@ impl OfDescriptors {
         };
         let make = || within(of.pid(), || kind.make()).ok()?.ok();
         let usual = { usual.entry(kind) }.or_insert_with(|| make().as_ref().map(Usual::of));
-        let options = { usual.as_ref() }.map(|usual| SocketOptions::read(&socket, usual));
+        let options = { usual.as_ref() }.map(|usual| socket_options::read(&socket, usual));
         if let Some(options) = options.filter(|options| !options.are_ordinary()) {
             self.sockets.push(Socket {
                 process: of.id,
@@ -142,7 +142,8 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
     use std::os::fd::AsRawFd as _;
 
-    use transship_checkpoint::socket_options::Allowed;
+    use transship_checkpoint::task_attributes::SocketOptions;
+    use transship_sandbox::socket_options::{Allowed, give};
 
     use super::*;
 
@@ -164,7 +165,7 @@ mod tests {
             congestion: &[],
             capabilities: 0,
         };
-        assert!(options.give(&listener, none).is_empty());
+        assert!(give(&options, &listener, none).is_empty());
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         receiver
             .send_to(b"hello", receiver.local_addr().unwrap())

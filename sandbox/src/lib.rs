@@ -28,6 +28,7 @@
 //! /sys/fs/cgroup                         guards_cgroup: what must not end with its caller
 //! in a network namespace                 interface_addresses, loopback, network_lock (nft)
 //! in an IPC namespace                    sysv_objects
+//! sockets of others, by pidfd_getfd      socket_options
 //! config.json                            device_rules: also for the front
 //! files: whole or not there, for root alone
 //! a bundle that containerd has forgotten forgotten_bundle: its shim is ended, and it is removed
@@ -59,6 +60,7 @@ pub mod privileged_files;
 mod proc_text;
 mod process_handle;
 pub mod shared_dirs;
+pub mod socket_options;
 mod staged;
 mod sysv_objects;
 pub mod wanted_image;

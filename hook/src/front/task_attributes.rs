@@ -15,10 +15,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use transship_checkpoint::beneath::{Links, read_regular};
-use transship_checkpoint::socket_options::Allowed;
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
+use transship_sandbox::socket_options::{Allowed, give};
 use transship_sandbox::{DescriptorsOf, TaskStatus};
 
 use crate::descendants::tree;
@@ -194,7 +194,7 @@ fn give_to_sockets(pid: i32, sockets: &[&Socket], allowed: Allowed<'_>) -> Vec<S
         } = socket;
         let found = { descriptors.as_ref() }.and_then(|it| it.get(*descriptor).ok());
         let lost = match found {
-            Some(socket) => options.give(&socket, allowed),
+            Some(socket) => give(options, &socket, allowed),
             None => vec!["its options".to_owned()],
         };
         { lost.into_iter() }.map(move |what| format!("of the socket {descriptor} of {id} {what}"))
@@ -231,8 +231,8 @@ fn ionice(tids: impl IntoIterator<Item = i32>, class: &str, level: u8) -> bool {
 mod tests {
     use std::os::fd::AsRawFd as _;
 
-    use transship_checkpoint::socket_options::{SocketKind, SocketOptions, Usual};
-    use transship_checkpoint::task_attributes::UnreadKind;
+    use transship_checkpoint::task_attributes::{SocketOptions, UnreadKind};
+    use transship_sandbox::socket_options::{self, SocketKind, Usual};
 
     use super::*;
 
@@ -330,7 +330,7 @@ mod tests {
         assert_eq!(lost.len(), 2, "{lost:?}");
         assert!(lost[0].starts_with("events of inotify"), "{lost:?}");
         let usual = Usual::of(&SocketKind::Tcp.make().unwrap());
-        assert_eq!(SocketOptions::read(&listener, &usual), options);
+        assert_eq!(socket_options::read(&listener, &usual), options);
     }
 
     #[test]

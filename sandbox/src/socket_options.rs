@@ -5,7 +5,6 @@
 //! What is written down is what a new socket of the same kind in the same network does not have. The options that are
 //! plain numbers are in `socket_options/plain.rs`.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -15,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockProtocol, SockType, getsockopt, setsockopt, socket,
 };
 use nix::{getsockopt_impl, libc, sockopt_impl};
-use serde::{Deserialize, Serialize};
+use transship_checkpoint::task_attributes::SocketOptions;
 
 mod plain;
 
@@ -125,79 +124,61 @@ pub struct Allowed<'a> {
     pub capabilities: u64,
 }
 
-/// The options that are not what a new socket has.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SocketOptions {
-    /// `TCP_CONGESTION`
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub congestion: Option<String>,
-    /// The others, by their names.
-    #[serde(flatten)]
-    pub plain: BTreeMap<String, u32>,
+/// Those of a socket; `usual` is that of its kind in its network.
+#[must_use]
+pub fn read(socket: &impl AsFd, usual: &Usual) -> SocketOptions {
+    let socket = socket.as_fd();
+    let listens = getsockopt(&socket, AcceptConn).unwrap_or_default();
+    let is_stream = usual.is_stream;
+    let plain = usual.plain.iter().filter_map(|(option, usual)| {
+        if option.rule == Rule::OfListeners && !listens {
+            return None;
+        }
+        let value = (option.get)(socket).ok()?;
+        let value = match option.rule {
+            // The kernel of a connection keeps in two bits whether it tells of congestion.
+            Rule::TrafficClass if is_stream => value & !ECN | usual & ECN,
+            _ => value,
+        };
+        (value != *usual).then(|| (option.name.to_owned(), value))
+    });
+    // Only TCP has one.
+    let chosen = { usual.congestion.as_ref() }.and_then(|_| congestion(socket));
+    SocketOptions {
+        plain: plain.collect(),
+        congestion: chosen.filter(|it| usual.congestion.as_ref() != Some(it)),
+    }
 }
 
-impl SocketOptions {
-    /// Whether a new socket has the same.
-    #[must_use]
-    pub fn are_ordinary(&self) -> bool {
-        *self == Self::default()
-    }
-
-    /// Those of a socket; `usual` is that of its kind in its network.
-    #[must_use]
-    pub fn read(socket: &impl AsFd, usual: &Usual) -> Self {
-        let socket = socket.as_fd();
-        let listens = getsockopt(&socket, AcceptConn).unwrap_or_default();
-        let is_stream = usual.is_stream;
-        let plain = usual.plain.iter().filter_map(|(option, usual)| {
-            if option.rule == Rule::OfListeners && !listens {
-                return None;
-            }
-            let value = (option.get)(socket).ok()?;
-            let value = match option.rule {
-                // The kernel of a connection keeps in two bits whether it tells of congestion.
-                Rule::TrafficClass if is_stream => value & !ECN | usual & ECN,
-                _ => value,
-            };
-            (value != *usual).then(|| (option.name.to_owned(), value))
-        });
-        // Only TCP has one.
-        let chosen = { usual.congestion.as_ref() }.and_then(|_| congestion(socket));
-        Self {
-            plain: plain.collect(),
-            congestion: chosen.filter(|it| usual.congestion.as_ref() != Some(it)),
-        }
-    }
-
-    /// Gives them to a socket. Gives what it could not have, for people.
-    pub fn give(&self, socket: &impl AsFd, allowed: Allowed<'_>) -> Vec<String> {
-        let socket = socket.as_fd();
-        let mut lost = Vec::new();
-        let mut note = |what: &str, given: Result<(), Errno>| {
-            lost.extend(given.err().map(|errno| format!("{what}: {errno}")));
+/// Gives a socket these options. Gives what it could not have, for people.
+#[must_use]
+pub fn give(options: &SocketOptions, socket: &impl AsFd, allowed: Allowed<'_>) -> Vec<String> {
+    let socket = socket.as_fd();
+    let mut lost = Vec::new();
+    let mut note = |what: &str, given: Result<(), Errno>| {
+        lost.extend(given.err().map(|errno| format!("{what}: {errno}")));
+    };
+    for (name, value) in &options.plain {
+        let given = match TABLE.iter().find(|option| option.name == name) {
+            None => Err(Errno::ENOPROTOOPT),
+            // The caller could set it, and the container could not.
+            Some(option) if !option.rule.allows(allowed.capabilities) => Err(Errno::EPERM),
+            Some(option) => (option.set)(socket, *value),
         };
-        for (name, value) in &self.plain {
-            let given = match TABLE.iter().find(|option| option.name == name) {
-                None => Err(Errno::ENOPROTOOPT),
-                // The caller could set it, and the container could not.
-                Some(option) if !option.rule.allows(allowed.capabilities) => Err(Errno::EPERM),
-                Some(option) => (option.set)(socket, *value),
-            };
-            note(&format!("{} (it was {value})", name.escape_debug()), given);
-        }
-        if let Some(name) = &self.congestion {
-            // The caller may load modules of the kernel by such a name, and the container may not.
-            let given = match allowed.congestion.contains(&name.as_str()) {
-                true => setsockopt(&socket, TcpCongestion, &OsString::from(name)),
-                false => Err(Errno::EPERM),
-            };
-            note(
-                &format!("the congestion control {}", name.escape_debug()),
-                given,
-            );
-        }
-        lost
+        note(&format!("{} (it was {value})", name.escape_debug()), given);
     }
+    if let Some(name) = &options.congestion {
+        // The caller may load modules of the kernel by such a name, and the container may not.
+        let given = match allowed.congestion.contains(&name.as_str()) {
+            true => setsockopt(&socket, TcpCongestion, &OsString::from(name)),
+            false => Err(Errno::EPERM),
+        };
+        note(
+            &format!("the congestion control {}", name.escape_debug()),
+            given,
+        );
+    }
+    lost
 }
 
 #[cfg(test)]
@@ -224,7 +205,7 @@ mod tests {
         let (one, two) = (listen(), listen());
         assert_eq!(SocketKind::of(&one), Some(SocketKind::Tcp));
         let usual = Usual::of(&SocketKind::Tcp.make().unwrap());
-        let read = |of| SocketOptions::read(of, &usual);
+        let read = |of| super::read(of, &usual);
         assert_eq!(read(&one), SocketOptions::default());
         let given = options([
             ("defer_accept", 7),
@@ -233,9 +214,9 @@ mod tests {
             ("tcp_syncnt", 3),
             ("user_timeout", 30_000),
         ]);
-        assert!(given.give(&one, NONE).is_empty());
+        assert!(give(&given, &one, NONE).is_empty());
         assert_eq!(read(&one), given);
-        assert!(read(&one).give(&two, NONE).is_empty());
+        assert!(give(&read(&one), &two, NONE).is_empty());
         assert_eq!(read(&two), given);
     }
 
@@ -248,9 +229,9 @@ mod tests {
             congestion: Some(usual.clone()),
             ..SocketOptions::default()
         };
-        assert_eq!(chosen.give(&new, NONE).len(), 1);
+        assert_eq!(give(&chosen, &new, NONE).len(), 1);
         let congestion = &[usual.as_str()][..];
-        assert!(chosen.give(&new, Allowed { congestion, ..NONE }).is_empty());
+        assert!(give(&chosen, &new, Allowed { congestion, ..NONE }).is_empty());
     }
 
     #[test]
@@ -263,7 +244,7 @@ mod tests {
         ] {
             let (one, two) = (kind.make().unwrap(), kind.make().unwrap());
             assert_eq!(SocketKind::of(&one), Some(kind));
-            assert!(SocketOptions::read(&one, &Usual::of(&two)).are_ordinary());
+            assert!(read(&one, &Usual::of(&two)).are_ordinary());
         }
     }
 
@@ -278,8 +259,7 @@ mod tests {
             let two = listener.accept().unwrap().0;
             let usual = Usual::of(&SocketKind::of(&one).unwrap().make().unwrap());
             for socket in [one.as_fd(), two.as_fd(), listener.as_fd()] {
-                let read = SocketOptions::read(&socket, &usual);
-                assert_eq!(read, SocketOptions::default());
+                assert_eq!(read(&socket, &usual), SocketOptions::default());
             }
         }
     }
@@ -288,16 +268,8 @@ mod tests {
     fn what_means_nothing_or_needs_a_capability_is_told() {
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         let given = options([("ip_transparent", 1), ("no\nsuch", 1)]);
-        let lost = given.give(&udp, NONE);
+        let lost = give(&given, &udp, NONE);
         assert_eq!(lost.len(), 2, "{lost:?}");
         assert!(!lost.concat().contains('\n'), "{lost:?}");
-    }
-
-    #[test]
-    fn older_checkpoints_are_read() {
-        let read = serde_json::from_str(r#"{"defer_accept":7,"congestion":"reno"}"#);
-        let read: SocketOptions = read.unwrap();
-        assert_eq!(read.congestion.as_deref(), Some("reno"));
-        assert_eq!(read.plain, options([("defer_accept", 7)]).plain);
     }
 }
