@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -164,4 +164,20 @@ impl Drop for Daemon {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// Runs the daemon's binary on the site until it ends.
+pub fn run(site: &Site, arguments: &[&str]) -> Output {
+    site.command()
+        .stderr(Stdio::piped())
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// What it says when it refuses to run so.
+pub fn refusal(site: &Site, arguments: &[&str]) -> String {
+    let output = run(site, arguments);
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
 }

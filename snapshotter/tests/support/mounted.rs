@@ -1,5 +1,6 @@
 //! Real mounts of what the daemon returns, in a mount namespace of the test's thread.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_client::types::Mount;
@@ -10,6 +11,8 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 use tempfile::TempDir;
+
+use super::client::Client;
 
 /// Gives this thread a mount namespace of its own, so that no mount survives a failing test.
 pub fn enter_private_mounts() {
@@ -87,4 +90,25 @@ fn perform(one: &Mount, target: &Path) {
         }
         other => panic!("unknown mount type {other}"),
     }
+}
+
+/// Runs an operator's test if it can be run.
+pub fn as_root(test: impl AsyncFnOnce()) {
+    if super::is_root() {
+        enter_private_mounts();
+        super::block_on(test());
+    }
+}
+
+/// A layer with one file, on `parent`.
+pub async fn make_layer(client: &Client, name: &str, parent: &str) {
+    let key = format!("{name}-active");
+    {
+        let mounted = Mounted::new(&client.prepare(&key, parent, &[]).await.unwrap());
+        fs::write(mounted.join(name), name).unwrap();
+    }
+    client
+        .commit(name, &key, &[("containerd.io/snapshot/l", "v")])
+        .await
+        .unwrap();
 }
