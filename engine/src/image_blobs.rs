@@ -25,7 +25,7 @@ const LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 ///
 /// # Errors
 /// The answer of containerd. The target may have the layers all the same.
-pub async fn complete(
+pub(crate) async fn complete(
     node: &Containerd,
     source: &mut SourceContainer,
 ) -> Result<Option<Containerd>, ContainerdError> {
@@ -76,7 +76,7 @@ pub(crate) async fn rebuild(
 ///
 /// # Errors
 /// The answer of containerd.
-pub async fn offer_blobs(
+pub(crate) async fn offer_blobs(
     containerd: &Containerd,
     image: &ResolvedImage,
 ) -> Result<Vec<Blob>, ContainerdError> {
@@ -101,7 +101,7 @@ fn offered(descriptor: &Descriptor, info: Info) -> Blob {
 
 /// Labels that keep the parts of an image together. Others make containerd keep a blob for ever, or say where it comes
 /// from; what a layer unpacks to, by which it is found when its image is made again, is known when it has been unpacked.
-pub fn tying_labels<M: FromIterator<(String, String)>>(
+pub(crate) fn tying_labels<M: FromIterator<(String, String)>>(
     labels: impl IntoIterator<Item = (String, String)>,
 ) -> M {
     { labels.into_iter() }

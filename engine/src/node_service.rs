@@ -45,7 +45,7 @@ type Chunks = ReceiverStream<Result<Chunk, Status>>;
 
 /// The node's API.
 #[derive(Debug, Clone)]
-pub struct NodeService {
+pub(crate) struct NodeService {
     node: Containerd,
     interrupt: Interrupt,
     /// Read by each call as long as it lasts.
@@ -54,7 +54,7 @@ pub struct NodeService {
 
 impl NodeService {
     /// Answers for this containerd; `interrupt` ends what is under way.
-    pub fn new(node: Containerd, interrupt: Interrupt) -> Self {
+    pub(crate) fn new(node: Containerd, interrupt: Interrupt) -> Self {
         Self {
             node,
             interrupt,
@@ -63,7 +63,7 @@ impl NodeService {
     }
 
     /// Can be written when no call is under way.
-    pub fn calls(&self) -> Arc<RwLock<()>> {
+    pub(crate) fn calls(&self) -> Arc<RwLock<()>> {
         Arc::clone(&self.calls)
     }
 

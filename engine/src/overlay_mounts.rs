@@ -7,7 +7,7 @@ use transship_layer::{MountFields, OverlayStack, StackError};
 ///
 /// # Errors
 /// They are none of an overlay, or have options that are not understood.
-pub fn overlay_stack(mounts: &[Mount]) -> Result<OverlayStack, StackError> {
+pub(crate) fn overlay_stack(mounts: &[Mount]) -> Result<OverlayStack, StackError> {
     OverlayStack::from_mounts(mounts.iter().map(|mount| MountFields {
         fs_type: &mount.r#type,
         source: &mount.source,

@@ -37,7 +37,7 @@ pub struct Ended {
 }
 
 /// Of each name that none of `running` has the last attempt.
-pub async fn find(
+pub(crate) async fn find(
     node: &Containerd,
     stopped: &[&Record],
     running: &[SourceContainer],
@@ -77,7 +77,7 @@ pub async fn find(
 }
 
 /// What the manifest says of them.
-pub fn not_running(
+pub(crate) fn not_running(
     ended: &[Ended],
     running: &[SourceContainer],
     exported: &SharedDirs,

@@ -65,7 +65,7 @@ pub(crate) fn shown(labels: HashMap<String, String>) -> HashMap<String, String> 
 ///
 /// # Errors
 /// containerd does not answer.
-pub async fn suspend(node: &Containerd, id: &str) -> Result<()> {
+pub(crate) async fn suspend(node: &Containerd, id: &str) -> Result<()> {
     let boot = boot_id()?;
     change(node, id, |labels| hidden(labels, &boot)).await
 }
@@ -113,7 +113,7 @@ fn is_left(labels: &HashMap<String, String>, boot: &str) -> bool {
 ///
 /// # Errors
 /// containerd does not answer. A container that has gone needs no policy.
-pub async fn put_back(node: &Containerd, id: &str) -> Result<()> {
+pub(crate) async fn put_back(node: &Containerd, id: &str) -> Result<()> {
     change(node, id, |labels| renamed(labels, SUSPENDED, STATUS)).await
 }
 

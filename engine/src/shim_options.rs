@@ -6,7 +6,11 @@ use transship_checkpoint::criu_options::{CriuOptions, Tcp};
 use transship_proto::runc_options::CheckpointOptions;
 
 /// Options of a dump into `images`, with CRIU's log in `work`; the container continues.
-pub fn checkpoint_options(criu: &CriuOptions, images: &Path, work: &Path) -> CheckpointOptions {
+pub(crate) fn checkpoint_options(
+    criu: &CriuOptions,
+    images: &Path,
+    work: &Path,
+) -> CheckpointOptions {
     CheckpointOptions {
         exit: false,
         // Connections that are closed at the restore must be dumped all the same.

@@ -40,7 +40,7 @@ mod own_networks;
 pub mod restore_guard;
 pub mod restore_log;
 pub mod runtime;
-pub mod runtime_log;
+mod runtime_log;
 mod start_time;
 
 use std::error::Error;

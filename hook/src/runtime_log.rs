@@ -14,7 +14,7 @@ use std::time::SystemTime;
 ///
 /// # Errors
 /// A system call failed.
-pub fn append_error(log: &Path, json: bool, message: &str) -> io::Result<()> {
+pub(crate) fn append_error(log: &Path, json: bool, message: &str) -> io::Result<()> {
     let mut line = entry(json, message, &now());
     line.push('\n');
     OpenOptions::new()

@@ -32,7 +32,7 @@ mod new_file;
 pub mod oci;
 mod open_package;
 mod registry_error;
-pub mod requirements;
+mod requirements;
 pub mod signature;
 mod socket;
 mod tar_members;

@@ -43,7 +43,7 @@ pub enum Work {
 
 /// The threads for calls.
 #[derive(Debug)]
-pub struct Dispatch {
+pub(crate) struct Dispatch {
     in_flight: InFlight,
     callers: Workers,
     counters: Workers,
@@ -57,7 +57,7 @@ impl Dispatch {
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(concurrent_calls: usize) -> Result<Self> {
+    pub(crate) fn start(concurrent_calls: usize) -> Result<Self> {
         Ok(Self {
             in_flight: InFlight::default(),
             callers: Workers::start("call", concurrent_calls.max(1))?,
@@ -76,7 +76,7 @@ impl Dispatch {
 
     /// The calls that have come in and are not answered yet.
     #[must_use]
-    pub fn in_flight(&self) -> InFlight {
+    pub(crate) fn in_flight(&self) -> InFlight {
         self.in_flight.clone()
     }
 
@@ -86,7 +86,7 @@ impl Dispatch {
     }
 
     /// Does `act`; `None` when it panicked.
-    pub async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         work: Work,
         act: impl FnOnce() -> T + Send + 'static,

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use crate::error::{Result, SnapshotError};
 
 /// User ids of the container on the host, `container:host:size[,..]` (containerd 2.x).
-pub const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+pub(crate) const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 /// Group ids of the container on the host, `container:host:size[,..]` (containerd 2.x).
-pub const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+pub(crate) const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 /// Shown (never stored) with `upperdir_label`: the path of the snapshot's upperdir.
-pub const UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
+pub(crate) const UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
 /// Names the layer that is unpacked into a snapshot (containerd's unpacker).
 const UNPACKED_LAYER: &str = "containerd.io/snapshot.ref";

@@ -19,7 +19,7 @@ use crate::error::{Result, SnapshotError};
 ///
 /// # Errors
 /// I/O errors while probing.
-pub fn overlay_options(configured: &[String], root: &Path) -> Result<Vec<String>> {
+pub(crate) fn overlay_options(configured: &[String], root: &Path) -> Result<Vec<String>> {
     let mut options = configured.to_vec();
     let has = |options: &[String], name: &str| {
         options
@@ -41,7 +41,7 @@ pub fn overlay_options(configured: &[String], root: &Path) -> Result<Vec<String>
 ///
 /// # Errors
 /// Such a file system, I/O errors.
-pub fn require_entry_types(root: &Path) -> Result<()> {
+pub(crate) fn require_entry_types(root: &Path) -> Result<()> {
     let probe = tempfile_dir(root)?;
     let outcome = (|| {
         fs::create_dir(probe.join("d")).during("create directory", &probe)?;

@@ -216,7 +216,7 @@ impl Snapshots {
         match disk::create_work(&dir) {
             Ok(()) => tracing::warn!(key, id, "the workdir was lost: made a new one"),
             // Snapshots must be removable on a full disk.
-            Err(error) => tracing::error!(error = chain(&error), key, id, "no workdir"),
+            Err(error) => tracing::error!(error = one_line(&error), key, id, "no workdir"),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::record::Usage;
 ///
 /// # Errors
 /// The first directory that cannot be read, or `dir` itself missing.
-pub fn count(dir: &Path) -> Result<Usage> {
+pub(crate) fn count(dir: &Path) -> Result<Usage> {
     let usage = transship_layer::upperdir_usage(dir)
         .map_err(|error| (error.path, error.source))
         .or_else(|(path, source)| Err(source).during("count the disk use of", path))?;
@@ -32,7 +32,7 @@ pub fn count(dir: &Path) -> Result<Usage> {
 /// Counts the tree at `dir` if that is quickly done: `None` when it has more than `limit` entries or
 /// cannot be read without further ado.
 #[must_use]
-pub fn count_small(dir: &Path, limit: usize) -> Option<Usage> {
+pub(crate) fn count_small(dir: &Path, limit: usize) -> Option<Usage> {
     let mut usage = Usage::default();
     // Only a file with more links can come along twice; most trees have none, and no set is built.
     let mut linked = HashSet::new();

@@ -18,7 +18,7 @@ use crate::error::Result;
 type Job = Box<dyn FnOnce() + Send>;
 
 /// Some threads that share a queue; they end when this is dropped and the queue is empty.
-pub struct Workers(Arc<Queue>);
+pub(crate) struct Workers(Arc<Queue>);
 
 /// What the threads share. A condition variable wakes one of them per job; a channel's receiver behind
 /// a lock would wake a second one, to hold the lock.
@@ -52,7 +52,7 @@ impl Workers {
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(name: &str, count: usize) -> Result<Self> {
+    pub(crate) fn start(name: &str, count: usize) -> Result<Self> {
         let workers = Self(Arc::default());
         for n in 0..count {
             let queue = Arc::clone(&workers.0);
@@ -65,7 +65,7 @@ impl Workers {
     }
 
     /// Does `act` on the next free thread; `None` when it panicked.
-    pub async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         act: impl FnOnce() -> T + Send + 'static,
     ) -> Option<T> {
