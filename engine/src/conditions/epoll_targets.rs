@@ -11,7 +11,8 @@
 //! the container has open for certain: what has gone from all of them the kernel takes out of the epoll.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt as _;
 
 use nix::libc::{EPOLLIN, EPOLLOUT};
@@ -20,6 +21,8 @@ use procfs::process::FDTarget;
 use super::Hit;
 use super::processes::{Processes, Seen};
 
+/// More that epolls wait for than this is not looked at.
+const TARGETS: usize = 1 << 18;
 /// Bits of the link in `/proc/PID/fd`: what the descriptor was opened for.
 const READABLE: u32 = 0o400;
 const WRITABLE: u32 = 0o200;
@@ -42,64 +45,78 @@ struct Open {
     mode: u32,
 }
 
+/// The sockets and pipes of all processes, by process and inode.
+type AllOpen = BTreeMap<(u32, u64), Vec<Open>>;
+
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
-    let mut epolls: BTreeMap<BTreeSet<Target>, Vec<&Seen>> = BTreeMap::new();
+    let mut epolls: BTreeMap<BTreeSet<Target>, Vec<u32>> = BTreeMap::new();
+    let mut room = TARGETS;
     for (seen, number, target) in processes.descriptors() {
         let FDTarget::AnonInode(kind) = target else {
             continue;
         };
-        let information = || fs::read_to_string(format!("/proc/{}/fdinfo/{number}", seen.pid));
-        // One that was closed meanwhile is none.
-        if kind == "[eventpoll]"
-            && let Ok(information) = information()
-        {
-            let owners = epolls.entry(targets(&information)).or_default();
-            owners.push(seen);
+        if kind != "[eventpoll]" {
+            continue;
         }
+        // One that was closed meanwhile is none.
+        let Ok(information) = File::open(format!("/proc/{}/fdinfo/{number}", seen.pid)) else {
+            continue;
+        };
+        let targets = targets(BufReader::new(information), room);
+        room = room.saturating_sub(1 + targets.len());
+        if room == 0 {
+            return vec![("unseen", "what epolls wait for".to_owned())];
+        }
+        epolls.entry(targets).or_default().push(seen.pid);
     }
     if epolls.is_empty() {
         return Vec::new();
     }
-    let open: BTreeMap<u32, Vec<Open>> = { processes.tree.iter() }
-        .map(|seen| (seen.pid, opened(seen)))
-        .collect();
-    let mut hits = Vec::new();
-    for (targets, owners) in epolls {
-        let owners = first_of(&owners, processes);
-        let has = |target: &Target| {
-            let mut of_owners = owners
-                .iter()
-                .filter_map(|seen| open.get(&seen.pid))
-                .flatten();
-            of_owners.any(|open| open.may_be(target))
-        };
-        let is_elsewhere = |target: &Target| {
-            let mut of_all = open.values().flatten();
-            of_all.any(|open| open.may_be(target))
-        };
-        if targets
-            .iter()
-            .any(|target| !has(target) && is_elsewhere(target))
-        {
-            hits.extend(owners.first().map(|seen| ("epoll-target", seen.called())));
+    let mut open = AllOpen::new();
+    let mut inodes: BTreeMap<u64, Vec<Open>> = BTreeMap::new();
+    for seen in &processes.tree {
+        for it in opened(seen) {
+            open.entry((seen.pid, it.inode)).or_default().push(it);
+            inodes.entry(it.inode).or_default().push(it);
         }
     }
-    hits
-}
-
-/// Those that no other one of them is above.
-fn first_of<'s>(owners: &[&'s Seen], processes: &Processes) -> Vec<&'s Seen> {
-    let pids: BTreeSet<u32> = owners.iter().map(|seen| seen.pid).collect();
     let parents: BTreeMap<u32, u32> = { processes.tree.iter() }
         .map(|seen| (seen.pid, seen.parent()))
         .collect();
-    let is_below = |seen: &&&Seen| {
-        // A chain is no longer than there are processes.
-        let above = std::iter::successors(parents.get(&seen.pid), |pid| parents.get(pid));
-        above.take(parents.len()).any(|pid| pids.contains(pid))
+    let lacks = |targets: &BTreeSet<Target>, owners: &[u32]| {
+        let owners = first_of(owners, &parents);
+        let among = |open: Option<&Vec<Open>>, target: &Target| {
+            open.is_some_and(|open| open.iter().any(|it| it.may_be(target)))
+        };
+        targets.iter().any(|target| {
+            let mut own = owners.iter().map(|pid| open.get(&(*pid, target.inode)));
+            !own.any(|open| among(open, target)) && among(inodes.get(&target.inode), target)
+        })
     };
-    let first = owners.iter().filter(|seen| !is_below(seen));
-    first.copied().collect()
+    let lacking: BTreeSet<u32> = { epolls.iter() }
+        .filter(|(targets, owners)| lacks(targets, owners))
+        .filter_map(|(_, owners)| owners.first().copied())
+        .collect();
+    let told = processes
+        .tree
+        .iter()
+        .filter(|seen| lacking.contains(&seen.pid));
+    told.map(|seen| ("epoll-target", seen.called())).collect()
+}
+
+/// Those that no other one of them is above.
+fn first_of(owners: &[u32], parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
+    let owners: BTreeSet<u32> = owners.iter().copied().collect();
+    let is_below = |pid: &u32| {
+        // A chain is no longer than there are processes.
+        let above = std::iter::successors(parents.get(pid), |pid| parents.get(pid));
+        above.take(parents.len()).any(|pid| owners.contains(pid))
+    };
+    owners
+        .iter()
+        .copied()
+        .filter(|pid| !is_below(pid))
+        .collect()
 }
 
 impl Open {
@@ -115,9 +132,12 @@ impl Open {
     }
 }
 
-fn targets(information: &str) -> BTreeSet<Target> {
-    let lines = information.lines().filter(|line| line.starts_with("tfd:"));
+/// No more than `most`.
+fn targets(information: impl BufRead, most: usize) -> BTreeSet<Target> {
+    let lines = information.lines().map_while(Result::ok);
     lines
+        .filter(|line| line.starts_with("tfd:"))
+        .take(most)
         .filter_map(|line| {
             let mut words = line.split_ascii_whitespace();
             let number = words.nth(1)?.parse().ok()?;
@@ -173,8 +193,12 @@ mod tests {
             inode: 16,
             events: 0x8000_0004,
         };
-        assert_eq!(targets(information), [read, written].into());
-        assert!(targets("pos:\t0\n").is_empty());
+        assert_eq!(targets(information.as_bytes(), 9), [read, written].into());
+        assert_eq!(targets(information.as_bytes(), 1).len(), 1);
+        assert!(targets(&b"pos:\t0\n"[..], 9).is_empty());
+        // A child that was forked has the epoll, too; CRIU asks its parent.
+        let parents = [(1, 0), (2, 1), (3, 2), (4, 0)].into();
+        assert_eq!(first_of(&[3, 1, 4], &parents), [1, 4].into());
         // The other end of the pipe is another file, but where it has the number.
         let end = |number, inode, mode| Open {
             number,

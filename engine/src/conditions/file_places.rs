@@ -13,7 +13,7 @@
 //! which is left to it.
 
 use std::cell::LazyCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -32,32 +32,58 @@ const MQUEUE_MAGIC: FsType = FsType(0x1980_0202);
 /// What a process has beside its descriptors.
 const PLACES: [&str; 3] = ["cwd", "root", "exe"];
 
-/// What is seen from the root of one process, by the numbers of the mounts.
-type Mounts = BTreeMap<i32, MountInfo>;
+/// More mounts of one namespace, and more namespaces, than this are not looked at.
+const MOUNTS: usize = 4096;
+const NAMESPACES: usize = 64;
+
+/// The mounts that are seen from the root of one process, by their numbers.
+#[derive(Debug, Default)]
+struct Mounts {
+    all: BTreeSet<i32>,
+    /// Those that nothing covers.
+    open: BTreeSet<i32>,
+}
+
+/// What a look at the mounts of a process gives.
+enum Look {
+    Mounts(Mounts),
+    /// Its root is no mount.
+    Changed,
+    TooMany,
+    /// It has ended.
+    Gone,
+}
 
 pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     let mut hits: Vec<Hit> = processes.tree.iter().filter_map(too_long).collect();
-    let Some(first) = mounts_of(subject.init) else {
-        // It has ended.
-        return hits;
+    let unseen = || ("unseen", "mounts".to_owned());
+    let first = match look(subject.init) {
+        Look::Mounts(first) => first,
+        Look::Gone => return hits,
+        Look::Changed => {
+            hits.push(("chroot", String::new()));
+            return hits;
+        }
+        Look::TooMany => {
+            hits.push(unseen());
+            return hits;
+        }
     };
-    let is_root = |mount: &MountInfo| mount.mount_point == Path::new("/");
-    if !first.values().any(is_root) {
-        hits.push(("chroot", String::new()));
-        return hits;
-    }
     let others = LazyCell::new(|| of_other_namespaces(subject.init, processes));
     for seen in &processes.tree {
         hits.extend(files(seen).filter_map(|(link, shown)| {
             let number = mount_of(&link)?;
-            if is_seen(number, &first) {
+            if first.open.contains(&number) {
                 return None;
             }
-            let mut tables = [&first].into_iter().chain(others.iter());
-            if tables.clone().any(|table| is_seen(number, table)) {
+            let Some(others) = &*others else {
+                return Some(unseen());
+            };
+            let mut tables = [&first].into_iter().chain(others);
+            if tables.clone().any(|table| table.open.contains(&number)) {
                 return None;
             }
-            let name = match tables.any(|table| table.contains_key(&number)) {
+            let name = match tables.any(|table| table.all.contains(&number)) {
                 true => "overmounted",
                 false if is_queue(&link) => return None,
                 false => "hidden-mount",
@@ -106,57 +132,76 @@ fn is_queue(link: &str) -> bool {
     statfs(link).is_ok_and(|it| it.filesystem_type() == MQUEUE_MAGIC)
 }
 
-/// None of a process that has ended; no mounts are those of one below whose root there is none.
-fn mounts_of(pid: u32) -> Option<Mounts> {
-    let mounts = process_files::mountinfo(pid).ok()?.into_iter();
-    Some(mounts.map(|mount| (mount.mnt_id, mount)).collect())
+fn look(pid: u32) -> Look {
+    let Ok(mounts) = process_files::mountinfo(pid) else {
+        return Look::Gone;
+    };
+    let mounts: Vec<MountInfo> = mounts.into_iter().take(MOUNTS + 1).collect();
+    let is_root = |mount: &MountInfo| mount.mount_point == Path::new("/");
+    match mounts.len() > MOUNTS {
+        true => Look::TooMany,
+        false if !mounts.iter().any(is_root) => Look::Changed,
+        false => Look::Mounts(Mounts::of(&mounts)),
+    }
 }
 
-/// The mounts of processes that have left the mount namespace of the first one.
-fn of_other_namespaces(init: u32, processes: &Processes) -> Vec<Mounts> {
+/// The mounts of processes that have left the mount namespace of the first one; none where there are too many.
+fn of_other_namespaces(init: u32, processes: &Processes) -> Option<Vec<Mounts>> {
     let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    let first = namespace(init);
-    let others = processes.tree.iter().map(|seen| seen.pid);
-    others
-        .filter(|pid| namespace(*pid) != first)
-        .filter_map(mounts_of)
-        .collect()
-}
-
-fn is_seen(number: i32, mounts: &Mounts) -> bool {
-    let mount = mounts.get(&number);
-    mount.is_some_and(|mount| !is_covered(mount, mounts))
-}
-
-/// As CRIU has it (`mnt_is_overmounted`): by one that is mounted on it, or by a sibling at or above the place of it or of
-/// one that it is mounted in.
-fn is_covered(mount: &MountInfo, mounts: &Mounts) -> bool {
-    let mut children = mounts.values().filter(|it| it.pid == mount.mnt_id);
-    if children.any(|child| child.mount_point == mount.mount_point) {
-        return true;
-    }
-    let mut at = mount;
-    // A chain is no longer than there are mounts.
-    for _ in 0..mounts.len() {
-        let Some(parent) = mounts.get(&at.pid).filter(|it| it.mnt_id != at.mnt_id) else {
-            return false;
-        };
-        let mut siblings = { mounts.values() }
-            .filter(|it| it.pid == parent.mnt_id && it.mnt_id != at.mnt_id && it.mnt_id != it.pid);
-        if siblings.any(|sibling| at.mount_point.starts_with(&sibling.mount_point)) {
-            return true;
+    let mut known = BTreeSet::from([namespace(init)]);
+    let mut others = Vec::new();
+    for seen in &processes.tree {
+        let own = namespace(seen.pid);
+        if known.contains(&own) {
+            continue;
         }
-        at = parent;
+        match look(seen.pid) {
+            Look::Mounts(mounts) if others.len() < NAMESPACES => others.push(mounts),
+            Look::Mounts(_) | Look::TooMany => return None,
+            // Another one may see them.
+            Look::Changed | Look::Gone => continue,
+        }
+        known.insert(own);
     }
-    false
+    Some(others)
+}
+
+impl Mounts {
+    /// What is covered is known as CRIU has it (`mnt_is_overmounted`): by one that is mounted on it, or by a sibling at or
+    /// above its place or that of one that it is mounted in.
+    fn of(mounts: &[MountInfo]) -> Self {
+        let all: BTreeSet<i32> = mounts.iter().map(|mount| mount.mnt_id).collect();
+        let mut children: BTreeMap<i32, Vec<&MountInfo>> = BTreeMap::new();
+        let (mut reached, mut open) = (Vec::new(), BTreeSet::new());
+        for mount in mounts {
+            match all.contains(&mount.pid) && mount.pid != mount.mnt_id {
+                true => children.entry(mount.pid).or_default().push(mount),
+                false => reached.push((mount, false)),
+            }
+        }
+        while let Some((mount, is_hidden)) = reached.pop() {
+            let on_it = children
+                .get(&mount.mnt_id)
+                .map(Vec::as_slice)
+                .unwrap_or_default();
+            let is_covered = on_it.iter().any(|it| it.mount_point == mount.mount_point);
+            if !is_hidden && !is_covered {
+                open.insert(mount.mnt_id);
+            }
+            for child in on_it {
+                let mut siblings = on_it.iter().filter(|it| it.mnt_id != child.mnt_id);
+                let is_below = siblings.any(|it| child.mount_point.starts_with(&it.mount_point));
+                reached.push((child, is_hidden || is_below));
+            }
+        }
+        Self { all, open }
+    }
 }
 
 /// Whether a link of the process is longer than the kernel shows.
 fn too_long(seen: &Seen) -> Option<Hit> {
-    let known = |name: &str| {
-        let number = name.parse::<i32>().ok();
-        number.is_some_and(|number| seen.descriptors.iter().any(|(it, _)| *it == number))
-    };
+    let read: BTreeSet<i32> = seen.descriptors.iter().map(|(number, _)| *number).collect();
+    let known = |name: &str| name.parse().is_ok_and(|number| read.contains(&number));
     let descriptors = fs::read_dir(format!("/proc/{}/fd", seen.pid));
     // Those that were read have a name.
     let unread = { descriptors.into_iter().flatten().flatten() }
@@ -188,17 +233,14 @@ mod tests {
 33 25 0:43 / /own rw - tmpfs tmpfs rw
 34 33 0:44 / /own rw - tmpfs tmpfs rw
 35 25 0:45 / /database rw - tmpfs tmpfs rw";
-        let mounts: Mounts = { lines.lines() }
+        let mounts: Vec<MountInfo> = { lines.lines() }
             .map(|line| MountInfo::from_line(line).unwrap())
-            .map(|mount| (mount.mnt_id, mount))
             .collect();
-        let covered: Vec<i32> = { mounts.values() }
-            .filter(|mount| is_covered(mount, &mounts))
-            .map(|mount| mount.mnt_id)
-            .collect();
+        let mounts = Mounts::of(&mounts);
         // Of two at one place the kernel does not say which is above: CRIU takes neither.
+        let covered: Vec<i32> = mounts.all.difference(&mounts.open).copied().collect();
         assert_eq!(covered, [30, 31, 32, 33]);
-        assert!(is_seen(35, &mounts) && !is_seen(36, &mounts));
+        assert!(mounts.open.contains(&35) && !mounts.all.contains(&36));
     }
 
     #[test]
