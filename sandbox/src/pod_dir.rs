@@ -21,6 +21,10 @@ use crate::staged::{Request, STATE_FILE, Staged, State};
 /// What has become of the migration that brings the containers of this sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
+    /// Images of its containers are missing, which whoever starts them pulls one after the other.
+    LacksImages,
+    /// It is on its way.
+    Coming,
     /// All of it is in the store, and what it has is staged.
     Arrived,
     /// It does not come.
@@ -179,13 +183,15 @@ impl PodDir {
     pub fn set_arrival(&self, arrival: Arrival) -> Result<(), SandboxError> {
         self.make()?;
         let word = match arrival {
+            Arrival::LacksImages => "lacks images\n",
+            Arrival::Coming => "coming\n",
             Arrival::Arrived => "arrived\n",
             Arrival::GivenUp => "given up\n",
         };
         replace(&self.dir.join(ARRIVAL_FILE), word.as_bytes())
     }
 
-    /// What has been said of it; none: it has not come yet.
+    /// What has been said of it; none: nothing yet.
     ///
     /// # Errors
     /// A system call failed.
@@ -194,6 +200,8 @@ impl PodDir {
         match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             word => Ok(Some(match word.during("read", &path)?.as_str() {
+                "lacks images\n" => Arrival::LacksImages,
+                "coming\n" => Arrival::Coming,
                 "arrived\n" => Arrival::Arrived,
                 _ => Arrival::GivenUp,
             })),

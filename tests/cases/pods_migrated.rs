@@ -268,8 +268,23 @@ fn into_the_pod_of_a_kubelet(from: &Node, to: &Node, pod: &Pod, link: &str) -> a
     ensure!(refused.to_string().contains("was given up"), "{refused}");
     cri.remove_pod(&waiting)?;
 
-    // What has been started is held until all are.
+    // Nobody who starts a container waits for an image that is pulled after that.
+    let images = "ctr -n k8s.io images";
+    to.shell(&format!(
+        "{images} export /run/mates.tar $({images} ls -q | grep mate | grep -v @)
+         digest=$({images} ls | awk '/mate/ {{ print $3; exit }}')
+         {images} ls | awk -v digest=$digest '$3 == digest {{ print $1 }}' | xargs {images} rm --sync"
+    ))
+    .run()?;
     let again = begin_waiting(&cri, from, link, "mates-again", "")?;
+    says_of_arrival(to, &again, "lacks images")?;
+    to.shell(&format!(
+        "{images} import --snapshotter transship /run/mates.tar"
+    ))
+    .run()?;
+    says_of_arrival(to, &again, "coming")?;
+
+    // What has been started is held until all are.
     let first = run_mates_of(to, &cri, &again, &ROLES[..1])?;
     let before = steps(to, &again, ROLES[0])?.len();
     ensure!(cri.runs(&first[0])?, "to kubelet it runs");
@@ -284,6 +299,14 @@ fn into_the_pod_of_a_kubelet(from: &Node, to: &Node, pod: &Pod, link: &str) -> a
     journey::check_no_pod_left(from)?;
     cri.remove_pod(&again)?;
     Ok(to.stop_daemon("kubelet", "KILL")?)
+}
+
+/// Waits until the starts of a pod's containers are told so.
+fn says_of_arrival(node: &Node, pod: &Pod, word: &str) -> anyhow::Result<()> {
+    let said = format!("grep -qx '{word}' /run/transship/pods/{}/arrival", pod.id);
+    Ok(poll_until(word, PATIENCE, || {
+        { node.shell(&said).run() }.map_err(|error| error.to_string())
+    })?)
 }
 
 /// Begins a migration that waits for a pod, and makes the sandbox of that.

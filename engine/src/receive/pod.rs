@@ -306,7 +306,8 @@ pub(super) async fn take(
                 let deadline = Instant::now() + POD_PATIENCE;
                 let until = (deadline, interrupt);
                 let made = wait_for_sandbox(node, conversation, what, &mut locked, until).await?;
-                wait_for_images(node, conversation, offer, until).await?;
+                let images = wait_for_images(node, conversation, (offer, &made), until);
+                images.await?;
                 made
             }
         };
@@ -432,31 +433,48 @@ async fn wait_for_sandbox(
 }
 
 /// Waits until somebody else has pulled what the pod's containers are made of: the source runs on meanwhile, and would
-/// stand still if that were done when they are started.
+/// stand still if that were done when they are started. Until then no start waits long, because a kubelet pulls one
+/// image after the other, each when it has tried to start the container before.
 async fn wait_for_images(
     node: &Containerd,
     conversation: &mut Conversation,
-    offer: &Offer,
+    (offer, made): (&Offer, &Made),
     (deadline, interrupt): (Instant, &Interrupt),
 ) -> Result<()> {
     let mut cri = CriPods::of(node);
     let mut asked = Instant::now();
-    for offered in &offer.containers {
-        while !has_image_of(node, &mut cri, offered).await? {
-            interrupt.check()?;
-            if Instant::now() > deadline {
-                return Err(Error::failed(format!(
-                    "nobody has pulled the image {:?} of the pod's container {:?} within {} s",
-                    offered.container.image.name,
-                    offered.container.name,
-                    POD_PATIENCE.as_secs()
-                )));
+    let pod = pod_dir(&made.sandbox)?;
+    let mut missing: Vec<&OfferedContainer> = offer.containers.iter().collect();
+    let mut has_told = false;
+    loop {
+        let mut still = Vec::new();
+        for offered in missing {
+            if !has_image_of(node, &mut cri, offered).await? {
+                still.push(offered);
             }
-            ask_whether_to_wait(conversation, &mut asked).await?;
-            sleep(IMAGE_PAUSE).await;
         }
+        missing = still;
+        match (missing.is_empty(), has_told) {
+            (true, false) => return Ok(()),
+            (true, true) => return Ok(pod.set_arrival(InSandbox::Coming)?),
+            (false, true) => {}
+            (false, false) => pod.set_arrival(InSandbox::LacksImages)?,
+        }
+        has_told = true;
+        interrupt.check()?;
+        if Instant::now() > deadline {
+            let names = missing.iter().map(|it| &it.container);
+            let names =
+                names.map(|it| format!("{:?} of its container {:?}", it.image.name, it.name));
+            return Err(Error::failed(format!(
+                "nobody has pulled images of the pod within {} s: {}",
+                POD_PATIENCE.as_secs(),
+                names.collect::<Vec<_>>().join(", ")
+            )));
+        }
+        ask_whether_to_wait(conversation, &mut asked).await?;
+        sleep(IMAGE_PAUSE).await;
     }
-    Ok(())
 }
 
 /// Whether the CRI has the image by its name, or another one with its layers.

@@ -29,6 +29,9 @@ use crate::start_time::start_time;
 /// How long a container waits for its migration: less than kubelet waits for it (two minutes). The next attempt waits
 /// again.
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(90);
+/// How long it waits where images are missing: they may just have been pulled, or be those of containers that whoever makes
+/// them comes to next.
+const IMAGES_PATIENCE: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a container begins with.
@@ -214,21 +217,27 @@ impl Front<'_> {
 }
 
 /// Waits until all that comes with the migration of the pod is staged: whoever makes the containers does not know when
-/// the source stands still.
+/// the source stands still. Where images are missing it is not waited for long: a kubelet pulls that of a container when it has
+/// tried to start the one before.
 fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
-    let deadline = Instant::now() + ARRIVAL_PATIENCE;
+    let began = Instant::now();
     loop {
-        match pod.arrival()? {
+        let arrival = pod.arrival()?;
+        let patience = match arrival {
+            Some(Arrival::LacksImages) => IMAGES_PATIENCE,
+            _ => ARRIVAL_PATIENCE,
+        };
+        match arrival {
             Some(Arrival::Arrived) => return Ok(()),
             Some(Arrival::GivenUp) => {
                 return Err(FrontError::from(FitError::MigrationGivenUp {
                     id: id.to_owned(),
                 }));
             }
-            None if Instant::now() > deadline => {
+            _ if began.elapsed() > patience => {
                 return Err(FrontError::from(FitError::NotArrived { id: id.to_owned() }));
             }
-            None => thread::sleep(LOOK_AGAIN),
+            Some(Arrival::LacksImages | Arrival::Coming) | None => thread::sleep(LOOK_AGAIN),
         }
     }
 }
@@ -283,4 +292,29 @@ fn check_not_held(staged: &Staged, other: &Bundle) -> Result<(), FrontError> {
         return Err(SandboxError::Busy { path }.into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_long_while_images_are_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = PodDir::at(dir.path(), "sandbox").unwrap();
+        let began = Instant::now();
+        pod.set_arrival(Arrival::LacksImages).unwrap();
+        let waited = wait_for_migration(&pod, "web");
+        assert!(waited.unwrap_err().to_string().contains("waits"));
+        assert!(began.elapsed() < ARRIVAL_PATIENCE / 2);
+        pod.set_arrival(Arrival::Coming).unwrap();
+        let waiting = {
+            let pod = pod.clone();
+            thread::spawn(move || wait_for_migration(&pod, "web").is_ok())
+        };
+        thread::sleep(5 * LOOK_AGAIN);
+        assert!(!waiting.is_finished());
+        pod.set_arrival(Arrival::Arrived).unwrap();
+        assert!(waiting.join().unwrap());
+    }
 }
