@@ -40,6 +40,8 @@ const MARGIN: u64 = 3;
 const WINDOW: (u64, Duration) = (8 << 20, Duration::from_millis(200));
 /// Bytes that go as they are before it is tried again whether they get smaller.
 const PAUSE: u64 = 32 << 20;
+/// The same where they do, and the processor has not been quick enough: it may have had something else to do.
+const SOON: u64 = 2 << 20;
 /// So many pieces that do not get smaller end it.
 const VAIN: u32 = 4;
 
@@ -226,12 +228,19 @@ impl Pace {
     /// So many threads would have taken `took` for a piece of so many bytes each, which has got smaller, or not.
     fn tried(&mut self, bytes: u64, took: Duration, is_smaller: bool, threads: u64) {
         let now = per_second(bytes, took).saturating_mul(threads);
-        let processor = self.processor.map_or(now, |before| (before * 3 + now) / 4);
-        self.processor = Some(processor);
+        // It is as quick as the best of the last ones: those that were not had to wait.
+        let before = self.processor.map_or(0, |before| before / 8 * 7);
+        self.processor = Some(now.max(before));
+        if is_smaller {
+            self.pause = self.pause.min(SOON);
+        }
         self.vain = match is_smaller {
             true => 0,
             false => self.vain + 1,
         };
+        if self.vain == VAIN {
+            self.pause = PAUSE;
+        }
         self.gets_smaller = match self.compresses {
             true => self.vain < VAIN,
             false => is_smaller,
@@ -480,7 +489,7 @@ mod tests {
         assert!(pace.wants(1), "a trial");
         pace.tried(200 * MB, SECOND, true, 1);
         assert!(!pace.compresses, "the processor is not quicker by far");
-        assert!(!pace.wants(PAUSE) && pace.wants(1), "after a while again");
+        assert!(!pace.wants(SOON) && pace.wants(1), "soon again");
         // As soon as the link is known to be slower.
         pace.add(60 * MB, SECOND);
         assert!(pace.compresses && pace.wants(1) && pace.wants(1));
