@@ -55,26 +55,13 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
     has_its_text(&a)?;
     let all = 2 * TEXT;
 
-    // While this machine has other work to do every link may be slow.
-    let mut quick = false;
-    for turn in 0..6 {
-        let (from, command, to) = match turn % 2 {
-            0 if quick => break,
-            0 => (&a, &to_b, &b),
-            _ => (&b, &to_a, &a),
-        };
-        let quickly = migrate_text(from, command, &[])?;
+    // Whether this link is quick depends on what else this machine does: what that decides is a test of the crate.
+    for (from, command, to) in [(&a, &to_b, &b), (&b, &to_a, &a)] {
+        let told = migrate_text(from, command, &[])?;
         has_its_text(to)?;
-        let is_plain = quickly["compressed"]["bytes"] == 0;
-        ensure!(
-            !is_plain || quickly["bytes"].as_u64() >= Some(all),
-            "{quickly}"
-        );
-        quick |= is_plain;
+        let is_plain = told["compressed"]["bytes"] == 0;
+        ensure!(!is_plain || told["bytes"].as_u64() >= Some(all), "{told}");
     }
-    let load = std::fs::read_to_string("/proc/loadavg")?;
-    let is_busy = load.split('.').next().unwrap_or_default().parse::<u32>()? > 3;
-    ensure!(quick || is_busy, "something was compressed each time");
 
     for (from, to, command, more) in [
         (&a, &b, &to_b, &[][..]),
