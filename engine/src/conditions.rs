@@ -67,7 +67,7 @@ pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
 /// The most things of one kind that are named.
 const NAMED: usize = 4;
 /// Conditions that come and go: connections, and what a look into `/proc` opens for a moment.
-const PASSING: [&str; 9] = [
+const PASSING: [&str; 10] = [
     EXEC,
     "file-locks",
     "tcp",
@@ -77,6 +77,8 @@ const PASSING: [&str; 9] = [
     "privileged-file",
     "udp-cork",
     "netlink-data",
+    // A descriptor that goes from one process to another is in neither while they are looked at one after the other.
+    "epoll-target",
 ];
 /// What runs beside the container's own processes: a probe of kubelet, or somebody's shell.
 const EXEC: &str = "exec";
@@ -242,6 +244,7 @@ fn passing_of(subject: &Subject) -> Vec<Found> {
     hits.extend(descriptors::hits(&processes));
     hits.extend(descriptors::locks(subject, &processes));
     hits.extend(privileges::exec(&processes));
+    hits.extend(epoll_targets::hits(&processes));
     hits.extend(socket_modes::corked(&processes));
     hits.extend(netlink_sockets::hits(subject.init, &owned));
     hits.extend(unix_backlog::hits(

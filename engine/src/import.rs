@@ -73,7 +73,8 @@ pub async fn import(
     }
     match read(input, store, options, &mut *progress.counter())? {
         Imported::Checkpoint(checkpoint) => {
-            Origins::of_node().compared(&checkpoint, &options.trusted)?;
+            let recorded = Origins::of_node().compared(&checkpoint, &options.trusted);
+            Origins::or_remove(store, &checkpoint.manifest.name, recorded)?;
             share(store, &checkpoint);
             Ok(ReadPackage {
                 checkpoint,
@@ -146,7 +147,8 @@ pub(crate) fn take_offered(
 ) -> Result<Checkpoint> {
     if !offered.is_encrypted() || lies == Lies::InClear {
         let checkpoint = offered.restore(blobs, store, options, progress)?;
-        Origins::of_node().compared(&checkpoint, &options.trusted)?;
+        let recorded = Origins::of_node().compared(&checkpoint, &options.trusted);
+        Origins::or_remove(store, &checkpoint.manifest.name, recorded)?;
         share(store, &checkpoint);
         return Ok(checkpoint);
     }

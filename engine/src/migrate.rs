@@ -191,10 +191,11 @@ pub async fn migrate(
     if was_paused {
         let paused = moving.containers.iter().filter(|it| it.was_paused);
         let message = format!("{called} is paused, and its copy would run");
-        return Err(paused.fold(Error::refused(message), |error, source| {
+        reasons.add(paused.fold(Error::refused(message), |error, source| {
             let resume = format!("ctr -n {} tasks resume {}", node.namespace(), source.id());
             error.hint(resume)
         }));
+        return reasons.or(None);
     }
     let mut made = Vec::new();
     // What is not going to move needs no image.
@@ -227,7 +228,13 @@ pub async fn migrate(
         copy_runs: false,
     };
     let moving = Arc::new(moving);
-    let mut remote = Remote::start(node.namespace(), request)?;
+    let mut remote = match Remote::start(node.namespace(), request) {
+        Err(error) if !reasons.is_empty() => {
+            reasons.add(error);
+            return reasons.or(None);
+        }
+        started => started?,
+    };
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
         node,

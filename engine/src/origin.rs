@@ -11,7 +11,7 @@ use std::path::Path;
 
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::Manifest;
-use transship_checkpoint::store::Checkpoint;
+use transship_checkpoint::store::{Checkpoint, Store};
 use transship_digest::sha256_hex;
 use transship_package::signature::{SIGNATURE_FILE, SIGNATURE_LIMIT, TrustedKeys};
 use transship_sandbox::SandboxError;
@@ -89,6 +89,11 @@ impl Origins<'_> {
             return Ok(());
         }
         let (json, digest) = manifest_of(&checkpoint.dir)?;
+        // Who can write there may have put another one there since it was opened.
+        if Manifest::parse(&json)? != checkpoint.manifest {
+            let name = &checkpoint.manifest.name;
+            return Err(Error::refused(format!("the manifest of {name:?} changes")));
+        }
         if is_known(self.records, &digest, &keys)? {
             return Ok(());
         }
@@ -109,8 +114,21 @@ impl Origins<'_> {
                 "{name:?} may not be restored: this node has not taken it, and takes what others have with a signature alone \
                  (signed-by under [checkpoints] in {NODE_CONFIG})"
             );
-            Error::refused(message).because(error)
+            let sign = format!("transship export {name} FILE --sign KEY, and import FILE, if you trust it");
+            Error::refused(message).because(error).hint(sign)
         })
+    }
+
+    /// Removes a new checkpoint of which it could not be recorded whose it is: nothing is left of what has failed.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn or_remove(store: &Store, name: &str, recorded: Result<()>) -> Result<()> {
+        if recorded.is_err() {
+            // Why it is to go says more than why it does not.
+            drop(store.remove(name));
+        }
+        recorded
     }
 
     fn keys(&self) -> Result<Vec<String>> {

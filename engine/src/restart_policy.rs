@@ -91,15 +91,23 @@ pub(crate) async fn put_back_left(
     has_record: impl Fn(&str, &str) -> bool,
 ) -> Result<()> {
     let boot = boot_id()?;
+    let mut outcome = Ok(());
     for namespace in node.namespaces().await? {
         let node = node.in_namespace(&namespace)?;
         for record in node.all_containers().await? {
-            if is_left(&record.labels, &boot) && !has_record(&namespace, &record.id) {
-                put_back(&node, &record.id).await?;
+            if !is_left(&record.labels, &boot) || has_record(&namespace, &record.id) {
+                continue;
             }
+            // As it is by then: a migration that has begun hides it anew.
+            let shown = |labels| match is_left(&labels, &boot) {
+                true => renamed(labels, SUSPENDED, STATUS),
+                false => None,
+            };
+            // What cannot be shown keeps no other one hidden.
+            outcome = outcome.and(change(&node, &record.id, shown).await);
         }
     }
-    Ok(())
+    outcome
 }
 
 /// Whether it was hidden, in an earlier boot, by who cannot be there any more.

@@ -21,7 +21,7 @@ use transship_sandbox::consumed::{DEFAULT_CONSUMED_DIR, is_spent};
 use transship_sandbox::opened::staged;
 use transship_sandbox::origins::{DEFAULT_ORIGINS_DIR, forget_gone};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, one_line};
 
 /// What stays.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -193,7 +193,7 @@ pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>
             removed => removed?,
         }
     }
-    forget_gone(&records.origins)?;
+    forget_origins(&records.origins);
     Ok(due)
 }
 
@@ -211,8 +211,16 @@ pub fn remove(store: &Store, name: &str) -> Result<()> {
         Err(error @ StoreError::InUse { .. }) => Err(Error::refused(error.to_string())),
         removed => {
             removed?;
-            Ok(forget_gone(Path::new(DEFAULT_ORIGINS_DIR))?)
+            forget_origins(Path::new(DEFAULT_ORIGINS_DIR));
+            Ok(())
         }
+    }
+}
+
+/// What they are of has gone, whatever becomes of them.
+fn forget_origins(origins: &Path) {
+    if let Err(error) = forget_gone(origins) {
+        tracing::warn!(error = %one_line(&error), "records of what has been removed stay");
     }
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::AsFd as _;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::Signal;
 pub(crate) use transship_sandbox::children;
-use transship_sandbox::{ProcessHandle, open_children, open_tree};
+use transship_sandbox::{ProcessHandle, open_children, tree_with_parents};
 
 use crate::freezer::thaw_killed;
 
@@ -71,15 +71,20 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
 pub(crate) fn stop_tree(root: i32) -> io::Result<()> {
     let mut stopped = BTreeSet::new();
     for _ in 0..LOOKS {
-        let tasks = open_tree(root)?;
-        if tasks.is_empty() {
-            return Err(io::Error::from(io::ErrorKind::NotFound));
-        }
         let mut is_any_new = false;
-        for task in tasks {
-            if stopped.insert(task.pid()) {
-                is_any_new = true;
-                task.signal(Signal::STOP)?;
+        for (pid, parent) in tree_with_parents(root)? {
+            if stopped.contains(&pid) {
+                continue;
+            }
+            match ProcessHandle::open_below(pid, parent)? {
+                Some(task) => {
+                    stopped.insert(pid);
+                    is_any_new = true;
+                    task.signal(Signal::STOP)?;
+                }
+                None if parent.is_none() => return Err(io::Error::from(io::ErrorKind::NotFound)),
+                // It has ended, or is found below another one next time.
+                None => {}
             }
         }
         if !is_any_new {

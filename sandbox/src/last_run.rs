@@ -93,11 +93,6 @@ fn forgotten(dir: &Path) -> Result<u64, SandboxError> {
 
 /// Forgets the records that are too old, and the oldest beyond `most`.
 fn forget_old(dir: &Path, now: u64, most: usize) -> Result<(), SandboxError> {
-    let file = File::open(dir).during("open", dir)?;
-    // Somebody else forgets them.
-    let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
-        return Ok(());
-    };
     let mut records = Vec::new();
     for entry in fs::read_dir(dir).during("list", dir)? {
         let entry = entry.during("list", dir)?;
@@ -105,7 +100,8 @@ fn forget_old(dir: &Path, now: u64, most: usize) -> Result<(), SandboxError> {
             continue;
         }
         // Written when it began, so not all of them are read; one that is gone was of a writer.
-        let Ok(written) = entry.metadata().and_then(|meta| meta.modified()) else {
+        let meta = entry.metadata().ok().filter(fs::Metadata::is_file);
+        let Some(written) = meta.and_then(|meta| meta.modified().ok()) else {
             continue;
         };
         let written = written.duration_since(UNIX_EPOCH);
@@ -117,21 +113,26 @@ fn forget_old(dir: &Path, now: u64, most: usize) -> Result<(), SandboxError> {
     let old = records.iter().enumerate();
     let old: Vec<_> = old
         .filter(|(place, (at, _))| *place < beyond || is_old(*at))
-        .map(|(_, (_, path))| path)
+        .map(|(_, record)| record)
         .collect();
     if old.is_empty() {
         return Ok(());
     }
     let before = forgotten(dir)?;
     let mut newest = before;
-    for path in &old {
-        newest = newest.max(LastRun::read(path)?.map_or(0, |last| last.began));
+    for (written, path) in &old {
+        // Of one that is damaged: when it was written.
+        let began = match LastRun::read(path) {
+            Ok(last) => last.map_or(0, |last| last.began),
+            Err(_) => *written,
+        };
+        newest = newest.max(began);
     }
     if newest > before {
         // Before the first of them goes.
         replace_durably(&dir.join(FORGOTTEN), format!("{newest}\n").as_bytes())?;
     }
-    old.into_iter().try_for_each(|path| remove_file(path))
+    old.into_iter().try_for_each(|(_, path)| remove_file(path))
 }
 
 impl PodRun<'_> {
@@ -164,6 +165,10 @@ impl PodRun<'_> {
             return Ok(());
         }
         make_dir(dir)?;
+        let file = File::open(dir).during("open", dir)?;
+        // One at a time: a record that is written anew is not forgotten.
+        let lock = Flock::lock(file, FlockArg::LockExclusive);
+        let _lock = lock.map_err(|(_, errno)| errno).during("lock", dir)?;
         forget_old(dir, now, MOST)?;
         let (uid, began) = (self.uid.replace(['\t', '\n'], " "), last.began);
         let record = format!("{uid}\t{now}\t{began}\n");

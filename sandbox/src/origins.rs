@@ -95,6 +95,10 @@ pub fn forget_gone(origins: &Path) -> Result<(), SandboxError> {
     };
     for entry in entries {
         let path = entry.during("list", origins)?.path();
+        // One that is being written.
+        if path.extension().is_some() {
+            continue;
+        }
         let dir = read(&path)?.map(|(_, dir)| dir);
         let is_there = |dir: &PathBuf| {
             let mut files = [MANIFEST_FILE, SEALED_FILE].into_iter();

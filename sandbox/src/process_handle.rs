@@ -51,11 +51,19 @@ impl ProcessHandle {
         }
     }
 
-    /// A child of `parent`.
-    fn open_child(pid: i32, parent: i32) -> Option<Self> {
-        let process = Self::open(pid).ok()?;
+    /// The one that has this number, as long as it is a child of `parent` (none: whoever it is of); none where it is not,
+    /// or gone.
+    ///
+    /// # Errors
+    /// The kernel does not let us, or too many descriptors are open.
+    pub fn open_below(pid: i32, parent: Option<i32>) -> io::Result<Option<Self>> {
+        let process = match Self::open(pid) {
+            Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => return Ok(None),
+            process => process?,
+        };
         // A child whose parent has just ended is a child of its reaper: it is found there next time.
-        (parent_of(pid)? == parent).then_some(process)
+        let is_same = parent.is_none_or(|parent| parent_of(pid) == Some(parent));
+        Ok(is_same.then_some(process))
     }
 }
 
@@ -98,24 +106,23 @@ pub fn children(pid: i32) -> io::Result<Vec<i32>> {
 /// `/proc` cannot be read.
 pub fn open_children(parent: i32) -> io::Result<Vec<ProcessHandle>> {
     let children = children(parent)?.into_iter();
-    Ok(children
-        .filter_map(|pid| ProcessHandle::open_child(pid, parent))
-        .collect())
+    children
+        .filter_map(|pid| ProcessHandle::open_below(pid, Some(parent)).transpose())
+        .collect()
 }
 
-/// A process and all below it, parents first; nothing when it is gone.
+/// The numbers of a process and all below it, each with its parent's, parents first: for [`ProcessHandle::open_below`], one
+/// after the other, because there may be more of them than descriptors.
 ///
 /// # Errors
 /// `/proc` cannot be read.
-pub fn open_tree(root: i32) -> io::Result<Vec<ProcessHandle>> {
-    let Ok(first) = ProcessHandle::open(root) else {
-        return Ok(Vec::new());
-    };
-    let mut tasks = vec![first];
+pub fn tree_with_parents(root: i32) -> io::Result<Vec<(i32, Option<i32>)>> {
+    let mut tasks = vec![(root, None)];
     let mut seen = 0;
-    while let Some(parent) = tasks.get(seen).map(ProcessHandle::pid) {
+    while let Some((parent, _)) = tasks.get(seen).copied() {
         seen += 1;
-        tasks.extend(open_children(parent)?);
+        let below = children(parent)?.into_iter();
+        tasks.extend(below.map(|pid| (pid, Some(parent))));
     }
     Ok(tasks)
 }
@@ -137,8 +144,8 @@ mod tests {
         let pid = child.id().cast_signed();
         let own = std::process::id().cast_signed();
         assert_eq!(parent_of(pid), Some(own));
-        assert!(ProcessHandle::open_child(pid, 1).is_none());
-        let handle = ProcessHandle::open_child(pid, own).unwrap();
+        assert!(ProcessHandle::open_below(pid, Some(1)).unwrap().is_none());
+        let handle = ProcessHandle::open_below(pid, Some(own)).unwrap().unwrap();
         assert!(handle.signal(Signal::KILL).unwrap());
         child.wait().unwrap();
         // Its number may be another one's from here on.
@@ -155,19 +162,25 @@ mod tests {
         let root = shell.id().cast_signed();
         let deadline = Instant::now() + Duration::from_secs(20);
         let tasks = loop {
-            let tasks = open_tree(root).unwrap();
+            let tasks = tree_with_parents(root).unwrap();
             if tasks.len() == 3 {
                 break tasks;
             }
             assert!(Instant::now() < deadline, "three processes");
             std::thread::sleep(Duration::from_millis(5));
         };
-        assert_eq!(tasks[0].pid(), root);
-        assert_eq!(parent_of(tasks[2].pid()), Some(tasks[1].pid()));
-        for task in tasks {
-            task.signal(Signal::KILL).unwrap();
+        assert_eq!(tasks[0], (root, None));
+        assert_eq!(tasks[2].1, Some(tasks[1].0));
+        let open = |pid, parent| ProcessHandle::open_below(pid, parent).unwrap();
+        assert!(open(tasks[2].0, Some(root)).is_none(), "of another parent");
+        let tasks = tasks.into_iter();
+        let handles: Vec<_> = tasks
+            .map(|(pid, parent)| open(pid, parent).unwrap())
+            .collect();
+        for handle in handles {
+            handle.signal(Signal::KILL).unwrap();
         }
         shell.wait().unwrap();
-        assert!(open_tree(root).unwrap().is_empty());
+        assert!(open(root, None).is_none());
     }
 }

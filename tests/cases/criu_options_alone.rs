@@ -351,7 +351,7 @@ fn options_of_dumps_that_others_take(bed: &Testbed) -> anyhow::Result<()> {
     holds(&node, "told", "tcp ok\n")?;
     // What is said on the command line wins over the annotations.
     refused(&node, "told", &["--ghost-limit=1M"], "--ghost-limit SIZE")?;
-    refused(&node, "told", &["--no-file-locks"], "CRIU cannot dump")?;
+    refused(&node, "told", &["--no-file-locks"], "it holds file locks (")?;
     journey::remove_container(&node, "told")?;
     node.ctr(&["containers", "restore", "--live", "--rw", "told", image])?;
     let state = holds(&node, "told", "ghost ok\n")?;

@@ -29,9 +29,9 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 
 /// Bytes of text, which a container has once in a file and once in its memory.
 const TEXT: u64 = 24 << 20;
-/// 12 MB in a second.
+/// 4 MB in a second: zstd is quicker on a machine with much other work, too.
 const SLOW: &str = "for link in /sys/class/net/link*; do
-        tc qdisc add dev ${link##*/} root tbf rate 100mbit burst 64kb latency 200ms
+        tc qdisc add dev ${link##*/} root tbf rate 30mbit burst 64kb latency 200ms
     done";
 
 fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
@@ -76,10 +76,11 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
     ] {
         from.shell(SLOW).run()?;
         let before = sent_by(from)?;
-        let slowly = migrate_text(from, command, more)?;
+        let slowly = migrate_text(from, command, more);
         let went = sent_by(from)? - before;
         from.shell("for link in /sys/class/net/link*; do tc qdisc del dev ${link##*/} root; done")
             .run()?;
+        let slowly = slowly?;
         ensure!(
             slowly["compressed"]["bytes"].as_u64() >= Some(TEXT),
             "{slowly}"

@@ -416,7 +416,7 @@ pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "unseen",
         effect: Effect::Loses,
-        what: "it has more processes, threads or descriptors than are looked at: what CRIU makes of the others is not known",
+        what: "it has more processes, threads, descriptors or mounts than are looked at: what CRIU makes of the others is not known",
         remedy: "let the program end those that it does not need",
         seen: "/proc/PID/task, /proc/PID/fd",
         criu_says: &[],

@@ -75,15 +75,6 @@ impl Link {
         Some(smaller)
     }
 
-    /// Runs a write to the link, and remembers how long it took.
-    pub(super) fn measured<T>(
-        &self,
-        bytes: usize,
-        write: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<T> {
-        self.0.measured(bytes, write)
-    }
-
     #[cfg(test)]
     pub(super) fn of_rate(bytes_per_second: u64) -> Self {
         let compression = Compression::default();

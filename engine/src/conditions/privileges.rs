@@ -43,7 +43,10 @@ pub(super) fn exec(processes: &Processes) -> impl Iterator<Item = Hit> {
 
 /// The same, but for those that may be about to end.
 pub(super) fn lasting_exec(processes: &Processes) -> impl Iterator<Item = Hit> {
-    let given: Duration = MOMENTS.iter().sum();
+    lasting_exec_of(processes, MOMENTS.iter().sum())
+}
+
+fn lasting_exec_of(processes: &Processes, given: Duration) -> impl Iterator<Item = Hit> {
     let alive = exec_of(processes).filter(move |seen| age(seen).is_some_and(|age| age > given));
     alive.map(|seen| ("exec", seen.called()))
 }
@@ -104,14 +107,13 @@ mod tests {
             sleep.arg("1000").spawn().unwrap()
         };
         let (mut first, mut probe) = (sleeps(), sleeps());
-        let look = || Processes::read(first.id(), &[first.id(), probe.id()]);
-        let processes = look();
+        let processes = Processes::read(first.id(), &[first.id(), probe.id()]);
         assert_eq!(exec(&processes).count(), 1);
-        assert_eq!(lasting_exec(&processes).count(), 0);
-        let young = age(&processes.others[0]).unwrap();
-        assert!(young < Duration::from_secs(60), "{young:?}");
-        std::thread::sleep(MOMENTS.iter().sum::<Duration>() + Duration::from_millis(100));
-        assert_eq!(lasting_exec(&look()).count(), 1);
+        // The clock of /proc has ticks of 10 ms.
+        std::thread::sleep(Duration::from_millis(50));
+        let lasting = |given| lasting_exec_of(&processes, given).count();
+        assert_eq!(lasting(Duration::from_secs(24 * 3600)), 0);
+        assert_eq!(lasting(Duration::ZERO), 1);
         for child in [&mut first, &mut probe] {
             child.kill().unwrap();
             child.wait().unwrap();

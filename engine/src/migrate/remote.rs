@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use rustix::process::Signal;
 use transship_checkpoint::criu_options::{CriuOption, Phase};
 use transship_checkpoint::wire::WireError;
-use transship_sandbox::{ProcessHandle, open_tree};
+use transship_sandbox::{ProcessHandle, tree_with_parents};
 
 use super::Request;
 use crate::error::{Context, Error, Kind, Result};
@@ -81,9 +81,12 @@ impl Remote {
 
 /// The children of a process that has not been waited for, theirs, and so on.
 fn processes_below(root: u32) -> Vec<ProcessHandle> {
-    let mut tree = open_tree(root.cast_signed()).unwrap_or_default();
-    drop(tree.drain(..tree.len().min(1)));
-    tree
+    let tree = tree_with_parents(root.cast_signed()).unwrap_or_default();
+    let below = tree.into_iter().filter(|(_, parent)| parent.is_some());
+    // All that can be had, before the first of them ends and its children have another parent.
+    below
+        .filter_map(|(pid, parent)| ProcessHandle::open_below(pid, parent).ok()?)
+        .collect()
 }
 
 /// The arguments of `transship` on the other node: how the container is made there. They are

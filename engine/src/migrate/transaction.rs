@@ -293,11 +293,16 @@ impl Transaction<'_> {
             Err(Some(WireError::Failed { facts, .. })) => facts,
             _ => "",
         };
-        if !there.is_empty() {
-            let there = NodeFacts::parse(there.as_bytes())?;
+        let there = match (there, &answer) {
+            ("", _) => None,
+            (facts, Ok(_)) => Some((here?, NodeFacts::parse(facts.as_bytes())?)),
+            // Of a refusal they are extra: another version writes them in another way.
+            (facts, Err(_)) => here.ok().zip(NodeFacts::parse(facts.as_bytes()).ok()),
+        };
+        if let Some((here, there)) = there {
             let needs: Vec<_> = self.moving.containers.iter().map(|it| &it.needs).collect();
             let (called, may_lack) = (self.moving.called(), &self.request.may_lack);
-            let compared = lacking::check(&called, &needs, (&here?, &there), may_lack);
+            let compared = lacking::check(&called, &needs, (&here, &there), may_lack);
             for note in reasons.keep(compared)?.into_iter().flatten() {
                 tracing::info!("the other node: {}: {}", note.what, note.text());
             }
@@ -307,6 +312,8 @@ impl Transaction<'_> {
                 digests, direct, ..
             }) => Some((digests, direct)),
             Ok(other) => return Err(unexpected(expected, &other).into()),
+            // Somebody has ended it: no reason against it.
+            Err(error) if self.interrupt.check().is_err() => return Err(error),
             Err(error) => {
                 reasons.add(refused_there(error));
                 None

@@ -55,7 +55,7 @@ pub(super) fn adopt(store: &Store, path: &Path, origins: Origins<'_>) -> Result<
     };
     copy.verify()?;
     let adopted = draft.commit(manifest, Durability::Ephemeral)?;
-    origins.made_here_for_now(&adopted)?;
+    Origins::or_remove(store, &name, origins.made_here_for_now(&adopted))?;
     Ok(Adopted { name, copied: true })
 }
 

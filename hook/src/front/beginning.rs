@@ -31,7 +31,7 @@ use crate::start_time::start_time;
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(90);
 /// How long it waits where images are missing: they may just have been pulled, or be those of containers that whoever makes
 /// them comes to next.
-const IMAGES_PATIENCE: Duration = Duration::from_secs(3);
+const IMAGES_PATIENCE: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a container begins with.
@@ -88,8 +88,13 @@ impl Front<'_> {
             self.tell_cold_start(id, Some(named), &reason);
             return Ok(Beginning::Cold);
         }
+        // Who names no checkpoint does not depend on them.
+        let rules = match named {
+            Some(_) => NodeConfig::read(&self.env.node_config)?,
+            None => NodeConfig::default(),
+        };
         let pod_asks = Asker {
-            rules: &NodeConfig::read(&self.env.node_config)?,
+            rules: &rules,
             annotations: &config.annotations,
         };
         if let Some(named) = &named {
@@ -221,11 +226,18 @@ impl Front<'_> {
 /// tried to start the one before.
 fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
     let began = Instant::now();
+    let mut lacking = None;
     loop {
         let arrival = pod.arrival()?;
-        let patience = match arrival {
-            Some(Arrival::LacksImages) => IMAGES_PATIENCE,
-            _ => ARRIVAL_PATIENCE,
+        let is_over = match arrival {
+            Some(Arrival::LacksImages) => {
+                let since: &Instant = lacking.get_or_insert_with(Instant::now);
+                since.elapsed() > IMAGES_PATIENCE
+            }
+            _ => {
+                lacking = None;
+                began.elapsed() > ARRIVAL_PATIENCE
+            }
         };
         match arrival {
             Some(Arrival::Arrived) => return Ok(()),
@@ -234,7 +246,7 @@ fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
                     id: id.to_owned(),
                 }));
             }
-            _ if began.elapsed() > patience => {
+            _ if is_over => {
                 return Err(FrontError::from(FitError::NotArrived { id: id.to_owned() }));
             }
             Some(Arrival::LacksImages | Arrival::Coming) | None => thread::sleep(LOOK_AGAIN),

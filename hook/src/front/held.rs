@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use transship_sandbox::{TaskStat, TaskStatus, open_tree};
+use transship_sandbox::{ProcessHandle, TaskStat, TaskStatus, tree_with_parents};
 
 use crate::descendants::tree;
 use crate::freezer::Freezer;
@@ -80,7 +80,10 @@ pub(super) fn release(root: i32, hold: &Hold, stopped: &[u32]) -> io::Result<()>
     if let Hold::Frozen(dir) = hold {
         return Freezer::at(dir).thaw();
     }
-    for task in open_tree(root)?.into_iter().rev() {
+    for (pid, parent) in tree_with_parents(root)?.into_iter().rev() {
+        let Some(task) = ProcessHandle::open_below(pid, parent)? else {
+            continue;
+        };
         if pid_in_container(task.pid()).is_some_and(|inner| stopped.contains(&inner)) {
             continue;
         }
