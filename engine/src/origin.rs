@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn what_this_node_has_taken_needs_no_signature() {
-        let node = Node::new();
+        let mut node = Node::new();
         node.asks_for(&format!("{KEY:?}"));
         let (manifest, dir) = (&node.checkpoint.manifest, &node.checkpoint.dir);
         node.origins().made_here(manifest, dir).unwrap();
@@ -287,6 +287,8 @@ mod tests {
         let mut changed = manifest.clone();
         changed.created += 1;
         fs::write(dir.join("transship.json"), changed.to_json()).unwrap();
+        assert!(node.said().contains("changes"), "{}", node.said());
+        node.checkpoint.manifest = changed;
         assert!(node.said().contains("is not signed"), "{}", node.said());
     }
 }

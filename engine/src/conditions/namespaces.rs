@@ -94,10 +94,11 @@ fn apart(seen: &Seen) -> impl Iterator<Item = &'static str> {
             own.is_some() && own != first(kind)
         });
         found.extend(others);
-        // That of processes has none to show before the first of them is there.
+        // That of processes has none to show before the first of them is there; nor has a thread that has ended, which has
+        // no others either.
         let of_children = known.iter().filter(|(kind, same)| {
             let own = link(&thread, kind);
-            link(&thread, same).is_some() && own != first(same)
+            own != first(same) && link(&thread, same).is_some() && link(&thread, "uts").is_some()
         });
         found.extend(of_children.map(|(kind, _)| *kind));
     }
@@ -149,6 +150,25 @@ mod tests {
         };
         assert!(asks(&profile("SCMP_ACT_NOTIFY")));
         assert!(!asks(&profile("SCMP_ACT_ALLOW")) && !asks("{}"));
+    }
+
+    #[test]
+    fn what_has_ended_is_in_no_other_namespace() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let is_dead = || {
+            let stat = procfs::process::Process::new(child.id().cast_signed());
+            stat.unwrap().stat().unwrap().state == 'Z'
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !is_dead() {
+            assert!(std::time::Instant::now() < deadline, "it does not end");
+            std::thread::yield_now();
+        }
+        let processes = Processes::read(child.id(), &[]);
+        assert_eq!(processes.tree.len(), 1);
+        let found: Vec<_> = apart(&processes.tree[0]).collect();
+        child.wait().unwrap();
+        assert!(found.is_empty(), "{found:?}");
     }
 
     #[test]

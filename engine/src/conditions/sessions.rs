@@ -22,7 +22,8 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         stat.is_some_and(|stat| {
             let inner = seen.status.nssid.as_ref().and_then(|ids| ids.last());
             let leader_is_outside = !tree.contains(&stat.session);
-            let holds_terminal = stat.tty_nr != 0 && !subject.criu.shell_job;
+            // CRIU takes none of a process that has ended and that nobody has waited for.
+            let holds_terminal = stat.tty_nr != 0 && stat.state != 'Z' && !subject.criu.shell_job;
             inner == Some(&0) || leader_is_outside && holds_terminal
         })
     };
