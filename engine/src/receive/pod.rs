@@ -10,7 +10,6 @@
 //!  each is let go (settle: also by whoever ends what was cut off)
 //! ```
 
-use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -447,9 +446,6 @@ async fn wait_for_images(
     let pod = pod_dir(&made.sandbox)?;
     let mut missing: Vec<&OfferedContainer> = offer.containers.iter().collect();
     let mut has_told = false;
-    let images: BTreeSet<&str> = { missing.iter() }
-        .map(|it| it.container.image.name.as_str())
-        .collect();
     loop {
         let mut still = Vec::new();
         for offered in missing {
@@ -462,13 +458,9 @@ async fn wait_for_images(
             (true, false) => return Ok(()),
             (true, true) => return Ok(pod.set_arrival(InSandbox::Coming)?),
             (false, true) => {}
-            // Of one image the CRI has only to hear: who has started a container has pulled it.
-            (false, false) if images.len() == 1 => {}
-            (false, false) => {
-                pod.set_arrival(InSandbox::LacksImages)?;
-                has_told = true;
-            }
+            (false, false) => pod.set_arrival(InSandbox::LacksImages)?,
         }
+        has_told = true;
         interrupt.check()?;
         if Instant::now() > deadline {
             let names = missing.iter().map(|it| &it.container);

@@ -31,7 +31,7 @@ use crate::start_time::start_time;
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(90);
 /// How long it waits where images are missing: they may just have been pulled, or be those of containers that whoever makes
 /// them comes to next.
-const IMAGES_PATIENCE: Duration = Duration::from_secs(5);
+const IMAGES_PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a container begins with.
