@@ -171,7 +171,7 @@ fn signature_of(checkpoint: &Checkpoint) -> Result<Option<String>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
     use std::path::PathBuf;
 
@@ -191,27 +191,32 @@ mod tests {
         checkpoint: Checkpoint,
     }
 
+    /// A checkpoint `web` of a container `c`, whose memory is "memory".
+    pub(crate) fn checkpoint_in(store: &Store) -> Checkpoint {
+        let draft = store.draft("web").unwrap();
+        fs::create_dir_all(draft.dir().join("c/checkpoint")).unwrap();
+        fs::write(draft.dir().join("c/checkpoint/pages-1.img"), "memory").unwrap();
+        let files = digest_files(&draft.dir().join("c")).unwrap();
+        let manifest = Manifest {
+            format: Format::default(),
+            name: "web".into(),
+            created: 1,
+            source: Source::default(),
+            pod: None,
+            containers: vec![Container {
+                name: "c".into(),
+                files,
+                ..Container::default()
+            }],
+            not_running: Vec::new(),
+            shared: Shared::default(),
+        };
+        draft.commit(manifest, Durability::Ephemeral).unwrap()
+    }
+
     impl Node {
         fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
-            let draft = Store::at(root.path().join("store")).draft("web").unwrap();
-            fs::create_dir_all(draft.dir().join("c/checkpoint")).unwrap();
-            fs::write(draft.dir().join("c/checkpoint/pages-1.img"), "memory").unwrap();
-            let files = digest_files(&draft.dir().join("c")).unwrap();
-            let manifest = Manifest {
-                format: Format::default(),
-                name: "web".into(),
-                created: 1,
-                source: Source::default(),
-                pod: None,
-                containers: vec![Container {
-                    name: "c".into(),
-                    files,
-                    ..Container::default()
-                }],
-                not_running: Vec::new(),
-                shared: Shared::default(),
-            };
             let key = root.path().join("key");
             fs::write(
                 &key,
@@ -222,7 +227,7 @@ mod tests {
                 config: root.path().join("node.toml"),
                 records: root.path().join("origins"),
                 key,
-                checkpoint: draft.commit(manifest, Durability::Ephemeral).unwrap(),
+                checkpoint: checkpoint_in(&Store::at(root.path().join("store"))),
                 _root: root,
             }
         }

@@ -188,9 +188,17 @@ impl Mounts {
             if !is_hidden && !is_covered {
                 open.insert(mount.mnt_id);
             }
+            let mut places: BTreeMap<&Path, usize> = BTreeMap::new();
             for child in on_it {
-                let mut siblings = on_it.iter().filter(|it| it.mnt_id != child.mnt_id);
-                let is_below = siblings.any(|it| child.mount_point.starts_with(&it.mount_point));
+                *places.entry(&child.mount_point).or_default() += 1;
+            }
+            for child in on_it {
+                let mut places_above = child.mount_point.ancestors();
+                let is_below = places_above.any(|at| {
+                    // At its own place it is one of them itself.
+                    let itself = usize::from(at == child.mount_point);
+                    places.get(at).is_some_and(|mounts| *mounts > itself)
+                });
                 reached.push((child, is_hidden || is_below));
             }
         }

@@ -103,38 +103,14 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    use transship_checkpoint::manifest::{Container, Format, Manifest, Source};
-    use transship_checkpoint::store::digest_files;
-
     use super::*;
-
-    fn checkpoint_at(store: &Store) -> std::path::PathBuf {
-        let draft = store.draft("web").unwrap();
-        fs::create_dir_all(draft.dir().join("c/checkpoint")).unwrap();
-        fs::write(draft.dir().join("c/checkpoint/pages-1.img"), "memory").unwrap();
-        let files = digest_files(&draft.dir().join("c")).unwrap();
-        let manifest = Manifest {
-            format: Format::default(),
-            name: "web".into(),
-            created: 0,
-            source: Source::default(),
-            pod: None,
-            containers: vec![Container {
-                name: "c".into(),
-                files,
-                ..Container::default()
-            }],
-            not_running: Vec::new(),
-            shared: Default::default(),
-        };
-        draft.commit(manifest, Durability::Ephemeral).unwrap().dir
-    }
+    use crate::origin::tests::checkpoint_in;
 
     #[test]
     fn only_listed_regular_files_with_their_digest_are_taken() {
         let dir = tempfile::tempdir().unwrap();
         let (store, elsewhere) = (Store::at(dir.path().join("in")), dir.path().join("out"));
-        let path = checkpoint_at(&Store::at(&elsewhere));
+        let path = checkpoint_in(&Store::at(&elsewhere)).dir;
         let (config, records) = (dir.path().join("node.toml"), dir.path().join("origins"));
         let origins = Origins {
             config: &config,
