@@ -396,8 +396,15 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         let hinders: Vec<_> = findings.found.iter().filter(|it| it.hinders()).collect();
-        // Where it runs, the mounts and the user are those of the caller.
-        let own = ["hook-mount", "rlimit", "outside-socket", "tcp", "device"];
+        // Where it runs, the mounts, the user, the session and its terminal are those of the caller.
+        let own = [
+            "hook-mount",
+            "rlimit",
+            "outside-session",
+            "outside-socket",
+            "tcp",
+            "device",
+        ];
         assert!(
             hinders.iter().all(|it| own.contains(&it.condition.name)),
             "{hinders:?}"

@@ -22,9 +22,9 @@ use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Result};
 use crate::guard_process::{self, GuardProcess};
-use crate::locks::lock_for_dump;
+use crate::locks::lock_if_free_for_dump;
 use crate::memory_dir::remove_when_unused;
 use crate::own_networks;
 use crate::restart_policy;
@@ -100,9 +100,9 @@ pub async fn run() -> Result<()> {
     if orders.draft.is_some() {
         // CRIU freezes again what was frozen when it began, and one that began late has ended only now.
         for task in &orders.tasks {
-            match lock_for_dump(&orders.namespace, &task.id) {
+            match lock_if_free_for_dump(&orders.namespace, &task.id) {
                 // Who has begun with the container since has frozen it for itself, and has a guard of its own.
-                Err(error) if error.kind() == Kind::Refused => {}
+                Ok(None) => {}
                 _in_use => let_run(&orders, task).await,
             }
         }

@@ -2,19 +2,26 @@
 //!
 //! ```text
 //! <directory>/<name>                            locked (flock): somebody has it. Who is done removes the file
-//! /run/transship/dumps/<namespace>:<container>  who takes a checkpoint of the container, or moves it
+//! /run/transship/dumps/<namespace>:<container>  who takes a checkpoint of the container, or moves it; the guard of
+//!                                               a freeze whose command was killed, while it looks a last time
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::time::{Instant, sleep};
 
 use crate::error::{Context as _, Error, Result};
 
 const DUMPS: &str = "/run/transship/dumps";
+/// How long a command waits for the lock: the guard of a killed command has it only while it looks whether the
+/// container runs, some seconds after that command's death.
+const TURN: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// A name that nobody else has as long as this is there.
 #[derive(Debug)]
@@ -68,16 +75,41 @@ pub(crate) fn make_private(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot make {}", dir.display()))
 }
 
-/// Locks the container for a dump.
+/// Locks the container for a dump; who has it for a moment is waited for.
 ///
 /// # Errors
 /// [`crate::Kind::Refused`]: somebody takes a checkpoint of it, or moves it.
-pub(crate) fn lock_for_dump(namespace: &str, id: &str) -> Result<Lock> {
-    lock(Path::new(DUMPS), &format!("{namespace}:{id}"))?.ok_or_else(|| {
-        Error::refused(format!(
-            "another checkpoint or migration of {id:?} is under way"
-        ))
-    })
+pub(crate) async fn lock_for_dump(namespace: &str, id: &str) -> Result<Lock> {
+    lock_within(Path::new(DUMPS), &dump_of(namespace, id), TURN)
+        .await?
+        .ok_or_else(|| {
+            Error::refused(format!(
+                "another checkpoint or migration of {id:?} is under way"
+            ))
+        })
+}
+
+/// Locks the container for a dump, if nobody has it now.
+///
+/// # Errors
+/// A system call failed.
+pub(crate) fn lock_if_free_for_dump(namespace: &str, id: &str) -> Result<Option<Lock>> {
+    lock(Path::new(DUMPS), &dump_of(namespace, id))
+}
+
+fn dump_of(namespace: &str, id: &str) -> String {
+    format!("{namespace}:{id}")
+}
+
+async fn lock_within(dir: &Path, name: &str, patience: Duration) -> Result<Option<Lock>> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let locked = lock(dir, name)?;
+        if locked.is_some() || Instant::now() > deadline {
+            return Ok(locked);
+        }
+        sleep(PAUSE).await;
+    }
 }
 
 #[cfg(test)]
@@ -95,6 +127,21 @@ mod tests {
         drop(lock(&locks, "a").unwrap().unwrap());
         drop(other);
         assert_eq!(fs::read_dir(&locks).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_has_it_for_a_moment_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path(), "a").unwrap().unwrap();
+        let second = lock_within(dir.path(), "a", Duration::ZERO).await.unwrap();
+        assert!(second.is_none());
+        let waits = lock_within(dir.path(), "a", Duration::from_secs(60));
+        let ends = async {
+            sleep(PAUSE * 4).await;
+            drop(first);
+        };
+        let (second, ()) = tokio::join!(waits, ends);
+        assert!(second.unwrap().is_some());
     }
 
     #[test]

@@ -234,7 +234,7 @@ pub(crate) async fn inspect(
     criu: &CriuOverrides,
     reasons: &mut Reasons,
 ) -> Result<SourceContainer> {
-    let in_use = Some(lock_for_dump(node.namespace(), &record.id)?);
+    let in_use = Some(lock_for_dump(node.namespace(), &record.id).await?);
     let Looked {
         called,
         found,
