@@ -28,6 +28,10 @@ use tokio::runtime::Runtime;
 
 use crate::error::TestbedError;
 use crate::node::Node;
+use crate::poll::poll_until;
+
+/// How long a pod may take to end.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A connection to the CRI of a node.
 #[derive(Debug)]
@@ -572,13 +576,17 @@ impl Cri {
     /// Stops a pod: its containers and its sandbox end.
     ///
     /// # Errors
-    /// What containerd answers.
+    /// What containerd answers at last.
     pub fn stop_pod(&self, pod: &Pod) -> Result<(), TestbedError> {
-        let request = StopPodSandboxRequest {
-            pod_sandbox_id: pod.id.clone(),
-        };
-        self.call("stop the sandbox", |mut client| async move {
-            client.stop_pod_sandbox(request).await
+        poll_until("the end of the pod", PATIENCE, || {
+            let request = StopPodSandboxRequest {
+                pod_sandbox_id: pod.id.clone(),
+            };
+            // As kubelet does: a shim that ends in the middle of the call is an error of it (containerd 2.1).
+            self.call("stop the sandbox", |mut client| async move {
+                client.stop_pod_sandbox(request).await
+            })
+            .map_err(|error| error.to_string())
         })
         .map(drop)
     }
@@ -586,14 +594,17 @@ impl Cri {
     /// Stops and removes a pod with all its containers.
     ///
     /// # Errors
-    /// What containerd answers.
+    /// What containerd answers at last.
     pub fn remove_pod(&self, pod: &Pod) -> Result<(), TestbedError> {
         self.stop_pod(pod)?;
-        let remove = RemovePodSandboxRequest {
-            pod_sandbox_id: pod.id.clone(),
-        };
-        self.call("remove the sandbox", |mut client| async move {
-            client.remove_pod_sandbox(remove).await
+        poll_until("the removal of the pod", PATIENCE, || {
+            let remove = RemovePodSandboxRequest {
+                pod_sandbox_id: pod.id.clone(),
+            };
+            self.call("remove the sandbox", |mut client| async move {
+                client.remove_pod_sandbox(remove).await
+            })
+            .map_err(|error| error.to_string())
         })
         .map(drop)
     }
