@@ -208,7 +208,7 @@ impl Walk {
                 },
                 Some(InodeType::Regular) => {
                     // One that has gone, or is another kind of file now, is none of ours.
-                    if let Ok(file) = open_regular(fd.as_fd(), name) {
+                    if let Ok(file) = open_regular(fd.as_fd(), name, name) {
                         return Ok(Some(file.into()));
                     }
                 }

@@ -20,7 +20,7 @@ use crate::inode_attributes::{InodeAttributes, InodeType, Timestamp};
 use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::load::{FileBatch, LoadedDirectory, LoadedFile};
 use crate::lower_view::LowerView;
-use crate::open_for_export::open_for_export;
+use crate::open_for_export::{open_file, open_listed};
 use crate::overlay_marks::{OverlayMarks, read_marks_and_xattrs};
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{components, push_component, split_last, to_path_buf};
@@ -55,6 +55,8 @@ pub struct ExportOptions {
     pub known: Option<Arc<KnownContents>>,
     /// Whether CRIU dumps the container meanwhile: what it makes there for a moment is nobody's change.
     pub beside_criu: bool,
+    /// Whether somebody may write there meanwhile who is not trusted: what is opened is looked at before.
+    pub in_use: bool,
 }
 
 /// What an export wrote, and what it could not.
@@ -136,7 +138,8 @@ fn export_to<W: Write>(
     tar: TarWriter<W>,
     options: &ExportOptions,
 ) -> Result<ExportStats, ExportError> {
-    let read_ahead = ReadAhead::new(stack.overlay_xattrs, options.format == LayerFormat::Image);
+    let fill_holes = options.format == LayerFormat::Image;
+    let read_ahead = ReadAhead::new(stack.overlay_xattrs, fill_holes, options.in_use);
     export_with(stack, tar, options, read_ahead)
 }
 
@@ -218,7 +221,7 @@ impl<W: Write> Export<'_, W> {
                 let directory = if let LoadedName::Directory(directory) = next.loaded {
                     *directory
                 } else {
-                    let fd = open_for_export(walk.directory(), name, path, OFlag::O_DIRECTORY)?;
+                    let fd = open_listed(walk.directory(), name, path)?;
                     self.look_into(fd, path)?
                 };
                 self.write_directory(walk, directory)
@@ -227,7 +230,7 @@ impl<W: Write> Export<'_, W> {
                 if let LoadedName::File { file, data } = next.loaded {
                     return self.write_loaded(path, file, &data);
                 }
-                let fd = open_for_export(walk.directory(), name, path, OFlag::empty())?;
+                let fd = open_file(walk.directory(), name, path, self.options.in_use)?;
                 self.write_regular(walk, path, File::from(fd))
             }
             InodeType::Socket => self.write_socket(walk, path),

@@ -11,12 +11,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::fcntl::OFlag;
 use nix::sys::stat::fstat;
 
 use crate::directory_listing::DirectoryListing;
 use crate::inode_attributes::{InodeAttributes, InodeType};
-use crate::open_for_export::open_for_export;
+use crate::open_for_export::{open_file, open_listed};
 use crate::overlay_marks::{OverlayMarks, OverlayXattrs, read_marks_and_xattrs};
 use crate::sparse::find_segments;
 use crate::xattrs::{Xattr, XattrHolder, XattrReader};
@@ -66,14 +65,16 @@ pub(crate) struct Loader {
     pub(crate) reader: XattrReader,
     pub(crate) namespace: OverlayXattrs,
     pub(crate) fill_holes: bool,
+    pub(crate) in_use: bool,
 }
 
 impl Loader {
-    pub(crate) fn new(namespace: OverlayXattrs, fill_holes: bool) -> Self {
+    pub(crate) fn new(namespace: OverlayXattrs, fill_holes: bool, in_use: bool) -> Self {
         Loader {
             reader: XattrReader::new(),
             namespace,
             fill_holes,
+            in_use,
         }
     }
 
@@ -110,7 +111,7 @@ impl Loader {
         name: &[u8],
         data: &mut Vec<u8>,
     ) -> Option<LoadedFile> {
-        let file = File::from(open_for_export(directory, name, name, OFlag::empty()).ok()?);
+        let file = File::from(open_file(directory, name, name, self.in_use).ok()?);
         let attributes = InodeAttributes::from(fstat(&file).ok()?);
         let start = data.len();
         let end = start + usize::try_from(attributes.size).ok()?;
@@ -145,7 +146,7 @@ impl Loader {
         parent: BorrowedFd<'_>,
         name: &[u8],
     ) -> Option<LoadedDirectory> {
-        let fd = open_for_export(parent, name, name, OFlag::O_DIRECTORY).ok()?;
+        let fd = open_listed(parent, name, name).ok()?;
         let attributes = InodeAttributes::from(fstat(&fd).ok()?);
         let (marks, xattrs) = self.read_marks(fd.as_fd()).ok()?;
         let mut listing = DirectoryListing::default();

@@ -165,25 +165,27 @@ pub(crate) struct ReadAhead {
     outstanding: usize,
     namespace: OverlayXattrs,
     fill_holes: bool,
+    in_use: bool,
     loader: Loader,
 }
 
 impl ReadAhead {
-    pub(crate) fn new(namespace: OverlayXattrs, fill_holes: bool) -> Self {
+    pub(crate) fn new(namespace: OverlayXattrs, fill_holes: bool, in_use: bool) -> Self {
         ReadAhead {
             shared: Arc::default(),
             threads: None,
             outstanding: 0,
             namespace,
             fill_holes,
-            loader: Loader::new(namespace, fill_holes),
+            in_use,
+            loader: Loader::new(namespace, fill_holes, in_use),
         }
     }
 
     /// Nothing is loaded ahead.
     #[cfg(test)]
     pub(crate) fn without_threads() -> Self {
-        let mut alone = ReadAhead::new(OverlayXattrs::Trusted, false);
+        let mut alone = ReadAhead::new(OverlayXattrs::Trusted, false, false);
         alone.threads = Some(Vec::new());
         alone
     }
@@ -228,7 +230,7 @@ impl ReadAhead {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = (1..processors).take(MAX_THREADS).map_while(|_| {
             let shared = Arc::clone(&self.shared);
-            let mut loader = Loader::new(self.namespace, self.fill_holes);
+            let mut loader = Loader::new(self.namespace, self.fill_holes, self.in_use);
             let thread = thread::Builder::new().name("read-ahead".to_owned());
             // Where no thread can be had, the writer does everything.
             thread.spawn(move || shared.work(&mut loader)).ok()

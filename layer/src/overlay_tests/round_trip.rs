@@ -52,12 +52,15 @@ fn export(dirs: &OverlayDirs, upperdir: &std::path::Path, lowerdirs: &[PathBuf])
     let mut tar = Vec::new();
     let stats = export_upperdir(&stack, &mut tar, &ExportOptions::default()).unwrap();
     assert_eq!(stats.bytes, tar.len() as u64);
-    // Who has loaded a file must not show.
+    // Who has loaded a file, and how it was opened, must not show.
     let mut alone = Vec::new();
     let stats_alone = export_with(
         &stack,
         TarWriter::new(&mut alone),
-        &ExportOptions::default(),
+        &ExportOptions {
+            in_use: true,
+            ..ExportOptions::default()
+        },
         ReadAhead::without_threads(),
     );
     assert_eq!(stats_alone.unwrap(), stats);

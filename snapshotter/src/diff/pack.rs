@@ -56,6 +56,8 @@ pub(super) fn pack_layer(
         format: LayerFormat::Image,
         known: None,
         beside_criu: false,
+        // Whoever asks need not have paused the container.
+        in_use: true,
     };
     thread::scope(|scope| {
         let (tar, tar_chunks) = sync_channel(QUEUED_CHUNKS);
