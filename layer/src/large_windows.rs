@@ -17,8 +17,15 @@ const LOOK_UP: Duration = Duration::from_millis(100);
 /// Turns for large windows.
 #[derive(Debug)]
 pub struct LargeWindows {
-    free: Mutex<usize>,
+    turns: Mutex<Turns>,
     freed: Condvar,
+    most_waiting: usize,
+}
+
+#[derive(Debug)]
+struct Turns {
+    free: usize,
+    waiting: usize,
 }
 
 /// A turn; somebody else has it when this is dropped.
@@ -26,36 +33,51 @@ pub struct LargeWindows {
 pub struct LargeWindowTurn<'w>(&'w LargeWindows);
 
 impl LargeWindows {
-    /// So many at once.
+    /// So many at once, and as many more that wait for it: who waits holds up others, with small windows.
     #[must_use]
     pub fn new(at_once: usize) -> Self {
         Self {
-            free: Mutex::new(at_once),
+            turns: Mutex::new(Turns {
+                free: at_once,
+                waiting: 0,
+            }),
             freed: Condvar::new(),
+            most_waiting: at_once,
         }
     }
 
     /// Waits for a turn, unless nobody waits for the layer any more.
     ///
     /// # Errors
-    /// It was given up.
+    /// It was given up; or as many wait as may, and another reader is to have it.
     pub(crate) fn take(&self, is_given_up: &dyn Fn() -> bool) -> io::Result<LargeWindowTurn<'_>> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        while *free == 0 {
-            if is_given_up() {
-                return Err(io::Error::other("given up"));
-            }
-            let waited = self.freed.wait_timeout(free, LOOK_UP);
-            free = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if turns.free == 0 && turns.waiting == self.most_waiting {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "its zstd window is larger than 8 MiB, and too many others have such ones",
+            ));
         }
-        *free -= 1;
+        turns.waiting += 1;
+        let mut given_up = false;
+        while turns.free == 0 && !given_up {
+            let waited = self.freed.wait_timeout(turns, LOOK_UP);
+            turns = waited.unwrap_or_else(PoisonError::into_inner).0;
+            given_up = is_given_up();
+        }
+        turns.waiting -= 1;
+        if turns.free == 0 {
+            return Err(io::Error::other("given up"));
+        }
+        turns.free -= 1;
         Ok(LargeWindowTurn(self))
     }
 }
 
 impl Drop for LargeWindowTurn<'_> {
     fn drop(&mut self) {
-        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        let turns = self.0.turns.lock();
+        turns.unwrap_or_else(PoisonError::into_inner).free += 1;
         self.0.freed.notify_one();
     }
 }
@@ -83,4 +105,39 @@ pub(crate) fn has_small_window(start: &[u8]) -> bool {
         // That of two bytes begins at 256, which changes nothing here.
         u64::from_le_bytes(bytes) <= small
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn as_many_wait_as_have_a_turn() {
+        let windows = LargeWindows::new(1);
+        let turn = windows.take(&|| false).unwrap();
+        let (waits, is_waiting) = sync_channel(1);
+        thread::scope(|scope| {
+            let second = scope.spawn(|| {
+                let looks = || {
+                    // Once is enough.
+                    let _ = waits.try_send(());
+                    false
+                };
+                windows.take(&looks).map(drop)
+            });
+            is_waiting.recv().unwrap();
+            let third = windows.take(&|| false).unwrap_err();
+            assert_eq!(
+                third.kind(),
+                io::ErrorKind::Unsupported,
+                "for another reader"
+            );
+            drop(turn);
+            second.join().unwrap().unwrap();
+        });
+        windows.take(&|| true).unwrap();
+    }
 }
