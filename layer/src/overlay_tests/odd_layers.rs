@@ -327,6 +327,30 @@ fn root_trusted_attributes_come_from_checkpoints_only() {
 }
 
 #[test]
+fn root_an_attribute_that_its_kind_of_file_cannot_have_is_left_out() {
+    if !have_root() {
+        return;
+    }
+    let attribute = || tar().pax(&[("SCHILY.xattr.user.a", b"1")]);
+    let unknown = || tar().pax(&[("SCHILY.xattr.nobody.a", b"1")]);
+    for layer in [
+        attribute().link(b'2', "x", "a"),
+        attribute().raw(b"x", b'6', b"", 0, b""),
+        unknown().file("x", ""),
+    ] {
+        let layer = layer.end();
+        let mut options = image_options();
+        let import = |options: &ImportOptions| {
+            let dirs = OverlayDirs::on_disk();
+            import_into_upperdir(&layer[..], &dirs.stack(), options)
+        };
+        assert!(import(&options).is_err());
+        options.skip_unsupported_xattrs = true;
+        assert_eq!(import(&options).unwrap().unsupported_xattrs, 1);
+    }
+}
+
+#[test]
 fn root_directories_that_nobody_names_have_the_time_of_their_making() {
     if !have_root() {
         return;

@@ -18,6 +18,26 @@ fn file(path: &str, records: &[(&str, &[u8])]) -> anyhow::Result<Vec<u8>> {
     Ok(tar.into_inner()?)
 }
 
+const CAPABILITY: &str = "SCHILY.xattr.security.capability";
+
+/// `struct vfs_cap_data` of a revision, with `CAP_NET_BIND_SERVICE`, effective; `root` is the user whose root has them.
+fn capability(revision: u8, root: &[u8]) -> Vec<u8> {
+    let magic = [1, 0, 0, revision];
+    let permitted = [0, 0x04, 0, 0];
+    [&magic[..], &permitted, &[0; 12], root].concat()
+}
+
+fn root_alone() -> anyhow::Result<Vec<u8>> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_entry_type(tar::EntryType::Directory);
+    header.set_size(0);
+    header.set_mode(0o700);
+    header.set_uid(1000);
+    tar.append_data(&mut header, "./", std::io::empty())?;
+    Ok(tar.into_inner()?)
+}
+
 fn blob(suffix: &str, bytes: Vec<u8>) -> Blob {
     Blob {
         media_type: format!("{PLAIN}{suffix}"),
@@ -37,6 +57,7 @@ fn gzip_with_reserved_flags(tar: &[u8]) -> anyhow::Result<Vec<u8>> {
 
 pub(super) fn compare(differs: &mut Differs<'_>, _: usize) -> anyhow::Result<()> {
     let plain = file("plain", &[])?;
+    let long_attribute = format!("SCHILY.xattr.user.{}", "x".repeat(250));
     let layers = [
         (
             "the first second of all",
@@ -50,6 +71,42 @@ pub(super) fn compare(differs: &mut Differs<'_>, _: usize) -> anyhow::Result<()>
             "a name of aufs' in a directory that has no entry",
             blob("", file("made/.wh..wh.old", &[])?),
         ),
+        (
+            "ten digits behind the point",
+            blob("", file("a", &[("mtime", b"1.0123456789")])?),
+        ),
+        (
+            "a name as long as one may be",
+            blob("", file(&"n".repeat(255), &[])?),
+        ),
+        (
+            "a path nearly as long as one may be",
+            blob("", file(&vec!["d".repeat(249); 15].join("/"), &[])?),
+        ),
+        (
+            "an attribute whose name is as long as one may be",
+            blob("", file("a", &[(long_attribute.as_str(), b"1")])?),
+        ),
+        (
+            "an attribute of nobody",
+            blob("", file("a", &[("SCHILY.xattr.nobody.a", b"1")])?),
+        ),
+        (
+            "capabilities for all users",
+            blob("", file("a", &[(CAPABILITY, &capability(2, &[]))])?),
+        ),
+        (
+            "capabilities for the users of a root",
+            blob(
+                "",
+                file(
+                    "a",
+                    &[(CAPABILITY, &capability(3, &1000_u32.to_le_bytes()))],
+                )?,
+            ),
+        ),
+        ("the root alone", blob("", root_alone()?)),
+        ("nothing", blob("", vec![0; 1024])),
         (
             "flags of gzip that mean nothing",
             blob("+gzip", gzip_with_reserved_flags(&plain)?),
