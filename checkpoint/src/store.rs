@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/<name>/             a checkpoint: whole, because it got its name by rename
 //! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
+//! <root>/.new-aside.*/       the same of files that will take the place of others
 //! <root>/.pulls/             drafts that a registry has not given all of; see package/src/oci/partial.rs
 //! <opened>/<key>/files/      a store in memory, with a checkpoint of this one that lies sealed; see sealed.rs
 //! ```
@@ -25,7 +26,7 @@ use nix::fcntl::{Flock, FlockArg};
 use transship_path_error::{During as _, PathError};
 
 pub use self::checkpoint::{Checkpoint, digest_files, list_files};
-pub use self::draft::{Draft, Durability};
+pub use self::draft::{Aside, Draft, Durability};
 use crate::annotations::is_of_migration;
 use crate::beneath::{Links, open_regular};
 use crate::manifest::{MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
@@ -274,13 +275,23 @@ impl Store {
     /// # Errors
     /// [`StoreError::Exists`], a name that is not a plain one, or a failing system call.
     pub fn draft(&self, name: &str) -> Result<Draft, StoreError> {
-        self.begin(name, |dir| {
-            DirBuilder::new()
-                .mode(0o700)
-                .create(dir)
-                .during("make the directory", dir)?;
-            lock(dir, FlockArg::LockExclusiveNonblock)
-        })
+        self.begin(name, new_dir)
+    }
+
+    /// Begins a directory for files that will take the place of those of a checkpoint.
+    ///
+    /// # Errors
+    /// A failing system call.
+    pub fn aside(&self) -> Result<Aside, StoreError> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        let _names = self.lock_names()?;
+        let dir = self
+            .root
+            .join(format!("{DRAFT_PREFIX}aside.{process}.{count}"));
+        let lock = new_dir(&dir)?;
+        Ok(Aside { dir, _lock: lock })
     }
 
     /// Begins a checkpoint with the files of the directory `files`, which is on the same file system, and which
@@ -424,6 +435,36 @@ impl Store {
     }
 }
 
+/// Makes a directory that is locked from the beginning.
+fn new_dir(dir: &Path) -> Result<Flock<File>, StoreError> {
+    DirBuilder::new()
+        .mode(0o700)
+        .create(dir)
+        .during("make the directory", dir)?;
+    lock(dir, FlockArg::LockExclusiveNonblock)
+}
+
+/// Whether there is a draft of the checkpoint that has, or will have, this directory.
+///
+/// # Errors
+/// The store cannot be listed.
+pub fn has_draft(dir: &Path) -> io::Result<bool> {
+    let (Some(root), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Ok(false);
+    };
+    let entries = match fs::read_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        entries => entries?,
+    };
+    let draft = format!("{DRAFT_PREFIX}{}.", name.display());
+    for entry in entries {
+        if entry?.file_name().to_string_lossy().starts_with(&draft) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The content of a file in the directory of a checkpoint; none where it is not.
 fn read_json(dir: &Path, file: &str) -> Result<Option<Vec<u8>>, StoreError> {
     let path = dir.join(file);
@@ -563,14 +604,40 @@ mod tests {
     fn a_dropped_draft_and_one_of_a_dead_process_go_away() {
         let temp = tempfile::tempdir().unwrap();
         let store = Store::at(temp.path());
-        drop(store.draft("a").unwrap());
+        drop((store.draft("a").unwrap(), store.aside().unwrap()));
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
-        fs::create_dir(temp.path().join(".new-b.1")).unwrap();
+        for dead in [".new-b.1", ".new-aside.1.0"] {
+            fs::create_dir(temp.path().join(dead)).unwrap();
+        }
+        let is_made = |name: &str| has_draft(&temp.path().join(name)).unwrap();
+        assert!(is_made("b") && !is_made("a") && !is_made("b.1"));
         let held = store.draft("c").unwrap();
         let other = store.draft("d").unwrap();
         let left = fs::read_dir(temp.path()).unwrap().count();
-        assert_eq!(left, 2, "the orphan is gone, both live drafts are there");
+        assert_eq!(left, 2, "the orphans are gone, both live drafts are there");
         drop((held, other));
+    }
+
+    #[test]
+    fn of_two_with_one_name_the_first_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        // Two registries have one of this name: it is told when the draft has begun.
+        let drafts = ["a", "b"].map(|name| {
+            let draft = store.draft(name).unwrap().renamed(&store, "web").unwrap();
+            fill(&draft);
+            draft
+        });
+        let [first, second] = drafts.map(|draft| {
+            let manifest = manifest("web", draft.dir());
+            draft.commit(manifest, Durability::Ephemeral)
+        });
+        first.unwrap().verify().unwrap();
+        assert!(
+            matches!(second, Err(StoreError::Exists { .. })),
+            "{second:?}"
+        );
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -184,6 +184,7 @@ fn judge(mut all: Vec<Candidate>, rules: &Rules, now: u64) -> Vec<Due> {
 /// # Errors
 /// A checkpoint cannot be removed; those before it are gone.
 pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> {
+    store.remove_orphans()?;
     remove_abandoned(store)?;
     let due = due(store, records, rules)?;
     for checkpoint in &due {
@@ -312,6 +313,25 @@ mod tests {
         }
         check_quota(&store, &config, 2_000_000_000).unwrap();
         check_quota(&store, &config, 2_000_000_001).unwrap_err();
+    }
+
+    #[test]
+    fn what_a_power_cut_has_left_goes_with_the_next_prune() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path().join("s"));
+        let records = Records {
+            run_dir: dir.path().join("run"),
+            consumed: dir.path().join("consumed"),
+            origins: dir.path().join("origins"),
+        };
+        let prune = || prune(&store, &records, &Rules::default()).unwrap();
+        assert!(prune().is_empty());
+        for left in [".new-web.1", ".new-aside.1.0"] {
+            std::fs::create_dir_all(store.root().join(left)).unwrap();
+            std::fs::write(store.root().join(left).join("file"), "half").unwrap();
+        }
+        prune();
+        assert_eq!(std::fs::read_dir(store.root()).unwrap().count(), 0);
     }
 
     fn names(due: &[Due]) -> Vec<(&str, &str)> {

@@ -36,8 +36,8 @@ const PIECE: usize = 1 << 20;
 const LEAST: u64 = 64 << 10;
 /// A file of which less than one part in so many is the same is left as it is.
 const LEAST_PART: u64 = 8;
-/// Where a file is made, in the directory of its checkpoint.
-const ASIDE: &str = ".sharing";
+/// A file in the making, beside the checkpoints: what a power cut leaves of it goes with the drafts.
+const ASIDE: &str = "file";
 
 /// Shares what a new checkpoint has in common with the earlier ones of its store. Gives the bytes; 0 where there is nothing, or
 /// the file system cannot. The checkpoint is the same afterwards, whatever fails.
@@ -72,6 +72,7 @@ fn try_share(store: &Store, new: &Checkpoint) -> Result<u64> {
     let by_name: HashMap<_, _> = files_of(&earlier)
         .map(|(path, _)| (path.clone(), path))
         .collect();
+    let aside = store.aside()?;
     let mut shared = 0;
     for (path, file) in files_of(new).filter(|(_, file)| file.size >= LEAST) {
         let same = by_digest.get(&(file.size, file.sha256.as_str()));
@@ -80,7 +81,7 @@ fn try_share(store: &Store, new: &Checkpoint) -> Result<u64> {
         };
         let (from, to) = (earlier.dir.join(from), new.dir.join(&path));
         let failed = || format!("cannot share blocks of {}", to.display());
-        shared += share_file(&from, &to, &new.dir.join(ASIDE)).with_context(failed)?;
+        shared += share_file(&from, &to, &aside.dir().join(ASIDE)).with_context(failed)?;
     }
     Ok(shared)
 }
@@ -346,6 +347,8 @@ mod tests {
         assert!(found == pages);
         let left = fs::read_dir(&two.dir).unwrap().count();
         assert_eq!(left, 2, "the manifest and the container");
+        let left = fs::read_dir(store.root()).unwrap().count();
+        assert_eq!(left, 3, "the checkpoints");
         // The one does not go with the other.
         store.remove("one").unwrap();
         two.verify().unwrap();

@@ -1,7 +1,7 @@
 //! A checkpoint in the making: a directory that gets its name when all of it is there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +23,28 @@ pub struct Draft {
     pub(super) committed: bool,
 }
 
+/// A directory for files that will take the place of others, which goes with this.
+#[derive(Debug)]
+pub struct Aside {
+    pub(super) dir: PathBuf,
+    pub(super) _lock: Flock<File>,
+}
+
+impl Aside {
+    /// It.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by the next draft.
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
+
 /// Whether a checkpoint has to survive a power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
@@ -37,6 +59,12 @@ impl Draft {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Where the checkpoint will be.
+    #[must_use]
+    pub fn place(&self) -> &Path {
+        &self.target
     }
 
     /// The name that the checkpoint will have.
@@ -117,7 +145,18 @@ impl Draft {
             let dir = File::open(&self.dir).during("open", &self.dir)?;
             nix::unistd::syncfs(&dir).during("sync", &self.dir)?;
         }
-        fs::rename(&self.dir, &self.target).during("rename", &self.dir)?;
+        match fs::rename(&self.dir, &self.target) {
+            // Somebody who has begun at the same time was faster.
+            Err(error)
+                if [ErrorKind::DirectoryNotEmpty, ErrorKind::AlreadyExists]
+                    .contains(&error.kind()) =>
+            {
+                return Err(StoreError::Exists {
+                    name: self.name.clone(),
+                });
+            }
+            renamed => renamed.during("rename", &self.dir)?,
+        }
         self.committed = true;
         if durability == Durability::Synced {
             let root = self.target.parent().unwrap_or(Path::new("/"));
