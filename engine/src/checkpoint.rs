@@ -24,7 +24,7 @@ use transship_package::export::ExportOptions;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::check::node_facts::NodeFacts;
-use crate::error::{Context, Error, Result, one_line};
+use crate::error::{Context, Error, Result};
 use crate::frozen::{Frozen, TaskToFreeze, at_most};
 use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
@@ -481,7 +481,8 @@ async fn keep(
     let bytes = manifest.size();
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
-    let taken = manifest.clone();
+    let place = sealing.as_ref().map_or(draft.place(), Sealing::place);
+    Origins::of_node().makes_here(&manifest, place)?;
     let checkpoint = match (sealing, &target.seal) {
         (Some(sealing), Some(options)) => {
             let plain = draft.commit(manifest, Durability::Ephemeral)?;
@@ -495,12 +496,6 @@ async fn keep(
             plain
         }
     };
-    if let Err(error) = Origins::of_node().made_here(&taken, &checkpoint.dir) {
-        let error = one_line(&error);
-        tracing::warn!(
-            "{name:?} counts as one of another node where signatures are asked for: {error}"
-        );
-    }
     Ok(Report {
         name,
         directory: checkpoint.dir.display().to_string(),

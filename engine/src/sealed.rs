@@ -248,6 +248,11 @@ impl Sealing {
         })
     }
 
+    /// Where it will lie.
+    pub(crate) fn place(&self) -> &Path {
+        self.kept.place()
+    }
+
     /// The draft in memory.
     ///
     /// # Errors

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! What a checkpoint says of its source is its maker's word, so the record is beside the store and not in it. It is of
-//! the manifest, which has the digest of every file, and goes when there is no checkpoint in DIR any more.
+//! the manifest, which has the digest of every file, and goes when there is no checkpoint in DIR any more. Of what this
+//! node takes it is on the disk before the checkpoint has its place: a power cut leaves a record too many, and not one too few.
 
 use std::fs;
 use std::io;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::{MANIFEST_FILE, MANIFEST_LIMIT};
 use transship_checkpoint::sealed::SEALED_FILE;
+use transship_checkpoint::store::has_draft;
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
@@ -99,16 +101,26 @@ pub fn forget_gone(origins: &Path) -> Result<(), SandboxError> {
         if path.extension().is_some() {
             continue;
         }
-        let dir = read(&path)?.map(|(_, dir)| dir);
-        let is_there = |dir: &PathBuf| {
-            let mut files = [MANIFEST_FILE, SEALED_FILE].into_iter();
-            files.any(|file| fs::symlink_metadata(dir.join(file)).is_ok())
+        let stays = match read(&path)? {
+            Some((_, dir)) => is_there(&dir)?,
+            None => false,
         };
-        if !dir.as_ref().is_some_and(is_there) {
+        if !stays {
             remove_file(&path)?;
         }
     }
     Ok(())
+}
+
+/// Whether there is a checkpoint in `dir`, or will be.
+fn is_there(dir: &Path) -> Result<bool, SandboxError> {
+    let is_made = || {
+        let mut files = [MANIFEST_FILE, SEALED_FILE].into_iter();
+        files.any(|file| fs::symlink_metadata(dir.join(file)).is_ok())
+    };
+    let is_being_made = || has_draft(dir).during("list the store of", dir);
+    // A draft that is gone may have become the checkpoint.
+    Ok(is_made() || is_being_made()? || is_made())
 }
 
 /// What a record says; one that is damaged says nothing.
@@ -154,14 +166,23 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (origins, dir) = (root.path().join("origins"), root.path().join("web"));
         forget_gone(&origins).unwrap();
-        fs::create_dir(&dir).unwrap();
-        fs::write(dir.join(MANIFEST_FILE), "{}").unwrap();
+        let is_known = || {
+            forget_gone(&origins).unwrap();
+            is_known(&origins, "a", &[]).unwrap()
+        };
+        // It is made before its checkpoint has its place.
+        let draft = root.path().join(".new-web.1");
+        fs::create_dir(&draft).unwrap();
+        fs::write(draft.join(MANIFEST_FILE), "{}").unwrap();
         record(&origins, "a", &Origin::Here, &dir).unwrap();
-        forget_gone(&origins).unwrap();
-        assert!(is_known(&origins, "a", &[]).unwrap());
+        assert!(is_known());
+        fs::rename(&draft, &dir).unwrap();
+        assert!(is_known());
         fs::remove_dir_all(&dir).unwrap();
-        forget_gone(&origins).unwrap();
-        assert!(!is_known(&origins, "a", &[]).unwrap());
+        assert!(!is_known());
+        // A power cut came before the checkpoint.
+        record(&origins, "a", &Origin::Here, &dir).unwrap();
+        assert!(!is_known());
         assert_eq!(fs::read_dir(&origins).unwrap().count(), 0);
     }
 }
