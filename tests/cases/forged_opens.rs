@@ -8,6 +8,7 @@ use crate::Case;
 use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared, refused};
 use crate::crun::node_with_crun;
 use crate::forged_names::HELP;
+use crate::package_image::{NODE_CONFIG, PUBLIC_KEY};
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     // crit is in this tree alone.
@@ -247,8 +248,17 @@ fn native_restores_are_looked_at(bed: &Testbed) -> anyhow::Result<()> {
         !answer.status.success() && said.contains("open, which is not in its mounts"),
         "{said}"
     );
-    // The same without a forgery.
+    // The same without a forgery, on a node that asks for signatures.
     forge(&node, "")?;
+    let rules = format!("[checkpoints]\nsigned-by = [\"{PUBLIC_KEY}\"]\n");
+    node.write_file(NODE_CONFIG, &rules)?;
+    let answer = node.shell(&format!("rm /root/said; {restore}")).output()?;
+    let said = node.shell("cat /root/said").read()?;
+    ensure!(
+        !answer.status.success() && said.contains("by allow-native = true there"),
+        "{said}"
+    );
+    node.write_file(NODE_CONFIG, format!("{rules}allow-native = true\n"))?;
     let state =
         format!("{restore}; sed 's/.*) //; s/ .*//' /proc/$(cat /root/pid)/stat; runc state web");
     let state = node.shell(&state).read()?;

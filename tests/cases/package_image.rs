@@ -16,7 +16,7 @@ const REPOSITORY: &str = "127.0.0.1:5000/shop/web";
 /// A key of Debian's minisign, and its public half.
 pub(crate) const SECRET_KEY: &[u8] = include_bytes!("../../package/tests/fixtures/minisign.key");
 pub(crate) const PUBLIC_KEY: &str = "RWThgSI8U3mWXyR4obbFHrJWAiO5hyezKvOkATr62ipuRZ473CZ9VTE8";
-const NODE_CONFIG: &str = "/etc/transship/node.toml";
+pub(crate) const NODE_CONFIG: &str = "/etc/transship/node.toml";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The checkpoint `ours` of the pod, of which nothing runs, is in the registry alone.

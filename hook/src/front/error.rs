@@ -14,7 +14,7 @@ use transship_path_error::PathError;
 use transship_sandbox::SandboxError;
 use transship_sandbox::admission::AdmissionError;
 use transship_sandbox::admission::asker::NotForAsker;
-use transship_sandbox::admission::node_config::{ClosedOption, NodeConfigError};
+use transship_sandbox::admission::node_config::{ClosedOption, NativeUnsigned, NodeConfigError};
 
 use crate::origin::OriginError;
 use crate::runtime::{CRIU_CONFIG_DIR, RuntimeError};
@@ -255,6 +255,14 @@ pub enum RestoreError {
         id: String,
         /// What CRIU or the runtime said.
         reason: String,
+    },
+    /// A restore that containerd asked for, of what has no signature.
+    #[error("{id:?} may not be restored: {source}")]
+    NativeUnsigned {
+        /// The container.
+        id: String,
+        /// Why not.
+        source: NativeUnsigned,
     },
     /// A restore that nobody can hold.
     #[error(

@@ -55,6 +55,11 @@ impl Front<'_> {
         if is_by_hand && plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
+        let native = NodeConfig::read(&self.env.node_config)?.check_native();
+        native.map_err(|source| RestoreError::NativeUnsigned {
+            id: restore.id.clone(),
+            source,
+        })?;
         if !is_detached(restore) {
             let id = restore.id.clone();
             return Err(RestoreError::InForeground { id }.into());

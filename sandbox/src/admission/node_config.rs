@@ -19,6 +19,7 @@
 //! keep-gigabytes = 0
 //! quota-gigabytes = 0
 //! signed-by = []            public keys of minisign: what others have taken is refused without a signature of one
+//! allow-native = false      with signed-by: containerd may restore its own checkpoints, which have no signature
 //! identity = ""             file (0600) with the keys that open sealed checkpoints for pods
 //! [images]
 //! registries = []           from which `transship serve` fetches what pods name (`restore-image`)
@@ -113,6 +114,8 @@ pub struct CheckpointRules {
     pub quota_gigabytes: u64,
     /// Public keys of minisign.
     pub signed_by: Vec<String>,
+    /// Whether containerd's own checkpoints are restored although somebody asks for signatures, which they cannot have.
+    pub allow_native: bool,
     /// File of age's identities, or a private key of ssh; empty: none.
     pub identity: PathBuf,
 }
@@ -146,6 +149,14 @@ pub struct ClosedOption {
     /// What it would be.
     pub value: String,
 }
+
+/// containerd restores by itself what nobody can have signed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this node takes what others have with a signature alone (signed-by under [checkpoints] in {NODE_CONFIG}), and a \
+     checkpoint that containerd restores by itself has none; its operator can let it, by allow-native = true there"
+)]
+pub struct NativeUnsigned;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -215,6 +226,23 @@ impl NodeConfig {
         }
     }
 
+    /// Checks that containerd may restore by itself (`ctr containers restore`, the CRI's own): nothing tells then who has
+    /// made the images.
+    ///
+    /// # Errors
+    /// Somebody asks for signatures, and has not allowed it.
+    pub fn check_native(&self) -> Result<(), NativeUnsigned> {
+        let CheckpointRules {
+            signed_by,
+            allow_native,
+            ..
+        } = &self.checkpoints;
+        match signed_by.is_empty() || *allow_native {
+            true => Ok(()),
+            false => Err(NativeUnsigned),
+        }
+    }
+
     fn check_open(&self, option: &'static str, value: String) -> Result<(), ClosedOption> {
         match self.pods.allow_options.iter().any(|it| it == option) {
             true => Ok(()),
@@ -252,6 +280,21 @@ mod tests {
         assert!(config.check_rootfs(Rootfs::Filled).is_ok());
         options.shell_job = true;
         assert!(config.check_options(&options).is_err());
+    }
+
+    #[test]
+    fn what_has_no_signature_is_asked_for_one_by_containerd_as_well() {
+        let read = |text: &str| toml::from_str::<NodeConfig>(text).unwrap();
+        for (rules, is_open) in [
+            ("", true),
+            ("[checkpoints]\nsigned-by = [\"RWQ1\"]", false),
+            (
+                "[checkpoints]\nsigned-by = [\"RWQ1\"]\nallow-native = true",
+                true,
+            ),
+        ] {
+            assert_eq!(read(rules).check_native().is_ok(), is_open, "{rules}");
+        }
     }
 
     #[test]
