@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
 /// A connection that gives fewer bytes than these for as long as a silent one is waited for is silent, too.
-const LEAST: usize = 4096;
+const LEAST: usize = 64 << 10;
 
 /// Adds what comes to `bytes`, which has `most` at most then.
 ///

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 /// How long a registry is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// A connection that is silent for so long, or gives fewer than 4096 bytes in that time, is given up.
+    /// A connection that is silent for so long, or gives less than 64 KiB in that time, is given up.
     pub silence: Duration,
     /// How long the second attempt waits; each further one waits four times as long, 15 s at most.
     pub first_wait: Duration,
@@ -28,8 +28,9 @@ impl Default for Patience {
 }
 
 const LONGEST_OWN_WAIT: Duration = Duration::from_secs(15);
-/// Fewer new bytes than these are no progress: a registry could give one for each attempt.
-const PROGRESS: u64 = 64 << 10;
+/// Fewer new bytes than these are no progress: a registry could give one for each attempt. In `longest` they are what
+/// one connection has to give that is not taken for a silent one.
+const PROGRESS: u64 = 256 << 10;
 
 /// The attempts of one exchange.
 pub(super) struct Attempts {
