@@ -131,6 +131,7 @@ impl Offered {
     ) -> Result<Checkpoint, PackageError> {
         if self.is_sealed {
             let artifact = (self.digest.as_str(), &self.artifact);
+            let artifact = (artifact, self.head.manifest.size());
             return sealed::restore(blobs, artifact, store, options, progress);
         }
         let (manifest, json) = self.head.named(options.name.as_deref())?;
@@ -169,7 +170,7 @@ impl Offered {
         progress: &mut dyn FnMut(u64),
     ) -> Result<FetchedPackage, PackageError> {
         let artifact = (self.digest.as_str(), &self.artifact);
-        sealed::fetch(blobs, artifact, store, max_bytes, progress)
+        sealed::fetch(blobs, artifact, store, (max_bytes, 0), progress)
     }
 
     /// Bytes of that package.
@@ -222,9 +223,10 @@ impl Offered {
         }
         small.check_all_there()?;
         let targets = open_targets(manifest, temp.path())?;
+        let wanted: BTreeSet<_> = kept.iter().map(|(path, _)| path.as_str()).collect();
         for (_, chunk) in self.layers(CHUNK) {
             let path = chunk.annotation(PATH).unwrap_or_default();
-            if kept.iter().any(|(kept, _)| kept == path) {
+            if wanted.contains(path) {
                 take_chunk(blobs, chunk, &targets)?;
             }
         }

@@ -201,12 +201,13 @@ impl FetchedPackage {
     }
 }
 
-/// Fetches the pieces that are missing, several at once. What has come is kept when they cannot be had for now.
+/// Fetches the pieces that are missing, several at once, where there is room for them and for as many bytes as will lie
+/// `beside` them. What has come is kept when they cannot be had for now.
 pub(super) fn fetch(
     blobs: &dyn Blobs,
     (digest, artifact): (&str, &Manifest),
     store: &Store,
-    max_bytes: u64,
+    (max_bytes, beside): (u64, u64),
     progress: &mut dyn FnMut(u64),
 ) -> Result<FetchedPackage, PackageError> {
     let mut pieces = Vec::new();
@@ -223,7 +224,7 @@ pub(super) fn fetch(
         });
     }
     let partial = Partial::open(store, digest)?;
-    match fill(blobs, &pieces, end, &partial, progress) {
+    match fill(blobs, &pieces, (end, beside), &partial, progress) {
         Ok(()) => Ok(FetchedPackage { partial }),
         Err(error) => {
             if error.is_passing() {
@@ -237,13 +238,14 @@ pub(super) fn fetch(
 fn fill(
     blobs: &dyn Blobs,
     pieces: &[(usize, u64, &Descriptor)],
-    size: u64,
+    (size, beside): (u64, u64),
     partial: &Partial,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), PackageError> {
     let there = pieces.iter().filter(|(it, ..)| partial.is_done(*it));
     let there = { there.map(|(.., it)| it.size) }.fold(0, u64::saturating_add);
-    check_room(partial.dir(), size.saturating_sub(there))?;
+    let missing = size.saturating_sub(there);
+    check_room(partial.dir(), missing.saturating_add(beside))?;
     progress(there);
     let path = partial.dir().join(PACKAGE_FILE);
     let mut open = OpenOptions::new();
@@ -263,15 +265,16 @@ fn fill(
     Ok(())
 }
 
-/// Makes a checkpoint of it.
+/// Makes a checkpoint of it, with so many bytes when it is opened: until it is whole, both lie on the disk.
 pub(super) fn restore(
     blobs: &dyn Blobs,
-    artifact: (&str, &Manifest),
+    (artifact, bytes): ((&str, &Manifest), u64),
     store: &Store,
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Checkpoint, PackageError> {
-    let package = fetch(blobs, artifact, store, options.max_bytes, progress)?;
+    let bounds = (options.max_bytes, bytes);
+    let package = fetch(blobs, artifact, store, bounds, progress)?;
     match import(package.open()?, store, options, &mut |_| {})? {
         Imported::Checkpoint(checkpoint) => Ok(checkpoint),
         Imported::Foreign(_) => Err(no_checkpoint()),
