@@ -56,6 +56,8 @@ pub const LINKED_PREFIX: &str = ".staged-";
 /// Largest manifest that is read, in bytes. A pod of 100 containers with 10 000 image files each
 /// stays below it.
 pub const MANIFEST_LIMIT: u64 = 64 << 20;
+/// How long pages are, in bytes: Linux has none outside of this.
+const PAGE_SIZES: std::ops::RangeInclusive<u64> = 4096..=256 << 10;
 
 /// The version that this code writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -83,6 +85,12 @@ pub enum ManifestError {
     Feature {
         /// The unknown feature.
         feature: String,
+    },
+    /// A page that no machine has: memory would be taken by it.
+    #[error("the checkpoint comes from a machine with pages of {found} bytes, which none has")]
+    PageSize {
+        /// What the manifest says.
+        found: u64,
     },
     /// Longer than any real one.
     #[error("the manifest is longer than {MANIFEST_LIMIT} bytes")]
@@ -439,6 +447,12 @@ impl Manifest {
         let manifest: Self = serde_json::from_slice(json)?;
         check_name("the checkpoint's name", &manifest.name)?;
         manifest.check_texts()?;
+        let page_size = manifest.source.page_size;
+        if let Some(found) =
+            page_size.filter(|it| !it.is_power_of_two() || !PAGE_SIZES.contains(it))
+        {
+            return Err(ManifestError::PageSize { found });
+        }
         let mut names = BTreeSet::new();
         for container in &manifest.containers {
             check_name("the container's name", &container.name)?;
@@ -735,6 +749,23 @@ mod tests {
             let mut hidden = manifest();
             hidden.containers[0].name = name.into();
             assert!(Manifest::parse(&hidden.to_json()).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_page_is_one_of_a_machine() {
+        for (size, is_one) in [
+            (0, false),
+            (1, false),
+            (4095, false),
+            (4096, true),
+            (65536, true),
+            (1 << 62, false),
+        ] {
+            let mut other = manifest();
+            other.source.page_size = Some(size);
+            let parsed = Manifest::parse(&other.to_json());
+            assert_eq!(parsed.is_ok(), is_one, "{size}");
         }
     }
 

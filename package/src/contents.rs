@@ -7,7 +7,7 @@
 //!  rootfs-diff.tar   (layer_changes) ─────┘
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use serde::Serialize;
@@ -304,7 +304,7 @@ type ByKind = (Vec<OpenFile>, Vec<Socket>, BTreeMap<&'static str, usize>);
 
 fn by_kind(open: &[Descriptor]) -> ByKind {
     let mut files: BTreeMap<String, Vec<(u32, u32)>> = BTreeMap::new();
-    let mut sockets: Vec<Socket> = Vec::new();
+    let (mut sockets, mut known): (Vec<Socket>, HashMap<_, usize>) = Default::default();
     let mut other = BTreeMap::new();
     for descriptor in open {
         let by = (descriptor.pid, descriptor.fd);
@@ -322,28 +322,23 @@ fn by_kind(open: &[Descriptor]) -> ByKind {
                 state: socket.state,
                 local: socket.local.to_string(),
                 peer: socket.peer.map(|peer| peer.to_string()),
-                by: Vec::new(),
+                by: vec![by],
             },
             Open::Unix(socket) => Socket {
                 protocol: "unix",
                 state: socket.state,
                 local: socket.name.clone().unwrap_or_default(),
                 peer: None,
-                by: Vec::new(),
+                by: vec![by],
             },
         };
-        let same = |it: &&mut Socket| {
-            Socket {
-                by: Vec::new(),
-                ..(**it).clone()
-            } == socket
-        };
-        match sockets.iter_mut().find(same) {
+        let (local, peer) = (socket.local.clone(), socket.peer.clone());
+        let at = *known
+            .entry((socket.protocol, socket.state, local, peer))
+            .or_insert(sockets.len());
+        match sockets.get_mut(at) {
             Some(known) => known.by.push(by),
-            None => sockets.push(Socket {
-                by: vec![by],
-                ..socket
-            }),
+            None => sockets.push(socket),
         }
     }
     let files = files.into_iter().map(|(path, by)| OpenFile { path, by });
@@ -369,4 +364,27 @@ fn mounts_of(images: &Path) -> Result<Vec<MountContents>, PackageError> {
     // What comes from the node says most.
     shown.sort_by_key(|it| (it.kind != "bind", it.destination.clone()));
     Ok(shown)
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_checkpoint::criu_images::descriptors::UnixSocket;
+
+    use super::*;
+
+    #[test]
+    fn each_of_very_many_sockets_is_there_once() {
+        let of = |pid, fd: u32| Descriptor {
+            pid,
+            fd,
+            open: Open::Unix(UnixSocket {
+                state: "listening",
+                name: Some(fd.to_string()),
+            }),
+        };
+        let open: Vec<_> = (0..200_000).flat_map(|fd| [of(1, fd), of(2, fd)]).collect();
+        let (_, sockets, _) = by_kind(&open);
+        assert_eq!(sockets.len(), 200_000);
+        assert!(sockets.iter().all(|it| it.by.len() == 2));
+    }
 }

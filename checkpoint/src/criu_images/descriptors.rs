@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use super::inet_sockets::{InetSkEntry, address};
-use super::{Image, ImageError, Kind, list, shown};
+use super::{Image, ImageError, Kind, Room, list, shown};
 
 /// What is open behind a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +30,16 @@ pub enum Open {
     Unix(UnixSocket),
     /// Something else, by its name in CRIU.
     Other(&'static str),
+}
+
+impl Open {
+    fn name_bytes(&self) -> usize {
+        match self {
+            Self::File { path } => path.len(),
+            Self::Unix(socket) => socket.name.as_ref().map_or(0, String::len),
+            Self::Inet(_) | Self::Other(_) => 0,
+        }
+    }
 }
 
 /// A socket over IP.
@@ -182,10 +192,10 @@ pub fn files(dir: &Path) -> Result<FileTable, ImageError> {
 /// their descriptors have them each.
 ///
 /// # Errors
-/// An image that cannot be read.
+/// An image that cannot be read; or they are more than can be shown.
 pub fn descriptors(dir: &Path) -> Result<Vec<Descriptor>, ImageError> {
     let files = files(dir)?;
-    let mut found = Vec::new();
+    let (mut found, mut room) = (Vec::new(), Room::new());
     for (pid, path) in list(dir, Kind::Ids)? {
         let ids: Option<IdsEntry> = Image::read(&path, Kind::Ids)?.entries().next()?;
         let Some(ids) = ids else { continue };
@@ -197,7 +207,10 @@ pub fn descriptors(dir: &Path) -> Result<Vec<Descriptor>, ImageError> {
         let image = Image::read(&path, Kind::Fdinfo)?;
         let mut entries = image.entries();
         while let Some(entry) = entries.next::<FdinfoEntry>()? {
-            let open = files.0.get(&entry.id).cloned();
+            let open = files.0.get(&entry.id);
+            let name = open.map_or(0, Open::name_bytes);
+            room.take::<Descriptor>(name, &path)?;
+            let open = open.cloned();
             found.push(Descriptor {
                 pid,
                 fd: entry.fd,
@@ -263,6 +276,41 @@ fn unix(socket: &UnixSkEntry) -> UnixSocket {
 mod tests {
     use super::super::push_entry;
     use super::*;
+
+    /// One long name, one list of descriptors that lead to it, and processes that share that list.
+    #[test]
+    fn a_few_bytes_are_not_shown_again_and_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, kind, body: Vec<u8>| {
+            let path = dir.path().join(name);
+            Image::new(&path, kind, body).replace(&path).unwrap();
+        };
+        let mut body = Vec::new();
+        let name = vec![b'x'; 1 << 20];
+        let file = FileEntry {
+            kind: 1,
+            id: 5,
+            reg: Some(RegFileEntry { name }),
+            isk: None,
+            usk: None,
+        };
+        push_entry(&mut body, &file);
+        write("files.img", Kind::Files, body);
+        let mut body = Vec::new();
+        for fd in 0..100 {
+            push_entry(&mut body, &FdinfoEntry { id: 5, fd });
+        }
+        write("fdinfo-3.img", Kind::Fdinfo, body);
+        for pid in 1..=3 {
+            let few = descriptors(dir.path()).map(|it| it.len());
+            assert_eq!(few.unwrap(), (pid - 1) * 100);
+            let mut body = Vec::new();
+            push_entry(&mut body, &IdsEntry { files_id: 3 });
+            write(&format!("ids-{pid}.img"), Kind::Ids, body);
+        }
+        let many = descriptors(dir.path()).unwrap_err();
+        assert!(matches!(many, ImageError::TooMuch { .. }), "{many}");
+    }
 
     #[test]
     fn descriptors_lead_to_what_is_open() {

@@ -60,6 +60,9 @@ use crate::beneath::{Links, open_regular};
 
 /// Largest image that is read here, in bytes. Those with memory pages are never read.
 const IMAGE_LIMIT: u64 = 64 << 20;
+/// Most that is shown of what processes have open, and of what they have mapped, in bytes of memory: images may name one long
+/// path a million times.
+const NAMES_LIMIT: usize = 256 << 20;
 /// Largest entry before bytes that are not read.
 const FIRST_ENTRY: u64 = 64 << 10;
 const HEAD_MAGIC: u32 = 0x5456_4319;
@@ -80,6 +83,12 @@ pub enum ImageError {
     /// Longer than any real one.
     #[error("{path} is larger than {IMAGE_LIMIT} bytes")]
     TooLarge {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A few bytes that name the same again and again.
+    #[error("{path} would take more than {NAMES_LIMIT} bytes to be shown")]
+    TooMuch {
         /// The image.
         path: PathBuf,
     },
@@ -512,6 +521,25 @@ pub(crate) fn gather(body: &[u8], ranges: &[Range<usize>]) -> Vec<u8> {
 }
 
 /// A name for people: protobuf has them as text, and CRIU writes the bytes that a program has given.
+/// Memory that is left for what is shown.
+struct Room(usize);
+
+impl Room {
+    fn new() -> Self {
+        Self(NAMES_LIMIT)
+    }
+
+    /// Takes it for one more `T` with a name of so many bytes, as `path` says.
+    fn take<T>(&mut self, name: usize, path: &Path) -> Result<(), ImageError> {
+        let wanted = name.saturating_add(size_of::<T>());
+        let left = self.0.checked_sub(wanted);
+        self.0 = left.ok_or_else(|| ImageError::TooMuch {
+            path: path.to_path_buf(),
+        })?;
+        Ok(())
+    }
+}
+
 fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use super::descriptors::{self, FileTable};
 use super::pagemap::{PagePlace, Pagemap};
-use super::{Image, ImageError, Kind, list, shown};
+use super::{Image, ImageError, Kind, Room, list, shown};
 use crate::beneath::{Links, open_regular};
 
 /// Longest command line that is shown, in bytes.
@@ -156,13 +156,13 @@ const SHARED: u32 = 1 << 7 | 1 << 8;
 /// bytes. Files of pages that are not there cost only the command lines.
 ///
 /// # Errors
-/// An image that cannot be read.
+/// An image that cannot be read; or there is more than can be shown.
 pub fn processes(dir: &Path, page_size: u64) -> Result<Vec<Process>, ImageError> {
     let files = descriptors::files(dir)?;
     let cores: BTreeMap<_, _> = list(dir, Kind::Core)?.into_iter().collect();
     let image = Image::read(&dir.join("pstree.img"), Kind::Pstree)?;
     let mut entries = image.entries();
-    let mut found = Vec::new();
+    let (mut found, mut room) = (Vec::new(), Room::new());
     while let Some(entry) = entries.next::<PstreeEntry>()? {
         let mut process = Process {
             pid: entry.pid,
@@ -179,7 +179,7 @@ pub fn processes(dir: &Path, page_size: u64) -> Result<Vec<Process>, ImageError>
         }
         let mm = dir.join(format!("mm-{}.img", entry.pid));
         if mm.symlink_metadata().is_ok() {
-            fill_from_memory(&mut process, dir, &mm, &files, page_size)?;
+            fill_from_memory(&mut process, (dir, &mm), &files, page_size, &mut room)?;
         }
         found.push(process);
     }
@@ -202,36 +202,34 @@ fn fill_from_core(process: &mut Process, core: &CoreEntry) {
 
 fn fill_from_memory(
     process: &mut Process,
-    dir: &Path,
-    mm: &Path,
+    (dir, path): (&Path, &Path),
     files: &FileTable,
     page_size: u64,
+    room: &mut Room,
 ) -> Result<(), ImageError> {
-    let image = Image::read(mm, Kind::Mm)?;
+    let image = Image::read(path, Kind::Mm)?;
     let Some(mm) = image.entries().next::<MmEntry>()? else {
         return Ok(());
     };
-    process.executable = files.path_of(mm.exe_file_id).map(str::to_owned);
+    let executable = files.path_of(mm.exe_file_id);
+    room.take::<Process>(executable.map_or(0, str::len), path)?;
+    process.executable = executable.map(str::to_owned);
     let (pages_id, present) = pagemap(dir, process.pid, page_size)?;
-    process.memory = present.iter().map(|it| it.end - it.start).sum();
+    let covered = Covered::of(&present);
+    process.memory = covered.below(u64::MAX);
     if let Some(id) = pages_id {
         process.arguments = arguments(dir, id, &present, (mm.arg_start, mm.arg_end));
     }
     for vma in &mm.vmas {
-        let what = what_is_mapped(vma, files);
-        let inside = |it: &Present| {
-            let (start, end) = (it.start.max(vma.start), it.end.min(vma.end));
-            end.saturating_sub(start)
-        };
-        // Both lists are in the order of the addresses.
-        let first = present.partition_point(|it| it.end <= vma.start);
-        let touched = present[first..].iter().take_while(|it| it.start < vma.end);
-        let memory = touched.map(inside).sum();
+        let (start, end) = (covered.below(vma.start), covered.below(vma.end));
+        let memory = end.saturating_sub(start);
         if memory == 0 && vma.status & OF_FILE == 0 {
             continue;
         }
+        let what = what_is_mapped(vma, files);
+        room.take::<Mapping>(what.len(), path)?;
         process.mappings.push(Mapping {
-            what,
+            what: what.to_owned(),
             start: vma.start,
             length: vma.end.saturating_sub(vma.start),
             memory,
@@ -241,14 +239,42 @@ fn fill_from_memory(
     Ok(())
 }
 
-fn what_is_mapped(vma: &VmaEntry, files: &FileTable) -> String {
+/// The addresses that the dump has, each once.
+struct Covered(Vec<(Present, u64)>);
+
+impl Covered {
+    /// Of ranges in their order.
+    fn of(present: &[Present]) -> Self {
+        let (mut covered, mut end, mut bytes) = (Vec::new(), 0, 0);
+        for range in present.iter().filter(|it| it.start < it.end) {
+            let start = range.start.max(end);
+            if start < range.end {
+                covered.push((Present { start, ..*range }, bytes));
+                bytes += range.end - start;
+                end = range.end;
+            }
+        }
+        Self(covered)
+    }
+
+    /// How many bytes of them lie below an address.
+    fn below(&self, address: u64) -> u64 {
+        let after = self.0.partition_point(|(range, _)| range.start < address);
+        let last = after.checked_sub(1).map(|last| &self.0[last]);
+        last.map_or(0, |(range, before)| {
+            before + (range.end.min(address) - range.start)
+        })
+    }
+}
+
+fn what_is_mapped<'f>(vma: &VmaEntry, files: &'f FileTable) -> &'f str {
     let of_file = vma.status & OF_FILE != 0;
     let file = u32::try_from(vma.shmid).ok().filter(|_| of_file);
     if let Some(path) = file.and_then(|id| files.path_of(id)) {
-        return path.to_owned();
+        return path;
     }
     let special = SPECIAL.iter().find(|(bit, _)| vma.status & bit != 0);
-    special.map_or("[anonymous]", |(_, name)| name).to_owned()
+    special.map_or("[anonymous]", |(_, name)| name)
 }
 
 fn rights(vma: &VmaEntry) -> String {
@@ -393,6 +419,24 @@ mod tests {
     use super::super::{Image, push_entry};
     use super::*;
     use crate::criu_images::pagemap::PageRun;
+
+    /// Ranges that lie over each other count once, and whoever has many of them is not asked about each.
+    #[test]
+    fn addresses_are_counted_once() {
+        let of = |ranges: &[(u64, u64)]| {
+            let present = ranges.iter().map(|(start, end)| Present {
+                start: *start,
+                end: *end,
+                offset: None,
+            });
+            Covered::of(&present.collect::<Vec<_>>())
+        };
+        let covered = of(&[(10, 20), (12, 15), (18, 25), (30, 30), (40, u64::MAX)]);
+        for (address, bytes) in [(0, 0), (10, 0), (13, 3), (25, 15), (39, 15), (41, 16)] {
+            assert_eq!(covered.below(address), bytes, "{address}");
+        }
+        assert_eq!(covered.below(u64::MAX), u64::MAX - 25);
+    }
 
     fn write(dir: &Path, name: &str, kind: Kind, entries: impl FnOnce(&mut Vec<u8>)) {
         let mut body = Vec::new();

@@ -1,5 +1,6 @@
 //! What is in a checkpoint, as people read it: a few lines of each list, the rest counted.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -10,6 +11,8 @@ use transship_package::contents::{ContainerContents, Contents, DumpTimes, Proces
 
 /// Lines of a list that are shown.
 const SHOWN: usize = 10;
+/// Levels of the tree of processes that are drawn; what is deeper stands one below the other.
+const LEVELS: usize = 24;
 /// Width of the widest bar, in characters.
 const BAR: u64 = 24;
 
@@ -233,30 +236,42 @@ fn times(dump: &DumpTimes) -> String {
     )
 }
 
-/// The processes as a tree.
+/// The processes as a tree; those below a process whose id others have too are drawn once.
 fn tree(processes: &[ProcessContents]) -> Vec<String> {
+    let known: BTreeSet<u32> = processes.iter().map(|it| it.pid).collect();
+    let is_root = |it: &ProcessContents| !known.contains(&it.parent) || it.parent == it.pid;
+    let mut below: BTreeMap<u32, Vec<&ProcessContents>> = BTreeMap::new();
+    for child in processes.iter().filter(|it| !is_root(it)) {
+        below.entry(child.parent).or_default().push(child);
+    }
     let mut lines = Vec::new();
-    let is_known = |pid: u32| processes.iter().any(|it| it.pid == pid);
-    for root in processes
-        .iter()
-        .filter(|it| !is_known(it.parent) || it.parent == it.pid)
-    {
-        branch(processes, root, "", "", &mut lines);
+    // The next one to be drawn is the last.
+    let mut due: Vec<_> = { processes.iter() }
+        .filter(|it| is_root(it))
+        .map(|root| (root, String::new(), String::new(), 0))
+        .rev()
+        .collect();
+    while let Some((process, mark, indent, level)) = due.pop() {
+        lines.push(format!("{mark}{}", described(process)));
+        let children = below.remove(&process.pid).unwrap_or_default();
+        for (at, child) in children.into_iter().rev().enumerate() {
+            let (mark, deeper) = match at {
+                0 => ("└─ ", "   "),
+                _ => ("├─ ", "│  "),
+            };
+            let deeper = if level < LEVELS { deeper } else { "" };
+            due.push((
+                child,
+                format!("{indent}{mark}"),
+                format!("{indent}{deeper}"),
+                level + 1,
+            ));
+        }
     }
     lines
 }
 
-fn branch(
-    all: &[ProcessContents],
-    process: &ProcessContents,
-    mark: &str,
-    indent: &str,
-    lines: &mut Vec<String>,
-) {
-    // Images may name a process that is its own ancestor.
-    if lines.len() > all.len() {
-        return;
-    }
+fn described(process: &ProcessContents) -> String {
     let mut notes = vec![human_bytes(process.memory_bytes)];
     if process.threads > 1 {
         notes.push(format!("{} threads", process.threads));
@@ -272,21 +287,50 @@ fn branch(
         arguments => arguments.join(" ").escape_debug().to_string(),
     };
     let called: String = called.chars().take(60).collect();
-    lines.push(format!(
-        "{mark}{} {called}  ({})",
-        process.pid,
-        notes.join(", ")
-    ));
-    let children: Vec<_> = all
-        .iter()
-        .filter(|it| it.parent == process.pid && it.pid != process.pid)
-        .collect();
-    for (at, child) in children.iter().enumerate() {
-        let (mark, deeper) = match at + 1 == children.len() {
-            true => ("└─ ", "   "),
-            false => ("├─ ", "│  "),
-        };
-        let (mark, deeper) = (format!("{indent}{mark}"), format!("{indent}{deeper}"));
-        branch(all, child, &mark, &deeper, lines);
+    format!("{} {called}  ({})", process.pid, notes.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: u32, parent: u32) -> ProcessContents {
+        ProcessContents {
+            pid,
+            parent,
+            name: "sh".into(),
+            arguments: Vec::new(),
+            executable: None,
+            state: "running",
+            uid: 0,
+            threads: 1,
+            memory_bytes: 0,
+        }
+    }
+
+    fn drawn(all: &[(u32, u32)]) -> Vec<String> {
+        let all: Vec<_> = all
+            .iter()
+            .map(|(pid, parent)| process(*pid, *parent))
+            .collect();
+        let lines = tree(&all).into_iter();
+        lines.map(|line| line.replace(" sh  (0 B)", "")).collect()
+    }
+
+    #[test]
+    fn a_tree_is_drawn_as_it_is() {
+        let drawn = drawn(&[(1, 0), (2, 1), (3, 2), (4, 1), (5, 4), (9, 8)]);
+        assert_eq!(drawn, ["1", "├─ 2", "│  └─ 3", "└─ 4", "   └─ 5", "9"]);
+    }
+
+    /// A container may have as many as its node lets it, and images say what they like.
+    #[test]
+    fn neither_depth_nor_a_circle_is_too_much() {
+        let chain: Vec<_> = (1..200_000).map(|pid| (pid, pid - 1)).collect();
+        let lines = drawn(&chain);
+        assert_eq!(lines.len(), chain.len());
+        assert!(lines.iter().all(|it| it.len() < 200));
+        assert_eq!(drawn(&[(2, 0), (1, 2), (2, 1), (3, 3)]).len(), 4);
+        assert!(drawn(&[(1, 2), (2, 1)]).is_empty());
     }
 }
