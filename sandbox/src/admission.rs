@@ -30,6 +30,7 @@ mod files;
 pub mod foreign_spec;
 #[cfg(test)]
 mod image_tests;
+mod mount_ways;
 mod mounts;
 mod network;
 pub mod node_config;
@@ -56,7 +57,7 @@ use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
 pub use environment::{Environment, is_own_namespace, resolve_within};
-pub use files::refuse_links;
+pub use files::{MadeLinks, refuse_links};
 pub use network::Network;
 pub use refusal::Refusal;
 pub use restored::{Restored, RestoredError};

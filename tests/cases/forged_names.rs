@@ -41,6 +41,27 @@ const FORGERIES: &[(&str, &str)] = &[
                           if e['mountpoint'] == '/dev/mqueue' else e for e in t])",
         "\"/dev/mqueue\", which is that of /cache",
     ),
+    // By a flag mount(2) binds a directory of the node instead of making a file system.
+    (
+        "table(lambda t: [e.update(sb_flags='0x1000', source='/root') or e if e['mountpoint'] == '/dev/mqueue' else e for e in t])",
+        "\"/dev/mqueue\", with the flags 0x1000 of mount(2)",
+    ),
+    // Through links in a file system that CRIU has filled: to what is mounted, and to where it is mounted.
+    (
+        "link_in_dev('evil', '/root')
+         table(lambda t: t + [dict(one(t, '/dev'), mnt_id=9999, parent_mnt_id=one(t, '/dev')['mnt_id'], mountpoint='/dev/evil/x',
+                                   root='/evil/x', flags=hex(int(str(one(t, '/dev')['flags']), 0) | 1))])",
+        "\"/dev/evil/x\", to which or to whose place a symbolic link leads",
+    ),
+    (
+        "link_in_dev('evil', '../../../../../root')
+         table(lambda t: [e.update(mountpoint='/dev/evil') or e if e['mountpoint'] == '/dev/mqueue' else e for e in t])",
+        "\"/dev/evil\", to which or to whose place a symbolic link leads",
+    ),
+    (
+        "table(lambda t: [e.update(mountpoint='/proc/self/root/root') or e if e['mountpoint'] == '/dev/mqueue' else e for e in t])",
+        "\"/proc/self/root/root\", ",
+    ),
     // CRIU's descriptors: its images, and the node's /proc.
     (
         "opens('/proc/self/fd/126/../../../../../../../../../root/secret')",

@@ -9,6 +9,7 @@ use transship_testbed::{
 };
 
 use crate::Case;
+use crate::admission::{PLAIN, prepared};
 use crate::pods::start;
 
 const IMAGE: &str = "transship.test/watcher:1";
@@ -23,11 +24,18 @@ const HOLD: &[&str] = &[
 ];
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    [Case {
-        what: "pod_volumes",
-        tree: Tree::Forky,
-        run: volumes_are_those_of_the_new_pod,
-    }]
+    [
+        Case {
+            what: "pod_volumes",
+            tree: Tree::Forky,
+            run: volumes_are_those_of_the_new_pod,
+        },
+        Case {
+            what: "pod_volumes_replaced",
+            tree: Tree::Forky,
+            run: a_file_that_was_replaced_is_mounted,
+        },
+    ]
     .into_iter()
 }
 
@@ -126,6 +134,34 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
         file,
         "has a directory mounted where the new pod has a file",
     )?;
+    journey::check_no_pod_left(&node)
+}
+
+/// As kubelet does with the file of a `subPath` when its ConfigMap changes: the old one is removed while it is mounted.
+fn a_file_that_was_replaced_is_mounted(bed: &Testbed) -> anyhow::Result<()> {
+    let node = prepared(bed)?;
+    let cri = node.cri()?;
+    node.shell("echo old >/var/lib/part").run()?;
+    let container = PodContainer {
+        mounts: &[("/var/lib/part", "/etc/part")],
+        ..PLAIN
+    };
+    let old = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    let id = cri.run_container(&old, &container)?;
+    node.shell("rm /var/lib/part; echo new >/var/lib/part")
+        .run()?;
+    let mounted = cri.exec(&id, &["grep", "/etc/part", "/proc/self/mountinfo"])?;
+    let mounted = String::from_utf8(mounted.stdout)?;
+    ensure!(mounted.contains("//deleted"), "{mounted}");
+    node.shell("transship checkpoint --pod shop/web --name web")
+        .run()?;
+    cri.remove_pod(&old)?;
+
+    let pod = cri.run_pod(("shop", "web"), &RESTORE, PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &container)?;
+    let answer = cri.exec(&id, &["cat", "/etc/part"])?;
+    ensure!(answer.stdout == b"new\n", "{answer:?}");
+    cri.remove_pod(&pod)?;
     journey::check_no_pod_left(&node)
 }
 

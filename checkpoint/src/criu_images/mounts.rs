@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! mnt_entry  1 fstype  2 mnt_id  3 root_dev  4 parent_mnt_id  5 flags  6 root  7 mountpoint
-//!            8 source  9 options  12 with_plugin  13 ext_mount  14 fsname  17 sb_flags  18 ext_key
+//!            8 source  9 options  12 with_plugin  13 ext_mount  14 fsname  16 deleted  17 sb_flags  18 ext_key
 //! ```
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::strict::is_ambiguous;
+use super::strict::{is_ambiguous, set_varints};
 use super::{Image, ImageError, Kind, list, push_bytes, push_entry};
 
 /// `MS_RDONLY` and the like, as in `mount(2)`.
@@ -21,6 +21,13 @@ pub mod flags {
     pub const NO_DEV: u32 = 4;
     /// Files cannot be executed.
     pub const NO_EXEC: u32 = 8;
+    /// What is seen elsewhere of mounts below: unbindable, private, slave, shared.
+    pub const PROPAGATION: u32 = 0xf << 17;
+    /// All that say how a file system is mounted: these, synchronous, mandatory locks, directories synchronous, no links
+    /// followed, no times, none of directories, relative, strict, lazy times. With another one `mount(2)` does something
+    /// else than to make a file system: it binds a directory, moves or changes a mount.
+    pub const OF_A_FILE_SYSTEM: u32 =
+        0xf | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x800 | 1 << 21 | 1 << 24 | 1 << 25;
 }
 
 /// The types that CRIU knows, as far as a container has them.
@@ -49,6 +56,8 @@ pub enum FsType {
 }
 
 const TMPFS: u32 = 5;
+/// The number of `deleted`.
+const DELETED: u64 = 16;
 
 impl FsType {
     fn of(number: u32) -> Self {
@@ -84,6 +93,8 @@ pub struct Mount {
     pub fs_flags: u32,
     /// The part of the file system that is mounted.
     pub root: String,
+    /// What `mount(2)` is told to mount.
+    pub source: String,
     /// Options of `mount(2)`.
     pub options: String,
     /// Where, in the container.
@@ -92,6 +103,8 @@ pub struct Mount {
     pub external: Option<String>,
     /// Whether a plugin of CRIU mounts it, or a file system is named by the image.
     pub is_foreign: bool,
+    /// Whether what is mounted was removed from where it was: CRIU makes it again, and removes it when it is mounted.
+    pub is_removed: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -120,6 +133,8 @@ struct MntEntry {
     ext_mount: Option<bool>,
     #[prost(string, optional, tag = "14")]
     fsname: Option<String>,
+    #[prost(bool, optional, tag = "16")]
+    deleted: Option<bool>,
     #[prost(uint32, optional, tag = "17")]
     sb_flags: Option<u32>,
     #[prost(string, optional, tag = "18")]
@@ -198,10 +213,12 @@ pub fn add(dir: &Path, new: &[NewMount]) -> Result<(), ImageError> {
             flags: mount.flags,
             fs_flags: 0,
             root: entry.root,
+            source: entry.source,
             options: entry.options,
             destination: entry.mountpoint,
             external: entry.ext_key,
             is_foreign: false,
+            is_removed: false,
         });
     }
     image.with_body(body).replace(path)
@@ -244,6 +261,7 @@ pub fn change(dir: &Path, fate: impl Fn(&Mount) -> Fate) -> Result<BTreeSet<u32>
                 Fate::Removed => continue,
                 Fate::External(key) => MntEntry {
                     ext_key: Some(key),
+                    deleted: None,
                     ..entry
                 },
                 Fate::Tmpfs(options) => {
@@ -256,6 +274,7 @@ pub fn change(dir: &Path, fate: impl Fn(&Mount) -> Fate) -> Result<BTreeSet<u32>
                         with_plugin: None,
                         ext_mount: None,
                         fsname: None,
+                        deleted: None,
                         ext_key: None,
                         ..entry
                     }
@@ -268,6 +287,36 @@ pub fn change(dir: &Path, fate: impl Fn(&Mount) -> Fate) -> Result<BTreeSet<u32>
     Ok(devices)
 }
 
+/// Forgets in the images of `dir` that what was mounted by the runtime had been removed from the node, as kubelet removes
+/// the file of a `subPath` when its ConfigMap changes: the runtime says what is mounted now, and CRIU would make the
+/// removed one there, where it finds the new one.
+///
+/// # Errors
+/// An image that cannot be read or replaced.
+pub fn forget_removed(dir: &Path) -> Result<(), ImageError> {
+    let is_forgotten = |mount: &Mount| mount.is_removed && mount.external.is_some();
+    for (_, path) in list(dir, Kind::Mounts)? {
+        let image = Image::read(&path, Kind::Mounts)?;
+        let mounts = read(&image)?;
+        if !mounts.iter().any(is_forgotten) {
+            continue;
+        }
+        let mut body = Vec::new();
+        let mut entries = image.entries();
+        for mount in &mounts {
+            let Some(message) = entries.next_bytes()? else {
+                break;
+            };
+            match is_forgotten(mount) {
+                true => push_bytes(&mut body, &set_varints(message, DELETED, &[])),
+                false => push_bytes(&mut body, message),
+            }
+        }
+        image.with_body(body).replace(&path)?;
+    }
+    Ok(())
+}
+
 fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
     let mut entries = image.entries();
     let mut mounts = Vec::new();
@@ -277,7 +326,7 @@ fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
         }
         let entry: MntEntry = image.decode(message)?;
         // CRIU before 3.x kept the flags of the file system among those of the mount.
-        let fs_flags = entry.sb_flags.unwrap_or(entry.flags);
+        let fs_flags = { entry.sb_flags }.unwrap_or(entry.flags & !flags::PROPAGATION);
         let external = match entry.ext_mount {
             Some(true) => Some(entry.root.clone()),
             _ => entry.ext_key,
@@ -290,10 +339,12 @@ fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
             flags: entry.flags,
             fs_flags,
             root: entry.root,
+            source: entry.source,
             options: entry.options,
             destination: entry.mountpoint,
             external,
             is_foreign: entry.with_plugin == Some(true) || entry.fsname.is_some(),
+            is_removed: entry.deleted == Some(true),
         });
     }
     Ok(mounts)
@@ -301,6 +352,8 @@ fn read(image: &Image) -> Result<Vec<Mount>, ImageError> {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
 
     #[test]
@@ -355,5 +408,36 @@ mod tests {
         assert_eq!(names, ["/", "/data", "/data/a", "/data/a/b"]);
         assert_eq!((left[2].fs_type, &left[2].external), (FsType::Tmpfs, &None));
         assert_eq!(left[3].external.as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn what_the_runtime_mounts_was_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mountpoints-12.img");
+        let entry = |mnt_id, ext_key: Option<&str>| MntEntry {
+            mnt_id,
+            mountpoint: format!("/{mnt_id}"),
+            deleted: Some(true),
+            ext_key: ext_key.map(ToOwned::to_owned),
+            ..MntEntry::default()
+        };
+        let mut body = Vec::new();
+        for entry in [entry(5, None), entry(6, Some("/6"))] {
+            // A field that is not looked at, `shared_id`.
+            push_bytes(&mut body, &set_varints(&entry.encode_to_vec(), 10, &[7]));
+        }
+        Image::new(&path, Kind::Mounts, body)
+            .replace(&path)
+            .unwrap();
+        forget_removed(dir.path()).unwrap();
+        let left = mounts(dir.path()).unwrap().remove(0);
+        let removed: Vec<bool> = left.iter().map(|it| it.is_removed).collect();
+        assert_eq!(removed, [true, false]);
+        let image = Image::read(&path, Kind::Mounts).unwrap();
+        let mut entries = image.entries();
+        while let Some(entry) = entries.next_bytes().unwrap() {
+            let fields = super::super::strict::fields(entry).unwrap();
+            assert!(fields.iter().any(|field| field.number == 10));
+        }
     }
 }

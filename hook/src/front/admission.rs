@@ -5,9 +5,10 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, BufReader, Read as _};
+use std::io::{BufReader, Read as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use nix::sys::sysinfo::sysinfo;
 use serde_json::Value;
@@ -18,7 +19,7 @@ use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
 use transship_layer::{Archive, MemberKind, decompress};
 use transship_sandbox::admission::{
-    Admission, AdmissionError, Allowance, Environment, Restored, compare, refuse_links,
+    Admission, AdmissionError, Allowance, Environment, MadeLinks, Restored, compare, refuse_links,
     resolve_within,
 };
 
@@ -53,12 +54,14 @@ pub(super) fn admit(
     let here = Environment::of_node(&allowed, &rootfs);
     let mut admission = compare(&restored, old, &allowed, &here);
     let room = memory_of(new);
-    let made = RefCell::new(BTreeMap::new());
+    // An archive is read once, however many mounts and files ask for it.
+    let made = RefCell::new(BTreeMap::<String, MadeLinks>::new());
     let links_in = |mount: &Mount| {
+        let Some(archive) = archive_of(dir, mount) else {
+            return Some(Rc::default());
+        };
         let mut made = made.borrow_mut();
-        let links = made
-            .entry(mount.id)
-            .or_insert_with(|| links_in(dir, mount, room));
+        let links = { made.entry(archive) }.or_insert_with_key(|name| links_in(dir, name, room));
         links.clone()
     };
     refuse_links(&restored, &allowed, &rootfs, &links_in, &mut admission);
@@ -73,32 +76,34 @@ fn memory_of(spec: &Spec) -> u64 {
     limit.min(sysinfo().map_or(u64::MAX, |node| node.ram_total()))
 }
 
-/// The links that CRIU will make in a tmpfs of the container; none where that cannot be told, or where more comes out of
-/// the archive than there is `room` for.
-fn links_in(dir: &Path, mount: &Mount, room: u64) -> Option<BTreeSet<PathBuf>> {
-    let mut links = BTreeSet::new();
-    // The second name is that of CRIU before 2.0.
-    for name in [
+/// The archive that CRIU fills a tmpfs from, if there is one.
+fn archive_of(dir: &Path, mount: &Mount) -> Option<String> {
+    // The second name is that of CRIU before 2.0, and is taken where the first is not there.
+    let names = [
         format!("tmpfs-dev-{}.tar.gz.img", mount.device),
         format!("tmpfs-{}.tar.gz.img", mount.id),
-    ] {
-        let file = match open_regular(dir, Path::new(&name), Links::Refused) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            file => file.ok()?,
-        };
-        let unpacked = decompress(BufReader::new(file)).ok()?;
-        let mut archive = Archive::new(unpacked.take(room));
-        while let Some(member) = archive.next_member().ok()? {
-            // Another name of a link is one, too.
-            if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
-                links.insert(OsString::from_vec(member.clean_path()).into());
-            }
-            if links.len() > MOST_LINKS {
-                return None;
-            }
+    ];
+    let mut names = names.into_iter();
+    names.find(|name| dir.join(name).symlink_metadata().is_ok())
+}
+
+/// The links that CRIU will make of an archive; none where that cannot be told, or where more comes out of it than there
+/// is `room` for.
+fn links_in(dir: &Path, archive: &str, room: u64) -> MadeLinks {
+    let mut links = BTreeSet::new();
+    let file = open_regular(dir, Path::new(archive), Links::Refused).ok()?;
+    let unpacked = decompress(BufReader::new(file)).ok()?;
+    let mut archive = Archive::new(unpacked.take(room));
+    while let Some(member) = archive.next_member().ok()? {
+        // Another name of a link is one, too.
+        if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
+            links.insert(OsString::from_vec(member.clean_path()).into());
+        }
+        if links.len() > MOST_LINKS {
+            return None;
         }
     }
-    Some(links)
+    Some(Rc::new(links))
 }
 
 /// Puts this process, and CRIU after it, to the score of the new container: a restored process whose

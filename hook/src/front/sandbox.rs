@@ -7,7 +7,7 @@ use transship_checkpoint::annotations::Role;
 use transship_checkpoint::criu_images::ipc_sysctls::set_sysctls;
 use transship_checkpoint::criu_images::ipcns::IpcObject;
 use transship_checkpoint::criu_images::shm_mappings::Attachment;
-use transship_checkpoint::criu_images::utsns;
+use transship_checkpoint::criu_images::{mounts, utsns};
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_sandbox::{
     LiveIpc, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
@@ -99,6 +99,7 @@ impl Front<'_> {
         config: &Config,
         pod: &PodDir,
     ) -> Result<NamespaceEdits, FrontError> {
+        mounts::forget_removed(dir)?;
         let joined = namespaces::joined(&config.spec);
         let mut edits = NamespaceEdits::default();
         if let Some(uts) = joined.get(&Namespace::Uts) {

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount};
@@ -17,7 +18,10 @@ use transship_checkpoint::criu_images::named_files::NamedFile;
 use super::allowance::Allowance;
 use super::capabilities::SYS_PTRACE;
 use super::environment::{is_plain, resolve_within};
-use super::{Admission, Refusal, Restored};
+use super::{Admission, Refusal, Restored, mount_ways};
+
+/// The links in a file system that CRIU will make; none where that is not known.
+pub type MadeLinks = Option<Rc<BTreeSet<PathBuf>>>;
 
 /// What a process in `/proc/<pid>` shows to who may trace it when it is opened.
 const OF_TRACERS: [&str; 11] = [
@@ -53,7 +57,10 @@ pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut 
         if !is_plain(&file.path) || leads_elsewhere {
             refuse(file, ELSEWHERE);
         }
-        let makes = (OFlag::O_CREAT | OFlag::O_TRUNC).bits().cast_unsigned();
+        // A directory is opened with one bit of the last.
+        let nameless = OFlag::O_TMPFILE.difference(OFlag::O_DIRECTORY);
+        let makes = (OFlag::O_CREAT | OFlag::O_TRUNC | nameless).bits();
+        let makes = makes.cast_unsigned();
         if file.flags & makes != 0 {
             refuse(file, "which is to be made or emptied when it is opened");
         }
@@ -74,9 +81,10 @@ pub fn refuse_links(
     restored: &Restored,
     allowed: &Allowance,
     rootfs: &Path,
-    made: &dyn Fn(&Mount) -> Option<BTreeSet<PathBuf>>,
+    made: &dyn Fn(&Mount) -> MadeLinks,
     admission: &mut Admission,
 ) {
+    mount_ways::refuse_links(restored, allowed, rootfs, made, admission);
     let mut refuse = |path: &Path| {
         let path = path.to_path_buf();
         admission.refuse(Refusal::File { path, why: LINK });
@@ -141,11 +149,7 @@ fn leads_through_link(mount: &Mount, path: &Path, allowed: &Allowance, rootfs: &
 }
 
 /// The same of the directories on the way, in a file system that CRIU makes and fills.
-fn leads_through_made(
-    mount: &Mount,
-    path: &Path,
-    made: &dyn Fn(&Mount) -> Option<BTreeSet<PathBuf>>,
-) -> bool {
+fn leads_through_made(mount: &Mount, path: &Path, made: &dyn Fn(&Mount) -> MadeLinks) -> bool {
     let is_made = mount.fs_type == FsType::Tmpfs && mount.external.is_none();
     let Ok(below) = path.strip_prefix(&mount.destination) else {
         return false;

@@ -1,10 +1,14 @@
 //! Deleted files, files of sockets and networks, each in several containers.
 
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
 use serde_json::json;
 use transship_checkpoint::criu_images::ghost_files::Ghost;
+use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 use transship_checkpoint::criu_images::named_files::Remap;
 
-use super::tests::{admission, file, restored, spec, with};
+use super::tests::{admission, file, mount, restored, spec, with};
 use super::*;
 
 /// A file without a name, which is watched.
@@ -120,5 +124,85 @@ fn a_joined_network_is_none_that_criu_makes() {
             )
         };
         assert_eq!(!found.iter().any(is_network), is_admitted, "{found:?}");
+    }
+}
+
+#[test]
+fn names_that_lead_through_links_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let volume = tempfile::tempdir().unwrap();
+    for dir in [root.path(), volume.path()] {
+        std::fs::create_dir(dir.join("dir")).unwrap();
+        std::os::unix::fs::symlink("/etc", dir.join("link")).unwrap();
+    }
+    let mut spec = spec();
+    spec["mounts"][3]["source"] = volume.path().to_str().unwrap().into();
+    let allowed = Spec::parse(spec.to_string().as_bytes()).unwrap();
+    let allowed = Allowance::of(&allowed, &Path::to_path_buf);
+    let destination = spec["mounts"][3]["destination"].as_str().unwrap();
+    assert_eq!(destination, "/rw");
+    // The path, its mount, whether it is a ghost, and whether it is refused.
+    for (path, mount, is_ghost, is_refused) in [
+        ("/dir/x", 1, false, false),
+        ("/dir/x", 1, true, false),
+        ("/link/x", 1, false, true),
+        ("/link/x", 1, true, true),
+        ("/link", 1, false, true),
+        ("/rw", 5, false, false),
+        ("/rw/dir/x", 5, true, false),
+        ("/rw/link/x", 5, false, true),
+        ("/rw/link/x", 5, true, true),
+        // The mount that a ghost is made in is what the image says.
+        ("/link/x", 5, true, true),
+        ("/dev/x", 3, true, false),
+        ("/dev/dir/x", 3, true, false),
+        ("/dev/fd/x", 3, true, true),
+        ("/dev/fd/1/x", 3, false, true),
+        ("/dev/fd", 3, false, false),
+        ("/dir/x", 77, true, true),
+    ] {
+        let mut images = restored();
+        let mut named = file(path);
+        named.mount = Some(mount);
+        images.named_files.push(named);
+        let remap = Remap {
+            file: 9,
+            linked: None,
+            ghost: None,
+        };
+        images.remaps.extend(is_ghost.then_some(remap));
+        let mut found = Admission::default();
+        let made = |_: &Mount| Some(Rc::new(BTreeSet::from(["fd".into()])));
+        refuse_links(&images, &allowed, root.path(), &made, &mut found);
+        assert_eq!(!found.refusals.is_empty(), is_refused, "{path} in {mount}");
+    }
+}
+
+/// A process with `CAP_SYS_ADMIN` may mount what it could mount itself, and no directories of the node.
+#[test]
+fn another_overlay_is_not_the_roots() {
+    let all = ["SYS_ADMIN", "CHOWN", "SETGID", "SETUID", "NET_RAW"];
+    let all = all.map(|name| format!("CAP_{name}"));
+    let spec = with(
+        "/process/capabilities",
+        json!({ "bounding": all, "permitted": all }),
+    );
+    for (options, source, is_admitted) in [
+        ("lowerdir=/l", "overlay", true),
+        ("lowerdir=/etc", "overlay", false),
+        ("lowerdir=/l", "other", false),
+    ] {
+        let mut images = restored();
+        images.mounts[0][0].options = "lowerdir=/l".to_owned();
+        images.mounts[0][0].source = "overlay".to_owned();
+        let device = images.mounts[0][0].device;
+        images.mounts[0].push(Mount {
+            options: options.to_owned(),
+            source: source.to_owned(),
+            device,
+            ..mount(20, 1, "/again", FsType::Overlay)
+        });
+        let found = admission(&images, &spec);
+        assert_eq!(found.check().is_ok(), is_admitted, "{options}: {found:?}");
     }
 }

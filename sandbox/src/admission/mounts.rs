@@ -15,7 +15,11 @@
 //! CRIU makes a file system once, and each further mount of the same device is a bind mount of the part of it that
 //! the image names: by a path that it walks in the tree of the node. So `..`, and a link that a process left in a
 //! tmpfs, lead to the node's files, and a mount that has the device of one of the node's directories is that
-//! directory, with flags of its own. A part is hence one that has no links, or what would be seen there anyway.
+//! directory, with flags of its own. A part is hence one that has no links, or what would be seen there anyway; what is
+//! on the way to either is looked at in `mount_ways`.
+//!
+//! The flags of an image are those of `mount(2)`, which binds a directory of the node by one of them, and the archive of a
+//! tmpfs is unpacked there. So they are none but those that say how a file system is mounted.
 //!
 //! A process with `CAP_SYS_ADMIN` can mount for itself: then more mounts of these types are no privilege.
 //! The flags of a mount of the spec are at least the spec's, always: what is mounted read-only there
@@ -125,6 +129,16 @@ impl Table<'_> {
         }
         if matches!(mount.fs_type, FsType::Other(number) if NEVER.contains(&number)) {
             return Err("a type that no container has".to_owned());
+        }
+        let strange = mount.flags & !(flags::OF_A_FILE_SYSTEM | flags::PROPAGATION)
+            | mount.fs_flags & !flags::OF_A_FILE_SYSTEM;
+        if strange != 0 {
+            return Err(format!(
+                "with the flags {strange:#x} of mount(2), which make something else than a file system"
+            ));
+        }
+        if mount.is_removed && mount.external.is_none() && !self.may_mount {
+            return Err("which was removed, and no runtime mounts such a thing".to_owned());
         }
         if mount.destination == "/" {
             return match self.allowed.read_only_root && mount.flags & flags::READ_ONLY == 0 {
@@ -286,10 +300,11 @@ impl Table<'_> {
         })
     }
 
-    /// Whether it is on the file system of the root.
+    /// Whether it is on the file system of the root: CRIU makes another one where it is mounted otherwise.
     fn is_of_root(&self, mount: &Mount) -> bool {
+        let how = |it: &Mount| (it.device, it.fs_type, it.source.clone(), it.options.clone());
         let mut roots = self.mounts.iter().filter(|it| it.destination == "/");
-        roots.any(|root| root.device == mount.device)
+        roots.any(|root| how(root) == how(mount))
     }
 
     /// Whether the mount that the path is on is read-only itself: then the runtime need not add one.
@@ -353,7 +368,7 @@ fn is_read_only(mount: &Mount) -> bool {
     (mount.flags | mount.fs_flags) & flags::READ_ONLY != 0
 }
 
-fn kind(mount: &Mount) -> String {
+pub(super) fn kind(mount: &Mount) -> String {
     match (mount.fs_type, &mount.external) {
         (_, Some(_)) => "a directory or file of the node".to_owned(),
         (FsType::Unsupported, None) => "a file system".to_owned(),

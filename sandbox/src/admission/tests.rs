@@ -1,7 +1,6 @@
 //! The comparison as a table: a container as containerd and runc make it, each row with one thing that
 //! is other than it was.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -68,7 +67,7 @@ fn thread() -> Thread {
     }
 }
 
-fn mount(id: u32, parent: u32, destination: &str, fs_type: FsType) -> Mount {
+pub(super) fn mount(id: u32, parent: u32, destination: &str, fs_type: FsType) -> Mount {
     Mount {
         fs_type,
         id,
@@ -77,10 +76,12 @@ fn mount(id: u32, parent: u32, destination: &str, fs_type: FsType) -> Mount {
         flags: flags::NO_SUID | flags::NO_DEV | flags::NO_EXEC,
         fs_flags: 0,
         root: "/".into(),
+        source: "source".into(),
         options: String::new(),
         destination: destination.into(),
         external: None,
         is_foreign: false,
+        is_removed: false,
     }
 }
 
@@ -290,6 +291,26 @@ fn what_is_stronger_than_the_spec_is_refused() {
             table(r).push(mount(9, 1, "/s", FsType::Other(11)));
         }),
         ("by a plugin", |r| table(r)[1].is_foreign = true),
+        (
+            "tmpfs on \"/dev\", with the flags 0x1000 of mount(2)",
+            |r| {
+                table(r)[2].fs_flags = 0x1000;
+            },
+        ),
+        ("mqueue on \"/s\", with the flags 0x4000 of mount(2)", |r| {
+            let mut queues = mount(9, 1, "/s", FsType::Mqueue);
+            queues.flags |= 0x4000 | flags::PROPAGATION;
+            table(r).push(queues);
+        }),
+        (
+            "tmpfs on \"/dev\", with the flags 0x80000 of mount(2)",
+            |r| {
+                table(r)[2].fs_flags = 1 << 19;
+            },
+        ),
+        ("tmpfs on \"/dev\", which was removed", |r| {
+            table(r)[2].is_removed = true;
+        }),
         (
             "mqueue on \"/s\", of which it shows what is no plain path",
             |r| {
@@ -743,56 +764,5 @@ fn a_mount_makes_no_hierarchy_of_cgroups() {
         images.mounts[0].push(hierarchy);
         let found = admission(&images, &spec);
         assert_eq!(found.check().is_ok(), is_admitted, "{options}");
-    }
-}
-
-#[test]
-fn names_that_lead_through_links_are_refused() {
-    let root = tempfile::tempdir().unwrap();
-    let volume = tempfile::tempdir().unwrap();
-    for dir in [root.path(), volume.path()] {
-        std::fs::create_dir(dir.join("dir")).unwrap();
-        std::os::unix::fs::symlink("/etc", dir.join("link")).unwrap();
-    }
-    let mut spec = spec();
-    spec["mounts"][3]["source"] = volume.path().to_str().unwrap().into();
-    let allowed = Spec::parse(spec.to_string().as_bytes()).unwrap();
-    let allowed = Allowance::of(&allowed, &Path::to_path_buf);
-    let destination = spec["mounts"][3]["destination"].as_str().unwrap();
-    assert_eq!(destination, "/rw");
-    // The path, its mount, whether it is a ghost, and whether it is refused.
-    for (path, mount, is_ghost, is_refused) in [
-        ("/dir/x", 1, false, false),
-        ("/dir/x", 1, true, false),
-        ("/link/x", 1, false, true),
-        ("/link/x", 1, true, true),
-        ("/link", 1, false, true),
-        ("/rw", 5, false, false),
-        ("/rw/dir/x", 5, true, false),
-        ("/rw/link/x", 5, false, true),
-        ("/rw/link/x", 5, true, true),
-        // The mount that a ghost is made in is what the image says.
-        ("/link/x", 5, true, true),
-        ("/dev/x", 3, true, false),
-        ("/dev/dir/x", 3, true, false),
-        ("/dev/fd/x", 3, true, true),
-        ("/dev/fd/1/x", 3, false, true),
-        ("/dev/fd", 3, false, false),
-        ("/dir/x", 77, true, true),
-    ] {
-        let mut images = restored();
-        let mut named = file(path);
-        named.mount = Some(mount);
-        images.named_files.push(named);
-        let remap = Remap {
-            file: 9,
-            linked: None,
-            ghost: None,
-        };
-        images.remaps.extend(is_ghost.then_some(remap));
-        let mut found = Admission::default();
-        let made = |_: &Mount| Some(BTreeSet::from(["fd".into()]));
-        refuse_links(&images, &allowed, root.path(), &made, &mut found);
-        assert_eq!(!found.refusals.is_empty(), is_refused, "{path} in {mount}");
     }
 }
