@@ -206,3 +206,35 @@ fn another_overlay_is_not_the_roots() {
         assert_eq!(found.check().is_ok(), is_admitted, "{options}: {found:?}");
     }
 }
+
+/// As most nodes with cgroup v1 have them.
+#[test]
+fn controllers_may_share_a_hierarchy() {
+    let with = |cnames: &[&str], member: &str| {
+        let mut images = restored();
+        for it in &mut images.cgroups.members {
+            member.clone_into(&mut it.controller);
+        }
+        let names = cnames.iter().map(|name| (*name).to_owned());
+        images.cgroups.hierarchies[0].controllers = names.collect();
+        admission(&images, &spec()).check()
+    };
+    for (cnames, member) in [
+        (&["cpu", "cpuacct"][..], "cpu,cpuacct"),
+        (&["net_prio", "net_cls"], "net_cls,net_prio"),
+        (&["name=systemd"], "name=systemd"),
+        (&[""], ""),
+    ] {
+        with(cnames, member).unwrap();
+    }
+    for (cnames, member) in [
+        (&["cpu", "cpuacct"][..], "cpu"),
+        (&["cpu"], "cpu,cpuacct"),
+        (&["cpu"], "xcpu"),
+        // What CRIU would tell mount(2).
+        (&["memory,name=x"], "memory,name=x"),
+        (&["release_agent=x"], "release_agent=x"),
+    ] {
+        assert!(with(cnames, member).is_err(), "{cnames:?} {member}");
+    }
+}

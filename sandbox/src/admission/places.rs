@@ -114,13 +114,17 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
         let path = path.to_owned();
         admission.refuse(Refusal::Cgroup { path });
     };
-    let hierarchy_of = |controller: &str| {
-        let mut all = cgroups.hierarchies.iter();
-        all.find(|it| it.controllers.iter().any(|name| name == controller))
-    };
-    for member in &cgroups.members {
-        let within = hierarchy_of(&member.controller).is_some_and(|hierarchy| {
-            let mut tops = hierarchy.tops.iter();
+    // Controllers of one hierarchy are told apart here, and together of a task: `cpu,cpuacct`.
+    let of_hierarchies: Vec<String> = { cgroups.hierarchies.iter() }
+        .map(|it| sorted(it.controllers.iter().map(String::as_str)))
+        .collect();
+    let of_members: Vec<String> = { cgroups.members.iter() }
+        .map(|it| sorted(it.controller.split(',')))
+        .collect();
+    for (member, controllers) in cgroups.members.iter().zip(&of_members) {
+        let at = of_hierarchies.iter().position(|it| it == controllers);
+        let within = at.is_some_and(|at| {
+            let mut tops = cgroups.hierarchies[at].tops.iter();
             tops.any(|top| begins_with(&member.path, top))
         });
         let prefix = member.namespace_prefix as usize;
@@ -128,9 +132,9 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
             refuse(&member.path);
         }
     }
-    for (at, hierarchy) in cgroups.hierarchies.iter().enumerate() {
+    for (number, hierarchy) in cgroups.hierarchies.iter().enumerate() {
         let twice = hierarchy.controllers.iter().find(|name| {
-            let mut before = cgroups.hierarchies[..at].iter();
+            let mut before = cgroups.hierarchies[..number].iter();
             before.any(|other| other.controllers.contains(name))
         });
         if let Some(name) = twice {
@@ -141,8 +145,9 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
             let nested = others
                 .filter(|(other, _)| *other != at)
                 .any(|(_, other)| begins_with(top, other));
-            let used = cgroups.members.iter().any(|member| {
-                hierarchy.controllers.contains(&member.controller) && begins_with(&member.path, top)
+            let mut members = cgroups.members.iter().zip(&of_members);
+            let used = members.any(|(member, controllers)| {
+                *controllers == of_hierarchies[number] && begins_with(&member.path, top)
             });
             // The node's own root, in a hierarchy in which runtimes make a cgroup for each container.
             let managed = |name: &String| is_managed(name, cgroups.hierarchies.len() == 1);
@@ -155,11 +160,23 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
         let strange = |name: &&String| {
             name.is_empty() || name.contains('/') || matches!(name.as_str(), "." | "..")
         };
+        // They become options of mount(2): each is one, and none sets anything.
+        let is_option =
+            |name: &&String| name.contains(',') || name.contains('=') && !name.starts_with("name=");
+        if let Some(name) = hierarchy.controllers.iter().find(is_option) {
+            refuse(name);
+        }
         let controllers = hierarchy.controllers.iter().filter(|name| !name.is_empty());
         if let Some(name) = controllers.chain(&hierarchy.names).find(strange) {
             refuse(name);
         }
     }
+}
+
+fn sorted<'n>(names: impl Iterator<Item = &'n str>) -> String {
+    let mut names: Vec<&str> = names.collect();
+    names.sort_unstable();
+    names.join(",")
 }
 
 /// The hierarchies in which runc and crun make a cgroup for each container: cgroup v2 where it is the
