@@ -300,6 +300,7 @@ pub fn refusals(spec: &Value, place: &Place<'_>) -> Vec<Refusal> {
     }
     // What is dangerous by being absent.
     namespaces(spec, place, &mut found);
+    open_devices(spec, &mut found);
     for (field, required, how) in [
         ("/linux/maskedPaths", &MASKED, "hidden"),
         ("/linux/readonlyPaths", &READ_ONLY, "read-only"),
@@ -455,15 +456,18 @@ fn mounts(value: &Value, found: &mut Vec<Refusal>) {
         let (kind, source, destination) = (text("type"), text("source"), text("destination"));
         let has = |option: &str| strings(mount.get("options")).any(|found| found == option);
         let bind = has("bind") || has("rbind");
+        // Of several the runtimes take the last one, and what is said of all below it after that.
+        let read_only = has("ro") && !has("rw") && !has("rrw");
         let harmless = match kind {
-            _ if bind => has("ro") && source == destination && NETWORK_FILES.contains(&source),
+            _ if bind => read_only && source == destination && NETWORK_FILES.contains(&source),
             "tmpfs" | "devpts" | "mqueue" => true,
             "proc" => destination == "/proc",
-            "sysfs" => destination == "/sys" && has("ro"),
-            "cgroup" | "cgroup2" => destination == "/sys/fs/cgroup" && has("ro"),
+            "sysfs" => destination == "/sys" && read_only,
+            "cgroup" | "cgroup2" => destination == "/sys/fs/cgroup" && read_only,
             _ => false,
         };
-        if !harmless {
+        // Of what is there already, by whatever type: a /sys that can be written.
+        if !harmless || has("remount") {
             let what = match bind {
                 true => format!("mounts {source} on {destination}"),
                 false => format!("mounts the {kind} {source} on {destination}"),
@@ -518,6 +522,24 @@ fn device_rules(value: &Value, found: &mut Vec<Refusal>) {
             );
             refuse(found, Allow::Devices, what);
         }
+    }
+}
+
+/// runc begins with no device, and crun on cgroup v1 with those of the cgroup above: there they are closed by a rule.
+fn open_devices(spec: &Value, found: &mut Vec<Refusal>) {
+    let rules = spec.pointer("/linux/resources/devices");
+    let mut rules = rules.and_then(Value::as_array).into_iter().flatten();
+    let is_any = |number: &Value| number.is_null() || number == -1;
+    let is_closed = rules.any(|rule| {
+        rule["allow"] == false
+            && (rule["type"].is_null() || rule["type"] == "a")
+            && is_any(&rule["major"])
+            && is_any(&rule["minor"])
+            && rule["access"] == "rwm"
+    });
+    if !is_closed && found.iter().all(|refusal| refusal.allow != Allow::Devices) {
+        let what = "has no rule that closes the devices of the node";
+        refuse(found, Allow::Devices, what);
     }
 }
 
