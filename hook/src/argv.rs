@@ -46,6 +46,8 @@ const COMMAND_VALUES: &[&str] = &[
     "status-fd",
     "work-path",
 ];
+/// The same of crun's `create` and `run`: `--config` in short. Of `delete` it is a switch.
+const CONFIG_VALUE: &str = "f";
 
 /// One call of the runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,6 +154,14 @@ impl Arguments {
             .map(PathBuf::from)
     }
 
+    /// The file that has the spec, where it is not the bundle's.
+    #[must_use]
+    pub fn config(&self) -> Option<PathBuf> {
+        self.value("config")
+            .or_else(|| self.value(CONFIG_VALUE))
+            .map(PathBuf::from)
+    }
+
     /// The arguments with another value for a flag.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<OsString>) -> Self {
@@ -215,7 +225,7 @@ impl Arguments {
             let dashes = if flag.name.len() == 1 { "-" } else { "--" };
             let mut arg = OsString::from(format!("{dashes}{}", flag.name));
             match &flag.value {
-                Some(value) if COMMAND_VALUES.contains(&flag.name.as_str()) => {
+                Some(value) if is_apart(&flag.name) => {
                     args.push(arg);
                     args.push(value.clone());
                 }
@@ -283,7 +293,12 @@ fn read_command(command: &OsStr, args: &[OsString]) -> Command {
     if command == "kill" {
         return read_kill(args).unwrap_or(Command::Other);
     }
-    let Some(arguments) = read_arguments(args) else {
+    let has_config = command == "create" || command == "run";
+    let takes_value = |name: &str| match name == CONFIG_VALUE {
+        true => has_config,
+        false => COMMAND_VALUES.contains(&name),
+    };
+    let Some(arguments) = read_arguments(args, takes_value) else {
         return Command::Other;
     };
     let force = arguments.switch("force") || arguments.switch("f");
@@ -316,7 +331,7 @@ fn read_kill(args: &[OsString]) -> Option<Command> {
 }
 
 /// `None` without an id, or with more than one: then it is not for the front to judge.
-fn read_arguments(args: &[OsString]) -> Option<Arguments> {
+fn read_arguments(args: &[OsString], takes_value: impl Fn(&str) -> bool) -> Option<Arguments> {
     let mut flags = Vec::new();
     let mut ids = Vec::new();
     let mut args = args.iter();
@@ -325,7 +340,7 @@ fn read_arguments(args: &[OsString]) -> Option<Arguments> {
             ids.extend(args.by_ref());
         } else if let Some((name, value)) = split_flag(arg) {
             let value = match value {
-                None if COMMAND_VALUES.contains(&name) => Some(args.next()?.clone()),
+                None if takes_value(name) => Some(args.next()?.clone()),
                 value => value,
             };
             flags.push(Flag {
@@ -341,6 +356,11 @@ fn read_arguments(args: &[OsString]) -> Option<Arguments> {
         id: id.to_str()?.to_owned(),
         flags,
     })
+}
+
+/// Whether the value of a flag is an argument of its own.
+fn is_apart(name: &str) -> bool {
+    name == CONFIG_VALUE || COMMAND_VALUES.contains(&name)
 }
 
 /// Name and value of a flag; `None` for what is no flag, or not in UTF-8.

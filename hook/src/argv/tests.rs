@@ -92,6 +92,28 @@ fn a_container_that_is_run_at_once_is_seen() {
         panic!()
     };
     assert_eq!((run.id.as_str(), run.bundle()), ("web", Some("/b".into())));
+    assert_eq!(run.config(), None);
+}
+
+/// `crun run --help`: `-f, --config=FILE`.
+#[test]
+fn the_file_of_the_spec_is_no_id() {
+    for line in [
+        "run -f /c.json web",
+        "run --config=/c.json web",
+        "run --config /c.json web",
+        "run web -f /c.json",
+    ] {
+        let Command::Run(run) = read(line).command else {
+            panic!("{line}")
+        };
+        assert_eq!(run.id, "web", "{line}");
+        assert_eq!(run.config(), Some("/c.json".into()), "{line}");
+    }
+    let Command::Create(create) = read("create -b /b -f /c.json web").command else {
+        panic!()
+    };
+    assert_eq!(text(&create.to_args()), "-b /b -f /c.json web");
 }
 
 #[test]

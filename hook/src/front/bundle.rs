@@ -49,6 +49,8 @@ pub(super) const CRIU_CONFIG_FILE: &str = "transship-criu.conf";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Bundle {
     dir: PathBuf,
+    /// Its spec; crun takes one from elsewhere.
+    config: PathBuf,
 }
 
 /// A spec, read and understood.
@@ -177,14 +179,19 @@ impl Marker {
 impl Bundle {
     pub(super) fn of(arguments: &Arguments) -> Self {
         // Without --bundle it is the working directory, as for the runtime.
+        let bundle = Self::at(&arguments.bundle().unwrap_or_else(|| PathBuf::from(".")));
+        // By this name crun means the bundle's.
+        let elsewhere = arguments.config().filter(|it| it != Path::new(CONFIG_FILE));
         Self {
-            dir: arguments.bundle().unwrap_or_else(|| PathBuf::from(".")),
+            config: elsewhere.unwrap_or(bundle.config),
+            ..bundle
         }
     }
 
     pub(super) fn at(dir: &Path) -> Self {
         Self {
             dir: dir.to_path_buf(),
+            config: dir.join(CONFIG_FILE),
         }
     }
 
@@ -192,9 +199,14 @@ impl Bundle {
         &self.dir
     }
 
+    /// The file that has its spec.
+    pub(super) fn config_file(&self) -> &Path {
+        &self.config
+    }
+
     /// Whether it has not been removed.
     pub(super) fn is_there(&self) -> bool {
-        fs::symlink_metadata(self.path(CONFIG_FILE)).is_ok()
+        fs::symlink_metadata(&self.config).is_ok()
     }
 
     pub(super) fn path(&self, file: impl AsRef<Path>) -> PathBuf {
@@ -204,7 +216,7 @@ impl Bundle {
     /// The spec if it carries an annotation of ours; `None` also for one that cannot be read: the
     /// runtime tells its user what is wrong with it.
     pub(super) fn our_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
-        let Ok(json) = fs::read_to_string(self.path(CONFIG_FILE)) else {
+        let Ok(json) = fs::read_to_string(&self.config) else {
             return Ok(None);
         };
         // Most containers are not ours, and a spec takes 50 times longer to parse than to search.
@@ -219,7 +231,7 @@ impl Bundle {
 
     /// The spec; `None` when it cannot be read.
     pub(super) fn any_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
-        let Ok(json) = fs::read(self.path(CONFIG_FILE)) else {
+        let Ok(json) = fs::read(&self.config) else {
             return Ok(None);
         };
         self.config(id, json)
@@ -257,8 +269,8 @@ impl Bundle {
     }
 
     pub(super) fn replace_config(&self, spec: &Spec) -> Result<(), FrontError> {
-        let path = self.path(CONFIG_FILE);
-        Ok(replace_file(&path, spec).during("rewrite", &path)?)
+        let path = &self.config;
+        Ok(replace_file(path, spec).during("rewrite", path)?)
     }
 
     pub(super) fn write_marker(&self, marker: &Marker) -> Result<(), FrontError> {
@@ -326,9 +338,9 @@ impl Front<'_> {
         if let Some(dir) = beside_log
             && fs::symlink_metadata(dir.join(CONFIG_FILE)).is_ok()
         {
-            return Some(Bundle { dir });
+            return Some(Bundle::at(&dir));
         }
-        bundle_in_state(&self.state_dir(id)?).map(|dir| Bundle { dir })
+        bundle_in_state(&self.state_dir(id)?).map(|dir| Bundle::at(&dir))
     }
 }
 

@@ -5,7 +5,6 @@ use std::fs;
 
 use serde::Deserialize;
 use transship_checkpoint::cri_names::annotations::SANDBOX_UID;
-use transship_checkpoint::spec::CONFIG_FILE;
 use transship_sandbox::moved;
 
 use super::bundle::Bundle;
@@ -25,7 +24,7 @@ impl Front<'_> {
             return Ok(());
         }
         // The runtime says what is wrong with a spec.
-        let spec = fs::read(bundle.path(CONFIG_FILE)).unwrap_or_default();
+        let spec = fs::read(bundle.config_file()).unwrap_or_default();
         let spec: Option<Annotated> = serde_json::from_slice(&spec).ok();
         let uid = spec.and_then(|mut spec| spec.annotations.remove(SANDBOX_UID));
         let Some(uid) = uid else { return Ok(()) };
