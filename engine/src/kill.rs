@@ -1,7 +1,7 @@
 //! The end of a frozen container: not one of its processes executes another instruction.
 //!
 //! ```text
-//!  frozen: its processes --> a pidfd of each --> SIGKILL to each --> resume --> each has ended
+//!  frozen: its processes --> SIGKILL to each, by a pidfd --> resume --> each has ended
 //! ```
 //!
 //! While a container is frozen none of its processes can make another one, so the list is whole. With
@@ -9,14 +9,17 @@
 //! then ends before it is back in its program; with cgroup v2 it ends frozen. `runc kill --all` does
 //! not do: since 1.2.0 it signals the first process alone where the container has a pid namespace of
 //! its own, thaws, and the others run until the kernel takes the namespace down.
+//!
+//! A container may have more processes than this one may have descriptors, so no more than one is open at a time.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 use transship_containerd::Containerd;
+use transship_sandbox::{KnownProcess, ProcessHandle};
 
 use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
@@ -39,28 +42,34 @@ pub(crate) async fn kill_frozen(
     ended
 }
 
-async fn signal_all(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<Vec<OwnedFd>> {
-    let mut processes = Vec::new();
+async fn signal_all(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<Vec<KnownProcess>> {
+    let mut all = Vec::new();
     for task in tasks {
-        for pid in pids_of_frozen(node, &task.runtime, &task.id).await? {
-            processes.extend(open(pid, &task.id)?);
-        }
+        let pids = pids_of_frozen(node, &task.runtime, &task.id).await?;
+        all.extend(pids.into_iter().map(|pid| (pid, &task.id)));
     }
-    for process in &processes {
-        match pidfd_send_signal(process, Signal::KILL) {
-            Err(error) if error != rustix::io::Errno::SRCH => {
-                return Err(std::io::Error::from(error)).context("cannot kill a frozen process");
-            }
-            _ => {}
-        }
+    let mut killed = Vec::new();
+    for (pid, id) in all {
+        let known = kill(pid.cast_signed());
+        killed.extend(known.with_context(|| format!("cannot kill the process {pid} of {id:?}"))?);
     }
-    Ok(processes)
+    Ok(killed)
+}
+
+/// None for a process that has ended.
+fn kill(pid: i32) -> std::io::Result<Option<KnownProcess>> {
+    let Some(process) = ProcessHandle::open_below(pid, None)? else {
+        return Ok(None);
+    };
+    let known = KnownProcess::of(&process);
+    process.signal(Signal::KILL)?;
+    Ok(known)
 }
 
 async fn wait_for_end(
     node: &Containerd,
     tasks: &[TaskToFreeze],
-    mut processes: Vec<OwnedFd>,
+    mut processes: Vec<KnownProcess>,
 ) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -86,30 +95,20 @@ async fn wait_for_end(
     }
 }
 
-/// None for a process that has ended.
-fn open(pid: u32, id: &str) -> Result<Option<OwnedFd>> {
-    let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
-        return Ok(None);
-    };
-    match pidfd_open(raw, PidfdFlags::empty()) {
-        Ok(process) => Ok(Some(process)),
-        Err(rustix::io::Errno::SRCH) => Ok(None),
-        Err(error) => Err(std::io::Error::from(error))
-            .with_context(|| format!("cannot open the process {pid} of {id:?}")),
-    }
-}
-
 /// Those that have not ended within a moment.
-fn still_there(processes: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
+fn still_there(processes: Vec<KnownProcess>) -> Result<Vec<KnownProcess>> {
     let deadline = Instant::now() + LOOK_AGAIN;
     let mut left = Vec::new();
-    for process in processes {
+    for known in processes {
+        let Some(process) = known.open().context("cannot wait for a process")? else {
+            continue;
+        };
         let remaining = deadline.saturating_duration_since(Instant::now());
         let remaining = PollTimeout::try_from(remaining).unwrap_or(PollTimeout::ZERO);
         // A pidfd is readable when the process has ended.
         let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         match poll(&mut ended, remaining) {
-            Ok(0) | Err(Errno::EINTR) => left.push(process),
+            Ok(0) | Err(Errno::EINTR) => left.push(known),
             Ok(_) => {}
             Err(error) => {
                 return Err(std::io::Error::from(error)).context("cannot wait for a process");
@@ -123,20 +122,29 @@ fn still_there(processes: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
 mod tests {
     use std::process::Command;
 
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
     use super::*;
 
     #[test]
-    fn the_end_of_a_process_is_seen() {
-        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let process = open(child.id(), "x").unwrap().unwrap();
-        let mut left = still_there(vec![process]).unwrap();
-        assert_eq!(left.len(), 1);
-        pidfd_send_signal(&left[0], Signal::KILL).unwrap();
+    fn the_end_of_more_processes_than_descriptors_is_seen() {
+        let sleep = || Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut children: Vec<_> = (0..60).map(|_| sleep()).collect();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 40, hard).unwrap();
+        let first = ProcessHandle::open(children[0].id().cast_signed()).unwrap();
+        let alive = KnownProcess::of(&first).unwrap();
+        assert_eq!(still_there(vec![alive]).unwrap(), [alive]);
+        let pids = children.iter().map(|child| child.id().cast_signed());
+        let mut left: Vec<_> = pids.filter_map(|pid| kill(pid).unwrap()).collect();
+        assert_eq!(left.len(), 60);
         while !left.is_empty() {
             left = still_there(left).unwrap();
         }
-        let pid = child.id();
-        child.wait().unwrap();
-        assert!(open(pid, "x").unwrap().is_none());
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        for child in &mut children {
+            child.wait().unwrap();
+        }
+        assert_eq!(kill(children[0].id().cast_signed()).unwrap(), None);
     }
 }

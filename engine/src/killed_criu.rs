@@ -51,12 +51,12 @@ fn end_repair(root: u32) {
     let processes = all_processes().into_iter().flatten().flatten();
     for process in processes {
         if cgroups(process.pid).is_some_and(|it| are_below(&it, &of_root)) {
-            for socket in sockets_of(&process).into_iter().flatten() {
+            each_socket(&process, |socket| {
                 // Of another protocol's there is no such option.
                 if matches!(getsockopt(&socket, TcpRepair), Ok(state) if state != 0) {
                     let _ = setsockopt(&socket, TcpRepair, &0);
                 }
-            }
+            });
         }
     }
 }
@@ -71,15 +71,18 @@ fn are_below(cgroups: &str, of_root: &str) -> bool {
     cgroups.lines().count() == of_root.lines().count() && both().all(is_below)
 }
 
-fn sockets_of(process: &Process) -> Option<Vec<OwnedFd>> {
-    let descriptors = DescriptorsOf::process(process.pid).ok()?;
-    let sockets = process
-        .fd()
-        .ok()?
-        .flatten()
-        .filter(|it| matches!(it.target, FDTarget::Socket(_)));
-    let open = |fd| descriptors.get(fd).ok();
-    Some(sockets.filter_map(|socket| open(socket.fd)).collect())
+/// One after the other: a process may have more of them than this one may have descriptors.
+fn each_socket(process: &Process, act: impl Fn(OwnedFd)) {
+    let Ok(descriptors) = DescriptorsOf::process(process.pid) else {
+        return;
+    };
+    for open in process.fd().into_iter().flatten().flatten() {
+        if matches!(open.target, FDTarget::Socket(_))
+            && let Ok(socket) = descriptors.get(open.fd)
+        {
+            act(socket);
+        }
+    }
 }
 
 /// Takes away the lock of a network. A program that the killed CRIU has told to make it may still be at it.

@@ -11,7 +11,7 @@ use std::os::fd::AsFd as _;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::Signal;
 pub(crate) use transship_sandbox::children;
-use transship_sandbox::{ProcessHandle, open_children, tree_with_parents};
+use transship_sandbox::{KnownProcess, ProcessHandle, tree_with_parents};
 
 use crate::freezer::thaw_killed;
 
@@ -37,31 +37,46 @@ pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
 pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
     let mut found = BTreeMap::new();
     for _ in 0..LOOKS {
-        let mut new = Vec::new();
-        let mut parents = vec![root];
-        while let Some(parent) = parents.pop() {
-            for process in open_children(parent)? {
-                if !spared.contains(&process.pid()) {
-                    parents.push(process.pid());
-                    new.push(process);
-                }
+        let mut is_any_new = false;
+        for (pid, parent) in below(root, spared)? {
+            if found.contains_key(&pid) {
+                continue;
             }
-        }
-        new.retain(|process| !found.contains_key(&process.pid()));
-        if new.is_empty() {
-            break;
-        }
-        for process in new {
+            let Some(process) = ProcessHandle::open_below(pid, Some(parent))? else {
+                continue;
+            };
             // One that has ended meanwhile is as good.
             drop(process.signal(Signal::STOP));
-            found.insert(process.pid(), process);
+            if let Some(known) = KnownProcess::of(&process) {
+                found.insert(pid, known);
+                is_any_new = true;
+            }
+        }
+        if !is_any_new {
+            break;
         }
     }
-    for process in found.values() {
-        drop(process.signal(Signal::KILL));
+    for known in found.values() {
+        if let Some(process) = known.open()? {
+            drop(process.signal(Signal::KILL));
+        }
     }
     thaw_killed(&found.into_keys().collect());
     Ok(())
+}
+
+/// The numbers of all processes below `root`, each with its parent's, but for those in `spared` and below them.
+fn below(root: i32, spared: &[i32]) -> io::Result<Vec<(i32, i32)>> {
+    let (mut parents, mut found) = (vec![root], Vec::new());
+    while let Some(parent) = parents.pop() {
+        for pid in children(parent)? {
+            if !spared.contains(&pid) {
+                parents.push(pid);
+                found.push((pid, parent));
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Stops a process and all below it, also those that are made meanwhile.
@@ -192,5 +207,31 @@ mod tests {
         }
         Process::open(root).unwrap().kill_tree().unwrap();
         assert_eq!(shell.wait().unwrap().signal(), Some(9));
+    }
+
+    #[test]
+    fn more_processes_than_descriptors_are_killed() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let mut shell = Command::new("sh")
+            .args(["-c", "for i in $(seq 60); do sleep 100 & done; wait"])
+            .spawn()
+            .unwrap();
+        let root = i32::try_from(shell.id()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while tree(root).unwrap().len() < 61 {
+            assert!(Instant::now() < deadline, "sixty processes");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 40, hard).unwrap();
+        let killed = kill_below(root, &[]);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        killed.unwrap();
+        while !children(root).unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "{:?}", tree(root).unwrap());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        shell.kill().unwrap();
+        shell.wait().unwrap();
     }
 }

@@ -78,7 +78,7 @@ pub use pins::{
 };
 pub use pod_dir::{Arrival, PodDir};
 pub use proc_text::{TaskStat, TaskStatus, read_proc};
-pub use process_handle::{ProcessHandle, children, open_children, tree_with_parents};
+pub use process_handle::{KnownProcess, ProcessHandle, children, tree_with_parents};
 pub use staged::{RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;
 

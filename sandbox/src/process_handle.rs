@@ -67,6 +67,33 @@ impl ProcessHandle {
     }
 }
 
+/// A process that is found again. There may be more processes than descriptors, so whoever signals many of them later keeps
+/// these and opens one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownProcess {
+    pid: i32,
+    start_time: u64,
+}
+
+impl KnownProcess {
+    /// The one of a handle; none when it has been waited for.
+    #[must_use]
+    pub fn of(process: &ProcessHandle) -> Option<Self> {
+        let pid = process.pid;
+        let start_time = TaskStat::of(format!("/proc/{pid}")).ok()?.start_time()?;
+        Some(Self { pid, start_time })
+    }
+
+    /// A handle of it; none when it has been waited for.
+    ///
+    /// # Errors
+    /// The kernel does not let us, or too many descriptors are open.
+    pub fn open(self) -> io::Result<Option<ProcessHandle>> {
+        let process = ProcessHandle::open_below(self.pid, None)?;
+        Ok(process.filter(|process| Self::of(process) == Some(self)))
+    }
+}
+
 impl AsFd for ProcessHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
@@ -98,17 +125,6 @@ pub fn children(pid: i32) -> io::Result<Vec<i32>> {
         }
     }
     Ok(children)
-}
-
-/// The children of a process.
-///
-/// # Errors
-/// `/proc` cannot be read.
-pub fn open_children(parent: i32) -> io::Result<Vec<ProcessHandle>> {
-    let children = children(parent)?.into_iter();
-    children
-        .filter_map(|pid| ProcessHandle::open_below(pid, Some(parent)).transpose())
-        .collect()
 }
 
 /// The numbers of a process and all below it, each with its parent's, parents first: for [`ProcessHandle::open_below`], one
@@ -146,8 +162,11 @@ mod tests {
         assert_eq!(parent_of(pid), Some(own));
         assert!(ProcessHandle::open_below(pid, Some(1)).unwrap().is_none());
         let handle = ProcessHandle::open_below(pid, Some(own)).unwrap().unwrap();
+        let known = KnownProcess::of(&handle).unwrap();
         assert!(handle.signal(Signal::KILL).unwrap());
+        assert!(known.open().unwrap().is_some());
         child.wait().unwrap();
+        assert!(known.open().unwrap().is_none());
         // Its number may be another one's from here on.
         assert!(!handle.signal(Signal::KILL).unwrap());
         assert!(ProcessHandle::open(0).is_err());

@@ -14,7 +14,6 @@
 //!            /proc/1                 CRIU asks for "/proc/1/" and whatever stands behind it in memory
 //! ```
 
-use std::fs;
 use std::path::Path;
 
 use nix::libc;
@@ -23,17 +22,21 @@ use procfs::process::{FDTarget, LimitValue};
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
+use crate::process_files;
 
 /// What CRIU has open in a process at once: its memory, its socket, its log, /proc (3.17 to 4.2).
 const OF_CRIU: u64 = 4;
+/// More of what is told of a descriptor than this is not read: marks of fanotify are behind one another.
+const INFORMATION: u64 = 4 << 20;
+/// The first lock comes before what a kind of file tells.
+const FIRST_LOCK: u64 = 4 << 10;
 
 pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
     let hits = processes
         .descriptors()
         .filter_map(|(seen, number, target)| {
             // One that was closed meanwhile is none.
-            let information =
-                || fs::read_to_string(format!("/proc/{}/fdinfo/{number}", seen.pid)).ok();
+            let information = || process_files::descriptor(seen.pid, number, INFORMATION).ok();
             match target {
                 FDTarget::AnonInode(kind) if kind == "[eventfd]" => semaphore(&information()?),
                 FDTarget::AnonInode(kind) if kind == "[pidfd]" => {
@@ -68,7 +71,7 @@ pub(super) fn locks(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         _ => None,
     });
     let locked = paths.filter(|(seen, number, _)| {
-        let information = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", seen.pid));
+        let information = process_files::descriptor(seen.pid, *number, FIRST_LOCK);
         information.is_ok_and(|it| is_locked(&it))
     });
     locked
@@ -86,7 +89,8 @@ fn is_locked(information: &str) -> bool {
 
 /// Also where the limit is not told.
 fn has_room(seen: &Seen) -> bool {
-    let limit = seen.process.limits().map(|it| it.max_open_files.soft_limit);
+    let limits = seen.process().and_then(|it| it.limits());
+    let limit = limits.map(|it| it.max_open_files.soft_limit);
     match limit {
         Ok(LimitValue::Value(most)) => seen.descriptors.len() as u64 + OF_CRIU <= most,
         _ => true,

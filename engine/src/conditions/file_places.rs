@@ -57,6 +57,7 @@ enum Look {
 pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     let mut hits: Vec<Hit> = processes.tree.iter().filter_map(too_long).collect();
     let unseen = || ("unseen", "mounts".to_owned());
+    let mut is_any_unseen = false;
     let first = match look(subject.init) {
         Look::Mounts(first) => first,
         Look::Gone => return hits,
@@ -77,7 +78,8 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
                 return None;
             }
             let Some(others) = &*others else {
-                return Some(unseen());
+                is_any_unseen = true;
+                return None;
             };
             let mut tables = [&first].into_iter().chain(others);
             if tables.clone().any(|table| table.open.contains(&number)) {
@@ -93,6 +95,7 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
             Some((name, what))
         }));
     }
+    hits.extend(is_any_unseen.then(unseen));
     hits
 }
 

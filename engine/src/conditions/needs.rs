@@ -54,8 +54,8 @@ fn count(of: impl Iterator) -> u64 {
 fn open_files(seen: &Seen) -> u64 {
     use procfs::process::LimitValue;
     match seen
-        .process
-        .limits()
+        .process()
+        .and_then(|it| it.limits())
         .map(|limits| limits.max_open_files.hard_limit)
     {
         Ok(LimitValue::Value(most)) => most,

@@ -58,7 +58,8 @@ fn exec_of(processes: &Processes) -> impl Iterator<Item = &Seen> {
 
 /// For how long there is a process; none of one that has ended.
 fn age(seen: &Seen) -> Option<Duration> {
-    let ticks = seen.process.stat().ok()?.starttime;
+    let stat = seen.process().and_then(|it| it.stat()).ok()?;
+    let ticks = stat.starttime;
     let began = Duration::from_millis(ticks * 1000 / procfs::ticks_per_second());
     let now = Uptime::current().ok()?.uptime_duration();
     Some(now.saturating_sub(began))
@@ -91,8 +92,8 @@ fn is_roots(status: &Status) -> bool {
 fn is_dead_leader(seen: &Seen) -> bool {
     seen.status.state.starts_with('Z')
         && seen
-            .process
-            .tasks()
+            .process()
+            .and_then(|it| it.tasks())
             .is_ok_and(|tasks| tasks.flatten().count() > 1)
 }
 

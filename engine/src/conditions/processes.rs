@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use procfs::ProcResult;
 use procfs::process::{FDTarget, Process, Status};
 use transship_sandbox::children;
 
@@ -33,7 +34,6 @@ pub(crate) struct Processes {
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) pid: u32,
-    pub(crate) process: Process,
     pub(crate) status: Status,
     pub(crate) descriptors: Vec<(i32, FDTarget)>,
 }
@@ -50,14 +50,20 @@ impl Seen {
     }
 
     fn read(pid: u32) -> Option<Self> {
-        let process = Process::new(pid.cast_signed()).ok()?;
         let status = process_files::status(pid).ok()?;
         Some(Self {
             pid,
-            process,
             status,
             descriptors: Vec::new(),
         })
+    }
+
+    /// Its directory in `/proc`, which is open until this is dropped: there may be more processes than descriptors.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(crate) fn process(&self) -> ProcResult<Process> {
+        Process::new(self.pid.cast_signed())
     }
 
     pub(crate) fn parent(&self) -> u32 {
@@ -88,7 +94,8 @@ impl Processes {
         };
         for (pid, mut seen) in parents {
             if in_tree.contains(&pid) {
-                let open = seen.process.fd().into_iter().flatten().flatten().take(room);
+                let open = seen.process().and_then(|it| it.fd());
+                let open = open.into_iter().flatten().flatten().take(room);
                 seen.descriptors = open.map(|open| (open.fd, open.target)).collect();
                 room -= seen.descriptors.len();
                 processes.tree.push(seen);
@@ -175,5 +182,28 @@ mod tests {
         let pids = |seen: &[Seen]| seen.iter().map(|it| it.pid).collect::<Vec<_>>();
         assert_eq!(pids(&processes.tree), [first.id()]);
         assert_eq!(pids(&processes.others), [second.id()]);
+    }
+
+    #[test]
+    fn more_processes_than_descriptors_are_seen() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", "for i in $(seq 60); do sleep 1000 & done; echo; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 40, hard).unwrap();
+        let processes = Processes::read(shell.id(), &[]);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        for seen in processes.tree.iter().rev() {
+            let pid = nix::unistd::Pid::from_raw(seen.pid.cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        shell.wait().unwrap();
+        assert_eq!(processes.tree.len(), 61);
+        assert!(processes.tree.iter().all(|it| !it.descriptors.is_empty()));
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         .collect();
     let is_outside = |seen: &&Seen| {
         // One that has ended is in none.
-        let stat = seen.process.stat().ok();
+        let stat = seen.process().and_then(|it| it.stat()).ok();
         stat.is_some_and(|stat| {
             let inner = seen.status.nssid.as_ref().and_then(|ids| ids.last());
             let leader_is_outside = !tree.contains(&stat.session);

@@ -37,7 +37,7 @@ pub(super) fn hits(subject: &Subject, owned: &Owned<'_>) -> Vec<Hit> {
         unknown_kind(&name, seen)
     });
     let mut hits: Vec<Hit> = kinds.collect();
-    let Some(first) = owned.values().map(|(seen, _)| &seen.process).next() else {
+    let Some(first) = owned.values().find_map(|(seen, _)| seen.process().ok()) else {
         return hits;
     };
     let tables = [first.tcp(), first.tcp6()];

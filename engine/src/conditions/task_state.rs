@@ -45,7 +45,8 @@ pub(super) fn hits(init: u32, processes: &Processes) -> Vec<Hit> {
     let usual = Mitigations::usual();
     let mut hits = Vec::new();
     for seen in &processes.tree {
-        let signal = seen.process.stat().ok().and_then(|stat| stat.exit_signal);
+        let signal = seen.process().and_then(|it| it.stat());
+        let signal = signal.ok().and_then(|stat| stat.exit_signal);
         // The first process is no child of the container's.
         if seen.pid != init && signal.is_some_and(|signal| signal >= 0 && signal != SIGCHLD) {
             hits.push(("exit-signal", seen.called()));
