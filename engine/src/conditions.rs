@@ -6,6 +6,7 @@
 //!     |--> processes: /proc/PID of the container's own tree, read once, with a bound
 //!     |       |--> open_files, devices   what descriptors are of, and which have lost their names
 //!     |       |--> sockets               kinds, connections;  outside_sockets, unix_backlog --> sock_diag
+//!     |       |--> network_lock          whether CRIU can dump them here, and lock their network
 //!     |       |--> watches               inotify on the overlay --> paths that CRIU is to look at
 //!     |       |--> descriptors           what fdinfo tells of them;  epoll_targets: of an epoll
 //!     |       |--> file_places           the mounts of open files, and whether they are seen
@@ -44,6 +45,7 @@ mod namespaces;
 mod needs;
 mod netlink;
 mod netlink_sockets;
+mod network_lock;
 mod network_rules;
 mod open_files;
 mod outside_sockets;
@@ -60,6 +62,7 @@ mod unix_backlog;
 mod watches;
 
 pub use needs::Needs;
+pub(crate) use network_lock::way_to_lock;
 use processes::Processes;
 pub(crate) use sockets::protocol;
 pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
@@ -271,6 +274,7 @@ fn look_at(subject: &Subject) -> Findings {
     hits.extend(keyring::hits(subject));
     let owned = sockets::owned(&processes);
     hits.extend(sockets::hits(subject, &owned));
+    hits.extend(network_lock::hits(subject, &owned));
     let unix = match owned.is_empty() {
         true => BTreeMap::new(),
         false => sock_diag::unix_sockets(subject.init),

@@ -48,7 +48,7 @@ struct Row {
     asked_of_criu: bool,
 }
 
-const HOLDER: &str = "/usr/bin/holder";
+pub(crate) const HOLDER: &str = "/usr/bin/holder";
 
 /// open_tree of a directory of the node, and move_mount of it in the namespace of a process.
 const MOUNT_INTO: &str = r#"
@@ -201,7 +201,7 @@ fn each_condition_is_told_before_a_freeze(bed: &Testbed) -> anyhow::Result<()> {
 }
 
 /// The other end of a socket, and a device that containers do not have.
-fn prepare(node: &Node) -> anyhow::Result<()> {
+pub(crate) fn prepare(node: &Node) -> anyhow::Result<()> {
     node.shell("mkdir -p /run/outside; test -e /dev/fuse || mknod /dev/fuse c 10 229")
         .run()?;
     run(node, "teacher", &[], &[HOLDER, "lock"])?;
@@ -703,7 +703,7 @@ fn ticks(cri: &Cri, id: &str) -> anyhow::Result<()> {
     })?)
 }
 
-fn run(node: &Node, id: &str, more: &[&str], command: &[&str]) -> anyhow::Result<()> {
+pub(crate) fn run(node: &Node, id: &str, more: &[&str], command: &[&str]) -> anyhow::Result<()> {
     let mut arguments = vec!["run", "--detach", "--snapshotter", "transship"];
     arguments.extend(["--runc-binary", journey::FRONT]);
     arguments.extend(more);
@@ -720,7 +720,7 @@ fn run(node: &Node, id: &str, more: &[&str], command: &[&str]) -> anyhow::Result
 }
 
 /// What `check` has found, with the verdicts; it fails where there is a problem.
-fn check(node: &Node, id: &str, more: &[&str]) -> anyhow::Result<Value> {
+pub(crate) fn check(node: &Node, id: &str, more: &[&str]) -> anyhow::Result<Value> {
     let mut command = node.command("transship");
     let output = command.args(["--json", "check", id]).args(more).output()?;
     let found: Value = serde_json::from_slice(&output.stdout)
@@ -734,7 +734,7 @@ fn check(node: &Node, id: &str, more: &[&str]) -> anyhow::Result<Value> {
 }
 
 /// Names of what is not as it should be, of all containers.
-fn names(found: &Value) -> Vec<&str> {
+pub(crate) fn names(found: &Value) -> Vec<&str> {
     let containers = found.as_array().into_iter().flatten();
     let findings = containers.flat_map(|it| it["findings"].as_array().into_iter().flatten());
     findings

@@ -69,6 +69,7 @@ mod random_faults;
 mod random_faults_of_pods;
 mod readme;
 mod reference;
+mod remedies;
 mod snapshotter;
 mod stale_namespaces;
 mod starts;
@@ -233,6 +234,7 @@ fn main() -> ExitCode {
         each(random_faults_of_pods::cases()),
         each(readme::cases()),
         each(reference::cases()),
+        each(remedies::cases()),
         each(snapshotter::cases()),
         each(stale_namespaces::cases()),
         each(stock::cases()),

@@ -78,7 +78,8 @@ pub static CONDITIONS: [Condition; 85] = [
         name: "outside-socket",
         effect: Effect::NoDump,
         what: "a unix socket is connected to a process outside of it",
-        remedy: "--ext-unix-sk keeps a datagram socket; a stream must be closed first",
+        remedy: "--ext-unix-sk keeps a datagram socket whose other end is in the same network (another container of \
+                 the pod, ctr run --net-host); others must be closed first",
         seen: "sock_diag, /proc/PID/fd",
         criu_says: &[
             "External socket is used",
@@ -598,9 +599,9 @@ pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "network-lock",
         effect: Effect::NoDump,
-        what: "its network cannot be locked while its connections are dumped",
-        remedy: "install iptables or nft on this node",
-        seen: "",
+        what: "its network cannot be locked while it is dumped: CRIU here cannot use nftables, and iptables-restore does not work",
+        remedy: "install iptables on this node, or a CRIU that is built with nftables",
+        seen: "criu check --feature network_lock_nftables; iptables-restore --version",
         criu_says: &["Locking network failed", "Locking connection failed"],
     },
     Condition {
@@ -608,7 +609,7 @@ pub static CONDITIONS: [Condition; 85] = [
         effect: Effect::NoDump,
         what: "CRIU before 4.2 cannot dump TCP sockets on Linux 6.16 and later (checkpoint-restore/criu#2705)",
         remedy: "install CRIU 4.2 or later",
-        seen: "",
+        seen: "/proc/PID/fd: system.sockprotoname; uname, criu --version",
         criu_says: &["Can't get 1:16 opt"],
     },
     Condition {

@@ -7,10 +7,9 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use super::{Finding, Version};
+use crate::conditions::way_to_lock;
+use crate::version::cannot_dump_tcp;
 
-/// From here on CRIU before 4.2 cannot dump TCP sockets (checkpoint-restore/criu#2705).
-const TCP_KERNEL: Version = Version(6, 16, 0);
-const TCP_CRIU: Version = Version(4, 2, 0);
 /// The oldest CRIU that the tests run with.
 const OLDEST_CRIU: Version = Version(4, 0, 0);
 /// `runc exec` joins the time namespace of a restored container (1.2.7, 1.3.0; runc commit b68cbdff3).
@@ -68,7 +67,7 @@ fn criu(kernel: Option<Version>) -> Vec<Finding> {
     };
     let mut findings = vec![match version {
         Some(version) if version < OLDEST_CRIU => Finding::problem("CRIU", shown(version), install),
-        Some(version) if version < TCP_CRIU && kernel.is_some_and(|it| it >= TCP_KERNEL) => {
+        Some(version) if kernel.is_some_and(|kernel| cannot_dump_tcp(version, kernel)) => {
             let found = format!(
                 "{} on this kernel cannot dump a TCP socket, not even a listening one",
                 shown(version)
@@ -157,17 +156,18 @@ fn crun(cgroup2: bool) -> Vec<Finding> {
 
 /// CRIU locks the network of a dump and of a restore with one of the two.
 fn network_lock() -> Finding {
-    let found = ["iptables-restore", "nft"]
-        .into_iter()
-        .filter(|program| run(program, &["--version"]).is_ok())
-        .collect::<Vec<_>>();
-    match found.as_slice() {
-        [] => Finding::problem(
+    // With the program of nftables a migration locks what CRIU does not.
+    let nft = run("nft", &["--version"]).is_ok().then_some("nft");
+    match way_to_lock() {
+        Some(way) => {
+            let found: Vec<&str> = [way].into_iter().chain(nft).collect();
+            Finding::ok("network lock", found.join(", "))
+        }
+        None => Finding::problem(
             "network lock",
-            "neither iptables-restore nor nft works",
-            "install iptables or nftables",
+            "CRIU cannot use nftables, and iptables-restore does not work",
+            "install iptables",
         ),
-        some => Finding::ok("network lock", some.join(", ")),
     }
 }
 

@@ -1,4 +1,5 @@
-//! Unix sockets whose other end is held by a process that CRIU would not dump with them.
+//! Unix sockets whose other end is held by a process that CRIU would not dump with them. CRIU asks the kernel for those of
+//! the container's network alone, so that one of another network has no other end for it.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +19,7 @@ pub(super) fn hits(
     let outside = owned.iter().filter_map(|(inode, (seen, _))| {
         let end = unix.get(inode)?;
         let peer = end.peer?;
-        let kept = end.kind == DATAGRAM && subject.criu.ext_unix_sk;
+        let kept = end.kind == DATAGRAM && subject.criu.ext_unix_sk && unix.contains_key(&peer);
         (!kept && !owned.contains_key(&peer)).then_some((seen, peer))
     });
     let outside: Vec<_> = outside.collect();
