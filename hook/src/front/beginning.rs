@@ -142,12 +142,11 @@ impl Front<'_> {
             }
             // What it has is staged as long as it waits, and opened as long as it is staged.
             Err(StoreError::Sealed { .. }) => self.find_lacking(wanted, name)?,
-            Err(error @ StoreError::NotFound { .. }) => {
-                return Err(pod_asks
-                    .not_there(wanted)
-                    .map_or(error.into(), FrontError::from));
+            Err(error) => {
+                let not_found = pod_asks.not_found(wanted, &error);
+                return Err(not_found.map_or(error.into(), FrontError::from));
             }
-            opened => opened?,
+            Ok(opened) => opened,
         };
         let manifest = &checkpoint.manifest;
         pod_asks.admit(manifest)?;

@@ -252,14 +252,12 @@ fn stage_all(
         // It has not arrived yet; whoever receives it stages it, and what is started before fails.
         Err(StoreError::NotFound { .. }) if annotations.receives => return Ok(()),
         Err(source) => {
-            if matches!(source, StoreError::NotFound { .. })
-                && let Some(error) = asker.not_there(name)
-            {
-                return Err(error.into());
-            }
-            return Err(HookError::Store {
-                id: state.id.clone(),
-                source: Box::new(source),
+            return Err(match asker.not_found(name, &source) {
+                Some(error) => error.into(),
+                None => HookError::Store {
+                    id: state.id.clone(),
+                    source: Box::new(source),
+                },
             });
         }
     };

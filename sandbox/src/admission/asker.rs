@@ -11,8 +11,10 @@
 //! root asks, and only the machine is compared.
 
 use transship_checkpoint::annotations::Annotations;
-use transship_checkpoint::manifest::{Container, Manifest};
+use transship_checkpoint::manifest::{Container, Manifest, check_name};
 use transship_checkpoint::spec::Spec;
+use transship_checkpoint::store::StoreError;
+use transship_path_error::one_line;
 
 use super::environment::machine;
 use super::node_config::{ClosedOption, NodeConfig};
@@ -22,7 +24,7 @@ use super::service_account;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotForAsker {
-    /// Of another Kubernetes namespace, or of nobody: who asks does not hear which.
+    /// Of another Kubernetes namespace, of nobody, or not readable: who asks does not hear which.
     #[error(
         "there is no checkpoint {checkpoint:?} on this node, or a pod of the Kubernetes namespace {asker:?} may not \
          restore it"
@@ -165,13 +167,23 @@ impl Asker<'_> {
         check_mounts(manifest, &container.name, old, new)
     }
 
-    /// What a pod is told of a checkpoint that is not there: the same as of one that is not its own. Outside of the CRI
-    /// nobody is kept from knowing it.
+    /// What a pod is told of a checkpoint that is not there, or of which nobody can tell whose it is: the same as of one
+    /// that is not its own. Outside of the CRI nobody is kept from knowing it, nor from what is wrong with the name that
+    /// somebody has chosen.
     #[must_use]
-    pub fn not_there(&self, checkpoint: &str) -> Option<NotForAsker> {
+    pub fn not_found(&self, checkpoint: &str, error: &StoreError) -> Option<NotForAsker> {
+        let owner = match error {
+            StoreError::NotFound { .. } => None,
+            StoreError::Manifest { .. } | StoreError::Io(_)
+                if check_name("the checkpoint's name", checkpoint).is_ok() =>
+            {
+                Some(format!("nobody who is known: {}", one_line(error)))
+            }
+            _ => return None,
+        };
         self.namespace().map(|asker| NotForAsker::Namespace {
             checkpoint: checkpoint.to_owned(),
-            owner: None,
+            owner,
             asker: asker.to_owned(),
         })
     }
@@ -329,13 +341,27 @@ mod tests {
             annotations: &annotations,
         };
         let not_own = asker.admit(&taken(None)).unwrap_err();
-        let not_there = asker.not_there("web").unwrap();
-        assert_eq!(not_own.to_string(), not_there.to_string());
-        assert_eq!(not_own.is_forbidden(), not_there.is_forbidden());
-        assert_ne!(not_own.for_the_node(), not_there.for_the_node());
-        asks(rules, |of_root| {
-            assert!(of_root.not_there("web").is_none());
-        });
+        let absent = StoreError::NotFound {
+            name: "web".to_owned(),
+            root: "/checkpoints".into(),
+        };
+        let unusable = |name: &str| StoreError::Manifest {
+            name: name.to_owned(),
+            source: check_name("its name", "..").unwrap_err(),
+        };
+        for error in [absent, unusable("web")] {
+            let not_found = asker.not_found("web", &error).unwrap();
+            assert_eq!(not_own.to_string(), not_found.to_string());
+            assert_eq!(not_own.is_forbidden(), not_found.is_forbidden());
+            assert_ne!(not_own.for_the_node(), not_found.for_the_node());
+            asks(rules, |of_root| {
+                assert!(of_root.not_found("web", &error).is_none());
+            });
+        }
+        let of_unusable = asker.not_found("web", &unusable("web")).unwrap();
+        let told = of_unusable.for_the_node().unwrap();
+        assert!(told.contains("cannot be used"), "{told}");
+        assert!(asker.not_found("..", &unusable("..")).is_none());
     }
 
     #[test]
