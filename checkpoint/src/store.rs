@@ -228,6 +228,15 @@ impl Store {
         })
     }
 
+    /// The Kubernetes namespace that the manifest of a checkpoint names, also of one that cannot be used.
+    #[must_use]
+    pub fn namespace_of(&self, name: &str) -> Option<String> {
+        check_name("the checkpoint's name", name).ok()?;
+        let json = read_json(&self.root.join(name), MANIFEST_FILE).ok()??;
+        let manifest: serde_json::Value = serde_json::from_slice(&json).ok()?;
+        Some(manifest.pointer("/pod/namespace")?.as_str()?.to_owned())
+    }
+
     /// Whether a restore reads the checkpoint at this moment.
     ///
     /// # Errors

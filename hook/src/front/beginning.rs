@@ -143,7 +143,7 @@ impl Front<'_> {
             // What it has is staged as long as it waits, and opened as long as it is staged.
             Err(StoreError::Sealed { .. }) => self.find_lacking(wanted, name)?,
             Err(error) => {
-                let not_found = pod_asks.not_found(wanted, &error);
+                let not_found = pod_asks.not_found(&self.env.store, wanted, &error);
                 return Err(not_found.map_or(error.into(), FrontError::from));
             }
             Ok(opened) => opened,

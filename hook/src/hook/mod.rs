@@ -252,7 +252,7 @@ fn stage_all(
         // It has not arrived yet; whoever receives it stages it, and what is started before fails.
         Err(StoreError::NotFound { .. }) if annotations.receives => return Ok(()),
         Err(source) => {
-            return Err(match asker.not_found(name, &source) {
+            return Err(match asker.not_found(&node.store, name, &source) {
                 Some(error) => error.into(),
                 None => HookError::Store {
                     id: state.id.clone(),

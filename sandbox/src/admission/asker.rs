@@ -13,7 +13,7 @@
 use transship_checkpoint::annotations::Annotations;
 use transship_checkpoint::manifest::{Container, Manifest, check_name};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::store::StoreError;
+use transship_checkpoint::store::{Store, StoreError};
 use transship_path_error::one_line;
 
 use super::environment::machine;
@@ -167,21 +167,29 @@ impl Asker<'_> {
         check_mounts(manifest, &container.name, old, new)
     }
 
-    /// What a pod is told of a checkpoint that is not there, or of which nobody can tell whose it is: the same as of one
-    /// that is not its own. Outside of the CRI nobody is kept from knowing it, nor from what is wrong with the name that
-    /// somebody has chosen.
+    /// What a pod is told of a checkpoint that is not there, or that cannot be read and is not known to be its own: the same
+    /// as of one that is another's. Outside of the CRI nobody is kept from knowing it, nor from what is wrong with the name
+    /// that somebody has chosen.
     #[must_use]
-    pub fn not_found(&self, checkpoint: &str, error: &StoreError) -> Option<NotForAsker> {
+    pub fn not_found(
+        &self,
+        store: &Store,
+        checkpoint: &str,
+        error: &StoreError,
+    ) -> Option<NotForAsker> {
+        let asker = self.namespace()?;
         let owner = match error {
             StoreError::NotFound { .. } => None,
             StoreError::Manifest { .. } | StoreError::Io(_)
-                if check_name("the checkpoint's name", checkpoint).is_ok() =>
+                if check_name("the checkpoint's name", checkpoint).is_ok()
+                    && (asker.is_empty()
+                        || store.namespace_of(checkpoint).as_deref() != Some(asker)) =>
             {
                 Some(format!("nobody who is known: {}", one_line(error)))
             }
             _ => return None,
         };
-        self.namespace().map(|asker| NotForAsker::Namespace {
+        Some(NotForAsker::Namespace {
             checkpoint: checkpoint.to_owned(),
             owner,
             asker: asker.to_owned(),
@@ -349,19 +357,29 @@ mod tests {
             name: name.to_owned(),
             source: check_name("its name", "..").unwrap_err(),
         };
+        let dir = tempfile::tempdir().unwrap();
+        let store = &Store::at(dir.path());
         for error in [absent, unusable("web")] {
-            let not_found = asker.not_found("web", &error).unwrap();
+            let not_found = asker.not_found(store, "web", &error).unwrap();
             assert_eq!(not_own.to_string(), not_found.to_string());
             assert_eq!(not_own.is_forbidden(), not_found.is_forbidden());
             assert_ne!(not_own.for_the_node(), not_found.for_the_node());
             asks(rules, |of_root| {
-                assert!(of_root.not_found("web", &error).is_none());
+                assert!(of_root.not_found(store, "web", &error).is_none());
             });
         }
-        let of_unusable = asker.not_found("web", &unusable("web")).unwrap();
+        let of_unusable = asker.not_found(store, "web", &unusable("web")).unwrap();
         let told = of_unusable.for_the_node().unwrap();
         assert!(told.contains("cannot be used"), "{told}");
-        assert!(asker.not_found("..", &unusable("..")).is_none());
+        assert!(asker.not_found(store, "..", &unusable("..")).is_none());
+        // Its own one is told of.
+        for (namespace, is_told) in [("bank", true), ("shop", false)] {
+            std::fs::create_dir_all(dir.path().join("web")).unwrap();
+            let manifest = format!(r#"{{"pod":{{"namespace":"{namespace}"}},"containers":7}}"#);
+            std::fs::write(dir.path().join("web/transship.json"), manifest).unwrap();
+            let not_found = asker.not_found(store, "web", &unusable("web"));
+            assert_eq!(not_found.is_none(), is_told, "{namespace}");
+        }
     }
 
     #[test]
