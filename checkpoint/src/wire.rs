@@ -7,7 +7,7 @@
 //!   'd'       bytes of the file or blob announced by the message before, at most 1 MiB
 //!   'a'       empty: the sender is alive and has nothing to say yet (migrations only)
 //!   'z'       instead of 'd': zeros, see zeros.rs (migrations only)
-//!   'c'       instead of 'd': compressed, see compression.rs (files of migrations only)
+//!   'c'       instead of 'd': compressed, see compression.rs (migrations only)
 //!
 //! one way (send | receive):
 //!   Begin  (File data* FileEnd)*  End
@@ -42,7 +42,7 @@
 //! said by the arguments of `transship receive` there, never by the stream: an operator who fixes them
 //! (`ssh -o command=`, a unit) has fixed all that a sender can choose.
 //!
-//! Data frames after `Blob` add up to exactly the announced size. A file has no size before its end,
+//! What the data frames after `Blob` stand for adds up to exactly the announced size. A file has no size before its end,
 //! because it may still grow. Its digest comes in the manifest, so that it is read once; in a migration, whose
 //! files outlive it on neither node, the XXH3 of it comes with `FileEnd`: it finds what a network or a disk has
 //! damaged, and who may send a container needs no collision to send another one.
@@ -68,7 +68,7 @@ pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 
 /// The version of the messages of a migration. Both sides must speak the same.
-pub const PROTOCOL: u32 = 12;
+pub const PROTOCOL: u32 = 13;
 
 const MAGIC: &[u8] = b"transship stream 1\n";
 const MESSAGE: u8 = b'm';

@@ -138,6 +138,9 @@ pub(crate) enum Command {
     /// Let frozen containers run again when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
     FreezeGuard,
+    /// Ask which copy of a migration runs when the pipe on stdin ends (this program starts it)
+    #[command(hide = true)]
+    CommitGuard,
     /// Publish in containerd's events what has become of a container (for the runtime front)
     #[command(hide = true)]
     Publish(PublishArgs),

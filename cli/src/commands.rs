@@ -59,6 +59,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Rm(args) => rm::run(&args),
         Command::Prune(args) => prune::run(&global, &args),
         Command::FreezeGuard => freeze_guard::run().await,
+        Command::CommitGuard => transship_engine::migrate::run_guard().await,
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::HasContainer { id } => has_container::run(&global, &id).await,

@@ -268,7 +268,7 @@ impl Identity {
         }
     }
 
-    /// Connects to the owner of `key`, so many times, at that of these addresses which answers first.
+    /// Connects to the owner of `key`, so many times, at that of these addresses which first proves to be the owner's.
     ///
     /// # Errors
     /// None answers, or not with that key.
@@ -288,7 +288,7 @@ impl Identity {
             )));
         let config = Arc::new(config);
         let mut why = Error::failed("the other node names no address");
-        for (address, first) in reach(addresses)? {
+        for (address, first) in reach(addresses, &config)? {
             match first.and_then(|first| connect_to(&address, first, &config, streams)) {
                 Ok(connections) => return Ok(connections),
                 Err(error) => {
@@ -312,17 +312,23 @@ fn provider() -> CryptoProvider {
 }
 
 /// An address, and what has become of the attempt to reach it.
-type Reached = (SocketAddr, io::Result<TcpStream>);
+type Reached = (SocketAddr, io::Result<Proven>);
 
-/// Tries all of them side by side, so that those which lead nowhere keep nobody waiting. They come as they answer.
-fn reach(addresses: &[SocketAddr]) -> Result<mpsc::IntoIter<Reached>> {
+/// A connection whose other side has proven its key. It has not seen ours yet, so that it counts none that is not used.
+struct Proven {
+    socket: TcpStream,
+    session: ClientConnection,
+}
+
+/// Tries all of them side by side, so that those which lead nowhere, or to somebody else, keep nobody waiting. They come
+/// as they answer.
+fn reach(addresses: &[SocketAddr], config: &Arc<ClientConfig>) -> Result<mpsc::IntoIter<Reached>> {
     let (told, reached) = mpsc::channel();
     for address in addresses.iter().copied().take(ADDRESSES) {
-        let told = told.clone();
+        let (told, config) = (told.clone(), Arc::clone(config));
         let connect = move || {
-            let socket = TcpStream::connect_timeout(&address, HANDSHAKE);
-            // One that comes too late is closed before it has said anything.
-            drop(told.send((address, socket)));
+            // One that comes too late is closed before our key has been shown.
+            drop(told.send((address, prove(&address, config))));
         };
         {
             thread::Builder::new()
@@ -334,21 +340,40 @@ fn reach(addresses: &[SocketAddr]) -> Result<mpsc::IntoIter<Reached>> {
     Ok(reached.into_iter())
 }
 
+/// Connects, and has the other side prove its key: the first half of the handshake.
+fn prove(address: &SocketAddr, config: Arc<ClientConfig>) -> io::Result<Proven> {
+    let socket = TcpStream::connect_timeout(address, HANDSHAKE)?;
+    let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
+    let mut session = ClientConnection::new(config, name).map_err(io::Error::other)?;
+    during_handshake(&socket, |socket| {
+        while session.is_handshaking() {
+            while session.wants_write() {
+                session.write_tls(socket)?;
+            }
+            if session.read_tls(socket)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let read = session.process_new_packets();
+            read.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        }
+        Ok(())
+    })?;
+    Ok(Proven { socket, session })
+}
+
 /// `first` leads to the address already.
 fn connect_to(
     address: &SocketAddr,
-    first: TcpStream,
+    first: Proven,
     config: &Arc<ClientConfig>,
     streams: usize,
 ) -> io::Result<Connections> {
     let (mut connections, mut first) = (Connections::none(), Some(first));
     for _ in 0..streams {
-        let socket = match first.take() {
+        let Proven { socket, session } = match first.take() {
             Some(first) => first,
-            None => TcpStream::connect_timeout(address, HANDSHAKE)?,
+            None => prove(address, Arc::clone(config))?,
         };
-        let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
-        let session = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(session, socket.try_clone()?);
         stream.conn.set_buffer_limit(Some(BUFFER));
         during_handshake(&socket, |socket| {
@@ -655,6 +680,46 @@ mod tests {
                 .connect(&addresses[..ADDRESSES - 1], target.public(), 1)
                 .is_err()
         );
+    }
+
+    #[test]
+    fn addresses_of_somebody_else_keep_nobody_waiting() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let listener = target.listen(&here(), source.public(), STREAMS).unwrap();
+        // They take connections, and say nothing.
+        let silent = [(); ADDRESSES - 1].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut addresses: Vec<_> = { silent.iter() }
+            .map(|it| it.local_addr().unwrap())
+            .collect();
+        addresses.extend(listener.addresses().unwrap());
+        let begin = Instant::now();
+        let accepting = thread::spawn(|| listener.accept());
+        let connected = source.connect(&addresses, target.public(), STREAMS);
+        assert_eq!(connected.unwrap().count(), STREAMS);
+        assert!(begin.elapsed() < HANDSHAKE, "{:?}", begin.elapsed());
+        assert_eq!(accepting.join().unwrap().unwrap().count(), STREAMS);
+    }
+
+    #[test]
+    fn two_addresses_of_one_node_are_one() {
+        let (source, target) = (Identity::new().unwrap(), Identity::new().unwrap());
+        let twice = [here(), here()].concat();
+        let listener = target.listen(&twice, source.public(), STREAMS).unwrap();
+        let addresses = listener.addresses().unwrap();
+        let accepting = thread::spawn(|| listener.accept());
+        let there = source.connect(&addresses, target.public(), STREAMS);
+        let (mut there, _there) = there.unwrap().split();
+        let (here, _here) = accepting.join().unwrap().unwrap().split();
+        // Each has its other end.
+        for (at, connection) in there.iter_mut().enumerate() {
+            connection.write_all(&[u8::try_from(at).unwrap()]).unwrap();
+            connection.flush().unwrap();
+        }
+        for (at, mut connection) in here.into_iter().enumerate() {
+            let mut came = [0];
+            connection.read_exact(&mut came).unwrap();
+            assert_eq!(usize::from(came[0]), at);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use transship_containerd::Containerd;
 use transship_sandbox::{SandboxError, lock_network, unlock_network};
@@ -237,9 +238,12 @@ impl Committed {
     /// When one has not been seen to run in time; a guard goes on trying.
     pub async fn thaw(self) -> Result<()> {
         let Self(tasks) = self;
-        let guard = FreezeGuard::start(&tasks.node, &tasks.tasks, tasks.draft.as_deref())?;
+        // Where none can be started they are let go all the same.
+        let guard = FreezeGuard::start(&tasks.node, &tasks.tasks, tasks.draft.as_deref());
         tasks.thaw().await?;
-        guard.stand_down();
+        if let Ok(guard) = guard {
+            guard.stand_down();
+        }
         Ok(())
     }
 
@@ -299,19 +303,18 @@ impl Tasks {
         for task in &self.tasks {
             task.lock_network().await?;
         }
+        // Side by side, so that the first does not stand still for the others.
+        let mut pauses = JoinSet::new();
         for task in self.ours() {
-            let mut tries = 1;
-            loop {
-                match thaw::answered(FREEZE_PATIENCE, self.node.pause(&task.id)).await {
-                    Err(error) if tries < FREEZES && one_line(&error).contains(NOT_FROZEN) => {
-                        tries += 1;
-                        sleep(PAUSE).await;
-                    }
-                    paused => break paused?,
-                }
-            }
+            let (node, id) = (self.node.clone(), task.id.clone());
+            pauses.spawn(async move { pause_one(&node, &id).await });
         }
-        Ok(())
+        let mut all = Ok(());
+        while let Some(paused) = pauses.join_next().await {
+            // None freezes later than it is let go.
+            all = all.and(paused.map_err(Error::from).flatten());
+        }
+        all
     }
 
     async fn thaw(&self) -> Result<()> {
@@ -347,6 +350,19 @@ impl Tasks {
                 return Err(failed);
             }
             sleep(PAUSE).await;
+        }
+    }
+}
+
+async fn pause_one(node: &Containerd, id: &str) -> Result<()> {
+    let mut tries = 1;
+    loop {
+        match thaw::answered(FREEZE_PATIENCE, node.pause(id)).await {
+            Err(error) if tries < FREEZES && one_line(&error).contains(NOT_FROZEN) => {
+                tries += 1;
+                sleep(PAUSE).await;
+            }
+            paused => return paused,
         }
     }
 }

@@ -17,8 +17,8 @@ use transship_containerd::{Containerd, ContainerdError, ResolvedImage, chain_id}
 
 use crate::source::SourceContainer;
 
-/// How long blobs that were made for a migration are kept if nobody ends their lease.
-const LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long blobs that are made or sent for a migration are kept if nobody ends their lease.
+pub(crate) const LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Makes what is missing of the container's image, so that it can be offered. What was made goes with the
 /// lease that is given back.
@@ -70,6 +70,25 @@ pub(crate) async fn rebuild(
             Err(error)
         }
     }
+}
+
+/// Keeps blobs as long as the lease that is given back: their image may be removed here while they are read.
+///
+/// # Errors
+/// The answer of containerd.
+pub(crate) async fn keep<'d>(
+    node: &Containerd,
+    digests: impl Iterator<Item = &'d str>,
+) -> Result<Containerd, ContainerdError> {
+    let leased = node.with_lease(LEASE).await?;
+    for digest in digests {
+        if let Err(error) = leased.hold_blob(digest).await {
+            // It ends by itself.
+            drop(leased.end_lease().await);
+            return Err(error);
+        }
+    }
+    Ok(leased)
 }
 
 /// The blobs that this node has, with the labels that tie them together.

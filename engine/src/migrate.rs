@@ -9,7 +9,7 @@
 //!
 //! `record` is the file of this one migration: it keeps others from the same container, and from `Commit` on tells
 //! what is under way; `moving` is what moves, a container or all of a pod; `recover` ends what this process has left.
-//! `restart_policy` keeps containerd from making a second copy meanwhile. `transaction` is the talk with the target
+//! `commit_guard` asks the target when this process is killed. `restart_policy` keeps containerd from making a second copy meanwhile. `transaction` is the talk with the target
 //! (`engine::receive`); `precopy`, `memory_images` and `frozen_memory` are how memory gets there, `file_contents` how large
 //! files do.
 
@@ -44,6 +44,7 @@ use crate::timeline::Timeline;
 
 mod ask;
 mod before_restore;
+mod commit_guard;
 mod dump_files;
 mod dump_parts;
 mod file_contents;
@@ -59,6 +60,7 @@ mod recover;
 mod remote;
 mod transaction;
 
+pub use commit_guard::{ARGUMENT as GUARD_ARGUMENT, run as run_guard};
 pub use precopy::Bounds as PrecopyBounds;
 pub use record::{Pending, PendingPod, Records};
 pub use recover::{Decided, Decision, Recovered, pending, recover_all};
@@ -175,6 +177,7 @@ pub async fn migrate(
     let Some(mut moving) = reasons.keep(found)? else {
         return reasons.or(None);
     };
+    late_pages::check(&moving, request, &mut reasons);
     let node = &match moving.pod {
         // The CRI's containers are in no other namespace.
         Some(_) => node.in_namespace(CRI_NAMESPACE)?,
@@ -257,6 +260,7 @@ pub async fn migrate(
         takes_contents: Vec::new(),
         late: None,
         giving_away: None,
+        guard: None,
     };
     let result = transaction.carry_out().await;
     if let Err(error) = &result
@@ -268,6 +272,10 @@ pub async fn migrate(
         Ok((pid, source)) => Ok((pid, transaction.finish(source).await)),
         Err(error) => Err(error),
     };
+    // What is open is told, and for `recover`.
+    if let Some(guard) = transaction.guard.take() {
+        guard.stand_down();
+    }
     for made in made {
         // What is left of it ends by itself.
         drop(made.end_lease().await);

@@ -23,7 +23,7 @@ use transship_package::oci::{
 };
 
 use crate::error::{Context as _, Error, Result};
-use crate::image_blobs::rebuild;
+use crate::image_blobs::{LEASE, rebuild};
 use crate::import::pull_command;
 use crate::progress::Progress;
 
@@ -124,7 +124,7 @@ struct Found {
     images: Vec<Base>,
     /// By the digests of layers.
     nodes: HashMap<String, Containerd>,
-    /// Of what was made to be sent.
+    /// Of what is sent.
     leases: Vec<Containerd>,
 }
 
@@ -176,10 +176,14 @@ impl Found {
         for chain in [&image.chain_id].into_iter().chain(rebuilt) {
             let found = node.find_image(&image.name, chain).await?;
             let found = found.map(|(_, image)| image);
-            if let Some(found) = &found
-                && node.has_all_blobs(found).await?
-            {
-                return Ok((found.clone(), true));
+            if let Some(found) = &found {
+                // The image may be removed here while its layers are read.
+                let leased = node.with_lease(LEASE).await?;
+                let has_all = leased.has_all_blobs(found).await;
+                self.leases.push(leased);
+                if has_all? {
+                    return Ok((found.clone(), true));
+                }
             }
             let Some(snapshotter) = snapshotter_with(node, chain, &container.snapshotter).await?
             else {

@@ -39,6 +39,8 @@ fn a_stream_decides_nothing_on_this_node(bed: &Testbed) -> anyhow::Result<()> {
     what_was_checked_is_what_is_used(&node, &good)?;
     an_honest_stream_is_restored(&node, &good)?;
     a_flood_ends(&node)?;
+    a_blob_that_stops_is_not_waited_for(&node, &good)?;
+    all_reasons_are_told_at_once(&node, &good)?;
     sums_do_not_overflow(&node, &good)?;
     no_control_characters_reach_the_terminal(&node)?;
     node.shell("transship rm good").run()?;
@@ -207,6 +209,54 @@ fn a_flood_ends(node: &Node) -> anyhow::Result<()> {
     }
     let (code, error) = stream.receive(node, "--max-size 16M")?;
     ensure!(code == Some(1) && error.contains("--max-size"), "{error}");
+    Ok(())
+}
+
+/// The digest of a layer that the node has not.
+fn layer() -> String {
+    format!("sha256:{}", "7".repeat(64))
+}
+
+fn offer_of_a_layer(good: &Forgery, size: u64) -> Value {
+    let mut offered = offer(good, &json!({}));
+    offered["containers"][0]["container"]["image"] = json!({
+        "name": "registry.k8s.io/pause:3.10", "digest": "", "chain_id": "sha256:0",
+    });
+    offered["containers"][0]["blobs"] = json!([{
+        "digest": layer(), "size": size, "labels": {},
+        "media_type": "application/vnd.oci.image.layer.v1.tar",
+    }]);
+    offered
+}
+
+/// What the node has against the images, and against pages that come late, is told with all else.
+fn all_reasons_are_told_at_once(node: &Node, good: &Forgery) -> anyhow::Result<()> {
+    let mut offered = offer_of_a_layer(good, 1 << 60);
+    offered["architecture"] = json!("pdp11");
+    offered["lazy"] = json!(true);
+    let (code, error) = Stream::begin().message(&offered).receive(node, "")?;
+    ensure!(code == Some(4), "{code:?}: {error}");
+    for reason in ["pdp11", "not enough room below", "listens nowhere"] {
+        ensure!(error.contains(reason), "{reason:?} is not in {error}");
+    }
+    Ok(())
+}
+
+/// The link says nothing any more, and nobody closes it.
+fn a_blob_that_stops_is_not_waited_for(node: &Node, good: &Forgery) -> anyhow::Result<()> {
+    let stream = Stream::begin()
+        .message(&offer_of_a_layer(good, 1000))
+        .message(&json!({"message": "blob", "digest": layer(), "size": 1000}))
+        .frame(b'd', &[7; 10]);
+    node.write_file(STREAM, &stream.0)?;
+    let script = format!(
+        "rm -f /run/silent; mkfifo /run/silent; exec 3<>/run/silent; cat {STREAM} >&3
+         timeout 30 transship receive --link-timeout 3 <&3 >/dev/null"
+    );
+    let output = node.shell(&script).output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(error.contains("has been silent for 3 s"), "{error}");
+    ensure!(output.status.code() != Some(124), "it waits for ever");
     Ok(())
 }
 

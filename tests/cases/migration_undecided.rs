@@ -25,6 +25,14 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     };
     [
         case("migration_undecided_lazy", a_full_disk_is_waited_for),
+        case(
+            "migration_undecided_full",
+            a_full_disk_keeps_no_source_waiting,
+        ),
+        case(
+            "migration_undecided_asked",
+            a_person_decides_while_the_target_is_asked,
+        ),
         case("migration_undecided_boot", a_target_that_was_down_is_lost),
         case("migration_undecided_node", another_node_knows_nothing_of_it),
         case("migration_undecided_new", what_has_its_id_now_is_left_alone),
@@ -35,6 +43,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         case(
             "migration_undecided_network",
             it_goes_on_without_its_network,
+        ),
+        case(
+            "migration_killed_asked",
+            a_killed_command_has_a_guard_that_asks,
         ),
         case("migration_resumed", what_somebody_lets_go_is_not_moved),
         case("migration_killed_policy", a_policy_outlives_the_command),
@@ -66,6 +78,43 @@ fn a_full_disk_is_waited_for(bed: &Testbed) -> anyhow::Result<()> {
     counts_on(&b, "late")?;
     journey::remove_container(&b, "late")?;
     nothing_is_left(&a, &b)
+}
+
+/// The target can write down neither that its source has committed itself, nor that it has taken the copy back.
+fn a_full_disk_keeps_no_source_waiting(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    run_alone(&a, "web")?;
+    begin_of(&a, &b, "frozen", &["web"])?;
+    b.shell(&format!(
+        "mount --bind {ARRIVALS} {ARRIVALS}; mount -o remount,bind,ro {ARRIVALS}"
+    ))
+    .run()?;
+    go_on(&a, &b)?;
+    let code = wait_for_end(&a)?;
+    ensure!(code != "0" && code != "6", "exit code {code}");
+    counts_on(&a, "web")?;
+    b.shell(&format!("umount -l {ARRIVALS}")).run()?;
+    poll_until("the end of all that moved it", PATIENCE, || {
+        nobody_is_left(&a, &b)
+    })?;
+    journey::remove_container(&a, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// Somebody asks a target that never answers, as the service of the node does.
+fn a_person_decides_while_the_target_is_asked(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    a.shell("touch /run/cut").run()?;
+    a.start_daemon("asks", &["transship", "recover"])?;
+    a.shell("sleep 3; pgrep -x transship").run()?;
+    the_source_goes_on(&a, &b, "web")?;
+    // It does not go on asking.
+    poll_until("the end of who asks", PATIENCE, || {
+        let asks = a.shell("! pgrep -x transship").run();
+        asks.map_err(|error| error.to_string())
+    })?;
+    Ok(a.shell("rm /run/cut").run()?)
 }
 
 /// What was written there since is on no disk.
@@ -219,6 +268,28 @@ fn a_policy_outlives_the_command(bed: &Testbed) -> anyhow::Result<()> {
     a.shell("ctr containers label web containerd.io/restart.status=")
         .run()?;
     journey::remove_container(&a, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// Nobody calls `recover`.
+fn a_killed_command_has_a_guard_that_asks(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    run_alone(&a, "web")?;
+    begin_of(&a, &b, "running", &["web"])?;
+    a.shell("pkill -KILL -x transship").run()?;
+    go_on(&a, &b)?;
+    poll_until("the end of the source", PATIENCE, || {
+        let left = { a.shell(&format!("ctr containers ls -q; ls {RECORDS}")) }.read();
+        match left.map_err(|error| error.to_string())? {
+            left if left.is_empty() => Ok(()),
+            left => Err(left),
+        }
+    })?;
+    counts_on(&b, "web")?;
+    poll_until("the end of all that moved it", PATIENCE, || {
+        nobody_is_left(&a, &b)
+    })?;
+    journey::remove_container(&b, "web")?;
     nothing_is_left(&a, &b)
 }
 

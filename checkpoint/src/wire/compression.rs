@@ -11,6 +11,10 @@
 //! The link is what the writes of all connections bring through while there is one; the processor is what its threads
 //! compress. A link of more than 1 Gbit/s is never asked about: there the processor has enough to do with TLS. What does
 //! not get smaller goes as it is, and for the next megabytes nothing is tried.
+//!
+//! A link that waits for the processor has buffers in front of it that are empty, and take all at once: then its writes
+//! say nothing of it. What was known before holds, and after some time a few megabytes go as they are, to find out anew:
+//! the first fill the buffers, the next are judged.
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,6 +42,9 @@ const QUICK: u64 = 160_000_000;
 const MARGIN: u64 = 3;
 /// A link is judged by so many bytes, or by what goes through it in that time. Less may be in the kernel's buffers alone.
 const WINDOW: (u64, Duration) = (8 << 20, Duration::from_millis(200));
+/// Bytes that go compressed to a link that waits before it is looked at anew, and those that fill its buffers then.
+const UNHEARD: u64 = 256 << 20;
+const BUFFERS: u64 = 8 << 20;
 /// Bytes that go as they are before it is tried again whether they get smaller.
 const PAUSE: u64 = 32 << 20;
 /// The same where they do, and the processor has not been quick enough: it may have had something else to do.
@@ -77,9 +84,14 @@ impl Link {
 
     #[cfg(test)]
     pub(super) fn of_rate(bytes_per_second: u64) -> Self {
-        let compression = Compression::default();
-        compression.pace().link = Some(bytes_per_second);
-        Self(Arc::new(compression))
+        let link = Self(Arc::default());
+        link.set_rate(bytes_per_second);
+        link
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_rate(&self, bytes_per_second: u64) {
+        self.0.pace().link = Some(bytes_per_second);
     }
 }
 
@@ -101,9 +113,18 @@ struct Pace {
     /// Who sits in a write, and since when anybody does.
     writers: u32,
     since: Option<Instant>,
-    /// Of the window: bytes, and the time in which somebody wrote.
+    /// When the last write has ended.
+    ended: Option<Instant>,
+    /// Of the window: bytes, the time in which somebody wrote, and that in which nobody did.
     bytes: u64,
     busy: Duration,
+    idle: Duration,
+    /// Bytes that have gone compressed since something was heard of the link.
+    unheard: u64,
+    /// Bytes that fill its buffers before it is judged anew.
+    fills: u64,
+    /// It was slow when it was judged the last time, and is being judged anew.
+    was_slow: bool,
     /// Bytes a second; none: not known yet.
     link: Option<u64>,
     processor: Option<u64>,
@@ -162,7 +183,9 @@ impl Pace {
     /// A write begins.
     fn begin(&mut self) {
         if self.writers == 0 {
-            self.since = Some(Instant::now());
+            let now = Instant::now();
+            self.since = Some(now);
+            self.idle += self.ended.map(|ended| now - ended).unwrap_or_default();
         }
         self.writers += 1;
     }
@@ -172,24 +195,53 @@ impl Pace {
         self.writers = self.writers.saturating_sub(1);
         let took = self.since.map(|since| since.elapsed());
         // Another one goes on.
-        self.since = (self.writers > 0).then(Instant::now);
+        let now = Instant::now();
+        self.since = (self.writers > 0).then_some(now);
+        self.ended = Some(now);
         self.add(bytes, took.unwrap_or_default());
     }
 
     fn add(&mut self, bytes: u64, took: Duration) {
+        if self.fills > 0 && took < WINDOW.1 {
+            self.fills = self.fills.saturating_sub(bytes);
+            (self.bytes, self.busy, self.idle) = Default::default();
+            return;
+        }
+        self.fills = 0;
         self.bytes += bytes;
         self.busy += took;
         if self.bytes < WINDOW.0 && self.busy < WINDOW.1 {
             return;
         }
-        let link = per_second(self.bytes, self.busy);
-        (self.link, self.bytes, self.busy) = (Some(link), 0, Duration::ZERO);
+        let waits = self.compresses && self.busy < self.idle;
+        let (bytes, busy) = (self.bytes, self.busy);
+        (self.bytes, self.busy, self.idle) = Default::default();
+        if waits {
+            self.unheard += bytes;
+            if self.unheard >= UNHEARD {
+                self.look_anew();
+            }
+            return;
+        }
+        self.unheard = 0;
+        self.link = Some(per_second(bytes, busy));
         self.compresses = self.gets_smaller && self.is_slow();
+        self.was_slow = false;
+    }
+
+    /// Nothing is known of the link until some megabytes have gone as they are.
+    fn look_anew(&mut self) {
+        (self.link, self.unheard, self.fills) = (None, 0, BUFFERS);
+        (self.compresses, self.was_slow) = (false, true);
     }
 
     /// Whether the link is slower than the processor: by far, until there is reason to think that it is not.
     fn is_slow(&self) -> bool {
-        let margin = if self.compresses { 1 } else { MARGIN };
+        let margin = if self.compresses || self.was_slow {
+            1
+        } else {
+            MARGIN
+        };
         let known = self.link.zip(self.processor);
         known.is_some_and(|(link, processor)| link <= QUICK && link * margin < processor)
     }
@@ -492,6 +544,43 @@ mod tests {
         assert!(!pace.compresses);
         pace.tried(600 * MB, SECOND, true, 2);
         assert!(pace.compresses, "more threads");
+    }
+
+    #[test]
+    fn a_link_that_waits_for_the_processor_is_not_quick() {
+        let mut pace = Pace::default();
+        pace.add(10 * MB, SECOND);
+        assert!(pace.wants(1));
+        pace.tried(15 * MB, SECOND, true, 2);
+        assert!(!pace.compresses);
+        pace.tried(31 * MB, SECOND, true, 1);
+        assert!(pace.compresses);
+        // The buffers take all of a window at once, and again.
+        let window = |pace: &mut Pace| {
+            pace.idle = SECOND;
+            pace.add(WINDOW.0, SECOND / 1000);
+        };
+        for _ in 1..UNHEARD / WINDOW.0 {
+            window(&mut pace);
+            assert!(pace.compresses && pace.wants(1));
+        }
+        // It may have become quick: some goes as it is.
+        window(&mut pace);
+        assert!(!pace.compresses && !pace.wants(1));
+        pace.tried(31 * MB, SECOND, true, 1);
+        assert!(
+            !pace.compresses,
+            "what was being compressed decides nothing"
+        );
+        pace.add(BUFFERS, SECOND / 1000);
+        assert!(!pace.compresses, "its buffers");
+        // It has not, and need not be slower by far once more.
+        pace.add(WINDOW.0, SECOND / 2);
+        assert!(pace.compresses && pace.wants(1));
+        pace.add(20 * MB, SECOND);
+        assert!(pace.compresses, "{pace:?}");
+        pace.add(QUICK + MB, SECOND);
+        assert!(!pace.compresses, "it does not wait, and is quick");
     }
 
     #[test]

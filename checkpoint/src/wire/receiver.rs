@@ -200,8 +200,9 @@ impl<R: Read> Receiver<R> {
         while left > 0 {
             let piece = match self.frame("data")? {
                 Frame::Data => mem::take(&mut self.payload),
+                Frame::Compressed => self.decompression.unpack(&self.payload, DATA_LIMIT)?,
                 Frame::Message(other) => return Err(unexpected("data", &other)),
-                Frame::Zeros | Frame::Compressed => return Err(misplaced()),
+                Frame::Zeros => return Err(misplaced()),
             };
             left = left
                 .checked_sub(piece.len() as u64)

@@ -195,13 +195,21 @@ impl<W: Write> Sender<W> {
         })
     }
 
-    /// Sends a piece of a blob, of any length.
+    /// Sends a piece of a blob, of any length: compressed, where the link is slow and it gets smaller.
     ///
     /// # Errors
     /// [`WireError::Stream`].
-    pub fn send_data(&self, data: &[u8]) -> Result<(), WireError> {
+    pub fn send_blob(&self, data: &[u8]) -> Result<(), WireError> {
+        let link = self.link();
         data.chunks(DATA_LIMIT)
-            .try_for_each(|piece| self.frame(DATA, piece))
+            .try_for_each(|piece| match link.compress(piece) {
+                Some(smaller) => {
+                    // A piece is at most 1 MiB.
+                    let size = u32::try_from(piece.len()).unwrap_or_default();
+                    self.frame(COMPRESSED, &[&size.to_le_bytes(), &*smaller].concat())
+                }
+                None => self.frame(DATA, piece),
+            })
     }
 
     fn frame(&self, kind: u8, payload: &[u8]) -> Result<(), WireError> {

@@ -119,7 +119,7 @@ fn hostile_paths_and_lengths_are_refused() {
         let sender = Sender::new(&mut stream);
         sender.send(&Message::Begin { name: "x".into() }).unwrap();
         sender.send(&Message::File { path: path.into() }).unwrap();
-        sender.send_data(b"x").unwrap();
+        sender.send_blob(b"x").unwrap();
         let error = receive(&stream).1.unwrap_err();
         assert!(matches!(error, WireError::Name(_)), "{path:?}: {error}");
     }
@@ -161,7 +161,7 @@ fn the_same_file_twice_is_refused() {
     sender.send(&Message::Begin { name: "x".into() }).unwrap();
     for _ in 0..2 {
         sender.send(&Message::File { path: "c/f".into() }).unwrap();
-        sender.send_data(b"x").unwrap();
+        sender.send_blob(b"x").unwrap();
         sender.send(&Message::FileEnd { xxh3: None }).unwrap();
     }
     let error = receive(&stream).1.unwrap_err();
@@ -517,8 +517,39 @@ fn compressed_data_that_lies_or_is_misplaced_is_refused() {
         receive(&good, Check::Sha256),
         WireError::Protocol { .. }
     ));
-    let stream = stream(&good);
-    let mut receiver = Receiver::new(&stream[..]);
-    receiver.receive("a blob").unwrap();
-    assert!(receiver.receive_data(4, &mut |_| Ok(())).is_err());
+    let blob = |frame: &[u8], announced| {
+        let (stream, mut found) = (stream(frame), Vec::new());
+        let mut receiver = Receiver::new(&stream[..]);
+        receiver.receive("a blob").unwrap();
+        let received = receiver.receive_data(announced, &mut |piece| {
+            found.extend(piece);
+            Ok(())
+        });
+        received.map(|()| found)
+    };
+    assert_eq!(blob(&good, 4).unwrap(), b"good");
+    assert!(blob(&good, 3).is_err(), "more than announced");
+    assert!(is_lie(blob(&frame(64 << 20, &bomb), 64 << 20).unwrap_err()));
+}
+
+#[test]
+fn a_blob_goes_compressed_where_the_link_is_slow() {
+    let text = b"a line of a layer that nobody has compressed\n".repeat(60_000);
+    for (rate, is_less) in [(10_000_000, true), (10_000_000_000, false)] {
+        let mut stream = Vec::new();
+        let sender = Sender::new(&mut stream);
+        sender.send(&Message::Restore).unwrap();
+        sender.link().set_rate(rate);
+        sender.send_blob(&text).unwrap();
+        drop(sender);
+        assert_eq!(stream.len() < text.len() / 2, is_less, "{}", stream.len());
+        let (mut receiver, mut found) = (Receiver::new(&stream[..]), Vec::new());
+        receiver.receive("a blob").unwrap();
+        let received = receiver.receive_data(text.len() as u64, &mut |piece| {
+            found.extend(piece);
+            Ok(())
+        });
+        received.unwrap();
+        assert!(found == text);
+    }
 }

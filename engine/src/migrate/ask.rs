@@ -82,7 +82,7 @@ impl Question<'_> {
         })
     }
 
-    /// Asks until the answer is one, or `patience` has gone by; none of it: for ever.
+    /// Asks until the answer is one, nobody wants it any more, or `patience` has gone by; none of it: for ever.
     ///
     /// # Errors
     /// As [`Self::ask`], or an interrupt.
@@ -90,6 +90,7 @@ impl Question<'_> {
         &self,
         patience: Option<Duration>,
         interrupt: &Interrupt,
+        is_wanted: impl Fn() -> bool,
     ) -> Result<Outcome> {
         let deadline = patience.map(|patience| tokio::time::Instant::now() + patience);
         let mut pause = PAUSE;
@@ -103,6 +104,9 @@ impl Question<'_> {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 interrupted = interrupt.wait() => return Err(interrupted.into()),
+            }
+            if !is_wanted() {
+                return answer;
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }

@@ -17,16 +17,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use transship_checkpoint::manifest::{IMAGES_DIR, ROOTFS_DIFF_FILE};
 use transship_checkpoint::store::list_files;
 
 use super::memory_images::image_name;
 use crate::dump_hold::DumpHold;
-
-/// How often it is looked whether there is one more.
-const LOOK: Duration = Duration::from_millis(1);
 
 const RUNS: u8 = 0;
 const WHOLE: u8 = 1;
@@ -65,6 +61,14 @@ pub(super) enum Next {
     Memory(String),
     /// A share of the memory that is at rest.
     Share(usize),
+}
+
+/// What a look has found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum There {
+    Next(Next),
+    NotYet,
+    NoMore,
 }
 
 impl DumpFiles {
@@ -123,49 +127,46 @@ impl DumpFiles {
         }
     }
 
-    /// Waits for the next one that nobody has taken; none when there will be no more.
-    pub(super) fn next(&self) -> Option<Next> {
-        loop {
-            // Asked before the look: what was written until then is seen by it.
-            let state = self.state.load(Ordering::Acquire);
-            let whole = (state == RUNS).then(|| self.when_others_are_whole());
-            let whole = whole.flatten();
-            let is_complete = state == WHOLE || whole.is_some();
-            let there = match state {
-                RUNS => whole.unwrap_or_else(|| self.while_it_runs()),
-                // What cannot be listed is missed by the manifest's digests.
-                WHOLE => self.when_it_has_ended(),
-                _ => return None,
-            };
-            let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            if taken.shares < self.shares {
-                taken.shares += 1;
-                return Some(Next::Share(taken.shares - 1));
+    /// Looks for one that nobody has taken.
+    pub(super) fn look(&self) -> There {
+        // Asked before the look: what was written until then is seen by it.
+        let state = self.state.load(Ordering::Acquire);
+        let whole = (state == RUNS).then(|| self.when_others_are_whole());
+        let whole = whole.flatten();
+        let is_complete = state == WHOLE || whole.is_some();
+        let there = match state {
+            RUNS => whole.unwrap_or_else(|| self.while_it_runs()),
+            // What cannot be listed is missed by the manifest's digests.
+            WHOLE => self.when_it_has_ended(),
+            _ => return There::NoMore,
+        };
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if taken.shares < self.shares {
+            taken.shares += 1;
+            return There::Next(Next::Share(taken.shares - 1));
+        }
+        if state == RUNS
+            && taken.memory_left.is_none()
+            && self.hold().is_some_and(DumpHold::is_dumped)
+        {
+            let images = there.iter().filter(|path| image_name(path).is_some());
+            let images = images.count();
+            taken.memory_left = Some(images);
+            if images == 0 && !self.stays_held {
+                self.release();
             }
-            if state == RUNS
-                && taken.memory_left.is_none()
-                && self.hold().is_some_and(DumpHold::is_dumped)
-            {
-                let images = there.iter().filter(|path| image_name(path).is_some());
-                let images = images.count();
-                taken.memory_left = Some(images);
-                if images == 0 && !self.stays_held {
-                    self.release();
-                }
-            }
-            let next = there.into_iter().find(|path| !taken.paths.contains(path));
-            if let Some(path) = next {
-                taken.paths.insert(path.clone());
-                return Some(match self.hold.is_some() && image_name(&path).is_some() {
-                    true => Next::Memory(path),
-                    false => Next::File(path),
-                });
-            }
-            drop(taken);
-            if is_complete {
-                return None;
-            }
-            std::thread::sleep(LOOK);
+        }
+        let next = there.into_iter().find(|path| !taken.paths.contains(path));
+        if let Some(path) = next {
+            taken.paths.insert(path.clone());
+            return There::Next(match self.hold.is_some() && image_name(&path).is_some() {
+                true => Next::Memory(path),
+                false => Next::File(path),
+            });
+        }
+        match is_complete {
+            true => There::NoMore,
+            false => There::NotYet,
         }
     }
 
@@ -251,8 +252,23 @@ fn number(path: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::exported_layer::Layer;
+
+    impl DumpFiles {
+        /// Waits for the next one that nobody has taken; none when there will be no more.
+        fn next(&self) -> Option<Next> {
+            loop {
+                match self.look() {
+                    There::Next(next) => return Some(next),
+                    There::NoMore => return None,
+                    There::NotYet => std::thread::sleep(Duration::from_millis(1)),
+                }
+            }
+        }
+    }
 
     fn file(path: &str) -> Option<Next> {
         Some(Next::File(path.to_owned()))

@@ -18,7 +18,7 @@ use transship_checkpoint::wire::missing_pages::Wanted;
 use transship_containerd::Containerd;
 use transship_layer::KnownContents;
 
-use super::dump_files::DumpFiles;
+use super::dump_files::{DumpFiles, Next, There};
 use super::frozen_memory::FrozenMemory;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
@@ -27,6 +27,9 @@ use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
 use crate::process_files;
 use crate::source::Dumped;
+
+/// How often it is looked whether there is more to send.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// What the target has of a container before it is frozen.
 #[derive(Debug, Default)]
@@ -43,7 +46,7 @@ pub(super) struct KnownBefore {
     pub(super) volumes: BTreeMap<SharedDir, Arc<KnownContents>>,
 }
 
-/// All of it, in the order in which it is sent.
+/// All of it, in the order in which it is looked at for what can be sent.
 #[derive(Debug)]
 pub(super) struct DumpParts {
     parts: Vec<Part>,
@@ -129,6 +132,29 @@ impl DumpParts {
 
     pub(super) fn all(&self) -> &[Part] {
         &self.parts
+    }
+
+    /// Waits for what can be sent next, of whichever part that is left; none when there will be no more. A dump that is
+    /// held waits for its memory to be sent, and others for their turn after it.
+    pub(super) fn next<'p>(&self, left: &mut Vec<&'p Part>) -> Option<(&'p Part, Next)> {
+        loop {
+            let mut found = None;
+            left.retain(|part| {
+                if found.is_some() {
+                    return true;
+                }
+                let there = part.files.look();
+                let is_left = there != There::NoMore;
+                if let There::Next(next) = there {
+                    found = Some((*part, next));
+                }
+                is_left
+            });
+            if found.is_some() || left.is_empty() {
+                return found;
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Nobody reads memory in its processes any more: the dumps go on, also those that have not come so far.
@@ -313,7 +339,7 @@ impl AllDumps {
         }
     }
 
-    /// Begins them in the order in which their files are sent: one that is held waits for who sends.
+    /// Begins them in the order in which they are looked at: one that is held waits for who sends.
     async fn dump_containers(&self) -> Result<Vec<PartDump>> {
         let (began, most) = (Instant::now(), self.most_at_once());
         let mut after = Duration::ZERO;
@@ -366,5 +392,42 @@ impl AllDumps {
             }
             None => error,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_is_not_ready_keeps_no_other_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = |name: &str| {
+            let dir = dir.path().join(name);
+            Part {
+                name: name.to_owned(),
+                files: DumpFiles::of(&dir, true, None, 0),
+                dir,
+                memory: None,
+                contents: None,
+                pids: Vec::new(),
+            }
+        };
+        let parts = DumpParts {
+            parts: vec![part("slow"), part("quick")],
+            volumes: BTreeMap::new(),
+        };
+        let [slow, quick] = parts.all() else {
+            panic!("two parts")
+        };
+        std::fs::create_dir(&quick.dir).unwrap();
+        std::fs::write(quick.dir.join("spec.dump"), "{}").unwrap();
+        quick.files.ended(true);
+        let mut left: Vec<_> = parts.all().iter().collect();
+        let (part, next) = parts.next(&mut left).unwrap();
+        assert_eq!(part.name, "quick");
+        assert_eq!(next, Next::File("spec.dump".into()));
+        slow.files.ended(false);
+        assert!(parts.next(&mut left).is_none() && left.is_empty());
     }
 }

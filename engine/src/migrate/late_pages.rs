@@ -17,10 +17,44 @@ use transship_checkpoint::manifest::Shared;
 use transship_checkpoint::wire::Link;
 use transship_checkpoint::wire::missing_pages::{answer, confirm_end};
 
+use super::Request;
 use super::dump_parts::{DumpParts, Dumping, PartDump};
 use super::moving::Moving;
-use crate::data_channel::{Connection, EndAtDrop};
+use super::process_memory::can_compare_pages;
+use crate::data_channel::{Connection, DataAddress, EndAtDrop};
+use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
+use crate::oci_runtime::OciRuntime;
+use crate::reasons::Reasons;
+
+/// What is said where no direct connection can be had.
+pub(super) const NOT_DIRECT: &str =
+    "pages cannot come late (--lazy) without a direct connection to the other node";
+
+/// Adds what speaks against pages that come late, as far as that is known before the other node is asked.
+pub(super) fn check(moving: &Moving, request: &Request, reasons: &mut Reasons) {
+    if !request.is_lazy {
+        return;
+    }
+    if request.data_address == Some(DataAddress::Nowhere) {
+        reasons.add(Error::refused(NOT_DIRECT));
+    }
+    let mut runtimes = moving.containers.iter().map(|it| &it.runtime);
+    if !can_hold_dumps() || !runtimes.all(OciRuntime::can_hold_dumps) {
+        reasons.add(not_held());
+    }
+}
+
+/// Whether dumps can be held on this node, and memory be read meanwhile, by runtimes that know how.
+pub(super) fn can_hold_dumps() -> bool {
+    can_compare_pages() && DumpHold::is_possible()
+}
+
+/// What is said where a dump cannot be held.
+pub(super) fn not_held() -> Error {
+    let message = "the memory cannot come late (--lazy): a dump cannot be held on this node";
+    Error::refused(message).hint("docs/migration.md says where it can")
+}
 
 /// Answers as long as it is there.
 #[derive(Debug)]

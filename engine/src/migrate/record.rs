@@ -117,7 +117,7 @@ impl Record {
     /// # Errors
     /// Another migration has it.
     pub(super) fn take(records: &Path, locks: &Path, namespace: &str, id: &str) -> Result<Self> {
-        let name = format!("{namespace}:{id}");
+        let name = name_of(namespace, id);
         match durable_record::lock(records, locks, &name)? {
             Some(lock) => Ok(Self {
                 path: records.join(name),
@@ -168,6 +168,20 @@ pub struct Records {
     pub pending: Vec<Pending>,
     /// The names of those that cannot be read, and why.
     pub unread: Vec<(String, Error)>,
+}
+
+/// Whether a migration that has been listed is still not decided, whoever works on it.
+pub(super) fn is_open(records: &Path, listed: &Pending) -> bool {
+    let path = records.join(name_of(&listed.namespace, &listed.container));
+    match durable_record::read::<Pending>(&path) {
+        Ok(pending) => pending.is_some_and(|it| it.migration == listed.migration),
+        // Nobody has decided it.
+        Err(_) => true,
+    }
+}
+
+fn name_of(namespace: &str, id: &str) -> String {
+    format!("{namespace}:{id}")
 }
 
 /// All records in a directory.
@@ -240,14 +254,21 @@ mod tests {
         drop(record);
         let records = dir.path().join("records");
         fs::write(records.join("default:other"), "{").unwrap();
+        assert!(is_open(&records, &pending));
+        let another = Pending {
+            migration: "4567".into(),
+            ..pending.clone()
+        };
+        assert!(!is_open(&records, &another));
         let listed = list(&records).unwrap();
         assert_eq!(listed.pending, std::slice::from_ref(&pending));
         assert_eq!(listed.unread[0].0, "default:other");
         let record = take(dir.path(), "default").unwrap();
-        assert_eq!(record.read().unwrap(), Some(pending));
+        assert_eq!(record.read().unwrap(), Some(pending.clone()));
         let error = record.check_clear("web", "default").unwrap_err();
         assert!(error.to_string().contains("ssh node-b"), "{error}");
         record.clear().unwrap();
+        assert!(!is_open(&records, &pending));
         record.check_clear("web", "default").unwrap();
         assert_eq!(record.read().unwrap(), None);
         assert!(list(&records).unwrap().pending.is_empty());

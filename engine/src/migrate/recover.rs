@@ -10,6 +10,8 @@
 //!                    lost       a person decides: it ran there, and is gone
 //!                    (none)     it stays as it is; asked again
 //! ```
+//!
+//! Nobody has the record's lock while the target is asked, which may not answer for days: a person may decide meanwhile.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -156,37 +158,73 @@ pub async fn recover_all(
     })
 }
 
+/// How far one look at a migration leads.
+enum Look {
+    /// It has been decided meanwhile, by somebody else.
+    Gone,
+    Decided(Decided),
+    /// The target has to be asked.
+    Ask(Box<Pending>),
+}
+
 /// Decides one migration; none where that has been done meanwhile.
 ///
 /// # Errors
 /// [`Kind::Uncertain`]: it is not known which copy runs, and the source stays as it is.
-async fn recover(
+pub(super) async fn recover(
     node: &Containerd,
     listed: &Pending,
     decision: Decision,
     interrupt: &Interrupt,
 ) -> Result<Option<Decided>> {
     let node = node.in_namespace(&listed.namespace)?;
+    let (said, patience) = match decision {
+        Decision::SourceRuns => (Some(Outcome::Aborted), None),
+        Decision::TargetRuns => (Some(Outcome::Runs), None),
+        Decision::Ask(patience) => (None, patience),
+    };
+    let mut look = decide(&node, listed, decision, said).await?;
+    if let Look::Ask(pending) = look {
+        let answer = ask(&pending, patience, interrupt).await;
+        if !record::is_open(Path::new(RECORDS), &pending) {
+            return Ok(None);
+        }
+        look = decide(&node, listed, decision, Some(answer?)).await?;
+    }
+    match look {
+        Look::Decided(decided) => Ok(Some(decided)),
+        Look::Gone => Ok(None),
+        Look::Ask(pending) => Err(undecided(&pending, Outcome::Undecided)),
+    }
+}
+
+/// Decides one migration by what has been said of it, as far as that is needed. It is nobody else's meanwhile.
+async fn decide(
+    node: &Containerd,
+    listed: &Pending,
+    decision: Decision,
+    said: Option<Outcome>,
+) -> Result<Look> {
     let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
     let record = Record::take(records, locks, &listed.namespace, &listed.container)?;
     // Its command may have come to its end, and the container be here again.
     let pending = { record.read()? }.filter(|it| it.migration == listed.migration);
     let Some(pending) = &pending else {
-        return Ok(None);
+        return Ok(Look::Gone);
     };
-    if pending.names_others(&created(&node, &pending.ids()).await?) {
+    if pending.names_others(&created(node, &pending.ids()).await?) {
         // Nothing of it is the source's.
         record.clear()?;
-        return Ok(Some(Decided::Replaced));
+        return Ok(Look::Decided(Decided::Replaced));
     }
     let ends = pending.copy_runs && decision != Decision::SourceRuns;
-    let tasks = tasks_of(&node, pending).await?;
+    let tasks = tasks_of(node, pending).await?;
     let is = |status| tasks.iter().any(|(_, it)| *it == status);
     // Of a pod somebody may have let go one, and the others stand still.
     let is_mixed = is(Status::Running) && is(Status::Paused) && !ends;
     if is(Status::Running) && !ends && !is_mixed {
-        let_be(&node, &record, pending).await?;
-        return Ok(Some(Decided::SourceRuns));
+        let_be(node, &record, pending).await?;
+        return Ok(Look::Decided(Decided::SourceRuns));
     }
     let pid = tasks.first().map_or(0, |(task, _)| task.pid);
     let (left, ended): (Vec<_>, Vec<_>) = tasks.into_iter().partition(|(_, status)| {
@@ -195,24 +233,22 @@ async fn recover(
     });
     let of = |tasks: Vec<(TaskToFreeze, _)>| tasks.into_iter().map(|(task, _)| task).collect();
     let (left, ended): (Vec<_>, Vec<_>) = (of(left), of(ended));
-    let mut source = (!left.is_empty()).then(|| Committed::of(&node, left));
+    let mut source = (!left.is_empty()).then(|| Committed::of(node, left));
     if ends {
-        end(&node, pending, source.take(), &ended).await?;
+        end(node, pending, source.take(), &ended).await?;
     }
-    let outcome = match decision {
-        Decision::SourceRuns => Outcome::Aborted,
-        Decision::TargetRuns => Outcome::Runs,
-        Decision::Ask(patience) => ask(pending, patience, interrupt).await?,
+    let Some(outcome) = said else {
+        return Ok(Look::Ask(Box::new(pending.clone())));
     };
     let decided = match (outcome, source) {
         // What runs here is not ended without a word of the person who has let it go.
         (Outcome::Runs, _) if is_mixed => return Err(undecided(pending, Outcome::Undecided)),
         (Outcome::Runs, source) => {
-            end(&node, pending, source, &ended).await?;
+            end(node, pending, source, &ended).await?;
             let by_hand = decision == Decision::TargetRuns;
             match pending.keep_source || by_hand {
-                true => super::keep_source(&node, pending).await?,
-                false => super::remove_source(&node, pending).await?,
+                true => super::keep_source(node, pending).await?,
+                false => super::remove_source(node, pending).await?,
             }
             record.clear()?;
             match by_hand {
@@ -224,19 +260,19 @@ async fn recover(
             let taken_back = network::take_back(pending, pid).await;
             // Without its network it had better run than stand still.
             source.thaw().await?;
-            let_be(&node, &record, pending).await?;
+            let_be(node, &record, pending).await?;
             if let Err(error) = taken_back {
                 tracing::warn!("{}", error.one_line());
             }
             Decided::SourceRuns
         }
         (Outcome::Aborted, None) => {
-            let_be(&node, &record, pending).await?;
+            let_be(node, &record, pending).await?;
             Decided::Ended
         }
         (Outcome::Undecided | Outcome::Lost, _) => return Err(undecided(pending, outcome)),
     };
-    Ok(Some(decided))
+    Ok(Look::Decided(decided))
 }
 
 /// When containerd has made the records of these containers, as far as they are there.
@@ -317,7 +353,8 @@ async fn ask(
         node: &pending.node,
         link_patience: LINK_PATIENCE,
     };
-    let answer = question.ask_on(patience, interrupt).await;
+    let is_wanted = || record::is_open(Path::new(RECORDS), pending);
+    let answer = question.ask_on(patience, interrupt, is_wanted).await;
     answer.map_err(|error| undecided(pending, Outcome::Undecided).because(error))
 }
 

@@ -1,6 +1,6 @@
 //! The talk with the target, step by step, up to the word by which it lets its copy run; what follows is in `decision`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,9 +19,10 @@ use transship_containerd::{Containerd, unique};
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::before_restore;
+use super::commit_guard::CommitGuard;
 use super::dump_files::Next;
 use super::dump_parts::{DumpParts, Dumping, KnownBefore, PartDump};
-use super::late_pages::PageServer;
+use super::late_pages::{NOT_DIRECT, PageServer};
 use super::moving::Moving;
 use super::record::{Pending, Record};
 use super::remote::refused_there;
@@ -29,10 +30,10 @@ use super::{Request, mark_moved, network, resume_source, unmark_moved};
 use crate::check::lacking;
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
-use crate::data_channel::{Connections, Identity, STREAMS};
+use crate::data_channel::{Connections, DataAddress, Identity, STREAMS};
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
-use crate::image_blobs::offer_blobs;
+use crate::image_blobs::{self, offer_blobs};
 use crate::interrupt::Interrupt;
 use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
@@ -46,6 +47,9 @@ use crate::timeline::Timeline;
 mod before_freeze;
 mod decision;
 
+/// How long the target may take to look at the offer, and then to unpack what it has been sent: signs of life alone keep
+/// nobody waiting for ever.
+const IMAGE_DEADLINE: Duration = Duration::from_secs(3600);
 /// How long the target may take to compare what it has with its manifest: it has read all digests
 /// while it came.
 const RECEIVED_DEADLINE: Duration = Duration::from_secs(120);
@@ -86,6 +90,8 @@ pub(super) struct Transaction<'a> {
     pub(super) late: Option<PageServer>,
     /// The plugins at work that take the source out of its networks; also when nobody waits for them any more.
     pub(super) giving_away: Option<JoinHandle<Result<()>>>,
+    /// Asks the target which copy runs, should this process be killed.
+    pub(super) guard: Option<CommitGuard>,
 }
 
 impl Transaction<'_> {
@@ -112,6 +118,8 @@ impl Transaction<'_> {
             Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
         self.interrupt.check()?;
+        // It looks for a record, which is not there before `Commit`.
+        self.guard = Some(CommitGuard::start(self.node, &self.pending)?);
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
@@ -228,16 +236,14 @@ impl Transaction<'_> {
                 })
             }),
             estimate: self.estimate,
-            lazy: self.request.is_lazy,
+            // What is refused here already need not be there.
+            lazy: self.request.is_lazy && self.request.data_address != Some(DataAddress::Nowhere),
         };
         let (needed, place) = self.ask_target(offer).await?;
         // Before the blobs, which may take minutes: the target does not listen that long.
         let connections = self.connect(identity, place).await?;
-        let mut bytes = 0;
-        for (digest, size) in blobs.iter().filter(|(digest, _)| needed.contains(digest)) {
-            self.send_blob(digest, *size).await?;
-            bytes += size;
-        }
+        let blobs = blobs.iter().filter(|(digest, _)| needed.contains(*digest));
+        let bytes = self.send_blobs(blobs.collect()).await?;
         if self.request.pod.is_some_and(|pod| pod.wait) {
             let migration = &self.pending.migration;
             self.progress.tell(&format!(
@@ -250,20 +256,16 @@ impl Transaction<'_> {
         }
         let direct = self.direct;
         self.conversation.send(Message::ImageEnd { direct }).await?;
-        loop {
-            let what = "the target to have the image";
-            match self.conversation.receive(what).await? {
-                Message::Ready { contents, node } => {
-                    if !is_node_id(&node) {
-                        return Err(Error::failed("what the other node calls itself is no id"));
-                    }
-                    self.takes_contents = contents;
-                    self.pending.node = node;
-                    break;
+        let what = "the target to have the image";
+        match self.next_message(what, IMAGE_DEADLINE).await? {
+            Message::Ready { contents, node } => {
+                if !is_node_id(&node) {
+                    return Err(Error::failed("what the other node calls itself is no id"));
                 }
-                Message::Waiting => self.conversation.send(Message::GoOn).await?,
-                other => return Err(unexpected(what, &other).into()),
+                self.takes_contents = contents;
+                self.pending.node = node;
             }
+            other => return Err(unexpected(what, &other).into()),
         }
         self.timeline.step("image", from, Some(bytes));
         if needed.is_empty() {
@@ -277,14 +279,15 @@ impl Transaction<'_> {
     ///
     /// # Errors
     /// All that speaks against the migration, on both nodes.
-    async fn ask_target(&mut self, offer: Offer) -> Result<(Vec<String>, Option<DataPlace>)> {
+    async fn ask_target(&mut self, offer: Offer) -> Result<(BTreeSet<String>, Option<DataPlace>)> {
         let expected = "the target's answer";
         let mut reasons = std::mem::take(&mut self.reasons);
         let (conversation, patience) = (&mut self.conversation, self.request.link_patience);
         let answer = async {
             conversation.send(Message::Offer(Box::new(offer))).await?;
             conversation.watch(patience)?;
-            conversation.receive(expected).await
+            let answer = conversation.receive_within(expected, IMAGE_DEADLINE, Duration::ZERO);
+            answer.await
         };
         let (answer, here) = tokio::join!(answer, NodeFacts::of_this(Some(self.node)));
         let told = answer.as_ref().map_err(Error::cause::<WireError>);
@@ -310,7 +313,7 @@ impl Transaction<'_> {
         let answer = match answer {
             Ok(Message::Need {
                 digests, direct, ..
-            }) => Some((digests, direct)),
+            }) => Some((digests.into_iter().collect(), direct)),
             Ok(other) => return Err(unexpected(expected, &other).into()),
             // Somebody has ended it: no reason against it.
             Err(error) if self.interrupt.check().is_err() => return Err(error),
@@ -329,7 +332,7 @@ impl Transaction<'_> {
         place: Option<DataPlace>,
     ) -> Result<Option<Connections>> {
         let is_lazy = self.request.is_lazy;
-        let late = "pages cannot come late (--lazy) without a direct connection to the other node";
+        let late = NOT_DIRECT;
         let Some(DataPlace { addresses, key }) = place else {
             return match is_lazy {
                 true => Err(Error::refused(late).hint("--data-address names where it listens")),
@@ -356,6 +359,27 @@ impl Transaction<'_> {
         }
     }
 
+    /// Sends blobs, which stay here until that is done, whoever removes their image; gives their bytes.
+    async fn send_blobs(&mut self, blobs: Vec<(&String, &u64)>) -> Result<u64> {
+        if blobs.is_empty() {
+            return Ok(0);
+        }
+        let digests = blobs.iter().map(|(digest, _)| digest.as_str());
+        let leased = image_blobs::keep(self.node, digests).await?;
+        let send_all = async {
+            let mut bytes = 0;
+            for (digest, size) in blobs {
+                self.send_blob(digest, *size).await?;
+                bytes += size;
+            }
+            Ok(bytes)
+        };
+        let sent = send_all.await;
+        // It ends by itself.
+        drop(leased.end_lease().await);
+        sent
+    }
+
     async fn send_blob(&mut self, digest: &str, size: u64) -> Result<()> {
         self.conversation
             .send(Message::Blob {
@@ -366,7 +390,7 @@ impl Transaction<'_> {
         let mut stream = self.node.read_blob(digest).await?;
         while let Some(piece) = stream.next().await? {
             self.conversation
-                .write(move |sender| sender.send_data(&piece))
+                .write(move |sender| sender.send_blob(&piece))
                 .await?;
         }
         Ok(())
@@ -516,14 +540,21 @@ impl Transaction<'_> {
         what: &'static str,
         deadline: Duration,
     ) -> Result<()> {
+        match self.next_message(what, deadline).await? {
+            found if found == *message => Ok(()),
+            found => Err(unexpected(what, &found).into()),
+        }
+    }
+
+    /// What the target says when it waits for nobody any more.
+    async fn next_message(&mut self, what: &'static str, deadline: Duration) -> Result<Message> {
         let began = Instant::now();
         loop {
             let left = deadline.saturating_sub(began.elapsed());
             let found = self.conversation.receive_within(what, left, Duration::ZERO);
             match found.await? {
-                found if found == *message => return Ok(()),
                 Message::Waiting => self.conversation.send(Message::GoOn).await?,
-                found => return Err(unexpected(what, &found).into()),
+                found => return Ok(found),
             }
         }
     }
@@ -547,40 +578,39 @@ impl Transaction<'_> {
                     count(bytes);
                 }
             };
-            for part in parts.all() {
+            let mut left: Vec<_> = parts.all().iter().collect();
+            while let Some((part, next)) = parts.next(&mut left) {
                 let from = (&*part.name, &*part.dir);
-                while let Some(next) = part.files.next() {
-                    let of_memory = match (&next, &part.memory) {
-                        (Next::Memory(path), Some(memory)) => {
-                            let image = memory.send_image(sender, from, path, &mut progress)?;
-                            part.files.memory_sent();
-                            Some(image)
-                        }
-                        (Next::Share(share), Some(memory)) => {
-                            Some(memory.send_share(*share, sender, from.0, &mut progress)?)
-                        }
-                        _ => None,
-                    };
-                    if let Some(memory) = of_memory {
-                        let files = memory.files.into_iter();
-                        sent.extend(files.map(|file| (part.name.clone(), file)));
-                        bytes += memory.bytes;
-                        continue;
+                let of_memory = match (&next, &part.memory) {
+                    (Next::Memory(path), Some(memory)) => {
+                        let image = memory.send_image(sender, from, path, &mut progress)?;
+                        part.files.memory_sent();
+                        Some(image)
                     }
-                    match next {
-                        // Only memory has any.
-                        Next::Share(_) => {}
-                        Next::File(path) | Next::Memory(path) => {
-                            let mut how = How {
-                                check: Check::Xxh3,
-                                complete: &|| part.files.is_whole(&path),
-                                progress: &mut progress,
-                                sent: 0,
-                            };
-                            let file = sender.send_file(from.0, from.1, &path, &mut how)?;
-                            sent.push((part.name.clone(), file));
-                            bytes += how.sent;
-                        }
+                    (Next::Share(share), Some(memory)) => {
+                        Some(memory.send_share(*share, sender, from.0, &mut progress)?)
+                    }
+                    _ => None,
+                };
+                if let Some(memory) = of_memory {
+                    let files = memory.files.into_iter();
+                    sent.extend(files.map(|file| (part.name.clone(), file)));
+                    bytes += memory.bytes;
+                    continue;
+                }
+                match next {
+                    // Only memory has any.
+                    Next::Share(_) => {}
+                    Next::File(path) | Next::Memory(path) => {
+                        let mut how = How {
+                            check: Check::Xxh3,
+                            complete: &|| part.files.is_whole(&path),
+                            progress: &mut progress,
+                            sent: 0,
+                        };
+                        let file = sender.send_file(from.0, from.1, &path, &mut how)?;
+                        sent.push((part.name.clone(), file));
+                        bytes += how.sent;
                     }
                 }
             }

@@ -322,6 +322,15 @@ impl Locked {
         Ok(())
     }
 
+    /// Writes down that it has never run, and nothing of it is left. Whoever finds the record as it was comes to the same
+    /// end once more, so a disk that is full keeps no source standing still.
+    pub(super) fn set_aborted(&mut self) {
+        if let Err(error) = self.set(State::Aborted) {
+            tracing::warn!("{}", error.one_line());
+            self.arrival.state = State::Aborted;
+        }
+    }
+
     /// Writes down that the source has committed itself.
     ///
     /// # Errors
@@ -432,6 +441,23 @@ mod tests {
         end(State::Arriving);
         assert_eq!(arrivals.state(&durable).unwrap(), Some(State::Durable));
         assert_eq!(arrivals.state(&aborted).unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_has_ended_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::at(&dir.path().join("records"), &dir.path().join("locks"));
+        let migration = "0".repeat(MIGRATION_DIGITS);
+        let mut locked = arrivals.begin(&migration, arrival()).unwrap();
+        // Where the record would be written.
+        fs::create_dir(dir.path().join("records").join(format!("{migration}~"))).unwrap();
+        let refused = locked.commit().unwrap_err();
+        assert_eq!(refused.kind(), Kind::Uncertain, "the source asks");
+        locked.set_aborted();
+        assert_eq!(locked.arrival.state, State::Aborted);
+        // Who comes next aborts it again.
+        let state = arrivals.state(&migration).unwrap();
+        assert_eq!(state, Some(State::Arriving));
     }
 
     #[test]

@@ -2,11 +2,15 @@
 //! runs, and then the record. The CRI makes containers of images that have one, so those of a pod have it before, and
 //! lose it with a pod that does not come to run.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::pin;
+use std::time::Duration;
 
 use containerd_client::types::Descriptor;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use transship_checkpoint::wire::{Blob, DataPlace, Message, OfferedContainer, unexpected};
 use transship_containerd::{Containerd, ContainerdError};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
@@ -23,10 +27,52 @@ use crate::image_blobs::tying_labels;
 const CONTENT: &str = "/var/lib/containerd";
 /// What an image is called that was made out of snapshots.
 const REBUILT: &str = "transship/rebuilt";
+/// How long who writes a blob may take to take it back when no more of it comes; what is left goes with the lease.
+const WRITER_PATIENCE: Duration = Duration::from_secs(2);
 /// The longest name of an image, as in the reference grammar of the distribution project.
 const NAME_LIMIT: usize = 255;
 /// Blobs of all images together: containerd is asked for each, and each is looked for among all. An overlay has 500 layers.
 const MOST_BLOBS: usize = 4096;
+
+/// Looks for room for the blobs of images that this node lacks, before anything is put under a lease.
+///
+/// # Errors
+/// [`crate::Kind::Refused`]: there is none, or there are too many blobs.
+pub(super) async fn check_room(
+    node: &Containerd,
+    offered: &[OfferedContainer],
+    snapshotter: &str,
+) -> Result<()> {
+    check_count(offered.iter().map(|it| it.blobs.len()).sum())?;
+    let mut missing = BTreeMap::new();
+    for it in offered {
+        let image = &it.container.image;
+        let layers = node.snapshotter(snapshotter).stat(&image.chain_id).await;
+        if layers.is_ok()
+            || node
+                .find_image(&image.name, &image.chain_id)
+                .await?
+                .is_some()
+        {
+            continue;
+        }
+        for blob in &it.blobs {
+            if !missing.contains_key(&blob.digest) && node.blob(&blob.digest).await?.is_none() {
+                missing.insert(&blob.digest, blob.size);
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let needed = { missing.into_values() }.fold(KEEP_FREE, u64::saturating_add);
+    require_room(&content_root(node).await?, needed)
+}
+
+async fn content_root(node: &Containerd) -> Result<PathBuf> {
+    let root = node.content_root().await?;
+    Ok(root.unwrap_or_else(|| PathBuf::from(CONTENT)))
+}
 
 /// Takes the blobs that this node lacks, and unpacks the images; gives the chain ids of the layers that the copies
 /// get. Without a record and with the lease of `node` gone all of it is garbage.
@@ -61,8 +107,7 @@ pub(super) async fn receive(
     let asked = { offered.iter().flat_map(|it| &it.blobs) }
         .filter(|blob| missing.contains(&blob.digest))
         .fold(KEEP_FREE, |sum, blob| sum.saturating_add(blob.size));
-    let store = node.content_root().await?;
-    let store = store.unwrap_or_else(|| PathBuf::from(CONTENT));
+    let store = content_root(node).await?;
     if !missing.is_empty() {
         require_room(&store, asked)?;
     }
@@ -176,9 +221,21 @@ async fn receive_blob(
             Ok(())
         })
     });
-    let (written, read) = tokio::join!(write, read);
-    read?;
-    Ok(written?)
+    let (mut write, mut read) = (pin!(write), pin!(read));
+    tokio::select! {
+        read = &mut read => match read {
+            Ok(()) => Ok(write.await?),
+            Err(error) => {
+                // Who was given up in the middle of a read has the queue for as long as that takes.
+                drop(timeout(WRITER_PATIENCE, write).await);
+                Err(error)
+            }
+        },
+        written = &mut write => {
+            read.await?;
+            Ok(written?)
+        }
+    }
 }
 
 /// What the image is called here.

@@ -4,9 +4,9 @@
 //! transship-receive-<pid>-<start>-<n>    start: moment of the process's start, in ticks since the boot
 //! ```
 //!
-//! containerd ends such a lease after an hour; until then what it holds takes room, so whoever comes
-//! next ends those whose process is gone, and waits for the garbage collection: a layer that is found
-//! must not go while it is used.
+//! containerd ends such a lease after a week: a link that is slow takes days for much memory, and a clock that is set
+//! counts as well. Until then what it holds takes room, so the guard of the migration, or whoever comes next, ends those
+//! whose process is gone, and waits for the garbage collection: a layer that is found must not go while it is used.
 
 use std::time::Duration;
 
@@ -15,14 +15,16 @@ use transship_containerd::{Containerd, unique};
 use crate::Result;
 
 const PREFIX: &str = "transship-receive-";
+/// How long the garbage collector keeps its hands off what nobody of ours has come to end: longer than any migration.
+const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The same containerd under a lease of this process, without leases of processes that are gone.
-pub(super) async fn take(node: &Containerd, lifetime: Duration) -> Result<Containerd> {
+pub(super) async fn take(node: &Containerd) -> Result<Containerd> {
     end_those_of_the_gone(node).await?;
     let pid = std::process::id();
     let start = started(pid).unwrap_or_default();
     let id = format!("{PREFIX}{pid}-{start}-{}", unique());
-    Ok(node.with_lease_called(&id, lifetime).await?)
+    Ok(node.with_lease_called(&id, LIFETIME).await?)
 }
 
 /// Ends the leases of processes that were killed in the middle of a migration.

@@ -30,11 +30,13 @@ use crate::machine::architecture;
 use crate::memory_dir::{MigrationFiles, remove_when_unused};
 use crate::progress::Progress;
 use crate::reasons::Reasons;
-use crate::restore::{self, LEASE, Plan, Prepared, Restored};
+use crate::restore::{self, Plan, Prepared, Restored};
 use crate::timeline::human_bytes;
 
 /// Containers of a pod: a record holds what there is of each.
 const MOST_CONTAINERS: usize = 1000;
+/// How long a copy is held: its source looks at what it has frozen, and writes its record.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(600);
 /// How long after a record could not be written that is tried again.
 const RECORD_PAUSE: Duration = Duration::from_secs(2);
 /// How long an interrupt waits until the source knows that the copy runs.
@@ -75,7 +77,7 @@ pub(super) async fn accept(
     };
     let guard = settle::guard(node, store, &offer.migration)?;
     // All that is made is garbage until the copy runs.
-    let leased = leases::take(node, LEASE).await?;
+    let leased = leases::take(node).await?;
     let result = match arriving {
         ToMake::Container(one, plan) => {
             take(
@@ -154,7 +156,7 @@ async fn look_at<'o>(
     reasons.keep(check_node(node, offer, request).await)?;
     reasons.keep(check_architecture(offer))?;
     reasons.keep(check_size(offer, request))?;
-    reasons.keep(check_lazy(offer))?;
+    reasons.keep(check_lazy(offer, request))?;
     reasons.keep(require_room(files.root(), needed_bytes(offer)))?;
     // Records are on the disk, wherever the files arrive.
     if files.root() != store.root() {
@@ -178,13 +180,34 @@ async fn look_at<'o>(
             return Err(Error::refused(message));
         }
     };
+    let (images, snapshotter) = match &to_make {
+        Some(ToMake::Container(_, plan)) => (offer.containers.as_slice(), &*plan.snapshotter),
+        Some(ToMake::Pod(_, plan)) => (plan.images_of(offer), plan.snapshotter()),
+        // Where it would be made is not known; most likely as it was.
+        None => match offer.containers.first() {
+            Some(first) if !request.wait_for_pod => {
+                (offer.containers.as_slice(), &*first.container.snapshotter)
+            }
+            _ => (&[][..], ""),
+        },
+    };
+    reasons.keep(image::check_room(node, images, snapshotter).await)?;
+    // Upperdirs are filled where they are; that is looked at again when they are there.
+    if let Some(root) = node.snapshotter_root(snapshotter).await? {
+        reasons.keep(require_room_for_files(&root, offer))?;
+    }
     reasons.or(to_make)
 }
 
 /// Whether memory can come late here.
-fn check_lazy(offer: &Offer) -> Result<()> {
+fn check_lazy(offer: &Offer, request: &Request) -> Result<()> {
     if !offer.lazy {
         return Ok(());
+    }
+    if request.data_addresses.is_empty() {
+        let message =
+            "memory cannot come late (--lazy): this node listens nowhere for a direct connection";
+        return Err(Error::refused(message).hint("--data-address names where it listens"));
     }
     if offer.pod.is_some() {
         return Err(Error::refused("the memory of a pod cannot come late"));
@@ -421,10 +444,18 @@ async fn agree(
     locked.arrival.upperdir = Some(restored.upperdir().to_path_buf());
     interrupt.check()?;
     conversation.send(Message::Restored).await?;
-    match conversation.receive("the commitment").await? {
-        Message::Commit => {}
-        other => return Err(unexpected("the commitment", &other).into()),
-    }
+    wait_for_commit(conversation).await?;
     locked.commit()?;
     Ok(restored)
+}
+
+/// Waits for the word by which the copy may be let go. A source that only says that it is alive does not have it held
+/// for ever.
+pub(super) async fn wait_for_commit(conversation: &mut Conversation) -> Result<()> {
+    let commitment = "the commitment";
+    let word = conversation.receive_within(commitment, COMMIT_PATIENCE, Duration::ZERO);
+    match word.await? {
+        Message::Commit => Ok(()),
+        other => Err(unexpected(commitment, &other).into()),
+    }
 }

@@ -10,6 +10,7 @@
 //!  each is let go (settle: also by whoever ends what was cut off)
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -36,6 +37,7 @@ use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
 use super::held_process::HeldProcess;
+use super::migration::wait_for_commit;
 use super::offered_files::{listen, receive};
 use super::{Request, image};
 use crate::conversation::Conversation;
@@ -72,6 +74,24 @@ pub(super) enum PodPlan {
     Make(Box<NewPod>),
     /// Somebody else makes it.
     Wait,
+}
+
+impl PodPlan {
+    /// The containers whose images have to be here. Whoever makes the pod has them.
+    pub(super) fn images_of<'o>(&self, offer: &'o Offer) -> &'o [OfferedContainer] {
+        match self {
+            Self::Make(_) => &offer.containers,
+            Self::Wait => &[],
+        }
+    }
+
+    /// Where their layers are unpacked.
+    pub(super) fn snapshotter(&self) -> &str {
+        match self {
+            Self::Make(new) => &new.snapshotter,
+            Self::Wait => "",
+        }
+    }
 }
 
 /// A pod as it will be made here.
@@ -266,11 +286,7 @@ pub(super) async fn take(
 ) -> Result<(Locked, Result<u32>)> {
     progress.step("image");
     let listen = || listen(offer, &request.data_addresses);
-    // Whoever makes the pod has its images.
-    let (images, snapshotter) = match &plan {
-        PodPlan::Make(new) => (offer.containers.as_slice(), new.snapshotter.clone()),
-        PodPlan::Wait => (&[][..], String::new()),
-    };
+    let (images, snapshotter) = (plan.images_of(offer), plan.snapshotter().to_owned());
     let chains = image::receive(node, conversation, images, &snapshotter, listen).await?;
     let pod = &offered.pod;
     let names = offer.containers.iter().map(|it| it.container.name.clone());
@@ -650,6 +666,35 @@ async fn upperdir_of(node: &Containerd, name: &str, id: &str) -> Result<PathBuf>
     Ok(stack.top)
 }
 
+/// A container that is held, for the record.
+struct Held {
+    id: String,
+    pid: u32,
+    process: HeldProcess,
+    /// Where its files are.
+    files: Vec<PathBuf>,
+}
+
+async fn look_at_held(node: &Containerd, name: &str, id: String, sandbox: &str) -> Result<Held> {
+    let mut files = vec![upperdir_of(node, name, &id).await?];
+    let record = node.container(&id).await?;
+    let spec = Spec::parse(&record.spec.unwrap_or_default().value);
+    let spec = spec.with_context(|| format!("the spec of {name:?} is no OCI runtime spec"))?;
+    let shared = shared_mounts(&spec, sandbox).into_iter();
+    files.extend(
+        shared
+            .filter(|it| it.dir != SharedDir::Shm)
+            .map(|it| it.source),
+    );
+    let pid = node.task(&id).await?.pid;
+    Ok(Held {
+        id,
+        pid,
+        process: HeldProcess::of(pid)?,
+        files,
+    })
+}
+
 /// Restores all containers, and waits until the source has committed itself: then they may be let go. Gives the process
 /// id of the first process of the first.
 async fn agree(
@@ -673,10 +718,10 @@ async fn agree(
     pod.set_arrival(InSandbox::Arrived)?;
     let cri = CriPods::of(node);
     start_all(&cri, &pod, &made.containers, interrupt).await?;
-    let mut ids = Vec::new();
+    let mut looks = JoinSet::new();
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();
-    for container in &checkpoint.manifest.containers {
+    for (at, container) in checkpoint.manifest.containers.iter().enumerate() {
         let name = &container.name;
         let id = loop {
             if let Some(id) = started(&pod, name)? {
@@ -692,36 +737,30 @@ async fn agree(
             ask_whether_to_wait(conversation, &mut asked).await?;
             sleep(PAUSE).await;
         };
-        let files = &mut pod_of(locked).files;
-        files.push(upperdir_of(node, name, &id).await?);
-        let record = node.container(&id).await?;
-        let spec = Spec::parse(&record.spec.unwrap_or_default().value);
-        let spec = spec.with_context(|| format!("the spec of {name:?} is no OCI runtime spec"))?;
-        let shared = shared_mounts(&spec, &made.sandbox).into_iter();
-        files.extend(
-            shared
-                .filter(|it| it.dir != SharedDir::Shm)
-                .map(|it| it.source),
-        );
-        ids.push(id);
+        let (node, name, sandbox) = (node.clone(), name.clone(), made.sandbox.clone());
+        looks.spawn(async move {
+            let held = look_at_held(&node, &name, id, &sandbox).await?;
+            Ok::<_, Error>((at, held))
+        });
     }
     // What the source has not named in a layer, and of emptyDirs that it has left behind.
     contents::remove(pod_of(locked))?;
-    let (mut held, mut first) = (Vec::new(), None);
-    for id in &ids {
-        let pid = node.task(id).await?.pid;
-        first = first.or(Some(pid));
-        held.push(HeldProcess::of(pid)?);
+    let mut all = BTreeMap::new();
+    while let Some(looked) = looks.join_next().await {
+        let (at, held) = looked.map_err(Error::from).flatten()?;
+        all.insert(at, held);
     }
+    let first = all.values().next().map(|held| held.pid);
     let pid = first.ok_or_else(|| Error::failed("no container"))?;
     let pod = pod_of(locked);
-    (pod.ids, pod.held) = (ids, held);
+    for held in all.into_values() {
+        pod.files.extend(held.files);
+        pod.ids.push(held.id);
+        pod.held.push(held.process);
+    }
     locked.write()?;
     conversation.send(Message::Restored).await?;
-    match conversation.receive("the commitment").await? {
-        Message::Commit => {}
-        other => return Err(unexpected("the commitment", &other).into()),
-    }
+    wait_for_commit(conversation).await?;
     locked.commit()?;
     Ok(pid)
 }

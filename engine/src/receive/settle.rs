@@ -232,7 +232,8 @@ async fn abort(node: &Containerd, store: &Store, locked: &mut Locked) -> Result<
         }
     }
     remove_checkpoint(store, &arrival.checkpoint)?;
-    locked.set(State::Aborted)
+    locked.set_aborted();
+    Ok(())
 }
 
 fn copy_of(arrival: &Arrival) -> Copy<'_> {

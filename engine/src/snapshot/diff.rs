@@ -41,8 +41,10 @@ pub async fn diff(
     }
     let node = node.with_lease(LAYER_LIFETIME).await?;
     let compared = compare(&node, old, new, sink, while_read, interrupt).await;
-    node.end_lease().await?;
-    compared.map(|()| None)
+    let ended = node.end_lease().await;
+    compared?;
+    ended?;
+    Ok(None)
 }
 
 /// Lets containerd compare the two file by file.
@@ -55,7 +57,14 @@ async fn compare(
     interrupt: &Interrupt,
 ) -> Result<()> {
     let left = Opened::open(node, old).await?;
-    let right = Opened::open(node, new).await?;
+    let right = match Opened::open(node, new).await {
+        Ok(right) => right,
+        Err(error) => {
+            // What is left of it goes with its lease.
+            drop(left.close().await);
+            return Err(error);
+        }
+    };
     let request = DiffRequest {
         left: left.mounts.clone(),
         right: right.mounts.clone(),
@@ -70,8 +79,8 @@ async fn compare(
         }
     };
     let layer = while_frozen(node, new, while_read, read).await;
-    left.close().await?;
-    right.close().await?;
+    let closed = [left.close().await, right.close().await];
+    closed.into_iter().collect::<Result<()>>()?;
     let mut pieces = node.read_blob(&layer?.digest).await?;
     while let Some(piece) = pieces.next().await? {
         interrupt.check()?;

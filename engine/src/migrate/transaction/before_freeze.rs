@@ -11,14 +11,14 @@ use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_layer::KnownContents;
 
 use super::Transaction;
-use crate::dump_hold::DumpHold;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::machine::free_memory;
 use crate::migrate::dump_parts::{Known, KnownBefore};
 use crate::migrate::file_contents::{self, Directory};
+use crate::migrate::late_pages::{can_hold_dumps, not_held};
 use crate::migrate::memory_images::{KnownMemory, by_pid_inside};
 use crate::migrate::precopy::Rounds;
-use crate::migrate::process_memory::{can_compare_pages, fits_lazy_dump};
+use crate::migrate::process_memory::fits_lazy_dump;
 use crate::source::SourceContainer;
 
 impl Transaction<'_> {
@@ -105,7 +105,7 @@ impl Transaction<'_> {
     /// has to copy.
     async fn send_memory(&mut self) -> Result<Vec<Option<KnownMemory>>> {
         let containers = &self.moving.containers;
-        let possible = can_compare_pages() && DumpHold::is_possible();
+        let possible = can_hold_dumps();
         let can_be_held = |source: &SourceContainer| possible && source.runtime.can_hold_dumps();
         let mut known = Vec::new();
         for source in containers {
@@ -118,9 +118,7 @@ impl Transaction<'_> {
             );
         }
         if self.request.is_lazy && known.iter().any(Option::is_none) {
-            let message =
-                "the memory cannot come late (--lazy): a dump cannot be held on this node";
-            return Err(Error::refused(message).hint("docs/migration.md says where it can"));
+            return Err(not_held());
         }
         if known.iter().all(Option::is_none) {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");

@@ -156,16 +156,20 @@ impl Transaction<'_> {
             link_patience: self.request.link_patience,
         };
         let patience = self.request.link_patience * 2;
-        question.ask_on(Some(patience), self.interrupt).await
+        // Who has the record's lock decides.
+        { question.ask_on(Some(patience), self.interrupt, || true) }.await
     }
 
     /// The copy runs: ends the source, and removes it as soon as a power cut of the target loses
     /// nothing any more.
     pub(in crate::migrate) async fn finish(&mut self, source: Committed) -> Result<()> {
         let from = self.timeline.now();
-        // Processes that have been killed and not been waited for are a task that runs, for containerd.
+        // Processes that have been killed and not been waited for are a task that runs, for containerd. Where the disk is
+        // full they do not stand still for that: the record as it was leads to the same end.
         self.pending.copy_runs = true;
-        self.record.write(&self.pending)?;
+        if let Err(error) = self.record.write(&self.pending) {
+            tracing::warn!("{}", error.one_line());
+        }
         // Not one instruction more here.
         let killed = source.kill(self.end_late_pages(false)).await;
         killed.context("it could not be ended here")?;

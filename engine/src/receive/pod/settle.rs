@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use containerd_client::types::v1::Status;
+use tokio::task::JoinSet;
 use transship_checkpoint::annotations::RECEIVE;
 use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
@@ -36,13 +37,23 @@ pub(in super::super) async fn release(node: &Containerd, arrival: &Arrival) -> R
         let message = "a container of the pod has ended while it was held";
         return Err(Error::failed(message));
     }
+    let mut runtimes = Vec::new();
     for id in ids(arrival) {
         let record = node.container(id).await?;
         let task = node.task(id).await?;
-        let runtime = TaskToFreeze::of(node, &record, &task).runtime;
-        runtime.release(id, node.address()).await?;
+        runtimes.push((id.clone(), TaskToFreeze::of(node, &record, &task).runtime));
     }
-    Ok(())
+    // Side by side: those that wait stand still.
+    let mut releases = JoinSet::new();
+    for (id, runtime) in runtimes {
+        let containerd = node.address().to_path_buf();
+        releases.spawn(async move { runtime.release(&id, &containerd).await });
+    }
+    let mut all = Ok(());
+    while let Some(released) = releases.join_next().await {
+        all = all.and(released.map_err(Error::from).flatten());
+    }
+    all
 }
 
 /// Brings a pod to its end whose source has committed itself.

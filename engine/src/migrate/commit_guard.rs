@@ -1,0 +1,89 @@
+//! The process that finds out which copy runs when the command that was about to send `Commit`, or has sent it, cannot:
+//! killed with SIGKILL, it must not leave a source standing still that nobody asks about.
+//!
+//! ```text
+//!  migrate ──── pipe ────> PROGRAM commit-guard         (see guard_process)
+//!     └ end of file             a record is there: asks the target until it answers, and does what it says
+//! ```
+//!
+//! Until then the guard of the freeze lets the source run. A command that ends by itself leaves an open record to
+//! `transship recover`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+use transship_containerd::Containerd;
+
+use super::record::{self, Pending};
+use super::recover::{Decision, recover};
+use super::{LOCKS, RECORDS};
+use crate::durable_record;
+use crate::error::{Kind, Result};
+use crate::guard_process::{self, GuardProcess};
+use crate::interrupt::Interrupt;
+
+/// The first argument of the guard's process.
+pub const ARGUMENT: &str = "commit-guard";
+/// How long it goes on when containerd does not answer; `transship recover` does it later.
+const PATIENCE: Duration = Duration::from_secs(600);
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// What the guard is told.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    /// containerd's socket.
+    address: PathBuf,
+    /// What moves; its record says the rest.
+    pending: Pending,
+}
+
+/// Asks should this process vanish, or drop it without [`Self::stand_down`].
+#[derive(Debug)]
+pub(super) struct CommitGuard(GuardProcess);
+
+impl CommitGuard {
+    /// # Errors
+    /// The process cannot be started.
+    pub(super) fn start(node: &Containerd, pending: &Pending) -> Result<Self> {
+        let orders = Orders {
+            address: node.address().to_path_buf(),
+            pending: pending.clone(),
+        };
+        GuardProcess::start(ARGUMENT, &orders).map(Self)
+    }
+
+    /// What is open has been told.
+    pub(super) fn stand_down(self) {
+        self.0.stand_down();
+    }
+}
+
+/// The guard's own life, with its orders on stdin.
+///
+/// # Errors
+/// Which copy runs is for a person to decide, or containerd does not answer.
+pub async fn run() -> Result<()> {
+    let Some(Orders { address, pending }) = guard_process::orders().await? else {
+        return Ok(());
+    };
+    let records = Path::new(RECORDS);
+    // One that was being written is nobody's any more.
+    drop(durable_record::remove_unfinished(records, Path::new(LOCKS)));
+    let deadline = Instant::now() + PATIENCE;
+    while record::is_open(records, &pending) {
+        let decide = async {
+            let node = Containerd::connect(&address, &pending.namespace).await?;
+            let asks = Decision::Ask(None);
+            recover(&node, &pending, asks, &Interrupt::never()).await
+        };
+        match decide.await {
+            Err(error) if error.kind() == Kind::Uncertain || Instant::now() > deadline => {
+                return Err(error);
+            }
+            _ => sleep(PAUSE).await,
+        }
+    }
+    Ok(())
+}
