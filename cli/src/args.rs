@@ -186,6 +186,9 @@ pub(crate) enum Command {
     ContainerBase {
         /// Container id
         id: String,
+        /// Chain id of layers: one that is made of these is not asked for the digest of its image
+        #[arg(long, value_name = "CHAIN")]
+        expected: Option<String>,
     },
 }
 

@@ -65,7 +65,9 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::HasContainer { id } => has_container::run(&global, &id).await,
         Command::OpenSealed { name } => open_for_pod(&store(), &name, Path::new(NODE_CONFIG)),
         Command::CheckSignature { name } => Origins::of_node().require(&store().open(&name)?),
-        Command::ContainerBase { id } => container_base::run(&global, &id).await,
+        Command::ContainerBase { id, expected } => {
+            container_base::run(&global, &id, expected.as_deref()).await
+        }
         Command::DumpLinks { dir, to } => transship_engine::dump_links::write(&dir, &to),
         Command::Publish(args) => publish::run(&global, args).await,
         Command::Serve { socket } => serve::run(&global, &socket).await,

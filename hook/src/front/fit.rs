@@ -81,7 +81,7 @@ impl Front<'_> {
         container: &Container,
         checkpoint: &str,
     ) -> Result<Option<PathBuf>, FrontError> {
-        let base = self.ask_for_base(id)?;
+        let base = self.ask_for_base(id, &container.image.chain_id)?;
         if base.chain_id == container.image.chain_id {
             return Ok(base.log);
         }
@@ -94,9 +94,9 @@ impl Front<'_> {
         }))
     }
 
-    fn ask_for_base(&self, id: &str) -> Result<ContainerBase, FrontError> {
+    fn ask_for_base(&self, id: &str, expected: &str) -> Result<ContainerBase, FrontError> {
         let output = { self.tool() }
-            .args(["container-base", id])
+            .args(["container-base", id, "--expected", expected])
             .stdin(Stdio::null())
             .output()
             .during("run", &self.env.tool)?;

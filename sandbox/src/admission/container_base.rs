@@ -1,4 +1,4 @@
-//! What `transship container-base ID` prints for the runtime front: which image a container is made
+//! What `transship container-base ID --expected CHAIN` prints for the runtime front: which image a container is made
 //! of, and where its log is. The front has no connection to containerd, so that it starts in a millisecond.
 //!
 //! ```text
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub struct ContainerBase {
     /// Its name.
     pub image: String,
-    /// Digest of its manifest or index.
+    /// Digest of its manifest or index; empty where its layers are those that were expected, and it was not asked for.
     pub digest: String,
     /// Chain id of its layers: of the snapshot below the container's own.
     pub chain_id: String,
