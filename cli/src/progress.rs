@@ -1,6 +1,6 @@
 //! What a person sees while it goes on: bars on a terminal, plain lines elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -11,6 +11,11 @@ const STEP: &str = "{spinner} {msg}";
 /// A step that moves bytes.
 const BYTES: &str = "{spinner} {msg:<24} {bar:28} {decimal_bytes:>10} of {decimal_total_bytes} \
                      {decimal_bytes_per_sec:>12}, {eta} left";
+
+/// One line on stderr. Who reads it may have gone, with the link or the terminal, which ends nothing that is under way.
+pub(crate) fn say(line: &str) {
+    drop(writeln!(std::io::stderr(), "{line}"));
+}
 
 /// The current step.
 #[derive(Debug)]
@@ -40,7 +45,7 @@ impl Progress {
     /// `style` is one of those below.
     fn show(&self, what: &str, style: &str, total: Option<u64>) {
         if self.lines {
-            eprintln!("transship: {}", printable(what));
+            say(&format!("transship: {}", printable(what)));
         }
         // Rate and time left are those of this step.
         self.bar.reset();
@@ -63,7 +68,7 @@ impl transship_engine::Progress for Progress {
 
     fn tell(&self, line: &str) {
         let line = printable(line);
-        self.bar.suspend(|| eprintln!("transship: {line}"));
+        self.bar.suspend(|| say(&format!("transship: {line}")));
     }
 
     fn counter(&self) -> Box<dyn FnMut(u64) + Send> {

@@ -5,10 +5,12 @@ use std::process::ExitCode;
 use transship_checkpoint::shown_text::{printable, printable_lines};
 use transship_engine::{Error, Kind};
 
+use crate::progress::say;
+
 /// Prints the error with its causes and hints, and gives the exit code.
 pub(crate) fn report(error: &Error) -> ExitCode {
     for line in lines(error) {
-        eprintln!("{line}");
+        say(&line);
     }
     exit_code(error.kind())
 }

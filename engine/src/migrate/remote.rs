@@ -1,12 +1,20 @@
 //! The command that leads to the other node, and `transship receive` there.
+//!
+//! ```text
+//!  stdin, stdout   the talk (`conversation`)
+//!  stderr          ──> line by line, with escapes for what a terminal would obey, at most 1 MiB ──> our stderr
+//! ```
 
+use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, TryRecvError};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::process::Signal;
 use transship_checkpoint::criu_options::{CriuOption, Phase};
+use transship_checkpoint::shown_text::printable;
 use transship_checkpoint::wire::WireError;
 use transship_sandbox::{ProcessHandle, tree_with_parents};
 
@@ -17,13 +25,21 @@ use crate::shell_words::quoted;
 /// How long the command may take to end by itself.
 const END_PATIENCE: u32 = 100;
 const END_LOOK: Duration = Duration::from_millis(50);
+/// How often its last words are looked for when it has ended.
+const REST_LOOKS: u32 = 4;
 /// Bytes of a pipe to the command.
 const PIPE: i32 = 1 << 20;
+
+/// Bytes of what is said through the command that are shown, and of a line of it.
+const MOST_SAID: usize = 1 << 20;
+const LINE: u64 = 4096;
 
 /// The running command.
 #[derive(Debug)]
 pub(super) struct Remote {
     child: Child,
+    /// Ends when all that was said has been shown.
+    said: mpsc::Receiver<()>,
 }
 
 impl Remote {
@@ -36,13 +52,24 @@ impl Remote {
 
     /// Runs `to program words`.
     pub(super) fn run(to: &str, program: &str, words: &[String]) -> Result<Self> {
-        let child = Command::new("sh")
+        let mut child = Command::new("sh")
             .args(["-c", &format!("{to} \"$@\""), "sh", program])
             .args(words.iter().map(|word| quoted(word)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("cannot run {to:?}"))?;
+        let (all, said) = mpsc::channel();
+        if let Some(stderr) = child.stderr.take() {
+            let show = move || {
+                show_lines(stderr, &mut io::stderr());
+                drop(all);
+            };
+            let name = "stderr".to_owned();
+            let started = std::thread::Builder::new().name(name).spawn(show);
+            started.context("cannot start a thread")?;
+        }
         for pipe in [
             child.stdin.as_ref().map(AsFd::as_fd),
             child.stdout.as_ref().map(AsFd::as_fd),
@@ -50,7 +77,7 @@ impl Remote {
             // A frame in one go, where that much is allowed; each switch between two programs costs time.
             let _ = pipe.map(|pipe| fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE)));
         }
-        Ok(Self { child })
+        Ok(Self { child, said })
     }
 
     /// What it writes, and what it reads.
@@ -65,7 +92,10 @@ impl Remote {
         for _ in 0..if cut_short { 0 } else { END_PATIENCE } {
             match self.child.try_wait() {
                 Ok(None) => tokio::time::sleep(END_LOOK).await,
-                Ok(status) => return status,
+                Ok(status) => {
+                    self.show_rest().await;
+                    return status;
+                }
                 Err(_) => return None,
             }
         }
@@ -75,7 +105,43 @@ impl Remote {
         }
         drop(self.child.kill());
         drop(self.child.wait());
+        self.show_rest().await;
         None
+    }
+
+    /// Its last words. Another program may have the end of the pipe for longer, as an ssh does that others share.
+    async fn show_rest(&self) {
+        for _ in 0..REST_LOOKS {
+            match self.said.try_recv() {
+                Err(TryRecvError::Empty) => tokio::time::sleep(END_LOOK).await,
+                _ => return,
+            }
+        }
+    }
+}
+
+/// Shows what others have written, as far as that is not more than anybody reads; the rest is taken, so that nobody waits
+/// for a reader.
+fn show_lines(said: impl Read, to: &mut impl Write) {
+    let (mut said, mut line) = (BufReader::new(said), Vec::new());
+    let mut left = MOST_SAID;
+    loop {
+        line.clear();
+        match said.by_ref().take(LINE).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) if left == 0 => continue,
+            Ok(read) => left = left.saturating_sub(read),
+        }
+        let text = String::from_utf8_lossy(&line);
+        let shown = printable(text.trim_end_matches(['\r', '\n']));
+        // Who has closed our stderr sees nothing.
+        drop(writeln!(to, "{shown}"));
+        if left == 0 {
+            drop(writeln!(
+                to,
+                "(the other node says more, which is not shown)"
+            ));
+        }
     }
 }
 
@@ -211,6 +277,22 @@ mod tests {
                 tokio::time::sleep(END_LOOK).await;
             }
         }
+    }
+
+    #[test]
+    fn what_the_other_node_says_is_shown_and_not_obeyed() {
+        let shown = |said: &[u8]| {
+            let mut shown = Vec::new();
+            show_lines(said, &mut shown);
+            String::from_utf8(shown).unwrap()
+        };
+        assert_eq!(
+            shown(b"a warning\r\nand \x1b[2J\xff"),
+            "a warning\nand \\u{1b}[2J\u{fffd}\n"
+        );
+        let flood = shown(&b"again and again\n".repeat(1 << 20));
+        assert!(flood.len() < 2 * MOST_SAID, "{}", flood.len());
+        assert!(flood.ends_with("which is not shown)\n"));
     }
 
     #[test]
