@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
+use transship_checkpoint::store::Store;
 use transship_containerd::Containerd;
 
 use super::record::{self, Pending};
@@ -23,6 +24,7 @@ use crate::durable_record;
 use crate::error::{Kind, Result};
 use crate::guard_process::{self, GuardProcess};
 use crate::interrupt::Interrupt;
+use crate::memory_dir::remove_unused;
 
 /// The first argument of the guard's process.
 pub const ARGUMENT: &str = "commit-guard";
@@ -35,6 +37,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 struct Orders {
     /// containerd's socket.
     address: PathBuf,
+    /// The store's directory.
+    store: PathBuf,
     /// What moves; its record says the rest.
     pending: Pending,
 }
@@ -46,9 +50,10 @@ pub(super) struct CommitGuard(GuardProcess);
 impl CommitGuard {
     /// # Errors
     /// The process cannot be started.
-    pub(super) fn start(node: &Containerd, pending: &Pending) -> Result<Self> {
+    pub(super) fn start(node: &Containerd, store: &Store, pending: &Pending) -> Result<Self> {
         let orders = Orders {
             address: node.address().to_path_buf(),
+            store: store.root().to_path_buf(),
             pending: pending.clone(),
         };
         GuardProcess::start(ARGUMENT, &orders).map(Self)
@@ -65,18 +70,35 @@ impl CommitGuard {
 /// # Errors
 /// Which copy runs is for a person to decide, or containerd does not answer.
 pub async fn run() -> Result<()> {
-    let Some(Orders { address, pending }) = guard_process::orders().await? else {
+    let Some(Orders {
+        address,
+        store,
+        pending,
+    }) = guard_process::orders().await?
+    else {
         return Ok(());
     };
     let records = Path::new(RECORDS);
     // One that was being written is nobody's any more.
     drop(durable_record::remove_unfinished(records, Path::new(LOCKS)));
+    if !record::is_open(records, &pending) {
+        // The guard of the freeze, where there is one, waits for the dump.
+        return Ok(());
+    }
+    let decided = decide(&address, &pending).await;
+    // The files of the dump, which its command has left.
+    remove_unused();
+    Store::at(&store).remove_orphans()?;
+    decided
+}
+
+async fn decide(address: &Path, pending: &Pending) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    while record::is_open(records, &pending) {
+    while record::is_open(Path::new(RECORDS), pending) {
         let decide = async {
-            let node = Containerd::connect(&address, &pending.namespace).await?;
+            let node = Containerd::connect(address, &pending.namespace).await?;
             let asks = Decision::Ask(None);
-            recover(&node, &pending, asks, &Interrupt::never()).await
+            recover(&node, pending, asks, &Interrupt::never()).await
         };
         match decide.await {
             Err(error) if error.kind() == Kind::Uncertain || Instant::now() > deadline => {

@@ -119,7 +119,7 @@ impl Transaction<'_> {
         })?;
         self.interrupt.check()?;
         // It looks for a record, which is not there before `Commit`.
-        self.guard = Some(CommitGuard::start(self.node, &self.pending)?);
+        self.guard = Some(CommitGuard::start(self.node, self.store, &self.pending)?);
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
