@@ -289,7 +289,7 @@ fn the_service_decides(a: &Node) -> anyhow::Result<()> {
 /// Neither a command, nor a guard of one.
 pub(crate) fn nobody_is_left(a: &Node, b: &Node) -> Result<(), String> {
     for node in [a, b] {
-        let left = node.shell("pgrep -af '[f]reeze-guard|[r]eceive' || true");
+        let left = node.shell("pgrep -af '[f]reeze-guard|[c]ommit-guard|[r]eceive' || true");
         let left = { left }.read().map_err(|error| error.to_string())?;
         if !left.is_empty() {
             return Err(left);

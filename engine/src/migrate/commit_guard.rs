@@ -104,7 +104,8 @@ async fn decide(address: &Path, pending: &Pending) -> Result<()> {
             Err(error) if error.kind() == Kind::Uncertain || Instant::now() > deadline => {
                 return Err(error);
             }
-            _ => sleep(PAUSE).await,
+            Err(_) => sleep(PAUSE).await,
+            Ok(_) => return Ok(()),
         }
     }
     Ok(())
