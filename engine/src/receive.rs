@@ -5,6 +5,7 @@
 //!  Offer --> migration     the source's side is engine::migrate
 //!              image       blobs and layers, under a lease
 //!              restore::hold, start        pod: the same of a pod, through the CRI
+//!              commitment  the word that lets what is held go
 //!              offered_files   what the source brings is what it has offered
 //!              late_pages  memory that comes when the copy runs
 //!              durable     on the disk before the source is removed
@@ -43,6 +44,7 @@ use crate::sharing::share;
 use crate::timeline::human_bytes;
 
 mod arrival;
+mod commitment;
 mod durable;
 mod held_process;
 mod image;

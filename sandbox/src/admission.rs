@@ -57,7 +57,8 @@ use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
 pub use environment::{Environment, is_own_namespace, resolve_within};
-pub use files::{MadeLinks, refuse_links};
+pub use files::refuse_links;
+pub use mount_ways::MadeLinks;
 pub use network::Network;
 pub use refusal::Refusal;
 pub use restored::{Restored, RestoredError};

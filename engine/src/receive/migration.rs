@@ -17,6 +17,7 @@ use transship_sandbox::criu_lock;
 use transship_sandbox::opened::{Holds, InMemory};
 
 use super::arrival::{Arrival, Arrivals, Locked, State};
+use super::commitment::wait_for_commit;
 use super::late_pages::PageRelay;
 use super::offered_files::{listen, receive, require_room_for_files};
 use super::pod::{self, PodPlan};
@@ -35,8 +36,6 @@ use crate::timeline::human_bytes;
 
 /// Containers of a pod: a record holds what there is of each.
 const MOST_CONTAINERS: usize = 1000;
-/// How long a copy is held: its source looks at what it has frozen, and writes its record.
-const COMMIT_PATIENCE: Duration = Duration::from_secs(600);
 /// How long after a record could not be written that is tried again.
 const RECORD_PAUSE: Duration = Duration::from_secs(2);
 /// How long an interrupt waits until the source knows that the copy runs.
@@ -447,15 +446,4 @@ async fn agree(
     wait_for_commit(conversation).await?;
     locked.commit()?;
     Ok(restored)
-}
-
-/// Waits for the word by which the copy may be let go. A source that only says that it is alive does not have it held
-/// for ever.
-pub(super) async fn wait_for_commit(conversation: &mut Conversation) -> Result<()> {
-    let commitment = "the commitment";
-    let word = conversation.receive_within(commitment, COMMIT_PATIENCE, Duration::ZERO);
-    match word.await? {
-        Message::Commit => Ok(()),
-        other => Err(unexpected(commitment, &other).into()),
-    }
 }

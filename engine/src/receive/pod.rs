@@ -36,8 +36,8 @@ use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
+use super::commitment::wait_for_commit;
 use super::held_process::HeldProcess;
-use super::migration::wait_for_commit;
 use super::offered_files::{listen, receive};
 use super::{Request, image};
 use crate::conversation::Conversation;

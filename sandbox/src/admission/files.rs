@@ -9,7 +9,6 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount};
@@ -18,10 +17,8 @@ use transship_checkpoint::criu_images::named_files::NamedFile;
 use super::allowance::Allowance;
 use super::capabilities::SYS_PTRACE;
 use super::environment::{is_plain, resolve_within};
-use super::{Admission, Refusal, Restored, mount_ways};
-
-/// The links in a file system that CRIU will make; none where that is not known.
-pub type MadeLinks = Option<Rc<BTreeSet<PathBuf>>>;
+use super::mount_ways::{self, MadeLinks};
+use super::{Admission, Refusal, Restored};
 
 /// What a process in `/proc/<pid>` shows to who may trace it when it is opened.
 const OF_TRACERS: [&str; 11] = [

@@ -10,15 +10,19 @@
 //! node would be shown in the container, or what the container has filled would cover one of the node's for CRIU and the
 //! programs that it runs. The kernel told both without links at the dump.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 
 use super::allowance::Allowance;
 use super::environment::resolve_within;
-use super::files::MadeLinks;
 use super::mounts::kind;
 use super::{Admission, Refusal, Restored};
+
+/// The links in a file system that CRIU will make; none where that is not known.
+pub type MadeLinks = Option<Rc<BTreeSet<PathBuf>>>;
 
 const LINK: &str = "to which or to whose place a symbolic link leads, as none did at the dump";
 
@@ -139,9 +143,7 @@ fn is_of_process(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::os::unix::fs::symlink;
-    use std::rc::Rc;
 
     use transship_checkpoint::criu_images::mounts::flags;
     use transship_checkpoint::spec::Spec;
