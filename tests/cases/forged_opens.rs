@@ -259,6 +259,20 @@ fn native_restores_are_looked_at(bed: &Testbed) -> anyhow::Result<()> {
         "{said}"
     );
     node.write_file(NODE_CONFIG, format!("{rules}allow-native = true\n"))?;
+    // A text that Go reads and that is none: of what has no spec nothing can be said.
+    let odd = format!(
+        r#"cd /root/b; cp config.json read.json; rm /root/said
+           sed -i '1s/{{/{{"annotations":{{"x":"\\ud800"}},/' config.json; {restore}"#
+    );
+    let answer = node.shell(&odd).output()?;
+    let said = node
+        .shell("cat /root/said; mv /root/b/read.json /root/b/config.json")
+        .read()?;
+    ensure!(
+        !answer.status.success()
+            && said.contains("which the checkpoint has brought, cannot be read"),
+        "{said}"
+    );
     let state =
         format!("{restore}; sed 's/.*) //; s/ .*//' /proc/$(cat /root/pid)/stat; runc state web");
     let state = node.shell(&state).read()?;

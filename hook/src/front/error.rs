@@ -264,6 +264,14 @@ pub enum RestoreError {
         /// Why not.
         source: NativeUnsigned,
     },
+    /// A restore that containerd asked for, and nothing says of what.
+    #[error(
+        "{id:?} may not be restored: the config.json of its bundle, which the checkpoint has brought, cannot be read"
+    )]
+    NoSpec {
+        /// The container.
+        id: String,
+    },
     /// A restore that nobody can hold.
     #[error(
         "the restore of {id:?} has to be held until it has been looked at, and in the foreground nothing is: add \

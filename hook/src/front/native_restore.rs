@@ -31,13 +31,34 @@ const DEFAULT_IMAGES: &str = "checkpoint";
 const PID_FILE: &str = "transship.pid";
 
 impl Front<'_> {
+    /// What containerd restores by itself is signed by nobody.
+    fn check_signature_of(&self, id: &str) -> Result<(), FrontError> {
+        let native = NodeConfig::read(&self.env.node_config)?.check_native();
+        Ok(native.map_err(|source| RestoreError::NativeUnsigned {
+            id: id.to_owned(),
+            source,
+        })?)
+    }
+
     pub(super) fn native_restore(
         &self,
         restore: &Arguments,
     ) -> Result<Option<Outcome>, FrontError> {
         let bundle = Bundle::of(restore);
+        // Without these it is nobody's way but that of root at a terminal.
+        let is_by_hand = !is_detached(restore) || restore.value("pid-file").is_none();
+        if !is_by_hand {
+            self.check_signature_of(&restore.id)?;
+        }
         let Some(mut config) = bundle.any_config(&restore.id)? else {
-            return Ok(None);
+            // containerd takes the spec from the checkpoint, word for word, and Go reads texts that are none here.
+            return match is_by_hand {
+                true => Ok(None),
+                false => Err(RestoreError::NoSpec {
+                    id: restore.id.clone(),
+                }
+                .into()),
+            };
         };
         let images = restore
             .value("image-path")
@@ -50,16 +71,10 @@ impl Front<'_> {
         let plan = self.plan_namespaces(&restore.id, &config, false)?;
         let imposes = admission.has_edits() || admission.lsm_profile.is_some();
         let as_it_is = !imposes && config.criu_config.is_none();
-        // Without these it is nobody's way but that of root at a terminal.
-        let is_by_hand = !is_detached(restore) || restore.value("pid-file").is_none();
         if is_by_hand && plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
-        let native = NodeConfig::read(&self.env.node_config)?.check_native();
-        native.map_err(|source| RestoreError::NativeUnsigned {
-            id: restore.id.clone(),
-            source,
-        })?;
+        self.check_signature_of(&restore.id)?;
         if !is_detached(restore) {
             let id = restore.id.clone();
             return Err(RestoreError::InForeground { id }.into());
