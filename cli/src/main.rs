@@ -16,12 +16,29 @@ mod timeline_file;
 use std::process::ExitCode;
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use transship_engine::Error;
 
 /// A migration takes and gives back megabytes for each that it sends (TLS has a buffer for each record). glibc's returns
 /// them to the kernel, whose page faults were a seventh of the time of a transfer.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// As many as the units allow.
+const OPEN_FILES: u64 = 65_536;
+
+/// CRIU and the OCI runtime have the limits of this program, and a dump of many processes opens more files than a login
+/// shell allows.
+fn allow_many_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let most = hard.min(OPEN_FILES);
+        if soft < most
+            && let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, most, hard)
+        {
+            tracing::debug!("the limit of open files stays at {soft}: {errno}");
+        }
+    }
+}
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
@@ -31,6 +48,7 @@ fn main() -> ExitCode {
         .with_target(false)
         .without_time()
         .init();
+    allow_many_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
