@@ -100,9 +100,10 @@ fn a_network_of_its_own_has_loopback(bed: &Testbed) -> anyhow::Result<()> {
         { waits }.run().map_err(|error| error.to_string())
     })?;
     for command in [&migrate[..], &["checkpoint", "counter"]] {
-        refused(&a, command, 4, "migration of \"counter\" is under way")?;
+        fails_with(&a, command, 4, "migration of \"counter\" is under way")?;
     }
     a.wait_for_daemon_end("slow")?;
+    counts_on(&a, "counter")?;
     a.shell("test -z \"$(ls /run/transship/dumps)\"").run()?;
 
     a.command("transship").args(migrate).run()?;
