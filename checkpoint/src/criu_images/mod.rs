@@ -520,7 +520,6 @@ pub(crate) fn gather(body: &[u8], ranges: &[Range<usize>]) -> Vec<u8> {
         .collect()
 }
 
-/// A name for people: protobuf has them as text, and CRIU writes the bytes that a program has given.
 /// Memory that is left for what is shown.
 struct Room(usize);
 
@@ -540,6 +539,7 @@ impl Room {
     }
 }
 
+/// A name for people: protobuf has them as text, and CRIU writes the bytes that a program has given.
 fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }

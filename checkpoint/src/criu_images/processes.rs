@@ -9,7 +9,7 @@
 //! pages-<pages_id>.img the pages of the pagemap, one after the other
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufReader, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
@@ -160,10 +160,16 @@ const SHARED: u32 = 1 << 7 | 1 << 8;
 pub fn processes(dir: &Path, page_size: u64) -> Result<Vec<Process>, ImageError> {
     let files = descriptors::files(dir)?;
     let cores: BTreeMap<_, _> = list(dir, Kind::Core)?.into_iter().collect();
-    let image = Image::read(&dir.join("pstree.img"), Kind::Pstree)?;
+    let tree = dir.join("pstree.img");
+    let image = Image::read(&tree, Kind::Pstree)?;
     let mut entries = image.entries();
     let (mut found, mut room) = (Vec::new(), Room::new());
+    let mut seen = BTreeSet::new();
     while let Some(entry) = entries.next::<PstreeEntry>()? {
+        // The images of a process would be read again for each entry.
+        if !seen.insert(entry.pid) {
+            return Err(image.ambiguous());
+        }
         let mut process = Process {
             pid: entry.pid,
             parent: entry.ppid,
@@ -177,6 +183,7 @@ pub fn processes(dir: &Path, page_size: u64) -> Result<Vec<Process>, ImageError>
                 fill_from_core(&mut process, &core);
             }
         }
+        room.take::<Process>(process.name.len(), &tree)?;
         let mm = dir.join(format!("mm-{}.img", entry.pid));
         if mm.symlink_metadata().is_ok() {
             fill_from_memory(&mut process, (dir, &mm), &files, page_size, &mut room)?;
@@ -212,13 +219,16 @@ fn fill_from_memory(
         return Ok(());
     };
     let executable = files.path_of(mm.exe_file_id);
-    room.take::<Process>(executable.map_or(0, str::len), path)?;
+    room.take::<()>(executable.map_or(0, str::len), path)?;
     process.executable = executable.map(str::to_owned);
     let (pages_id, present) = pagemap(dir, process.pid, page_size)?;
     let covered = Covered::of(&present);
     process.memory = covered.below(u64::MAX);
     if let Some(id) = pages_id {
         process.arguments = arguments(dir, id, &present, (mm.arg_start, mm.arg_end));
+        for argument in &process.arguments {
+            room.take::<String>(argument.len(), path)?;
+        }
     }
     for vma in &mm.vmas {
         let (start, end) = (covered.below(vma.start), covered.below(vma.end));
@@ -530,6 +540,23 @@ mod tests {
             ]
         );
         assert_eq!((second.parent, second.memory), (1, 0));
+    }
+
+    #[test]
+    fn a_process_that_is_there_twice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        dump(dir.path());
+        write(dir.path(), "pstree.img", Kind::Pstree, |body| {
+            for (pid, ppid) in [(1, 0), (7, 1), (1, 0)] {
+                let threads = vec![pid];
+                push_entry(body, &PstreeEntry { pid, ppid, threads });
+            }
+        });
+        let refused = processes(dir.path(), 4096);
+        assert!(
+            matches!(refused, Err(ImageError::Ambiguous { .. })),
+            "{refused:?}"
+        );
     }
 
     #[test]
