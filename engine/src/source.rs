@@ -722,6 +722,8 @@ fn export(
     let options = ExportOptions {
         known,
         beside_criu: true,
+        // Another container of the pod, which may run, reaches its files through /proc.
+        in_use: true,
         ..ExportOptions::default()
     };
     let stats = export_upperdir_to_file(stack, &file, &options)

@@ -46,7 +46,9 @@ pub(crate) fn open_regular(
     }
     let found = format!("/proc/self/fd/{}", found.as_raw_fd());
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    without_time(flags, |flags| open(found.as_str(), flags, Mode::empty())).map_err(failed)
+    // It is regular: whatever keeps it from being opened is no change of its type.
+    without_time(flags, |flags| open(found.as_str(), flags, Mode::empty()))
+        .map_err(|errno| ExportError::io("open", path, errno))
 }
 
 /// Opens a directory, and nothing else: the kernel looks at that before it opens anything.

@@ -33,7 +33,7 @@ pub async fn export(
     let opened = Opened::open(node, snapshot).await?;
     let exported = match opened.layer(snapshot) {
         Ok(layer) => {
-            let write = write_layer(layer, sink, while_read, interrupt);
+            let write = write_layer(layer, sink, interrupt);
             while_frozen(node, snapshot, while_read, write).await
         }
         Err(error) => Err(error),
@@ -81,7 +81,6 @@ async fn copy_into(
 async fn write_layer(
     layer: OverlayStack,
     sink: Sink,
-    while_read: WhileRead,
     interrupt: &Interrupt,
 ) -> Result<ExportStats> {
     let give_up = sink.give_up();
@@ -89,7 +88,9 @@ async fn write_layer(
         let options = ExportOptions {
             // For whatever tool, as `ctr snapshots diff` writes it.
             format: LayerFormat::Image,
-            in_use: while_read == WhileRead::Running,
+            // A container that is frozen is not alone: one that did not run may be started meanwhile, and another one of
+            // its pod reaches its files through /proc.
+            in_use: true,
             ..ExportOptions::default()
         };
         let mut out = BufWriter::with_capacity(1 << 20, sink);
