@@ -8,7 +8,7 @@
 //! ```
 //!
 //! It is a draft that nobody works on: it becomes the checkpoint, is removed with the first error that another
-//! attempt would not change, and a day after its last one. What a power cut has spoilt is found when all files are
+//! attempt would not change (a disk that is full is one that it may), and a day after its last one. What a power cut has spoilt is found when all files are
 //! compared with the manifest.
 
 use std::collections::BTreeSet;
@@ -26,6 +26,7 @@ use transship_path_error::{During as _, PathError};
 
 use super::digests::check_digest;
 use crate::error::PackageError;
+use crate::new_file::OF_ROOM;
 
 const PULLS: &str = ".pulls";
 const DONE: &str = ".done";
@@ -93,9 +94,13 @@ impl Partial {
             .during("write", self.dir.join(DONE))
     }
 
-    /// Leaves it for the next attempt.
-    pub(super) fn keep(mut self) {
-        self.is_kept = true;
+    /// Leaves it for the next attempt, where that may go well: for now the registry cannot be had, or there is no room
+    /// for what is missing.
+    pub(super) fn keep_after(mut self, error: &PackageError) {
+        self.is_kept = match error {
+            PackageError::TooLarge { of, .. } => *of == OF_ROOM && !self.done.is_empty(),
+            error => error.is_passing(),
+        };
     }
 
     /// Makes a draft of it, called `name`.
@@ -169,4 +174,34 @@ fn lock(dir: &Path) -> Result<Option<Flock<File>>, PackageError> {
     let there = fs::symlink_metadata(dir).ok();
     let is_there = there.is_some_and(|it| (it.dev(), it.ino()) == (ours.dev(), ours.ino()));
     Ok(is_there.then_some(lock))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::import::OF_MAX_SIZE;
+
+    #[test]
+    fn a_full_disk_takes_nothing_that_has_come() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::at(root.path());
+        let digest = format!("sha256:{}", "0".repeat(64));
+        let open = || Partial::open(&store, &digest).unwrap();
+        let too_large = |of| PackageError::TooLarge {
+            bytes: 2,
+            limit: 1,
+            of,
+        };
+        let pulls = root.path().join(PULLS);
+        // Nothing has come.
+        open().keep_after(&too_large(OF_ROOM));
+        assert!(!pulls.try_exists().unwrap());
+        fs::create_dir_all(pulls.join("0".repeat(64))).unwrap();
+        fs::write(pulls.join("0".repeat(64)).join(DONE), "3\n").unwrap();
+        open().keep_after(&too_large(OF_ROOM));
+        let partial = open();
+        assert!(partial.is_done(3));
+        partial.keep_after(&too_large(OF_MAX_SIZE));
+        assert!(!pulls.try_exists().unwrap());
+    }
 }

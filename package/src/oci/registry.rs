@@ -217,7 +217,7 @@ impl Registry {
             _ => return Err(self.unexpected(act, what, answer)),
         }
         let body = answer.into_body().into_with_config().limit(u64::MAX);
-        let read = read_body(body.reader(), bytes, most, self.patience.silence);
+        let read = read_body(body.reader(), bytes, most, self.patience);
         Ok(read.err().map(|error| Trouble::new(error.to_string())))
     }
 }

@@ -121,7 +121,8 @@ impl Offered {
     /// ([`PackageError::is_passing`]): the next attempt goes on with it. `progress` gets the bytes.
     ///
     /// # Errors
-    /// It is damaged, or cannot be had: nothing of it is left then.
+    /// It is damaged, or cannot be had: nothing of it is left then, but for what came before where the disk has no room
+    /// for the rest.
     pub fn restore(
         &self,
         blobs: &dyn Blobs,
@@ -138,9 +139,7 @@ impl Offered {
         store.check_free(&manifest.name)?;
         let partial = Partial::open(store, &self.digest)?;
         if let Err(error) = self.fill(blobs, &manifest, &partial, progress) {
-            if error.is_passing() {
-                partial.keep();
-            }
+            partial.keep_after(&error);
             return Err(error);
         }
         if let Some(signature) = &self.head.signature {

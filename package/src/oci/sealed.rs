@@ -202,7 +202,7 @@ impl FetchedPackage {
 }
 
 /// Fetches the pieces that are missing, several at once, where there is room for them and for as many bytes as will lie
-/// `beside` them. What has come is kept when they cannot be had for now.
+/// `beside` them. What has come is kept when they cannot be had, or have no room, for now.
 pub(super) fn fetch(
     blobs: &dyn Blobs,
     (digest, artifact): (&str, &Manifest),
@@ -227,9 +227,7 @@ pub(super) fn fetch(
     match fill(blobs, &pieces, (end, beside), &partial, progress) {
         Ok(()) => Ok(FetchedPackage { partial }),
         Err(error) => {
-            if error.is_passing() {
-                partial.keep();
-            }
+            partial.keep_after(&error);
             Err(error)
         }
     }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::error::PackageError;
 
 /// Transfers at once.
-const MOST_THREADS: usize = 8;
+pub(super) const MOST_THREADS: usize = 8;
 /// Reports of progress that wait.
 const REPORTS: usize = 64;
 

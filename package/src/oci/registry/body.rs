@@ -1,10 +1,9 @@
 //! The body of an answer, read as it comes.
 
 use std::io::{self, Read};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// A connection that gives fewer bytes than these for as long as a silent one is waited for is silent, too.
-const LEAST: usize = 64 << 10;
+use super::patience::Patience;
 
 /// Adds what comes to `bytes`, which has `most` at most then.
 ///
@@ -14,7 +13,7 @@ pub(super) fn read_body(
     mut body: impl Read,
     bytes: &mut Vec<u8>,
     most: u64,
-    silence: Duration,
+    Patience { silence, least, .. }: Patience,
 ) -> io::Result<()> {
     let mut piece = vec![0; 64 << 10];
     let (mut since, mut came) = (Instant::now(), 0);
@@ -27,9 +26,9 @@ pub(super) fn read_body(
         }
         bytes.extend_from_slice(&piece[..read]);
         came += read;
-        if came >= LEAST {
+        if came >= least {
             (since, came) = (Instant::now(), 0);
-        } else if since.elapsed() > silence {
+        } else if (bytes.len() as u64) < most && since.elapsed() > silence {
             let reason = format!("{came} bytes came in {silence:?}");
             return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
         }

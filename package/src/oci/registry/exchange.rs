@@ -357,7 +357,7 @@ impl Registry {
     fn read_answer(&self, answer: &mut Response<Body>) -> (String, io::Result<()>) {
         let mut bytes = Vec::new();
         let body = answer.body_mut().as_reader();
-        let read = read_body(body, &mut bytes, ANSWER_LIMIT, self.patience.silence);
+        let read = read_body(body, &mut bytes, ANSWER_LIMIT, self.patience);
         (String::from_utf8_lossy(&bytes).into_owned(), read)
     }
 

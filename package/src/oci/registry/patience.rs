@@ -2,11 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use crate::oci::transfers::MOST_THREADS;
+
 /// How long a registry is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// A connection that is silent for so long, or gives less than 64 KiB in that time, is given up.
+    /// A connection that is silent for so long, or gives less than `least` in that time, is given up.
     pub silence: Duration,
+    /// Bytes that each of the connections at once has to give.
+    pub least: usize,
     /// How long the second attempt waits; each further one waits four times as long, 15 s at most.
     pub first_wait: Duration,
     /// Attempts that get nowhere.
@@ -20,6 +24,8 @@ impl Default for Patience {
     fn default() -> Self {
         Self {
             silence: Duration::from_secs(30),
+            // They may share one slow link.
+            least: (64 << 10) / MOST_THREADS,
             first_wait: Duration::from_millis(200),
             attempts: 6,
             longest: Duration::from_secs(120),
@@ -30,7 +36,7 @@ impl Default for Patience {
 const LONGEST_OWN_WAIT: Duration = Duration::from_secs(15);
 /// Fewer new bytes than these are no progress: a registry could give one for each attempt. In `longest` they are what
 /// one connection has to give that is not taken for a silent one.
-const PROGRESS: u64 = 256 << 10;
+const PROGRESS: u64 = (256 << 10) / MOST_THREADS as u64;
 
 /// The attempts of one exchange.
 pub(super) struct Attempts {

@@ -15,6 +15,7 @@ use crate::package_tests::{checkpoint_of, from_blobs, one_line, quickly};
 /// One that does not wait long, and takes no slow machine for a silent registry.
 pub(crate) const PATIENCE: Patience = Patience {
     silence: Duration::from_secs(20),
+    least: 64 << 10,
     first_wait: Duration::from_millis(1),
     attempts: 4,
     longest: Duration::from_secs(100),
@@ -22,6 +23,8 @@ pub(crate) const PATIENCE: Patience = Patience {
 /// One that finds out about silence soon.
 const HASTY: Patience = Patience {
     silence: Duration::from_millis(300),
+    // Far more than drips, and far less than a busy machine gives.
+    least: 4096,
     ..PATIENCE
 };
 const BUSY: Mood = Mood::Status("429 Too Many Requests", "retry-after: 0\r\n");
