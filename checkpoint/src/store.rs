@@ -462,7 +462,11 @@ pub fn has_draft(dir: &Path) -> io::Result<bool> {
         return Ok(false);
     };
     let entries = match fs::read_dir(root) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error)
+            if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) =>
+        {
+            return Ok(false);
+        }
         entries => entries?,
     };
     let draft = format!("{DRAFT_PREFIX}{}.", name.display());

@@ -482,7 +482,8 @@ async fn keep(
     timeline.step("digests", from, Some(bytes));
     let from = timeline.now();
     let place = sealing.as_ref().map_or(draft.place(), Sealing::place);
-    Origins::of_node().makes_here(&manifest, place)?;
+    let (made, place) = (manifest.clone(), place.to_owned());
+    Origins::of_node().makes_here(&made, &place)?;
     let checkpoint = match (sealing, &target.seal) {
         (Some(sealing), Some(options)) => {
             let plain = draft.commit(manifest, Durability::Ephemeral)?;
@@ -496,6 +497,8 @@ async fn keep(
             plain
         }
     };
+    // A `transship serve` of an earlier version forgets the record of what is not in its place yet.
+    drop(Origins::of_node().makes_here(&made, &place));
     Ok(Report {
         name,
         directory: checkpoint.dir.display().to_string(),

@@ -184,7 +184,10 @@ fn judge(mut all: Vec<Candidate>, rules: &Rules, now: u64) -> Vec<Due> {
 /// # Errors
 /// A checkpoint cannot be removed; those before it are gone.
 pub fn prune(store: &Store, records: &Records, rules: &Rules) -> Result<Vec<Due>> {
-    store.remove_orphans()?;
+    // One that cannot be removed must not keep all others.
+    if let Err(error) = store.remove_orphans() {
+        tracing::warn!(error = %one_line(&error), "drafts that nobody works on stay");
+    }
     remove_abandoned(store)?;
     let due = due(store, records, rules)?;
     for checkpoint in &due {

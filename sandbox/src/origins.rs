@@ -102,7 +102,7 @@ pub fn forget_gone(origins: &Path) -> Result<(), SandboxError> {
             continue;
         }
         let stays = match read(&path)? {
-            Some((_, dir)) => is_there(&dir)?,
+            Some((_, dir)) => is_there(&dir),
             None => false,
         };
         if !stays {
@@ -112,15 +112,16 @@ pub fn forget_gone(origins: &Path) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Whether there is a checkpoint in `dir`, or will be.
-fn is_there(dir: &Path) -> Result<bool, SandboxError> {
+/// Whether there is a checkpoint in `dir`, or will be; also where that cannot be told.
+fn is_there(dir: &Path) -> bool {
     let is_made = || {
         let mut files = [MANIFEST_FILE, SEALED_FILE].into_iter();
         files.any(|file| fs::symlink_metadata(dir.join(file)).is_ok())
     };
-    let is_being_made = || has_draft(dir).during("list the store of", dir);
+    // A store that cannot be listed for now may have it.
+    let is_being_made = || has_draft(dir).unwrap_or(true);
     // A draft that is gone may have become the checkpoint.
-    Ok(is_made() || is_being_made()? || is_made())
+    is_made() || is_being_made() || is_made()
 }
 
 /// What a record says; one that is damaged says nothing.
@@ -182,6 +183,10 @@ mod tests {
         assert!(!is_known());
         // A power cut came before the checkpoint.
         record(&origins, "a", &Origin::Here, &dir).unwrap();
+        assert!(!is_known());
+        // A file is where its store was.
+        fs::write(&dir, "").unwrap();
+        record(&origins, "a", &Origin::Here, &dir.join("web")).unwrap();
         assert!(!is_known());
         assert_eq!(fs::read_dir(&origins).unwrap().count(), 0);
     }
