@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use transship_testbed::{CommandRun as _, Image, Node, Testbed, journey, poll_until};
+use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
 
@@ -12,7 +12,57 @@ const CHILDREN: usize = 6;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Case::on_all_trees("one_copy", the_source_ends_where_it_was_frozen)
+    let many = Case {
+        what: "one_copy_of_many",
+        tree: Tree::Forky,
+        run: more_processes_than_a_shell_may_open_files,
+    };
+    Case::on_all_trees("one_copy", the_source_ends_where_it_was_frozen).chain([many])
+}
+
+/// Soft limit of open files of the shell that commands are typed in.
+const OPEN_FILES: usize = 256;
+
+fn more_processes_than_a_shell_may_open_files(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    let processes = OPEN_FILES + 64;
+    let all = format!(
+        "b=/bin/busybox; i=1; while [ $i -lt {processes} ]; do $b tail -f /dev/null & i=$((i+1)); done; wait"
+    );
+    let run = [
+        "run",
+        "--detach",
+        "--snapshotter",
+        "transship",
+        journey::COUNTER_IMAGE,
+        "many",
+        "/bin/busybox",
+        "sh",
+        "-c",
+        &all,
+    ];
+    a.ctr(&run)?;
+    let run_on = |node: &Node| {
+        poll_until("all processes", PATIENCE, || {
+            let pids = node.ctr(&["tasks", "ps", "many"]);
+            let pids = pids.map_err(|error| error.to_string())?;
+            // The first line is the heading.
+            let running = pids.lines().count() - 1;
+            { running == processes }
+                .then_some(())
+                .ok_or_else(|| format!("{running} of {processes}"))
+        })
+    };
+    run_on(&a)?;
+    a.shell(&format!(
+        "ulimit -Sn {OPEN_FILES}; transship migrate many --to '{ssh}'"
+    ))
+    .run()?;
+    run_on(&b)?;
+    journey::check_nothing_left(&a)?;
+    journey::remove_container(&b, "many")?;
+    journey::check_nothing_left(&b)
 }
 
 fn the_source_ends_where_it_was_frozen(bed: &Testbed) -> anyhow::Result<()> {
