@@ -8,6 +8,7 @@ use serde_json::Value;
 use transship_testbed::{CommandRun as _, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
+use crate::migration_cut::nobody_is_left;
 use crate::migration_direct::{bytes_of, migrate_counter};
 use crate::migration_faults::{counts_on, refused, run_alone};
 
@@ -106,6 +107,8 @@ fn a_copy_without_its_memory_is_ended(bed: &Testbed) -> anyhow::Result<()> {
             false => Ok(()),
         }
     })?;
+    // The guard of the command has asked, too.
+    poll_until("the end of who asks", PATIENCE, || nobody_is_left(&a, &b))?;
     let tasks = a.ctr(&["tasks", "ls"])?;
     ensure!(tasks.contains("PAUSED"), "{tasks}");
     let mut asked = a.command("transship");

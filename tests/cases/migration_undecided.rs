@@ -116,7 +116,10 @@ fn a_person_decides_while_the_target_is_asked(bed: &Testbed) -> anyhow::Result<(
     undecided(&a, &b, &["web"])?;
     a.shell("touch /run/cut").run()?;
     a.start_daemon("asks", &["transship", "recover"])?;
-    a.shell("sleep 3; pgrep -x transship").run()?;
+    poll_until("the question", PATIENCE, || {
+        let asks = a.shell("pgrep -P $(pgrep -xo transship)").run();
+        asks.map_err(|error| error.to_string())
+    })?;
     the_source_goes_on(&a, &b, "web")?;
     // It does not go on asking.
     poll_until("the end of who asks", PATIENCE, || {

@@ -93,20 +93,26 @@ pub async fn run() -> Result<()> {
 }
 
 async fn decide(address: &Path, pending: &Pending) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+    let mut failing = None;
     while record::is_open(Path::new(RECORDS), pending) {
+        let began = Instant::now();
         let decide = async {
             let node = Containerd::connect(address, &pending.namespace).await?;
             let asks = Decision::Ask(None);
             recover(&node, pending, asks, &Interrupt::never()).await
         };
-        match decide.await {
-            Err(error) if error.kind() == Kind::Uncertain || Instant::now() > deadline => {
-                return Err(error);
-            }
-            Err(_) => sleep(PAUSE).await,
-            Ok(_) => return Ok(()),
+        let Err(error) = decide.await else {
+            return Ok(());
+        };
+        if began.elapsed() > PATIENCE {
+            // It has been asking until now.
+            failing = None;
         }
+        let since: Instant = *failing.get_or_insert_with(Instant::now);
+        if error.kind() == Kind::Uncertain || since.elapsed() > PATIENCE {
+            return Err(error);
+        }
+        sleep(PAUSE).await;
     }
     Ok(())
 }

@@ -21,6 +21,7 @@ use containerd_client::types::v1::Status;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, LocalSet};
+use tokio::time::{Instant, sleep};
 use transship_checkpoint::criu_options::Tcp;
 use transship_checkpoint::store::Store;
 use transship_checkpoint::wire::Outcome;
@@ -37,6 +38,11 @@ use crate::interrupt::Interrupt;
 use crate::receive::{Arrivals, settle_all};
 use crate::restart_policy;
 use crate::task_to_freeze::TaskToFreeze;
+
+/// How long somebody else may look at a migration: the guard of its command, the service of the node and a person hear
+/// from the target at one moment.
+const TURN: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Who decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,8 +211,9 @@ async fn decide(
     decision: Decision,
     said: Option<Outcome>,
 ) -> Result<Look> {
-    let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
-    let record = Record::take(records, locks, &listed.namespace, &listed.container)?;
+    let Some(record) = take_in_turn(listed).await? else {
+        return Ok(Look::Gone);
+    };
     // Its command may have come to its end, and the container be here again.
     let pending = { record.read()? }.filter(|it| it.migration == listed.migration);
     let Some(pending) = &pending else {
@@ -273,6 +280,26 @@ async fn decide(
         (Outcome::Undecided | Outcome::Lost, _) => return Err(undecided(pending, outcome)),
     };
     Ok(Look::Decided(decided))
+}
+
+/// Takes the record of a migration when whoever else looks at it has done so; none where they have decided it.
+///
+/// # Errors
+/// [`Kind::Refused`]: its command is at work.
+async fn take_in_turn(listed: &Pending) -> Result<Option<Record>> {
+    let (records, locks) = (Path::new(RECORDS), Path::new(LOCKS));
+    let deadline = Instant::now() + TURN;
+    loop {
+        match Record::take(records, locks, &listed.namespace, &listed.container) {
+            Err(error) if error.kind() == Kind::Refused && Instant::now() < deadline => {
+                if !record::is_open(records, listed) {
+                    return Ok(None);
+                }
+                sleep(PAUSE).await;
+            }
+            taken => return taken.map(Some),
+        }
+    }
 }
 
 /// When containerd has made the records of these containers, as far as they are there.
