@@ -276,11 +276,16 @@ impl Tasks {
         let mut tries = 1;
         loop {
             let since = Instant::now();
+            let mut pauses = JoinSet::new();
             let paused = async {
-                self.pause().await?;
+                self.pause(&mut pauses).await?;
                 Ok(tries == VFORKS || !self.are_within_vfork().await?)
             };
-            if at_most(most, since, paused).await? {
+            let paused = at_most(most, since, paused).await;
+            // None freezes later than it is let go.
+            let rest = async { while pauses.join_next().await.is_some() {} };
+            drop(timeout(thaw::ANSWER, rest).await);
+            if paused? {
                 return Ok(since);
             }
             tries += 1;
@@ -299,19 +304,18 @@ impl Tasks {
         Ok(false)
     }
 
-    async fn pause(&self) -> Result<()> {
+    /// What is not done yet when this is given up is left in `pauses`.
+    async fn pause(&self, pauses: &mut JoinSet<Result<()>>) -> Result<()> {
         for task in &self.tasks {
             task.lock_network().await?;
         }
         // Side by side, so that the first does not stand still for the others.
-        let mut pauses = JoinSet::new();
         for task in self.ours() {
             let (node, id) = (self.node.clone(), task.id.clone());
             pauses.spawn(async move { pause_one(&node, &id).await });
         }
         let mut all = Ok(());
         while let Some(paused) = pauses.join_next().await {
-            // None freezes later than it is let go.
             all = all.and(paused.map_err(Error::from).flatten());
         }
         all

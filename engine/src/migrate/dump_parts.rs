@@ -30,6 +30,8 @@ use crate::source::Dumped;
 
 /// How often it is looked whether there is more to send.
 const LOOK: Duration = Duration::from_millis(1);
+/// And when nothing has come for some time: each look lists the directories of all dumps that are left.
+const MOST_LOOK: Duration = Duration::from_millis(4);
 
 /// What the target has of a container before it is frozen.
 #[derive(Debug, Default)]
@@ -137,6 +139,7 @@ impl DumpParts {
     /// Waits for what can be sent next, of whichever part that is left; none when there will be no more. A dump that is
     /// held waits for its memory to be sent, and others for their turn after it.
     pub(super) fn next<'p>(&self, left: &mut Vec<&'p Part>) -> Option<(&'p Part, Next)> {
+        let mut pause = LOOK;
         loop {
             let mut found = None;
             left.retain(|part| {
@@ -153,7 +156,8 @@ impl DumpParts {
             if found.is_some() || left.is_empty() {
                 return found;
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(MOST_LOOK);
         }
     }
 
