@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::Signal;
 use transship_containerd::Containerd;
-use transship_sandbox::{KnownProcess, ProcessHandle};
+use transship_sandbox::KnownProcess;
 
 use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
@@ -48,22 +48,27 @@ async fn signal_all(node: &Containerd, tasks: &[TaskToFreeze]) -> Result<Vec<Kno
         let pids = pids_of_frozen(node, &task.runtime, &task.id).await?;
         all.extend(pids.into_iter().map(|pid| (pid, &task.id)));
     }
-    let mut killed = Vec::new();
+    let mut known = Vec::new();
     for (pid, id) in all {
-        let known = kill(pid.cast_signed());
-        killed.extend(known.with_context(|| format!("cannot kill the process {pid} of {id:?}"))?);
+        // Before the first signal: one that ends by it leaves its number to others.
+        let process = KnownProcess::with_number(pid.cast_signed());
+        known.extend(process.with_context(|| format!("cannot kill the process {pid} of {id:?}"))?);
     }
-    Ok(killed)
+    kill_all(&known).context("cannot kill all processes")?;
+    Ok(known)
 }
 
-/// None for a process that has ended.
-fn kill(pid: i32) -> std::io::Result<Option<KnownProcess>> {
-    let Some(process) = ProcessHandle::open_below(pid, None)? else {
-        return Ok(None);
-    };
-    let known = KnownProcess::of(&process);
-    process.signal(Signal::KILL)?;
-    Ok(known)
+/// Kills each that has not ended, also where that fails for one before.
+fn kill_all(processes: &[KnownProcess]) -> std::io::Result<()> {
+    let mut all = Ok(());
+    for known in processes {
+        let killed = known.open().and_then(|process| match process {
+            Some(process) => process.signal(Signal::KILL).map(drop),
+            None => Ok(()),
+        });
+        all = all.and(killed);
+    }
+    all
 }
 
 async fn wait_for_end(
@@ -120,7 +125,7 @@ fn still_there(processes: Vec<KnownProcess>) -> Result<Vec<KnownProcess>> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::process::{Child, Command};
 
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -132,12 +137,12 @@ mod tests {
         let mut children: Vec<_> = (0..60).map(|_| sleep()).collect();
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, 40, hard).unwrap();
-        let first = ProcessHandle::open(children[0].id().cast_signed()).unwrap();
-        let alive = KnownProcess::of(&first).unwrap();
+        let known = |child: &Child| KnownProcess::with_number(child.id().cast_signed()).unwrap();
+        let alive = known(&children[0]).unwrap();
         assert_eq!(still_there(vec![alive]).unwrap(), [alive]);
-        let pids = children.iter().map(|child| child.id().cast_signed());
-        let mut left: Vec<_> = pids.filter_map(|pid| kill(pid).unwrap()).collect();
+        let mut left: Vec<_> = children.iter().filter_map(known).collect();
         assert_eq!(left.len(), 60);
+        kill_all(&left).unwrap();
         while !left.is_empty() {
             left = still_there(left).unwrap();
         }
@@ -145,6 +150,7 @@ mod tests {
         for child in &mut children {
             child.wait().unwrap();
         }
-        assert_eq!(kill(children[0].id().cast_signed()).unwrap(), None);
+        assert_eq!(known(&children[0]), None);
+        kill_all(&[alive]).unwrap();
     }
 }

@@ -36,6 +36,26 @@ pub(crate) fn tree(root: i32) -> io::Result<Vec<i32>> {
 /// `/proc` cannot be read.
 pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
     let mut found = BTreeMap::new();
+    // Whatever fails for one: what has been stopped is not left so.
+    let mut all = stop_below(root, spared, &mut found);
+    for known in found.values() {
+        // One that has ended meanwhile is as good.
+        let killed = known.open().map(|process| {
+            let process = process.iter();
+            process.for_each(|process| drop(process.signal(Signal::KILL)));
+        });
+        all = all.and(killed);
+    }
+    thaw_killed(&found.into_keys().collect());
+    all
+}
+
+/// Stops all processes below `root` that are not yet in `found`, until there are no others.
+fn stop_below(
+    root: i32,
+    spared: &[i32],
+    found: &mut BTreeMap<i32, KnownProcess>,
+) -> io::Result<()> {
     for _ in 0..LOOKS {
         let mut is_any_new = false;
         for (pid, parent) in below(root, spared)? {
@@ -45,9 +65,8 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
             let Some(process) = ProcessHandle::open_below(pid, Some(parent))? else {
                 continue;
             };
-            // One that has ended meanwhile is as good.
-            drop(process.signal(Signal::STOP));
-            if let Some(known) = KnownProcess::of(&process) {
+            if let Some(known) = KnownProcess::of(&process)? {
+                drop(process.signal(Signal::STOP));
                 found.insert(pid, known);
                 is_any_new = true;
             }
@@ -56,12 +75,6 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
             break;
         }
     }
-    for known in found.values() {
-        if let Some(process) = known.open()? {
-            drop(process.signal(Signal::KILL));
-        }
-    }
-    thaw_killed(&found.into_keys().collect());
     Ok(())
 }
 

@@ -77,11 +77,28 @@ pub struct KnownProcess {
 
 impl KnownProcess {
     /// The one of a handle; none when it has been waited for.
-    #[must_use]
-    pub fn of(process: &ProcessHandle) -> Option<Self> {
+    ///
+    /// # Errors
+    /// `/proc` cannot be read, or too many descriptors are open.
+    pub fn of(process: &ProcessHandle) -> io::Result<Option<Self>> {
         let pid = process.pid;
-        let start_time = TaskStat::of(format!("/proc/{pid}")).ok()?.start_time()?;
-        Some(Self { pid, start_time })
+        let stat = match TaskStat::of(format!("/proc/{pid}")) {
+            Err(error) if is_gone(&error) => return Ok(None),
+            stat => stat?,
+        };
+        let start_time = stat.start_time();
+        Ok(start_time.map(|start_time| Self { pid, start_time }))
+    }
+
+    /// The one that has this number now; none when it has been waited for.
+    ///
+    /// # Errors
+    /// As those of [`Self::of`].
+    pub fn with_number(pid: i32) -> io::Result<Option<Self>> {
+        match ProcessHandle::open_below(pid, None)? {
+            Some(process) => Self::of(&process),
+            None => Ok(None),
+        }
     }
 
     /// A handle of it; none when it has been waited for.
@@ -89,8 +106,11 @@ impl KnownProcess {
     /// # Errors
     /// The kernel does not let us, or too many descriptors are open.
     pub fn open(self) -> io::Result<Option<ProcessHandle>> {
-        let process = ProcessHandle::open_below(self.pid, None)?;
-        Ok(process.filter(|process| Self::of(process) == Some(self)))
+        let Some(process) = ProcessHandle::open_below(self.pid, None)? else {
+            return Ok(None);
+        };
+        let is_same = Self::of(&process)? == Some(self);
+        Ok(is_same.then_some(process))
     }
 }
 
@@ -100,23 +120,25 @@ impl AsFd for ProcessHandle {
     }
 }
 
+/// What `/proc` says of a process that has been waited for.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+}
+
 /// The children of all threads of a process; none when it is gone.
 ///
 /// # Errors
 /// `/proc` cannot be read.
 pub fn children(pid: i32) -> io::Result<Vec<i32>> {
-    let gone = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
-    };
     let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
-        Err(error) if gone(&error) => return Ok(Vec::new()),
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
         threads => threads?,
     };
     let mut children = Vec::new();
     for thread in threads {
         // Kernels without CONFIG_PROC_CHILDREN cannot run CRIU either.
         match fs::read_to_string(thread?.path().join("children")) {
-            Err(error) if gone(&error) => {}
+            Err(error) if is_gone(&error) => {}
             text => children.extend(
                 text?
                     .split_whitespace()
@@ -162,11 +184,13 @@ mod tests {
         assert_eq!(parent_of(pid), Some(own));
         assert!(ProcessHandle::open_below(pid, Some(1)).unwrap().is_none());
         let handle = ProcessHandle::open_below(pid, Some(own)).unwrap().unwrap();
-        let known = KnownProcess::of(&handle).unwrap();
+        let known = KnownProcess::of(&handle).unwrap().unwrap();
+        assert_eq!(KnownProcess::with_number(pid).unwrap(), Some(known));
         assert!(handle.signal(Signal::KILL).unwrap());
         assert!(known.open().unwrap().is_some());
         child.wait().unwrap();
         assert!(known.open().unwrap().is_none());
+        assert_eq!(KnownProcess::of(&handle).unwrap(), None);
         // Its number may be another one's from here on.
         assert!(!handle.signal(Signal::KILL).unwrap());
         assert!(ProcessHandle::open(0).is_err());
