@@ -49,7 +49,7 @@ pub(super) const CRIU_CONFIG_FILE: &str = "transship-criu.conf";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Bundle {
     dir: PathBuf,
-    /// Its spec; crun takes one from elsewhere.
+    /// Its spec; crun takes one from elsewhere, and from what can be read only once: that is the runtime's alone.
     config: PathBuf,
 }
 
@@ -199,9 +199,16 @@ impl Bundle {
         &self.dir
     }
 
-    /// The file that has its spec.
-    pub(super) fn config_file(&self) -> &Path {
-        &self.config
+    /// The file that has its spec; none where that is not read here.
+    pub(super) fn config_file(&self) -> Option<&Path> {
+        let is_readable = !self.has_spec_elsewhere()
+            || fs::metadata(&self.config).is_ok_and(|file| file.is_file());
+        is_readable.then_some(&self.config)
+    }
+
+    /// Whether the spec is a file of somebody else's.
+    pub(super) fn has_spec_elsewhere(&self) -> bool {
+        self.config != self.dir.join(CONFIG_FILE)
     }
 
     /// Whether it has not been removed.
@@ -216,7 +223,8 @@ impl Bundle {
     /// The spec if it carries an annotation of ours; `None` also for one that cannot be read: the
     /// runtime tells its user what is wrong with it.
     pub(super) fn our_config(&self, id: &str) -> Result<Option<Config>, FrontError> {
-        let Ok(json) = fs::read_to_string(&self.config) else {
+        let json = self.config_file().map(fs::read_to_string);
+        let Some(Ok(json)) = json else {
             return Ok(None);
         };
         // Most containers are not ours, and a spec takes 50 times longer to parse than to search.
@@ -373,6 +381,9 @@ fn bundle_in_state(dir: &Path) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
     use super::*;
 
     #[test]
@@ -384,6 +395,24 @@ mod tests {
         let state = r#"{"id":"x","config":{"labels":["org.x=1","bundle=/c"],"rootfs":"/r"}}"#;
         fs::write(dir.path().join("state.json"), state).unwrap();
         assert_eq!(bundle_in_state(dir.path()), Some("/c".into()));
+    }
+
+    #[test]
+    fn a_spec_that_can_be_read_only_once_is_left_to_the_runtime() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = r#"{"annotations":{"dev.transship/restore":"x"}}"#;
+        let (file, fifo) = (dir.path().join("file"), dir.path().join("fifo"));
+        fs::write(&file, ours).unwrap();
+        mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        for (config, is_read) in [(file, true), (fifo, false)] {
+            let bundle = Bundle {
+                config,
+                ..Bundle::at(dir.path())
+            };
+            assert!(bundle.has_spec_elsewhere());
+            assert_eq!(bundle.our_config("me").unwrap().is_some(), is_read);
+        }
+        assert!(!Bundle::at(dir.path()).has_spec_elsewhere());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use transship_path_error::During as _;
 
 use super::beginning::Beginning;
 use super::bundle::{Bundle, Config};
-use super::{Front, FrontError, Outcome};
+use super::{FitError, Front, FrontError, Outcome};
 use crate::argv::Arguments;
 use crate::one_line;
 use crate::restore_log::{self, LOG_DIR};
@@ -36,6 +36,10 @@ impl Front<'_> {
         let Some(mut config) = bundle.our_config(&create.id)? else {
             return Ok(None);
         };
+        if bundle.has_spec_elsewhere() {
+            let id = create.id.clone();
+            return Err(FitError::SpecElsewhere { id }.into());
+        }
         bundle.remove_marker();
         if config.annotations.role == Role::Sandbox {
             if config.cri && config.annotations.mptcp == Mptcp::Off {

@@ -100,6 +100,15 @@ pub enum FitError {
         /// What says so.
         annotation: String,
     },
+    /// A spec that is not the container's own.
+    #[error(
+        "{id:?} has annotations of transship and a spec that is not in its bundle, where later calls look for it: make \
+         it without --config, of the config.json of its bundle"
+    )]
+    SpecElsewhere {
+        /// The container.
+        id: String,
+    },
     /// A call that leaves no room for a restore.
     #[error(
         "{id:?} has annotations of transship, which mean nothing to a container that is made by \"run\": make it by \
@@ -433,7 +442,8 @@ impl FrontError {
             | Self::Fit(
                 FitError::NotInCheckpoint { .. }
                 | FitError::ForeignCriuConfig { .. }
-                | FitError::OtherEngine { .. },
+                | FitError::OtherEngine { .. }
+                | FitError::SpecElsewhere { .. },
             ) => true,
             _ => false,
         }

@@ -24,7 +24,8 @@ impl Front<'_> {
             return Ok(());
         }
         // The runtime says what is wrong with a spec.
-        let spec = fs::read(bundle.config_file()).unwrap_or_default();
+        let spec = { bundle.config_file() }.and_then(|file| fs::read(file).ok());
+        let spec = spec.unwrap_or_default();
         let spec: Option<Annotated> = serde_json::from_slice(&spec).ok();
         let uid = spec.and_then(|mut spec| spec.annotations.remove(SANDBOX_UID));
         let Some(uid) = uid else { return Ok(()) };
