@@ -17,8 +17,9 @@ use transship_containerd::{Containerd, ContainerdError, ResolvedImage, chain_id}
 
 use crate::source::SourceContainer;
 
-/// How long blobs that are made or sent for a migration are kept if nobody ends their lease.
-pub(crate) const LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the garbage collector keeps its hands off what is made, sent or received and nobody of ours has come to end:
+/// longer than any migration, a link that is slow takes days.
+pub(crate) const LEASE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Makes what is missing of the container's image, so that it can be offered. What was made goes with the
 /// lease that is given back.

@@ -5,14 +5,18 @@
 //! /run/transship/migrations/<namespace>:<container>        locked (flock): a migration is under way
 //! /var/lib/transship/migrations/<namespace>:<container>    JSON: Pending. `Commit` is about to be sent,
 //!                                                          or has been, and the source is not gone yet
+//! /run/transship/migrations/<namespace>:<container>~runs   the name of the migration whose copy runs, where the disk is
+//!                                                          too full for the record to say so. What it is about ends
+//!                                                          with the node at the latest
 //! ```
 //!
 //! A record whose lock nobody has was left behind: nobody knows which copy runs, until
 //! `transship recover` has asked the target.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +25,9 @@ use transship_cni::Attachment;
 use crate::durable_record;
 use crate::error::{Context, Error, Result};
 use crate::locks::Lock;
+
+/// No id of containerd ends so.
+const RUNS: &str = "~runs";
 
 /// A migration whose end is not known here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +115,8 @@ impl Pending {
 #[derive(Debug)]
 pub(super) struct Record {
     path: PathBuf,
+    /// Whose copy runs.
+    runs: PathBuf,
     _lock: Lock,
 }
 
@@ -120,7 +129,8 @@ impl Record {
         let name = name_of(namespace, id);
         match durable_record::lock(records, locks, &name)? {
             Some(lock) => Ok(Self {
-                path: records.join(name),
+                path: records.join(&name),
+                runs: locks.join(format!("{name}{RUNS}")),
                 _lock: lock,
             }),
             None => Err(Error::refused(format!(
@@ -144,12 +154,38 @@ impl Record {
 
     /// What it says; none when it is known which copy runs.
     pub(super) fn read(&self) -> Result<Option<Pending>> {
-        durable_record::read(&self.path)
+        let mut pending: Option<Pending> = durable_record::read(&self.path)?;
+        if let Some(pending) = &mut pending
+            && fs::read(&self.runs).is_ok_and(|runs| runs == pending.migration.as_bytes())
+        {
+            pending.copy_runs = true;
+        }
+        Ok(pending)
     }
 
     /// Writes down that the target is told to let the copy run, or has said that it does.
     pub(super) fn write(&self, pending: &Pending) -> Result<()> {
         durable_record::write(&self.path, pending)
+    }
+
+    /// Writes down that the target has said that the copy runs: from then on nothing lets the source run, however its end
+    /// goes.
+    ///
+    /// # Errors
+    /// Neither the disk nor `/run` takes it.
+    pub(super) fn write_copy_runs(&self, pending: &Pending) -> Result<()> {
+        self.write(pending).or_else(|error| {
+            let mut new = OpenOptions::new();
+            let new = { new.write(true).create(true).truncate(true) }.mode(0o600);
+            let mark = |mut file: fs::File| file.write_all(pending.migration.as_bytes());
+            match new.open(&self.runs).and_then(mark) {
+                Ok(()) => {
+                    tracing::warn!("{}", error.one_line());
+                    Ok(())
+                }
+                Err(_) => Err(error),
+            }
+        })
     }
 
     /// It is known which copy runs.
@@ -158,6 +194,8 @@ impl Record {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.with_context(|| format!("cannot remove {}", self.path.display())),
         }
+        // Of a migration that is open no more it says nothing.
+        .inspect(|()| drop(fs::remove_file(&self.runs)))
     }
 }
 
@@ -267,6 +305,30 @@ mod tests {
         assert_eq!(record.read().unwrap(), Some(pending.clone()));
         let error = record.check_clear("web", "default").unwrap_err();
         assert!(error.to_string().contains("ssh node-b"), "{error}");
+        // There is no room for another record.
+        let unfinished = records.join("default:web~");
+        fs::create_dir(&unfinished).unwrap();
+        let runs = Pending {
+            copy_runs: true,
+            ..pending.clone()
+        };
+        assert!(record.write(&runs).is_err());
+        record.write_copy_runs(&runs).unwrap();
+        assert_eq!(record.read().unwrap(), Some(runs));
+        fs::remove_dir(unfinished).unwrap();
+        record.write(&another).unwrap();
+        assert_eq!(
+            record.read().unwrap(),
+            Some(another),
+            "of another migration"
+        );
+        record.clear().unwrap();
+        record.write(&pending).unwrap();
+        assert_eq!(
+            record.read().unwrap(),
+            Some(pending.clone()),
+            "all is forgotten"
+        );
         record.clear().unwrap();
         assert!(!is_open(&records, &pending));
         record.check_clear("web", "default").unwrap();

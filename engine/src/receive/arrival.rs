@@ -322,11 +322,15 @@ impl Locked {
         Ok(())
     }
 
-    /// Writes down that it has never run, and nothing of it is left. Whoever finds the record as it was comes to the same
-    /// end once more, so a disk that is full keeps no source standing still.
+    /// Writes down that it has never run, and nothing of it is left. A disk that is full keeps no source standing still: no
+    /// record says the same, and needs no room. One that stays is found by who comes next, and what it names may be
+    /// another attempt's by then.
     pub(super) fn set_aborted(&mut self) {
         if let Err(error) = self.set(State::Aborted) {
             tracing::warn!("{}", error.one_line());
+            if let Err(error) = fs::remove_file(&self.path) {
+                tracing::warn!("cannot remove {}: {error}", self.path.display());
+            }
             self.arrival.state = State::Aborted;
         }
     }
@@ -455,9 +459,8 @@ mod tests {
         assert_eq!(refused.kind(), Kind::Uncertain, "the source asks");
         locked.set_aborted();
         assert_eq!(locked.arrival.state, State::Aborted);
-        // Who comes next aborts it again.
-        let state = arrivals.state(&migration).unwrap();
-        assert_eq!(state, Some(State::Arriving));
+        // Who comes next finds nothing to abort.
+        assert_eq!(arrivals.state(&migration).unwrap(), None);
     }
 
     #[test]

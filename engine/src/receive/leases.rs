@@ -8,15 +8,12 @@
 //! counts as well. Until then what it holds takes room, so the guard of the migration, or whoever comes next, ends those
 //! whose process is gone, and waits for the garbage collection: a layer that is found must not go while it is used.
 
-use std::time::Duration;
-
 use transship_containerd::{Containerd, unique};
 
 use crate::Result;
+use crate::image_blobs::LEASE;
 
 const PREFIX: &str = "transship-receive-";
-/// How long the garbage collector keeps its hands off what nobody of ours has come to end: longer than any migration.
-const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The same containerd under a lease of this process, without leases of processes that are gone.
 pub(super) async fn take(node: &Containerd) -> Result<Containerd> {
@@ -24,7 +21,7 @@ pub(super) async fn take(node: &Containerd) -> Result<Containerd> {
     let pid = std::process::id();
     let start = started(pid).unwrap_or_default();
     let id = format!("{PREFIX}{pid}-{start}-{}", unique());
-    Ok(node.with_lease_called(&id, LIFETIME).await?)
+    Ok(node.with_lease_called(&id, LEASE).await?)
 }
 
 /// Ends the leases of processes that were killed in the middle of a migration.

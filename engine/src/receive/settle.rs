@@ -22,7 +22,6 @@ use containerd_client::types::v1::Status;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 use transship_checkpoint::annotations::of_migration;
-use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::{DEFAULT_OPENED, Store, StoreError};
 use transship_checkpoint::wire::Outcome;
 use transship_containerd::Containerd;
@@ -140,9 +139,14 @@ pub async fn settle_all(node: &Containerd, store: &Store, arrivals: &Arrivals) -
             Err(error) => settled.failed.push(error),
         }
     }
-    for namespace in [node.namespace(), CRI_NAMESPACE] {
-        let ended = leases::end_those_of_the_gone(&node.in_namespace(namespace)?).await;
-        settled.failed.extend(ended.err());
+    match node.namespaces().await {
+        Ok(namespaces) => {
+            for namespace in namespaces {
+                let ended = leases::end_those_of_the_gone(&node.in_namespace(&namespace)?).await;
+                settled.failed.extend(ended.err());
+            }
+        }
+        Err(error) => settled.failed.push(error.into()),
     }
     Ok(settled)
 }

@@ -164,12 +164,9 @@ impl Transaction<'_> {
     /// nothing any more.
     pub(in crate::migrate) async fn finish(&mut self, source: Committed) -> Result<()> {
         let from = self.timeline.now();
-        // Processes that have been killed and not been waited for are a task that runs, for containerd. Where the disk is
-        // full they do not stand still for that: the record as it was leads to the same end.
+        // Processes that have been killed and not been waited for are a task that runs, for containerd.
         self.pending.copy_runs = true;
-        if let Err(error) = self.record.write(&self.pending) {
-            tracing::warn!("{}", error.one_line());
-        }
+        self.record.write_copy_runs(&self.pending)?;
         // Not one instruction more here.
         let killed = source.kill(self.end_late_pages(false)).await;
         killed.context("it could not be ended here")?;

@@ -43,6 +43,11 @@ pub(in super::super) async fn release(node: &Containerd, arrival: &Arrival) -> R
         let task = node.task(id).await?;
         runtimes.push((id.clone(), TaskToFreeze::of(node, &record, &task).runtime));
     }
+    let mut runtimes = runtimes.into_iter();
+    // Where the first cannot be let go nothing has run, and the source goes on.
+    if let Some((id, runtime)) = runtimes.next() {
+        runtime.release(&id, node.address()).await?;
+    }
     // Side by side: those that wait stand still.
     let mut releases = JoinSet::new();
     for (id, runtime) in runtimes {
@@ -139,12 +144,20 @@ pub(in super::super) async fn remove(
         return contents::remove(pod);
     }
     let mut cri = CriPods::of(node);
+    let mut is_there_again = false;
     // By its annotation, which nobody else has: a command that was killed in the middle of the call knows no id.
     for sandbox in cri.sandboxes().await? {
-        if sandbox.annotations.get(RECEIVE).map(String::as_str) == Some(migration) {
+        let of_migration = sandbox.annotations.get(RECEIVE).map(String::as_str);
+        is_there_again |= of_migration != Some(migration) && { sandbox.metadata.as_ref() }
+            .is_some_and(|metadata| metadata.uid == pod.uid);
+        if of_migration == Some(migration) {
             let removed = cri.remove(&sandbox.id).await;
             removed.with_context(|| format!("the sandbox {} is left", sandbox.id))?;
         }
+    }
+    if is_there_again {
+        // Another attempt has come, to which the images and directories belong now.
+        return Ok(());
     }
     for image in &pod.images {
         if cri.has_image(image).await? {
