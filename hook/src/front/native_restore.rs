@@ -74,7 +74,9 @@ impl Front<'_> {
         if is_by_hand && plan.is_empty() && !config.annotations.ours && as_it_is {
             return Ok(None);
         }
-        self.check_signature_of(&restore.id)?;
+        if is_by_hand {
+            self.check_signature_of(&restore.id)?;
+        }
         if !is_detached(restore) {
             let id = restore.id.clone();
             return Err(RestoreError::InForeground { id }.into());
