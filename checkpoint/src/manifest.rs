@@ -160,7 +160,7 @@ impl Default for Format {
 }
 
 /// A checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version and features.
     pub format: Format,

@@ -160,7 +160,6 @@ mod tests {
             sha256: "a".repeat(64),
         };
         Manifest {
-            format: Format::default(),
             name: "web".into(),
             created: 5,
             source: Source {
@@ -168,7 +167,6 @@ mod tests {
                 kernel: "6.12".into(),
                 ..Source::default()
             },
-            pod: None,
             containers: vec![Container {
                 name: "c".into(),
                 id: "1f0c".into(),
@@ -176,8 +174,7 @@ mod tests {
                 files: vec![file("spec.dump")],
                 ..Container::default()
             }],
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         }
     }
 

@@ -531,23 +531,20 @@ fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::{Container, Format, Source};
+    use crate::manifest::Container;
 
     fn manifest(name: &str, dir: &Path) -> Manifest {
         let files = digest_files(&dir.join("c")).unwrap();
         Manifest {
-            format: Format::default(),
             name: name.into(),
             created: 0,
-            source: Source::default(),
-            pod: None,
-            not_running: Vec::new(),
             shared: Default::default(),
             containers: vec![Container {
                 name: "c".into(),
                 files,
                 ..Container::default()
             }],
+            ..Manifest::default()
         }
     }
 

@@ -193,7 +193,7 @@ pub(crate) mod tests {
     use std::fs;
     use std::path::PathBuf;
 
-    use transship_checkpoint::manifest::{Container, Format, Shared, Source};
+    use transship_checkpoint::manifest::Container;
     use transship_checkpoint::store::{Durability, Store, digest_files};
     use transship_package::signature::Signer;
 
@@ -216,18 +216,14 @@ pub(crate) mod tests {
         fs::write(draft.dir().join("c/checkpoint/pages-1.img"), "memory").unwrap();
         let files = digest_files(&draft.dir().join("c")).unwrap();
         let manifest = Manifest {
-            format: Format::default(),
             name: "web".into(),
             created: 1,
-            source: Source::default(),
-            pod: None,
             containers: vec![Container {
                 name: "c".into(),
                 files,
                 ..Container::default()
             }],
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         draft.commit(manifest, Durability::Ephemeral).unwrap()
     }

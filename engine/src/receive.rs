@@ -320,7 +320,6 @@ async fn keep_signed(
 
 #[cfg(test)]
 mod tests {
-    use transship_checkpoint::manifest::{Format, Shared, Source};
     use transship_package::signature::Signer;
 
     use super::*;
@@ -335,14 +334,9 @@ mod tests {
         )
         .unwrap();
         let manifest = Manifest {
-            format: Format::default(),
             name: "web".into(),
             created: 1,
-            source: Source::default(),
-            pod: None,
-            containers: Vec::new(),
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         let json = String::from_utf8(manifest.to_json()).unwrap();
         let signed = Signed {

@@ -251,7 +251,7 @@ mod tests {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     use nix::sched::{CloneFlags, unshare};
     use nix::sys::statvfs::statvfs;
-    use transship_checkpoint::manifest::{Container, Format, Shared, Source};
+    use transship_checkpoint::manifest::Container;
     use transship_checkpoint::store::{Durability, digest_files};
 
     use super::*;
@@ -276,19 +276,15 @@ mod tests {
         fs::write(draft.dir().join("c/rootfs-diff.tar"), noise(7, 1 << 20)).unwrap();
         fs::write(draft.dir().join("c/small.img"), "small").unwrap();
         let manifest = Manifest {
-            format: Format::default(),
             name: name.into(),
             created,
-            source: Source::default(),
-            pod: None,
             containers: vec![Container {
                 name: "c".into(),
                 id: id.into(),
                 files: digest_files(&draft.dir().join("c")).unwrap(),
                 ..Container::default()
             }],
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         draft.commit(manifest, Durability::Synced).unwrap()
     }

@@ -195,29 +195,39 @@ pub(crate) fn work_done(root: i32, seen: &mut BTreeSet<i32>) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::Command;
+    use std::process::{Child, Command};
     use std::time::{Duration, Instant};
 
     use super::*;
 
-    #[test]
-    fn a_tree_is_killed_but_for_those_that_are_spared() {
-        let mut shell = Command::new("sh")
-            .args(["-c", "sleep 100 & sh -c 'sleep 100 & sleep 100' & wait"])
-            .spawn()
-            .unwrap();
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A shell with its number, when it has made this many processes with itself.
+    fn shell_of(processes: usize, script: &str) -> (Child, i32) {
+        let shell = Command::new("sh").args(["-c", script]).spawn().unwrap();
         let root = i32::try_from(shell.id()).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while tree(root).unwrap().len() < 5 {
-            assert!(Instant::now() < deadline, "five processes");
+        let deadline = Instant::now() + PATIENCE;
+        while tree(root).unwrap().len() < processes {
+            assert!(Instant::now() < deadline, "{processes} processes");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let spared = children(root).unwrap()[0];
-        kill_below(root, &[spared]).unwrap();
-        while children(root).unwrap() != [spared] {
+        (shell, root)
+    }
+
+    fn wait_for_children(root: i32, expected: &[i32]) {
+        let deadline = Instant::now() + PATIENCE;
+        while children(root).unwrap() != expected {
             assert!(Instant::now() < deadline, "{:?}", tree(root).unwrap());
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    #[test]
+    fn a_tree_is_killed_but_for_those_that_are_spared() {
+        let (mut shell, root) = shell_of(5, "sleep 100 & sh -c 'sleep 100 & sleep 100' & wait");
+        let spared = children(root).unwrap()[0];
+        kill_below(root, &[spared]).unwrap();
+        wait_for_children(root, &[spared]);
         Process::open(root).unwrap().kill_tree().unwrap();
         assert_eq!(shell.wait().unwrap().signal(), Some(9));
     }
@@ -225,25 +235,13 @@ mod tests {
     #[test]
     fn more_processes_than_descriptors_are_killed() {
         use nix::sys::resource::{Resource, getrlimit, setrlimit};
-        let mut shell = Command::new("sh")
-            .args(["-c", "for i in $(seq 60); do sleep 100 & done; wait"])
-            .spawn()
-            .unwrap();
-        let root = i32::try_from(shell.id()).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while tree(root).unwrap().len() < 61 {
-            assert!(Instant::now() < deadline, "sixty processes");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let (mut shell, root) = shell_of(61, "for i in $(seq 60); do sleep 100 & done; wait");
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, 40, hard).unwrap();
         let killed = kill_below(root, &[]);
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
         killed.unwrap();
-        while !children(root).unwrap().is_empty() {
-            assert!(Instant::now() < deadline, "{:?}", tree(root).unwrap());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for_children(root, &[]);
         shell.kill().unwrap();
         shell.wait().unwrap();
     }

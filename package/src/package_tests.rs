@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use transship_checkpoint::manifest::{Container, File, Format, Manifest, Shared, Source};
+use transship_checkpoint::manifest::{Container, File, Manifest, Source};
 use transship_checkpoint::sealed::{PACKAGE_FILE, Sealed};
 use transship_checkpoint::store::{Checkpoint, Durability, Store, digest_files};
 use transship_digest::sha256_hex;
@@ -45,21 +45,18 @@ pub(crate) fn checkpoint_with(root: &Path, pages: &[u8], more: &[(&str, &[u8])])
     }
     let files = digest_files(&dir).unwrap();
     let manifest = Manifest {
-        format: Format::default(),
         name: "web".into(),
         created: 1_700_000_000,
         source: Source {
             architecture: ARCHITECTURE.into(),
             ..Source::default()
         },
-        pod: None,
         containers: vec![Container {
             name: "c".into(),
             files,
             ..Container::default()
         }],
-        not_running: Vec::new(),
-        shared: Shared::default(),
+        ..Manifest::default()
     };
     draft.commit(manifest, Durability::Ephemeral).unwrap()
 }

@@ -93,7 +93,7 @@ pub(crate) fn requirements(
 
 #[cfg(test)]
 mod tests {
-    use transship_checkpoint::manifest::{Format, Image, Shared, Source};
+    use transship_checkpoint::manifest::{Image, Source};
 
     use super::*;
 
@@ -109,7 +109,6 @@ mod tests {
             ..Container::default()
         };
         let manifest = Manifest {
-            format: Format::default(),
             name: "web".into(),
             created: 0,
             source: Source {
@@ -117,10 +116,7 @@ mod tests {
                 page_size: Some(4096),
                 ..Source::default()
             },
-            pod: None,
-            containers: Vec::new(),
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         let spec = br#"{"mounts": [
             {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind"]},

@@ -228,7 +228,7 @@ mod tests {
     use super::*;
     use crate::consumed::{Consumed, Owner};
     use std::time::SystemTime;
-    use transship_checkpoint::manifest::{Container, Format, Pod, Shared, Source};
+    use transship_checkpoint::manifest::{Container, Pod};
     use transship_checkpoint::store::Durability;
 
     fn run(uid: &str) -> PodRun<'_> {
@@ -301,10 +301,8 @@ mod tests {
     fn take(store: &Store, name: &str, pod: &str, created: u64) {
         let draft = store.draft(name).unwrap();
         let manifest = Manifest {
-            format: Format::default(),
             name: name.into(),
             created,
-            source: Source::default(),
             pod: Some(Pod {
                 name: pod.into(),
                 namespace: "shop".into(),
@@ -314,8 +312,7 @@ mod tests {
                 name: "app".into(),
                 ..Container::default()
             }],
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         draft.commit(manifest, Durability::Ephemeral).unwrap();
     }

@@ -368,7 +368,7 @@ fn read(path: &Path) -> Result<Option<String>, SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transship_checkpoint::manifest::{Format, Manifest, Shared, Source};
+    use transship_checkpoint::manifest::Manifest;
     use transship_checkpoint::store::Durability;
 
     const REFERENCE: &str = "registry.example/web@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -382,14 +382,9 @@ mod tests {
 
     fn checkpoint(store: &Store, name: &str) {
         let manifest = Manifest {
-            format: Format::default(),
             name: name.into(),
             created: 1,
-            source: Source::default(),
-            pod: None,
-            containers: Vec::new(),
-            not_running: Vec::new(),
-            shared: Shared::default(),
+            ..Manifest::default()
         };
         let draft = store.draft(name).unwrap();
         draft.commit(manifest, Durability::Ephemeral).unwrap();

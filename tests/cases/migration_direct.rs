@@ -43,15 +43,7 @@ fn less_goes_over_a_slow_link(bed: &Testbed) -> anyhow::Result<()> {
          text=$($b cat /data/text)
          while :; do echo ${{#text}} >/data/length; $b sleep 1; done"
     );
-    let sh = ["text", "/bin/busybox", "sh", "-c", &holds_text];
-    let run = [
-        "run",
-        "--detach",
-        "--snapshotter",
-        "transship",
-        journey::COUNTER_IMAGE,
-    ];
-    a.ctr(&[&run[..], &sh].concat())?;
+    journey::run_program(&a, "text", &["/bin/busybox", "sh", "-c", &holds_text])?;
     has_its_text(&a)?;
     let all = 2 * TEXT;
 

@@ -30,19 +30,7 @@ fn more_processes_than_a_shell_may_open_files(bed: &Testbed) -> anyhow::Result<(
     let all = format!(
         "b=/bin/busybox; i=1; while [ $i -lt {processes} ]; do $b tail -f /dev/null & i=$((i+1)); done; wait"
     );
-    let run = [
-        "run",
-        "--detach",
-        "--snapshotter",
-        "transship",
-        journey::COUNTER_IMAGE,
-        "many",
-        "/bin/busybox",
-        "sh",
-        "-c",
-        &all,
-    ];
-    a.ctr(&run)?;
+    journey::run_program(&a, "many", &["/bin/busybox", "sh", "-c", &all])?;
     let run_on = |node: &Node| {
         poll_until("all processes", PATIENCE, || {
             let pids = node.ctr(&["tasks", "ps", "many"]);

@@ -80,6 +80,16 @@ pub fn run_sandbox(node: &Node, id: &str) -> Result<(), TestbedError> {
     Ok(())
 }
 
+/// Runs another program of the counter's image, in namespaces of its own.
+///
+/// # Errors
+/// When ctr fails.
+pub fn run_program(node: &Node, id: &str, program: &[&str]) -> Result<(), TestbedError> {
+    let run = ["run", "--detach", "--snapshotter", "transship"];
+    node.ctr(&[&run[..], &[COUNTER_IMAGE, id], program].concat())?;
+    Ok(())
+}
+
 /// Runs the counter in the network, IPC and UTS namespaces of the sandbox, as ctr does it.
 ///
 /// # Errors

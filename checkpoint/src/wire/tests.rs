@@ -3,7 +3,6 @@ use std::io::Write;
 use std::path::Path;
 
 use super::*;
-use crate::manifest::{Format, Source};
 
 const LIMITS: Limits = Limits {
     max_bytes: u64::MAX,
@@ -23,18 +22,15 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
         );
     }
     let manifest = Manifest {
-        format: Format::default(),
         name: "web".into(),
         created: 0,
-        source: Source::default(),
-        pod: None,
-        not_running: Vec::new(),
         shared: Default::default(),
         containers: vec![Container {
             name: "c".into(),
             files,
             ..Container::default()
         }],
+        ..Manifest::default()
     };
     sender
         .send(&Message::End {

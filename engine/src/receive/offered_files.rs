@@ -150,7 +150,6 @@ fn without_contents(mut files: Vec<File>) -> Vec<File> {
 
 #[cfg(test)]
 mod tests {
-    use transship_checkpoint::manifest::{Format, Source};
     use transship_checkpoint::wire::{OfferedContainer, PROTOCOL};
 
     use super::*;
@@ -185,14 +184,11 @@ mod tests {
             sha256: String::new(),
         }];
         Manifest {
-            format: Format::default(),
             name: "there".into(),
             created: 1,
-            source: Source::default(),
-            pod: None,
             containers: vec![container],
-            not_running: Vec::new(),
             shared: Default::default(),
+            ..Manifest::default()
         }
     }
 
