@@ -16,7 +16,7 @@ use transship_testbed::{
 use crate::Case;
 
 const IMAGE: &str = "transship.test/holder:1";
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [
@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 38] = [
+const ROWS: [Row; 39] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -160,6 +160,10 @@ const ROWS: [Row; 38] = [
     row("epoll-target", &[HOLDER, "epoll-target"]),
     row("long-path", &[HOLDER, "long-path"]),
     row("chroot", &[HOLDER, "chroot"]),
+    Row {
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        ..row("chroot", &[HOLDER, "chroot-to-mount"])
+    },
     Row {
         run: &["--cap-add", "CAP_SYS_ADMIN"],
         ..row("overmounted", &[HOLDER, "covered"])
@@ -277,7 +281,7 @@ fn condition(node: &Node, id: &str, row: &Row) -> anyhow::Result<()> {
 }
 
 /// As a hook or `nsenter` does it: a part of the node's disk, in the container's mount namespace alone.
-fn mount_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
+pub(crate) fn mount_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
     node.write_file("/usr/local/bin/mount-into.py", MOUNT_INTO)?;
     node.shell(&format!(
         "mkdir -p /var/lib/driver /proc/{pid}/root/driver
@@ -288,7 +292,7 @@ fn mount_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
 }
 
 /// As `nsenter` does it: a process of the node's session in the namespaces of the container, whose parent ends.
-fn session_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
+pub(crate) fn session_from_outside(node: &Node, pid: u32) -> anyhow::Result<()> {
     let asleep = "/bin/busybox sleep 100000 </dev/null >/dev/null 2>&1 &";
     // CRIU seizes none that is not frozen with the others.
     let join = format!(

@@ -1,12 +1,14 @@
-//! What the table of conditions says is to be done, typed as it stands there: then the check passes, and so does the
-//! checkpoint.
+//! What the table of conditions says is to be done, typed as it stands there: then the check passes, and so do the
+//! checkpoint and its restore.
 
 use anyhow::{Context as _, ensure};
 use transship_checkpoint::conditions::Condition;
-use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey};
+use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
-use crate::conditions::{HOLDER, check, names, prepare, run};
+use crate::conditions::{
+    HOLDER, PATIENCE, check, mount_from_outside, names, prepare, run, session_from_outside,
+};
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [Case {
@@ -23,27 +25,74 @@ struct Row {
     /// Arguments of `ctr run`.
     run: &'static [&'static str],
     command: &'static [&'static str],
+    /// What happens to it then.
+    then: Then,
     /// Flags that are no remedy.
     flags: &'static [&'static str],
     /// What of the remedy in the table this is about.
     word: &'static str,
     remedy: Remedy,
+    /// What a restore asks for besides, on the node that it was on.
+    restore: &'static [&'static str],
+}
+
+/// Commands are of a shell on the node, with `PID` for the first process and `NAME` for the container.
+enum Then {
+    Nothing,
+    Command(&'static str),
+    By(fn(&Node, u32) -> anyhow::Result<()>),
 }
 
 enum Remedy {
     Flags(&'static [&'static str]),
-    /// Of a shell on the node, with `PID` for the first process.
     Command(&'static str),
+    /// It is run again, with more arguments of `ctr run` and this command.
+    Run(&'static [&'static str], &'static [&'static str]),
 }
 
 const PLAIN: Row = Row {
     name: "",
     run: &[],
     command: &[],
+    then: Then::Nothing,
     flags: &[],
     word: "",
     remedy: Remedy::Flags(&[]),
+    restore: &[],
 };
+
+/// For each child that it gets.
+const WAITS: &[&str] = &[
+    "/bin/busybox",
+    "sh",
+    "-c",
+    "while :; do /bin/busybox sleep 1; done",
+];
+
+const CHILD_IN_CHROOT: &[&str] = &[
+    "/bin/busybox",
+    "sh",
+    "-c",
+    "b=/bin/busybox; $b mkdir -p /jail/bin; $b cp $b /jail/bin
+     $b chroot /jail $b sleep 100000 & while :; do $b sleep 1; done",
+];
+
+const PAGEMAP: &[&str] = &[
+    "/bin/busybox",
+    "sh",
+    "-c",
+    "exec 3</proc/self/pagemap; while :; do /bin/busybox sleep 1; done",
+];
+
+/// A tracer that stays.
+const TRACE: &str = r#"
+import ctypes, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+SEIZE = 0x4206
+if libc.ptrace(SEIZE, int(sys.argv[1]), None, None):
+    sys.exit("ptrace")
+time.sleep(100000)
+"#;
 
 const ROWS: &[Row] = &[
     Row {
@@ -100,6 +149,14 @@ const ROWS: &[Row] = &[
         command: &[HOLDER, "datagrams=/outside/socket"],
         word: "--ext-unix-sk",
         remedy: Remedy::Flags(&["--ext-unix-sk"]),
+        restore: &[
+            "--allow",
+            "host-mounts",
+            "--allow",
+            "host-namespaces",
+            "--allow",
+            "criu-options",
+        ],
         ..PLAIN
     },
     Row {
@@ -117,6 +174,124 @@ const ROWS: &[Row] = &[
         remedy: Remedy::Command(
             "for tid in $(ls /proc/PID/task); do chrt --other --pid 0 $tid; done",
         ),
+        restore: &["--allow", "capabilities"],
+        ..PLAIN
+    },
+    Row {
+        name: "mptcp",
+        command: &[HOLDER, "mptcp"],
+        word: "net.mptcp.enabled=0 in its network namespace",
+        remedy: Remedy::Run(
+            &["--with-ns", "network:/run/netns/plain"],
+            &[HOLDER, "mptcp"],
+        ),
+        restore: &["--new-namespaces"],
+        ..PLAIN
+    },
+    Row {
+        name: "io-uring",
+        command: &[HOLDER, "io-uring"],
+        word: "ctr run --seccomp",
+        remedy: Remedy::Run(&["--seccomp"], &[HOLDER, "io-uring"]),
+        ..PLAIN
+    },
+    Row {
+        name: "hook-mount",
+        command: &[HOLDER, "lock"],
+        then: Then::By(mount_from_outside),
+        word: "unmount it",
+        remedy: Remedy::Command("nsenter -t PID -m /bin/busybox umount /driver"),
+        ..PLAIN
+    },
+    Row {
+        name: "hook-mount",
+        command: &[HOLDER, "lock"],
+        then: Then::By(mount_from_outside),
+        word: "ctr run --mount",
+        remedy: Remedy::Run(
+            &[
+                "--mount",
+                "type=bind,src=/var/lib/driver,dst=/driver,options=rbind:ro",
+            ],
+            &[HOLDER, "lock"],
+        ),
+        restore: &["--allow", "host-mounts"],
+        ..PLAIN
+    },
+    Row {
+        name: "outside-session",
+        command: WAITS,
+        then: Then::By(session_from_outside),
+        word: "end what an exec with a terminal, or nsenter, has left behind",
+        remedy: Remedy::Command(
+            "kill -KILL $(pgrep -P PID -f 'sleep 100000'); while pgrep -P PID -f 'sleep 100000'; do sleep 0.1; done",
+        ),
+        ..PLAIN
+    },
+    Row {
+        name: "message-queue",
+        command: &[HOLDER, "lock"],
+        then: Then::Command("touch /proc/PID/root/dev/mqueue/orders"),
+        word: "rm in /dev/mqueue",
+        remedy: Remedy::Command("nsenter -t PID -m /bin/busybox rm /dev/mqueue/orders"),
+        ..PLAIN
+    },
+    Row {
+        name: "nested-namespace",
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        command: &[HOLDER, "unshared"],
+        word: "end them",
+        remedy: Remedy::Command("kill -KILL $(cat /proc/PID/task/*/children)"),
+        restore: &["--allow", "capabilities"],
+        ..PLAIN
+    },
+    Row {
+        name: "overmounted",
+        run: &["--cap-add", "CAP_SYS_ADMIN"],
+        command: &[HOLDER, "covered"],
+        word: "unmount what covers them",
+        remedy: Remedy::Command("nsenter -t PID -m /bin/busybox umount /data/covered"),
+        restore: &["--allow", "capabilities"],
+        ..PLAIN
+    },
+    Row {
+        name: "traced",
+        command: &[HOLDER, "lock"],
+        then: Then::By(trace),
+        word: "detach the tracer",
+        remedy: Remedy::Command("pkill -f bin/[t]race.py"),
+        ..PLAIN
+    },
+    Row {
+        name: "exec",
+        command: &[HOLDER, "lock"],
+        then: Then::Command(
+            "ctr tasks exec --exec-id guest --detach NAME /bin/busybox sleep 100000",
+        ),
+        word: "end them",
+        remedy: Remedy::Command("ctr tasks kill --exec-id guest --signal SIGKILL NAME"),
+        ..PLAIN
+    },
+    Row {
+        name: "memory-policy",
+        command: &[HOLDER, "memory-policy"],
+        word: "ctr run --cpuset-mems",
+        remedy: Remedy::Run(&["--cpuset-mems", "0"], &[HOLDER, "lock"]),
+        ..PLAIN
+    },
+    Row {
+        name: "privileged-file",
+        command: PAGEMAP,
+        word: "run it with the capability",
+        remedy: Remedy::Run(&["--cap-add", "CAP_SYS_ADMIN"], PAGEMAP),
+        restore: &["--allow", "capabilities"],
+        ..PLAIN
+    },
+    Row {
+        name: "chroot",
+        command: &[HOLDER, "chroot"],
+        word: "a chroot of its other processes is no hindrance",
+        remedy: Remedy::Run(&[], CHILD_IN_CHROOT),
         ..PLAIN
     },
 ];
@@ -126,6 +301,9 @@ fn what_is_to_be_done_does(bed: &Testbed) -> anyhow::Result<()> {
     let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
     node.import_image(&holder, "transship")?;
     prepare(&node)?;
+    node.write_file("/usr/local/bin/trace.py", TRACE)?;
+    node.shell("ip netns add plain; ip netns exec plain sysctl -qw net.mptcp.enabled=0")
+        .run()?;
     let mut wrong = Vec::new();
     for (at, row) in ROWS.iter().enumerate() {
         let done = remedied(&node, &format!("ill{at}"), row);
@@ -141,21 +319,45 @@ fn remedied(node: &Node, id: &str, row: &Row) -> anyhow::Result<()> {
     let known = Condition::named(row.name);
     ensure!(known.remedy.contains(row.word), "{}", known.remedy);
     run(node, id, row.run, row.command)?;
+    let on_node = |command: &str| -> anyhow::Result<()> {
+        let pid = journey::task_pid(node, id)?.to_string();
+        let command = command.replace("PID", &pid).replace("NAME", id);
+        node.shell(&command).run()?;
+        Ok(())
+    };
+    match row.then {
+        Then::Nothing => {}
+        Then::Command(command) => on_node(command)?,
+        Then::By(act) => act(node, journey::task_pid(node, id)?)?,
+    }
     let found = check(node, id, row.flags)?;
     ensure!(names(&found) == [row.name], "{found}");
     let mut flags = row.flags.to_vec();
+    let again = |more: &[&str], command| -> anyhow::Result<()> {
+        journey::remove_container(node, id)?;
+        run(node, id, &[row.run, more].concat(), command)
+    };
     match row.remedy {
         Remedy::Flags(more) => {
             flags.retain(|flag| !flag.starts_with("--no-"));
             flags.extend(more);
         }
-        Remedy::Command(command) => {
-            let pid = journey::task_pid(node, id)?;
-            node.shell(&command.replace("PID", &pid.to_string()))
-                .run()?;
-        }
+        Remedy::Command(command) => on_node(command)?,
+        Remedy::Run(more, command) => again(more, command)?,
     }
-    passes(node, id, &flags)
+    passes(node, id, &flags, row.restore)
+}
+
+fn trace(node: &Node, pid: u32) -> anyhow::Result<()> {
+    node.start_daemon(
+        "tracer",
+        &["python3", "/usr/local/bin/trace.py", &pid.to_string()],
+    )?;
+    poll_until("the tracer", PATIENCE, || {
+        let traced = format!("! grep -q 'TracerPid:.0$' /proc/{pid}/status");
+        node.shell(&traced).run().map_err(|error| error.to_string())
+    })?;
+    Ok(())
 }
 
 /// A job in the background of a terminal, and the like.
@@ -168,10 +370,10 @@ fn stopped_goes_on(node: &Node) -> anyhow::Result<()> {
     let found = check(node, "halted", &[])?;
     ensure!(names(&found) == ["stopped"], "{found}");
     node.shell(&format!("{word} {pid}")).run()?;
-    passes(node, "halted", &[])
+    passes(node, "halted", &[], &[])
 }
 
-fn passes(node: &Node, id: &str, flags: &[&str]) -> anyhow::Result<()> {
+fn passes(node: &Node, id: &str, flags: &[&str], asked: &[&str]) -> anyhow::Result<()> {
     let found = check(node, id, flags)?;
     ensure!(names(&found).is_empty(), "{found}");
     let mut checkpoint = node.command("transship");
@@ -179,6 +381,10 @@ fn passes(node: &Node, id: &str, flags: &[&str]) -> anyhow::Result<()> {
         .args(["checkpoint", id, "--name", id])
         .args(flags);
     checkpoint.run().context("the checkpoint")?;
+    journey::remove_container(node, id)?;
+    let mut restore = node.command("transship");
+    restore.args(["restore", id, "--id", id]).args(asked);
+    restore.run().context("the restore")?;
     node.shell(&format!("transship rm {id}")).run()?;
     Ok(journey::remove_container(node, id)?)
 }

@@ -31,8 +31,8 @@ pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "outside-session",
         effect: Effect::NoDump,
-        what: "a process holds the terminal of a session whose leader is outside",
-        remedy: "end what an exec with a terminal has left behind; --shell-job dumps it for a restore by hand",
+        what: "a process is in a session whose leader is outside, or holds the terminal of one",
+        remedy: "end what an exec with a terminal, or nsenter, has left behind; its parent has to wait for it",
         seen: "/proc/PID/stat: session, tty_nr; /proc/PID/status: NSsid",
         criu_says: &["tty: Found dangling tty", "A session leader of"],
     },
@@ -583,10 +583,10 @@ pub static CONDITIONS: [Condition; 85] = [
     Condition {
         name: "chroot",
         effect: Effect::NoDump,
-        what: "CRIU cannot read its mounts; one reason is that its first process has changed its root (chroot) to a directory that is no mount",
-        remedy: "mount the directory over itself before the chroot, or make it the root file system of the container",
-        seen: "/proc/PID/mountinfo",
-        criu_says: &["'s mountinfo"],
+        what: "CRIU cannot read its mounts; one reason is that its first process has changed its root (chroot)",
+        remedy: "make that directory the root file system of the container; a chroot of its other processes is no hindrance",
+        seen: "/proc/PID/root, mountinfo",
+        criu_says: &["'s mountinfo", "has another root than mntns"],
     },
     Condition {
         name: "file-locks",

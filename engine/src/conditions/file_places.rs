@@ -7,9 +7,11 @@
 //!                         31 25 0:41 / /data rw     a later one at the same place, or above it: 30 is covered
 //!                         32 30 0:42 / /data rw     so it is by one that is mounted on it
 //!  readlink(2)            ENAMETOOLONG              more than a page
+//!  readlink of /proc/PID/root    /                  where its mount namespace begins, too
 //! ```
 //!
-//! Without a line for `/` the root is no mount, and CRIU makes nothing of the others. It asks the same of what is mapped,
+//! The first process with another root is refused by CRIU (get_mntns_root of its mount.c); without a line for `/` that root
+//! is no mount, and CRIU makes nothing of the others. It asks the same of what is mapped,
 //! which is left to it.
 
 use std::cell::LazyCell;
@@ -57,6 +59,11 @@ enum Look {
 pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     let mut hits: Vec<Hit> = processes.tree.iter().filter_map(too_long).collect();
     let unseen = || ("unseen", "mounts".to_owned());
+    let root = fs::read_link(format!("/proc/{}/root", subject.init));
+    if root.is_ok_and(|root| root != Path::new("/")) {
+        hits.push(("chroot", String::new()));
+        return hits;
+    }
     let mut is_any_unseen = false;
     let first = match look(subject.init) {
         Look::Mounts(first) => first,

@@ -4,10 +4,12 @@
 //! ```text
 //!  another network than CRIU's      locked as a whole, whatever is in it
 //!  CRIU's own, the node's           each connection that is to stay established
-//!     by nftables, if CRIU was built with it and the kernel has it; else iptables-restore is run
+//!     by nftables, if CRIU was built with it and the kernel has it; else iptables-restore is run, and
+//!     ip6tables-restore, too, where the kernel has IPv6 (iptables_network_lock_internal of CRIU)
 //! ```
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use transship_checkpoint::criu_images::inventory::NetworkLock;
@@ -48,12 +50,15 @@ fn is_too_old() -> bool {
 /// What CRIU locks a network with on this node.
 pub(crate) fn way_to_lock() -> Option<&'static str> {
     way(criu_lock(), || {
-        let mut iptables = Command::new(IPTABLES);
-        iptables.arg("--version").stdin(Stdio::null());
-        iptables
-            .output()
-            .is_ok_and(|output| output.status.success())
+        let has_ipv6 = Path::new("/proc/sys/net/ipv6").exists();
+        works(IPTABLES) && (!has_ipv6 || works("ip6tables-restore"))
     })
+}
+
+fn works(program: &str) -> bool {
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null());
+    command.output().is_ok_and(|output| output.status.success())
 }
 
 fn way(lock: NetworkLock, has_iptables: impl FnOnce() -> bool) -> Option<&'static str> {

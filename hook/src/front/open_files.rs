@@ -10,6 +10,8 @@
 //! /proc/<pid>/fdinfo/<n>     mnt_id: <id>                    the mount of an open file
 //! ```
 //!
+//! A process that has changed its root (chroot) is shown the mounts below it alone, so all processes of a namespace are asked.
+//!
 //! Of some files of `/proc` and `/sys` the kernel asks which capabilities those have who opened them, and of nobody who
 //! reads them later (`sandbox/src/privileged_files.rs`). CRIU has them all. Nor does the kernel ask again which devices the
 //! container may open (`sandbox/src/device_rules.rs`).
@@ -18,7 +20,7 @@
 //!
 //! Pipes, sockets and what else has no path are no files of a mount. The standard streams are the runtime's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -96,21 +98,27 @@ fn unfit(root: i32, spec: &Spec) -> io::Result<Option<(PathBuf, Unfit)>> {
         own: OwnProcesses::of(tree.iter().copied())?,
         streams: streams(),
     };
+    let mut mounts: BTreeMap<PathBuf, BTreeSet<u64>> = BTreeMap::new();
+    let mut processes = Vec::new();
     for pid in tree {
         let proc = PathBuf::from(format!("/proc/{pid}"));
-        let mounts = match mounts(&proc) {
+        let seen = match mounts_seen_by(&proc) {
             // A zombie is in no mount namespace.
             Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => continue,
-            mounts => unless_gone(mounts)?,
+            seen => unless_gone(seen)?,
         };
-        let Some(mounts) = mounts else {
-            continue;
-        };
+        if let Some((namespace, seen)) = seen {
+            mounts.entry(namespace.clone()).or_default().extend(seen);
+            processes.push((proc, namespace));
+        }
+    }
+    for (proc, namespace) in processes {
+        let mounts = &mounts[&namespace];
         let Some(bounds) = unless_gone(privileged_files::attainable(&proc))? else {
             continue;
         };
         for link in links(&proc)? {
-            let found = unless_gone(container.look_at(&link, &proc, &mounts, bounds))?.flatten();
+            let found = unless_gone(container.look_at(&link, &proc, mounts, bounds))?.flatten();
             if let Some(unfit) = found {
                 return fs::read_link(&link).map(|path| Some((path, unfit)));
             }
@@ -127,13 +135,14 @@ fn streams() -> Vec<(u64, u64)> {
     streams.map(|found| (found.dev(), found.ino())).collect()
 }
 
-fn mounts(proc: &Path) -> io::Result<BTreeSet<u64>> {
+/// A mount namespace, and the mounts that are seen from the root of one of its processes.
+fn mounts_seen_by(proc: &Path) -> io::Result<(PathBuf, BTreeSet<u64>)> {
+    let namespace = fs::read_link(proc.join("ns/mnt"))?;
     let text = fs::read(proc.join("mountinfo"))?;
     let lines = text.split(|byte| *byte == b'\n');
     let ids = lines.filter_map(|line| line.split(|byte| *byte == b' ').next());
-    Ok(ids
-        .filter_map(|id| std::str::from_utf8(id).ok()?.parse().ok())
-        .collect())
+    let ids = ids.filter_map(|id| std::str::from_utf8(id).ok()?.parse().ok());
+    Ok((namespace, ids.collect()))
 }
 
 fn links(proc: &Path) -> io::Result<Vec<PathBuf>> {
@@ -217,7 +226,7 @@ mod tests {
         let proc = Path::new("/proc/self");
         let file = tempfile::tempfile().unwrap();
         let link = |file: &dyn AsRawFd| proc.join(format!("fd/{}", file.as_raw_fd()));
-        let own = mounts(proc).unwrap();
+        let (_, own) = mounts_seen_by(proc).unwrap();
         let none = BTreeSet::new();
         let closed = br#"{"linux":{"resources":{"devices":[{"allow":false,"access":"rwm"}]}}}"#;
         let mut container = Container {

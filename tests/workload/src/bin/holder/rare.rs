@@ -2,9 +2,9 @@
 //! `transship check` tells of.
 //!
 //! ```text
-//!   mptcp             a Multipath TCP socket
+//!   mptcp             a Multipath TCP socket; an ordinary one where there are none
 //!   vsock             a socket of another kind
-//!   io-uring          a ring
+//!   io-uring          a ring; nothing where that is forbidden
 //!   uffd              a file of a kind of its own (userfaultfd)
 //!   watch=PATH        inotify; how many bytes of events have come is in /data/events
 //!   semaphore         memory of a named semaphore, opened as glibc does in the process that makes it
@@ -65,9 +65,15 @@ static EVENTS: AtomicUsize = AtomicUsize::new(0);
 /// None for a need that is none of these.
 pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Rare>> {
     let held: Box<dyn Any> = match name {
-        "mptcp" => Box::new(socket(libc::AF_INET, MPTCP)?),
+        // As Go's servers do.
+        "mptcp" => Box::new(
+            socket(libc::AF_INET, MPTCP).or_else(|_| socket(libc::AF_INET, libc::IPPROTO_TCP))?,
+        ),
         "vsock" => Box::new(socket(libc::AF_VSOCK, 0)?),
-        "io-uring" => Box::new(ring()?),
+        "io-uring" => match ring() {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Box::new(()),
+            other => Box::new(other?),
+        },
         "uffd" => Box::new(user_faults()?),
         "watch" => return Ok(Some(Rare::Watch(watch(value)?))),
         "semaphore" => return Ok(Some(Rare::Semaphore(semaphore()?))),

@@ -105,8 +105,12 @@ pub(super) fn take(name: &str) -> io::Result<Option<Shared>> {
             umount2("/data/unmounted", MntFlags::MNT_DETACH)?;
             Box::new(file)
         }
-        "chroot" => {
+        "chroot" | "chroot-to-mount" => {
             fs::create_dir_all("/data/data")?;
+            if name == "chroot-to-mount" {
+                let none = None::<&str>;
+                mount(Some("/data"), "/data", none, MsFlags::MS_BIND, none)?;
+            }
             std::os::unix::fs::chroot("/data")?;
             Box::new(std::env::set_current_dir("/")?)
         }
