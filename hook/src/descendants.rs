@@ -50,32 +50,42 @@ pub(crate) fn kill_below(root: i32, spared: &[i32]) -> io::Result<()> {
     all
 }
 
-/// Stops all processes below `root` that are not yet in `found`, until there are no others.
+/// Stops all processes below `root` that are not yet in `found`, until there are no others. What fails for one is told
+/// when it has been done for the others.
 fn stop_below(
     root: i32,
     spared: &[i32],
     found: &mut BTreeMap<i32, KnownProcess>,
 ) -> io::Result<()> {
     for _ in 0..LOOKS {
-        let mut is_any_new = false;
+        let before = found.len();
+        let mut all = Ok(());
         for (pid, parent) in below(root, spared)? {
             if found.contains_key(&pid) {
                 continue;
             }
-            let Some(process) = ProcessHandle::open_below(pid, Some(parent))? else {
-                continue;
-            };
-            if let Some(known) = KnownProcess::of(&process)? {
-                drop(process.signal(Signal::STOP));
-                found.insert(pid, known);
-                is_any_new = true;
+            match stop(pid, parent) {
+                Ok(known) => found.extend(known.map(|known| (pid, known))),
+                Err(error) => all = all.and(Err(error)),
             }
         }
-        if !is_any_new {
-            break;
+        if found.len() == before {
+            return all;
         }
     }
     Ok(())
+}
+
+/// None for one that is not there any more.
+fn stop(pid: i32, parent: i32) -> io::Result<Option<KnownProcess>> {
+    let Some(process) = ProcessHandle::open_below(pid, Some(parent))? else {
+        return Ok(None);
+    };
+    let known = KnownProcess::of(&process)?;
+    if known.is_some() {
+        drop(process.signal(Signal::STOP));
+    }
+    Ok(known)
 }
 
 /// The numbers of all processes below `root`, each with its parent's, but for those in `spared` and below them.

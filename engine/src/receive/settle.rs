@@ -142,7 +142,10 @@ pub async fn settle_all(node: &Containerd, store: &Store, arrivals: &Arrivals) -
     match node.namespaces().await {
         Ok(namespaces) => {
             for namespace in namespaces {
-                let ended = leases::end_those_of_the_gone(&node.in_namespace(&namespace)?).await;
+                let ended = match node.in_namespace(&namespace) {
+                    Ok(node) => leases::end_those_of_the_gone(&node).await,
+                    Err(error) => Err(error.into()),
+                };
                 settled.failed.extend(ended.err());
             }
         }

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use containerd_client::types::v1::Status;
+use k8s_cri::v1::PodSandboxState;
 use tokio::task::JoinSet;
 use transship_checkpoint::annotations::RECEIVE;
 use transship_containerd::Containerd;
@@ -148,8 +149,9 @@ pub(in super::super) async fn remove(
     // By its annotation, which nobody else has: a command that was killed in the middle of the call knows no id.
     for sandbox in cri.sandboxes().await? {
         let of_migration = sandbox.annotations.get(RECEIVE).map(String::as_str);
-        is_there_again |= of_migration != Some(migration) && { sandbox.metadata.as_ref() }
-            .is_some_and(|metadata| metadata.uid == pod.uid);
+        is_there_again |= of_migration != Some(migration)
+            && sandbox.state() == PodSandboxState::SandboxReady
+            && { sandbox.metadata.as_ref() }.is_some_and(|metadata| metadata.uid == pod.uid);
         if of_migration == Some(migration) {
             let removed = cri.remove(&sandbox.id).await;
             removed.with_context(|| format!("the sandbox {} is left", sandbox.id))?;
