@@ -1,5 +1,6 @@
 //! One file a command.
 
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -114,12 +115,24 @@ async fn connect(global: &Global) -> Result<Containerd> {
 
 /// Prints a result for programs, or calls `text` for people.
 fn print<T: Serialize>(global: &Global, result: &T, text: impl FnOnce() -> String) -> Result<()> {
-    if global.json {
-        println!("{}", json(result)?);
-    } else {
-        print!("{}", printable_lines(&text()));
+    match global.json {
+        true => print_line(&json(result)?),
+        false => write_stdout(&printable_lines(&text())),
     }
-    Ok(())
+}
+
+fn print_line(line: &str) -> Result<()> {
+    write_stdout(&format!("{line}\n"))
+}
+
+/// What has been done is done, also where nobody reads of it any more (`| head`).
+fn write_stdout(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    let written = { stdout.write_all(text.as_bytes()) }.and_then(|()| stdout.flush());
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written.context("cannot write to stdout")?),
+    }
 }
 
 fn json<T: Serialize>(result: &T) -> Result<String> {

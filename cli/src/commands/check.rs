@@ -14,8 +14,7 @@ use crate::args::{CheckArgs, Global, VolumesArg};
 pub(crate) async fn run(global: &Global, args: CheckArgs) -> Result<()> {
     if args.node {
         let facts = NodeFacts::of_this(connect(global).await.ok().as_ref()).await?;
-        println!("{}", super::json(&facts)?);
-        return Ok(());
+        return super::print_line(&super::json(&facts)?);
     }
     let there = args.other.as_deref().map(read_facts).transpose()?;
     let of = match (args.container, args.pod) {

@@ -24,6 +24,5 @@ pub(crate) async fn run(global: &Global, id: &str, expected: Option<&str>) -> Re
         log,
     };
     let line = serde_json::to_string(&base).context("cannot write JSON")?;
-    println!("{line}");
-    Ok(())
+    super::print_line(&line)
 }

@@ -2,7 +2,7 @@
 
 use transship_engine::Result;
 
-use super::connect;
+use super::{connect, print_line};
 use crate::args::Global;
 
 pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
@@ -10,6 +10,5 @@ pub(crate) async fn run(global: &Global, id: &str) -> Result<()> {
         Err(error) if error.is_not_found() => "no",
         found => found.map(|_| "yes")?,
     };
-    println!("{answer}");
-    Ok(())
+    print_line(answer)
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use transship_checkpoint::manifest::Losses;
+use transship_checkpoint::shown_text::printable;
 use transship_engine::interrupt::Interrupt;
 use transship_engine::snapshot::{self, Sink, Source, Target, WhileRead};
 use transship_engine::source;
@@ -18,6 +19,7 @@ use super::{connect, print};
 use crate::args::{
     Global, SnapshotCommand, SnapshotDiffArgs, SnapshotExportArgs, SnapshotImportArgs,
 };
+use crate::progress::say;
 
 pub(crate) async fn run(global: &Global, command: SnapshotCommand) -> Result<()> {
     match command {
@@ -95,16 +97,16 @@ fn report(global: &Global, stats: &ExportStats) -> Result<()> {
         losses: source::losses(stats),
     };
     if global.json {
-        eprintln!("{}", super::json(&exported)?);
+        say(&super::json(&exported)?);
         return Ok(());
     }
     let bytes = human_bytes(exported.bytes);
-    eprintln!("{} entries, {bytes}", exported.entries);
+    say(&format!("{} entries, {bytes}", exported.entries));
     for path in &stats.noted_paths {
-        eprintln!(
+        say(&format!(
             "note: {} has hard links in the image, inode flags or attributes that a layer cannot say",
-            path.display()
-        );
+            printable(&path.to_string_lossy())
+        ));
     }
     Ok(())
 }
