@@ -13,7 +13,7 @@ use crate::Case;
 
 mod api;
 mod builders;
-mod disks;
+pub(crate) mod disks;
 mod docker;
 mod pulls;
 mod random_layers;

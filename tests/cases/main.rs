@@ -64,6 +64,7 @@ mod pods_ordinary;
 mod pods_own_files;
 mod pods_shared;
 mod pods_volumes;
+mod power_cut;
 mod programs;
 mod random_faults;
 mod random_faults_of_pods;
@@ -229,6 +230,7 @@ fn main() -> ExitCode {
         each(pods_own_files::cases()),
         each(pods_shared::cases()),
         each(pods_volumes::cases()),
+        each(power_cut::cases()),
         each(programs::cases()),
         each(random_faults::cases()),
         each(random_faults_of_pods::cases()),

@@ -137,7 +137,9 @@ fn mount_root(plan: &InitPlan) -> Result<(), TestbedError> {
         .into_iter()
         .chain(DATA_DIRS.map(|(dir, _)| dir))
     {
-        make_dir(&data.join(dir))?;
+        // After a boot they are there.
+        let dir = data.join(dir);
+        fs::create_dir_all(&dir).during("make directory", &dir)?;
     }
     let layers = format!(
         "lowerdir={},upperdir={},workdir={}",

@@ -25,6 +25,10 @@ const BINARIES: [&str; 4] = [
     "transship-hook",
 ];
 
+/// The kernel is the one of the machine, which has not been down.
+const OTHER_BOOT: &str = "cat /proc/sys/kernel/random/uuid >/run/boot-id
+    mount --bind /run/boot-id /proc/sys/kernel/random/boot_id";
+
 /// Where a node keeps what it writes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Storage {
@@ -33,6 +37,9 @@ pub enum Storage {
     Disk,
     /// On a tmpfs of this size ("64m"): for a disk that fills up, or one that must not slow a test.
     Tmpfs(String),
+    /// What another node has written (its `data`) on the file system of the work directory, which becomes this one's: as it
+    /// is after a boot, with another boot id.
+    Found(PathBuf),
 }
 
 /// How a node differs from the plain one.
@@ -86,8 +93,12 @@ impl Node {
     ) -> Result<Node, TestbedError> {
         let hostname = format!("node-{name}");
         let (data, root) = (dir.join("data"), dir.join("root"));
-        for path in [dir, &data, &root] {
+        for path in [dir, &root] {
             fs::create_dir(path).during("create", path)?;
+        }
+        match &options.storage {
+            Storage::Found(found) => fs::rename(found, &data).during("move", found)?,
+            Storage::Disk | Storage::Tmpfs(_) => fs::create_dir(&data).during("create", &data)?,
         }
         let cgroups = NodeCgroups::plan(
             &fs::read_to_string("/proc/self/mountinfo").during("read", "/proc/self/mountinfo")?,
@@ -115,8 +126,10 @@ impl Node {
             data,
             tmpfs_size: match &options.storage {
                 // No overlay on an overlay: inside of a container the work directory may be one.
-                Storage::Disk if lies_on_overlay(dir)? => Some(TMPFS_FOR_OVERLAY.to_owned()),
-                Storage::Disk => None,
+                Storage::Disk | Storage::Found(_) if lies_on_overlay(dir)? => {
+                    Some(TMPFS_FOR_OVERLAY.to_owned())
+                }
+                Storage::Disk | Storage::Found(_) => None,
                 Storage::Tmpfs(size) => Some(size.clone()),
             },
             root,
@@ -191,7 +204,10 @@ impl Node {
             .cgroups
             .delegate()
             .and_then(|()| node.set_up(&hostname))
-        {
+            .and_then(|()| match options.storage {
+                Storage::Found(_) => node.shell(OTHER_BOOT).run(),
+                Storage::Disk | Storage::Tmpfs(_) => Ok(()),
+            }) {
             Ok(()) => Ok(node),
             Err(error) => node.stop().and(Err(error)),
         }

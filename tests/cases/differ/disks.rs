@@ -24,7 +24,7 @@ pub(super) fn cases() -> impl Iterator<Item = Case> {
     })
 }
 
-fn on(
+pub(crate) fn on(
     file_system: FileSystem,
     bed: &Testbed,
     test: impl FnOnce(&Disk, &Testbed) -> anyhow::Result<()>,
