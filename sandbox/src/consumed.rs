@@ -11,10 +11,13 @@
 //!   container  CHECKPOINT  NAME  NAME IN THE POD  CREATED     the last: of the checkpoint; not in records of old
 //!   volume     CHECKPOINT  NAME
 //!   once       CHECKPOINT  CREATED           nobody else restores the one that was taken then, and it goes
+//!   cold       NAME IN THE POD               it was to be restored, and has started from its image
 //! ```
 //!
 //! A container that starts again starts cold: its files have gone on since the checkpoint, its
-//! memory would not have. The record is written when the container is let go, so a restore that was
+//! memory would not have. So does one that has begun from its image because nothing could be restored
+//! (`dev.transship/on-failure: cold-start`), or because there was nothing yet: whatever comes later is of another life.
+//! The record is written when the container is let go, so a restore that was
 //! cancelled before that is made again. It is kept beside the store and not in the checkpoint:
 //! whoever removes a checkpoint must not keep a pod that had its restore from starting again.
 
@@ -39,7 +42,7 @@ use crate::pod_dir::UID_FILE;
 /// Where the records are.
 pub const DEFAULT_CONSUMED_DIR: &str = "/var/lib/transship/consumed";
 /// How long the record of a pod is kept that kubelet does not know and that has no sandbox.
-const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+pub(crate) const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 const KUBELET_PODS: &str = "/var/lib/kubelet/pods";
 const LAYER_PREFIX: &str = "layer-";
 
@@ -81,6 +84,7 @@ enum Entry {
         /// Seconds since 1970: another one may get its name.
         created: u64,
     },
+    Cold(String),
 }
 
 impl Owner {
@@ -147,7 +151,7 @@ impl Consumed {
             Entry::Container { checkpoint: of, .. } | Entry::Volume { checkpoint: of, .. } => {
                 of == checkpoint
             }
-            Entry::Of(_) | Entry::Once { .. } => false,
+            Entry::Of(_) | Entry::Once { .. } | Entry::Cold(_) => false,
         })
     }
 
@@ -165,6 +169,45 @@ impl Consumed {
     pub fn has_container_of(&self, checkpoint: &str) -> bool {
         let of = |entry: &Entry| matches!(entry, Entry::Container { checkpoint: of, .. } if of == checkpoint);
         self.entries.iter().any(of)
+    }
+
+    /// Whether a container has run that could have written to a volume: of the checkpoint, but for those that `had_ended`
+    /// says to be of its containers that did not run, or from its image.
+    #[must_use]
+    pub fn has_run(&self, checkpoint: &str, had_ended: impl Fn(&str) -> bool) -> bool {
+        self.entries.iter().any(|entry| match entry {
+            Entry::Container {
+                checkpoint: of,
+                name,
+                ..
+            } => of == checkpoint && !had_ended(name),
+            Entry::Cold(_) => true,
+            Entry::Of(_) | Entry::Volume { .. } | Entry::Once { .. } => false,
+        })
+    }
+
+    /// Whether anything of this owner has run.
+    #[must_use]
+    pub fn has_run_at_all(&self) -> bool {
+        let is_run = |entry: &Entry| matches!(entry, Entry::Container { .. } | Entry::Cold(_));
+        self.entries.iter().any(is_run)
+    }
+
+    /// Whether the container `asker` of the pod has started from its image.
+    #[must_use]
+    pub fn has_started_cold(&self, asker: &str) -> bool {
+        self.entries.contains(&Entry::Cold(asker.to_owned()))
+    }
+
+    /// Remembers, also beyond a power cut, that `asker` starts from its image.
+    ///
+    /// # Errors
+    /// A system call failed; nothing is remembered then.
+    pub fn add_cold(&mut self, asker: &str) -> Result<(), SandboxError> {
+        match self.has_started_cold(asker) {
+            true => Ok(()),
+            false => self.add(Entry::Cold(asker.to_owned())),
+        }
     }
 
     /// Whether the volume `name` of the checkpoint has been taken.
@@ -439,6 +482,7 @@ impl Entry {
                 checkpoint: checkpoint.to_owned(),
                 created: created.parse().ok()?,
             },
+            ["cold", asker] => Self::Cold(asker.to_owned()),
             _ => return None,
         })
     }
@@ -461,6 +505,7 @@ impl Entry {
                 checkpoint,
                 created,
             } => format!("once\t{checkpoint}\t{created}"),
+            Self::Cold(asker) => format!("cold\t{asker}"),
         };
         line.replace('\n', " ") + "\n"
     }
@@ -483,9 +528,14 @@ pub fn remove_records_of_the_gone(dir: &Path, run_dir: &Path) -> Result<(), Sand
             let age = fs::metadata(&path)
                 .and_then(|meta| meta.modified())
                 .map(|then| SystemTime::now().duration_since(then).unwrap_or_default());
+            let is_alive = living.iter().any(|it| it == uid);
+            if is_alive {
+                // After a boot it has no sandbox yet, and kubelet's directory may be another one.
+                drop(File::open(&path).and_then(|file| file.set_modified(SystemTime::now())));
+            }
             age.is_ok_and(|age| age > KEPT)
+                && !is_alive
                 && !Path::new(KUBELET_PODS).join(uid).is_dir()
-                && !living.iter().any(|it| it == uid)
         } else if let Some(id) = name.strip_prefix("container-") {
             !run_dir.join("pods").join(id).is_dir()
         } else if name.starts_with(LAYER_PREFIX) {
@@ -510,7 +560,7 @@ fn is_record_of_its_layer(path: &Path, name: &str) -> bool {
 }
 
 /// The uids of the pods whose sandboxes have a directory.
-fn living_pods(run_dir: &Path) -> Vec<String> {
+pub(crate) fn living_pods(run_dir: &Path) -> Vec<String> {
     let pods = fs::read_dir(run_dir.join("pods"));
     pods.into_iter()
         .flatten()
@@ -649,7 +699,12 @@ mod tests {
         remove_records_of_the_gone(&dir, &run).unwrap();
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "its sandbox lives");
         fs::remove_dir_all(run).unwrap();
-        remove_records_of_the_gone(&dir, Path::new("/nowhere")).unwrap();
+        // After a boot, before kubelet has made its sandbox again.
+        let nowhere = Path::new("/nowhere");
+        remove_records_of_the_gone(&dir, nowhere).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "it was alive");
+        record.set_modified(old).unwrap();
+        remove_records_of_the_gone(&dir, nowhere).unwrap();
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 }

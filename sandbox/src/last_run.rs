@@ -3,8 +3,10 @@
 //!
 //! ```text
 //! /var/lib/transship/runs/<namespace>_<pod>     neither name can have an underscore
-//!   UID  BEGAN  BEFORE       when the pod with this uid got its first sandbox that came up, and when the one of
-//!                            the same name before it did: seconds since 1970, separated by tabs
+//!   UID  BEGAN  BEFORE  WAITS    when the pod with this uid got its first sandbox that came up, and when the one of
+//!                            the same name before it did: seconds since 1970, separated by tabs; and "waits" if it
+//!                            was to be restored then. One of which nothing has been restored or started since has not
+//!                            run, as far as pods after it are concerned.
 //! /var/lib/transship/runs/.forgotten            the newest BEGAN of the records that are no more
 //! ```
 //!
@@ -12,7 +14,7 @@
 //! newest of those that are gone did. So nothing that was taken before a run is restored after it, whatever is forgotten.
 //!
 //! A later sandbox of the same pod changes nothing: until one of its containers has run, it may still have what
-//! its first sandbox was to have.
+//! its first sandbox was to have (`consumed` knows of each that has).
 
 use std::fs::{self, File};
 use std::io;
@@ -25,7 +27,7 @@ use transship_checkpoint::manifest::{Manifest, check_name};
 use transship_checkpoint::store::Store;
 use transship_path_error::During as _;
 
-use crate::consumed::times_restored;
+use crate::consumed::{Consumed, KEPT as CONSUMED_KEPT, Owner, times_restored};
 use crate::error::SandboxError;
 use crate::files::{make_dir, remove_file, replace_durably};
 
@@ -54,9 +56,23 @@ struct LastRun {
     uid: String,
     began: u64,
     before: u64,
+    waits: bool,
 }
 
+const WAITS: &str = "waits";
+
 impl LastRun {
+    /// What was taken after that may be restored by another pod.
+    fn since(&self, consumed: &Path, now: u64) -> Result<u64, SandboxError> {
+        // As long as a record that it has run cannot have been forgotten.
+        let is_recent = self.began.saturating_add(CONSUMED_KEPT.as_secs()) > now;
+        let may_wait = self.waits && is_recent && self.began <= now;
+        Ok(match may_wait && !has_run(consumed, &self.uid)? {
+            true => self.before,
+            false => self.began,
+        })
+    }
+
     /// The record in `path`, if there is one.
     fn read(path: &Path) -> Result<Option<Self>, SandboxError> {
         let text = match fs::read_to_string(path) {
@@ -74,6 +90,7 @@ impl LastRun {
             uid,
             began: seconds(),
             before: seconds(),
+            waits: fields.next() == Some(WAITS),
         }))
     }
 }
@@ -135,6 +152,11 @@ fn forget_old(dir: &Path, now: u64, most: usize) -> Result<(), SandboxError> {
     old.into_iter().try_for_each(|(_, path)| remove_file(path))
 }
 
+/// Whether a container of the pod has been restored, or started from its image.
+fn has_run(consumed: &Path, uid: &str) -> Result<bool, SandboxError> {
+    Ok(Consumed::by(consumed, &Owner::Pod(uid.to_owned()))?.has_run_at_all())
+}
+
 impl PodRun<'_> {
     fn path(&self, dir: &Path) -> Result<PathBuf, SandboxError> {
         for part in [self.namespace, self.name] {
@@ -143,23 +165,29 @@ impl PodRun<'_> {
         Ok(dir.join(format!("{}_{}", self.namespace, self.name)))
     }
 
-    /// When the pod before this one has begun to run; 0: there was none.
+    /// When the pod before this one has begun to run; 0: there was none. `consumed` has what pods have restored.
     ///
     /// # Errors
     /// A name that could lead elsewhere, or a failed system call.
-    pub fn since(&self, dir: &Path) -> Result<u64, SandboxError> {
+    pub fn since(&self, dir: &Path, consumed: &Path, now: u64) -> Result<u64, SandboxError> {
         let last = self.last(dir)?;
-        Ok(match last.uid == self.uid {
-            true => last.before,
-            false => last.began,
-        })
+        match last.uid == self.uid {
+            true => Ok(last.before),
+            false => last.since(consumed, now),
+        }
     }
 
-    /// Records that the pod begins to run `now`, unless that is known.
+    /// Records that the pod begins to run `now`, unless that is known; and whether it `waits` to be restored.
     ///
     /// # Errors
     /// A name that could lead elsewhere, or a failed system call.
-    pub fn begin(&self, dir: &Path, now: u64) -> Result<(), SandboxError> {
+    pub fn begin(
+        &self,
+        dir: &Path,
+        consumed: &Path,
+        now: u64,
+        waits: bool,
+    ) -> Result<(), SandboxError> {
         let last = self.last(dir)?;
         if last.uid == self.uid {
             return Ok(());
@@ -170,8 +198,10 @@ impl PodRun<'_> {
         let lock = Flock::lock(file, FlockArg::LockExclusive);
         let _lock = lock.map_err(|(_, errno)| errno).during("lock", dir)?;
         forget_old(dir, now, MOST)?;
-        let (uid, began) = (self.uid.replace(['\t', '\n'], " "), last.began);
-        let record = format!("{uid}\t{now}\t{began}\n");
+        let before = last.since(consumed, now)?;
+        let uid = self.uid.replace(['\t', '\n'], " ");
+        let waits = if waits { WAITS } else { "" };
+        let record = format!("{uid}\t{now}\t{before}\t{waits}\n");
         replace_durably(&self.path(dir)?, record.as_bytes())
     }
 
@@ -182,6 +212,7 @@ impl PodRun<'_> {
                 uid: String::new(),
                 began: forgotten(dir)?,
                 before: 0,
+                waits: false,
             }),
         }
     }
@@ -249,21 +280,43 @@ mod tests {
             ("b", 200, 100),
             ("b", 250, 100),
         ] {
-            assert_eq!(run(uid).since(&dir).unwrap(), since);
+            assert_eq!(run(uid).since(&dir, &dir, now).unwrap(), since);
             // Another sandbox of it may fail.
-            assert_eq!(run(uid).since(&dir).unwrap(), since);
-            run(uid).begin(&dir, now).unwrap();
-            assert_eq!(run(uid).since(&dir).unwrap(), since);
+            assert_eq!(run(uid).since(&dir, &dir, now).unwrap(), since);
+            run(uid).begin(&dir, &dir, now, false).unwrap();
+            assert_eq!(run(uid).since(&dir, &dir, now).unwrap(), since);
         }
         // Of "x" nothing has run.
         for uid in ["x", "c"] {
-            assert_eq!(run(uid).since(&dir).unwrap(), 200);
+            assert_eq!(run(uid).since(&dir, &dir, 300).unwrap(), 200);
         }
         let thief = PodRun {
             namespace: "../..",
             ..run("a")
         };
-        assert!(thief.begin(&dir, 1).is_err());
+        assert!(thief.begin(&dir, &dir, 1, false).is_err());
+    }
+
+    #[test]
+    fn a_pod_that_waits_for_its_restore_has_not_run() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, consumed) = (root.path().join("runs"), root.path().join("consumed"));
+        let since = |uid, now| run(uid).since(&dir, &consumed, now).unwrap();
+        let begin = |uid, now, waits| run(uid).begin(&dir, &consumed, now, waits).unwrap();
+        begin("a", 100, false);
+        begin("b", 200, true);
+        // Nothing of "b" has come up.
+        assert_eq!((since("b", 210), since("c", 210)), (100, 100));
+        begin("c", 220, true);
+        assert_eq!((since("c", 230), since("d", 230)), (100, 100));
+        let mut record = Consumed::by(&consumed, &Owner::Pod("c".into())).unwrap();
+        record.add_cold("app").unwrap();
+        assert!(record.has_started_cold("app") && !record.has_started_cold("other"));
+        assert_eq!((since("c", 240), since("d", 240)), (100, 220));
+        begin("d", 250, true);
+        // By then nobody knows whether it has.
+        let later = 251 + CONSUMED_KEPT.as_secs();
+        assert_eq!((since("e", 260), since("e", later)), (220, 250));
     }
 
     #[test]
@@ -280,22 +333,22 @@ mod tests {
             file.set_modified(at).unwrap();
         };
         for (name, began, days) in [("web-0", 100, 91), ("web-1", 300, 91), ("web-2", 500, 1)] {
-            of(name).begin(&dir, began).unwrap();
+            of(name).begin(&dir, &dir, began, false).unwrap();
             age(name, days);
         }
-        of("web-3").begin(&dir, now).unwrap();
+        of("web-3").begin(&dir, &dir, now, false).unwrap();
         let left = || fs::read_dir(&dir).unwrap().count();
         assert_eq!(left(), 3, "two, and what is known of the others");
         for (name, since) in [("web-0", 300), ("web-1", 300), ("new", 300), ("web-2", 0)] {
-            assert_eq!(of(name).since(&dir).unwrap(), since, "{name}");
+            assert_eq!(of(name).since(&dir, &dir, now).unwrap(), since, "{name}");
         }
         forget_old(&dir, now, 1).unwrap();
         assert_eq!(left(), 2);
-        assert_eq!(of("web-2").since(&dir).unwrap(), 500);
-        assert_eq!(of("web-3").since(&dir).unwrap(), 0);
+        assert_eq!(of("web-2").since(&dir, &dir, now).unwrap(), 500);
+        assert_eq!(of("web-3").since(&dir, &dir, now).unwrap(), 0);
         // It comes back as what it was.
-        of("web-1").begin(&dir, now).unwrap();
-        assert_eq!(of("web-1").since(&dir).unwrap(), 500);
+        of("web-1").begin(&dir, &dir, now, false).unwrap();
+        assert_eq!(of("web-1").since(&dir, &dir, now).unwrap(), 500);
     }
 
     fn take(store: &Store, name: &str, pod: &str, created: u64) {

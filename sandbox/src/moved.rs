@@ -21,6 +21,8 @@ use transship_checkpoint::manifest::check_name;
 
 use transship_path_error::During as _;
 
+use crate::DEFAULT_RUN_DIR;
+use crate::consumed::living_pods;
 use crate::error::SandboxError;
 use crate::files::{make_dir, remove_file, replace_durably};
 
@@ -87,13 +89,15 @@ pub fn unmark(dir: &Path, uid: &str) -> Result<(), SandboxError> {
 }
 
 fn remove_of_the_gone(dir: &Path) -> Result<(), SandboxError> {
+    let living = living_pods(Path::new(DEFAULT_RUN_DIR));
     for entry in fs::read_dir(dir).during("list", dir)? {
         let path = entry.during("list", dir)?.path();
         let age = fs::metadata(&path).and_then(|meta| meta.modified());
         let age = age.map(|then| SystemTime::now().duration_since(then).unwrap_or_default());
-        let known = path
-            .file_name()
-            .is_some_and(|uid| Path::new(KUBELET_PODS).join(uid).is_dir());
+        // kubelet's directory may be another one (--root-dir).
+        let known = path.file_name().is_some_and(|uid| {
+            Path::new(KUBELET_PODS).join(uid).is_dir() || living.iter().any(|it| uid == it.as_str())
+        });
         if age.is_ok_and(|age| age > KEPT) && !known {
             remove_file(&path)?;
         }

@@ -270,9 +270,35 @@ fn a_failed_restore_may_start_cold(node: &Node, cri: &Cri) -> anyhow::Result<()>
         let all = node.read_file("/var/log/transship/restores.log")?;
         let line = format!("container={id} outcome=started-cold");
         says(&String::from_utf8(all)?, &line)?;
+        if checkpoint == "nothing" {
+            stays_without(node, cri, &pod, &id)?;
+        }
         cri.remove_pod(&pod)?;
         journey::check_no_pod_left(node)?;
     }
+    Ok(())
+}
+
+/// The checkpoint comes when the pod runs already.
+fn stays_without(node: &Node, cri: &Cri, pod: &Pod, id: &str) -> anyhow::Result<()> {
+    node.shell(&format!(
+        "cd {STORE}; cp -a web nothing; sed -i 's/\"name\": \"web\"/\"name\": \"nothing\"/' nothing/transship.json"
+    ))
+    .run()?;
+    cri.stop_container(id, 0)?;
+    let again = PodContainer {
+        attempt: 1,
+        ..MOUNTED
+    };
+    cri.run_container(pod, &again)?;
+    let reply = journey::ask(node, &cri.pod_ip(pod)?)?;
+    ensure!(reply.count < 400 && reply.memory_ok, "{reply:?}");
+    let log = node.read_file(&pod.log_path(&again))?;
+    says(
+        &String::from_utf8(log)?,
+        "it has started from its image before",
+    )?;
+    node.shell("transship rm nothing").run()?;
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use transship_checkpoint::manifest::Manifest;
 use transship_checkpoint::store::{Checkpoint, StoreError};
 use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
-use transship_sandbox::consumed::Consumed;
+use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::{Arrival, PodDir, SandboxError, Staged, State};
 
 use super::bundle::{Bundle, Config, HeldRestore, Phase};
@@ -70,6 +70,11 @@ impl Front<'_> {
             (None, Some(staged)) => Some(staged.request()?.checkpoint),
             (None, None) => None,
         };
+        if let Some(named) = &named
+            && let Some(restore) = self.of_ended((named, name), asker, config, &consumed)?
+        {
+            return Ok(Beginning::Done(restore, 0));
+        }
         // The container's life has gone on since, also when the sandbox has been made again. Or
         // another container of the pod has it.
         if let Some(named) = &named
@@ -86,6 +91,11 @@ impl Front<'_> {
             }
             let reason = format!("the checkpoint {named:?} has been restored for it before");
             self.tell_cold_start(id, Some(named), &reason);
+            return Ok(Beginning::Cold);
+        }
+        if consumed.has_started_cold(asker) {
+            let reason = "it has started from its image before";
+            self.tell_cold_start(id, wanted, reason);
             return Ok(Beginning::Cold);
         }
         // Who names no checkpoint does not depend on them.
@@ -168,6 +178,37 @@ impl Front<'_> {
         };
         let staged = pod.stage(name, &checkpoint, container)?;
         Ok(Beginning::Restored(pod, staged))
+    }
+
+    /// A container that had ended with 0, as init containers do, when the pod is made again and nothing of it has gone on
+    /// since: it does not run beside those that still wait.
+    fn of_ended(
+        &self,
+        (checkpoint, name): (&str, &str),
+        asker: &str,
+        config: &Config,
+        consumed: &Consumed,
+    ) -> Result<Option<HeldRestore>, FrontError> {
+        if consumed.container(checkpoint, name) != Some(asker) {
+            return Ok(None);
+        }
+        let Ok(found) = self.env.store.find(checkpoint) else {
+            return Ok(None);
+        };
+        let manifest = &found.manifest;
+        let had_ended = |it: &str| manifest.ended_with(it).is_some();
+        let is_kept = manifest.ended_with(name) == Some(0)
+            && !consumed.has_run(checkpoint, had_ended)
+            && config.cri;
+        if !is_kept {
+            return Ok(None);
+        }
+        let rules = NodeConfig::read(&self.env.node_config)?;
+        let annotations = &config.annotations;
+        let rules = &rules;
+        Asker { rules, annotations }.admit(manifest)?;
+        let owner = annotations.pod_uid.clone().map(Owner::Pod);
+        Ok(owner.map(|owner| HeldRestore::of_done(owner, checkpoint, name, asker)))
     }
 
     /// A sealed checkpoint that is not opened, for a container that it lacks.

@@ -7,6 +7,7 @@ use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
 
 use transship_path_error::During as _;
+use transship_sandbox::consumed::Consumed;
 
 use super::beginning::Beginning;
 use super::bundle::{Bundle, Config};
@@ -63,11 +64,15 @@ impl Front<'_> {
             Ok((Beginning::Done(restore, code), _)) => {
                 self.create_done(create, &bundle, config, (restore, code))
             }
-            Ok((Beginning::Cold, _)) => return self.create_cold(create, &bundle, config),
+            Ok((Beginning::Cold, _)) => {
+                self.remember_cold(&create.id, &config, &bundle)?;
+                return self.create_cold(create, &bundle, config);
+            }
             Err(error) if cold_start && !error.is_refusal() => {
                 let checkpoint = config.annotations.restore.as_deref();
                 let reason = one_line(&error);
                 self.tell_cold_start(&create.id, checkpoint, &reason);
+                self.remember_cold(&create.id, &config, &bundle)?;
                 return self.create_cold(create, &bundle, config);
             }
             Err(error) => Err(error),
@@ -112,6 +117,18 @@ impl Front<'_> {
             spec.add_hook(*point, path, &["transship-hook", point.key()]);
         }
         Ok(())
+    }
+
+    /// One that was to be restored lives on without the checkpoint, and without each that comes later.
+    fn remember_cold(&self, id: &str, config: &Config, bundle: &Bundle) -> Result<(), FrontError> {
+        let annotations = &config.annotations;
+        let asks_for_pod = annotations.restore_latest || annotations.restore_image.is_some();
+        if annotations.restore.is_none() && !(config.cri && asks_for_pod) {
+            return Ok(());
+        }
+        let asker = annotations.pod_container.as_deref().unwrap_or(id);
+        let owner = self.owner(id, config, bundle);
+        Ok(Consumed::by(&self.env.consumed, &owner)?.add_cold(asker)?)
     }
 
     /// A container that starts from its image: only the namespaces of a sandbox that the user

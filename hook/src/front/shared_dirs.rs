@@ -48,6 +48,9 @@ impl Front<'_> {
         let owner = config.annotations.pod_uid.clone().map(Owner::Pod);
         let consumed = owner.map(|owner| Consumed::by(&self.env.consumed, &owner));
         let mut consumed = consumed.transpose()?;
+        let had_ended = |name: &str| checkpoint.manifest.ended_with(name).is_some();
+        let has_run =
+            { consumed.as_ref() }.is_some_and(|it| it.has_run(&request.checkpoint, had_ended));
         for dir in needed.collect::<Vec<_>>() {
             let uid = config.annotations.pod_uid.as_deref();
             let is_it = |it: &&SharedMount| it.dir == dir && !it.part && it.may_be_filled(uid);
@@ -64,8 +67,9 @@ impl Front<'_> {
             })?;
             let file = dir.file_name();
             let taken = match (&dir, &consumed) {
+                // Of a sandbox in which nothing of it came to run: what has been written there since is of nobody.
                 (SharedDir::EmptyDir(volume), Some(consumed)) => {
-                    consumed.has_volume(&request.checkpoint, volume)
+                    has_run && consumed.has_volume(&request.checkpoint, volume)
                 }
                 // A new sandbox has a new one.
                 _ => false,

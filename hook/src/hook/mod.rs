@@ -167,7 +167,7 @@ pub fn create_runtime(state: &HookState, node: &Node) -> Result<(), HookError> {
     let pod = PodDir::at(&node.run_dir, &state.id).map_err(stage_error)?;
     // What an earlier sandbox of this id left when the node lost it.
     pod.remove().map_err(stage_error)?;
-    let begin_run = || begin_run(&annotations, node).map_err(stage_error);
+    let begin_run = || begin_run(&annotations, node, &pod).map_err(stage_error);
     let staged = pod
         .pin(state.pid)
         .map_err(stage_error)
@@ -361,7 +361,8 @@ fn latest_of(
     let PodRun {
         namespace, name, ..
     } = run;
-    let since = run.since(&node.runs).map_err(stage_error)?;
+    let since = run.since(&node.runs, &node.consumed, now());
+    let since = since.map_err(stage_error)?;
     let found = run.latest(&node.store, &node.consumed, since);
     let mut found = found.map_err(stage_error)?;
     let mut lack = "none was taken since its last run, or it was consumed".to_owned();
@@ -401,12 +402,20 @@ fn run_of(annotations: &Annotations) -> Option<PodRun<'_>> {
 
 /// Records that a pod with `restore-latest` begins to run, now that nothing here keeps its containers from it: of one whose
 /// sandbox has failed, nothing has gone on since its checkpoint.
-fn begin_run(annotations: &Annotations, node: &Node) -> Result<(), SandboxError> {
-    let Some(run) = run_of(annotations) else {
-        return Ok(());
-    };
+fn begin_run(annotations: &Annotations, node: &Node, pod: &PodDir) -> Result<(), SandboxError> {
+    match run_of(annotations) {
+        Some(run) => {
+            let waits = pod.checkpoint().is_some();
+            run.begin(&node.runs, &node.consumed, now(), waits)
+        }
+        None => Ok(()),
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    run.begin(&node.runs, now.map_or(0, |now| now.as_secs()))
+    now.map_or(0, |now| now.as_secs())
 }
 
 /// Removes what [`create_runtime`] made. It is no error when there is nothing.
