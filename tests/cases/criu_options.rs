@@ -147,8 +147,7 @@ fn a_terminal_of_another_session(
     shell.wait_for(1, "left")?;
     let error = checkpoint(node, flags)?;
     ensure!(
-        error.contains("terminal of a session whose leader is outside")
-            && error.contains("--shell-job"),
+        error.contains("leader is outside, or holds the terminal") && error.contains("--shell-job"),
         "{error}"
     );
     ensure!(cri.runs(id)?, "it goes on");

@@ -32,7 +32,7 @@ pub static CONDITIONS: [Condition; 85] = [
         name: "outside-session",
         effect: Effect::NoDump,
         what: "a process is in a session whose leader is outside, or holds the terminal of one",
-        remedy: "end what an exec with a terminal, or nsenter, has left behind; its parent has to wait for it",
+        remedy: "end what an exec with a terminal, or nsenter, has left behind; its parent has to wait for it; --shell-job dumps what only holds the terminal, for a restore by hand",
         seen: "/proc/PID/stat: session, tty_nr; /proc/PID/status: NSsid",
         criu_says: &["tty: Found dangling tty", "A session leader of"],
     },
