@@ -1,7 +1,7 @@
 //! `mm-<pid>.img`: where the memory of the processes is, and how much of it stays in memory.
 //!
 //! ```text
-//! mm_entry   14 vmas: vma_entry   1 start   2 end   6 flags of mmap(2)
+//! mm_entry   14 vmas: vma_entry   1 start   2 end   6 flags of mmap(2)   10 flags of open(2) for its file
 //! ```
 
 use std::path::Path;
@@ -23,6 +23,8 @@ pub struct Addresses {
     pub lowest: Option<u64>,
     /// Bytes that are locked: they stay in memory.
     pub locked: u64,
+    /// All flags of open(2) with which CRIU opens the files that it maps.
+    pub open_flags: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -39,6 +41,8 @@ struct VmaEntry {
     end: u64,
     #[prost(uint32, required, tag = "6")]
     flags: u32,
+    #[prost(uint32, optional, tag = "10")]
+    fdflags: Option<u32>,
 }
 
 /// That of each process.
@@ -63,6 +67,9 @@ pub fn addresses(dir: &Path) -> Result<Vec<Addresses>, ImageError> {
             locked: locked
                 .map(|vma| vma.end.saturating_sub(vma.start))
                 .fold(0, u64::saturating_add),
+            open_flags: { entry.vmas.iter() }
+                .filter_map(|vma| vma.fdflags)
+                .fold(0, |all, one| all | one),
         });
     }
     Ok(found)

@@ -41,6 +41,8 @@ pub enum PrivilegedFile {
     Owner(u32),
     /// An epoll whose events keep the node awake (`EPOLLWAKEUP`, which the kernel takes from who may not have it).
     KeepsAwake,
+    /// A timerfd that wakes the node.
+    Alarm,
     /// A pipe that holds so many bytes, which may be more than everybody may have.
     Pipe(u32),
     /// A System V segment of huge pages.
@@ -104,6 +106,12 @@ struct NetlinkSkEntry {
     protocol: u32,
     #[prost(uint32, repeated, packed = "false", tag = "8")]
     groups: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct TimerfdEntry {
+    #[prost(uint32, required, tag = "4")]
+    clockid: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -189,6 +197,7 @@ const fn part(entry: u64, owner: u64, options: Option<u64>) -> Part {
 }
 
 const ISK: u64 = 4;
+const TFD: u64 = 12;
 const NLSK: u64 = 7;
 const EPFD: u64 = 9;
 const PARTS: [Part; 17] = [
@@ -221,6 +230,8 @@ const SO_SNDBUF: u64 = 1;
 const SO_RCVBUF: u64 = 2;
 /// A higher one takes a capability.
 const MOST_PRIORITY: u32 = 6;
+/// `CLOCK_REALTIME_ALARM` and `CLOCK_BOOTTIME_ALARM`.
+const ALARM_CLOCKS: [u32; 2] = [8, 9];
 const EPOLLWAKEUP: u32 = 1 << 29;
 const IPPROTO_ICMP: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
@@ -300,6 +311,17 @@ fn add_part(
             let mut waits = epoll.tfd.iter();
             let keeps_awake = waits.any(|wait| wait.events & EPOLLWAKEUP != 0);
             found.extend(keeps_awake.then_some(PrivilegedFile::KeepsAwake));
+        }
+        TFD => {
+            if is_ambiguous(entry, &[]) {
+                return Err(image.ambiguous());
+            }
+            let clock = image.decode::<TimerfdEntry>(entry)?.clockid;
+            found.extend(
+                ALARM_CLOCKS
+                    .contains(&clock)
+                    .then_some(PrivilegedFile::Alarm),
+            );
         }
         _ => {}
     }
@@ -394,6 +416,8 @@ mod tests {
         isk: Option<Inet>,
         #[prost(message, optional, tag = "7")]
         nlsk: Option<NetlinkSkEntry>,
+        #[prost(message, optional, tag = "12")]
+        tfd: Option<TimerfdEntry>,
         #[prost(message, optional, tag = "9")]
         epfd: Option<EventpollFileEntry>,
         #[prost(message, optional, tag = "16")]
@@ -484,12 +508,18 @@ mod tests {
             }),
             ..Entry::default()
         };
+        let timer = |clockid| Entry {
+            tfd: Some(TimerfdEntry { clockid }),
+            ..Entry::default()
+        };
         for (entry, expected) in [
             (epoll(&[1, 1 << 31]), vec![]),
             (
                 epoll(&[1, 1 | EPOLLWAKEUP]),
                 vec![PrivilegedFile::KeepsAwake],
             ),
+            (timer(1), vec![]),
+            (timer(9), vec![PrivilegedFile::Alarm]),
         ] {
             let dir = tempfile::tempdir().unwrap();
             write(dir.path(), std::slice::from_ref(&entry));

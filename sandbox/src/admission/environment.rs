@@ -43,6 +43,8 @@ pub struct Environment {
     pub hard_limits: Vec<u64>,
     /// The caller's nice value.
     pub nice: i32,
+    /// The caller's, which a container has that names none.
+    pub oom_score_adj: i32,
     /// The lowest address that a process may map without a capability.
     pub lowest_address: u64,
     /// Masked and read-only paths of the spec that there are: runtimes pass over the others.
@@ -79,6 +81,7 @@ impl Environment {
             machine: machine(),
             hard_limits,
             nice: own_nice(),
+            oom_score_adj: own_oom_score_adj(),
             lowest_address: lowest_address(),
             present: paths.filter(is_present).cloned().collect(),
             lsm: lsm(),
@@ -150,6 +153,13 @@ pub fn is_own_namespace(kind: &str, path: &Path) -> bool {
 pub(super) fn is_plain(path: &Path) -> bool {
     let mut parts = path.components();
     path.is_absolute() && parts.all(|it| matches!(it, Component::RootDir | Component::Normal(_)))
+}
+
+fn own_oom_score_adj() -> i32 {
+    let text = fs::read_to_string("/proc/self/oom_score_adj");
+    { text.ok() }
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or_default()
 }
 
 fn own_nice() -> i32 {

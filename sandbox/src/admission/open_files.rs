@@ -6,7 +6,7 @@ use transship_checkpoint::criu_images::open_files::PrivilegedFile;
 use super::allowance::Allowance;
 use super::capabilities::{
     AUDIT_READ, BLOCK_SUSPEND, BPF, Capabilities, IPC_LOCK, NET_ADMIN, NET_BIND_SERVICE, NET_RAW,
-    SYS_ADMIN, SYS_RESOURCE,
+    SYS_ADMIN, SYS_RESOURCE, WAKE_ALARM,
 };
 use super::{Admission, Environment, Refusal};
 
@@ -50,6 +50,10 @@ pub(super) fn compare(
             PrivilegedFile::KeepsAwake => {
                 let what = "an epoll that keeps the node awake (EPOLLWAKEUP)";
                 needs(&[BLOCK_SUSPEND], what, allowed, admission);
+            }
+            PrivilegedFile::Alarm => {
+                let what = "a timerfd that wakes the node";
+                needs(&[WAKE_ALARM], what, allowed, admission);
             }
             PrivilegedFile::Pipe(size) => {
                 if size > here.largest_pipe {

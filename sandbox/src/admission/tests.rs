@@ -140,6 +140,7 @@ pub(super) fn restored() -> Restored {
             pid: 1,
             lowest: Some(4096),
             locked: 20,
+            ..Addresses::default()
         }],
         mounts: vec![vec![
             mount(1, 0, "/", FsType::Overlay),
@@ -340,6 +341,18 @@ fn what_is_stronger_than_the_spec_is_refused() {
         ("process 1 has locked 21 bytes of memory", |r| {
             r.addresses[0].locked = 21;
         }),
+        (
+            "process 1 has mapped a file that would be made or emptied",
+            |r| {
+                r.addresses[0].open_flags = 0o1002;
+            },
+        ),
+        (
+            "a timerfd that wakes the node open, which takes CAP_WAKE_ALARM",
+            |r| {
+                r.privileged_files.push(PrivilegedFile::Alarm);
+            },
+        ),
         ("a timer that wakes the node", |r| {
             r.threads[0].task.as_mut().unwrap().has_alarm = true;
         }),

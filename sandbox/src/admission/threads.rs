@@ -1,5 +1,6 @@
 //! Each thread of the images against the spec: credentials, limits, scheduling.
 
+use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::addresses::Addresses;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
 
@@ -37,9 +38,9 @@ pub(super) fn compare(
     compare_scheduling(thread, &who, allowed, here, admission);
     if let Some(task) = &thread.task {
         compare_limits(thread.tid, task, &who, allowed, here, admission);
-        if let Some(least) = allowed.oom_score_adj
-            && task.oom_score_adj.unwrap_or_default() < least
-        {
+        // Without one in the spec a container has that of who starts it.
+        let least = allowed.oom_score_adj.unwrap_or(here.oom_score_adj);
+        if task.oom_score_adj.unwrap_or_default() < least {
             admission.edit(thread.tid).oom_score_adj = Some(least);
         }
         if task.has_alarm && !allowed.capabilities.has(WAKE_ALARM) {
@@ -203,6 +204,14 @@ pub(super) fn compare_addresses(
         admission.refuse(Refusal::Address {
             found: at,
             allowed: here.lowest_address,
+        });
+    }
+    // CRIU opens the files with them, as root; a kernel keeps none of these with an open file.
+    let makes = (OFlag::O_CREAT | OFlag::O_TRUNC).bits().cast_unsigned();
+    if found.open_flags & makes != 0 {
+        let pid = found.pid;
+        admission.refuse(Refusal::Damaged {
+            what: format!("process {pid} has mapped a file that would be made or emptied"),
         });
     }
     // A process may lower its limit when it has locked its memory: the hard one of the container counts.
