@@ -224,7 +224,7 @@ const ROWS: &[Row] = &[
         then: Then::By(session_from_outside),
         word: "end what an exec with a terminal, or nsenter, has left behind",
         remedy: Remedy::Command(
-            "kill -KILL $(pgrep -P PID -f 'sleep 100000'); while pgrep -P PID -f 'sleep 100000'; do sleep 0.1; done",
+            "left=$(pgrep -P PID -f 'sleep 100000'); kill -KILL $left; timeout 60 tail --pid=$left -f /dev/null",
         ),
         ..PLAIN
     },

@@ -71,8 +71,8 @@ impl Front<'_> {
             Err(error) if cold_start && !error.is_refusal() => {
                 let checkpoint = config.annotations.restore.as_deref();
                 let reason = one_line(&error);
-                self.tell_cold_start(&create.id, checkpoint, &reason);
                 self.remember_cold(&create.id, &config, &bundle)?;
+                self.tell_cold_start(&create.id, checkpoint, &reason);
                 return self.create_cold(create, &bundle, config);
             }
             Err(error) => Err(error),

@@ -42,6 +42,14 @@ const DIRECTORIES_OF_LINKS: [&str; 3] = ["fd", "map_files", "ns"];
 const ELSEWHERE: &str = "whose name leads out of the container";
 const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
 
+/// Whether open(2) with these flags does more than to open what there is: CRIU opens with those of the images, as root.
+pub(super) fn makes_or_empties(flags: u32) -> bool {
+    // A directory is opened with one bit of the last.
+    let nameless = OFlag::O_TMPFILE.difference(OFlag::O_DIRECTORY);
+    let makes = (OFlag::O_CREAT | OFlag::O_TRUNC | nameless).bits();
+    flags & makes.cast_unsigned() != 0
+}
+
 /// Compares what the images alone say.
 pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut Admission) {
     let mut refuse = |file: &NamedFile, why| {
@@ -54,11 +62,7 @@ pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut 
         if !is_plain(&file.path) || leads_elsewhere {
             refuse(file, ELSEWHERE);
         }
-        // A directory is opened with one bit of the last.
-        let nameless = OFlag::O_TMPFILE.difference(OFlag::O_DIRECTORY);
-        let makes = (OFlag::O_CREAT | OFlag::O_TRUNC | nameless).bits();
-        let makes = makes.cast_unsigned();
-        if file.flags & makes != 0 {
+        if makes_or_empties(file.flags) {
             refuse(file, "which is to be made or emptied when it is opened");
         }
     }

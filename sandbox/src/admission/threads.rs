@@ -1,6 +1,5 @@
 //! Each thread of the images against the spec: credentials, limits, scheduling.
 
-use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::addresses::Addresses;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Task, Thread};
 
@@ -8,6 +7,7 @@ use super::allowance::{Allowance, LIMITS};
 use super::capabilities::{
     Capabilities, IPC_LOCK, SETPCAP, SYS_NICE, SYS_RAWIO, SYS_RESOURCE, WAKE_ALARM,
 };
+use super::files::makes_or_empties;
 use super::{Admission, Environment, Refusal};
 
 /// `SECBIT_KEEP_CAPS` and its lock: all that a process can set without a capability.
@@ -206,9 +206,7 @@ pub(super) fn compare_addresses(
             allowed: here.lowest_address,
         });
     }
-    // CRIU opens the files with them, as root; a kernel keeps none of these with an open file.
-    let makes = (OFlag::O_CREAT | OFlag::O_TRUNC).bits().cast_unsigned();
-    if found.open_flags & makes != 0 {
+    if makes_or_empties(found.open_flags) {
         let pid = found.pid;
         admission.refuse(Refusal::Damaged {
             what: format!("process {pid} has mapped a file that would be made or emptied"),
