@@ -37,7 +37,8 @@ const MOMENTS: &str = r#"    *" create "*)
         stop_at running
         exit
         ;;"#;
-const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\nexec ssh node-b \"$@\"\n";
+const LINK: &str = "#!/bin/sh\n[ ! -e /run/cut ] || exit 255\n\
+    [ ! -e /run/mute ] || exec sleep 300\nexec ssh node-b \"$@\"\n";
 const MOVE: &str = r#"#!/bin/sh
 transship migrate "$@" --to /usr/local/bin/link --link-timeout 3 --max-freeze 30s \
     --runtime-binary /usr/local/bin/paced-front --before-restore "#;

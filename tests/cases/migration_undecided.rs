@@ -114,10 +114,10 @@ fn a_full_disk_keeps_no_source_waiting(bed: &Testbed) -> anyhow::Result<()> {
 fn a_person_decides_while_the_target_is_asked(bed: &Testbed) -> anyhow::Result<()> {
     let (a, b) = paced_nodes(bed)?;
     undecided(&a, &b, &["web"])?;
-    a.shell("touch /run/cut").run()?;
+    a.shell("touch /run/mute").run()?;
     a.start_daemon("asks", &["transship", "recover"])?;
     poll_until("the question", PATIENCE, || {
-        let asks = a.shell("pgrep -P $(pgrep -xo transship)").run();
+        let asks = a.shell("pgrep -xf 'sleep 300'").run();
         asks.map_err(|error| error.to_string())
     })?;
     the_source_goes_on(&a, &b, "web")?;
@@ -126,7 +126,7 @@ fn a_person_decides_while_the_target_is_asked(bed: &Testbed) -> anyhow::Result<(
         let asks = a.shell("! pgrep -x transship").run();
         asks.map_err(|error| error.to_string())
     })?;
-    Ok(a.shell("rm /run/cut").run()?)
+    Ok(a.shell("rm /run/mute").run()?)
 }
 
 /// What was written there since is on no disk.
