@@ -13,7 +13,8 @@
 //!  refused   capabilities, user and group ids, securebits, hard limits that the spec names,
 //!            scheduling, open files that take a capability, mounts, unmasked paths, namespaces, id
 //!            mappings, cgroups, devices, files that are no images, names of files that lead elsewhere,
-//!            deleted files that it could not have made, watches without a name, sockets of others
+//!            deleted files that it could not have made, watches without a name, sockets of others,
+//!            sockets where it could bind none, terminals that are none, rules for packets
 //!  imposed   seccomp profile (a further filter), no_new_privs, LSM profile, bounding and
 //!            inheritable set, limits that the spec does not name, oom_score_adj, buffers of sockets
 //! ```
@@ -22,6 +23,7 @@
 
 pub mod allowance;
 pub mod asker;
+mod bound_sockets;
 pub mod capabilities;
 pub mod container_base;
 mod deleted_files;
@@ -42,6 +44,7 @@ mod restored;
 mod seccomp_chains;
 mod seccomp_program;
 pub mod service_account;
+mod terminals;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -50,6 +53,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use transship_checkpoint::criu_images::ImageError;
+use transship_checkpoint::criu_images::mounts::Mount;
 use transship_checkpoint::criu_images::open_files::{BufferLimits, limit_buffers};
 use transship_checkpoint::criu_images::seccomp::{Filter, write_filters};
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, ThreadEdit, edit};
@@ -57,7 +61,6 @@ use transship_checkpoint::spec::Spec;
 
 pub use allowance::Allowance;
 pub use environment::{Environment, is_own_namespace, resolve_within};
-pub use files::refuse_links;
 pub use mount_ways::MadeLinks;
 pub use network::Network;
 pub use refusal::Refusal;
@@ -193,6 +196,7 @@ pub fn compare(
         threads::compare(thread, allowed, here, &mut admission);
     }
     files::compare(restored, allowed, &mut admission);
+    terminals::compare(restored, &mut admission);
     deleted_files::compare(restored, allowed, &mut admission);
     queued_files::compare(restored, allowed, &mut admission);
     open_files::compare(&restored.privileged_files, allowed, here, &mut admission);
@@ -232,4 +236,20 @@ pub fn compare(
         }
     }
     admission
+}
+
+/// Compares the names in the images with what there is: `rootfs` is the root of the container, as it is mounted now, and
+/// `made` says which links are in a file system that CRIU will make, or that this is not known. Volumes may be changed by
+/// other containers at any time.
+pub fn compare_names(
+    restored: &Restored,
+    allowed: &Allowance,
+    rootfs: &Path,
+    made: &dyn Fn(&Mount) -> MadeLinks,
+    admission: &mut Admission,
+) {
+    mount_ways::refuse_links(restored, allowed, rootfs, made, admission);
+    files::refuse_links(restored, allowed, rootfs, made, admission);
+    terminals::refuse_links(restored, made, admission);
+    bound_sockets::compare(restored, allowed, rootfs, admission);
 }

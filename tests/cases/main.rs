@@ -24,6 +24,7 @@ mod forged_files;
 mod forged_images;
 mod forged_names;
 mod forged_opens;
+mod forged_volumes;
 mod freeze_containerd;
 mod frozen;
 mod image_documents;
@@ -183,6 +184,7 @@ fn main() -> ExitCode {
         each(forged_images::cases()),
         each(forged_names::cases()),
         each(forged_opens::cases()),
+        each(forged_volumes::cases()),
         each(conditions::cases()),
         each(consumed_once::cases()),
         each(crit::cases()),

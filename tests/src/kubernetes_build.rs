@@ -15,7 +15,8 @@ use crate::{DebianImage, Settings, TestbedError};
 use transship_path_error::During as _;
 
 const SUITE: &str = "bookworm";
-const NEEDED: &str = "ca-certificates,dpkg-dev,golang-go,make,procps,rsync";
+const NEEDED: &str =
+    "ca-certificates,dpkg-dev,golang-github-modern-go-reflect2-dev,golang-go,make,procps,rsync";
 
 /// Kubernetes 1.20.2, the newest that Debian has, with all that it needs beside Go.
 const FETCH: &str = r#"--customize-hook=set -e
@@ -25,9 +26,13 @@ apt-get update
 mkdir "$1"/src && cd "$1"/src
 apt-get source --download-only kubernetes"#;
 
-/// In GOPATH mode, and one package at a time: the linker and the compiler take a gigabyte each.
+/// In GOPATH mode, and one package at a time: the linker and the compiler take a gigabyte each. It brings reflect2 1.0.1,
+/// which does not know the maps of Go 1.18 and later: the API server would end when it reads what a webhook answers.
 const BUILD: &str = r#"--customize-hook=chroot "$1" sh -euc '
 cd /src && dpkg-source --no-check -x *.dsc kubernetes && cd kubernetes
+reflect2=github.com/modern-go/reflect2
+rm vendor/$reflect2/*.go vendor/$reflect2/*.s
+cp /usr/share/gocode/src/$reflect2/*.go /usr/share/gocode/src/$reflect2/*.s vendor/$reflect2/
 mkdir -p .go/src/k8s.io && ln -s ../../.. .go/src/k8s.io/kubernetes
 export GOPATH="$PWD/.go" CGO_ENABLED=0 HOME=/root GOFLAGS=-p=1 PATH="/usr/lib/go/bin:$PATH" KUBE_GIT_VERSION=v1.20.2
 make WHAT="cmd/kubelet cmd/kube-apiserver cmd/kube-controller-manager cmd/kube-scheduler cmd/kubectl"'"#;

@@ -6,10 +6,15 @@
 //!   cg_controller_entry 1 cnames   2 dirs
 //!     cgroup_dir_entry  1 dir_name   2 children   3 properties: cgroup_prop_entry 1 name
 //! ```
+//!
+//! The state of a freezer (v1) CRIU writes last of all, when the tasks have been let go; it dumps that of uppermost
+//! directories alone, which is then the container's own.
 
 use std::path::Path;
 
 use super::{Image, ImageError, Kind};
+
+const FREEZER: &str = "freezer.state";
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct CgroupEntry {
@@ -81,6 +86,8 @@ pub struct Hierarchy {
     pub tops: Vec<String>,
     /// Names of directories below them, and of files that are written.
     pub names: Vec<String>,
+    /// Directories below them of which a freezer is to be set.
+    pub frozen: Vec<String>,
 }
 
 /// What CRIU does with cgroups.
@@ -102,23 +109,26 @@ pub fn read(dir: &Path) -> Result<Cgroups, ImageError> {
         return Ok(Cgroups::default());
     }
     let image = Image::read(&path, Kind::Cgroup)?;
-    let Some(entry) = image.entries().next::<CgroupEntry>()? else {
+    let mut entries = image.entries();
+    let Some(entry) = entries.next::<CgroupEntry>()? else {
         return Ok(Cgroups::default());
     };
+    if entries.next_bytes()?.is_some() {
+        return Err(image.ambiguous());
+    }
     let members = entry.sets.into_iter().flat_map(|set| set.ctls);
     let hierarchies = entry.controllers.into_iter().map(|controller| {
-        let mut names = Vec::new();
-        let mut tops = Vec::new();
-        for dir in controller.dirs {
-            names.extend(dir.properties.into_iter().map(|property| property.name));
-            add_names(dir.children, &mut names);
-            tops.push(dir.dir_name);
-        }
-        Hierarchy {
+        let mut hierarchy = Hierarchy {
             controllers: controller.cnames,
-            tops,
-            names,
+            ..Hierarchy::default()
+        };
+        for dir in controller.dirs {
+            let properties = dir.properties.into_iter().map(|property| property.name);
+            hierarchy.names.extend(properties);
+            add_below(dir.children, &mut hierarchy);
+            hierarchy.tops.push(dir.dir_name);
         }
+        hierarchy
     });
     Ok(Cgroups {
         members: members
@@ -133,10 +143,15 @@ pub fn read(dir: &Path) -> Result<Cgroups, ImageError> {
 }
 
 // A message nests no deeper than prost decodes, which is a hundred levels.
-fn add_names(dirs: Vec<CgroupDirEntry>, names: &mut Vec<String>) {
+fn add_below(dirs: Vec<CgroupDirEntry>, hierarchy: &mut Hierarchy) {
     for dir in dirs {
-        names.push(dir.dir_name);
-        names.extend(dir.properties.into_iter().map(|property| property.name));
-        add_names(dir.children, names);
+        let properties = dir.properties.into_iter().map(|property| property.name);
+        let (states, others): (Vec<_>, Vec<_>) = properties.partition(|name| name == FREEZER);
+        hierarchy.names.extend(others);
+        hierarchy.names.push(dir.dir_name.clone());
+        add_below(dir.children, hierarchy);
+        hierarchy
+            .frozen
+            .extend(states.first().map(|_| dir.dir_name));
     }
 }

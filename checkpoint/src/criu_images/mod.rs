@@ -33,6 +33,7 @@ pub mod mounts;
 pub mod named_files;
 pub mod network_images;
 pub mod open_files;
+pub mod packet_rules;
 mod page_levels;
 pub mod pagemap;
 pub mod pipe_data;
@@ -43,6 +44,7 @@ pub mod seccomp;
 pub mod shm_mappings;
 mod strict;
 pub mod tasks;
+pub mod terminals;
 pub mod thread_timers;
 pub mod threads;
 pub mod timers;
@@ -133,6 +135,12 @@ pub enum ImageError {
     /// The same of the routes of a network.
     #[error("{path} has something else than addresses, routes and rules")]
     Routes {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The same of the rules for packets of a network.
+    #[error("{path} has something else than the rules that iptables and nft print")]
+    PacketRules {
         /// The image.
         path: PathBuf,
     },

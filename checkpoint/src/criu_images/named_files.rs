@@ -4,7 +4,7 @@
 //! ```text
 //! files.img         file_entry            1 type  3 reg  16 usk
 //!                   reg_file_entry        1 id  2 flags  6 name, absolute  7 mnt_id
-//!                   unix_sk_entry         1 id  11 name, abstract where it begins with a zero  14 name_dir
+//!                   unix_sk_entry         1 id  6 uflags  11 name, abstract where it begins with a zero  14 name_dir
 //! remap-fpath.img   remap_file_path_entry 1 orig_id  2 remap_id  3 remap_type: 0 linked, 1 ghost, 2 of a process
 //! ```
 //!
@@ -23,6 +23,8 @@ const REG: u64 = 3;
 const UNIX: u64 = 16;
 const REG_KIND: u32 = 1;
 const UNIX_KIND: u32 = 5;
+/// `USK_EXTERN`
+const EXTERNAL: u32 = 1;
 /// What `remap_id` has where there is no `remap_type`.
 const OLD_GHOST: u32 = 1 << 31;
 
@@ -39,6 +41,8 @@ pub struct NamedFile {
     pub flags: u32,
     /// Whether it is a socket.
     pub is_socket: bool,
+    /// Whether it is a socket that is not made: another program has it (`USK_EXTERN`).
+    pub is_external: bool,
 }
 
 /// A file that had no name of its own.
@@ -74,6 +78,8 @@ struct RegEntry {
 struct UnixEntry {
     #[prost(uint32, required, tag = "1")]
     id: u32,
+    #[prost(uint32, optional, tag = "6")]
+    uflags: Option<u32>,
     #[prost(bytes = "vec", required, tag = "11")]
     name: Vec<u8>,
     #[prost(bytes = "vec", optional, tag = "14")]
@@ -116,7 +122,7 @@ pub fn named_files(dir: &Path) -> Result<Vec<NamedFile>, ImageError> {
                 path: OsString::from_vec(entry.name).into(),
                 mount: entry.mnt_id.and_then(|id| u32::try_from(id).ok()),
                 flags: entry.flags,
-                is_socket: false,
+                ..NamedFile::default()
             });
             continue;
         }
@@ -131,6 +137,7 @@ pub fn named_files(dir: &Path) -> Result<Vec<NamedFile>, ImageError> {
             path: Path::new(OsStr::from_bytes(entry.name_dir.as_deref().unwrap_or(b"/")))
                 .join(OsStr::from_bytes(name)),
             is_socket: true,
+            is_external: entry.uflags.unwrap_or_default() & EXTERNAL != 0,
             ..NamedFile::default()
         });
     }

@@ -19,7 +19,7 @@ use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
 use transship_layer::{Archive, MemberKind, decompress};
 use transship_sandbox::admission::{
-    Admission, AdmissionError, Allowance, Environment, MadeLinks, Restored, compare, refuse_links,
+    Admission, AdmissionError, Allowance, Environment, MadeLinks, Restored, compare, compare_names,
     resolve_within,
 };
 
@@ -64,7 +64,7 @@ pub(super) fn admit(
         let links = { made.entry(archive) }.or_insert_with_key(|name| links_in(dir, name, room));
         links.clone()
     };
-    refuse_links(&restored, &allowed, &rootfs, &links_in, &mut admission);
+    compare_names(&restored, &allowed, &rootfs, &links_in, &mut admission);
     admission.check()?;
     Ok(admission)
 }

@@ -17,7 +17,7 @@ use transship_checkpoint::criu_images::named_files::NamedFile;
 use super::allowance::Allowance;
 use super::capabilities::SYS_PTRACE;
 use super::environment::{is_plain, resolve_within};
-use super::mount_ways::{self, MadeLinks};
+use super::mount_ways::MadeLinks;
 use super::{Admission, Refusal, Restored};
 
 /// What a process in `/proc/<pid>` shows to who may trace it when it is opened.
@@ -40,7 +40,7 @@ const LINKS_TO_DIRECTORIES: [&str; 3] = ["root", "cwd", "exe"];
 const DIRECTORIES_OF_LINKS: [&str; 3] = ["fd", "map_files", "ns"];
 
 const ELSEWHERE: &str = "whose name leads out of the container";
-const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
+pub(super) const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
 
 /// Whether open(2) with these flags does more than to open what there is: CRIU opens with those of the images, as root.
 pub(super) fn makes_or_empties(flags: u32) -> bool {
@@ -75,17 +75,14 @@ pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut 
     }
 }
 
-/// Compares it with what there is: `rootfs` is the root of the container, as it is mounted now, and `made` says which
-/// links are in a file system that CRIU will make, or that this is not known. Volumes may be changed by other
-/// containers at any time.
-pub fn refuse_links(
+/// Compares them with what there is.
+pub(super) fn refuse_links(
     restored: &Restored,
     allowed: &Allowance,
     rootfs: &Path,
     made: &dyn Fn(&Mount) -> MadeLinks,
     admission: &mut Admission,
 ) {
-    mount_ways::refuse_links(restored, allowed, rootfs, made, admission);
     let mut refuse = |path: &Path| {
         let path = path.to_path_buf();
         admission.refuse(Refusal::File { path, why: LINK });
@@ -225,4 +222,10 @@ pub(super) fn with_id(restored: &Restored, id: u32) -> Option<&NamedFile> {
 pub(super) fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&'a Mount> {
     let mut mounts = restored.mounts.iter().flatten();
     mounts.find(|it| Some(it.id) == file.mount)
+}
+
+/// The mount of a table that a path is in, whatever mount the image says: CRIU goes by the path.
+pub(super) fn deepest<'t>(table: &'t [Mount], path: &Path) -> Option<&'t Mount> {
+    let mounts = table.iter().filter(|it| path.starts_with(&it.destination));
+    mounts.max_by_key(|it| Path::new(&it.destination).components().count())
 }

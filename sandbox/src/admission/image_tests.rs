@@ -173,7 +173,7 @@ fn names_that_lead_through_links_are_refused() {
         images.remaps.extend(is_ghost.then_some(remap));
         let mut found = Admission::default();
         let made = |_: &Mount| Some(Rc::new(BTreeSet::from(["fd".into()])));
-        refuse_links(&images, &allowed, root.path(), &made, &mut found);
+        compare_names(&images, &allowed, root.path(), &made, &mut found);
         assert_eq!(!found.refusals.is_empty(), is_refused, "{path} in {mount}");
     }
 }
@@ -237,4 +237,30 @@ fn controllers_may_share_a_hierarchy() {
     ] {
         assert!(with(cnames, member).is_err(), "{cnames:?} {member}");
     }
+}
+
+/// CRIU writes it when the tasks have been let go.
+#[test]
+fn a_freezer_below_the_containers_own_is_left_alone() {
+    let mut images = restored();
+    admission(&images, &spec()).check().unwrap();
+    images.cgroups.hierarchies[0]
+        .frozen
+        .push("child".to_owned());
+    let found = admission(&images, &spec()).check().unwrap_err();
+    assert!(found.to_string().contains("child/freezer.state"), "{found}");
+}
+
+#[test]
+fn rules_for_packets_take_who_administers_the_network() {
+    let mut images = restored();
+    images.has_packet_rules = true;
+    assert!(
+        admission(&images, &spec())
+            .refusals
+            .contains(&Refusal::PacketRules)
+    );
+    let all = json!({ "bounding": ["CAP_NET_ADMIN"], "permitted": ["CAP_NET_ADMIN"] });
+    let found = admission(&images, &with("/process/capabilities", all));
+    assert!(!found.refusals.contains(&Refusal::PacketRules));
 }

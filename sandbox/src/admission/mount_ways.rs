@@ -75,7 +75,7 @@ fn mount_below<'m>(table: &'m [Mount], mount: &Mount) -> Option<&'m Mount> {
 }
 
 /// The directory of this node that the runtime mounts.
-fn directory_of(mount: &Mount, allowed: &Allowance) -> Option<PathBuf> {
+pub(super) fn directory_of(mount: &Mount, allowed: &Allowance) -> Option<PathBuf> {
     mount.external.as_ref()?;
     let mut there = allowed.mounts.iter();
     let there = there.find(|it| it.destination == Path::new(&mount.destination))?;
@@ -148,7 +148,7 @@ mod tests {
     use transship_checkpoint::criu_images::mounts::flags;
     use transship_checkpoint::spec::Spec;
 
-    use super::super::refuse_links;
+    use super::super::compare_names;
     use super::super::tests::{mount, restored, spec};
     use super::*;
 
@@ -169,7 +169,7 @@ mod tests {
         let links = Rc::new(links);
         let made = |mount: &Mount| (mount.device != 77).then(|| Rc::clone(&links));
         let mut found = Admission::default();
-        refuse_links(&images, &allowed, root.path(), &made, &mut found);
+        compare_names(&images, &allowed, root.path(), &made, &mut found);
         !found.refusals.is_empty()
     }
 

@@ -9,7 +9,7 @@ use transship_checkpoint::criu_images::threads::Process;
 use transship_checkpoint::criu_images::user_namespace::IdMappings;
 
 use super::allowance::Allowance;
-use super::capabilities::SYS_ADMIN;
+use super::capabilities::{NET_ADMIN, SYS_ADMIN};
 use super::{Admission, Environment, Refusal, Restored};
 
 const NETWORK: &str = "network";
@@ -74,6 +74,9 @@ pub(super) fn compare_networks(
     allowed: &Allowance,
     admission: &mut Admission,
 ) {
+    if restored.has_packet_rules && !allowed.capabilities.has(NET_ADMIN) {
+        admission.refuse(Refusal::PacketRules);
+    }
     let is_new = { allowed.namespaces.iter() }.any(|kind| kind == NETWORK)
         && !{ allowed.joined.iter() }.any(|(kind, _)| kind == NETWORK);
     if is_new {
@@ -165,6 +168,10 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
             |name: &&String| name.contains(',') || name.contains('=') && !name.starts_with("name=");
         if let Some(name) = hierarchy.controllers.iter().find(is_option) {
             refuse(name);
+        }
+        // It would let tasks go that are held until they have been looked at, or hold them for ever.
+        if let Some(dir) = hierarchy.frozen.first() {
+            refuse(&format!("{dir}/freezer.state"));
         }
         let controllers = hierarchy.controllers.iter().filter(|name| !name.is_empty());
         if let Some(name) = controllers.chain(&hierarchy.names).find(strange) {

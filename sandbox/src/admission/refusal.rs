@@ -178,6 +178,12 @@ pub enum Refusal {
         /// Which one.
         namespace: &'static str,
     },
+    /// Rules that take a capability to set.
+    #[error(
+        "the checkpoint has rules for packets of its network (iptables, nftables), which take CAP_NET_ADMIN to set, and \
+         the new container has it not"
+    )]
+    PacketRules,
     /// Another mapping of ids.
     #[error("the checkpoint's user namespace has other id mappings than the new container's")]
     IdMappings,

@@ -14,8 +14,10 @@ use transship_checkpoint::criu_images::mounts::{self, Mount};
 use transship_checkpoint::criu_images::named_files::{self, NamedFile, Remap};
 use transship_checkpoint::criu_images::network_images;
 use transship_checkpoint::criu_images::open_files::{self, PrivilegedFile};
+use transship_checkpoint::criu_images::packet_rules;
 use transship_checkpoint::criu_images::queued_files::{self, QueuedFiles};
 use transship_checkpoint::criu_images::seccomp::{self, Filter};
+use transship_checkpoint::criu_images::terminals::{self, Terminal};
 use transship_checkpoint::criu_images::threads::{self, Process, Thread};
 use transship_checkpoint::criu_images::user_namespace::{self, IdMappings};
 use transship_checkpoint::criu_images::watches;
@@ -56,6 +58,8 @@ pub struct Restored {
     pub privileged_files: Vec<PrivilegedFile>,
     /// Files and sockets that are looked for by their names.
     pub named_files: Vec<NamedFile>,
+    /// Terminals that are opened by the name of one of these files.
+    pub terminals: Vec<Terminal>,
     /// Those of the files that have no name.
     pub remaps: Vec<Remap>,
     /// Files that are watched, by their names.
@@ -66,6 +70,8 @@ pub struct Restored {
     pub queued_files: QueuedFiles,
     /// The networks that CRIU does not make, by the numbers that processes have them by.
     pub external_networks: BTreeSet<u32>,
+    /// Whether those that it makes have rules for packets.
+    pub has_packet_rules: bool,
     /// Where the processes have memory.
     pub addresses: Vec<Addresses>,
 }
@@ -127,6 +133,7 @@ impl Restored {
         let mut privileged_files = open_files::privileged(dir)?;
         privileged_files.push(PrivilegedFile::Pipe(pipe_data::largest_pipe(dir)?));
         privileged_files.extend(ipcns::has_huge_segment(dir)?.then_some(PrivilegedFile::HugePages));
+        let external_networks = network_images::external(dir)?;
         let restored = Self {
             strangers,
             inventory: inventory::read(dir)?,
@@ -138,11 +145,13 @@ impl Restored {
             id_mappings: user_namespace::mappings(dir)?,
             privileged_files,
             named_files: named_files::named_files(dir)?,
+            terminals: terminals::terminals(dir)?,
             remaps: named_files::remaps(dir)?,
             watched_files: watched.collect(),
             watched_inodes: watches.inodes,
             queued_files: queued_files::queued_files(dir)?,
-            external_networks: network_images::external(dir)?,
+            has_packet_rules: packet_rules::has_rules(dir, &external_networks)?,
+            external_networks,
             addresses: addresses::addresses(dir)?,
         };
         restored.check_counts()?;
@@ -161,6 +170,7 @@ impl Restored {
             ("mounts", mounts, mounts.saturating_mul(MOUNTS_WEIGHT)),
             ("files in its mounts", files, mounts),
             ("files and processes", files, self.processes.len()),
+            ("terminals", self.terminals.len(), files + ghosts + mounts),
             ("deleted files", ghosts, files),
             ("watches", self.watched_inodes.len(), self.remaps.len()),
             ("cgroups", tops, tops),

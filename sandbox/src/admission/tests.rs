@@ -157,6 +157,7 @@ pub(super) fn restored() -> Restored {
                 controllers: vec!["memory".into()],
                 tops: vec!["pods/web".into()],
                 names: vec!["child".into(), "memory.limit_in_bytes".into()],
+                ..Hierarchy::default()
             }],
         },
         ..Restored::default()

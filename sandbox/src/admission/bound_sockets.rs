@@ -1,0 +1,163 @@
+//! Unix sockets that are bound to a path: as root CRIU removes what socket has the name, and binds its own there.
+//!
+//! So the user of the container may do both in the directory as it is now: in a volume the name may be that of a server
+//! of others.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use transship_checkpoint::criu_images::mounts::Mount;
+
+use super::allowance::Allowance;
+use super::files::deepest;
+use super::mount_ways::directory_of;
+use super::{Admission, Refusal, Restored};
+
+/// What CRIU calls a socket for a while, when one that has no name any more had its name.
+const PARKED: &str = ".criu-sk-ghost";
+const STICKY: u32 = 0o1000;
+
+/// Compares each with the directory on this node.
+pub(super) fn compare(
+    restored: &Restored,
+    allowed: &Allowance,
+    rootfs: &Path,
+    admission: &mut Admission,
+) {
+    if allowed.any_user {
+        return;
+    }
+    let sockets = { restored.named_files.iter() }.filter(|it| it.is_socket && !it.is_external);
+    for socket in sockets {
+        let mounts = { restored.mounts.iter() }.filter_map(|table| deepest(table, &socket.path));
+        let mut places = mounts.filter_map(|mount| place(mount, &socket.path, allowed, rootfs));
+        if places.any(|place| !may_bind(&place, allowed)) {
+            let why =
+                "which is a socket that the new container's user could not bind or remove there";
+            let path = socket.path.clone();
+            admission.refuse(Refusal::File { path, why });
+        }
+    }
+}
+
+/// Where it is on this node; none in a file system that CRIU makes.
+fn place(mount: &Mount, path: &Path, allowed: &Allowance, rootfs: &Path) -> Option<PathBuf> {
+    let root = match mount.destination == "/" {
+        true => rootfs.to_path_buf(),
+        false => directory_of(mount, allowed)?,
+    };
+    Some(root.join(path.strip_prefix(&mount.destination).ok()?))
+}
+
+fn may_bind(place: &Path, allowed: &Allowance) -> bool {
+    // CRIU makes directories for a name that it removes again.
+    let mut dirs = place.ancestors().skip(1);
+    let Some(dir) = dirs.find_map(|dir| dir.symlink_metadata().ok()) else {
+        return false;
+    };
+    let user = User::of(allowed);
+    let is_own = |it: &Metadata| user.is(it.uid());
+    let keeps_others = dir.mode() & STICKY != 0 && !is_own(&dir);
+    let mut parked = place.as_os_str().to_owned();
+    parked.push(PARKED);
+    let mut names = [place, Path::new(&parked)].into_iter();
+    let has_others = names.any(|name| name.symlink_metadata().is_ok_and(|it| !is_own(&it)));
+    user.may_write(&dir) && !(keeps_others && has_others)
+}
+
+/// The ids that the files of its own have on this node: those of the container where a mount shifts them, and those of
+/// the node where none does.
+struct User {
+    ids: Vec<u32>,
+    groups: Vec<u32>,
+}
+
+impl User {
+    fn of(allowed: &Allowance) -> Self {
+        let mappings = &allowed.id_mappings;
+        let shifted = |id: u32, ranges: &[(u32, u32, u32)]| {
+            let mut ranges = ranges.iter();
+            ranges.find_map(|(first, there, count)| {
+                let at = id.checked_sub(*first).filter(|at| at < count)?;
+                there.checked_add(at)
+            })
+        };
+        let all = |ids: &[u32], ranges| {
+            let shifted: Vec<u32> = { ids.iter() }
+                .filter_map(|id| shifted(*id, ranges))
+                .collect();
+            [ids.to_vec(), shifted].concat()
+        };
+        Self {
+            ids: all(&[allowed.user], &mappings.uids),
+            groups: all(&allowed.groups, &mappings.gids),
+        }
+    }
+
+    fn is(&self, uid: u32) -> bool {
+        self.ids.contains(&uid)
+    }
+
+    /// As the kernel decides: of the first that it is.
+    fn may_write(&self, dir: &Metadata) -> bool {
+        let class = match (self.is(dir.uid()), self.groups.contains(&dir.gid())) {
+            (true, _) => 6,
+            (false, true) => 3,
+            (false, false) => 0,
+        };
+        (dir.mode() >> class) & 0o3 == 0o3
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn user(user: u32, groups: &[u32]) -> Allowance {
+        Allowance {
+            user,
+            groups: groups.to_vec(),
+            ..Allowance::default()
+        }
+    }
+
+    #[test]
+    fn a_name_is_bound_by_who_could() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().metadata().unwrap();
+        let (uid, gid) = (own.uid(), own.gid());
+        let name = dir.path().join("sock");
+        let mode = |mode: u32| {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode(0o755);
+        assert!(may_bind(&name, &user(uid, &[])));
+        assert!(!may_bind(&name, &user(uid + 1, &[gid])));
+        assert!(!may_bind(&name.join("below"), &user(uid + 1, &[])));
+        mode(0o770);
+        assert!(may_bind(&name, &user(uid + 1, &[gid])));
+        assert!(!may_bind(&name, &user(uid + 1, &[gid + 1])));
+        // Of others than the owner the kernel asks no more.
+        mode(0o077);
+        assert!(!may_bind(&name, &user(uid, &[gid])));
+        mode(0o1777);
+        assert!(may_bind(&name, &user(uid + 1, &[])));
+        fs::write(dir.path().join(format!("sock{PARKED}")), "").unwrap();
+        assert!(!may_bind(&name, &user(uid + 1, &[])));
+        assert!(may_bind(&name, &user(uid, &[])));
+        mode(0o777);
+        assert!(may_bind(&name, &user(uid + 1, &[])));
+    }
+
+    #[test]
+    fn root_ids_are_those_of_the_user_namespace_too() {
+        let mut shifted = user(0, &[0]);
+        shifted.id_mappings.uids = vec![(0, 100_000, 65536)];
+        let of = User::of(&shifted);
+        assert!(of.is(0) && of.is(100_000) && !of.is(1000));
+    }
+}
