@@ -27,6 +27,9 @@ pub enum Cause {
     /// An answer that lacks a field which containerd always fills.
     #[error("containerd's answer holds no {0}")]
     Incomplete(&'static str),
+    /// containerd knows the task, and its shim has not told what the task does in time.
+    #[error("its shim does not answer containerd")]
+    Silent,
     /// A layer with other content than the image's config says.
     #[error("its content has the digest {found}, not {expected}")]
     Content {
@@ -56,12 +59,18 @@ impl ContainerdError {
         self.code() == Code::AlreadyExists
     }
 
+    /// Whether it is a shim that does not answer, and nothing is known of its task.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        matches!(self.source, Cause::Silent)
+    }
+
     /// The gRPC code: containerd's, or the one that describes the cause best.
     #[must_use]
     pub fn code(&self) -> Code {
         match &self.source {
             Cause::Status(status) => status.code(),
-            Cause::Transport(_) => Code::Unavailable,
+            Cause::Transport(_) | Cause::Silent => Code::Unavailable,
             Cause::Header(_) => Code::InvalidArgument,
             Cause::Incomplete(_) => Code::Internal,
             Cause::Content { .. } => Code::DataLoss,

@@ -13,6 +13,7 @@ use containerd_client::types::Mount;
 use containerd_client::types::v1::{Process, Status};
 use transship_proto::runc_options::CheckpointOptions;
 
+use crate::Cause;
 use crate::{Containerd, ContainerdError, During, present};
 
 const SIGKILL: u32 = nix::libc::SIGKILL.unsigned_abs();
@@ -34,10 +35,11 @@ impl Containerd {
         TasksClient::new(self.channel())
     }
 
-    /// The task of the container `id`.
+    /// The task of the container `id`, in a state that its shim has told: containerd gives out one that it does not know,
+    /// without a process, while a shim is slow.
     ///
     /// # Errors
-    /// The answer of containerd.
+    /// The answer of containerd, or [`Cause::Silent`].
     pub async fn task(&self, id: &str) -> Result<Process, ContainerdError> {
         let act = || format!("read the task of {id:?}");
         let request = GetRequest {
@@ -45,7 +47,11 @@ impl Containerd {
             exec_id: String::new(),
         };
         let answer = self.tasks().get(self.request(request)).await.during(act)?;
-        present(answer.into_inner().process, "process", act)
+        let task = present(answer.into_inner().process, "process", act)?;
+        match task.status() {
+            Status::Unknown => Err(Cause::Silent).during(act),
+            _ => Ok(task),
+        }
     }
 
     /// Process ids of all processes of the container, as this node sees them.

@@ -210,8 +210,8 @@ pub async fn look(subject: &Subject) -> Result<Findings> {
     Ok(findings)
 }
 
-/// What CRIU would restore as something else, and nobody has allowed: of frozen processes, which have run on since they
-/// were looked at. What takes long to ask, their memory, is left out.
+/// What CRIU would restore as something else, and nobody has allowed, or would dump for no restore: of frozen processes,
+/// which have run on since they were looked at. What takes long to ask, their memory, is left out.
 ///
 /// # Errors
 /// A thread panicked.
@@ -220,6 +220,8 @@ pub(crate) async fn changes_of_frozen(subject: Subject) -> Result<Vec<Found>> {
         let processes = Processes::read(subject.init, &subject.pids);
         let owned = sockets::owned(&processes);
         let mut hits = descriptors::hits(&processes);
+        hits.extend(open_files::hits(&subject, &processes));
+        hits.extend(open_files::privileged(&processes));
         hits.extend(privileges::lasting_exec(&processes));
         hits.extend(programs::hits(&processes));
         hits.extend(task_state::hits(subject.init, &processes));
@@ -229,7 +231,9 @@ pub(crate) async fn changes_of_frozen(subject: Subject) -> Result<Vec<Found>> {
         grouped(hits, &subject.criu.allow_lost)
     })
     .await?;
-    found.retain(|it| it.condition.effect == Effect::Changes && it.hinders());
+    // What CRIU refuses it says itself.
+    let goes_untold = |effect| matches!(effect, Effect::Changes | Effect::NoRestore);
+    found.retain(|it| goes_untold(it.condition.effect) && it.hinders());
     Ok(found)
 }
 
@@ -380,6 +384,32 @@ mod tests {
         let names: Vec<_> = found.iter().map(|it| it.condition.name).collect();
         assert_eq!(names, ["personality"]);
         assert!(allowed.is_empty(), "{allowed:?}");
+    }
+
+    #[tokio::test]
+    async fn what_no_restore_can_use_is_seen_in_the_freeze() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "exec 5</proc/self; exec sleep 1000"])
+            .spawn()
+            .unwrap();
+        let subject = Subject {
+            id: String::new(),
+            init: child.id(),
+            pids: Vec::new(),
+            spec: Spec::parse(b"{}").unwrap(),
+            criu: CriuOptions::default(),
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let found = loop {
+            let found = changes_of_frozen(subject.clone()).await.unwrap();
+            if !found.is_empty() || std::time::Instant::now() > deadline {
+                break found;
+            }
+        };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let names: Vec<_> = found.iter().map(|it| it.condition.name).collect();
+        assert_eq!(names, ["thread-file"]);
     }
 
     #[tokio::test]

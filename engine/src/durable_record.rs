@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <locks>/<name>   locked ([`crate::locks`]): somebody works on the record of this name
-//! <path>~          being written, synced; then renamed to <path>, and the directory is synced
+//! <path>~          being written, synced; then renamed to <path>, and the directory is synced, as when it is removed
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -57,9 +57,26 @@ pub(crate) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
         file.write_all(&json)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        sync_directory_of(path)
     };
     written().with_context(failed)
+}
+
+/// Removes a record, if there is one: after a power cut it is not there again.
+///
+/// # Errors
+/// A system call failed.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    let removed = match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        removed => removed,
+    };
+    let synced = removed.and_then(|()| sync_directory_of(path));
+    synced.with_context(|| format!("cannot remove {}", path.display()))
+}
+
+fn sync_directory_of(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 
 /// All that is in a directory of records; nothing, where there is none.

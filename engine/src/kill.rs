@@ -24,6 +24,7 @@ use transship_sandbox::KnownProcess;
 use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
 use crate::task_to_freeze::TaskToFreeze;
+use crate::thaw::{ANSWER, answered};
 
 /// How long killed processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -80,7 +81,7 @@ async fn wait_for_end(
     loop {
         for task in tasks {
             // On cgroup v2 there is nothing left to be let go, which is no error here.
-            if node.resume(&task.id).await.is_err() {
+            if answered(ANSWER, node.resume(&task.id)).await.is_err() {
                 drop(task.runtime.resume(&task.id).await);
             }
         }

@@ -36,10 +36,11 @@ use crate::lost_task;
 use crate::moved_pods::Mark;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
-use crate::receive::new_migration;
+use crate::receive::{Arrivals, new_migration, settle_all};
 use crate::restart_policy;
 use crate::restore::{Target, remove_client_files};
 use crate::source::{self, SourceContainer};
+use crate::thaw;
 use crate::timeline::Timeline;
 
 mod ask;
@@ -158,6 +159,8 @@ pub struct Report {
 
 /// Where the records of migrations are that have been committed.
 pub const RECORDS: &str = "/var/lib/transship/migrations";
+/// How long containerd may take to delete the tasks of a source, whose processes have ended.
+const ENDING: Duration = Duration::from_secs(30);
 /// Where the locks of migrations are.
 const LOCKS: &str = "/run/transship/migrations";
 
@@ -172,6 +175,10 @@ pub async fn migrate(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
+    // What has come here and was given up would be a second pod of its name.
+    for failed in settle_all(node, store, &Arrivals::default()).await?.failed {
+        tracing::warn!("{}", failed.one_line());
+    }
     let mut reasons = Reasons::default();
     let found = Moving::find(node, request, &mut reasons).await;
     let Some(mut moving) = reasons.keep(found)? else {
@@ -186,9 +193,17 @@ pub async fn migrate(
     let (id, called) = (moving.id().to_owned(), moving.called());
     let record = Record::take(Path::new(RECORDS), Path::new(LOCKS), node.namespace(), &id)?;
     let was_paused = moving.containers.iter().any(|it| it.was_paused);
-    if !was_paused {
-        // An earlier migration has been decided: it runs.
-        record.clear()?;
+    let ids: Vec<&str> = moving.containers.iter().map(SourceContainer::id).collect();
+    let created = recover::created(node, &ids).await?;
+    match record.read() {
+        Ok(Some(earlier)) if !earlier.names_others(&created) => {
+            if !was_paused && !earlier.copy_runs {
+                // It has been decided: it runs.
+                recover::let_be(node, &record, &earlier).await?;
+            }
+        }
+        _ if was_paused => {}
+        _ => record.clear()?,
     }
     record.check_clear(&id, node.namespace())?;
     if was_paused {
@@ -214,7 +229,6 @@ pub async fn migrate(
     }
     let networks = moving.containers.iter();
     let networks = networks.flat_map(|it| it.container.networks.clone());
-    let ids: Vec<&str> = moving.containers.iter().map(SourceContainer::id).collect();
     let pending = Pending {
         migration: new_migration()?,
         namespace: node.namespace().to_owned(),
@@ -223,7 +237,7 @@ pub async fn migrate(
         to: request.to.clone(),
         remote_program: request.remote_program.clone(),
         node: String::new(),
-        created: recover::created(node, &ids).await?,
+        created,
         was_paused,
         keep_source: request.keep_source,
         networks: networks.collect(),
@@ -356,10 +370,14 @@ async fn remove_container(node: &Containerd, id: &str) -> Result<()> {
 
 /// Deletes the tasks of the source, which have ended; its files stay. Those of a pod are the CRI's.
 async fn end_source(node: &Containerd, pending: &Pending) -> Result<()> {
-    let ended = match pending.pod {
-        None => { node.kill_task(&pending.container).await }.map_err(Error::from),
-        Some(_) => CriPods::of(node).stop(&pending.container).await,
+    let end = async {
+        match pending.pod {
+            None => Ok(node.kill_task(&pending.container).await?),
+            Some(_) => CriPods::of(node).stop(&pending.container).await,
+        }
     };
+    // Its processes have ended, and a shim may be silent for ever.
+    let ended = thaw::answered(ENDING, end).await;
     ended.context("it could not be ended here")
 }
 

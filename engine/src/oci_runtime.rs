@@ -45,6 +45,16 @@ pub struct OciRuntime {
     systemd_cgroup: bool,
 }
 
+/// What a runtime says of a container.
+#[derive(Debug, Deserialize)]
+pub(crate) struct RuntimeState {
+    /// `running`, `paused`, `stopped`, ...
+    pub(crate) status: String,
+    /// Its first process; 0 where that has ended.
+    #[serde(default)]
+    pub(crate) pid: u32,
+}
+
 /// An export of the upperdir in the middle of a dump.
 #[derive(Debug)]
 pub struct ExportInside<'a> {
@@ -162,13 +172,18 @@ impl OciRuntime {
 
     /// Whether the container is paused; one that the runtime does not know is not.
     pub async fn has_paused(&self, id: &str) -> bool {
-        #[derive(Deserialize)]
-        struct State {
-            status: String,
-        }
-        let state = self.run("state", &[id]).await;
-        let state = state.ok().and_then(|json| serde_json::from_str(&json).ok());
-        state.is_some_and(|State { status }| status == "paused")
+        let state = self.state(id).await;
+        state.is_ok_and(|state| state.status == "paused")
+    }
+
+    /// What the runtime itself knows of the container.
+    ///
+    /// # Errors
+    /// What the runtime says, also of a container that it does not know.
+    pub(crate) async fn state(&self, id: &str) -> Result<RuntimeState> {
+        let json = self.run("state", &[id]).await?;
+        serde_json::from_str(&json)
+            .with_context(|| format!("{} says no state of {id:?}", self.binary.display()))
     }
 
     /// Freezes the container's processes.

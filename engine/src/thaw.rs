@@ -12,6 +12,9 @@ use crate::task_to_freeze::TaskToFreeze;
 /// How long containerd may take for one answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 
+/// How long a shim may take to resume a task: within [`ANSWER`] the runtime is asked as well where it does not.
+const RESUME: Duration = Duration::from_secs(2);
+
 /// What containerd answers, for which somebody waits who stands still.
 ///
 /// # Errors
@@ -46,8 +49,16 @@ pub(crate) enum Seen {
 /// Lets a task run, and looks what it does then. Fails when containerd does not answer.
 pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Result<Seen> {
     // What counts is what is seen afterwards.
-    let resumed = node.resume(&task.id).await;
-    let seen = look(node, &task.id).await?;
+    let resumed = answered(RESUME, node.resume(&task.id)).await;
+    let seen = match look(node, &task.id).await {
+        // The shim may be silent for ever, and what stands still waits.
+        Err(error) if task.runtime.has_paused(&task.id).await => {
+            tracing::debug!("let go by the runtime alone: {}", error.one_line());
+            task.runtime.resume(&task.id).await?;
+            return Ok(Seen::Running);
+        }
+        seen => seen?,
+    };
     // A runtime that was killed in the middle of a pause (with its caller, say) has frozen it all the same. Its shim, which
     // has seen it fail, says that it runs (containerd 2.1), or that what it takes for running cannot be resumed (1.6).
     let may_be_frozen = match seen {

@@ -8,6 +8,7 @@
 //!
 //! Its file `spec.json` is the spec of the container that it is restored into.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -16,8 +17,8 @@ use transship_checkpoint::criu_images::memory_apart::MemoryApart;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Thread, ThreadEdit};
 use transship_checkpoint::criu_images::{
     ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, named_files, open_files,
-    pipe_data, regular_files, seccomp, shm_mappings, tasks, thread_timers, threads, timers,
-    unix_sockets, user_namespace, utsns,
+    packet_rules, pipe_data, regular_files, seccomp, shm_mappings, tasks, terminals, thread_timers,
+    threads, timers, unix_sockets, user_namespace, utsns,
 };
 use transship_checkpoint::criu_log;
 use transship_checkpoint::spec::Spec;
@@ -93,6 +94,7 @@ pub(crate) fn files(data: &[u8]) {
         let _connections = inet_sockets::connections(dir);
         let before = open_files::privileged(dir).ok();
         let _named = named_files::named_files(dir);
+        let _terminals = terminals::terminals(dir);
         let _corrected = timers::correct(dir, 1 << 40);
         let moved = |name: &str| {
             let found = regular_files::FoundFile {
@@ -124,6 +126,17 @@ pub(crate) fn files(data: &[u8]) {
         let after = open_files::privileged(dir).ok();
         assert_eq!(before, after, "an edit has changed what is open");
     });
+}
+
+/// The rules of a network, for `nft` and for `iptables-restore`.
+pub(crate) fn packet_rules(data: &[u8]) {
+    for name in ["nftables-7.img", "iptables-7.img"] {
+        alone(name, data, |dir| {
+            if packet_rules::has_rules(dir, &BTreeSet::new()).is_ok() {
+                assert!(!data.contains(&0), "the tools read to different ends");
+            }
+        });
+    }
 }
 
 /// `pipes-data.img`, which may be of any size.

@@ -50,6 +50,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("criu_log", images::log),
     ("criu_mm", images::mm),
     ("criu_mountpoints", images::mountpoints),
+    ("criu_packet_rules", images::packet_rules),
     ("criu_pipes_data", images::pipes_data),
     ("criu_pstree", images::pstree),
     ("criu_seccomp", images::seccomp),

@@ -40,6 +40,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             "migration_undecided_unread",
             what_cannot_be_read_keeps_nobody_waiting,
         ),
+        case("migration_undecided_silent", a_silent_shim_has_not_ended),
         case(
             "migration_undecided_network",
             it_goes_on_without_its_network,
@@ -205,6 +206,53 @@ fn what_cannot_be_read_keeps_nobody_waiting(bed: &Testbed) -> anyhow::Result<()>
     ))
     .run()?;
     journey::remove_container(&b, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// containerd gives out neither a state nor a process of a task while its shim is slow. What is frozen has not ended then:
+/// it neither goes on beside the copy, nor is it forgotten.
+fn a_silent_shim_has_not_ended(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    undecided(&a, &b, &["web"])?;
+    let pid = a.shell("ctr tasks ls | awk '$1 == \"web\" { print $2 }'");
+    let pid = { pid }.read()?.trim().to_owned();
+    let shim = |signal: &str| {
+        a.shell(&format!(
+            "pkill -{signal} -f '[c]ontainerd-shim-runc-v2 .*-id web '"
+        ))
+        .run()
+    };
+    shim("STOP")?;
+    let asked = recover(&a)?;
+    let ran = a.shell(&format!(
+        "used() {{ cut -d' ' -f14,15,22 /proc/{pid}/stat 2>/dev/null || true; }}
+         before=$(used); sleep 2; [ \"$before\" = \"$(used)\" ] || echo it runs"
+    ));
+    let ran = { ran }.read()?;
+    shim("CONT")?;
+    ensure!(ran.is_empty(), "{ran}: {asked}");
+    poll_until("the end of the source", PATIENCE, || {
+        let said = recover(&a).map_err(|error| error.to_string())?;
+        let left = a.shell(&format!("ctr containers ls -q; ls {RECORDS}"));
+        match { left }.read().map_err(|error| error.to_string())? {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!("{said}: {left}")),
+        }
+    })?;
+    counts_on(&b, "web")?;
+    journey::remove_container(&b, "web")?;
+    // By the word of a person it goes on, whatever its shim does.
+    undecided(&a, &b, &["other"])?;
+    journey::remove_container(&b, "other")?;
+    a.shell("pkill -STOP -f '[c]ontainerd-shim-runc-v2 .*-id other '")
+        .run()?;
+    let decided = a.shell("timeout 60 transship recover other --source-runs 2>&1 || true");
+    let decided = { decided }.read()?;
+    a.shell("pkill -CONT -f '[c]ontainerd-shim-runc-v2 .*-id other '")
+        .run()?;
+    ensure!(decided.contains("runs on here"), "{decided}");
+    counts_on(&a, "other").with_context(|| decided.clone())?;
+    journey::remove_container(&a, "other")?;
     nothing_is_left(&a, &b)
 }
 

@@ -80,7 +80,8 @@ fn one_pod_whatever_breaks(bed: &Testbed, kinds: &[Fault], times: usize) -> anyh
         if fault == Fault::Criu(Side::Source) && said(way.from, &code).contains(HAS_ENDED) {
             let (from, to) = (way.from, way.to);
             // Its connections were under repair; see `killed_criu`.
-            from.cri()?.remove_pod(&pod)?;
+            // Since it was started, it may have moved, and be another sandbox.
+            from.cri()?.remove_all_pods()?;
             journey::check_no_pod_left(to).with_context(what)?;
             pod = start(from)?;
             continue;

@@ -18,11 +18,11 @@ use k8s_cri::v1::{
     ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
     ExecSyncRequest, ExecSyncResponse, FilesystemUsage, IdMapping, ImageFsInfoRequest, ImageSpec,
     Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    SecurityProfile, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest, UserNamespace,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
+    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest, UserNamespace,
 };
 use tokio::runtime::Runtime;
 
@@ -589,6 +589,21 @@ impl Cri {
             .map_err(|error| error.to_string())
         })
         .map(drop)
+    }
+
+    /// Removes all pods of the node, whoever has made them.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub fn remove_all_pods(&self) -> Result<(), TestbedError> {
+        let all = self.call("list the sandboxes", |mut client| async move {
+            let request = ListPodSandboxRequest::default();
+            client.list_pod_sandbox(request).await
+        })?;
+        for sandbox in all.items {
+            self.remove_pod(&Pod::of(sandbox.id, PodSandboxConfig::default()))?;
+        }
+        Ok(())
     }
 
     /// Stops and removes a pod with all its containers.

@@ -67,7 +67,8 @@ pub(super) fn locks(subject: &Subject, processes: &Processes) -> Vec<Hit> {
         return Vec::new();
     }
     let paths = { processes.descriptors() }.filter_map(|(seen, number, target)| match target {
-        FDTarget::Path(path) => Some((seen, number, path)),
+        FDTarget::Path(path) => Some((seen, number, path.display().to_string())),
+        FDTarget::MemFD(name) => Some((seen, number, format!("/memfd:{name}"))),
         _ => None,
     });
     let locked = paths.filter(|(seen, number, _)| {
@@ -76,7 +77,6 @@ pub(super) fn locks(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     });
     locked
         .map(|(seen, _, path)| {
-            let path = path.display().to_string();
             let what = format!("{} of {}", path.escape_debug(), seen.called());
             ("file-locks", what)
         })
@@ -171,7 +171,34 @@ fn is_proc(file: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use transship_checkpoint::criu_options::CriuOptions;
+    use transship_checkpoint::spec::Spec;
+
     use super::*;
+
+    #[test]
+    fn a_lock_of_memory_is_a_lock() {
+        let memory = rustix::fs::memfd_create("buffer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let locked = || {
+            let own = std::process::id();
+            let subject = Subject {
+                id: String::new(),
+                init: own,
+                pids: Vec::new(),
+                spec: Spec::parse(b"{}").unwrap(),
+                criu: CriuOptions {
+                    file_locks: false,
+                    ..CriuOptions::default()
+                },
+            };
+            let hits = locks(&subject, &Processes::read(own, &[own]));
+            hits.iter()
+                .any(|(_, what)| what.starts_with("/memfd:buffer"))
+        };
+        assert!(!locked());
+        rustix::fs::flock(&memory, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        assert!(locked());
+    }
 
     #[test]
     fn what_the_kernel_tells_is_read() {

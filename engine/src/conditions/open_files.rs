@@ -3,7 +3,7 @@
 //! ```text
 //!  /proc/PID/fd/N     -> anon_inode:[io_uring]    a kind
 //!  /proc/PID/fd/N     -> /data/x (deleted)        no link left: a ghost file, up to a limit
-//!                        the same, on a read-only mount    cannot be made again
+//!                        the same, on a read-only mount    cannot be made again, nor can a directory (cwd, root)
 //!  /proc/PID/maps     /dev/shm/sem.y (deleted)    links left: found by another name (link-remap)
 //! ```
 //!
@@ -75,6 +75,11 @@ pub(super) fn hits(subject: &Subject, processes: &Processes) -> Vec<Hit> {
     }
     for seen in &processes.tree {
         hits.extend(mapped(subject, seen));
+        hits.extend(["cwd", "root"].iter().filter_map(|name| {
+            let link = format!("/proc/{}/{name}", seen.pid);
+            let path = fs::read_link(&link).ok()?;
+            without_its_name(subject, seen, &path, || found_at(&link), || false)
+        }));
     }
     hits
 }
@@ -155,8 +160,12 @@ fn without_its_name(
     if name == SECRET_MEMORY && is_secret_memory() {
         return Some(("open-file-kind", format!("secretmem of {}", seen.called())));
     }
-    let (file, is_read_only) = found().filter(|(file, _)| file.is_file())?;
+    let (file, is_read_only) = found().filter(|(file, _)| file.is_file() || file.is_dir())?;
     if is_its_name(seen, path, &file) {
+        return None;
+    }
+    // A directory has no other name, and its ghost no contents.
+    if file.is_dir() && (file.nlink() != 0 || !is_read_only) {
         return None;
     }
     let limit = subject.criu.ghost_limit.unwrap_or(GHOST_LIMIT);
@@ -242,6 +251,29 @@ mod tests {
             spec: Spec::parse(spec).unwrap(),
             criu,
         }
+    }
+
+    #[test]
+    fn a_removed_directory_counts_where_none_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        fs::create_dir(&path).unwrap();
+        let open = fs::File::open(&path).unwrap();
+        let there = open.metadata().unwrap();
+        fs::remove_dir(&path).unwrap();
+        let gone = open.metadata().unwrap();
+        let own = std::process::id();
+        let processes = Processes::read(own, &[own]);
+        let name = |of: &Metadata, is_read_only| {
+            let subject = subject(CriuOptions::default());
+            let seen = &processes.tree[0];
+            let found = || Some((of.clone(), is_read_only));
+            let path = Path::new("/config/x (deleted)");
+            without_its_name(&subject, seen, path, found, || false).map(|(name, _)| name)
+        };
+        assert_eq!(name(&gone, true), Some("deleted-read-only"));
+        assert_eq!(name(&gone, false), None);
+        assert_eq!(name(&there, true), None);
     }
 
     #[test]

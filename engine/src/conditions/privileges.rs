@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use procfs::process::Status;
 use procfs::{Current as _, Uptime};
-use transship_sandbox::read_proc;
+use transship_sandbox::{TaskStatus, read_proc};
 
 use super::processes::{Processes, Seen};
+use super::programs::threads;
 use super::{Hit, MOMENTS};
 use crate::process_files;
 
@@ -22,9 +23,9 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
             let (uid, gid) = (status.ruid, status.rgid);
             hits.push(("rlimit", format!("{} as {uid}:{gid}", seen.called())));
         }
-        if status.tracerpid != 0 {
-            let by = format!("{} by {}", seen.called(), status.tracerpid);
-            hits.push(("traced", by));
+        let mut tracers = threads(seen).filter_map(|thread| tracer(&thread));
+        if let Some(tracer) = tracers.next() {
+            hits.push(("traced", format!("{} by {tracer}", seen.called())));
         }
         if status.state.starts_with('T') && is_below_freezer(status.pid) {
             hits.push(("stopped", seen.called()));
@@ -34,6 +35,13 @@ pub(super) fn hits(processes: &Processes) -> Vec<Hit> {
         }
     }
     hits
+}
+
+/// Who traces a thread: each has a tracer of its own.
+fn tracer(thread: &str) -> Option<u32> {
+    let status = TaskStatus::of(thread).ok()?;
+    let tracer = status.field("TracerPid")?.parse().ok()?;
+    (tracer != 0).then_some(tracer)
 }
 
 /// What is in the container and no descendant of its first process.

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use transship_cni::Attachment;
 
 use crate::durable_record;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::locks::Lock;
 
 /// No id of containerd ends so.
@@ -190,12 +190,9 @@ impl Record {
 
     /// It is known which copy runs.
     pub(super) fn clear(&self) -> Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed.with_context(|| format!("cannot remove {}", self.path.display())),
-        }
-        // Of a migration that is open no more it says nothing.
-        .inspect(|()| drop(fs::remove_file(&self.runs)))
+        durable_record::remove(&self.path)
+            // Of a migration that is open no more it says nothing.
+            .inspect(|()| drop(fs::remove_file(&self.runs)))
     }
 }
 

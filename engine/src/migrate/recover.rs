@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use containerd_client::types::v1::Status;
+use containerd_client::types::v1::{Process, Status};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, LocalSet};
@@ -35,6 +35,7 @@ use crate::durable_record::remove_unfinished;
 use crate::error::{Context, Error, Kind, Result};
 use crate::frozen::Committed;
 use crate::interrupt::Interrupt;
+use crate::oci_runtime::OciRuntime;
 use crate::receive::{Arrivals, settle_all};
 use crate::restart_policy;
 use crate::task_to_freeze::TaskToFreeze;
@@ -274,6 +275,7 @@ async fn decide(
             Decided::SourceRuns
         }
         (Outcome::Aborted, None) => {
+            release_ended(&ended).await?;
             let_be(node, &record, pending).await?;
             Decided::Ended
         }
@@ -324,6 +326,7 @@ async fn tasks_of(node: &Containerd, pending: &Pending) -> Result<Vec<(TaskToFre
     for id in pending.ids() {
         let process = match node.task(id).await {
             Err(error) if error.is_not_found() => continue,
+            Err(error) if error.is_silent() => told_by_runtime(node, id).await?,
             process => process?,
         };
         let task = TaskToFreeze {
@@ -338,6 +341,30 @@ async fn tasks_of(node: &Containerd, pending: &Pending) -> Result<Vec<(TaskToFre
     Ok(tasks)
 }
 
+/// What the runtime says of a task whose shim does not answer: that it is paused and nobody has let it go must not be taken
+/// for its end.
+async fn told_by_runtime(node: &Containerd, id: &str) -> Result<Process> {
+    let runtime = OciRuntime::of_record(&node.container(id).await?, node.namespace());
+    let state = runtime.state(id).await?;
+    let status = match state.status.as_str() {
+        "paused" => Status::Paused,
+        "running" => Status::Running,
+        "created" => Status::Created,
+        "stopped" => Status::Stopped,
+        other => {
+            return Err(Error::failed(format!(
+                "what {id:?} does is not known: the runtime says {other:?}"
+            )));
+        }
+    };
+    Ok(Process {
+        id: id.to_owned(),
+        pid: state.pid,
+        status: status.into(),
+        ..Process::default()
+    })
+}
+
 /// Ends what is left of a source whose copy runs; its files stay.
 async fn end(
     node: &Containerd,
@@ -348,18 +375,23 @@ async fn end(
     if let Some(source) = source {
         { source.kill(async {}).await }.context("it could not be ended here")?;
     }
-    // CRIU leaves the cgroup of a dump frozen, also when all in it have ended; the runtime deletes no paused container.
+    release_ended(ended).await?;
+    super::end_source(node, pending).await?;
+    network::forget(pending).await
+}
+
+/// CRIU leaves the cgroup of a dump frozen, also when all in it have ended; the runtime deletes no paused container.
+async fn release_ended(ended: &[TaskToFreeze]) -> Result<()> {
     for task in ended {
         if task.runtime.has_paused(&task.id).await {
             task.runtime.resume(&task.id).await?;
         }
     }
-    super::end_source(node, pending).await?;
-    network::forget(pending).await
+    Ok(())
 }
 
 /// It is this node's alone again.
-async fn let_be(node: &Containerd, record: &Record, pending: &Pending) -> Result<()> {
+pub(super) async fn let_be(node: &Containerd, record: &Record, pending: &Pending) -> Result<()> {
     for id in pending.ids() {
         restart_policy::put_back(node, id).await?;
     }

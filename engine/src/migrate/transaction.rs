@@ -135,8 +135,9 @@ impl Transaction<'_> {
             let error = self.take_back_network(error).await;
             let thawed = frozen.thaw().await;
             let error = resume_source(self.node, self.moving, thawed, error).await;
-            self.record.clear()?;
+            // Nobody else would know of the mark.
             unmark_moved(&self.pending)?;
+            self.record.clear()?;
             return Err(error);
         }
         // From here on nobody else may decide that the source runs.

@@ -17,6 +17,7 @@
 //! takes the migration for `aborted`: so that is forgotten after 30 days, and `durable` never by age, which a clock that
 //! is set tells wrongly.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -276,6 +277,22 @@ impl Arrivals {
             }
         }
         Ok(found)
+    }
+
+    /// The migrations of pods that were made here and have never run.
+    ///
+    /// # Errors
+    /// The records cannot be listed.
+    pub(super) fn aborted_pods(&self) -> Result<BTreeSet<String>> {
+        let is_one = |arrival: &Arrival| {
+            arrival.state == State::Aborted && { arrival.pod.as_ref() }.is_some_and(|it| !it.waits)
+        };
+        let mut found = self.all()?;
+        found.retain(|migration| {
+            let read = durable_record::read::<Arrival>(&self.records.join(migration));
+            matches!(read, Ok(Some(arrival)) if is_one(&arrival))
+        });
+        Ok(found.into_iter().collect())
     }
 
     fn all(&self) -> Result<Vec<String>> {

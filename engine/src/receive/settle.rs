@@ -139,6 +139,8 @@ pub async fn settle_all(node: &Containerd, store: &Store, arrivals: &Arrivals) -
             Err(error) => settled.failed.push(error),
         }
     }
+    let late = pod::settle::remove_late(node, arrivals).await;
+    settled.failed.extend(late.err());
     match node.namespaces().await {
         Ok(namespaces) => {
             for namespace in namespaces {
@@ -290,8 +292,10 @@ async fn let_go(node: &Containerd, store: &Store, locked: &mut Locked) -> Result
             }
         },
         Status::Running | Status::Paused | Status::Pausing => locked.set(State::Runs)?,
-        Status::Stopped | Status::Unknown if has_run(locked)? => return Ok(false),
-        Status::Stopped | Status::Unknown => abort(node, store, locked).await?,
+        Status::Stopped if has_run(locked)? => return Ok(false),
+        Status::Stopped => abort(node, store, locked).await?,
+        // What nobody knows of is neither told nor removed.
+        Status::Unknown => return Err(Error::failed(format!("what {id:?} does is not known"))),
     }
     Ok(true)
 }

@@ -123,11 +123,7 @@ impl Transaction<'_> {
         let error = self.take_back_network(error).await;
         let thawed = source.thaw().await;
         let error = resume_source(self.node, self.moving, thawed, error).await;
-        match self
-            .record
-            .clear()
-            .and_then(|()| unmark_moved(&self.pending))
-        {
+        match unmark_moved(&self.pending).and_then(|()| self.record.clear()) {
             Ok(()) => error,
             Err(left) => left.after(error),
         }

@@ -1,5 +1,6 @@
 //! The end of a pod's migration: its containers are let go, or all of it is removed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -12,7 +13,7 @@ use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
-use super::super::arrival::{Arrival, ArrivingPod};
+use super::super::arrival::{Arrival, Arrivals, ArrivingPod, Found};
 use super::contents;
 use crate::cri_pods::CriPods;
 use crate::error::{Context, Error, Result};
@@ -115,7 +116,7 @@ fn ids(arrival: &Arrival) -> impl Iterator<Item = &String> {
 async fn is_there(node: &Containerd, id: &str) -> Result<bool> {
     match node.task(id).await {
         Err(error) if error.is_not_found() => Ok(false),
-        task => Ok(!matches!(task?.status(), Status::Stopped | Status::Unknown)),
+        task => Ok(!matches!(task?.status(), Status::Stopped)),
     }
 }
 
@@ -176,6 +177,30 @@ pub(in super::super) async fn remove(
     }
     // In emptyDirs that were there before.
     contents::remove(pod)
+}
+
+/// Removes sandboxes of pods that have been removed: containerd goes on with a call whose caller was killed, and a sandbox
+/// comes when it has been looked for.
+///
+/// # Errors
+/// The records cannot be listed; what is left.
+pub(in super::super) async fn remove_late(node: &Containerd, arrivals: &Arrivals) -> Result<()> {
+    let aborted = arrivals.aborted_pods()?;
+    if aborted.is_empty() {
+        return Ok(());
+    }
+    let sandboxes = CriPods::of(node).sandboxes().await?;
+    let late: BTreeSet<&String> = { sandboxes.iter() }
+        .filter_map(|sandbox| aborted.get(sandbox.annotations.get(RECEIVE)?))
+        .collect();
+    for migration in late {
+        if let Found::Record(locked) = arrivals.open(migration)?
+            && let Some(pod) = &locked.arrival.pod
+        {
+            remove(node, pod, migration).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Ends what is held in a pod that somebody else has made and will remove. Whatever is made of it later fails, and
