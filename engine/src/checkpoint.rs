@@ -329,6 +329,8 @@ async fn take(
     let marked = target.pod.as_ref().filter(|_| target.moves != Moves::No);
     let tasks = target.sources.iter().map(|source| TaskToFreeze {
         marked: marked.map(|pod| pod.uid.clone()),
+        // containerd before 2.0 takes what stands still for ended, and starts it again.
+        hides_policy: true,
         ..source.to_freeze()
     });
     let (tasks, bounds) = (tasks.collect(), (target.max_freeze, interrupt));
@@ -363,6 +365,20 @@ async fn take(
             Ok(report)
         }
         (Ok(report), Afterwards::Run | Afterwards::Paused) => {
+            for source in &target.sources {
+                // Of one that is marked nothing starts again, whatever has ended.
+                if target.moves != Moves::Marked && !source.runtime.has_paused(source.id()).await {
+                    let called = &source.called;
+                    let message =
+                        format!("{called} does not stand still any more: it was ended, or let go");
+                    let error = Error::failed(message);
+                    let error = match store.remove(name) {
+                        Ok(()) => error,
+                        Err(left) => Error::from(left).after(error),
+                    };
+                    return Err(frozen.thaw_after(error).await);
+                }
+            }
             frozen.leave();
             Ok(report)
         }

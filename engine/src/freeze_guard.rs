@@ -52,6 +52,9 @@ struct Orders {
     /// The directory that a dump is being written to.
     draft: Option<PathBuf>,
     tasks: Vec<TaskToFreeze>,
+    /// The uids of pods that are marked as moved meanwhile, also where others have paused all of their containers.
+    #[serde(default)]
+    marks: Vec<String>,
 }
 
 /// Lets containers run should this process vanish, or drop it without [`Self::stand_down`].
@@ -70,6 +73,9 @@ impl FreezeGuard {
             namespace: node.namespace().to_owned(),
             draft: draft.map(Path::to_path_buf),
             tasks: to_thaw.cloned().collect(),
+            marks: { tasks.iter() }
+                .filter_map(|it| it.marked.clone())
+                .collect(),
         };
         GuardProcess::start(ARGUMENT, &orders).map(Self)
     }
@@ -93,6 +99,9 @@ pub async fn run() -> Result<()> {
         stuck_dump::wait_for_end(draft, roots).await;
     }
     let_all_run(&orders).await;
+    for uid in &orders.marks {
+        drop(moved::unmark(Path::new(DEFAULT_MOVED_DIR), uid));
+    }
     let removed = match &orders.draft {
         Some(draft) => remove_draft(draft).await,
         None => Ok(()),
@@ -122,9 +131,6 @@ async fn let_all_run(orders: &Orders) {
 /// Lets a task run, and takes back what was to keep others from it meanwhile.
 async fn let_run(orders: &Orders, task: &TaskToFreeze) {
     see_run(orders, task).await;
-    if let Some(uid) = &task.marked {
-        drop(moved::unmark(Path::new(DEFAULT_MOVED_DIR), uid));
-    }
     let deadline = Instant::now() + PATIENCE;
     while task.hides_policy && put_back_policy(orders, task).await.is_err() {
         if Instant::now() > deadline {
@@ -158,7 +164,7 @@ async fn see_run(orders: &Orders, task: &TaskToFreeze) {
             Ok(Seen::Gone) if !task.runtime.has_paused(&task.id).await => return,
             Ok(Seen::Gone) => drop(task.runtime.resume(&task.id).await),
             Ok(Seen::Paused) => silent_since = None,
-            Err(_) => {
+            Ok(Seen::RunsUnseen) | Err(_) => {
                 let since = *silent_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > SILENCE {
                     if task.runtime.has_paused(&task.id).await {

@@ -176,6 +176,7 @@ impl Frozen {
     pub async fn thaw(self) -> Result<()> {
         // A guard that is not told to stand down takes over when it is dropped.
         self.tasks.thaw().await?;
+        self.tasks.show_policies().await?;
         self.guard.stand_down();
         Ok(())
     }
@@ -205,11 +206,12 @@ impl Frozen {
     /// When a process cannot be killed, or does not end; then the guard lets run what is left.
     pub async fn kill(self) -> Result<()> {
         kill::kill_frozen(&self.tasks.node, &self.tasks.tasks, async {}).await?;
+        self.tasks.show_policies().await?;
         self.guard.stand_down();
         Ok(())
     }
 
-    /// Leaves them paused for somebody else to decide.
+    /// Leaves them paused for somebody else to decide, and hidden from who would start them again.
     pub fn leave(self) {
         self.guard.stand_down();
     }
@@ -264,9 +266,17 @@ impl Tasks {
     }
 
     async fn hide_policies(&self) -> Result<()> {
-        for task in self.tasks.iter().filter(|task| task.hides_policy) {
+        for task in self.ours().filter(|task| task.hides_policy) {
             let suspended = restart_policy::suspend(&self.node, &task.id);
             thaw::answered(FREEZE_PATIENCE, suspended).await?;
+        }
+        Ok(())
+    }
+
+    async fn show_policies(&self) -> Result<()> {
+        for task in self.ours().filter(|task| task.hides_policy) {
+            let shown = restart_policy::put_back(&self.node, &task.id);
+            thaw::answered(FREEZE_PATIENCE, shown).await?;
         }
         Ok(())
     }
@@ -345,7 +355,7 @@ impl Tasks {
         let id = &task.id;
         loop {
             let failed = match timeout(thaw::ANSWER, thaw::resume_once(&self.node, task)).await {
-                Ok(Ok(Seen::Running | Seen::Gone)) => return Ok(()),
+                Ok(Ok(Seen::Running | Seen::RunsUnseen | Seen::Gone)) => return Ok(()),
                 Ok(Ok(Seen::Paused)) => Error::failed(format!("containerd cannot resume {id:?}")),
                 Ok(Err(error)) => error,
                 Err(_) => Error::failed("containerd does not answer"),

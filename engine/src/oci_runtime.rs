@@ -12,9 +12,10 @@
 //!
 //! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -288,6 +289,16 @@ impl OciRuntime {
     }
 }
 
+/// The file of this program, or the one that has taken its name since, which does the same: an upgrade replaces it while
+/// `serve` goes on.
+fn own_program() -> std::io::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    // What the kernel says of a file that has no name any more.
+    let named = program.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+    let named = named.map(|it| PathBuf::from(OsStr::from_bytes(it)));
+    Ok(named.unwrap_or(program))
+}
+
 /// CRIU runs it at every step; `post-dump` is the one at which its links are there.
 fn write_script(
     script: &Path,
@@ -295,7 +306,7 @@ fn write_script(
     export: Option<&ExportInside<'_>>,
     hold: Option<&DumpHold>,
 ) -> Result<()> {
-    let program = std::env::current_exe().context("cannot find this program")?;
+    let program = own_program().context("cannot find this program")?;
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let path = |path: &Path| quoted(&path.to_string_lossy());
     let [ended, dumped, wait] = hold.map_or_else(

@@ -181,7 +181,12 @@ async fn freeze(node: &Containerd, snapshot: &Snapshot) -> Result<Option<Frozen>
         return Ok(None);
     }
     let record = node.container(id).await?;
-    let tasks = vec![TaskToFreeze::of(node, &record, &task)];
+    let task = TaskToFreeze {
+        // As of a checkpoint.
+        hides_policy: true,
+        ..TaskToFreeze::of(node, &record, &task)
+    };
+    let tasks = vec![task];
     Frozen::freeze(node, tasks, None).await.map(Some)
 }
 

@@ -40,6 +40,8 @@ where
 pub(crate) enum Seen {
     /// It runs, and the runtime says so, too.
     Running,
+    /// The runtime says that it runs, and its shim does not answer.
+    RunsUnseen,
     /// It stands still.
     Paused,
     /// There is no task, or it has ended.
@@ -50,21 +52,20 @@ pub(crate) enum Seen {
 pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Result<Seen> {
     // What counts is what is seen afterwards.
     let resumed = answered(RESUME, node.resume(&task.id)).await;
-    let seen = match look(node, &task.id).await {
+    let seen = look(node, &task.id).await?;
+    if seen == Seen::RunsUnseen {
         // The shim may be silent for ever, and what stands still waits.
-        Err(error) if task.runtime.has_paused(&task.id).await => {
-            tracing::debug!("let go by the runtime alone: {}", error.one_line());
+        if task.runtime.state(&task.id).await?.status == "paused" {
             task.runtime.resume(&task.id).await?;
-            return Ok(Seen::Running);
         }
-        seen => seen?,
-    };
+        return Ok(seen);
+    }
     // A runtime that was killed in the middle of a pause (with its caller, say) has frozen it all the same. Its shim, which
     // has seen it fail, says that it runs (containerd 2.1), or that what it takes for running cannot be resumed (1.6).
     let may_be_frozen = match seen {
         Seen::Running => true,
         Seen::Paused => resumed.is_err(),
-        Seen::Gone => false,
+        Seen::RunsUnseen | Seen::Gone => false,
     };
     let is_frozen = seen != Seen::Gone && task.runtime.has_paused(&task.id).await;
     if is_frozen && may_be_frozen {
@@ -86,6 +87,7 @@ pub(crate) async fn resume_once(node: &Containerd, task: &TaskToFreeze) -> Resul
 async fn look(node: &Containerd, id: &str) -> Result<Seen> {
     Ok(match node.task(id).await {
         Err(error) if error.is_not_found() => Seen::Gone,
+        Err(error) if error.is_silent() => Seen::RunsUnseen,
         task => match task?.status() {
             Status::Running | Status::Created => Seen::Running,
             Status::Stopped => Seen::Gone,

@@ -125,6 +125,26 @@ pub(crate) fn lock(work: &Path) -> io::Result<Flock<File>> {
     lock_dir(File::open(work)?)
 }
 
+/// Waits for the same, for so long at most: a guard that somebody has stopped never ends.
+///
+/// # Errors
+/// A failed system call.
+pub(crate) fn wait_for_end(work: &Path, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    let mut dir = File::open(work)?;
+    loop {
+        dir = match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(_) => return Ok(()),
+            Err((dir, Errno::EWOULDBLOCK)) => dir,
+            Err((_, errno)) => return Err(errno.into()),
+        };
+        if Instant::now() > deadline {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
 /// The same for a work directory that is open.
 ///
 /// # Errors

@@ -26,7 +26,7 @@ use crate::runtime_log::now;
 
 /// Where logs of restores are kept.
 pub const LOG_DIR: &str = "/var/log/transship";
-const LOG_FILE: &str = "restores.log";
+pub(crate) const LOG_FILE: &str = "restores.log";
 /// What it has at most, in bytes; there are two of them.
 const LOG_LIMIT: u64 = 1 << 20;
 /// What is kept of the end of one of CRIU's logs, in bytes.

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag};
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::linkat;
 
@@ -51,6 +51,17 @@ impl LinkedImages {
     /// # Errors
     /// A system call failed; nothing is left then.
     pub fn of(from: &Path) -> Result<Self, SandboxError> {
+        let linked = Self::alone(from)?;
+        linked.fill_parents(&from.canonicalize().during("find", from)?)?;
+        Ok(linked)
+    }
+
+    /// The same of images that build on nothing beside them: those of containerd's own checkpoints lie where everybody may
+    /// write.
+    ///
+    /// # Errors
+    /// A system call failed; nothing is left then.
+    pub fn alone(from: &Path) -> Result<Self, SandboxError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let from = from.canonicalize().during("find", from)?;
         remove_orphans(&from)?;
@@ -66,7 +77,6 @@ impl LinkedImages {
             .during("lock", &dir)?;
         let linked = Self { dir, _lock: lock };
         fill(&linked.dir, &from)?;
-        linked.fill_parents(&from)?;
         Ok(linked)
     }
 
@@ -74,7 +84,7 @@ impl LinkedImages {
     fn fill_parents(&self, from: &Path) -> Result<(), SandboxError> {
         let memory = (1_u32..)
             .map(|number| from.with_file_name(format!("{MEMORY_DIR}{number}")))
-            .take_while(|memory| memory.is_dir());
+            .take_while(|memory| memory.symlink_metadata().is_ok_and(|it| it.is_dir()));
         let mut dir = self.dir.clone();
         // A migration makes as many as it has rounds.
         for memory in memory.collect::<Vec<_>>().iter().rev() {
@@ -97,7 +107,7 @@ impl LinkedImages {
 
 /// Makes links in `dir` to all that is in `from`.
 fn fill(dir: &Path, from: &Path) -> Result<(), SandboxError> {
-    let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mut images = Dir::open(from, flags, Mode::empty()).during("list", from)?;
     let names = images.iter().map(|entry| Ok(entry?.file_name().to_owned()));
     let names = names.collect::<Result<Vec<CString>, Errno>>();
@@ -153,8 +163,10 @@ pub(crate) fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
         {
             continue;
         }
-        // Its maker may be removing it at this moment.
-        let Ok(dir) = File::open(entry.path()) else {
+        // Its maker may be removing it at this moment. What is no directory is somebody else's: beside containerd's own
+        // checkpoints everybody may write.
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let Ok(dir) = open(&entry.path(), flags, Mode::empty()).map(File::from) else {
             continue;
         };
         if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
@@ -167,6 +179,22 @@ pub(crate) fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_lies_beside_containerds_images_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let images = root.path().join("ctrd-checkpoint1");
+        fs::create_dir(&images).unwrap();
+        fs::write(images.join("core-1.img"), b"core").unwrap();
+        // Whoever waits for a writer waits for ever.
+        nix::unistd::mkfifo(&root.path().join(".staged-x"), Mode::S_IRWXU).unwrap();
+        fs::create_dir_all(root.path().join("memory-1/x")).unwrap();
+        std::os::unix::fs::symlink(&images, root.path().join(".staged-y")).unwrap();
+        let linked = LinkedImages::alone(&images).unwrap();
+        assert_eq!(fs::read_dir(linked.path()).unwrap().count(), 1);
+        assert!(images.join("core-1.img").symlink_metadata().is_ok());
+        LinkedImages::of(&images).unwrap_err();
+    }
 
     #[test]
     fn links_replace_nothing_and_go_away() {

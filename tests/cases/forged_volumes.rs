@@ -27,13 +27,32 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 /// A virtual terminal, of which CRIU knows nothing but the name.
 const TERMINAL: &str = r"
 modes = {'c_iflag': 0, 'c_oflag': 0, 'c_cflag': 0, 'c_lflag': 0, 'c_line': 0, 'c_ispeed': 0, 'c_ospeed': 0, 'c_cc': [0] * 19}
-def terminal(name, mode, flags='0x2', mount='/cache'):
-    file = reg(61, name, flags, mount); file['reg']['mode'] = mode
+def terminal(name, mode, flags='0x2', mount='/cache', file=61):
+    named = {'regf_id': file} if file != 60 else {}
+    file = reg(file, name, flags, mount); file['reg']['mode'] = mode
     add('files.img', 'FILES', [file])
     add('tty-info.img', 'TTY_INFO', [{'id': 99, 'type': 'VT', 'locked': False, 'exclusive': False, 'packet_mode': False,
         'termios': modes, 'termios_locked': modes, 'winsize': {'ws_row': 24, 'ws_col': 80, 'ws_xpixel': 0, 'ws_ypixel': 0},
         'sid': 0, 'pgrp': 0, 'rdev': 0x405, 'dev': 5, 'uid': 0, 'gid': 0}])
-    open_as('TTY', 'tty', {'tty_info_id': 99, 'flags': flags, 'fown': owner, 'regf_id': 61})
+    open_as('TTY', 'tty', {'tty_info_id': 99, 'flags': flags, 'fown': owner, **named})
+def part_of_dev():
+    def shown(t):
+        dev, old = one(t, '/dev'), one(t, '/dev/shm')
+        new = dict(dev, mnt_id=old['mnt_id'], parent_mnt_id=dev['mnt_id'], mountpoint='/dev/shm', root='/shm')
+        new['flags'] = hex(int(str(dev['flags']), 0) | 0xe)
+        return [e for e in t if e['mountpoint'] != '/dev/shm'] + [new]
+    table(shown)
+def link_for_all(name, target):
+    import io, tarfile
+    device = one(entries(glob.glob(im + '/mountpoints-*.img')[0])['entries'], '/dev')['root_dev']
+    f = im + '/tmpfs-dev-%d.tar.gz.img' % device
+    old = tarfile.open(f); members = [(m, old.extractfile(m).read() if m.isreg() else None) for m in old]
+    link = tarfile.TarInfo('./harmless'); link.type = tarfile.SYMTYPE; link.linkname = target
+    os.remove(f)
+    with tarfile.open(f, 'w:gz', format=tarfile.PAX_FORMAT, pax_headers={'path': './' + name}) as new:
+        new.addfile(link)
+        new.fileobj.write(link.create_pax_global_header({'comment': 'x'})); new.offset = new.fileobj.tell()
+        for m, data in members: new.addfile(m, io.BytesIO(data) if data is not None else None)
 def socket(name):
     unix(); [e['usk'].update(name=name + '\0', file_perms={'mode': 0o140777, 'uid': 0, 'gid': 0}) for e in edit('files.img')
              if e['type'] == 'UNIXSK' and e['id'] == 60]
@@ -58,6 +77,23 @@ const FORGERIES: &[(&str, &str)] = &[
         "link_in_dev('evil', '/proc/self/fd/121/1/root/root/secret')
          terminal('/dev/evil', 0o100666, mount='/dev')",
         "\"/dev/evil\", whose name leads through a symbolic link",
+    ),
+    // The entry names no file: CRIU takes one of its own number.
+    (
+        "terminal('/cache/theirs/tool', 0o104755, file=60)",
+        "\"/cache/theirs/tool\", which would be a terminal",
+    ),
+    // The link has another name in the archive than in the mount, of which a part is shown.
+    (
+        "part_of_dev(); link_in_dev('shm/evil', '/proc/self/fd/121/1/root/root/secret')
+         terminal('/dev/shm/evil', 0o100666, mount='/dev/shm')",
+        "\"/dev/shm/evil\", whose name leads through a symbolic link",
+    ),
+    // GNU tar gives every member the name that a header for all says.
+    (
+        "link_for_all('evil', '/proc/self/fd/121/1/root/root/secret')
+         terminal('/dev/evil', 0o100666, mount='/dev')",
+        "to which or to whose place a symbolic link leads",
     ),
     (
         "socket('/cache/theirs/server')",

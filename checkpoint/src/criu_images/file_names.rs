@@ -66,7 +66,6 @@ const NUMBERED: &[(&str, &str)] = &[
     ("rule-", ".img"),
     ("tcp-stream-", ".img"),
     ("timens-", ".img"),
-    ("tmpfs-", ".tar.gz.img"),
     ("tmpfs-dev-", ".tar.gz.img"),
     ("userns-", ".img"),
     ("utsns-", ".img"),

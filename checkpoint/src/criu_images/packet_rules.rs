@@ -53,6 +53,8 @@ const NFT_LOCK: [&str; 19] = [
     "# Warning: table ip filter is managed by iptables-nft, do not touch!",
     "# Warning: table ip6 filter is managed by iptables-nft, do not touch!",
 ];
+/// Most bytes of a line: of a longer one iptables-restore takes the rest for another line.
+const LONGEST_LINE: usize = 10_238;
 /// Options whose next word is a text of the user's.
 const WITH_TEXT: [&str; 4] = ["--comment", "--log-prefix", "--nflog-prefix", "--string"];
 
@@ -100,6 +102,9 @@ fn is_text(text: &str) -> bool {
 /// Whether there are others than CRIU's; none where it has what no tool prints.
 fn iptables_rules(text: &str) -> Option<bool> {
     let mut found = false;
+    if text.lines().any(|line| line.len() > LONGEST_LINE) {
+        return None;
+    }
     for line in { text.lines() }.filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let is_frame = line == "COMMIT" || { line.strip_prefix('*') }.is_some_and(is_name) || {
             line.strip_prefix(':')
@@ -147,9 +152,14 @@ fn words(line: &str) -> Option<Vec<String>> {
     while let Some(it) = rest.next() {
         match it {
             '\\' if quoted => word.get_or_insert_default().push(rest.next()?),
+            // It ends the word, whatever follows.
+            '"' if quoted => {
+                quoted = false;
+                words.push(word.take().unwrap_or_default());
+            }
             '"' => {
                 word.get_or_insert_default();
-                quoted = !quoted;
+                quoted = true;
             }
             ' ' | '\t' if !quoted => words.extend(word.take()),
             it => word.get_or_insert_default().push(it),
@@ -173,8 +183,19 @@ fn are_plain(words: &[String]) -> bool {
         let option = word.split('=').next().unwrap_or(word);
         let is_modprobe = option.starts_with("--m") && "--modprobe".starts_with(option);
         let are_several = word.starts_with('-') && !word.starts_with("--") && word.len() > 2;
-        let is_path = word.contains("..") || word.contains('/') && !is_with_mask(word);
+        let is_path =
+            word.contains("..") || word.contains('/') && !is_with_mask(word) && !is_rate(word);
         !is_modprobe && !are_several && word != "-M" && word != "--" && !is_path
+    })
+}
+
+/// How often: `5/min`, `512kb/s`.
+fn is_rate(word: &str) -> bool {
+    let units = ["s", "sec", "second", "min", "minute", "hour", "day"];
+    word.split_once('/').is_some_and(|(count, unit)| {
+        count.starts_with(|it: char| it.is_ascii_digit())
+            && { count.bytes() }.all(|it| it.is_ascii_alphanumeric())
+            && units.contains(&unit)
     })
 }
 
@@ -219,7 +240,7 @@ fn without_numbers(line: &str) -> String {
     let mut rest = line.split(' ');
     while let Some(word) = rest.next() {
         match word {
-            "packets" | "bytes" => drop(rest.next()),
+            "packets" | "bytes" if rest.clone().next().is_some_and(is_number) => drop(rest.next()),
             "0;" if words.last() == Some(&"priority") => words.push("filter;"),
             word if is_table_of_criu(word) => words.push("CRIU"),
             word => words.push(word),
@@ -228,9 +249,13 @@ fn without_numbers(line: &str) -> String {
     words.join(" ")
 }
 
+fn is_number(word: &str) -> bool {
+    !word.is_empty() && word.bytes().all(|it| it.is_ascii_digit())
+}
+
 fn is_table_of_criu(word: &str) -> bool {
     let number = word.strip_prefix("CRIU-");
-    number.is_some_and(|it| it.bytes().all(|it| it.is_ascii_digit()))
+    number.is_some_and(is_number)
 }
 
 #[cfg(test)]
@@ -282,6 +307,8 @@ table inet CRIU-77 {
             "-A FORWARD -s 10.0.0.0/255.0.0.0 ! -i eth0 -j MARK --set-xmark 0x1/0xff",
             "-A INPUT -s fe80::/10 -j ACCEPT",
             ":INPUT DROP [0:0]",
+            "-A INPUT -m limit --limit 5/min --limit-burst 7 -j ACCEPT",
+            "-A INPUT -m hashlimit --hashlimit-upto 512kb/s --hashlimit-name x -j ACCEPT",
         ] {
             let text = format!("*filter\n:INPUT ACCEPT [0:0]\n{rule}\nCOMMIT\n");
             assert_eq!(rules("iptables-1.img", &text), Some(true), "{rule}");
@@ -293,6 +320,7 @@ table inet CRIU-77 {
             "-A INPUT -jM evil",
             "-A INPUT \"--modprobe\" evil",
             "-A INPUT -m comment --comment --modprobe=evil",
+            "-A INPUT -m comment --comment \"x\"--modprobe=evil -j DROP",
             "-A INPUT -m ../../data/evil -j DROP",
             "-A INPUT -m bpf --object-pinned /sys/fs/bpf/x -j DROP",
             "-A INPUT -m comment --comment \"open",
@@ -305,6 +333,8 @@ table inet CRIU-77 {
             let text = format!("*filter\n{forged}\nCOMMIT\n");
             assert_eq!(rules("iptables-1.img", &text), None, "{forged}");
         }
+        let long = format!("#{}-A INPUT --modprobe=evil", "a".repeat(10_238));
+        assert_eq!(rules("iptables-1.img", &long), None);
         let nft = |line: &str| rules("nftables-1.img", &format!("table ip x {{\n{line}\n}}\n"));
         assert_eq!(nft("tcp dport 77 drop comment \"include me\""), Some(true));
         for forged in [
@@ -312,10 +342,13 @@ table inet CRIU-77 {
             "tcp dport 77 drop; include\"/etc/shadow\"",
             "comment \"x\\\" ; include \"/etc/shadow\"",
             "comment \"open",
+            "counter packets 0 bytes 0;include\"/etc/shadow\";counter drop",
             "a\0b",
         ] {
             assert_eq!(nft(forged), None, "{forged}");
         }
+        let hidden = "counter packets 0 bytes 0;tcp\tdport\t80\tdrop;counter drop";
+        assert_eq!(nft(hidden), Some(true));
         // CRIU reads none of a network that it does not make.
         assert_eq!(
             rules("nftables-7.img", "include \"/etc/shadow\""),

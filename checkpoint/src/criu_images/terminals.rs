@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! file_entry       1 type (11: TTY)  19 tty
-//! tty_file_entry   1 id  3 flags  6 regf_id: the reg_file_entry, which has a mode; none of a terminal from outside
+//! tty_file_entry   1 id  3 flags  6 regf_id: the reg_file_entry, which has a mode; without it that of the number `id`,
+//!                  and of a terminal from outside there is none
 //! ```
 //!
 //! CRIU gives whatever has the name the mode of that entry and the owner that `tty-info.img` says.
@@ -20,8 +21,10 @@ const TTY_KIND: u32 = 11;
 pub struct Terminal {
     /// Flags of `open(2)`.
     pub flags: u32,
-    /// The number of the file that it is opened by.
-    pub file: Option<u32>,
+    /// The number of the file that it is opened by, if there is one: without its own CRIU looks for one of the terminal's.
+    pub file: u32,
+    /// Whether the entry says so, so that there is one.
+    pub is_named: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -32,6 +35,8 @@ struct FileEntry {
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 struct TtyEntry {
+    #[prost(uint32, required, tag = "1")]
+    id: u32,
     #[prost(uint32, required, tag = "3")]
     flags: u32,
     #[prost(uint32, optional, tag = "6")]
@@ -57,7 +62,8 @@ pub fn terminals(dir: &Path) -> Result<Vec<Terminal>, ImageError> {
         let entry: TtyEntry = image.decode(part)?;
         found.push(Terminal {
             flags: entry.flags,
-            file: entry.regf_id,
+            file: entry.regf_id.unwrap_or(entry.id),
+            is_named: entry.regf_id.is_some(),
         });
     }
     Ok(found)

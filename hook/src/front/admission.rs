@@ -76,15 +76,10 @@ fn memory_of(spec: &Spec) -> u64 {
     limit.min(sysinfo().map_or(u64::MAX, |node| node.ram_total()))
 }
 
-/// The archive that CRIU fills a tmpfs from, if there is one.
+/// The archive that CRIU fills a tmpfs from, if there is one. That of CRIU before 2.0 has a name that no image may have.
 fn archive_of(dir: &Path, mount: &Mount) -> Option<String> {
-    // The second name is that of CRIU before 2.0, and is taken where the first is not there.
-    let names = [
-        format!("tmpfs-dev-{}.tar.gz.img", mount.device),
-        format!("tmpfs-{}.tar.gz.img", mount.id),
-    ];
-    let mut names = names.into_iter();
-    names.find(|name| dir.join(name).symlink_metadata().is_ok())
+    let name = format!("tmpfs-dev-{}.tar.gz.img", mount.device);
+    dir.join(&name).symlink_metadata().is_ok().then_some(name)
 }
 
 /// The links that CRIU will make of an archive; none where that cannot be told, or where more comes out of it than there
@@ -95,6 +90,10 @@ fn links_in(dir: &Path, archive: &str, room: u64) -> MadeLinks {
     let unpacked = decompress(BufReader::new(file)).ok()?;
     let mut archive = Archive::new(unpacked.take(room));
     while let Some(member) = archive.next_member().ok()? {
+        // CRIU lets tar unpack it.
+        if member.is_ambiguous {
+            return None;
+        }
         // Another name of a link is one, too.
         if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
             links.insert(OsString::from_vec(member.clean_path()).into());

@@ -24,6 +24,7 @@ use transship_sandbox::{Arrival, PodDir, SandboxError, Staged, State};
 use super::bundle::{Bundle, Config, HeldRestore, Phase};
 use super::{FitError, Front, FrontError};
 use crate::descendants::kill_if_same;
+use crate::restore_log::{self, LOG_DIR};
 use crate::start_time::start_time;
 
 /// How long a container waits for its migration: less than kubelet waits for it (two minutes). The next attempt waits
@@ -136,6 +137,15 @@ impl Front<'_> {
             return self.of_staged(config, asker, pod, staged);
         }
         let Some(wanted) = wanted else {
+            let asks = &config.annotations;
+            // The sandbox's hook has found none, and with `on-failure: cold-start` that is no error.
+            if config.cri && asks.restore_image.is_some() {
+                let reason = format!(
+                    "its pod has no checkpoint (why: {LOG_DIR}/{} on the node)",
+                    restore_log::LOG_FILE
+                );
+                self.tell_cold_start(id, None, &reason);
+            }
             return Ok(Beginning::Cold);
         };
         let checkpoint = match self.env.store.open(wanted) {

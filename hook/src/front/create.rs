@@ -8,6 +8,7 @@ use transship_checkpoint::spec::{HookPoint, Spec};
 
 use transship_path_error::During as _;
 use transship_sandbox::consumed::Consumed;
+use transship_sandbox::opened::remove_all_unused;
 
 use super::beginning::Beginning;
 use super::bundle::{Bundle, Config};
@@ -72,6 +73,7 @@ impl Front<'_> {
                 let checkpoint = config.annotations.restore.as_deref();
                 let reason = one_line(&error);
                 self.remember_cold(&create.id, &config, &bundle)?;
+                drop(self.forget_restore(&create.id, &config));
                 self.tell_cold_start(&create.id, checkpoint, &reason);
                 return self.create_cold(create, &bundle, config);
             }
@@ -117,6 +119,27 @@ impl Front<'_> {
             spec.add_hook(*point, path, &["transship-hook", point.key()]);
         }
         Ok(())
+    }
+
+    /// It starts from its image: nobody waits for its memory any more, nor for its end of a connection.
+    fn forget_restore(&self, id: &str, config: &Config) -> Result<(), FrontError> {
+        let name = config.annotations.container.as_deref().unwrap_or(id);
+        let pod = self.pod_of(id, config)?;
+        let Some(staged) = pod.staged(name)? else {
+            return Ok(());
+        };
+        // What another attempt works on is that one's.
+        let Ok(_claim) = staged.claim() else {
+            return Ok(());
+        };
+        let request = staged.request()?;
+        let connections = { self.hold_pod_connections(config, &pod, &request) }.ok();
+        staged.remove()?;
+        drop(connections);
+        if let Some(opened) = self.env.store.opened() {
+            drop(remove_all_unused(&self.env.run_dir, opened));
+        }
+        Ok(pod.remove_if_empty()?)
     }
 
     /// One that was to be restored lives on without the checkpoint, and without each that comes later.

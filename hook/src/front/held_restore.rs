@@ -96,6 +96,9 @@ impl Front<'_> {
                 // The layer goes on without the memory: no later attempt may bring it back.
                 self.consume(&self.held_restore(&create.id, bundle, &config, staged)?)?;
                 let (checkpoint, reason) = (staged.request()?.checkpoint, one_line(&error));
+                // Nobody waits for its memory any more, nor for its end of a connection.
+                drop(staged.remove());
+                drop(pod.remove_if_empty());
                 self.tell_cold_start(&create.id, Some(&checkpoint), &reason);
                 self.create_cold(create, bundle, config)
             }

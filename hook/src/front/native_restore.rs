@@ -124,7 +124,7 @@ impl Front<'_> {
         let from = restore
             .value("image-path")
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
-        let images = LinkedImages::of(&from)?;
+        let images = LinkedImages::alone(&from)?;
         let edits = self.fit_images(images.path(), config, pod)?;
         let admission = admit_native(&restore.id, images.path(), config, bundle)?;
         admission.apply(images.path())?;

@@ -8,7 +8,7 @@
 //! Its ends are restored one after the other, and the kernel answers for an end that is not there
 //! yet: with a reset, which ends the connection (CRIU itself makes the first end send a packet, the
 //! window probe after TCP repair). So the packets of such connections are dropped until no restore
-//! is waiting; what was lost is sent again, as TCP does. nft is what CRIU's own network lock needs.
+//! of an end is waiting; what was lost is sent again, as TCP does. nft is what CRIU's own network lock needs.
 //! A pod in the node's own network gets no rules: they are made of what a checkpoint says.
 
 use std::collections::{HashMap, HashSet};
@@ -31,6 +31,7 @@ pub(super) struct HeldConnections<'a> {
     own: String,
     namespace: PathBuf,
     table: String,
+    ends: Vec<(String, Connection)>,
 }
 
 impl Front<'_> {
@@ -56,9 +57,9 @@ impl Front<'_> {
         for container in &checkpoint.manifest.containers {
             let images = checkpoint.container_dir(container).join(IMAGES_DIR);
             let own = connections(&images)?;
-            ends.extend(own.into_iter().map(|end| (container.name.as_str(), end)));
+            ends.extend(own.into_iter().map(|end| (container.name.clone(), end)));
         }
-        let rules = rules(&ends);
+        let rules = rules(&ends, |_| true);
         if rules.is_empty() {
             return Ok(None);
         }
@@ -68,26 +69,23 @@ impl Front<'_> {
             own: config.annotations.container.clone().unwrap_or_default(),
             namespace,
             table: format!("inet transship-{id}"),
+            ends,
         };
-        // Declared first, a table can be deleted whether it was there or not.
-        held.nft(&format!(
-            "table {0}\ndelete table {0}\ntable {0} {{ chain input {{\n\
-             type filter hook input priority -150; policy accept;\n{rules}}}\n}}\n",
-            held.table
-        ))?;
+        held.replace(&rules)?;
         Ok(Some(held))
     }
 }
 
-/// A rule for each direction of each connection that has its ends in two containers.
-fn rules(ends: &[(&str, Connection)]) -> String {
+/// A rule for each direction of each connection that has its ends in two containers, one of which `waits`.
+fn rules(ends: &[(String, Connection)], waits: impl Fn(&str) -> bool) -> String {
     let mut owners: HashMap<Connection, HashSet<&str>> = HashMap::new();
     for (container, end) in ends {
-        owners.entry(*end).or_default().insert(*container);
+        owners.entry(*end).or_default().insert(container);
     }
     let between = ends.iter().filter(|(container, end)| {
-        let others = owners.get(&end.other_end());
-        others.is_some_and(|others| others.iter().any(|it| it != container))
+        let others = owners.get(&end.other_end()).into_iter().flatten();
+        let mut others = others.filter(|it| *it != container);
+        others.any(|it| waits(it) || waits(container))
     });
     let rule = |end: &Connection| {
         let family = if end.local.is_ipv4() { "ip" } else { "ip6" };
@@ -104,20 +102,29 @@ fn rules(ends: &[(&str, Connection)]) -> String {
 }
 
 impl HeldConnections<'_> {
-    fn nft(&self, script: &str) -> Result<(), FrontError> {
+    /// Puts these rules in the place of those before; none at all without one.
+    fn replace(&self, rules: &str) -> Result<(), FrontError> {
+        // Declared first, a table can be deleted whether it was there or not.
+        let mut script = format!("table {0}\ndelete table {0}\n", self.table);
+        if !rules.is_empty() {
+            script += &format!(
+                "table {} {{ chain input {{\n\
+                 type filter hook input priority -150; policy accept;\n{rules}}}\n}}\n",
+                self.table
+            );
+        }
         let act = "hold the TCP connections inside of the pod by rules in";
-        Ok(nft(act, &self.namespace, script)?)
+        Ok(nft(act, &self.namespace, &script)?)
     }
 }
 
 impl Drop for HeldConnections<'_> {
     fn drop(&mut self) {
+        // One that the new pod does not have waits for ever, and holds its own connections alone.
         let waiting = self.pod.waiting().unwrap_or_default();
-        if waiting.iter().all(|name| *name == self.own) {
-            // What stays drops packets of connections that nobody restores; it goes with the
-            // network namespace.
-            drop(self.nft(&format!("table {0}\ndelete table {0}\n", self.table)));
-        }
+        let waits = |name: &str| name != self.own && waiting.iter().any(|it| it == name);
+        // What stays drops packets of connections that nobody restores; it goes with the network namespace.
+        drop(self.replace(&rules(&self.ends, waits)));
     }
 }
 
@@ -140,8 +147,14 @@ mod tests {
             ("client", inside.other_end()),
             ("server", end("10.0.0.2:7000", "10.0.0.9:1234")),
         ];
+        let ends = ends.map(|(name, end)| (name.to_owned(), end));
+        // A third one that waits has no part in them.
+        assert_eq!(rules(&ends, |name| name == "debugger"), "");
+        for waits in ["server", "client"] {
+            assert_eq!(rules(&ends, |name| name == waits), rules(&ends, |_| true));
+        }
         assert_eq!(
-            rules(&ends),
+            rules(&ends, |_| true),
             "ip saddr 127.0.0.1 ip daddr 127.0.0.1 tcp sport 40000 tcp dport 7000 drop\n\
              ip saddr 127.0.0.1 ip daddr 127.0.0.1 tcp sport 7000 tcp dport 40000 drop\n"
         );

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use transship_checkpoint::criu_images::mounts::Mount;
 
 use super::allowance::Allowance;
+use super::capabilities::{DAC_OVERRIDE, FOWNER};
 use super::files::deepest;
 use super::mount_ways::directory_of;
 use super::{Admission, Refusal, Restored};
@@ -58,7 +59,7 @@ fn may_bind(place: &Path, allowed: &Allowance) -> bool {
     };
     let user = User::of(allowed);
     let is_own = |it: &Metadata| user.is(it.uid());
-    let keeps_others = dir.mode() & STICKY != 0 && !is_own(&dir);
+    let keeps_others = dir.mode() & STICKY != 0 && !is_own(&dir) && !user.owns_all;
     let mut parked = place.as_os_str().to_owned();
     parked.push(PARKED);
     let mut names = [place, Path::new(&parked)].into_iter();
@@ -66,11 +67,14 @@ fn may_bind(place: &Path, allowed: &Allowance) -> bool {
     user.may_write(&dir) && !(keeps_others && has_others)
 }
 
-/// The ids that the files of its own have on this node: those of the container where a mount shifts them, and those of
-/// the node where none does.
+/// Who the container's user is for the files of this node.
 struct User {
+    /// Those of the container where a mount shifts ids, and those of the node where none does.
     ids: Vec<u32>,
     groups: Vec<u32>,
+    /// Whether it writes where it may not: without a user namespace a root with its capabilities does.
+    writes_all: bool,
+    owns_all: bool,
 }
 
 impl User {
@@ -89,9 +93,13 @@ impl User {
                 .collect();
             [ids.to_vec(), shifted].concat()
         };
+        let is_root = allowed.user == 0 && mappings.uids.is_empty();
+        let has = |capability| is_root && allowed.capabilities.has(capability);
         Self {
             ids: all(&[allowed.user], &mappings.uids),
             groups: all(&allowed.groups, &mappings.gids),
+            writes_all: has(DAC_OVERRIDE),
+            owns_all: has(FOWNER),
         }
     }
 
@@ -106,7 +114,7 @@ impl User {
             (false, true) => 3,
             (false, false) => 0,
         };
-        (dir.mode() >> class) & 0o3 == 0o3
+        self.writes_all || (dir.mode() >> class) & 0o3 == 0o3
     }
 }
 
@@ -154,7 +162,26 @@ mod tests {
     }
 
     #[test]
-    fn root_ids_are_those_of_the_user_namespace_too() {
+    fn root_user_takes_what_its_capabilities_let_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().join("sock");
+        fs::write(&name, "").unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(5), Some(5)).unwrap();
+        std::os::unix::fs::chown(&name, Some(6), Some(6)).unwrap();
+        let with = |capabilities| Allowance {
+            capabilities,
+            ..user(0, &[0])
+        };
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(!may_bind(&name, &with(FOWNER)));
+        assert!(may_bind(&name, &with(DAC_OVERRIDE)));
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1755)).unwrap();
+        assert!(!may_bind(&name, &with(DAC_OVERRIDE)));
+        assert!(may_bind(&name, &with(DAC_OVERRIDE.with(FOWNER))));
+    }
+
+    #[test]
+    fn ids_are_those_of_the_user_namespace_too() {
         let mut shifted = user(0, &[0]);
         shifted.id_mappings.uids = vec![(0, 100_000, 65536)];
         let of = User::of(&shifted);

@@ -48,6 +48,8 @@ const NAMES: [&str; 41] = [
 #[derive(Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
 pub struct Capabilities(pub u64);
 
+pub(super) const DAC_OVERRIDE: Capabilities = Capabilities(1 << 1);
+pub(super) const FOWNER: Capabilities = Capabilities(1 << 3);
 pub(super) const SETGID: Capabilities = Capabilities(1 << 6);
 pub(super) const SETUID: Capabilities = Capabilities(1 << 7);
 pub(super) const SETPCAP: Capabilities = Capabilities(1 << 8);

@@ -149,7 +149,7 @@ fn leads_through_link(mount: &Mount, path: &Path, allowed: &Allowance, rootfs: &
 /// The same of the directories on the way, in a file system that CRIU makes and fills.
 fn leads_through_made(mount: &Mount, path: &Path, made: &dyn Fn(&Mount) -> MadeLinks) -> bool {
     let is_made = mount.fs_type == FsType::Tmpfs && mount.external.is_none();
-    let Ok(below) = path.strip_prefix(&mount.destination) else {
+    let Some(below) = within(mount, path) else {
         return false;
     };
     let mut dirs = { below.ancestors().skip(1) }.filter(|dir| !dir.as_os_str().is_empty());
@@ -228,4 +228,10 @@ pub(super) fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&
 pub(super) fn deepest<'t>(table: &'t [Mount], path: &Path) -> Option<&'t Mount> {
     let mounts = table.iter().filter(|it| path.starts_with(&it.destination));
     mounts.max_by_key(|it| Path::new(&it.destination).components().count())
+}
+
+/// What a path is called in the file system of a mount, of which only a part may be shown there.
+pub(super) fn within(mount: &Mount, path: &Path) -> Option<PathBuf> {
+    let below = path.strip_prefix(&mount.destination).ok()?;
+    Some(Path::new(mount.root.trim_start_matches('/')).join(below))
 }

@@ -6,19 +6,19 @@
 
 use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 
-use super::files::{LINK, deepest, makes_or_empties, with_id};
+use super::files::{LINK, deepest, makes_or_empties, with_id, within};
 use super::{Admission, MadeLinks, Refusal, Restored};
 
 /// Compares what the images alone say.
 pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
     for terminal in &restored.terminals {
-        let Some(id) = terminal.file else {
-            continue;
-        };
+        let id = terminal.file;
         let Some(file) = with_id(restored, id) else {
-            admission.refuse(Refusal::Damaged {
-                what: format!("there is no file {id}, by which a terminal is opened"),
-            });
+            if terminal.is_named {
+                admission.refuse(Refusal::Damaged {
+                    what: format!("there is no file {id}, by which a terminal is opened"),
+                });
+            }
             continue;
         };
         let mut refuse = |why| {
@@ -46,12 +46,12 @@ pub(super) fn refuse_links(
     made: &dyn Fn(&Mount) -> MadeLinks,
     admission: &mut Admission,
 ) {
-    let files = { restored.terminals.iter() }.filter_map(|it| with_id(restored, it.file?));
+    let files = { restored.terminals.iter() }.filter_map(|it| with_id(restored, it.file));
     for file in files {
         let is_link = |mount: &Mount| {
-            let below = file.path.strip_prefix(&mount.destination);
             mount.fs_type == FsType::Tmpfs
-                && below.is_ok_and(|below| made(mount).is_none_or(|links| links.contains(below)))
+                && within(mount, &file.path)
+                    .is_some_and(|below| made(mount).is_none_or(|links| links.contains(&below)))
         };
         let mut mounts = { restored.mounts.iter() }.filter_map(|table| deepest(table, &file.path));
         if mounts.any(is_link) {
@@ -93,10 +93,13 @@ mod tests {
         ] {
             let mut images = restored();
             images.named_files.push(file(path));
-            images.terminals.push(Terminal {
-                flags,
-                file: Some(9),
-            });
+            for is_named in [true, false] {
+                images.terminals.push(Terminal {
+                    flags,
+                    file: 9,
+                    is_named,
+                });
+            }
             let remap = Remap {
                 file: 9,
                 ..Remap::default()
@@ -115,7 +118,7 @@ mod tests {
         // One from outside has no name; one that is not there is none.
         images.terminals = vec![Terminal::default()];
         admission(&images, &spec()).check().unwrap();
-        images.terminals[0].file = Some(77);
+        images.terminals[0].is_named = true;
         admission(&images, &spec()).check().unwrap_err();
     }
 }

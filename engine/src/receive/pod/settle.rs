@@ -193,14 +193,21 @@ pub(in super::super) async fn remove_late(node: &Containerd, arrivals: &Arrivals
     let late: BTreeSet<&String> = { sandboxes.iter() }
         .filter_map(|sandbox| aborted.get(sandbox.annotations.get(RECEIVE)?))
         .collect();
+    // One that cannot be removed keeps no other.
+    let mut all = Ok(());
     for migration in late {
-        if let Found::Record(locked) = arrivals.open(migration)?
-            && let Some(pod) = &locked.arrival.pod
-        {
-            remove(node, pod, migration).await?;
-        }
+        let removed = async {
+            match arrivals.open(migration)? {
+                Found::Record(locked) => match &locked.arrival.pod {
+                    Some(pod) => remove(node, pod, migration).await,
+                    None => Ok(()),
+                },
+                Found::Nothing | Found::Busy => Ok(()),
+            }
+        };
+        all = all.and(removed.await);
     }
-    Ok(())
+    all
 }
 
 /// Ends what is held in a pod that somebody else has made and will remove. Whatever is made of it later fails, and
