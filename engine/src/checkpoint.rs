@@ -35,6 +35,7 @@ use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
+use crate::restart_policy;
 use crate::restore::verify;
 use crate::retention;
 use crate::sealed::Sealing;
@@ -379,8 +380,25 @@ async fn take(
                     return Err(frozen.thaw_after(error).await);
                 }
             }
+            tell_hidden(target, progress).await;
             frozen.leave();
             Ok(report)
+        }
+    }
+}
+
+/// What is left paused is not started again by containerd, until somebody says so.
+async fn tell_hidden(target: &DumpTarget, progress: &dyn Progress) {
+    let node = &target.node;
+    for source in &target.sources {
+        let id = source.id();
+        if matches!(restart_policy::is_suspended(node, id).await, Ok(true)) {
+            progress.tell(&format!(
+                "{} is hidden from containerd's restart monitor; when it runs again: ctr -n {} containers label {id} \
+                 containerd.io/restart.status=running",
+                source.called,
+                node.namespace()
+            ));
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The monitor starts every container again whose label `containerd.io/restart.status` says `running`
 //! and whose task does not run; containerd before 2.0 takes a paused one for that. So the label has
-//! another name while the container moves, and stays so on a source that is kept.
+//! another name while the container is frozen, and stays so on a source that is kept, or left paused.
 //!
 //! ```text
 //!  source    restart.status -> dev.transship/suspended-restart.status, until the migration has failed
@@ -68,6 +68,14 @@ pub(crate) fn shown(labels: HashMap<String, String>) -> HashMap<String, String> 
 pub(crate) async fn suspend(node: &Containerd, id: &str) -> Result<()> {
     let boot = boot_id()?;
     change(node, id, |labels| hidden(labels, &boot)).await
+}
+
+/// Whether it is hidden from the monitor.
+///
+/// # Errors
+/// containerd does not answer.
+pub(crate) async fn is_suspended(node: &Containerd, id: &str) -> Result<bool> {
+    Ok({ node.container(id).await }?.labels.contains_key(SUSPENDED))
 }
 
 /// It stays hidden from the monitor: it has moved.

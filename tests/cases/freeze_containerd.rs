@@ -1,20 +1,27 @@
 //! containerd is restarted, or does not come back, while a container is frozen for a checkpoint: it
 //! runs again all the same, and nothing of the checkpoint is left.
 
+use std::thread;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, Node, PodNamespaces, Testbed, journey, poll_until};
 
 use crate::Case;
 use crate::pods::{FIRST, start};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// More than one look of containerd's restart monitor.
+const TICKS: Duration = Duration::from_secs(12);
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     Case::on_all_trees("freeze_container", a_container_runs_again)
         .chain(Case::on_all_trees("freeze_pod", a_pod_runs_again))
+        .chain(Case::on_all_trees(
+            "freeze_monitor",
+            the_monitor_starts_nothing_beside_it,
+        ))
 }
 
 fn a_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
@@ -60,6 +67,47 @@ fn a_container_runs_again(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     node.shell("transship rm whole").run()?;
     journey::remove_container(&node, "counter")?;
+    journey::check_nothing_left(&node)
+}
+
+/// containerd before 2.0 takes a paused container for one that has ended, and starts it again every ten seconds.
+fn the_monitor_starts_nothing_beside_it(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    journey::start_services(&node)?;
+    node.import_image(&journey::counter_image(bed)?, "transship")?;
+    node.shell(
+        "ctr run --detach --snapshotter transship --label containerd.io/restart.status=running \
+         transship.test/counter:1 web",
+    )
+    .run()?;
+    journey::wait_for_count(&node, "web", 5)?;
+    let pid = journey::task_pid(&node, "web")?;
+    node.shell("transship checkpoint web --name first").run()?;
+    let shown = "\"containerd.io/restart.status\": \"running\"";
+    let info = node.ctr(&["containers", "info", "web"])?;
+    ensure!(info.contains(shown), "{info}");
+    let said = node.shell("transship checkpoint web --name second --leave-paused 2>&1");
+    let said = { said }.read()?;
+    ensure!(
+        said.contains("hidden from containerd's restart monitor"),
+        "{said}"
+    );
+    thread::sleep(TICKS);
+    let tasks = node.ctr(&["tasks", "ls"])?;
+    ensure!(
+        tasks.contains("PAUSED") && journey::task_pid(&node, "web")? == pid,
+        "{tasks}"
+    );
+    node.shell(
+        "ctr tasks resume web; ctr containers label web containerd.io/restart.status=running; \
+         transship rm first second",
+    )
+    .run()?;
+    let count = journey::read_counts(&node, "web").map_err(anyhow::Error::msg)?;
+    journey::wait_for_count(&node, "web", count)?;
+    node.shell("ctr containers label web containerd.io/restart.status=")
+        .run()?;
+    journey::remove_container(&node, "web")?;
     journey::check_nothing_left(&node)
 }
 

@@ -27,6 +27,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
         on_forky("pod_shared_overlayfs", |bed| {
             a_pod_shares_everything(bed, false)
         }),
+        on_forky("pod_shared_in_part", who_never_comes_holds_nobody),
         on_forky(
             "pod_shared_host_network",
             no_rules_in_the_network_of_the_node,
@@ -125,6 +126,38 @@ fn a_pod_shares_everything(bed: &Testbed, transship_snapshotter: bool) -> anyhow
     remove(&cri, &again)?;
     cri.remove_pod(&other)?;
     journey::check_no_pod_left(&b)
+}
+
+/// A checkpoint `mates`, whose pod is gone.
+fn kept(node: &Node, cri: &Cri) -> anyhow::Result<()> {
+    let pod = cri.run_pod(("shop", "mates"), &[], PodNamespaces::Usual)?;
+    run_mates(node, cri, &pod)?;
+    wait_for(node, &pod, [5; 3])?;
+    node.shell(
+        "transship checkpoint --pod shop/mates --name mates --volumes emptydir --tcp established",
+    )
+    .run()?;
+    remove(cri, &pod)
+}
+
+/// The new pod has no third container, which waits in the checkpoint for ever: the connection of the two others goes on.
+fn who_never_comes_holds_nobody(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node, true)?;
+    let cri = node.cri()?;
+    kept(&node, &cri)?;
+    let annotation = [("dev.transship/restore", "mates")];
+    let again = cri.run_pod(("shop", "mates-again"), &annotation, PodNamespaces::Usual)?;
+    run_mates_of(&node, &cri, &again, &["server", "client"])?;
+    poll_until("the end of the rules", PATIENCE, || {
+        let tables = node.shell("ip -all netns exec nft list tables").read();
+        match tables.map_err(|error| error.to_string())? {
+            tables if tables.contains("transship") => Err(tables),
+            _ => Ok(()),
+        }
+    })?;
+    remove(&cri, &again)?;
+    journey::check_no_pod_left(&node)
 }
 
 /// A pod in the node's network has connections between its containers, and one end of them is restored: no
