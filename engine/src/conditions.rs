@@ -357,26 +357,35 @@ mod tests {
         assert_eq!(text, "it has TCP connections (0, 1, 2, 3 and 5 more)");
     }
 
+    fn frozen(init: u32) -> Subject {
+        Subject {
+            id: String::new(),
+            init,
+            pids: Vec::new(),
+            spec: Spec::parse(b"{}").unwrap(),
+            criu: CriuOptions::default(),
+        }
+    }
+
+    /// What is found as soon as the program has come so far.
+    async fn first_of_frozen(subject: &Subject) -> Vec<Found> {
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let found = changes_of_frozen(subject.clone()).await.unwrap();
+            if !found.is_empty() || std::time::Instant::now() > deadline {
+                return found;
+            }
+        }
+    }
+
     #[tokio::test]
     async fn a_change_is_seen_in_the_freeze_unless_it_may_be() {
         let mut child = std::process::Command::new("setarch")
             .args(["-R", "sleep", "1000"])
             .spawn()
             .unwrap();
-        let mut subject = Subject {
-            id: String::new(),
-            init: child.id(),
-            pids: Vec::new(),
-            spec: Spec::parse(b"{}").unwrap(),
-            criu: CriuOptions::default(),
-        };
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        let found = loop {
-            let found = changes_of_frozen(subject.clone()).await.unwrap();
-            if !found.is_empty() || std::time::Instant::now() > deadline {
-                break found;
-            }
-        };
+        let mut subject = frozen(child.id());
+        let found = first_of_frozen(&subject).await;
         subject.criu.allow_lost = "personality".parse().unwrap();
         let allowed = changes_of_frozen(subject).await.unwrap();
         child.kill().unwrap();
@@ -392,20 +401,8 @@ mod tests {
             .args(["-c", "exec 5</proc/self; exec sleep 1000"])
             .spawn()
             .unwrap();
-        let subject = Subject {
-            id: String::new(),
-            init: child.id(),
-            pids: Vec::new(),
-            spec: Spec::parse(b"{}").unwrap(),
-            criu: CriuOptions::default(),
-        };
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        let found = loop {
-            let found = changes_of_frozen(subject.clone()).await.unwrap();
-            if !found.is_empty() || std::time::Instant::now() > deadline {
-                break found;
-            }
-        };
+        let subject = frozen(child.id());
+        let found = first_of_frozen(&subject).await;
         child.kill().unwrap();
         child.wait().unwrap();
         let names: Vec<_> = found.iter().map(|it| it.condition.name).collect();

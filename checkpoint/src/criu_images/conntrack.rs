@@ -13,8 +13,7 @@
 use std::path::Path;
 
 use super::kernel_messages::{HEAD, are_all};
-use super::{IMAGE_LIMIT, ImageError, Kind, list};
-use crate::beneath::{Links, read_regular};
+use super::{ImageError, Kind, list, read_raw};
 
 /// `struct nfgenmsg`, with which each message of netfilter begins.
 const NETFILTER_HEAD: usize = 4;
@@ -33,14 +32,7 @@ pub fn check(dir: &Path) -> Result<(), ImageError> {
         (Kind::Expectations, NEW_EXPECTATION),
     ] {
         for (_, path) in list(dir, kind)? {
-            let name = Path::new(path.file_name().unwrap_or_default());
-            let messages = read_regular(dir, name, Links::Refused, IMAGE_LIMIT);
-            let messages = messages.map_err(|source| ImageError::Io {
-                act: "read",
-                path: path.clone(),
-                source,
-            })?;
-            if !are_messages(&messages, wanted) {
+            if !are_messages(&read_raw(&path)?, wanted) {
                 return Err(ImageError::Conntrack { path });
             }
         }

@@ -58,7 +58,7 @@ use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::beneath::{Links, open_regular};
+use crate::beneath::{Links, open_regular, read_regular};
 
 /// Largest image that is read here, in bytes. Those with memory pages are never read.
 const IMAGE_LIMIT: u64 = 64 << 20;
@@ -290,6 +290,17 @@ pub(crate) struct Image {
     path: PathBuf,
     kind: Kind,
     body: Vec<u8>,
+}
+
+/// All of an image that is none of CRIU's own format: what it hands on to the kernel or to a program.
+fn read_raw(path: &Path) -> Result<Vec<u8>, ImageError> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let name = Path::new(path.file_name().unwrap_or_default());
+    read_regular(dir, name, Links::Refused, IMAGE_LIMIT).map_err(|source| ImageError::Io {
+        act: "read",
+        path: path.to_path_buf(),
+        source,
+    })
 }
 
 impl Image {

@@ -12,8 +12,7 @@ use std::path::Path;
 
 use super::kernel_messages::{HEAD, are_all};
 use super::strict::is_ambiguous;
-use super::{IMAGE_LIMIT, Image, ImageError, Kind, file_names, list, u32_at};
-use crate::beneath::{Links, read_regular};
+use super::{Image, ImageError, Kind, file_names, list, read_raw, u32_at};
 
 /// Kinds of image, the magic of `ip`, and the only type of message.
 const OF_IP: [(&str, u32, u32); 4] = [
@@ -66,12 +65,7 @@ pub fn check(dir: &Path) -> Result<(), ImageError> {
             continue;
         };
         let path = dir.join(&name);
-        let saved = read_regular(dir, Path::new(&name), Links::Refused, IMAGE_LIMIT);
-        let saved = saved.map_err(|source| ImageError::Io {
-            act: "read",
-            path: path.clone(),
-            source,
-        })?;
+        let saved = read_raw(&path)?;
         // CRIU hands on nothing of an empty one.
         if !saved.is_empty() && !is_saved(&saved, *magic, *kind) {
             return Err(ImageError::Routes { path });

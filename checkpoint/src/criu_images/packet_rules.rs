@@ -17,8 +17,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{IMAGE_LIMIT, ImageError, file_names};
-use crate::beneath::{Links, read_regular};
+use super::{ImageError, file_names, read_raw};
 
 const PREFIXES: [&str; 3] = ["iptables-", "ip6tables-", "nftables-"];
 const SUFFIX: &str = ".img";
@@ -32,7 +31,7 @@ const LOCK: [&str; 4] = [
     "-A CRIU -j DROP",
 ];
 /// The same by nftables, also where iptables is made of these. Numbers of packets are not compared.
-const NFT_LOCK: [&str; 19] = [
+const NFT_LOCK: [&str; 17] = [
     "}",
     "table ip filter {",
     "table ip6 filter {",
@@ -50,8 +49,6 @@ const NFT_LOCK: [&str; 19] = [
     "counter jump CRIU",
     "meta mark 0x0000c114 counter accept",
     "counter drop",
-    "# Warning: table ip filter is managed by iptables-nft, do not touch!",
-    "# Warning: table ip6 filter is managed by iptables-nft, do not touch!",
 ];
 /// Most bytes of a line: of a longer one iptables-restore takes the rest for another line.
 const LONGEST_LINE: usize = 10_238;
@@ -76,12 +73,7 @@ pub fn has_rules(dir: &Path, external: &BTreeSet<u32>) -> Result<bool, ImageErro
             continue;
         }
         let path = dir.join(&name);
-        let text = read_regular(dir, Path::new(&name), Links::Refused, IMAGE_LIMIT);
-        let text = text.map_err(|source| ImageError::Io {
-            act: "read",
-            path: path.clone(),
-            source,
-        })?;
+        let text = read_raw(&path)?;
         // Their ends are not NULs: nft would read no further, and iptables would.
         let Some(text) = std::str::from_utf8(&text).ok().filter(|it| is_text(it)) else {
             return Err(ImageError::PacketRules { path });
@@ -215,11 +207,7 @@ fn is_with_mask(word: &str) -> bool {
 fn nft_rules(text: &str) -> Option<bool> {
     let mut found = false;
     for line in { text.lines() }.map(str::trim).filter(|it| !it.is_empty()) {
-        let same = without_numbers(line);
-        if NFT_LOCK.contains(&same.as_str()) {
-            continue;
-        }
-        if line.starts_with('#') {
+        if line.starts_with('#') || NFT_LOCK.contains(&without_numbers(line).as_str()) {
             continue;
         }
         found = true;

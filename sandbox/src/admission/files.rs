@@ -94,10 +94,7 @@ pub(super) fn refuse_links(
             true => file.path.parent().unwrap_or(&file.path),
             false => &file.path,
         };
-        let deepest = { restored.mounts.iter().flatten() }
-            .filter(|mount| file.path.starts_with(&mount.destination))
-            .max_by_key(|mount| Path::new(&mount.destination).components().count());
-        if deepest.is_some_and(|mount| {
+        if deepest(restored.mounts.iter().flatten(), &file.path).is_some_and(|mount| {
             leads_through_link(mount, path, allowed, rootfs)
                 || leads_through_made(mount, &file.path, made)
         }) {
@@ -224,9 +221,12 @@ pub(super) fn mount_of<'a>(restored: &'a Restored, file: &NamedFile) -> Option<&
     mounts.find(|it| Some(it.id) == file.mount)
 }
 
-/// The mount of a table that a path is in, whatever mount the image says: CRIU goes by the path.
-pub(super) fn deepest<'t>(table: &'t [Mount], path: &Path) -> Option<&'t Mount> {
-    let mounts = table.iter().filter(|it| path.starts_with(&it.destination));
+/// The one of these mounts that a path is in, whatever mount the image says: CRIU goes by the path.
+pub(super) fn deepest<'m>(
+    mounts: impl IntoIterator<Item = &'m Mount>,
+    path: &Path,
+) -> Option<&'m Mount> {
+    let mounts = { mounts.into_iter() }.filter(|it| path.starts_with(&it.destination));
     mounts.max_by_key(|it| Path::new(&it.destination).components().count())
 }
 
