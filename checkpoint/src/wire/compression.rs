@@ -49,8 +49,11 @@ const BUFFERS: u64 = 8 << 20;
 const PAUSE: u64 = 32 << 20;
 /// The same where they do, and the processor has not been quick enough: it may have had something else to do.
 const SOON: u64 = 2 << 20;
-/// So many pieces that do not get smaller end it.
-const VAIN: u32 = 4;
+/// A trial of less says less: where it does not get smaller, so many times its bytes go before the next one. What is
+/// small may be just that, like most images of a dump, and something else follows it.
+const PAUSE_OF_TRIAL: u64 = PAUSE / PIECE as u64;
+/// So many bytes in a row that do not get smaller end it.
+const VAIN: u64 = 1 << 20;
 
 /// Bytes of files that have gone compressed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -133,8 +136,8 @@ struct Pace {
     gets_smaller: bool,
     /// Bytes before the next trial.
     pause: u64,
-    /// Pieces in a row that have not got smaller.
-    vain: u32,
+    /// Bytes in a row that have not got smaller.
+    vain: u64,
     compressed: Compressed,
 }
 
@@ -274,14 +277,14 @@ impl Pace {
         // It is as quick as the best of the last ones: those that were not had to wait.
         let before = self.processor.map_or(0, |before| before / 8 * 7);
         self.processor = Some(now.max(before));
-        if is_smaller {
-            self.pause = self.pause.min(SOON);
-        }
-        self.vain = match is_smaller {
-            true => 0,
-            false => self.vain + 1,
+        (self.vain, self.pause) = match is_smaller {
+            true => (0, self.pause.min(SOON)),
+            false => {
+                let next = bytes.saturating_mul(PAUSE_OF_TRIAL);
+                (self.vain.saturating_add(bytes), self.pause.min(next))
+            }
         };
-        if self.vain == VAIN {
+        if self.vain >= VAIN {
             self.pause = PAUSE;
         }
         self.gets_smaller = match self.compresses {
@@ -588,17 +591,34 @@ mod tests {
         let mut pace = Pace::default();
         pace.add(MB, SECOND);
         assert!(pace.wants(1));
-        pace.tried(MB, SECOND / 1000, false, 1);
+        let piece = PIECE as u64;
+        pace.tried(piece, SECOND / 1000, false, 1);
         assert!(!pace.compresses && !pace.wants(1));
         pace.pause = 0;
         assert!(pace.wants(1));
-        pace.tried(MB, SECOND / 1000, true, 1);
-        for _ in 1..VAIN {
-            pace.tried(MB, SECOND / 1000, false, 1);
+        pace.tried(piece, SECOND / 1000, true, 1);
+        for _ in 1..VAIN / piece {
+            pace.tried(piece, SECOND / 1000, false, 1);
         }
         assert!(pace.compresses);
-        pace.tried(MB, SECOND / 1000, false, 1);
-        assert!(!pace.compresses && !pace.wants(1));
+        pace.tried(piece, SECOND / 1000, false, 1);
+        assert!(!pace.compresses && !pace.wants(PAUSE) && pace.wants(1));
+    }
+
+    #[test]
+    fn a_small_trial_in_vain_does_not_decide_for_the_next_megabytes() {
+        let mut pace = Pace::default();
+        pace.add(MB, SECOND);
+        assert!(pace.wants(300), "a trial");
+        pace.tried(300, SECOND / 10_000, false, 2);
+        assert!(!pace.wants(300 * PAUSE_OF_TRIAL), "not at once");
+        assert!(pace.wants(MB), "and soon again");
+        pace.tried(MB, SECOND / 100, true, 2);
+        assert!(pace.compresses);
+        for _ in 0..100 {
+            pace.tried(300, SECOND / 10_000, false, 2);
+        }
+        assert!(pace.compresses, "they were 30 KB");
     }
 
     #[test]
