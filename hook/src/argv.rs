@@ -126,6 +126,18 @@ pub struct Arguments {
 struct Flag {
     name: String,
     value: Option<OsString>,
+    /// The value is an argument of its own, as which the runtime has to know the flag.
+    is_apart: bool,
+}
+
+impl Flag {
+    fn new(name: &str, value: Option<OsString>) -> Self {
+        Self {
+            name: name.to_owned(),
+            is_apart: value.is_some() && COMMAND_VALUES.contains(&name),
+            value,
+        }
+    }
 }
 
 impl Arguments {
@@ -166,10 +178,7 @@ impl Arguments {
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.flags.retain(|flag| flag.name != name);
-        self.flags.push(Flag {
-            name: name.to_owned(),
-            value: Some(value.into()),
-        });
+        self.flags.push(Flag::new(name, Some(value.into())));
         self
     }
 
@@ -178,10 +187,7 @@ impl Arguments {
     pub fn with_flags(mut self, flags: Vec<RuntimeFlag>) -> Self {
         for (name, value) in flags {
             self.flags.retain(|flag| flag.name != name);
-            self.flags.push(Flag {
-                name: name.to_owned(),
-                value: value.map(OsString::from),
-            });
+            self.flags.push(Flag::new(name, value.map(OsString::from)));
         }
         self
     }
@@ -199,10 +205,7 @@ impl Arguments {
     /// the images.
     #[must_use]
     pub fn to_restore(&self, images: &Path, work: &Path) -> Self {
-        let switch = |name: &str| Flag {
-            name: name.to_owned(),
-            value: None,
-        };
+        let switch = |name: &str| Flag::new(name, None);
         let mut flags = vec![switch("detach"), switch("no-subreaper")];
         let kept = ["pid-file", "console-socket", "no-pivot", "bundle", "b"];
         let kept = self
@@ -225,7 +228,7 @@ impl Arguments {
             let dashes = if flag.name.len() == 1 { "-" } else { "--" };
             let mut arg = OsString::from(format!("{dashes}{}", flag.name));
             match &flag.value {
-                Some(value) if is_apart(&flag.name) => {
+                Some(value) if flag.is_apart => {
                     args.push(arg);
                     args.push(value.clone());
                 }
@@ -339,13 +342,14 @@ fn read_arguments(args: &[OsString], takes_value: impl Fn(&str) -> bool) -> Opti
         if arg == "--" {
             ids.extend(args.by_ref());
         } else if let Some((name, value)) = split_flag(arg) {
-            let value = match value {
-                None if takes_value(name) => Some(args.next()?.clone()),
-                value => value,
+            let (value, is_apart) = match value {
+                None if takes_value(name) => (Some(args.next()?.clone()), true),
+                value => (value, false),
             };
             flags.push(Flag {
                 name: name.to_owned(),
                 value,
+                is_apart,
             });
         } else {
             ids.push(arg);
@@ -356,11 +360,6 @@ fn read_arguments(args: &[OsString], takes_value: impl Fn(&str) -> bool) -> Opti
         id: id.to_str()?.to_owned(),
         flags,
     })
-}
-
-/// Whether the value of a flag is an argument of its own.
-fn is_apart(name: &str) -> bool {
-    name == CONFIG_VALUE || COMMAND_VALUES.contains(&name)
 }
 
 /// Name and value of a flag; `None` for what is no flag, or not in UTF-8.

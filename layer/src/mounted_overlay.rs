@@ -72,9 +72,15 @@ impl MountedOverlay {
         let given = |option: &&str| !matches!(*option, "rw" | "ro" | "seclabel");
         let given: Vec<_> = options.iter().map(String::as_str).filter(given).collect();
         let flags = mount.split(' ').nth(5).unwrap_or_default();
+        let mut flags: Vec<_> = flags.split(',').map(str::to_owned).collect();
+        // The whole file system may be, where this mount of it says `rw`.
+        if !stack.is_writable {
+            flags.retain(|flag| flag != "rw" && flag != "ro");
+            flags.push("ro".to_owned());
+        }
         Ok(MountedOverlay {
             stack,
-            flags: flags.split(',').map(str::to_owned).collect(),
+            flags,
             data: given.join(","),
             workdir: { options.iter() }
                 .find_map(|option| option.strip_prefix("workdir="))
@@ -158,6 +164,9 @@ mod tests {
         assert_eq!(mount.flags, ["rw", "nosuid", "relatime"]);
         assert!(mount.data.starts_with("lowerdir=12/fs:11/fs,upperdir="));
         assert!(mount.data.ends_with("index=off"));
+        let read_only = info.replace("rw,lowerdir", "ro,lowerdir");
+        let read_only = MountedOverlay::on(Path::new("/run/b/rootfs"), &read_only).unwrap();
+        assert_eq!(read_only.flags, ["nosuid", "relatime", "ro"]);
         for (path, error) in [
             ("/", "mounts of type \"ext4\""),
             ("/elsewhere", "nothing is mounted on \"/elsewhere\""),

@@ -72,6 +72,7 @@ mod random_faults_of_pods;
 mod readme;
 mod reference;
 mod remedies;
+mod restore_cut;
 mod snapshotter;
 mod stale_namespaces;
 mod starts;
@@ -239,6 +240,7 @@ fn main() -> ExitCode {
         each(readme::cases()),
         each(reference::cases()),
         each(remedies::cases()),
+        each(restore_cut::cases()),
         each(snapshotter::cases()),
         each(stale_namespaces::cases()),
         each(stock::cases()),

@@ -123,7 +123,8 @@ impl Front<'_> {
             }
         }
         if config.annotations.receives {
-            if wanted.is_some_and(|wanted| consumed.has_container_of(wanted)) {
+            // What is staged has not been let go.
+            if staged.is_none() && wanted.is_some_and(|wanted| consumed.has_container_of(wanted)) {
                 let reason = "it did not come with the migration of its pod, which has ended";
                 self.tell_cold_start(id, wanted, reason);
                 return Ok(Beginning::Cold);
@@ -181,7 +182,10 @@ impl Front<'_> {
                 check_lacking(config, manifest, name, &consumed)?;
                 let missing = not_in_checkpoint(&manifest.name, name);
                 self.tell_cold_start(id, Some(wanted), &missing.to_string());
-                consumed.add_container((wanted, Some(manifest.created)), name, asker)?;
+                // Of a migration only what is let go has run, and says that it has ended.
+                if !config.annotations.receives {
+                    consumed.add_container((wanted, Some(manifest.created)), name, asker)?;
+                }
                 return Ok(Beginning::Cold);
             }
             None => manifest.container(config.annotations.container.as_deref())?,

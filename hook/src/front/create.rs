@@ -151,7 +151,15 @@ impl Front<'_> {
         }
         let asker = annotations.pod_container.as_deref().unwrap_or(id);
         let owner = self.owner(id, config, bundle);
-        Ok(Consumed::by(&self.env.consumed, &owner)?.add_cold(asker)?)
+        let mut consumed = Consumed::by(&self.env.consumed, &owner)?;
+        let name = annotations.container.as_deref().unwrap_or(id);
+        let has_had = { annotations.restore.as_deref().or(consumed.taken_from()) }
+            .is_some_and(|checkpoint| consumed.container(checkpoint, name).is_some());
+        match consumed.add_cold(asker) {
+            // What it has had is on the disk, and a full one must not keep it from starting again.
+            Err(_) if has_had => Ok(()),
+            added => Ok(added?),
+        }
     }
 
     /// A container that starts from its image: only the namespaces of a sandbox that the user

@@ -222,6 +222,7 @@ impl Front<'_> {
         let restore = restore.without(self.env.runtime.unknown_restore_flags());
         let args = self.with_globals("restore", restore.to_args());
         let (runtime, own) = (&self.env.runtime, &self.env.own);
+        let is_another = self.has_state(&restore.id);
         let beneath = criu_config.filter(|_| runtime.may_ignore_criu_config());
         let images = pid_file.value("image-path").unwrap_or_default();
         let ended_stdin = stdin_is_null() && stdin_was_pipe(Path::new(images));
@@ -246,6 +247,10 @@ impl Front<'_> {
         }
         // A CRIU that was killed leaves its mounts; a runtime, what it restores into.
         unmount_yards(work);
+        if !is_another && self.has_state(&pid_file.id) {
+            // runc writes its state before CRIU lets the processes go, and keeps it where they are alive when it fails.
+            self.delete_restored(&pid_file.id);
+        }
         self.remove_aborted_restore(&pid_file.id, bundle);
         let reason = reason::of_restore(work, log, log_start, (Path::new(LOG_DIR), kept.as_str()));
         let reason = own_networks::failure(work).unwrap_or(reason);
@@ -292,15 +297,18 @@ impl Front<'_> {
 
     /// Removes what a killed restore has left, unless there is a container.
     fn remove_aborted_restore(&self, id: &str, bundle: &Bundle) {
-        let Some(dir) = self.state_dir(id) else {
+        let Some(dir) = self.state_dir(id).filter(|_| !self.has_state(id)) else {
             return;
         };
-        if dir.join("state.json").try_exists().unwrap_or(true) {
-            return;
-        }
         self.unmount_rest(id, bundle);
         drop(std::fs::remove_dir(dir.join(CRIU_ROOT)));
         drop(std::fs::remove_dir(&dir));
+    }
+
+    /// Whether the runtime has a container of this id, or may have one.
+    fn has_state(&self, id: &str) -> bool {
+        let state = self.state_dir(id).map(|dir| dir.join("state.json"));
+        state.is_some_and(|state| state.try_exists().unwrap_or(true))
     }
 
     /// Where the runtime keeps the state of a container; `None` for an id that is no plain name.

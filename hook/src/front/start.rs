@@ -4,6 +4,7 @@
 //! this one has been started, and none may run before all are there and the source has committed itself. Then
 //! `transship-release ID` lets each of them go.
 
+use transship_checkpoint::annotations::is_of_migration;
 use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_sandbox::opened::remove_all_unused;
 use transship_sandbox::{Arrival, PodDir, Staged};
@@ -26,7 +27,10 @@ impl Front<'_> {
             return Ok(None);
         };
         if marker.phase == Phase::Done {
-            if let Some(restore) = &marker.restore {
+            // What a migration brings has run when it is let go: before that nothing says that it has ended.
+            if let Some(restore) = &marker.restore
+                && !is_of_migration(&restore.checkpoint)
+            {
                 self.consume(restore)?;
             }
             marker.phase = Phase::Running;
