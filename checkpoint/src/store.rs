@@ -17,12 +17,13 @@ mod draft;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag, open};
+use nix::sys::stat::Mode;
 use serde::Deserialize;
 use transship_path_error::{During as _, PathError};
 
@@ -165,12 +166,20 @@ impl Store {
             .during("stat", &self.root)?
             .permissions()
             .mode();
-        if mode & 0o077 != 0 {
+        // Another place may be anybody's, such as /tmp: what is made in it is closed by itself.
+        if mode & 0o077 != 0 && self.is_of_node() {
             // Somebody else has made it.
             let private = fs::Permissions::from_mode(0o700);
             fs::set_permissions(&self.root, private).during("set the mode of", &self.root)?;
         }
         Ok(())
+    }
+
+    /// Whether nobody else has anything in it.
+    fn is_of_node(&self) -> bool {
+        [DEFAULT_ROOT, DEFAULT_OPENED]
+            .iter()
+            .any(|own| self.root.starts_with(own))
     }
 
     /// Opens the checkpoint called `name`; of one that is sealed what somebody has opened.
@@ -439,10 +448,19 @@ impl Store {
             {
                 continue;
             }
-            // Another process may be faster; then there is nothing left to do.
-            let Ok(dir) = File::open(entry.path()) else {
+            // Another process may be faster; then there is nothing left to do. And in a directory of others it may be
+            // anything, which opening waits for, or somebody else's.
+            let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let opened = open(&entry.path(), flags, Mode::empty());
+            let Ok(dir) = opened.map(File::from) else {
                 continue;
             };
+            let is_ours = |it: fs::Metadata| {
+                it.uid() == nix::unistd::geteuid().as_raw() && it.mode() & 0o077 == 0
+            };
+            if !dir.metadata().is_ok_and(is_ours) {
+                continue;
+            }
             if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
                 match fs::remove_dir_all(entry.path()) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -628,9 +646,13 @@ mod tests {
         let store = Store::at(temp.path());
         drop((store.draft("a").unwrap(), store.aside().unwrap()));
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
-        for dead in [".new-b.1", ".new-aside.1.0"] {
-            fs::create_dir(temp.path().join(dead)).unwrap();
-        }
+        let private = |name: &str| {
+            let mut builder = DirBuilder::new();
+            builder.mode(0o700).create(temp.path().join(name)).unwrap();
+        };
+        [".new-b.1", ".new-aside.1.0"]
+            .iter()
+            .for_each(|name| private(name));
         let is_made = |name: &str| has_draft(&temp.path().join(name)).unwrap();
         assert!(is_made("b") && !is_made("a") && !is_made("b.1"));
         let held = store.draft("c").unwrap();
@@ -638,6 +660,24 @@ mod tests {
         let left = fs::read_dir(temp.path()).unwrap().count();
         assert_eq!(left, 2, "the orphans are gone, both live drafts are there");
         drop((held, other));
+    }
+
+    #[test]
+    fn in_a_directory_of_others_theirs_stays_as_it_is() {
+        let temp = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let all = fs::Permissions::from_mode(0o1777);
+        fs::set_permissions(temp.path(), all).unwrap();
+        let theirs =
+            [".new-fifo.1", ".new-open.1", ".new-link.1"].map(|name| temp.path().join(name));
+        // Whoever opens it waits for one that writes.
+        nix::unistd::mkfifo(&theirs[0], Mode::S_IRWXU).unwrap();
+        fs::create_dir(&theirs[1]).unwrap();
+        fs::set_permissions(&theirs[1], fs::Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::symlink("/tmp", &theirs[2]).unwrap();
+        let draft = Store::at(temp.path()).draft("web").unwrap();
+        assert_eq!((mode(temp.path()), mode(draft.dir())), (0o1777, 0o700));
+        assert!(theirs.iter().all(|path| path.symlink_metadata().is_ok()));
     }
 
     #[test]

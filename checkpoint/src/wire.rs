@@ -58,12 +58,14 @@ use crate::shown_text::printable;
 
 mod check;
 mod compression;
+mod contents_dir;
 pub mod missing_pages;
 mod receiver;
 mod sender;
 mod zeros;
 
 pub use compression::{Compressed, Link};
+pub use contents_dir::ContentsDir;
 pub use receiver::{Arriving, Limits, Receiver};
 pub use sender::{How, Sender, SendingFile};
 

@@ -26,8 +26,8 @@ use crate::checkpoint::{self, Afterwards, Selection};
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Silent;
-use crate::receive::{KEEP_FREE, require_room};
 use crate::restore_pod;
+use crate::room::{KEEP_FREE, require_room};
 use crate::snapshot::{self, Sink, Source, Target, WhileRead};
 
 /// Bytes of a message with a part of a layer; containerd's clients take 16 MiB, tonic's 4.

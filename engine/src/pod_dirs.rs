@@ -299,8 +299,10 @@ impl SharedDirs {
 fn export(dir: &Path, to: &Path, known: Option<Arc<KnownContents>>) -> Result<()> {
     let file = File::create_new(to).with_context(|| format!("cannot make {}", to.display()))?;
     let stack = OverlayStack::new(dir, []);
+    // A container that kubelet starts meanwhile may have it, too.
     let options = ExportOptions {
         known,
+        in_use: true,
         ..ExportOptions::default()
     };
     let stats = export_upperdir_to_file(&stack, &file, &options)

@@ -39,9 +39,9 @@ use crate::node_id::node_id;
 use crate::origin::Origins;
 use crate::progress::Progress;
 use crate::restore::Target;
-use crate::retention::check_quota;
+use crate::retention::{check_quota, most_taken};
+use crate::room::KEEP_FREE;
 use crate::sharing::share;
-use crate::timeline::human_bytes;
 
 mod arrival;
 mod commitment;
@@ -58,8 +58,6 @@ mod settle;
 pub use arrival::{Arrivals, new_migration};
 pub use settle::{ARGUMENT as GUARD_ARGUMENT, Settled, run_guard, settle_all};
 
-/// Bytes of the store's file system that stay free.
-pub const KEEP_FREE: u64 = 64 << 20;
 /// How long the sender of a checkpoint may be silent: it has nobody frozen, and its disk may be slow.
 const STREAM_PATIENCE: Duration = Duration::from_secs(5 * 60);
 
@@ -129,7 +127,7 @@ pub async fn receive(
             conversation.wait_at_most(STREAM_PATIENCE.max(request.link_patience));
             let name = request.name.clone().unwrap_or(name);
             let limits = Limits {
-                max_bytes: request.max_size.unwrap_or(u64::MAX),
+                max_bytes: most_taken(store, Path::new(NODE_CONFIG), request.max_size)?,
                 keep_free: KEEP_FREE,
             };
             let draft = store.draft(&name)?;
@@ -271,34 +269,6 @@ async fn keep(draft: Draft, manifest: Manifest, durability: Durability) -> Resul
         .await
         .context("the checkpoint was not kept")?
         .map_err(Into::into)
-}
-
-/// Refuses what has no room below `dir`.
-///
-/// # Errors
-/// There are fewer bytes free than `needed`.
-pub(crate) fn require_room(dir: &Path, needed: u64) -> Result<()> {
-    let free = free_bytes(dir)?;
-    if free < needed {
-        return Err(Error::refused(format!(
-            "not enough room below {}: {} free, about {} needed",
-            dir.display(),
-            human_bytes(free),
-            human_bytes(needed)
-        )));
-    }
-    Ok(())
-}
-
-/// Free bytes of the file system that `path` is or will be on.
-fn free_bytes(path: &Path) -> Result<u64> {
-    let there = path
-        .ancestors()
-        .find(|path| path.symlink_metadata().is_ok());
-    let there = there.unwrap_or(Path::new("/"));
-    let stat = nix::sys::statvfs::statvfs(there)
-        .with_context(|| format!("cannot ask for the free space of {}", there.display()))?;
-    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
 async fn keep_signed(

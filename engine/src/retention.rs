@@ -320,6 +320,8 @@ mod tests {
 
     #[test]
     fn what_a_power_cut_has_left_goes_with_the_next_prune() {
+        use std::os::unix::fs::DirBuilderExt as _;
+
         let dir = tempfile::tempdir().unwrap();
         let store = Store::at(dir.path().join("s"));
         let records = Records {
@@ -330,7 +332,9 @@ mod tests {
         let prune = || prune(&store, &records, &Rules::default()).unwrap();
         assert!(prune().is_empty());
         for left in [".new-web.1", ".new-aside.1.0"] {
-            std::fs::create_dir_all(store.root().join(left)).unwrap();
+            let mut private = std::fs::DirBuilder::new();
+            let private = private.recursive(true).mode(0o700);
+            private.create(store.root().join(left)).unwrap();
             std::fs::write(store.root().join(left).join("file"), "half").unwrap();
         }
         prune();

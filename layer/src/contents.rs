@@ -427,6 +427,11 @@ while byte := os.read(0, 1):
         refused(import(None));
         fs::create_dir(to.path().join("contents")).unwrap();
         refused(import(Some("contents")));
+        // Whoever opens it waits for somebody else, as one of a device may start something.
+        let fifo = to.path().join("contents/0");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        refused(import(Some("contents")));
+        assert!(fifo.try_exists().unwrap());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -15,10 +15,12 @@ use nix::unistd::{ftruncate, linkat, symlinkat};
 use crate::decompress::Compression;
 use crate::directory_stack::open_directory;
 use crate::export::{OPAQUE_NAME, WHITEOUT_PREFIX};
+use crate::export_error::ExportError;
 pub use crate::import_error::ImportError;
 use crate::inode_attributes::{InodeAttributes, InodeType};
 use crate::layer_format::{LayerFormat, LiteralNames};
 use crate::lower_view::LowerView;
+use crate::open_for_export::open_regular;
 use crate::overlay_marks::read_marks_and_xattrs;
 use crate::overlay_stack::OverlayStack;
 use crate::path_bytes::{clean_path_into, components, join_cleaned, push_component, split_last};
@@ -308,10 +310,12 @@ impl<R: Read> Import<R> {
         let absent = || ImportError::refused(path, "its content has not come before");
         let contents = self.contents.as_ref().ok_or_else(absent)?;
         let number = number.to_string();
-        let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file = match openat(contents, number.as_str(), flags, Mode::empty()) {
-            Err(Errno::ENOENT) => return Err(absent()),
-            opened => opened.map_err(|errno| ImportError::io("open", path, errno))?,
+        // Somebody who has the emptyDir may have put a device in its place, and opening one does something.
+        let file = match open_regular(contents.as_fd(), number.as_bytes(), path) {
+            Err(ExportError::Changed { .. }) => return Err(absent()),
+            opened => {
+                opened.map_err(|error| ImportError::io("open", path, io::Error::other(error)))?
+            }
         };
         let found = fstat(&file).map_err(|errno| ImportError::io("look at", path, errno))?;
         if found.st_nlink != 1 {

@@ -16,6 +16,8 @@
 //! Read as well: 0.0 (repeated `GNU.sparse.offset`/`numbytes`), 0.1 (`GNU.sparse.map`), and the old
 //! GNU type `S` with its map in the header and extension blocks (tar_read.rs).
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -37,6 +39,9 @@ const MIN_HOLES: u64 = 4096;
 /// pieces than fit loses its smallest holes, which are written as zeros.
 const MAX_WRITTEN_MAP: usize = 1 << 20;
 
+/// Most bytes of holes that are written as zeros.
+const MOST_FILLED: u64 = 1 << 30;
+
 /// Most pieces of data that are accepted from a tar (16 bytes each): above what fits the map that
 /// Go accepts.
 pub(crate) const MAX_READ_SEGMENTS: usize = 1 << 19;
@@ -51,30 +56,80 @@ fn find_segments_for_map(
     size: u64,
     max_map: usize,
 ) -> io::Result<Option<Vec<Segment>>> {
-    let mut min_hole = 1;
     if size <= MIN_HOLES || seek(fd, 0, Whence::SeekHole)?.is_none_or(|hole| hole >= size) {
         return Ok(None);
     }
-    loop {
-        if let Some(segments) = scan(fd, size, min_hole, max_map)? {
-            let data: u64 = segments.iter().map(|segment| segment.len).sum();
-            return Ok((size.saturating_sub(data) >= MIN_HOLES).then_some(segments));
+    let mut kept = Kept::all();
+    let (segments, filled) = match scan(fd, size, &mut kept, max_map)? {
+        Some(found) => found,
+        None => {
+            let most = max_map.saturating_sub(1024) / (2 * (size.to_string().len() + 1));
+            let mut kept = largest_holes(fd, size, most.max(1))?;
+            scan(fd, size, &mut kept, max_map)?
+                .ok_or_else(|| io::Error::other("its holes change while they are looked for"))?
         }
-        // Starting at the page size: smaller holes do not exist, and each round is a full scan.
-        min_hole = (min_hole * 2).max(8192);
+    };
+    if filled > MOST_FILLED {
+        return Err(io::Error::other(
+            "it has more holes than a layer can name, and they are too large to be written as zeros",
+        ));
+    }
+    let data: u64 = segments.iter().map(|segment| segment.len).sum();
+    Ok((size.saturating_sub(data) >= MIN_HOLES).then_some(segments))
+}
+
+/// Which holes are kept: all longer than `len`, and the first `equal` of that length.
+struct Kept {
+    len: u64,
+    equal: usize,
+}
+
+impl Kept {
+    fn all() -> Self {
+        Self { len: 0, equal: 0 }
+    }
+
+    fn keeps(&mut self, hole: u64) -> bool {
+        if hole == self.len && self.equal > 0 {
+            self.equal -= 1;
+            return true;
+        }
+        hole > self.len
     }
 }
 
-/// All pieces of data, with holes shorter than `min_hole` taken as data; None when there are more
-/// than the map may hold.
+/// The `most` largest holes between pieces of data: the fewest bytes are written as zeros then.
+fn largest_holes(fd: BorrowedFd<'_>, size: u64, most: usize) -> io::Result<Kept> {
+    let mut largest = BinaryHeap::new();
+    let mut position = 0;
+    let mut last_end = None;
+    while let Some(start) = seek(fd, position, Whence::SeekData)?.filter(|start| *start < size) {
+        if let Some(end) = last_end {
+            largest.push(Reverse(start - end));
+            if largest.len() > most {
+                largest.pop();
+            }
+        }
+        let end = seek(fd, start, Whence::SeekHole)?.unwrap_or(size).min(size);
+        last_end = Some(end);
+        position = end.max(start + 1);
+    }
+    let len = largest.peek().map_or(0, |Reverse(len)| *len);
+    let equal = largest.iter().filter(|it| it.0 == len).count();
+    Ok(Kept { len, equal })
+}
+
+/// All pieces of data, with the holes that are not kept taken as data, and the bytes of those; None when
+/// there are more than the map may hold.
 fn scan(
     fd: BorrowedFd<'_>,
     size: u64,
-    min_hole: u64,
+    kept: &mut Kept,
     max_map: usize,
-) -> io::Result<Option<Vec<Segment>>> {
+) -> io::Result<Option<(Vec<Segment>, u64)>> {
     let mut segments: Vec<Segment> = Vec::new();
     let mut map_bytes = 32;
+    let mut filled = 0u64;
     let mut position = 0;
     while position < size {
         let Some(start) = seek(fd, position, Whence::SeekData)?.filter(|start| *start < size)
@@ -83,7 +138,8 @@ fn scan(
         };
         let end = seek(fd, start, Whence::SeekHole)?.unwrap_or(size).min(size);
         match segments.last_mut() {
-            Some(last) if start - (last.offset + last.len) < min_hole => {
+            Some(last) if !kept.keeps(start - (last.offset + last.len)) => {
+                filled += start - (last.offset + last.len);
                 last.len = end - last.offset;
             }
             _ => {
@@ -104,7 +160,7 @@ fn scan(
     if encoded_len(&segments, size) > max_map {
         return Ok(None);
     }
-    Ok(Some(segments))
+    Ok(Some((segments, filled)))
 }
 
 fn seek(fd: BorrowedFd<'_>, position: u64, whence: Whence) -> io::Result<Option<u64>> {
@@ -213,6 +269,21 @@ mod tests {
             };
             assert!(all.iter().all(inside));
             assert!(segments.len() > 3, "{}", segments.len());
+        }
+    }
+
+    #[test]
+    fn holes_that_fit_no_map_do_not_become_zeros_without_bound() {
+        for (step, fits) in [(1 << 20, true), (1 << 30, false)] {
+            let file = tempfile::tempfile().unwrap();
+            for piece in 0..100u64 {
+                file.write_all_at(b"x", piece * step).unwrap();
+            }
+            let found = find_segments_for_map(file.as_fd(), 100 * step, 2048);
+            match fits {
+                true => assert!(found.unwrap().unwrap().len() > 20),
+                false => assert!(found.unwrap_err().to_string().contains("more holes")),
+            }
         }
     }
 

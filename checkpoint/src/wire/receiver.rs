@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
+use std::iter;
 use std::mem;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::check::Running;
 use super::compression::Decompression;
+use super::contents_dir::ContentsDir;
 use super::{
     ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError,
     ZEROS, unexpected, zeros,
@@ -55,7 +57,7 @@ pub struct Arriving {
     limits: Limits,
     check: Check,
     /// Where contents of files go that come before their layer, by their directories in the checkpoint.
-    contents: BTreeMap<String, PathBuf>,
+    contents: BTreeMap<String, ContentsDir>,
     taken: Mutex<Taken>,
 }
 
@@ -63,6 +65,8 @@ pub struct Arriving {
 struct Taken {
     bytes: u64,
     look_at: u64,
+    /// Bytes of all names, which are kept to the end.
+    names: usize,
     /// By their paths in the checkpoint.
     files: BTreeMap<String, manifest::File>,
 }
@@ -82,17 +86,15 @@ impl Arriving {
     /// The same, with the directories, which are empty, that take the contents of files, each by its directory in the
     /// checkpoint: [`CONTENTS_DIR`](manifest::CONTENTS_DIR). Files of other names are taken into the checkpoint.
     #[must_use]
-    pub fn with_contents(self, contents: BTreeMap<String, PathBuf>) -> Self {
+    pub fn with_contents(self, contents: BTreeMap<String, ContentsDir>) -> Self {
         Self { contents, ..self }
     }
 
-    /// The directory and the names below it of a file in the stream.
-    fn place<'p>(&self, path: &'p str) -> (&Path, &'p str) {
-        let content = path.rsplit_once('/').and_then(|(dir, number)| {
-            let is_number = number.bytes().all(|digit| digit.is_ascii_digit());
-            Some((&**self.contents.get(dir).filter(|_| is_number)?, number))
-        });
-        content.unwrap_or((&self.dir, path))
+    /// The directory and the number of a content in the stream; none: it is a file of the checkpoint.
+    fn content<'p>(&self, path: &'p str) -> Option<(&ContentsDir, &'p str)> {
+        let (dir, number) = path.rsplit_once('/')?;
+        let is_number = !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit());
+        Some((self.contents.get(dir).filter(|_| is_number)?, number))
     }
 
     /// Compares what has come with the manifest that has come last.
@@ -126,6 +128,18 @@ impl Arriving {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The manifest names them all again, and is one message.
+    fn add_name(&self, path: &str) -> Result<(), WireError> {
+        let mut taken = self.taken();
+        taken.names = taken.names.saturating_add(path.len());
+        match taken.names > MESSAGE_LIMIT {
+            true => Err(WireError::Protocol {
+                what: "longer names of files than a manifest holds".to_owned(),
+            }),
+            false => Ok(()),
+        }
+    }
+
     fn add(&self, bytes: u64) -> Result<(), WireError> {
         let mut taken = self.taken();
         taken.bytes = taken.bytes.saturating_add(bytes);
@@ -143,16 +157,21 @@ impl Arriving {
     }
 
     fn check_room(&self) -> Result<(), WireError> {
-        for dir in [&self.dir].into_iter().chain(self.contents.values()) {
-            let stat = nix::sys::statvfs::statvfs(dir).map_err(|errno| WireError::File {
+        let of_draft = || {
+            let stat = nix::sys::statvfs::statvfs(&self.dir)?;
+            Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+        };
+        let contents = self.contents.values();
+        let contents = contents.map(|dir| (dir.path(), dir.free_bytes()));
+        for (path, free) in iter::once((&*self.dir, of_draft())).chain(contents) {
+            let free = free.map_err(|source| WireError::File {
                 act: "ask for the free space of",
-                path: dir.clone(),
-                source: errno.into(),
+                path: path.to_path_buf(),
+                source,
             })?;
-            let free = stat.blocks_available().saturating_mul(stat.fragment_size());
             if free < self.limits.keep_free {
                 return Err(WireError::NoRoom {
-                    path: dir.clone(),
+                    path: path.to_path_buf(),
                     free,
                     kept: self.limits.keep_free,
                 });
@@ -230,6 +249,7 @@ impl<R: Read> Receiver<R> {
             match message {
                 Message::File { path } => {
                     arriving.add(FILE_COST)?;
+                    arriving.add_name(&path)?;
                     // One that came before is there, and is not written to.
                     let file = self.receive_file(&path, arriving, progress)?;
                     arriving.taken().files.insert(path, file);
@@ -239,15 +259,10 @@ impl<R: Read> Receiver<R> {
         }
     }
 
-    fn receive_file(
-        &mut self,
-        path: &str,
-        arriving: &Arriving,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<manifest::File, WireError> {
-        let (dir, names) = arriving.place(path);
-        let mut full = dir.to_path_buf();
-        let mut parts = names.split('/').peekable();
+    /// Makes the directories of a file of the checkpoint, and gives its path.
+    fn make_directories(path: &str, arriving: &Arriving) -> Result<PathBuf, WireError> {
+        let mut full = arriving.dir.clone();
+        let mut parts = path.split('/').peekable();
         while let Some(part) = parts.next() {
             check_name("the path in the stream", part)?;
             full.push(part);
@@ -265,18 +280,31 @@ impl<R: Read> Receiver<R> {
                 }
             }
         }
+        Ok(full)
+    }
+
+    fn receive_file(
+        &mut self,
+        path: &str,
+        arriving: &Arriving,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<manifest::File, WireError> {
+        let (full, made) = match arriving.content(path) {
+            Some((dir, number)) => (dir.path().join(number), dir.make_file(number)),
+            None => {
+                let full = Self::make_directories(path, arriving)?;
+                // Never through a link, never over a file that came before.
+                let mut new = OpenOptions::new();
+                let made = new.write(true).create_new(true).mode(0o600).open(&full);
+                (full, made)
+            }
+        };
         let failed = |act, source| WireError::File {
             act,
             path: full.clone(),
             source,
         };
-        // Never through a link, never over a file that came before.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&full)
-            .map_err(|e| failed("make", e))?;
+        let mut file = made.map_err(|e| failed("make", e))?;
         let mut hasher = Running::of(arriving.check);
         let mut size = 0;
         let said = loop {

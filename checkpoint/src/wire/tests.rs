@@ -339,8 +339,9 @@ fn pages_of_zeros_are_not_sent() {
 
 #[test]
 fn contents_go_to_their_directories_and_nowhere_else() {
-    let (target, volume) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let receive = |path: &str| {
+    let (target, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let volume = work.path().join("contents");
+    let receive_with = |path: &str, contents: ContentsDir| {
         let mut stream = Vec::new();
         let sender = Sender::new(&mut stream);
         let (dir, file) = path.split_once('/').unwrap();
@@ -349,21 +350,43 @@ fn contents_go_to_their_directories_and_nowhere_else() {
         content.end(&mut 0).unwrap();
         sender.send(&Message::FilesEnd).unwrap();
         drop(sender);
-        let known = (".shared/contents/work".to_owned(), volume.path().to_owned());
+        let known = (".shared/contents/work".to_owned(), contents);
         let arriving = Arriving::into_dir(target.path(), LIMITS, Check::Xxh3);
         let arriving = arriving.with_contents([known].into());
         Receiver::new(&stream[..]).receive_files(&arriving, &mut |_| {})
+    };
+    let made = || ContentsDir::make(work.path(), "contents").unwrap();
+    let receive = |path: &str| {
+        drop(fs::remove_dir_all(&volume));
+        receive_with(path, made())
     };
     let names = |dir: &Path| -> Vec<_> {
         let entries = fs::read_dir(dir).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
     };
     receive(".shared/contents/work/7").unwrap();
-    assert_eq!(names(volume.path()), ["7"]);
+    assert_eq!(names(&volume), ["7"]);
+    ContentsDir::make(work.path(), "contents").unwrap_err();
     // Never over one that has come before, nor through a link.
-    receive(".shared/contents/work/7").unwrap_err();
-    std::os::unix::fs::symlink(target.path().join("made"), volume.path().join("8")).unwrap();
-    receive(".shared/contents/work/8").unwrap_err();
+    for make in [
+        |at: &Path| fs::write(at, "before"),
+        |at: &Path| std::os::unix::fs::symlink(at.with_file_name("made"), at),
+    ] {
+        fs::remove_dir_all(&volume).unwrap();
+        let contents = made();
+        make(&volume.join("7")).unwrap();
+        receive_with(".shared/contents/work/7", contents).unwrap_err();
+        assert_eq!(names(&volume), ["7"]);
+    }
+    // Nor into what somebody has put in the place of its name.
+    fs::remove_dir_all(&volume).unwrap();
+    let contents = made();
+    fs::rename(&volume, work.path().join("moved")).unwrap();
+    std::os::unix::fs::symlink(target.path(), &volume).unwrap();
+    receive_with(".shared/contents/work/7", contents).unwrap();
+    assert_eq!(names(&work.path().join("moved")), ["7"]);
+    assert!(names(target.path()).is_empty());
+    fs::remove_file(&volume).unwrap();
     for path in [
         ".shared/contents/work/",
         ".shared/contents/work/../7",
@@ -381,8 +404,7 @@ fn contents_go_to_their_directories_and_nowhere_else() {
         receive(path).unwrap();
         assert!(target.path().join(path).is_file(), "{path}");
     }
-    assert_eq!(names(volume.path()).len(), 2);
-    assert!(!target.path().join("made").try_exists().unwrap());
+    assert!(names(&volume).is_empty());
 }
 
 /// A link that takes so many bytes a second.

@@ -16,12 +16,12 @@ use transship_containerd::{Containerd, ContainerdError};
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
-use super::{KEEP_FREE, require_room};
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::data_channel::Connections;
 use crate::error::{Context, Error, Result};
 use crate::image_blobs::tying_labels;
+use crate::room::{KEEP_FREE, require_room, unpacking_roots, while_room};
 
 /// Where containerd's content is unless it says so.
 const CONTENT: &str = "/var/lib/containerd";
@@ -179,7 +179,8 @@ async fn unpack_offered(
     let Some(resolved) = resolved else {
         return Err(lacking).context("the image is not on this node");
     };
-    node.unpack(&resolved, snapshotter)
+    let unpacked = async { Ok(node.unpack(&resolved, snapshotter).await?) };
+    while_room(&unpacking_roots(node, snapshotter).await?, unpacked)
         .await
         .context("the image that was offered cannot be unpacked")?;
     Ok(chain.to_owned())

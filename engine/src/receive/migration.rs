@@ -21,7 +21,7 @@ use super::commitment::wait_for_commit;
 use super::late_pages::PageRelay;
 use super::offered_files::{listen, receive, require_room_for_files};
 use super::pod::{self, PodPlan};
-use super::{KEEP_FREE, Received, Request, image, leases, require_room, settle, tell};
+use super::{Received, Request, image, leases, settle, tell};
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::dump_hold::has_userfaultfd;
@@ -32,6 +32,7 @@ use crate::memory_dir::{MigrationFiles, remove_when_unused};
 use crate::progress::Progress;
 use crate::reasons::Reasons;
 use crate::restore::{self, Plan, Prepared, Restored};
+use crate::room::{KEEP_FREE, require_room};
 use crate::timeline::human_bytes;
 
 /// Containers of a pod: a record holds what there is of each.
@@ -330,7 +331,7 @@ async fn take(
     let taken = async {
         let mut prepared = restore::prepare(node, &plan).await?;
         let contents = prepared.make_contents_dir(&plan)?;
-        require_room_for_files(&contents, offer)?;
+        require_room_for_files(contents.path(), offer)?;
         let place = format!("{}/{CONTENTS_DIR}", offered.container.name);
         let contents = BTreeMap::from([(place, contents)]);
         let what = (offer, contents);

@@ -3,20 +3,23 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{CONTENTS_DIR, Container, File, Manifest, SPEC_FILE, Shared};
 use transship_checkpoint::store::{Checkpoint, Durability, Store};
-use transship_checkpoint::wire::{Arriving, Check, DataPlace, Limits, Message, Offer, unexpected};
+use transship_checkpoint::wire::{
+    Arriving, Check, ContentsDir, DataPlace, Limits, Message, Offer, unexpected,
+};
 
-use super::{KEEP_FREE, Request, image, keep, receive_files, require_room};
+use super::{Request, image, keep, receive_files};
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::error::{Context, Error, Result};
 use crate::node_id::node_id;
 use crate::origin::Origins;
 use crate::progress::Progress;
+use crate::room::{KEEP_FREE, require_room};
 
 /// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
 const SLACK: u64 = 1 << 30;
@@ -31,7 +34,7 @@ pub(super) fn require_room_for_files(dir: &Path, offer: &Offer) -> Result<()> {
 pub(super) async fn receive(
     store: &Store,
     conversation: &mut Conversation,
-    (offer, contents): (&Offer, BTreeMap<String, PathBuf>),
+    (offer, contents): (&Offer, BTreeMap<String, ContentsDir>),
     request: &Request,
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {

@@ -14,9 +14,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
-use std::io;
+use std::fs::{self, Permissions};
+use std::io::{self, Write as _};
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -239,7 +240,9 @@ impl ClientFiles {
         if self.files.is_empty() {
             return Ok(());
         }
-        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir)
+            .and_then(|()| fs::set_permissions(dir, Permissions::from_mode(0o711)))
+            .with_context(|| format!("cannot make {}", dir.display()))?;
         for (file, _, _) in &self.files {
             let text = match file {
                 File::Hosts => self.hosts(addresses),
@@ -248,7 +251,8 @@ impl ClientFiles {
             };
             let path = dir.join(file.name());
             // The same file: it may be mounted already.
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            write_for_all(&path, &text)
+                .with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
     }
@@ -266,6 +270,13 @@ impl ClientFiles {
         }
         text
     }
+}
+
+/// Programs of any user read it, whatever the umask of who restores.
+fn write_for_all(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::File::create(path)?;
+    file.set_permissions(Permissions::from_mode(0o644))?;
+    file.write_all(text.as_bytes())
 }
 
 /// The node's, without name servers that only the node itself reaches.
@@ -332,6 +343,20 @@ pub(super) async fn sweep(node: &Containerd) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_of_any_user_read_the_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hosts");
+        fs::write(&path, "longer than the new one").unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        write_for_all(&path, "new").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o644
+        );
+    }
 
     fn mount(source: &str, destination: &str) -> Value {
         json!({"type": "bind", "source": source, "destination": destination, "options": ["bind"]})

@@ -1,9 +1,7 @@
 //! The held copy: made, let go, or undone.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io::BufReader;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +11,7 @@ use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, contents_in_filled};
 use transship_checkpoint::store::Checkpoint;
+use transship_checkpoint::wire::ContentsDir;
 use transship_containerd::Containerd;
 use transship_containerd::NewContainer;
 use transship_containerd::Output;
@@ -28,6 +27,7 @@ use crate::lost_task;
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
 use crate::restart_policy;
+use crate::room::{unpacking_roots, while_room};
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
@@ -65,7 +65,7 @@ impl Prepared {
     ///
     /// # Errors
     /// A system call failed.
-    pub fn make_contents_dir(&mut self, plan: &Plan) -> Result<PathBuf> {
+    pub fn make_contents_dir(&mut self, plan: &Plan) -> Result<ContentsDir> {
         let name = contents_in_filled(&plan.made_by);
         let dir = make_contents_dir(&self.stack.top, &name)?;
         self.contents = Some(name);
@@ -77,11 +77,9 @@ impl Prepared {
 ///
 /// # Errors
 /// A system call failed.
-pub(crate) fn make_contents_dir(upperdir: &Path, name: &str) -> Result<PathBuf> {
-    let dir = upperdir.join(name);
-    let made = fs::DirBuilder::new().mode(0o700).create(&dir);
-    made.with_context(|| format!("cannot make {}", dir.display()))?;
-    Ok(dir)
+pub(crate) fn make_contents_dir(upperdir: &Path, name: &str) -> Result<ContentsDir> {
+    let made = ContentsDir::make(upperdir, name);
+    made.with_context(|| format!("cannot make {}", upperdir.join(name).display()))
 }
 
 /// Makes the snapshot of the planned container.
@@ -90,8 +88,13 @@ pub(crate) fn make_contents_dir(upperdir: &Path, name: &str) -> Result<PathBuf> 
 /// Its layers cannot be had, or its upperdir is not known; what there is of it is left for [`Copy::remove`].
 pub async fn prepare(node: &Containerd, plan: &Plan) -> Result<Prepared> {
     let image = &plan.container.image;
-    node.ensure_unpacked(&image.name, &image.chain_id, &plan.snapshotter)
-        .await?;
+    let unpacked = async {
+        let chain = &image.chain_id;
+        Ok(node
+            .ensure_unpacked(&image.name, chain, &plan.snapshotter)
+            .await?)
+    };
+    while_room(&unpacking_roots(node, &plan.snapshotter).await?, unpacked).await?;
     let mounts = node
         .snapshotter(&plan.snapshotter)
         .prepare(&plan.id, &image.chain_id, &[(COPY, &plan.made_by)])

@@ -2,7 +2,7 @@
 //! nothing else that is in its directory.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use transship_checkpoint::store::{Checkpoint, Durability, Store};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::origin::Origins;
+use crate::room::{KEEP_FREE, require_room};
 
 /// A checkpoint of the node's store.
 pub(super) struct Adopted {
@@ -43,6 +44,8 @@ pub(super) fn adopt(store: &Store, path: &Path, origins: Origins<'_>) -> Result<
     let checkpoint = elsewhere.open(name)?;
     origins.require(&checkpoint)?;
     let name = format!("pod-{}", transship_containerd::unique());
+    let needed = checkpoint.manifest.size().saturating_add(KEEP_FREE);
+    require_room(store.root(), needed)?;
     let draft = store.draft(&name)?;
     copy_files(&checkpoint, draft.dir())?;
     let mut manifest = checkpoint.manifest;
@@ -68,7 +71,7 @@ fn copy_files(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
             let relative = Path::new(name).join(&file.path);
             let from = checkpoint.dir.join(&relative);
             let target = to.join(&relative);
-            let copied = copy_file(&root, &relative, &target);
+            let copied = copy_file(&root, &relative, &target, file.size);
             copied.with_context(|| format!("cannot copy {}", from.display()))?;
         }
     }
@@ -76,13 +79,17 @@ fn copy_files(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
 }
 
 /// Regular files, never through a link, and never waiting for the other end of a FIFO.
-fn copy_file(root: &File, relative: &Path, target: &Path) -> io::Result<()> {
+fn copy_file(root: &File, relative: &Path, target: &Path, size: u64) -> io::Result<()> {
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-    let mut source = File::from(openat2(root, relative, how)?);
-    if !source.metadata()?.is_file() {
+    let source = File::from(openat2(root, relative, how)?);
+    let metadata = source.metadata()?;
+    if !metadata.is_file() {
         return Err(io::Error::other("it is no regular file"));
+    }
+    if metadata.len() != size {
+        return Err(io::Error::other("its size is not the manifest's"));
     }
     if let Some(parent) = target.parent() {
         DirBuilder::new()
@@ -95,7 +102,8 @@ fn copy_file(root: &File, relative: &Path, target: &Path) -> io::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(target)?;
-    io::copy(&mut source, &mut new).map(drop)
+    // It may grow meanwhile.
+    io::copy(&mut source.take(size), &mut new).map(drop)
 }
 
 #[cfg(test)]
@@ -128,6 +136,10 @@ mod tests {
         taken.verify().unwrap();
 
         assert!(adopt(&store, &path, origins).is_err(), "another digest");
+        let grown = fs::OpenOptions::new().write(true).open(&pages).unwrap();
+        grown.set_len(1 << 40).unwrap();
+        let error = adopt(&store, &path, origins).err().unwrap();
+        assert!(error.one_line().contains("size"), "{error}");
         fs::remove_file(&pages).unwrap();
         fs::write(dir.path().join("memory"), "memory").unwrap();
         symlink(dir.path().join("memory"), &pages).unwrap();

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,9 +20,12 @@ use transship_layer::{
 use super::{Opened, Snapshot, default_snapshotter, find, kept, raw};
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
+use crate::room::{KEEP_FREE, require_room};
 
 /// How often a reader that nothing comes to looks whether it is still wanted, in milliseconds.
 const LOOK_UP_MS: u8 = 200;
+/// Bytes of an unpacked layer from one look at the room to the next.
+const BETWEEN_LOOKS: usize = 16 << 20;
 
 /// What to fill a snapshot from.
 #[derive(Debug)]
@@ -179,7 +182,33 @@ impl Read for Input {
     }
 }
 
+/// The layer as it unpacks, which little input can make long: ends when the import is given up or the room gets short.
+struct Bounded<'a, R> {
+    tar: R,
+    given_up: &'a AtomicBool,
+    top: &'a Path,
+    /// Bytes until the next look at the room.
+    unlooked: usize,
+}
+
+impl<R: Read> Read for Bounded<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(io::Error::other("given up"));
+        }
+        if self.unlooked == 0 {
+            require_room(self.top, KEEP_FREE).map_err(io::Error::other)?;
+            self.unlooked = BETWEEN_LOOKS;
+        }
+        let most = buffer.len().min(self.unlooked);
+        let read = self.tar.read(&mut buffer[..most])?;
+        self.unlooked -= read;
+        Ok(read)
+    }
+}
+
 fn fill(layer: &OverlayStack, input: Input, made: bool) -> Result<ImportStats> {
+    let given_up = Arc::clone(&input.given_up);
     let options = ImportOptions {
         format: LayerFormat::Image,
         ..ImportOptions::default()
@@ -187,6 +216,12 @@ fn fill(layer: &OverlayStack, input: Input, made: bool) -> Result<ImportStats> {
     let filled = decompress(BufReader::with_capacity(1 << 20, input))
         .context("cannot read the layer")
         .and_then(|tar| {
+            let tar = Bounded {
+                tar,
+                given_up: &given_up,
+                top: &layer.top,
+                unlooked: 0,
+            };
             import_into_upperdir(tar, layer, &options)
                 .with_context(|| format!("cannot import into {}", layer.top.display()))
         });

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
-use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::beneath::{Links, open_regular, read_regular};
 use transship_path_error::During as _;
 
 use super::blobs::Blobs;
@@ -127,7 +127,8 @@ impl Layout {
                 .as_encoded_bytes()
                 .starts_with(NEW.as_bytes())
                 && is_old(&path)
-                && let Ok(file) = OpenOptions::new().write(true).open(&path)
+                && let Ok(file) =
+                    open_regular(&self.dir, entry.file_name().as_ref(), Links::Refused)
                 && let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             {
                 drop(fs::remove_file(&path));

@@ -179,7 +179,7 @@ const RUNTIME_ANNOTATIONS: [&str; 4] =
     ["org.criu.", "org.systemd.property.", "run.oci.", "io.crun."];
 
 /// Fields whose value gives nothing that the container would not have anyway.
-const HARMLESS: [&str; 30] = [
+const HARMLESS: [&str; 28] = [
     "/ociVersion",
     "/hostname",
     "/domainname",
@@ -190,7 +190,6 @@ const HARMLESS: [&str; 30] = [
     "/process/args",
     "/process/env",
     "/process/cwd",
-    "/process/rlimits",
     "/process/noNewPrivileges",
     "/process/apparmorProfile",
     "/linux/uidMappings",
@@ -203,7 +202,6 @@ const HARMLESS: [&str; 30] = [
     "/linux/resources/pids",
     "/linux/resources/blockIO",
     "/linux/resources/hugepageLimits",
-    "/linux/resources/network",
     "/linux/resources/rdma",
     "/linux/seccomp/defaultAction",
     "/linux/seccomp/defaultErrnoRet",
@@ -225,7 +223,7 @@ const OBJECTS: [&str; 5] = [
 type Rule = fn(&Value, &Place<'_>, &mut Vec<Refusal>);
 
 /// Fields with a rule of their own.
-const RULES: [(&str, Rule); 14] = [
+const RULES: [(&str, Rule); 16] = [
     // What is dangerous in these is what they leave out: `refusals` looks at them.
     ("/linux/namespaces", |_, _, _| {}),
     ("/linux/maskedPaths", |_, _, _| {}),
@@ -242,6 +240,13 @@ const RULES: [(&str, Rule); 14] = [
     }),
     ("/linux/resources/unified", |value, _, found| {
         unified(value, found);
+    }),
+    ("/process/rlimits", |value, _, found| rlimits(value, found)),
+    // What the node's rules for packets tell containers by.
+    (PACKET_CLASS, |value, _, found| {
+        if !is_empty(value) {
+            other_field(PACKET_CLASS, found);
+        }
     }),
     ("/linux/cgroupsPath", cgroups_path),
     ("/root/path", |value, _, found| {
@@ -265,13 +270,15 @@ const RULES: [(&str, Rule); 14] = [
         }
     }),
 ];
+const PACKET_CLASS: &str = "/linux/resources/network";
 const OOM_SCORE_ADJ: &str = "/process/oomScoreAdj";
 const PROPAGATION: &str = "/linux/rootfsPropagation";
 /// Nothing that is mounted in the container is seen outside of it.
 const OWN_PROPAGATION: [&str; 4] = ["private", "rprivate", "slave", "rslave"];
 
 /// Lists, and the fields of their items that are looked at.
-const ITEMS: [(&str, &[&str]); 3] = [
+const ITEMS: [(&str, &[&str]); 4] = [
+    ("/process/rlimits", &["type", "hard", "soft"]),
     ("/mounts", &["destination", "type", "source", "options"]),
     ("/linux/namespaces", &["type", "path"]),
     (
@@ -414,6 +421,24 @@ fn items(spec: &Value, list: &str, known: &[&str], found: &mut Vec<Refusal>) {
         let list = list[1..].replace('/', ".");
         let what = format!("has {name:?} in its {list}, which other containers do not have");
         refuse(found, Allow::OtherFields, what);
+    }
+}
+
+/// Limits above those of every process without CAP_SYS_NICE give what that capability is for: real-time priority, and
+/// nice values below 0 (`getrlimit(2)`: 20 stands for 0).
+fn rlimits(value: &Value, found: &mut Vec<Refusal>) {
+    for limit in value.as_array().into_iter().flatten() {
+        let kind = limit["type"].as_str().unwrap_or_default();
+        let most = match kind.to_uppercase().trim_start_matches("RLIMIT_") {
+            "RTPRIO" => 0,
+            "NICE" => 20,
+            _ => continue,
+        };
+        let is_fine = |value: &Value| value.as_u64().is_some_and(|it| it <= most);
+        if !is_fine(&limit["hard"]) || !is_fine(&limit["soft"]) {
+            let what = format!("may raise its priority ({kind})");
+            refuse(found, Allow::Capabilities, what);
+        }
     }
 }
 

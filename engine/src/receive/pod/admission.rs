@@ -9,7 +9,10 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-use k8s_cri::v1::{ContainerConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
+use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::{
+    ContainerConfig, NamespaceMode, NamespaceOption, PodSandboxConfig, SecurityProfile,
+};
 use transship_checkpoint::annotations::PREFIX;
 use transship_sandbox::admission::foreign_spec::{Allow, CAPABILITIES, MASKED, READ_ONLY, Refusal};
 
@@ -53,7 +56,11 @@ pub(super) fn drop_reserved(sandbox: &mut PodSandboxConfig, containers: &mut [Co
 pub(super) fn of_sandbox(config: &PodSandboxConfig) -> Vec<Refusal> {
     let mut found = Vec::new();
     annotations(config.annotations.keys(), &mut found);
-    log_place(&config.log_directory, LOGS, &mut found);
+    let own = own_logs(config);
+    if !config.log_directory.is_empty() && own.as_ref() != Some(&config.log_directory) {
+        let what = format!("has its logs in {:?}", config.log_directory);
+        refuse(&mut found, Allow::HostMounts, what);
+    }
     for port in config.port_mappings.iter().filter(|it| it.host_port != 0) {
         let what = format!("wants the port {} of the node", port.host_port);
         refuse(&mut found, Allow::HostNamespaces, what);
@@ -76,15 +83,23 @@ pub(super) fn of_sandbox(config: &PodSandboxConfig) -> Vec<Refusal> {
     if security.selinux_options.is_some() {
         refuse(&mut found, Allow::OtherFields, "chooses its SELinux label");
     }
+    apparmor(security.apparmor.as_ref(), "", &mut found);
     namespaces(security.namespace_options.as_ref(), &mut found);
     found
+}
+
+/// Where kubelet has the logs of this pod; `None` where its names make no single name of a directory.
+fn own_logs(config: &PodSandboxConfig) -> Option<String> {
+    let it = config.metadata.as_ref()?;
+    let name = format!("{}_{}_{}", it.namespace, it.name, it.uid);
+    (!name.contains('/')).then(|| format!("{LOGS}{name}"))
 }
 
 /// What a container of the pod with this uid asks for and only the operator can give.
 pub(super) fn of_container(config: &ContainerConfig, uid: &str) -> Vec<Refusal> {
     let mut found = Vec::new();
     annotations(config.annotations.keys(), &mut found);
-    log_place(&config.log_path, "", &mut found);
+    log_place(&config.log_path, &mut found);
     for mount in &config.mounts {
         if mount.image.is_some() {
             let what = format!("mounts an image on {}", mount.container_path);
@@ -145,8 +160,19 @@ pub(super) fn of_container(config: &ContainerConfig, uid: &str) -> Vec<Refusal> 
     if security.selinux_options.is_some() {
         refuse(&mut found, Allow::OtherFields, "chooses its SELinux label");
     }
+    #[expect(deprecated, reason = "containerd still obeys it")]
+    let by_name = security.apparmor_profile.as_str();
+    apparmor(security.apparmor.as_ref(), by_name, &mut found);
     namespaces(security.namespace_options.as_ref(), &mut found);
     found
+}
+
+/// Seccomp has no such rule: kubelet gives most pods no filter, and another profile is never less than that.
+fn apparmor(profile: Option<&SecurityProfile>, by_name: &str, found: &mut Vec<Refusal>) {
+    let of_node = profile.is_none_or(|it| it.profile_type() == ProfileType::RuntimeDefault);
+    if !of_node || !matches!(by_name, "" | "runtime/default") {
+        refuse(found, Allow::OtherFields, "chooses its AppArmor profile");
+    }
 }
 
 fn is_ordinary(capability: &str) -> bool {
@@ -169,12 +195,8 @@ fn annotations<'k>(keys: impl Iterator<Item = &'k String>, found: &mut Vec<Refus
 }
 
 /// containerd writes a log at whatever path it is told.
-fn log_place(path: &str, below: &str, found: &mut Vec<Refusal>) {
-    let outside = match below {
-        "" => path.starts_with('/'),
-        below => !path.is_empty() && !path.starts_with(below),
-    };
-    if outside || has_dots(path) {
+fn log_place(path: &str, found: &mut Vec<Refusal>) {
+    if path.starts_with('/') || has_dots(path) {
         refuse(
             found,
             Allow::HostMounts,
@@ -246,6 +268,12 @@ mod tests {
         for (more, allow) in [
             (r#","namespace_options":{"pid":2}"#, Allow::HostNamespaces),
             (r#","selinux_options":{"type":"spc_t"}"#, Allow::OtherFields),
+            (r#","apparmor":{"profile_type":1}"#, Allow::OtherFields),
+            (
+                r#","apparmor":{"profile_type":2,"localhost_ref":"x"}"#,
+                Allow::OtherFields,
+            ),
+            (r#","apparmor_profile":"unconfined""#, Allow::OtherFields),
         ] {
             assert_eq!(of_json(&container(more)), [allow], "{more}");
         }
@@ -278,11 +306,13 @@ mod tests {
             let refusals = of_sandbox(&go_json::read(json).unwrap());
             refusals.into_iter().map(|refusal| refusal.allow).collect()
         };
-        let plain = r#"{"log_directory":"/var/log/pods/shop_web_u","linux":{"cgroup_parent":
+        let plain = r#"{"metadata":{"name":"web","namespace":"shop","uid":"u"},"log_directory":"/var/log/pods/shop_web_u","linux":{"cgroup_parent":
             "/kubepods/podu","sysctls":{"net.ipv4.ip_forward":"1"}},"port_mappings":[{"container_port":1}]}"#;
         assert_eq!(of_json(plain), []);
         for (from, to, allow) in [
             ("/var/log/pods/", "/etc/", Allow::HostMounts),
+            ("shop_web_u", "shop_other_u", Allow::HostMounts),
+            ("shop_web_u", "shop_web_u/below", Allow::HostMounts),
             ("/kubepods/", "/system.slice/", Allow::CgroupPath),
             ("/kubepods/", "/kubepods/../", Allow::CgroupPath),
             ("container_port", "host_port", Allow::HostNamespaces),
@@ -291,5 +321,7 @@ mod tests {
         }
         let network = r#"{"linux":{"security_context":{"namespace_options":{"network":2}}}}"#;
         assert_eq!(of_json(network), [Allow::HostNamespaces]);
+        let apparmor = r#"{"linux":{"security_context":{"apparmor":{"profile_type":1}}}}"#;
+        assert_eq!(of_json(apparmor), [Allow::OtherFields]);
     }
 }

@@ -2,8 +2,9 @@
 //! files from the migration. What comes into them is given its place, by rename, when that is filled, and the directory goes.
 //!
 //! Those of upperdirs go with their snapshots. Those of emptyDirs are written down before they are made: the emptyDir may
-//! have been there before, or be somebody else's who has made the pod. Nothing of the pod runs until its files have come, so
-//! nobody changes what is in them.
+//! have been there before, or be somebody else's who has made the pod. Nothing of the pod that is to be restored runs until its
+//! files have come; but others may have the emptyDir, so that each is known by its descriptor, and what is in it is looked at
+//! before it is opened.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::manifest::{CONTENTS_DIR, check_name, contents_in_filled};
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::wire::Offer;
+use transship_checkpoint::wire::{ContentsDir, Offer};
 use transship_containerd::Containerd;
 use transship_layer::remove_tree;
 use transship_sandbox::shared_dirs::shared_mounts;
@@ -32,7 +33,7 @@ pub(super) async fn make(
     offer: &Offer,
     made: &Made,
     locked: &mut Locked,
-) -> Result<BTreeMap<String, PathBuf>> {
+) -> Result<BTreeMap<String, ContentsDir>> {
     let name = contents_in_filled(&of_migration(&offer.migration));
     let mut contents = BTreeMap::new();
     // A container that somebody else will make has none yet.
