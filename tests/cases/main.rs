@@ -59,6 +59,7 @@ mod pods;
 mod pods_closed;
 mod pods_kubelet;
 mod pods_migrated;
+mod pods_migrated_ended;
 mod pods_moved;
 mod pods_moved_volumes;
 mod pods_ordinary;
@@ -230,6 +231,7 @@ fn main() -> ExitCode {
         each(pods_closed::cases()),
         each(pods_kubelet::cases()),
         each(pods_ordinary::cases()),
+        each(pods_migrated_ended::cases()),
         each(pods_own_files::cases()),
         each(pods_shared::cases()),
         each(pods_volumes::cases()),

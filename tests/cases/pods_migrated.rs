@@ -18,6 +18,7 @@ use crate::pods_shared::{
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const POD: (&str, &str) = ("shop", "mates");
+const MATES: &str = "--pod shop/mates --volumes emptydir --tcp established";
 /// What is told from other runtimes by its name.
 const FRONT: &str = "/usr/local/lib/paced/transship-runc";
 
@@ -250,7 +251,8 @@ fn into_the_pod_of_a_kubelet(from: &Node, to: &Node, pod: &Pod, link: &str) -> a
     let cri = to.cri()?;
 
     // Of three containers one never comes.
-    let waiting = begin_waiting(&cri, from, link, "mates-late", "--max-freeze 5s")?;
+    let bounded = format!("{MATES} --max-freeze 5s");
+    let waiting = begin_waiting(&cri, from, link, "mates-late", &bounded)?;
     let two = run_mates_of(to, &cri, &waiting, &ROLES[..2]);
     from.wait_for_daemon_end("waits")?;
     runs_only(from, to, pod).with_context(|| format!("{two:?}"))?;
@@ -276,7 +278,7 @@ fn into_the_pod_of_a_kubelet(from: &Node, to: &Node, pod: &Pod, link: &str) -> a
          {images} ls | awk -v digest=$digest '$3 == digest {{ print $1 }}' | xargs {images} rm --sync"
     ))
     .run()?;
-    let again = begin_waiting(&cri, from, link, "mates-again", "")?;
+    let again = begin_waiting(&cri, from, link, "mates-again", MATES)?;
     says_of_arrival(to, &again, "lacks images")?;
     to.shell(&format!(
         "{images} import --snapshotter transship /run/mates.tar"
@@ -310,17 +312,14 @@ fn says_of_arrival(node: &Node, pod: &Pod, word: &str) -> anyhow::Result<()> {
 }
 
 /// Begins a migration that waits for a pod, and makes the sandbox of that.
-fn begin_waiting(
+pub(crate) fn begin_waiting(
     cri: &Cri,
     from: &Node,
     link: &str,
     name: &str,
-    more: &str,
+    what: &str,
 ) -> anyhow::Result<Pod> {
-    let migrate = format!(
-        "exec transship migrate --pod shop/mates --to '{link}' --volumes emptydir --tcp established \
-         --wait-for-pod {more}"
-    );
+    let migrate = format!("exec transship migrate {what} --to '{link}' --wait-for-pod");
     from.shell("rm -f /var/log/waits.log").run()?;
     from.start_daemon("waits", &["sh", "-c", &migrate])?;
     let migration = poll_until("the name of the migration", PATIENCE, || {

@@ -20,6 +20,8 @@ mod stacks;
 mod table;
 mod ways;
 
+use std::time::Instant;
+
 use anyhow::Context as _;
 use transship_testbed::{
     ContainerdConfig, DebianImage, Image, Node, PodSecurity, Testbed, Tree, Workload,
@@ -194,9 +196,15 @@ fn moves(bed: &Testbed, program: &Program) -> anyhow::Result<()> {
     let image = program.image(bed)?;
     let [a, b] = &start_two(bed, &image)?;
     let ways = ways::Ways::new(bed, [a, b], program, &image);
+    let began = Instant::now();
+    // One that is killed in the emulated machine, which is slow, has said how far it came.
+    let goes = |way: &str| eprintln!("{} {way}: {:?}", program.name, began.elapsed());
     ways.alone().context("alone")?;
+    goes("alone");
     ways.in_a_sandbox().context("in a sandbox")?;
+    goes("in a sandbox");
     ways.in_a_pod().context("in a pod")?;
+    goes("in a pod");
     table::keep(bed, program)
 }
 

@@ -95,7 +95,7 @@ fn script_text(trees: &[TreeImage], patience: u32) -> String {
          \x20 [ \"$case\" ] || continue\n\
          \x20 echo \"{BEGINS}$case\"\n\
          \x20 code=0\n\
-         \x20 timeout --signal=KILL {CASE_SECONDS} ./tests --test-threads 1 --exact \"$case\" </dev/null || code=$?\n\
+         \x20 timeout --signal=KILL {CASE_SECONDS} ./tests --test-threads 1 --nocapture --exact \"$case\" </dev/null || code=$?\n\
          \x20 [ $code != 137 ] || echo \"$case: killed, as it ran for more than {CASE_SECONDS} s\"\n\
          \x20 [ $code = 0 ] || failed=1\n\
          \x20 echo \"{ENDS}$case $code\"\n\
