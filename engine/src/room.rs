@@ -1,6 +1,6 @@
 //! Room on the file systems that something is written to: looked at before, and while what nobody knows the size of comes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -32,31 +32,27 @@ pub(crate) fn require_room(dir: &Path, needed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Does `work`, which ends when it leaves too little room below one of `dirs`: what a layer unpacks to is known to
-/// nobody before.
+/// Does `work`, in which containerd unpacks with this snapshotter, and ends it when too little room is left there: what a
+/// layer unpacks to is known to nobody before.
 ///
 /// # Errors
 /// Those of `work`; or [`crate::Kind::Refused`], and it has been dropped.
 pub(crate) async fn while_room<T>(
-    dirs: &[PathBuf],
+    node: &Containerd,
+    snapshotter: &str,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
+    let own = node.snapshotter_root(snapshotter).await?;
+    let content = node.content_root().await?;
     let mut work = pin!(work);
     loop {
-        for dir in dirs {
+        for dir in own.iter().chain(&content) {
             require_room(dir, KEEP_FREE)?;
         }
         if let Ok(done) = timeout(ROOM_PAUSE, &mut work).await {
             return done;
         }
     }
-}
-
-/// Where containerd unpacks with this snapshotter.
-pub(crate) async fn unpacking_roots(node: &Containerd, snapshotter: &str) -> Result<Vec<PathBuf>> {
-    let own = node.snapshotter_root(snapshotter).await?;
-    let content = node.content_root().await?;
-    Ok([own, content].into_iter().flatten().collect())
 }
 
 /// Free bytes of the file system that `path` is or will be on.

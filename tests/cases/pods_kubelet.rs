@@ -262,7 +262,7 @@ fn volume(node: &Node, pod: &Pod) -> anyhow::Result<String> {
 }
 
 /// The exit code of a container that ends.
-fn ended(cri: &Cri, id: &str) -> anyhow::Result<i32> {
+pub(crate) fn ended(cri: &Cri, id: &str) -> anyhow::Result<i32> {
     Ok(poll_until(
         "the end of a container",
         PATIENCE,
@@ -273,7 +273,7 @@ fn ended(cri: &Cri, id: &str) -> anyhow::Result<i32> {
     )?)
 }
 
-fn log_of(node: &Node, pod: &Pod, container: &str) -> anyhow::Result<String> {
+pub(crate) fn log_of(node: &Node, pod: &Pod, container: &str) -> anyhow::Result<String> {
     let text = node.shell(&format!("cat {}/{container}/0.log", pod.log_directory()));
     Ok({ text }.read()?)
 }

@@ -1,18 +1,15 @@
 //! A pod with an init container moves into a pod that kubelet makes: what had ended ends so again, and is no sign that the
 //! migration has come to its end.
 
-use std::time::Duration;
-
 use anyhow::ensure;
-use transship_testbed::{
-    CommandRun as _, Cri, PodContainer, PodNamespaces, Testbed, Tree, journey, poll_until,
-};
+use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, Testbed, Tree, journey};
 
 use crate::Case;
 use crate::pods::{FIRST, reached, start_two};
+use crate::pods_kubelet::{ended, log_of};
 use crate::pods_migrated::begin_waiting;
+use crate::pods_moved::counts_on;
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const INIT: PodContainer<'_> = PodContainer {
     name: "init",
     command: &["sh", "-c", "echo it runs"],
@@ -33,9 +30,9 @@ fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
     let (here, there) = (a.cri()?, b.cri()?);
     let pod = here.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     let init = here.run_container(&pod, &INIT)?;
-    ends(&here, &init)?;
+    ensure!(ended(&here, &init)? == 0, "it makes what it makes");
     let first = here.run_container(&pod, &FIRST)?;
-    reaches(&here, &first, 5)?;
+    counts_on(&here, &first, 5)?;
     // Nobody can ask it when it is frozen.
     let last = reached(&here, &first)?;
 
@@ -43,9 +40,8 @@ fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
     b.start_daemon("kubelet", &["/run/kubelet", "1000"])?;
     let moved = begin_waiting(&there, &a, &link, "web-again", "--pod shop/web")?;
     let init = there.run_container(&moved, &INIT)?;
-    ends(&there, &init)?;
-    let log = b.read_file(&format!("{}/init/0.log", moved.log_directory()))?;
-    let log = String::from_utf8(log)?;
+    ensure!(ended(&there, &init)? == 0, "it has ended so again");
+    let log = log_of(&b, &moved, "init")?;
     ensure!(
         log.contains("not run again: it had ended with 0") && !log.contains("it runs"),
         "{log}"
@@ -54,29 +50,9 @@ fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
     a.wait_for_daemon_end("waits")?;
     journey::check_no_pod_left(&a)?;
     ensure!(reached(&there, &first)? >= last, "it has begun anew");
-    reaches(&there, &first, last + 5)?;
+    counts_on(&there, &first, last + 5)?;
     there.remove_pod(&moved)?;
     journey::check_no_pod_left(&b)?;
     b.stop_daemon("kubelet", "KILL")?;
     Ok(())
-}
-
-fn ends(cri: &Cri, id: &str) -> anyhow::Result<()> {
-    Ok(poll_until(
-        "the end of the init container",
-        PATIENCE,
-        || match cri.status(id) {
-            Ok(status) if status.finished_at > 0 && status.exit_code == 0 => Ok(()),
-            other => Err(format!("{other:?}")),
-        },
-    )?)
-}
-
-fn reaches(cri: &Cri, id: &str, count: u64) -> anyhow::Result<()> {
-    Ok(poll_until("a count", PATIENCE, || {
-        match reached(cri, id) {
-            Ok(now) if now >= count => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })?)
 }

@@ -162,7 +162,7 @@ fn refused(cri: &Cri, pod: &Pod, attempt: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn counts_on(cri: &Cri, id: &str, before: u64) -> anyhow::Result<()> {
+pub(crate) fn counts_on(cri: &Cri, id: &str, before: u64) -> anyhow::Result<()> {
     poll_until("it counts on", PATIENCE, || match reached(cri, id) {
         Ok(now) if now > before => Ok(()),
         other => Err(format!("{other:?}")),

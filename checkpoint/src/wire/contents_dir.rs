@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::sys::statvfs::fstatvfs;
+use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 /// An open directory for contents.
 #[derive(Debug)]
@@ -47,7 +47,11 @@ impl ContentsDir {
 
     /// Bytes that are free there.
     pub(super) fn free_bytes(&self) -> io::Result<u64> {
-        let stat = fstatvfs(&self.dir)?;
-        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+        Ok(free_of(&fstatvfs(&self.dir)?))
     }
+}
+
+/// Bytes of a file system that are free to everybody.
+pub(super) fn free_of(stat: &Statvfs) -> u64 {
+    stat.blocks_available().saturating_mul(stat.fragment_size())
 }

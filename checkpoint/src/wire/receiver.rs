@@ -9,9 +9,11 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use nix::sys::statvfs::statvfs;
+
 use super::check::Running;
 use super::compression::Decompression;
-use super::contents_dir::ContentsDir;
+use super::contents_dir::{ContentsDir, free_of};
 use super::{
     ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError,
     ZEROS, unexpected, zeros,
@@ -157,13 +159,10 @@ impl Arriving {
     }
 
     fn check_room(&self) -> Result<(), WireError> {
-        let of_draft = || {
-            let stat = nix::sys::statvfs::statvfs(&self.dir)?;
-            Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
-        };
+        let of_draft = statvfs(&self.dir).map(|stat| free_of(&stat));
         let contents = self.contents.values();
         let contents = contents.map(|dir| (dir.path(), dir.free_bytes()));
-        for (path, free) in iter::once((&*self.dir, of_draft())).chain(contents) {
+        for (path, free) in iter::once((&*self.dir, of_draft.map_err(Into::into))).chain(contents) {
             let free = free.map_err(|source| WireError::File {
                 act: "ask for the free space of",
                 path: path.to_path_buf(),

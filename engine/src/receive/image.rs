@@ -21,7 +21,7 @@ use crate::conversation::Conversation;
 use crate::data_channel::Connections;
 use crate::error::{Context, Error, Result};
 use crate::image_blobs::tying_labels;
-use crate::room::{KEEP_FREE, require_room, unpacking_roots, while_room};
+use crate::room::{KEEP_FREE, require_room, while_room};
 
 /// Where containerd's content is unless it says so.
 const CONTENT: &str = "/var/lib/containerd";
@@ -180,7 +180,7 @@ async fn unpack_offered(
         return Err(lacking).context("the image is not on this node");
     };
     let unpacked = async { Ok(node.unpack(&resolved, snapshotter).await?) };
-    while_room(&unpacking_roots(node, snapshotter).await?, unpacked)
+    while_room(node, snapshotter, unpacked)
         .await
         .context("the image that was offered cannot be unpacked")?;
     Ok(chain.to_owned())

@@ -27,7 +27,7 @@ use crate::lost_task;
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
 use crate::restart_policy;
-use crate::room::{unpacking_roots, while_room};
+use crate::room::while_room;
 
 /// How long the garbage collector keeps its hands off a restore.
 pub const LEASE: Duration = Duration::from_secs(3600);
@@ -94,7 +94,7 @@ pub async fn prepare(node: &Containerd, plan: &Plan) -> Result<Prepared> {
             .ensure_unpacked(&image.name, chain, &plan.snapshotter)
             .await?)
     };
-    while_room(&unpacking_roots(node, &plan.snapshotter).await?, unpacked).await?;
+    while_room(node, &plan.snapshotter, unpacked).await?;
     let mounts = node
         .snapshotter(&plan.snapshotter)
         .prepare(&plan.id, &image.chain_id, &[(COPY, &plan.made_by)])
