@@ -73,7 +73,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         return Err(io::Error::other("the caller is gone"));
     }
     set_child_subreaper(true)?;
-    let work = Path::new(work);
+    let work = &std::path::absolute(work)?;
     let _lock = lock(work)?;
     // Whoever deletes the container may have had the lock until now.
     if has_ended(&front)? {
@@ -87,6 +87,8 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         .arg(own.to_string())
         .args(runtime)
         .spawn()?;
+    // As CRIU does: who ends a restore whose guard somebody has stopped kills all that work there.
+    std::env::set_current_dir(work)?;
     let own = own.cast_signed();
     match watch(&mut child, (&front, asked.as_ref()), own, work, patience)? {
         End::Done(0) => Ok(0),
@@ -122,35 +124,29 @@ fn join_keyring(id: &str) -> io::Result<()> {
 /// # Errors
 /// A failed system call.
 pub(crate) fn lock(work: &Path) -> io::Result<Flock<File>> {
-    lock_dir(File::open(work)?)
+    let lock = Flock::lock(File::open(work)?, FlockArg::LockExclusive);
+    lock.map_err(|(_, errno)| errno.into())
 }
 
-/// Waits for the same, for so long at most: a guard that somebody has stopped never ends.
+/// Waits for the same with a work directory that is open, for so long at most: a guard that somebody has stopped never
+/// ends.
 ///
 /// # Errors
 /// A failed system call.
-pub(crate) fn wait_for_end(work: &Path, patience: Duration) -> io::Result<()> {
+pub(crate) fn wait_for_end(work: File, patience: Duration) -> io::Result<Option<Flock<File>>> {
     let deadline = Instant::now() + patience;
-    let mut dir = File::open(work)?;
+    let mut dir = work;
     loop {
         dir = match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(_) => return Ok(()),
+            Ok(lock) => return Ok(Some(lock)),
             Err((dir, Errno::EWOULDBLOCK)) => dir,
             Err((_, errno)) => return Err(errno.into()),
         };
         if Instant::now() > deadline {
-            return Ok(());
+            return Ok(None);
         }
         std::thread::sleep(LOOK_AGAIN);
     }
-}
-
-/// The same for a work directory that is open.
-///
-/// # Errors
-/// A failed system call.
-pub(crate) fn lock_dir(work: File) -> io::Result<Flock<File>> {
-    Flock::lock(work, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
 fn has_ended(process: &impl AsFd) -> io::Result<bool> {

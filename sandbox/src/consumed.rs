@@ -11,6 +11,7 @@
 //!   container  CHECKPOINT  NAME  NAME IN THE POD  CREATED     the last: of the checkpoint; not in records of old
 //!   volume     CHECKPOINT  NAME
 //!   once       CHECKPOINT  CREATED           nobody else restores the one that was taken then, and it goes
+//!   ended      CHECKPOINT  NAME  NAME IN THE POD       it had ended by then, and has ended so again: it has not run
 //!   cold       NAME IN THE POD               it was to be restored, and has started from its image
 //! ```
 //!
@@ -75,6 +76,11 @@ enum Entry {
         /// Seconds since 1970: another one may get its name; none: not known.
         created: Option<u64>,
     },
+    Ended {
+        checkpoint: String,
+        name: String,
+        asker: String,
+    },
     Volume {
         checkpoint: String,
         name: String,
@@ -130,36 +136,31 @@ impl Consumed {
         Ok(Self { path, entries })
     }
 
-    /// As which container of the pod the container `name` of the checkpoint has run.
+    /// As which container of the pod the container `name` of the checkpoint has run, or ended again.
     #[must_use]
     pub fn container(&self, checkpoint: &str, name: &str) -> Option<&str> {
-        self.entries.iter().find_map(|entry| match entry {
-            Entry::Container {
-                checkpoint: of,
-                name: it,
-                asker,
-                ..
-            } if of == checkpoint && it == name => Some(asker.as_str()),
-            _ => None,
-        })
+        let of = |entry: &&Entry| entry.is_taken(checkpoint, name);
+        self.entries.iter().find(of)?.asker()
     }
 
     /// Whether anything has been taken out of the checkpoint.
     #[must_use]
     pub fn has_any_of(&self, checkpoint: &str) -> bool {
         self.entries.iter().any(|entry| match entry {
-            Entry::Container { checkpoint: of, .. } | Entry::Volume { checkpoint: of, .. } => {
-                of == checkpoint
-            }
+            Entry::Container { checkpoint: of, .. }
+            | Entry::Ended { checkpoint: of, .. }
+            | Entry::Volume { checkpoint: of, .. } => of == checkpoint,
             Entry::Of(_) | Entry::Once { .. } | Entry::Cold(_) => false,
         })
     }
 
-    /// Name of the checkpoint that containers of this owner were restored from last.
+    /// Name of the checkpoint that containers of this owner were made from last.
     #[must_use]
     pub fn taken_from(&self) -> Option<&str> {
         self.entries.iter().rev().find_map(|entry| match entry {
-            Entry::Container { checkpoint, .. } => Some(checkpoint.as_str()),
+            Entry::Container { checkpoint, .. } | Entry::Ended { checkpoint, .. } => {
+                Some(checkpoint.as_str())
+            }
             _ => None,
         })
     }
@@ -182,7 +183,7 @@ impl Consumed {
                 ..
             } => of == checkpoint && !had_ended(name),
             Entry::Cold(_) => true,
-            Entry::Of(_) | Entry::Volume { .. } | Entry::Once { .. } => false,
+            Entry::Of(_) | Entry::Ended { .. } | Entry::Volume { .. } | Entry::Once { .. } => false,
         })
     }
 
@@ -250,6 +251,27 @@ impl Consumed {
         })
     }
 
+    /// Remembers, also beyond a power cut, that the container `name` of the checkpoint has ended again as `asker`, without
+    /// running.
+    ///
+    /// # Errors
+    /// A system call failed; nothing is remembered then.
+    pub fn add_ended(
+        &mut self,
+        checkpoint: &str,
+        name: &str,
+        asker: &str,
+    ) -> Result<(), SandboxError> {
+        if self.container(checkpoint, name).is_some() {
+            return Ok(());
+        }
+        self.add(Entry::Ended {
+            checkpoint: checkpoint.to_owned(),
+            name: name.to_owned(),
+            asker: asker.to_owned(),
+        })
+    }
+
     /// Remembers that the volume `name` has its content.
     ///
     /// # Errors
@@ -261,7 +283,7 @@ impl Consumed {
         })
     }
 
-    /// Takes back [`Self::add_container`]: it has not run.
+    /// Takes back [`Self::add_container`] and [`Self::add_ended`]: it has not come to that.
     ///
     /// # Errors
     /// A system call failed.
@@ -270,10 +292,7 @@ impl Consumed {
             return Ok(());
         }
         self.change(|_, entries| {
-            entries.retain(|entry| {
-                !matches!(entry, Entry::Container { checkpoint: of, name: it, .. }
-                    if of == checkpoint && it == name)
-            });
+            entries.retain(|entry| !entry.is_taken(checkpoint, name));
             Ok(())
         })
     }
@@ -460,6 +479,33 @@ impl Entry {
         matches!(self, Self::Of(_))
     }
 
+    /// Whether it says that the container `name` of the checkpoint has been taken.
+    fn is_taken(&self, checkpoint: &str, name: &str) -> bool {
+        match self {
+            Self::Container {
+                checkpoint: of,
+                name: it,
+                ..
+            }
+            | Self::Ended {
+                checkpoint: of,
+                name: it,
+                ..
+            } => of == checkpoint && it == name,
+            Self::Of(_) | Self::Volume { .. } | Self::Once { .. } | Self::Cold(_) => false,
+        }
+    }
+
+    /// The container of the pod that it is about.
+    fn asker(&self) -> Option<&str> {
+        match self {
+            Self::Container { asker, .. } | Self::Ended { asker, .. } | Self::Cold(asker) => {
+                Some(asker)
+            }
+            Self::Of(_) | Self::Volume { .. } | Self::Once { .. } => None,
+        }
+    }
+
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split('\t').collect();
         Some(match *fields.as_slice() {
@@ -473,6 +519,11 @@ impl Entry {
                     [created] => Some(created.parse().ok()?),
                     _ => return None,
                 },
+            },
+            ["ended", checkpoint, name, asker] => Self::Ended {
+                checkpoint: checkpoint.to_owned(),
+                name: name.to_owned(),
+                asker: asker.to_owned(),
             },
             ["volume", checkpoint, name] => Self::Volume {
                 checkpoint: checkpoint.to_owned(),
@@ -500,6 +551,11 @@ impl Entry {
                 let created = created.map(|it| format!("\t{it}")).unwrap_or_default();
                 format!("container\t{checkpoint}\t{name}\t{asker}{created}")
             }
+            Self::Ended {
+                checkpoint,
+                name,
+                asker,
+            } => format!("ended\t{checkpoint}\t{name}\t{asker}"),
             Self::Volume { checkpoint, name } => format!("volume\t{checkpoint}\t{name}"),
             Self::Once {
                 checkpoint,
@@ -600,6 +656,30 @@ mod tests {
         one.give_back("web", "app").unwrap();
         assert_eq!(read("u1").container("web", "app"), None);
         assert!(read("u1").has_any_of("web"), "the volume stays");
+    }
+
+    #[test]
+    fn what_had_ended_is_taken_and_has_not_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("consumed");
+        let read = || Consumed::by(&dir, &Owner::Pod("u1".to_owned())).unwrap();
+        for _ in 0..2 {
+            read().add_ended("web", "init", "setup").unwrap();
+        }
+        let one = read();
+        assert_eq!(one.entries.len(), 1);
+        assert_eq!(one.container("web", "init"), Some("setup"));
+        assert_eq!(one.taken_from(), Some("web"));
+        assert!(one.has_any_of("web"));
+        assert!(!one.has_run_at_all() && !one.has_container_of("web"));
+        assert!(!one.has_run("web", |_| false));
+        read().give_back("web", "init").unwrap();
+        assert!(!read().has_any_of("web"));
+        read().add_ended("web", "init", "setup").unwrap();
+        read()
+            .add_container(("web", Some(1)), "app", "app")
+            .unwrap();
+        assert!(read().has_run_at_all());
     }
 
     #[test]

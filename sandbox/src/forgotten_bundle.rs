@@ -12,6 +12,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -33,7 +34,9 @@ const YARD: &str = ".criu.cgyard.";
 /// # Errors
 /// Something of it cannot be removed.
 pub fn remove(bundle: &Path) -> Result<(), SandboxError> {
-    kill_who_works_in(bundle, Some(SHIM));
+    if let Ok(dir) = fs::metadata(bundle) {
+        kill_who_works_in(&dir, Some(SHIM));
+    }
     let (root, work) = (bundle.join("rootfs"), bundle.join("work"));
     unmount_all(&root);
     // Empty, or there is something that is not ours to remove.
@@ -66,18 +69,16 @@ pub fn has_ended(bundle: &Path) -> bool {
     !pid.is_empty() && !lives() && bundle.join(MARKER).symlink_metadata().is_err()
 }
 
-/// Kills all processes that work in a directory; of this name, if there is one.
-pub fn kill_who_works_in(dir: &Path, name: Option<&str>) {
-    let Ok(dir) = fs::canonicalize(dir) else {
-        return;
-    };
+/// Kills all processes that work in a directory, which may have been removed; of this name, if there is one.
+pub fn kill_who_works_in(dir: &fs::Metadata, name: Option<&str>) {
+    let identity = |dir: &fs::Metadata| (dir.dev(), dir.ino());
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     for pid in pids.filter_map(Pid::from_raw) {
         let proc = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
         let is_one = || {
             let comm = || read_proc(proc.join("comm")).unwrap_or_default();
-            fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd == dir)
+            fs::metadata(proc.join("cwd")).is_ok_and(|cwd| identity(&cwd) == identity(dir))
                 && name.is_none_or(|name| comm().trim_end() == name)
         };
         if let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
@@ -170,8 +171,10 @@ mod tests {
             let mut sleep = Command::new("sleep");
             sleep.arg("1000").current_dir(dir.path()).spawn().unwrap()
         });
-        kill_who_works_in(dirs[1].path(), Some("other"));
-        kill_who_works_in(dirs[0].path(), None);
+        let at = dirs.each_ref().map(|dir| fs::metadata(dir.path()).unwrap());
+        fs::remove_dir(dirs[0].path()).unwrap();
+        kill_who_works_in(&at[1], Some("other"));
+        kill_who_works_in(&at[0], None);
         assert!(!sleeping[0].wait().unwrap().success());
         assert!(sleeping[1].try_wait().unwrap().is_none());
         sleeping[1].kill().unwrap();

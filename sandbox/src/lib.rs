@@ -12,6 +12,7 @@
 //!     ns/{net,ipc,uts,pid,user,cgroup}   pins: namespaces of the sandbox, bind mounted
 //!     arrival                            "arrived" or "given up": the migration that it waits for
 //!     filled-<file>                      a shared directory that has its content
+//!     ended-<container>                  it had ended before the checkpoint, and has ended so again here
 //!     ipc.json                           ipc_record: System V objects that are in ns/ipc by now
 //!     restore/<container>/               staged: Staged; locked (flock) while it is being restored
 //! /run/transship/opened/                 opened: sealed checkpoints in clear, in memory

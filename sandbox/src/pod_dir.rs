@@ -33,6 +33,7 @@ pub enum Arrival {
 
 const ARRIVAL_FILE: &str = "arrival";
 const FILLED_PREFIX: &str = "filled-";
+const ENDED_PREFIX: &str = "ended-";
 pub(crate) const UID_FILE: &str = "uid";
 const CHECKPOINT_FILE: &str = "checkpoint";
 
@@ -224,6 +225,26 @@ impl PodDir {
     pub fn set_filled(&self, file: &str) -> Result<(), SandboxError> {
         self.make()?;
         replace(&self.dir.join(format!("{FILLED_PREFIX}{file}")), b"")
+    }
+
+    /// Whether the container `name` of the checkpoint has ended again in this sandbox.
+    ///
+    /// # Errors
+    /// The name is not a plain one, or a system call failed.
+    pub fn has_ended(&self, name: &str) -> Result<bool, SandboxError> {
+        check_name("the container's name", name)?;
+        let path = self.dir.join(format!("{ENDED_PREFIX}{name}"));
+        Ok(path.try_exists().during("look for", &path)?)
+    }
+
+    /// Remembers that it has.
+    ///
+    /// # Errors
+    /// The name is not a plain one, or a system call failed.
+    pub fn set_ended(&self, name: &str) -> Result<(), SandboxError> {
+        check_name("the container's name", name)?;
+        self.make()?;
+        replace(&self.dir.join(format!("{ENDED_PREFIX}{name}")), b"")
     }
 
     /// Names of the restores that no attempt has been made at, or whose attempt was taken back.

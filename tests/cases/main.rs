@@ -56,6 +56,7 @@ mod package_registry;
 mod package_sealed;
 mod pod_refusals;
 mod pods;
+mod pods_begun;
 mod pods_closed;
 mod pods_kubelet;
 mod pods_migrated;
@@ -229,6 +230,7 @@ fn main() -> ExitCode {
         each(pod_refusals::cases()),
         each(pods::cases()),
         each(pods_closed::cases()),
+        each(pods_begun::cases()),
         each(pods_kubelet::cases()),
         each(pods_ordinary::cases()),
         each(pods_migrated_ended::cases()),

@@ -254,7 +254,7 @@ fn mptcp_is_off(node: &Node, cri: &Cri) -> anyhow::Result<()> {
 }
 
 /// An emptyDir of the pod.
-fn volume(node: &Node, pod: &Pod) -> anyhow::Result<String> {
+pub(crate) fn volume(node: &Node, pod: &Pod) -> anyhow::Result<String> {
     let uid = pod.uid();
     let path = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/work");
     node.shell(&format!("mkdir -p {path}")).run()?;

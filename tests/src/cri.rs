@@ -131,6 +131,14 @@ impl Pod {
         Self::of(sandbox, self.config.clone())
     }
 
+    /// The same pod, with other annotations by now.
+    #[must_use]
+    pub fn annotated(&self, annotations: &[(&str, &str)]) -> Self {
+        let mut config = self.config.clone();
+        config.annotations = owned(annotations);
+        Self::of(self.id.clone(), config)
+    }
+
     /// Where the logs of its containers are, on the node.
     pub fn log_directory(&self) -> &str {
         &self.config.log_directory

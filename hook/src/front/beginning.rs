@@ -72,6 +72,7 @@ impl Front<'_> {
             (None, None) => None,
         };
         if let Some(named) = &named
+            && !pod.has_ended(name)?
             && let Some(restore) = self.of_ended((named, name), asker, config, &consumed)?
         {
             return Ok(Beginning::Done(restore, 0));
@@ -194,8 +195,8 @@ impl Front<'_> {
         Ok(Beginning::Restored(pod, staged))
     }
 
-    /// A container that had ended with 0, as init containers do, when the pod is made again and nothing of it has gone on
-    /// since: it does not run beside those that still wait.
+    /// A container that had ended with 0, as init containers do, when the sandbox is made again and nothing of the pod has
+    /// gone on since: it does not run beside those that still wait.
     fn of_ended(
         &self,
         (checkpoint, name): (&str, &str),

@@ -139,6 +139,11 @@ impl HeldRestore {
             once: None,
         }
     }
+
+    /// Whether it is one of [`Self::of_done`].
+    pub(super) fn had_ended(&self) -> bool {
+        self.staged.as_os_str().is_empty()
+    }
 }
 
 impl Marker {

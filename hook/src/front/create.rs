@@ -56,6 +56,7 @@ impl Front<'_> {
             bundle.replace_config(&config.spec)?;
             return Ok(None);
         }
+        self.begin_as_the_sandbox(&create.id, &mut config, &bundle);
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
         let found = self.find_fitting_beginning(&create.id, &config, &bundle);
         let outcome = match found {

@@ -1,6 +1,7 @@
 //! `delete ID`: takes away what a restore left, after the runtime has deleted the container.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::time::Duration;
 
 use transship_sandbox::forgotten_bundle::kill_who_works_in;
@@ -13,7 +14,7 @@ use crate::restore_guard;
 use crate::runtime::exit_code;
 
 /// How long what restores may take to end: its guard has its own patience, which is less.
-const PATIENCE: Duration = Duration::from_secs(25);
+pub(super) const PATIENCE: Duration = Duration::from_secs(25);
 
 impl Front<'_> {
     pub(super) fn delete(&self, id: &str, force: bool) -> Result<Option<Outcome>, FrontError> {
@@ -29,9 +30,11 @@ impl Front<'_> {
         if marker.phase == Phase::Restoring {
             // What restores has been killed, or is being killed by its guard.
             let work = bundle.path("work");
-            drop(restore_guard::wait_for_end(&work, PATIENCE));
-            // The guard may have been killed or stopped, too.
-            kill_who_works_in(&work, None);
+            if let Ok(dir) = File::open(&work).and_then(|dir| Ok((dir.metadata()?, dir))) {
+                drop(restore_guard::wait_for_end(dir.1, PATIENCE));
+                // The guard may have been killed or stopped, too.
+                kill_who_works_in(&dir.0, None);
+            }
             self.unmount_rest(id, &bundle);
         }
         if matches!(

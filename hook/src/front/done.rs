@@ -1,7 +1,8 @@
 //! `create` of a container that had ended when the checkpoint of its pod was taken: an init container, one
 //! that was to run once, or one that has failed. Those that are restored have what it did; run again, it would do
 //! it a second time, to files that it finds changed. In its place runs a program that ends with the same code: what is
-//! done about a failure is kubelet's to decide, as it was.
+//! done about a failure is kubelet's to decide, as it was. Where kubelet makes it again in the same sandbox, it is one
+//! that always runs (a sidecar that was between two runs), and starts from its image.
 //!
 //! ```text
 //! <bundle>/done/        the root file system; the container's own is not touched
@@ -16,11 +17,13 @@ use std::path::Path;
 
 use serde_json::json;
 
+use transship_checkpoint::annotations::is_of_migration;
 use transship_path_error::During as _;
 
-use super::bundle::{Bundle, Config, HeldRestore, Marker};
+use super::bundle::{Bundle, Config, HeldRestore, Marker, Phase};
 use super::{Front, FrontError, Outcome};
 use crate::argv::Arguments;
+use crate::runtime::exit_code;
 
 /// Below the bundle.
 const ROOT: &str = "done";
@@ -75,6 +78,32 @@ impl Front<'_> {
         bundle.write_marker(&Marker::done(restore))?;
         self.tell_done(&create.id, &checkpoint, code);
         Ok(None)
+    }
+
+    /// `start` of that program.
+    pub(super) fn start_done(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        mut marker: Marker,
+    ) -> Result<Outcome, FrontError> {
+        // What a migration brings has run when it is let go: before that nothing says that it has ended.
+        if let Some(restore) = &marker.restore
+            && !is_of_migration(&restore.checkpoint)
+        {
+            self.consume(restore)?;
+        }
+        let args = self.with_globals("start", vec![id.into()]);
+        let status = self.env.runtime.run(&self.env.own, &args)?;
+        if status.success() {
+            if let (Some(restore), Some(config)) = (&marker.restore, bundle.any_config(id)?) {
+                // Without it the container ends so once more.
+                drop(self.pod_of(id, &config)?.set_ended(&restore.container));
+            }
+            marker.phase = Phase::Running;
+            bundle.write_marker(&marker)?;
+        }
+        Ok(Outcome::Exit(exit_code(status)))
     }
 }
 

@@ -297,10 +297,13 @@ impl Front<'_> {
         })
     }
 
-    /// Remembers that a container runs, and that what it was restored from is consumed.
+    /// Remembers that a container runs, or has ended again, and that what it was made from is consumed.
     pub(super) fn consume(&self, restore: &HeldRestore) -> Result<(), FrontError> {
         let mut consumed = Consumed::by(&self.env.consumed, &restore.owner)?;
         let (name, asker) = (&restore.container, &restore.asker);
+        if restore.had_ended() {
+            return Ok(consumed.add_ended(&restore.checkpoint, name, asker)?);
+        }
         if let Some(created) = restore.once {
             consumed.add_once(&restore.checkpoint, created)?;
         }
@@ -339,7 +342,7 @@ impl Front<'_> {
         let consumed = Consumed::by(&self.env.consumed, &restore.owner)?;
         let give_back =
             |mut consumed: Consumed| consumed.give_back(&restore.checkpoint, &restore.container);
-        if restore.staged.as_os_str().is_empty() {
+        if restore.had_ended() {
             return Ok(give_back(consumed)?);
         }
         let staged = Staged::at(restore.staged.clone());

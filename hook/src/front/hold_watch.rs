@@ -7,7 +7,7 @@
 //!  the marker says, when the front is gone:
 //!    running, awaiting,     the container was started, or deleted: ends
 //!    or nothing
-//!    restoring              the front was killed: what the runtime has made is deleted
+//!    restoring              the front was killed: what the runtime has made is deleted, with a guard that does not end
 //!    held                   the same, if the front was killed before it could say so; else, of the CRI,
 //!                           if `start` does not come within PATIENCE; elsewhere, if containerd has no such container
 //! ```
@@ -33,10 +33,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use transship_path_error::During as _;
-use transship_sandbox::forgotten_bundle;
+use transship_sandbox::forgotten_bundle::{self, kill_who_works_in};
 
 use super::bundle::{Bundle, Phase};
-use super::{Environment, Front, FrontError};
+use super::{Environment, Front, FrontError, delete};
 use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
 use crate::restore_guard;
@@ -97,9 +97,14 @@ impl Front<'_> {
         let mut asks_after = ASK_FIRST;
         loop {
             // The guard of the restore may outlive the front; and a start that has begun is waited for.
-            let lock = work.try_clone().and_then(restore_guard::lock_dir);
-            let lock = lock.during("lock", bundle.path("work"))?;
+            let lock = { work.try_clone() }
+                .and_then(|work| restore_guard::wait_for_end(work, delete::PATIENCE))
+                .during("lock", bundle.path("work"))?;
             if !bundle.is_there() {
+                if lock.is_none() {
+                    let dir = work.metadata();
+                    kill_who_works_in(&dir.during("look at", bundle.path("work"))?, None);
+                }
                 return self.delete_rest(&create.id, &bundle);
             }
             let Some(marker) = bundle.marker()? else {
@@ -108,6 +113,7 @@ impl Front<'_> {
             match marker.phase {
                 // What awaits its migration is that one's.
                 Phase::Running | Phase::Done | Phase::Awaiting => return Ok(()),
+                Phase::Held if told && lock.is_none() => continue,
                 Phase::Held if told => {}
                 Phase::Restoring | Phase::Held => {
                     drop(lock);

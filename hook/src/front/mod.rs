@@ -34,6 +34,7 @@ mod held;
 mod held_restore;
 mod hold_watch;
 mod kill;
+mod late_annotations;
 mod lost_addresses;
 mod moved;
 mod native_restore;

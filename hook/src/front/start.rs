@@ -4,7 +4,6 @@
 //! this one has been started, and none may run before all are there and the source has committed itself. Then
 //! `transship-release ID` lets each of them go.
 
-use transship_checkpoint::annotations::is_of_migration;
 use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_sandbox::opened::remove_all_unused;
 use transship_sandbox::{Arrival, PodDir, Staged};
@@ -23,19 +22,11 @@ impl Front<'_> {
         let Some(bundle) = self.bundle_of(id) else {
             return Ok(None);
         };
-        let Some(mut marker) = bundle.marker()? else {
+        let Some(marker) = bundle.marker()? else {
             return Ok(None);
         };
         if marker.phase == Phase::Done {
-            // What a migration brings has run when it is let go: before that nothing says that it has ended.
-            if let Some(restore) = &marker.restore
-                && !is_of_migration(&restore.checkpoint)
-            {
-                self.consume(restore)?;
-            }
-            marker.phase = Phase::Running;
-            bundle.write_marker(&marker)?;
-            return Ok(None);
+            return self.start_done(id, &bundle, marker).map(Some);
         }
         if !marker.was_held() {
             return Ok(None);
