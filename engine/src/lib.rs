@@ -70,6 +70,7 @@ pub mod conditions;
 pub mod container_log;
 pub mod conversation;
 mod cri_pods;
+pub mod cri_record;
 pub mod data_channel;
 mod descriptor_attributes;
 mod dump_hold;

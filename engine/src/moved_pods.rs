@@ -16,6 +16,7 @@ use transship_checkpoint::manifest::Pod;
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR, Moved};
 
+use crate::cri_record;
 use crate::error::{Error, Result};
 use crate::frozen::Committed;
 use crate::pod;
@@ -93,7 +94,7 @@ pub async fn decide(node: &Containerd, selector: &str, source_runs: bool) -> Res
     let node = node.in_namespace(CRI_NAMESPACE)?;
     let records = node.all_containers().await?;
     let sandbox = pod::find_sandbox(&node, &records, selector).await?;
-    let uid = source::pod_of(sandbox, node.namespace())
+    let uid = cri_record::pod_of(sandbox, node.namespace())
         .unwrap_or_default()
         .uid;
     let dir = Path::new(DEFAULT_MOVED_DIR);

@@ -15,6 +15,7 @@ use transship_checkpoint::criu_options::CriuOverrides;
 use transship_checkpoint::manifest::Pod;
 use transship_checkpoint::spec::Spec;
 
+use crate::cri_record::{self, is_sandbox};
 use crate::error::{Error, Result};
 use crate::pod_dirs;
 use crate::pod_ended::{self, Ended};
@@ -73,7 +74,7 @@ pub(crate) async fn find(
     let account = |source: &SourceContainer| source.pod.as_ref()?.service_account.clone();
     let pod = Pod {
         service_account: containers.iter().find_map(account),
-        ..source::pod_of(sandbox, node.namespace()).unwrap_or_default()
+        ..cri_record::pod_of(sandbox, node.namespace()).unwrap_or_default()
     };
     Ok(SourcePod {
         pod,
@@ -162,12 +163,7 @@ fn find_sandboxes<'a>(records: &'a [Record], selector: &str) -> Result<Vec<&'a R
     };
     let found: Vec<&Record> = records
         .iter()
-        .filter(|record| {
-            record
-                .labels
-                .get(labels::KIND)
-                .is_some_and(|kind| kind == labels::KIND_SANDBOX)
-        })
+        .filter(|record| is_sandbox(record))
         .filter(|record| named(record) || (selector.len() >= 6 && record.id.starts_with(selector)))
         .collect();
     if found.is_empty() {
@@ -179,11 +175,7 @@ fn find_sandboxes<'a>(records: &'a [Record], selector: &str) -> Result<Vec<&'a R
 
 /// The sandbox that a container belongs to; none for a sandbox itself.
 pub(crate) fn sandbox_of(record: &Record) -> Option<String> {
-    if record
-        .labels
-        .get(labels::KIND)
-        .is_some_and(|kind| kind == labels::KIND_SANDBOX)
-    {
+    if is_sandbox(record) {
         return None;
     }
     let spec = Spec::parse(&record.spec.as_ref()?.value).ok()?;
@@ -200,13 +192,16 @@ mod tests {
             (labels::POD_NAMESPACE, "shop"),
             (labels::POD_NAME, name),
         ];
-        Record {
+        let mut record = Record {
             id: id.into(),
             labels: labels
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .into(),
             ..Record::default()
-        }
+        };
+        let own = "io.cri-containerd.sandbox.metadata".to_owned();
+        record.extensions.entry(own).or_default();
+        record
     }
 
     #[test]

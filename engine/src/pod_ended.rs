@@ -22,8 +22,9 @@ use transship_checkpoint::spec::Spec;
 use transship_containerd::Containerd;
 use transship_sandbox::shared_dirs::shared_mounts;
 
+use crate::cri_record::name_in_pod;
 use crate::pod_dirs::SharedDirs;
-use crate::source::{SourceContainer, name_in_pod};
+use crate::source::SourceContainer;
 
 /// A container that does not run.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use transship_checkpoint::manifest::Manifest;
 use transship_checkpoint::store::{Checkpoint, Draft, Durability, Store};
@@ -248,6 +248,11 @@ fn named_and_signed(
     trusted.check(json, signed.map(|it| it.signature.as_str()))?;
     if signed.is_none() {
         name.clone_into(&mut manifest.name);
+        // One from the future would be the newest of its pod for ever.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        manifest.created = manifest
+            .created
+            .min(now.map_or(u64::MAX, |it| it.as_secs()));
         let json = manifest.to_json();
         return Ok((manifest, json));
     }
@@ -324,6 +329,13 @@ mod tests {
         );
         take("web", Some(&signed), &[]).unwrap();
         assert_eq!(take("other", None, &[]).unwrap().0.name, "other");
+        let future = Manifest {
+            created: u64::MAX,
+            ..manifest.clone()
+        };
+        let taken = named_and_signed(future, "web", None, &[]).unwrap().0;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        assert!(taken.created <= now.as_secs());
         let said = |name, signed, keys: &[String]| take(name, signed, keys).unwrap_err().one_line();
         assert!(said("web", None, &keys).contains("is not signed"));
         assert!(said("other", Some(&signed), &keys).contains("under the name"));

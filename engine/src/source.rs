@@ -21,7 +21,6 @@ use serde::Deserialize;
 use transship_checkpoint::annotations::Annotations;
 use transship_checkpoint::container_log::keep as keep_log;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
-use transship_checkpoint::cri_names::{CRI_NAMESPACE, labels};
 use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
@@ -45,6 +44,7 @@ use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
+use crate::cri_record::{cri_kind, name_in_pod, pod_of};
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::exported_layer::Layer;
@@ -102,36 +102,6 @@ pub struct SourceContainer {
     by_containerd: bool,
     /// What made it, for dumps that containerd cannot ask for.
     pub runtime: OciRuntime,
-}
-
-/// The kind (`sandbox`, `container`) that the CRI has given to a record of its own.
-///
-/// Outside of the CRI's namespace all labels are what an image or a person says: `ctr run` makes labels
-/// of the record of those of the image, except containerd's own.
-pub fn cri_kind<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
-    let kind = record.labels.get(labels::KIND).map(String::as_str);
-    kind.filter(|_| namespace == CRI_NAMESPACE)
-}
-
-/// The pod that a record of the CRI belongs to.
-pub fn pod_of(record: &Record, namespace: &str) -> Option<Pod> {
-    cri_kind(record, namespace)?;
-    let label = |name| record.labels.get(name).cloned();
-    Some(Pod {
-        name: label(labels::POD_NAME)?,
-        namespace: label(labels::POD_NAMESPACE)?,
-        uid: label(labels::POD_UID).unwrap_or_default(),
-        service_account: None,
-    })
-}
-
-/// The pod's name of a container of the CRI.
-pub fn name_in_pod<'r>(record: &'r Record, namespace: &str) -> Option<&'r str> {
-    cri_kind(record, namespace).filter(|kind| *kind == labels::KIND_CONTAINER)?;
-    record
-        .labels
-        .get(labels::CONTAINER_NAME)
-        .map(String::as_str)
 }
 
 /// The name of the container in its checkpoint: a directory is made of it.

@@ -114,6 +114,12 @@ const FORGERIES: &[(&str, &str)] = &[
         "sends('/vol/kept')",
         "\"/vol/kept\", which is sent to a socket and which no process has open",
     ),
+    // A table of open files that no process has says nothing.
+    (
+        "link_in_dev('evil', '/proc/self/fd/121/1/root/root/secret'); sends('/dev/evil')
+add('fdinfo-999.img', 'FDINFO', [{'id': 50, 'flags': 0, 'type': 'REG', 'fd': 77}])",
+        "\"/dev/evil\", which is sent to a socket and which no process has open",
+    ),
     // The name by which CRIU finds a file it removes.
     (
         "removes('/vol', '/vol/gone', '/vol/kept')",
@@ -127,6 +133,10 @@ const FORGERIES: &[(&str, &str)] = &[
     (
         "watches(path='/proc/self/fd/121/1/root/root/secret')",
         "whose name leads out of the container",
+    ),
+    (
+        "link_in_dev('evil', '/proc/self/fd/121/1/root/var/lib'); watches(mount='/dev', path='/dev/evil')",
+        "\"/dev/evil\", whose name leads through a symbolic link",
     ),
     // Sockets of other programs.
     (

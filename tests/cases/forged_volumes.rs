@@ -95,6 +95,12 @@ const FORGERIES: &[(&str, &str)] = &[
          terminal('/dev/evil', 0o100666, mount='/dev')",
         "to which or to whose place a symbolic link leads",
     ),
+    // tar follows a link that it has just made, and gives what is below it another name.
+    (
+        "link_in_dev('d', '.'); link_in_dev('d/evil', '/proc/self/fd/121/1/root/root/secret')
+         terminal('/dev/evil', 0o100666, mount='/dev')",
+        "to which or to whose place a symbolic link leads",
+    ),
     (
         "socket('/cache/theirs/server')",
         "\"/cache/theirs/server\", which is a socket",

@@ -25,24 +25,16 @@ fn labels_name_nothing(bed: &Testbed) -> anyhow::Result<()> {
     .run()?;
     let path = "io.kubernetes.container.name=/srv/trap";
     let option = "io.kubernetes.container.name=x\naction-script /srv/act\n#";
+    let pod = [
+        "io.kubernetes.pod.name=a",
+        "io.kubernetes.pod.namespace=shop",
+    ];
     for (id, label) in [("path", path), ("option", option)] {
-        let pod = [
-            "io.kubernetes.pod.name=a",
-            "io.kubernetes.pod.namespace=shop",
-        ];
         run(&node, "default", id, &[label, pod[0], pod[1]])?;
         let mut command = node.command("transship");
         command.args(["checkpoint", id, "--name", id, "--link-remap"]);
         command.run()?;
-        let manifest = node.shell(&format!(
-            "cat /var/lib/transship/checkpoints/{id}/transship.json"
-        ));
-        let manifest: serde_json::Value = serde_json::from_str(&{ manifest }.read()?)?;
-        ensure!(
-            manifest["containers"][0]["name"] == id && manifest["pod"].is_null(),
-            "{manifest}"
-        );
-        node.shell(&format!("transship rm {id}")).run()?;
+        names_nothing(&node, id)?;
         journey::remove_container(&node, id)?;
     }
     let left = node.shell("cat /srv/victim; ls /srv /srv/trap").read()?;
@@ -60,25 +52,27 @@ fn labels_name_nothing(bed: &Testbed) -> anyhow::Result<()> {
             ],
         "{left}"
     );
-    // Nor does a record that says it is the CRI's lead out of the checkpoint.
-    for name in ["../../../../srv/out", ".hidden", "a b\nc"] {
+    // Nor does one in the CRI's namespace, beside pods, that says it is the CRI's.
+    let kinds = ["container", "sandbox"].map(|kind| format!("io.cri-containerd.kind={kind}"));
+    for (kind, name) in [
+        (&kinds[0], "../../../../srv/out"),
+        (&kinds[0], ".hidden"),
+        (&kinds[0], "app"),
+        (&kinds[1], "app"),
+    ] {
         let label = format!("io.kubernetes.container.name={name}");
         run(
             &node,
             "k8s.io",
             "cri",
-            &["io.cri-containerd.kind=container", &label],
+            &[kind, &label, pod[0], pod[1], "io.kubernetes.pod.uid=u"],
         )?;
-        let output = node
-            .command("transship")
+        let named = node.shell("transship checkpoint --pod shop/a --name pod");
+        ensure!({ named }.run().is_err(), "{kind} {name:?} is a pod");
+        node.command("transship")
             .args(["-n", "k8s.io", "checkpoint", "cri", "--name", "cri"])
-            .output()?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(
-            output.status.code() == Some(4),
-            "{name:?}: {} {said}",
-            output.status
-        );
+            .run()?;
+        names_nothing(&node, "cri")?;
         node.shell(
             "ctr -n k8s.io tasks kill -s KILL cri; until ctr -n k8s.io tasks delete cri; do sleep 0.1; done
              ctr -n k8s.io containers delete cri",
@@ -88,6 +82,17 @@ fn labels_name_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let made = node.shell("ls -A /var/lib/transship/checkpoints").read()?;
     ensure!(made.trim().is_empty(), "{made}");
     journey::check_nothing_left(&node)
+}
+
+/// Removes a checkpoint that has the name of its container, and no pod.
+fn names_nothing(node: &Node, name: &str) -> anyhow::Result<()> {
+    let manifest = format!("cat /var/lib/transship/checkpoints/{name}/transship.json");
+    let manifest: serde_json::Value = serde_json::from_str(&{ node.shell(&manifest) }.read()?)?;
+    ensure!(
+        manifest["containers"][0]["name"] == name && manifest["pod"].is_null(),
+        "{manifest}"
+    );
+    Ok({ node.shell(&format!("transship rm {name}")) }.run()?)
 }
 
 fn run(node: &Node, namespace: &str, id: &str, labels: &[&str]) -> anyhow::Result<()> {

@@ -4,7 +4,8 @@
 //! cgroup_entry          1 sets   2 controllers
 //!   cg_set_entry        1 id   2 ctls: cg_member_entry 1 name  2 path
 //!   cg_controller_entry 1 cnames   2 dirs
-//!     cgroup_dir_entry  1 dir_name   2 children   3 properties: cgroup_prop_entry 1 name
+//!     cgroup_dir_entry  1 dir_name   2 children   3 properties: cgroup_prop_entry 1 name  3 perms
+//!                       4 dir_perms: cgroup_perms 1 mode  2 uid  3 gid
 //! ```
 //!
 //! The state of a freezer (v1) CRIU writes last of all, when the tasks have been let go; it dumps that of uppermost
@@ -58,12 +59,44 @@ struct CgroupDirEntry {
     children: Vec<CgroupDirEntry>,
     #[prost(message, repeated, tag = "3")]
     properties: Vec<CgroupPropEntry>,
+    #[prost(message, optional, tag = "4")]
+    perms: Option<CgroupPerms>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct CgroupPropEntry {
     #[prost(string, required, tag = "1")]
     name: String,
+    #[prost(message, optional, tag = "3")]
+    perms: Option<CgroupPerms>,
+}
+
+/// CRIU gives them also to directories and files that are there.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct CgroupPerms {
+    #[prost(uint32, required, tag = "1")]
+    mode: u32,
+    #[prost(uint32, required, tag = "2")]
+    uid: u32,
+    #[prost(uint32, required, tag = "3")]
+    gid: u32,
+}
+
+impl CgroupPerms {
+    /// Whether others than root may write.
+    fn is_open(self) -> bool {
+        const WRITE_OF_OTHERS: u32 = 0o022;
+        self.uid != 0 || self.gid != 0 || self.mode & WRITE_OF_OTHERS != 0
+    }
+}
+
+impl CgroupDirEntry {
+    fn has_open(&self) -> bool {
+        let mut properties = self.properties.iter().filter_map(|it| it.perms);
+        self.perms.is_some_and(CgroupPerms::is_open)
+            || properties.any(CgroupPerms::is_open)
+            || self.children.iter().any(Self::has_open)
+    }
 }
 
 /// The cgroup of a task in one hierarchy.
@@ -88,6 +121,8 @@ pub struct Hierarchy {
     pub names: Vec<String>,
     /// Directories below them of which a freezer is to be set.
     pub frozen: Vec<String>,
+    /// Whether others than root get to write in one of them.
+    pub opens: bool,
 }
 
 /// What CRIU does with cgroups.
@@ -123,7 +158,9 @@ pub fn read(dir: &Path) -> Result<Cgroups, ImageError> {
             ..Hierarchy::default()
         };
         for dir in controller.dirs {
+            let is_open = dir.has_open();
             let properties = dir.properties.into_iter().map(|property| property.name);
+            hierarchy.opens |= is_open;
             hierarchy.names.extend(properties);
             add_below(dir.children, &mut hierarchy);
             hierarchy.tops.push(dir.dir_name);
@@ -153,5 +190,56 @@ fn add_below(dirs: Vec<CgroupDirEntry>, hierarchy: &mut Hierarchy) {
         hierarchy
             .frozen
             .extend(states.first().map(|_| dir.dir_name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::push_entry;
+    use super::*;
+
+    #[test]
+    fn what_others_get_to_write_is_seen() {
+        let perms = |mode, uid, gid| Some(CgroupPerms { mode, uid, gid });
+        let opens = |of_dir, of_child, of_file| {
+            let child = CgroupDirEntry {
+                dir_name: "child".into(),
+                perms: of_child,
+                ..CgroupDirEntry::default()
+            };
+            let property = CgroupPropEntry {
+                name: "tasks".into(),
+                perms: of_file,
+            };
+            let controller = CgControllerEntry {
+                cnames: vec!["misc".into()],
+                dirs: vec![CgroupDirEntry {
+                    dir_name: String::new(),
+                    children: vec![child],
+                    properties: vec![property],
+                    perms: of_dir,
+                }],
+            };
+            let mut body = Vec::new();
+            let entry = CgroupEntry {
+                controllers: vec![controller],
+                ..CgroupEntry::default()
+            };
+            push_entry(&mut body, &entry);
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("cgroup.img");
+            let image = Image::new(&path, Kind::Cgroup, body);
+            image.replace(&path).unwrap();
+            read(dir.path()).unwrap().hierarchies[0].opens
+        };
+        assert!(!opens(None, None, None));
+        assert!(!opens(
+            perms(0o755, 0, 0),
+            perms(0o555, 0, 0),
+            perms(0o644, 0, 0)
+        ));
+        assert!(opens(perms(0o757, 0, 0), None, None));
+        assert!(opens(None, perms(0o755, 7, 0), None));
+        assert!(opens(None, None, perms(0o644, 0, 7)));
     }
 }

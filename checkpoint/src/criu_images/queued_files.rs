@@ -77,13 +77,14 @@ pub struct QueuedFiles {
     pub socket_files: Vec<(u32, u32, u32)>,
 }
 
-/// Those of the images of `dir`.
+/// Those of the images of `dir`, whose living processes have the files in `tables` open: CRIU looks into no other table.
 ///
 /// # Errors
 /// An image that cannot be read, or that says a thing twice.
-pub fn queued_files(dir: &Path) -> Result<QueuedFiles, ImageError> {
+pub fn queued_files(dir: &Path, tables: &BTreeSet<u32>) -> Result<QueuedFiles, ImageError> {
     let mut open = BTreeSet::new();
-    for (_, path) in list(dir, Kind::Fdinfo)? {
+    let all = list(dir, Kind::Fdinfo)?.into_iter();
+    for (_, path) in all.filter(|(table, _)| tables.contains(table)) {
         let image = Image::read(&path, Kind::Fdinfo)?;
         let mut entries = image.entries();
         while let Some(message) = entries.next_bytes()? {
@@ -177,13 +178,16 @@ mod tests {
         { 1..3 }.for_each(|id| push_entry(&mut body, &FdinfoEntry { id }));
         write("fdinfo-2.img", Kind::Fdinfo, body);
         let mut body = Vec::new();
+        { 1..6 }.for_each(|id| push_entry(&mut body, &FdinfoEntry { id }));
+        write("fdinfo-7.img", Kind::Fdinfo, body);
+        let mut body = Vec::new();
         for rights in [vec![], vec![2, 3], vec![4]] {
             let scm = vec![ScmEntry { rights }];
             push_entry(&mut body, &SkPacketEntry { length: 3, scm });
             body.extend([9, 9, 9]);
         }
         write("sk-queues.img", Kind::SocketQueues, body);
-        queued_files(dir.path()).unwrap()
+        queued_files(dir.path(), &BTreeSet::from([2])).unwrap()
     }
 
     #[test]

@@ -44,6 +44,10 @@ pub const SECCOMP_FILTER_MODE: u32 = 2;
 const ALARM_CLOCKS: [u32; 2] = [8, 9];
 /// Of a process that no login has made.
 const NO_LOGIN: u32 = u32::MAX;
+/// `COMPEL_TASK_ALIVE`: it runs.
+pub const TASK_ALIVE: u32 = 1;
+/// `COMPEL_TASK_STOPPED`: it is to be stopped by SIGSTOP.
+pub const TASK_STOPPED: u32 = 3;
 /// `COMPEL_TASK_DEAD`: a zombie, of which there is no more than an exit code.
 pub const TASK_DEAD: u32 = 2;
 
@@ -198,6 +202,8 @@ struct RlimitEntry {
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub(super) struct TaskKobjIdsEntry {
+    #[prost(uint32, optional, tag = "2")]
+    files: Option<u32>,
     #[prost(uint32, optional, tag = "5")]
     pid: Option<u32>,
     #[prost(uint32, optional, tag = "6")]
@@ -309,6 +315,8 @@ pub struct Process {
     pub threads: Vec<u32>,
     /// Its namespaces; `None` for those of its parent.
     pub namespaces: Option<NamespaceIds>,
+    /// The number of its table of open files.
+    pub files: Option<u32>,
 }
 
 /// The processes of the dump.
@@ -325,17 +333,19 @@ pub fn processes(dir: &Path) -> Result<Vec<Process>, ImageError> {
             return Err(image.ambiguous());
         }
         let entry: PstreeEntry = image.decode(message)?;
+        let ids = ids(dir, entry.pid)?;
         processes.push(Process {
             pid: entry.pid,
             parent: entry.ppid,
             threads: entry.threads,
-            namespaces: namespaces(dir, entry.pid)?,
+            namespaces: ids.map(TaskKobjIdsEntry::namespaces),
+            files: ids.and_then(|ids| ids.files),
         });
     }
     Ok(processes)
 }
 
-fn namespaces(dir: &Path, pid: u32) -> Result<Option<NamespaceIds>, ImageError> {
+fn ids(dir: &Path, pid: u32) -> Result<Option<TaskKobjIdsEntry>, ImageError> {
     let path = dir.join(format!("ids-{pid}.img"));
     if std::fs::symlink_metadata(&path).is_err() {
         return Ok(None);
@@ -347,8 +357,7 @@ fn namespaces(dir: &Path, pid: u32) -> Result<Option<NamespaceIds>, ImageError> 
     if is_ambiguous(message, &[]) {
         return Err(image.ambiguous());
     }
-    let entry: TaskKobjIdsEntry = image.decode(message)?;
-    Ok(Some(entry.namespaces()))
+    Ok(Some(image.decode(message)?))
 }
 
 /// All threads, in order of their ids.

@@ -1,25 +1,18 @@
 //! The images of a restore and the spec of its container: compared before anything is changed, and
 //! again on the linked images that CRIU will read, which get what is imposed.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::fs;
-use std::io::{BufReader, Read as _};
-use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use nix::sys::sysinfo::sysinfo;
 use serde_json::Value;
-use transship_checkpoint::beneath::{Links, open_regular, read_regular};
+use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::criu_images::mounts::Mount;
 use transship_checkpoint::criu_options::CriuOptions;
 use transship_checkpoint::manifest::SPEC_FILE;
 use transship_checkpoint::spec::Spec;
-use transship_layer::{Archive, MemberKind, decompress};
 use transship_sandbox::admission::{
-    Admission, AdmissionError, Allowance, Environment, MadeLinks, Restored, compare, compare_names,
+    Admission, AdmissionError, Allowance, Environment, Restored, compare, compare_names,
     resolve_within,
 };
 
@@ -27,13 +20,12 @@ use transship_path_error::During as _;
 
 use super::FrontError;
 use super::bundle::Bundle;
+use super::tmpfs_archive::TmpfsArchives;
 
 /// A container's root, below its bundle.
 const ROOTFS: &str = "rootfs";
 /// Longest spec that is read, in bytes.
 const SPEC_LIMIT: u64 = 16 << 20;
-/// Most links of a tmpfs that are remembered.
-const MOST_LINKS: usize = 100_000;
 const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
 
 /// What is to be imposed on the images in `dir`; `old` is the spec of the dump, and `criu` has the options of the restore.
@@ -53,18 +45,9 @@ pub(super) fn admit(
     allowed.external_sockets = criu.ext_unix_sk;
     let here = Environment::of_node(&allowed, &rootfs);
     let mut admission = compare(&restored, old, &allowed, &here);
-    let room = memory_of(new);
-    // An archive is read once, however many mounts and files ask for it.
-    let made = RefCell::new(BTreeMap::<String, MadeLinks>::new());
-    let links_in = |mount: &Mount| {
-        let Some(archive) = archive_of(dir, mount) else {
-            return Some(Rc::default());
-        };
-        let mut made = made.borrow_mut();
-        let links = { made.entry(archive) }.or_insert_with_key(|name| links_in(dir, name, room));
-        links.clone()
-    };
-    compare_names(&restored, &allowed, &rootfs, &links_in, &mut admission);
+    let archives = TmpfsArchives::of(dir, memory_of(new));
+    let links_of = |mount: &Mount| archives.links_of(mount.device);
+    compare_names(&restored, &allowed, &rootfs, &links_of, &mut admission);
     admission.check()?;
     Ok(admission)
 }
@@ -74,35 +57,6 @@ fn memory_of(spec: &Spec) -> u64 {
     let limit = spec.get("/linux/resources/memory/limit");
     let limit = limit.and_then(Value::as_u64).unwrap_or(u64::MAX);
     limit.min(sysinfo().map_or(u64::MAX, |node| node.ram_total()))
-}
-
-/// The archive that CRIU fills a tmpfs from, if there is one. That of CRIU before 2.0 has a name that no image may have.
-fn archive_of(dir: &Path, mount: &Mount) -> Option<String> {
-    let name = format!("tmpfs-dev-{}.tar.gz.img", mount.device);
-    dir.join(&name).symlink_metadata().is_ok().then_some(name)
-}
-
-/// The links that CRIU will make of an archive; none where that cannot be told, or where more comes out of it than there
-/// is `room` for.
-fn links_in(dir: &Path, archive: &str, room: u64) -> MadeLinks {
-    let mut links = BTreeSet::new();
-    let file = open_regular(dir, Path::new(archive), Links::Refused).ok()?;
-    let unpacked = decompress(BufReader::new(file)).ok()?;
-    let mut archive = Archive::new(unpacked.take(room));
-    while let Some(member) = archive.next_member().ok()? {
-        // CRIU lets tar unpack it.
-        if member.is_ambiguous {
-            return None;
-        }
-        // Another name of a link is one, too.
-        if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
-            links.insert(OsString::from_vec(member.clean_path()).into());
-        }
-        if links.len() > MOST_LINKS {
-            return None;
-        }
-    }
-    Some(Rc::new(links))
 }
 
 /// Puts this process, and CRIU after it, to the score of the new container: a restored process whose

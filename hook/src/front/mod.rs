@@ -5,14 +5,14 @@
 //!    │    ──> done: has ended      beginning    memory, image, or nothing
 //!    │    ──> held_restore ──────> fit          the checkpoint fits the container (shared_pids)
 //!    │             │               volumes, shared_dirs, rootfs          mounts and files
-//!    │             │               admission    images and spec compared, before CRIU runs
+//!    │             │               admission, tmpfs_archive               images and spec compared, before CRIU runs
 //!    │             │               criu_config, restored_cgroup          what CRIU is told
 //!    │             │               pod_connections, lost_addresses       sockets
 //!    │             │           CRIU, then, while the tasks are held (held):
 //!    │             │               open_files   what they have open
 //!    │             │               apart_memory, shm_attach, task_attributes   what CRIU has not restored
 //!    │             └─────────────> hold_watch   ends it when nobody starts it
-//!    └──────> the runtime, untouched
+//!    └──────> the runtime, untouched      late_annotations   what the sandbox was told counts
 //!  run ──> refused where `create` would have something to do
 //!  start ──> lets a held restore go;  kill ──> ends it;  delete ──> takes away what it left
 //!  native_restore: `ctr containers restore --live`;  checkpoint: a dump that somebody else takes
@@ -52,6 +52,7 @@ mod shm_attach;
 mod start;
 mod task_attributes;
 mod tell;
+mod tmpfs_archive;
 mod volumes;
 
 use std::ffi::OsString;

@@ -87,6 +87,14 @@ pub(super) fn refuse_links(
         let path = path.to_path_buf();
         admission.refuse(Refusal::File { path, why: LINK });
     };
+    for file in &restored.watched_files {
+        // Nothing shows afterwards what a watch has been put on, so it is no link itself, as what is below it shows.
+        let below = file.path.join("x");
+        let mount = deepest(restored.mounts.iter().flatten(), &file.path);
+        if mount.is_some_and(|mount| leads_through_made(mount, &below, made)) {
+            refuse(&file.path);
+        }
+    }
     for file in looked_for(restored) {
         // The name of a link that is open itself.
         let itself = (OFlag::O_PATH | OFlag::O_NOFOLLOW).bits().cast_unsigned();

@@ -154,8 +154,9 @@ pub(super) fn compare_cgroups(cgroups: &Cgroups, admission: &mut Admission) {
             });
             // The node's own root, in a hierarchy in which runtimes make a cgroup for each container.
             let managed = |name: &String| is_managed(name, cgroups.hierarchies.len() == 1);
-            let whole =
-                top.trim_matches('/').is_empty() && hierarchy.controllers.iter().any(managed);
+            // In one in which they make none CRIU still gives the node's directories an owner.
+            let whole = top.trim_matches('/').is_empty()
+                && (hierarchy.opens || hierarchy.controllers.iter().any(managed));
             if nested || !used || whole || !is_plain(top) {
                 refuse(top);
             }

@@ -18,7 +18,7 @@ use transship_checkpoint::criu_images::packet_rules;
 use transship_checkpoint::criu_images::queued_files::{self, QueuedFiles};
 use transship_checkpoint::criu_images::seccomp::{self, Filter};
 use transship_checkpoint::criu_images::terminals::{self, Terminal};
-use transship_checkpoint::criu_images::threads::{self, Process, Thread};
+use transship_checkpoint::criu_images::threads::{self, Process, TASK_ALIVE, TASK_STOPPED, Thread};
 use transship_checkpoint::criu_images::user_namespace::{self, IdMappings};
 use transship_checkpoint::criu_images::watches;
 use transship_checkpoint::criu_images::{ImageError, c_strings, file_names, pipe_data};
@@ -134,11 +134,13 @@ impl Restored {
         privileged_files.push(PrivilegedFile::Pipe(pipe_data::largest_pipe(dir)?));
         privileged_files.extend(ipcns::has_huge_segment(dir)?.then_some(PrivilegedFile::HugePages));
         let external_networks = network_images::external(dir)?;
+        let (processes, threads) = (threads::processes(dir)?, threads::threads(dir)?);
+        let tables = tables_of_the_living(&processes, &threads);
         let restored = Self {
             strangers,
             inventory: inventory::read(dir)?,
-            processes: threads::processes(dir)?,
-            threads: threads::threads(dir)?,
+            processes,
+            threads,
             mounts: mounts::mounts(dir)?,
             filters: seccomp::filters(dir)?,
             cgroups: cgroups::read(dir)?,
@@ -149,7 +151,7 @@ impl Restored {
             remaps: named_files::remaps(dir)?,
             watched_files: watched.collect(),
             watched_inodes: watches.inodes,
-            queued_files: queued_files::queued_files(dir)?,
+            queued_files: queued_files::queued_files(dir, &tables)?,
             has_packet_rules: packet_rules::has_rules(dir, &external_networks)?,
             external_networks,
             addresses: addresses::addresses(dir)?,
@@ -182,6 +184,23 @@ impl Restored {
         }
         Ok(())
     }
+}
+
+/// The tables of open files that CRIU gives to processes. One that a process without life has, too, may be given to
+/// nobody: of those that share one the first opens the files.
+fn tables_of_the_living(processes: &[Process], threads: &[Thread]) -> BTreeSet<u32> {
+    let lives = |thread: &&Thread| {
+        { thread.task.as_ref() }.is_some_and(|it| matches!(it.state, TASK_ALIVE | TASK_STOPPED))
+    };
+    let alive: BTreeSet<u32> = threads.iter().filter(lives).map(|it| it.tid).collect();
+    let (mut living, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for process in processes {
+        match alive.contains(&process.pid) {
+            true => living.extend(process.files),
+            false => others.extend(process.files),
+        }
+    }
+    &living - &others
 }
 
 fn check_descriptors(dir: &Path) -> Result<(), RestoredError> {

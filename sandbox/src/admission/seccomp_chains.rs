@@ -202,7 +202,7 @@ mod tests {
                 pid: threads[0],
                 parent: 0,
                 threads: threads.to_vec(),
-                namespaces: None,
+                ..Process::default()
             })
             .collect();
         let mut admission = Admission::default();

@@ -133,6 +133,7 @@ pub(super) fn restored() -> Restored {
             parent: 0,
             threads: vec![1],
             namespaces: Some(NAMESPACES.into_iter().zip(11..).collect()),
+            files: Some(1),
         }],
         threads: vec![thread()],
         privileged_files: vec![PrivilegedFile::Pipe(8192)],
@@ -471,6 +472,20 @@ fn what_is_stronger_than_the_spec_is_refused() {
             tops(r).push("pods/web/child".into());
         }),
         ("cgroup \"\"", |r| tops(r)[0] = String::new()),
+        // The root of a hierarchy in which no runtime makes a cgroup, of which all would be given write access.
+        ("cgroup \"\"", |r| {
+            r.cgroups.hierarchies.push(Hierarchy {
+                controllers: vec!["misc".into()],
+                tops: vec![String::new()],
+                opens: true,
+                ..Hierarchy::default()
+            });
+            r.cgroups.members.push(Member {
+                controller: "misc".into(),
+                path: "/".into(),
+                namespace_prefix: 0,
+            });
+        }),
         ("cgroup \"memory\"", |r| {
             r.cgroups.hierarchies.push(r.cgroups.hierarchies[0].clone());
         }),
