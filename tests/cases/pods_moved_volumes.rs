@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use transship_testbed::{
-    CommandRun as _, Node, Pod, PodContainer, PodNamespaces, Testbed, Tree, Workload, journey,
-    poll_until,
+    CommandRun as _, Node, Pod, PodContainer, PodNamespaces, Testbed, TestbedError, Tree, Workload,
+    journey, poll_until,
 };
 
 use crate::Case;
@@ -44,15 +44,27 @@ const LOOK: &str = "sha256sum still holes | cut -c 1-64
     awk '$1 != NR { exit 1 }' grown; awk '$1 != NR { exit 1 }' replaced
     [ $(stat -c %s grown) -gt 1288894 ]; [ $(stat -c %s replaced) -gt 1288894 ]";
 
+/// What a container may do that has the emptyDir, too: a link in the place of the directory that takes the files, and a
+/// FIFO in that of a file.
+const THIEVES: [&str; 2] = [
+    "for d in .transship-contents-*; do [ -d $d ] && mv $d taken && ln -s /srv/trap $d && echo stolen && exit; done",
+    "for f in .transship-contents-*/*; do [ -f $f ] && rm $f && mkfifo $f && echo stolen && exit; done",
+];
+
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "pod_migration_volumes",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: files_of_volumes_go_before,
-    })
+        run,
+    };
+    [
+        case("pod_migration_volumes", files_of_volumes_go_before),
+        case("pod_migration_thieves", thieves_in_a_volume_get_nothing),
+    ]
+    .into_iter()
 }
 
-fn files_of_volumes_go_before(bed: &Testbed) -> anyhow::Result<()> {
+fn start_with_writer(bed: &Testbed) -> anyhow::Result<([Node; 2], Pod)> {
     let [a, b] = start_two(bed, true)?;
     for node in [&a, &b] {
         // The root of a node is an overlay, on which no file goes before.
@@ -65,7 +77,6 @@ fn files_of_volumes_go_before(bed: &Testbed) -> anyhow::Result<()> {
         let image = image.with_program(WRITER, Workload::Writer, bed.settings())?;
         node.import_image_into("k8s.io", &image, "transship")?;
     }
-    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
     let pod = a
         .cri()?
         .run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
@@ -76,6 +87,37 @@ fn files_of_volumes_go_before(bed: &Testbed) -> anyhow::Result<()> {
     .run()?;
     run_containers(&a, &pod)?;
     wait_for(&a, ROUND + 10)?;
+    Ok(([a, b], pod))
+}
+
+/// Whoever changes the emptyDir while it is filled: no file of the node is made or opened, and nothing hangs.
+fn thieves_in_a_volume_get_nothing(bed: &Testbed) -> anyhow::Result<()> {
+    let ([a, b], _) = start_with_writer(bed)?;
+    let link = bed.ssh(&a, &b)?;
+    b.shell("mkdir /srv/trap").run()?;
+    for thief in THIEVES {
+        let prepare = |dir: &str| {
+            let thief = format!("cd {dir}; while :; do {thief}; done 2>/dev/null");
+            b.start_daemon("thief", &["sh", "-c", &thief])
+        };
+        let (pod, started, said) = begin_in_a_pod_of_another(&a, &b, &link, prepare)?;
+        let stolen = b.shell("cat /var/log/thief.log; rm /var/log/thief.log");
+        let stolen = { stolen }.read()?;
+        ensure!(stolen == "stolen\n", "{thief}: {stolen}: {said}");
+        ensure!(started.is_err(), "{thief}: it is started: {said}");
+        let trap = b.shell("find /srv/trap -mindepth 1").read()?;
+        ensure!(trap.is_empty(), "{thief}: {trap}");
+        b.cri()?.remove_pod(&pod)?;
+        let dir = volume_dir(&pod, "work");
+        b.shell(&format!("rm -rf {dir}")).run()?;
+        runs_only_on(&a, &b)?;
+    }
+    Ok(())
+}
+
+fn files_of_volumes_go_before(bed: &Testbed) -> anyhow::Result<()> {
+    let ([a, b], pod) = start_with_writer(bed)?;
+    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
     let before = look(&a, &pod)?;
 
     given_up_leaves_nothing(&a, &b, &to_b)?;
@@ -195,10 +237,25 @@ fn runs_only_on(node: &Node, other: &Node) -> anyhow::Result<()> {
 
 /// Its emptyDir is there before its sandbox, as kubelet makes them.
 fn into_a_pod_of_another(from: &Node, to: &Node, link: &str) -> anyhow::Result<Pod> {
+    let (pod, started, said) = begin_in_a_pod_of_another(from, to, link, |_| Ok(()))?;
+    started.with_context(|| said.clone())?;
+    let report = said.find('{').map(|at| &said[at..]);
+    goes_before(report.with_context(|| said.clone())?)?;
+    Ok(pod)
+}
+
+/// The pod, whether its containers were started, and what the migration said; `prepare` gets the emptyDir.
+fn begin_in_a_pod_of_another(
+    from: &Node,
+    to: &Node,
+    link: &str,
+    prepare: impl FnOnce(&str) -> Result<(), TestbedError>,
+) -> anyhow::Result<(Pod, anyhow::Result<()>, String)> {
     let migrate = format!(
         "exec transship migrate --pod shop/web --to '{link}' --volumes emptydir --wait-for-pod --json"
     );
     let log = "/var/log/waits.log";
+    from.shell(&format!("rm -f {log}")).run()?;
     from.start_daemon("waits", &["sh", "-c", &migrate])?;
     let migration = poll_until("the name of the migration", PATIENCE, || {
         let said = from.shell(&format!("cat {log}")).read();
@@ -209,7 +266,9 @@ fn into_a_pod_of_another(from: &Node, to: &Node, link: &str) -> anyhow::Result<P
     let annotation = [("dev.transship/receive", migration.as_str())];
     let make_volume = |pod: &Pod| {
         let dir = volume_dir(pod, "work");
-        to.shell(&format!("mkdir -p {dir}; chmod 0777 {dir}")).run()
+        to.shell(&format!("mkdir -p {dir}; chmod 0777 {dir}"))
+            .run()?;
+        prepare(&dir)
     };
     let cri = to.cri()?;
     let pod = cri.run_pod_after(
@@ -221,8 +280,5 @@ fn into_a_pod_of_another(from: &Node, to: &Node, link: &str) -> anyhow::Result<P
     let started = run_containers(to, &pod);
     from.wait_for_daemon_end("waits")?;
     let said = from.shell(&format!("cat {log}")).read()?;
-    started.with_context(|| said.clone())?;
-    let report = said.find('{').map(|at| &said[at..]);
-    goes_before(report.with_context(|| said.clone())?)?;
-    Ok(pod)
+    Ok((pod, started, said))
 }
