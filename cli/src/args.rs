@@ -576,7 +576,8 @@ pub(crate) struct MigrateArgs {
     /// only in the freeze
     #[arg(long, value_name = "ROUNDS", default_value_t = PrecopyBounds::default().rounds)]
     pub(crate) max_precopy_rounds: u32,
-    /// How long that may take, at most
+    /// How long that may take, at most, and the same again for files; the file that is under way is sent to its end
+    /// [default: 1m]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub(crate) max_precopy_time: Option<Duration>,
     /// Let the copy run as soon as all but its memory is there; what of it has not gone before comes while it runs.

@@ -15,6 +15,15 @@ pub const KEEP_FREE: u64 = 64 << 20;
 /// How often the room is looked at while containerd unpacks: a disk writes less than [`KEEP_FREE`] meanwhile.
 const ROOM_PAUSE: Duration = Duration::from_millis(50);
 
+/// What memory and files may grow between the offer of a migration and the freeze, in bytes, beside three times of them.
+const SLACK: u64 = 1 << 30;
+
+/// How many bytes the target of a migration takes, before the freeze and in it, where so many were estimated in the offer.
+/// What a program writes meanwhile comes more than once.
+pub(crate) fn most_bytes(estimate: u64) -> u64 {
+    estimate.saturating_mul(3).saturating_add(SLACK)
+}
+
 /// Refuses what has no room below `dir`.
 ///
 /// # Errors

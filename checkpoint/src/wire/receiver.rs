@@ -74,6 +74,12 @@ struct Taken {
 }
 
 impl Arriving {
+    /// What a file counts against the limit, in bytes.
+    #[must_use]
+    pub fn cost_of(file: &manifest::File) -> u64 {
+        file.size.saturating_add(FILE_COST)
+    }
+
     /// Nothing yet, into `dir`, which is empty.
     pub fn into_dir(dir: impl Into<PathBuf>, limits: Limits, check: Check) -> Self {
         Self {

@@ -496,7 +496,8 @@ mod tests {
         let own = BTreeMap::from([(1, std::process::id())]);
         let (mut known, mut stream) = (KnownMemory::new().unwrap(), Vec::new());
         let sender = StreamSender::new(&mut stream);
-        let round = known.send_round(&sender, "c", &own, &mut |_| {}).unwrap();
+        let later = std::time::Instant::now() + std::time::Duration::from_secs(3600);
+        let round = { known.send_round(&sender, ("c", &own), later, &mut |_| {}) }.unwrap();
         assert!(round.pages > 60 && round.files.len() == 2);
         memory[second_page] = 8;
         memory[third_page] = 7;

@@ -12,8 +12,10 @@
 //! kernels lack, nor userfaultfd in a process that is not ours. Who could make two pages with one hash would damage
 //! memory of its own.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::time::Instant;
 
 use ring::rand::{SecureRandom as _, SystemRandom};
 use transship_checkpoint::criu_images::pagemap::{PagePlace, PageRun, Pagemap};
@@ -114,15 +116,17 @@ impl KnownMemory {
         self.rounds > 0
     }
 
-    /// Sends a round of what these processes have, by their ids inside. One that has ended has nothing.
+    /// Sends a round of what these processes have, by their ids inside, until that moment. One that has ended has nothing.
+    /// What is not reached any more is said to be as the last round has it, whatever it is now: it is compared with that in
+    /// the freeze.
     ///
     /// # Errors
     /// Those of the stream.
     pub(super) fn send_round<W: Write>(
         &mut self,
         sender: &Sender<W>,
-        container: &str,
-        processes: &BTreeMap<u32, u32>,
+        (container, processes): (&str, &BTreeMap<u32, u32>),
+        until: Instant,
         progress: &mut dyn FnMut(u64),
     ) -> std::result::Result<SentMemory, WireError> {
         let dir = format!("{MEMORY_DIR}{}", self.rounds + 1);
@@ -130,13 +134,23 @@ impl KnownMemory {
         let (mut sent, mut images) = (SentMemory::default(), BTreeMap::new());
         let mut room = MOST;
         for (pages_id, (inside, pid)) in (1..).zip(processes) {
+            let name = inside.to_string();
+            if Instant::now() >= until && !self.images.contains_key(&name) {
+                continue;
+            }
             let Ok(memory) = ProcessMemory::of(*pid) else {
                 continue;
             };
-            let name = inside.to_string();
             let mut writer = self.writer(sender, (container, &dir), &name, pages_id)?;
             let mut hashes = Hashes::default();
-            memory.each_piece(&mut buffers, &mut |start, piece| {
+            let cut_at = Cell::new(None);
+            let in_time = |from: u64| {
+                if cut_at.get().is_none() && Instant::now() >= until {
+                    cut_at.set(Some(from));
+                }
+                cut_at.get().is_none()
+            };
+            memory.each_piece(&in_time, &mut buffers, &mut |start, piece| {
                 progress(piece.len() as u64);
                 let found = self.hashes_of(piece);
                 for (at, hash) in (start..).step_by(PAGE_LEN).zip(&found).take(room) {
@@ -145,12 +159,36 @@ impl KnownMemory {
                 room = room.saturating_sub(found.len());
                 writer.add(start, piece, &found, true)
             })?;
+            for (start, left) in { cut_at.get() }
+                .into_iter()
+                .flat_map(|from| self.known_from(&name, from))
+            {
+                writer.add_unchanged(start, left.len() as u64, true);
+                for (at, hash) in (start..).step_by(PAGE_LEN).zip(left).take(room) {
+                    hashes.push(at, *hash);
+                }
+                room = room.saturating_sub(left.len());
+            }
             writer.end(sender, &mut sent)?;
             images.insert(name, hashes);
+        }
+        if sent.files.is_empty() {
+            // There is no directory of this round to build on.
+            return Ok(sent);
         }
         self.rounds += 1;
         self.images = images;
         Ok(sent)
+    }
+
+    /// What the target has of an image from an address on, as runs of pages.
+    fn known_from(&self, name: &str, from: u64) -> impl Iterator<Item = (u64, &[u64])> {
+        let runs = self.images.get(name).map_or(&[][..], |hashes| &hashes.0);
+        runs.iter().filter_map(move |run| {
+            let before = from.saturating_sub(run.start).div_ceil(PAGE);
+            let left = run.hashes.get(usize::try_from(before).ok()?..)?;
+            (!left.is_empty()).then_some((run.start + before * PAGE, left))
+        })
     }
 
     pub(super) fn hash_of(&self, page: &[u8]) -> u64 {
@@ -323,5 +361,44 @@ mod tests {
             [own]
         );
         assert!(by_pid_inside(u32::MAX, &[own]).is_empty());
+    }
+
+    /// What has been sent of it before is said to be as it was, and is looked at again in the freeze.
+    #[test]
+    fn a_round_that_is_cut_short_forgets_nothing() {
+        let own = std::process::id();
+        let processes = BTreeMap::from([(7, own)]);
+        let sender = Sender::new(std::io::sink());
+        let mut known = KnownMemory::new().unwrap();
+        let send = |known: &mut KnownMemory, until| {
+            let what = ("web", &processes);
+            known.send_round(&sender, what, until, &mut |_| {}).unwrap()
+        };
+        let now = Instant::now();
+        let later = now + std::time::Duration::from_secs(3600);
+        let mut nothing = KnownMemory::new().unwrap();
+        let sent = send(&mut nothing, now);
+        assert_eq!((sent.pages, nothing.images.len()), (0, 0));
+        assert!(sent.files.is_empty(), "{:?}", sent.files);
+
+        let first = send(&mut known, later);
+        assert!(first.pages > 0);
+        let before = pages_of(&known);
+        let cut = send(&mut known, now);
+        assert_eq!((cut.pages, cut.files.len()), (0, 2));
+        assert_eq!(pages_of(&known), before);
+        // And the round after that finds what is new since the first.
+        assert!(send(&mut known, later).pages < first.pages);
+    }
+
+    /// By their addresses.
+    fn pages_of(known: &KnownMemory) -> BTreeMap<u64, u64> {
+        let runs = known.images["7"].0.iter();
+        runs.flat_map(|run| {
+            (run.start..)
+                .step_by(PAGE_LEN)
+                .zip(run.hashes.iter().copied())
+        })
+        .collect()
     }
 }

@@ -111,24 +111,25 @@ impl ProcessMemory {
         })
     }
 
-    /// Gives all pages that a dump would have, in the order of their addresses and in pieces of whole pages. What
-    /// goes meanwhile is left out.
+    /// Gives all pages that a dump would have, in the order of their addresses and in pieces of whole pages, as far as the
+    /// address of a piece is `wanted`. What goes meanwhile is left out.
     ///
     /// # Errors
     /// Those of `take`.
     pub(super) fn each_piece<E>(
         &self,
+        wanted: &dyn Fn(u64) -> bool,
         buffers: &mut Buffers,
         take: &mut TakePages<'_, E>,
     ) -> Result<(), E> {
         let maps = process_files::maps(self.pid.as_raw().cast_unsigned());
         for map in maps.into_iter().flatten().filter(is_dumped) {
-            self.of_mapping(map.address, &|_| true, buffers, take)?;
+            self.of_mapping(map.address, wanted, buffers, take)?;
         }
         Ok(())
     }
 
-    /// The same of those that are at rest, and of pieces whose address is `wanted`.
+    /// The same of those that are at rest.
     ///
     /// # Errors
     /// Those of `take`.
@@ -316,7 +317,7 @@ mod tests {
         let mut buffers = Buffers::default();
         let (mut found, mut last) = (None, 0);
         memory
-            .each_piece(&mut buffers, &mut |start, piece| {
+            .each_piece(&|_| true, &mut buffers, &mut |start, piece| {
                 assert!(start >= last && piece.len().is_multiple_of(PAGE_LEN));
                 last = start + piece.len() as u64;
                 if piece.windows(mark.len()).any(|at| at == mark) {

@@ -19,10 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::node_id::node_id;
 use crate::origin::Origins;
 use crate::progress::Progress;
-use crate::room::{KEEP_FREE, require_room};
-
-/// What memory may grow between the offer and the freeze, in bytes, beside three times of it.
-const SLACK: u64 = 1 << 30;
+use crate::room::{self, KEEP_FREE, require_room};
 
 /// An upperdir or emptyDir is filled where it is, wherever the files arrive.
 pub(super) fn require_room_for_files(dir: &Path, offer: &Offer) -> Result<()> {
@@ -91,7 +88,7 @@ pub(super) fn listen(offer: &Offer, addresses: &[IpAddr]) -> Option<image::Liste
 }
 
 fn most_bytes(offer: &Offer, request: &Request) -> u64 {
-    let expected = offer.estimate.saturating_mul(3).saturating_add(SLACK);
+    let expected = room::most_bytes(offer.estimate);
     request.max_size.map_or(expected, |most| most.min(expected))
 }
 

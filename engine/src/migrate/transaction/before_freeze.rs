@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use transship_checkpoint::manifest::CONTENTS_DIR;
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
+use transship_checkpoint::wire::Arriving;
 use transship_layer::KnownContents;
 
 use super::Transaction;
@@ -101,6 +102,12 @@ impl Transaction<'_> {
         Ok(Some(Arc::new(sent.known)))
     }
 
+    /// Bytes that the target has taken so far.
+    fn taken(&self) -> u64 {
+        let files = self.files_before.iter();
+        files.map(|(_, file)| Arriving::cost_of(file)).sum()
+    }
+
     /// Sends memory while the containers run, and gives what the target has of each; none of one whose memory CRIU
     /// has to copy.
     async fn send_memory(&mut self) -> Result<Vec<Option<KnownMemory>>> {
@@ -124,9 +131,10 @@ impl Transaction<'_> {
             tracing::info!("the dump cannot be held: all memory is sent in the freeze");
             return Ok(known);
         }
-        let mut rounds = Rounds::within(self.request.precopy);
+        let mut rounds = Rounds::within(self.request.precopy, self.estimate);
         let from = self.timeline.now();
-        while rounds.go_on() {
+        let until = rounds.until();
+        while rounds.go_on(self.taken()) {
             self.progress.bytes("memory, while it runs", self.estimate);
             let (mut pages, mut bytes) = (0, 0);
             for (source, known) in containers.iter().zip(&mut known) {
@@ -140,8 +148,12 @@ impl Transaction<'_> {
                 let (back, sent) = self
                     .conversation
                     .write_data(move |sender| {
-                        let sent =
-                            of_container.send_round(sender, &name, &processes, &mut count)?;
+                        let sent = of_container.send_round(
+                            sender,
+                            (&name, &processes),
+                            until,
+                            &mut count,
+                        )?;
                         Ok((of_container, sent))
                     })
                     .await?;
