@@ -98,11 +98,12 @@ fn programs(found: &mut Vec<Finding>, here: &NodeFacts, there: &NodeFacts) {
                 there.criu.as_deref().unwrap_or_default(),
                 here.criu.as_deref().unwrap_or_default()
             );
-            found.push(Finding::note(
-                "CRIU",
-                text,
-                "install the same version there",
-            ));
+            let remedy = "install the same version there";
+            // What an image has changes from one minor version to the next.
+            found.push(match (other.0, other.1) < (own.0, own.1) {
+                true => Finding::problem("CRIU version", text, remedy),
+                false => Finding::note("CRIU", text, remedy),
+            });
         }
         _ => {}
     }
@@ -322,7 +323,7 @@ mod tests {
         assert_eq!(found(&needs, &there, Verdict::Problem), all);
 
         let older = NodeFacts {
-            criu: Some("4.1.0".into()),
+            criu: Some("4.2.0".into()),
             runc: Some("1.1.15".into()),
             containerd: Some("1.7.24".into()),
             kernel: "6.1.0".into(),
@@ -336,8 +337,30 @@ mod tests {
     }
 
     #[test]
-    fn instructions_count_and_mitigations_do_not() {
-        let there = NodeFacts {
+    fn an_older_criu_may_not_read_the_images() {
+        let with = |version: &str| NodeFacts {
+            criu: Some(version.into()),
+            ..node()
+        };
+        for (version, verdict) in [
+            ("4.1.1", Verdict::Problem),
+            ("3.17.1", Verdict::Problem),
+            ("4.2.0", Verdict::Note),
+        ] {
+            let all = findings(&Needs::default(), &node(), &with(version));
+            assert_eq!(all.len(), 1, "{all:?}");
+            assert_eq!(all[0].verdict, verdict, "{version}");
+            assert!(all[0].found.contains("older than 4.2.1 here"), "{all:?}");
+        }
+        for version in ["4.2.1", "4.2.7", "4.10", "5.0"] {
+            assert_eq!(findings(&Needs::default(), &node(), &with(version)), []);
+        }
+    }
+
+    /// What the second lacks, of these flags of the first.
+    fn lacks(architecture: &str, here: &str, there: &str) -> String {
+        let with = |flags: &str| NodeFacts {
+            architecture: architecture.into(),
             processor: Processor {
                 model: "old".into(),
                 features: ["avx2", "sse2"].map(String::from).into(),

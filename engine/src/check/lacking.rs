@@ -14,7 +14,13 @@ use crate::conditions::Needs;
 use crate::error::{Error, Result};
 
 /// What another node may be found to lack.
-const NAMES: [&str; 4] = ["limit", "memory", "processor", "security-module"];
+const NAMES: [&str; 5] = [
+    "criu-version",
+    "limit",
+    "memory",
+    "processor",
+    "security-module",
+];
 /// What the other node looks at itself, when it plans the copy: the programs that make it, and the room for its files
 /// where they will be.
 const ASKED_THERE: [&str; 4] = ["CRIU", "runtime", "containerd", "disk"];
@@ -47,7 +53,7 @@ impl MayLack {
 }
 
 fn name(finding: &Finding) -> String {
-    finding.what.replace(' ', "-")
+    finding.what.to_lowercase().replace(' ', "-")
 }
 
 /// Compares, before anything is frozen, and gives what is only worth a note.
@@ -134,6 +140,29 @@ mod tests {
         assert!(check("processor", &[&one, &two]).is_err());
         check("processor", &[&one]).unwrap();
         check("processor,memory", &[&one, &two]).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_older_criu_is_refused_unless_it_may_be() {
+        let here = NodeFacts {
+            criu: Some("4.2.1".into()),
+            ..NodeFacts::of_this(None).await.unwrap()
+        };
+        let there = NodeFacts {
+            criu: Some("4.1".into()),
+            ..here.clone()
+        };
+        let check = |may: &str| {
+            let may = may.parse().unwrap_or_default();
+            super::check("web", &[&needs(0, 0)], (&here, &there), &may)
+        };
+        let error = format!("{:?}", check("memory").unwrap_err());
+        assert!(
+            error.contains("4.1 there is older than 4.2.1 here"),
+            "{error}"
+        );
+        assert!(error.contains("--may-lack criu-version"), "{error}");
+        assert!(check("criu-version").is_ok());
     }
 
     #[tokio::test]
