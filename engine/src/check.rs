@@ -7,6 +7,7 @@
 //!  layers      whether those of images reach our differ, where snapshots lie    (its configuration is read)
 //!  container   the conditions that containers are in (engine::conditions)
 //!  node_facts  this node for another one  --> compare: what a container would come up against there
+//!                                              (instructions: which features of a processor count)
 //!  lacking     that comparison as a migration makes it, before it freezes anything
 //! ```
 
@@ -14,6 +15,7 @@ mod compare;
 pub mod container;
 pub mod containerd;
 pub mod host;
+mod instructions;
 pub mod lacking;
 mod layers;
 pub mod node_facts;

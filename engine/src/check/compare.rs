@@ -2,51 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use super::instructions::is_instruction;
 use super::node_facts::{INOTIFY_INSTANCES, MAX_MAP_COUNT, NR_OPEN, NodeFacts, PID_MAX};
 use super::{Finding, Version};
 use crate::conditions::Needs;
-
-/// Beginnings of the names of processor features that are instructions: a program that has found one
-/// uses it for as long as it runs.
-const INSTRUCTIONS: [&str; 37] = [
-    "3dnow",
-    "abm",
-    "adx",
-    "aes",
-    "amx",
-    "asimd",
-    "atomics",
-    "avx",
-    "bmi",
-    "clflushopt",
-    "clwb",
-    "clzero",
-    "cmov",
-    "crc32",
-    "cx16",
-    "cx8",
-    "erms",
-    "f16c",
-    "fma",
-    "fsgsbase",
-    "fsrm",
-    "fxsr",
-    "gfni",
-    "lahf",
-    "mmx",
-    "mov",
-    "pclmul",
-    "popcnt",
-    "pku",
-    "rd",
-    "rtm",
-    "sha",
-    "sse",
-    "ssse",
-    "sve",
-    "vpclmul",
-    "xsave",
-];
 
 /// What a container with these needs would come up against on the other node.
 pub(super) fn findings(needs: &Needs, here: &NodeFacts, there: &NodeFacts) -> Vec<Finding> {
@@ -155,7 +114,7 @@ fn processor(found: &mut Vec<Finding>, here: &NodeFacts, there: &NodeFacts) {
         .features
         .iter()
         .map(String::as_str)
-        .filter(|feature| INSTRUCTIONS.iter().any(|known| feature.starts_with(known)))
+        .filter(|feature| is_instruction(&here.architecture, feature))
         .filter(|feature| !theirs.contains(feature))
         .collect();
     if !lacking.is_empty() && here.architecture == there.architecture {
@@ -363,12 +322,47 @@ mod tests {
             architecture: architecture.into(),
             processor: Processor {
                 model: "old".into(),
-                features: ["avx2", "sse2"].map(String::from).into(),
+                features: flags.split_whitespace().map(String::from).collect(),
             },
             ..node()
         };
-        let all = findings(&Needs::default(), &node(), &there);
-        assert_eq!(all.len(), 1, "{all:?}");
-        assert_eq!(all[0].found, "old there lacks avx512f");
+        let all = findings(&Needs::default(), &with(here), &with(there));
+        assert!(all.len() < 2, "{all:?}");
+        all.first().map_or(String::new(), |it| it.found.clone())
+    }
+
+    #[test]
+    fn instructions_count_and_mitigations_do_not() {
+        let instructions = "avx512f movbe movdiri pni serialize syscall vaes";
+        // Of what the kernel does with it, and of virtual machines.
+        let others = "arch_capabilities arch_perfmon constant_tsc cpuid_fault hypervisor ibpb ibrs ibrs_enhanced \
+                      nonstop_tsc pti rep_good ssbd stibp tsc_adjust tsc_deadline_timer vmx x2apic";
+        let here = format!("{instructions} {others} sse2");
+        assert_eq!(
+            lacks(
+                "x86_64",
+                &here,
+                "sse2 avx512f movbe movdiri pni serialize syscall vaes"
+            ),
+            ""
+        );
+        assert_eq!(
+            lacks("x86_64", &here, "sse2"),
+            format!("old there lacks {}", instructions.replace(' ', ", "))
+        );
+        assert_eq!(lacks("x86_64", "sse2", &here), "");
+    }
+
+    #[test]
+    fn instructions_of_arm_count() {
+        let here = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc \
+                    dcpop sm4 sve2 paca pacg i8mm bf16 dgh rng bti mte";
+        let there = "fp asimd aes sha1 sha2 crc32 atomics asimdhp asimdrdm";
+        assert_eq!(
+            lacks("aarch64", here, there),
+            "old there lacks pmull, fphp, jscvt, fcma, lrcpc, dcpop, sm4, sve2, paca, pacg, i8mm, bf16, dgh, rng, \
+             bti, mte"
+        );
+        assert_eq!(lacks("aarch64", here, here), "");
     }
 }
