@@ -79,7 +79,7 @@ pub(super) fn given_away(pending: &Pending) -> Vec<Attachment> {
 /// Before the copy is made: takes the addresses away here that it is to have. The plugins are at work until what is given
 /// has ended, also when it is dropped.
 pub(super) fn give_away(pending: &Pending, pid: u32) -> Option<JoinHandle<Result<()>>> {
-    are_kept(pending).then(|| remove(pending, Some(namespace_of(pid))))
+    are_kept(pending).then(|| remove(pending, given_away(pending), Some(namespace_of(pid))))
 }
 
 /// The source goes on: it has its addresses again.
@@ -90,11 +90,23 @@ pub(super) async fn take_back(pending: &Pending, pid: u32) -> Result<()> {
 
 /// The copy runs: nothing here is the source's any more.
 pub(super) async fn forget(pending: &Pending) -> Result<()> {
-    remove(pending, None).await?
+    remove(pending, left_at_end(pending), None).await?
 }
 
-fn remove(pending: &Pending, namespace: Option<PathBuf>) -> JoinHandle<Result<()>> {
-    let networks = pending.networks.clone();
+/// The networks that it is in when the copy runs: not those that it was taken out of before. Plugins that give out addresses
+/// for several nodes know both by one name, and would give away the copy's.
+fn left_at_end(pending: &Pending) -> Vec<Attachment> {
+    match are_kept(pending) {
+        true => Vec::new(),
+        false => pending.networks.clone(),
+    }
+}
+
+fn remove(
+    pending: &Pending,
+    networks: Vec<Attachment>,
+    namespace: Option<PathBuf>,
+) -> JoinHandle<Result<()>> {
     let container = container_name(&pending.namespace, &pending.container);
     let id = pending.container.clone();
     let failed = move || format!("the network of {id:?} could not be removed here");
@@ -108,4 +120,37 @@ fn remove(pending: &Pending, namespace: Option<PathBuf>) -> JoinHandle<Result<()
             networks.try_for_each(|network: &Attachment| Cni::default().del(place, network));
         removed.with_context(failed)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_given_away_is_not_removed_again() {
+        let network = |address| Attachment {
+            network: "lan".into(),
+            interface: "eth0".into(),
+            addresses: Vec::new(),
+            mac: String::new(),
+            address,
+            ports: Vec::new(),
+        };
+        let pending = |networks: Vec<Attachment>| -> Pending {
+            let json = r#"{"migration":"","namespace":"","container":"","to":"","remote_program":"","was_paused":false,
+                "keep_source":false,"since":""}"#;
+            let pending = serde_json::from_str(json).unwrap();
+            Pending {
+                networks,
+                ..pending
+            }
+        };
+        let keep = pending(vec![network(Address::Keep)]);
+        assert_eq!(given_away(&keep), keep.networks);
+        // Who gives out addresses may be one for both nodes, and take this for the copy's.
+        assert!(left_at_end(&keep).is_empty());
+        let new = pending(vec![network(Address::New)]);
+        assert!(given_away(&new).is_empty());
+        assert_eq!(left_at_end(&new), new.networks);
+    }
 }
