@@ -199,7 +199,7 @@ pub async fn migrate(
         Ok(Some(earlier)) if !earlier.names_others(&created) => {
             if !was_paused && !earlier.copy_runs {
                 // It has been decided: it runs.
-                recover::let_be(node, &record, &earlier).await?;
+                recover::let_be_connected(node, &record, &earlier).await?;
             }
         }
         _ if was_paused => {}

@@ -46,6 +46,10 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             it_goes_on_without_its_network,
         ),
         case(
+            "migration_undecided_resumed",
+            what_was_let_go_by_hand_has_its_network_again,
+        ),
+        case(
             "migration_killed_asked",
             a_killed_command_has_a_guard_that_asks,
         ),
@@ -259,15 +263,7 @@ fn a_silent_shim_has_not_ended(bed: &Testbed) -> anyhow::Result<()> {
 /// The networks of the node have gone when it is decided that the source goes on.
 fn it_goes_on_without_its_network(bed: &Testbed) -> anyhow::Result<()> {
     let (a, b) = paced_nodes(bed)?;
-    let lan = r#"{"cniVersion":"0.4.0","name":"lan","plugins":[{"type":"bridge","bridge":"lan0",
-        "isGateway":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]]}}]}"#;
-    for node in [&a, &b] {
-        node.write_file(&format!("{NETWORKS}/05-lan.conflist"), lan)?;
-    }
-    a.shell("ctr run --detach --cni --snapshotter transship transship.test/counter:1 web")
-        .run()?;
-    journey::wait_for_count(&a, "web", 3)?;
-    undecide(&a, &b, &["web", "--network", "keep"])?;
+    undecided_in_a_network(&a, &b, &["web", "--network", "keep"])?;
     a.shell(&format!("mkdir /run/away; mv {NETWORKS}/* /run/away/"))
         .run()?;
     journey::remove_container(&b, "web")?;
@@ -281,6 +277,44 @@ fn it_goes_on_without_its_network(bed: &Testbed) -> anyhow::Result<()> {
     journey::remove_container(&a, "web")
         .map_err(anyhow::Error::from)
         .map(drop)
+}
+
+/// Somebody resumes it past us, while it has given its address away and no packet comes to it.
+fn what_was_let_go_by_hand_has_its_network_again(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = paced_nodes(bed)?;
+    let keep = ["web", "--network", "keep", "--tcp", "established"];
+    undecided_in_a_network(&a, &b, &keep)?;
+    journey::remove_container(&b, "web")?;
+    a.shell("ctr tasks resume web").run()?;
+    let pid = journey::task_pid(&a, "web")?;
+    let inside = |what: &str| a.shell(&format!("nsenter -t {pid} -n {what}")).read();
+    let locked = inside("nft list ruleset")?;
+    ensure!(locked.contains("transship-migration"), "{locked}");
+    let decided = recover(&a)?;
+    ensure!(decided.contains("runs on here"), "{decided}");
+    let rules = inside("nft list ruleset")?;
+    ensure!(!rules.contains("transship"), "{rules}");
+    let addresses = inside("ip -o address show")?;
+    ensure!(addresses.contains(" 10.77.0."), "{addresses}");
+    counts_on(&a, "web")?;
+    journey::remove_container(&a, "web")?;
+    nothing_is_left(&a, &b)
+}
+
+/// As [`undecide`], of a counter that CNI has put into a network.
+fn undecided_in_a_network(a: &Node, b: &Node, what: &[&str]) -> anyhow::Result<()> {
+    let lan = r#"{"cniVersion":"0.4.0","name":"lan","plugins":[{"type":"bridge","bridge":"lan0",
+        "isGateway":true,"ipam":{"type":"host-local","ranges":[[{"subnet":"10.77.0.0/24"}]]}}]}"#;
+    for node in [a, b] {
+        node.write_file(&format!("{NETWORKS}/05-lan.conflist"), lan)?;
+    }
+    a.shell(&format!(
+        "ctr run --detach --cni --snapshotter transship transship.test/counter:1 {}",
+        what[0]
+    ))
+    .run()?;
+    journey::wait_for_count(a, what[0], 3)?;
+    undecide(a, b, what)
 }
 
 /// A client of containerd resumes it when it has been dumped.

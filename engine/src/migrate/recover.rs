@@ -4,7 +4,7 @@
 //!  the source        the record, and the target's answer (or a person's)
 //!  another           its id has been given to a container that was made since: the record goes
 //!  (any)             the record says that the copy runs: it is ended, then the target is asked for its disk
-//!  runs              somebody has let it run: the record goes
+//!  runs              somebody has let it run: it has its network again, the record goes
 //!  paused, or gone   runs       it is ended, and removed
 //!                    aborted    it runs on
 //!                    lost       a person decides: it ran there, and is gone
@@ -231,6 +231,7 @@ async fn decide(
     // Of a pod somebody may have let go one, and the others stand still.
     let is_mixed = is(Status::Running) && is(Status::Paused) && !ends;
     if is(Status::Running) && !ends && !is_mixed {
+        connect(pending, &tasks).await;
         let_be(node, &record, pending).await?;
         return Ok(Look::Decided(Decided::SourceRuns));
     }
@@ -390,8 +391,30 @@ async fn release_ended(ended: &[TaskToFreeze]) -> Result<()> {
     Ok(())
 }
 
+/// Somebody has let it go past us, without what a thaw does beside that.
+pub(super) async fn let_be_connected(
+    node: &Containerd,
+    record: &Record,
+    pending: &Pending,
+) -> Result<()> {
+    connect(pending, &tasks_of(node, pending).await?).await;
+    let_be(node, record, pending).await
+}
+
+/// Puts what runs into the networks again that it has given away, and lets packets come and go. Where that fails it runs
+/// without, and is told of.
+async fn connect(pending: &Pending, tasks: &[(TaskToFreeze, Status)]) {
+    for (task, _) in tasks {
+        // No packet comes before the addresses are here, which would end its connections.
+        let taken_back = network::take_back(pending, task.pid).await;
+        if let Err(error) = taken_back.and(task.unlock_network().await) {
+            tracing::warn!("{}", error.one_line());
+        }
+    }
+}
+
 /// It is this node's alone again.
-pub(super) async fn let_be(node: &Containerd, record: &Record, pending: &Pending) -> Result<()> {
+async fn let_be(node: &Containerd, record: &Record, pending: &Pending) -> Result<()> {
     for id in pending.ids() {
         restart_policy::put_back(node, id).await?;
     }
