@@ -1,7 +1,8 @@
 //! A guard: this program once more, in a session of its own, at the end of a pipe.
 //!
 //! ```text
-//!  transship ──── pipe ────> PROGRAM <argument>
+//!  transship ──── pipe ────> PROGRAM <argument>  ── starts itself once more, and ends
+//!     │                                └──────> PROGRAM <argument> alone
 //!     │ JSON and newline: orders    reads them, and waits
 //!     │ a byte: stand down          reads it: ends
 //!     └ end of file                 does what its orders say
@@ -9,30 +10,34 @@
 //!
 //! What ends its caller is not to end it: systemd kills all processes of a unit, or of a session, by their cgroup, and the
 //! kernel some process when memory runs out. So it goes into a cgroup of its own, at the top
-//! ([`leave_cgroup_of_caller`]).
+//! ([`leave_cgroup_of_caller`]). And a source whose command leads to this node by a local program ends that with all that is
+//! below it, so it is below nobody.
 //!
 //! It is started before there is anything to guard, so that there is no moment without it.
 
+use std::env;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::process::{Child, Command};
 use transship_sandbox::leave_cgroup_of_caller;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// Its oom_score_adj: as little as there is but for what is never killed.
 const NOT_FOR_MEMORY: &str = "-999";
+
+/// The program itself, also when it has been replaced.
+const PROGRAM: &str = "/proc/self/exe";
+/// Set for the one that stays.
+const ALONE: &str = "TRANSSHIP_GUARD_ALONE";
 
 /// Acts should this process vanish, or drop it without [`Self::stand_down`].
 #[derive(Debug)]
 pub(crate) struct GuardProcess {
     pipe: PipeWriter,
-    // Waited for by tokio when it has ended.
-    _process: Child,
 }
 
 impl GuardProcess {
@@ -45,19 +50,20 @@ impl GuardProcess {
         let mut line = serde_json::to_vec(orders).with_context(failed)?;
         line.push(b'\n');
         let (reader, mut pipe) = io::pipe().with_context(failed)?;
-        let process = Command::new("/proc/self/exe")
+        let started = Command::new(PROGRAM)
             .arg(argument)
+            .env_remove(ALONE)
             .stdin(reader)
             // It may outlive us, and whoever waits for the end of our output must not wait for it.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .spawn()
+            .status()
             .with_context(failed)?;
+        if !started.success() {
+            return Err(Error::failed(format!("{} ({started})", failed())));
+        }
         pipe.write_all(&line).with_context(failed)?;
-        Ok(Self {
-            pipe,
-            _process: process,
-        })
+        Ok(Self { pipe })
     }
 
     /// There is nothing left to guard.
@@ -67,11 +73,18 @@ impl GuardProcess {
     }
 }
 
-/// The guard's side: its orders, when the pipe has ended; none when there is nothing to do.
+/// The guard's side: its orders, when the pipe has ended; none when there is nothing to do, or another one waits for them.
 ///
 /// # Errors
 /// They cannot be read.
 pub(crate) async fn orders<O: DeserializeOwned + Send + 'static>() -> Result<Option<O>> {
+    if env::var_os(ALONE).is_none() {
+        // With our stdin.
+        let mut guard = Command::new(PROGRAM);
+        guard.args(env::args_os().skip(1)).env(ALONE, "1");
+        guard.spawn().context("cannot start the guard")?;
+        return Ok(None);
+    }
     // No signal of the terminal is meant for it.
     let _ = nix::unistd::setsid();
     // Where that cannot be done it guards all the same.
