@@ -597,6 +597,11 @@ impl Conversation {
             .await
     }
 
+    /// From now on nobody gives up: what was begun is brought to its end.
+    pub fn hear_no_interrupt(&mut self) {
+        self.interrupt = Interrupt::never();
+    }
+
     /// Ends the conversation: nothing can be taken back after this, so nobody gives up any more.
     pub fn close(&mut self) {
         self.heartbeat = None;

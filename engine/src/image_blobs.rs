@@ -22,25 +22,28 @@ use crate::source::SourceContainer;
 pub(crate) const LEASE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Makes what is missing of the container's image, so that it can be offered. What was made goes with the
-/// lease that is given back.
+/// lease that is added, also when nobody waits for the end of it.
 ///
 /// # Errors
 /// The answer of containerd. The target may have the layers all the same.
 pub(crate) async fn complete(
     node: &Containerd,
     source: &mut SourceContainer,
-) -> Result<Option<Containerd>, ContainerdError> {
+    leases: &mut Vec<Containerd>,
+) -> Result<(), ContainerdError> {
     if let Some((_, image)) = &source.image
         && node.has_all_blobs(image).await?
     {
-        return Ok(None);
+        return Ok(());
     }
     let container = &mut source.container;
     let old = source.image.as_ref().map(|(_, image)| image);
     let (chain, snapshotter) = (container.image.chain_id.clone(), &container.snapshotter);
-    let (leased, image) = rebuild(node, old, &chain, snapshotter).await?;
+    let leased = node.with_lease(LEASE).await?;
+    leases.push(leased.clone());
+    let image = leased.rebuild_image(old, &chain, snapshotter).await?;
     let Some(target) = image.blobs.first().cloned() else {
-        return Ok(Some(leased));
+        return Ok(());
     };
     let rebuilt = chain_id(&image.diff_ids).filter(|rebuilt| *rebuilt != chain);
     container.image.rebuilt = rebuilt.map(|chain_id| Rebuilt {
@@ -48,7 +51,7 @@ pub(crate) async fn complete(
         chain_id,
     });
     source.image = Some((target, image));
-    Ok(Some(leased))
+    Ok(())
 }
 
 /// Makes an image of the layers that `snapshotter` has with the chain id `chain`; `old` is what is left of theirs. What

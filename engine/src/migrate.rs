@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
 use transship_checkpoint::annotations::of_migration;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::store::Store;
@@ -155,19 +156,23 @@ pub struct Report {
     pub direct: usize,
     /// What took how long.
     pub timeline: Timeline,
+    /// It runs there, but what was to be done here could not be.
+    pub unfinished: Option<Error>,
 }
 
 /// Where the records of migrations are that have been committed.
 pub const RECORDS: &str = "/var/lib/transship/migrations";
 /// How long containerd may take to delete the tasks of a source, whose processes have ended.
 const ENDING: Duration = Duration::from_secs(30);
+/// How long containerd may take to end a lease.
+const LEASES_END: Duration = Duration::from_secs(10);
 /// Where the locks of migrations are.
 const LOCKS: &str = "/run/transship/migrations";
 
 /// Moves a running container to another node.
 ///
 /// # Errors
-/// The source runs on, unless the kind is [`Kind::Uncertain`] or the error says that the copy runs.
+/// The source runs on, unless the kind is [`Kind::Uncertain`]. Where the copy runs, what has failed here is in the report.
 pub async fn migrate(
     node: &Containerd,
     store: &Store,
@@ -175,76 +180,35 @@ pub async fn migrate(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    // What has come here and was given up would be a second pod of its name.
-    for failed in settle_all(node, store, &Arrivals::default()).await?.failed {
-        tracing::warn!("{}", failed.one_line());
-    }
-    let mut reasons = Reasons::default();
-    let found = Moving::find(node, request, &mut reasons).await;
-    let Some(mut moving) = reasons.keep(found)? else {
-        return reasons.or(None);
+    let mut leases = Vec::new();
+    let prepared = tokio::select! {
+        prepared = prepare(node, store, request, &mut leases) => prepared,
+        interrupted = interrupt.wait() => Err(interrupted.into()),
     };
-    late_pages::check(&moving, request, &mut reasons);
-    let node = &match moving.pod {
-        // The CRI's containers are in no other namespace.
-        Some(_) => node.in_namespace(CRI_NAMESPACE)?,
-        None => node.clone(),
+    let moved = match prepared {
+        Ok(prepared) => move_prepared(prepared, store, request, interrupt, progress).await,
+        Err(error) => Err(error),
     };
+    end_leases(leases).await;
+    moved
+}
+
+/// Talks with the other node.
+async fn move_prepared(
+    prepared: Prepared,
+    store: &Store,
+    request: &Request,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let Prepared {
+        node,
+        moving,
+        record,
+        pending,
+        mut reasons,
+    } = prepared;
     let (id, called) = (moving.id().to_owned(), moving.called());
-    let record = Record::take(Path::new(RECORDS), Path::new(LOCKS), node.namespace(), &id)?;
-    let was_paused = moving.containers.iter().any(|it| it.was_paused);
-    let ids: Vec<&str> = moving.containers.iter().map(SourceContainer::id).collect();
-    let created = recover::created(node, &ids).await?;
-    match record.read() {
-        Ok(Some(earlier)) if !earlier.names_others(&created) => {
-            if !was_paused && !earlier.copy_runs {
-                // It has been decided: it runs.
-                recover::let_be_connected(node, &record, &earlier).await?;
-            }
-        }
-        _ if was_paused => {}
-        _ => record.clear()?,
-    }
-    record.check_clear(&id, node.namespace())?;
-    if was_paused {
-        let paused = moving.containers.iter().filter(|it| it.was_paused);
-        let message = format!("{called} is paused, and its copy would run");
-        reasons.add(paused.fold(Error::refused(message), |error, source| {
-            let resume = format!("ctr -n {} tasks resume {}", node.namespace(), source.id());
-            error.hint(resume)
-        }));
-        return reasons.or(None);
-    }
-    let mut made = Vec::new();
-    // What is not going to move needs no image.
-    let completed = moving.containers.iter_mut().filter(|_| reasons.is_empty());
-    for container in completed {
-        match image_blobs::complete(node, container).await {
-            Ok(leased) => made.extend(leased),
-            Err(error) => tracing::warn!(
-                error = %one_line(&error),
-                "parts of the image are missing, and cannot be made again"
-            ),
-        }
-    }
-    let networks = moving.containers.iter();
-    let networks = networks.flat_map(|it| it.container.networks.clone());
-    let pending = Pending {
-        migration: new_migration()?,
-        namespace: node.namespace().to_owned(),
-        container: id.clone(),
-        pod: moving.pending_pod(),
-        to: request.to.clone(),
-        remote_program: request.remote_program.clone(),
-        node: String::new(),
-        created,
-        was_paused,
-        keep_source: request.keep_source,
-        networks: networks.collect(),
-        since: String::new(),
-        copy_runs: false,
-    };
-    let moving = Arc::new(moving);
     let mut remote = match Remote::start(node.namespace(), request) {
         Err(error) if !reasons.is_empty() => {
             reasons.add(error);
@@ -254,7 +218,7 @@ pub async fn migrate(
     };
     let (input, output) = remote.pipes()?;
     let mut transaction = Transaction {
-        node,
+        node: &node,
         moving: &moving,
         reasons,
         store,
@@ -265,7 +229,7 @@ pub async fn migrate(
         conversation: Conversation::new(input, output, interrupt.clone()),
         timeline: Timeline::begin(),
         progress,
-        interrupt,
+        interrupt: interrupt.clone(),
         bytes: 0,
         compressed: Compressed::default(),
         direct: 0,
@@ -290,23 +254,20 @@ pub async fn migrate(
     if let Some(guard) = transaction.guard.take() {
         guard.stand_down();
     }
-    for made in made {
-        // What is left of it ends by itself.
-        drop(made.end_lease().await);
-    }
     let Transaction {
         mut conversation,
         timeline,
         bytes,
         compressed,
         direct,
+        interrupt,
         ..
     } = transaction;
     conversation.close();
     let cut_short = moved.is_err() && interrupt.check().is_err();
     let status = remote.end(cut_short).await;
     let (pid, finished) = moved.map_err(|error| remote::blame(error, request, status.as_ref()))?;
-    finished.with_context(|| format!("{called} runs on the other node"))?;
+    let unfinished = finished.with_context(|| format!("{called} runs on the other node"));
     let there = match &moving.pod {
         Some(_) => called,
         None => request.target.id.clone().unwrap_or(id),
@@ -318,7 +279,109 @@ pub async fn migrate(
         compressed,
         direct,
         timeline,
+        unfinished: unfinished.err(),
     })
+}
+
+/// What is known before the other node is asked.
+struct Prepared {
+    /// In the namespace of what moves.
+    node: Containerd,
+    moving: Arc<Moving>,
+    record: Record,
+    pending: Pending,
+    /// What speaks against it here.
+    reasons: Reasons,
+}
+
+/// Looks at what moves, and makes what is missing of its images; what was made goes with the leases.
+async fn prepare(
+    node: &Containerd,
+    store: &Store,
+    request: &Request,
+    leases: &mut Vec<Containerd>,
+) -> Result<Prepared> {
+    // What has come here and was given up would be a second pod of its name.
+    for failed in settle_all(node, store, &Arrivals::default()).await?.failed {
+        tracing::warn!("{}", failed.one_line());
+    }
+    let mut reasons = Reasons::default();
+    let found = Moving::find(node, request, &mut reasons).await;
+    let Some(mut moving) = reasons.keep(found)? else {
+        return reasons.or(None);
+    };
+    late_pages::check(&moving, request, &mut reasons);
+    let node = match moving.pod {
+        // The CRI's containers are in no other namespace.
+        Some(_) => node.in_namespace(CRI_NAMESPACE)?,
+        None => node.clone(),
+    };
+    let (id, called) = (moving.id().to_owned(), moving.called());
+    let record = Record::take(Path::new(RECORDS), Path::new(LOCKS), node.namespace(), &id)?;
+    let was_paused = moving.containers.iter().any(|it| it.was_paused);
+    let ids: Vec<&str> = moving.containers.iter().map(SourceContainer::id).collect();
+    let created = recover::created(&node, &ids).await?;
+    match record.read() {
+        Ok(Some(earlier)) if !earlier.names_others(&created) => {
+            if !was_paused && !earlier.copy_runs {
+                // It has been decided: it runs.
+                recover::let_be_connected(&node, &record, &earlier).await?;
+            }
+        }
+        _ if was_paused => {}
+        _ => record.clear()?,
+    }
+    record.check_clear(&id, node.namespace())?;
+    if was_paused {
+        let paused = moving.containers.iter().filter(|it| it.was_paused);
+        let message = format!("{called} is paused, and its copy would run");
+        reasons.add(paused.fold(Error::refused(message), |error, source| {
+            let resume = format!("ctr -n {} tasks resume {}", node.namespace(), source.id());
+            error.hint(resume)
+        }));
+        return reasons.or(None);
+    }
+    // What is not going to move needs no image.
+    let completed = moving.containers.iter_mut().filter(|_| reasons.is_empty());
+    for container in completed {
+        if let Err(error) = image_blobs::complete(&node, container, leases).await {
+            tracing::warn!(
+                error = %one_line(&error),
+                "parts of the image are missing, and cannot be made again"
+            );
+        }
+    }
+    let networks = moving.containers.iter();
+    let networks = networks.flat_map(|it| it.container.networks.clone());
+    let pending = Pending {
+        migration: new_migration()?,
+        namespace: node.namespace().to_owned(),
+        container: id.clone(),
+        pod: moving.pending_pod(),
+        to: request.to.clone(),
+        remote_program: request.remote_program.clone(),
+        node: String::new(),
+        created,
+        was_paused,
+        keep_source: request.keep_source,
+        networks: networks.collect(),
+        since: String::new(),
+        copy_runs: false,
+    };
+    Ok(Prepared {
+        node,
+        moving: Arc::new(moving),
+        record,
+        pending,
+        reasons,
+    })
+}
+
+async fn end_leases(leases: Vec<Containerd>) {
+    for leased in leases {
+        // What is left of it ends by itself.
+        drop(timeout(LEASES_END, leased.end_lease()).await);
+    }
 }
 
 /// Leaves the source as it is, whose processes have ended; nothing starts it again.

@@ -39,6 +39,7 @@ mod migration_cut;
 mod migration_direct;
 mod migration_faults;
 mod migration_files;
+mod migration_interrupted;
 mod migration_keeps;
 mod migration_lazy;
 mod migration_undecided;
@@ -216,6 +217,7 @@ fn main() -> ExitCode {
         each(pods_moved_volumes::cases()),
         each(migration_faults::cases()),
         each(migration_files::cases()),
+        each(migration_interrupted::cases()),
         each(migration_lazy::cases()),
         each(migration_undecided::cases()),
         each(nerdctl::cases()),

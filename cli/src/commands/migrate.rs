@@ -36,11 +36,20 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
     }
     let picture = TimelineFile::open(args.timeline.timeline.take())?;
     let interrupt = Interrupt::install()?;
-    let node = connect(global).await?;
+    let node = tokio::select! {
+        node = connect(global) => node?,
+        interrupted = interrupt.wait() => return Err(interrupted.into()),
+    };
     let request = request(args);
     let progress = Progress::new(global.json);
     let done = migrate::migrate(&node, &store(), &request, &interrupt, &progress).await?;
     drop(progress);
+    if let Some(unfinished) = done.unfinished {
+        if let Err(error) = picture.write(&done.timeline) {
+            tracing::warn!("{}", error.one_line());
+        }
+        return Err(unfinished);
+    }
     let shown = Migrated {
         container: done.container,
         pid: done.pid,

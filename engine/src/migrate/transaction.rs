@@ -74,7 +74,8 @@ pub(super) struct Transaction<'a> {
     pub(super) conversation: Conversation,
     pub(super) timeline: Timeline,
     pub(super) progress: &'a dyn Progress,
-    pub(super) interrupt: &'a Interrupt,
+    /// Heard until the copy runs.
+    pub(super) interrupt: Interrupt,
     pub(super) bytes: u64,
     /// What of it has gone compressed.
     pub(super) compressed: Compressed,
@@ -151,7 +152,7 @@ impl Transaction<'_> {
             hides_policy: true,
             ..source.to_freeze()
         });
-        let bounds = (self.request.max_freeze, self.interrupt);
+        let bounds = (self.request.max_freeze, &self.interrupt);
         Frozen::freeze_within(self.node, tasks.collect(), Some(draft.dir()), bounds).await
     }
 
@@ -497,7 +498,7 @@ impl Transaction<'_> {
         if let Some(command) = &self.request.before_restore {
             self.progress.step("before-restore command");
             let from = self.timeline.now();
-            before_restore::run(command, self.interrupt).await?;
+            before_restore::run(command, &self.interrupt).await?;
             self.timeline.step("command", from, None);
         }
         self.progress.step("restore");

@@ -15,6 +15,7 @@ use transship_checkpoint::wire::{Message, Outcome, unexpected};
 use super::Transaction;
 use crate::error::{Context, Error, Result};
 use crate::frozen::Committed;
+use crate::interrupt::Interrupt;
 use crate::migrate::ask::Question;
 use crate::migrate::recover::undecided;
 use crate::migrate::{
@@ -52,8 +53,7 @@ impl Transaction<'_> {
         let runs = matches!(answer, Ok(Message::Running { .. }));
         let answer = match answer {
             Ok(Message::Running { pid }) => {
-                self.timeline.thaw();
-                self.timeline.step("commit", from, None);
+                self.copy_runs(from);
                 { self.wait_for_late_pages().await }.map(|()| Message::Running { pid })
             }
             other => other,
@@ -73,14 +73,21 @@ impl Transaction<'_> {
         match self.ask().await {
             Ok(Outcome::Runs) => {
                 self.durable = true;
-                self.timeline.thaw();
-                self.timeline.step("commit", from, None);
+                self.copy_runs(from);
                 Ok((None, source))
             }
             Ok(Outcome::Aborted) => Err(self.resume(source, lost).await),
             Ok(outcome) => Err(undecided(&self.pending, outcome).because(lost)),
             Err(_) => Err(undecided(&self.pending, Outcome::Undecided).because(lost)),
         }
+    }
+
+    /// It has been moved. Who gives up now would only leave the rest of the work to somebody else.
+    fn copy_runs(&mut self, committed: Duration) {
+        self.timeline.thaw();
+        self.timeline.step("commit", committed, None);
+        self.interrupt = Interrupt::never();
+        self.conversation.hear_no_interrupt();
     }
 
     /// Waits until the copy, which runs, has all pages of its memory.
@@ -90,11 +97,10 @@ impl Transaction<'_> {
         }
         self.progress.step("the rest of the memory");
         let from = self.timeline.now();
-        // An interrupt would cost the copy.
         let what = "the last page of the copy's memory";
         let came = self
             .conversation
-            .receive_within(what, PAGES_DEADLINE, PAGES_DEADLINE);
+            .receive_within(what, PAGES_DEADLINE, Duration::ZERO);
         let came = came.await?;
         self.compressed = self.conversation.compressed();
         match came {
@@ -153,7 +159,7 @@ impl Transaction<'_> {
         };
         let patience = self.request.link_patience * 2;
         // Who has the record's lock decides.
-        { question.ask_on(Some(patience), self.interrupt, || true) }.await
+        { question.ask_on(Some(patience), &self.interrupt, || true) }.await
     }
 
     /// The copy runs: ends the source, and removes it as soon as a power cut of the target loses
