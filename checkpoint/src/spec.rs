@@ -142,6 +142,13 @@ impl Spec {
         }
     }
 
+    /// The sysctls of its namespaces, and their values.
+    pub fn sysctls(&self) -> impl Iterator<Item = (&str, &str)> {
+        let sysctls = self.get("/linux/sysctl").and_then(Value::as_object);
+        let sysctls = sysctls.into_iter().flatten();
+        sysctls.filter_map(|(name, value)| Some((name.as_str(), value.as_str()?)))
+    }
+
     /// Sets a sysctl of its namespaces.
     pub fn set_sysctl(&mut self, name: &str, value: &str) {
         let linux = self.object("linux");

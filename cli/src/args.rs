@@ -141,6 +141,9 @@ pub(crate) enum Command {
     /// Ask which copy of a migration runs when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
     CommitGuard,
+    /// Remove the copy of a restore that was killed when the pipe on stdin ends (this program starts it)
+    #[command(hide = true)]
+    CopyGuard,
     /// Publish in containerd's events what has become of a container (for the runtime front)
     #[command(hide = true)]
     Publish(PublishArgs),

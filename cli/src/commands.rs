@@ -62,6 +62,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::FreezeGuard => freeze_guard::run().await,
         Command::CommitGuard => transship_engine::migrate::run_guard().await,
         Command::ReceiveGuard => transship_engine::receive::run_guard().await,
+        Command::CopyGuard => transship_engine::restore::run_guard().await,
         Command::DeleteTask { id } => Ok(connect(&global).await?.kill_task(&id).await?),
         Command::HasContainer { id } => has_container::run(&global, &id).await,
         Command::OpenSealed { name } => open_for_pod(&store(), &name, Path::new(NODE_CONFIG)),

@@ -141,7 +141,8 @@ impl Containerd {
         Ok(())
     }
 
-    fn lease_id(&self) -> Option<&str> {
+    /// Id of the lease that calls are made under.
+    pub fn lease_id(&self) -> Option<&str> {
         self.lease.as_ref()?.to_str().ok()
     }
 }

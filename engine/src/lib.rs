@@ -60,7 +60,8 @@
 //! Some of its parts run the calling program again: the guard of frozen containers
 //! (`PROGRAM freeze-guard`, which calls [`freeze_guard::run`]), that of a migration whose end is open
 //! (`PROGRAM commit-guard`, [`migrate::run_guard`]), that of one that arrives
-//! (`PROGRAM receive-guard`, [`receive::run_guard`]), and in the middle of a dump with `link-remap` the export of
+//! (`PROGRAM receive-guard`, [`receive::run_guard`]), that of a copy that is restored (`PROGRAM copy-guard`,
+//! [`restore::run_guard`]), and in the middle of a dump with `link-remap` the export of
 //! the upperdir (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`) and the links of a pod's
 //! `/dev/shm` (`PROGRAM dump-links DIRECTORY FILE`, [`dump_links::write`]).
 

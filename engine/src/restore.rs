@@ -7,7 +7,7 @@
 //!      Restored::settle            an ordinary container;  Restored::undo: nothing is left
 //! ```
 //!
-//! `verify` tries a restore and removes it. `client_files` makes anew what nerdctl makes for a container.
+//! `verify` tries a restore and removes it. `copy_guard` removes the copy of a command that was killed. `client_files` makes anew what nerdctl makes for a container.
 //!
 //! What the checkpoint says is its maker's word: the spec, the labels and the options of the manifest
 //! go through `transship_sandbox::admission::foreign_spec`, and everything that leads to a program, a
@@ -16,6 +16,8 @@
 use transship_checkpoint::store::{Checkpoint, Store, StoreError};
 use transship_containerd::Containerd;
 
+use copy_guard::CopyGuard;
+
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::origin::Origins;
@@ -23,6 +25,7 @@ use crate::progress::Progress;
 use crate::timeline::Timeline;
 
 mod client_files;
+mod copy_guard;
 mod held;
 mod networks;
 mod plan;
@@ -31,6 +34,7 @@ mod target;
 pub mod verify;
 
 pub(crate) use client_files::remove as remove_client_files;
+pub use copy_guard::{ARGUMENT as GUARD_ARGUMENT, run as run_guard};
 pub(crate) use held::make_contents_dir;
 pub use held::{Copy, LEASE, Prepared, Restored, hold, hold_in, prepare, settle};
 pub use plan::{Plan, plan};
@@ -94,6 +98,7 @@ pub async fn restore(
 
     progress.step("restore");
     let leased = node.with_lease(LEASE).await?;
+    let guard = CopyGuard::start(&leased, &plan, &checkpoint)?;
     let from = timeline.now();
     let run = async {
         let restored = hold(&leased, plan, &checkpoint).await?;
@@ -115,6 +120,7 @@ pub async fn restore(
     let done = run.await;
     // What was made is referred to by now, or gone. A lease that cannot be dropped ends by itself.
     drop(leased.end_lease().await);
+    guard.stand_down().await;
     let (container, pid) = done?;
     Ok(Report {
         container,

@@ -3,23 +3,29 @@
 //! ```text
 //!  front    annotation of our own tool --> <work>/networks.json
 //!  CRIU, at `post-setup-namespaces` (hold_script): the network namespace is there, and empty
-//!           this: lo up (a socket may be connected over it), CNI ADD of each, lock;   it fails --> <work>/networks.error, and CRIU gives up
+//!           this: lo up (a socket may be connected over it), CNI ADD of each, sysctls of the spec, lock
+//!                 it fails --> <work>/networks.error, and CRIU gives up
 //!  front    `start`: unlocked; the neighbours are told where its addresses are now
 //!           a restore that failed, `delete`: CNI DEL of each
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use transship_cni::{Cni, Networks, Place, keep_addresses};
 use transship_sandbox::{
-    SandboxError, announce_addresses_of, lock_network, raise_loopback_of, unlock_network,
+    SandboxError, announce_addresses_of, lock_network, raise_loopback_of, set_network_sysctls,
+    unlock_network,
 };
 
 use crate::one_line;
 
 const FILE: &str = "networks.json";
+/// Sysctls of a network namespace that is the container's own.
+const SYSCTLS: &str = "network-sysctls.json";
 const ERROR: &str = "networks.error";
 /// Is there if packets are kept from the networks as long as the container is held.
 const LOCKS: &str = "networks.locked";
@@ -27,13 +33,13 @@ const LOCKS: &str = "networks.locked";
 /// Makes those that were asked for in a restore with this work directory; `pid` is its first task. No packet comes or
 /// goes there before [`open`], if connections come along.
 pub(crate) fn make(work: &Path, pid: i32) -> io::Result<()> {
-    let Some(networks) = read(work)? else {
-        return match has_own(pid)? {
-            true => raise_loopback_of(pid).map_err(io::Error::other),
-            false => Ok(()),
-        };
+    let made = match read::<Networks>(&work.join(FILE))? {
+        Some(networks) => add_all(&Cni::default(), &networks, pid),
+        None if !has_own(pid)? => return Ok(()),
+        None => raise_loopback_of(pid).map_err(io::Error::other),
     };
-    let made = add_all(&Cni::default(), &networks, pid).and_then(|()| match is_locked(work) {
+    let made = made.and_then(|()| set_sysctls(work, pid));
+    let made = made.and_then(|()| match is_locked(work) {
         true => lock_network(&namespace_of(pid)).map_err(io::Error::other),
         false => Ok(()),
     });
@@ -65,6 +71,16 @@ fn add_all(cni: &Cni, networks: &Networks, pid: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Sets those that [`write_sysctls`] was given.
+pub(crate) fn set_sysctls(work: &Path, pid: i32) -> io::Result<()> {
+    match read::<BTreeMap<String, String>>(&work.join(SYSCTLS))? {
+        Some(sysctls) if has_own(pid)? => {
+            set_network_sysctls(pid, &sysctls).map_err(io::Error::other)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether it has a network namespace that is not that of this program.
 fn has_own(pid: i32) -> io::Result<bool> {
     Ok(fs::read_link(namespace_of(pid))? != fs::read_link("/proc/self/ns/net")?)
@@ -83,6 +99,18 @@ pub(crate) fn write(work: &Path, json: &str, locks: bool) -> io::Result<()> {
         fs::write(work.join(LOCKS), "")?;
     }
     fs::write(work.join(FILE), json)
+}
+
+/// Asks for sysctls in a network namespace that the restore with this work directory makes.
+pub(crate) fn write_sysctls(work: &Path, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
+    let file = work.join(SYSCTLS);
+    match sysctls.is_empty() {
+        true => match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        },
+        false => fs::write(file, serde_json::to_vec(sysctls)?),
+    }
 }
 
 /// Lets packets come and go, before the first task does.
@@ -116,7 +144,7 @@ pub(crate) fn failure(work: &Path) -> Option<String> {
 
 /// Gives them back: the container is gone, or was not restored.
 pub(crate) fn remove(work: &Path) {
-    let networks = read(work).ok().flatten();
+    let networks = read::<Networks>(&work.join(FILE)).ok().flatten();
     let Some(networks) = networks else {
         return;
     };
@@ -132,8 +160,8 @@ pub(crate) fn remove(work: &Path) {
     drop(fs::remove_file(work.join(FILE)));
 }
 
-fn read(work: &Path) -> io::Result<Option<Networks>> {
-    match fs::read(work.join(FILE)) {
+fn read<T: DeserializeOwned>(file: &Path) -> io::Result<Option<T>> {
+    match fs::read(file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         json => Ok(Some(serde_json::from_slice(&json?)?)),
     }

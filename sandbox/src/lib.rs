@@ -27,7 +27,7 @@
 //! /proc                                  proc_text, process_handle, descriptors_of, privileged_files: also for engine and
 //!                                        front
 //! /sys/fs/cgroup                         guards_cgroup: what must not end with its caller
-//! in a network namespace                 interface_addresses, loopback, network_lock (nft)
+//! in a network namespace                 interface_addresses, loopback, network_sysctls, network_lock (nft)
 //! in an IPC namespace                    sysv_objects
 //! sockets of others, by pidfd_getfd      socket_options
 //! config.json                            device_rules: also for the front
@@ -53,6 +53,7 @@ mod linked_images;
 mod loopback;
 pub mod moved;
 mod network_lock;
+mod network_sysctls;
 pub mod opened;
 pub mod origins;
 mod pins;
@@ -74,6 +75,7 @@ pub use guards_cgroup::leave_cgroup_of_caller;
 pub use interface_addresses::{addresses_of, announce_addresses_of};
 pub use linked_images::LinkedImages;
 pub use network_lock::{lock_network, nft, unlock_network};
+pub use network_sysctls::{of_network as sysctls_of_network, set_network_sysctls};
 pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };

@@ -46,6 +46,7 @@ mod migration_undecided;
 mod migration_variants;
 mod moments;
 mod nerdctl;
+mod network_sysctls;
 mod node_api;
 mod not_ours;
 mod one_copy;
@@ -76,6 +77,7 @@ mod readme;
 mod reference;
 mod remedies;
 mod restore_cut;
+mod restore_killed;
 mod snapshotter;
 mod stale_namespaces;
 mod starts;
@@ -221,6 +223,7 @@ fn main() -> ExitCode {
         each(migration_lazy::cases()),
         each(migration_undecided::cases()),
         each(nerdctl::cases()),
+        each(network_sysctls::cases()),
         each(node_api::cases()),
         each(not_ours::cases()),
         each(one_copy::cases()),
@@ -247,6 +250,7 @@ fn main() -> ExitCode {
         each(reference::cases()),
         each(remedies::cases()),
         each(restore_cut::cases()),
+        each(restore_killed::cases()),
         each(snapshotter::cases()),
         each(stale_namespaces::cases()),
         each(stock::cases()),

@@ -14,7 +14,7 @@ use crate::pods_begun::{POD, RESTORE, start_with_checkpoint, with};
 use crate::pods_kubelet::volume;
 
 const PATIENCE: Duration = Duration::from_secs(90);
-const ID: &str = "web";
+pub(crate) const ID: &str = "web";
 const STATE: &str = "/run/containerd/runc/default/web";
 /// How long kubelet waits in the case of a guard that does not end.
 const CALL: Duration = Duration::from_secs(5);
@@ -95,7 +95,7 @@ fn what_is_cut_in_a_pod_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_no_pod_left(&node)
 }
 
-fn replace_runc(node: &Node, script: &str) -> anyhow::Result<()> {
+pub(crate) fn replace_runc(node: &Node, script: &str) -> anyhow::Result<()> {
     node.write_file("/usr/local/sbin/runc", script)?;
     Ok({ node.shell("chmod +x /usr/local/sbin/runc") }.run()?)
 }
@@ -120,7 +120,7 @@ fn nothing_is_left_of(node: &Node, cri: &Cri, id: &str) -> anyhow::Result<()> {
     )?)
 }
 
-fn node_with_checkpoint(bed: &Testbed) -> anyhow::Result<Node> {
+pub(crate) fn node_with_checkpoint(bed: &Testbed) -> anyhow::Result<Node> {
     let (node, _) = journey::start_nodes(bed)?;
     run_alone(&node, ID)?;
     node.command("transship")
@@ -150,7 +150,7 @@ fn nothing_is_left(node: &Node) -> anyhow::Result<()> {
     )?)
 }
 
-fn restores(node: &Node) -> anyhow::Result<()> {
+pub(crate) fn restores(node: &Node) -> anyhow::Result<()> {
     node.command("transship")
         .args(["restore", "monday"])
         .run()?;

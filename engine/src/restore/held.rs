@@ -342,10 +342,7 @@ impl Copy<'_> {
         let Self { id, .. } = *self;
         let snapshots = node.snapshotter(self.snapshotter);
         let record = self.has_record(node).await?;
-        let snapshot = match snapshots.stat(id).await {
-            Err(error) if !error.is_not_found() => return Err(error.into()),
-            snapshot => snapshot.is_ok_and(|it| self.has_made(&it.labels)),
-        };
+        let snapshot = self.has_snapshot(node).await?;
         if record {
             node.kill_task(id).await?;
             match node.delete_container(id).await {
@@ -373,6 +370,22 @@ impl Copy<'_> {
             Err(error) if !error.is_not_found() => Err(error.into()),
             record => Ok(record.is_ok_and(|it| self.has_made(&it.labels))),
         }
+    }
+
+    /// Whether its snapshot is there.
+    async fn has_snapshot(&self, node: &Containerd) -> Result<bool> {
+        match node.snapshotter(self.snapshotter).stat(self.id).await {
+            Err(error) if !error.is_not_found() => Err(error.into()),
+            snapshot => Ok(snapshot.is_ok_and(|it| self.has_made(&it.labels))),
+        }
+    }
+
+    /// Whether anything of it is there for [`Self::remove`].
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub async fn is_to_be_removed(&self, node: &Containerd) -> Result<bool> {
+        Ok(self.has_record(node).await? || self.has_snapshot(node).await?)
     }
 
     /// The state of its task: stopped, where there is none any more, also where another has its id now.

@@ -19,6 +19,7 @@ use transship_containerd::{Containerd, unique};
 use transship_sandbox::admission::foreign_spec::Allow;
 
 use super::client_files;
+use super::copy_guard::CopyGuard;
 use super::{AddressChoice, LEASE, Target, hold, open, plan};
 use crate::error::{Context, Error, Result};
 use crate::machine::free_memory;
@@ -89,7 +90,11 @@ async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
         ..Target::default()
     };
     let plan = plan(node, container, &spec, &target).await?;
-    hold(node, plan, checkpoint).await?.undo().await
+    let guard = CopyGuard::start(node, &plan, checkpoint)?;
+    let tried = async { hold(node, plan, checkpoint).await?.undo().await };
+    let tried = tried.await;
+    guard.stand_down().await;
+    tried
 }
 
 /// Where the container may write to what others have, too.

@@ -1,5 +1,6 @@
 //! `create` of a staged container: restores it, and holds it until `start`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -15,7 +16,9 @@ use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::origins::forget_gone;
-use transship_sandbox::{LinkedImages, PodDir, Staged, State, criu_lock, raise_loopback_of};
+use transship_sandbox::{
+    LinkedImages, PodDir, Staged, State, criu_lock, raise_loopback_of, sysctls_of_network,
+};
 
 use transship_path_error::During as _;
 
@@ -199,6 +202,11 @@ impl Front<'_> {
             let locks = criu.tcp == Tcp::Established && keeps_addresses;
             own_networks::write(&work, networks, locks).during("write into", &work)?;
         }
+        let sysctls = match joined.contains_key(&Namespace::Network) {
+            true => BTreeMap::new(),
+            false => sysctls_of_network(config.spec.sysctls()),
+        };
+        own_networks::write_sysctls(&work, &sysctls).during("write into", &work)?;
         self.remove_aborted_restore(&create.id, bundle);
         let own_pod = plan.has_made().then(|| create.id.clone());
         let held_restore = self.held_restore(&create.id, bundle, config, staged)?;
@@ -237,6 +245,9 @@ impl Front<'_> {
             }
             if !joined.contains_key(&Namespace::Network) {
                 raise_loopback_of(pid)?;
+                if traced {
+                    own_networks::set_sysctls(&work, pid).during("set the sysctls of", &proc)?;
+                }
             }
             attach(pid, &edits.attachments).map_err(|source| {
                 FrontError::from(RestoreError::NotAttached {
