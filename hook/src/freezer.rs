@@ -123,6 +123,11 @@ impl Freezer {
         })
     }
 
+    /// Whether a task that is killed ends while it is frozen.
+    pub(crate) fn ends_frozen(&self) -> bool {
+        self.version == Version::Two
+    }
+
     /// The processes in it and in those below.
     ///
     /// # Errors

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use transship_testbed::{
-    CommandRun as _, ContainerdConfig, Cri, Image, Pod, PodContainer, PodNamespaces, Testbed, Tree,
-    journey, poll_until,
+    CommandRun as _, ContainerdConfig, Cri, Image, Node, Pod, PodContainer, PodNamespaces, Testbed,
+    Tree, journey, poll_until,
 };
 
 use crate::Case;
@@ -22,12 +22,69 @@ exec /usr/local/sbin/criu.real "$@"
 "#;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    [Case {
-        what: "pod_moved",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: a_moved_pod_starts_nothing,
-    }]
+        run,
+    };
+    [
+        case("pod_moved", a_moved_pod_starts_nothing),
+        case(
+            "pod_moved_killed",
+            what_is_killed_as_it_stands_still_goes_no_further,
+        ),
+    ]
     .into_iter()
+}
+
+/// As kubelet does with a pod whose probes have failed.
+fn what_is_killed_as_it_stands_still_goes_no_further(bed: &Testbed) -> anyhow::Result<()> {
+    let node = bed.node("a")?;
+    start(bed, &node, true)?;
+    let spin = Image::spin(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    node.import_image_into("k8s.io", &spin, "transship")?;
+    let cri = node.cri()?;
+    for round in 0..3 {
+        node.shell("rm -rf /srv/spin; mkdir /srv/spin").run()?;
+        let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+        let id = cri.run_container(
+            &pod,
+            &PodContainer {
+                image: "transship.test/spin:1",
+                command: &["/usr/bin/spin", "6", "/spin"],
+                mounts: &[("/srv/spin", "/spin")],
+                ..FIRST
+            },
+        )?;
+        let counts = "for file in /srv/spin/*; do cat $file; echo; done | tr '\n' ' '";
+        poll_until("all children to count", PATIENCE, || {
+            let counts = node
+                .shell(counts)
+                .read()
+                .map_err(|error| error.to_string())?;
+            let counting = counts.split_whitespace().filter(|count| *count != "0");
+            match counting.count() {
+                6 => Ok(()),
+                _ => Err(counts),
+            }
+        })?;
+        let name = format!("spin-{round}");
+        node.shell(&format!(
+            "transship checkpoint --pod shop/web --name {name} --moved"
+        ))
+        .run()?;
+        let frozen = node.shell(counts).read()?;
+        match round {
+            // Without a stop before it, containerd has the runtime delete it by force.
+            2 => cri.remove_container(&id)?,
+            _ => cri.stop_container(&id, 0)?,
+        }
+        let last = node.shell(counts).read()?;
+        ensure!(frozen == last, "it counted on: {last} after {frozen}");
+        cri.remove_pod(&pod)?;
+        node.shell(&format!("transship rm {name}")).run()?;
+    }
+    journey::check_no_pod_left(&node)
 }
 
 fn a_moved_pod_starts_nothing(bed: &Testbed) -> anyhow::Result<()> {
@@ -97,6 +154,15 @@ fn a_moved_pod_starts_nothing(bed: &Testbed) -> anyhow::Result<()> {
 
     node.shell("transship checkpoint --pod shop/web --name two --moved")
         .run()?;
+    // It has moved, whatever becomes of another attempt.
+    let again = node.command("transship");
+    let said = { again }
+        .args(&taken[..4])
+        .args(["two", "--moved"])
+        .read_failure()?;
+    ensure!(!node.shell(MARKS).read()?.is_empty(), "{said}");
+    let said = failing_dump(&node)?;
+    ensure!(!node.shell(MARKS).read()?.is_empty(), "{said}");
     // As kubelet does after the third probe without an answer; it makes the sandbox again, too.
     cri.stop_container(&id, 0)?;
     refused(&cri, &pod, 2)?;
@@ -116,6 +182,33 @@ fn a_moved_pod_starts_nothing(bed: &Testbed) -> anyhow::Result<()> {
     cri.remove_pod(&pod)?;
     journey::check_no_pod_left(&node)?;
     without_the_front(bed)
+}
+
+/// An attempt that fails when the pod has been marked already.
+fn failing_dump(node: &Node) -> anyhow::Result<String> {
+    node.write_file(
+        "/run/failing-criu",
+        "#!/bin/sh\n[ \"$1\" = swrk ] && exit 1\nexec /usr/local/sbin/criu.real \"$@\"\n",
+    )?;
+    node.shell(
+        "cp $(command -v criu) /usr/local/sbin/criu.real
+         install -m 0755 /run/failing-criu /usr/local/sbin/criu",
+    )
+    .run()?;
+    let again = node.command("transship");
+    let said = { again }
+        .args([
+            "checkpoint",
+            "--pod",
+            "shop/web",
+            "--name",
+            "three",
+            "--moved",
+        ])
+        .read_failure()?;
+    node.shell("rm /usr/local/sbin/criu /usr/local/sbin/criu.real")
+        .run()?;
+    Ok(said)
 }
 
 fn without_the_front(bed: &Testbed) -> anyhow::Result<()> {

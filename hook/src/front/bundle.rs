@@ -38,6 +38,8 @@ use transship_sandbox::read_proc;
 
 use super::{FitError, Front, FrontError};
 use crate::argv::Arguments;
+use crate::freezer::Freezer;
+use crate::start_time::start_time;
 
 /// How annotations of CRI-O and podman begin.
 const OTHER_ENGINES: [&str; 3] = ["io.kubernetes.cri-o.", "io.podman.", "io.container.manager"];
@@ -99,6 +101,9 @@ pub(super) struct Marker {
     /// The cgroup whose freezer holds it; without one it is held by SIGSTOP.
     #[serde(default)]
     pub(super) frozen: Option<PathBuf>,
+    /// Whether it is being let go: it says that it runs, and may be held still.
+    #[serde(default)]
+    pub(super) is_let_go: bool,
     /// Whether its start waits for the commitment of a migration.
     #[serde(default)]
     pub(super) comes_with_migration: bool,
@@ -165,6 +170,15 @@ impl Marker {
         }
     }
 
+    /// Whether the one who was letting it go was killed before its tasks went: it has not run.
+    pub(super) fn stands_still(&self) -> bool {
+        self.phase == Phase::Running
+            && self.is_let_go
+            && start_time(self.pid).ok() == Some(self.start_time)
+            && { self.frozen.as_deref() }
+                .is_some_and(|dir| Freezer::at(dir).is_frozen().unwrap_or_default())
+    }
+
     pub(super) fn restoring(own_pod: Option<String>, restore: Option<HeldRestore>) -> Self {
         let (pid, start_time, stopped) = (0, 0, Vec::new());
         Self {
@@ -174,6 +188,7 @@ impl Marker {
             start_time,
             stopped,
             frozen: None,
+            is_let_go: false,
             comes_with_migration: false,
             own_pod,
             restore,

@@ -19,9 +19,19 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(25);
 impl Front<'_> {
     pub(super) fn delete(&self, id: &str, force: bool) -> Result<Option<Outcome>, FrontError> {
         let Some(bundle) = self.bundle_of(id) else {
+            if force {
+                self.kill_frozen(id);
+            }
             return Ok(None);
         };
-        let Some(marker) = bundle.marker()? else {
+        let mut marker = bundle.marker()?;
+        if let Some(marker) = marker.as_mut().filter(|it| it.stands_still()) {
+            marker.phase = Phase::Held;
+        }
+        if force {
+            self.kill_frozen(id);
+        }
+        let Some(marker) = marker else {
             // Whatever keeps this from being removed, the container is to be deleted.
             drop(self.forget_staged(id, &bundle));
             return Ok(None);

@@ -85,12 +85,18 @@ impl Front<'_> {
             own_networks::open(&bundle.path("work"), marker.pid)?;
             // Before the first task goes: from then on it has run, whoever is killed when.
             marker.phase = Phase::Running;
+            marker.is_let_go = true;
             bundle.write_marker(&marker)?;
         }
         let pid = marker.pid;
         let hold = marker.frozen.clone().map_or(Hold::Stopped, Hold::Frozen);
         let released = release(pid, &hold, &marker.stopped);
         released.during("let go the tasks of", format!("/proc/{pid}"))?;
+        if marker.is_let_go {
+            marker.is_let_go = false;
+            // It runs; what the marker says besides matters to one that is frozen again.
+            drop(bundle.write_marker(&marker));
+        }
         own_networks::announce(&bundle.path("work"), marker.pid);
         if let Some(restore) = &marker.restore {
             // What is left says less than the record does.
