@@ -288,16 +288,16 @@ pub async fn checkpoint(
         }
     };
 
-    // As late as it can be: of who is killed from then on the guard of the freeze takes it back.
     let mark = match (&target.pod, target.moves) {
         (_, Moves::No) | (None, _) => None,
         (Some(pod), moves) => {
             let will_be_deleted = moves == Moves::WillBeDeleted;
-            Some(Mark::set(pod, &target.sources, name, will_be_deleted)?)
+            Some(Mark::of(pod, &target.sources, name, will_be_deleted)?)
         }
     };
     let into = (store, (draft, sealing), timeline);
-    let taken = take(target, name, into, afterwards, interrupt, progress).await;
+    let how = (afterwards, mark.as_ref());
+    let taken = take(target, name, into, how, interrupt, progress).await;
     if taken.is_ok() {
         // Whoever was to run runs again.
         share_blocks(store, name).await?;
@@ -322,20 +322,20 @@ async fn take(
     target: &DumpTarget,
     name: &str,
     (store, (draft, sealing), mut timeline): (&Store, (Draft, Option<Sealing>), Timeline),
-    afterwards: Afterwards,
+    (afterwards, mark): (Afterwards, Option<&Mark>),
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<Report> {
     progress.step("dump");
-    let marked = target.pod.as_ref().filter(|_| target.moves != Moves::No);
     let tasks = target.sources.iter().map(|source| TaskToFreeze {
-        marked: marked.map(|pod| pod.uid.clone()),
+        marked: mark.and_then(Mark::new_for),
         // containerd before 2.0 takes what stands still for ended, and starts it again.
         hides_policy: true,
         ..source.to_freeze()
     });
     let (tasks, bounds) = (tasks.collect(), (target.max_freeze, interrupt));
-    let frozen = Frozen::freeze_within(&target.node, tasks, Some(draft.dir()), bounds).await?;
+    let frozen =
+        Frozen::freeze_marked(&target.node, tasks, Some(draft.dir()), bounds, mark).await?;
     timeline.freeze(frozen.since().into_std());
     let dump = dump_all(target, draft.dir(), &mut timeline);
     let dumped = match at_most(target.max_freeze, frozen.since(), dump).await {

@@ -28,6 +28,7 @@ use crate::freeze_guard::FreezeGuard;
 use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
 use crate::kill;
+use crate::moved_pods::Mark;
 use crate::oci_runtime::OciRuntime;
 use crate::restart_policy;
 use crate::stuck_dump;
@@ -116,18 +117,20 @@ impl Frozen {
         tasks: Vec<TaskToFreeze>,
         draft: Option<&Path>,
     ) -> Result<Self> {
-        Self::freeze_within(node, tasks, draft, (None, &Interrupt::never())).await
+        Self::freeze_marked(node, tasks, draft, (None, &Interrupt::never()), None).await
     }
 
-    /// As [`Self::freeze`], for at most `most`, and unless somebody asks to give up.
+    /// As [`Self::freeze`], for at most `most`, and unless somebody asks to give up. A mark is written when there is a
+    /// guard that takes it back, and before anything stands still, which a kubelet takes for dead.
     ///
     /// # Errors
-    /// As there.
-    pub(crate) async fn freeze_within(
+    /// As there; the mark stays.
+    pub(crate) async fn freeze_marked(
         node: &Containerd,
         tasks: Vec<TaskToFreeze>,
         draft: Option<&Path>,
         (most, interrupt): (Option<Duration>, &Interrupt),
+        mark: Option<&Mark>,
     ) -> Result<Self> {
         let guard = FreezeGuard::start(node, &tasks, draft)?;
         let tasks = Tasks {
@@ -138,6 +141,7 @@ impl Frozen {
         // What is hidden from others is put back by the guard, too.
         let paused = {
             let pausing = async {
+                mark.map_or(Ok(()), Mark::write)?;
                 tasks.hide_policies().await?;
                 tasks.pause_outside_of_vfork(most).await
             };

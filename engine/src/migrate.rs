@@ -444,13 +444,13 @@ async fn end_source(node: &Containerd, pending: &Pending) -> Result<()> {
     ended.context("it could not be ended here")
 }
 
-/// A kubelet here starts nothing of the pod any more, whatever its probes say of what stands still.
-fn mark_moved(moving: &Moving, pending: &Pending) -> Result<()> {
+/// By which a kubelet here starts nothing of the pod any more, whatever its probes say of what stands still.
+fn mark_of(moving: &Moving, pending: &Pending) -> Result<Option<Mark>> {
     let Some(pod) = moving.pod.as_ref().filter(|_| kubelet::seen().is_some()) else {
-        return Ok(());
+        return Ok(None);
     };
     let checkpoint = of_migration(&pending.migration);
-    Mark::set(&pod.pod, &moving.containers, &checkpoint, false).map(drop)
+    Mark::of(&pod.pod, &moving.containers, &checkpoint, false).map(Some)
 }
 
 /// It runs on here.

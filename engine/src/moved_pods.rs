@@ -1,8 +1,8 @@
 //! Pods that move: their mark on the node that they leave, and whether they end or run on there.
 //!
 //! ```text
-//!  checkpoint --moved:  mark, freeze, dump  ──> paused, and marked: kubelet starts no second copy
-//!                         └ failed: unmarked, runs
+//!  checkpoint --moved:  guard, mark, freeze, dump  ──> paused, and marked: kubelet starts no second copy
+//!                         └ failed: unmarked, runs;  it was marked and paused before: so it stays
 //!  recover --pod:       --source-runs       ──> runs again, unmarked
 //!                       --target-runs       ──> killed while it stands still; stays marked
 //! ```
@@ -27,14 +27,17 @@ use crate::task_to_freeze::TaskToFreeze;
 #[derive(Debug)]
 pub(crate) struct Mark {
     uid: String,
+    moved: Moved,
+    /// What it was marked with before.
+    earlier: Option<Moved>,
 }
 
 impl Mark {
-    /// Writes it.
+    /// Nothing is written yet: the guard of the freeze, which takes it back, comes first.
     ///
     /// # Errors
-    /// It would keep nobody from starting the pod again, or cannot be written.
-    pub(crate) fn set(
+    /// It would keep nobody from starting the pod again, or an earlier one cannot be read.
+    pub(crate) fn of(
         pod: &Pod,
         containers: &[SourceContainer],
         checkpoint: &str,
@@ -52,15 +55,33 @@ impl Mark {
             name: pod.name.clone(),
             checkpoint: checkpoint.to_owned(),
         };
-        moved::mark(Path::new(DEFAULT_MOVED_DIR), &pod.uid, &moved)?;
         Ok(Self {
             uid: pod.uid.clone(),
+            moved,
+            earlier: moved::find(Path::new(DEFAULT_MOVED_DIR), &pod.uid)?,
         })
     }
 
-    /// The pod does not move; the error says why.
+    /// # Errors
+    /// It cannot be written.
+    pub(crate) fn write(&self) -> Result<()> {
+        let dir = Path::new(DEFAULT_MOVED_DIR);
+        Ok(moved::mark(dir, &self.uid, &self.moved)?)
+    }
+
+    /// The uid of the pod, if it was not marked before: who takes the mark back knows of no earlier one.
+    pub(crate) fn new_for(&self) -> Option<String> {
+        self.earlier.is_none().then(|| self.uid.clone())
+    }
+
+    /// The pod does not move by this; the error says why. Where it has moved before it stays so.
     pub(crate) fn take_back(self, error: Error) -> Error {
-        match moved::unmark(Path::new(DEFAULT_MOVED_DIR), &self.uid) {
+        let dir = Path::new(DEFAULT_MOVED_DIR);
+        let taken_back = match &self.earlier {
+            Some(earlier) => moved::mark(dir, &self.uid, earlier),
+            None => moved::unmark(dir, &self.uid),
+        };
+        match taken_back {
             Ok(()) => error,
             Err(left) => Error::from(left).after(error),
         }

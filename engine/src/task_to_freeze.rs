@@ -22,6 +22,6 @@ pub struct TaskToFreeze {
     pub given_away: Vec<Attachment>,
     /// Whether its restart policy is hidden as long as it is frozen.
     pub hides_policy: bool,
-    /// The uid of its pod, which is marked as moved as long as it is frozen.
+    /// The uid of its pod, which is marked as moved as long as it is frozen, and was not before.
     pub marked: Option<String>,
 }

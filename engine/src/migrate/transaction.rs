@@ -26,7 +26,7 @@ use super::late_pages::{NOT_DIRECT, PageServer};
 use super::moving::Moving;
 use super::record::{Pending, Record};
 use super::remote::refused_there;
-use super::{Request, mark_moved, network, resume_source, unmark_moved};
+use super::{Request, mark_of, network, resume_source, unmark_moved};
 use crate::check::lacking;
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
@@ -37,6 +37,7 @@ use crate::image_blobs::{self, offer_blobs};
 use crate::interrupt::Interrupt;
 use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
+use crate::moved_pods::Mark;
 use crate::node_id::is_node_id;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
@@ -124,7 +125,9 @@ impl Transaction<'_> {
         let frozen = match self.freeze(&draft).await {
             Ok(frozen) => frozen,
             Err(error) => {
-                return Err(resume_source(self.node, self.moving, Ok(()), error).await);
+                let error = resume_source(self.node, self.moving, Ok(()), error).await;
+                unmark_moved(&self.pending)?;
+                return Err(error);
             }
         };
         let most = self.request.max_freeze;
@@ -146,14 +149,17 @@ impl Transaction<'_> {
     }
 
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
+        let mark = mark_of(self.moving, &self.pending)?;
         let tasks = self.moving.containers.iter().map(|source| TaskToFreeze {
+            marked: mark.as_ref().and_then(Mark::new_for),
             network_is_locked: network::is_locked(&self.pending, source.container.criu.tcp),
             given_away: network::given_away(&self.pending),
             hides_policy: true,
             ..source.to_freeze()
         });
         let bounds = (self.request.max_freeze, &self.interrupt);
-        Frozen::freeze_within(self.node, tasks.collect(), Some(draft.dir()), bounds).await
+        let (tasks, draft) = (tasks.collect(), Some(draft.dir()));
+        Frozen::freeze_marked(self.node, tasks, draft, bounds, mark.as_ref()).await
     }
 
     async fn move_and_record(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
@@ -166,7 +172,6 @@ impl Transaction<'_> {
         let looks = self.look_at_sources();
         self.pending.since = transship_containerd::rfc3339(std::time::SystemTime::now());
         self.record.write(&self.pending)?;
-        mark_moved(self.moving, &self.pending)?;
         for looked in looks.join_all().await {
             looked?;
         }
