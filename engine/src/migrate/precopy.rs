@@ -21,6 +21,14 @@ pub struct Bounds {
     pub time: Duration,
 }
 
+impl Bounds {
+    /// When what began then ends; one that no clock can tell is as good as none.
+    pub(super) fn end_of(&self, began: Instant) -> Instant {
+        const AGES: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+        began + self.time.min(AGES)
+    }
+}
+
 impl Default for Bounds {
     fn default() -> Self {
         Self {
@@ -60,7 +68,7 @@ impl Rounds {
 
     /// When the one under way ends.
     pub(super) fn until(&self) -> Instant {
-        self.began + self.bounds.time
+        self.bounds.end_of(self.began)
     }
 
     /// Whether there is another one, when the target has taken so many bytes. It ends a migration that brings too many, so

@@ -40,7 +40,7 @@ impl Transaction<'_> {
     async fn send_contents(&mut self) -> Result<(Vec<Option<KnownFiles>>, KnownVolumes)> {
         let moving = Arc::clone(self.moving);
         let from = self.timeline.now();
-        let until = Instant::now() + self.request.precopy.time;
+        let until = self.request.precopy.end_of(Instant::now());
         let bytes_before = self.bytes;
         let mut containers = Vec::new();
         for source in &moving.containers {
