@@ -107,7 +107,7 @@ fn begin(node: &Node, command: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until nothing is there but this container, or none.
+/// Waits until nothing is there but this container, or none. Links of the images go with the next restore or the checkpoint.
 fn only_is_left(node: &Node, id: &str) -> anyhow::Result<()> {
     Ok(poll_until("the end of the copy", PATIENCE, || {
         let left = node.shell(&format!(
@@ -118,7 +118,6 @@ fn only_is_left(node: &Node, id: &str) -> anyhow::Result<()> {
              }} 2>/dev/null | grep -vx '.*:\\|\\|{id}'
              ctr leases ls -q | grep -v '^transship-diff-'
              pgrep -af 'transship-restore-[g]uard|transship-hold-[w]atch|[c]riu swrk|[c]opy-guard'
-             find /var/lib/transship -name '.staged-*' -o -name '.new-*'
              true"
         ));
         match { left }.read() {
