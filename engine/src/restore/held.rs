@@ -374,6 +374,12 @@ impl Copy<'_> {
 
     /// Whether its snapshot is there.
     async fn has_snapshot(&self, node: &Containerd) -> Result<bool> {
+        // Its record says that it is a container like any other, and its snapshot goes on saying who has made it.
+        match node.container(self.id).await {
+            Ok(record) if !self.has_made(&record.labels) => return Ok(false),
+            Err(error) if !error.is_not_found() => return Err(error.into()),
+            _ => {}
+        }
         match node.snapshotter(self.snapshotter).stat(self.id).await {
             Err(error) if !error.is_not_found() => Err(error.into()),
             snapshot => Ok(snapshot.is_ok_and(|it| self.has_made(&it.labels))),
