@@ -120,7 +120,7 @@ pub async fn restore(
     let done = run.await;
     // What was made is referred to by now, or gone. A lease that cannot be dropped ends by itself.
     drop(leased.end_lease().await);
-    guard.stand_down().await;
+    guard.stand_down(&done).await;
     let (container, pid) = done?;
     Ok(Report {
         container,

@@ -294,6 +294,24 @@ impl PodDir {
         remove_tree(&self.dir)
     }
 
+    /// Removes everything of a container outside of pods that is there no more. False when somebody restores it.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn remove_unless_restored(&self) -> Result<bool, SandboxError> {
+        let mut claims = Vec::new();
+        for entry in fs::read_dir(self.dir.join("restore")).into_iter().flatten() {
+            let entry = entry.during("list", &self.dir)?;
+            match Staged::at(entry.path()).claim() {
+                Ok(claim) => claims.push(claim),
+                Err(SandboxError::Busy { .. }) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        self.remove()?;
+        Ok(true)
+    }
+
     /// Removes the restore of a container outside of pods that nobody waits for any more. In a pod its next container may.
     fn remove_forgotten(&self) -> Result<(), SandboxError> {
         let Some(id) = self.dir.file_name().and_then(|id| id.to_str()) else {

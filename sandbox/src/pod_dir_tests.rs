@@ -153,3 +153,16 @@ fn what_is_held_for_a_container_that_is_gone_goes() {
     assert!(!is_left(&alone));
     assert!(is_left(&pod), "the next container of a pod may want it");
 }
+
+#[test]
+fn what_somebody_restores_is_not_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let (pod, staged) = staged(root.path());
+    let claim = staged.claim().unwrap();
+    assert!(!pod.remove_unless_restored().unwrap());
+    assert!(staged.path().try_exists().unwrap());
+    drop(claim);
+    assert!(pod.remove_unless_restored().unwrap());
+    assert!(!pod.path().try_exists().unwrap());
+    assert!(pod.remove_unless_restored().unwrap());
+}

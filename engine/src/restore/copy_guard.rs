@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep};
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
+use transship_sandbox::{DEFAULT_RUN_DIR, PodDir};
 
 use super::{Copy, Plan, settle};
 use crate::error::{Context, Result};
@@ -80,9 +81,13 @@ impl CopyGuard {
         })
     }
 
-    /// The copy runs and is like any other, or nothing is left of it. What is left is the guard's.
-    pub(super) async fn stand_down(self) {
-        if let Ok(false) = self.orders.copy().is_to_be_removed(&self.node).await {
+    /// The copy runs and is like any other; or, after an error, nothing may be left of it, and what is left is the guard's.
+    pub(super) async fn stand_down<T>(self, done: &Result<T>) {
+        let is_left = match done {
+            Ok(_) => Ok(false),
+            Err(_) => self.orders.copy().is_to_be_removed(&self.node).await,
+        };
+        if let Ok(false) = is_left {
             self.process.stand_down();
         }
     }
@@ -154,6 +159,15 @@ enum End {
 async fn end_once(node: &Containerd, orders: &Orders, late: bool) -> Result<End> {
     let copy = orders.copy();
     if !copy.is_to_be_removed(node).await? {
+        if let Err(error) = node.container(copy.id).await {
+            if !error.is_not_found() {
+                return Err(error.into());
+            }
+            // What the runtime front had of it, if it was killed, too.
+            if !PodDir::at(Path::new(DEFAULT_RUN_DIR), copy.id)?.remove_unless_restored()? {
+                return Ok(End::Something);
+            }
+        }
         if let Some(lease) = &orders.lease {
             node.end_lease_called(lease).await?;
         }

@@ -93,7 +93,7 @@ async fn try_leased(node: &Containerd, checkpoint: &Checkpoint) -> Result<()> {
     let guard = CopyGuard::start(node, &plan, checkpoint)?;
     let tried = async { hold(node, plan, checkpoint).await?.undo().await };
     let tried = tried.await;
-    guard.stand_down().await;
+    guard.stand_down(&tried).await;
     tried
 }
 
