@@ -47,6 +47,19 @@ pub enum SandboxError {
         /// Name of the checkpoint.
         checkpoint: String,
     },
+    /// Somebody in the sandbox may use what the checkpoint has, too.
+    #[error(
+        "the sandbox has a System V object with the id or key of one of the checkpoint ({kind} {id}, key {key:#x}), and \
+         another container of it may use it: restore into a new sandbox, or remove it there (ipcs, ipcrm)"
+    )]
+    IpcInUse {
+        /// What it is.
+        kind: &'static str,
+        /// Its id.
+        id: u32,
+        /// Its key.
+        key: u32,
+    },
     /// A file in the staged restore that this program has not written.
     #[error("{path} is damaged: {what}")]
     Damaged {

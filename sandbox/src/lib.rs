@@ -73,6 +73,7 @@ pub use error::SandboxError;
 pub use files::unmount_all;
 pub use guards_cgroup::leave_cgroup_of_caller;
 pub use interface_addresses::{addresses_of, announce_addresses_of};
+pub use ipc_record::OfCheckpoint;
 pub use linked_images::LinkedImages;
 pub use network_lock::{lock_network, nft, unlock_network};
 pub use network_sysctls::{of_network as sysctls_of_network, set_network_sysctls};

@@ -52,6 +52,42 @@ impl LiveIpc {
         })
     }
 
+    /// Removes what is there in the place of `new`: the same id, or the same key. `present` is somebody's. While others are in
+    /// the namespace, nobody knows who uses what.
+    ///
+    /// # Errors
+    /// [`SandboxError::IpcInUse`]; or one cannot be removed.
+    pub(crate) fn make_way(
+        &self,
+        new: &[IpcObject],
+        present: &[IpcObject],
+        has_others: &dyn Fn() -> bool,
+    ) -> Result<(), SandboxError> {
+        let is_in_place_of = |there: &IpcObject, object: &IpcObject| {
+            let same_key = there.key == object.key && object.key != 0;
+            there.kind == object.kind && (there.id == object.id || same_key)
+        };
+        let in_the_way: Vec<&IpcObject> = { self.before.iter() }
+            .filter(|there| !present.contains(there))
+            .filter(|there| new.iter().any(|object| is_in_place_of(there, object)))
+            .collect();
+        let Some(first) = in_the_way.first() else {
+            return Ok(());
+        };
+        if has_others() {
+            return Err(SandboxError::IpcInUse {
+                kind: first.kind.name(),
+                id: first.id,
+                key: first.key,
+            });
+        }
+        let path = &self.namespace;
+        in_thread("remove the System V objects in", path, || {
+            enter(path)?;
+            remove(in_the_way.into_iter())
+        })
+    }
+
     /// Removes those of `objects` that have come since; what was there before is somebody else's.
     ///
     /// # Errors

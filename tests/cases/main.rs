@@ -82,6 +82,7 @@ mod snapshotter;
 mod stale_namespaces;
 mod starts;
 mod stock;
+mod sysv_left;
 mod tcp_journeys;
 mod teardown;
 mod upperdir_told;
@@ -254,6 +255,7 @@ fn main() -> ExitCode {
         each(snapshotter::cases()),
         each(stale_namespaces::cases()),
         each(stock::cases()),
+        each(sysv_left::cases()),
         each(tcp_journeys::cases()),
         each(teardown::cases()),
         each(upperdir_told::cases()),

@@ -30,6 +30,18 @@ pub enum IpcKind {
     Sem,
 }
 
+impl IpcKind {
+    /// What ipcs(1) calls it, for messages.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Shm => "shared memory",
+            Self::Msg => "message queue",
+            Self::Sem => "semaphores",
+        }
+    }
+}
+
 /// One System V object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct IpcObject {

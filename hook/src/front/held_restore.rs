@@ -132,7 +132,7 @@ impl Front<'_> {
             bundle.fill_rootfs(&diff, &request.checkpoint)?;
         }
         let images = LinkedImages::of(&request.images)?;
-        let edits = self.fit_images(images.path(), config, pod)?;
+        let edits = self.fit_images(images.path(), config, pod, &request.checkpoint)?;
         // Where CRIU changes nothing that they share, others may begin.
         let shares = edits.concern_others()
             || connections.is_some()
@@ -273,7 +273,7 @@ impl Front<'_> {
                 comes_with_migration: config.annotations.receives,
                 ..restoring
             })?;
-            edits.record(pod)?;
+            edits.record(pod, (pid, start_time))?;
             criu_config.give_back()
         };
         finish().inspect_err(|_| {

@@ -125,7 +125,8 @@ impl Front<'_> {
             .value("image-path")
             .map_or(PathBuf::from(DEFAULT_IMAGES), PathBuf::from);
         let images = LinkedImages::alone(&from)?;
-        let edits = self.fit_images(images.path(), config, pod)?;
+        // Nothing says of which checkpoint they are.
+        let edits = self.fit_images(images.path(), config, pod, "")?;
         let admission = admit_native(&restore.id, images.path(), config, bundle)?;
         admission.apply(images.path())?;
         // containerd gives no option of the dump to its restore.
@@ -172,17 +173,18 @@ impl Front<'_> {
             let proc = format!("/proc/{pid}");
             self.take_into_cgroup(&restore.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;
+            let started = start_time(pid).unwrap_or_default();
             bundle.write_marker(&Marker {
                 phase: Phase::Running,
                 pid,
-                start_time: start_time(pid).unwrap_or_default(),
+                start_time: started,
                 ..restoring
             })?;
             if sandbox {
                 pod.pin(pid)?;
             }
             criu_config.give_back()?;
-            edits.record(pod)?;
+            edits.record(pod, (pid, started))?;
             let stopped = tasks::stopped(images.path())?;
             let released = held::release(pid, &hold, &stopped);
             Ok::<(), FrontError>(released.during("let go the tasks of", &proc)?)

@@ -1,6 +1,8 @@
 //! Which living namespaces a container joins.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use transship_checkpoint::annotations::Role;
@@ -10,16 +12,20 @@ use transship_checkpoint::criu_images::shm_mappings::Attachment;
 use transship_checkpoint::criu_images::{mounts, utsns};
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_sandbox::{
-    LiveIpc, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process,
+    LiveIpc, OfCheckpoint, PodDir, live_ipc_sysctls, live_network_namespace, live_uts_names,
+    paths_of_process,
 };
 
 use super::bundle::Config;
 use super::{FitError, Front, FrontError};
+use crate::descendants::tree;
 
 /// What a restore does to the sandbox's namespaces, told when it has succeeded.
 #[derive(Debug, Default)]
 pub(super) struct NamespaceEdits {
     ipc: Option<(PathBuf, Vec<IpcObject>, LiveIpc)>,
+    /// The checkpoint, and when it was taken.
+    of: (String, Option<u64>),
     /// System V shared memory of earlier restores, for the held tasks to attach.
     pub(super) attachments: Vec<Attachment>,
 }
@@ -98,16 +104,26 @@ impl Front<'_> {
         dir: &Path,
         config: &Config,
         pod: &PodDir,
+        checkpoint: &str,
     ) -> Result<NamespaceEdits, FrontError> {
         mounts::forget_removed(dir)?;
         let joined = namespaces::joined(&config.spec);
-        let mut edits = NamespaceEdits::default();
+        let found = self.env.store.find(checkpoint);
+        let mut edits = NamespaceEdits {
+            of: (
+                checkpoint.to_owned(),
+                found.ok().map(|it| it.manifest.created),
+            ),
+            ..NamespaceEdits::default()
+        };
         if let Some(uts) = joined.get(&Namespace::Uts) {
             utsns::set_names(dir, &live_uts_names(uts)?)?;
         }
         if let Some(ipc) = joined.get(&Namespace::Ipc) {
             set_sysctls(dir, &live_ipc_sysctls(ipc)?)?;
-            let (new, attachments) = pod.remove_present_ipc(dir, ipc)?;
+            let has_others = || self.has_others(config, ipc);
+            let (new, attachments) =
+                pod.remove_present_ipc(dir, ipc, edits.of_checkpoint(), &has_others)?;
             edits.ipc = Some((ipc.clone(), new, LiveIpc::of(ipc)?));
             edits.attachments = attachments;
         }
@@ -115,11 +131,42 @@ impl Front<'_> {
     }
 }
 
+impl Front<'_> {
+    /// Whether there is somebody in the IPC namespace of a sandbox besides its own container. Whom it has been left by does
+    /// not ask for anything there any more.
+    fn has_others(&self, config: &Config, namespace: &Path) -> bool {
+        let Ok(wanted) = fs::metadata(namespace) else {
+            return true;
+        };
+        let sandbox = match &config.annotations.role {
+            Role::Member { sandbox } => {
+                let root = self.globals.root.as_deref();
+                self.env.runtime.state(root, sandbox).ok().flatten()
+            }
+            Role::Sandbox | Role::Alone => None,
+        };
+        let own = sandbox.map_or(Vec::new(), |state| tree(state.pid).unwrap_or_default());
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        { pids.filter(|pid| !own.contains(pid)) }.any(|pid| {
+            let its = fs::metadata(format!("/proc/{pid}/ns/ipc"));
+            its.is_ok_and(|its| (its.dev(), its.ino()) == (wanted.dev(), wanted.ino()))
+        })
+    }
+}
+
 impl NamespaceEdits {
-    /// Remembers what is in the sandbox's namespaces now.
-    pub(super) fn record(&self, pod: &PodDir) -> Result<(), FrontError> {
+    fn of_checkpoint(&self) -> OfCheckpoint<'_> {
+        OfCheckpoint {
+            name: &self.of.0,
+            created: self.of.1,
+        }
+    }
+
+    /// Remembers what is in the sandbox's namespaces now, and the first process of the container that has it.
+    pub(super) fn record(&self, pod: &PodDir, holder: (i32, u64)) -> Result<(), FrontError> {
         if let Some((namespace, objects, _)) = &self.ipc {
-            pod.record_ipc(namespace, objects)?;
+            pod.record_ipc(namespace, self.of_checkpoint(), objects, holder)?;
         }
         Ok(())
     }
