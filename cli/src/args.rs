@@ -590,8 +590,8 @@ pub(crate) struct MigrateArgs {
     /// Accept that a copy is lost whose source or link goes before it has all of its memory
     #[arg(long, requires = "lazy")]
     pub(crate) accept_loss: bool,
-    /// What the other node may lack of what is compared before the freeze: criu-version, limit, memory, processor,
-    /// security-module
+    /// What the other node may lack of what is compared before the freeze: criu-version, huge-pages, limit, memory,
+    /// processor, security-module
     #[arg(long, value_name = "NAME[,NAME]")]
     pub(crate) may_lack: Option<MayLack>,
     /// Address at which the other node listens for the bulk of the data, none for the command's pipe

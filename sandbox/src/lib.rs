@@ -49,7 +49,7 @@ mod guards_cgroup;
 mod interface_addresses;
 mod ipc_record;
 pub mod last_run;
-mod linked_images;
+pub mod linked_images;
 mod loopback;
 pub mod moved;
 mod network_lock;

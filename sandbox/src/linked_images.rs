@@ -152,7 +152,7 @@ impl Drop for LinkedImages {
 ///
 /// # Errors
 /// The directory cannot be listed.
-pub(crate) fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
+pub fn remove_orphans(from: &Path) -> Result<(), SandboxError> {
     let parent = from.parent().unwrap_or(Path::new("/"));
     for entry in fs::read_dir(parent).during("list", parent)? {
         let entry = entry.during("list", parent)?;

@@ -107,7 +107,7 @@ fn begin(node: &Node, command: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until nothing is there but this container, or none. Links of the images go with the next restore or the checkpoint.
+/// Waits until nothing is there but this container, or none.
 fn only_is_left(node: &Node, id: &str) -> anyhow::Result<()> {
     Ok(poll_until("the end of the copy", PATIENCE, || {
         let left = node.shell(&format!(
@@ -116,6 +116,7 @@ fn only_is_left(node: &Node, id: &str) -> anyhow::Result<()> {
                ctr snapshots --snapshotter transship ls | awk 'NR > 1 && $NF != \"Committed\" {{print $1}}'
                ls /run/containerd/runc/default /run/containerd/io.containerd.runtime.v2.task/default
              }} 2>/dev/null | grep -vx '.*:\\|\\|{id}'
+             ls -d /run/transship/pods/* /var/lib/transship/checkpoints/*/*/.staged-* 2>/dev/null
              ctr leases ls -q | grep -v '^transship-diff-'
              pgrep -af 'transship-restore-[g]uard|transship-hold-[w]atch|[c]riu swrk|[c]opy-guard'
              true"

@@ -159,6 +159,17 @@ fn limits(found: &mut Vec<Finding>, needs: &Needs, there: &NodeFacts) {
 }
 
 fn room(found: &mut Vec<Finding>, needs: &Needs, there: &NodeFacts) {
+    if let Some(free) = there
+        .free_huge_pages
+        .filter(|free| needs.huge_pages > *free)
+    {
+        let needed = needs.huge_pages;
+        found.push(Finding::problem(
+            "huge pages",
+            format!("it has {needed} bytes in huge pages, and {free} are free there"),
+            "sysctl vm.nr_hugepages=MORE there",
+        ));
+    }
     for (what, needed, free, remedy) in [
         (
             "memory",
@@ -229,6 +240,7 @@ mod tests {
             .map(|(name, value)| (name.to_owned(), value))
             .into(),
             free_memory: 1 << 30,
+            free_huge_pages: Some(4 << 20),
             free_disk: 1 << 30,
             clock: 1000,
         }
@@ -247,10 +259,21 @@ mod tests {
             process_id: 32767,
             inotify_instances: 128,
             memory: 1 << 30,
+            huge_pages: 4 << 20,
             apparmor: Some("docker-default".into()),
             ..Needs::default()
         };
         assert_eq!(findings(&needs, &node(), &node()), []);
+        let more = Needs {
+            huge_pages: 6 << 20,
+            ..needs
+        };
+        assert_eq!(found(&more, &node(), Verdict::Problem), ["huge pages"]);
+        let silent = NodeFacts {
+            free_huge_pages: None,
+            ..node()
+        };
+        assert_eq!(findings(&more, &node(), &silent), []);
     }
 
     #[test]

@@ -14,8 +14,9 @@ use crate::conditions::Needs;
 use crate::error::{Error, Result};
 
 /// What another node may be found to lack.
-const NAMES: [&str; 5] = [
+const NAMES: [&str; 6] = [
     "criu-version",
+    "huge-pages",
     "limit",
     "memory",
     "processor",
@@ -99,6 +100,7 @@ fn of_all(needs: &[&Needs]) -> Needs {
         all.process_id = all.process_id.max(one.process_id);
         all.inotify_instances += one.inotify_instances;
         all.memory += one.memory;
+        all.huge_pages += one.huge_pages;
         all.apparmor = all.apparmor.or_else(|| one.apparmor.clone());
         all.selinux = all.selinux.or_else(|| one.selinux.clone());
     }

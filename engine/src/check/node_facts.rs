@@ -11,7 +11,7 @@
 //!   "cgroups": 2, "security_modules": ["capability", "apparmor"],
 //!   "processor": { "model": "...", "features": ["sse2", "avx2", ...] },
 //!   "limits": { "fs.nr_open": 1048576, "kernel.pid_max": 4194304, ... },
-//!   "free_memory": BYTES, "free_disk": BYTES, "clock": SECONDS }
+//!   "free_memory": BYTES, "free_huge_pages": BYTES, "free_disk": BYTES, "clock": SECONDS }
 //! ```
 
 use std::collections::BTreeMap;
@@ -30,7 +30,7 @@ use transship_containerd::Containerd;
 
 use super::{Version, host};
 use crate::error::{Context, Error, Result};
-use crate::machine::free_memory;
+use crate::machine::{free_huge_pages, free_memory};
 
 /// Bytes of them; features of a processor are most of it.
 const MOST_BYTES: usize = 64 << 10;
@@ -76,6 +76,9 @@ pub struct NodeFacts {
     pub limits: BTreeMap<String, u64>,
     /// Bytes of memory that could be had.
     pub free_memory: u64,
+    /// Bytes of huge pages that are free; a node of before did not say.
+    #[serde(default)]
+    pub free_huge_pages: Option<u64>,
     /// Bytes that are free where checkpoints lie.
     pub free_disk: u64,
     /// Seconds since 1970, when this was printed.
@@ -120,6 +123,7 @@ impl NodeFacts {
             processor: processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
             limits: LIMITS.into_iter().filter_map(limit).collect(),
             free_memory: free_memory(),
+            free_huge_pages: Some(free_huge_pages()),
             free_disk: free_disk(),
             clock: now.map_or(0, |now| now.as_secs()),
         })

@@ -19,6 +19,8 @@ pub struct Needs {
     pub inotify_instances: u64,
     /// Bytes of memory, which are bytes of a checkpoint, too.
     pub memory: u64,
+    /// The most bytes of huge pages of one of its processes. What they share each of them has.
+    pub huge_pages: u64,
     /// Its profile of AppArmor.
     pub apparmor: Option<String>,
     /// Its label of SELinux.
@@ -42,6 +44,7 @@ pub(super) fn of(spec: &Spec, processes: &Processes) -> Needs {
             |(_, _, target)| matches!(target, FDTarget::AnonInode(kind) if kind == "inotify"),
         )),
         memory,
+        huge_pages: most(|seen| seen.status.hugetlbpages.unwrap_or_default() * 1024),
         apparmor: text("/process/apparmorProfile"),
         selinux: text("/process/selinuxLabel"),
     }

@@ -14,9 +14,11 @@ use std::time::Duration;
 use containerd_client::types::v1::Status;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
+use transship_checkpoint::manifest::IMAGES_DIR;
 use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
+use transship_sandbox::linked_images::remove_orphans;
 use transship_sandbox::{DEFAULT_RUN_DIR, PodDir};
 
 use super::{Copy, Plan, settle};
@@ -46,6 +48,8 @@ struct Orders {
     /// The checkpoint, and the name of the container in it.
     checkpoint: String,
     container: String,
+    /// Its images, beside which the runtime front makes links to them.
+    images: PathBuf,
     /// The lease that it is made under.
     lease: Option<String>,
 }
@@ -72,6 +76,7 @@ impl CopyGuard {
             made_by: plan.made_by.clone(),
             checkpoint: checkpoint.manifest.name.clone(),
             container: plan.container.name.clone(),
+            images: checkpoint.dir.join(&plan.container.name).join(IMAGES_DIR),
             lease: node.lease_id().map(str::to_owned),
         };
         Ok(Self {
@@ -167,6 +172,8 @@ async fn end_once(node: &Containerd, orders: &Orders, late: bool) -> Result<End>
             if !PodDir::at(Path::new(DEFAULT_RUN_DIR), copy.id)?.remove_unless_restored()? {
                 return Ok(End::Something);
             }
+            // The checkpoint may have been removed.
+            drop(remove_orphans(&orders.images));
         }
         if let Some(lease) = &orders.lease {
             node.end_lease_called(lease).await?;
