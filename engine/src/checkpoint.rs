@@ -28,7 +28,7 @@ use crate::error::{Context, Error, Result};
 use crate::frozen::{Frozen, TaskToFreeze, at_most};
 use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
-use crate::moved_pods::Mark;
+use crate::moved_mark::Mark;
 use crate::origin::Origins;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};

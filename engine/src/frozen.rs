@@ -28,7 +28,7 @@ use crate::freeze_guard::FreezeGuard;
 use crate::frozen_pids::pids_of_frozen;
 use crate::interrupt::Interrupt;
 use crate::kill;
-use crate::moved_pods::Mark;
+use crate::moved_mark::Mark;
 use crate::oci_runtime::OciRuntime;
 use crate::restart_policy;
 use crate::stuck_dump;

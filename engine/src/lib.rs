@@ -17,8 +17,9 @@
 //!  send, receive                             <-> checkpoint directory as a stream
 //!  migrate --> conversation (pipe), data_channel (TLS) --> receive, restore on the other node;  migrate::recover: the end of one that
 //!  was cut off
+//!  cri_record: what the record of a container of the CRI says of its pod
 //!  restart_policy: keeps containerd from starting what a migration has frozen
-//!  moved_pods: pods that must not start again where they were
+//!  moved_mark: of pods that must not start again where they were;  moved_pods: what becomes of them there
 //!  exported_layer: what the export of an upperdir gives;  task_to_freeze: what is to stand still
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  thaw: they are seen to run;  kill: their end;  stuck_dump: ends a dump;
@@ -95,6 +96,7 @@ mod lost_task;
 pub mod machine;
 pub mod memory_dir;
 pub mod migrate;
+mod moved_mark;
 pub mod moved_pods;
 mod network_namespace;
 mod node_id;

@@ -34,7 +34,7 @@ use crate::image_blobs;
 use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::lost_task;
-use crate::moved_pods::Mark;
+use crate::moved_mark::Mark;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
 use crate::receive::{Arrivals, new_migration, settle_all};

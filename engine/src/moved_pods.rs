@@ -1,8 +1,6 @@
-//! Pods that move: their mark on the node that they leave, and whether they end or run on there.
+//! Pods that have been moved: whether they end or run on on the node that they leave.
 //!
 //! ```text
-//!  checkpoint --moved:  guard, mark, freeze, dump  ──> paused, and marked: kubelet starts no second copy
-//!                         └ failed: unmarked, runs;  it was marked and paused before: so it stays
 //!  recover --pod:       --source-runs       ──> runs again, unmarked
 //!                       --target-runs       ──> killed while it stands still; stays marked
 //! ```
@@ -12,99 +10,15 @@ use std::path::Path;
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::Status;
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::Pod;
 use transship_containerd::Containerd;
-use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR, Moved};
+use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
 use crate::cri_record;
 use crate::error::{Error, Result};
 use crate::frozen::Committed;
 use crate::pod;
-use crate::source::{self, SourceContainer};
+use crate::source;
 use crate::task_to_freeze::TaskToFreeze;
-
-/// The mark of a pod that is about to move.
-#[derive(Debug)]
-pub(crate) struct Mark {
-    uid: String,
-    moved: Moved,
-    /// What it was marked with before.
-    earlier: Option<Moved>,
-}
-
-impl Mark {
-    /// Nothing is written yet: the guard of the freeze, which takes it back, comes first.
-    ///
-    /// # Errors
-    /// It would keep nobody from starting the pod again, or an earlier one cannot be read.
-    pub(crate) fn of(
-        pod: &Pod,
-        containers: &[SourceContainer],
-        checkpoint: &str,
-        will_be_deleted: bool,
-    ) -> Result<Self> {
-        if !will_be_deleted {
-            check_front(pod, containers).map_err(|error| {
-                error.hint(
-                    "--source-pod-will-be-deleted says that you delete the pod before its probes fail",
-                )
-            })?;
-        }
-        let moved = Moved {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            checkpoint: checkpoint.to_owned(),
-        };
-        Ok(Self {
-            uid: pod.uid.clone(),
-            moved,
-            earlier: moved::find(Path::new(DEFAULT_MOVED_DIR), &pod.uid)?,
-        })
-    }
-
-    /// # Errors
-    /// It cannot be written.
-    pub(crate) fn write(&self) -> Result<()> {
-        let dir = Path::new(DEFAULT_MOVED_DIR);
-        Ok(moved::mark(dir, &self.uid, &self.moved)?)
-    }
-
-    /// The uid of the pod, if it was not marked before: who takes the mark back knows of no earlier one.
-    pub(crate) fn new_for(&self) -> Option<String> {
-        self.earlier.is_none().then(|| self.uid.clone())
-    }
-
-    /// The pod does not move by this; the error says why. Where it has moved before it stays so.
-    pub(crate) fn take_back(self, error: Error) -> Error {
-        let dir = Path::new(DEFAULT_MOVED_DIR);
-        let taken_back = match &self.earlier {
-            Some(earlier) => moved::mark(dir, &self.uid, earlier),
-            None => moved::unmark(dir, &self.uid),
-        };
-        match taken_back {
-            Ok(()) => error,
-            Err(left) => Error::from(left).after(error),
-        }
-    }
-}
-
-/// Whether the mark would keep kubelet from starting the pod again.
-///
-/// # Errors
-/// Another runtime makes its containers.
-pub(crate) fn check_front(pod: &Pod, containers: &[SourceContainer]) -> Result<()> {
-    let Some(foreign) = containers.iter().find(|it| !it.runtime.is_front()) else {
-        return Ok(());
-    };
-    Err(Error::refused(format!(
-        "nothing would keep kubelet from starting {}/{} again here: the runtime of {} is {}, and not \
-         transship's front",
-        pod.namespace,
-        pod.name,
-        foreign.called,
-        foreign.runtime.name(),
-    )))
-}
 
 /// Ends the pause in which `checkpoint --moved` has left a pod: it runs on here, or its
 /// processes end, without another instruction.

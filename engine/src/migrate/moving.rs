@@ -10,7 +10,7 @@ use crate::checkpoint::check_options;
 use crate::cri_pods::{CriPods, MadeOf};
 use crate::error::Result;
 use crate::kubelet;
-use crate::moved_pods::check_front;
+use crate::moved_mark::check_front;
 use crate::pod::{self, SourcePod};
 use crate::pod_dirs::{self, SharedDirs};
 use crate::pod_ended;

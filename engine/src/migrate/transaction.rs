@@ -37,7 +37,7 @@ use crate::image_blobs::{self, offer_blobs};
 use crate::interrupt::Interrupt;
 use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
-use crate::moved_pods::Mark;
+use crate::moved_mark::Mark;
 use crate::node_id::is_node_id;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
