@@ -82,10 +82,8 @@ fn run(node: &Node, id: &str, namespace: &str, program: &str) -> anyhow::Result<
 fn last(node: &Node) -> anyhow::Result<u64> {
     let log = String::from_utf8(node.read_file(LOG)?)?;
     ensure!(!log.contains("BAD"), "{log}");
-    let steps = log
-        .lines()
-        .filter_map(|line| line.split(' ').next()?.parse().ok());
-    Ok(steps.last().unwrap_or_default())
+    let steps = { log.lines() }.filter_map(|line| line.split(' ').next()?.parse().ok());
+    Ok(steps.max().unwrap_or_default())
 }
 
 fn wait_for(node: &Node, step: u64) -> anyhow::Result<u64> {
