@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use transship_checkpoint::conditions::{CONDITIONS, Condition, Effect};
-use transship_checkpoint::criu_options::{CriuOptions, Losses};
+use transship_checkpoint::criu_options::{ConfigLine, CriuOptions, Losses};
 use transship_checkpoint::spec::Spec;
 
 use crate::error::Result;
@@ -65,7 +65,7 @@ pub use needs::Needs;
 pub(crate) use network_lock::way_to_lock;
 use processes::Processes;
 pub(crate) use sockets::protocol;
-pub(crate) use watches::{SCAN_PATH, paths_of_inodes, watched_inodes};
+pub(crate) use watches::{paths_of_inodes, watched_inodes};
 
 /// The most things of one kind that are named.
 const NAMED: usize = 4;
@@ -124,8 +124,8 @@ pub struct Found {
 pub struct Findings {
     /// In the order of the table.
     pub found: Vec<Found>,
-    /// Paths at which CRIU must look for files that are watched.
-    pub watched: Vec<String>,
+    /// What CRIU must be told to find the files that are watched.
+    pub watched: Vec<ConfigLine>,
     /// What it needs of a node.
     pub needs: Needs,
 }

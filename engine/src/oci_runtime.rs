@@ -29,7 +29,6 @@ use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 use transship_sandbox::{RELEASE_COMMAND, criu_lock};
 
-use crate::conditions::SCAN_PATH;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 
@@ -106,8 +105,8 @@ impl OciRuntime {
         self.name().starts_with("transship-")
     }
 
-    /// Dumps a container into `images` and leaves it as it is; CRIU looks for watched files at
-    /// `watched`.
+    /// Dumps a container into `images` and leaves it as it is; `watched` tells CRIU
+    /// where the watched files are.
     ///
     /// # Errors
     /// What the runtime says; CRIU's log is in `work`.
@@ -116,7 +115,7 @@ impl OciRuntime {
         id: &str,
         criu: &CriuOptions,
         (images, work): (&Path, &Path),
-        watched: &[String],
+        watched: &[ConfigLine],
         export: Option<ExportInside<'_>>,
         hold: Option<&DumpHold>,
     ) -> Result<()> {
@@ -131,9 +130,7 @@ impl OciRuntime {
             flags.push(format!("--{name}").into());
             flags.extend(value.map(OsString::from));
         }
-        for path in watched {
-            lines.push(ConfigLine::with(SCAN_PATH, path)?);
-        }
+        lines.extend_from_slice(watched);
         lines.push(ConfigLine::with("network-lock", criu_lock().name())?);
         let script = work.join("dump.sh");
         let scripted = export.is_some() || hold.is_some();

@@ -22,7 +22,7 @@ use transship_checkpoint::annotations::Annotations;
 use transship_checkpoint::container_log::keep as keep_log;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::criu_log;
-use transship_checkpoint::criu_options::{CriuOptions, CriuOverrides};
+use transship_checkpoint::criu_options::{ConfigLine, CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
     Container, DUMP_LOG_FILE, DUMP_STATS_FILE, Format, IMAGES_DIR, Image, Losses, Manifest,
     NotRunning, Pod, ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source,
@@ -49,6 +49,7 @@ use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 use crate::exported_layer::Layer;
 use crate::locks::{Lock, lock_for_dump};
+use crate::lost_watches;
 use crate::oci_runtime::{ExportInside, OciRuntime};
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
@@ -95,8 +96,8 @@ pub struct SourceContainer {
     pub needs: Needs,
     /// Its log, which comes along.
     pub log: Option<PathBuf>,
-    /// What CRIU is to look for by its path.
-    watched: Vec<String>,
+    /// What CRIU is told to find the files that are watched.
+    watched: Vec<ConfigLine>,
     /// Whether containerd's own dump, with what the front adds by the annotations, has the options
     /// that are wanted.
     by_containerd: bool,
@@ -608,6 +609,7 @@ impl SourceContainer {
             );
         }
         let images = dir.join(IMAGES_DIR);
+        lost_watches::refuse(&images, &self.called).await?;
         timer_threads::translate(&images, pids).await?;
         let container = Named {
             pid: self.pid,

@@ -41,6 +41,15 @@ struct GhostFileEntry {
     symlnk_target: Option<Vec<u8>>,
 }
 
+impl Ghost {
+    /// Whether CRIU takes it for what a watch without a path is for, by the device and the inode.
+    #[must_use]
+    pub fn is_found_by(&self, (device, inode): (u32, u64)) -> bool {
+        // CRIU compares no more of an inode.
+        u32::try_from(inode).is_ok() && self.identity == Some((device, inode))
+    }
+}
+
 /// Reads the one with a number.
 ///
 /// # Errors

@@ -11,6 +11,9 @@
 //! CRIU finds a watched file by its handle, and on an overlay, which opens no handles, by its inode
 //! below some well-known directories, and below those that `irmap-scan-path` names. So the inodes are
 //! looked for here, while the container runs, and CRIU is told where they are.
+//!
+//! By a mount of a file it opens no handle either. Where a directory of the same file system is mounted too, it opens
+//! the handle by that mount, finds no path, and says nothing of one, unless `force-irmap` makes it look for the inode.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -27,8 +30,9 @@ use super::processes::Processes;
 use super::{Hit, Subject};
 use crate::process_files;
 
-/// CRIU's option.
-pub(crate) const SCAN_PATH: &str = "irmap-scan-path";
+/// CRIU's options.
+const SCAN_PATH: &str = "irmap-scan-path";
+const LOOK_ALWAYS: &str = "force-irmap";
 /// File systems whose files have no handles that can be opened.
 const NO_HANDLES: [&str; 2] = ["proc", "sysfs"];
 /// More of a descriptor's information than this is not read.
@@ -36,8 +40,8 @@ const INFORMATION: u64 = 4 << 20;
 /// More files than this are not compared.
 const FILES: usize = 4 << 20;
 
-/// The paths of what is watched on the container's root, and what has none that CRIU can be told.
-pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Vec<Hit>) {
+/// What CRIU is told of what is watched, and what there is that it cannot be told.
+pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<ConfigLine>, Vec<Hit>) {
     let root = format!("/proc/{}/root/", subject.init);
     let Ok(device) = fs::metadata(&root).map(|root| root.dev()) else {
         return (Vec::new(), Vec::new());
@@ -46,40 +50,104 @@ pub(super) fn find(subject: &Subject, processes: &Processes) -> (Vec<String>, Ve
         matches!(target, FDTarget::AnonInode(kind) if kind == "inotify" || kind == "[fanotify]")
     });
     let mut wanted = BTreeMap::new();
+    let mut mounted = BTreeMap::new();
     let mut lost = Vec::new();
-    let mut never = None;
+    let mut places = None;
     for (seen, number, _) in watching {
         let information = read(&format!("/proc/{}/fdinfo/{number}", seen.pid));
         for inode in watched(&information, device) {
             wanted.insert(inode, seen.called());
         }
-        for (device, place) in never.get_or_insert_with(|| without_handles(subject.init)) {
+        let (never, files) = places
+            .get_or_insert_with(|| (without_handles(subject.init), mounted_files(subject.init)));
+        for (device, place) in &*never {
             let watches = watched(&information, *device).len();
             if watches > 0 {
                 let by = seen.called();
                 lost.push(("watch", format!("{watches} below {place} by {by}")));
             }
         }
-    }
-    if wanted.is_empty() || !is_overlay(&root) {
-        return (Vec::new(), lost);
-    }
-    let found = paths_of_inodes(Path::new(&root), device, &wanted.keys().copied().collect());
-    let mut told = Vec::new();
-    for (inode, by) in wanted {
-        match found.get(&inode) {
-            Some(path) if ConfigLine::with(SCAN_PATH, path).is_ok() => told.push(path.clone()),
-            Some(path) => {
-                let shown = path.escape_debug();
-                lost.push((
-                    "watch",
-                    format!("{shown} by {by}, which has a blank or the like"),
-                ));
+        for file in &*files {
+            if watched(&information, file.device).contains(&file.inode) {
+                mounted.insert(file.clone(), seen.called());
             }
-            None => lost.push(("watch", format!("inode {inode} by {by}"))),
         }
     }
-    (told, lost)
+    let mut told = Told::default();
+    for (file, by) in mounted {
+        told.look_at(&file.place, &by, &mut lost);
+        told.always |= file.has_directory;
+    }
+    if !wanted.is_empty() && is_overlay(&root) {
+        let found = paths_of_inodes(Path::new(&root), device, &wanted.keys().copied().collect());
+        for (inode, by) in wanted {
+            match found.get(&inode) {
+                Some(path) => told.look_at(path, &by, &mut lost),
+                None => lost.push(("watch", format!("inode {inode} by {by}"))),
+            }
+        }
+    }
+    (told.lines(), lost)
+}
+
+/// Where CRIU is to look.
+#[derive(Default)]
+struct Told {
+    paths: Vec<ConfigLine>,
+    /// Whether it looks there for what it has opened, too.
+    always: bool,
+}
+
+impl Told {
+    fn look_at(&mut self, path: &str, by: &str, lost: &mut Vec<Hit>) {
+        if let Ok(line) = ConfigLine::with(SCAN_PATH, path) {
+            self.paths.push(line);
+            return;
+        }
+        let shown = path.escape_debug();
+        let what = format!("{shown} by {by}, which has a blank or the like");
+        lost.push(("watch", what));
+    }
+
+    fn lines(self) -> Vec<ConfigLine> {
+        let always = self.always.then(|| ConfigLine::switch(LOOK_ALWAYS));
+        self.paths.into_iter().chain(always).collect()
+    }
+}
+
+/// A file that is a mount of its own.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct MountedFile {
+    place: String,
+    device: u64,
+    inode: u64,
+    /// Whether a directory of its file system is mounted, too.
+    has_directory: bool,
+}
+
+/// Those that can be seen at their places.
+fn mounted_files(pid: u32) -> Vec<MountedFile> {
+    let mounts = process_files::mountinfo(pid).into_iter().flatten();
+    let seen: Vec<_> = mounts
+        .filter_map(|mount| {
+            let place = mount.mount_point.to_str()?.to_owned();
+            let below = place.trim_start_matches('/');
+            // Never a link: the kernel says what is mounted where, and nothing is mounted on one.
+            let it = fs::symlink_metadata(format!("/proc/{pid}/root/{below}")).ok()?;
+            Some((place, it))
+        })
+        .collect();
+    let has_directory =
+        |device| { seen.iter() }.any(|(_, other)| other.is_dir() && other.dev() == device);
+    { seen.iter() }
+        .filter(|(_, it)| it.is_file())
+        .map(|(place, it)| MountedFile {
+            place: place.clone(),
+            device: it.dev(),
+            inode: it.ino(),
+            has_directory: has_directory(it.dev()),
+        })
+        .collect()
 }
 
 /// The devices of file systems whose files CRIU does not find again, and where they are.
@@ -192,6 +260,17 @@ mod tests {
         let device = fs::metadata("/proc/self/status").unwrap().dev();
         let places = without_handles(std::process::id());
         assert_eq!(places.get(&device).map(String::as_str), Some("/proc"));
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_told_is_lost() {
+        let (mut told, mut lost) = (Told::default(), Vec::new());
+        told.look_at("/app/app.conf", "7 (x)", &mut lost);
+        told.look_at("/app/a b", "7 (x)", &mut lost);
+        assert_eq!(lost.len(), 1, "{lost:?}");
+        told.always = true;
+        let text = ConfigLine::to_text(&told.lines());
+        assert_eq!(text, "irmap-scan-path /app/app.conf\nforce-irmap\n");
     }
 
     #[test]

@@ -50,10 +50,7 @@ pub(super) fn compare(restored: &Restored, allowed: &Allowance, admission: &mut 
         // Of these CRIU has the file, and opens nothing.
         let is_ghost = { restored.remaps.iter() }
             .filter_map(|remap| remap.ghost)
-            .any(|ghost| {
-                // CRIU compares no more of an inode.
-                u32::try_from(*inode).is_ok() && ghost.identity == Some((*device, *inode))
-            });
+            .any(|ghost| ghost.is_found_by((*device, *inode)));
         if !is_ghost {
             admission.refuse(Refusal::Watch {
                 device: *device,
