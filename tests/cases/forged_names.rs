@@ -153,7 +153,7 @@ def link_in_dev(name, target):
     old = tarfile.open(f); members = [(m, old.extractfile(m).read() if m.isreg() else None) for m in old]
     link = tarfile.TarInfo('./' + name); link.type = tarfile.SYMTYPE; link.linkname = target
     os.remove(f)
-    with tarfile.open(f, 'w:gz') as new:
+    with tarfile.open(f, 'w:gz', format=tarfile.GNU_FORMAT) as new:
         for m, data in members + [(link, None)]: new.addfile(m, io.BytesIO(data) if data is not None else None)
 def removes(mount, name, by):
     add('files.img', 'FILES', [reg(50, name, mount=mount), reg(51, by, mount=mount)])

@@ -40,7 +40,7 @@ def makes_device(name, major, minor):
     old = tarfile.open(f); members = [(m, old.extractfile(m).read() if m.isreg() else None) for m in old]
     new = tarfile.TarInfo('./' + name); new.type = tarfile.CHRTYPE; new.mode = 0o666; new.devmajor, new.devminor = major, minor
     os.remove(f)
-    with tarfile.open(f, 'w:gz') as archive:
+    with tarfile.open(f, 'w:gz', format=tarfile.GNU_FORMAT) as archive:
         for m, data in members + [(new, None)]: archive.addfile(m, io.BytesIO(data) if data is not None else None)
 def opens_by_link(target, flags='0x0'):
     link_in_dev('evil', target)

@@ -53,6 +53,18 @@ def link_for_all(name, target):
         new.addfile(link)
         new.fileobj.write(link.create_pax_global_header({'comment': 'x'})); new.offset = new.fileobj.tell()
         for m, data in members: new.addfile(m, io.BytesIO(data) if data is not None else None)
+def hides_link(name, target):
+    import io, tarfile
+    device = one(entries(glob.glob(im + '/mountpoints-*.img')[0])['entries'], '/dev')['root_dev']
+    f = im + '/tmpfs-dev-%d.tar.gz.img' % device
+    old = tarfile.open(f); members = [(m, old.extractfile(m).read() if m.isreg() else None) for m in old]
+    link = tarfile.TarInfo('./' + name); link.type = tarfile.SYMTYPE; link.linkname = target
+    header = bytearray(link.tobuf(tarfile.GNU_FORMAT)); header[345:348] = b'zzz'; header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header[:512])
+    os.remove(f)
+    with tarfile.open(f, 'w:gz', format=tarfile.GNU_FORMAT) as new:
+        for m, data in members: new.addfile(m, io.BytesIO(data) if data is not None else None)
+        new.fileobj.write(header); new.offset += len(header)
 def socket(name):
     unix(); [e['usk'].update(name=name + '\0', file_perms={'mode': 0o140777, 'uid': 0, 'gid': 0}) for e in edit('files.img')
              if e['type'] == 'UNIXSK' and e['id'] == 60]
@@ -98,6 +110,12 @@ const FORGERIES: &[(&str, &str)] = &[
     // tar follows a link that it has just made, and gives what is below it another name.
     (
         "link_in_dev('d', '.'); link_in_dev('d/evil', '/proc/self/fd/121/1/root/root/secret')
+         terminal('/dev/evil', 0o100666, mount='/dev')",
+        "to which or to whose place a symbolic link leads",
+    ),
+    // Without a prefix for GNU tar, and in another directory for readers of Go's kind.
+    (
+        "hides_link('evil', '/proc/self/fd/121/1/root/root/secret')
          terminal('/dev/evil', 0o100666, mount='/dev')",
         "to which or to whose place a symbolic link leads",
     ),

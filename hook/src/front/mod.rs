@@ -5,7 +5,7 @@
 //!    │    ──> done: has ended      beginning    memory, image, or nothing
 //!    │    ──> held_restore ──────> fit          the checkpoint fits the container (shared_pids)
 //!    │             │               volumes, shared_dirs, rootfs          mounts and files
-//!    │             │               admission, tmpfs_archive               images and spec compared, before CRIU runs
+//!    │             │               admission, tmpfs_archive, canonical_tar               images and spec compared, before CRIU runs
 //!    │             │               criu_config, restored_cgroup          what CRIU is told
 //!    │             │               pod_connections, lost_addresses       sockets
 //!    │             │           CRIU, then, while the tasks are held (held):
@@ -23,6 +23,7 @@ mod admission;
 mod apart_memory;
 mod beginning;
 mod bundle;
+mod canonical_tar;
 mod checkpoint;
 mod create;
 mod criu_config;

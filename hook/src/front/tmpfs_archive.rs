@@ -4,26 +4,28 @@
 //! tmpfs-dev-<device>.tar.gz.img     gzip: a tar of the whole file system, as `tar --create .` writes it
 //! ```
 //!
-//! tar unpacks as root, and follows a link of the archive that it has just made. So an archive is known only if it has
-//! each name once, no name through a link, and nothing that is not read here: all that tar itself writes is like that.
+//! tar unpacks as root, and follows a link of the archive that it has just made. So an archive is known only if it is as tar
+//! itself writes it ([`super::canonical_tar`]), and has no name at or below a link: all that a dump makes is like that.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::io::{BufReader, Read};
+use std::io::{BufRead as _, BufReader, Read};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use transship_checkpoint::beneath::{Links, open_regular};
-use transship_layer::{Archive, MemberKind, decompress};
+use transship_layer::decompress;
 use transship_sandbox::admission::MadeLinks;
+
+use super::canonical_tar::read_members;
 
 /// Most links that are remembered, and bytes of their names.
 const MOST_LINKS: usize = 100_000;
 const MOST_NAMES: usize = 16 << 20;
-/// Longest name that a file system takes (`PATH_MAX`).
-const LONGEST_NAME: usize = 4096;
+/// How a file of gzip begins.
+const GZIP: &[u8] = &[0x1f, 0x8b];
 
 /// The archives in a directory of images.
 pub(super) struct TmpfsArchives<'a> {
@@ -58,7 +60,12 @@ impl<'a> TmpfsArchives<'a> {
 
     fn read(&self, name: &str) -> MadeLinks {
         let file = open_regular(self.dir, Path::new(name), Links::Refused).ok()?;
-        let mut unpacked = decompress(BufReader::new(file)).ok()?.take(self.room.get());
+        let mut file = BufReader::new(file);
+        // Of what else gzip(1) unpacks nothing is known.
+        if !file.fill_buf().ok()?.starts_with(GZIP) {
+            return None;
+        }
+        let mut unpacked = decompress(file).ok()?.take(self.room.get());
         let links = read_links(&mut unpacked);
         self.room.set(unpacked.limit());
         // What is cut off at a block looks like an end.
@@ -73,16 +80,8 @@ fn read_links(unpacked: impl Read) -> Option<BTreeSet<PathBuf>> {
         name.strip_prefix(link)
             .is_some_and(|rest| matches!(rest, [] | [0, ..]))
     };
-    let mut archive = Archive::new(unpacked);
-    while let Some(member) = archive.next_member().ok()? {
-        let leads_up = member
-            .path
-            .split(|byte| *byte == b'/')
-            .any(|it| it == b"..");
-        if member.is_ambiguous || leads_up || member.path.len() > LONGEST_NAME {
-            return None;
-        }
-        let mut name = member.clean_path();
+    read_members(unpacked, &mut |member| {
+        let mut name = member.name;
         { name.iter_mut() }.for_each(|byte| *byte = if *byte == b'/' { 0 } else { *byte });
         // None of them is below another, so the last one before it tells of all.
         let before = links.range(..=name.clone()).next_back();
@@ -90,7 +89,7 @@ fn read_links(unpacked: impl Read) -> Option<BTreeSet<PathBuf>> {
             return None;
         }
         // Another name of a link is one, too.
-        if matches!(member.kind, MemberKind::Symlink | MemberKind::HardLink) {
+        if member.is_link {
             bytes += name.len();
             let after = links.range(name.clone()..).next();
             let hides_links = after.is_some_and(|link| is_below(link, &name));
@@ -99,9 +98,8 @@ fn read_links(unpacked: impl Read) -> Option<BTreeSet<PathBuf>> {
             }
             links.insert(name);
         }
-    }
-    // What is behind its end tar does not read.
-    archive.finish().ok()?;
+        Some(())
+    })?;
     let path = |mut name: Vec<u8>| {
         { name.iter_mut() }.for_each(|byte| *byte = if *byte == 0 { b'/' } else { *byte });
         PathBuf::from(OsString::from_vec(name))
@@ -118,27 +116,37 @@ mod tests {
 
     const BLOCK: usize = 512;
 
-    /// A header of this type, and its link.
-    fn header(name: &str, kind: u8, link: &str) -> Vec<u8> {
+    /// A header of GNU tar.
+    fn header(name: &str, kind: u8, link: &str, size: usize) -> Vec<u8> {
         let mut block = vec![0; BLOCK];
         block[..name.len()].copy_from_slice(name.as_bytes());
-        block[100..107].copy_from_slice(b"0000755");
-        block[124..135].copy_from_slice(b"00000000000");
+        block[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
         block[156] = kind;
         block[157..157 + link.len()].copy_from_slice(link.as_bytes());
-        block[257..265].copy_from_slice(b"ustar\x0000");
-        block[148..156].copy_from_slice(b"        ");
-        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
-        block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        block[257..265].copy_from_slice(b"ustar  \0");
         block
     }
 
-    fn read(members: &[(&str, u8, &str)]) -> Option<Vec<PathBuf>> {
-        let mut tar: Vec<u8> = { members.iter() }
-            .flat_map(|(name, kind, link)| header(name, *kind, link))
-            .collect();
+    fn signed(mut block: Vec<u8>) -> Vec<u8> {
+        block[148..156].copy_from_slice(b"        ");
+        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        block
+    }
+
+    fn member(name: &str, kind: u8, link: &str) -> Vec<u8> {
+        signed(header(name, kind, link, 0))
+    }
+
+    fn read_tar(blocks: &[Vec<u8>]) -> Option<Vec<PathBuf>> {
+        let mut tar = blocks.concat();
         tar.resize(tar.len() + 2 * BLOCK, 0);
         Some(read_links(tar.as_slice())?.into_iter().collect())
+    }
+
+    fn read(members: &[(&str, u8, &str)]) -> Option<Vec<PathBuf>> {
+        let members = { members.iter() }.map(|(name, kind, link)| member(name, *kind, link));
+        read_tar(&members.collect::<Vec<_>>())
     }
 
     #[test]
@@ -147,59 +155,138 @@ mod tests {
         let dir = |name| (name, b'5', "");
         let known = |names: &[&str]| Some(names.iter().map(PathBuf::from).collect());
         assert_eq!(
-            read(&[dir("./"), dir("./d"), link("./d/x")]),
+            read(&[dir("./"), dir("./d/"), link("./d/x")]),
             known(&["d/x"])
         );
         assert_eq!(
-            read(&[link("fd"), dir("fd-x"), link("fd-x/y"), dir("fd.d")]),
+            read(&[
+                link("./fd"),
+                dir("./fd-x/"),
+                link("./fd-x/y"),
+                dir("./fd.d/")
+            ]),
             known(&["fd", "fd-x/y"])
         );
-        assert_eq!(read(&[("x", b'1', "y")]), known(&["x"]));
+        assert_eq!(read(&[("./x", b'1', "./y")]), known(&["x"]));
         for members in [
             // Through a link, to another name than the one that it has.
-            vec![("d", b'2', "."), link("d/evil")],
-            vec![dir("e"), ("d", b'2', "e"), link("d//evil")],
-            vec![("d", b'2', "."), link("a"), link("c"), dir("d/evil")],
+            vec![("./d", b'2', "."), link("./d/evil")],
+            vec![dir("./e/"), ("./d", b'2', "e"), link("./d/evil")],
+            vec![
+                ("./d", b'2', "."),
+                link("./a"),
+                link("./c"),
+                dir("./d/evil/"),
+            ],
             // In its place.
-            vec![link("d"), dir("d")],
-            vec![link("d/x"), link("d")],
-            vec![dir("d"), link("d/../x")],
+            vec![link("./d"), dir("./d/")],
+            vec![link("./d/x"), link("./d")],
+            // Names that tar never writes.
+            vec![dir("./d/"), link("./d/../x")],
+            vec![link("./d//x")],
+            vec![link("./d/./x")],
             vec![link(".")],
+            vec![link("x")],
+            vec![link("/x")],
+            vec![link("./x/")],
+            vec![dir("./x")],
         ] {
-            let found = read(&members);
-            assert!(
-                found.is_none() || found == known(&[""]),
-                "{members:?}: {found:?}"
-            );
+            assert_eq!(read(&members), None, "{members:?}");
         }
+    }
+
+    /// Each of them is another archive to GNU tar 1.34 than to a reader of Go's kind.
+    #[test]
+    fn what_can_be_read_in_two_ways_is_not_known() {
+        let evil = || member("./evil", b'2', "/etc");
+        let changed = |kind, size, change: &dyn Fn(&mut Vec<u8>)| {
+            let mut block = header("./f", kind, "", size);
+            change(&mut block);
+            signed(block)
+        };
+        let put = |at: usize, bytes: &'static [u8]| {
+            move |block: &mut Vec<u8>| block[at..at + bytes.len()].copy_from_slice(bytes)
+        };
+        assert_eq!(read_tar(&[changed(b'0', 512, &|_| {}), evil()]), read(&[]));
+        for (what, blocks) in [
+            ("a prefix", vec![changed(b'2', 0, &put(345, b"zzz"))]),
+            (
+                "a file that is a directory",
+                vec![changed(b'0', 512, &put(0, b"./f/")), evil()],
+            ),
+            (
+                "a link with data",
+                vec![changed(b'2', 512, &|_| {}), evil()],
+            ),
+            (
+                "a size behind NULs",
+                vec![changed(b'0', 512, &put(124, b"\0\0")), evil()],
+            ),
+            (
+                "a size of blanks",
+                vec![changed(b'0', 512, &put(124, b"       1000 ")), evil()],
+            ),
+            (
+                "another format",
+                vec![changed(b'2', 0, &put(257, b"ustar\x0000"))],
+            ),
+            ("star", vec![changed(b'2', 0, &put(508, b"tar\0"))]),
+            ("pax", vec![changed(b'x', 0, &|_| {}), evil()]),
+            ("pax for all", vec![changed(b'g', 0, &|_| {}), evil()]),
+            ("a volume", vec![changed(b'V', 0, &|_| {}), evil()]),
+            ("the rest of one", vec![changed(b'M', 0, &|_| {}), evil()]),
+            ("a dump of names", vec![changed(b'D', 0, &|_| {}), evil()]),
+            ("contiguous", vec![changed(b'7', 0, &|_| {}), evil()]),
+            ("of old", vec![changed(0, 0, &|_| {}), evil()]),
+            ("two names", vec![changed(b'2', 0, &put(4, b"\0x"))]),
+            ("a wrong sum", vec![header("./f", b'2', "", 0)]),
+        ] {
+            assert_eq!(read_tar(&blocks), None, "{what}");
+        }
+        let mut behind = member("./d/", b'5', "");
+        behind.resize(4 * BLOCK, 0);
+        behind.extend(evil());
+        assert_eq!(read_links(behind.as_slice()), None, "behind the end");
+    }
+
+    #[test]
+    fn sparse_files_have_the_pieces_that_tar_reads() {
+        let sparse = |pieces: &[(u64, u64)], size: usize, real: u64| {
+            let mut block = header("./f", b'S', "", size);
+            for (piece, at) in pieces.iter().zip((386..).step_by(24)) {
+                let text = format!("{:011o}\0{:011o}\0", piece.0, piece.1);
+                block[at..at + 24].copy_from_slice(text.as_bytes());
+            }
+            block[483..495].copy_from_slice(format!("{real:011o}\0").as_bytes());
+            let mut all = signed(block);
+            all.resize(BLOCK + size.next_multiple_of(BLOCK), 0);
+            read_tar(&[all])
+        };
+        assert!(sparse(&[(1024, 512), (4096, 100)], 612, 4196).is_some());
+        assert!(sparse(&[(8192, 0)], 0, 8192).is_some());
+        assert!(sparse(&[(0, 512), (512, 0)], 512, 512).is_some());
+        // tar reads a block for each of them.
+        assert!(sparse(&[(0, 1), (512, 1), (1024, 510)], 512, 2048).is_none());
+        assert!(sparse(&[(0, 1024)], 512, 1024).is_none());
+        assert!(sparse(&[(0, 512)], 512, 100).is_none());
+        assert!(sparse(&[(512, 512), (0, 512)], 1024, 1024).is_none());
     }
 
     #[test]
     fn names_are_bounded() {
         let long = |name: &str| {
-            let mut tar = header("././@LongLink", b'L', "");
-            let size = format!("{:011o}", name.len());
-            tar[124..135].copy_from_slice(size.as_bytes());
-            tar[148..156].copy_from_slice(b"        ");
-            let sum: u32 = tar.iter().map(|byte| u32::from(*byte)).sum();
-            tar[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-            tar.extend(name.as_bytes());
-            tar.resize(tar.len().next_multiple_of(BLOCK), 0);
-            tar.extend(header("x", b'2', "/root"));
+            let mut data = format!("{name}\0").into_bytes();
+            let mut tar = signed(header("././@LongLink", b'L', "", data.len()));
+            data.resize(data.len().next_multiple_of(BLOCK), 0);
+            tar.extend(data);
+            tar.extend(member("./x", b'2', "/root"));
             tar
         };
-        let mut one = long(&"a/".repeat(2000));
-        one.resize(one.len() + 2 * BLOCK, 0);
-        assert!(read_links(one.as_slice()).is_some());
-        let mut one = long(&"a/".repeat(2049));
-        one.resize(one.len() + 2 * BLOCK, 0);
-        assert!(read_links(one.as_slice()).is_none());
-        let mut many = Vec::new();
-        for n in 0..5000 {
-            many.extend(long(&format!("{n}/{}", "a/".repeat(2000))));
-        }
-        many.resize(many.len() + 2 * BLOCK, 0);
-        assert!(read_links(many.as_slice()).is_none());
+        let name = |parts: usize| format!("./{}b", "a/".repeat(parts));
+        assert!(read_tar(&[long(&name(2000))]).is_some());
+        assert!(read_tar(&[long(&name(2048))]).is_none());
+        let many = (0..5000).map(|n| long(&format!("./{n}/{}b", "a/".repeat(2000))));
+        assert!(read_tar(&many.collect::<Vec<_>>()).is_none());
     }
 
     #[test]
@@ -211,6 +298,16 @@ mod tests {
         std::os::unix::fs::symlink("/proc/self/fd", tmpfs.join("fd")).unwrap();
         std::os::unix::fs::symlink("../fd", tmpfs.join("d/up")).unwrap();
         fs::write(tmpfs.join("file"), "x").unwrap();
+        fs::hard_link(tmpfs.join("file"), tmpfs.join("other")).unwrap();
+        let long = "n".repeat(120);
+        fs::create_dir(tmpfs.join(&long)).unwrap();
+        std::os::unix::fs::symlink(&long, tmpfs.join(&long).join(&long)).unwrap();
+        let sparse = fs::File::create(tmpfs.join("sparse")).unwrap();
+        for at in (0..40).map(|piece| piece << 20) {
+            std::os::unix::fs::FileExt::write_all_at(&sparse, b"x", at).unwrap();
+        }
+        sparse.set_len(50 << 20).unwrap();
+        nix::unistd::mkfifo(&tmpfs.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let archive = images.join("tmpfs-dev-7.tar.gz.img");
         let tar = Command::new("tar")
             .args(["--create", "--gzip", "--no-unquote", "--no-wildcards"])
@@ -227,14 +324,22 @@ mod tests {
         assert!(tar.status.success(), "{tar:?}");
         fs::write(&archive, tar.stdout).unwrap();
         let links = |room| TmpfsArchives::of(&images, room).links_of(7);
-        let known = links(1 << 20).unwrap();
+        let known = links(8 << 20).unwrap();
         let names: Vec<_> = known.iter().map(|it| it.to_str().unwrap()).collect();
-        assert_eq!(names, ["d/up", "fd"]);
-        for blocks in 1..8 {
-            assert_eq!(links(blocks * BLOCK as u64), None);
+        let of_long = format!("{long}/{long}");
+        assert_eq!(&names[..3], ["d/up", "fd", of_long.as_str()]);
+        // One of the two names of a file is a link to the other.
+        assert_eq!(names.len(), 4, "{names:?}");
+        let mut whole = Vec::new();
+        let file = BufReader::new(fs::File::open(&archive).unwrap());
+        decompress(file).unwrap().read_to_end(&mut whole).unwrap();
+        let whole = whole.len() as u64;
+        assert!(links(whole + 1).is_some());
+        for room in (0..=whole).step_by(BLOCK) {
+            assert_eq!(links(room), None);
         }
         // Two mounts, and one archive; another one has what is left.
-        let archives = TmpfsArchives::of(&images, 15 << 10);
+        let archives = TmpfsArchives::of(&images, whole + 1);
         assert!(archives.links_of(7).is_some() && archives.links_of(7).is_some());
         fs::copy(&archive, images.join("tmpfs-dev-8.tar.gz.img")).unwrap();
         assert_eq!(archives.links_of(8), None);
