@@ -31,6 +31,11 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             run: the_conditions_of_a_pod_are_told_at_once,
         },
         Case {
+            what: "conditions_huge_pages",
+            tree: Tree::Forky,
+            run: huge_pages_are_looked_for_there,
+        },
+        Case {
             what: "conditions_watched_mounts",
             tree: Tree::Forky,
             run: a_file_that_is_a_mount_is_watched_on,
@@ -642,6 +647,39 @@ fn named_semaphores_come_along(node: &Node, cri: &Cri) -> anyhow::Result<()> {
     cri.remove_pod(&pod)?;
     node.shell("transship rm semaphore").run()?;
     Ok(())
+}
+
+/// Both nodes have those of one kernel: the copy needs as many again.
+fn huge_pages_are_looked_for_there(bed: &Testbed) -> anyhow::Result<()> {
+    let (a, b) = journey::start_nodes(bed)?;
+    let ssh = bed.ssh(&a, &b)?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    a.import_image(&holder, "transship")?;
+    let reserve = |pages: u32| {
+        let sysctl = "/proc/sys/vm/nr_hugepages";
+        a.shell(&format!(
+            "echo {pages} >{sysctl}; grep -qx {pages} {sysctl}"
+        ))
+        .run()
+    };
+    reserve(1)?;
+    run(&a, "huge", &[], &[HOLDER, "huge"])?;
+    let mut migrate = a.command("transship");
+    migrate.args(["migrate", "huge", "--to", &ssh]);
+    let refused = migrate.read_failure()?;
+    ensure!(
+        refused.contains("it has 2097152 bytes in huge pages, and 0 are free there"),
+        "{refused}"
+    );
+    let before = tick_of(&a, "huge")?;
+    reserve(2)?;
+    migrate.run()?;
+    poll_until("a tick", PATIENCE, || match tick_of(&b, "huge") {
+        Ok(now) if now > before => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    journey::remove_container(&b, "huge")?;
+    Ok(reserve(0)?)
 }
 
 /// CRIU opens no handle by a mount of a file, and by one of a directory beside it one that has no path.

@@ -90,10 +90,15 @@ pub(super) struct ProcessMemory {
     mem: File,
 }
 
+/// How the kernel names anonymous memory of huge pages (`fs/hugetlbfs/inode.c`).
+const HUGE_PAGES: &str = "/anon_hugepage (deleted)";
+
 /// Whether a dump may have pages of it that nobody else shares. What is shared is sent in the freeze.
 fn is_dumped(map: &MemoryMap) -> bool {
     match &map.pathname {
         MMapPath::Vdso | MMapPath::Vvar | MMapPath::Vsyscall | MMapPath::Vsys(_) => false,
+        // Of huge pages CRIU reads no images that build on others.
+        MMapPath::Path(path) if path.starts_with(HUGE_PAGES) => false,
         _ => !map.perms.contains(MMPermissions::SHARED) && map.perms.contains(MMPermissions::READ),
     }
 }

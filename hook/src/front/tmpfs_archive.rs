@@ -272,6 +272,92 @@ mod tests {
         assert!(sparse(&[(512, 512), (0, 512)], 1024, 1024).is_none());
     }
 
+    /// Whatever is changed in an archive: if it is known, tar makes no other symbolic links of it.
+    #[test]
+    fn what_is_known_is_what_tar_makes() {
+        const CHANGES: &[u8] = b"\0\0\x01\x80\xff /./0127xgLKSVDMN";
+        let root = tempfile::tempdir().unwrap();
+        let file = |name: &str, data: &[u8]| {
+            let mut all = signed(header(name, b'0', "", data.len()));
+            all.extend(data);
+            all.resize(all.len().next_multiple_of(BLOCK), 0);
+            all
+        };
+        let mut sparse = header("./holes", b'S', "", BLOCK);
+        sparse[386..410].copy_from_slice(b"00000001000\x0000000001000\0");
+        sparse[483..495].copy_from_slice(b"00000002000\0");
+        let mut sparse = signed(sparse);
+        sparse.extend(member("./evil", b'2', "x"));
+        let mut long = signed(header("././@LongLink", b'L', "", 121));
+        long.extend(format!("./{}", "n".repeat(118)).into_bytes());
+        long.resize(2 * BLOCK, 0);
+        let base = [
+            member("./", b'5', ""),
+            member("./d/", b'5', ""),
+            member("./d/link", b'2', "x"),
+            // What a header of another length would show.
+            file("./f", &member("./evil", b'2', "x")),
+            long,
+            member("./short", b'2', "x"),
+            sparse,
+            file("./last", b"data"),
+        ];
+        // xorshift64: the same each time.
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut below = |most: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            usize::try_from(state % most as u64).unwrap()
+        };
+        let cases = std::env::var("PROPTEST_CASES")
+            .ok()
+            .and_then(|it| it.parse().ok());
+        let cases: usize = cases.unwrap_or(2000);
+        let mut known = 0;
+        for case in 0..cases {
+            let mut blocks = base.clone();
+            for _ in 0..=below(2) {
+                let block = &mut blocks[below(base.len())];
+                let (at, change) = (below(BLOCK), CHANGES[below(CHANGES.len())]);
+                block[at] = change;
+                let rest = block.split_off(BLOCK);
+                *block = signed(std::mem::take(block));
+                block.extend(rest);
+            }
+            let mut tar = blocks.concat();
+            tar.resize(tar.len() + 2 * BLOCK, 0);
+            let Some(links) = read_links(tar.as_slice()) else {
+                continue;
+            };
+            known += 1;
+            let (archive, out) = (root.path().join("tar"), root.path().join("out"));
+            fs::write(&archive, &tar).unwrap();
+            fs::create_dir(&out).unwrap();
+            let unpack = Command::new("tar")
+                .args(["--extract", "--no-unquote", "--no-wildcards", "--file"])
+                .arg(&archive)
+                .arg("--directory")
+                .arg(&out)
+                .output();
+            // A member that it cannot make ends CRIU, too; what it has made by then is looked at all the same.
+            drop(unpack.unwrap());
+            let mut dirs = vec![out.clone()];
+            while let Some(dir) = dirs.pop() {
+                for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+                    let path = entry.path();
+                    let below = path.strip_prefix(&out).unwrap();
+                    let kind = entry.file_type().unwrap();
+                    let is_known = !kind.is_symlink() || links.contains(below);
+                    assert!(is_known, "{case}: {below:?} and not {links:?}");
+                    dirs.extend(kind.is_dir().then(|| path.clone()));
+                }
+            }
+            fs::remove_dir_all(&out).unwrap();
+        }
+        assert!(known > cases / 10, "{known} of {cases}");
+    }
+
     #[test]
     fn names_are_bounded() {
         let long = |name: &str| {

@@ -1,5 +1,5 @@
 //! What CRIU restores without a word as something else, and more of what it does not dump or restore: each need makes one
-//! of the conditions that `transship check` tells of, but for the last five: what was not read
+//! of the conditions that `transship check` tells of, but for the last six: what was not read
 //! is lost and told, the others come along.
 //!
 //! ```text
@@ -22,6 +22,7 @@
 //!   listener=PORT     TCP_DEFER_ACCEPT, TCP_USER_TIMEOUT, TCP_FASTOPEN and a congestion control
 //!   encapsulated      a UDP socket from which the kernel takes ESP (UDP_ENCAP)
 //!   core-filter       another coredump_filter
+//!   huge              a huge page
 //!   udp=PORT          a UDP socket connected to another one over localhost; a datagram on every tick
 //! ```
 
@@ -46,6 +47,8 @@ use nix::sys::socket::{getsockopt, setsockopt};
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 
 pub(super) const PAGE: usize = 4096;
+/// The default one of x86 and, with pages of 4 KiB, of ARM.
+const HUGE_PAGE: usize = 2 << 20;
 const NAMED_DELETED: &str = "/data/x (deleted)";
 const CORE_FILTER: &str = "/proc/self/coredump_filter";
 const USER_TIMEOUT: u32 = 30_000;
@@ -95,6 +98,7 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
             [page()?, PAGE.cast_signed() as c_long, 0, 0, 0],
         )?),
         "memory-policy" => Box::new(interleaved()?),
+        "huge" => Box::new(map(HUGE_PAGE, libc::MAP_HUGETLB | libc::MAP_POPULATE)?),
         "multicast" => {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
             socket.join_multicast_v4(&Ipv4Addr::new(239, 1, 2, 3), &Ipv4Addr::LOCALHOST)?;
@@ -219,9 +223,13 @@ pub(super) fn call(number: c_long, arguments: [c_long; 5]) -> io::Result<c_long>
 
 /// The address of a new page.
 pub(super) fn page() -> io::Result<c_long> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    map(PAGE, 0)
+}
+
+fn map(bytes: usize, flags: libc::c_int) -> io::Result<c_long> {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping at an address that the kernel chooses.
-    let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, libc::PROT_READ, flags, -1, 0) };
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
     match page == libc::MAP_FAILED {
         true => Err(io::Error::last_os_error()),
         false => Ok(page.expose_provenance().cast_signed() as c_long),
