@@ -82,13 +82,16 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
     let asked = hold_script::guard(work)?;
     join_keyring(&id.to_string_lossy())?;
     let own = std::process::id();
+    // As CRIU does, and before there is anything to guard: who ends a restore whose guard somebody has stopped kills all
+    // that work there.
+    let of_caller = std::env::current_dir()?;
+    std::env::set_current_dir(work)?;
     let mut child = Command::new("/proc/self/exe")
         .arg(SUPERVISED)
         .arg(own.to_string())
         .args(runtime)
+        .current_dir(of_caller)
         .spawn()?;
-    // As CRIU does: who ends a restore whose guard somebody has stopped kills all that work there.
-    std::env::set_current_dir(work)?;
     let own = own.cast_signed();
     match watch(&mut child, (&front, asked.as_ref()), own, work, patience)? {
         End::Done(0) => Ok(0),
