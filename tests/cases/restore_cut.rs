@@ -58,23 +58,18 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 /// that again.
 fn a_late_failure_leaves_no_state(bed: &Testbed) -> anyhow::Result<()> {
     let node = node_with_checkpoint(bed)?;
-    node.shell("cp $(command -v runc) /usr/local/lib/runc")
-        .run()?;
     replace_runc(&node, FAILS_LATE)?;
     let mut restore = node.command("transship");
     let failed = restore.args(["restore", "monday"]).read_failure()?;
     ensure!(failed.contains("monday"), "{failed}");
     nothing_is_left(&node)?;
-    node.shell("rm /usr/local/sbin/runc /usr/local/lib/runc")
-        .run()?;
+    put_runc_back(&node)?;
     restores(&node)
 }
 
 /// In a pod nobody else deletes it: containerd has no task yet of what it could not create.
 fn what_is_cut_in_a_pod_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let (node, cri, before) = start_with_checkpoint(bed)?;
-    node.shell("cp $(command -v runc) /usr/local/lib/runc")
-        .run()?;
     let pod = cri.run_pod(POD, &[RESTORE], PodNamespaces::Usual)?;
     let work = volume(&node, &pod)?;
     let mounts = [(work.as_str(), "/work")];
@@ -86,8 +81,7 @@ fn what_is_cut_in_a_pod_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
         nothing_is_left_of(&node, &cri, &id)?;
         cri.remove_container(&id)?;
     }
-    node.shell("rm /usr/local/sbin/runc /usr/local/lib/runc")
-        .run()?;
+    put_runc_back(&node)?;
     let id = cri.run_container(&pod, &with(&FIRST, &mounts))?;
     ensure!(reached(&cri, &id)? >= before, "it has begun anew");
     cri.remove_pod(&pod)?;
@@ -95,9 +89,16 @@ fn what_is_cut_in_a_pod_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     journey::check_no_pod_left(&node)
 }
 
+/// Puts a script in the place of the node's runc, which it finds in `/usr/local/lib`.
 pub(crate) fn replace_runc(node: &Node, script: &str) -> anyhow::Result<()> {
+    node.shell("test -e /usr/local/lib/runc || cp $(command -v runc) /usr/local/lib/runc")
+        .run()?;
     node.write_file("/usr/local/sbin/runc", script)?;
     Ok({ node.shell("chmod +x /usr/local/sbin/runc") }.run()?)
+}
+
+pub(crate) fn put_runc_back(node: &Node) -> anyhow::Result<()> {
+    Ok({ node.shell("rm /usr/local/sbin/runc /usr/local/lib/runc") }.run()?)
 }
 
 fn nothing_is_left_of(node: &Node, cri: &Cri, id: &str) -> anyhow::Result<()> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
-use crate::restore_cut::{ID, node_with_checkpoint, replace_runc, restores};
+use crate::restore_cut::{ID, node_with_checkpoint, put_runc_back, replace_runc, restores};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const BEGUN: &str = "/tmp/restoring";
@@ -36,8 +36,6 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
 
 fn a_killed_restore_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     let node = node_with_checkpoint(bed)?;
-    node.shell("cp $(command -v runc) /usr/local/lib/runc")
-        .run()?;
     replace_runc(&node, WAITS)?;
     let restore = "transship restore monday";
 
@@ -59,8 +57,7 @@ fn a_killed_restore_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     node.shell("kill -KILL $(cat /tmp/command)").run()?;
     only_is_left(&node, "")?;
 
-    node.shell("rm /usr/local/sbin/runc /usr/local/lib/runc")
-        .run()?;
+    put_runc_back(&node)?;
     restores(&node)
 }
 
@@ -69,8 +66,6 @@ fn a_killed_trial_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     node.command("transship")
         .args(["restore", "monday"])
         .run()?;
-    node.shell("cp $(command -v runc) /usr/local/lib/runc")
-        .run()?;
     replace_runc(&node, WAITS)?;
     begin(
         &node,
@@ -78,8 +73,7 @@ fn a_killed_trial_leaves_nothing(bed: &Testbed) -> anyhow::Result<()> {
     )?;
     node.shell("kill -KILL $(cat /tmp/command)").run()?;
     only_is_left(&node, ID)?;
-    node.shell("rm /usr/local/sbin/runc /usr/local/lib/runc")
-        .run()?;
+    put_runc_back(&node)?;
     let again = format!("transship checkpoint {ID} --name again --verify-restore");
     node.shell(&again).run()?;
     journey::remove_container(&node, ID)?;
