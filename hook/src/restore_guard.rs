@@ -17,7 +17,10 @@
 //! died, and try for ever to read from images that are too short, with a line in its log each time.
 //! That log lies in `/run`, in memory: a log that grows too large ends the restore as well.
 //!
-//! It also makes the session keyring that the tasks have.
+//! It also makes the session keyring that the tasks have, and a mount namespace for the runtime and CRIU: runc binds what the
+//! spec binds below the container's root, with all that is mounted in it, to make mount points there, and takes it away again
+//! with `MNT_DETACH` (`prepareCriuRestoreMounts`). Where the node's mounts are shared, as systemd makes them, that would unmount
+//! them on the node, too.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -32,7 +35,9 @@ use std::time::{Duration, Instant};
 use keyutils::Keyring;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -81,6 +86,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
     }
     let asked = hold_script::guard(work)?;
     join_keyring(&id.to_string_lossy())?;
+    leave_mounts_of_node()?;
     let own = std::process::id();
     // As CRIU does, and before there is anything to guard: who ends a restore whose guard somebody has stopped kills all
     // that work there.
@@ -120,6 +126,13 @@ fn join_keyring(id: &str) -> io::Result<()> {
         Err(error) if error.0 == Errno::ENOSYS as i32 => Ok(()),
         Err(error) => Err(io::Error::from_raw_os_error(error.0)),
     }
+}
+
+/// What is mounted and unmounted from here on is not on the node; what is there comes here, as mounts with `rslave` expect.
+fn leave_mounts_of_node() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE);
+    Ok(mount(none, "/", none, flags, none)?)
 }
 
 /// Waits until nobody restores with this work directory any more.

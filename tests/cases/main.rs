@@ -11,6 +11,7 @@
 
 mod admission;
 mod conditions;
+mod conditions_of_nodes;
 mod consumed_once;
 mod crit;
 mod criu_options;
@@ -78,6 +79,7 @@ mod reference;
 mod remedies;
 mod restore_cut;
 mod restore_killed;
+mod restore_mounts;
 mod snapshotter;
 mod stale_namespaces;
 mod starts;
@@ -193,6 +195,7 @@ fn main() -> ExitCode {
         each(forged_opens::cases()),
         each(forged_volumes::cases()),
         each(conditions::cases()),
+        each(conditions_of_nodes::cases()),
         each(consumed_once::cases()),
         each(crit::cases()),
         each(criu_options::cases()),
@@ -252,6 +255,7 @@ fn main() -> ExitCode {
         each(remedies::cases()),
         each(restore_cut::cases()),
         each(restore_killed::cases()),
+        each(restore_mounts::cases()),
         each(snapshotter::cases()),
         each(stale_namespaces::cases()),
         each(stock::cases()),
