@@ -45,9 +45,6 @@ pub struct Member {
     pub mode: u32,
     /// Where a link leads.
     pub link: Vec<u8>,
-    /// Whether GNU tar may give it another name, or another place to lead to, than Go does and this reader: its headers
-    /// say it twice, or a header before says something of all members.
-    pub is_ambiguous: bool,
     literal: Option<LiteralNames>,
 }
 
@@ -124,7 +121,6 @@ impl<R: Read> Archive<R> {
             size: entry.size,
             mode: entry.mode,
             link: entry.link.clone(),
-            is_ambiguous: entry.is_ambiguous,
             literal: entry.literal_names,
         }))
     }

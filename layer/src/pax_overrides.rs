@@ -28,8 +28,6 @@ pub(crate) struct PaxOverrides {
     pub(crate) atime: Option<Timestamp>,
     pub(crate) xattrs: Vec<Xattr>,
     pub(crate) sparse: Option<SparseRecords>,
-    /// Whether it has a record of a sparse file, also one that says too little.
-    pub(crate) names_sparse: bool,
     pub(crate) literal_names: Option<LiteralNames>,
     pub(crate) content: Option<u64>,
     /// What no entry can have.
@@ -104,7 +102,6 @@ impl PaxOverrides {
                     value: value.to_vec(),
                 });
             } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
-                self.names_sparse = true;
                 sparse.note(key, value);
             } else if !value.is_empty() {
                 self.take(key, value)?;

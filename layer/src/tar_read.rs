@@ -70,8 +70,6 @@ pub(crate) struct TarEntry {
     pub(crate) segments: Option<Vec<Segment>>,
     /// Which components of `path` are names, whatever they look like (layer_format.rs).
     pub(crate) literal_names: Option<LiteralNames>,
-    /// GNU tar may read its names in another way.
-    pub(crate) is_ambiguous: bool,
     /// Its data is what the importer has by this number (contents.rs).
     pub(crate) content: Option<u64>,
 }
@@ -92,8 +90,6 @@ pub(crate) struct TarReader<R> {
     data_left: u64,
     padding: u64,
     body: Vec<u8>,
-    /// A header that says something of all members has come. For Go it says nothing.
-    has_global: bool,
 }
 
 impl<R: Read> TarReader<R> {
@@ -104,7 +100,6 @@ impl<R: Read> TarReader<R> {
             data_left: 0,
             padding: 0,
             body: Vec::new(),
-            has_global: false,
         }
     }
 
@@ -152,7 +147,6 @@ impl<R: Read> TarReader<R> {
                 }
                 b'g' => {
                     self.read_records(&header, check_records)?;
-                    self.has_global = true;
                     overrides = Overrides::default();
                 }
                 b'L' => overrides.long_path = self.read_long_name(&header)?,
@@ -175,10 +169,6 @@ impl<R: Read> TarReader<R> {
         if let Some(reason) = records.fault {
             return Err(self.malformed(reason));
         }
-        let are_twice = overrides.long_path.is_some() && records.path.is_some()
-            || overrides.long_link.is_some() && records.link.is_some();
-        let is_file = matches!(header.type_flag(), 0 | b'0' | b'7' | b'S');
-        entry.is_ambiguous = self.has_global || are_twice || records.names_sparse && !is_file;
         entry.path.clear();
         match overrides.long_path.or_else(|| records.path.take()) {
             Some(path) => entry.path.extend_from_slice(&path),
