@@ -137,20 +137,20 @@ pub(crate) enum Command {
     },
     /// Let frozen containers run again when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
-    FreezeGuard,
+    FreezeGuard(GuardArgs),
     /// Ask which copy of a migration runs when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
-    CommitGuard,
+    CommitGuard(GuardArgs),
     /// Remove the copy of a restore that was killed when the pipe on stdin ends (this program starts it)
     #[command(hide = true)]
-    CopyGuard,
+    CopyGuard(GuardArgs),
     /// Publish in containerd's events what has become of a container (for the runtime front)
     #[command(hide = true)]
     Publish(PublishArgs),
     /// End an arriving migration whose command is gone when the pipe on stdin ends (this program starts
     /// it)
     #[command(hide = true)]
-    ReceiveGuard,
+    ReceiveGuard(GuardArgs),
     /// Kill and delete the task of a container (for the runtime front)
     #[command(hide = true)]
     DeleteTask {
@@ -193,6 +193,14 @@ pub(crate) enum Command {
         #[arg(long, value_name = "CHAIN")]
         expected: Option<String>,
     },
+}
+
+/// What a guard is started with.
+#[derive(Debug, Args)]
+pub(crate) struct GuardArgs {
+    /// It is below nobody who could be ended with it
+    #[arg(long)]
+    pub(crate) alone: bool,
 }
 
 /// `transship publish`

@@ -33,7 +33,7 @@ use crate::task_to_freeze::TaskToFreeze;
 use crate::thaw::{self, Seen};
 
 /// The first argument of the guard's process.
-pub const ARGUMENT: &str = "freeze-guard";
+const ARGUMENT: &str = "freeze-guard";
 /// How long containerd may be silent before the OCI runtime is asked in its place.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long after that containerd is waited for, whose shim should hear of the runtime's work.
@@ -86,12 +86,12 @@ impl FreezeGuard {
     }
 }
 
-/// The guard's own life, with its orders on stdin.
+/// The guard's own life, with its orders on stdin; one that is not `alone` yet starts the one that is.
 ///
 /// # Errors
 /// Its orders cannot be read, or the draft cannot be removed.
-pub async fn run() -> Result<()> {
-    let Some(orders) = guard_process::orders::<Orders>().await? else {
+pub async fn run(alone: bool) -> Result<()> {
+    let Some(orders) = guard_process::orders::<Orders>(ARGUMENT, alone).await? else {
         return Ok(());
     };
     if let Some(draft) = &orders.draft {

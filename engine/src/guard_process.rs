@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  transship ──── pipe ────> PROGRAM <argument>  ── starts itself once more, and ends
-//!     │                                └──────> PROGRAM <argument> alone
+//!     │                                └──────> PROGRAM <argument> --alone
 //!     │ JSON and newline: orders    reads them, and waits
 //!     │ a byte: stand down          reads it: ends
 //!     └ end of file                 does what its orders say
@@ -15,7 +15,6 @@
 //!
 //! It is started before there is anything to guard, so that there is no moment without it.
 
-use std::env;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, PipeWriter, Read as _, Write as _};
 use std::process::{Command, Stdio};
@@ -31,8 +30,8 @@ const NOT_FOR_MEMORY: &str = "-999";
 
 /// The program itself, also when it has been replaced.
 const PROGRAM: &str = "/proc/self/exe";
-/// Set for the one that stays.
-const ALONE: &str = "TRANSSHIP_GUARD_ALONE";
+/// The argument of the one that stays.
+const ALONE: &str = "--alone";
 
 /// Acts should this process vanish, or drop it without [`Self::stand_down`].
 #[derive(Debug)]
@@ -52,7 +51,6 @@ impl GuardProcess {
         let (reader, mut pipe) = io::pipe().with_context(failed)?;
         let started = Command::new(PROGRAM)
             .arg(argument)
-            .env_remove(ALONE)
             .stdin(reader)
             // It may outlive us, and whoever waits for the end of our output must not wait for it.
             .stdout(Stdio::null())
@@ -73,15 +71,19 @@ impl GuardProcess {
     }
 }
 
-/// The guard's side: its orders, when the pipe has ended; none when there is nothing to do, or another one waits for them.
+/// The guard's side: its orders, when the pipe has ended; none when there is nothing to do, or another one waits for them:
+/// the guard of `argument` that is not `alone` starts that one.
 ///
 /// # Errors
 /// They cannot be read.
-pub(crate) async fn orders<O: DeserializeOwned + Send + 'static>() -> Result<Option<O>> {
-    if env::var_os(ALONE).is_none() {
+pub(crate) async fn orders<O: DeserializeOwned + Send + 'static>(
+    argument: &str,
+    alone: bool,
+) -> Result<Option<O>> {
+    if !alone {
         // With our stdin.
         let mut guard = Command::new(PROGRAM);
-        guard.args(env::args_os().skip(1)).env(ALONE, "1");
+        guard.args([argument, ALONE]);
         guard.spawn().context("cannot start the guard")?;
         return Ok(None);
     }

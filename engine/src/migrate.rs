@@ -62,7 +62,7 @@ mod recover;
 mod remote;
 mod transaction;
 
-pub use commit_guard::{ARGUMENT as GUARD_ARGUMENT, run as run_guard};
+pub use commit_guard::run as run_guard;
 pub use precopy::Bounds as PrecopyBounds;
 pub use record::{Pending, PendingPod, Records};
 pub use recover::{Decided, Decision, Recovered, pending, recover_all};

@@ -56,7 +56,7 @@ mod pod;
 mod settle;
 
 pub use arrival::{Arrivals, new_migration};
-pub use settle::{ARGUMENT as GUARD_ARGUMENT, Settled, run_guard, settle_all};
+pub use settle::{Settled, run_guard, settle_all};
 
 /// How long the sender of a checkpoint may be silent: it has nobody frozen, and its disk may be slow.
 const STREAM_PATIENCE: Duration = Duration::from_secs(5 * 60);

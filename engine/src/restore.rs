@@ -34,7 +34,7 @@ mod target;
 pub mod verify;
 
 pub(crate) use client_files::remove as remove_client_files;
-pub use copy_guard::{ARGUMENT as GUARD_ARGUMENT, run as run_guard};
+pub use copy_guard::run as run_guard;
 pub(crate) use held::make_contents_dir;
 pub use held::{Copy, LEASE, Prepared, Restored, hold, hold_in, prepare, settle};
 pub use plan::{Plan, plan};

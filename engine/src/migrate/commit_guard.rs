@@ -27,7 +27,7 @@ use crate::interrupt::Interrupt;
 use crate::memory_dir::remove_unused;
 
 /// The first argument of the guard's process.
-pub const ARGUMENT: &str = "commit-guard";
+const ARGUMENT: &str = "commit-guard";
 /// How long it goes on when containerd does not answer; `transship recover` does it later.
 const PATIENCE: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_secs(2);
@@ -65,16 +65,16 @@ impl CommitGuard {
     }
 }
 
-/// The guard's own life, with its orders on stdin.
+/// The guard's own life, with its orders on stdin; one that is not `alone` yet starts the one that is.
 ///
 /// # Errors
 /// Which copy runs is for a person to decide, or containerd does not answer.
-pub async fn run() -> Result<()> {
+pub async fn run(alone: bool) -> Result<()> {
     let Some(Orders {
         address,
         store,
         pending,
-    }) = guard_process::orders().await?
+    }) = guard_process::orders(ARGUMENT, alone).await?
     else {
         return Ok(());
     };

@@ -36,7 +36,7 @@ use crate::memory_dir::remove_when_unused;
 use crate::restore::{self, Copy};
 
 /// The first argument of the guard's process.
-pub const ARGUMENT: &str = "receive-guard";
+const ARGUMENT: &str = "receive-guard";
 /// How long the guard goes on when containerd does not answer; `transship recover` does it later.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a call of the runtime that nobody waits for any more may take.
@@ -69,12 +69,12 @@ pub(super) fn guard(node: &Containerd, store: &Store, migration: &str) -> Result
     GuardProcess::start(ARGUMENT, &orders)
 }
 
-/// The guard's own life, with its orders on stdin.
+/// The guard's own life, with its orders on stdin; one that is not `alone` yet starts the one that is.
 ///
 /// # Errors
 /// The migration has not come to its end in time.
-pub async fn run_guard() -> Result<()> {
-    let Some(orders) = guard_process::orders::<Orders>().await? else {
+pub async fn run_guard(alone: bool) -> Result<()> {
+    let Some(orders) = guard_process::orders::<Orders>(ARGUMENT, alone).await? else {
         return Ok(());
     };
     let store = Store::at(&orders.store);

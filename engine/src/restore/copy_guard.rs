@@ -27,7 +27,7 @@ use crate::guard_process::{self, GuardProcess};
 use crate::overlay_mounts::overlay_stack;
 
 /// The first argument of the guard's process.
-pub const ARGUMENT: &str = "copy-guard";
+const ARGUMENT: &str = "copy-guard";
 /// How long it goes on when containerd does not answer.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a call of containerd that nobody waits for any more may go on.
@@ -124,12 +124,12 @@ impl Orders {
     }
 }
 
-/// The guard's own life, with its orders on stdin.
+/// The guard's own life, with its orders on stdin; one that is not `alone` yet starts the one that is.
 ///
 /// # Errors
 /// What is left of the copy could not be removed in time.
-pub async fn run() -> Result<()> {
-    let Some(orders) = guard_process::orders::<Orders>().await? else {
+pub async fn run(alone: bool) -> Result<()> {
+    let Some(orders) = guard_process::orders::<Orders>(ARGUMENT, alone).await? else {
         return Ok(());
     };
     let began = Instant::now();
