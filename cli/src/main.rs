@@ -4,11 +4,12 @@
 //!  args --> commands/{checkpoint, restore, migrate, receive, push, snapshot, check, serve} --> transship-engine
 //!           commands/{send, ls, rm, prune}                                                 --> checkpoint directory
 //!           commands/{inspect, diff, export, import, pull}         --> transship-package --> the same, and files
-//!  progress: bars and lines while it goes on;  timeline_file: --timeline;  report: errors and exit codes
+//!  progress: bars and lines while it goes on;  timeline_file: --timeline;  probe: --probe;  report: errors and exit codes
 //! ```
 
 mod args;
 mod commands;
+mod probe;
 mod progress;
 mod report;
 mod timeline_file;

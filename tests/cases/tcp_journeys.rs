@@ -65,7 +65,12 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
     let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
     a.import_image(&holder, "transship")?;
     let run = ["run", "--detach", "--cni", "--snapshotter", "transship"];
-    let program = ["/usr/bin/holder", "echo=0.0.0.0:7001", "echo=[::]:7002"];
+    let program = [
+        "/usr/bin/holder",
+        "echo=0.0.0.0:7001",
+        "echo=[::]:7002",
+        "echo=0.0.0.0:7003",
+    ];
     a.ctr(&[&run[..], &["transship.test/holder:1", CONTAINER], &program].concat())?;
     let streams = addresses(&a)?
         .into_iter()
@@ -73,6 +78,12 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
         .collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(streams.len() == 2, "{streams:?}");
     a_copy_that_is_taken_back_ends_no_connection((&a, &b), &to_b, &streams)?;
+    // The other node has no address in this network.
+    a_client_tells_how_long_it_waited(&a, &to_b)?;
+    b.command("transship")
+        .args(["migrate", CONTAINER, "--to", &to_a])
+        .args(["--network", "keep", "--tcp", "established"])
+        .run()?;
     for journey in 1..=times {
         // Back with all memory in the freeze.
         for (from, to, rounds) in [(&a, &to_b, "8"), (&b, &to_a, "0")] {
@@ -93,6 +104,42 @@ fn streams_go_on(bed: &Testbed, times: usize) -> anyhow::Result<()> {
     journey::remove_container(&a, CONTAINER)?;
     no_rule_is_left(&a, None)?;
     no_rule_is_left(&b, None)
+}
+
+/// Whoever asks anew finds the copy at the same address; what has no answer at all costs no freeze.
+fn a_client_tells_how_long_it_waited(a: &Node, to_b: &str) -> anyhow::Result<()> {
+    let migrate = |probe: &str| {
+        let mut migrate = a.command("transship");
+        migrate.args(["--json", "migrate", CONTAINER, "--to", to_b]);
+        migrate.args([
+            "--network",
+            "keep",
+            "--tcp",
+            "established",
+            "--probe",
+            probe,
+        ]);
+        migrate
+    };
+    let said = migrate("exit 1").read_failure()?;
+    ensure!(
+        said.contains("has no answer before anything is moved"),
+        "{said}"
+    );
+    let listens = addresses(a)?;
+    let address = listens.iter().find(|it| it.is_ipv4());
+    let address = address.context("no address")?.ip();
+    let ask = format!(
+        "bash -c 'exec 3<>/dev/tcp/{address}/7003; echo hello >&3; read -r answer <&3; [ $answer = hello ]'"
+    );
+    let told: serde_json::Value = serde_json::from_str(&migrate(&ask).read()?)?;
+    let seconds = |told: &serde_json::Value| told.as_f64().context(told.to_string());
+    let wait = seconds(&told["probe"]["longest_wait_seconds"])?;
+    let frozen = seconds(&told["timeline"]["frozen_seconds"])?;
+    // The listener accepts and does not answer while it stands still.
+    ensure!(wait > frozen / 2.0, "{told}");
+    ensure!(told["probe"]["at_the_end"] == true, "{told}");
+    Ok(())
 }
 
 /// The copy is held, with its sockets, when the source finds that it cannot write its record.

@@ -8,6 +8,7 @@ use transship_engine::{Error, Result};
 
 use super::{connect, print, store};
 use crate::args::{Global, MigrateArgs, VolumesArg};
+use crate::probe::{Answers, Probe};
 use crate::progress::Progress;
 use crate::timeline_file::TimelineFile;
 
@@ -26,6 +27,8 @@ struct Migrated {
     compressed: Compressed,
     direct: usize,
     timeline: Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe: Option<Answers>,
 }
 
 pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
@@ -40,6 +43,10 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
         node = connect(global) => node?,
         interrupted = interrupt.wait() => return Err(interrupted.into()),
     };
+    let probe = match args.probe.take() {
+        Some(command) => Some(Probe::begin(&command).await?),
+        None => None,
+    };
     let request = request(args);
     let progress = Progress::new(global.json);
     let done = migrate::migrate(&node, &store(), &request, &interrupt, &progress).await?;
@@ -50,6 +57,10 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
         }
         return Err(unfinished);
     }
+    let probe = match probe {
+        Some(probe) => Some(probe.finish().await),
+        None => None,
+    };
     let shown = Migrated {
         container: done.container,
         pid: done.pid,
@@ -60,6 +71,7 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
         },
         direct: done.direct,
         timeline: done.timeline.report(),
+        probe,
     };
     print(global, &shown, || {
         let pid = shown.pid.map(|pid| format!(", pid {pid} there"));
@@ -68,12 +80,17 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
         let compressed = { bytes.zip(sent) }
             .map(|(bytes, sent)| format!(", of which {sent} were {bytes} and went compressed"));
         format!(
-            "{} runs on the other node{} ({} moved{})\n{}",
+            "{} runs on the other node{} ({} moved{})\n{}{}",
             shown.container,
             pid.unwrap_or_default(),
             human_bytes(shown.bytes),
             compressed.unwrap_or_default(),
-            done.timeline.draw()
+            done.timeline.draw(),
+            shown
+                .probe
+                .iter()
+                .map(|it| format!("\n{}", it.text()))
+                .collect::<String>()
         )
     })?;
     picture.write(&done.timeline)
