@@ -60,7 +60,12 @@ impl DebianImage {
         name: "postgresql",
         packages: &["postgresql"],
         hooks: &[],
-        left_out: &[],
+        // For its compiler, without which it runs as well.
+        left_out: &[
+            "./usr/lib/*/libLLVM*",
+            "./usr/lib/*/libz3*",
+            "./usr/lib/postgresql/*/lib/bitcode",
+        ],
     };
 
     /// The image; its tree is made once and cached as those of the nodes are.
