@@ -224,6 +224,9 @@ fn cut_at(
             format!("{error}: {said:?}")
         })
     })?;
+    let mark = format!("/var/lib/transship/moved/{}", pod.uid());
+    { from.shell(&format!("test -s {mark}")).run() }
+        .context("from the freeze on no kubelet starts it here again")?;
     match cut {
         Cut::Source => from.shell("pkill -KILL -x transship").run()?,
         Cut::Target => to.shell("pkill -KILL -x transship").run()?,
@@ -240,6 +243,9 @@ fn cut_at(
         one_copy(runs, ended).map_err(|error| format!("{recovered:?}: {error}"))
     })?;
     runs_only(runs, ended, pod).with_context(|| format!("{cut:?} killed at: {moment}"))?;
+    let not = if std::ptr::eq(runs, from) { "!" } else { "" };
+    { from.shell(&format!("{not} test -e {mark}")).run() }
+        .with_context(|| format!("the mark, with {cut:?} killed at: {moment}"))?;
     from.wait_for_daemon_end("move")?;
     journey::check_no_pod_left(ended)
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use rustix::process::Signal;
 use serde::Deserialize;
-use transship_sandbox::KnownProcess;
+use transship_sandbox::{KnownProcess, TaskStat};
 
 use super::bundle::Phase;
 use super::{Front, FrontError, Outcome};
@@ -65,7 +65,9 @@ impl Front<'_> {
         let cgroup = match fs::read(dir.join("state.json")) {
             Ok(json) => cgroup_of_runc(&json)?,
             Err(_) => {
-                let pid = pid_of_crun(&fs::read(dir.join("status")).ok()?)?;
+                let first = FirstOfCrun::read(&fs::read(dir.join("status")).ok()?)?;
+                // Its number may be another's by now.
+                let pid = first.is_alive().then_some(first.pid)?;
                 Freezer::around(&[pid]).ok()?.dir().to_path_buf()
             }
         };
@@ -113,13 +115,25 @@ fn cgroup_of_runc(json: &[u8]) -> Option<PathBuf> {
         .filter(|dir| dir.is_absolute())
 }
 
-fn pid_of_crun(json: &[u8]) -> Option<i32> {
-    #[derive(Deserialize)]
-    struct Status {
-        pid: i32,
+/// The first process of a container in crun's `status`.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct FirstOfCrun {
+    pid: i32,
+    process_start_time: u64,
+}
+
+impl FirstOfCrun {
+    fn read(json: &[u8]) -> Option<Self> {
+        serde_json::from_slice::<Self>(json)
+            .ok()
+            .filter(|it| it.pid > 0)
     }
-    let pid = serde_json::from_slice::<Status>(json).ok()?.pid;
-    (pid > 0).then_some(pid)
+
+    fn is_alive(&self) -> bool {
+        let stat = TaskStat::of(format!("/proc/{}", self.pid)).ok();
+        stat.and_then(|stat| stat.start_time()) == Some(self.process_start_time)
+    }
 }
 
 #[cfg(test)]
@@ -150,7 +164,19 @@ mod tests {
         assert_eq!(two.as_deref(), Some(Path::new("/sys/fs/cgroup/a")));
         assert_eq!(cgroup_of_runc(br#"{"cgroup_paths":{}}"#), None);
         assert_eq!(cgroup_of_runc(b"{}"), None);
-        assert_eq!(pid_of_crun(br#"{"pid":7,"bundle":"/b"}"#), Some(7));
-        assert_eq!(pid_of_crun(br#"{"pid":0}"#), None);
+    }
+
+    #[test]
+    fn a_number_of_crun_is_that_of_its_process() {
+        let pid = std::process::id().cast_signed();
+        let start_time = TaskStat::of("/proc/self").unwrap().start_time().unwrap();
+        let read = |pid: i32, time: u64| {
+            let status = format!(r#"{{"pid":{pid},"process-start-time":{time},"bundle":"/b"}}"#);
+            FirstOfCrun::read(status.as_bytes())
+        };
+        assert!(read(pid, start_time).unwrap().is_alive());
+        assert!(!read(pid, start_time + 1).unwrap().is_alive());
+        assert_eq!(read(0, start_time), None);
+        assert_eq!(FirstOfCrun::read(b"{}"), None);
     }
 }
