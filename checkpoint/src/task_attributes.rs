@@ -6,6 +6,8 @@
 //!                             "io_priority": { "class": "best-effort", "level": 7 } } ],
 //!                "sockets": [ { "process": 1, "descriptor": 5, "options": { "defer_accept": 7 } } ],
 //!                "left_out": 12,
+//!                "timers": [ { "process": 1, "timer": 0, "at": 1767323060000000000 } ],
+//!                "descriptor_timers": [ { "id": 9, "at": 1767323060000000000 } ],
 //!                "unread": [ { "process": 1, "descriptor": 3, "kind": "inotify", "bytes": 16 } ] }
 //! ```
 //!
@@ -41,6 +43,33 @@ pub struct TaskAttributes {
     /// What waited to be read and is lost.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unread: Vec<Unread>,
+    /// POSIX timers that are set to a moment of the wall clock.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub timers: Vec<WallClockTimer>,
+    /// Timers of descriptors that are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub descriptor_timers: Vec<WallClockDescriptor>,
+}
+
+/// A POSIX timer that fires at a moment, however long its process stands still: set with `TIMER_ABSTIME`, of
+/// `CLOCK_REALTIME`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WallClockTimer {
+    /// The id of the process in the container.
+    pub process: u32,
+    /// The id of the timer in the process.
+    pub timer: u64,
+    /// When it fires next, in nanoseconds of the wall clock since 1970.
+    pub at: u64,
+}
+
+/// A timer of a descriptor that does: set with `TFD_TIMER_ABSTIME`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WallClockDescriptor {
+    /// Its id in CRIU's images.
+    pub id: u32,
+    /// When it fires next, in nanoseconds of the wall clock since 1970.
+    pub at: u64,
 }
 
 #[expect(

@@ -28,6 +28,8 @@ pub(crate) struct OfDescriptors {
     /// How many were not looked at.
     pub(crate) left_out: u64,
     pub(crate) unread: Vec<Unread>,
+    /// Whether there is a timer, whatever it is set to.
+    pub(crate) has_timer: bool,
 }
 
 /// Looks at all descriptors, at each socket once.
@@ -53,6 +55,7 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
                 FDTarget::AnonInode(kind) if kind == "inotify" => {
                     found.unread(&process, open.fd, UnreadKind::Inotify);
                 }
+                FDTarget::AnonInode(kind) if kind == "[timerfd]" => found.has_timer = true,
                 FDTarget::AnonInode(kind) if kind == "[fanotify]" => {
                     found.unread(&process, open.fd, UnreadKind::Fanotify);
                 }

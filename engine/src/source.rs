@@ -31,7 +31,7 @@ use transship_checkpoint::manifest::{
 use transship_checkpoint::namespaces;
 use transship_checkpoint::shared_dirs::{LINKS_FILE, SharedDir};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::task_attributes::TASKS_FILE;
+use transship_checkpoint::task_attributes::{TASKS_FILE, TaskAttributes};
 use transship_containerd::Containerd;
 use transship_containerd::ResolvedImage;
 use transship_layer::{
@@ -61,6 +61,7 @@ use crate::task_attributes;
 use crate::task_to_freeze::TaskToFreeze;
 use crate::thaw;
 use crate::timer_threads;
+use crate::wall_clock_timers::Expiries;
 
 /// How long a runtime may take to notice that its CRIU is gone.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -502,10 +503,8 @@ impl SourceContainer {
             let message = format!("{} has changed meanwhile: {}", self.called, first.line());
             return Err(Error::refused(message));
         }
-        let attributes = { attributes?.to_json() }.context("cannot write of tasks")?;
-        fs::File::create_new(dir.join(TASKS_FILE))
-            .and_then(|mut file| file.write_all(&attributes))
-            .with_context(|| format!("cannot write {TASKS_FILE}"))?;
+        let attributes = attributes?;
+        let finish = async || self.finish_images(&dir, pids, attributes.clone()).await;
         let diff = dir.join(ROOTFS_DIFF_FILE);
         // A link that CRIU makes for a file without a name is there during the dump only.
         let export_inside = self.container.criu.link_remap;
@@ -543,7 +542,7 @@ impl SourceContainer {
             dumped = &mut run => {
                 let layer = layer(started.elapsed()).await;
                 let finished = match (&dumped, layer) {
-                    (Ok(()), Ok(layer)) => self.finish_images(&dir, pids).await.map(|()| layer),
+                    (Ok(()), Ok(layer)) => finish().await.map(|()| layer),
                     (_, layer) => layer,
                 };
                 (dumped, finished)
@@ -552,7 +551,7 @@ impl SourceContainer {
                 // While CRIU waits, and ends.
                 let finish = async {
                     let layer = layer(started.elapsed()).await?;
-                    self.finish_images(&dir, pids).await?;
+                    finish().await?;
                     hold.into_iter().for_each(|hold| hold.complete(layer.clone()));
                     Ok(layer)
                 };
@@ -597,7 +596,12 @@ impl SourceContainer {
         conditions::changes_of_frozen(subject).await
     }
 
-    async fn finish_images(&self, dir: &Path, pids: &[u32]) -> Result<()> {
+    async fn finish_images(
+        &self,
+        dir: &Path,
+        pids: &[u32],
+        (mut attributes, expiries): (TaskAttributes, Expiries),
+    ) -> Result<()> {
         // Its last lines have had the time of the dump to get there.
         if let Some(log) = &self.log
             && let Err(error) = keep_log(log, dir)
@@ -611,6 +615,11 @@ impl SourceContainer {
         let images = dir.join(IMAGES_DIR);
         lost_watches::refuse(&images, &self.called).await?;
         timer_threads::translate(&images, pids).await?;
+        expiries.tell_moments(&images, &mut attributes).await?;
+        let attributes = attributes.to_json().context("cannot write of tasks")?;
+        fs::File::create_new(dir.join(TASKS_FILE))
+            .and_then(|mut file| file.write_all(&attributes))
+            .with_context(|| format!("cannot write {TASKS_FILE}"))?;
         let container = Named {
             pid: self.pid,
             upperdir: self.stack.top.clone(),

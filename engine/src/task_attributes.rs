@@ -20,14 +20,15 @@ use transship_checkpoint::task_attributes::{
 use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::descriptor_attributes;
+use crate::wall_clock_timers::Expiries;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 /// Threads that one call of `ionice` is given.
 const AT_ONCE: usize = 512;
 
-/// The attributes of all threads of these frozen processes, now.
-pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
+/// The attributes of all threads of these frozen processes, now, and what tells of their timers after the dump.
+pub(crate) fn read(pids: &[u32]) -> (TaskAttributes, Expiries) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let frozen_at = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
     let mut tasks: Vec<(u32, Task)> = Vec::new();
@@ -49,17 +50,22 @@ pub(crate) fn read(pids: &[u32]) -> TaskAttributes {
         }
     }
     let of_descriptors = descriptor_attributes::read(pids);
-    TaskAttributes {
+    let expiries = Expiries::read(pids, of_descriptors.has_timer);
+    let attributes = TaskAttributes {
         frozen_at: frozen_at.unwrap_or_default(),
         sockets: of_descriptors.sockets,
         left_out: of_descriptors.left_out,
         unread: of_descriptors.unread,
+        // They are known after the dump.
+        timers: Vec::new(),
+        descriptor_timers: Vec::new(),
         tasks: tasks
             .into_iter()
             .map(|(_, task)| task)
             .filter(|task| !task.is_ordinary())
             .collect(),
-    }
+    };
+    (attributes, expiries)
 }
 
 fn task(pid: u32, tid: u32, allowed: &[usize]) -> Option<Task> {
@@ -160,7 +166,7 @@ mod tests {
         fs::write(format!("/proc/{pid}/timerslack_ns"), "123456").ok();
         let slack = fs::read_to_string(format!("/proc/{pid}/timerslack_ns"));
         fs::write(format!("/proc/{pid}/coredump_filter"), "0x7f").unwrap();
-        let read = read(&[pid]);
+        let (read, _) = read(&[pid]);
         let found = read
             .tasks
             .iter()

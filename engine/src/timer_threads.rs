@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use transship_checkpoint::criu_images::thread_timers::translate_threads;
+use transship_checkpoint::criu_images::posix_timers::translate_threads;
 use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::error::{Context, Error, Result};

@@ -17,7 +17,7 @@ use transship_checkpoint::criu_images::memory_apart::MemoryApart;
 use transship_checkpoint::criu_images::threads::{TASK_DEAD, Thread, ThreadEdit};
 use transship_checkpoint::criu_images::{
     ImageError, cgroups, inet_sockets, inventory, ipc_sysctls, mounts, named_files, open_files,
-    packet_rules, pipe_data, regular_files, seccomp, shm_mappings, tasks, terminals, thread_timers,
+    packet_rules, pipe_data, posix_timers, regular_files, seccomp, shm_mappings, tasks, terminals,
     threads, timers, unix_sockets, user_namespace, utsns,
 };
 use transship_checkpoint::criu_log;
@@ -49,7 +49,8 @@ pub(crate) fn core(data: &[u8]) {
     alone("core-7.img", data, |dir| {
         let _ids = tasks::ids(dir);
         let _stopped = tasks::stopped(dir);
-        let _translated = thread_timers::translate_threads(dir, |pid, _| pid.checked_sub(1));
+        let _translated = posix_timers::translate_threads(dir, |pid, _| pid.checked_sub(1));
+        let _set = posix_timers::set_left(dir, |timer| timer.left.checked_sub(timer.period));
         let Some(thread) = threads::threads(dir).ok().and_then(|mut all| all.pop()) else {
             return;
         };
@@ -95,7 +96,11 @@ pub(crate) fn files(data: &[u8]) {
         let before = open_files::privileged(dir).ok();
         let _named = named_files::named_files(dir);
         let _terminals = terminals::terminals(dir);
-        let _corrected = timers::correct(dir, 1 << 40);
+        let clock = timers::WallClock {
+            frozen_at: 0,
+            now: 1 << 40,
+        };
+        let _corrected = timers::correct(dir, clock, |id| Some(id.into()));
         let moved = |name: &str| {
             let found = regular_files::FoundFile {
                 name: format!("/other{name}"),

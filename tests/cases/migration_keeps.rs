@@ -12,7 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// How long a holder that ticks is waited for.
 const TICKS: Duration = Duration::from_secs(60);
 /// How long the source stands still at least, in seconds.
-const STANDS_STILL: u64 = 10;
+const STANDS_STILL: i64 = 10;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     [
@@ -150,18 +150,35 @@ fn timers_fire_at_their_moment(bed: &Testbed) -> anyhow::Result<()> {
     for node in [&a, &b] {
         node.shell("mkdir -p /srv/timer").run()?;
     }
-    // timerfd_create(CLOCK_REALTIME), timerfd_settime(TFD_TIMER_ABSTIME), on x86-64.
+    // On x86-64: timerfd_create(CLOCK_REALTIME), timerfd_settime(TFD_TIMER_ABSTIME); in a process of its own
+    // timer_create(CLOCK_REALTIME), timer_settime with TIMER_ABSTIME and, of as long a time, without.
     a.write_file(
         "/srv/timer/program",
         "my $due = time + 30;
+         sub fired {
+             open(my $fired, '>', '/timer/fired-' . shift); print $fired time - $due; close($fired);
+         }
+         sub timer {
+             my ($signal, $flags, $seconds) = @_;
+             my ($id, $event) = (pack('l', 0), pack('q l l x48', 0, $signal, 0));
+             syscall(222, 0, $event, $id) == 0 or die;
+             syscall(223, unpack('l', $id), $flags, pack('q4', 0, 0, $seconds, 0), 0) == 0 or die;
+         }
+         unless (fork) {
+             $SIG{USR1} = sub { fired('moment') };
+             $SIG{USR2} = sub { fired('time') };
+             timer(10, 1, $due);
+             timer(12, 0, 30);
+             open(my $set, '>', '/timer/set-timers'); close($set);
+             sleep 1000 while 1;
+         }
          my $fd = syscall(283, 0, 0);
          syscall(286, $fd, 1, pack('q4', 0, 0, $due, 0), 0) == 0 or die;
          open(my $set, '>', '/timer/set'); close($set);
          open(my $timer, '<&=', $fd);
          sysread($timer, my $ticks, 8);
-         my $late = time - $due;
-         open(my $fired, '>', '/timer/fired'); print $fired $late; close($fired);
-         sleep 1000;",
+         fired('descriptor');
+         sleep 1000 while 1;",
     )?;
     let mut run = vec!["run", "--detach", "--snapshotter", "transship"];
     let mounts = [
@@ -183,7 +200,7 @@ fn timers_fire_at_their_moment(bed: &Testbed) -> anyhow::Result<()> {
     ]);
     a.ctr(&run)?;
     poll_until("the timer", PATIENCE, || {
-        let set = a.shell("test -e /srv/timer/set");
+        let set = a.shell("test -e /srv/timer/set -a -e /srv/timer/set-timers");
         { set }.run().map_err(|error| error.to_string())
     })?;
     let before_restore =
@@ -192,15 +209,24 @@ fn timers_fire_at_their_moment(bed: &Testbed) -> anyhow::Result<()> {
         .args(["migrate", "timer", "--to", &ssh, "--allow", "host-mounts"])
         .args(["--before-restore", &before_restore])
         .run()?;
-    let early = b.shell("test ! -e /srv/timer/fired").run().is_ok();
-    let late: u64 = poll_until("the timer's moment", PATIENCE, || {
-        let late = b.shell("cat /srv/timer/fired").read();
-        late.map_err(|error| error.to_string())?
-            .parse()
-            .map_err(|error| format!("{error}"))
-    })?;
-    // A migration that has taken longer than the timer says nothing.
-    ensure!(!early || late < STANDS_STILL, "it was {late} s late");
+    let early = b.shell("test ! -e /srv/timer/fired-moment").run().is_ok();
+    let late = |which: &str| -> anyhow::Result<i64> {
+        let late = poll_until("the timer's moment", PATIENCE, || {
+            let late = b.shell(&format!("cat /srv/timer/fired-{which}")).read();
+            late.map_err(|error| error.to_string())?
+                .parse()
+                .map_err(|error| format!("{error}"))
+        });
+        Ok(late?)
+    };
+    let [descriptor, moment, time] = [late("descriptor")?, late("moment")?, late("time")?];
+    // A migration that has taken longer than the timers says nothing.
+    let said = format!("late by {descriptor}, {moment}, and {time} s");
+    for late in [descriptor, moment] {
+        ensure!(late >= 0 && (!early || late < STANDS_STILL), "{said}");
+    }
+    // A time that a program waits is no moment: it has not passed while nothing ran.
+    ensure!(time >= STANDS_STILL, "{said}");
     journey::remove_container(&b, "timer")?;
     Ok(())
 }

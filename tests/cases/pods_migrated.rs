@@ -216,6 +216,12 @@ fn cut_at(
         node.shell("rm -f /run/at-* /run/moved").run()?;
     }
     stops.shell(&format!("touch /run/stop-at-{moment}")).run()?;
+    let has_kubelet = cut == Cut::Source;
+    if has_kubelet {
+        from.shell("cp /bin/sleep /run/kubelet; rm -f /var/log/kubelet.log")
+            .run()?;
+        from.start_daemon("kubelet", &["/run/kubelet", "1000"])?;
+    }
     from.start_daemon("move", &["/usr/local/bin/move", link])?;
     poll_until(moment, PATIENCE, || {
         let reached = stops.shell(&format!("test -e /run/at-{moment}")).run();
@@ -225,8 +231,10 @@ fn cut_at(
         })
     })?;
     let mark = format!("/var/lib/transship/moved/{}", pod.uid());
-    { from.shell(&format!("test -s {mark}")).run() }
-        .context("from the freeze on no kubelet starts it here again")?;
+    if has_kubelet {
+        { from.shell(&format!("test -s {mark}")).run() }
+            .context("from the freeze on it starts nothing of the pod here")?;
+    }
     match cut {
         Cut::Source => from.shell("pkill -KILL -x transship").run()?,
         Cut::Target => to.shell("pkill -KILL -x transship").run()?,
@@ -243,9 +251,12 @@ fn cut_at(
         one_copy(runs, ended).map_err(|error| format!("{recovered:?}: {error}"))
     })?;
     runs_only(runs, ended, pod).with_context(|| format!("{cut:?} killed at: {moment}"))?;
-    let not = if std::ptr::eq(runs, from) { "!" } else { "" };
-    { from.shell(&format!("{not} test -e {mark}")).run() }
-        .with_context(|| format!("the mark, with {cut:?} killed at: {moment}"))?;
+    if has_kubelet {
+        let not = if std::ptr::eq(runs, from) { "!" } else { "" };
+        { from.shell(&format!("{not} test -e {mark}")).run() }
+            .with_context(|| format!("the mark, with {cut:?} killed at: {moment}"))?;
+        from.stop_daemon("kubelet", "KILL")?;
+    }
     from.wait_for_daemon_end("move")?;
     journey::check_no_pod_left(ended)
 }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! file_entry     12 tfd: timerfd_entry
-//! timerfd_entry  4 clockid   5 ticks   6 settime_flags   7 vsec   8 vnsec   (what was left of it at the dump)
-//!                                                        9 isec  10 insec   (its period)
+//! timerfd_entry  1 id   4 clockid   5 ticks   6 settime_flags   7 vsec   8 vnsec   (what was left of it at the dump)
+//!                                                              9 isec  10 insec   (its period)
 //! ```
 //!
 //! A periodic timer that has expired, and has not been read since, stands still in the kernel until it is read, and has
@@ -11,11 +11,12 @@
 //!
 //! Those that are set to a moment of the wall clock:
 //!
-//! CRIU sets such a timer to the moment of the restore and what was left: it would be late by the time
-//! between. The seconds are added as signed ones, so a moment that has passed can be said, too: the timer
-//! fires at once, and a periodic one keeps its beat.
+//! CRIU sets such a timer to the second of the restore and what was left: it would be late by the time
+//! between, and early by the part of that second which had passed. The seconds are added as signed ones, so a moment that
+//! has passed can be said, too: the timer fires at once, and a periodic one keeps its beat.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::strict::{edit_submessage, set_varints, submessage};
 use super::{Image, ImageError, Kind, push_bytes};
@@ -32,6 +33,8 @@ const NANOSECONDS: i128 = 1_000_000_000;
 /// `timerfd_entry` of `images/timerfd.proto`, as far as it matters.
 #[derive(Clone, PartialEq, prost::Message)]
 struct TimerFd {
+    #[prost(uint32, required, tag = "1")]
+    id: u32,
     #[prost(uint32, required, tag = "4")]
     clock: u32,
     /// How often it has expired since it was read.
@@ -49,12 +52,59 @@ struct TimerFd {
     period_nanoseconds: u64,
 }
 
-/// Lets `passed` nanoseconds of the wall clock go by for its timers in the images of `dir`, and wakes those that wait to be
-/// read. Gives how many there are.
+/// The wall clock, in nanoseconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WallClock {
+    /// When the container stood still; not known: as `now`.
+    pub frozen_at: u64,
+    /// The time of the restore.
+    pub now: u64,
+}
+
+/// A timer of a descriptor that is set to a moment of the wall clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorTimer {
+    /// Its id in the images.
+    pub id: u32,
+    /// What was left of it when CRIU asked.
+    pub left: Duration,
+}
+
+/// Those in the images of `dir`.
+///
+/// # Errors
+/// The image cannot be read.
+pub fn of_wall_clock(dir: &Path) -> Result<Vec<DescriptorTimer>, ImageError> {
+    let mut found = Vec::new();
+    edit(dir, |timer| {
+        if timer.is_of_wall_clock() {
+            let left = Duration::from_secs(timer.seconds);
+            let left = left.saturating_add(Duration::from_nanos(timer.nanoseconds));
+            found.push(DescriptorTimer { id: timer.id, left });
+        }
+        None
+    })?;
+    Ok(found)
+}
+
+/// Sets its timers of the wall clock in the images of `dir` to their moments, and wakes those that wait to be read. `at`
+/// knows the moment of a timer by its id; of others it is what was left at the freeze. Gives how many there are.
 ///
 /// # Errors
 /// The image cannot be read or written.
-pub fn correct(dir: &Path, passed: u64) -> Result<usize, ImageError> {
+pub fn correct(
+    dir: &Path,
+    clock: WallClock,
+    at: impl Fn(u32) -> Option<u64>,
+) -> Result<usize, ImageError> {
+    edit(dir, |timer| timer.left_at(clock, at(timer.id)))
+}
+
+/// Sets what is left of each timer for which `left` gives seconds and nanoseconds.
+fn edit(
+    dir: &Path,
+    mut left: impl FnMut(&TimerFd) -> Option<(u64, u64)>,
+) -> Result<usize, ImageError> {
     let path = dir.join(FILES_IMAGE);
     if std::fs::symlink_metadata(&path).is_err() {
         return Ok(0);
@@ -64,10 +114,7 @@ pub fn correct(dir: &Path, passed: u64) -> Result<usize, ImageError> {
     let (mut body, mut changed) = (Vec::new(), 0);
     while let Some(entry) = entries.next_bytes()? {
         let timer = submessage(entry, TFD).map(|timer| image.decode::<TimerFd>(timer));
-        match timer
-            .transpose()?
-            .and_then(|timer| timer.left_after(passed))
-        {
+        match timer.transpose()?.and_then(|timer| left(&timer)) {
             Some((seconds, nanoseconds)) => {
                 let edit = |old: &[u8]| {
                     let new = set_varints(old, VSEC, &[seconds]);
@@ -96,8 +143,9 @@ impl TimerFd {
         is_periodic && self.ticks != 0 && self.seconds == 0 && self.nanoseconds == 0
     }
 
-    /// What is to be left of it, where that is not what the image says.
-    fn left_after(&self, passed: u64) -> Option<(u64, u64)> {
+    /// What is to be left of it, where that is not what the image says. It fires late by a second at most, where one begins
+    /// before CRIU looks at the clock, and never early.
+    fn left_at(&self, clock: WallClock, at: Option<u64>) -> Option<(u64, u64)> {
         if self.waits_to_be_read() {
             return Some((0, 1));
         }
@@ -105,9 +153,10 @@ impl TimerFd {
             return None;
         }
         let left = i128::from(self.seconds) * NANOSECONDS + i128::from(self.nanoseconds);
-        let left = left - i128::from(passed);
-        let seconds = i64::try_from(left.div_euclid(NANOSECONDS)).unwrap_or(i64::MIN);
-        let nanoseconds = u64::try_from(left.rem_euclid(NANOSECONDS)).unwrap_or_default();
+        let at = at.map_or_else(|| left + i128::from(clock.frozen_at), i128::from);
+        let seconds = at.div_euclid(NANOSECONDS) - i128::from(clock.now) / NANOSECONDS;
+        let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+        let nanoseconds = u64::try_from(at.rem_euclid(NANOSECONDS)).unwrap_or_default();
         Some((seconds.cast_unsigned(), nanoseconds))
     }
 }
@@ -135,6 +184,12 @@ mod tests {
         }
     }
 
+    const KNOWN: u32 = 7;
+
+    fn known(timer: TimerFd) -> TimerFd {
+        TimerFd { id: KNOWN, ..timer }
+    }
+
     /// Every second; expired that often, and so much is left.
     fn periodic(ticks: u64, nanoseconds: u64) -> TimerFd {
         TimerFd {
@@ -144,13 +199,24 @@ mod tests {
         }
     }
 
+    const SECOND: u64 = 1_000_000_000;
+
     #[test]
     fn only_moments_of_the_wall_clock_come_nearer_and_what_waits_is_woken() {
-        let passed = 3_600_000_000;
-        let late = (-2_i64).cast_unsigned();
+        // 3.6 s have passed; CRIU adds the 1004 whole seconds of the restore.
+        let clock = WallClock {
+            frozen_at: 1000 * SECOND + 900_000_000,
+            now: 1004 * SECOND + 500_000_000,
+        };
+        let late = (-3_i64).cast_unsigned();
         let cases = [
-            (timer(0, 1, 10, 500_000_000), timer(0, 1, 6, 900_000_000)),
-            (timer(8, 1, 2, 0), timer(8, 1, late, 400_000_000)),
+            // To 1011.4, and by what is known of it to 1011.3.
+            (timer(0, 1, 10, 500_000_000), timer(0, 1, 7, 400_000_000)),
+            (
+                known(timer(0, 1, 10, 500_000_000)),
+                known(timer(0, 1, 7, 300_000_000)),
+            ),
+            (timer(8, 1, 1, 0), timer(8, 1, late, 900_000_000)),
             // Relative, of another clock, not armed.
             (timer(0, 0, 10, 0), timer(0, 0, 10, 0)),
             (timer(1, 1, 10, 0), timer(1, 1, 10, 0)),
@@ -160,9 +226,10 @@ mod tests {
             (periodic(2, 7), periodic(2, 7)),
             (periodic(0, 0), periodic(0, 0)),
         ];
+        let at = |id| (id == KNOWN).then_some(1011 * SECOND + 300_000_000);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILES_IMAGE);
-        assert_eq!(correct(dir.path(), passed).unwrap(), 0);
+        assert_eq!(correct(dir.path(), clock, at).unwrap(), 0);
         let mut body = Vec::new();
         push_entry(&mut body, &FileEntry { kind: 1, tfd: None });
         for (before, _) in &cases {
@@ -171,7 +238,11 @@ mod tests {
         }
         let image = Image::new(&path, Kind::Files, body);
         std::fs::write(&path, image.to_bytes()).unwrap();
-        assert_eq!(correct(dir.path(), passed).unwrap(), 3);
+        let left = Duration::new(10, 500_000_000);
+        let expected = [(0, left), (KNOWN, left), (0, Duration::from_secs(1))];
+        let expected = expected.map(|(id, left)| DescriptorTimer { id, left });
+        assert_eq!(of_wall_clock(dir.path()).unwrap(), expected);
+        assert_eq!(correct(dir.path(), clock, at).unwrap(), 4);
         let image = Image::read(&path, Kind::Files).unwrap();
         let mut entries = image.entries();
         let mut found = Vec::new();

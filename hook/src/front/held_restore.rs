@@ -8,7 +8,7 @@ use std::path::Path;
 use transship_checkpoint::annotations::{OnFailure, Rootfs};
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::criu_images::memory_apart::MemoryApart;
-use transship_checkpoint::criu_images::{inventory, tasks, timers};
+use transship_checkpoint::criu_images::{inventory, tasks};
 use transship_checkpoint::criu_options::{ConfigLine, Tcp};
 use transship_checkpoint::manifest::ROOTFS_DIFF_FILE;
 use transship_checkpoint::namespaces::{self, Namespace, Plan};
@@ -149,7 +149,7 @@ impl Front<'_> {
             .map_err(|source| not_admitted(&request, source))?;
         admission.apply(images.path())?;
         let attributes = task_attributes::read(of_container).during("read", of_container)?;
-        timers::correct(images.path(), task_attributes::since_freeze(&attributes))?;
+        task_attributes::correct_timers(images.path(), &attributes)?;
         inventory::set_network_lock(images.path(), criu_lock())?;
         let networks = config.annotations.networks.as_deref();
         let keeps_addresses = { networks.map(own_networks::are_kept).transpose() }

@@ -10,11 +10,13 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use transship_checkpoint::beneath::{Links, read_regular};
+use transship_checkpoint::criu_images::timers::{self, WallClock};
+use transship_checkpoint::criu_images::{ImageError, posix_timers};
 use transship_checkpoint::task_attributes::{
     IoClass, Socket, TASKS_FILE, TASKS_LIMIT, Task, TaskAttributes, Unread, parse_cpus,
 };
@@ -46,14 +48,50 @@ pub(super) fn read(dir: &Path) -> io::Result<TaskAttributes> {
     }
 }
 
-/// Nanoseconds of the wall clock since the freeze.
-pub(super) fn since_freeze(attributes: &TaskAttributes) -> u64 {
+/// Sets the timers in the images of `dir` that CRIU would let fire late, or never.
+///
+/// # Errors
+/// An image cannot be read or replaced.
+pub(super) fn correct_timers(dir: &Path, attributes: &TaskAttributes) -> Result<(), ImageError> {
+    let now = now();
+    let frozen_at = match attributes.frozen_at {
+        0 => now,
+        frozen_at => frozen_at,
+    };
+    let descriptors: BTreeMap<u32, u64> = { attributes.descriptor_timers.iter() }
+        .map(|it| (it.id, it.at))
+        .collect();
+    let clock = WallClock { frozen_at, now };
+    timers::correct(dir, clock, |id| descriptors.get(&id).copied())?;
+    if attributes.timers.is_empty() {
+        return Ok(());
+    }
+    let of_wall_clock: BTreeMap<(u32, u64), u64> = { attributes.timers.iter() }
+        .map(|it| ((it.process, it.timer), it.at))
+        .collect();
+    posix_timers::set_left(dir, |timer| {
+        let at = of_wall_clock.get(&(timer.process, timer.id))?;
+        (!timer.left.is_zero()).then(|| left_until(*at, now, timer.period))
+    })
+}
+
+/// How long it is to a moment of the wall clock. One that has passed fires at once, and a periodic timer with its next beat:
+/// a timer is set to no time that has passed.
+fn left_until(at: u64, now: u64, period: Duration) -> Duration {
+    let period = u64::try_from(period.as_nanos()).unwrap_or(u64::MAX);
+    let late = now.saturating_sub(at);
+    Duration::from_nanos(match at.checked_sub(now) {
+        Some(left @ 1..) => left,
+        _ if period == 0 => 1,
+        _ => period - late % period,
+    })
+}
+
+/// Nanoseconds of the wall clock since 1970.
+fn now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
-    match attributes.frozen_at {
-        0 => 0,
-        frozen_at => now.unwrap_or_default().saturating_sub(frozen_at),
-    }
+    now.unwrap_or_default()
 }
 
 /// Gives the held tasks below `root` what they had. Gives what they cannot have, for people.
@@ -334,10 +372,23 @@ mod tests {
     }
 
     #[test]
+    fn a_moment_that_has_passed_is_the_next_beat_or_now() {
+        let left = |at, now, period| left_until(at, now, Duration::from_nanos(period)).as_nanos();
+        assert_eq!(left(100, 30, 0), 70);
+        assert_eq!(left(100, 30, 7), 70);
+        assert_eq!(left(100, 100, 0), 1);
+        assert_eq!(left(100, 1000, 0), 1);
+        assert_eq!(left(100, 100, 7), 7);
+        assert_eq!(left(100, 109, 7), 5);
+        assert_eq!(left(u64::MAX, 0, u64::MAX), u64::MAX.into());
+        assert_eq!(left(0, u64::MAX, u64::MAX), u64::MAX.into());
+    }
+
+    #[test]
     fn a_checkpoint_without_the_file_says_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let read = read(dir.path()).unwrap();
-        assert_eq!(since_freeze(&read), 0);
+        assert_eq!(read.frozen_at, 0);
         assert!(read.tasks.is_empty());
     }
 }
