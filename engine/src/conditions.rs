@@ -430,6 +430,7 @@ mod tests {
         // Where it runs, the mounts, the user, the session and its terminal are those of the caller.
         let own = [
             "hook-mount",
+            "node-mount",
             "rlimit",
             "outside-session",
             "outside-socket",

@@ -75,7 +75,7 @@ const fn row(name: &'static str, command: &'static [&'static str]) -> Row {
     }
 }
 
-const ROWS: [Row; 39] = [
+const ROWS: [Row; 41] = [
     row("mptcp", &[HOLDER, "mptcp"]),
     row("socket-kind", &[HOLDER, "vsock"]),
     row("io-uring", &[HOLDER, "io-uring"]),
@@ -97,6 +97,21 @@ const ROWS: [Row; 39] = [
     row("watch", &[HOLDER, "watch=/proc/self/status"]),
     row("unix-backlog", &[HOLDER, "backlog=/data/socket"]),
     // CRIU dumps these, and does not restore them.
+    Row {
+        run: &["--rootfs-propagation", "rshared"],
+        asked_of_criu: false,
+        ..row("node-mount", &[HOLDER, "lock"])
+    },
+    Row {
+        run: &[
+            "--rootfs-propagation",
+            "rshared",
+            "--mount",
+            "type=bind,src=/srv,dst=/srv,options=rbind:rshared",
+        ],
+        asked_of_criu: false,
+        ..row("node-mount", &[HOLDER, "lock"])
+    },
     Row {
         asked_of_criu: false,
         ..row("thread-file", &[HOLDER, "thread-file"])

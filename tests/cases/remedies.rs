@@ -196,6 +196,21 @@ const ROWS: &[Row] = &[
         ..PLAIN
     },
     Row {
+        name: "node-mount",
+        run: &[
+            "--rootfs-propagation",
+            "rshared",
+            "--mount",
+            "type=bind,src=/srv,dst=/srv,options=rbind:rshared",
+        ],
+        command: &[HOLDER, "lock"],
+        word: "--rootfs-propagation shared",
+        // Of two the last one counts.
+        remedy: Remedy::Run(&["--rootfs-propagation", "rslave"], &[HOLDER, "lock"]),
+        restore: &["--allow", "host-mounts"],
+        ..PLAIN
+    },
+    Row {
         name: "hook-mount",
         command: &[HOLDER, "lock"],
         then: Then::By(mount_from_outside),

@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 85] = [
+pub static CONDITIONS: [Condition; 86] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -379,6 +379,14 @@ pub static CONDITIONS: [Condition; 85] = [
             "is autodetected external mount",
             "No mapping for",
         ],
+    },
+    Condition {
+        name: "node-mount",
+        effect: Effect::NoRestore,
+        what: "what it mounts is mounted elsewhere as well (mountPropagation: Bidirectional), which CRIU dumps and does not restore",
+        remedy: "run it with mountPropagation: HostToContainer (ctr run: without --rootfs-propagation shared)",
+        seen: "/proc/PID/mountinfo: shared",
+        criu_says: &["Failed to copy sharing", "Can't copy sharing"],
     },
     Condition {
         name: "rlimit",

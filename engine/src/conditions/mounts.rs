@@ -1,9 +1,9 @@
 //! Mounts that the spec does not know: what an OCI hook, a CDI device or somebody with nsenter has
-//! mounted.
+//! mounted. And those that share with others what is mounted below them.
 //!
 //! ```text
-//! 332 310 254:0 /usr/lib/driver /driver rw,relatime master:1 - ext4 /dev/vda rw
-//! id  parent device  root       mount point                    type
+//! 332 310 254:0 /usr/lib/driver /driver rw,relatime shared:7 master:1 - ext4 /dev/vda rw
+//! id  parent device  root       mount point          peers            type
 //! ```
 //!
 //! CRIU makes again what has no device (proc, tmpfs, ...) when the whole of it is mounted, what the runtime
@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use procfs::process::MountInfo;
+use procfs::process::{MountInfo, MountOptFields};
 use transship_checkpoint::spec::Spec;
 
 use super::{Hit, Subject};
@@ -41,12 +41,37 @@ const MADE_AGAIN: [&str; 16] = [
 pub(super) fn hits(subject: &Subject) -> Vec<Hit> {
     let mounts = process_files::mountinfo(subject.init);
     let mounts: Vec<MountInfo> = mounts.into_iter().flatten().collect();
-    foreign(&mounts, &known(&subject.spec))
-        .map(|mount| {
+    // Whoever started the shim has the mounts of the node.
+    let shim = process_files::status(subject.init).map(|init| init.ppid.cast_unsigned());
+    let of_node = shim.and_then(process_files::mountinfo);
+    let of_node = of_node.into_iter().flatten().filter_map(|it| peers(&it));
+    let of_node: BTreeSet<u32> = of_node.collect();
+    let known = known(&subject.spec);
+    let foreign: Vec<&MountInfo> = foreign(&mounts, &known).collect();
+    let is_of_node = |mount: &&MountInfo| {
+        let is_told = foreign.iter().any(|other| other.mnt_id == mount.mnt_id);
+        // A root that is shared is so with what the runtime has made it of.
+        let is_root = mount.mount_point == Path::new("/");
+        !is_told && peers(mount).is_some_and(|group| is_root || of_node.contains(&group))
+    };
+    let hit = |name| {
+        move |mount: &MountInfo| {
             let at = mount.mount_point.display().to_string();
-            ("hook-mount", at.escape_debug().to_string())
-        })
+            (name, at.escape_debug().to_string())
+        }
+    };
+    let shared = mounts.iter().filter(is_of_node);
+    { foreign.iter().copied().map(hit("hook-mount")) }
+        .chain(shared.map(hit("node-mount")))
         .collect()
+}
+
+/// The number of the group with which it shares what is mounted below.
+fn peers(mount: &MountInfo) -> Option<u32> {
+    mount.opt_fields.iter().find_map(|field| match field {
+        MountOptFields::Shared(group) => Some(*group),
+        _ => None,
+    })
 }
 
 /// Where the runtime mounts something.
