@@ -533,6 +533,7 @@ fn a_clean_program_passes_and_migrates(a: &Node, b: &Node, ssh: &str) -> anyhow:
             "watch=/data",
             "lock",
             "named-deleted",
+            "nameless",
             "listener=7004",
             "options",
             "core-filter",

@@ -43,11 +43,10 @@ const ELSEWHERE: &str = "whose name leads out of the container";
 pub(super) const LINK: &str = "whose name leads through a symbolic link, as none did at the dump";
 
 /// Whether open(2) with these flags does more than to open what there is: CRIU opens with those of the images, as root.
+/// It leaves `O_TMPFILE` out, which a file without a name keeps for ever (CRIU 3.10, `do_open_reg_noseek_flags`).
 pub(super) fn makes_or_empties(flags: u32) -> bool {
-    // A directory is opened with one bit of the last.
-    let nameless = OFlag::O_TMPFILE.difference(OFlag::O_DIRECTORY);
-    let makes = (OFlag::O_CREAT | OFlag::O_TRUNC | nameless).bits();
-    flags & makes.cast_unsigned() != 0
+    let makes = OFlag::O_CREAT | OFlag::O_TRUNC;
+    flags & makes.bits().cast_unsigned() != 0
 }
 
 /// Compares what the images alone say.

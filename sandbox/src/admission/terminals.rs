@@ -4,6 +4,7 @@
 //! So the name is in a file system that CRIU makes for the container itself, where there is nothing of others: devpts,
 //! and the tmpfs of `/dev`. A terminal from outside has no name; the runtime has it open.
 
+use nix::fcntl::OFlag;
 use transship_checkpoint::criu_images::mounts::{FsType, Mount};
 
 use super::files::{LINK, deepest, makes_or_empties, with_id, within};
@@ -25,7 +26,7 @@ pub(super) fn compare(restored: &Restored, admission: &mut Admission) {
             let path = file.path.clone();
             admission.refuse(Refusal::File { path, why });
         };
-        if makes_or_empties(terminal.flags) {
+        if makes_or_empties(terminal.flags) || terminal.flags & nameless() != 0 {
             refuse("which is to be made or emptied when it is opened as a terminal");
         }
         if restored.remaps.iter().any(|remap| remap.file == id) {
@@ -67,12 +68,17 @@ fn is_made(mount: &Mount) -> bool {
         && matches!(mount.fs_type, FsType::Devpts | FsType::Tmpfs)
 }
 
+/// What makes a file in a directory. That is opened with a bit of it, too.
+fn nameless() -> u32 {
+    let nameless = OFlag::O_TMPFILE.difference(OFlag::O_DIRECTORY);
+    nameless.bits().cast_unsigned()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
     use std::rc::Rc;
 
-    use nix::fcntl::OFlag;
     use transship_checkpoint::criu_images::named_files::Remap;
     use transship_checkpoint::criu_images::terminals::Terminal;
 
@@ -86,6 +92,7 @@ mod tests {
         for (path, flags, is_ghost, is_refused) in [
             ("/dev/tty", 0o2, false, false),
             ("/dev/tty", truncates, false, true),
+            ("/dev/tty", nameless(), false, true),
             ("/dev/tty", 0o2, true, true),
             ("/dev/link", 0o2, false, true),
             ("/rw/x", 0o2, false, true),

@@ -1,5 +1,5 @@
 //! What CRIU restores without a word as something else, and more of what it does not dump or restore: each need makes one
-//! of the conditions that `transship check` tells of, but for the last six: what was not read
+//! of the conditions that `transship check` tells of, but for the last seven: what was not read
 //! is lost and told, the others come along.
 //!
 //! ```text
@@ -19,6 +19,7 @@
 //!   memfd             goes on as a program that lies in memory alone
 //!   unread-events     an event of inotify that it does not read
 //!   named-deleted     an open file whose name ends with " (deleted)"
+//!   nameless          an open file that never had a name (O_TMPFILE)
 //!   listener=PORT     TCP_DEFER_ACCEPT, TCP_USER_TIMEOUT, TCP_FASTOPEN and a congestion control
 //!   encapsulated      a UDP socket from which the kernel takes ESP (UDP_ENCAP)
 //!   core-filter       another coredump_filter
@@ -37,6 +38,7 @@ use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::os::raw::c_long;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
@@ -139,6 +141,11 @@ pub(super) fn take(name: &str, value: &str) -> io::Result<Option<Odd>> {
             let open = fs::read_dir("/proc/self/fd")?.count() as u64 - 1;
             let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
             Box::new(setrlimit(Resource::RLIMIT_NOFILE, open + free, hard)?)
+        }
+        "nameless" => {
+            let mut options = OpenOptions::new();
+            let options = options.read(true).write(true);
+            Box::new(options.custom_flags(libc::O_TMPFILE).open("/data")?)
         }
         "memfd" => Box::new(from_memory()?),
         "unread-events" => Box::new(unread_events()?),
