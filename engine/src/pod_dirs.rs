@@ -21,8 +21,8 @@ use transship_layer::{
     ExportOptions, KnownContents, OverlayStack, export_upperdir_to_file, upperdir_usage,
 };
 use transship_sandbox::admission::resolve_within;
-use transship_sandbox::read_proc;
 use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
+use transship_sandbox::{mounted_below, read_proc};
 
 use crate::conditions::{Found, paths_of_inodes, watched_inodes};
 use crate::error::{Context, Error, Result};
@@ -46,7 +46,8 @@ pub fn find(containers: &[SourceContainer], sandbox: &str, empty_dirs: bool) -> 
                 }
                 let hinders = match mount.part {
                     true => Some("sub-path"),
-                    false => has_huge_files(&mount.source).then_some("huge-volume"),
+                    false if has_huge_files(&mount.source) => Some("huge-volume"),
+                    false => has_mounts(&mount.source).then_some("mounted-volume"),
                 };
                 if let Some(condition) = hinders {
                     let found = Found::new(condition, [volume.clone()]);
@@ -101,7 +102,8 @@ pub async fn conditions(
     empty_dirs: bool,
 ) -> Result<Vec<Found>> {
     let mut found = Vec::new();
-    let (mut exported, mut parts, mut huge) = (SharedDirs::default(), Vec::new(), Vec::new());
+    let mut exported = SharedDirs::default();
+    let (mut parts, mut huge, mut mounted) = (Vec::new(), Vec::new(), Vec::new());
     let spec = spec_of(source)?;
     for mount in shared_mounts(&spec, sandbox)
         .into_iter()
@@ -110,6 +112,7 @@ pub async fn conditions(
         match mount.dir {
             SharedDir::EmptyDir(volume) if mount.part => parts.push(volume),
             SharedDir::EmptyDir(volume) if has_huge_files(&mount.source) => huge.push(volume),
+            SharedDir::EmptyDir(volume) if has_mounts(&mount.source) => mounted.push(volume),
             dir => drop(exported.0.insert(dir, (mount.source, Vec::new()))),
         }
     }
@@ -117,6 +120,8 @@ pub async fn conditions(
         found.push(Found::new("huge-volume", huge));
     } else if !parts.is_empty() {
         found.push(Found::new("sub-path", parts));
+    } else if !mounted.is_empty() {
+        found.push(Found::new("mounted-volume", mounted));
     } else if let Some((path, volume)) = open_in_left(node, source, sandbox, &exported).await? {
         let what = format!(
             "{} in {volume:?}",
@@ -125,6 +130,11 @@ pub async fn conditions(
         found.push(Found::new("left-in-volume", [what]));
     }
     Ok(found)
+}
+
+/// Whether something is mounted below it; of what is not there nothing is said here.
+fn has_mounts(dir: &Path) -> bool {
+    mounted_below(dir).is_ok_and(|mounted| !mounted.is_empty())
 }
 
 fn spec_of(source: &SourceContainer) -> Result<Spec> {

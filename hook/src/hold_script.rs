@@ -36,6 +36,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use nix::sched::{CloneFlags, setns};
 use transship_checkpoint::criu_options::{ConfigLine, ConfigLineError};
 
 use crate::descendants::{Process, stop_tree, tree};
@@ -150,7 +151,11 @@ pub fn is_called(program: &OsStr) -> bool {
 pub fn serve(program: &Path, action: &str, root: i32) -> io::Result<()> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     match action {
-        "post-setup-namespaces" => own_networks::make(program.parent().ok_or_else(invalid)?, root),
+        "post-setup-namespaces" => {
+            // What a plugin mounts is for the node, where it is looked for when the network is given back.
+            guard_of(program).map_or(Ok(()), enter_mounts_of)?;
+            own_networks::make(program.parent().ok_or_else(invalid)?, root)
+        }
         "setup-namespaces" if is_in_pid_namespace_of_node()? => {
             // Without a guard, and whenever it does not, `pre-resume` moves them.
             drop(say(program, MOVE_HELPERS, root));
@@ -180,6 +185,11 @@ fn freeze_or_stop(guard: Option<i32>, root: i32) -> io::Result<()> {
     }
     // They take the signal when CRIU has gone.
     stop_tree(root)
+}
+
+fn enter_mounts_of(pid: i32) -> io::Result<()> {
+    let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+    Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)
 }
 
 /// The guard, by the link that it has made.

@@ -17,10 +17,8 @@
 //! died, and try for ever to read from images that are too short, with a line in its log each time.
 //! That log lies in `/run`, in memory: a log that grows too large ends the restore as well.
 //!
-//! It also makes the session keyring that the tasks have, and a mount namespace for the runtime and CRIU: runc binds what the
-//! spec binds below the container's root, with all that is mounted in it, to make mount points there, and takes it away again
-//! with `MNT_DETACH` (`prepareCriuRestoreMounts`). Where the node's mounts are shared, as systemd makes them, that would unmount
-//! them on the node, too.
+//! It also makes the session keyring that the tasks have. The runtime, and CRIU below it, have a mount namespace of their own
+//! ([`SUPERVISED_APART`]); the guard stays in the node's.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -35,16 +33,14 @@ use std::time::{Duration, Instant};
 use keyutils::Keyring;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::descendants::{children, kill_below, work_done};
 use crate::hold_script;
-use crate::runtime::{SUPERVISED, exit_code};
+use crate::runtime::{SUPERVISED_APART, exit_code};
 
 pub use crate::runtime::GUARD as ROLE;
 
@@ -86,14 +82,13 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
     }
     let asked = hold_script::guard(work)?;
     join_keyring(&id.to_string_lossy())?;
-    leave_mounts_of_node()?;
     let own = std::process::id();
     // As CRIU does, and before there is anything to guard: who ends a restore whose guard somebody has stopped kills all
     // that work there.
     let of_caller = std::env::current_dir()?;
     std::env::set_current_dir(work)?;
     let mut child = Command::new("/proc/self/exe")
-        .arg(SUPERVISED)
+        .arg(SUPERVISED_APART)
         .arg(own.to_string())
         .args(runtime)
         .current_dir(of_caller)
@@ -126,13 +121,6 @@ fn join_keyring(id: &str) -> io::Result<()> {
         Err(error) if error.0 == Errno::ENOSYS as i32 => Ok(()),
         Err(error) => Err(io::Error::from_raw_os_error(error.0)),
     }
-}
-
-/// What is mounted and unmounted from here on is not on the node; what is there comes here, as mounts with `rslave` expect.
-fn leave_mounts_of_node() -> io::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE);
-    Ok(mount(none, "/", none, flags, none)?)
 }
 
 /// Waits until nobody restores with this work directory any more.

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{AccessFlags, access, getppid};
@@ -18,6 +20,11 @@ use serde::Deserialize;
 pub const GUARD: &str = "transship-restore-guard";
 /// First argument of the front's own child; see [`Runtime::run`].
 pub const SUPERVISED: &str = "transship-supervised";
+/// The same, with a mount namespace of its own. When it restores, runc binds what the spec binds below the container's root,
+/// with all that is mounted in it, to make mount points there, and takes it away again with `MNT_DETACH`
+/// (`prepareCriuRestoreMounts`). Where the node's mounts are shared, as systemd makes them, that would unmount them on the
+/// node, too.
+pub const SUPERVISED_APART: &str = "transship-supervised-apart";
 /// A configuration file that CRIU reads before it hears of options over RPC.
 pub const CRIU_CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
 /// Where the operator's configurations of CRIU are.
@@ -261,7 +268,7 @@ impl Runtime {
 
 /// The other side of [`Runtime::run`]: `args` are the parent's pid, the runtime, its arguments.
 /// Returns only on failure.
-pub fn exec_supervised(args: &[OsString]) -> RuntimeError {
+pub fn exec_supervised(args: &[OsString], apart: bool) -> RuntimeError {
     let [parent, runtime, args @ ..] = args else {
         return RuntimeError::NotFound {
             name: SUPERVISED.to_owned(),
@@ -286,7 +293,20 @@ pub fn exec_supervised(args: &[OsString]) -> RuntimeError {
             source,
         };
     }
+    if apart && let Err(errno) = leave_mounts_of_node() {
+        return RuntimeError::Execute {
+            path: runtime.path,
+            source: errno.into(),
+        };
+    }
     runtime.exec(args, None)
+}
+
+/// What is mounted and unmounted from here on is not on the node; what is there comes here, as mounts with `rslave` expect.
+fn leave_mounts_of_node() -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE);
+    mount(none, "/", none, flags, none)
 }
 
 /// The exit code to pass on: that of the child, or 128 + the signal that killed it.

@@ -2,19 +2,22 @@
 //!
 //! `std::fs::remove_dir_all` holds one descriptor per level, so a container that nests a few
 //! thousand directories makes its upperdir impossible to delete that way; directory_stack.rs keeps few.
+//!
+//! What is mounted in the tree is not the tree's: it stays as it is, and the removal fails (`EXDEV`, or `EBUSY` where the
+//! mounted directory is empty).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, fstat, fstatat, futimens};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::directory_names::{DirectoryNames, Given, KEPT_PIECES};
-use crate::directory_stack::{DirectoryStack, open_directory};
+use crate::directory_stack::{DIRECTORY_FLAGS, DirectoryStack, open_directory};
 use crate::inode_attributes::{InodeAttributes, InodeType};
 
 /// Removes the directory `tree` and all that is in it, following no symlink; one that does not
@@ -70,7 +73,7 @@ pub(crate) fn remove_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<
         Err(Errno::EISDIR | Errno::EPERM) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let tree = open_directory(directory, name)?;
+    let tree = open_own_directory(directory, name)?;
     visit(tree, None, |directory, name| {
         unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)
     })?;
@@ -89,6 +92,15 @@ pub(crate) fn remove_whiteouts(directory: BorrowedFd<'_>, left: &mut u64) -> io:
         }
         Ok(())
     })
+}
+
+/// Opens a directory by its name in another one of the same mount, following no symlink. `openat2` is Linux 5.6; the device
+/// alone does not tell a bind mount.
+fn open_own_directory(directory: impl AsFd, name: &[u8]) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(DIRECTORY_FLAGS)
+        .resolve(ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    openat2(directory, name, how)
 }
 
 /// A directory whose names are being gone through.
@@ -127,7 +139,7 @@ fn visit(
                 each(fd.as_fd(), name)?;
             } else if keep_directories || unlinkat(fd, name, UnlinkatFlags::RemoveDir).is_err() {
                 // An empty one costs the single call above.
-                let directory = open_directory(fd, name)?;
+                let directory = open_own_directory(fd, name)?;
                 enter(&mut stack, directory, given)?;
             }
             continue;
@@ -188,6 +200,35 @@ mod tests {
         let left: Vec<_> = std::fs::read_dir(&full).unwrap().collect();
         assert_eq!(left.len(), 1);
         assert!(full.join("kept/kept").is_dir());
+    }
+
+    #[test]
+    fn root_what_is_mounted_in_it_is_left_alone() {
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, elsewhere) = (dir.path().join("tree"), dir.path().join("elsewhere"));
+        let none = None::<&str>;
+        for (name, bound) in [("a/disk", false), ("a/bound", true), ("disk", false)] {
+            let at = tree.join(name);
+            std::fs::create_dir_all(&at).unwrap();
+            std::fs::create_dir_all(&elsewhere).unwrap();
+            match bound {
+                // Of the same device.
+                true => mount(Some(&elsewhere), &at, none, MsFlags::MS_BIND, none),
+                false => mount(Some("none"), &at, Some("tmpfs"), MsFlags::empty(), none),
+            }
+            .unwrap();
+            std::fs::create_dir_all(at.join("dir")).unwrap();
+            std::fs::write(at.join("dir/precious"), "").unwrap();
+            let removed = [remove_contents(&tree), remove_tree(&tree)];
+            assert!(at.join("dir/precious").is_file(), "{name}");
+            umount2(&at, MntFlags::MNT_DETACH).unwrap();
+            for error in removed.map(Result::unwrap_err) {
+                assert_eq!(error.raw_os_error(), Some(Errno::EXDEV as i32), "{name}");
+            }
+        }
+        remove_tree(&tree).unwrap();
+        assert!(elsewhere.join("dir/precious").is_file());
     }
 
     #[test]

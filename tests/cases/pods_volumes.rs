@@ -65,6 +65,24 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
     a_part_of_a_volume_is_told(&node, &cri)?;
     what_is_bound_or_watched_is_told(&node, &cri)?;
     what_was_updated_is_told(&node, &cri)?;
+    // What another container, or somebody on the node, mounts in a volume is neither its content nor emptied with it.
+    let mount = |work: &str| {
+        let disk = format!("{work}/disk");
+        node.shell(&format!(
+            "mkdir -p {disk}; mount -t tmpfs disk {disk}; mkdir {disk}/dir; touch {disk}/dir/precious"
+        ))
+        .run()
+    };
+    let unmount = "for it in $(grep -o '/[^ ]*/work/disk' /proc/mounts); do
+            test -e $it/dir/precious; umount $it; rmdir $it; done";
+    mount(&volumes.work)?;
+    let with_volumes = format!("{check} --volumes emptydir");
+    says(&told(&node, &with_volumes)?, "problem  mounted-volume")?;
+    let refused_take = node
+        .shell(&format!("{take} --volumes emptydir"))
+        .read_failure()?;
+    says(&refused_take, "something is mounted in an emptyDir")?;
+    node.shell(unmount).run()?;
     node.shell(&format!("{take} --volumes emptydir")).run()?;
     cri.remove_pod(&old)?;
 
@@ -108,6 +126,19 @@ fn volumes_are_those_of_the_new_pod(bed: &Testbed) -> anyhow::Result<()> {
     let written = cri.exec(&id, &["touch", "/new/place/file"])?;
     ensure!(written.exit_code != 0, "it is mounted read-only");
     cri.remove_pod(&pod)?;
+
+    let mounted = |pod: &Pod| -> anyhow::Result<Volumes> {
+        let volumes = Volumes::make(&node, pod, "..2026_02", "x")?;
+        mount(&volumes.work)?;
+        Ok(volumes)
+    };
+    refused(
+        &node,
+        &cri,
+        mounted,
+        "is mounted, which is no part of it: nothing in it was changed; unmount that first",
+    )?;
+    node.shell(unmount).run()?;
 
     let lacks = |pod: &Pod| -> anyhow::Result<Volumes> {
         let volumes = Volumes::make(&node, pod, "..2026_02", "x")?;

@@ -1,12 +1,13 @@
 //! What a node has mounted is there after a restore as before it, also below a directory that the container shares; and
-//! what is mounted there later comes to a container that asks for it (`rslave`).
+//! what is mounted there later comes to a container that asks for it (`rslave`). A socket that somebody has there stays his.
 
 use std::time::Duration;
 
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{CommandRun as _, Image, Node, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
+use crate::conditions::{HOLDER, run};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A directory with another file system below it; one to which the node adds something later; a file.
@@ -15,11 +16,50 @@ const PREPARE: &str = "mkdir -p /srv/tree/sub/dir /srv/late/sub; mount -t tmpfs 
     touch /srv/file /srv/tree/over; mount --bind /srv/file /srv/tree/over";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    Tree::ALL.into_iter().map(|tree| Case {
+    let mounts = Tree::ALL.into_iter().map(|tree| Case {
         what: "restore_node_mounts",
         tree,
         run: mounts_of_the_node_stay,
-    })
+    });
+    mounts.chain([Case {
+        what: "restore_node_sockets",
+        tree: Tree::Forky,
+        run: sockets_of_others_stay,
+    }])
+}
+
+/// CRIU removes what socket has the name, and binds its own there.
+fn sockets_of_others_stay(bed: &Testbed) -> anyhow::Result<()> {
+    let (node, _) = journey::start_nodes(bed)?;
+    let holder = Image::holder(bed.settings(), &bed.tree_dir().join("bin/busybox"))?;
+    node.import_image(&holder, "transship")?;
+    node.shell("mkdir -p /srv/app").run()?;
+    let mount = [
+        "--mount",
+        "type=bind,src=/srv/app,dst=/app,options=rbind:rw",
+    ];
+    run(&node, "server", &mount, &[HOLDER, "receive=/app/socket"])?;
+    { node.command("transship") }
+        .args(["checkpoint", "server", "--name", "server"])
+        .run()?;
+    let restore = |id: &str| {
+        let mut restore = node.command("transship");
+        restore.args(["restore", "server", "--id", id, "--allow", "host-mounts"]);
+        restore
+    };
+    let socket = || node.shell("stat -c %i /srv/app/socket").read();
+    let before = socket()?;
+    let said = restore("again").read_failure()?;
+    ensure!(
+        said.contains("is the socket of a program that runs here"),
+        "{said}"
+    );
+    ensure!(socket()? == before, "the socket is another one");
+    journey::remove_container(&node, "server")?;
+    restore("again").run()?;
+    // Who was bound to it before has ended.
+    node.shell("test -S /srv/app/socket").run()?;
+    Ok(journey::remove_container(&node, "again")?)
 }
 
 fn mounts_of_the_node_stay(bed: &Testbed) -> anyhow::Result<()> {
@@ -33,10 +73,10 @@ fn mounts_of_the_node_stay(bed: &Testbed) -> anyhow::Result<()> {
             "--mount",
             "type=bind,src=/srv/late,dst=/late,options=rbind:rslave:rw",
         ];
-        let run = ["run", "--detach", "--snapshotter", "transship"];
+        let arguments = ["run", "--detach", "--snapshotter", "transship"];
         node.ctr(
             &[
-                &run[..],
+                &arguments[..],
                 &mounts_of_container,
                 &["transship.test/counter:1", id],
             ]

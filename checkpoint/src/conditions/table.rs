@@ -3,7 +3,7 @@
 use super::{Condition, Effect};
 
 /// All conditions.
-pub static CONDITIONS: [Condition; 86] = [
+pub static CONDITIONS: [Condition; 87] = [
     Condition {
         name: "runtime",
         effect: Effect::NoDump,
@@ -709,6 +709,14 @@ pub static CONDITIONS: [Condition; 86] = [
         what: "it has files in an emptyDir of huge pages, which no volume can be filled with",
         remedy: "let the program make its huge pages without files (MAP_HUGETLB)",
         seen: "statfs(2) of the volume",
+        criu_says: &[],
+    },
+    Condition {
+        name: "mounted-volume",
+        effect: Effect::NoRestore,
+        what: "something is mounted in an emptyDir of it, by another container or on the node, which is no content of that volume",
+        remedy: "unmount it before the checkpoint, or leave emptyDirs out (without --volumes emptydir)",
+        seen: "/proc/self/mountinfo",
         criu_says: &[],
     },
     Condition {

@@ -9,7 +9,7 @@ use transship_checkpoint::store::Store;
 use transship_hook::argv::Invocation;
 use transship_hook::front::{Environment, HOLD_WATCH_ROLE, Outcome, serve, serve_watch};
 use transship_hook::runtime::{
-    CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, exec_supervised,
+    CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, SUPERVISED_APART, exec_supervised,
 };
 use transship_hook::{hold_script, lazy_pages, one_line, restore_guard};
 use transship_sandbox::DEFAULT_RUN_DIR;
@@ -34,8 +34,10 @@ fn main() -> ExitCode {
     if hold_script::is_called(&program) {
         return hold(&program);
     }
-    if args.first().is_some_and(|first| first == SUPERVISED) {
-        return fail(&exec_supervised(&args[1..]));
+    for (role, apart) in [(SUPERVISED, false), (SUPERVISED_APART, true)] {
+        if args.first().is_some_and(|first| first == role) {
+            return fail(&exec_supervised(&args[1..], apart));
+        }
     }
     if args
         .first()

@@ -118,6 +118,19 @@ pub enum FitError {
         /// The container.
         id: String,
     },
+    /// What is mounted in it would be emptied with it.
+    #[error(
+        "the checkpoint {checkpoint:?} has the content of {dir}, in which {mounted} is mounted, which is no part of it: \
+         nothing in it was changed; unmount that first"
+    )]
+    Mounted {
+        /// The checkpoint.
+        checkpoint: String,
+        /// The directory that is to be filled.
+        dir: PathBuf,
+        /// Where something is mounted in it.
+        mounted: PathBuf,
+    },
     /// The pod runs elsewhere.
     #[error(
         "the pod {pod:?} has been moved away (checkpoint {checkpoint:?}) and starts nothing here any more; \

@@ -20,7 +20,7 @@ use transship_layer::{
 };
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
-use transship_sandbox::{PodDir, Request};
+use transship_sandbox::{PodDir, Request, mounted_below};
 
 use transship_path_error::During as _;
 
@@ -79,6 +79,16 @@ impl Front<'_> {
                 let path = checkpoint.dir.join(SHARED_DIR).join(&file);
                 let contents = { config.annotations.receives }
                     .then(|| contents_in_filled(&request.checkpoint));
+                let mounted = mounted_below(&mount.source).during("look at", &mount.source)?;
+                if let Some(mounted) = mounted.into_iter().next() {
+                    let (checkpoint, dir) = (request.checkpoint.clone(), mount.source.clone());
+                    return Err(FitError::Mounted {
+                        checkpoint,
+                        dir,
+                        mounted,
+                    }
+                    .into());
+                }
                 fill(&mount.source, &path, layer, contents)?;
                 pod.set_filled(&file)?;
                 if let (SharedDir::EmptyDir(volume), Some(consumed)) = (&dir, &mut consumed) {

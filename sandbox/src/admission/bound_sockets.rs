@@ -1,12 +1,18 @@
 //! Unix sockets that are bound to a path: as root CRIU removes what socket has the name, and binds its own there.
 //!
 //! So the user of the container may do both in the directory as it is now: in a volume the name may be that of a server
-//! of others.
+//! of others. And nobody may have that socket who runs: it would not be reached any more, also where the restore fails.
 
 use std::fs::Metadata;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::libc::{S_IFMT, S_IFSOCK};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::stat::{Mode, fstat};
 use transship_checkpoint::criu_images::mounts::Mount;
 
 use super::allowance::Allowance;
@@ -26,20 +32,44 @@ pub(super) fn compare(
     rootfs: &Path,
     admission: &mut Admission,
 ) {
-    if allowed.any_user {
-        return;
-    }
     let sockets = { restored.named_files.iter() }.filter(|it| it.is_socket && !it.is_external);
     for socket in sockets {
         let mounts = { restored.mounts.iter() }.filter_map(|table| deepest(table, &socket.path));
-        let mut places = mounts.filter_map(|mount| place(mount, &socket.path, allowed, rootfs));
-        if places.any(|place| !may_bind(&place, allowed)) {
-            let why =
-                "which is a socket that the new container's user could not bind or remove there";
+        let places = mounts.filter_map(|mount| place(mount, &socket.path, allowed, rootfs));
+        let places: Vec<PathBuf> = places.collect();
+        let mut refuse = |why| {
             let path = socket.path.clone();
             admission.refuse(Refusal::File { path, why });
+        };
+        if !allowed.any_user && places.iter().any(|place| !may_bind(place, allowed)) {
+            refuse(
+                "which is a socket that the new container's user could not bind or remove there",
+            );
+        }
+        if places.iter().any(|place| is_somebodys(place)) {
+            refuse("which is the socket of a program that runs here: end that first");
         }
     }
+}
+
+/// Whether a socket is bound to this name. Who has it does not hear of the question: of another kind of socket the kernel
+/// says that it is there, and one of datagrams hears of no connection.
+fn is_somebodys(place: &Path) -> bool {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let Ok(file) = open(place, flags, Mode::empty()) else {
+        return false;
+    };
+    if !fstat(&file).is_ok_and(|stat| stat.st_mode & S_IFMT == S_IFSOCK) {
+        return false;
+    }
+    // Its own name may be too long for an address.
+    let address = UnixAddr::new(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str());
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let asks = socket(AddressFamily::Unix, SockType::Datagram, flags, None);
+    let (Ok(address), Ok(asks)) = (address, asks) else {
+        return true;
+    };
+    connect(asks.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED)
 }
 
 /// Where it is on this node; none in a file system that CRIU makes.
@@ -159,6 +189,28 @@ mod tests {
         assert!(may_bind(&name, &user(uid, &[])));
         mode(0o777);
         assert!(may_bind(&name, &user(uid + 1, &[])));
+    }
+
+    #[test]
+    fn a_socket_is_somebodys_as_long_as_he_has_it() {
+        use std::os::unix::net::{UnixDatagram, UnixListener};
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("x".repeat(200));
+        fs::create_dir(&long).unwrap();
+        let [stream, datagram, file] = ["stream", "datagram", "file"].map(|it| dir.path().join(it));
+        assert!(!is_somebodys(&stream));
+        let listens = UnixListener::bind(&stream).unwrap();
+        listens.set_nonblocking(true).unwrap();
+        let hears = UnixDatagram::bind(&datagram).unwrap();
+        fs::write(&file, "").unwrap();
+        fs::rename(&stream, long.join("stream")).unwrap();
+        let stream = long.join("stream");
+        std::os::unix::fs::symlink(&stream, dir.path().join("link")).unwrap();
+        assert!(is_somebodys(&stream) && is_somebodys(&datagram));
+        assert!(!is_somebodys(&file) && !is_somebodys(&dir.path().join("link")));
+        assert!(listens.accept().is_err(), "it has heard of it");
+        drop((listens, hears));
+        assert!(!is_somebodys(&stream) && !is_somebodys(&datagram));
     }
 
     #[test]

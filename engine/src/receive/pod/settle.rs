@@ -1,7 +1,6 @@
 //! The end of a pod's migration: its containers are let go, or all of it is removed.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -10,6 +9,7 @@ use k8s_cri::v1::PodSandboxState;
 use tokio::task::JoinSet;
 use transship_checkpoint::annotations::RECEIVE;
 use transship_containerd::Containerd;
+use transship_layer::remove_tree;
 use transship_sandbox::consumed::{Consumed, DEFAULT_CONSUMED_DIR, Owner};
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
@@ -168,7 +168,8 @@ pub(in super::super) async fn remove(
         }
     }
     for directory in &pod.directories {
-        match fs::remove_dir_all(directory) {
+        // What kubelet or somebody else has mounted in it by now is not ours.
+        match remove_tree(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             removed => {
                 removed.with_context(|| format!("cannot remove {}", directory.display()))?;
