@@ -581,7 +581,8 @@ pub(crate) struct MigrateArgs {
     #[command(flatten)]
     pub(crate) timeline: TimelineArgs,
     /// Command that asks the program as its clients do, such as 'redis-cli -h 10.0.0.5 ping': run here over and over, and
-    /// the longest time without an answer is told afterwards. It has to succeed within a second
+    /// the longest time without an answer is told afterwards. Nothing is moved unless it succeeds within a second; the copy
+    /// has ten seconds to answer
     #[arg(long, value_name = "COMMAND")]
     pub(crate) probe: Option<String>,
     /// When the link is given up.

@@ -13,14 +13,13 @@
 //! a second) is not to be taken for the time that nobody was there.
 
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Serialize;
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 use transship_engine::{Context as _, Error, Result};
@@ -32,10 +31,19 @@ const AFTERWARDS: Duration = Duration::from_secs(10);
 /// Between two questions: the asking is not to take the processor from the migration.
 const EVERY: Duration = Duration::from_millis(50);
 
-/// Asks over and over until it is [finished](Self::finish) or dropped.
+/// Asks over and over until it is told to end.
 pub(crate) struct Probe {
     asking: JoinHandle<Answers>,
-    is_done: Arc<AtomicBool>,
+    until: watch::Sender<Until>,
+}
+
+/// How long it asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    Told,
+    /// Once it has an answer to what is asked from now on.
+    Answered,
+    Now,
 }
 
 /// What a client has seen.
@@ -62,26 +70,34 @@ impl Probe {
         if !succeeds(&mut asked).await {
             return Err(Error::refused(failed()).hint("it has to succeed within a second"));
         }
-        let is_done = Arc::new(AtomicBool::new(false));
-        let (command, until) = (command.to_owned(), Arc::clone(&is_done));
-        let asking = tokio::spawn(async move { ask(&command, &until).await });
-        Ok(Self { asking, is_done })
+        drop(asked);
+        let (until, told) = watch::channel(Until::Told);
+        let command = command.to_owned();
+        let asking = tokio::spawn(async move { ask(&command, told).await });
+        Ok(Self { asking, until })
     }
 
-    /// Waits for an answer of what runs now.
-    pub(crate) async fn finish(mut self) -> Answers {
-        self.is_done.store(true, Ordering::Release);
-        (&mut self.asking).await.unwrap_or_default()
+    /// Waits for an answer of what runs now, unless `interrupted` comes before.
+    pub(crate) async fn finish(mut self, interrupted: impl Future) -> Option<Answers> {
+        self.until.send_replace(Until::Answered);
+        tokio::select! {
+            answers = &mut self.asking => answers.ok(),
+            _ = interrupted => {
+                self.stop().await;
+                None
+            }
+        }
+    }
+
+    /// Ends it, and all that asks.
+    pub(crate) async fn stop(self) {
+        self.until.send_replace(Until::Now);
+        // It has nothing to tell.
+        drop(self.asking.await);
     }
 }
 
-impl Drop for Probe {
-    fn drop(&mut self) {
-        self.asking.abort();
-    }
-}
-
-async fn ask(command: &str, is_done: &AtomicBool) -> Answers {
+async fn ask(command: &str, until: watch::Receiver<Until>) -> Answers {
     let (mut last, mut waits) = (Instant::now(), Vec::new());
     let mut done_at: Option<Instant> = None;
     let mut questions = JoinSet::new();
@@ -90,28 +106,35 @@ async fn ask(command: &str, is_done: &AtomicBool) -> Answers {
     let at_the_end = loop {
         tokio::select! {
             _ = ticks.tick() => {
-                if done_at.is_some_and(|at| at.elapsed() > AFTERWARDS) {
+                let told = *until.borrow();
+                if told == Until::Now || done_at.is_some_and(|at| at.elapsed() > AFTERWARDS) {
                     break false;
                 }
                 // One that was asked before may be answered by who is gone.
                 let is_afterwards = done_at.is_some();
                 if let Ok(mut asked) = start(command) {
-                    questions.spawn(async move { (succeeds(&mut asked).await, is_afterwards) });
+                    questions.spawn(async move {
+                        let answered = succeeds(&mut asked).await;
+                        answered.then(|| (Instant::now(), is_afterwards))
+                    });
                 }
-                if done_at.is_none() && is_done.load(Ordering::Acquire) {
+                if done_at.is_none() && told == Until::Answered {
                     done_at = Some(Instant::now());
                 }
             }
-            Some(Ok((true, is_afterwards))) = questions.join_next() => {
-                let now = Instant::now();
-                waits.push(now - last);
-                last = now;
+            Some(ended) = questions.join_next() => {
+                let Ok(Some((at, is_afterwards))) = ended else {
+                    continue;
+                };
+                waits.push(at.saturating_duration_since(last));
+                last = last.max(at);
                 if is_afterwards {
                     break true;
                 }
             }
         }
     };
+    questions.shutdown().await;
     if !at_the_end {
         waits.push(last.elapsed());
     }
@@ -153,7 +176,8 @@ impl Answers {
     }
 }
 
-/// Starts the command in a process group of its own: a Ctrl-C is not meant for it, and it is killed with all that it starts.
+/// Starts the command in a process group of its own: a Ctrl-C is not meant for it, and what has not answered is killed with
+/// all that it has started.
 fn start(command: &str) -> std::io::Result<Asked> {
     let child = Command::new("/bin/sh")
         .args(["-c", command])
@@ -227,8 +251,28 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(200)).await;
             std::fs::write(&file, "").unwrap();
         };
-        let (answers, ()) = tokio::join!(probe.finish(), come_back);
+        let (answers, ()) = tokio::join!(probe.finish(std::future::pending::<()>()), come_back);
+        let answers = answers.unwrap();
         assert!(answers.at_the_end);
         assert!(answers.longest_wait_seconds >= 0.5, "{answers:?}");
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_ends_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pids");
+        let command = format!(
+            "echo $$ >>{0}; test $(wc -l <{0}) = 1 || exec sleep 1000",
+            file.display()
+        );
+        let probe = Probe::begin(&command).await.unwrap();
+        while std::fs::read_to_string(&file).unwrap().lines().count() < 4 {
+            tokio::time::sleep(EVERY).await;
+        }
+        assert!(probe.finish(async {}).await.is_none());
+        for pid in std::fs::read_to_string(&file).unwrap().lines() {
+            let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            assert!(!command.starts_with(b"sleep"), "{pid} is alive");
+        }
     }
 }

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use procfs::process::{FDTarget, Process};
 use rustix::io::ioctl_fionread;
@@ -17,7 +18,11 @@ use transship_sandbox::{DescriptorsOf, TaskStatus};
 
 use crate::conditions::protocol;
 use crate::network_namespace::within;
+use crate::process_files;
+use crate::wall_clock_timers::wall_clock_now;
 
+/// Bytes of what the kernel tells of a timer, at most.
+const TIMER: u64 = 1024;
 /// More sockets than this are not looked at, since it takes some microseconds of the freeze for each.
 const SOCKETS: usize = 1 << 16;
 
@@ -28,8 +33,8 @@ pub(crate) struct OfDescriptors {
     /// How many were not looked at.
     pub(crate) left_out: u64,
     pub(crate) unread: Vec<Unread>,
-    /// Whether there is a timer, whatever it is set to.
-    pub(crate) has_timer: bool,
+    /// When timers fire that are set to a moment of the wall clock, in its nanoseconds.
+    pub(crate) moments: Vec<u64>,
 }
 
 /// Looks at all descriptors, at each socket once.
@@ -55,7 +60,13 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
                 FDTarget::AnonInode(kind) if kind == "inotify" => {
                     found.unread(&process, open.fd, UnreadKind::Inotify);
                 }
-                FDTarget::AnonInode(kind) if kind == "[timerfd]" => found.has_timer = true,
+                FDTarget::AnonInode(kind) if kind == "[timerfd]" => {
+                    let left = process_files::descriptor(*pid, open.fd, TIMER).ok();
+                    let left = left.as_deref().and_then(left_of_wall_clock);
+                    found
+                        .moments
+                        .extend(left.map(|left| wall_clock_now().saturating_add(left)));
+                }
                 FDTarget::AnonInode(kind) if kind == "[fanotify]" => {
                     found.unread(&process, open.fd, UnreadKind::Fanotify);
                 }
@@ -64,6 +75,29 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
         }
     }
     found
+}
+
+/// Nanoseconds that are left of a timer which is set to a moment of the wall clock; none of others.
+///
+/// ```text
+/// clockid: 0              of /proc/PID/fdinfo/FD, proc(5)
+/// settime flags: 01       in octal; TFD_TIMER_ABSTIME is 1
+/// it_value: (29, 994102417)
+/// ```
+fn left_of_wall_clock(text: &str) -> Option<u64> {
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name))
+            .map(str::trim)
+    };
+    let flags = u32::from_str_radix(field("settime flags:")?, 8).ok()?;
+    let value = field("it_value:")?;
+    let (seconds, nanoseconds) = { value.strip_prefix('(') }
+        .and_then(|it| it.strip_suffix(')'))
+        .and_then(|it| it.split_once(", "))?;
+    let left = Duration::new(seconds.parse().ok()?, nanoseconds.parse().ok()?);
+    let is_one = ["0", "8"].contains(&field("clockid:")?) && flags & 1 != 0 && !left.is_zero();
+    is_one.then(|| u64::try_from(left.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// A process whose descriptors can be had.
@@ -149,6 +183,22 @@ mod tests {
     use transship_sandbox::socket_options::{Allowed, give};
 
     use super::*;
+
+    #[test]
+    fn timers_of_a_moment_are_told_from_others() {
+        let text = |clock: u32, flags: &str, value: &str| {
+            format!(
+                "pos:\t0\nclockid: {clock}\nticks: 0\nsettime flags: {flags}\nit_value: {value}\nit_interval: (0, 0)\n"
+            )
+        };
+        let left = |clock, flags, value| left_of_wall_clock(&text(clock, flags, value));
+        assert_eq!(left(0, "01", "(29, 5)"), Some(29_000_000_005));
+        assert_eq!(left(0, "03", "(0, 5)"), Some(5));
+        assert_eq!(left(0, "01", "(0, 0)"), None);
+        assert_eq!(left(0, "00", "(29, 5)"), None);
+        assert_eq!(left(1, "01", "(29, 5)"), None);
+        assert_eq!(left_of_wall_clock("it_value: (1"), None);
+    }
 
     #[test]
     fn root_a_listener_is_found_by_its_descriptor() {

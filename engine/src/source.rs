@@ -614,8 +614,9 @@ impl SourceContainer {
         }
         let images = dir.join(IMAGES_DIR);
         lost_watches::refuse(&images, &self.called).await?;
-        timer_threads::translate(&images, pids).await?;
+        // By the times of the images, which nobody has changed yet.
         expiries.tell_moments(&images, &mut attributes).await?;
+        timer_threads::translate(&images, pids).await?;
         let attributes = attributes.to_json().context("cannot write of tasks")?;
         fs::File::create_new(dir.join(TASKS_FILE))
             .and_then(|mut file| file.write_all(&attributes))

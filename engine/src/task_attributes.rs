@@ -11,7 +11,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use transship_checkpoint::task_attributes::{
     DEFAULT_COREDUMP_FILTER, DEFAULT_TIMER_SLACK, IoClass, IoPriority, Task, TaskAttributes,
@@ -20,7 +19,7 @@ use transship_checkpoint::task_attributes::{
 use transship_sandbox::{TaskStatus, read_proc};
 
 use crate::descriptor_attributes;
-use crate::wall_clock_timers::Expiries;
+use crate::wall_clock_timers::{Expiries, wall_clock_now};
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -29,8 +28,7 @@ const AT_ONCE: usize = 512;
 
 /// The attributes of all threads of these frozen processes, now, and what tells of their timers after the dump.
 pub(crate) fn read(pids: &[u32]) -> (TaskAttributes, Expiries) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let frozen_at = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
+    let frozen_at = wall_clock_now();
     let mut tasks: Vec<(u32, Task)> = Vec::new();
     for pid in pids {
         let allowed = allowed_cpus(*pid);
@@ -50,9 +48,9 @@ pub(crate) fn read(pids: &[u32]) -> (TaskAttributes, Expiries) {
         }
     }
     let of_descriptors = descriptor_attributes::read(pids);
-    let expiries = Expiries::read(pids, of_descriptors.has_timer);
+    let expiries = Expiries::read(pids, of_descriptors.moments);
     let attributes = TaskAttributes {
-        frozen_at: frozen_at.unwrap_or_default(),
+        frozen_at,
         sockets: of_descriptors.sockets,
         left_out: of_descriptors.left_out,
         unread: of_descriptors.unread,

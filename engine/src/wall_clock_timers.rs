@@ -4,17 +4,20 @@
 //!  /proc/PID/timers    ClockID: 0                                      it may have one
 //!  /proc/timer_list    clock 1:                                       (0 monotonic, 1 wall clock; 4 and 5 the same)
 //!                        .offset:     1795948864858006102 nsecs       (from the monotonic clock)
-//!                       #0: <...>, posix_timer_fn, S:01               (timerfd_tmrproc: of a descriptor)
+//!                       #0: <...>, posix_timer_fn, S:01
 //!                       # expires at 1795962936000000000-1795962936000000000 nsecs [in ...]
 //! ```
 //!
 //! Neither the images nor `/proc/PID/timers` tell whether a POSIX timer of `CLOCK_REALTIME` was set with `TIMER_ABSTIME`. The
 //! kernel keeps it by the wall clock then, else by the monotonic one, and its list of all timers says when each one
-//! fires, not whose it is. CRIU asks all timers of a process at one moment during the dump, and writes down what is
-//! left of each: the moment is known by its timers, all of which must be in the list. Of a timer of a descriptor it is
-//! known that it is one, and not when CRIU has asked it.
+//! fires, not whose it is. CRIU asks all timers of a process at one moment, writes down what is left of each, and then the
+//! image of the process: the moment is known by that, and by the process's timers, all of which must be in the list. Where
+//! the timers of others leave a doubt nothing is told.
+//!
+//! Of a timer of a descriptor `/proc/PID/fdinfo` says all; its number in the images is found by the time that was left.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -31,41 +34,39 @@ const CLOCK_REALTIME: u32 = 0;
 const CLOCK_MONOTONIC: u32 = 1;
 /// Between the first and the last timer of a process that CRIU asks, and where a clock is slewed meanwhile.
 const AT_ONE_MOMENT: u64 = 1_000_000;
+/// Between the question and the image is what CRIU asks of the threads.
+const BEFORE_IMAGE: u64 = 200_000_000;
+/// The times of files are those of the last tick of the clock.
+const CLOCK_TICK: u64 = 10_000_000;
 /// By so many of its timers the moment is known at which those of a process were asked.
 const WITNESSES: usize = 16;
 
-/// When the timers of this node fire, as the kernel's list has it while a container stands still.
+/// When timers fire, while a container stands still. In nanoseconds of the wall clock, and sorted.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Expiries {
-    /// When the list was read, in nanoseconds of the wall clock.
+    /// When the list was read.
     read_at: u64,
-    list: TimerList,
-}
-
-/// In nanoseconds of the wall clock, sorted.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct TimerList {
-    /// When each POSIX timer fires, and whether it is kept by the wall clock.
+    /// When each POSIX timer of the node fires, and whether it is kept by the wall clock.
     posix: Vec<(u64, bool)>,
-    /// When each timer of a descriptor fires that is.
+    /// When each timer of a descriptor of the container fires that is.
     descriptors: Vec<u64>,
 }
 
 impl Expiries {
-    /// Reads the list, where one of these processes has a timer of the wall clock, or may have one. Where it may not be
-    /// read there are none.
-    pub(crate) fn read(pids: &[u32], may_have_one: bool) -> Self {
-        let read_at = now();
-        let has_one = || {
-            pids.iter().any(|pid| {
-                let text = read_proc(format!("/proc/{pid}/timers")).unwrap_or_default();
-                text.lines().any(|line| line == "ClockID: 0")
-            })
-        };
-        let list = (may_have_one || has_one()).then(|| std::fs::read_to_string(ALL_TIMERS).ok());
+    /// Reads the list, where one of these processes has a POSIX timer of the wall clock. Where it may not be read there are
+    /// none. `descriptors` are the moments of those of descriptors.
+    pub(crate) fn read(pids: &[u32], mut descriptors: Vec<u64>) -> Self {
+        let read_at = wall_clock_now();
+        let has_one = pids.iter().any(|pid| {
+            let text = read_proc(format!("/proc/{pid}/timers")).unwrap_or_default();
+            text.lines().any(|line| line == "ClockID: 0")
+        });
+        let list = has_one.then(|| std::fs::read_to_string(ALL_TIMERS).ok());
+        descriptors.sort_unstable();
         Self {
             read_at,
-            list: TimerList::parse(&list.flatten().unwrap_or_default()),
+            posix: posix_timers(&list.flatten().unwrap_or_default()),
+            descriptors,
         }
     }
 
@@ -78,24 +79,20 @@ impl Expiries {
         images: &Path,
         attributes: &mut TaskAttributes,
     ) -> Result<()> {
-        let has_posix = self
-            .list
-            .posix
-            .iter()
-            .any(|(_, by_wall_clock)| *by_wall_clock);
-        if !has_posix && self.list.descriptors.is_empty() {
+        let has_posix = self.posix.iter().any(|(_, by_wall_clock)| *by_wall_clock);
+        if !has_posix && self.descriptors.is_empty() {
             return Ok(());
         }
         let dir = images.to_path_buf();
         let found = tokio::task::spawn_blocking(move || {
-            let until = now();
+            let until = wall_clock_now();
             let mut of_processes: BTreeMap<u32, Vec<PosixTimer>> = BTreeMap::new();
             for timer in timers(&dir)? {
                 of_processes.entry(timer.process).or_default().push(timer);
             }
-            let posix = of_processes
-                .values()
-                .flat_map(|timers| self.of_process(timers, until));
+            let posix = of_processes.iter().flat_map(|(process, timers)| {
+                self.of_process(timers, self.asked_between(&dir, *process))
+            });
             let descriptors = of_wall_clock(&dir)?.into_iter().filter_map(|timer| {
                 let at = self.of_descriptor(timer.left, until)?;
                 Some(WallClockDescriptor { id: timer.id, at })
@@ -114,25 +111,34 @@ impl Expiries {
     /// The moment of a timer of a descriptor of which so much was left when CRIU asked, before `until`.
     fn of_descriptor(&self, left: Duration, until: u64) -> Option<u64> {
         let left = nanoseconds(left);
-        let all = &self.list.descriptors;
-        let first = all.partition_point(|at| *at < self.read_at.saturating_add(left));
-        all.get(first).copied().filter(|at| at - left <= until)
+        let from = self.read_at.saturating_add(left);
+        let from = from.saturating_sub(AT_ONE_MOMENT);
+        let first = self.descriptors.partition_point(|at| *at < from);
+        let at = self.descriptors.get(first).copied();
+        at.filter(|at| at.saturating_sub(left) <= until)
     }
 
-    /// Those of one process, which were asked at one moment before `until`.
-    fn of_process(&self, timers: &[PosixTimer], until: u64) -> Vec<WallClockTimer> {
+    /// When CRIU has asked the timers of a process: shortly before it has written the image of it.
+    fn asked_between(&self, images: &Path, process: u32) -> Range<u64> {
+        let written = std::fs::metadata(images.join(format!("core-{process}.img")));
+        let written = written.and_then(|image| image.modified());
+        let written = written.map_or_else(|_| wall_clock_now(), since_1970);
+        self.read_at.max(written.saturating_sub(BEFORE_IMAGE))..written.saturating_add(CLOCK_TICK)
+    }
+
+    /// Those of one process, which were asked at one moment of these.
+    fn of_process(&self, timers: &[PosixTimer], asked: Range<u64>) -> Vec<WallClockTimer> {
         let armed = |timer: &&PosixTimer| {
             [CLOCK_REALTIME, CLOCK_MONOTONIC].contains(&timer.clock) && !timer.left.is_zero()
         };
         let witnesses: Vec<&PosixTimer> = timers.iter().filter(armed).take(WITNESSES).collect();
         let moments = witnesses.iter().flat_map(|timer| {
             let left = nanoseconds(timer.left);
-            let from = self.read_at.saturating_add(left);
-            let first = self.list.posix.partition_point(|(at, _)| *at < from);
-            let within = self.list.posix[first..]
-                .iter()
-                .map(move |(at, _)| at - left);
-            within.take_while(|moment| *moment <= until)
+            let first = self
+                .posix
+                .partition_point(|(at, _)| *at < asked.start.saturating_add(left));
+            let within = self.posix[first..].iter().map(move |(at, _)| at - left);
+            within.take_while(|moment| *moment < asked.end)
         });
         let agreement = |moment: &u64| {
             let found = witnesses
@@ -143,15 +149,26 @@ impl Expiries {
             });
             (count, std::cmp::Reverse(apart))
         };
-        let Some(moment) = moments.max_by_key(agreement) else {
+        let moments: Vec<(u64, _)> = moments.map(|it| (it, agreement(&it))).collect();
+        let Some(best) = moments.iter().map(|(_, agreement)| *agreement).max() else {
             return Vec::new();
         };
+        let moments: Vec<u64> = { moments.into_iter() }
+            .filter(|(_, agreement)| agreement.0 == best.0)
+            .map(|(moment, _)| moment)
+            .collect();
         let of_wall_clock = |timer: &PosixTimer| {
-            let expiry = self.nearest(timer, moment)?;
-            (timer.clock == CLOCK_REALTIME && expiry.by_wall_clock).then_some(WallClockTimer {
+            let mut found = moments.iter().map(|moment| {
+                let expiry = self.nearest(timer, *moment)?;
+                expiry.by_wall_clock.then_some(expiry.at)
+            });
+            let at = found.next()?;
+            // As many timers speak for another moment, at which it was another one.
+            let is_certain = found.all(|other| other == at);
+            (timer.clock == CLOCK_REALTIME && is_certain).then_some(WallClockTimer {
                 process: timer.process,
                 timer: timer.id,
-                at: expiry.at,
+                at: at?,
             })
         };
         timers
@@ -165,8 +182,8 @@ impl Expiries {
     fn nearest(&self, timer: &PosixTimer, moment: u64) -> Option<Expiry> {
         let expected = moment.saturating_add(nanoseconds(timer.left));
         let from = expected.saturating_sub(AT_ONE_MOMENT);
-        let first = self.list.posix.partition_point(|(at, _)| *at < from);
-        let near = self.list.posix[first..]
+        let first = self.posix.partition_point(|(at, _)| *at < from);
+        let near = self.posix[first..]
             .iter()
             .map(|(at, by_wall_clock)| Expiry {
                 at: *at,
@@ -186,47 +203,45 @@ struct Expiry {
     apart: u64,
 }
 
-impl TimerList {
-    fn parse(list: &str) -> Self {
-        let offset = |of: &str| {
-            let lines = list.lines().map(str::trim).skip_while(|line| *line != of);
-            let mut offsets = lines.filter_map(|line| line.strip_prefix(".offset:"));
-            offsets.next()?.trim().strip_suffix(" nsecs")?.parse().ok()
-        };
-        let mut found = Self::default();
-        let Some(wall_clock): Option<u64> = offset("clock 1:") else {
-            return found;
-        };
-        let (mut clock, mut kind) = (None, "");
-        for line in list.lines().map(str::trim) {
-            if let Some(number) = line.strip_prefix("clock ") {
-                clock = number.trim_end_matches(':').parse::<u32>().ok();
-            } else if let Some(at) = line.strip_prefix("# expires at ") {
-                let at = at.split('-').next().and_then(|at| at.parse::<u64>().ok());
-                let Some(at) = at else {
-                    continue;
-                };
-                match (kind, clock) {
-                    ("posix_timer_fn", Some(0 | 4)) => {
-                        found.posix.push((at.saturating_add(wall_clock), false));
-                    }
-                    ("posix_timer_fn", Some(1 | 5)) => found.posix.push((at, true)),
-                    ("timerfd_tmrproc", Some(1 | 5)) => found.descriptors.push(at),
-                    _ => {}
-                }
-            } else if line.starts_with('#') {
-                kind = line.split(", ").nth(1).unwrap_or_default();
+/// The POSIX timers in the kernel's list: when each fires by the wall clock, and whether it is kept by that; sorted.
+fn posix_timers(list: &str) -> Vec<(u64, bool)> {
+    let offset = |of: &str| {
+        let lines = list.lines().map(str::trim).skip_while(|line| *line != of);
+        let mut offsets = lines.filter_map(|line| line.strip_prefix(".offset:"));
+        offsets.next()?.trim().strip_suffix(" nsecs")?.parse().ok()
+    };
+    let Some(wall_clock): Option<u64> = offset("clock 1:") else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    let (mut clock, mut is_posix) = (None, false);
+    for line in list.lines().map(str::trim) {
+        if let Some(number) = line.strip_prefix("clock ") {
+            clock = number.trim_end_matches(':').parse::<u32>().ok();
+        } else if let Some(at) = line.strip_prefix("# expires at ").filter(|_| is_posix) {
+            let at = at.split('-').next().and_then(|at| at.parse::<u64>().ok());
+            match clock {
+                Some(0 | 4) => found.extend(at.map(|at| (at.saturating_add(wall_clock), false))),
+                Some(1 | 5) => found.extend(at.map(|at| (at, true))),
+                _ => {}
             }
+        } else if line.starts_with('#') {
+            is_posix = line.contains(" posix_timer_fn,");
         }
-        found.posix.sort_unstable();
-        found.descriptors.sort_unstable();
-        found
     }
+    found.sort_unstable();
+    found
 }
 
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map(nanoseconds).unwrap_or_default()
+/// Nanoseconds of the wall clock since 1970.
+pub(crate) fn wall_clock_now() -> u64 {
+    since_1970(SystemTime::now())
+}
+
+fn since_1970(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map(nanoseconds)
+        .unwrap_or_default()
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -240,10 +255,7 @@ mod tests {
     #[test]
     fn a_program_without_timers_has_none() {
         let own = std::process::id();
-        assert_eq!(
-            Expiries::read(&[own, u32::MAX], false).list,
-            TimerList::default()
-        );
+        assert_eq!(Expiries::read(&[own, u32::MAX], Vec::new()).posix, []);
     }
 
     const LIST: &str = "Timer List Version: v0.10\ncpu: 0\n clock 0:\n  .index:      0\n  .offset:     0 nsecs\n\
@@ -258,13 +270,14 @@ mod tests {
 
     #[test]
     fn the_list_of_the_kernel_has_posix_timers_of_two_clocks() {
-        let found = TimerList::parse(LIST);
-        let posix = vec![(1_005_000, true), (1_006_000, true), (1_007_000, false)];
-        let descriptors = vec![1_009_000];
-        assert_eq!(found, TimerList { posix, descriptors });
-        assert_eq!(TimerList::parse(""), TimerList::default());
+        let found = posix_timers(LIST);
+        assert_eq!(
+            found,
+            [(1_005_000, true), (1_006_000, true), (1_007_000, false)]
+        );
+        assert_eq!(posix_timers(""), []);
         for cut in 0..LIST.len() {
-            assert!(TimerList::parse(&LIST[..cut]).posix.len() <= 3);
+            assert!(posix_timers(&LIST[..cut]).len() <= 3);
         }
     }
 
@@ -293,32 +306,43 @@ mod tests {
             (150 * SECOND, false),
         ];
         let descriptors = vec![120 * SECOND, 121 * SECOND, 125 * SECOND];
-        let list = TimerList { posix, descriptors };
-        let expiries = Expiries { read_at, list };
+        let expiries = Expiries {
+            read_at,
+            posix,
+            descriptors,
+        };
         let timers = [
             timer(0, 0, left(130 * SECOND) - 3000),
             timer(1, 0, left(130 * SECOND + 20_000_000)),
             timer(2, 1, left(150 * SECOND)),
             timer(3, 0, 0),
         ];
-        let found = expiries.of_process(&timers, read_at + SECOND);
+        let until = read_at + SECOND;
+        let found = expiries.of_process(&timers, read_at..until);
         let expected = WallClockTimer {
             process: 7,
             timer: 0,
             at: 130 * SECOND,
         };
         assert_eq!(found, [expected]);
-        let until = read_at + SECOND;
         let left = |at: u64| Duration::from_nanos(left(at));
         let at = |left| expiries.of_descriptor(left, until);
         assert_eq!(at(left(121 * SECOND)), Some(121 * SECOND));
         assert_eq!(at(left(123 * SECOND)), None);
         assert_eq!(at(left(130 * SECOND)), None);
-        // Nothing in the list fits.
+        // Nothing in the list fits; all that speaks is one timer, and two in the list are its.
         assert_eq!(
-            expiries.of_process(&[timer(0, 0, 5 * SECOND)], read_at + SECOND),
+            expiries.of_process(&[timer(0, 0, 5 * SECOND)], read_at..until),
             []
         );
-        assert_eq!(expiries.of_process(&[], read_at + SECOND), []);
+        assert_eq!(expiries.of_process(&[], read_at..until), []);
+        let alone = [timer(0, 0, 29 * SECOND + 700_000_000)];
+        assert_eq!(expiries.of_process(&alone, read_at..until), []);
+        let near = asked - 10_000_000..asked + 10_000_000;
+        let found = expiries.of_process(&alone, near);
+        assert_eq!(
+            found.iter().map(|it| it.at).collect::<Vec<_>>(),
+            [130 * SECOND]
+        );
     }
 }

@@ -383,7 +383,7 @@ pub static CONDITIONS: [Condition; 87] = [
     Condition {
         name: "node-mount",
         effect: Effect::NoRestore,
-        what: "what it mounts is mounted elsewhere as well (mountPropagation: Bidirectional), which CRIU dumps and does not restore",
+        what: "its root, or a mount of it, is shared with others, so that what it mounts appears there too (mountPropagation: Bidirectional), which CRIU dumps and does not restore",
         remedy: "run it with mountPropagation: HostToContainer (ctr run: without --rootfs-propagation shared)",
         seen: "/proc/PID/mountinfo: shared",
         criu_says: &["Failed to copy sharing", "Can't copy sharing"],

@@ -12,7 +12,8 @@
 //! Those that are set to a moment of the wall clock:
 //!
 //! CRIU sets such a timer to the second of the restore and what was left: it would be late by the time
-//! between, and early by the part of that second which had passed. The seconds are added as signed ones, so a moment that
+//! between, and early by the part of that second which had passed. Of another clock, or not set at all, it is so with any that
+//! was ever set to a moment: those wait for a time instead, which for such a clock is the same. The seconds are added as signed ones, so a moment that
 //! has passed can be said, too: the timer fires at once, and a periodic one keeps its beat.
 
 use std::path::Path;
@@ -23,6 +24,7 @@ use super::{Image, ImageError, Kind, push_bytes};
 
 const FILES_IMAGE: &str = "files.img";
 const TFD: u64 = 12;
+const FLAGS: u64 = 6;
 const VSEC: u64 = 7;
 const VNSEC: u64 = 8;
 /// `CLOCK_REALTIME` and `CLOCK_REALTIME_ALARM`.
@@ -97,14 +99,19 @@ pub fn correct(
     clock: WallClock,
     at: impl Fn(u32) -> Option<u64>,
 ) -> Result<usize, ImageError> {
-    edit(dir, |timer| timer.left_at(clock, at(timer.id)))
+    edit(dir, |timer| timer.setting_at(clock, at(timer.id)))
 }
 
-/// Sets what is left of each timer for which `left` gives seconds and nanoseconds.
-fn edit(
-    dir: &Path,
-    mut left: impl FnMut(&TimerFd) -> Option<(u64, u64)>,
-) -> Result<usize, ImageError> {
+/// How a timer is to be set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Setting {
+    flags: u32,
+    seconds: u64,
+    nanoseconds: u64,
+}
+
+/// Sets each timer for which `set` gives how.
+fn edit(dir: &Path, mut set: impl FnMut(&TimerFd) -> Option<Setting>) -> Result<usize, ImageError> {
     let path = dir.join(FILES_IMAGE);
     if std::fs::symlink_metadata(&path).is_err() {
         return Ok(0);
@@ -114,11 +121,12 @@ fn edit(
     let (mut body, mut changed) = (Vec::new(), 0);
     while let Some(entry) = entries.next_bytes()? {
         let timer = submessage(entry, TFD).map(|timer| image.decode::<TimerFd>(timer));
-        match timer.transpose()?.and_then(|timer| left(&timer)) {
-            Some((seconds, nanoseconds)) => {
+        match timer.transpose()?.and_then(|timer| set(&timer)) {
+            Some(setting) => {
                 let edit = |old: &[u8]| {
-                    let new = set_varints(old, VSEC, &[seconds]);
-                    set_varints(&new, VNSEC, &[nanoseconds])
+                    let new = set_varints(old, FLAGS, &[setting.flags.into()]);
+                    let new = set_varints(&new, VSEC, &[setting.seconds]);
+                    set_varints(&new, VNSEC, &[setting.nanoseconds])
                 };
                 push_bytes(&mut body, &edit_submessage(entry, TFD, edit));
                 changed += 1;
@@ -143,21 +151,30 @@ impl TimerFd {
         is_periodic && self.ticks != 0 && self.seconds == 0 && self.nanoseconds == 0
     }
 
-    /// What is to be left of it, where that is not what the image says. It fires late by a second at most, where one begins
+    /// How it is to be set, where that is not what the image says. It fires late by a second at most, where one begins
     /// before CRIU looks at the clock, and never early.
-    fn left_at(&self, clock: WallClock, at: Option<u64>) -> Option<(u64, u64)> {
+    fn setting_at(&self, clock: WallClock, at: Option<u64>) -> Option<Setting> {
+        let waits_for_a_time = |seconds, nanoseconds| Setting {
+            flags: self.flags & !TFD_TIMER_ABSTIME,
+            seconds,
+            nanoseconds,
+        };
         if self.waits_to_be_read() {
-            return Some((0, 1));
+            return Some(waits_for_a_time(0, 1));
         }
         if !self.is_of_wall_clock() {
-            return None;
+            let is_of_a_moment = self.flags & TFD_TIMER_ABSTIME != 0;
+            return is_of_a_moment.then(|| waits_for_a_time(self.seconds, self.nanoseconds));
         }
         let left = i128::from(self.seconds) * NANOSECONDS + i128::from(self.nanoseconds);
         let at = at.map_or_else(|| left + i128::from(clock.frozen_at), i128::from);
         let seconds = at.div_euclid(NANOSECONDS) - i128::from(clock.now) / NANOSECONDS;
         let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
-        let nanoseconds = u64::try_from(at.rem_euclid(NANOSECONDS)).unwrap_or_default();
-        Some((seconds.cast_unsigned(), nanoseconds))
+        Some(Setting {
+            flags: self.flags,
+            seconds: seconds.cast_unsigned(),
+            nanoseconds: u64::try_from(at.rem_euclid(NANOSECONDS)).unwrap_or_default(),
+        })
     }
 }
 
@@ -217,10 +234,10 @@ mod tests {
                 known(timer(0, 1, 7, 300_000_000)),
             ),
             (timer(8, 1, 1, 0), timer(8, 1, late, 900_000_000)),
-            // Relative, of another clock, not armed.
+            // Relative, of another clock, not armed any more.
             (timer(0, 0, 10, 0), timer(0, 0, 10, 0)),
-            (timer(1, 1, 10, 0), timer(1, 1, 10, 0)),
-            (timer(0, 1, 0, 0), timer(0, 1, 0, 0)),
+            (timer(1, 1, 10, 0), timer(1, 0, 10, 0)),
+            (timer(0, 3, 0, 0), timer(0, 2, 0, 0)),
             // It waits to be read; it goes; somebody has stopped it.
             (periodic(2, 0), periodic(2, 1)),
             (periodic(2, 7), periodic(2, 7)),
@@ -242,7 +259,7 @@ mod tests {
         let expected = [(0, left), (KNOWN, left), (0, Duration::from_secs(1))];
         let expected = expected.map(|(id, left)| DescriptorTimer { id, left });
         assert_eq!(of_wall_clock(dir.path()).unwrap(), expected);
-        assert_eq!(correct(dir.path(), clock, at).unwrap(), 4);
+        assert_eq!(correct(dir.path(), clock, at).unwrap(), 6);
         let image = Image::read(&path, Kind::Files).unwrap();
         let mut entries = image.entries();
         let mut found = Vec::new();

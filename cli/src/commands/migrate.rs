@@ -49,18 +49,24 @@ pub(crate) async fn run(global: &Global, mut args: MigrateArgs) -> Result<()> {
     };
     let request = request(args);
     let progress = Progress::new(global.json);
-    let done = migrate::migrate(&node, &store(), &request, &interrupt, &progress).await?;
+    let migrated = migrate::migrate(&node, &store(), &request, &interrupt, &progress).await;
     drop(progress);
+    let runs_there = { migrated.as_ref() }.is_ok_and(|done| done.unfinished.is_none());
+    let probe = match probe {
+        Some(probe) if runs_there => probe.finish(interrupt.wait()).await,
+        Some(probe) => {
+            probe.stop().await;
+            None
+        }
+        None => None,
+    };
+    let done = migrated?;
     if let Some(unfinished) = done.unfinished {
         if let Err(error) = picture.write(&done.timeline) {
             tracing::warn!("{}", error.one_line());
         }
         return Err(unfinished);
     }
-    let probe = match probe {
-        Some(probe) => Some(probe.finish().await),
-        None => None,
-    };
     let shown = Migrated {
         container: done.container,
         pid: done.pid,

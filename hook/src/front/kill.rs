@@ -66,9 +66,9 @@ impl Front<'_> {
             Ok(json) => cgroup_of_runc(&json)?,
             Err(_) => {
                 let first = FirstOfCrun::read(&fs::read(dir.join("status")).ok()?)?;
-                // Its number may be another's by now.
-                let pid = first.is_alive().then_some(first.pid)?;
-                Freezer::around(&[pid]).ok()?.dir().to_path_buf()
+                let freezer = Freezer::around(&[first.pid]).ok()?;
+                // Its number may have been another's.
+                first.is_alive().then(|| freezer.dir().to_path_buf())?
             }
         };
         let is_frozen = Freezer::at(&cgroup).is_frozen();
@@ -120,7 +120,8 @@ fn cgroup_of_runc(json: &[u8]) -> Option<PathBuf> {
 #[serde(rename_all = "kebab-case")]
 struct FirstOfCrun {
     pid: i32,
-    process_start_time: u64,
+    /// An older crun does not write it.
+    process_start_time: Option<u64>,
 }
 
 impl FirstOfCrun {
@@ -132,7 +133,9 @@ impl FirstOfCrun {
 
     fn is_alive(&self) -> bool {
         let stat = TaskStat::of(format!("/proc/{}", self.pid)).ok();
-        stat.and_then(|stat| stat.start_time()) == Some(self.process_start_time)
+        let started = stat.and_then(|stat| stat.start_time());
+        self.process_start_time
+            .is_none_or(|time| started == Some(time))
     }
 }
 
@@ -178,5 +181,7 @@ mod tests {
         assert!(!read(pid, start_time + 1).unwrap().is_alive());
         assert_eq!(read(0, start_time), None);
         assert_eq!(FirstOfCrun::read(b"{}"), None);
+        let older = FirstOfCrun::read(format!(r#"{{"pid":{pid}}}"#).as_bytes());
+        assert!(older.unwrap().is_alive());
     }
 }

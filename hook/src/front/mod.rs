@@ -285,7 +285,8 @@ impl Front<'_> {
             .map_err(lazy_error)
     }
 
-    /// Unmounts what a killed restore has left mounted: CRIU's cgroups, and the container's root file system for it,
+    /// Unmounts what a killed restore has left mounted, where it had no mount namespace of its own (one of an earlier
+    /// version): CRIU's cgroups, and the container's root file system for it,
     /// which runc has at `criu-root` in its state directory, and crun in the bundle. As long as that
     /// is there, `delete --force` would delete the files in the container's layer with the state,
     /// and no container of this id can be made.
