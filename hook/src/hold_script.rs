@@ -31,7 +31,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -189,7 +189,12 @@ fn freeze_or_stop(guard: Option<i32>, root: i32) -> io::Result<()> {
 
 fn enter_mounts_of(pid: i32) -> io::Result<()> {
     let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
-    Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)
+    let identity = |it: &fs::Metadata| (it.dev(), it.ino());
+    let own = fs::metadata("/proc/self/ns/mnt")?;
+    match identity(&namespace.metadata()?) == identity(&own) {
+        true => Ok(()),
+        false => Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?),
+    }
 }
 
 /// The guard, by the link that it has made.
