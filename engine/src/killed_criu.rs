@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!  its rules                  `CRIU-...` tables of nftables, or the chain `CRIU` of iptables (criu/netfilter.c)
+//!    in the node's network    only those of this dump, and of its connections: nodes_network
+//!  names of files             `link_remap.N` beside a file that has lost its name: left_links
 //!  TCP sockets in repair      whoever reads from one hears "Operation not permitted" (soccr/soccr.c)
 //!  a parasite                 it hears that its connection has ended, and goes by itself (criu/pie/parasite.c)
 //! ```
@@ -10,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,24 +24,43 @@ use transship_sandbox::{DescriptorsOf, read_proc};
 
 use crate::network_namespace::within;
 
+mod left_links;
+mod nodes_network;
+
 /// How long a program may take to make rules, at most; it is one of the container's own if it takes longer.
 const MAKES_RULES: Duration = Duration::from_secs(2);
 /// How long one may take to list rules, or to take them away.
 const TAKES_RULES_AWAY: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// What tells the rules of iptables, and what changes them.
+const IPTABLES: [(&str, &str); 2] = [
+    ("iptables-save", "iptables-restore"),
+    ("ip6tables-save", "ip6tables-restore"),
+];
 
-/// Takes away what it has left in the containers with these first processes. What cannot be looked at has nothing of it.
-pub(crate) fn clean_up(roots: &[u32]) {
+/// Takes away what it has left of a dump into `draft` in the containers with these first processes, which stand still.
+/// What cannot be looked at has nothing of it.
+pub(crate) fn clean_up(draft: &Path, roots: &[u32]) {
     for &root in roots {
         end_repair(root);
     }
-    let mut done = Vec::new();
+    let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    let of_node = network("self");
+    let (mut done, mut in_nodes) = (Vec::new(), Vec::new());
     for root in roots {
-        let network = fs::read_link(format!("/proc/{root}/ns/net")).ok();
-        if network.is_some() && !done.contains(&network) {
+        let network = network(&root.to_string());
+        if network.is_some() && network == of_node {
+            in_nodes.push(*root);
+        } else if network.is_some() && !done.contains(&network) {
             unlock_network(*root);
             done.push(network);
         }
+    }
+    if !in_nodes.is_empty() {
+        nodes_network::unlock(draft, &in_nodes);
+    }
+    for &root in roots {
+        left_links::take_away(root);
     }
 }
 
@@ -87,18 +109,12 @@ fn each_socket(process: &Process, act: impl Fn(OwnedFd)) {
 
 /// Takes away the lock of a network. A program that the killed CRIU has told to make it may still be at it.
 fn unlock_network(root: u32) {
-    let deadline = Instant::now() + MAKES_RULES;
-    while makes_rules(root) && Instant::now() < deadline {
-        std::thread::sleep(LOOK_AGAIN);
-    }
+    wait_for_rules(root, MAKES_RULES);
     let unlock = || {
         for name in tables_of_criu(&output("nft", &["list", "tables"])) {
             output("nft", &["delete", "table", "inet", name]);
         }
-        for (save, restore) in [
-            ("iptables-save", "iptables-restore"),
-            ("ip6tables-save", "ip6tables-restore"),
-        ] {
+        for (save, restore) in IPTABLES {
             if let Some(rules) = without_lock(&output(save, &["-t", "filter"])) {
                 feed(restore, rules)?;
             }
@@ -140,6 +156,14 @@ fn without_lock(saved: &str) -> Option<String> {
         "*filter\n:CRIU - [0:0]\n{}-X CRIU\nCOMMIT\n",
         jumps.collect::<String>()
     ))
+}
+
+/// Waits until no program makes rules in the network of this process any more.
+fn wait_for_rules(root: u32, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    while makes_rules(root) && Instant::now() < deadline {
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 /// Whether a program that makes rules is at work in the network of this process.

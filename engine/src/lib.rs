@@ -23,7 +23,7 @@
 //!  exported_layer: what the export of an upperdir gives;  task_to_freeze: what is to stand still
 //!  frozen: containers that stand still;  freeze_guard: the process that lets them run if this one
 //!  cannot (guard_process: how such a one is started);  thaw: they are seen to run;  kill: their end;  stuck_dump: ends a dump;
-//!  killed_criu: what one that was killed has left;  frozen_pids: which processes stand still
+//!  killed_criu (left_links, nodes_network): what one that was killed has left;  frozen_pids: which processes stand still
 //!  lost_task: what containerd has lost from its list
 //!  snapshot: what a snapshot changes, as a layer, out and in;  serve, node_service: the node's API
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,

@@ -48,7 +48,8 @@ pub async fn wait_for_end(dir: &Path, roots: Vec<u32>) {
         () = no_progress(dir, PROGRESS_PATIENCE, || false) => end(dir),
     }
     if !roots.is_empty() {
-        drop(tokio::task::spawn_blocking(move || killed_criu::clean_up(&roots)).await);
+        let draft = dir.to_path_buf();
+        drop(tokio::task::spawn_blocking(move || killed_criu::clean_up(&draft, &roots)).await);
     }
 }
 

@@ -11,15 +11,17 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use transship_testbed::{
     CommandRun as _, ContainerdConfig, Image, Node, Testbed, journey, poll_until,
 };
 
 use crate::Case;
+use crate::frozen::checkpoint_with_criu;
 
 const IMAGE: &str = "transship.test/holder:1";
 const PATIENCE: Duration = Duration::from_secs(30);
+const TRIES: u32 = 5;
 /// Writes down what runc is called with.
 const RECORDER: &str = "#!/bin/sh\necho \"$@\" >>/var/log/runc.args\nexec /usr/sbin/runc \"$@\"\n";
 
@@ -37,6 +39,11 @@ fn options_of_a_container_alone(bed: &Testbed) -> anyhow::Result<()> {
     a_keyring_is_its_own(&node)?;
     a_cgroup_is_restored_or_not(&node)?;
     memory_comes_when_it_is_touched(&node)?;
+    a_killed_dump_leaves_no_link(&node)?;
+    // By iptables, which is what CRIU does unless it is told, and by nftables where it can.
+    for more in [[].as_slice(), &["--link-remap"]] {
+        a_killed_dump_takes_its_own_locks_away(&node, more)?;
+    }
     journey::check_nothing_left(&node)
 }
 
@@ -384,6 +391,67 @@ fn start(bed: &Testbed) -> anyhow::Result<Node> {
         node.import_image(&image, "transship")?;
     }
     Ok(node)
+}
+
+/// CRIU gives the file a name for the time of a dump; one that is left would make all later dumps fail. So would CRIU's
+/// code in a process: it is killed when it has taken that back.
+fn a_killed_dump_leaves_no_link(node: &Node) -> anyhow::Result<()> {
+    let links = |pid: u32| format!("ls -d /proc/{pid}/root/data/link_remap.* 2>/dev/null");
+    let image = "/var/lib/transship/checkpoints/.new-*/linked/checkpoint/inventory.img";
+    let dumped = |pid| format!("{} >/dev/null && ls {image} 2>/dev/null", links(pid));
+    let pid = dump_killed_when(node, "linked", (&[], "link"), &["--link-remap"], dumped)?;
+    let left = node.shell(&format!("{} || true", links(pid))).read()?;
+    ensure!(left.is_empty(), "{left}");
+    holds(node, "linked", "link ok\n")?;
+    checkpoint(node, "linked", &["--link-remap"])?;
+    node.shell("transship rm linked").run()?;
+    Ok(journey::remove_container(node, "linked")?)
+}
+
+/// Each connection of a container in the node's network is locked by itself, beside those of other dumps; what
+/// containerd cannot be told is `more`.
+fn a_killed_dump_takes_its_own_locks_away(node: &Node, more: &[&str]) -> anyhow::Result<()> {
+    let rule =
+        "INPUT -p tcp -m mark ! --mark 0xC114 -s 10.9.9.1 --sport 1 -d 10.9.9.2 --dport 2 -j DROP";
+    let table = "inet CRIU-00000000-0000-4000-8000-000000000001";
+    node.shell(&format!("nft add table {table}; iptables -w -I {rule}"))
+        .run()?;
+    let all = "{ nft list tables; iptables-save; } 2>/dev/null | grep -e CRIU- -e 0xc114";
+    let own = format!("{all} | grep -v -e '{table}' -e 10.9.9.1");
+    let holder = (["--net-host"].as_slice(), "tcp=7009");
+    let flags = [&["--tcp=established"], more].concat();
+    let locked = |_| own.clone();
+    dump_killed_when(node, "hosted", holder, &flags, locked)?;
+    let left = node.shell(&format!("{own} || true")).read()?;
+    ensure!(left.is_empty(), "{left}");
+    let others = node.shell(all).read()?;
+    ensure!(others.lines().count() == 2, "{others}");
+    holds(node, "hosted", "tcp ok\n")?;
+    node.shell(&format!("nft delete table {table}; iptables -w -D {rule}"))
+        .run()?;
+    Ok(journey::remove_container(node, "hosted")?)
+}
+
+/// Kills the CRIU of a dump as soon as the command of `there` succeeds, and gives the first process of a container that
+/// runs on. One that is killed while it changes the registers of a process takes that with it: then it is tried again.
+fn dump_killed_when(
+    node: &Node,
+    id: &str,
+    (more, need): (&[&str], &str),
+    flags: &[&str],
+    there: impl Fn(u32) -> String,
+) -> anyhow::Result<u32> {
+    for _ in 0..TRIES {
+        run(node, id, more, &[need])?;
+        let pid = journey::task_pid(node, id)?;
+        checkpoint_with_criu(node, "KILL", &there(pid), &[&[id], flags].concat())?;
+        if !node.ctr(&["tasks", "ls"])?.contains("STOPPED") {
+            return Ok(pid);
+        }
+        journey::delete_ended_task(node, id)?;
+        node.ctr(&["containers", "delete", id])?;
+    }
+    bail!("the process has ended {TRIES} times");
 }
 
 fn run(node: &Node, id: &str, more: &[&str], needs: &[&str]) -> anyhow::Result<()> {

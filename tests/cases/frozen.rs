@@ -185,7 +185,7 @@ fn a_dump_that_hangs_is_given_up(node: &Node) -> anyhow::Result<()> {
     // One that CRIU has left its parasite in is never dumped again: "POKEDATA failed".
     run_alone(node, "held")?;
     let begun = format!("ls {DRAFT}/held/work/dump.log 2>/dev/null");
-    let error = checkpoint_with_criu(node, "STOP", &begun, ["held", "--dump-timeout=3"])?;
+    let error = checkpoint_with_criu(node, "STOP", &begun, &["held", "--dump-timeout=3"])?;
     ensure!(error.contains("wrote nothing for 3 s"), "{error}");
     let remove = "ctr tasks delete --force held && ctr containers delete held";
     Ok(node.shell(remove).run()?)
@@ -200,7 +200,7 @@ fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
         let locks = format!(
             "nsenter -t {pid} -n sh -c 'iptables-save; ip6tables-save; nft list tables' 2>/dev/null | grep CRIU"
         );
-        checkpoint_with_criu(node, "KILL", &locks, ["alone", "--dump-timeout=30"])?;
+        checkpoint_with_criu(node, "KILL", &locks, &["alone", "--dump-timeout=30"])?;
         let has_ended = node.ctr(&["tasks", "ls"])?.contains("STOPPED");
         if !has_ended {
             let left = node.shell(&format!("{locks} || true")).read()?;
@@ -215,11 +215,11 @@ fn a_killed_criu_leaves_no_lock(node: &Node) -> anyhow::Result<()> {
 }
 
 /// Sends a signal to the CRIU of a checkpoint as soon as the command `there` succeeds, and gives the error.
-fn checkpoint_with_criu(
+pub(crate) fn checkpoint_with_criu(
     node: &Node,
     signal: &str,
     there: &str,
-    arguments: [&str; 2],
+    arguments: &[&str],
 ) -> anyhow::Result<String> {
     let hit = format!("until {there} >/dev/null; do :; done; pkill -{signal} -x criu");
     let mut checkpoint = node.command("transship");
