@@ -85,11 +85,7 @@ pub(crate) fn read(pids: &[u32]) -> OfDescriptors {
 /// it_value: (29, 994102417)
 /// ```
 fn left_of_wall_clock(text: &str) -> Option<u64> {
-    let field = |name: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(name))
-            .map(str::trim)
-    };
+    let field = |name| process_files::field(text, name);
     let flags = u32::from_str_radix(field("settime flags:")?, 8).ok()?;
     let value = field("it_value:")?;
     let (seconds, nanoseconds) = { value.strip_prefix('(') }

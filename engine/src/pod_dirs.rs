@@ -18,11 +18,12 @@ use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_containerd::Containerd;
 use transship_layer::{
-    ExportOptions, KnownContents, OverlayStack, export_upperdir_to_file, upperdir_usage,
+    ExportOptions, KnownContents, OverlayStack, export_upperdir_to_file, mounted_below,
+    upperdir_usage,
 };
 use transship_sandbox::admission::resolve_within;
+use transship_sandbox::read_proc;
 use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
-use transship_sandbox::{mounted_below, read_proc};
 
 use crate::conditions::{Found, paths_of_inodes, watched_inodes};
 use crate::error::{Context, Error, Result};

@@ -44,6 +44,13 @@ pub(crate) fn descriptor(pid: u32, number: i32, most: u64) -> io::Result<String>
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// What it says in the line that begins with `name`.
+pub(crate) fn field<'t>(information: &'t str, name: &str) -> Option<&'t str> {
+    let mut lines = information.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name))?;
+    Some(value.trim())
+}
+
 fn parse<T: FromRead>(pid: u32, name: &str) -> ProcResult<T> {
     T::from_read(read_proc(format!("/proc/{pid}/{name}"))?.as_bytes())
 }

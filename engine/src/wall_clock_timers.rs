@@ -140,23 +140,21 @@ impl Expiries {
             let within = self.posix[first..].iter().map(move |(at, _)| at - left);
             within.take_while(|moment| *moment < asked.end)
         });
-        let agreement = |moment: &u64| {
-            let found = witnesses
-                .iter()
-                .filter_map(|timer| self.nearest(timer, *moment));
-            let (count, apart) = found.fold((0_usize, 0_u64), |(count, apart), it| {
-                (count + 1, apart.saturating_add(it.apart))
-            });
-            (count, std::cmp::Reverse(apart))
-        };
-        let moments: Vec<(u64, _)> = moments.map(|it| (it, agreement(&it))).collect();
-        let Some(best) = moments.iter().map(|(_, agreement)| *agreement).max() else {
-            return Vec::new();
-        };
-        let moments: Vec<u64> = { moments.into_iter() }
-            .filter(|(_, agreement)| agreement.0 == best.0)
-            .map(|(moment, _)| moment)
+        // How many of the timers speak for each.
+        let moments: Vec<(u64, usize)> = moments
+            .map(|moment| {
+                let found = witnesses.iter();
+                (
+                    moment,
+                    found
+                        .filter_map(|timer| self.nearest(timer, moment))
+                        .count(),
+                )
+            })
             .collect();
+        let most = moments.iter().map(|(_, count)| *count).max();
+        let best = { moments.iter() }.filter(|(_, count)| Some(*count) == most);
+        let moments: Vec<u64> = best.map(|(moment, _)| *moment).collect();
         let of_wall_clock = |timer: &PosixTimer| {
             let mut found = moments.iter().map(|moment| {
                 let expiry = self.nearest(timer, *moment)?;

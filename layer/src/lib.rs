@@ -29,7 +29,8 @@
 //! buffer, the names of the directories on the way down, and the first names of hard links
 //! whose other names are still to come; nothing grows with sizes or with the number of files.
 //!
-//! `overlay_stack` and `mounted_overlay` tell the directories of an overlay, by its options or as it is mounted;
+//! `overlay_stack` and `mounted_overlay` tell the directories of an overlay, by its options or as it is mounted; `node_mounts`
+//! what is mounted below a directory;
 //! `directory_stack` walks a tree of any depth with few descriptors (`remove_tree`, `usage`, with `directory_names` of a
 //! few at a time; the export with a whole `directory_listing`).
 //! `open_for_export`, `load`, `inode_attributes` and `set_attributes` take and give what a layer keeps of an inode, `export_renamed` what
@@ -83,6 +84,7 @@ mod layer_format;
 mod load;
 mod lower_view;
 mod mounted_overlay;
+mod node_mounts;
 mod open_for_export;
 mod overlay_marks;
 mod overlay_stack;
@@ -115,6 +117,7 @@ pub use large_windows::{LargeWindowTurn, LargeWindows};
 pub use layer_format::LayerFormat;
 pub use lower_view::LowerError;
 pub use mounted_overlay::MountedOverlay;
+pub use node_mounts::mounted_below;
 pub use overlay_marks::OverlayXattrs;
 pub use overlay_stack::{MountFields, OverlayStack, StackError};
 pub use remove_tree::{remove_contents, remove_contents_but, remove_tree};

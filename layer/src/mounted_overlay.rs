@@ -41,7 +41,7 @@ impl MountedOverlay {
     pub fn on(mount_point: &Path, mountinfo: &str) -> Result<Self, StackError> {
         let is_there = |line: &&str| {
             let field = line.split(' ').nth(4);
-            field.is_some_and(|field| Path::new(&unescape_octal(field)) == mount_point)
+            field.is_some_and(|field| Path::new(&unescaped_text(field)) == mount_point)
         };
         let not_mounted = || StackError::NotMounted(mount_point.to_path_buf());
         let line = mountinfo.lines().rfind(is_there).ok_or_else(not_mounted)?;
@@ -53,7 +53,7 @@ impl MountedOverlay {
         }
         let options: Vec<_> = split_options(fields.nth(1).unwrap_or_default())
             .into_iter()
-            .map(unescape_octal)
+            .map(unescaped_text)
             .collect();
         let upperdir = options
             .iter()
@@ -118,10 +118,10 @@ fn split_options(text: &str) -> Vec<&str> {
     }
 }
 
-/// Turns `\040` and the like into the characters that they stand for.
-fn unescape_octal(field: &str) -> String {
+/// Turns `\040` and the like into the bytes that they stand for.
+pub(crate) fn unescape_octal(field: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
+    let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
         let code = tail
             .get(..3)
@@ -140,7 +140,12 @@ fn unescape_octal(field: &str) -> String {
             }
         }
     }
-    // Only ASCII is written that way.
+    bytes
+}
+
+/// The same of text: only ASCII is written that way.
+fn unescaped_text(field: &str) -> String {
+    let bytes = unescape_octal(field.as_bytes());
     String::from_utf8(bytes).unwrap_or_else(|_| field.to_owned())
 }
 

@@ -11,6 +11,8 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use crate::mounted_overlay::unescape_octal;
+
 /// The places below `dir` where something is mounted, in the mount namespace of this process; what is mounted on `dir`
 /// itself is none of them.
 ///
@@ -26,29 +28,9 @@ fn below(table: &[u8], dir: &Path) -> Vec<PathBuf> {
     let lines = table.split(|byte| *byte == b'\n');
     lines
         .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(unescaped)
+        .map(|at| PathBuf::from(OsString::from_vec(unescape_octal(at))))
         .filter(|at| at.starts_with(dir) && at != dir)
         .collect()
-}
-
-fn unescaped(name: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(name.len());
-    let mut rest = name;
-    while let [first, after @ ..] = rest {
-        let digits = after.get(..3).filter(|_| *first == b'\\');
-        let octal = digits.and_then(|it| u8::from_str_radix(std::str::from_utf8(it).ok()?, 8).ok());
-        match octal {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! /var/lib/transship/origins/            origins: where the checkpoints of this node come from
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
-//! /proc                                  proc_text, process_handle, descriptors_of, privileged_files, node_mounts: also for engine and
+//! /proc                                  proc_text, process_handle, descriptors_of, privileged_files: also for engine and
 //!                                        front
 //! /sys/fs/cgroup                         guards_cgroup: what must not end with its caller
 //! in a network namespace                 interface_addresses, loopback, network_sysctls, network_lock (nft)
@@ -54,7 +54,6 @@ mod loopback;
 pub mod moved;
 mod network_lock;
 mod network_sysctls;
-mod node_mounts;
 pub mod opened;
 pub mod origins;
 mod pins;
@@ -78,7 +77,6 @@ pub use ipc_record::OfCheckpoint;
 pub use linked_images::LinkedImages;
 pub use network_lock::{lock_network, nft, unlock_network};
 pub use network_sysctls::{of_network as sysctls_of_network, set_network_sysctls};
-pub use node_mounts::mounted_below;
 pub use pins::{
     live_ipc_sysctls, live_network_namespace, live_uts_names, paths_of_process, raise_loopback_of,
 };

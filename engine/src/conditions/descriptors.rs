@@ -22,7 +22,7 @@ use procfs::process::{FDTarget, LimitValue};
 
 use super::processes::{Processes, Seen};
 use super::{Hit, Subject};
-use crate::process_files;
+use crate::process_files::{self, field};
 
 /// What CRIU has open in a process at once: its memory, its socket, its log, /proc (3.17 to 4.2).
 const OF_CRIU: u64 = 4;
@@ -109,12 +109,6 @@ fn in_tree(processes: &Processes) -> impl Fn(i64) -> bool {
         let mut pids = processes.tree.iter().map(|seen| i64::from(seen.pid));
         pids.any(|it| it == pid)
     }
-}
-
-fn field<'t>(information: &'t str, name: &str) -> Option<&'t str> {
-    let mut lines = information.lines();
-    let value = lines.find_map(|line| line.strip_prefix(name))?;
-    Some(value.trim())
 }
 
 fn flags(information: &str) -> i32 {

@@ -16,11 +16,12 @@ use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::contents_in_filled;
 use transship_checkpoint::shared_dirs::{DumpLink, LINKS_FILE, LINKS_LIMIT, SHARED_DIR, SharedDir};
 use transship_layer::{
-    Compression, ImportOptions, OverlayStack, import_into_upperdir, remove_contents_but,
+    Compression, ImportOptions, OverlayStack, import_into_upperdir, mounted_below,
+    remove_contents_but,
 };
 use transship_sandbox::consumed::{Consumed, Owner};
 use transship_sandbox::shared_dirs::{SharedMount, shared_mounts};
-use transship_sandbox::{PodDir, Request, mounted_below};
+use transship_sandbox::{PodDir, Request};
 
 use transship_path_error::During as _;
 
