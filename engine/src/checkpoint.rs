@@ -8,7 +8,7 @@
 //!
 //! A checkpoint that fails lets everything run again, and leaves nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +24,7 @@ use transship_package::export::ExportOptions;
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 
 use crate::check::node_facts::NodeFacts;
+use crate::dumped_fifos::DumpedFifos;
 use crate::error::{Context, Error, Result};
 use crate::frozen::{Frozen, TaskToFreeze, at_most};
 use crate::frozen_pids::pids_of_frozen;
@@ -41,7 +42,7 @@ use crate::retention;
 use crate::sealed::Sealing;
 pub use crate::selection::Selection;
 use crate::sharing::share;
-use crate::source::{self, Dumped, SourceContainer};
+use crate::source::{self, DumpOptions, Dumped, SourceContainer};
 use crate::stuck_dump::PROGRESS_PATIENCE;
 use crate::timeline::{self, Timeline};
 
@@ -443,12 +444,20 @@ async fn dump_one_by_one(
     timeline: &mut Timeline,
 ) -> Result<Vec<Container>> {
     let mut all = Vec::new();
+    let mut fifos = DumpedFifos::default();
     for source in &target.sources {
         let from = timeline.now();
         let pids = pids_of_frozen(&target.node, &source.runtime, source.id()).await?;
-        let dumped = source
-            .dump(&target.node, draft, &pids, target.dump_patience, None, None)
-            .await;
+        let options = DumpOptions {
+            patience: target.dump_patience,
+            hold: None,
+            known: None,
+            fifos_elsewhere: match target.sources.as_slice() {
+                [_] => BTreeSet::new(),
+                _ => fifos.add(source.pid, &pids),
+            },
+        };
+        let dumped = source.dump(&target.node, draft, &pids, options).await;
         let name = &source.container.name;
         let Dumped { criu, upperdir } = match dumped {
             // The pod's name of it says more than its id.

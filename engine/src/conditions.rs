@@ -63,7 +63,7 @@ mod watches;
 
 pub use needs::Needs;
 pub(crate) use network_lock::way_to_lock;
-use processes::Processes;
+pub(crate) use processes::Processes;
 pub(crate) use sockets::protocol;
 pub(crate) use watches::{paths_of_inodes, watched_inodes};
 

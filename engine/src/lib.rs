@@ -29,7 +29,7 @@
 //!  import: a package as a checkpoint of this node;  push: into a registry, with an image that starts cold;  registry,
 //!  pulls: from registries, also for pods that want one
 //!  process_files: what /proc tells of a process;  node_id: this node and its boot;  machine: what it is and has;  version: of programs;  shell_words: words for a shell
-//!  timer_threads, wall_clock_timers, renamed_sockets: what CRIU gets wrong in the images of a dump;  lost_watches: what it leaves out of them
+//!  timer_threads, wall_clock_timers, renamed_sockets, dumped_fifos: what CRIU gets wrong in the images of a dump;  lost_watches: what it leaves out of them
 //!  room: that a file system keeps free;  origin: whose checkpoints are restored;  sealed: those that lie encrypted;  memory_dir: files of a checkpoint in memory;  listing: the checkpoints of a store;  sharing: of their blocks;  retention: which of them go;  check: findings about this node
 //!  error: one error type, with its kind and what to do next;  reasons: several of them at once;  progress: what the caller is told;
 //!  timeline: what took how long;  durable_record: small files that outlive a power cut;  locks: one at a time
@@ -77,6 +77,7 @@ pub mod data_channel;
 mod descriptor_attributes;
 mod dump_hold;
 pub mod dump_links;
+mod dumped_fifos;
 mod durable_record;
 pub mod error;
 mod exported_layer;

@@ -8,6 +8,7 @@
 //!
 //! The dump and the export run side by side: both only need the container to stand still.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -46,6 +47,7 @@ use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
 use crate::cri_record::{cri_kind, name_in_pod, pod_of};
 use crate::dump_hold::DumpHold;
+use crate::dumped_fifos;
 use crate::error::{Context, Error, Result};
 use crate::exported_layer::Layer;
 use crate::locks::{Lock, lock_for_dump};
@@ -474,17 +476,20 @@ impl SourceContainer {
 
     /// Dumps the frozen container into its directory below `draft`.
     ///
-    /// `pids` are all of its processes. A dump that writes nothing for `patience` is ended. With a hold it waits, when
-    /// the pages are all that is missing. `known` is what the layer need not have.
-    pub async fn dump(
+    /// `pids` are all of its processes.
+    pub(crate) async fn dump(
         &self,
         node: &Containerd,
         draft: &Path,
         pids: &[u32],
-        patience: Duration,
-        hold: Option<&DumpHold>,
-        known: Option<Arc<KnownContents>>,
+        options: DumpOptions<'_>,
     ) -> Result<Dumped> {
+        let DumpOptions {
+            patience,
+            hold,
+            known,
+            fifos_elsewhere,
+        } = options;
         let dir = draft.join(&self.container.name);
         let images = dir.join(IMAGES_DIR);
         let work = dir.join("work");
@@ -504,7 +509,10 @@ impl SourceContainer {
             return Err(Error::refused(message));
         }
         let attributes = attributes?;
-        let finish = async || self.finish_images(&dir, pids, attributes.clone()).await;
+        let finish = async || {
+            dumped_fifos::leave_out(&images, fifos_elsewhere.clone()).await?;
+            self.finish_images(&dir, pids, attributes.clone()).await
+        };
         let diff = dir.join(ROOTFS_DIFF_FILE);
         // A link that CRIU makes for a file without a name is there during the dump only.
         let export_inside = self.container.criu.link_remap;
@@ -662,6 +670,19 @@ fn because(stopped: &[String]) -> String {
             stopped.join(", ")
         ),
     }
+}
+
+/// How a container is dumped.
+#[derive(Debug)]
+pub(crate) struct DumpOptions<'a> {
+    /// A dump that writes nothing for so long is ended.
+    pub(crate) patience: Duration,
+    /// With it the dump waits when the pages are all that is missing.
+    pub(crate) hold: Option<&'a DumpHold>,
+    /// What the layer need not have.
+    pub(crate) known: Option<Arc<KnownContents>>,
+    /// FIFOs of which another container's images have what lies in them.
+    pub(crate) fifos_elsewhere: BTreeSet<u32>,
 }
 
 /// What a dump has left in the draft.

@@ -61,6 +61,7 @@ mod pod_refusals;
 mod pods;
 mod pods_begun;
 mod pods_closed;
+mod pods_fifo;
 mod pods_kubelet;
 mod pods_migrated;
 mod pods_migrated_ended;
@@ -239,6 +240,7 @@ fn main() -> ExitCode {
         each(pod_refusals::cases()),
         each(pods::cases()),
         each(pods_closed::cases()),
+        each(pods_fifo::cases()),
         each(pods_begun::cases()),
         each(pods_kubelet::cases()),
         each(pods_ordinary::cases()),

@@ -421,23 +421,42 @@ impl Image {
     /// Puts this image in the place of `path`, which may be a link into a checkpoint: the link is
     /// replaced, what it leads to is left as it is.
     pub(crate) fn replace(&self, path: &Path) -> Result<(), ImageError> {
-        let io = |act, source| ImageError::Io {
-            act,
-            path: path.to_path_buf(),
-            source,
-        };
-        let new = path.with_extension("img.new");
-        let write = || {
-            // Whatever has this name is part of what was given to us: no link is written through.
-            match fs::remove_file(&new) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            File::create_new(&new)?.write_all(&self.to_bytes())
-        };
-        write().map_err(|e| io("write", e))?;
-        fs::rename(&new, path).map_err(|e| io("replace", e))
+        replace_by(path, |new| {
+            let written = new.write_all(&self.to_bytes());
+            written.map_err(|source| ImageError::Io {
+                act: "write",
+                path: path.to_path_buf(),
+                source,
+            })
+        })
     }
+}
+
+/// Puts what `write` writes in the place of `path`, which may be a link into a checkpoint: the link is replaced, what it
+/// leads to is left as it is.
+fn replace_by(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    let io = |act, source| ImageError::Io {
+        act,
+        path: path.to_path_buf(),
+        source,
+    };
+    let new = path.with_extension("img.new");
+    // Whatever has this name is part of what was given to us: no link is written through.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io("write", error)),
+        _ => {}
+    }
+    let mut file = File::create_new(&new).map_err(|error| io("write", error))?;
+    let replaced = write(&mut file)
+        .and_then(|()| fs::rename(&new, path).map_err(|error| io("replace", error)));
+    if replaced.is_err() {
+        // What failed is what is told.
+        drop(fs::remove_file(&new));
+    }
+    replaced
 }
 
 /// Walks over the entries of an image.

@@ -23,10 +23,11 @@ use super::frozen_memory::FrozenMemory;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
 use crate::dump_hold::DumpHold;
+use crate::dumped_fifos::DumpedFifos;
 use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
 use crate::process_files;
-use crate::source::Dumped;
+use crate::source::{DumpOptions, Dumped};
 
 /// How often it is looked whether there is more to send.
 const LOOK: Duration = Duration::from_millis(1);
@@ -69,6 +70,8 @@ pub(super) struct Part {
     contents: Option<Arc<KnownContents>>,
     /// The processes of the container.
     pids: Vec<u32>,
+    /// FIFOs of which an earlier part has what lies in them.
+    fifos_elsewhere: BTreeSet<u32>,
 }
 
 impl DumpParts {
@@ -85,6 +88,8 @@ impl DumpParts {
         is_late: bool,
     ) -> Result<Self> {
         let mut parts = Vec::new();
+        let mut fifos = DumpedFifos::default();
+        let is_alone = moving.containers.len() == 1;
         for (source, known) in moving.containers.iter().zip(known.containers) {
             let container = &source.container;
             let pids = pids_of_frozen(node, &source.runtime, source.id()).await?;
@@ -112,6 +117,10 @@ impl DumpParts {
                 dir,
                 memory,
                 contents: known.contents,
+                fifos_elsewhere: match is_alone {
+                    true => BTreeSet::new(),
+                    false => fifos.add(source.pid, &pids),
+                },
                 pids,
             });
         }
@@ -124,6 +133,7 @@ impl DumpParts {
                 memory: None,
                 contents: None,
                 pids: Vec::new(),
+                fifos_elsewhere: BTreeSet::new(),
             });
         }
         Ok(Self {
@@ -382,9 +392,13 @@ impl AllDumps {
 
     async fn dump_container(&self, at: usize) -> Result<Dumped> {
         let (source, part) = (&self.moving.containers[at], &self.parts.all()[at]);
-        let (hold, contents) = (part.files.hold(), part.contents.clone());
-        let (draft, pids) = (&self.draft, &part.pids);
-        let dumped = source.dump(&self.node, draft, pids, self.patience, hold, contents);
+        let options = DumpOptions {
+            patience: self.patience,
+            hold: part.files.hold(),
+            known: part.contents.clone(),
+            fifos_elsewhere: part.fifos_elsewhere.clone(),
+        };
+        let dumped = source.dump(&self.node, &self.draft, &part.pids, options);
         let dumped = dumped.await;
         part.files.ended(dumped.is_ok());
         dumped.map_err(|error| match self.moving.pod {
@@ -415,6 +429,7 @@ mod tests {
                 memory: None,
                 contents: None,
                 pids: Vec::new(),
+                fifos_elsewhere: BTreeSet::new(),
             }
         };
         let parts = DumpParts {
