@@ -15,7 +15,7 @@
 //! CRIU --action script--> hold_script: own_networks are made before the sockets; freezes (freezer) what
 //!                                      is about to run
 //!
-//!      restore_guard: the parent of the runtime in a restore, which ends what it has left
+//!      restore_guard: the parent of the runtime in a restore, which ends what it has left;  killed_restore: and takes it away
 //!      lazy_pages: the server of memory that comes when it is touched;  descendants: processes below another one
 //!      origin: whether a checkpoint is one that this node restores
 //!      start_time: whether a number is that of the same process
@@ -34,6 +34,7 @@ mod freezer;
 pub mod front;
 pub mod hold_script;
 pub mod hook;
+mod killed_restore;
 pub mod lazy_pages;
 pub mod origin;
 mod own_networks;

@@ -40,6 +40,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::descendants::{children, kill_below, work_done};
 use crate::hold_script;
+use crate::killed_restore;
 use crate::runtime::{SUPERVISED_APART, exit_code};
 
 pub use crate::runtime::GUARD as ROLE;
@@ -50,18 +51,19 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long killed processes may take to end: one whose memory is large does not go at once, one
 /// that hangs in the kernel never.
 const LAST_PATIENCE: Duration = Duration::from_secs(20);
-const RESTORE_LOG: &str = "restore.log";
+/// CRIU's log, in the work directory.
+pub(crate) const RESTORE_LOG: &str = "restore.log";
 /// Bytes of CRIU's log from which on it says the same again and again; a real one has some hundred
 /// for each file and mapping.
 const LOG_LIMIT: u64 = 256 << 20;
 
-/// The guard. `args`: the front's pid, the work directory, the patience in milliseconds, the
-/// container's id, the runtime, its arguments.
+/// The guard. `args`: the front's pid, the work directory, the bundle, the directory of the images, the patience in
+/// milliseconds, the container's id, the runtime, its arguments.
 ///
 /// # Errors
 /// The runtime cannot be started.
 pub fn serve(args: &[OsString]) -> io::Result<u8> {
-    let [front, work, patience, id, runtime @ ..] = args else {
+    let [front, work, bundle, images, patience, id, runtime @ ..] = args else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
     let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<u64>().ok());
@@ -94,22 +96,18 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         .current_dir(of_caller)
         .spawn()?;
     let own = own.cast_signed();
-    match watch(&mut child, (&front, asked.as_ref()), own, work, patience)? {
-        End::Done(0) => Ok(0),
-        End::Done(code) => {
-            kill_all(own);
-            Ok(code)
-        }
+    let code = match watch(&mut child, (&front, asked.as_ref()), own, work, patience)? {
+        End::Done(0) => return Ok(0),
+        End::Done(code) => code,
         End::Stuck => {
             end_below(&mut child);
-            kill_all(own);
-            Ok(TIMED_OUT)
+            TIMED_OUT
         }
-        End::Deserted => {
-            kill_all(own);
-            Ok(1)
-        }
-    }
+        End::Deserted => 1,
+    };
+    kill_all(own);
+    killed_restore::clean_up(work, Path::new(bundle), Path::new(images));
+    Ok(code)
 }
 
 /// Gives what is restored a session keyring of its own, of the name that runc's containers have. CRIU knows no keyrings,

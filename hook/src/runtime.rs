@@ -80,6 +80,10 @@ pub struct GuardedRestore<'a> {
     pub args: Vec<OsString>,
     /// The directory where CRIU writes its log.
     pub work: &'a Path,
+    /// The bundle of the container.
+    pub bundle: &'a Path,
+    /// The directory of the images.
+    pub images: &'a Path,
     /// How long CRIU may make no progress.
     pub patience: Duration,
     /// A CRIU configuration beneath the one that the runtime names to CRIU.
@@ -213,6 +217,8 @@ impl Runtime {
             .arg(GUARD)
             .arg(std::process::id().to_string())
             .arg(restore.work)
+            .arg(restore.bundle)
+            .arg(restore.images)
             .arg(restore.patience.as_millis().to_string())
             .arg(restore.id)
             .arg(&self.path)

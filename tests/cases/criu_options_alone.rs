@@ -40,6 +40,7 @@ fn options_of_a_container_alone(bed: &Testbed) -> anyhow::Result<()> {
     a_cgroup_is_restored_or_not(&node)?;
     memory_comes_when_it_is_touched(&node)?;
     a_killed_dump_leaves_no_link(&node)?;
+    a_killed_restore_leaves_no_file(&node)?;
     // By iptables, which is what CRIU does unless it is told, and by nftables where it can.
     for more in [[].as_slice(), &["--link-remap"]] {
         a_killed_dump_takes_its_own_locks_away(&node, more)?;
@@ -406,6 +407,39 @@ fn a_killed_dump_leaves_no_link(node: &Node) -> anyhow::Result<()> {
     checkpoint(node, "linked", &["--link-remap"])?;
     node.shell("transship rm linked").run()?;
     Ok(journey::remove_container(node, "linked")?)
+}
+
+/// A file without a name is made again in a volume that stays, and mounts in a directory of the node.
+fn a_killed_restore_leaves_no_file(node: &Node) -> anyhow::Result<()> {
+    node.shell("mkdir -p /srv/volume").run()?;
+    let volume = [
+        "--mount",
+        "type=bind,src=/srv/volume,dst=/data,options=rbind:rw",
+    ];
+    run(node, "ghostly", &volume, &["ghost=1000000"])?;
+    checkpoint(node, "ghostly", &[])?;
+    journey::remove_container(node, "ghostly")?;
+    let left = "ls -d /srv/volume/*.ghost /tmp/.criu.mntns.* 2>/dev/null || true";
+    let kill = "while ! [ -e /srv/volume/ghost.cr.1.ghost ]; do :; done; pkill -KILL -x criu";
+    for _ in 0..TRIES {
+        let killed = node.shell(&format!(
+            "({kill}) & transship restore ghostly --allow host-mounts 2>&1 && echo CAME BACK; kill $! 2>/dev/null || true"
+        ));
+        let said = { killed }.read()?;
+        let found = node.shell(left).read()?;
+        ensure!(found.is_empty(), "left: {found} {said}");
+        if !said.contains("CAME BACK") {
+            node.shell("transship restore ghostly --allow host-mounts")
+                .run()?;
+            holds(node, "ghostly", "ghost ok\n")?;
+            journey::remove_container(node, "ghostly")?;
+            return Ok(node
+                .shell("transship rm ghostly; rm -r /srv/volume")
+                .run()?);
+        }
+        journey::remove_container(node, "ghostly")?;
+    }
+    bail!("no restore was killed while the file was made")
 }
 
 /// Each connection of a container in the node's network is locked by itself, beside those of other dumps; what

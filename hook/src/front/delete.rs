@@ -9,6 +9,7 @@ use transship_sandbox::{PodDir, State};
 
 use super::bundle::{Bundle, Phase};
 use super::{Front, FrontError, Outcome};
+use crate::killed_restore::remove_roots_of_mounts;
 use crate::own_networks;
 use crate::restore_guard;
 use crate::runtime::exit_code;
@@ -46,6 +47,7 @@ impl Front<'_> {
                 kill_who_works_in(&dir.0, None);
             }
             self.unmount_rest(id, &bundle);
+            remove_roots_of_mounts(&work);
         }
         if matches!(
             marker.phase,

@@ -75,6 +75,7 @@ use self::bundle::{Bundle, Config};
 use self::held_restore::read_pid;
 
 use crate::argv::{Arguments, Command, Globals, Invocation};
+use crate::killed_restore;
 use crate::lazy_pages::LazyPages;
 use crate::one_line;
 use crate::own_networks;
@@ -227,13 +228,15 @@ impl Front<'_> {
         let (runtime, own) = (&self.env.runtime, &self.env.own);
         let is_another = self.has_state(&restore.id);
         let beneath = criu_config.filter(|_| runtime.may_ignore_criu_config());
-        let images = pid_file.value("image-path").unwrap_or_default();
-        let ended_stdin = stdin_is_null() && stdin_was_pipe(Path::new(images));
+        let images = Path::new(pid_file.value("image-path").unwrap_or_default());
+        let ended_stdin = stdin_is_null() && stdin_was_pipe(images);
         let patience = NodeConfig::read(&self.env.node_config)?.restore_patience();
         let restore = GuardedRestore {
             id: &pid_file.id,
             args,
             work,
+            bundle: bundle.dir(),
+            images,
             patience,
             criu_config: beneath,
             ended_stdin,
@@ -250,6 +253,8 @@ impl Front<'_> {
         }
         // A CRIU that was killed leaves its mounts; a runtime, what it restores into.
         unmount_yards(work);
+        // Its guard has done so, unless it was killed as well.
+        killed_restore::clean_up(work, bundle.dir(), images);
         if !is_another && self.has_state(&pid_file.id) {
             // runc writes its state before CRIU lets the processes go, and keeps it where they are alive when it fails.
             self.delete_restored(&pid_file.id);
