@@ -78,15 +78,7 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     let (memory, frozen) = idle.context("no memory is migrated")?;
     rows.push(course.measure_rewritten(memory, sizes)?);
     let per_mb = frozen / f64::from(memory);
-    let large = course.measure_large(sizes)?;
-    let name = format!(
-        "frozen, {} MB in memory, memory sent before",
-        sizes.large_memory_mb
-    );
-    let large = Row::new(name, "ms per MB", large)
-        .beside(&format!("{memory} MB"), per_mb, Better::Growth)
-        .goal(Goal::RatioAtMost(1.1));
-    rows.push(large);
+    rows.extend(course.measure_large((memory, per_mb), sizes)?);
     rows.extend(course.measure_lazy(memory, sizes)?);
     rows.push(course.measure_podman(bed, memory, sizes)?);
     rows.extend(course.measure_many_files(bed, memory, sizes)?);
@@ -240,15 +232,27 @@ impl Course<'_> {
         Ok(row.goal(Goal::RatioAtMost(0.9)).note(note))
     }
 
-    /// Milliseconds for each megabyte of a large program.
-    fn measure_large(&mut self, sizes: &Sizes) -> Result<f64> {
+    /// A large program: what each megabyte takes, beside that of a smaller one, and the floor.
+    fn measure_large(&mut self, (small_mb, per_mb): (u32, f64), sizes: &Sizes) -> Result<Vec<Row>> {
         let memory_mb = sizes.large_memory_mb;
-        let mut frozen = Vec::new();
+        let program = Program::idle(memory_mb);
+        let (mut ours, mut floor) = (Vec::new(), Vec::new());
         for round in 0..sizes.migrations {
             eprintln!("   {memory_mb} MB, round {}", round + 1);
-            frozen.push(self.migrate(Program::idle(memory_mb), &[])?.frozen);
+            ours.push(self.migrate(program, &[])?);
+            floor.push(self.bare(program)?);
         }
-        Ok(median(&frozen).context("no round")? / f64::from(memory_mb))
+        let note = medians_of_steps(&ours);
+        let ours = frozen(&ours);
+        let name = format!("frozen, {memory_mb} MB in memory, memory sent before");
+        let of_large = median(&ours).context("no round")? / f64::from(memory_mb);
+        let growth = Row::new(name.clone(), "ms per MB", of_large)
+            .beside(&format!("{small_mb} MB"), per_mb, Better::Growth)
+            .goal(Goal::RatioAtMost(1.1))
+            .note(note);
+        let name = format!("{name}: beside the floor");
+        let beside_floor = Row::of_pairs(name, "ms", &ours, FLOOR, &floor, Better::Growth);
+        Ok(vec![growth, beside_floor])
     }
 
     /// A counter in a sandbox that answers; gives the ids of both.

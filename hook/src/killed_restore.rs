@@ -21,7 +21,7 @@ use transship_checkpoint::beneath::{Links, open_directory};
 use transship_checkpoint::criu_images::named_files::{named_files, remaps};
 use transship_checkpoint::spec::Spec;
 
-use crate::restore_guard::RESTORE_LOG;
+use crate::restore_log::RESTORE_LOG;
 
 const ROOTS: &[u8] = b"/tmp/.criu.mntns.";
 /// Random letters and digits, as mkdtemp(3) makes them.

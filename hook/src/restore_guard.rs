@@ -41,6 +41,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::descendants::{children, kill_below, work_done};
 use crate::hold_script;
 use crate::killed_restore;
+use crate::restore_log::RESTORE_LOG;
 use crate::runtime::{SUPERVISED_APART, exit_code};
 
 pub use crate::runtime::GUARD as ROLE;
@@ -51,8 +52,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long killed processes may take to end: one whose memory is large does not go at once, one
 /// that hangs in the kernel never.
 const LAST_PATIENCE: Duration = Duration::from_secs(20);
-/// CRIU's log, in the work directory.
-pub(crate) const RESTORE_LOG: &str = "restore.log";
 /// Bytes of CRIU's log from which on it says the same again and again; a real one has some hundred
 /// for each file and mapping.
 const LOG_LIMIT: u64 = 256 << 20;

@@ -26,6 +26,8 @@ use crate::runtime_log::now;
 
 /// Where logs of restores are kept.
 pub const LOG_DIR: &str = "/var/log/transship";
+/// CRIU's own log, in the work directory of a restore.
+pub(crate) const RESTORE_LOG: &str = "restore.log";
 pub(crate) const LOG_FILE: &str = "restores.log";
 /// What it has at most, in bytes; there are two of them.
 const LOG_LIMIT: u64 = 1 << 20;

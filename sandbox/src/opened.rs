@@ -12,6 +12,7 @@
 //! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, and
 //! none reads them. The key is a digest of what was opened and its name, so nobody meets another checkpoint.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -21,8 +22,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
+use transship_checkpoint::annotations::is_of_migration;
 use transship_checkpoint::manifest::check_name;
-use transship_checkpoint::store::{OPENED_FILES, Store};
+use transship_checkpoint::store::{DEFAULT_OPENED, OPENED_FILES, Store};
 use transship_path_error::During as _;
 
 use crate::error::SandboxError;
@@ -155,6 +157,16 @@ impl InMemory {
     }
 }
 
+/// Whether these files have come with a migration, into memory.
+#[must_use]
+pub fn has_arrived(files: &Path) -> bool {
+    let key = files
+        .strip_prefix(DEFAULT_OPENED)
+        .ok()
+        .and_then(|below| below.iter().next());
+    key.and_then(OsStr::to_str).is_some_and(is_of_migration)
+}
+
 /// Removes all that nobody uses. It is no error when there is nothing.
 ///
 /// # Errors
@@ -241,6 +253,22 @@ pub fn staged(run_dir: &Path) -> Vec<crate::staged::Request> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_migration_is_told_from_what_is_opened() {
+        let key = format!("migration-{}", "a".repeat(32));
+        let images = |key: &str| {
+            Path::new(DEFAULT_OPENED)
+                .join(key)
+                .join("files/x/web/checkpoint")
+        };
+        assert!(has_arrived(&images(&key)));
+        assert!(!has_arrived(&images("migration-x")));
+        assert!(!has_arrived(&images("0123abcd")));
+        assert!(!has_arrived(
+            &Path::new("/var/lib/transship/checkpoints").join(key)
+        ));
+    }
 
     fn is_mounted(dir: &Path) -> bool {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();

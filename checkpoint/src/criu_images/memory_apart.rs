@@ -19,8 +19,11 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::page_levels::{Levels, Place, Span};
 use super::pagemap::{PagePlace, PageRun, Pagemap};
@@ -54,6 +57,8 @@ pub struct MemoryApart {
     pid: u32,
     batches: Vec<Batch>,
     files: Vec<File>,
+    /// The same, where what is read is given back.
+    given_back: Vec<File>,
 }
 
 /// What lies together in a file, and goes to these ranges of addresses.
@@ -159,7 +164,21 @@ impl MemoryApart {
             pid,
             batches: batches(&apart),
             files,
+            given_back: Vec::new(),
         }))
+    }
+
+    /// From now on the memory that the files are in is given back, batch by batch. Nobody restores from them again.
+    ///
+    /// # Errors
+    /// A file cannot be opened for writing.
+    pub fn give_back(&mut self) -> io::Result<()> {
+        let again = |file: &File| {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            File::options().write(true).open(path)
+        };
+        self.given_back = self.files.iter().map(again).collect::<io::Result<_>>()?;
+        Ok(())
     }
 
     /// The process, by its id in the container.
@@ -182,6 +201,17 @@ impl MemoryApart {
         let length = usize::try_from(batch.bytes()).map_err(io::Error::other)?;
         bytes.resize(length, 0);
         self.files[batch.file].read_exact_at(bytes, batch.offset)
+    }
+
+    /// The batch has been put in.
+    pub fn done_with(&self, batch: &Batch) {
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if let Some(file) = self.given_back.get(batch.file)
+            && let (Ok(offset), Ok(length)) = (batch.offset.try_into(), batch.bytes().try_into())
+        {
+            // What is not given back now goes with the file.
+            let _ = fallocate(file, hole, offset, length);
+        }
     }
 }
 
@@ -390,7 +420,7 @@ fn batches(spans: &[Span]) -> Vec<Batch> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::FileExt as _;
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
     use super::super::file_names::PARENT_DIR;
     use super::super::push_entry;
@@ -521,6 +551,30 @@ mod tests {
         assert!(found.is_sorted_by(|a, b| a.0 + a.1 <= b.0));
         let first = HEAP_START / PAGE;
         assert_eq!(marked, [first + half - 1, first + half + 3]);
+    }
+
+    #[test]
+    fn what_was_put_in_takes_no_room_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        dump(dir.path(), 2);
+        let mut apart = MemoryApart::take(dir.path(), PAGE).unwrap().unwrap();
+        let batch = &apart.batches()[0].clone();
+        let (mut before, mut after) = (Vec::new(), Vec::new());
+        apart.read(batch, &mut before).unwrap();
+        apart.done_with(batch);
+        apart.read(batch, &mut after).unwrap();
+        assert_eq!(before, after);
+        let bytes = vec![7; before.len()];
+        apart.files[batch.file] = tempfile::tempfile().unwrap();
+        { apart.files[batch.file].write_all_at(&bytes, batch.offset) }.unwrap();
+        let blocks = |apart: &MemoryApart| apart.files[batch.file].metadata().unwrap().blocks();
+        let full = blocks(&apart);
+        apart.give_back().unwrap();
+        assert_eq!(blocks(&apart), full);
+        apart.done_with(batch);
+        assert!(blocks(&apart) < full);
+        apart.read(batch, &mut after).unwrap();
+        assert!(after.iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub(super) fn put_in(root: i32, memory: &MemoryApart) -> io::Result<()> {
         while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
             let written =
                 { memory.read(batch, &mut bytes) }.and_then(|()| write_batch(pid, batch, &bytes));
+            memory.done_with(batch);
             if written.is_err() {
                 // The others need not go on.
                 next.fetch_max(batches.len(), Ordering::Relaxed);

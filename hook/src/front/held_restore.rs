@@ -15,6 +15,7 @@ use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
+use transship_sandbox::opened::has_arrived;
 use transship_sandbox::origins::forget_gone;
 use transship_sandbox::{
     LinkedImages, PodDir, Staged, State, criu_lock, raise_loopback_of, sysctls_of_network,
@@ -171,11 +172,19 @@ impl Front<'_> {
             })
         };
         // What comes when it is touched is somebody else's.
-        let apart = match criu.lazy_pages {
+        let mut apart = match criu.lazy_pages {
             true => None,
             false => MemoryApart::take(images.path(), rustix::param::page_size() as u64)
                 .map_err(|error| failed(one_line(&error)))?,
         };
+        // Kubelet may try once more; whoever migrates to a container without it goes back to the source.
+        if let Some(memory) = apart
+            .as_mut()
+            .filter(|_| !config.cri && has_arrived(&request.images))
+        {
+            let images = &request.images;
+            memory.give_back().during("open for writing", images)?;
+        }
         if admission.lsm_profile.is_some() {
             criu.lsm_profile = admission.lsm_profile;
         }

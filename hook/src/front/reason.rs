@@ -8,10 +8,8 @@ use serde::Deserialize;
 use transship_checkpoint::criu_log;
 
 use crate::lazy_pages;
-use crate::restore_log::keep_criu_log;
+use crate::restore_log::{RESTORE_LOG, keep_criu_log};
 
-/// CRIU's log of a restore, in the work directory.
-const RESTORE_LOG: &str = "restore.log";
 const LAST_ENTRIES: u64 = 64 << 10;
 
 /// The cause: CRIU's first error, else that of the server of a memory that comes late, else what the runtime wrote into
