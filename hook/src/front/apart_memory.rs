@@ -25,9 +25,9 @@ pub(super) fn put_in(root: i32, memory: &MemoryApart) -> io::Result<()> {
     let write = || {
         let mut bytes = Vec::new();
         while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let written =
-                { memory.read(batch, &mut bytes) }.and_then(|()| write_batch(pid, batch, &bytes));
-            memory.done_with(batch);
+            let written = { memory.read(batch, &mut bytes) }
+                .and_then(|()| write_batch(pid, batch, &bytes))
+                .inspect(|()| memory.done_with(batch));
             if written.is_err() {
                 // The others need not go on.
                 next.fetch_max(batches.len(), Ordering::Relaxed);
