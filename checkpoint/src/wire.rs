@@ -178,6 +178,9 @@ pub struct Offer {
     /// Whether pages of memory come when the copy runs already, through a direct connection of their own.
     #[serde(default)]
     pub lazy: bool,
+    /// Whether memory and files come while the source stands still, all of them.
+    #[serde(default)]
+    pub at_once: bool,
 }
 
 /// A container that is offered.

@@ -245,6 +245,7 @@ impl Transaction<'_> {
             estimate: self.estimate,
             // What is refused here already need not be there.
             lazy: self.request.is_lazy && self.request.data_address != Some(DataAddress::Nowhere),
+            at_once: self.request.precopy.rounds == 0 && !self.request.is_lazy,
         };
         let (needed, place) = self.ask_target(offer).await?;
         // Before the blobs, which may take minutes: the target does not listen that long.

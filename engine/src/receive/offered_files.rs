@@ -16,6 +16,7 @@ use super::{Request, image, keep, receive_files};
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
 use crate::error::{Context, Error, Result};
+use crate::memory_dir::make_room_in_memory;
 use crate::node_id::node_id;
 use crate::origin::Origins;
 use crate::progress::Progress;
@@ -36,6 +37,12 @@ pub(super) async fn receive(
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
     let taken = contents.keys().cloned().collect();
+    if offer.at_once {
+        let (dir, bytes) = (store.root().to_path_buf(), offer.estimate);
+        // Whatever keeps it from that is told when the files come.
+        let room = tokio::task::spawn_blocking(move || make_room_in_memory(&dir, bytes));
+        drop(room.await);
+    }
     conversation
         .send(Message::Ready {
             contents: taken,
@@ -173,6 +180,7 @@ mod tests {
             estimate: u64::MAX,
             key: String::new(),
             lazy: false,
+            at_once: false,
         }
     }
 
