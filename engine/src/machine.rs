@@ -14,6 +14,12 @@ pub fn architecture() -> Result<String> {
     Ok(uname.machine().to_string_lossy().into_owned())
 }
 
+/// How many dumps or restores are worked on at once. Each has one processor at most, and waits for half of its time: for
+/// programs that it starts, and for grace periods of the kernel.
+pub(crate) fn at_once() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Bytes of memory that could be had.
 pub(crate) fn free_memory() -> u64 {
     available(&fs::read_to_string("/proc/meminfo").unwrap_or_default())

@@ -24,6 +24,7 @@
 //! /var/lib/transship/runs/               last_run: when a pod of a name has last begun to run
 //! /var/lib/transship/origins/            origins: where the checkpoints of this node come from
 //! <checkpoint>/<container>/.staged-*/    linked_images: the images of one restore
+//! <checkpoint>/<container>/memory-given-back  given_back: images that nothing can be restored from any more
 //! /proc                                  proc_text, process_handle, descriptors_of, privileged_files: also for engine and
 //!                                        front
 //! /sys/fs/cgroup                         guards_cgroup: what must not end with its caller
@@ -45,6 +46,7 @@ pub mod device_rules;
 mod error;
 mod files;
 pub mod forgotten_bundle;
+pub mod given_back;
 mod guards_cgroup;
 mod interface_addresses;
 mod ipc_record;

@@ -1,4 +1,4 @@
-//! One staged restore: a directory of three files.
+//! One staged restore: a directory of some files.
 //!
 //! ```text
 //! restore/<container>/
@@ -6,6 +6,7 @@
 //!   restore.json   Request
 //!   owner          name of the pod's container that it is restored for
 //!   started        the bundle of the container that is held although it has been started
+//!   once           there is no second attempt
 //!   holder         first process of the container that is held: PID START_TIME
 //! ```
 //!
@@ -42,6 +43,7 @@ const REQUEST_FILE: &str = "restore.json";
 const OWNER_FILE: &str = "owner";
 const HOLDER_FILE: &str = "holder";
 const STARTED_FILE: &str = "started";
+const ONCE_FILE: &str = "once";
 
 /// How far a staged restore is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +128,20 @@ impl Staged {
     pub fn set_holder(&self, pid: i32, start_time: u64) -> Result<(), SandboxError> {
         let text = format!("{pid} {start_time}\n");
         replace(&self.dir.join(HOLDER_FILE), text.as_bytes())
+    }
+
+    /// Remembers that whoever starts the container does so once, and has it gone on elsewhere if that fails.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_once(&self) -> Result<(), SandboxError> {
+        replace(&self.dir.join(ONCE_FILE), b"")
+    }
+
+    /// Whether there is no second attempt.
+    #[must_use]
+    pub fn is_once(&self) -> bool {
+        self.dir.join(ONCE_FILE).symlink_metadata().is_ok()
     }
 
     /// Remembers that the container in this bundle has been started, and is still held.

@@ -63,6 +63,7 @@ mod pods_begun;
 mod pods_closed;
 mod pods_fifo;
 mod pods_kubelet;
+mod pods_memory;
 mod pods_migrated;
 mod pods_migrated_ended;
 mod pods_moved;
@@ -241,6 +242,7 @@ fn main() -> ExitCode {
         each(pods::cases()),
         each(pods_closed::cases()),
         each(pods_fifo::cases()),
+        each(pods_memory::cases()),
         each(pods_begun::cases()),
         each(pods_kubelet::cases()),
         each(pods_ordinary::cases()),

@@ -19,11 +19,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, fallocate, fcntl};
+use serde::{Deserialize, Serialize};
 
 use super::page_levels::{Levels, Place, Span};
 use super::pagemap::{PagePlace, PageRun, Pagemap};
@@ -61,8 +62,17 @@ pub struct MemoryApart {
     given_back: Vec<File>,
 }
 
+/// The same for another process, which has the files as descriptors of these numbers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HandedOver {
+    pid: u32,
+    batches: Vec<Batch>,
+    files: Vec<RawFd>,
+    gives_back: bool,
+}
+
 /// What lies together in a file, and goes to these ranges of addresses.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
     file: usize,
     offset: u64,
@@ -185,12 +195,59 @@ impl MemoryApart {
         if !is_apart {
             return Ok(());
         }
-        let again = |file: &File| {
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            File::options().write(true).open(path)
-        };
+        let again = |file: &File| File::options().write(true).open(path_of(file.as_raw_fd()));
         self.given_back = self.files.iter().map(again).collect::<io::Result<_>>()?;
         Ok(())
+    }
+
+    /// What a program that this process starts from now on can [take over](Self::take_over): it gets the files too.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn hand_over(&self) -> io::Result<HandedOver> {
+        for file in &self.files {
+            fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(HandedOver {
+            pid: self.pid,
+            batches: self.batches.clone(),
+            files: self.files.iter().map(|file| file.as_raw_fd()).collect(),
+            gives_back: !self.given_back.is_empty(),
+        })
+    }
+
+    /// What the process that has started this one has handed over.
+    ///
+    /// # Errors
+    /// A file is not there.
+    pub fn take_over(from: &HandedOver) -> io::Result<Self> {
+        let open = |writes: bool| {
+            let files = from.files.iter();
+            let open = move |fd: &RawFd| {
+                File::options()
+                    .read(!writes)
+                    .write(writes)
+                    .open(path_of(*fd))
+            };
+            files.map(open).collect::<io::Result<Vec<_>>>()
+        };
+        let invalid = from
+            .batches
+            .iter()
+            .any(|batch| batch.file >= from.files.len());
+        if invalid {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(Self {
+            pid: from.pid,
+            batches: from.batches.clone(),
+            files: open(false)?,
+            given_back: if from.gives_back {
+                open(true)?
+            } else {
+                Vec::new()
+            },
+        })
     }
 
     /// The process, by its id in the container.
@@ -237,6 +294,10 @@ impl Batch {
     fn bytes(&self) -> u64 {
         self.ranges.iter().map(|(_, length)| length).sum()
     }
+}
+
+fn path_of(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
 }
 
 /// The process that has nearly all of the memory, with its threads.
@@ -591,6 +652,37 @@ mod tests {
         apart.batches.push(batch.clone());
         apart.give_back().unwrap();
         assert!(apart.given_back.is_empty());
+    }
+
+    #[test]
+    fn another_process_reads_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        dump(dir.path(), 2);
+        let mut apart = MemoryApart::take(dir.path(), PAGE).unwrap().unwrap();
+        // Files that cannot be opened by any name.
+        for file in &mut apart.files {
+            let unnamed = tempfile::tempfile().unwrap();
+            io::copy(file, &mut &unnamed).unwrap();
+            *file = unnamed;
+        }
+        apart.give_back().unwrap();
+        let handed = apart.hand_over().unwrap();
+        let json = serde_json::to_vec(&handed).unwrap();
+        let mut handed: HandedOver = serde_json::from_slice(&json).unwrap();
+        let other = MemoryApart::take_over(&handed).unwrap();
+        assert_eq!(other.pid(), apart.pid());
+        assert_eq!(other.batches(), apart.batches());
+        assert_eq!(other.given_back.len(), apart.files.len());
+        for batch in apart.batches() {
+            let (mut here, mut there) = (Vec::new(), Vec::new());
+            apart.read(batch, &mut here).unwrap();
+            other.read(batch, &mut there).unwrap();
+            assert_eq!(here, there);
+        }
+        let flags = fcntl(&apart.files[0], FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, 0, "a program that is started has it");
+        handed.files.clear();
+        assert!(MemoryApart::take_over(&handed).is_err());
     }
 
     #[test]

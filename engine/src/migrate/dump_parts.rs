@@ -26,6 +26,7 @@ use crate::dump_hold::DumpHold;
 use crate::dumped_fifos::DumpedFifos;
 use crate::error::{Context, Error, Result};
 use crate::frozen_pids::pids_of_frozen;
+use crate::machine::at_once;
 use crate::process_files;
 use crate::source::{DumpOptions, Dumped};
 
@@ -338,8 +339,8 @@ impl AllDumps {
         containers.any(|it| it.container.criu.link_remap)
     }
 
-    /// How many dumps are made side by side. Each has one processor, and waits for much else. Processes of one pid
-    /// namespace, and links that several CRIU make in one directory, are kept apart.
+    /// How many dumps are made side by side. Processes of one pid namespace, and links that several CRIU make in one
+    /// directory, are kept apart.
     fn most_at_once(&self) -> usize {
         let mut seen = BTreeSet::new();
         let mut containers = self.moving.containers.iter();
@@ -348,7 +349,7 @@ impl AllDumps {
             namespace.is_ok_and(|namespace| seen.insert(namespace))
         });
         match apart && !self.makes_links() {
-            true => std::thread::available_parallelism().map_or(1, usize::from),
+            true => at_once(),
             false => 1,
         }
     }

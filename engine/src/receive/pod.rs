@@ -24,7 +24,7 @@ use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
 };
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::check_name;
+use transship_checkpoint::manifest::{Manifest, check_name};
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::{Checkpoint, Store};
@@ -45,6 +45,7 @@ use crate::cri_pods::CriPods;
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::kubelet;
+use crate::machine::at_once;
 use crate::overlay_mounts::overlay_stack;
 use crate::progress::Progress;
 
@@ -62,6 +63,9 @@ const IMAGE_PAUSE: Duration = Duration::from_millis(500);
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long somebody else may take to make the sandbox and to pull images, while the source runs.
 const POD_PATIENCE: Duration = Duration::from_secs(300);
+/// So long after another one a container is started. The shim of a pod makes one after the other, in the order in which
+/// they reach it (the mutex of containerd's `service.Create`, 1.6 to 2.1).
+const APART: Duration = Duration::from_millis(10);
 /// How long somebody else may take to start all containers, while the source stands still.
 const STARTS_PATIENCE: Duration = Duration::from_secs(60);
 /// As kubelet makes an emptyDir.
@@ -620,15 +624,27 @@ fn started(pod: &PodDir, name: &str) -> Result<Option<String>> {
     Ok(staged.map(|staged| staged.started()).transpose()?.flatten())
 }
 
-/// Starts containers, which are restored by that and held, as many at once as there are processors. Nobody works on any
-/// of them when this returns.
+/// The containers that are made, those with the most files and memory first: their memory is written while the others are
+/// restored.
+fn largest_first(made: &Made, manifest: &Manifest) -> Vec<(String, String)> {
+    let bytes_of = |name: &str| -> u64 {
+        let mut containers = manifest.containers.iter();
+        let files = containers.find(|it| it.name == name).map(|it| &it.files);
+        files.into_iter().flatten().map(|file| file.size).sum()
+    };
+    let mut all = made.containers.clone();
+    all.sort_by_key(|(name, _)| std::cmp::Reverse(bytes_of(name)));
+    all
+}
+
+/// Starts containers, which are restored by that and held, [`at_once`]. Nobody works on any of them when this returns.
 async fn start_all(
     cri: &CriPods,
     pod: &PodDir,
     containers: &[(String, String)],
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    let most = at_once();
     let (mut next, mut starts) = (containers.iter(), JoinSet::new());
     let mut all = Ok(());
     loop {
@@ -637,6 +653,9 @@ async fn start_all(
             && let Some((name, id)) = next.next()
         {
             let (mut cri, name, id) = (cri.clone(), name.clone(), id.clone());
+            if !starts.is_empty() {
+                sleep(APART).await;
+            }
             starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
         }
         let Some(start) = starts.join_next().await else {
@@ -713,11 +732,16 @@ async fn agree(
     // All of them before the first is restored: what one shares with others is made for all.
     let pod = pod_dir(&made.sandbox)?;
     for container in &checkpoint.manifest.containers {
-        pod.stage(&container.name, checkpoint, container)?;
+        let staged = pod.stage(&container.name, checkpoint, container)?;
+        // Whoever has made the pod may start a container again.
+        if !made.containers.is_empty() {
+            staged.set_once()?;
+        }
     }
     pod.set_arrival(InSandbox::Arrived)?;
     let cri = CriPods::of(node);
-    start_all(&cri, &pod, &made.containers, interrupt).await?;
+    let containers = largest_first(made, &checkpoint.manifest);
+    start_all(&cri, &pod, &containers, interrupt).await?;
     let mut looks = JoinSet::new();
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();

@@ -7,7 +7,9 @@ use std::process::ExitCode;
 
 use transship_checkpoint::store::Store;
 use transship_hook::argv::Invocation;
-use transship_hook::front::{Environment, HOLD_WATCH_ROLE, Outcome, serve, serve_watch};
+use transship_hook::front::{
+    Environment, HOLD_WATCH_ROLE, MEMORY_FILL_ROLE, Outcome, serve, serve_memory_fill, serve_watch,
+};
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, SUPERVISED_APART, exec_supervised,
 };
@@ -55,6 +57,13 @@ fn main() -> ExitCode {
         return match lazy_pages::serve(&args[1..]) {
             Ok(()) => ExitCode::SUCCESS,
             // Its front sees that it is gone.
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    if args.first().is_some_and(|first| first == MEMORY_FILL_ROLE) {
+        return match serve_memory_fill() {
+            Ok(()) => ExitCode::SUCCESS,
+            // The start of the container sees that it is gone.
             Err(_) => ExitCode::FAILURE,
         };
     }

@@ -15,11 +15,15 @@ use crate::descendants::tree;
 /// Threads that write, at most: each has a buffer of 1 MiB, and more only wait for the kernel's locks.
 const MOST_WRITERS: usize = 8;
 
-/// Writes it into its process below `root`, which does not run.
+/// Writes it into its process below `root`, which does not run; `progress` is called after each piece.
 ///
 /// # Errors
 /// There is no such process, the images cannot be read, or the container may not have so much memory.
-pub(super) fn put_in(root: i32, memory: &MemoryApart) -> io::Result<()> {
+pub(super) fn put_in(
+    root: i32,
+    memory: &MemoryApart,
+    progress: impl Fn() + Sync,
+) -> io::Result<()> {
     let pid = find(root, memory.pid())?;
     let (next, batches) = (AtomicUsize::new(0), memory.batches());
     let write = || {
@@ -27,7 +31,8 @@ pub(super) fn put_in(root: i32, memory: &MemoryApart) -> io::Result<()> {
         while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
             let written = { memory.read(batch, &mut bytes) }
                 .and_then(|()| write_batch(pid, batch, &bytes))
-                .inspect(|()| memory.done_with(batch));
+                .inspect(|()| memory.done_with(batch))
+                .inspect(|()| progress());
             if written.is_err() {
                 // The others need not go on.
                 next.fetch_max(batches.len(), Ordering::Relaxed);

@@ -320,9 +320,28 @@ pub enum RestoreError {
         /// Which process goes on.
         source: io::Error,
     },
+    /// Images whose memory has been given back by an attempt before.
+    #[error(
+        "{container:?} cannot be restored from the checkpoint {checkpoint:?} a second time: its memory has been \
+         given back"
+    )]
+    GivenBack {
+        /// The container in the checkpoint.
+        container: String,
+        /// The checkpoint.
+        checkpoint: String,
+    },
     /// Memory of the restored tasks that they cannot have.
     #[error("{id:?} was restored without its memory, and is removed")]
     NoMemory {
+        /// The container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The same, of which `create` has not heard.
+    #[error("{id:?} was restored without its memory, and cannot be started")]
+    NotFilled {
         /// The container.
         id: String,
         /// Why.

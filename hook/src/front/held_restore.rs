@@ -15,6 +15,7 @@ use transship_checkpoint::namespaces::{self, Namespace, Plan};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::missing_pages;
 use transship_sandbox::consumed::{Consumed, Owner};
+use transship_sandbox::given_back::{is_given_back, set_given_back};
 use transship_sandbox::opened::has_arrived;
 use transship_sandbox::origins::forget_gone;
 use transship_sandbox::{
@@ -31,8 +32,8 @@ use super::held::Hold;
 use super::shared_pids::check_pids;
 use super::shm_attach::attach;
 use super::{
-    Front, FrontError, Outcome, RestoreError, apart_memory, held, lost_addresses, open_files,
-    task_attributes,
+    Front, FrontError, Outcome, RestoreError, apart_memory, held, lost_addresses, memory_fill,
+    open_files, task_attributes,
 };
 use crate::argv::Arguments;
 use crate::start_time::start_time;
@@ -119,6 +120,14 @@ impl Front<'_> {
         staged: &Staged,
     ) -> Result<(), FrontError> {
         let request = staged.request()?;
+        if is_given_back(&request.images) {
+            let (container, checkpoint) = (request.container, request.checkpoint);
+            let error = RestoreError::GivenBack {
+                container,
+                checkpoint,
+            };
+            return Err(error.into());
+        }
         namespaces::apply(&mut config.spec, plan);
         // Other restores into the sandbox wait: what its containers share is made once.
         let lock = pod.lock()?;
@@ -177,12 +186,11 @@ impl Front<'_> {
             false => MemoryApart::take(images.path(), rustix::param::page_size() as u64)
                 .map_err(|error| failed(one_line(&error)))?,
         };
-        // Kubelet may try once more; whoever migrates to a container without it goes back to the source.
-        if let Some(memory) = apart
-            .as_mut()
-            .filter(|_| !config.cri && has_arrived(&request.images))
-        {
+        // Kubelet may try once more; whoever has started it himself goes back to the source.
+        let is_once = has_arrived(&request.images) && (!config.cri || staged.is_once());
+        if let Some(memory) = apart.as_mut().filter(|_| is_once) {
             let images = &request.images;
+            set_given_back(images)?;
             memory.give_back().during("open for writing", images)?;
         }
         if admission.lsm_profile.is_some() {
@@ -246,8 +254,10 @@ impl Front<'_> {
             let proc = format!("/proc/{pid}");
             self.take_into_cgroup(&create.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;
-            if let Some(memory) = &apart {
-                apart_memory::put_in(pid, memory).map_err(|source| {
+            // Others of a pod are restored while memory is put in.
+            let is_late = is_once && config.cri;
+            if let Some(memory) = apart.as_ref().filter(|_| !is_late) {
+                apart_memory::put_in(pid, memory, || {}).map_err(|source| {
                     let id = create.id.clone();
                     FrontError::from(RestoreError::NoMemory { id, source })
                 })?;
@@ -269,6 +279,9 @@ impl Front<'_> {
                 Self::tell_incomplete(&create.id, config.cri, &lost.join("; "));
             }
             let start_time = start_time(pid).during("read", format!("/proc/{pid}/stat"))?;
+            if let Some(memory) = apart.as_ref().filter(|_| is_late) {
+                memory_fill::begin(&self.env.own, &work, (pid, start_time), memory)?;
+            }
             staged.set_holder(pid, start_time)?;
             bundle.write_marker(&Marker {
                 phase: Phase::Held,

@@ -11,7 +11,8 @@
 //!    │             │           CRIU, then, while the tasks are held (held):
 //!    │             │               open_files   what they have open
 //!    │             │               apart_memory, shm_attach, task_attributes   what CRIU has not restored
-//!    │             └─────────────> hold_watch   ends it when nobody starts it
+//!    │             ├─────────────> hold_watch   ends it when nobody starts it
+//!    │             └─────────────> memory_fill  puts memory in while the next one of its pod is restored
 //!    └──────> the runtime, untouched      late_annotations   what the sandbox was told counts
 //!  run ──> refused where `create` would have something to do
 //!  start ──> lets a held restore go;  kill ──> ends it;  delete ──> takes away what it left
@@ -37,6 +38,7 @@ mod hold_watch;
 mod kill;
 mod late_annotations;
 mod lost_addresses;
+mod memory_fill;
 mod moved;
 mod native_restore;
 mod open_files;
@@ -70,6 +72,7 @@ use transship_sandbox::unmount_all;
 
 pub use error::{FitError, FrontError, RestoreError, RootfsError};
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
+pub use memory_fill::{ROLE as MEMORY_FILL_ROLE, serve as serve_memory_fill};
 
 use self::bundle::{Bundle, Config};
 use self::held_restore::read_pid;

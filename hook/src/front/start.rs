@@ -4,6 +4,7 @@
 //! this one has been started, and none may run before all are there and the source has committed itself. Then
 //! `transship-release ID` lets each of them go.
 
+use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_sandbox::opened::remove_all_unused;
 use transship_sandbox::{Arrival, PodDir, Staged};
@@ -13,7 +14,7 @@ use transship_path_error::During as _;
 use super::bundle::{Bundle, Marker, Phase};
 use super::held::{Hold, release};
 use super::tell::Event;
-use super::{FitError, Front, FrontError, Outcome, RestoreError};
+use super::{FitError, Front, FrontError, Outcome, RestoreError, memory_fill};
 use crate::start_time::start_time;
 use crate::{own_networks, restore_guard};
 
@@ -40,6 +41,11 @@ impl Front<'_> {
         // Whoever was starting it may have been killed before the shim knew, which asks again.
         if marker.phase != Phase::Running && marker.comes_with_migration {
             check_is_there(id, &marker)?;
+            let patience = NodeConfig::read(&self.env.node_config)?.restore_patience();
+            memory_fill::wait(&work, patience).map_err(|source| {
+                let id = id.to_owned();
+                FrontError::from(RestoreError::NotFilled { id, source })
+            })?;
             let staged = { marker.restore.as_ref() }.map(|it| Staged::at(it.staged.clone()));
             let pod = staged.as_ref().and_then(PodDir::of_staged);
             // Nobody would let it go.

@@ -1,0 +1,106 @@
+//! A pod with much memory moves: the memory of one container is put in while the next one is restored. Whoever ends that
+//! ends the migration, and the pod runs on where it was.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use transship_testbed::{
+    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree,
+    journey, poll_until,
+};
+
+use crate::Case;
+use crate::pods::start_two;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Of each container; so much takes a while to be put in.
+const MEMORY_MB: [&str; 2] = ["300", "60"];
+const MIGRATE: [&str; 5] = ["migrate", "--pod", "shop/web", "--allow", "unmasked-paths"];
+/// Ends the first that puts memory in.
+const KILLER: &str = "until pkill -KILL -f '[t]ransship-memory-fill'; do :; done";
+
+pub(crate) fn cases() -> impl Iterator<Item = Case> {
+    std::iter::once(Case {
+        what: "pod_memory",
+        tree: Tree::Forky,
+        run: memory_comes_whole_or_not_at_all,
+    })
+}
+
+fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
+    let [a, b] = start_two(bed, true)?;
+    let image = journey::counter_image(bed)?;
+    a.import_image_into("k8s.io", &image, "transship")?;
+    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
+    let here = a.cri()?;
+    let pod = here.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    for (number, memory) in MEMORY_MB.iter().enumerate() {
+        let (name, port) = (format!("web-{number}"), port(number));
+        let command = ["/usr/bin/counter", "--memory-mb", memory, "--port", &port];
+        here.run_container(
+            &pod,
+            &PodContainer {
+                name: &name,
+                image: journey::COUNTER_IMAGE,
+                command: &command,
+                security: PodSecurity::NONE,
+                ..PodContainer::default()
+            },
+        )?;
+    }
+    let before = ask_all(&a, &here, &pod)?;
+
+    b.start_daemon("killer", &["sh", "-c", KILLER])?;
+    let said = { a.command("transship") }
+        .args(MIGRATE)
+        .args(["--to", &to_b])
+        .read_failure()?;
+    b.wait_for_daemon_end("killer")?;
+    ensure!(
+        said.contains("without its memory") && said.contains("was killed"),
+        "{said}"
+    );
+    let after = ask_all(&a, &here, &pod).context("it runs on here")?;
+    ensure!(after >= before, "{after:?} after {before:?}");
+    journey::check_no_pod_left(&b)?;
+    let left = b
+        .shell("ls /run/transship/opened 2>/dev/null || true")
+        .read()?;
+    ensure!(left.is_empty(), "left: {left}");
+
+    // There, and back: what was given back on one way is there on the other.
+    let mut pod = pod;
+    for (from, to, link) in [(&a, &b, &to_b), (&b, &a, &to_a)] {
+        { from.command("transship") }
+            .args(MIGRATE)
+            .args(["--to", link])
+            .read()?;
+        journey::check_no_pod_left(from)?;
+        let sandboxes = r#"labels."io.cri-containerd.kind"==sandbox"#;
+        let sandbox = to.ctr(&["-n", "k8s.io", "containers", "ls", "-q", sandboxes])?;
+        pod = pod.under(sandbox.trim().to_owned());
+        let counts = ask_all(to, &to.cri()?, &pod)?;
+        ensure!(counts >= after, "{counts:?} after {after:?}");
+    }
+    here.remove_pod(&pod)?;
+    Ok(())
+}
+
+fn port(number: usize) -> String {
+    (7000 + number).to_string()
+}
+
+/// What each of them has counted to; their memory is as it was made.
+fn ask_all(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<u64>> {
+    let ip = cri.pod_ip(pod)?;
+    let mut counts = Vec::new();
+    for number in 0..MEMORY_MB.len() {
+        let mut address = ip.clone();
+        write!(address, ":{}", port(number))?;
+        let reply = poll_until("an answer", PATIENCE, || node.ask_counter(&address))?;
+        ensure!(reply.memory_ok, "web-{number}: {reply:?}");
+        counts.push(reply.count);
+    }
+    Ok(counts)
+}
