@@ -21,8 +21,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use transship_engine::Error;
 
 /// A migration takes and gives back megabytes for each that it sends (TLS has a buffer for each record). glibc's returns
-/// them to the kernel, whose page faults were a seventh of the time of a transfer. Without huge pages: the front asks this
-/// program in the middle of a restore, and to clear three of them would take most of its time.
+/// them to the kernel, whose page faults were a seventh of the time of a transfer. It asks for no huge pages: the
+/// front calls this program in the middle of a restore, and to clear three of them would take most of its time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -2,6 +2,7 @@
 //! ends the migration, and the pod runs on where it was.
 
 use std::fmt::Write as _;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -19,20 +20,30 @@ const MEMORY_MB: [&str; 2] = ["300", "60"];
 const MIGRATE: [&str; 5] = ["migrate", "--pod", "shop/web", "--allow", "unmasked-paths"];
 /// Ends the first that puts memory in.
 const KILLER: &str = "until pkill -KILL -f '[t]ransship-memory-fill'; do :; done";
+/// Has it stand still for longer than a container of a kubelet may be held without a start. The shim of containerd 1.6 has
+/// the others wait for this start.
+const STOPPER: &str = "until pkill -STOP -f '[t]ransship-memory-fill'; do :; done
+     sleep 25
+     pkill -CONT -f '[t]ransship-memory-fill'";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "pod_memory",
-        tree: Tree::Forky,
-        run: memory_comes_whole_or_not_at_all,
-    })
+    let case = |what, tree, run| Case { what, tree, run };
+    [
+        case(
+            "pod_memory",
+            Tree::Forky,
+            memory_comes_whole_or_not_at_all as fn(&Testbed) -> anyhow::Result<()>,
+        ),
+        case("pod_memory_slow", Tree::Bookworm, slow_memory_is_waited_for),
+    ]
+    .into_iter()
 }
 
-fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
+/// Two nodes, one of which has the pod.
+fn start_pod(bed: &Testbed) -> anyhow::Result<([Node; 2], Pod)> {
     let [a, b] = start_two(bed, true)?;
     let image = journey::counter_image(bed)?;
     a.import_image_into("k8s.io", &image, "transship")?;
-    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
     let here = a.cri()?;
     let pod = here.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
     for (number, memory) in MEMORY_MB.iter().enumerate() {
@@ -49,13 +60,31 @@ fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
             },
         )?;
     }
+    Ok(([a, b], pod))
+}
+
+fn slow_memory_is_waited_for(bed: &Testbed) -> anyhow::Result<()> {
+    let ([a, b], pod) = start_pod(bed)?;
+    let before = ask_all(&a, &a.cri()?, &pod)?;
+    b.start_daemon("stopper", &["sh", "-c", STOPPER])?;
+    migrate(&a, &bed.ssh(&a, &b)?).read()?;
+    b.wait_for_daemon_end("stopper")?;
+    journey::check_no_pod_left(&a)?;
+    let moved = moved_to(&b, pod)?;
+    let after = ask_all(&b, &b.cri()?, &moved)?;
+    ensure!(after >= before, "{after:?} after {before:?}");
+    b.cri()?.remove_pod(&moved)?;
+    Ok(())
+}
+
+fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
+    let ([a, b], pod) = start_pod(bed)?;
+    let (to_b, to_a) = (bed.ssh(&a, &b)?, bed.ssh(&b, &a)?);
+    let here = a.cri()?;
     let before = ask_all(&a, &here, &pod)?;
 
     b.start_daemon("killer", &["sh", "-c", KILLER])?;
-    let said = { a.command("transship") }
-        .args(MIGRATE)
-        .args(["--to", &to_b])
-        .read_failure()?;
+    let said = migrate(&a, &to_b).read_failure()?;
     b.wait_for_daemon_end("killer")?;
     ensure!(
         said.contains("without its memory") && said.contains("was killed"),
@@ -72,19 +101,27 @@ fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
     // There, and back: what was given back on one way is there on the other.
     let mut pod = pod;
     for (from, to, link) in [(&a, &b, &to_b), (&b, &a, &to_a)] {
-        { from.command("transship") }
-            .args(MIGRATE)
-            .args(["--to", link])
-            .read()?;
+        migrate(from, link).read()?;
         journey::check_no_pod_left(from)?;
-        let sandboxes = r#"labels."io.cri-containerd.kind"==sandbox"#;
-        let sandbox = to.ctr(&["-n", "k8s.io", "containers", "ls", "-q", sandboxes])?;
-        pod = pod.under(sandbox.trim().to_owned());
+        pod = moved_to(to, pod)?;
         let counts = ask_all(to, &to.cri()?, &pod)?;
         ensure!(counts >= after, "{counts:?} after {after:?}");
     }
     here.remove_pod(&pod)?;
     Ok(())
+}
+
+fn migrate(from: &Node, to: &str) -> Command {
+    let mut command = from.command("transship");
+    command.args(MIGRATE).args(["--to", to]);
+    command
+}
+
+/// The pod as the node has it.
+fn moved_to(node: &Node, pod: Pod) -> anyhow::Result<Pod> {
+    let sandboxes = r#"labels."io.cri-containerd.kind"==sandbox"#;
+    let sandbox = node.ctr(&["-n", "k8s.io", "containers", "ls", "-q", sandboxes])?;
+    Ok(pod.under(sandbox.trim().to_owned()))
 }
 
 fn port(number: usize) -> String {

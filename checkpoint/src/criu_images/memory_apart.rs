@@ -40,7 +40,7 @@ const MOST_LEFT: u64 = 128 << 20;
 const LEAST_MAPPING: u64 = 1 << 20;
 /// Memory in more pieces than this is left to CRIU: what is known of each is kept until the last one is put in.
 const MOST_RUNS: usize = 200_000;
-/// How much is put in at once, at most: bytes, and ranges of addresses.
+/// How much is put in at once, at most: bytes, also those between two multiples of it in the file, and ranges of addresses.
 const BATCH: u64 = 1 << 20;
 const BATCH_RANGES: usize = 256;
 
@@ -461,14 +461,16 @@ fn batches(spans: &[Span]) -> Vec<Batch> {
         let mut at = span.start;
         while at < span.end {
             let from = offset + (at - span.start);
-            let (room, batch) = match all.last_mut() {
+            // Whole large pages of the file are given back without being split.
+            let room = BATCH - from % BATCH;
+            let batch = match all.last_mut() {
                 Some(last)
                     if last.file == level
                         && last.offset + last.bytes() == from
-                        && last.bytes() < BATCH
+                        && room < BATCH
                         && last.ranges.len() < BATCH_RANGES =>
                 {
-                    (BATCH - last.bytes(), last)
+                    last
                 }
                 _ => {
                     all.push(Batch {
@@ -476,7 +478,7 @@ fn batches(spans: &[Span]) -> Vec<Batch> {
                         offset: from,
                         ranges: Vec::new(),
                     });
-                    (BATCH, all.last_mut().expect("it was pushed"))
+                    all.last_mut().expect("it was pushed")
                 }
             };
             let length = (span.end - at).min(room);

@@ -255,7 +255,7 @@ impl Front<'_> {
             self.take_into_cgroup(&create.id, &config.spec, pid)
                 .during("move into the container's cgroup", &proc)?;
             // Others of a pod are restored while memory is put in.
-            let is_late = is_once && config.cri;
+            let is_late = is_once && config.cri && config.annotations.receives;
             if let Some(memory) = apart.as_ref().filter(|_| !is_late) {
                 apart_memory::put_in(pid, memory, || {}).map_err(|source| {
                     let id = create.id.clone();

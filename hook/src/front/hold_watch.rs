@@ -33,9 +33,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use transship_path_error::During as _;
+use transship_sandbox::Staged;
 use transship_sandbox::forgotten_bundle::{self, kill_who_works_in};
 
-use super::bundle::{Bundle, Phase};
+use super::bundle::{Bundle, Marker, Phase};
 use super::{Environment, Front, FrontError, delete};
 use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
@@ -48,10 +49,22 @@ pub const ROLE: &str = "transship-hold-watch";
 /// How long after `create` the start of a container of the CRI may come. One that comes later fails,
 /// and the next attempt is restored again.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// The same where whoever migrates the pod has made it, and takes it away if it is given up: its shim makes the other
+/// containers first, which may take a while. `receive` holds nothing for longer.
+const PATIENCE_OF_MIGRATION: Duration = Duration::from_secs(600);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// When containerd is asked whether it has a held container, and how often at least.
 const ASK_FIRST: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_secs(30);
+
+/// Whether it came into a pod that whoever receives the migration has made.
+fn is_of_migration(marker: &Marker) -> bool {
+    let restore = marker
+        .restore
+        .as_ref()
+        .filter(|_| marker.comes_with_migration);
+    restore.is_some_and(|restore| Staged::at(restore.staged.clone()).is_once())
+}
 
 /// The front's end of the pipe to its watch, which sees when the front is gone.
 #[derive(Debug)]
@@ -133,7 +146,11 @@ impl Front<'_> {
             }
             // One that has been killed, by the next attempt for instance, has been given up, too.
             let is_there = start_time(marker.pid).ok() == Some(marker.start_time);
-            if !is_there || began.elapsed() > PATIENCE {
+            let patience = match is_of_migration(&marker) {
+                true => PATIENCE_OF_MIGRATION,
+                false => PATIENCE,
+            };
+            if !is_there || began.elapsed() > patience {
                 kill_if_same(marker.pid, marker.start_time);
                 drop(lock);
                 return self.end_given_up_hold(&create.id, &bundle);

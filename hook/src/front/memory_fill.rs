@@ -95,26 +95,34 @@ pub fn serve() -> io::Result<()> {
 }
 
 fn fill(filling: &Filling) -> io::Result<()> {
-    let (pid, began) = filling.root;
-    let is_there = || match start_time(pid).ok() == Some(began) {
-        true => Ok(()),
-        false => Err(io::Error::other("it was ended meanwhile")),
-    };
-    is_there()?;
+    check_is_there(filling.root)?;
     let file = File::options().write(true).open(&filling.file)?;
     let memory = MemoryApart::take_over(&filling.memory)?;
-    put_in(pid, &memory, || {
+    put_in(filling.root.0, &memory, || {
         // Who waits goes on waiting then.
         drop(file.set_modified(SystemTime::now()));
     })?;
-    is_there()
+    check_is_there(filling.root)
 }
 
-/// Waits until the memory of the container that was restored in this work directory is put in; not at all where none is.
+fn check_is_there((pid, began): (i32, u64)) -> io::Result<()> {
+    match start_time(pid).ok() == Some(began) {
+        true => Ok(()),
+        false => Err(io::Error::other("it was ended meanwhile")),
+    }
+}
+
+/// Whether memory of the container that was restored in this work directory is still put in, or could not be.
+pub(super) fn is_begun(work: &Path) -> bool {
+    work.join(FILE).symlink_metadata().is_ok()
+}
+
+/// Waits until the memory of the container that was restored in this work directory, whose first process is `root`, is put
+/// in; not at all where none is.
 ///
 /// # Errors
-/// It is not, and why, or nothing more of it comes for `patience`.
-pub(super) fn wait(work: &Path, patience: Duration) -> io::Result<()> {
+/// It is not, and why; or the container has ended; or nothing more of it comes for `patience`.
+pub(super) fn wait(work: &Path, root: (i32, u64), patience: Duration) -> io::Result<()> {
     let path = work.join(FILE);
     let mut file = match File::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -127,6 +135,7 @@ pub(super) fn wait(work: &Path, patience: Duration) -> io::Result<()> {
             Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,
             Err((_, errno)) => return Err(errno.into()),
         }
+        check_is_there(root)?;
         let now = file.metadata()?.modified()?;
         if now != seen {
             (seen, since) = (now, Instant::now());
@@ -161,25 +170,29 @@ mod tests {
     #[test]
     fn a_start_waits_for_the_fill_and_hears_how_it_ended() {
         let work = tempfile::tempdir().unwrap();
-        wait(work.path(), SHORT).unwrap();
+        let own = std::process::id().cast_signed();
+        let root = (own, start_time(own).unwrap());
+        wait(work.path(), root, SHORT).unwrap();
         let path = work.path().join(FILE);
         let file = File::create(&path).unwrap();
         let fill = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
-        let late = wait(work.path(), SHORT).unwrap_err().to_string();
+        let late = wait(work.path(), root, SHORT).unwrap_err().to_string();
         assert!(late.contains("for 0 s"), "{late}");
+        let ended = wait(work.path(), (own, root.1 + 1), SHORT).unwrap_err();
+        assert!(ended.to_string().contains("ended"), "{ended}");
         let waiting = {
             let work = work.path().to_owned();
-            thread::spawn(move || wait(&work, Duration::from_secs(60)))
+            thread::spawn(move || wait(&work, root, Duration::from_secs(60)))
         };
         fs::remove_file(&path).unwrap();
         drop(fill);
         waiting.join().unwrap().unwrap();
 
         fs::write(&path, "").unwrap();
-        let killed = wait(work.path(), SHORT).unwrap_err().to_string();
+        let killed = wait(work.path(), root, SHORT).unwrap_err().to_string();
         assert!(killed.contains("was killed"), "{killed}");
         fs::write(&path, "its memory cannot be written").unwrap();
-        let failed = wait(work.path(), SHORT).unwrap_err().to_string();
+        let failed = wait(work.path(), root, SHORT).unwrap_err().to_string();
         assert_eq!(failed, "its memory cannot be written");
     }
 }

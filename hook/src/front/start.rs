@@ -38,14 +38,17 @@ impl Front<'_> {
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
         };
-        // Whoever was starting it may have been killed before the shim knew, which asks again.
-        if marker.phase != Phase::Running && marker.comes_with_migration {
-            check_is_there(id, &marker)?;
+        if memory_fill::is_begun(&work) {
+            let root = (marker.pid, marker.start_time);
             let patience = NodeConfig::read(&self.env.node_config)?.restore_patience();
-            memory_fill::wait(&work, patience).map_err(|source| {
+            memory_fill::wait(&work, root, patience).map_err(|source| {
                 let id = id.to_owned();
                 FrontError::from(RestoreError::NotFilled { id, source })
             })?;
+        }
+        // Whoever was starting it may have been killed before the shim knew, which asks again.
+        if marker.phase != Phase::Running && marker.comes_with_migration {
+            check_is_there(id, &marker)?;
             let staged = { marker.restore.as_ref() }.map(|it| Staged::at(it.staged.clone()));
             let pod = staged.as_ref().and_then(PodDir::of_staged);
             // Nobody would let it go.
