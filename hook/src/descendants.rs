@@ -14,6 +14,7 @@ pub(crate) use transship_sandbox::children;
 use transship_sandbox::{KnownProcess, ProcessHandle, tree_with_parents};
 
 use crate::freezer::thaw_killed;
+use crate::start_time::is_same;
 
 /// How often [`kill_below`] looks for processes that have been made since it looked last.
 const LOOKS: usize = 100;
@@ -139,7 +140,7 @@ pub(crate) fn kill_if_same(pid: i32, start_time: u64) {
     let Ok(process) = Process::open(pid) else {
         return;
     };
-    if crate::start_time::start_time(pid).ok() == Some(start_time) {
+    if is_same(pid, start_time) {
         // What cannot be listed is left.
         drop(process.kill_tree());
     }

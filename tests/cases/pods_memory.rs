@@ -1,14 +1,12 @@
 //! A pod with much memory moves: the memory of one container is put in while the next one is restored. Whoever ends that
 //! ends the migration, and the pod runs on where it was.
 
-use std::fmt::Write as _;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use transship_testbed::{
-    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree,
-    journey, poll_until,
+    CommandRun as _, Cri, Node, Pod, PodNamespaces, Testbed, Tree, journey, poll_until,
 };
 
 use crate::Case;
@@ -16,7 +14,7 @@ use crate::pods::start_two;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Of each container; so much takes a while to be put in.
-const MEMORY_MB: [&str; 2] = ["300", "60"];
+const MEMORY_MB: [u32; 2] = [300, 60];
 const MIGRATE: [&str; 5] = ["migrate", "--pod", "shop/web", "--allow", "unmasked-paths"];
 /// Ends the first that puts memory in.
 const KILLER: &str = "until pkill -KILL -f '[t]ransship-memory-fill'; do :; done";
@@ -46,19 +44,8 @@ fn start_pod(bed: &Testbed) -> anyhow::Result<([Node; 2], Pod)> {
     a.import_image_into("k8s.io", &image, "transship")?;
     let here = a.cri()?;
     let pod = here.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
-    for (number, memory) in MEMORY_MB.iter().enumerate() {
-        let (name, port) = (format!("web-{number}"), port(number));
-        let command = ["/usr/bin/counter", "--memory-mb", memory, "--port", &port];
-        here.run_container(
-            &pod,
-            &PodContainer {
-                name: &name,
-                image: journey::COUNTER_IMAGE,
-                command: &command,
-                security: PodSecurity::NONE,
-                ..PodContainer::default()
-            },
-        )?;
+    for (number, memory) in MEMORY_MB.into_iter().enumerate() {
+        journey::run_counter_in_pod(&here, &pod, number, memory)?;
     }
     Ok(([a, b], pod))
 }
@@ -70,7 +57,7 @@ fn slow_memory_is_waited_for(bed: &Testbed) -> anyhow::Result<()> {
     migrate(&a, &bed.ssh(&a, &b)?).read()?;
     b.wait_for_daemon_end("stopper")?;
     journey::check_no_pod_left(&a)?;
-    let moved = moved_to(&b, pod)?;
+    let moved = journey::moved_to(&b, &pod)?;
     let after = ask_all(&b, &b.cri()?, &moved)?;
     ensure!(after >= before, "{after:?} after {before:?}");
     b.cri()?.remove_pod(&moved)?;
@@ -103,7 +90,7 @@ fn memory_comes_whole_or_not_at_all(bed: &Testbed) -> anyhow::Result<()> {
     for (from, to, link) in [(&a, &b, &to_b), (&b, &a, &to_a)] {
         migrate(from, link).read()?;
         journey::check_no_pod_left(from)?;
-        pod = moved_to(to, pod)?;
+        pod = journey::moved_to(to, &pod)?;
         let counts = ask_all(to, &to.cri()?, &pod)?;
         ensure!(counts >= after, "{counts:?} after {after:?}");
     }
@@ -117,24 +104,12 @@ fn migrate(from: &Node, to: &str) -> Command {
     command
 }
 
-/// The pod as the node has it.
-fn moved_to(node: &Node, pod: Pod) -> anyhow::Result<Pod> {
-    let sandboxes = r#"labels."io.cri-containerd.kind"==sandbox"#;
-    let sandbox = node.ctr(&["-n", "k8s.io", "containers", "ls", "-q", sandboxes])?;
-    Ok(pod.under(sandbox.trim().to_owned()))
-}
-
-fn port(number: usize) -> String {
-    (7000 + number).to_string()
-}
-
 /// What each of them has counted to; their memory is as it was made.
 fn ask_all(node: &Node, cri: &Cri, pod: &Pod) -> anyhow::Result<Vec<u64>> {
     let ip = cri.pod_ip(pod)?;
     let mut counts = Vec::new();
     for number in 0..MEMORY_MB.len() {
-        let mut address = ip.clone();
-        write!(address, ":{}", port(number))?;
+        let address = format!("{ip}:{}", 7000 + number);
         let reply = poll_until("an answer", PATIENCE, || node.ask_counter(&address))?;
         ensure!(reply.memory_ok, "web-{number}: {reply:?}");
         counts.push(reply.count);

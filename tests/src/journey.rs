@@ -13,8 +13,13 @@
 
 use std::time::Duration;
 
+use anyhow::Context as _;
+
 use crate::run::CommandRun as _;
-use crate::{ContainerdConfig, CounterReply, Image, Node, Testbed, TestbedError, poll_until};
+use crate::{
+    ContainerdConfig, CounterReply, Cri, Image, Node, Pod, PodContainer, PodSecurity, Testbed,
+    TestbedError, poll_until,
+};
 
 /// The OCI runtime front in a node.
 pub const FRONT: &str = "/usr/local/bin/transship-runc";
@@ -174,6 +179,43 @@ pub fn sandbox_address(node: &Node, sandbox: &str) -> Result<String, TestbedErro
             .map(|(address, _)| address.to_owned())
             .ok_or(text)
     })
+}
+
+/// Runs the counter as the container `web-<number>` of a pod, with so much memory; it listens at port 7000 + `number`.
+///
+/// # Errors
+/// The CRI refuses it.
+pub fn run_counter_in_pod(
+    cri: &Cri,
+    pod: &Pod,
+    number: usize,
+    memory_mb: u32,
+) -> Result<(), TestbedError> {
+    let (name, memory) = (format!("web-{number}"), memory_mb.to_string());
+    let port = (7000 + number).to_string();
+    let command = [COUNTER, "--memory-mb", &memory, "--port", &port];
+    cri.run_container(
+        pod,
+        &PodContainer {
+            name: &name,
+            image: COUNTER_IMAGE,
+            command: &command,
+            security: PodSecurity::NONE,
+            ..PodContainer::default()
+        },
+    )?;
+    Ok(())
+}
+
+/// The pod as it is on the node that it has moved to, which has no other.
+///
+/// # Errors
+/// There is none, or containerd does not answer.
+pub fn moved_to(node: &Node, pod: &Pod) -> anyhow::Result<Pod> {
+    let filter = r#"labels."io.cri-containerd.kind"==sandbox"#;
+    let sandboxes = node.ctr(&["-n", "k8s.io", "containers", "ls", "-q", filter])?;
+    let sandbox = sandboxes.lines().next().context("no pod has arrived")?;
+    Ok(pod.under(sandbox.to_owned()))
 }
 
 /// Asks a counter, waiting for it to listen.

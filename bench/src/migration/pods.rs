@@ -1,9 +1,7 @@
 //! A pod of three containers beside a pod that has only the largest of them.
 
-use anyhow::{Context as _, Result};
-use transship_testbed::{
-    CommandRun as _, Cri, Node, Pod, PodContainer, PodNamespaces, PodSecurity, Testbed, journey,
-};
+use anyhow::Result;
+use transship_testbed::{CommandRun as _, Node, PodNamespaces, Testbed, journey};
 
 use super::{Took, frozen, medians_of_steps};
 use crate::pod_node;
@@ -48,17 +46,14 @@ fn migrate([a, b]: [&Node; 2], to: &str, memory: &[u32]) -> Result<Took> {
     let cri = a.cri()?;
     let pod = cri.run_pod(("bench", "web"), &[], PodNamespaces::Usual)?;
     for (number, memory) in memory.iter().enumerate() {
-        run(&cri, &pod, number, *memory)?;
+        journey::run_counter_in_pod(&cri, &pod, number, *memory)?;
     }
     journey::ask(a, &cri.pod_ip(&pod)?)?;
     let mut migrate = a.command("transship");
     migrate.args(["migrate", "--pod", "bench/web", "--to", to, "--json"]);
     migrate.args(["--allow", "unmasked-paths"]);
     let took = Took::read(&migrate.read()?)?;
-    let filter = r#"labels."io.cri-containerd.kind"==sandbox"#;
-    let sandbox = b.ctr(&["-n", "k8s.io", "containers", "ls", "-q", filter])?;
-    let sandbox = sandbox.lines().next().context("no pod has arrived")?;
-    let moved = pod.under(sandbox.to_owned());
+    let moved = journey::moved_to(b, &pod)?;
     let cri = b.cri()?;
     let reply = journey::ask(b, &cri.pod_ip(&moved)?)?;
     anyhow::ensure!(
@@ -68,21 +63,4 @@ fn migrate([a, b]: [&Node; 2], to: &str, memory: &[u32]) -> Result<Took> {
     cri.stop_pod(&moved)?;
     cri.remove_pod(&moved)?;
     Ok(took)
-}
-
-fn run(cri: &Cri, pod: &Pod, number: usize, memory: u32) -> Result<()> {
-    let (name, memory) = (format!("web-{number}"), memory.to_string());
-    let port = (7000 + number).to_string();
-    let command = ["/usr/bin/counter", "--memory-mb", &memory, "--port", &port];
-    cri.run_container(
-        pod,
-        &PodContainer {
-            name: &name,
-            image: journey::COUNTER_IMAGE,
-            command: &command,
-            security: PodSecurity::NONE,
-            ..PodContainer::default()
-        },
-    )?;
-    Ok(())
 }

@@ -220,7 +220,7 @@ impl MemoryApart {
     ///
     /// # Errors
     /// A file is not there.
-    pub fn take_over(from: &HandedOver) -> io::Result<Self> {
+    pub fn take_over(from: HandedOver) -> io::Result<Self> {
         let open = |writes: bool| {
             let files = from.files.iter();
             let open = move |fd: &RawFd| {
@@ -240,13 +240,13 @@ impl MemoryApart {
         }
         Ok(Self {
             pid: from.pid,
-            batches: from.batches.clone(),
             files: open(false)?,
             given_back: if from.gives_back {
                 open(true)?
             } else {
                 Vec::new()
             },
+            batches: from.batches,
         })
     }
 
@@ -670,8 +670,8 @@ mod tests {
         apart.give_back().unwrap();
         let handed = apart.hand_over().unwrap();
         let json = serde_json::to_vec(&handed).unwrap();
-        let mut handed: HandedOver = serde_json::from_slice(&json).unwrap();
-        let other = MemoryApart::take_over(&handed).unwrap();
+        let handed = serde_json::from_slice(&json).unwrap();
+        let other = MemoryApart::take_over(handed).unwrap();
         assert_eq!(other.pid(), apart.pid());
         assert_eq!(other.batches(), apart.batches());
         assert_eq!(other.given_back.len(), apart.files.len());
@@ -683,8 +683,9 @@ mod tests {
         }
         let flags = fcntl(&apart.files[0], FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags, 0, "a program that is started has it");
+        let mut handed: HandedOver = serde_json::from_slice(&json).unwrap();
         handed.files.clear();
-        assert!(MemoryApart::take_over(&handed).is_err());
+        assert!(MemoryApart::take_over(handed).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use transship_checkpoint::criu_images::memory_apart::{Batch, MemoryApart};
 
 use super::held::pid_in_container;
 use crate::descendants::tree;
-use crate::start_time::start_time;
+use crate::start_time::{check_same, start_time};
 
 /// Threads that write, at most: each has a buffer of 1 MiB, and more only wait for the kernel's locks.
 const MOST_WRITERS: usize = 8;
@@ -27,17 +27,13 @@ pub(super) fn put_in(
 ) -> io::Result<()> {
     let pid = find(root, memory.pid())?;
     let began = start_time(pid.as_raw())?;
-    // Whoever stands still for long may find its number with another one.
-    let is_the_same = || match start_time(pid.as_raw()).ok() == Some(began) {
-        true => Ok(()),
-        false => Err(io::Error::other("it was ended meanwhile")),
-    };
     let (next, batches) = (AtomicUsize::new(0), memory.batches());
     let write = || {
         let mut bytes = Vec::new();
         while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
             let written = { memory.read(batch, &mut bytes) }
-                .and_then(|()| is_the_same())
+                // Whoever stands still for long may find its number with another one.
+                .and_then(|()| check_same(pid.as_raw(), began))
                 .and_then(|()| write_batch(pid, batch, &bytes))
                 .inspect(|()| memory.done_with(batch))
                 .inspect(|()| progress());

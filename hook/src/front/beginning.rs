@@ -25,7 +25,7 @@ use super::bundle::{Bundle, Config, HeldRestore, Phase};
 use super::{FitError, Front, FrontError};
 use crate::descendants::kill_if_same;
 use crate::restore_log::{self, LOG_DIR};
-use crate::start_time::start_time;
+use crate::start_time::is_same;
 
 /// How long a container waits for its migration: less than kubelet waits for it (two minutes). The next attempt waits
 /// again.
@@ -353,7 +353,7 @@ fn check_not_held(staged: &Staged, other: &Bundle) -> Result<(), FrontError> {
     let Ok(Some(marker)) = other.marker() else {
         return Ok(());
     };
-    let alive = start_time(marker.pid).ok() == Some(marker.start_time);
+    let alive = is_same(marker.pid, marker.start_time);
     if marker.phase == Phase::Held && alive {
         let path = staged.path().to_path_buf();
         return Err(SandboxError::Busy { path }.into());

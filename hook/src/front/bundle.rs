@@ -39,7 +39,7 @@ use transship_sandbox::read_proc;
 use super::{FitError, Front, FrontError};
 use crate::argv::Arguments;
 use crate::freezer::Freezer;
-use crate::start_time::start_time;
+use crate::start_time::is_same;
 
 /// How annotations of CRI-O and podman begin.
 const OTHER_ENGINES: [&str; 3] = ["io.kubernetes.cri-o.", "io.podman.", "io.container.manager"];
@@ -172,11 +172,10 @@ impl Marker {
 
     /// Whether the one who was letting it go was killed before its tasks went: it has not run.
     pub(super) fn stands_still(&self) -> bool {
-        self.phase == Phase::Running
-            && self.is_let_go
-            && start_time(self.pid).ok() == Some(self.start_time)
-            && { self.frozen.as_deref() }
-                .is_some_and(|dir| Freezer::at(dir).is_frozen().unwrap_or_default())
+        let is_there =
+            self.phase == Phase::Running && self.is_let_go && is_same(self.pid, self.start_time);
+        let frozen = self.frozen.as_deref().filter(|_| is_there);
+        frozen.is_some_and(|dir| Freezer::at(dir).is_frozen().unwrap_or_default())
     }
 
     pub(super) fn restoring(own_pod: Option<String>, restore: Option<HeldRestore>) -> Self {

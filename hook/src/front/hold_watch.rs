@@ -42,7 +42,7 @@ use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
 use crate::restore_guard;
 use crate::restore_log::{self, LOG_DIR};
-use crate::start_time::start_time;
+use crate::start_time::is_same;
 
 /// First argument of the front as watch; the rest are those of the call of `create`.
 pub const ROLE: &str = "transship-hold-watch";
@@ -145,7 +145,7 @@ impl Front<'_> {
                 continue;
             }
             // One that has been killed, by the next attempt for instance, has been given up, too.
-            let is_there = start_time(marker.pid).ok() == Some(marker.start_time);
+            let is_there = is_same(marker.pid, marker.start_time);
             let patience = match is_of_migration(&marker) {
                 true => PATIENCE_OF_MIGRATION,
                 false => PATIENCE,

@@ -30,7 +30,7 @@ use transship_path_error::{During as _, PathError};
 
 use super::apart_memory::put_in;
 use crate::one_line;
-use crate::start_time::start_time;
+use crate::start_time::check_same;
 
 /// First argument of the front as fill.
 pub const ROLE: &str = "transship-memory-fill";
@@ -88,28 +88,23 @@ pub fn serve() -> io::Result<()> {
     let mut json = Vec::new();
     io::stdin().read_to_end(&mut json)?;
     let filling: Filling = serde_json::from_slice(&json)?;
-    match fill(&filling) {
-        Ok(()) => fs::remove_file(&filling.file),
+    let file = filling.file.clone();
+    match fill(filling) {
+        Ok(()) => fs::remove_file(file),
         Err(error) => io::stdout().write_all(one_line(&error).as_bytes()),
     }
 }
 
-fn fill(filling: &Filling) -> io::Result<()> {
-    check_is_there(filling.root)?;
+fn fill(filling: Filling) -> io::Result<()> {
+    let (pid, began) = filling.root;
+    check_same(pid, began)?;
     let file = File::options().write(true).open(&filling.file)?;
-    let memory = MemoryApart::take_over(&filling.memory)?;
-    put_in(filling.root.0, &memory, || {
+    let memory = MemoryApart::take_over(filling.memory)?;
+    put_in(pid, &memory, || {
         // Who waits goes on waiting then.
         drop(file.set_modified(SystemTime::now()));
     })?;
-    check_is_there(filling.root)
-}
-
-fn check_is_there((pid, began): (i32, u64)) -> io::Result<()> {
-    match start_time(pid).ok() == Some(began) {
-        true => Ok(()),
-        false => Err(io::Error::other("it was ended meanwhile")),
-    }
+    check_same(pid, began)
 }
 
 /// Whether memory of the container that was restored in this work directory is still put in, or could not be.
@@ -135,7 +130,7 @@ pub(super) fn wait(work: &Path, root: (i32, u64), patience: Duration) -> io::Res
             Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,
             Err((_, errno)) => return Err(errno.into()),
         }
-        check_is_there(root)?;
+        check_same(root.0, root.1)?;
         let now = file.metadata()?.modified()?;
         if now != seen {
             (seen, since) = (now, Instant::now());
@@ -164,6 +159,7 @@ pub(super) fn wait(work: &Path, root: (i32, u64), patience: Duration) -> io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::start_time::start_time;
 
     const SHORT: Duration = Duration::from_millis(20);
 

@@ -15,7 +15,7 @@ use super::bundle::{Bundle, Marker, Phase};
 use super::held::{Hold, release};
 use super::tell::Event;
 use super::{FitError, Front, FrontError, Outcome, RestoreError, memory_fill};
-use crate::start_time::start_time;
+use crate::start_time::is_same;
 use crate::{own_networks, restore_guard};
 
 impl Front<'_> {
@@ -130,7 +130,7 @@ impl Front<'_> {
 /// It may have been killed while it was held, and its pid given to another.
 fn check_is_there(id: &str, marker: &Marker) -> Result<(), FrontError> {
     let pid = marker.pid;
-    match start_time(pid).ok() == Some(marker.start_time) {
+    match is_same(pid, marker.start_time) {
         true => Ok(()),
         false => Err(FrontError::from(RestoreError::Gone {
             id: id.to_owned(),
