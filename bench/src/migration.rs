@@ -83,9 +83,10 @@ pub(crate) fn measure(bed: &Testbed, sizes: &Sizes) -> Result<Vec<Row>> {
     rows.push(course.measure_podman(bed, memory, sizes)?);
     rows.extend(course.measure_many_files(bed, memory, sizes)?);
     rows.push(course.measure_most_memory(memory)?);
+    let floor = course.floor_of_several(&pods::memory_mb(sizes), sizes)?;
     a.stop_daemon(EVENTS, "TERM")?;
     drop(ssh);
-    rows.push(pods::measure(bed, sizes)?);
+    rows.extend(pods::measure(bed, sizes, &floor)?);
     Ok(rows)
 }
 
@@ -134,6 +135,13 @@ impl Took {
             steps: migrated.timeline.steps,
         })
     }
+}
+
+/// What bare `runc` takes of containers side by side, and of the first of them alone, in milliseconds.
+#[derive(Debug, Default)]
+struct FloorOfSeveral {
+    all: Vec<f64>,
+    first: Vec<f64>,
 }
 
 /// How long each of them stood still.
@@ -294,13 +302,34 @@ impl Course<'_> {
 
     /// `runc checkpoint` and `runc restore` of the same container in memory, on one node: no transfer.
     fn bare(&mut self, program: Program) -> Result<f64> {
-        let (sandbox, counter) = self.counter(program)?;
-        let script = BARE.replace("COUNTER", &counter);
+        self.bare_side_by_side(&[program])
+    }
+
+    /// The same of several containers at once, until the last one is done.
+    fn bare_side_by_side(&mut self, programs: &[Program]) -> Result<f64> {
+        let containers: Vec<(String, String)> = (programs.iter())
+            .map(|program| self.counter(*program))
+            .collect::<Result<_>>()?;
+        let counters: Vec<&str> = containers.iter().map(|(_, id)| id.as_str()).collect();
+        let script = BARE.replace("COUNTERS", &counters.join(" "));
         let times = time_in_node(self.a, &script)?;
-        for id in [&counter, &sandbox] {
-            remove_container(self.a, id)?;
+        for (sandbox, counter) in &containers {
+            remove_container(self.a, counter)?;
+            remove_container(self.a, sandbox)?;
         }
         Ok(times.iter().map(|time| millis(*time)).sum())
+    }
+
+    /// The floor of containers side by side, and that of the first of them alone.
+    fn floor_of_several(&mut self, memory_mb: &[u32], sizes: &Sizes) -> Result<FloorOfSeveral> {
+        let programs: Vec<Program> = memory_mb.iter().map(|mb| Program::idle(*mb)).collect();
+        let mut floor = FloorOfSeveral::default();
+        for round in 0..sizes.migrations {
+            eprintln!("   floor of {memory_mb:?} MB, round {}", round + 1);
+            floor.all.push(self.bare_side_by_side(&programs)?);
+            floor.first.push(self.bare_side_by_side(&programs[..1])?);
+        }
+        Ok(floor)
     }
 
     /// The stock checkpoint: how long it takes, how long the container is paused, and whether its image can
@@ -331,19 +360,27 @@ impl Course<'_> {
 const FLOOR: &str = "runc checkpoint + restore";
 /// Files as they are when it has been dumped; its output goes where the shim's does, into a pipe.
 const BARE: &str = r#"
-task=/run/containerd/io.containerd.runtime.v2.task/default/COUNTER
-mkdir -p /run/bare; mount -t tmpfs tmpfs /run/bare; mkdir /run/bare/bundle; cd /run/bare
-dump() { runc --root /run/containerd/runc/default checkpoint --image-path /run/bare/images --work-path /run/bare/work COUNTER; }
-jq '.root.path = "rootfs" | .linux.cgroupsPath = "/bare" | .annotations = {}' $task/config.json >bundle/config.json
-timed dump
-cp -a $task/rootfs bundle/rootfs
+tasks=/run/containerd/io.containerd.runtime.v2.task/default
+mkdir -p /run/bare; mount -t tmpfs tmpfs /run/bare; cd /run/bare
+each() {
+  local pids=() id pid
+  for id in COUNTERS; do "$1" $id & pids+=($!); done
+  for pid in ${pids[@]}; do wait $pid; done
+}
+dump() { runc --root /run/containerd/runc/default checkpoint --image-path $1/images --work-path $1/work $1; }
+for id in COUNTERS; do
+  mkdir -p $id/bundle
+  jq ".root.path = \"rootfs\" | .linux.cgroupsPath = \"/bare-$id\" | .annotations = {}" $tasks/$id/config.json >$id/bundle/config.json
+done
+timed each dump
+for id in COUNTERS; do cp -a $tasks/$id/rootfs $id/bundle/rootfs; done
 mkfifo out; cat out >said 2>&1 & exec 5>out
 bare() {
-  runc restore --detach --pid-file /run/bare/pid --bundle bundle --image-path /run/bare/images --work-path /run/bare/work bare 1>&5 2>&5 </dev/null \
+  runc restore --detach --pid-file $1/pid --bundle $1/bundle --image-path $1/images --work-path $1/work bare-$1 1>&5 2>&5 </dev/null \
     || { cat said >&2; return 1; }
 }
-timed bare
-exec 5>&-; runc delete --force bare
+timed each bare
+exec 5>&-; for id in COUNTERS; do runc delete --force bare-$id; done
 cd /; umount /run/bare"#;
 
 /// How long the last pause of a task on the node was, in milliseconds.
