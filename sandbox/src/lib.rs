@@ -85,7 +85,7 @@ pub use pins::{
 pub use pod_dir::{Arrival, PodDir};
 pub use proc_text::{TaskStat, TaskStatus, read_proc};
 pub use process_handle::{KnownProcess, ProcessHandle, children, tree_with_parents};
-pub use staged::{RELEASE_COMMAND, Request, Staged, State};
+pub use staged::{Once, RELEASE_COMMAND, Request, Staged, State};
 pub use sysv_objects::LiveIpc;
 
 /// Where the directories of sandboxes are.

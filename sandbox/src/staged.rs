@@ -6,7 +6,7 @@
 //!   restore.json   Request
 //!   owner          name of the pod's container that it is restored for
 //!   started        the bundle of the container that is held although it has been started
-//!   once           there is no second attempt
+//!   once           Once: there is no second attempt
 //!   holder         first process of the container that is held: PID START_TIME
 //! ```
 //!
@@ -67,6 +67,17 @@ pub struct Request {
     pub images: PathBuf,
     /// CRIU's options of the dump.
     pub criu: CriuOptions,
+}
+
+/// What whoever has made the container for this restore knows of it: he starts it once, and has it go on elsewhere if that
+/// fails.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Once {
+    /// Its id. It is made of the layers that the checkpoint's has.
+    pub id: String,
+    /// Where its output goes, if that is a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
 }
 
 /// One staged restore.
@@ -130,18 +141,20 @@ impl Staged {
         replace(&self.dir.join(HOLDER_FILE), text.as_bytes())
     }
 
-    /// Remembers that whoever starts the container does so once, and has it gone on elsewhere if that fails.
+    /// Remembers for which container it is restored, once.
     ///
     /// # Errors
     /// A system call failed.
-    pub fn set_once(&self) -> Result<(), SandboxError> {
-        replace(&self.dir.join(ONCE_FILE), b"")
+    pub fn set_once(&self, once: &Once) -> Result<(), SandboxError> {
+        let json = serde_json::to_vec(once).expect("texts are JSON");
+        replace(&self.dir.join(ONCE_FILE), &json)
     }
 
-    /// Whether there is no second attempt.
+    /// What [`Self::set_once`] has said; nothing where there may be a second attempt.
     #[must_use]
-    pub fn is_once(&self) -> bool {
-        self.dir.join(ONCE_FILE).symlink_metadata().is_ok()
+    pub fn once(&self) -> Option<Once> {
+        let json = fs::read(self.dir.join(ONCE_FILE)).ok()?;
+        serde_json::from_slice(&json).ok()
     }
 
     /// Remembers that the container in this bundle has been started, and is still held.

@@ -1,22 +1,30 @@
 //! Containers whose image is not what it was when they started: its name means another one, its blobs are
-//! gone, are compressed in another way, or its documents say no more than they must. They move all the same.
+//! gone, are compressed in another way, or its documents say no more than they must. They move all the same, also in a pod.
 
 use std::time::Duration;
 
 use anyhow::ensure;
-use transship_testbed::{CommandRun as _, Node, Testbed, Tree, journey, poll_until};
+use transship_testbed::{CommandRun as _, Node, PodNamespaces, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
+use crate::pods::start_two;
 
 const NAME: &str = "transship.test/counter:1";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    [Case {
-        what: "images_incomplete",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: containers_move_without_their_image,
-    }]
+        run,
+    };
+    [
+        case(
+            "images_incomplete",
+            containers_move_without_their_image as fn(&Testbed) -> anyhow::Result<()>,
+        ),
+        case("pod_image_incomplete", a_pod_moves_without_its_layers),
+    ]
     .into_iter()
 }
 
@@ -70,7 +78,7 @@ fn containers_move_without_their_image(bed: &Testbed) -> anyhow::Result<()> {
     a.ctr(&["images", "rm", "--sync", "transship.test/kept:1"])?;
     a.shell(&format!(
         "ctr content rm {}",
-        top_layer(&a, "transship.test/also:1")?
+        top_layer(&a, "default", "transship.test/also:1")?
     ))
     .run()?;
     moves(&a, &to_b, &b, "thin")?;
@@ -91,7 +99,7 @@ fn containers_move_without_their_image(bed: &Testbed) -> anyhow::Result<()> {
     run(&a, "transship.test/zipped:1", "form")?;
     a.shell(&format!(
         "ctr content rm {}",
-        top_layer(&a, "transship.test/zipped:1")?
+        top_layer(&a, "default", "transship.test/zipped:1")?
     ))
     .run()?;
     moves(&a, &to_b, &b, "form")?;
@@ -118,6 +126,31 @@ fn containers_move_without_their_image(bed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// As a CRI has it that discards layers when it has unpacked them (`discard_unpacked_layers`).
+fn a_pod_moves_without_its_layers(bed: &Testbed) -> anyhow::Result<()> {
+    let [a, b] = start_two(bed, true)?;
+    let image = journey::counter_image(bed)?.with_layer(NAME, layer("own")?);
+    a.import_image_into("k8s.io", &image, "transship")?;
+    let pod = a
+        .cri()?
+        .run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    journey::run_counter_in_pod(&a.cri()?, &pod, 0, 1)?;
+    a.shell(&format!(
+        "ctr -n k8s.io content rm {}",
+        top_layer(&a, "k8s.io", NAME)?
+    ))
+    .run()?;
+    let to_b = bed.ssh(&a, &b)?;
+    let migrate = ["migrate", "--pod", "shop/web", "--to", &to_b];
+    let allow = ["--allow", "unmasked-paths"];
+    a.command("transship").args(migrate).args(allow).run()?;
+    let moved = journey::moved_to(&b, &pod)?;
+    let reply = journey::ask(&b, &b.cri()?.pod_ip(&moved)?)?;
+    ensure!(reply.memory_ok, "{reply:?}");
+    b.cri()?.remove_pod(&moved)?;
+    Ok(())
+}
+
 fn run(node: &Node, image: &str, id: &str) -> anyhow::Result<()> {
     let program = "/usr/bin/counter --memory-mb 1";
     node.shell(&format!(
@@ -138,9 +171,10 @@ fn moves(from: &Node, ssh: &str, to: &Node, id: &str) -> anyhow::Result<()> {
 }
 
 /// Digest of the topmost layer of an image whose target is a manifest.
-fn top_layer(node: &Node, image: &str) -> anyhow::Result<String> {
+fn top_layer(node: &Node, namespace: &str, image: &str) -> anyhow::Result<String> {
     let digest = node.shell(&format!(
-        "manifest=$(ctr images ls | awk '$1 == \"{image}\" {{print $3}}')
+        "export CONTAINERD_NAMESPACE={namespace}
+         manifest=$(ctr images ls | awk '$1 == \"{image}\" {{print $3}}')
          ctr content get $manifest | jq -r '.layers[-1].digest'"
     ));
     Ok({ digest }.read()?.trim().to_owned())

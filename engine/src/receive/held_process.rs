@@ -4,7 +4,7 @@ use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 use transship_sandbox::read_proc;
 
-use crate::error::{Context as _, Error, Result};
+use crate::error::{Error, Result};
 
 /// The bit of SIGKILL in the masks of `/proc/PID/status`.
 const KILL: u64 = 1 << (nix::libc::SIGKILL - 1);
@@ -18,19 +18,17 @@ pub struct HeldProcess {
 }
 
 impl HeldProcess {
-    /// A process that lives.
+    /// A process that lives, and that started at this moment, in clock ticks since boot.
     ///
     /// # Errors
     /// It has ended.
-    pub(super) fn of(pid: u32) -> Result<Self> {
-        let pid = pid.cast_signed();
-        let held = || format!("the process {pid} of a container has ended while it was held");
-        let process = Process::new(pid).with_context(held)?;
-        let start = process.stat().with_context(held)?.starttime;
+    pub(super) fn of(pid: i32, start: u64) -> Result<Self> {
         let this = Self { pid, start };
         match this.lives() {
             true => Ok(this),
-            false => Err(Error::failed(held())),
+            false => Err(Error::failed(format!(
+                "the process {pid} of a container has ended while it was held"
+            ))),
         }
     }
 
@@ -74,7 +72,9 @@ mod tests {
     #[test]
     fn who_has_ended_is_seen() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let held = HeldProcess::of(child.id()).unwrap();
+        let pid = child.id().cast_signed();
+        let start = Process::new(pid).unwrap().stat().unwrap().starttime;
+        let held = HeldProcess::of(pid, start).unwrap();
         assert!(held.lives());
         let other = HeldProcess {
             start: held.start + 1,
@@ -86,7 +86,7 @@ mod tests {
         while held.lives() {
             std::thread::yield_now();
         }
-        assert!(HeldProcess::of(child.id()).is_err());
+        assert!(HeldProcess::of(pid, start).is_err());
         child.wait().unwrap();
         assert!(!held.lives());
     }

@@ -2,6 +2,7 @@
 //! runs, and then the record. The CRI makes containers of images that have one, so those of a pod have it before, and
 //! lose it with a pod that does not come to run.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -334,7 +335,18 @@ pub(super) async fn record(
         let message = format!("parts of the image {image:?} are not here: pull it");
         return Err(Error::refused(message));
     };
-    Ok({ node.create_image(&to_record.name, to_record.target()) }.await?)
+    let name = with_registry(&to_record.name);
+    Ok({ node.create_image(&name, to_record.target()) }.await?)
+}
+
+/// The CRI takes a name without a registry for one of docker.io, and does not find its image then (containerd 2.1, when it
+/// looks whether that is a checkpoint).
+fn with_registry(name: &str) -> Cow<'_, str> {
+    let registry = name.split_once('/').map_or("", |(first, _)| first);
+    match registry == "localhost" || registry.contains(['.', ':']) {
+        true => name.into(),
+        false => format!("localhost/{name}").into(),
+    }
 }
 
 fn check_count(blobs: usize) -> Result<()> {
@@ -393,6 +405,22 @@ mod tests {
         );
         for hostile in ["", "a@sha256:1", "a b", "a\n", &"x".repeat(300)] {
             assert_eq!(own_name(hostile, suffix), "transship/migrated@sha256:0");
+        }
+    }
+
+    #[test]
+    fn names_for_the_cri_have_a_registry() {
+        for (name, with) in [
+            ("web:1@sha256:0", "localhost/web:1@sha256:0"),
+            (
+                "transship/rebuilt@sha256:0",
+                "localhost/transship/rebuilt@sha256:0",
+            ),
+            ("localhost/web@sha256:0", "localhost/web@sha256:0"),
+            ("docker.io/x/y:1", "docker.io/x/y:1"),
+            ("registry:5000/y", "registry:5000/y"),
+        ] {
+            assert_eq!(with_registry(name), with);
         }
     }
 

@@ -5,12 +5,11 @@
 //!  Offer ─ plan ─> all reasons why not            admission: what the pod asks of this node; go_json: how it is read
 //!  images, emptyDirs, RunPodSandbox (dev.transship/receive), CreateContainer of each
 //!  > Ready ... the files
-//!  staged; StartContainer of each: restored, and held although it has answered (the runtime front)
+//!  staged; StartContainer of each: restored, and held although it has answered (containers; the runtime front)
 //!  > Restored ... Commit
 //!  each is let go (settle: also by whoever ends what was cut off)
 //! ```
 
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -18,21 +17,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, PodSandboxConfig, PodSandboxState};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use transship_checkpoint::annotations::{
     RECEIVE, RESTORE, RESTORE_IMAGE, RESTORE_LATEST, of_migration,
 };
 use transship_checkpoint::cri_names::CRI_NAMESPACE;
-use transship_checkpoint::manifest::{Manifest, check_name};
-use transship_checkpoint::shared_dirs::SharedDir;
-use transship_checkpoint::spec::Spec;
+use transship_checkpoint::manifest::check_name;
 use transship_checkpoint::store::{Checkpoint, Store};
 use transship_checkpoint::wire::{Message, Offer, OfferedContainer, OfferedPod, unexpected};
 use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{Allowed, Refusal};
 use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
-use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Arrival as InSandbox, DEFAULT_RUN_DIR, PodDir};
 
 use super::arrival::{Arrival, Arrivals, ArrivingPod, Locked, State};
@@ -45,11 +40,12 @@ use crate::cri_pods::CriPods;
 use crate::error::{Context, Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::kubelet;
-use crate::machine::at_once;
-use crate::overlay_mounts::overlay_stack;
 use crate::progress::Progress;
 
+use containers::{Made, MadeContainer, held, largest_first, start_all};
+
 mod admission;
+mod containers;
 mod contents;
 mod go_json;
 pub(super) mod settle;
@@ -63,9 +59,6 @@ const IMAGE_PAUSE: Duration = Duration::from_millis(500);
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long somebody else may take to make the sandbox and to pull images, while the source runs.
 const POD_PATIENCE: Duration = Duration::from_secs(300);
-/// So long after another one a container is started. The shim of a pod makes one after the other, in the order in which
-/// they reach it (the mutex of containerd's `service.Create`, 1.6 to 2.1).
-const APART: Duration = Duration::from_millis(10);
 /// How long somebody else may take to start all containers, while the source stands still.
 const STARTS_PATIENCE: Duration = Duration::from_secs(60);
 /// As kubelet makes an emptyDir.
@@ -105,14 +98,6 @@ pub(super) struct NewPod {
     containers: Vec<ContainerConfig>,
     runtime_handler: String,
     snapshotter: String,
-}
-
-/// What is there of it, and does not run.
-#[derive(Debug)]
-struct Made {
-    sandbox: String,
-    /// Names and ids of the containers; none of a pod that somebody else makes.
-    containers: Vec<(String, String)>,
 }
 
 /// Checks all that can be checked before anything is made.
@@ -332,7 +317,7 @@ pub(super) async fn take(
             }
         };
         interrupt.check()?;
-        let contents = contents::make(node, offer, &made, &mut locked).await?;
+        let contents = contents::make(offer, &made, &mut locked)?;
         let what = (offer, contents);
         let checkpoint = receive(store, conversation, what, request, progress).await?;
         agree(
@@ -391,10 +376,12 @@ async fn make(
         return Err(not_under_the_front(&plan.runtime_handler));
     }
     let mut containers = Vec::new();
-    for config in plan.containers {
+    for (config, chain) in plan.containers.into_iter().zip(chains) {
         let name = config.metadata.clone().unwrap_or_default().name;
         let id = cri.create(&sandbox, config, &plan.sandbox).await?;
-        containers.push((name, id));
+        let container = MadeContainer::look_at(node, &name, &id, &sandbox).await?;
+        container.check_base(chain)?;
+        containers.push(container);
     }
     Ok(Made {
         sandbox,
@@ -618,102 +605,6 @@ fn rotate_logs(plan: &NewPod) -> Result<()> {
     Ok(())
 }
 
-/// The id of the container that is held although it has been started.
-fn started(pod: &PodDir, name: &str) -> Result<Option<String>> {
-    let staged = pod.staged(name)?;
-    Ok(staged.map(|staged| staged.started()).transpose()?.flatten())
-}
-
-/// The containers that are made, those with the most files and memory first: their memory is written while the others are
-/// restored.
-fn largest_first(made: &Made, manifest: &Manifest) -> Vec<(String, String)> {
-    let bytes_of = |name: &str| -> u64 {
-        let mut containers = manifest.containers.iter();
-        let files = containers.find(|it| it.name == name).map(|it| &it.files);
-        files.into_iter().flatten().map(|file| file.size).sum()
-    };
-    let mut all = made.containers.clone();
-    all.sort_by_key(|(name, _)| std::cmp::Reverse(bytes_of(name)));
-    all
-}
-
-/// Starts containers, which are restored by that and held, [`at_once`]. Nobody works on any of them when this returns.
-async fn start_all(
-    cri: &CriPods,
-    pod: &PodDir,
-    containers: &[(String, String)],
-    interrupt: &Interrupt,
-) -> Result<()> {
-    let most = at_once();
-    let (mut next, mut starts) = (containers.iter(), JoinSet::new());
-    let mut all = Ok(());
-    loop {
-        while all.is_ok()
-            && starts.len() < most
-            && let Some((name, id)) = next.next()
-        {
-            let (mut cri, name, id) = (cri.clone(), name.clone(), id.clone());
-            if !starts.is_empty() {
-                sleep(APART).await;
-            }
-            starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
-        }
-        let Some(start) = starts.join_next().await else {
-            return all;
-        };
-        let held = start.map_err(Error::from).flatten().and_then(|(name, id)| {
-            interrupt.check()?;
-            match started(pod, &name)?.as_ref() == Some(&id) {
-                true => Ok(()),
-                false => {
-                    let message = format!("{name:?} has been started, and is not held");
-                    Err(Error::failed(message))
-                }
-            }
-        });
-        all = all.and(held);
-    }
-}
-
-/// The upperdir of the pod's container `name`.
-async fn upperdir_of(node: &Containerd, name: &str, id: &str) -> Result<PathBuf> {
-    let record = node.container(id).await?;
-    let snapshotter = node.snapshotter(&record.snapshotter);
-    let mounts = snapshotter.mounts(&record.snapshot_key).await?;
-    let stack = overlay_stack(&mounts);
-    let stack = stack.with_context(|| format!("the upperdir of {name:?} is not known"))?;
-    Ok(stack.top)
-}
-
-/// A container that is held, for the record.
-struct Held {
-    id: String,
-    pid: u32,
-    process: HeldProcess,
-    /// Where its files are.
-    files: Vec<PathBuf>,
-}
-
-async fn look_at_held(node: &Containerd, name: &str, id: String, sandbox: &str) -> Result<Held> {
-    let mut files = vec![upperdir_of(node, name, &id).await?];
-    let record = node.container(&id).await?;
-    let spec = Spec::parse(&record.spec.unwrap_or_default().value);
-    let spec = spec.with_context(|| format!("the spec of {name:?} is no OCI runtime spec"))?;
-    let shared = shared_mounts(&spec, sandbox).into_iter();
-    files.extend(
-        shared
-            .filter(|it| it.dir != SharedDir::Shm)
-            .map(|it| it.source),
-    );
-    let pid = node.task(&id).await?.pid;
-    Ok(Held {
-        id,
-        pid,
-        process: HeldProcess::of(pid)?,
-        files,
-    })
-}
-
 /// Restores all containers, and waits until the source has committed itself: then they may be let go. Gives the process
 /// id of the first process of the first.
 async fn agree(
@@ -733,23 +624,23 @@ async fn agree(
     let pod = pod_dir(&made.sandbox)?;
     for container in &checkpoint.manifest.containers {
         let staged = pod.stage(&container.name, checkpoint, container)?;
-        // Whoever has made the pod may start a container again.
-        if !made.containers.is_empty() {
-            staged.set_once()?;
+        // Whoever else has made the pod may start a container again.
+        if let Some(made) = made.container(&container.name) {
+            staged.set_once(&made.once())?;
         }
     }
     pod.set_arrival(InSandbox::Arrived)?;
     let cri = CriPods::of(node);
     let containers = largest_first(made, &checkpoint.manifest);
-    start_all(&cri, &pod, &containers, interrupt).await?;
-    let mut looks = JoinSet::new();
+    start_all(&cri, &pod, containers, interrupt).await?;
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();
-    for (at, container) in checkpoint.manifest.containers.iter().enumerate() {
+    let mut all = Vec::new();
+    for container in &checkpoint.manifest.containers {
         let name = &container.name;
-        let id = loop {
-            if let Some(id) = started(&pod, name)? {
-                break id;
+        let held = loop {
+            if let Some(held) = held(&pod, name)? {
+                break held;
             }
             if Instant::now() > deadline {
                 return Err(Error::failed(format!(
@@ -761,27 +652,25 @@ async fn agree(
             ask_whether_to_wait(conversation, &mut asked).await?;
             sleep(PAUSE).await;
         };
-        let (node, name, sandbox) = (node.clone(), name.clone(), made.sandbox.clone());
-        looks.spawn(async move {
-            let held = look_at_held(&node, &name, id, &sandbox).await?;
-            Ok::<_, Error>((at, held))
-        });
+        all.push((name, held));
     }
     // What the source has not named in a layer, and of emptyDirs that it has left behind.
     contents::remove(pod_of(locked))?;
-    let mut all = BTreeMap::new();
-    while let Some(looked) = looks.join_next().await {
-        let (at, held) = looked.map_err(Error::from).flatten()?;
-        all.insert(at, held);
+    for (name, held) in &all {
+        let files = match made.container(name) {
+            Some(made) => made.files.clone(),
+            None => {
+                let found = MadeContainer::look_at(node, name, &held.id, &made.sandbox);
+                found.await?.files
+            }
+        };
+        let pod = pod_of(locked);
+        pod.files.extend(files);
+        pod.ids.push(held.id.clone());
+        pod.held.push(HeldProcess::of(held.pid, held.start_time)?);
     }
-    let first = all.values().next().map(|held| held.pid);
+    let first = all.first().map(|(_, held)| held.pid.cast_unsigned());
     let pid = first.ok_or_else(|| Error::failed("no container"))?;
-    let pod = pod_of(locked);
-    for held in all.into_values() {
-        pod.files.extend(held.files);
-        pod.ids.push(held.id);
-        pod.held.push(held.process);
-    }
     locked.write()?;
     conversation.send(Message::Restored).await?;
     wait_for_commit(conversation).await?;

@@ -3,7 +3,8 @@
 //! ```text
 //!  lengths          manifest                       the files
 //!  asker            manifest, spec.dump            annotations, config.json: admission/asker.rs
-//!  base             manifest (chain id)            the parent of the snapshot, asked of containerd
+//!  base             manifest (chain ids)           the parent of the snapshot, asked of containerd; not of what a
+//!                                                  migration has made here (Once)
 //!  privileges       the images                     config.json: sandbox/src/admission.rs
 //!  once             staged restore (owner)         the container's name in the pod
 //! ```
@@ -57,10 +58,12 @@ impl Front<'_> {
         let asker = Asker { rules, annotations };
         asker.admit_container(manifest, container, &old, &config.spec)?;
         require_origin(&checkpoint, rules, &self.env.origins, self.tool())?;
-        // Outside of the CRI our own tool has made the container, of the image that it found.
-        let log = match config.cri {
-            true => self.check_base(id, container, &manifest.name)?,
-            false => None,
+        // What our own tool has made, it has made of the image that it found.
+        let made = staged.once().filter(|made| made.id == id);
+        let log = match (made, config.cri) {
+            (Some(made), true) => made.log,
+            (None, true) => self.check_base(id, container, &manifest.name)?,
+            (_, false) => None,
         };
         check_privileges(&request, &old, config, bundle)?;
         if let Some(name) = config
@@ -81,8 +84,14 @@ impl Front<'_> {
         container: &Container,
         checkpoint: &str,
     ) -> Result<Option<PathBuf>, FrontError> {
-        let base = self.ask_for_base(id, &container.image.chain_id)?;
-        if base.chain_id == container.image.chain_id {
+        let image = &container.image;
+        let base = self.ask_for_base(id, &image.chain_id)?;
+        let rebuilt = image.rebuilt.iter().map(|it| &it.chain_id);
+        if [&image.chain_id]
+            .into_iter()
+            .chain(rebuilt)
+            .any(|it| *it == base.chain_id)
+        {
             return Ok(base.log);
         }
         let named = |name: &str, digest: &str| format!("{name:?} ({digest})");

@@ -187,7 +187,7 @@ impl Front<'_> {
                 .map_err(|error| failed(one_line(&error)))?,
         };
         // Kubelet may try once more; whoever has started it himself goes back to the source.
-        let is_once = has_arrived(&request.images) && (!config.cri || staged.is_once());
+        let is_once = has_arrived(&request.images) && (!config.cri || staged.once().is_some());
         if let Some(memory) = apart.as_mut().filter(|_| is_once) {
             let images = &request.images;
             set_given_back(images)?;

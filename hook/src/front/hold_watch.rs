@@ -63,7 +63,7 @@ fn is_of_migration(marker: &Marker) -> bool {
         .restore
         .as_ref()
         .filter(|_| marker.comes_with_migration);
-    restore.is_some_and(|restore| Staged::at(restore.staged.clone()).is_once())
+    restore.is_some_and(|restore| Staged::at(restore.staged.clone()).once().is_some())
 }
 
 /// The front's end of the pipe to its watch, which sees when the front is gone.

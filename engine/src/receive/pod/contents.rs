@@ -14,22 +14,21 @@ use transship_checkpoint::manifest::{CONTENTS_DIR, check_name, contents_in_fille
 use transship_checkpoint::shared_dirs::{SHARED_DIR, SharedDir};
 use transship_checkpoint::spec::Spec;
 use transship_checkpoint::wire::{ContentsDir, Offer};
-use transship_containerd::Containerd;
 use transship_layer::remove_tree;
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::super::arrival::{ArrivingPod, Locked};
 use super::super::offered_files::require_room_for_files;
-use super::{Made, admission, pod_of, upperdir_of};
+use super::containers::Made;
+use super::{admission, pod_of};
 use crate::error::{Context, Result};
 use crate::restore::make_contents_dir;
 
 /// Makes them, and gives each by its directory in the checkpoint.
 ///
 /// # Errors
-/// The answer of containerd, or a system call failed; what is made is removed with the pod, and by [`remove`].
-pub(super) async fn make(
-    node: &Containerd,
+/// A system call failed, or there is no room; what is made is removed with the pod, and by [`remove`].
+pub(super) fn make(
     offer: &Offer,
     made: &Made,
     locked: &mut Locked,
@@ -37,11 +36,10 @@ pub(super) async fn make(
     let name = contents_in_filled(&of_migration(&offer.migration));
     let mut contents = BTreeMap::new();
     // A container that somebody else will make has none yet.
-    for (container, id) in &made.containers {
-        let upperdir = upperdir_of(node, container, id).await?;
-        require_room_for_files(&upperdir, offer)?;
-        let dir = make_contents_dir(&upperdir, &name)?;
-        contents.insert(format!("{container}/{CONTENTS_DIR}"), dir);
+    for container in &made.containers {
+        require_room_for_files(&container.upperdir, offer)?;
+        let dir = make_contents_dir(&container.upperdir, &name)?;
+        contents.insert(format!("{}/{CONTENTS_DIR}", container.name), dir);
     }
     let volumes = volumes_here(offer, &pod_of(locked).uid);
     pod_of(locked).contents = volumes.values().map(|path| path.join(&name)).collect();
