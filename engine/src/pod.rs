@@ -8,6 +8,8 @@
 //! A pod is what the CRI made it: a sandbox container and the containers that name it. Both are in
 //! containerd's namespace `k8s.io`.
 
+use std::collections::BTreeSet;
+
 use containerd_client::services::v1::Container as Record;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::labels;
@@ -82,6 +84,33 @@ pub(crate) async fn find(
         containers,
         ended,
     })
+}
+
+/// Whether all of the sandbox's containers that run are those that were found: a kubelet may have started one since, which
+/// would end with the pod.
+///
+/// # Errors
+/// It has, or the answer of containerd.
+pub(crate) async fn check_no_other_runs(
+    node: &Containerd,
+    sandbox: &str,
+    found: BTreeSet<String>,
+) -> Result<()> {
+    for record in node.all_containers().await? {
+        let is_other = !found.contains(&record.id);
+        if is_other
+            && sandbox_of(&record).as_deref() == Some(sandbox)
+            && source::running_task(node, &record.id).await?.is_ok()
+        {
+            let name = record.labels.get(labels::CONTAINER_NAME);
+            return Err(Error::failed(format!(
+                "the container {:?} of the pod has been started meanwhile",
+                name.unwrap_or(&record.id)
+            ))
+            .hint("move the pod again"));
+        }
+    }
+    Ok(())
 }
 
 /// The sandbox with this id (or the beginning of it), or of `namespace/name` the one that runs.

@@ -32,6 +32,8 @@ pub enum Arrival {
 }
 
 const ARRIVAL_FILE: &str = "arrival";
+const HAD_ENDED_FILE: &str = "had-ended";
+const WAITING_FILE: &str = "waiting";
 const FILLED_PREFIX: &str = "filled-";
 const ENDED_PREFIX: &str = "ended-";
 pub(crate) const UID_FILE: &str = "uid";
@@ -206,6 +208,54 @@ impl PodDir {
                 "arrived\n" => Arrival::Arrived,
                 _ => Arrival::GivenUp,
             })),
+        }
+    }
+
+    /// Remembers which containers of the pod that a migration brings had ended with 0, as init containers do: whoever starts
+    /// them goes on only when they have ended again.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn set_had_ended(&self, names: &[&str]) -> Result<(), SandboxError> {
+        self.make()?;
+        let json = serde_json::to_vec(names).expect("texts are JSON");
+        replace(&self.dir.join(HAD_ENDED_FILE), &json)
+    }
+
+    /// Whether the container `name` is one of [`Self::set_had_ended`].
+    #[must_use]
+    pub fn had_ended(&self, name: &str) -> bool {
+        let json = fs::read(self.dir.join(HAD_ENDED_FILE)).unwrap_or_default();
+        let names: Vec<String> = serde_json::from_slice(&json).unwrap_or_default();
+        names.iter().any(|it| it == name)
+    }
+
+    /// Says that a start of one of its containers waits for the migration, as long as what is given back lives.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn wait_for_arrival(&self) -> Result<Flock<File>, SandboxError> {
+        self.make()?;
+        let path = self.dir.join(WAITING_FILE);
+        let file = File::create(&path).during("create", &path)?;
+        let lock = Flock::lock(file, FlockArg::LockShared).map_err(|(_, errno)| errno);
+        Ok(lock.during("lock", &path)?)
+    }
+
+    /// Whether a start waits so.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub fn is_waited_for(&self) -> Result<bool, SandboxError> {
+        let path = self.dir.join(WAITING_FILE);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            file => file.during("open", &path)?,
+        };
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(_) => Ok(false),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+            Err((_, errno)) => Ok(Err(errno).during("lock", &path)?),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, Node, PodNamespaces, Testbed, Tree, journey, poll_until};
 
 use crate::Case;
@@ -126,28 +126,42 @@ fn containers_move_without_their_image(bed: &Testbed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As a CRI has it that discards layers when it has unpacked them (`discard_unpacked_layers`).
+/// From a CRI that discards layers when it has unpacked them (`discard_unpacked_layers`), and to one that has them below
+/// those of another image.
 fn a_pod_moves_without_its_layers(bed: &Testbed) -> anyhow::Result<()> {
     let [a, b] = start_two(bed, true)?;
     let image = journey::counter_image(bed)?.with_layer(NAME, layer("own")?);
+    let derived = image
+        .clone()
+        .with_layer("transship.test/derived:1", layer("more")?);
     a.import_image_into("k8s.io", &image, "transship")?;
-    let pod = a
-        .cri()?
-        .run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
-    journey::run_counter_in_pod(&a.cri()?, &pod, 0, 1)?;
+    b.import_image_into("k8s.io", &derived, "transship")?;
+    let to_b = bed.ssh(&a, &b)?;
+    pod_moves(&a, &to_b, &b).context("to a node with its layers in another image")?;
+
+    let images = "export CONTAINERD_NAMESPACE=k8s.io; ctr images rm --sync $(ctr images ls -q | grep -v pause)";
+    b.shell(images).run()?;
     a.shell(&format!(
         "ctr -n k8s.io content rm {}",
         top_layer(&a, "k8s.io", NAME)?
     ))
     .run()?;
-    let to_b = bed.ssh(&a, &b)?;
-    let migrate = ["migrate", "--pod", "shop/web", "--to", &to_b];
+    pod_moves(&a, &to_b, &b).context("from a node without the blobs of its layers")
+}
+
+fn pod_moves(from: &Node, ssh: &str, to: &Node) -> anyhow::Result<()> {
+    let cri = from.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    journey::run_counter_in_pod(&cri, &pod, 0, 1)?;
+    let migrate = ["migrate", "--pod", "shop/web", "--to", ssh];
     let allow = ["--allow", "unmasked-paths"];
-    a.command("transship").args(migrate).args(allow).run()?;
-    let moved = journey::moved_to(&b, &pod)?;
-    let reply = journey::ask(&b, &b.cri()?.pod_ip(&moved)?)?;
+    from.command("transship").args(migrate).args(allow).run()?;
+    let moved = journey::moved_to(to, &pod)?;
+    let cri = to.cri()?;
+    let reply = journey::ask(to, &cri.pod_ip(&moved)?)?;
     ensure!(reply.memory_ok, "{reply:?}");
-    b.cri()?.remove_pod(&moved)?;
+    cri.stop_pod(&moved)?;
+    cri.remove_pod(&moved)?;
     Ok(())
 }
 
@@ -181,7 +195,7 @@ fn top_layer(node: &Node, namespace: &str, image: &str) -> anyhow::Result<String
 }
 
 /// A layer with one file.
-fn layer(name: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn layer(name: &str) -> anyhow::Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_ustar();
     header.set_size(name.len() as u64);

@@ -1,10 +1,11 @@
-//! A pod with an init container moves into a pod that kubelet makes: what had ended ends so again, and is no sign that the
-//! migration has come to its end.
+//! A pod moves into a pod that kubelet makes, one container after the other: an init container that had ended ends so again
+//! while the source runs, and is no sign that the migration has come to its end; one that cannot be restored ends it at once.
 
 use anyhow::ensure;
 use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, Testbed, Tree, journey};
 
 use crate::Case;
+use crate::images_incomplete::layer;
 use crate::pods::{FIRST, reached, start_two};
 use crate::pods_kubelet::{ended, log_of};
 use crate::pods_migrated::begin_waiting;
@@ -17,11 +18,57 @@ const INIT: PodContainer<'_> = PodContainer {
 };
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
-    std::iter::once(Case {
-        what: "pod_migrated_with_ended",
+    let case = |what, run| Case {
+        what,
         tree: Tree::Forky,
-        run: what_has_ended_ends_again,
-    })
+        run,
+    };
+    [
+        case(
+            "pod_migrated_with_ended",
+            what_has_ended_ends_again as fn(&Testbed) -> anyhow::Result<()>,
+        ),
+        case("pod_migrated_to_other_image", other_layers_are_told_at_once),
+    ]
+    .into_iter()
+}
+
+/// The name of the image means another one there: the new container is of that.
+fn other_layers_are_told_at_once(bed: &Testbed) -> anyhow::Result<()> {
+    let [a, b] = start_two(bed, true)?;
+    let image = journey::counter_image(bed)?;
+    let own = image
+        .clone()
+        .with_layer(journey::COUNTER_IMAGE, layer("own")?);
+    let same = image
+        .clone()
+        .with_layer("transship.test/same:1", layer("own")?);
+    for (node, image) in [(&a, &own), (&b, &same), (&b, &image)] {
+        node.import_image_into("k8s.io", image, "transship")?;
+    }
+    let (here, there) = (a.cri()?, b.cri()?);
+    let pod = here.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    journey::run_counter_in_pod(&here, &pod, 0, 1)?;
+
+    b.shell("cp /bin/sleep /run/kubelet").run()?;
+    b.start_daemon("kubelet", &["/run/kubelet", "1000"])?;
+    let link = bed.ssh(&a, &b)?;
+    let moved = begin_waiting(&there, &a, &link, "web-again", "--pod shop/web")?;
+    ensure!(
+        journey::run_counter_in_pod(&there, &moved, 0, 1).is_err(),
+        "it has other layers"
+    );
+    a.wait_for_daemon_end("waits")?;
+    let said = a.shell("cat /var/log/waits.log").read()?;
+    ensure!(
+        said.contains("is not restored: ") && said.contains("was made of the image"),
+        "{said}"
+    );
+    let reply = journey::ask(&a, &here.pod_ip(&pod)?)?;
+    ensure!(reply.memory_ok, "{reply:?}");
+    there.remove_pod(&moved)?;
+    journey::check_no_pod_left(&b)?;
+    Ok(b.stop_daemon("kubelet", "KILL")?)
 }
 
 fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
@@ -33,8 +80,6 @@ fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
     ensure!(ended(&here, &init)? == 0, "it makes what it makes");
     let first = here.run_container(&pod, &FIRST)?;
     counts_on(&here, &first, 5)?;
-    // Nobody can ask it when it is frozen.
-    let last = reached(&here, &first)?;
 
     b.shell("cp /bin/sleep /run/kubelet").run()?;
     b.start_daemon("kubelet", &["/run/kubelet", "1000"])?;
@@ -46,6 +91,9 @@ fn what_has_ended_ends_again(bed: &Testbed) -> anyhow::Result<()> {
         log.contains("not run again: it had ended with 0") && !log.contains("it runs"),
         "{log}"
     );
+    // Until one that runs is started there is nothing to stand still for.
+    let last = reached(&here, &first)? + 5;
+    counts_on(&here, &first, last)?;
     let first = there.run_container(&moved, &FIRST)?;
     a.wait_for_daemon_end("waits")?;
     journey::check_no_pod_left(&a)?;

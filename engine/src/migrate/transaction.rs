@@ -39,6 +39,7 @@ use crate::machine::architecture;
 use crate::memory_dir::MigrationFiles;
 use crate::moved_mark::Mark;
 use crate::node_id::is_node_id;
+use crate::pod;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
 use crate::source::{self, Dumped};
@@ -199,6 +200,12 @@ impl Transaction<'_> {
                     ))),
                 }
             });
+        }
+        if let Some(pod) = &self.moving.pod {
+            let (node, sandbox) = (self.node.clone(), pod.sandbox.clone());
+            let ids = self.moving.containers.iter().map(|it| it.id().to_owned());
+            let ids = ids.collect();
+            looks.spawn(async move { pod::check_no_other_runs(&node, &sandbox, ids).await });
         }
         looks
     }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use transship_checkpoint::wire::{Blob, DataPlace, Message, OfferedContainer, unexpected};
-use transship_containerd::{Containerd, ContainerdError};
+use transship_containerd::Containerd;
 use transship_sandbox::admission::foreign_spec::{Allow, Allowed};
 
 use super::arrival::ImageToName;
@@ -49,12 +49,12 @@ pub(super) async fn check_room(
     for it in offered {
         let image = &it.container.image;
         let layers = node.snapshotter(snapshotter).stat(&image.chain_id).await;
-        if layers.is_ok()
-            || node
-                .find_image(&image.name, &image.chain_id)
-                .await?
-                .is_some()
-        {
+        let is_there = match it.config {
+            Some(_) => false,
+            None => layers.is_ok(),
+        };
+        let found = node.find_image(&image.name, &image.chain_id);
+        if is_there || found.await?.is_some() {
             continue;
         }
         for blob in &it.blobs {
@@ -94,6 +94,11 @@ pub(super) async fn receive(
         let own = node
             .ensure_unpacked(&image.name, &image.chain_id, snapshotter)
             .await;
+        let own = match own {
+            // The layers may be here as the lower ones of another image. The CRI wants the image itself.
+            Ok(()) if it.config.is_some() => config_of(node, it, &image.chain_id).await.map(drop),
+            own => own.map_err(Error::from),
+        };
         if own.is_err() {
             for blob in &it.blobs {
                 // Containers of a pod may have layers in common.
@@ -169,7 +174,7 @@ async fn unpack_offered(
     node: &Containerd,
     offered: &OfferedContainer,
     snapshotter: &str,
-    lacking: ContainerdError,
+    lacking: Error,
 ) -> Result<String> {
     let chain = offered_chain(offered);
     let resolved = match target_of(offered) {

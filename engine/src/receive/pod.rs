@@ -42,7 +42,7 @@ use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::progress::Progress;
 
-use containers::{Made, MadeContainer, held, largest_first, start_all};
+use containers::{Made, MadeContainer, check_none_failed, held, largest_first, start_all};
 
 mod admission;
 mod containers;
@@ -313,6 +313,7 @@ pub(super) async fn take(
                 let made = wait_for_sandbox(node, conversation, what, &mut locked, until).await?;
                 let images = wait_for_images(node, conversation, (offer, &made), until);
                 images.await?;
+                wait_for_start(conversation, &made, until).await?;
                 made
             }
         };
@@ -414,9 +415,13 @@ async fn wait_for_sandbox(
                 )));
             }
             // The runtime front makes it before the sandbox is ready.
-            if pod_dir(&sandbox.id)?.pins().is_empty() {
+            let dir = pod_dir(&sandbox.id)?;
+            if dir.pins().is_empty() {
                 return Err(not_under_the_front(&sandbox.runtime_handler));
             }
+            let ended = offered.not_running.iter().filter(|it| it.done);
+            let names: Vec<&str> = ended.map(|it| it.name.as_str()).collect();
+            dir.set_had_ended(&names)?;
             let pod = pod_of(locked);
             pod.uid = metadata.uid;
             pod.sandbox = Some(sandbox.id.clone());
@@ -470,30 +475,62 @@ async fn wait_for_images(
         has_told = true;
         interrupt.check()?;
         if Instant::now() > deadline {
-            let names = missing.iter().map(|it| &it.container);
-            let names =
-                names.map(|it| format!("{:?} of its container {:?}", it.image.name, it.name));
+            let mut all = Vec::new();
+            for it in missing.iter().map(|it| &it.container) {
+                let other = match cri.has_image(&it.image.name).await? {
+                    true => ", which means an image of other layers here",
+                    false => "",
+                };
+                all.push(format!(
+                    "{:?} of its container {:?}{other}",
+                    it.image.name, it.name
+                ));
+            }
             return Err(Error::failed(format!(
                 "nobody has pulled images of the pod within {} s: {}",
                 POD_PATIENCE.as_secs(),
-                names.collect::<Vec<_>>().join(", ")
-            )));
+                all.join("; ")
+            ))
+            .hint(
+                "pull them there first: a kubelet that waits for a sidecar pulls none after it",
+            ));
         }
         ask_whether_to_wait(conversation, &mut asked).await?;
         sleep(IMAGE_PAUSE).await;
     }
 }
 
-/// Whether the CRI has the image by its name, or another one with its layers.
+/// Waits until somebody has started a container of the pod, which waits for the source then: what keeps whoever makes the
+/// pod from that (a Secret or a volume that is not there, init containers) is nothing to stand still for.
+async fn wait_for_start(
+    conversation: &mut Conversation,
+    made: &Made,
+    (deadline, interrupt): (Instant, &Interrupt),
+) -> Result<()> {
+    let pod = pod_dir(&made.sandbox)?;
+    let mut asked = Instant::now();
+    while !pod.is_waited_for()? {
+        interrupt.check()?;
+        if Instant::now() > deadline {
+            return Err(Error::failed(format!(
+                "nobody has started a container of the pod within {} s",
+                POD_PATIENCE.as_secs()
+            ))
+            .hint("its events on the other node say what keeps it from that"));
+        }
+        ask_whether_to_wait(conversation, &mut asked).await?;
+        sleep(PAUSE).await;
+    }
+    Ok(())
+}
+
+/// Whether the CRI has an image with its layers, by whatever name: its own may mean another one here.
 async fn has_image_of(
     node: &Containerd,
     cri: &mut CriPods,
     offered: &OfferedContainer,
 ) -> Result<bool> {
     let image = &offered.container.image;
-    if cri.has_image(&image.name).await? {
-        return Ok(true);
-    }
     let rebuilt = image.rebuilt.iter().map(|it| &it.chain_id);
     for chain in [&image.chain_id].into_iter().chain(rebuilt) {
         match image::config_of(node, offered, chain).await {
@@ -642,6 +679,8 @@ async fn agree(
             if let Some(held) = held(&pod, name)? {
                 break held;
             }
+            let containers = checkpoint.manifest.containers.iter();
+            check_none_failed(&pod, containers.map(|it| it.name.as_str()))?;
             if Instant::now() > deadline {
                 return Err(Error::failed(format!(
                     "the container {name:?} of the pod has not been started within {} s",

@@ -130,6 +130,16 @@ impl Front<'_> {
                 self.tell_cold_start(id, wanted, reason);
                 return Ok(Beginning::Cold);
             }
+            // A kubelet starts nothing else before an init container has ended.
+            if let Some(wanted) = wanted
+                && staged.is_none()
+                && pod.had_ended(name)
+                && !pod.has_ended(name)?
+                && pod.arrival()? != Some(Arrival::GivenUp)
+            {
+                let restore = HeldRestore::of_done(owner, wanted, name, asker);
+                return Ok(Beginning::Done(restore, 0));
+            }
             wait_for_migration(&pod, id)?;
             staged = pod.staged(name)?;
         }
@@ -280,6 +290,7 @@ impl Front<'_> {
 /// the source stands still. Where images are missing it is not waited for long: a kubelet pulls that of a container when it has
 /// tried to start the one before.
 fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
+    let _waits = pod.wait_for_arrival()?;
     let began = Instant::now();
     let mut lacking = None;
     loop {

@@ -7,6 +7,7 @@ use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
 
 use transship_path_error::During as _;
+use transship_sandbox::State;
 use transship_sandbox::consumed::Consumed;
 use transship_sandbox::opened::remove_all_unused;
 
@@ -59,6 +60,11 @@ impl Front<'_> {
         self.begin_as_the_sandbox(&create.id, &mut config, &bundle);
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
         let found = self.find_fitting_beginning(&create.id, &config, &bundle);
+        if let Err(error) = &found
+            && config.annotations.receives
+        {
+            drop(self.tell_receiver(&create.id, &config, error));
+        }
         let outcome = match found {
             Ok((Beginning::Restored(pod, staged), log)) => {
                 self.restore_held(create, &bundle, config, (&pod, &staged), log.as_deref())
@@ -106,6 +112,23 @@ impl Front<'_> {
             _ => None,
         };
         Ok((found, log))
+    }
+
+    /// Whoever receives the migration of the pod sees why what he has staged is not restored.
+    fn tell_receiver(
+        &self,
+        id: &str,
+        config: &Config,
+        error: &FrontError,
+    ) -> Result<(), FrontError> {
+        let name = config.annotations.container.as_deref().unwrap_or(id);
+        // What another attempt holds is restored.
+        if let Some(staged) = self.pod_of(id, config)?.staged(name)?
+            && staged.state()? == State::Staged
+        {
+            staged.set_state(&State::Failed(one_line(error)))?;
+        }
+        Ok(())
     }
 
     pub(super) fn add_hooks(

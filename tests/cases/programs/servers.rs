@@ -84,7 +84,8 @@ pub(super) const PROMETHEUS: Program = Program {
     ..Program::PLAIN
 };
 
-/// The answer to a message is its receipt, which STOMP asks for.
+/// The answer to a message is its receipt, which STOMP asks for. Who is asked for the count is found through epmd, to which
+/// the server connects anew a few seconds after its connection has been closed.
 pub(super) const RABBITMQ: Program = Program {
     name: "rabbitmq",
     image: &DebianImage {
@@ -101,7 +102,8 @@ exec /usr/lib/rabbitmq/bin/rabbitmq-server",
     operation: r"exec 3<>/dev/tcp/$A/61613
 printf 'CONNECT\naccept-version:1.2\nlogin:guest\npasscode:guest\n\n\0SEND\ndestination:/queue/n\nreceipt:1\npersistent:true\n\nx\0' >&3
 while read -r -t 10 answer <&3; do [[ $answer == *RECEIPT ]] && exit; done; exit 1",
-    count: "export HOME=/var/lib/rabbitmq; rabbitmqctl -n rabbit@localhost -q list_queues --no-table-headers messages",
+    count: "export HOME=/var/lib/rabbitmq
+for try in 1 2 3 4 5; do rabbitmqctl -n rabbit@localhost -q list_queues --no-table-headers messages && exit; sleep 2; done; exit 1",
     alone: CLOSE,
     ..Program::PLAIN
 };

@@ -17,7 +17,7 @@ use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
 use transship_containerd::Containerd;
 use transship_sandbox::shared_dirs::shared_mounts;
-use transship_sandbox::{Once, PodDir};
+use transship_sandbox::{Once, PodDir, State};
 
 use crate::container_log;
 use crate::cri_pods::CriPods;
@@ -140,6 +140,25 @@ pub(super) fn held(pod: &PodDir, name: &str) -> Result<Option<Held>> {
         pid,
         start_time,
     }))
+}
+
+/// Whether none of these containers of the pod has been started and could not be restored: whoever starts it may do so
+/// again, and the source stands still until then.
+///
+/// # Errors
+/// One has, and why.
+pub(super) fn check_none_failed<'n>(
+    pod: &PodDir,
+    names: impl Iterator<Item = &'n str>,
+) -> Result<()> {
+    for name in names {
+        let state = pod.staged(name)?.map(|staged| staged.state()).transpose()?;
+        if let Some(State::Failed(reason)) = state {
+            let message = format!("the container {name:?} of the pod is not restored: {reason}");
+            return Err(Error::failed(message));
+        }
+    }
+    Ok(())
 }
 
 /// The containers that are made, those with the most files and memory first: their memory is written while the others are
