@@ -29,8 +29,43 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             what_has_ended_ends_again as fn(&Testbed) -> anyhow::Result<()>,
         ),
         case("pod_migrated_to_other_image", other_layers_are_told_at_once),
+        case(
+            "pod_migrated_while_one_starts",
+            who_starts_meanwhile_is_seen,
+        ),
     ]
     .into_iter()
+}
+
+/// It is neither frozen nor part of the copy, and would end with the pod.
+fn who_starts_meanwhile_is_seen(bed: &Testbed) -> anyhow::Result<()> {
+    let [a, b] = start_two(bed, true)?;
+    a.import_image_into("k8s.io", &journey::counter_image(bed)?, "transship")?;
+    let cri = a.cri()?;
+    let pod = cri.run_pod(("shop", "web"), &[], PodNamespaces::Usual)?;
+    journey::run_counter_in_pod(&cri, &pod, 0, 1)?;
+    let link = bed.ssh(&a, &b)?;
+    let waits = "touch /run/stands; until test -e /run/go; do sleep 0.05; done";
+    let migrate = format!(
+        "exec transship migrate --pod shop/web --to '{link}' --allow unmasked-paths --before-restore '{waits}'"
+    );
+    a.start_daemon("migrate", &["sh", "-c", &migrate])?;
+    a.shell("until test -e /run/stands; do sleep 0.05; done")
+        .run()?;
+    journey::run_counter_in_pod(&cri, &pod, 1, 1)?;
+    a.shell("touch /run/go").run()?;
+    a.wait_for_daemon_end("migrate")?;
+    let said = a.shell("cat /var/log/migrate.log").read()?;
+    ensure!(
+        said.contains("the container \"web-1\" of the pod has been started meanwhile"),
+        "{said}"
+    );
+    let address = cri.pod_ip(&pod)?;
+    for port in [7000, 7001] {
+        let reply = a.ask_counter(&format!("{address}:{port}"));
+        ensure!({ reply }.is_ok_and(|it| it.memory_ok), "{port}: {said}");
+    }
+    journey::check_no_pod_left(&b)
 }
 
 /// The name of the image means another one there: the new container is of that.

@@ -155,7 +155,14 @@ pub(super) async fn plan(
     admission::drop_reserved(&mut sandbox, &mut containers);
     let reasons = reasons(node, offer, (&sandbox, &containers), request).await?;
     if !reasons.is_empty() {
-        return Err(refused(reasons));
+        let refused = refused(reasons);
+        let mut all = containers.iter();
+        return Err(match all.any(|it| admission::has_files_of_kubelet(it, &pod.uid)) {
+            true => refused.hint(
+                "it has files of its kubelet: move it into a pod that a kubelet makes there (--wait-for-pod), or as a checkpoint",
+            ),
+            false => refused,
+        });
     }
     let annotations = &mut sandbox.annotations;
     annotations.remove(RESTORE);

@@ -88,6 +88,14 @@ pub(super) fn of_sandbox(config: &PodSandboxConfig) -> Vec<Refusal> {
     found
 }
 
+/// Whether a container of the pod with this uid has files that a kubelet makes for it beside emptyDirs: its hosts, the token of
+/// its service account, what it says at its end.
+pub(super) fn has_files_of_kubelet(config: &ContainerConfig, uid: &str) -> bool {
+    let own = Path::new(KUBELET_PODS).join(uid);
+    let mut paths = config.mounts.iter().map(|mount| &mount.host_path);
+    paths.any(|path| Path::new(path).starts_with(&own) && empty_dir(uid, path).is_none())
+}
+
 /// Where kubelet has the logs of this pod; `None` where its names make no single name of a directory.
 fn own_logs(config: &PodSandboxConfig) -> Option<String> {
     let it = config.metadata.as_ref()?;
@@ -123,7 +131,9 @@ pub(super) fn of_container(config: &ContainerConfig, uid: &str) -> Vec<Refusal> 
         let what = "wants to be spared when memory is short";
         refuse(&mut found, Allow::OtherFields, what);
     }
-    if !resources.unified.is_empty() {
+    // Kubelet sets it on cgroup v2 since 1.28: which of the container's own processes are killed with another one.
+    let files = resources.unified.keys();
+    if { files }.any(|file| file != "memory.oom.group") {
         refuse(&mut found, Allow::OtherFields, "sets files of its cgroup");
     }
     let security = linux.security_context.unwrap_or_default();
@@ -298,6 +308,26 @@ mod tests {
         ] {
             assert_eq!(of_json(&container("").replace(from, to)), [allow], "{to}");
         }
+    }
+
+    #[test]
+    fn what_kubelet_gives_to_all_is_known() {
+        let linux = |resources: &str| {
+            let of_it = format!(r#""linux":{{"resources":{{{resources}}},"#);
+            container("").replace(r#""linux":{"#, &of_it)
+        };
+        assert_eq!(of_json(&linux(r#""unified":{"memory.oom.group":"1"}"#)), []);
+        assert_eq!(
+            of_json(&linux(
+                r#""unified":{"memory.oom.group":"1","memory.min":"1"}"#
+            )),
+            [Allow::OtherFields]
+        );
+        let has_files = |json: &str| has_files_of_kubelet(&go_json::read(json).unwrap(), UID);
+        assert!(!has_files(&container("")));
+        let hosts = "etc-hosts";
+        let volume = "volumes/kubernetes.io~empty-dir/work";
+        assert!(has_files(&container("").replace(volume, hosts)));
     }
 
     #[test]
