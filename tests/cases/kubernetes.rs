@@ -12,6 +12,7 @@ use transship_testbed::{
 
 use crate::Case;
 use crate::pods::send;
+use crate::pods_migrated::begin;
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -26,6 +27,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
             "long_kubernetes_journey",
             a_pod_moves as fn(&Testbed) -> anyhow::Result<()>,
         ),
+        case("long_kubernetes_migration", a_pod_moves_while_it_runs),
         case("long_kubernetes_refusals", refusals_are_events),
         case("long_kubernetes_restarts", restarts_end_no_restored_pod),
         case("long_kubernetes_adoption", a_replica_moves_by_adoption),
@@ -72,6 +74,15 @@ spec:
 }
 
 const RESTORE: &str = "dev.transship/restore: web";
+/// What comes before the containers.
+const INIT: &str = "  initContainers:
+  - name: init
+    image: transship.test/counter:1
+    imagePullPolicy: Never
+    command: [sh, -c, echo one >>/cache/runs]
+    volumeMounts: [{ name: cache, mountPath: /cache }]
+  containers:
+";
 
 fn a_pod_moves(bed: &Testbed) -> anyhow::Result<()> {
     let cluster = Cluster::start(bed)?;
@@ -111,6 +122,40 @@ fn a_pod_moves(bed: &Testbed) -> anyhow::Result<()> {
         .run()?;
     a_crash_starts_cold(&cluster, b)?;
     delete_pod(&cluster, "web")?;
+    journey::check_no_pod_left(b)
+}
+
+/// In one migration, into a pod that the other kubelet makes: with an init container, which has run once.
+fn a_pod_moves_while_it_runs(bed: &Testbed) -> anyhow::Result<()> {
+    let cluster = Cluster::start(bed)?;
+    let (a, b) = (&cluster.a, &cluster.b);
+    let with_init = |pod: String| pod.replace("  containers:\n", INIT);
+    cluster.apply(&with_init(web("web", "node-a", "")))?;
+    cluster.wait_until_ready("web")?;
+    let counted = ["front", "side"].map(|name| reached(&cluster, "web", name));
+    let what = "--pod default/web --volumes emptydir --tcp close --skip-in-flight";
+    let migration = begin(a, &bed.ssh(a, b)?, what)?;
+    let receive = format!("dev.transship/receive: {migration}");
+    cluster.apply(&with_init(web("moved", "node-b", &receive)))?;
+    a.wait_for_daemon_end("waits")?;
+    let said = a.shell("cat /var/log/waits.log").read()?;
+    ensure!(said.contains("runs on the other node"), "{said}");
+    cluster.wait_until_ready("moved").with_context(|| said)?;
+    for (container, counted) in ["front", "side"].into_iter().zip(counted) {
+        let (now, counted) = (reached(&cluster, "moved", container)?, counted?);
+        ensure!(now >= counted, "{container} is at {now} after {counted}");
+    }
+    let runs = exec(&cluster, "moved", "side", &["cat", "/cache/runs"])?;
+    ensure!(runs == "one\n", "of the init container: {runs:?}");
+    let restarts = cluster.get(
+        "pod",
+        "moved",
+        "{.status.containerStatuses[*].restartCount}",
+    )?;
+    ensure!(restarts == "0 0", "restarted: {restarts}");
+    delete_pod(&cluster, "web")?;
+    journey::check_no_pod_left(a)?;
+    delete_pod(&cluster, "moved")?;
     journey::check_no_pod_left(b)
 }
 

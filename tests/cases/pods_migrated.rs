@@ -336,17 +336,23 @@ pub(crate) fn begin_waiting(
     name: &str,
     what: &str,
 ) -> anyhow::Result<Pod> {
+    let migration = begin(from, link, what)?;
+    let annotation = [("dev.transship/receive", migration.as_str())];
+    Ok(cri.run_pod(("shop", name), &annotation, PodNamespaces::Usual)?)
+}
+
+/// Begins a migration that waits for a pod, as the daemon `waits`; gives what its annotation says.
+pub(crate) fn begin(from: &Node, link: &str, what: &str) -> anyhow::Result<String> {
     let migrate = format!("exec transship migrate {what} --to '{link}' --wait-for-pod");
     from.shell("rm -f /var/log/waits.log").run()?;
     from.start_daemon("waits", &["sh", "-c", &migrate])?;
-    let migration = poll_until("the name of the migration", PATIENCE, || {
+    let named = poll_until("the name of the migration", PATIENCE, || {
         let said = from.shell("cat /var/log/waits.log").read();
         let said = said.map_err(|error| error.to_string())?;
         let named = said.split_once("dev.transship/receive: ");
         named.map(|(_, name)| name[..32].to_owned()).ok_or(said)
-    })?;
-    let annotation = [("dev.transship/receive", migration.as_str())];
-    Ok(cri.run_pod(("shop", name), &annotation, PodNamespaces::Usual)?)
+    });
+    Ok(named?)
 }
 
 pub(crate) fn one_copy(runs: &Node, ended: &Node) -> Result<(), String> {
