@@ -116,7 +116,7 @@ pub use import::{ImportError, ImportOptions, ImportStats, import_into_upperdir};
 pub use large_windows::{LargeWindowTurn, LargeWindows};
 pub use layer_format::LayerFormat;
 pub use lower_view::LowerError;
-pub use mounted_overlay::MountedOverlay;
+pub use mounted_overlay::{MountedOverlay, unescape_octal};
 pub use node_mounts::mounted_below;
 pub use overlay_marks::OverlayXattrs;
 pub use overlay_stack::{MountFields, OverlayStack, StackError};

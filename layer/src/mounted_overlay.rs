@@ -118,8 +118,9 @@ fn split_options(text: &str) -> Vec<&str> {
     }
 }
 
-/// Turns `\040` and the like into the bytes that they stand for.
-pub(crate) fn unescape_octal(field: &[u8]) -> Vec<u8> {
+/// Turns `\040` and the like, as in `/proc/self/mountinfo`, into the bytes that they stand for.
+#[must_use]
+pub fn unescape_octal(field: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {

@@ -53,6 +53,25 @@ impl TaskStatus {
         ids.split_whitespace().last()?.parse().ok()
     }
 
+    /// Its user ids: real, effective, saved, and that of the file system.
+    #[must_use]
+    pub fn users(&self) -> Option<Vec<u32>> {
+        self.numbers("Uid")
+    }
+
+    /// Its group ids, those of its user besides among them.
+    #[must_use]
+    pub fn groups(&self) -> Option<Vec<u32>> {
+        let mut groups = self.numbers("Gid")?;
+        groups.extend(self.numbers("Groups")?);
+        Some(groups)
+    }
+
+    fn numbers(&self, name: &str) -> Option<Vec<u32>> {
+        let numbers = self.field(name)?.split_whitespace();
+        numbers.map(|number| number.parse().ok()).collect()
+    }
+
     /// The capabilities that it can have at all: a user who can gain nothing has no others than now.
     #[must_use]
     pub fn attainable(&self) -> Option<u64> {
@@ -169,6 +188,12 @@ mod tests {
         assert_eq!(of("0\t0\t0\t0", 1), Some(3));
         assert_eq!(of("7\t7\t7\t7", 0), Some(3));
         assert_eq!(of("7\t7\t7\t7", 1), Some(1));
+        let text = "Uid:\t1\t2\t2\t2\nGid:\t3\t3\t3\t3\nGroups:\t4 5 \n".to_owned();
+        let status = TaskStatus::from(text);
+        assert_eq!(status.users(), Some(vec![1, 2, 2, 2]));
+        assert_eq!(status.groups(), Some(vec![3, 3, 3, 3, 4, 5]));
+        let none = TaskStatus::from("Gid:\t3\t3\t3\t3\nGroups:\t \n".to_owned());
+        assert_eq!((none.users(), none.groups()), (None, Some(vec![3; 4])));
         assert!(read_proc("/proc/thread-self/none").is_err());
     }
 }

@@ -19,6 +19,7 @@ pub(crate) fn cases() -> impl Iterator<Item = Case> {
     };
     [
         on_forky("pod_opens_forged", forged_opens_are_refused),
+        on_forky("pod_opens_forged_modes", modes_are_for_users),
         on_forky("pod_opens_forged_crun", devices_of_nobody_are_refused),
         on_forky("pod_opens_forged_shared", nobody_lets_it_go_on),
         on_forky("opens_forged_natively", native_restores_are_looked_at),
@@ -87,6 +88,11 @@ const FORGERIES: &[(&str, &str)] = &[
         "/oom_score_adj\" open, which takes CAP_SYS_PTRACE",
     ),
     ("opens_by_link('/host/proc/1/ns/mnt')", "\"mnt:["),
+    // What only open(2) asks for.
+    (
+        "opens_no_file('/proc/mtrr', '0x2', '/proc')",
+        "/mtrr\" open, which takes CAP_SYS_ADMIN",
+    ),
 ];
 
 /// Files that everybody may have open.
@@ -130,6 +136,54 @@ fn forged_opens_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     let wanted = (3..10).all(|number| open.lines().any(|it| it == number.to_string()));
     ensure!(wanted, "{open}");
     Ok(())
+}
+
+/// Of a process of somebody else than root: a dump of one takes CAP_SYS_RESOURCE, which not every machine gives.
+const OF_OTHER_USER: &str = r"
+for e in edit('core-*.img'):
+    c = e['thread_core']['creds']
+    for id in ('uid', 'euid', 'suid', 'fsuid'): c[id] = 1000
+";
+
+/// What is for root is for nobody else who has no capabilities.
+fn modes_are_for_users(bed: &Testbed) -> anyhow::Result<()> {
+    let node = prepared(bed)?;
+    let cri = node.cri()?;
+    let container = PodContainer {
+        command: &[
+            "/bin/sh",
+            "-c",
+            "exec 3</proc/meminfo; exec tail -f /dev/null",
+        ],
+        mounts: &[],
+        security: PodSecurity {
+            dropped: &["ALL"],
+            ..PodSecurity::NONE
+        },
+        ..PLAIN
+    };
+    checkpoint(&node, &cri, &container)?;
+    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
+        .run()?;
+    let container = PodContainer {
+        security: PodSecurity {
+            user: Some(1000),
+            ..container.security
+        },
+        ..container
+    };
+    for name in ["slabinfo", "timer_list"] {
+        let opens = format!("opens_no_file('/proc/{name}', mount='/proc')");
+        forge(&node, &format!("{HELP}{OPENS}{OF_OTHER_USER}{opens}"))?;
+        let said = format!("/{name}\" open, which takes CAP_DAC_OVERRIDE");
+        refused(&node, &cri, &container, &said).context(name)?;
+    }
+    // Without the file.
+    forge(&node, OF_OTHER_USER)?;
+    let pod = cri.run_pod(("shop", "again"), &[RESTORE], PodNamespaces::Usual)?;
+    let id = cri.run_container(&pod, &container)?;
+    ensure!(cri.runs(&id)?, "it runs");
+    Ok(cri.remove_pod(&pod)?)
 }
 
 /// crun starts CRIU where it is itself, where all devices may be opened.

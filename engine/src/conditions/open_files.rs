@@ -23,7 +23,7 @@ use procfs::process::{FDTarget, MMapPath};
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
-use transship_sandbox::privileged_files::{OwnProcesses, attainable, lacking_to_open};
+use transship_sandbox::privileged_files::{Opened, Opener, OwnProcesses, lacking_to_open};
 use transship_sandbox::shared_dirs::shared_mounts;
 
 use super::processes::{Processes, Seen};
@@ -100,8 +100,14 @@ pub(super) fn privileged(processes: &Processes) -> Vec<Hit> {
             let path = fs::read_link(&link).ok()?;
             let found = fs::metadata(&link).ok()?;
             let process = PathBuf::from(format!("/proc/{}", seen.pid));
-            let bounds = attainable(&process).ok()?;
-            let needed = lacking_to_open(&link, (&path, &found), &own, bounds).ok()??;
+            let opener = Opener::of(&process).ok()?;
+            let file = Opened {
+                link: &link,
+                target: &path,
+                inside: None,
+                found: &found,
+            };
+            let needed = lacking_to_open(&file, &own, &opener).ok()??;
             let (path, name) = (path.display().to_string(), needed.name);
             let what = format!("{} of {}, {name}", path.escape_debug(), seen.called());
             Some(("privileged-file", what))
