@@ -198,6 +198,14 @@ pub struct NotRunning {
     pub failed: Option<u8>,
 }
 
+impl NotRunning {
+    /// The code with which it is to end again without running.
+    #[must_use]
+    pub fn ended_with(&self) -> Option<u8> {
+        self.failed.or(self.done.then_some(0))
+    }
+}
+
 /// The directories that the containers of a pod share.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Shared {
@@ -548,7 +556,7 @@ impl Manifest {
     #[must_use]
     pub fn ended_with(&self, name: &str) -> Option<u8> {
         let found = { self.not_running.iter() }.find(|it| it.name == name)?;
-        found.failed.or(found.done.then_some(0))
+        found.ended_with()
     }
 
     /// The container called `name`; without a name the only one.

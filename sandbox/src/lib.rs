@@ -11,7 +11,7 @@
 //!     checkpoint                         what it is restored from, when no annotation names it
 //!     ns/{net,ipc,uts,pid,user,cgroup}   pins: namespaces of the sandbox, bind mounted
 //!     arrival                            Arrival: what has become of the migration that it waits for
-//!     had-ended                          JSON: names of the containers that had ended with 0 when it began
+//!     not-running                        JSON: [NotRunning], what the pod of the migration has that does not move
 //!     waiting                            locked (flock, shared) as long as a start waits for it
 //!     filled-<file>                      a shared directory that has its content
 //!     ended-<container>                  it had ended before the checkpoint, and has ended so again here

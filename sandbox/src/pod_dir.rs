@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use transship_checkpoint::manifest::{Container, IMAGES_DIR, check_name};
+use transship_checkpoint::manifest::{Container, IMAGES_DIR, NotRunning, check_name};
 use transship_checkpoint::store::Checkpoint;
 
 use transship_path_error::During as _;
@@ -32,7 +32,7 @@ pub enum Arrival {
 }
 
 const ARRIVAL_FILE: &str = "arrival";
-const HAD_ENDED_FILE: &str = "had-ended";
+const NOT_RUNNING_FILE: &str = "not-running";
 const WAITING_FILE: &str = "waiting";
 const FILLED_PREFIX: &str = "filled-";
 const ENDED_PREFIX: &str = "ended-";
@@ -211,23 +211,29 @@ impl PodDir {
         }
     }
 
-    /// Remembers which containers of the pod that a migration brings had ended with 0, as init containers do: whoever starts
-    /// them goes on only when they have ended again.
+    /// Remembers which containers the pod that a migration brings has beside those that move: init containers that have
+    /// ended among them, which whoever makes the pod starts first.
     ///
     /// # Errors
     /// A system call failed.
-    pub fn set_had_ended(&self, names: &[&str]) -> Result<(), SandboxError> {
+    pub fn set_not_running(&self, all: &[NotRunning]) -> Result<(), SandboxError> {
         self.make()?;
-        let json = serde_json::to_vec(names).expect("texts are JSON");
-        replace(&self.dir.join(HAD_ENDED_FILE), &json)
+        let json = serde_json::to_vec(all).expect("texts are JSON");
+        replace(&self.dir.join(NOT_RUNNING_FILE), &json)
     }
 
-    /// Whether the container `name` is one of [`Self::set_had_ended`].
-    #[must_use]
-    pub fn had_ended(&self, name: &str) -> bool {
-        let json = fs::read(self.dir.join(HAD_ENDED_FILE)).unwrap_or_default();
-        let names: Vec<String> = serde_json::from_slice(&json).unwrap_or_default();
-        names.iter().any(|it| it == name)
+    /// What [`Self::set_not_running`] was given; nothing as long as it was not.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not one of ours.
+    pub fn not_running(&self) -> Result<Option<Vec<NotRunning>>, SandboxError> {
+        let path = self.dir.join(NOT_RUNNING_FILE);
+        let json = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            json => json.during("read", &path)?,
+        };
+        let parsed = serde_json::from_slice(&json).map_err(io::Error::from);
+        Ok(Some(parsed.during("parse", &path)?))
     }
 
     /// Says that a start of one of its containers waits for the migration, as long as what is given back lives.

@@ -69,11 +69,11 @@ pub struct Request {
     pub criu: CriuOptions,
 }
 
-/// What whoever has made the container for this restore knows of it: he starts it once, and has it go on elsewhere if that
-/// fails.
+/// The container that the receiver of a migration has made for this restore. It is started once: if that fails the source
+/// goes on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Once {
-    /// Its id. It is made of the layers that the checkpoint's has.
+    /// Its id. The receiver has seen that it is made of the layers that the source's is made of.
     pub id: String,
     /// Where its output goes, if that is a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]

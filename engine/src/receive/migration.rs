@@ -329,7 +329,7 @@ async fn take(
     // Before the first thing is made that no lease takes away, and before the source is frozen.
     let mut locked = Arrivals::default().begin(&offer.migration, arrival)?;
     let taken = async {
-        let mut prepared = restore::prepare(node, &plan, &of_migration(&offer.migration)).await?;
+        let mut prepared = restore::prepare(node, &plan).await?;
         let contents = prepared.make_contents_dir(&plan)?;
         require_room_for_files(contents.path(), offer)?;
         let place = format!("{}/{CONTENTS_DIR}", offered.container.name);

@@ -57,7 +57,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const IMAGE_PAUSE: Duration = Duration::from_millis(500);
 /// How often the source is asked whether it still waits.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
-/// How long somebody else may take to make the sandbox and to pull images, while the source runs.
+/// How long somebody else may take to make the sandbox, to pull images and to start the first container, while the source
+/// runs.
 const POD_PATIENCE: Duration = Duration::from_secs(300);
 /// How long somebody else may take to start all containers, while the source stands still.
 const STARTS_PATIENCE: Duration = Duration::from_secs(60);
@@ -155,14 +156,15 @@ pub(super) async fn plan(
     admission::drop_reserved(&mut sandbox, &mut containers);
     let reasons = reasons(node, offer, (&sandbox, &containers), request).await?;
     if !reasons.is_empty() {
-        let refused = refused(reasons);
         let mut all = containers.iter();
-        return Err(match all.any(|it| admission::has_files_of_kubelet(it, &pod.uid)) {
-            true => refused.hint(
-                "it has files of its kubelet: move it into a pod that a kubelet makes there (--wait-for-pod), or as a checkpoint",
-            ),
-            false => refused,
-        });
+        let hint = "files below /var/lib/kubelet/pods are made by a kubelet: where the other node has one, move it into a \
+             pod of that one (--wait-for-pod), or as a checkpoint";
+        return Err(
+            match all.any(|it| admission::has_files_of_kubelet(it, &pod.uid)) {
+                true => refused(reasons).hint(hint),
+                false => refused(reasons),
+            },
+        );
     }
     let annotations = &mut sandbox.annotations;
     annotations.remove(RESTORE);
@@ -426,9 +428,7 @@ async fn wait_for_sandbox(
             if dir.pins().is_empty() {
                 return Err(not_under_the_front(&sandbox.runtime_handler));
             }
-            let ended = offered.not_running.iter().filter(|it| it.done);
-            let names: Vec<&str> = ended.map(|it| it.name.as_str()).collect();
-            dir.set_had_ended(&names)?;
+            dir.set_not_running(&offered.not_running)?;
             let pod = pod_of(locked);
             pod.uid = metadata.uid;
             pod.sandbox = Some(sandbox.id.clone());
@@ -520,10 +520,10 @@ async fn wait_for_start(
         interrupt.check()?;
         if Instant::now() > deadline {
             return Err(Error::failed(format!(
-                "nobody has started a container of the pod within {} s",
+                "no container of the pod has been started within the {} s that are waited for it",
                 POD_PATIENCE.as_secs()
             ))
-            .hint("its events on the other node say what keeps it from that"));
+            .hint("`kubectl describe pod` says what keeps the kubelet from starting it"));
         }
         ask_whether_to_wait(conversation, &mut asked).await?;
         sleep(PAUSE).await;

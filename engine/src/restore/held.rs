@@ -10,7 +10,6 @@ use containerd_client::types::v1::Status;
 use transship_checkpoint::beneath::open_last;
 use transship_checkpoint::container_log::put_in_front;
 use transship_checkpoint::manifest::{ROOTFS_DIFF_FILE, contents_in_filled};
-use transship_checkpoint::spec::Spec;
 use transship_checkpoint::store::Checkpoint;
 use transship_checkpoint::wire::ContentsDir;
 use transship_containerd::Containerd;
@@ -52,10 +51,9 @@ pub struct Restored {
     pub pid: u32,
 }
 
-/// A copy without files and task: its snapshot and its record.
+/// The snapshot of a copy, without its files.
 #[derive(Debug)]
 pub struct Prepared {
-    spec: Spec,
     mounts: Vec<Mount>,
     stack: OverlayStack,
     /// Where contents of files come before the layer: a directory of this name at the top.
@@ -84,12 +82,11 @@ pub(crate) fn make_contents_dir(upperdir: &Path, name: &str) -> Result<ContentsD
     made.with_context(|| format!("cannot make {}", upperdir.join(name).display()))
 }
 
-/// Makes what there can be of the planned container before its files are there: its snapshot, and its record, which asks
-/// for the restore of `checkpoint`. `node` has a lease.
+/// Makes the snapshot of the planned container.
 ///
 /// # Errors
 /// Its layers cannot be had, or its upperdir is not known; what there is of it is left for [`Copy::remove`].
-pub async fn prepare(node: &Containerd, plan: &Plan, checkpoint: &str) -> Result<Prepared> {
+pub async fn prepare(node: &Containerd, plan: &Plan) -> Result<Prepared> {
     let image = &plan.container.image;
     let unpacked = async {
         let chain = &image.chain_id;
@@ -108,17 +105,11 @@ pub async fn prepare(node: &Containerd, plan: &Plan, checkpoint: &str) -> Result
             plan.snapshotter
         )
     })?;
-    let spec = plan.asking_for_restore(checkpoint);
-    record(node, plan, &spec).await?;
-    if let Some(files) = &plan.client_files {
-        files.write(&[])?;
-    }
-    // What is left of others is of no weight to this one.
+    // What is left of others is of no weight to this one. There may be many, which containerd is asked for one by one.
     if let Err(error) = client_files::sweep(node).await {
         tracing::warn!(error = %one_line(&error), "files of removed containers are left");
     }
     Ok(Prepared {
-        spec,
         mounts,
         stack,
         contents: None,
@@ -130,7 +121,7 @@ pub async fn prepare(node: &Containerd, plan: &Plan, checkpoint: &str) -> Result
 /// # Errors
 /// Nothing of it is left then, or the error says what.
 pub async fn hold(node: &Containerd, plan: Plan, checkpoint: &Checkpoint) -> Result<Restored> {
-    match prepare(node, &plan, &checkpoint.manifest.name).await {
+    match prepare(node, &plan).await {
         Ok(prepared) => hold_in(node, plan, prepared, checkpoint).await,
         Err(error) => Err(remove_after(node, &plan, error).await),
     }
@@ -175,30 +166,19 @@ async fn make(
     prepared: Prepared,
     checkpoint: &Checkpoint,
 ) -> Result<(u32, PathBuf)> {
+    let container = &plan.container;
+    let held = plan.asking_for_restore(&checkpoint.manifest.name);
+    let image = &container.image;
     let Prepared {
-        spec,
         mounts,
         stack,
         contents,
     } = prepared;
     let upperdir = stack.top.clone();
-    let container_dir = checkpoint.container_dir(&plan.container);
-    let diff = container_dir.join(ROOTFS_DIFF_FILE);
+    let diff = checkpoint.container_dir(container).join(ROOTFS_DIFF_FILE);
     tokio::task::spawn_blocking(move || import(&diff, &stack, contents)).await??;
-    let (stdout, stderr) = plan.output.clone();
-    let pid = node
-        .create_task(&plan.id, mounts, Output { stdout, stderr })
-        .await?;
-    if let Some(files) = &plan.client_files {
-        let networks = own_networks::of_container(node.namespace(), &plan.id, pid, &spec)?;
-        let addresses = networks.into_iter().flat_map(|network| network.addresses);
-        files.write(&addresses.collect::<Vec<_>>())?;
-    }
-    Ok((pid, upperdir))
-}
 
-async fn record(node: &Containerd, plan: &Plan, spec: &Spec) -> Result<()> {
-    let json = spec.to_json();
+    let json = held.to_json();
     let value = serde_json::from_slice(&json).context("our own spec cannot be parsed")?;
     let options = Options {
         binary_name: plan.runtime_binary.display().to_string(),
@@ -207,17 +187,30 @@ async fn record(node: &Containerd, plan: &Plan, spec: &Spec) -> Result<()> {
     };
     let mut labels: HashMap<_, _> = plan.labels.clone().into_iter().collect();
     labels.insert(COPY.to_owned(), plan.made_by.clone());
-    let new = NewContainer {
+    node.create_container(NewContainer {
         id: plan.id.clone(),
         labels,
-        image: plan.container.image.name.clone(),
+        image: image.name.clone(),
         runtime: RUNTIME.to_owned(),
         runtime_options: Some(containerd_client::to_any(&options)),
         spec: json,
         snapshotter: plan.snapshotter.clone(),
         snapshot_key: plan.id.clone(),
-    };
-    Ok(node.create_container(new).await?)
+    })
+    .await?;
+    if let Some(files) = &plan.client_files {
+        files.write(&[])?;
+    }
+    let (stdout, stderr) = plan.output.clone();
+    let pid = node
+        .create_task(&plan.id, mounts, Output { stdout, stderr })
+        .await?;
+    if let Some(files) = &plan.client_files {
+        let networks = own_networks::of_container(node.namespace(), &plan.id, pid, &held)?;
+        let addresses = networks.into_iter().flat_map(|network| network.addresses);
+        files.write(&addresses.collect::<Vec<_>>())?;
+    }
+    Ok((pid, upperdir))
 }
 
 fn import(diff: &Path, stack: &OverlayStack, contents: Option<String>) -> Result<()> {

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use transship_checkpoint::annotations::{ColdContainers, OnFailure};
-use transship_checkpoint::manifest::Manifest;
+use transship_checkpoint::manifest::{Manifest, NotRunning};
 use transship_checkpoint::store::{Checkpoint, StoreError};
 use transship_sandbox::admission::asker::Asker;
 use transship_sandbox::admission::node_config::NodeConfig;
@@ -130,15 +130,12 @@ impl Front<'_> {
                 self.tell_cold_start(id, wanted, reason);
                 return Ok(Beginning::Cold);
             }
-            // A kubelet starts nothing else before an init container has ended.
-            if let Some(wanted) = wanted
-                && staged.is_none()
-                && pod.had_ended(name)
+            if let (Some(wanted), None) = (wanted, &staged)
+                && let Some(code) = wait_for_ended(&pod, id, name)?
                 && !pod.has_ended(name)?
-                && pod.arrival()? != Some(Arrival::GivenUp)
             {
                 let restore = HeldRestore::of_done(owner, wanted, name, asker);
-                return Ok(Beginning::Done(restore, 0));
+                return Ok(Beginning::Done(restore, code));
             }
             wait_for_migration(&pod, id)?;
             staged = pod.staged(name)?;
@@ -282,6 +279,27 @@ impl Front<'_> {
         kill_if_same(pid, start_time);
         if let Some(id) = bundle.file_name().and_then(|id| id.to_str()) {
             self.delete_restored(id);
+        }
+    }
+}
+
+/// The code with which the container `name` of the pod had ended on the source, if it is one that ends so again, as soon as that
+/// is known. Whoever makes the pod starts nothing else before an init container has ended, and the source need not stand
+/// still for it.
+fn wait_for_ended(pod: &PodDir, id: &str, name: &str) -> Result<Option<u8>, FrontError> {
+    let began = Instant::now();
+    loop {
+        // Of a pod that is made by who receives it nobody says so: all is there before the first start.
+        match (pod.not_running()?, pod.arrival()?) {
+            (_, Some(Arrival::Arrived | Arrival::GivenUp)) => return Ok(None),
+            (Some(all), _) => {
+                let found = all.iter().find(|it| it.name == name);
+                return Ok(found.and_then(NotRunning::ended_with));
+            }
+            (None, _) if began.elapsed() > ARRIVAL_PATIENCE => {
+                return Err(FrontError::from(FitError::NotArrived { id: id.to_owned() }));
+            }
+            (None, _) => thread::sleep(LOOK_AGAIN),
         }
     }
 }

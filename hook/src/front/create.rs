@@ -7,9 +7,9 @@ use transship_checkpoint::namespaces;
 use transship_checkpoint::spec::{HookPoint, Spec};
 
 use transship_path_error::During as _;
-use transship_sandbox::State;
 use transship_sandbox::consumed::Consumed;
 use transship_sandbox::opened::remove_all_unused;
+use transship_sandbox::{Staged, State};
 
 use super::beginning::Beginning;
 use super::bundle::{Bundle, Config};
@@ -60,11 +60,6 @@ impl Front<'_> {
         self.begin_as_the_sandbox(&create.id, &mut config, &bundle);
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
         let found = self.find_fitting_beginning(&create.id, &config, &bundle);
-        if let Err(error) = &found
-            && config.annotations.receives
-        {
-            drop(self.tell_receiver(&create.id, &config, error));
-        }
         let outcome = match found {
             Ok((Beginning::Restored(pod, staged), log)) => {
                 self.restore_held(create, &bundle, config, (&pod, &staged), log.as_deref())
@@ -108,27 +103,13 @@ impl Front<'_> {
     ) -> Result<(Beginning, Option<PathBuf>), FrontError> {
         let found = self.find_beginning(id, config, bundle)?;
         let log = match &found {
-            Beginning::Restored(_, staged) => self.check_fit(id, config, bundle, staged)?,
+            Beginning::Restored(_, staged) => {
+                let fit = self.check_fit(id, config, bundle, staged);
+                fit.inspect_err(|error| tell_receiver(config, staged, error))?
+            }
             _ => None,
         };
         Ok((found, log))
-    }
-
-    /// Whoever receives the migration of the pod sees why what he has staged is not restored.
-    fn tell_receiver(
-        &self,
-        id: &str,
-        config: &Config,
-        error: &FrontError,
-    ) -> Result<(), FrontError> {
-        let name = config.annotations.container.as_deref().unwrap_or(id);
-        // What another attempt holds is restored.
-        if let Some(staged) = self.pod_of(id, config)?.staged(name)?
-            && staged.state()? == State::Staged
-        {
-            staged.set_state(&State::Failed(one_line(error)))?;
-        }
-        Ok(())
     }
 
     pub(super) fn add_hooks(
@@ -204,6 +185,20 @@ impl Front<'_> {
             bundle.replace_config(&config.spec)?;
         }
         Ok(None)
+    }
+}
+
+/// Whoever receives the migration of the pod sees why what he has staged does not fit.
+fn tell_receiver(config: &Config, staged: &Staged, error: &FrontError) {
+    // What another attempt works on may come to run, and one that is for another container is still to come.
+    let is_of_another = matches!(error, FrontError::Stage(_));
+    if !config.annotations.receives || is_of_another {
+        return;
+    }
+    if let Ok(_claim) = staged.claim()
+        && staged.state().is_ok_and(|state| state == State::Staged)
+    {
+        drop(staged.set_state(&State::Failed(one_line(error))));
     }
 }
 

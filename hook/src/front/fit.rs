@@ -58,7 +58,7 @@ impl Front<'_> {
         let asker = Asker { rules, annotations };
         asker.admit_container(manifest, container, &old, &config.spec)?;
         require_origin(&checkpoint, rules, &self.env.origins, self.tool())?;
-        // What our own tool has made, it has made of the image that it found.
+        // Of what our own tool has made it has looked at the layers itself.
         let made = staged.once().filter(|made| made.id == id);
         let log = match (made, config.cri) {
             (Some(made), true) => made.log,
