@@ -79,6 +79,8 @@ const ALIVE: u8 = b'a';
 const ZEROS: u8 = b'z';
 const COMPRESSED: u8 = b'c';
 const MESSAGE_LIMIT: usize = 64 << 20;
+/// Of all messages but [`Message::Offer`] and [`Message::End`]: the digests of 4096 blobs, and what a node is like.
+const SHORT_MESSAGE: usize = 1 << 20;
 const DATA_LIMIT: usize = 1 << 20;
 
 /// A failure of the stream.

@@ -11,7 +11,7 @@ use containerd_client::services::v1::{
 use containerd_client::tonic::transport::Channel;
 use prost_types::{Any, FieldMask};
 
-use crate::{Containerd, ContainerdError, During, present};
+use crate::{Containerd, ContainerdError, During, MESSAGE_LIMIT, present};
 
 /// Type URL of an OCI runtime spec in a container record; the value is JSON.
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -39,7 +39,8 @@ pub struct NewContainer {
 
 impl Containerd {
     fn containers(&self) -> ContainersClient<Channel> {
-        ContainersClient::new(self.channel())
+        // All specs of a node come in one answer.
+        ContainersClient::new(self.channel()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     /// The record of the container `id`.
@@ -66,6 +67,22 @@ impl Containerd {
             .list(self.request(ListContainersRequest::default()))
             .await
             .during(|| "list the containers".to_owned())?;
+        Ok(answer.into_inner().containers)
+    }
+
+    /// The records of the namespace's containers that have this label with this value.
+    ///
+    /// # Errors
+    /// The answer of containerd.
+    pub async fn containers_with(
+        &self,
+        (label, value): (&str, &str),
+    ) -> Result<Vec<Container>, ContainerdError> {
+        let request = ListContainersRequest {
+            filters: vec![format!("labels.{label:?}=={value:?}")],
+        };
+        let answer = self.containers().list(self.request(request)).await;
+        let answer = answer.during(|| format!("list the containers with the label {label:?}"))?;
         Ok(answer.into_inner().containers)
     }
 

@@ -146,6 +146,12 @@ impl std::fmt::Debug for Conversation {
     }
 }
 
+fn too_late(expected: &str, deadline: Duration) -> Error {
+    let seconds = deadline.as_secs();
+    let message = format!("{expected} has taken more than {seconds} s");
+    Error::new(Kind::Target, message)
+}
+
 /// How a step ends before it is done.
 #[derive(Debug, Clone, Copy)]
 struct Bounds {
@@ -526,11 +532,7 @@ impl Conversation {
             if let Some(deadline) = bounds.deadline
                 && began.elapsed() > deadline
             {
-                let seconds = deadline.as_secs();
-                return Err(Error::new(
-                    Kind::Target,
-                    format!("{expected} has taken more than {seconds} s"),
-                ));
+                return Err(too_late(expected, deadline));
             }
         }
     }
@@ -580,6 +582,29 @@ impl Conversation {
             expected,
         })
         .await
+    }
+
+    /// The same, of a side that may ask meanwhile whether it is still waited for. However often it asks, it has so long.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn receive_from_waiting(
+        &mut self,
+        expected: &'static str,
+        deadline: Duration,
+    ) -> Result<Message> {
+        let began = Instant::now();
+        loop {
+            let left = deadline.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(too_late(expected, deadline));
+            }
+            let found = self.receive_within(expected, left, Duration::ZERO);
+            match found.await? {
+                Message::Waiting => self.send(Message::GoOn).await?,
+                found => return Ok(found),
+            }
+        }
     }
 
     async fn receive_bounded(&mut self, bounds: Bounds) -> Result<Message> {

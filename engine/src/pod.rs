@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 
 use containerd_client::services::v1::Container as Record;
+use tokio::time::timeout;
 use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
 use transship_checkpoint::cri_names::labels;
 use transship_checkpoint::criu_options::CriuOverrides;
@@ -23,6 +24,7 @@ use crate::pod_dirs;
 use crate::pod_ended::{self, Ended};
 use crate::reasons::Reasons;
 use crate::source::{self, Looked, SourceContainer};
+use crate::thaw;
 use transship_containerd::Containerd;
 
 /// A pod, with those of its containers that run.
@@ -87,30 +89,34 @@ pub(crate) async fn find(
 }
 
 /// Whether all of the sandbox's containers that run are those that were found: a kubelet may have started one since, which
-/// would end with the pod.
+/// would end with the pod. A containerd that does not answer in time has started none.
 ///
 /// # Errors
 /// It has, or the answer of containerd.
 pub(crate) async fn check_no_other_runs(
     node: &Containerd,
     sandbox: &str,
-    found: BTreeSet<String>,
+    found: &BTreeSet<String>,
 ) -> Result<()> {
-    for record in node.all_containers().await? {
-        let is_other = !found.contains(&record.id);
-        if is_other
-            && sandbox_of(&record).as_deref() == Some(sandbox)
-            && source::running_task(node, &record.id).await?.is_ok()
-        {
-            let name = record.labels.get(labels::CONTAINER_NAME);
-            return Err(Error::failed(format!(
-                "the container {:?} of the pod has been started meanwhile",
-                name.unwrap_or(&record.id)
-            ))
-            .hint("move the pod again"));
+    let look = async {
+        let of_pods = (labels::KIND, labels::KIND_CONTAINER);
+        for record in node.containers_with(of_pods).await? {
+            let is_other = !found.contains(&record.id);
+            if is_other
+                && sandbox_of(&record).as_deref() == Some(sandbox)
+                && source::running_task(node, &record.id).await?.is_ok()
+            {
+                let name = record.labels.get(labels::CONTAINER_NAME);
+                return Err(Error::failed(format!(
+                    "the container {:?} of the pod has been started meanwhile",
+                    name.unwrap_or(&record.id)
+                ))
+                .hint("move the pod again"));
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    timeout(thaw::ANSWER, look).await.unwrap_or(Ok(()))
 }
 
 /// The sandbox with this id (or the beginning of it), or of `namespace/name` the one that runs.

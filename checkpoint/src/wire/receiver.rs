@@ -10,13 +10,14 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::statvfs::statvfs;
+use serde::Deserialize;
 
 use super::check::Running;
 use super::compression::Decompression;
 use super::contents_dir::{ContentsDir, free_of};
 use super::{
-    ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message, WireError,
-    ZEROS, unexpected, zeros,
+    ALIVE, COMPRESSED, Check, DATA, DATA_LIMIT, MAGIC, MESSAGE, MESSAGE_LIMIT, Message,
+    SHORT_MESSAGE, Signed, WireError, ZEROS, unexpected, zeros,
 };
 use crate::manifest::{self, Manifest, check_name};
 use crate::shown_text::printable;
@@ -403,7 +404,7 @@ impl<R: Read> Receiver<R> {
             COMPRESSED => return Ok(Frame::Compressed),
             _ => {}
         }
-        match serde_json::from_slice(&self.payload) {
+        match parse(&self.payload) {
             Ok(Message::Failed { reason, facts }) => Err(WireError::Failed {
                 reason: printable(&reason),
                 facts,
@@ -439,4 +440,32 @@ fn misplaced() -> WireError {
 /// A login shell or a banner that prints to stdout is the usual cause: its text helps.
 fn describe_stray_bytes(bytes: &[u8]) -> String {
     format!("it begins with {:?}", String::from_utf8_lossy(bytes))
+}
+
+/// A message. Serde keeps all fields of one until it knows which it is, in sixteen times its length: of those that may be long
+/// that is looked for first, which keeps nothing.
+fn parse(json: &[u8]) -> serde_json::Result<Message> {
+    #[derive(Deserialize)]
+    struct Kind {
+        message: String,
+    }
+    #[derive(Deserialize)]
+    struct End {
+        manifest: Box<Manifest>,
+        #[serde(default)]
+        signed: Option<Box<Signed>>,
+    }
+    let Kind { message } = serde_json::from_slice(json)?;
+    match message.as_str() {
+        "offer" => serde_json::from_slice(json).map(Message::Offer),
+        "end" => {
+            let End { manifest, signed } = serde_json::from_slice(json)?;
+            Ok(Message::End { manifest, signed })
+        }
+        _ if json.len() > SHORT_MESSAGE => {
+            let long = format!("{} bytes", json.len());
+            Err(serde::de::Error::custom(long))
+        }
+        _ => serde_json::from_slice(json),
+    }
 }

@@ -41,6 +41,32 @@ fn checkpoint_stream(dir: &Path) -> Vec<u8> {
     stream
 }
 
+#[test]
+fn only_messages_with_lists_may_be_long() {
+    let receive = |json: String| {
+        let mut stream = MAGIC.to_vec();
+        stream.push(MESSAGE);
+        stream.extend(u32::try_from(json.len()).unwrap().to_le_bytes());
+        stream.extend(json.into_bytes());
+        Receiver::new(&*stream).receive("a word")
+    };
+    let with = |message: &str, more: &str| {
+        let zeros = vec!["0"; SHORT_MESSAGE / 2].join(",");
+        receive(format!(
+            r#"{{"x":[{zeros},0],"message":"{message}"{more}}}"#
+        ))
+    };
+    let error = with("received", "").unwrap_err().to_string();
+    assert!(error.contains("bytes"), "{error}");
+    let manifest = serde_json::to_string(&Manifest::default()).unwrap();
+    let end = with("end", &format!(r#","manifest":{manifest}"#)).unwrap();
+    assert!(matches!(end, Message::End { signed: None, .. }), "{end:?}");
+    assert_eq!(
+        receive(r#"{"message":"received"}"#.into()).unwrap(),
+        Message::Received
+    );
+}
+
 fn source_dir() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("checkpoint")).unwrap();

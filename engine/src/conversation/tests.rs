@@ -142,6 +142,24 @@ async fn a_message_that_comes_while_files_are_sent_is_kept() {
 }
 
 #[tokio::test]
+async fn a_side_that_only_asks_is_not_waited_for() {
+    let (here, there) = (io::pipe().unwrap(), io::pipe().unwrap());
+    let mut a = Conversation::new(here.0, there.1, nobody());
+    let mut b = Conversation::new(there.0, here.1, nobody());
+    let deadline = Duration::from_millis(500);
+    let waits = a.receive_from_waiting("the copy", deadline);
+    let asks = async {
+        while b.send(Message::Waiting).await.is_ok() && b.receive("a word").await.is_ok() {}
+    };
+    let error = tokio::select! {
+        heard = waits => heard.unwrap_err(),
+        () = asks => panic!("it is told to go on"),
+        () = tokio::time::sleep(Duration::from_secs(20)) => panic!("it is waited for for ever"),
+    };
+    assert!(error.to_string().contains("the copy has taken"), "{error}");
+}
+
+#[tokio::test]
 async fn a_side_that_works_is_waited_for() {
     let (here, there) = (io::pipe().unwrap(), io::pipe().unwrap());
     let mut a = Conversation::new(here.0, there.1, nobody());

@@ -46,8 +46,8 @@ impl Question<'_> {
     /// Asks once.
     ///
     /// # Errors
-    /// [`Kind::Target`]: there is no answer.
-    pub(super) async fn ask(&self, interrupt: &Interrupt) -> Result<Outcome> {
+    /// [`Kind::Target`]: there is no answer within `deadline`.
+    async fn ask(&self, deadline: Duration, interrupt: &Interrupt) -> Result<Outcome> {
         let words = [
             format!("--namespace={}", self.namespace),
             "receive".to_owned(),
@@ -61,7 +61,7 @@ impl Question<'_> {
             conversation.send(Message::Ask { migration }).await?;
             conversation.watch(self.link_patience)?;
             let answer = "what became of the copy";
-            let answer = conversation.receive_within(answer, ANSWER_DEADLINE, Duration::ZERO);
+            let answer = conversation.receive_within(answer, deadline, Duration::ZERO);
             match answer.await? {
                 Message::Answer { outcome, node } if is_of(self.node, &node) => Ok(outcome),
                 Message::Answer { .. } => {
@@ -82,7 +82,8 @@ impl Question<'_> {
         })
     }
 
-    /// Asks until the answer is one, nobody wants it any more, or `patience` has gone by; none of it: for ever.
+    /// Asks until the answer is one, nobody wants it any more, or `patience` has gone by, in the middle of a question, too; none
+    /// of it: for ever.
     ///
     /// # Errors
     /// As [`Self::ask`], or an interrupt.
@@ -95,7 +96,9 @@ impl Question<'_> {
         let deadline = patience.map(|patience| tokio::time::Instant::now() + patience);
         let mut pause = PAUSE;
         loop {
-            let answer = self.ask(interrupt).await;
+            let left = deadline.map(|at| at.saturating_duration_since(tokio::time::Instant::now()));
+            let left = left.map_or(ANSWER_DEADLINE, |left| left.max(self.link_patience));
+            let answer = self.ask(left.min(ANSWER_DEADLINE), interrupt).await;
             interrupt.check()?;
             let decided = matches!(answer, Ok(Outcome::Runs | Outcome::Aborted | Outcome::Lost));
             if decided || deadline.is_some_and(|at| tokio::time::Instant::now() > at) {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use containerd_client::types::v1::Status;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use transship_checkpoint::annotations::RECEIVE;
+use transship_checkpoint::cri_names::CRI_NAMESPACE;
 use transship_checkpoint::manifest::{File, Losses, Shared};
 use transship_checkpoint::shared_dirs::SHARED_DIR;
 use transship_checkpoint::store::{Draft, Store};
@@ -31,7 +32,7 @@ use crate::check::lacking;
 use crate::check::node_facts::NodeFacts;
 use crate::conversation::Conversation;
 use crate::data_channel::{Connections, DataAddress, Identity, STREAMS};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::frozen::{Committed, Frozen, TaskToFreeze, at_most};
 use crate::image_blobs::{self, offer_blobs};
 use crate::interrupt::Interrupt;
@@ -52,6 +53,10 @@ mod decision;
 /// How long the target may take to look at the offer, and then to unpack what it has been sent: signs of life alone keep
 /// nobody waiting for ever.
 const IMAGE_DEADLINE: Duration = Duration::from_secs(3600);
+/// How long dump and transfer may take whatever the size, and how many bytes a second they have to manage: two megabits a
+/// second are a slow link, and less is somebody who wants the source to stand still.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(120);
+const TRANSFER_SPEED: u64 = 256 << 10;
 /// How long the target may take to compare what it has with its manifest: it has read all digests
 /// while it came.
 const RECEIVED_DEADLINE: Duration = Duration::from_secs(120);
@@ -97,6 +102,15 @@ pub(super) struct Transaction<'a> {
     pub(super) guard: Option<CommitGuard>,
 }
 
+async fn check_no_other_runs(node: &Containerd, moving: &Moving) -> Result<()> {
+    let Some(pod) = &moving.pod else {
+        return Ok(());
+    };
+    let found = { moving.containers.iter() }.map(|it| it.id().to_owned());
+    let node = node.in_namespace(CRI_NAMESPACE)?;
+    pod::check_no_other_runs(&node, &pod.sandbox, &found.collect()).await
+}
+
 impl Transaction<'_> {
     /// Everything up to the moment when the copy runs; gives the source, which still stands still. On
     /// failure the source runs, unless nobody can know which does.
@@ -121,6 +135,7 @@ impl Transaction<'_> {
             Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
         })?;
         self.interrupt.check()?;
+        check_no_other_runs(self.node, self.moving).await?;
         // It looks for a record, which is not there before `Commit`.
         self.guard = Some(CommitGuard::start(self.node, self.store, &self.pending)?);
         let frozen = match self.freeze(&draft).await {
@@ -179,8 +194,9 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Whether each still stands still. A kubelet, whose probes a pod does not answer, may have ended what is dumped, and somebody may have let it go, past
-    /// containerd, too: then it is not moved, because what runs here would run beside the copy.
+    /// Whether each still stands still. A kubelet, whose probes a pod does not answer, may have ended what is dumped, and
+    /// somebody may have let it go, past containerd, too: then it is not moved, because what runs here would run beside the
+    /// copy. Nor is a pod of which another container runs now.
     fn look_at_sources(&self) -> JoinSet<Result<()>> {
         let mut looks = JoinSet::new();
         for container in &self.moving.containers {
@@ -201,12 +217,8 @@ impl Transaction<'_> {
                 }
             });
         }
-        if let Some(pod) = &self.moving.pod {
-            let (node, sandbox) = (self.node.clone(), pod.sandbox.clone());
-            let ids = self.moving.containers.iter().map(|it| it.id().to_owned());
-            let ids = ids.collect();
-            looks.spawn(async move { pod::check_no_other_runs(&node, &sandbox, ids).await });
-        }
+        let (node, moving) = (self.node.clone(), Arc::clone(self.moving));
+        looks.spawn(async move { check_no_other_runs(&node, &moving).await });
         looks
     }
 
@@ -272,7 +284,11 @@ impl Transaction<'_> {
         let direct = self.direct;
         self.conversation.send(Message::ImageEnd { direct }).await?;
         let what = "the target to have the image";
-        match self.next_message(what, IMAGE_DEADLINE).await? {
+        match self
+            .conversation
+            .receive_from_waiting(what, IMAGE_DEADLINE)
+            .await?
+        {
             Message::Ready { contents, node } => {
                 if !is_node_id(&node) {
                     return Err(Error::failed("what the other node calls itself is no id"));
@@ -421,20 +437,29 @@ impl Transaction<'_> {
         let parts = Arc::new(parts);
         let patience = self.request.dump_patience;
         let mut dumps = Dumping::begin(node, moving, draft.dir(), &parts, patience);
-        let sent = self.send_dump(Arc::clone(&parts)).await;
+        let deadline = TRANSFER_DEADLINE + Duration::from_secs(self.estimate / TRANSFER_SPEED);
+        let sent = timeout(deadline, self.send_dump(Arc::clone(&parts))).await;
+        let sent = sent.unwrap_or_else(|_| {
+            let seconds = deadline.as_secs();
+            let message = format!("dump and transfer have taken more than {seconds} s");
+            Err(Error::new(Kind::Target, message))
+        });
         let losses = match moving.pod {
             // What its containers share is known at the end.
             Some(_) => None,
             None => parts.losses(),
         };
-        // Whoever gives up waits for CRIU too, whose code is in the tasks until its end.
-        let goes_on = sent.is_ok() && losses.is_some() && self.interrupt.check().is_ok();
-        let dumped = match dumps.ended() {
-            Some(ended) => Some(ended?),
-            None if goes_on => None,
-            None => {
+        let interrupted = self.interrupt.check();
+        let dumped = match (dumps.ended(), &sent, &interrupted) {
+            (Some(ended), ..) => Some(ended?),
+            (None, Ok(_), Ok(())) if losses.is_some() => None,
+            (None, Ok(_), Ok(())) => Some(dumps.wait().await?),
+            // CRIU, whose code is in the tasks until its end, is waited for before they are let go. What has not begun, and
+            // the files, nobody needs any more.
+            (None, ..) => {
                 parts.release_holds();
-                Some(dumps.wait().await?)
+                drop(dumps);
+                return sent.map(drop).and(interrupted.map_err(Error::from));
             }
         };
         let (files, bytes) = sent?;
@@ -555,22 +580,10 @@ impl Transaction<'_> {
         what: &'static str,
         deadline: Duration,
     ) -> Result<()> {
-        match self.next_message(what, deadline).await? {
+        let found = self.conversation.receive_from_waiting(what, deadline);
+        match found.await? {
             found if found == *message => Ok(()),
             found => Err(unexpected(what, &found).into()),
-        }
-    }
-
-    /// What the target says when it waits for nobody any more.
-    async fn next_message(&mut self, what: &'static str, deadline: Duration) -> Result<Message> {
-        let began = Instant::now();
-        loop {
-            let left = deadline.saturating_sub(began.elapsed());
-            let found = self.conversation.receive_within(what, left, Duration::ZERO);
-            match found.await? {
-                Message::Waiting => self.conversation.send(Message::GoOn).await?,
-                found => return Ok(found),
-            }
         }
     }
 
