@@ -367,7 +367,7 @@ each() {
   for id in COUNTERS; do "$1" $id & pids+=($!); done
   for pid in ${pids[@]}; do wait $pid; done
 }
-dump() { runc --root /run/containerd/runc/default checkpoint --image-path $1/images --work-path $1/work $1; }
+dump() { runc --root /run/containerd/runc/default checkpoint --image-path /run/bare/$1/images --work-path /run/bare/$1/work $1; }
 for id in COUNTERS; do
   mkdir -p $id/bundle
   jq ".root.path = \"rootfs\" | .linux.cgroupsPath = \"/bare-$id\" | .annotations = {}" $tasks/$id/config.json >$id/bundle/config.json
@@ -376,7 +376,8 @@ timed each dump
 for id in COUNTERS; do cp -a $tasks/$id/rootfs $id/bundle/rootfs; done
 mkfifo out; cat out >said 2>&1 & exec 5>out
 bare() {
-  runc restore --detach --pid-file $1/pid --bundle $1/bundle --image-path $1/images --work-path $1/work bare-$1 1>&5 2>&5 </dev/null \
+  runc restore --detach --pid-file /run/bare/$1/pid --bundle /run/bare/$1/bundle \
+    --image-path /run/bare/$1/images --work-path /run/bare/$1/work bare-$1 1>&5 2>&5 </dev/null \
     || { cat said >&2; return 1; }
 }
 timed each bare
