@@ -62,12 +62,7 @@ impl Containerd {
     /// # Errors
     /// The answer of containerd.
     pub async fn all_containers(&self) -> Result<Vec<Container>, ContainerdError> {
-        let answer = self
-            .containers()
-            .list(self.request(ListContainersRequest::default()))
-            .await
-            .during(|| "list the containers".to_owned())?;
-        Ok(answer.into_inner().containers)
+        self.list_containers(Vec::new()).await
     }
 
     /// The records of the namespace's containers that have this label with this value.
@@ -78,11 +73,17 @@ impl Containerd {
         &self,
         (label, value): (&str, &str),
     ) -> Result<Vec<Container>, ContainerdError> {
-        let request = ListContainersRequest {
-            filters: vec![format!("labels.{label:?}=={value:?}")],
-        };
-        let answer = self.containers().list(self.request(request)).await;
-        let answer = answer.during(|| format!("list the containers with the label {label:?}"))?;
+        let filter = format!("labels.{label:?}=={value:?}");
+        self.list_containers(vec![filter]).await
+    }
+
+    async fn list_containers(
+        &self,
+        filters: Vec<String>,
+    ) -> Result<Vec<Container>, ContainerdError> {
+        let request = self.request(ListContainersRequest { filters });
+        let answer = self.containers().list(request).await;
+        let answer = answer.during(|| "list the containers".to_owned())?;
         Ok(answer.into_inner().containers)
     }
 

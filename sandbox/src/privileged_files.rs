@@ -58,37 +58,25 @@ pub struct Needed {
     pub name: &'static str,
 }
 
-const DAC_OVERRIDE: Needed = Needed {
-    bit: 1 << 1,
-    name: "CAP_DAC_OVERRIDE",
-};
+impl Needed {
+    const fn of(number: u32, name: &'static str) -> Self {
+        Self {
+            bit: 1 << number,
+            name,
+        }
+    }
+}
+
+const DAC_OVERRIDE: Needed = Needed::of(1, "CAP_DAC_OVERRIDE");
 /// With it everything may be read that `CAP_DAC_OVERRIDE` lets be read and written.
 const DAC_READ_SEARCH: u64 = 1 << 2;
 const NET_ADMIN: u64 = 1 << 12;
-const SYS_RAWIO: Needed = Needed {
-    bit: 1 << 17,
-    name: "CAP_SYS_RAWIO",
-};
-const SYS_PTRACE: Needed = Needed {
-    bit: 1 << 19,
-    name: "CAP_SYS_PTRACE",
-};
-const SYS_ADMIN: Needed = Needed {
-    bit: 1 << 21,
-    name: "CAP_SYS_ADMIN",
-};
-const SYS_RESOURCE: Needed = Needed {
-    bit: 1 << 24,
-    name: "CAP_SYS_RESOURCE",
-};
-const MAC_ADMIN: Needed = Needed {
-    bit: 1 << 33,
-    name: "CAP_MAC_ADMIN",
-};
-const SYSLOG: Needed = Needed {
-    bit: 1 << 34,
-    name: "CAP_SYSLOG",
-};
+const SYS_RAWIO: Needed = Needed::of(17, "CAP_SYS_RAWIO");
+const SYS_PTRACE: Needed = Needed::of(19, "CAP_SYS_PTRACE");
+const SYS_ADMIN: Needed = Needed::of(21, "CAP_SYS_ADMIN");
+const SYS_RESOURCE: Needed = Needed::of(24, "CAP_SYS_RESOURCE");
+const MAC_ADMIN: Needed = Needed::of(33, "CAP_MAC_ADMIN");
+const SYSLOG: Needed = Needed::of(34, "CAP_SYSLOG");
 
 const DMESG_RESTRICT: &str = "/proc/sys/kernel/dmesg_restrict";
 const MEMORY_DEVICES: u64 = 1;

@@ -442,8 +442,8 @@ fn describe_stray_bytes(bytes: &[u8]) -> String {
     format!("it begins with {:?}", String::from_utf8_lossy(bytes))
 }
 
-/// A message. Serde keeps all fields of one until it knows which it is, in sixteen times its length: of those that may be long
-/// that is looked for first, which keeps nothing.
+/// A message. Serde keeps all fields of one until it knows which it is, in sixteen times its length: of a long one that is
+/// looked for first, which keeps nothing.
 fn parse(json: &[u8]) -> serde_json::Result<Message> {
     #[derive(Deserialize)]
     struct Kind {
@@ -455,6 +455,9 @@ fn parse(json: &[u8]) -> serde_json::Result<Message> {
         #[serde(default)]
         signed: Option<Box<Signed>>,
     }
+    if json.len() <= SHORT_MESSAGE {
+        return serde_json::from_slice(json);
+    }
     let Kind { message } = serde_json::from_slice(json)?;
     match message.as_str() {
         "offer" => serde_json::from_slice(json).map(Message::Offer),
@@ -462,10 +465,9 @@ fn parse(json: &[u8]) -> serde_json::Result<Message> {
             let End { manifest, signed } = serde_json::from_slice(json)?;
             Ok(Message::End { manifest, signed })
         }
-        _ if json.len() > SHORT_MESSAGE => {
+        _ => {
             let long = format!("{} bytes", json.len());
             Err(serde::de::Error::custom(long))
         }
-        _ => serde_json::from_slice(json),
     }
 }

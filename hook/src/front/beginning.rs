@@ -124,6 +124,7 @@ impl Front<'_> {
             }
         }
         if config.annotations.receives {
+            let began = Instant::now();
             // What is staged has not been let go.
             if staged.is_none() && wanted.is_some_and(|wanted| consumed.has_container_of(wanted)) {
                 let reason = "it did not come with the migration of its pod, which has ended";
@@ -131,13 +132,13 @@ impl Front<'_> {
                 return Ok(Beginning::Cold);
             }
             if let (Some(wanted), None) = (wanted, &staged)
-                && let Some(code) = wait_for_ended(&pod, id, name)?
+                && let Some(code) = wait_for_ended(&pod, id, name, began)?
                 && !pod.has_ended(name)?
             {
                 let restore = HeldRestore::of_done(owner, wanted, name, asker);
                 return Ok(Beginning::Done(restore, code));
             }
-            wait_for_migration(&pod, id)?;
+            wait_for_migration(&pod, id, began)?;
             staged = pod.staged(name)?;
         }
         if let Some(staged) = staged
@@ -284,10 +285,14 @@ impl Front<'_> {
 }
 
 /// The code with which the container `name` of the pod had ended on the source, if it is one that ends so again, as soon as that
-/// is known. Whoever makes the pod starts nothing else before an init container has ended, and the source need not stand
-/// still for it.
-fn wait_for_ended(pod: &PodDir, id: &str, name: &str) -> Result<Option<u8>, FrontError> {
-    let began = Instant::now();
+/// is known; the start `began` then. Whoever makes the pod starts nothing else before an init container has ended, and the
+/// source need not stand still for it.
+fn wait_for_ended(
+    pod: &PodDir,
+    id: &str,
+    name: &str,
+    began: Instant,
+) -> Result<Option<u8>, FrontError> {
     loop {
         // Of a pod that is made by who receives it nobody says so: all is there before the first start.
         match (pod.not_running()?, pod.arrival()?) {
@@ -307,9 +312,8 @@ fn wait_for_ended(pod: &PodDir, id: &str, name: &str) -> Result<Option<u8>, Fron
 /// Waits until all that comes with the migration of the pod is staged: whoever makes the containers does not know when
 /// the source stands still. Where images are missing it is not waited for long: a kubelet pulls that of a container when it has
 /// tried to start the one before.
-fn wait_for_migration(pod: &PodDir, id: &str) -> Result<(), FrontError> {
+fn wait_for_migration(pod: &PodDir, id: &str, began: Instant) -> Result<(), FrontError> {
     let _waits = pod.wait_for_arrival()?;
-    let began = Instant::now();
     let mut lacking = None;
     loop {
         let arrival = pod.arrival()?;
@@ -400,13 +404,13 @@ mod tests {
         let pod = PodDir::at(dir.path(), "sandbox").unwrap();
         let began = Instant::now();
         pod.set_arrival(Arrival::LacksImages).unwrap();
-        let waited = wait_for_migration(&pod, "web");
+        let waited = wait_for_migration(&pod, "web", began);
         assert!(waited.unwrap_err().to_string().contains("waits"));
         assert!(began.elapsed() < ARRIVAL_PATIENCE / 2);
         pod.set_arrival(Arrival::Coming).unwrap();
         let waiting = {
             let pod = pod.clone();
-            thread::spawn(move || wait_for_migration(&pod, "web").is_ok())
+            thread::spawn(move || wait_for_migration(&pod, "web", Instant::now()).is_ok())
         };
         thread::sleep(5 * LOOK_AGAIN);
         assert!(!waiting.is_finished());
