@@ -26,8 +26,7 @@ use transship_sandbox::admission::node_config::{NODE_CONFIG, NodeConfig};
 use crate::check::node_facts::NodeFacts;
 use crate::dumped_fifos::DumpedFifos;
 use crate::error::{Context, Error, Result};
-use crate::frozen::{Frozen, TaskToFreeze, at_most};
-use crate::frozen_pids::pids_of_frozen;
+use crate::frozen::{Frozen, Pids, TaskToFreeze, at_most};
 use crate::interrupt::Interrupt;
 use crate::moved_mark::Mark;
 use crate::origin::Origins;
@@ -338,7 +337,7 @@ async fn take(
     let frozen =
         Frozen::freeze_marked(&target.node, tasks, Some(draft.dir()), bounds, mark).await?;
     timeline.freeze(frozen.since().into_std());
-    let dump = dump_all(target, draft.dir(), &mut timeline);
+    let dump = dump_all(target, frozen.pids(), draft.dir(), &mut timeline);
     let dumped = match at_most(target.max_freeze, frozen.since(), dump).await {
         Ok(dumped) => dumped,
         Err(error) => return Err(frozen.thaw_after(error).await),
@@ -420,7 +419,12 @@ async fn check_room(target: &DumpTarget, store: &Store) -> Result<u64> {
 type AllDumped = (Vec<Container>, Shared);
 
 /// Dumps all frozen containers, one after the other.
-async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) -> Result<AllDumped> {
+async fn dump_all(
+    target: &DumpTarget,
+    frozen: &Pids,
+    draft: &Path,
+    timeline: &mut Timeline,
+) -> Result<AllDumped> {
     let mut export = tokio::task::spawn_blocking({
         let (dirs, draft) = (target.dirs.clone(), draft.to_path_buf());
         move || dirs.export(&draft, &BTreeMap::new())
@@ -430,9 +434,12 @@ async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) ->
         let shared = (&mut export)
             .await
             .context("the export of volumes panicked")??;
-        return Ok((dump_one_by_one(target, draft, timeline).await?, shared));
+        return Ok((
+            dump_one_by_one(target, frozen, draft, timeline).await?,
+            shared,
+        ));
     }
-    let dumped = dump_one_by_one(target, draft, timeline).await;
+    let dumped = dump_one_by_one(target, frozen, draft, timeline).await;
     // Whatever the dumps did: nobody may thaw while it reads.
     let shared = export.await.context("the export of volumes panicked")?;
     Ok((dumped?, shared?))
@@ -440,6 +447,7 @@ async fn dump_all(target: &DumpTarget, draft: &Path, timeline: &mut Timeline) ->
 
 async fn dump_one_by_one(
     target: &DumpTarget,
+    frozen: &Pids,
     draft: &Path,
     timeline: &mut Timeline,
 ) -> Result<Vec<Container>> {
@@ -447,28 +455,22 @@ async fn dump_one_by_one(
     let mut fifos = DumpedFifos::default();
     for source in &target.sources {
         let from = timeline.now();
-        let pids = pids_of_frozen(&target.node, &source.runtime, source.id()).await?;
+        let pids = frozen.of(source.id());
         let options = DumpOptions {
             patience: target.dump_patience,
             hold: None,
+            begun: None,
             known: None,
             fifos_elsewhere: match target.sources.as_slice() {
                 [_] => BTreeSet::new(),
-                _ => fifos.add(source.pid, &pids),
+                _ => fifos.add(source.pid, pids),
             },
         };
-        let dumped = source.dump(&target.node, draft, &pids, options).await;
-        let name = &source.container.name;
-        let Dumped { criu, upperdir } = match dumped {
-            // The pod's name of it says more than its id.
-            Err(error) if name != source.id() => {
-                let message = format!("the pod's container {name:?} cannot be dumped");
-                return Err(Error::failed(message).because(error));
-            }
-            dumped => dumped?,
-        };
+        let dumped = source.dump(&target.node, draft, pids, options).await;
+        let dumped = dumped.map_err(|error| source.cannot_be_dumped(error));
+        let Dumped { criu, upperdir } = dumped?;
         timeline.step_of("dump", from, criu, None);
-        timeline.note(name);
+        timeline.note(&source.container.name);
         timeline.step_of("upperdir", from, upperdir.took, Some(upperdir.bytes));
         let mut container = source.container.clone();
         container.losses = upperdir.losses;

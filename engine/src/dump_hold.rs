@@ -1,14 +1,22 @@
-//! A dump that leaves the pages of memory in their processes until they have been read there.
+//! A dump that begins while the tasks still run, and leaves the pages of memory in their processes until they have been read
+//! there.
+//!
+//! Runtime and CRIU look at a good deal before they look at the tasks: their own versions, what the kernel can do, the spec.
+//! So they are started before the freeze, and CRIU waits for it in the script that it runs first (`ACT_PRE_DUMP`, before
+//! `collect_pstree`). It has touched no task there: one that nobody lets go on is killed.
 //!
 //! CRIU copies all memory into files, and a migration reads it from them. With `--lazy-pages` it writes everything
 //! but the pages, which a server of its own would give to the restore. That server is not wanted: it listens to
 //! whoever comes first. Between the two moments CRIU runs a script, and tasks and parasite stand still:
 //!
 //! ```text
-//!  CRIU                                     who reads
+//!  CRIU                                      who freezes, and reads
+//!   script pre-dump:   makes "ready"     ──> freezes the tasks, makes "frozen"
+//!                      waits for "begin" <── unlocks it (the kernel does when this program ends)
+//!                      without "frozen" it kills CRIU
 //!   all images but the pages
-//!   script post-dump:  makes "dumped"   ──> reads /proc/<pid>/mem
-//!                      waits for "lock" <── unlocks it (the kernel does when this program ends)
+//!   script post-dump:  makes "dumped"    ──> reads /proc/<pid>/mem
+//!                      waits for "lock"  <── unlocks it (so does the kernel)
 //!   server, script status-ready: makes "ended", and fails, before anybody is accepted
 //!   gives up the server, takes its parasite out, says that the dump has failed
 //! ```
@@ -40,10 +48,13 @@ const LOOK: Duration = Duration::from_millis(1);
 /// Begins the name of its directory, which no container has.
 const PREFIX: &str = ".hold-";
 
-/// Holds a dump while its memory is read.
+/// Holds a dump until its tasks are frozen, and while its memory is read.
 #[derive(Debug)]
 pub struct DumpHold {
     dir: PathBuf,
+    /// Until the tasks are frozen.
+    begin: Mutex<Option<Flock<File>>>,
+    /// Until memory has been read.
     lock: Mutex<Option<Flock<File>>>,
     /// There when all files are whole but those of memory.
     layer: OnceLock<Layer>,
@@ -70,18 +81,46 @@ impl DumpHold {
     /// A system call failed.
     pub fn make(draft: &Path, container: &str) -> Result<Self> {
         let dir = draft.join(format!("{PREFIX}{container}"));
-        let lock = || -> io::Result<Flock<File>> {
-            DirBuilder::new().mode(0o700).create(&dir)?;
-            let file = File::create_new(dir.join("lock"))?;
-            Flock::lock(file, FlockArg::LockExclusiveNonblock)
-                .map_err(|(_, errno)| io::Error::from(errno))
+        let lock = |name| -> io::Result<Mutex<Option<Flock<File>>>> {
+            let lock = Flock::lock(
+                File::create_new(dir.join(name))?,
+                FlockArg::LockExclusiveNonblock,
+            );
+            Ok(Mutex::new(Some(lock.map_err(|(_, errno)| errno)?)))
         };
-        let lock = lock().with_context(|| format!("cannot make and lock {}", dir.display()))?;
+        let make = || {
+            DirBuilder::new().mode(0o700).create(&dir)?;
+            Ok::<_, io::Error>((lock("begin")?, lock("lock")?))
+        };
+        let (begin, lock) =
+            make().with_context(|| format!("cannot make and lock {}", dir.display()))?;
         Ok(Self {
-            lock: Mutex::new(Some(lock)),
+            begin,
+            lock,
             layer: OnceLock::new(),
             dir,
         })
+    }
+
+    /// Waits until CRIU waits for the freeze.
+    pub(crate) async fn ready(&self) {
+        while self.dir.join("ready").symlink_metadata().is_err() {
+            sleep(LOOK).await;
+        }
+    }
+
+    /// The tasks are frozen: the dump goes on, whether it has come to that or not; not at all where it was given up.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub(crate) fn begin(&self) -> Result<()> {
+        if let Some(begin) = take(&self.begin) {
+            let frozen = self.dir.join("frozen");
+            File::create_new(&frozen)
+                .with_context(|| format!("cannot make {}", frozen.display()))?;
+            drop(begin);
+        }
+        Ok(())
     }
 
     /// Whether all images but the pages are there, and the processes wait.
@@ -118,14 +157,10 @@ impl DumpHold {
         self.dir.join("ended").symlink_metadata().is_ok()
     }
 
-    /// Lets the dump go on.
+    /// Memory has been read, or nobody reads it: the dump goes on. One that has not begun is given up.
     pub fn release(&self) {
-        // Closing its descriptor unlocks it.
-        drop(
-            { self.lock.lock() }
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(take(&self.begin));
+        drop(take(&self.lock));
     }
 
     /// What the runtime's `checkpoint` is told.
@@ -143,15 +178,26 @@ impl DumpHold {
         ])
     }
 
-    /// What the script runs at `status-ready`, at the beginning of `post-dump`, and at its end.
-    pub(crate) fn script_parts(&self, quoted: impl Fn(&Path) -> String) -> [String; 3] {
+    /// What the script runs at `pre-dump`, at `status-ready`, at the beginning of `post-dump`, and at its end.
+    pub(crate) fn script_parts(&self, quoted: impl Fn(&Path) -> String) -> [String; 4] {
         let file = |name| quoted(&self.dir.join(name));
         [
+            format!(
+                ": >{}; flock -s {} test -e {} || kill -KILL \"$PPID\"; exit 0",
+                file("ready"),
+                file("begin"),
+                file("frozen")
+            ),
             format!(": >{}; exit 1", file("ended")),
             format!(": >{} || exit 1", file("dumped")),
             format!("exec flock -s {} true", file("lock")),
         ]
     }
+}
+
+/// Takes a lock; who drops it unlocks, by closing its descriptor.
+fn take(lock: &Mutex<Option<Flock<File>>>) -> Option<Flock<File>> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 impl Drop for DumpHold {

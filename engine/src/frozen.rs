@@ -13,6 +13,7 @@
 //! has been told that they do. [`Committed`] is the one state in which nobody but the caller may
 //! decide: a copy may run elsewhere.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -58,7 +59,13 @@ pub struct Frozen {
     tasks: Tasks,
     guard: FreezeGuard,
     since: Instant,
+    pids: Pids,
 }
+
+/// The processes of frozen containers, by id. None ends while they are frozen; what somebody is just starting in one may
+/// still join them, and is frozen, too.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Pids(BTreeMap<String, Vec<u32>>);
 
 /// Frozen containers that nobody but the caller may let run.
 #[derive(Debug)]
@@ -158,14 +165,22 @@ impl Frozen {
         let frozen = Self {
             tasks,
             guard,
-            since: paused
-                .as_ref()
-                .map_or_else(|_| Instant::now(), |since| *since),
+            since: Instant::now(),
+            pids: Pids::default(),
         };
         match paused {
-            Ok(_) => Ok(frozen),
+            Ok((since, pids)) => Ok(Self {
+                since,
+                pids,
+                ..frozen
+            }),
             Err(error) => Err(frozen.thaw_after(error).await),
         }
+    }
+
+    /// Their processes.
+    pub(crate) fn pids(&self) -> &Pids {
+        &self.pids
     }
 
     /// When the freeze that has lasted began.
@@ -285,22 +300,24 @@ impl Tasks {
         Ok(())
     }
 
-    /// Gives when they were paused, each time for at most `most`. One that never is outside is left to CRIU, which says so.
-    async fn pause_outside_of_vfork(&self, most: Option<Duration>) -> Result<Instant> {
+    /// Gives when they were paused, and their processes, each time for at most `most`. One that never is outside is left to CRIU, which says so.
+    async fn pause_outside_of_vfork(&self, most: Option<Duration>) -> Result<(Instant, Pids)> {
         let mut tries = 1;
         loop {
             let since = Instant::now();
             let mut pauses = JoinSet::new();
             let paused = async {
                 self.pause(&mut pauses).await?;
-                Ok(tries == VFORKS || !self.are_within_vfork().await?)
+                let pids = self.pids().await?;
+                let is_outside = tries == VFORKS || !self.are_within_vfork(&pids).await?;
+                Ok(is_outside.then_some(pids))
             };
             let paused = at_most(most, since, paused).await;
             // None freezes later than it is let go.
             let rest = async { while pauses.join_next().await.is_some() {} };
             drop(timeout(thaw::ANSWER, rest).await);
-            if paused? {
-                return Ok(since);
+            if let Some(pids) = paused? {
+                return Ok((since, pids));
             }
             tries += 1;
             self.thaw().await?;
@@ -308,14 +325,24 @@ impl Tasks {
         }
     }
 
-    async fn are_within_vfork(&self) -> Result<bool> {
-        for task in self.ours() {
-            let pids = pids_of_frozen(&self.node, &task.runtime, &task.id).await?;
-            if tokio::task::spawn_blocking(move || vfork::is_going_on(&pids)).await? {
-                return Ok(true);
-            }
+    /// Their processes; the shim of each starts its runtime for that, which takes its time.
+    async fn pids(&self) -> Result<Pids> {
+        let mut asked = JoinSet::new();
+        for task in &self.tasks {
+            let (node, runtime, id) = (self.node.clone(), task.runtime.clone(), task.id.clone());
+            asked.spawn(async move {
+                let pids = pids_of_frozen(&node, &runtime, &id).await?;
+                Ok((id, pids))
+            });
         }
-        Ok(false)
+        let all: Result<_> = asked.join_all().await.into_iter().collect();
+        Ok(Pids(all?))
+    }
+
+    async fn are_within_vfork(&self, pids: &Pids) -> Result<bool> {
+        let all: Vec<_> = self.ours().map(|it| pids.of(&it.id).to_vec()).collect();
+        let look = move || all.iter().any(|pids| vfork::is_going_on(pids));
+        Ok(tokio::task::spawn_blocking(look).await?)
     }
 
     /// What is not done yet when this is given up is left in `pauses`.
@@ -369,6 +396,13 @@ impl Tasks {
             }
             sleep(PAUSE).await;
         }
+    }
+}
+
+impl Pids {
+    /// Those of this container.
+    pub(crate) fn of(&self, id: &str) -> &[u32] {
+        self.0.get(id).map_or(&[], Vec::as_slice)
     }
 }
 

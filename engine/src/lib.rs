@@ -7,7 +7,7 @@
 //!  conditions: what keeps a running container from being moved, seen before anything is frozen
 //!  container_log: where a container's output goes
 //!  cri_pods: pods as a client of the CRI has them;  kubelet: whether one is here
-//!  dump_hold: a dump that waits while memory is read in its processes
+//!  dump_hold: a dump that waits for the freeze, and while memory is read in its processes;  begun_dump: whoever waits for it
 //!  dump_links: names in /dev/shm that CRIU's images need
 //!  oci_runtime: runc or crun, called past containerd;  shim_options: what containerd's shim is told;  vfork: waits for processes
 //!  that CRIU cannot dump yet
@@ -66,6 +66,7 @@
 //! the upperdir (`PROGRAM -a ADDRESS -n NAMESPACE snapshot export --no-pause -o FILE ID`) and the links of a pod's
 //! `/dev/shm` (`PROGRAM dump-links DIRECTORY FILE`, [`dump_links::write`]).
 
+mod begun_dump;
 pub mod check;
 pub mod checkpoint;
 pub mod conditions;

@@ -7,7 +7,8 @@
 //!  RUNTIME --root ROOT/NAMESPACE checkpoint FLAGS --leave-running ID
 //!     CRIU_CONFIG_FILE = <work>/criu.conf     what is no flag of this runtime
 //!         action-script <work>/dump.sh        exports the upperdir while CRIU's links are in it, and writes
-//!                                             down those in /dev/shm; holds the dump (dump_hold)
+//!                                             down those in /dev/shm; holds the dump (dump_hold), whose end
+//!                                             somebody waits for (begun_dump)
 //! ```
 //!
 //! Action scripts work beside the RPC that the runtimes use since CRIU 3.19.
@@ -18,6 +19,7 @@ use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use containerd_client::services::v1::Container as Record;
@@ -29,6 +31,7 @@ use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
 use transship_proto::runc_options::Options;
 use transship_sandbox::{RELEASE_COMMAND, criu_lock};
 
+use crate::begun_dump::BegunDump;
 use crate::dump_hold::DumpHold;
 use crate::error::{Context, Error, Result};
 
@@ -105,12 +108,12 @@ impl OciRuntime {
         self.name().starts_with("transship-")
     }
 
-    /// Dumps a container into `images` and leaves it as it is; `watched` tells CRIU
-    /// where the watched files are.
+    /// Begins to dump a container into `images`, and leaves it as it is; `watched` tells CRIU where the watched files are.
+    /// What is held waits for [`DumpHold::begin`].
     ///
     /// # Errors
-    /// What the runtime says; CRIU's log is in `work`.
-    pub async fn dump(
+    /// The runtime cannot be started.
+    pub async fn begin_dump(
         &self,
         id: &str,
         criu: &CriuOptions,
@@ -118,8 +121,8 @@ impl OciRuntime {
         watched: &[ConfigLine],
         export: Option<ExportInside<'_>>,
         hold: Option<&DumpHold>,
-    ) -> Result<()> {
-        // The container stands still: the runtime is asked only where its version matters.
+    ) -> Result<BegunDump> {
+        // The container may stand still: the runtime is asked only where its version matters.
         let help = match criu.depend_on_runtime() {
             true => self.checkpoint_help().await?,
             false => String::new(),
@@ -150,22 +153,12 @@ impl OciRuntime {
         command.arg("--work-path").arg(work).args(flags);
         command.args(["--leave-running", id]);
         command.env("CRIU_CONFIG_FILE", &config).kill_on_drop(true);
-        let output = self.output(&mut command).await?;
-        // A held one is given up at its end.
-        if !output.status.success() && !hold.is_some_and(DumpHold::has_ended_well) {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let last = said.lines().rfind(|line| !line.is_empty());
-            return Err(Error::failed(format!(
-                "{} cannot dump {id:?}: {}",
-                self.binary.display(),
-                last.unwrap_or("no reason")
-            )));
-        }
-        for path in [Some(config), scripted.then_some(script)] {
-            path.map_or(Ok(()), fs::remove_file)
-                .context("cannot remove the dump's configuration")?;
-        }
-        Ok(())
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        let runtime = command.spawn().with_context(|| self.cannot_be_run())?;
+        let files = [Some(config), scripted.then_some(script)];
+        let called = format!("{} cannot dump {id:?}", self.binary.display());
+        Ok(BegunDump::of(runtime, called, files))
     }
 
     /// Whether the container is paused; one that the runtime does not know is not.
@@ -281,8 +274,12 @@ impl OciRuntime {
     }
 
     async fn output(&self, command: &mut Command) -> Result<std::process::Output> {
-        let output = command.stdin(std::process::Stdio::null()).output().await;
-        output.with_context(|| format!("cannot run the OCI runtime {}", self.binary.display()))
+        let output = command.stdin(Stdio::null()).output().await;
+        output.with_context(|| self.cannot_be_run())
+    }
+
+    fn cannot_be_run(&self) -> String {
+        format!("cannot run the OCI runtime {}", self.binary.display())
     }
 }
 
@@ -306,12 +303,12 @@ fn write_script(
     let program = own_program().context("cannot find this program")?;
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let path = |path: &Path| quoted(&path.to_string_lossy());
-    let [ended, dumped, wait] = hold.map_or_else(
-        || ["exit 0".to_owned(), ":".to_owned(), "exit 0".to_owned()],
+    let [begin, ended, dumped, wait] = hold.map_or_else(
+        || ["exit 0", "exit 0", ":", "exit 0"].map(str::to_owned),
         |hold| hold.script_parts(path),
     );
     let mut text = format!(
-        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npost-dump) ;;\nstatus-ready) {ended} ;;\n*) exit 0 ;;\nesac\n"
+        "#!/bin/sh\ncase \"$CRTOOLS_SCRIPT_ACTION\" in\npre-dump) {begin} ;;\npost-dump) ;;\nstatus-ready) {ended} ;;\n*) exit 0 ;;\nesac\n"
     );
     if let Some((dir, to)) = export.and_then(|export| export.links) {
         text += &format!(

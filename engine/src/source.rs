@@ -6,69 +6,47 @@
 //!                                       thaw
 //! ```
 //!
-//! The dump and the export run side by side: both only need the container to stand still.
+//! The dump and the export (both in `dump`) run side by side: both only need the container to stand still. Runtime and CRIU may
+//! be started before.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 use containerd_client::services::v1::Container as Record;
 use containerd_client::types::v1::{Process, Status};
 use prost::Message;
-use serde::Deserialize;
 use transship_checkpoint::annotations::Annotations;
-use transship_checkpoint::container_log::keep as keep_log;
-use transship_checkpoint::cri_names::annotations::SANDBOX_ID;
-use transship_checkpoint::criu_log;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions, CriuOverrides};
 use transship_checkpoint::manifest::{
-    Container, DUMP_LOG_FILE, DUMP_STATS_FILE, Format, IMAGES_DIR, Image, Losses, Manifest,
-    NotRunning, Pod, ROOTFS_DIFF_FILE, RuntimeOptions, SHARED_FEATURE, SPEC_FILE, Shared, Source,
-    Stdio, check_name,
+    Container, Format, Image, Losses, Manifest, NotRunning, Pod, RuntimeOptions, SHARED_FEATURE,
+    Shared, Source, Stdio, check_name,
 };
 use transship_checkpoint::namespaces;
-use transship_checkpoint::shared_dirs::{LINKS_FILE, SharedDir};
 use transship_checkpoint::spec::Spec;
-use transship_checkpoint::task_attributes::{TASKS_FILE, TaskAttributes};
 use transship_containerd::Containerd;
 use transship_containerd::ResolvedImage;
-use transship_layer::{
-    ExportOptions, ExportStats, KnownContents, OverlayStack, export_upperdir_to_file,
-};
+use transship_layer::OverlayStack;
 use transship_proto::runc_options::Options;
 use transship_sandbox::admission::service_account;
 use transship_sandbox::criu_lock;
-use transship_sandbox::shared_dirs::shared_mounts;
 
 use crate::conditions::{self, Found, Needs, Subject};
 use crate::container_log;
 use crate::cri_record::{cri_kind, name_in_pod, pod_of};
-use crate::dump_hold::DumpHold;
-use crate::dumped_fifos;
 use crate::error::{Context, Error, Result};
-use crate::exported_layer::Layer;
 use crate::locks::{Lock, lock_for_dump};
-use crate::lost_watches;
-use crate::oci_runtime::{ExportInside, OciRuntime};
+use crate::oci_runtime::OciRuntime;
 use crate::overlay_mounts::overlay_stack;
 use crate::own_networks;
 use crate::reasons::Reasons;
-use crate::renamed_sockets::{self, Named};
-use crate::shim_options;
 use crate::stuck_dump;
-use crate::task_attributes;
 use crate::task_to_freeze::TaskToFreeze;
 use crate::thaw;
-use crate::timer_threads;
-use crate::wall_clock_timers::Expiries;
 
-/// How long a runtime may take to notice that its CRIU is gone.
-const END_PATIENCE: Duration = Duration::from_secs(10);
-/// What an export in the middle of a dump says, in the work directory.
-const FIGURES_FILE: &str = "export.json";
+mod dump;
+
+pub(crate) use dump::DumpOptions;
+pub use dump::{Dumped, losses};
 
 /// A running container and everything that a checkpoint of it needs to know.
 #[derive(Debug)]
@@ -418,331 +396,6 @@ impl SourceContainer {
             .sum();
         let usage = transship_layer::upperdir_usage(&self.stack.top)?;
         Ok(memory + usage.size)
-    }
-
-    /// The dump itself: by containerd, or past it when it cannot carry the options.
-    async fn run_criu(
-        &self,
-        node: &Containerd,
-        images: &Path,
-        work: &Path,
-        export_inside: Option<&Path>,
-        hold: Option<&DumpHold>,
-    ) -> Result<()> {
-        let criu = &self.container.criu;
-        if self.by_containerd && hold.is_none() {
-            let options = shim_options::checkpoint_options(criu, images, work);
-            return Ok(node.dump(self.id(), &options).await?);
-        }
-        let figures = work.join(FIGURES_FILE);
-        let shm = shm_of_pod(&self.spec)?;
-        let links = work.with_file_name(LINKS_FILE);
-        let export = export_inside.map(|to| ExportInside {
-            address: node.address(),
-            namespace: node.namespace(),
-            to,
-            figures: &figures,
-            links: shm.as_deref().map(|shm| (shm, links.as_path())),
-        });
-        self.runtime
-            .dump(self.id(), criu, (images, work), &self.watched, export, hold)
-            .await
-    }
-
-    /// Waits for a dump; one that makes no progress is ended, and so is what runs it.
-    async fn end_if_stuck(
-        &self,
-        run: impl Future<Output = Result<()>>,
-        dir: &Path,
-        patience: Duration,
-        hold: Option<&DumpHold>,
-    ) -> Result<()> {
-        tokio::pin!(run);
-        let waits = || hold.is_some_and(DumpHold::is_held);
-        tokio::select! {
-            done = &mut run => return done,
-            () = stuck_dump::no_progress(dir, patience, waits) => {}
-        }
-        let dir = dir.to_path_buf();
-        tokio::task::spawn_blocking(move || stuck_dump::end(&dir)).await?;
-        // The runtime has lost its CRIU and tells its caller; one that does not is left to itself.
-        drop(tokio::time::timeout(END_PATIENCE, run).await);
-        Err(Error::caused_by(StuckDump {
-            called: self.called.clone(),
-            seconds: patience.as_secs(),
-            stopped: self.stopped.clone(),
-        }))
-    }
-
-    /// Dumps the frozen container into its directory below `draft`.
-    ///
-    /// `pids` are all of its processes.
-    pub(crate) async fn dump(
-        &self,
-        node: &Containerd,
-        draft: &Path,
-        pids: &[u32],
-        options: DumpOptions<'_>,
-    ) -> Result<Dumped> {
-        let DumpOptions {
-            patience,
-            hold,
-            known,
-            fifos_elsewhere,
-        } = options;
-        let dir = draft.join(&self.container.name);
-        let images = dir.join(IMAGES_DIR);
-        let work = dir.join("work");
-        // Nobody else has anything in a draft: what is there already is somebody's trap.
-        for path in [&dir, &images, &work] {
-            fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
-        }
-        let spec = dir.join(SPEC_FILE);
-        fs::File::create_new(&spec)
-            .and_then(|mut file| file.write_all(&self.spec))
-            .with_context(|| format!("cannot write {}", spec.display()))?;
-        let frozen = pids.to_vec();
-        let attributes = tokio::task::spawn_blocking(move || task_attributes::read(&frozen));
-        let (attributes, changes) = tokio::join!(attributes, self.changes(pids));
-        if let [first, ..] = changes?.as_slice() {
-            let message = format!("{} has changed meanwhile: {}", self.called, first.line());
-            return Err(Error::refused(message));
-        }
-        let attributes = attributes?;
-        let finish = async || {
-            dumped_fifos::leave_out(&images, fifos_elsewhere.clone()).await?;
-            self.finish_images(&dir, pids, attributes.clone()).await
-        };
-        let diff = dir.join(ROOTFS_DIFF_FILE);
-        // A link that CRIU makes for a file without a name is there during the dump only.
-        let export_inside = self.container.criu.link_remap;
-        let export = (!export_inside).then(|| {
-            let (stack, diff) = (self.stack.clone(), diff.clone());
-            tokio::task::spawn_blocking(move || {
-                let began = Instant::now();
-                export(&stack, &diff, known).map(|stats| Layer {
-                    bytes: stats.bytes,
-                    took: began.elapsed(),
-                    losses: losses(&stats),
-                })
-            })
-        });
-        let started = Instant::now();
-        let export_to = export_inside.then_some(&*diff);
-        let run = self.run_criu(node, &images, &work, export_to, hold);
-        let run = self.end_if_stuck(run, &dir, patience, hold);
-        tokio::pin!(run);
-        let held = async {
-            match hold.filter(|_| !export_inside) {
-                Some(hold) => hold.dumped().await,
-                None => std::future::pending().await,
-            }
-        };
-        let figures = work.join(FIGURES_FILE);
-        let layer = async |took| match export {
-            Some(export) => export
-                .await
-                .context("the export of the upperdir panicked")?,
-            None => exported_inside(&diff, &figures, took),
-        };
-        let (dumped, finished) = tokio::select! {
-            biased;
-            dumped = &mut run => {
-                let layer = layer(started.elapsed()).await;
-                let finished = match (&dumped, layer) {
-                    (Ok(()), Ok(layer)) => finish().await.map(|()| layer),
-                    (_, layer) => layer,
-                };
-                (dumped, finished)
-            }
-            () = held => {
-                // While CRIU waits, and ends.
-                let finish = async {
-                    let layer = layer(started.elapsed()).await?;
-                    finish().await?;
-                    hold.into_iter().for_each(|hold| hold.complete(layer.clone()));
-                    Ok(layer)
-                };
-                tokio::join!(&mut run, finish)
-            }
-        };
-        let criu = started.elapsed();
-        let log = work.join(DUMP_LOG_FILE);
-        if let Err(error) = dumped {
-            let reason = criu_log::first_error_of(&log).ok().flatten();
-            let stuck = error.cause::<StuckDump>().is_some();
-            return Err(match reason.filter(|_| !stuck) {
-                Some(reason) => {
-                    let message = format!("CRIU cannot dump {:?}: {reason}", self.id());
-                    Error::failed(message).because(error)
-                }
-                None => error,
-            });
-        }
-        let upperdir = finished?;
-        // containerd 1.6 writes CRIU's log there only when runc keeps it; it is for people.
-        if log.try_exists().unwrap_or(false) {
-            fs::rename(&log, dir.join(DUMP_LOG_FILE)).context("cannot keep CRIU's log")?;
-        }
-        let stats = work.join(DUMP_STATS_FILE);
-        if stats.try_exists().unwrap_or(false) {
-            fs::rename(&stats, dir.join(DUMP_STATS_FILE)).context("cannot keep CRIU's figures")?;
-        }
-        fs::remove_dir_all(&work).context("cannot remove CRIU's work directory")?;
-        Ok(Dumped { criu, upperdir })
-    }
-
-    /// What is done to the images when CRIU has written them.
-    async fn changes(&self, pids: &[u32]) -> Result<Vec<Found>> {
-        let subject = Subject {
-            id: self.id().to_owned(),
-            init: self.pid,
-            pids: pids.to_vec(),
-            spec: Spec::parse(&self.spec).context("cannot read the spec again")?,
-            criu: self.container.criu.clone(),
-        };
-        conditions::changes_of_frozen(subject).await
-    }
-
-    async fn finish_images(
-        &self,
-        dir: &Path,
-        pids: &[u32],
-        (mut attributes, expiries): (TaskAttributes, Expiries),
-    ) -> Result<()> {
-        // Its last lines have had the time of the dump to get there.
-        if let Some(log) = &self.log
-            && let Err(error) = keep_log(log, dir)
-        {
-            let called = &self.called;
-            tracing::warn!(
-                "the log {} of {called} does not come along: {error}",
-                log.display()
-            );
-        }
-        let images = dir.join(IMAGES_DIR);
-        lost_watches::refuse(&images, &self.called).await?;
-        // By the times of the images, which nobody has changed yet.
-        expiries.tell_moments(&images, &mut attributes).await?;
-        timer_threads::translate(&images, pids).await?;
-        let attributes = attributes.to_json().context("cannot write of tasks")?;
-        fs::File::create_new(dir.join(TASKS_FILE))
-            .and_then(|mut file| file.write_all(&attributes))
-            .with_context(|| format!("cannot write {TASKS_FILE}"))?;
-        let container = Named {
-            pid: self.pid,
-            upperdir: self.stack.top.clone(),
-        };
-        renamed_sockets::rename(&images, container).await
-    }
-}
-
-/// `/dev/shm` of the sandbox, for a container of a pod.
-fn shm_of_pod(spec: &[u8]) -> Result<Option<PathBuf>> {
-    let spec = Spec::parse(spec).context("the spec is no OCI runtime spec")?;
-    let annotations = spec.annotations();
-    let Some(sandbox) = annotations.get(SANDBOX_ID) else {
-        return Ok(None);
-    };
-    let mut mounts = shared_mounts(&spec, sandbox).into_iter();
-    let shm = mounts.find(|mount| mount.dir == SharedDir::Shm);
-    Ok(shm.map(|mount| mount.source))
-}
-
-/// A dump that has been given up.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "the dump of {called} wrote nothing for {seconds} s and was ended{}",
-    because(stopped)
-)]
-struct StuckDump {
-    called: String,
-    seconds: u64,
-    stopped: Vec<String>,
-}
-
-fn because(stopped: &[String]) -> String {
-    match stopped {
-        [] => String::new(),
-        _ => format!(
-            "; it has stopped tasks, for which CRIU may wait for ever while the cgroup v1 freezer \
-             holds them (SIGCONT lets them go): {}",
-            stopped.join(", ")
-        ),
-    }
-}
-
-/// How a container is dumped.
-#[derive(Debug)]
-pub(crate) struct DumpOptions<'a> {
-    /// A dump that writes nothing for so long is ended.
-    pub(crate) patience: Duration,
-    /// With it the dump waits when the pages are all that is missing.
-    pub(crate) hold: Option<&'a DumpHold>,
-    /// What the layer need not have.
-    pub(crate) known: Option<Arc<KnownContents>>,
-    /// FIFOs of which another container's images have what lies in them.
-    pub(crate) fifos_elsewhere: BTreeSet<u32>,
-}
-
-/// What a dump has left in the draft.
-#[derive(Debug)]
-pub struct Dumped {
-    /// How long CRIU took.
-    pub criu: Duration,
-    /// The layer of the upperdir.
-    pub upperdir: Layer,
-}
-
-/// The layer that `transship snapshot export` has written in the middle of the dump.
-fn exported_inside(diff: &Path, figures: &Path, took: Duration) -> Result<Layer> {
-    #[derive(Deserialize)]
-    struct Figures {
-        #[serde(default)]
-        losses: Losses,
-    }
-    let metadata = fs::metadata(diff).with_context(|| format!("cannot find {}", diff.display()))?;
-    let said = fs::read_to_string(figures)
-        .with_context(|| format!("cannot read {}", figures.display()))?;
-    let Figures { losses } = serde_json::from_str(&said)
-        .with_context(|| format!("the export of the upperdir has failed: {}", said.trim()))?;
-    Ok(Layer {
-        bytes: metadata.len(),
-        took,
-        losses,
-    })
-}
-
-/// Who sends the files of the dump takes one that has its name for whole.
-fn export(
-    stack: &OverlayStack,
-    to: &Path,
-    known: Option<Arc<KnownContents>>,
-) -> Result<ExportStats> {
-    let part = to.with_extension("part");
-    let file =
-        fs::File::create_new(&part).with_context(|| format!("cannot make {}", part.display()))?;
-    let options = ExportOptions {
-        known,
-        beside_criu: true,
-        // Another container of the pod, which may run, reaches its files through /proc.
-        in_use: true,
-        ..ExportOptions::default()
-    };
-    let stats = export_upperdir_to_file(stack, &file, &options)
-        .with_context(|| format!("cannot export the upperdir {}", stack.top.display()))?;
-    fs::rename(&part, to).with_context(|| format!("cannot rename {}", part.display()))?;
-    Ok(stats)
-}
-
-/// What an export has left out, for the manifest.
-pub fn losses(stats: &ExportStats) -> Losses {
-    let paths = stats.noted_paths.iter();
-    Losses {
-        lower_links: stats.broken_lower_links,
-        inode_flags: stats.lost_inode_flags,
-        xattrs: stats.lost_xattrs,
-        examples: paths.map(|path| path.display().to_string()).collect(),
     }
 }
 

@@ -36,6 +36,7 @@ mod journey;
 mod kubernetes;
 mod lost_task;
 mod migration_address;
+mod migration_begun;
 mod migration_cut;
 mod migration_direct;
 mod migration_faults;
@@ -216,6 +217,7 @@ fn main() -> ExitCode {
         each(kubernetes::cases()),
         each(lost_task::cases()),
         each(migration_address::cases()),
+        each(migration_begun::cases()),
         each(migration_cut::cases()),
         each(migration_variants::cases()),
         each(migration_direct::cases()),

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -22,10 +22,11 @@ use super::dump_files::{DumpFiles, Next, There};
 use super::frozen_memory::FrozenMemory;
 use super::memory_images::{KnownMemory, by_pid_inside};
 use super::moving::Moving;
+use crate::begun_dump::BegunDump;
 use crate::dump_hold::DumpHold;
 use crate::dumped_fifos::DumpedFifos;
 use crate::error::{Context, Error, Result};
-use crate::frozen_pids::pids_of_frozen;
+use crate::frozen::Pids;
 use crate::machine::at_once;
 use crate::process_files;
 use crate::source::{DumpOptions, Dumped};
@@ -48,6 +49,54 @@ pub(super) struct KnownBefore {
     /// In the order of the containers.
     pub(super) containers: Vec<Known>,
     pub(super) volumes: BTreeMap<SharedDir, Arc<KnownContents>>,
+}
+
+/// The dumps that wait for the freeze, in the order of the containers. Dropped, those that have not gone on end without having
+/// touched a task.
+#[derive(Debug, Default)]
+pub(super) struct BegunDumps(Vec<Option<(DumpHold, BegunDump)>>);
+
+impl BegunDumps {
+    /// Begins those whose memory is read in the processes, as many as are made at once.
+    ///
+    /// # Errors
+    /// One of them fails already, or takes longer than `patience`.
+    pub(super) async fn begin(
+        node: &Containerd,
+        moving: &Arc<Moving>,
+        known: &KnownBefore,
+        draft: &Path,
+        patience: Duration,
+    ) -> Result<Self> {
+        let mut begins = JoinSet::new();
+        for (at, known) in known.containers.iter().enumerate().take(at_once()) {
+            if known.memory.is_none() {
+                continue;
+            }
+            let (node, moving, draft) = (node.clone(), Arc::clone(moving), draft.to_path_buf());
+            begins.spawn(async move {
+                let source = &moving.containers[at];
+                let hold = DumpHold::make(&draft, &source.container.name)?;
+                let begun = source.begin_dump(&node, &draft, &hold, patience).await;
+                let begun = begun.map_err(|error| source.cannot_be_dumped(error))?;
+                Ok::<_, Error>((at, (hold, begun)))
+            });
+        }
+        let mut all: Vec<_> = known.containers.iter().map(|_| None).collect();
+        while let Some(begun) = begins.join_next().await {
+            let (at, begun) = begun??;
+            all[at] = Some(begun);
+        }
+        Ok(Self(all))
+    }
+}
+
+/// What is known and has begun when all that moves stands still.
+#[derive(Debug)]
+pub(super) struct ToDump {
+    pub(super) known: KnownBefore,
+    pub(super) begun: BegunDumps,
+    pub(super) pids: Pids,
 }
 
 /// All of it, in the order in which it is looked at for what can be sent.
@@ -73,6 +122,15 @@ pub(super) struct Part {
     pids: Vec<u32>,
     /// FIFOs of which an earlier part has what lies in them.
     fifos_elsewhere: BTreeSet<u32>,
+    /// Its dump, if that waits for its turn.
+    begun: Mutex<Option<BegunDump>>,
+}
+
+impl Part {
+    fn take_begun(&self) -> Option<BegunDump> {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        begun.take()
+    }
 }
 
 impl DumpParts {
@@ -80,20 +138,24 @@ impl DumpParts {
     /// but [`Self::release_holds`].
     ///
     /// # Errors
-    /// The answer of containerd, or a hold cannot be made.
-    pub(super) async fn of(
-        node: &Containerd,
+    /// A hold cannot be made.
+    pub(super) fn of(
         moving: &Moving,
-        known: KnownBefore,
+        ToDump {
+            known,
+            begun,
+            pids: frozen,
+        }: ToDump,
         draft: &Path,
         is_late: bool,
     ) -> Result<Self> {
         let mut parts = Vec::new();
+        let mut all_begun = begun.0.into_iter();
         let mut fifos = DumpedFifos::default();
         let is_alone = moving.containers.len() == 1;
         for (source, known) in moving.containers.iter().zip(known.containers) {
             let container = &source.container;
-            let pids = pids_of_frozen(node, &source.runtime, source.id()).await?;
+            let pids = frozen.of(source.id()).to_vec();
             // CRIU writes beside who sends what it has written; who finds out what is new reads the processes.
             let processes = || by_pid_inside(source.pid, &pids);
             let memory = known.memory.map(|known| match known.has_rounds() {
@@ -101,9 +163,10 @@ impl DumpParts {
                 true => FrozenMemory::of(known, processes()),
                 false => FrozenMemory::unsent(known, processes()),
             });
-            let hold = match &memory {
-                Some(_) => Some(DumpHold::make(draft, &container.name)?),
-                None => None,
+            let (hold, begun) = match (all_begun.next().flatten(), &memory) {
+                (Some((hold, begun)), _) => (Some(hold), Some(begun)),
+                (None, Some(_)) => (Some(DumpHold::make(draft, &container.name)?), None),
+                (None, None) => (None, None),
             };
             let shares = memory.as_ref().map_or(0, FrozenMemory::shares);
             let dir = draft.join(&container.name);
@@ -123,6 +186,7 @@ impl DumpParts {
                     false => fifos.add(source.pid, &pids),
                 },
                 pids,
+                begun: Mutex::new(begun),
             });
         }
         if moving.pod.is_some() {
@@ -135,6 +199,7 @@ impl DumpParts {
                 contents: None,
                 pids: Vec::new(),
                 fifos_elsewhere: BTreeSet::new(),
+                begun: Mutex::default(),
             });
         }
         Ok(Self {
@@ -396,21 +461,14 @@ impl AllDumps {
         let options = DumpOptions {
             patience: self.patience,
             hold: part.files.hold(),
+            begun: part.take_begun(),
             known: part.contents.clone(),
             fifos_elsewhere: part.fifos_elsewhere.clone(),
         };
         let dumped = source.dump(&self.node, &self.draft, &part.pids, options);
         let dumped = dumped.await;
         part.files.ended(dumped.is_ok());
-        dumped.map_err(|error| match self.moving.pod {
-            // The pod's name of it says more than its id.
-            Some(_) => {
-                let name = &source.container.name;
-                let message = format!("the pod's container {name:?} cannot be dumped");
-                Error::failed(message).because(error)
-            }
-            None => error,
-        })
+        dumped.map_err(|error| source.cannot_be_dumped(error))
     }
 }
 
@@ -431,6 +489,7 @@ mod tests {
                 contents: None,
                 pids: Vec::new(),
                 fifos_elsewhere: BTreeSet::new(),
+                begun: Mutex::default(),
             }
         };
         let parts = DumpParts {

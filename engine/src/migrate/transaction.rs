@@ -22,7 +22,7 @@ use transship_sandbox::opened::{Holds, InMemory};
 use super::before_restore;
 use super::commit_guard::CommitGuard;
 use super::dump_files::Next;
-use super::dump_parts::{DumpParts, Dumping, KnownBefore, PartDump};
+use super::dump_parts::{BegunDumps, DumpParts, Dumping, KnownBefore, PartDump, ToDump};
 use super::late_pages::{NOT_DIRECT, PageServer};
 use super::moving::Moving;
 use super::record::{Pending, Record};
@@ -136,6 +136,9 @@ impl Transaction<'_> {
         })?;
         self.interrupt.check()?;
         check_no_other_runs(self.node, self.moving).await?;
+        let begun = self.begin_dumps(&draft, &known).await.map_err(|error| {
+            Error::failed(format!("{} runs on here as before", self.moving.called())).because(error)
+        })?;
         // It looks for a record, which is not there before `Commit`.
         self.guard = Some(CommitGuard::start(self.node, self.store, &self.pending)?);
         let frozen = match self.freeze(&draft).await {
@@ -149,7 +152,12 @@ impl Transaction<'_> {
         let most = self.request.max_freeze;
         let since = frozen.since();
         self.timeline.freeze(since.into_std());
-        if let Err(error) = at_most(most, since, self.move_and_record(&draft, known)).await {
+        let to_dump = ToDump {
+            known,
+            begun,
+            pids: frozen.pids().clone(),
+        };
+        if let Err(error) = at_most(most, since, self.move_and_record(&draft, to_dump)).await {
             self.end_late_pages(true).await;
             frozen.wait_for_dump().await;
             let error = self.take_back_network(error).await;
@@ -162,6 +170,18 @@ impl Transaction<'_> {
         }
         // From here on nobody else may decide that the source runs.
         self.commit(frozen.commit()).await
+    }
+
+    /// Starts the runtimes and CRIU, which wait for the freeze.
+    async fn begin_dumps(&self, draft: &Draft, known: &KnownBefore) -> Result<BegunDumps> {
+        let patience = self.request.dump_patience;
+        let begun = BegunDumps::begin(self.node, self.moving, known, draft.dir(), patience);
+        let begun = tokio::select! {
+            begun = begun => begun,
+            signal = self.interrupt.wait() => Err(signal.into()),
+        };
+        // Ctrl-C ends the runtimes as well.
+        begun.or_else(|error| Err(self.interrupt.check().err().map_or(error, Error::from)))
     }
 
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {
@@ -178,8 +198,8 @@ impl Transaction<'_> {
         Frozen::freeze_marked(self.node, tasks, draft, bounds, mark.as_ref()).await
     }
 
-    async fn move_and_record(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
-        self.move_frozen(draft, known).await?;
+    async fn move_and_record(&mut self, draft: &Draft, to_dump: ToDump) -> Result<()> {
+        self.move_frozen(draft, to_dump).await?;
         if let Some(late) = &mut self.late {
             late.freeze_again(self.moving).await?;
         }
@@ -428,12 +448,12 @@ impl Transaction<'_> {
     }
 
     /// Everything that happens while the source stands still and can still go on.
-    async fn move_frozen(&mut self, draft: &Draft, known: KnownBefore) -> Result<()> {
+    async fn move_frozen(&mut self, draft: &Draft, to_dump: ToDump) -> Result<()> {
         let from = self.timeline.now();
         let (node, moving) = (self.node, self.moving);
         self.progress.bytes("dump and transfer", self.estimate);
         let is_late = self.request.is_lazy;
-        let parts = DumpParts::of(node, moving, known, draft.dir(), is_late).await?;
+        let parts = DumpParts::of(moving, to_dump, draft.dir(), is_late)?;
         let parts = Arc::new(parts);
         let patience = self.request.dump_patience;
         let mut dumps = Dumping::begin(node, moving, draft.dir(), &parts, patience);
