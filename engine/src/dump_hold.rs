@@ -183,7 +183,8 @@ impl DumpHold {
         let file = |name| quoted(&self.dir.join(name));
         [
             format!(
-                ": >{}; flock -s {} test -e {} || kill -KILL \"$PPID\"; exit 0",
+                // `:` would end the shell where it cannot make the file.
+                "true >{}; flock -s {} test -e {} || kill -KILL \"$PPID\"; exit 0",
                 file("ready"),
                 file("begin"),
                 file("frozen")

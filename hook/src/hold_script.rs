@@ -41,6 +41,7 @@ use transship_checkpoint::criu_options::{ConfigLine, ConfigLineError};
 
 use crate::descendants::{Process, stop_tree, tree};
 use crate::freezer::Freezer;
+use crate::front::tell_first_task;
 use crate::own_networks;
 
 /// The front's name as this program.
@@ -85,7 +86,7 @@ fn socket(work: &File) -> PathBuf {
 
 /// Does as the guard what a program asks for. What goes wrong when the tasks are to be held that one does not hear of, and
 /// waits.
-pub(crate) fn answer(asked: &UnixListener) -> io::Result<()> {
+pub(crate) fn answer(asked: &UnixListener, work: &Path) -> io::Result<()> {
     let (mut program, _) = asked.accept()?;
     let (mut what, mut root) = ([0; 1], [0; 4]);
     program.read_exact(&mut what)?;
@@ -93,6 +94,8 @@ pub(crate) fn answer(asked: &UnixListener) -> io::Result<()> {
     let (guard, root) = (std::process::id().cast_signed(), i32::from_le_bytes(root));
     match what {
         [MOVE_HELPERS] => {
+            // Whoever waits for it waits for the end of the restore otherwise.
+            drop(tell_first_task(work, root));
             // What it does not do `pre-resume` does.
             thread::spawn(move || tree(root).and_then(|tasks| move_helpers(guard, &tasks)));
             Ok(())
@@ -266,7 +269,7 @@ mod tests {
         let asked = guard(dir.path()).unwrap().unwrap();
         is_stopped(|root| {
             thread::scope(|scope| {
-                scope.spawn(|| answer(&asked).unwrap());
+                scope.spawn(|| answer(&asked, dir.path()).unwrap());
                 ask(&program, root);
             });
         });

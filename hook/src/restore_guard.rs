@@ -37,8 +37,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use transship_sandbox::TaskStat;
 
 use crate::descendants::{children, kill_below, work_done};
+use crate::front::first_task;
 use crate::hold_script;
 use crate::killed_restore;
 use crate::restore_log::RESTORE_LOG;
@@ -104,7 +106,7 @@ pub fn serve(args: &[OsString]) -> io::Result<u8> {
         }
         End::Deserted => 1,
     };
-    kill_all(own);
+    kill_all(own, work);
     killed_restore::clean_up(work, Path::new(bundle), Path::new(images));
     Ok(code)
 }
@@ -190,7 +192,7 @@ fn watch(
             && ends[2].any() == Some(true)
         {
             // Who asks waits until the tasks are held.
-            drop(hold_script::answer(asked));
+            drop(hold_script::answer(asked, work));
         }
         if let Some(status) = child.try_wait()? {
             return Ok(End::Done(exit_code(status)));
@@ -216,18 +218,27 @@ fn end_below(runtime: &mut Child) {
     }
 }
 
-/// Kills everything below this process, also what comes to be there by the death of another.
-fn kill_all(own: i32) {
+/// Kills everything below this process, also what comes to be there by the death of another. A first task that its shim
+/// has heard of is left to that one, which is told of its end by nobody but the kernel.
+fn kill_all(own: i32, work: &Path) {
     let deadline = Instant::now() + LAST_PATIENCE;
+    let of_shim = first_task(work);
     loop {
         // What cannot be listed cannot be killed; the next round may.
         drop(kill_below(own, &[]));
-        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
-            if status == WaitStatus::StillAlive {
-                break;
-            }
-        }
-        if children(own).is_ok_and(|left| left.is_empty()) || Instant::now() > deadline {
+        let mut left = children(own);
+        left.iter_mut().for_each(|left| {
+            left.retain(|pid| {
+                if of_shim == Some(*pid) {
+                    return TaskStat::of(format!("/proc/{pid}"))
+                        .is_ok_and(|stat| stat.state() != 'Z');
+                }
+                let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+                let ended = waitpid(nix::unistd::Pid::from_raw(*pid), Some(flags));
+                matches!(ended, Ok(WaitStatus::StillAlive))
+            })
+        });
+        if left.is_ok_and(|left| left.is_empty()) || Instant::now() > deadline {
             return;
         }
         std::thread::sleep(Duration::from_millis(2));

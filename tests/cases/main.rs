@@ -60,6 +60,7 @@ mod package_registry;
 mod package_sealed;
 mod pod_refusals;
 mod pods;
+mod pods_aside;
 mod pods_begun;
 mod pods_closed;
 mod pods_fifo;
@@ -245,6 +246,7 @@ fn main() -> ExitCode {
         each(pods_closed::cases()),
         each(pods_fifo::cases()),
         each(pods_memory::cases()),
+        each(pods_aside::cases()),
         each(pods_begun::cases()),
         each(pods_kubelet::cases()),
         each(pods_ordinary::cases()),

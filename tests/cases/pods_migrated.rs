@@ -25,7 +25,8 @@ const FRONT: &str = "/usr/local/lib/paced/transship-runc";
 /// The moments of the front.
 const MOMENTS: &str = r#"    # The second of the three.
     *" create "*)
-        held=$(ls /run/transship/pods/*/restore/*/holder 2>/dev/null | wc -l)
+        # One whose `create` has answered may still be restored.
+        held=$(grep -ls ^held /run/transship/pods/*/restore/*/state | wc -l)
         [ "$held" = 0 ] || stop_at create
         /usr/local/bin/transship-runc "$@" || exit
         [ "$held" != 2 ] || stop_at held

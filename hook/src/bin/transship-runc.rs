@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use transship_checkpoint::store::Store;
 use transship_hook::argv::Invocation;
 use transship_hook::front::{
-    Environment, HOLD_WATCH_ROLE, MEMORY_FILL_ROLE, Outcome, serve, serve_memory_fill, serve_watch,
+    CREATE_ASIDE_ROLE, Environment, HOLD_WATCH_ROLE, MEMORY_FILL_ROLE, Outcome, serve, serve_aside,
+    serve_memory_fill, serve_watch,
 };
 use transship_hook::runtime::{
     CRIU_CONFIG_VARIABLE, Runtime, RuntimeError, SUPERVISED, SUPERVISED_APART, exec_supervised,
@@ -78,7 +79,12 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    match serve(&env, Invocation::read(args)) {
+    let is_aside = args.first().is_some_and(|first| first == CREATE_ASIDE_ROLE);
+    let outcome = match is_aside {
+        true => serve_aside(&env, args.split_off(1)),
+        false => serve(&env, Invocation::read(args)),
+    };
+    match outcome {
         Outcome::Exec(args) => fail(&env.runtime.exec(&args, None)),
         Outcome::ExecWithCriuConfig(args, config) => fail(&env.runtime.exec(&args, Some(&config))),
         Outcome::Exit(code) => ExitCode::from(code),

@@ -57,6 +57,9 @@ impl Front<'_> {
             bundle.replace_config(&config.spec)?;
             return Ok(None);
         }
+        if self.may_create_aside(&create.id, &config)? {
+            return self.create_aside(create, &bundle);
+        }
         self.begin_as_the_sandbox(&create.id, &mut config, &bundle);
         let cold_start = config.annotations.on_failure == OnFailure::ColdStart;
         let found = self.find_fitting_beginning(&create.id, &config, &bundle);

@@ -8,7 +8,7 @@ use transship_sandbox::forgotten_bundle::kill_who_works_in;
 use transship_sandbox::{PodDir, State};
 
 use super::bundle::{Bundle, Phase};
-use super::{Front, FrontError, Outcome};
+use super::{Front, FrontError, Outcome, create_aside};
 use crate::killed_restore::remove_roots_of_mounts;
 use crate::own_networks;
 use crate::restore_guard;
@@ -25,6 +25,7 @@ impl Front<'_> {
             }
             return Ok(None);
         };
+        create_aside::end(&bundle.path("work"));
         let mut marker = bundle.marker()?;
         if let Some(marker) = marker.as_mut().filter(|it| it.stands_still()) {
             marker.phase = Phase::Held;

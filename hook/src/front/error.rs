@@ -339,6 +339,14 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
+    /// A restore of which `create` has not heard that it failed.
+    #[error("{id:?} was not restored, and cannot be started")]
+    FailedAside {
+        /// The container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The same, of which `create` has not heard.
     #[error("{id:?} was restored without its memory, and cannot be started")]
     NotFilled {

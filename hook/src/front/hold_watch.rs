@@ -236,5 +236,11 @@ pub fn serve_watch(env: &Environment, args: Vec<OsString>) -> Result<(), FrontEr
         return Ok(());
     };
     let globals = &call.globals;
-    Front { env, globals }.watch(create, &work, !said.is_empty())
+    let is_aside = true;
+    let front = Front {
+        env,
+        globals,
+        is_aside,
+    };
+    front.watch(create, &work, !said.is_empty())
 }

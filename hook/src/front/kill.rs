@@ -13,7 +13,7 @@ use serde::Deserialize;
 use transship_sandbox::{KnownProcess, TaskStat};
 
 use super::bundle::Phase;
-use super::{Front, FrontError, Outcome};
+use super::{Front, FrontError, Outcome, create_aside};
 use crate::descendants::{Process, kill_if_same};
 use crate::freezer::Freezer;
 
@@ -22,7 +22,11 @@ impl Front<'_> {
         if !is_kill(signal) {
             return Ok(None);
         }
-        if let Some(bundle) = self.bundle_of(id)
+        let bundle = self.bundle_of(id);
+        if let Some(bundle) = &bundle {
+            create_aside::end(&bundle.path("work"));
+        }
+        if let Some(bundle) = bundle
             && let Some(mut marker) = bundle.marker()?
         {
             if marker.stands_still() {

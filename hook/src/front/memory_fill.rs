@@ -6,8 +6,7 @@
 //!    ├─ front of `create` of b ...     begins now: a shim of a pod takes one Create after the other
 //!    └─ front of `start` of a          waits for the fill
 //!
-//!  <work>/memory-fill    locked (flock) by the fill as long as it lives; its mtime is that of the last piece that was put
-//!                        in; removed when all is; else it says why not
+//!  <work>/memory-fill    as in `aside`
 //!  stdin of the fill     JSON: Filling
 //! ```
 //!
@@ -18,17 +17,15 @@ use std::io::{self, Read, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use rustix::process::setpriority_process;
 use serde::{Deserialize, Serialize};
 use transship_checkpoint::criu_images::memory_apart::{HandedOver, MemoryApart};
 use transship_path_error::{During as _, PathError};
 
 use super::apart_memory::put_in;
+use super::aside;
 use crate::one_line;
 use crate::start_time::check_same;
 
@@ -38,9 +35,6 @@ const FILE: &str = "memory-fill";
 /// One container after the other is restored, and that takes the time: who restores gets three times of what the fill gets
 /// of a processor.
 const NICENESS: i32 = 5;
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
-/// Of what it says, at most.
-const REASON_LIMIT: u64 = 4096;
 
 /// What it is told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -118,46 +112,17 @@ pub(super) fn is_begun(work: &Path) -> bool {
 /// # Errors
 /// It is not, and why; or the container has ended; or nothing more of it comes for `patience`.
 pub(super) fn wait(work: &Path, root: (i32, u64), patience: Duration) -> io::Result<()> {
-    let path = work.join(FILE);
-    let mut file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        file => file?,
-    };
-    let (mut seen, mut since) = (file.metadata()?.modified()?, Instant::now());
-    let mut locked = loop {
-        match Flock::lock(file, FlockArg::LockSharedNonblock) {
-            Ok(locked) => break locked,
-            Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,
-            Err((_, errno)) => return Err(errno.into()),
-        }
-        check_same(root.0, root.1)?;
-        let now = file.metadata()?.modified()?;
-        if now != seen {
-            (seen, since) = (now, Instant::now());
-        }
-        if since.elapsed() > patience {
-            let seconds = patience.as_secs();
-            let message = format!("nothing more of it has come for {seconds} s");
-            return Err(io::Error::other(message));
-        }
-        thread::sleep(LOOK_AGAIN);
-    };
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        found => {
-            found?;
-            let mut reason = String::new();
-            let said = Read::by_ref(&mut *locked).take(REASON_LIMIT);
-            drop({ said }.read_to_string(&mut reason));
-            let killed = "who puts it in was killed";
-            let reason = Some(reason).filter(|it| !it.is_empty());
-            Err(io::Error::other(reason.unwrap_or_else(|| killed.into())))
-        }
-    }
+    let killed = "who puts it in was killed";
+    let look = || check_same(root.0, root.1);
+    aside::wait(&work.join(FILE), killed, look, Some(patience))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
+    use nix::fcntl::{Flock, FlockArg};
+
     use super::*;
     use crate::start_time::start_time;
 

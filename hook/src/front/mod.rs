@@ -12,7 +12,8 @@
 //!    │             │               open_files   what they have open
 //!    │             │               apart_memory, shm_attach, task_attributes   what CRIU has not restored
 //!    │             ├─────────────> hold_watch   ends it when nobody starts it
-//!    │             └─────────────> memory_fill  puts memory in while the next one of its pod is restored
+//!    │             └─────────────> memory_fill  puts memory in while the next one of its pod is restored (aside)
+//!    ├──────> create_aside         the same while the next one of its pod is restored
 //!    └──────> the runtime, untouched      late_annotations   what the sandbox was told counts
 //!  run ──> refused where `create` would have something to do
 //!  start ──> lets a held restore go;  kill ──> ends it;  delete ──> takes away what it left
@@ -22,11 +23,13 @@
 
 mod admission;
 mod apart_memory;
+mod aside;
 mod beginning;
 mod bundle;
 mod canonical_tar;
 mod checkpoint;
 mod create;
+mod create_aside;
 mod criu_config;
 mod delete;
 mod done;
@@ -70,6 +73,8 @@ use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::forgotten_bundle::unmount_yards;
 use transship_sandbox::unmount_all;
 
+pub use create_aside::{ROLE as CREATE_ASIDE_ROLE, serve_aside};
+pub(crate) use create_aside::{first_task, tell_first_task};
 pub use error::{FitError, FrontError, RestoreError, RootfsError};
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
 pub use memory_fill::{ROLE as MEMORY_FILL_ROLE, serve as serve_memory_fill};
@@ -157,6 +162,8 @@ fn lazy_error(what: String) -> FrontError {
 struct Front<'a> {
     env: &'a Environment,
     globals: &'a Globals,
+    /// Whether it works for another one, which answers.
+    is_aside: bool,
 }
 
 /// Does what the arguments say, up to the point where the real runtime takes over.
@@ -165,6 +172,7 @@ pub fn serve(env: &Environment, call: Invocation) -> Outcome {
     let front = Front {
         env,
         globals: &call.globals,
+        is_aside: false,
     };
     // The streams of create and restore are the container's own.
     let mut streams_are_ours = true;

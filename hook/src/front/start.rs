@@ -14,7 +14,7 @@ use transship_path_error::During as _;
 use super::bundle::{Bundle, Marker, Phase};
 use super::held::{Hold, release};
 use super::tell::Event;
-use super::{FitError, Front, FrontError, Outcome, RestoreError, memory_fill};
+use super::{FitError, Front, FrontError, Outcome, RestoreError, create_aside, memory_fill};
 use crate::start_time::is_same;
 use crate::{own_networks, restore_guard};
 
@@ -23,6 +23,8 @@ impl Front<'_> {
         let Some(bundle) = self.bundle_of(id) else {
             return Ok(None);
         };
+        let work = bundle.path("work");
+        create_aside::wait(&work).map_err(|source| create_aside::failed(id, source))?;
         let Some(marker) = bundle.marker()? else {
             return Ok(None);
         };
@@ -33,7 +35,6 @@ impl Front<'_> {
             return Ok(None);
         }
         // The watch of the hold ends what is not started in time: it or this.
-        let work = bundle.path("work");
         let _lock = restore_guard::lock(&work).during("lock", &work)?;
         let Some(mut marker) = bundle.marker()? else {
             return Ok(None);
