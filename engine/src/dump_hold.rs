@@ -183,8 +183,9 @@ impl DumpHold {
         let file = |name| quoted(&self.dir.join(name));
         [
             format!(
-                // `:` would end the shell where it cannot make the file.
-                "true >{}; flock -s {} test -e {} || kill -KILL \"$PPID\"; exit 0",
+                // `:` would end the shell where it cannot make the file. Who has started it may have ended meanwhile.
+                "true >{}; flock -s {} test -e {} && exit 0; set -- $(cat /proc/$$/stat); \
+                 [ \"$4\" != $PPID ] || ! grep -qx criu /proc/$PPID/comm || kill -KILL $PPID; exit 1",
                 file("ready"),
                 file("begin"),
                 file("frozen")

@@ -174,7 +174,8 @@ impl Frozen {
                 pids,
                 ..frozen
             }),
-            Err(error) => Err(frozen.thaw_after(error).await),
+            // No dump has begun: one that waits for this freeze has touched nothing, and is not waited for.
+            Err(error) => Err(frozen.thaw_because(error).await),
         }
     }
 
@@ -212,6 +213,10 @@ impl Frozen {
     /// error; if something is still paused, that it is, with the error as the cause.
     pub async fn thaw_after(self, error: Error) -> Error {
         self.wait_for_dump().await;
+        self.thaw_because(error).await
+    }
+
+    async fn thaw_because(self, error: Error) -> Error {
         match self.thaw().await {
             Ok(()) => error,
             Err(paused) => paused.after(error),

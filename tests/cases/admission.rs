@@ -150,8 +150,7 @@ fn forged_images_are_refused(bed: &Testbed) -> anyhow::Result<()> {
         ..PLAIN
     };
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     for (forgery, said) in FORGERIES {
         forge(&node, forgery)?;
         refused(&node, &cri, &container, said).with_context(|| (*forgery).to_owned())?;
@@ -171,6 +170,13 @@ fn forged_images_are_refused(bed: &Testbed) -> anyhow::Result<()> {
         "{status}"
     );
     Ok(())
+}
+
+/// Keeps the checkpoint as it is, for [`forge`].
+pub(crate) fn keep_honest(node: &Node) -> anyhow::Result<()> {
+    Ok(node
+        .shell(&format!("cp -a {STORE}/web {STORE}/honest"))
+        .run()?)
 }
 
 /// Puts a forged copy of the honest checkpoint in its place: as if its sender had written it so, with

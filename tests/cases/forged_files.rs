@@ -7,7 +7,7 @@ use transship_testbed::{
 };
 
 use crate::Case;
-use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared};
+use crate::admission::{PLAIN, RESTORE, checkpoint, forge, keep_honest, prepared};
 use crate::forged_names::HELP;
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
@@ -113,8 +113,7 @@ fn forged_files_are_refused(bed: &Testbed) -> anyhow::Result<()> {
         ..PLAIN
     };
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     for (forgery, said) in FORGERIES {
         let what = || (*forgery).to_owned();
         forge(&node, &format!("{HELP}{SOCKETS}{forgery}")).with_context(what)?;

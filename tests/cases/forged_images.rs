@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
 
 use crate::Case;
-use crate::admission::{CACHE, PLAIN, RESTORE, STORE, checkpoint, forge, prepared};
+use crate::admission::{CACHE, PLAIN, RESTORE, checkpoint, forge, keep_honest, prepared};
 use crate::forged_files::SOCKETS;
 use crate::forged_names::HELP;
 
@@ -187,8 +187,7 @@ s.bind(\"/var/lib/vol/listens\"); time.sleep(3600)' >/dev/null 2>&1 &
     )
     .run()?;
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let mut wrong = Vec::new();
     for (forgery, said) in FORGERIES {
         let what = || (*forgery).to_owned();

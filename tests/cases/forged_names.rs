@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
 
 use crate::Case;
-use crate::admission::{CACHE, PLAIN, RESTORE, STORE, checkpoint, forge, prepared, refused};
+use crate::admission::{CACHE, PLAIN, RESTORE, checkpoint, forge, keep_honest, prepared, refused};
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     let on_forky = |what, run| Case {
@@ -171,8 +171,7 @@ fn forged_names_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     node.shell("echo secret >/root/secret; echo precious >/var/lib/cache/precious")
         .run()?;
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     for (forgery, said) in FORGERIES {
         let forged = forge(&node, &format!("{HELP}{forgery}"));
         forged.with_context(|| (*forgery).to_owned())?;

@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
 
 use crate::Case;
-use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared, refused};
+use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, keep_honest, prepared, refused};
 use crate::crun::node_with_crun;
 use crate::forged_names::HELP;
 use crate::package_image::{NODE_CONFIG, PUBLIC_KEY};
@@ -114,8 +114,7 @@ fn forged_opens_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     node.shell("mkfifo /root/fifo; mknod /root/disk b 7 0")
         .run()?;
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let mut let_in = Vec::new();
     for (forgery, said) in FORGERIES {
         let forged = forge(&node, &format!("{HELP}{OPENS}{forgery}"));
@@ -163,8 +162,7 @@ fn modes_are_for_users(bed: &Testbed) -> anyhow::Result<()> {
         ..PLAIN
     };
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let container = PodContainer {
         security: PodSecurity {
             user: Some(1000),
@@ -196,8 +194,7 @@ fn devices_of_nobody_are_refused(bed: &Testbed) -> anyhow::Result<()> {
         ..PLAIN
     };
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let annotations = [RESTORE, ("dev.transship/manage-cgroups-mode", "ignore")];
     // The control of loop devices, which exists in every kernel of the tests, and a device that everybody may have.
     for (minor, said) in [
@@ -245,8 +242,7 @@ fn nobody_lets_it_go_on(bed: &Testbed) -> anyhow::Result<()> {
     node.shell("transship checkpoint --pod shop/web --name web")
         .run()?;
     cri.remove_pod(&pod)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let opens = "opens_by_link('/proc/self/fd/121/1/root/root/secret')";
     forge(&node, &format!("{HELP}{OPENS}{opens}"))?;
     let pod = cri.run_pod(("shop", "thief"), &[RESTORE], shared)?;

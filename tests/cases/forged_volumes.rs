@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 use transship_testbed::{CommandRun as _, PodContainer, PodNamespaces, PodSecurity, Testbed, Tree};
 
 use crate::Case;
-use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, prepared, refused};
+use crate::admission::{PLAIN, RESTORE, STORE, checkpoint, forge, keep_honest, prepared, refused};
 use crate::crun::node_with_crun;
 use crate::forged_files::SOCKETS;
 use crate::forged_names::HELP;
@@ -151,8 +151,7 @@ fn forged_owners_are_refused(bed: &Testbed) -> anyhow::Result<()> {
     .run()?;
     let before = node.shell(states).read()?;
     checkpoint(&node, &cri, &container)?;
-    node.shell(&format!("cp -a {STORE}/web {STORE}/honest"))
-        .run()?;
+    keep_honest(&node)?;
     let mut let_in = Vec::new();
     for (forgery, said) in FORGERIES {
         let forged = forge(&node, &format!("{HELP}{SOCKETS}{TERMINAL}{forgery}"));

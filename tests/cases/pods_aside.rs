@@ -15,6 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const THIRD: PodContainer<'static> = PodContainer {
     name: "third",
     command: &["/usr/bin/counter", "--memory-mb", "1", "--port", "7002"],
+    // Its `create` answers when it is restored.
+    tty: true,
     ..FIRST
 };
 /// Who is killed, by its command line.

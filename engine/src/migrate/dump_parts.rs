@@ -84,8 +84,13 @@ impl BegunDumps {
         }
         let mut all: Vec<_> = known.containers.iter().map(|_| None).collect();
         while let Some(begun) = begins.join_next().await {
-            let (at, begun) = begun??;
-            all[at] = Some(begun);
+            match begun.map_err(Error::from).flatten() {
+                Ok((at, begun)) => all[at] = Some(begun),
+                Err(error) => {
+                    begins.shutdown().await;
+                    return Err(error);
+                }
+            }
         }
         Ok(Self(all))
     }
@@ -281,6 +286,14 @@ pub(super) struct PartDump {
     /// When it began, after the first one.
     pub(super) after: Duration,
     pub(super) dumped: Dumped,
+}
+
+impl Drop for Dumping {
+    fn drop(&mut self) {
+        // Whoever sends what they write need not wait for more. What has ended well has said so before.
+        let parts = self.parts.all().iter();
+        parts.for_each(|part| part.files.ended(false));
+    }
 }
 
 impl Dumping {

@@ -44,6 +44,7 @@ use crate::pod;
 use crate::progress::Progress;
 use crate::reasons::Reasons;
 use crate::source::{self, Dumped};
+use crate::stuck_dump;
 use crate::thaw;
 use crate::timeline::Timeline;
 
@@ -180,8 +181,14 @@ impl Transaction<'_> {
             begun = begun => begun,
             signal = self.interrupt.wait() => Err(signal.into()),
         };
+        let Err(error) = begun else {
+            return begun;
+        };
+        // They write to the draft, which goes.
+        let roots = self.moving.containers.iter().map(|it| it.pid).collect();
+        stuck_dump::wait_for_end(draft.dir(), roots).await;
         // Ctrl-C ends the runtimes as well.
-        begun.or_else(|error| Err(self.interrupt.check().err().map_or(error, Error::from)))
+        Err(self.interrupt.check().err().map_or(error, Error::from))
     }
 
     async fn freeze(&self, draft: &Draft) -> Result<Frozen> {

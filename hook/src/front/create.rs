@@ -57,7 +57,7 @@ impl Front<'_> {
             bundle.replace_config(&config.spec)?;
             return Ok(None);
         }
-        if self.may_create_aside(&create.id, &config)? {
+        if self.may_create_aside(create, &config)? {
             return self.create_aside(create, &bundle);
         }
         self.begin_as_the_sandbox(&create.id, &mut config, &bundle);

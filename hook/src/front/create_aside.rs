@@ -26,22 +26,23 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use rustix::process::Signal;
 use transship_checkpoint::annotations::OnFailure;
 use transship_path_error::{During as _, PathError};
+use transship_sandbox::ProcessHandle;
 
 use super::bundle::{Bundle, Config};
 use super::{Environment, Front, FrontError, Outcome, RestoreError, aside, delete};
 use crate::argv::{self, Arguments, Invocation};
-use crate::descendants::kill_if_same;
 use crate::runtime::exit_code;
-use crate::start_time::start_time;
+use crate::start_time::{is_same, start_time};
 use crate::{one_line, restore_guard};
 
 /// First argument of the front as the one that works aside; the rest are those of the call of `create`.
@@ -51,18 +52,26 @@ const PID: &str = "create-aside.pid";
 const FIRST_TASK: &str = "first-task";
 const CALLER: &str = "create-caller";
 const ANSWERED: &str = "create-answered";
+const KILLED: &str = "who restored it was killed";
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 impl Front<'_> {
     /// Whether the container is one whose `create` may answer before it has come to its end.
-    pub(super) fn may_create_aside(&self, id: &str, config: &Config) -> Result<bool, FrontError> {
+    pub(super) fn may_create_aside(
+        &self,
+        create: &Arguments,
+        config: &Config,
+    ) -> Result<bool, FrontError> {
         let asked = &config.annotations;
         if self.is_aside || !config.cri || !asked.receives || asked.on_failure != OnFailure::Fail {
             return Ok(false);
         }
-        if self.env.runtime.name() != "runc" {
+        // A shim waits for the terminal without an end, and for its first task's number.
+        let has_terminal = create.value("console-socket").is_some();
+        if has_terminal || create.value("pid-file").is_none() || self.env.runtime.name() != "runc" {
             return Ok(false);
         }
+        let id = &create.id;
         let name = asked.container.as_deref().unwrap_or(id);
         let staged = self.pod_of(id, config)?.staged(name)?;
         Ok(staged.is_some_and(|staged| staged.once().is_some()))
@@ -95,6 +104,9 @@ impl Front<'_> {
             .during("run", own)?;
         loop {
             if let Some(ended) = aside.try_wait().during("wait for", own)? {
+                if ended.signal().is_some() {
+                    return Err(failed(&create.id, io::Error::other(KILLED)));
+                }
                 return Ok(Some(Outcome::Exit(exit_code(ended))));
             }
             if let Some(pid) = first_task(&work) {
@@ -135,10 +147,9 @@ pub(crate) fn first_task(work: &Path) -> Option<i32> {
 /// Waits until `create` has come to its end, where it has answered before.
 ///
 /// # Errors
-/// It has failed since, and why.
-pub(super) fn wait(work: &Path) -> io::Result<()> {
-    let killed = "who restored it was killed";
-    aside::wait(&work.join(FILE), killed, || Ok(()), None)
+/// It has failed since, and why; or what `look` says, which is asked meanwhile.
+pub(super) fn wait(work: &Path, look: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    aside::wait(&work.join(FILE), KILLED, look, None)
 }
 
 /// Ends a `create` that has answered and goes on, with all that it has made.
@@ -150,9 +161,12 @@ pub(super) fn end(work: &Path) {
     if let Some((pid, began)) = known.split_once(' ')
         && let (Ok(pid), Ok(began)) = (pid.parse(), began.parse())
     {
-        kill_if_same(pid, began);
+        // Not what is below: its guard ends that, and takes away what CRIU has left.
+        let process = ProcessHandle::open(pid);
+        if is_same(pid, began) {
+            drop(process.and_then(|process| process.signal(Signal::KILL)));
+        }
     }
-    // Its guard ends what it has begun.
     if let Ok(dir) = File::open(work) {
         drop(restore_guard::wait_for_end(dir, delete::PATIENCE));
     }

@@ -147,6 +147,7 @@ impl Front<'_> {
         let shares = edits.concern_others()
             || connections.is_some()
             || request.criu.link_remap
+            || has_deleted_files(images.path())
             || namespaces::joined(&config.spec).contains_key(&Namespace::Pid);
         let _lock = shares.then_some(lock);
         let of_container = request.images.parent().unwrap_or(&request.images);
@@ -394,6 +395,14 @@ impl Front<'_> {
         }
         Ok(staged.set_state(&State::Staged)?)
     }
+}
+
+/// Whether CRIU makes files anew that have no name any more: it gives them one for a moment, which in a volume may be that of
+/// another container's.
+fn has_deleted_files(images: &Path) -> bool {
+    let names = fs::read_dir(images).into_iter().flatten().flatten();
+    let mut names = names.map(|entry| entry.file_name());
+    names.any(|name| name.as_encoded_bytes().starts_with(b"ghost-file-"))
 }
 
 /// The first process of a container that the runtime has just made.

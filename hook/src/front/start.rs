@@ -4,6 +4,8 @@
 //! this one has been started, and none may run before all are there and the source has committed itself. Then
 //! `transship-release ID` lets each of them go.
 
+use std::io;
+
 use transship_sandbox::admission::node_config::NodeConfig;
 use transship_sandbox::consumed::remove_records_of_the_gone;
 use transship_sandbox::opened::remove_all_unused;
@@ -24,7 +26,11 @@ impl Front<'_> {
             return Ok(None);
         };
         let work = bundle.path("work");
-        create_aside::wait(&work).map_err(|source| create_aside::failed(id, source))?;
+        let look = || match is_given_up(&bundle) {
+            true => Err(io::Error::other("its migration was given up")),
+            false => Ok(()),
+        };
+        create_aside::wait(&work, look).map_err(|source| create_aside::failed(id, source))?;
         let Some(marker) = bundle.marker()? else {
             return Ok(None);
         };
@@ -126,6 +132,15 @@ impl Front<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether the migration that it comes with was, as far as that is known.
+fn is_given_up(bundle: &Bundle) -> bool {
+    let marker = bundle.marker().ok().flatten();
+    let pod = marker
+        .and_then(|marker| marker.restore)
+        .and_then(|restore| PodDir::of_staged(&Staged::at(restore.staged)));
+    pod.is_some_and(|pod| matches!(pod.arrival(), Ok(Some(Arrival::GivenUp))))
 }
 
 /// It may have been killed while it was held, and its pid given to another.

@@ -29,6 +29,9 @@ use crate::overlay_mounts::overlay_stack;
 /// So long after another one a container is started. The shim of a pod makes one after the other, in the order in which
 /// they reach it (the mutex of containerd's `service.Create`, 1.6 to 2.1).
 const APART: Duration = Duration::from_millis(10);
+/// How long it is looked for the reason of a failed restore, which its front writes when all of it has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const LOOKS: u32 = 10;
 
 /// What is there of the pod, and does not run.
 #[derive(Debug)]
@@ -174,6 +177,18 @@ pub(super) fn largest_first<'m>(made: &'m Made, manifest: &Manifest) -> Vec<&'m 
     all
 }
 
+/// The reason of a restore that has failed. A shim that hears of the end of its first task before it is asked for the start
+/// says no more than that.
+async fn why_not_restored(pod: &PodDir, names: &[&str]) -> Option<Error> {
+    for _ in 0..LOOKS {
+        if let Err(error) = check_none_failed(pod, names.iter().copied()) {
+            return Some(error);
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+    None
+}
+
 /// Starts containers, which are restored by that and held, [`at_once`]. Nobody works on any of them when this returns.
 pub(super) async fn start_all(
     cri: &CriPods,
@@ -182,6 +197,7 @@ pub(super) async fn start_all(
     interrupt: &Interrupt,
 ) -> Result<()> {
     let most = at_once();
+    let names: Vec<&str> = containers.iter().map(|it| &*it.name).collect();
     let (mut next, mut starts) = (containers.into_iter(), JoinSet::new());
     let mut all = Ok(());
     loop {
@@ -196,7 +212,12 @@ pub(super) async fn start_all(
             starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
         }
         let Some(start) = starts.join_next().await else {
-            return all;
+            return match all {
+                Err(error) if interrupt.check().is_ok() => {
+                    Err(why_not_restored(pod, &names).await.unwrap_or(error))
+                }
+                all => all,
+            };
         };
         let is_held = start.map_err(Error::from).flatten().and_then(|(name, id)| {
             interrupt.check()?;
