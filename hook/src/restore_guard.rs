@@ -227,17 +227,17 @@ fn kill_all(own: i32, work: &Path) {
         // What cannot be listed cannot be killed; the next round may.
         drop(kill_below(own, &[]));
         let mut left = children(own);
-        left.iter_mut().for_each(|left| {
+        if let Ok(left) = &mut left {
             left.retain(|pid| {
                 if of_shim == Some(*pid) {
-                    return TaskStat::of(format!("/proc/{pid}"))
-                        .is_ok_and(|stat| stat.state() != 'Z');
+                    let stat = TaskStat::of(format!("/proc/{pid}"));
+                    return stat.is_ok_and(|stat| stat.state() != 'Z');
                 }
                 let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
                 let ended = waitpid(nix::unistd::Pid::from_raw(*pid), Some(flags));
                 matches!(ended, Ok(WaitStatus::StillAlive))
-            })
-        });
+            });
+        }
         if left.is_ok_and(|left| left.is_empty()) || Instant::now() > deadline {
             return;
         }

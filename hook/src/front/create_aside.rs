@@ -33,6 +33,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::raise;
 use rustix::process::Signal;
 use transship_checkpoint::annotations::OnFailure;
 use transship_path_error::{During as _, PathError};
@@ -229,7 +230,7 @@ fn end_with_caller(caller: File, answered: &Path) {
     let ended = Flock::lock(caller, FlockArg::LockShared);
     if ended.is_err() || answered.symlink_metadata().is_err() {
         // The guard ends what was begun.
-        std::process::exit(1);
+        let _ = raise(nix::sys::signal::Signal::SIGKILL);
     }
 }
 
