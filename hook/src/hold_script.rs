@@ -40,8 +40,8 @@ use nix::sched::{CloneFlags, setns};
 use transship_checkpoint::criu_options::{ConfigLine, ConfigLineError};
 
 use crate::descendants::{Process, stop_tree, tree};
+use crate::first_task;
 use crate::freezer::Freezer;
-use crate::front::tell_first_task;
 use crate::own_networks;
 
 /// The front's name as this program.
@@ -95,7 +95,7 @@ pub(crate) fn answer(asked: &UnixListener, work: &Path) -> io::Result<()> {
     match what {
         [MOVE_HELPERS] => {
             // Whoever waits for it waits for the end of the restore otherwise.
-            drop(tell_first_task(work, root));
+            drop(first_task::tell(work, root));
             // What it does not do `pre-resume` does.
             thread::spawn(move || tree(root).and_then(|tasks| move_helpers(guard, &tasks)));
             Ok(())

@@ -16,6 +16,7 @@
 //!                                      is about to run
 //!
 //!      restore_guard: the parent of the runtime in a restore, which ends what it has left;  killed_restore: and takes it away
+//!      first_task: whoever waits for the first task of a restore hears of it
 //!      lazy_pages: the server of memory that comes when it is touched;  descendants: processes below another one
 //!      origin: whether a checkpoint is one that this node restores
 //!      start_time: whether a number is that of the same process
@@ -30,6 +31,7 @@
 
 pub mod argv;
 mod descendants;
+mod first_task;
 mod freezer;
 pub mod front;
 pub mod hold_script;

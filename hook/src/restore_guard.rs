@@ -40,7 +40,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use transship_sandbox::TaskStat;
 
 use crate::descendants::{children, kill_below, work_done};
-use crate::front::first_task;
+use crate::first_task;
 use crate::hold_script;
 use crate::killed_restore;
 use crate::restore_log::RESTORE_LOG;
@@ -50,6 +50,8 @@ pub use crate::runtime::GUARD as ROLE;
 
 /// Exit code of a guard whose restore made no progress; no runtime has it.
 pub const TIMED_OUT: u8 = 124;
+/// How long what restores may take to end, for who waits for it: the guard has its own patience, which is less.
+pub(crate) const END_PATIENCE: Duration = Duration::from_secs(25);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long killed processes may take to end: one whose memory is large does not go at once, one
 /// that hangs in the kernel never.
@@ -222,7 +224,7 @@ fn end_below(runtime: &mut Child) {
 /// has heard of is left to that one, which is told of its end by nobody but the kernel.
 fn kill_all(own: i32, work: &Path) {
     let deadline = Instant::now() + LAST_PATIENCE;
-    let of_shim = first_task(work);
+    let of_shim = first_task::read(work);
     loop {
         // What cannot be listed cannot be killed; the next round may.
         drop(kill_below(own, &[]));

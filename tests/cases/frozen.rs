@@ -17,10 +17,9 @@ const RESUMED: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' \
 /// As a runtime leaves it that is killed in the middle of a pause: its shim takes it for running.
 const FROZEN: &str = "ctr tasks ls | grep -q 'counter .*PAUSED' && ctr tasks resume counter \
                       && runc --root /run/containerd/runc/default pause counter";
-const CHECKPOINT: &str = r#"    *" checkpoint "*) stop_at checkpoint ;;"#;
+const CHECKPOINT: &str = r#"    *" checkpoint --image-path "*) stop_at checkpoint ;;"#;
 /// What is told from other runtimes by its name.
 const PACED_FRONT: &str = "/usr/local/lib/paced/transship-runc";
-const DRAFT_IN_MEMORY: &str = "/run/transship/opened/dump-*/files/.new-*";
 /// What the guard looks for CRIU's lock with.
 const SLOW_LOOK: &str = "#!/bin/sh
 touch /run/at-look
@@ -134,15 +133,29 @@ fn a_late_dump_leaves_nothing_frozen(bed: &Testbed) -> anyhow::Result<()> {
             a.shell(command).run().map_err(|error| error.to_string())
         })
     };
-    // Its dump is one that containerd does not know of.
+    // Before the freeze there is nothing to let run, and CRIU finds nobody who waits for it.
     let migrate = ["transship", "migrate", "counter", "--to", to_b.as_str()];
     a.start_daemon("migrate", &migrate)?;
+    holds("the runtime", "test -e /run/at-checkpoint")?;
+    a.shell("pkill -KILL -x transship; rm /run/stop-at-checkpoint /run/at-checkpoint")
+        .run()?;
+    holds(
+        "its end",
+        "! pgrep -f '[t]ransship-runc|[r]unc.* checkpoint'; ! pgrep -x criu",
+    )?;
+    a.command("transship").args(["recover", "--once"]).run()?;
+    counts_on(&a, "counter")?;
+
+    // Its dump is one that containerd does not know of.
+    let checkpoint = ["transship", "checkpoint", "counter", "--ghost-limit", "4M"];
+    a.shell("touch /run/stop-at-checkpoint").run()?;
+    a.start_daemon("checkpoint", &checkpoint)?;
     holds("the runtime", "test -e /run/at-checkpoint")?;
     a.shell("pkill -KILL -x transship").run()?;
     holds("the guard, which sees no CRIU", "test -e /run/at-look")?;
     a.shell(&format!(
         "rm /run/stop-at-checkpoint
-         until ls {DRAFT_IN_MEMORY}/counter/checkpoint/core-*.img >/dev/null 2>&1; do :; done
+         until ls {DRAFT}/counter/checkpoint/core-*.img >/dev/null 2>&1; do :; done
          pkill -STOP -x criu
          rm /run/stop-at-look
          for tenth in $(seq 30); do ctr tasks ls | grep -q RUNNING && break; sleep 0.1; done

@@ -9,7 +9,7 @@
 //!
 //!  <work>/create-aside        as in `aside`
 //!  <work>/create-aside.pid    "PID START": who brings it to its end, and when that was started, in clock ticks since boot
-//!  <work>/first-task          "PID": by the guard, when CRIU is at `setup-namespaces`
+//!  <work>/first-task          by the guard (first_task)
 //!  <work>/create-caller       locked (flock) by who was called, until it ends
 //!  <work>/create-answered     made by that one before it answers; who works ends itself when its caller has ended without
 //! ```
@@ -27,7 +27,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -36,21 +36,20 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::raise;
 use rustix::process::Signal;
 use transship_checkpoint::annotations::OnFailure;
-use transship_path_error::{During as _, PathError};
+use transship_path_error::During as _;
 use transship_sandbox::ProcessHandle;
 
 use super::bundle::{Bundle, Config};
-use super::{Environment, Front, FrontError, Outcome, RestoreError, aside, delete};
+use super::{Environment, Front, FrontError, Outcome, RestoreError, aside};
 use crate::argv::{self, Arguments, Invocation};
+use crate::first_task::{self, ASIDE as FILE, write_at_once};
 use crate::runtime::exit_code;
 use crate::start_time::{is_same, start_time};
 use crate::{one_line, restore_guard};
 
 /// First argument of the front as the one that works aside; the rest are those of the call of `create`.
 pub const ROLE: &str = "transship-create-aside";
-const FILE: &str = "create-aside";
 const PID: &str = "create-aside.pid";
-const FIRST_TASK: &str = "first-task";
 const CALLER: &str = "create-caller";
 const ANSWERED: &str = "create-answered";
 const KILLED: &str = "who restored it was killed";
@@ -89,7 +88,7 @@ impl Front<'_> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.during("make", &work)?,
         }
-        for stale in [FILE, PID, FIRST_TASK, CALLER, ANSWERED] {
+        for stale in [FILE, PID, first_task::FILE, CALLER, ANSWERED] {
             drop(fs::remove_file(work.join(stale)));
         }
         let caller = work.join(CALLER);
@@ -110,7 +109,7 @@ impl Front<'_> {
                 }
                 return Ok(Some(Outcome::Exit(exit_code(ended))));
             }
-            if let Some(pid) = first_task(&work) {
+            if let Some(pid) = first_task::read(&work) {
                 let file = Path::new(create.value("pid-file").unwrap_or_default());
                 write_at_once(file, pid.to_string().as_bytes())?;
                 let answered = work.join(ANSWERED);
@@ -120,29 +119,6 @@ impl Front<'_> {
             thread::sleep(LOOK_AGAIN);
         }
     }
-}
-
-/// Whoever reads it reads all of it.
-fn write_at_once(path: &Path, text: &[u8]) -> Result<(), PathError> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
-    fs::write(&new, text).during("write", &new)?;
-    fs::rename(&new, path).during("write", path)
-}
-
-/// The guard of a restore says that the first task is there, where somebody waits for that.
-pub(crate) fn tell_first_task(work: &Path, pid: i32) -> Result<(), PathError> {
-    match work.join(FILE).symlink_metadata() {
-        Err(_) => Ok(()),
-        Ok(_) => write_at_once(&work.join(FIRST_TASK), pid.to_string().as_bytes()),
-    }
-}
-
-/// The first task, where the guard has told of it.
-pub(crate) fn first_task(work: &Path) -> Option<i32> {
-    let text = fs::read_to_string(work.join(FIRST_TASK)).ok()?;
-    text.parse().ok()
 }
 
 /// Waits until `create` has come to its end, where it has answered before.
@@ -169,7 +145,10 @@ pub(super) fn end(work: &Path) {
         }
     }
     if let Ok(dir) = File::open(work) {
-        drop(restore_guard::wait_for_end(dir, delete::PATIENCE));
+        drop(restore_guard::wait_for_end(
+            dir,
+            restore_guard::END_PATIENCE,
+        ));
     }
 }
 

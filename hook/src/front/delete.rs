@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::time::Duration;
 
 use transship_sandbox::forgotten_bundle::kill_who_works_in;
 use transship_sandbox::{PodDir, State};
@@ -11,11 +10,8 @@ use super::bundle::{Bundle, Phase};
 use super::{Front, FrontError, Outcome, create_aside};
 use crate::killed_restore::remove_roots_of_mounts;
 use crate::own_networks;
-use crate::restore_guard;
+use crate::restore_guard::{self, END_PATIENCE};
 use crate::runtime::exit_code;
-
-/// How long what restores may take to end: its guard has its own patience, which is less.
-pub(super) const PATIENCE: Duration = Duration::from_secs(25);
 
 impl Front<'_> {
     pub(super) fn delete(&self, id: &str, force: bool) -> Result<Option<Outcome>, FrontError> {
@@ -43,7 +39,7 @@ impl Front<'_> {
             // What restores has been killed, or is being killed by its guard.
             let work = bundle.path("work");
             if let Ok(dir) = File::open(&work).and_then(|dir| Ok((dir.metadata()?, dir))) {
-                drop(restore_guard::wait_for_end(dir.1, PATIENCE));
+                drop(restore_guard::wait_for_end(dir.1, END_PATIENCE));
                 // The guard may have been killed or stopped, too.
                 kill_who_works_in(&dir.0, None);
             }

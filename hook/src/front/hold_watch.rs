@@ -37,7 +37,7 @@ use transship_sandbox::Staged;
 use transship_sandbox::forgotten_bundle::{self, kill_who_works_in};
 
 use super::bundle::{Bundle, Marker, Phase};
-use super::{Environment, Front, FrontError, delete};
+use super::{Environment, Front, FrontError};
 use crate::argv::{self, Arguments, Invocation};
 use crate::descendants::kill_if_same;
 use crate::restore_guard;
@@ -111,7 +111,7 @@ impl Front<'_> {
         loop {
             // The guard of the restore may outlive the front; and a start that has begun is waited for.
             let lock = { work.try_clone() }
-                .and_then(|work| restore_guard::wait_for_end(work, delete::PATIENCE))
+                .and_then(|work| restore_guard::wait_for_end(work, restore_guard::END_PATIENCE))
                 .during("lock", bundle.path("work"))?;
             if !bundle.is_there() {
                 if lock.is_none() {

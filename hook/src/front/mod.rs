@@ -74,7 +74,6 @@ use transship_sandbox::forgotten_bundle::unmount_yards;
 use transship_sandbox::unmount_all;
 
 pub use create_aside::{ROLE as CREATE_ASIDE_ROLE, serve_aside};
-pub(crate) use create_aside::{first_task, tell_first_task};
 pub use error::{FitError, FrontError, RestoreError, RootfsError};
 pub use hold_watch::{ROLE as HOLD_WATCH_ROLE, serve_watch};
 pub use memory_fill::{ROLE as MEMORY_FILL_ROLE, serve as serve_memory_fill};
