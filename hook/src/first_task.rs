@@ -6,9 +6,9 @@
 //! ```
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use transship_path_error::{During as _, PathError};
+use transship_sandbox::{SandboxError, replace_file};
 
 /// There as long as a restore goes on of which `create` does not wait for the end.
 pub(crate) const ASIDE: &str = "create-aside";
@@ -18,10 +18,10 @@ pub(crate) const FILE: &str = "first-task";
 ///
 /// # Errors
 /// A system call failed.
-pub(crate) fn tell(work: &Path, pid: i32) -> Result<(), PathError> {
+pub(crate) fn tell(work: &Path, pid: i32) -> Result<(), SandboxError> {
     match work.join(ASIDE).symlink_metadata() {
         Err(_) => Ok(()),
-        Ok(_) => write_at_once(&work.join(FILE), pid.to_string().as_bytes()),
+        Ok(_) => replace_file(&work.join(FILE), pid.to_string().as_bytes()),
     }
 }
 
@@ -29,18 +29,6 @@ pub(crate) fn tell(work: &Path, pid: i32) -> Result<(), PathError> {
 pub(crate) fn read(work: &Path) -> Option<i32> {
     let text = fs::read_to_string(work.join(FILE)).ok()?;
     text.parse().ok()
-}
-
-/// Writes a file of which whoever reads it reads all.
-///
-/// # Errors
-/// A system call failed.
-pub(crate) fn write_at_once(path: &Path, text: &[u8]) -> Result<(), PathError> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
-    fs::write(&new, text).during("write", &new)?;
-    fs::rename(&new, path).during("write", path)
 }
 
 #[cfg(test)]

@@ -42,7 +42,11 @@ pub(crate) fn remove_file(path: &Path) -> Result<(), SandboxError> {
     }
 }
 
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), SandboxError> {
+/// Writes a file of which whoever reads it reads all, or the one before.
+///
+/// # Errors
+/// A system call failed; the file is as it was.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), SandboxError> {
     let new = path.with_extension(format!("new{}", std::process::id()));
     let write = || {
         let mut file = File::create(&new)?;

@@ -74,7 +74,7 @@ pub mod wanted_image;
 pub use criu_lock::criu_lock;
 pub use descriptors_of::DescriptorsOf;
 pub use error::SandboxError;
-pub use files::unmount_all;
+pub use files::{replace as replace_file, unmount_all};
 pub use guards_cgroup::leave_cgroup_of_caller;
 pub use interface_addresses::{addresses_of, announce_addresses_of};
 pub use ipc_record::OfCheckpoint;

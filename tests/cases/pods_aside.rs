@@ -1,6 +1,7 @@
 //! Containers of a pod that moves are restored side by side: `create` of one answers while CRIU still restores it. Whoever is
 //! killed then, one copy of the pod counts on, and nothing of the other is left.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -48,17 +49,7 @@ fn one_pod_whoever_is_killed(bed: &Testbed) -> anyhow::Result<()> {
     }
     counts_on(&a, &b)?;
     for (from, to, link) in [(&a, &b, &to_b), (&b, &a, &to_a)] {
-        from.command("transship")
-            .args([
-                "migrate",
-                "--pod",
-                "shop/three",
-                "--allow",
-                "unmasked-paths",
-                "--to",
-                link,
-            ])
-            .run()?;
+        migrate(from, link).run()?;
         counts_on(to, from)?;
     }
     let mut failed = 0;
@@ -72,33 +63,12 @@ fn one_pod_whoever_is_killed(bed: &Testbed) -> anyhow::Result<()> {
             );
             b.shell("rm -f /run/over").run()?;
             b.start_daemon("strike", &["sh", "-c", &strike])?;
-            let moved = { a.command("transship") }
-                .args([
-                    "migrate",
-                    "--pod",
-                    "shop/three",
-                    "--allow",
-                    "unmasked-paths",
-                    "--to",
-                    &to_b,
-                ])
-                .output()?;
+            let moved = migrate(&a, &to_b).output()?;
             b.shell("touch /run/over").run()?;
             b.wait_for_daemon_end("strike")?;
             if moved.status.success() {
                 counts_on(&b, &a).with_context(what)?;
-                b.command("transship")
-                    .args([
-                        "migrate",
-                        "--pod",
-                        "shop/three",
-                        "--allow",
-                        "unmasked-paths",
-                        "--to",
-                        &to_a,
-                    ])
-                    .run()
-                    .with_context(what)?;
+                migrate(&b, &to_a).run().with_context(what)?;
             } else {
                 failed += 1;
                 let said = String::from_utf8_lossy(&moved.stderr).into_owned();
@@ -121,6 +91,14 @@ fn one_pod_whoever_is_killed(bed: &Testbed) -> anyhow::Result<()> {
     }
     ensure!(failed > 0, "nobody was killed in time");
     Ok(())
+}
+
+/// Moves the pod to the node that `link` leads to.
+fn migrate(from: &Node, link: &str) -> Command {
+    let mut migrate = from.command("transship");
+    migrate.args(["migrate", "--pod", "shop/three", "--to", link]);
+    migrate.args(["--allow", "unmasked-paths"]);
+    migrate
 }
 
 /// Three counters run on one node and none on the other, and count on without a gap.

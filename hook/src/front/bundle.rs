@@ -239,6 +239,16 @@ impl Bundle {
         self.dir.join(file)
     }
 
+    /// Makes the directory for CRIU's log and the files of a restore, unless it is there.
+    pub(super) fn make_work_dir(&self) -> Result<PathBuf, FrontError> {
+        let work = self.path("work");
+        match fs::create_dir(&work) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.during("create", &work)?,
+        }
+        Ok(work)
+    }
+
     /// The spec if it carries an annotation of ours; `None` also for one that cannot be read: the
     /// runtime tells its user what is wrong with it.
     pub(super) fn our_config(&self, id: &str) -> Result<Option<Config>, FrontError> {

@@ -26,9 +26,8 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -37,12 +36,12 @@ use nix::sys::signal::raise;
 use rustix::process::Signal;
 use transship_checkpoint::annotations::OnFailure;
 use transship_path_error::During as _;
-use transship_sandbox::ProcessHandle;
+use transship_sandbox::{ProcessHandle, replace_file};
 
 use super::bundle::{Bundle, Config};
 use super::{Environment, Front, FrontError, Outcome, RestoreError, aside};
 use crate::argv::{self, Arguments, Invocation};
-use crate::first_task::{self, ASIDE as FILE, write_at_once};
+use crate::first_task::{self, ASIDE as FILE};
 use crate::runtime::exit_code;
 use crate::start_time::{is_same, start_time};
 use crate::{one_line, restore_guard};
@@ -83,11 +82,7 @@ impl Front<'_> {
         create: &Arguments,
         bundle: &Bundle,
     ) -> Result<Option<Outcome>, FrontError> {
-        let work = bundle.path("work");
-        match fs::create_dir(&work) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.during("make", &work)?,
-        }
+        let work = bundle.make_work_dir()?;
         for stale in [FILE, PID, first_task::FILE, CALLER, ANSWERED] {
             drop(fs::remove_file(work.join(stale)));
         }
@@ -95,13 +90,7 @@ impl Front<'_> {
         let locked = File::create_new(&caller).during("make", &caller)?;
         locked.lock().during("lock", &caller)?;
         let own = &self.env.own;
-        let mut aside = Command::new(own)
-            // The front finds its runtime by its own name.
-            .arg0(self.env.runtime.name())
-            .arg(ROLE)
-            .args(self.with_globals("create", create.to_args()))
-            .spawn()
-            .during("run", own)?;
+        let mut aside = self.once_more(ROLE, create).spawn().during("run", own)?;
         loop {
             if let Some(ended) = aside.try_wait().during("wait for", own)? {
                 if ended.signal().is_some() {
@@ -111,7 +100,7 @@ impl Front<'_> {
             }
             if let Some(pid) = first_task::read(&work) {
                 let file = Path::new(create.value("pid-file").unwrap_or_default());
-                write_at_once(file, pid.to_string().as_bytes())?;
+                replace_file(file, pid.to_string().as_bytes())?;
                 let answered = work.join(ANSWERED);
                 File::create_new(&answered).during("make", &answered)?;
                 return Ok(Some(Outcome::Exit(0)));
@@ -158,13 +147,7 @@ pub fn serve_aside(env: &Environment, args: Vec<OsString>) -> Outcome {
     let argv::Command::Create(create) = &call.command else {
         return Outcome::Exit(1);
     };
-    let globals = &call.globals;
-    let is_aside = true;
-    let front = Front {
-        env,
-        globals,
-        is_aside,
-    };
+    let front = Front::aside(env, &call.globals);
     match front.do_create(create) {
         Ok(code) => Outcome::Exit(code),
         Err(error) => {
@@ -183,7 +166,7 @@ impl Front<'_> {
         file.lock().during("lock", &path)?;
         let pid = std::process::id().cast_signed();
         let began = start_time(pid).during("read", "/proc/self/stat")?;
-        write_at_once(&own, format!("{pid} {began}").as_bytes())?;
+        replace_file(&own, format!("{pid} {began}").as_bytes())?;
         let caller = File::open(work.join(CALLER)).during("open", work.join(CALLER))?;
         thread::spawn(move || end_with_caller(caller, &work.join(ANSWERED)));
         let done = self.create(create).and_then(|outcome| match outcome {

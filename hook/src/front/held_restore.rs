@@ -52,13 +52,7 @@ impl Front<'_> {
         let _claim = staged.claim()?;
         let plan = self.plan_namespaces(&create.id, &config, true)?;
         let original = Spec::parse(&config.original).expect("it was parsed before");
-        let work = bundle.path("work");
-        match fs::create_dir(&work) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Ok(Err(error).during("create", &work)?);
-            }
-            _ => {}
-        }
+        let work = bundle.make_work_dir()?;
         let watch = self.watch_hold(create, bundle)?;
         let result = self.restore_staged(create, bundle, &mut config, &plan, pod, staged);
         let Err(error) = result else {

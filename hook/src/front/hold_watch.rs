@@ -26,9 +26,8 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -87,11 +86,7 @@ impl Front<'_> {
     ) -> Result<HoldWatch, FrontError> {
         let (own, work) = (&self.env.own, bundle.path("work"));
         let dir = File::open(&work).during("open", &work)?;
-        let mut child = Command::new(own)
-            // The front finds its runtime by its own name.
-            .arg0(self.env.runtime.name())
-            .arg(ROLE)
-            .args(self.with_globals("create", create.to_args()))
+        let mut child = { self.once_more(ROLE, create) }
             .stdin(Stdio::piped())
             // containerd may remove the bundle while the guard of the restore still has its lock.
             .stdout(dir)
@@ -235,12 +230,5 @@ pub fn serve_watch(env: &Environment, args: Vec<OsString>) -> Result<(), FrontEr
     let argv::Command::Create(create) = &call.command else {
         return Ok(());
     };
-    let globals = &call.globals;
-    let is_aside = true;
-    let front = Front {
-        env,
-        globals,
-        is_aside,
-    };
-    front.watch(create, &work, !said.is_empty())
+    Front::aside(env, &call.globals).watch(create, &work, !said.is_empty())
 }

@@ -64,7 +64,9 @@ mod volumes;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process;
 
 use transship_checkpoint::beneath::{Links, read_regular};
 use transship_checkpoint::manifest::check_name;
@@ -205,7 +207,28 @@ pub fn serve(env: &Environment, call: Invocation) -> Outcome {
     }
 }
 
+impl<'a> Front<'a> {
+    /// The one of a process that goes on with a call for the one that was called.
+    fn aside(env: &'a Environment, globals: &'a Globals) -> Self {
+        let is_aside = true;
+        Self {
+            env,
+            globals,
+            is_aside,
+        }
+    }
+}
+
 impl Front<'_> {
+    /// This program once more, as what `role` says, for this call of `create`.
+    fn once_more(&self, role: &str, create: &Arguments) -> process::Command {
+        let mut command = process::Command::new(&self.env.own);
+        // The front finds its runtime by its own name.
+        command.arg0(self.env.runtime.name()).arg(role);
+        command.args(self.with_globals("create", create.to_args()));
+        command
+    }
+
     /// Tells a failure where the caller looks for it.
     fn report(&self, message: &str, streams_are_ours: bool) {
         let logged = match &self.globals.log {
