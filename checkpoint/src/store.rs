@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <root>/<name>/             a checkpoint: whole, because it got its name by rename
-//! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives
+//! <root>/.new-<name>.<pid>/  a draft; its directory is locked (flock) while its maker lives, or a runtime that dumps into it
 //! <root>/.new-aside.*/       the same of files that will take the place of others
 //! <root>/.pulls/             drafts that a registry has not given all of; see package/src/oci/partial.rs
 //! <opened>/<key>/files/      a store in memory, with a checkpoint of this one that lies sealed; see sealed.rs
@@ -438,6 +438,17 @@ impl Store {
         lock(&self.root, FlockArg::LockExclusive)
     }
 
+    /// Whether a draft has its maker, or somebody who works in it.
+    #[must_use]
+    pub fn has_draft_in_use(&self) -> bool {
+        let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        let mut drafts = entries.filter(|entry| {
+            let name = entry.file_name();
+            name.as_encoded_bytes().starts_with(DRAFT_PREFIX.as_bytes())
+        });
+        drafts.any(|draft| is_worked_in(&draft.path()))
+    }
+
     fn remove_orphaned_drafts(&self) -> Result<(), StoreError> {
         for entry in fs::read_dir(&self.root).during("list", &self.root)? {
             let entry = entry.during("list", &self.root)?;
@@ -448,19 +459,10 @@ impl Store {
             {
                 continue;
             }
-            // Another process may be faster; then there is nothing left to do. And in a directory of others it may be
-            // anything, which opening waits for, or somebody else's.
-            let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let opened = open(&entry.path(), flags, Mode::empty());
-            let Ok(dir) = opened.map(File::from) else {
+            // Another process may be faster; then there is nothing left to do. Or it is somebody else's.
+            let Ok(dir) = open_own(&entry.path()) else {
                 continue;
             };
-            let is_ours = |it: fs::Metadata| {
-                it.uid() == nix::unistd::geteuid().as_raw() && it.mode() & 0o077 == 0
-            };
-            if !dir.metadata().is_ok_and(is_ours) {
-                continue;
-            }
             if let Ok(_lock) = Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
                 match fs::remove_dir_all(entry.path()) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -480,7 +482,42 @@ fn new_dir(dir: &Path) -> Result<Flock<File>, StoreError> {
         .mode(0o700)
         .create(dir)
         .during("make the directory", dir)?;
-    lock(dir, FlockArg::LockExclusiveNonblock)
+    lock(dir, FlockArg::LockSharedNonblock)
+}
+
+/// For a process that works in a draft, as a descriptor that it has as long as it lives: until then nobody but the draft's maker
+/// removes it, also when that one is killed.
+///
+/// # Errors
+/// The draft is gone, or a failing system call.
+pub fn open_to_work(draft: &Path) -> io::Result<File> {
+    let dir = open_own(draft)?;
+    dir.lock_shared()?;
+    match dir.metadata()?.nlink() {
+        0 => Err(io::Error::from(io::ErrorKind::NotFound)),
+        _ => Ok(dir),
+    }
+}
+
+/// Whether a draft has its maker, or somebody who works in it; also where that cannot be told.
+#[must_use]
+pub fn is_worked_in(draft: &Path) -> bool {
+    match open_own(draft) {
+        Ok(dir) => dir.try_lock().is_err(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Opens a directory that is nobody else's: in that of others it may be anything, which opening waits for.
+fn open_own(dir: &Path) -> io::Result<File> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let opened = File::from(open(dir, flags, Mode::empty())?);
+    let metadata = opened.metadata()?;
+    let is_own = metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0;
+    match is_own {
+        true => Ok(opened),
+        false => Err(io::ErrorKind::PermissionDenied.into()),
+    }
 }
 
 /// Whether there is a draft of the checkpoint that has, or will have, this directory.
@@ -660,6 +697,31 @@ mod tests {
         let left = fs::read_dir(temp.path()).unwrap().count();
         assert_eq!(left, 2, "the orphans are gone, both live drafts are there");
         drop((held, other));
+    }
+
+    #[test]
+    fn a_draft_stays_as_long_as_somebody_works_in_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::at(temp.path());
+        let draft = store.draft("made").unwrap();
+        assert!(is_worked_in(draft.dir()) && store.has_draft_in_use());
+        drop(draft);
+        assert!(!store.has_draft_in_use());
+        // As its maker leaves it that is killed.
+        let left = temp.path().join(".new-left.1");
+        DirBuilder::new().mode(0o700).create(&left).unwrap();
+        assert!(!is_worked_in(&left));
+        let works = open_to_work(&left).unwrap();
+        assert!(is_worked_in(&left) && store.has_draft_in_use());
+        store.remove_orphans().unwrap();
+        assert!(left.is_dir());
+        drop(works);
+        store.remove_orphans().unwrap();
+        assert!(!left.is_dir() && !is_worked_in(&left));
+        open_to_work(&left).unwrap_err();
+        // What is somebody else's is not ours to remove, and not waited for.
+        nix::unistd::mkfifo(&left, Mode::from_bits_truncate(0o600)).unwrap();
+        assert!(is_worked_in(&left));
     }
 
     #[test]

@@ -295,7 +295,7 @@ pub async fn checkpoint(
             Some(Mark::of(pod, &target.sources, name, will_be_deleted)?)
         }
     };
-    let into = (store, (draft, sealing), timeline);
+    let into = (store, (sealing, draft), timeline);
     let how = (afterwards, mark.as_ref());
     let taken = take(target, name, into, how, interrupt, progress).await;
     if taken.is_ok() {
@@ -321,7 +321,7 @@ async fn share_blocks(store: &Store, name: &str) -> Result<()> {
 async fn take(
     target: &DumpTarget,
     name: &str,
-    (store, (draft, sealing), mut timeline): (&Store, (Draft, Option<Sealing>), Timeline),
+    (store, (sealing, draft), mut timeline): (&Store, (Option<Sealing>, Draft), Timeline),
     (afterwards, mark): (Afterwards, Option<&Mark>),
     interrupt: &Interrupt,
     progress: &dyn Progress,
@@ -345,7 +345,7 @@ async fn take(
     if afterwards == Afterwards::Run {
         frozen.thaw().await?;
         timeline.thaw();
-        let kept = (draft, sealing);
+        let kept = (sealing, draft);
         let mut report = keep(target, kept, dumped, timeline, interrupt, progress).await?;
         if target.verify_restore {
             progress.step("trial of a restore");
@@ -357,7 +357,7 @@ async fn take(
         return Ok(report);
     }
     timeline.thaw();
-    let kept = (draft, sealing);
+    let kept = (sealing, draft);
     let kept = keep(target, kept, dumped, timeline, interrupt, progress).await;
     match (kept, afterwards) {
         (Err(error), _) => Err(frozen.thaw_after(error).await),
@@ -482,7 +482,7 @@ async fn dump_one_by_one(
 /// Makes a checkpoint of the dump.
 async fn keep(
     target: &DumpTarget,
-    (draft, sealing): (Draft, Option<Sealing>),
+    (sealing, draft): (Option<Sealing>, Draft),
     (mut containers, mut shared): AllDumped,
     mut timeline: Timeline,
     interrupt: &Interrupt,

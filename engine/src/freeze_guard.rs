@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  transship ──── pipe ────> PROGRAM freeze-guard              (see guard_process)
-//!     └ end of file              waits for the dump, lets them run, removes the draft
+//!     └ end of file              waits for the dump, lets them run, removes the draft when no runtime works in it
 //! ```
 //!
 //! It is started before the freeze. A dump that containerd or the runtime is taking goes on without its caller;
@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
+use transship_checkpoint::store::is_worked_in;
 use transship_containerd::Containerd;
 use transship_sandbox::moved::{self, DEFAULT_MOVED_DIR};
 
@@ -38,6 +39,8 @@ const ARGUMENT: &str = "freeze-guard";
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long after that containerd is waited for, whose shim should hear of the runtime's work.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a runtime may work in a draft whose maker is gone, when its CRIU has ended: what CRIU has frozen again waits.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(10);
 /// How long after the death of its caller a dump may begin.
 const LATE_DUMP: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(200);
@@ -197,10 +200,19 @@ async fn within_patience<T>(asked: impl Future<Output = Result<T>>) -> Result<T>
 /// the last moment begins after its caller's death, and makes its directory.
 async fn remove_draft(draft: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    let mut gone_since = Instant::now();
+    let (mut gone_since, runtime_deadline) = (Instant::now(), Instant::now() + RUNTIME_PATIENCE);
     while gone_since.elapsed() < LATE_DUMP {
         if draft.try_exists().unwrap_or(true) {
             stuck_dump::wait_for_end(draft, Vec::new()).await;
+            // A runtime that is about to start CRIU would have it begin without its configuration.
+            if is_worked_in(draft) {
+                if Instant::now() > runtime_deadline {
+                    let message = format!("a runtime still works in {}", draft.display());
+                    return Err(Error::failed(message));
+                }
+                sleep(PAUSE).await;
+                continue;
+            }
             // One that is being written to is not empty again in the meantime.
             match fs::remove_dir_all(draft) {
                 Err(error) if Instant::now() > deadline => {

@@ -12,7 +12,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -26,6 +26,8 @@ use crate::timeline::human_bytes;
 
 /// How long memory may be in use after the process whose it was has gone.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a runtime is waited for whose caller was killed.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(100);
 /// How much room is made before it is needed, at most, in bytes: what takes longer would not be there any more.
 const MOST_ROOM: u64 = 1 << 30;
@@ -165,11 +167,39 @@ pub(crate) async fn remove_when_unused(inside: &Path) {
 
 /// Removes what processes that were killed have left in memory. What cannot be removed keeps nobody from what he does.
 pub fn remove_unused() {
+    drop(remove_left());
+}
+
+/// The same, and what a runtime still works in whose caller was killed, as soon as that one has ended: it sees that nobody
+/// lets it go on. It is waited for a moment, and told of then.
+pub async fn remove_unused_at_last() {
+    let deadline = Instant::now() + RUNTIME_PATIENCE;
+    loop {
+        let worked_in = remove_left();
+        if worked_in.is_empty() {
+            return;
+        }
+        if Instant::now() > deadline {
+            for dir in worked_in {
+                tracing::warn!(
+                    "an OCI runtime whose caller was killed still works in {}, which is removed when it has ended",
+                    dir.display()
+                );
+            }
+            return;
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Gives what a runtime still works in.
+fn remove_left() -> Vec<PathBuf> {
     let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
-    if let Err(error) = remove_all_unused(run_dir, opened) {
+    remove_all_unused(run_dir, opened).unwrap_or_else(|error| {
         let error = one_line(&error);
         tracing::warn!("memory that nobody uses is left in {DEFAULT_OPENED}: {error}");
-    }
+        Vec::new()
+    })
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 use tokio::time::timeout;
 use transship_checkpoint::criu_options::{ConfigLine, CriuOptions};
+use transship_checkpoint::store;
 use transship_proto::runc_options::Options;
 use transship_sandbox::{RELEASE_COMMAND, criu_lock};
 
@@ -109,7 +110,8 @@ impl OciRuntime {
     }
 
     /// Begins to dump a container into `images`, and leaves it as it is; `watched` tells CRIU where the watched files are.
-    /// What is held waits for [`DumpHold::begin`].
+    /// What is held waits for [`DumpHold::begin`]. The runtime keeps the draft, so that it finds its configuration and its
+    /// script also when its caller is killed: without them CRIU would dump what nobody lets go on.
     ///
     /// # Errors
     /// The runtime cannot be started.
@@ -117,7 +119,7 @@ impl OciRuntime {
         &self,
         id: &str,
         criu: &CriuOptions,
-        (images, work): (&Path, &Path),
+        (draft, images, work): (&Path, &Path, &Path),
         watched: &[ConfigLine],
         export: Option<ExportInside<'_>>,
         hold: Option<&DumpHold>,
@@ -153,7 +155,10 @@ impl OciRuntime {
         command.arg("--work-path").arg(work).args(flags);
         command.args(["--leave-running", id]);
         command.env("CRIU_CONFIG_FILE", &config).kill_on_drop(true);
-        command.stdin(Stdio::null());
+        let keeps = store::open_to_work(draft);
+        let keeps = keeps.with_context(|| format!("cannot lock {}", draft.display()))?;
+        // Which it does not read, and has as long as it lives.
+        command.stdin(keeps);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let runtime = command.spawn().with_context(|| self.cannot_be_run())?;
         let files = [Some(config), scripted.then_some(script)];

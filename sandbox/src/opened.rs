@@ -2,15 +2,15 @@
 //! and a sealed checkpoint as long as it is opened; and for the files of a migration as long as it lasts.
 //!
 //! ```text
-//! /run/transship/opened/<key>/   that of a sealed checkpoint (Sealed::opened_key), dump-<pid>-<n>, or migration-<id>
+//! /run/transship/opened/<key>/   that of a sealed checkpoint (Sealed::opened_key), dump-<pid>-<time>-<n>, or migration-<id>
 //!     lock    flock: shared by who uses it, exclusive by who removes it
 //!     made    flock: by who fills it
 //!     files/  a tmpfs, 0700; a store of checkpoints. One that is sealed is never swapped out (noswap, Linux 6.4)
 //! ```
 //!
 //! A process that is killed leaves it mounted. Whoever makes the next one, `transship recover`, `transship serve`, and the
-//! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, and
-//! none reads them. The key is a digest of what was opened and its name, so nobody meets another checkpoint.
+//! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, none
+//! reads them, and no runtime works in a draft there that its maker has left. The key is a digest of what was opened and its name, so nobody meets another checkpoint.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -18,6 +18,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -94,7 +95,10 @@ impl InMemory {
     /// # Errors
     /// As [`Self::of`].
     pub fn for_dump(opened: &Path) -> Result<Self, SandboxError> {
-        Self::of(opened, &format!("dump-{}-{}", std::process::id(), unique()))
+        // Not that of another process of this number, which may have been killed while a runtime works there.
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let (process, time) = (std::process::id(), time.unwrap_or_default().as_nanos());
+        Self::of(opened, &format!("dump-{process}-{time:x}-{}", unique()))
     }
 
     /// The checkpoints in it.
@@ -170,7 +174,7 @@ impl InMemory {
     pub fn leave(self, run_dir: &Path) -> Result<(), SandboxError> {
         let dir = self.dir.clone();
         drop(self);
-        remove_unused(&dir, &staged_images(run_dir))
+        remove_unused(&dir, &staged_images(run_dir), |_| false).map(drop)
     }
 }
 
@@ -184,39 +188,60 @@ pub fn has_arrived(files: &Path) -> bool {
     key.and_then(OsStr::to_str).is_some_and(is_of_migration)
 }
 
-/// Removes all that nobody uses. It is no error when there is nothing.
+/// Removes all that nobody uses. It is no error when there is nothing. Gives those in which a runtime still works whose caller
+/// was killed.
 ///
 /// # Errors
 /// The first that cannot be removed; the others are.
-pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxError> {
+pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<Vec<PathBuf>, SandboxError> {
     remove_forgotten(run_dir);
     let entries = match fs::read_dir(opened) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.during("list", opened)?,
     };
     let dirs: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     if dirs.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let images = staged_images(run_dir);
-    let removed = dirs.iter().map(|dir| remove_unused(dir, &images));
-    removed.fold(Ok(()), Result::and)
+    let (mut worked_in, mut all) = (Vec::new(), Ok(()));
+    for dir in dirs {
+        match remove_unused(&dir, &images, Store::has_draft_in_use) {
+            Ok(Removed::StillWorkedIn) => worked_in.push(dir),
+            Ok(Removed::OrInUse) => {}
+            Err(error) => all = all.and(Err(error)),
+        }
+    }
+    all.map(|()| worked_in)
 }
 
-fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
+/// What became of memory that was to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Removed {
+    /// It is gone, or somebody uses it.
+    OrInUse,
+    /// It is nobody's, and somebody works in it.
+    StillWorkedIn,
+}
+
+fn remove_unused(
+    dir: &Path,
+    staged: &[PathBuf],
+    is_worked_in: impl Fn(&Store) -> bool,
+) -> Result<Removed, SandboxError> {
     let path = dir.join(LOCK);
     let file = match open_lock(&path) {
         // Somebody has been faster.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Removed::OrInUse),
         file => file.during("open", &path)?,
     };
     let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
-        return Ok(());
+        return Ok(Removed::OrInUse);
     };
     if lock.metadata().during("look at", &path)?.nlink() == 0
         || staged.iter().any(|images| images.starts_with(dir))
     {
-        return Ok(());
+        return Ok(Removed::OrInUse);
     }
     let files = dir.join(OPENED_FILES);
     let checkpoints = Store::at(&files).list().map_err(Box::new)?;
@@ -225,13 +250,17 @@ fn remove_unused(dir: &Path, staged: &[PathBuf]) -> Result<(), SandboxError> {
         .iter()
         .any(|(_, it)| it.as_ref().is_ok_and(is_read))
     {
-        return Ok(());
+        return Ok(Removed::OrInUse);
+    }
+    if is_worked_in(&Store::at(&files)) {
+        return Ok(Removed::StillWorkedIn);
     }
     unmount_all(&files);
     // Under another name, so that who makes it anew meanwhile gets a directory of his own.
     let gone = dir.with_file_name(format!("gone-{}-{}", std::process::id(), unique()));
     fs::rename(dir, &gone).during("remove", dir)?;
-    remove_tree(&gone)
+    remove_tree(&gone)?;
+    Ok(Removed::OrInUse)
 }
 
 /// A number that this process has not had.
@@ -269,6 +298,10 @@ pub fn staged(run_dir: &Path) -> Vec<crate::staged::Request> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::DirBuilderExt as _;
+
+    use transship_checkpoint::store::open_to_work;
+
     use super::*;
 
     #[test]
@@ -341,6 +374,24 @@ mod tests {
         assert!(!memory.try_exists().unwrap());
         next.leave(run.path()).unwrap();
         assert_eq!(fs::read_dir(&opened).unwrap().count(), 0);
+    }
+
+    /// A runtime whose caller was killed.
+    #[test]
+    fn root_what_somebody_works_in_stays() {
+        let run = tempfile::tempdir().unwrap();
+        let opened = run.path().join("opened");
+        let memory = InMemory::for_dump(&opened).unwrap();
+        memory.mount(1 << 20, Holds::Dump).unwrap();
+        let (dir, draft) = (memory.dir.clone(), memory.store().root().join(".new-web.1"));
+        fs::DirBuilder::new().mode(0o700).create(&draft).unwrap();
+        let works = open_to_work(&draft).unwrap();
+        drop(memory);
+        let remove = || remove_all_unused(run.path(), &opened).unwrap();
+        assert_eq!(remove(), [dir.as_path()]);
+        assert!(is_mounted(&dir.join(OPENED_FILES)));
+        drop(works);
+        assert!(remove().is_empty() && !dir.is_dir());
     }
 
     #[test]

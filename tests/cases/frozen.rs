@@ -27,6 +27,8 @@ while [ -e /run/stop-at-look ]; do sleep 0.02; done
 exec /usr/sbin/iptables-save \"$@\"
 ";
 const DRAFT: &str = "/var/lib/transship/checkpoints/.new-*";
+/// Where a migration has one.
+const IN_MEMORY: &str = "/run/transship/opened/dump-*/files/.new-*";
 
 pub(crate) fn cases() -> impl Iterator<Item = Case> {
     Case::on_all_trees("frozen_runs_again", a_frozen_container_runs_again).chain([Case {
@@ -137,18 +139,41 @@ fn a_late_dump_leaves_nothing_frozen(bed: &Testbed) -> anyhow::Result<()> {
     let migrate = ["transship", "migrate", "counter", "--to", to_b.as_str()];
     a.start_daemon("migrate", &migrate)?;
     holds("the runtime", "test -e /run/at-checkpoint")?;
-    a.shell("pkill -KILL -x transship; rm /run/stop-at-checkpoint /run/at-checkpoint")
+    a.shell("pkill -KILL -x transship").run()?;
+    // What the runtime has been told stays as long as it lives, whoever cleans up.
+    let recover = || a.command("transship").args(["recover", "--once"]).run();
+    recover()?;
+    let told = format!("ls -d {IN_MEMORY}/counter/work/criu.conf");
+    a.shell(&told).run()?;
+    a.shell("rm /run/stop-at-checkpoint /run/at-checkpoint")
         .run()?;
     holds(
         "its end",
-        "! pgrep -f '[t]ransship-runc|[r]unc.* checkpoint'; ! pgrep -x criu",
+        "! pgrep -f 'checkpoint --image-pat[h]|criu swr[k]'",
     )?;
-    a.command("transship").args(["recover", "--once"]).run()?;
+    recover()?;
+    a.shell("! ls -d /run/transship/opened/dump-*").run()?;
+    counts_on(&a, "counter")?;
+
+    // The guard lets the container run meanwhile, and removes the draft when the runtime has ended.
+    let checkpoint = ["transship", "checkpoint", "counter", "--ghost-limit", "4M"];
+    a.shell("touch /run/stop-at-checkpoint; rm /run/stop-at-look")
+        .run()?;
+    a.start_daemon("checkpoint", &checkpoint)?;
+    holds("the runtime", "test -e /run/at-checkpoint")?;
+    a.shell("pkill -KILL -x transship").run()?;
+    counts_on(&a, "counter")?;
+    a.shell(&format!("ls -d {DRAFT}/counter/work/criu.conf"))
+        .run()?;
+    a.shell("rm /run/stop-at-checkpoint /run/at-checkpoint")
+        .run()?;
+    holds("the end of the guard", "! pgrep -f '[f]reeze-guard'")?;
+    a.shell(&format!("! ls -d {DRAFT}")).run()?;
     counts_on(&a, "counter")?;
 
     // Its dump is one that containerd does not know of.
-    let checkpoint = ["transship", "checkpoint", "counter", "--ghost-limit", "4M"];
-    a.shell("touch /run/stop-at-checkpoint").run()?;
+    a.shell("touch /run/stop-at-checkpoint /run/stop-at-look; rm -f /run/at-look")
+        .run()?;
     a.start_daemon("checkpoint", &checkpoint)?;
     holds("the runtime", "test -e /run/at-checkpoint")?;
     a.shell("pkill -KILL -x transship").run()?;

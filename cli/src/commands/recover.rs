@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use transship_engine::interrupt::Interrupt;
-use transship_engine::memory_dir::remove_unused;
+use transship_engine::memory_dir::remove_unused_at_last;
 use transship_engine::migrate::{Decided, Decision, Pending, Recovered, recover_all};
 use transship_engine::moved_pods;
 use transship_engine::{Error, Kind, Result};
@@ -24,7 +24,7 @@ struct Line {
 
 pub(crate) async fn run(global: &Global, args: &RecoverArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
-    remove_unused();
+    remove_unused_at_last().await;
     let node = connect(global).await?;
     if let Some(pod) = &args.pod {
         moved_pods::decide(&node, pod, args.source_runs).await?;

@@ -115,6 +115,7 @@ impl SourceContainer {
         hold: Option<&DumpHold>,
     ) -> Result<BegunDump> {
         let (images, work) = (dir.join(IMAGES_DIR), dir.join(WORK_DIR));
+        let draft = dir.parent().unwrap_or(dir);
         let (diff, figures) = (dir.join(ROOTFS_DIFF_FILE), work.join(FIGURES_FILE));
         let (shm, links) = (shm_of_pod(&self.spec)?, dir.join(LINKS_FILE));
         let criu = &self.container.criu;
@@ -129,7 +130,7 @@ impl SourceContainer {
             .begin_dump(
                 self.id(),
                 criu,
-                (&images, &work),
+                (draft, &images, &work),
                 &self.watched,
                 export,
                 hold,
