@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -110,6 +110,8 @@ pub(super) struct DumpParts {
     parts: Vec<Part>,
     /// Contents of files that the target has of what the containers share.
     volumes: BTreeMap<SharedDir, Arc<KnownContents>>,
+    /// What they share, when all of it is in its directory.
+    shared: OnceLock<Shared>,
 }
 
 /// One directory of the checkpoint.
@@ -210,6 +212,7 @@ impl DumpParts {
         Ok(Self {
             parts,
             volumes: known.volumes,
+            shared: OnceLock::new(),
         })
     }
 
@@ -266,10 +269,28 @@ impl DumpParts {
         }
     }
 
-    /// What the layers cannot say, if that is known of all parts before the dumps have ended.
-    pub(super) fn losses(&self) -> Option<Vec<Losses>> {
-        let layers = self.parts.iter().map(|part| part.files.hold()?.layer());
-        layers.map(|layer| Some(layer?.losses.clone())).collect()
+    /// What the layers cannot say, and what the containers share, if that is known of all of them before the dumps have ended:
+    /// their files are whole, and CRIU has only to take its parasite out.
+    pub(super) fn known_before_end(&self) -> Option<(Vec<Losses>, Shared)> {
+        let (of_all, containers): (Vec<_>, Vec<_>) =
+            { self.parts.iter() }.partition(|part| part.name == SHARED_DIR);
+        let shared = match of_all.is_empty() {
+            true => Shared::default(),
+            false => self.shared.get()?.clone(),
+        };
+        let layers = { containers.iter() }.map(|part| part.files.hold()?.layer());
+        let losses = layers.map(|layer| Some(layer?.losses.clone()));
+        Some((losses.collect::<Option<_>>()?, shared))
+    }
+
+    /// All that the containers share is in its directory.
+    fn have_shared(&self, shared: &Shared) {
+        // Said once.
+        drop(self.shared.set(shared.clone()));
+        let mut parts = self.parts.iter();
+        if let Some(part) = parts.find(|part| part.name == SHARED_DIR) {
+            part.files.ended(true);
+        }
     }
 }
 
@@ -383,9 +404,13 @@ impl AllDumps {
         let export = {
             let draft = self.draft.clone();
             let parts = Arc::clone(&parts);
-            let export = move || match dirs {
-                Some(dirs) => dirs.export(&draft, &parts.volumes),
-                None => Ok(Shared::default()),
+            let export = move || {
+                let Some(dirs) = dirs else {
+                    return Ok::<_, Error>(Shared::default());
+                };
+                let shared = dirs.export(&draft, &parts.volumes)?;
+                parts.have_shared(&shared);
+                Ok(shared)
             };
             tokio::task::spawn_blocking(export)
         };
@@ -405,11 +430,7 @@ impl AllDumps {
             (None, Some(export)) => export.await.context("the export of volumes panicked")?,
             (None, None) => Ok(Shared::default()),
         };
-        let (dumped, shared) = (dumped?, shared?);
-        if let Some(part) = parts.all().get(dumped.len()) {
-            part.files.ended(true);
-        }
-        Ok((dumped, shared))
+        Ok((dumped?, shared?))
     }
 
     fn makes_links(&self) -> bool {
@@ -508,6 +529,7 @@ mod tests {
         let parts = DumpParts {
             parts: vec![part("slow"), part("quick")],
             volumes: BTreeMap::new(),
+            shared: OnceLock::new(),
         };
         let [slow, quick] = parts.all() else {
             panic!("two parts")

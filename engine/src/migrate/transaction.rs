@@ -471,15 +471,11 @@ impl Transaction<'_> {
             let message = format!("dump and transfer have taken more than {seconds} s");
             Err(Error::new(Kind::Target, message))
         });
-        let losses = match moving.pod {
-            // What its containers share is known at the end.
-            Some(_) => None,
-            None => parts.losses(),
-        };
+        let known = parts.known_before_end();
         let interrupted = self.interrupt.check();
         let dumped = match (dumps.ended(), &sent, &interrupted) {
             (Some(ended), ..) => Some(ended?),
-            (None, Ok(_), Ok(())) if losses.is_some() => None,
+            (None, Ok(_), Ok(())) if known.is_some() => None,
             (None, Ok(_), Ok(())) => Some(dumps.wait().await?),
             // CRIU, whose code is in the tasks until its end, is waited for before they are let go. What has not begun, and
             // the files, nobody needs any more.
@@ -499,7 +495,7 @@ impl Transaction<'_> {
                 let losses = all.iter().map(|it| it.dumped.upperdir.losses.clone());
                 (losses.collect(), shared.clone())
             }
-            None => (losses.unwrap_or_default(), Shared::default()),
+            None => known.unwrap_or_default(),
         };
         if is_late {
             let connection = self.conversation.take_for_pages();
