@@ -66,8 +66,9 @@ struct Shares {
     for_second: Mutex<Receiver<Vec<Range>>>,
 }
 
-/// Steps of niceness: with five, a third of the processor time of a thread that is as busy.
-const STEPS_BACK: i32 = 5;
+/// Steps of niceness: with fifteen, a thirtieth of the processor time of a thread that is as busy. A pod has as many readers
+/// for each of its containers, and all wait for the CRIU of the largest.
+const STEPS_BACK: i32 = 15;
 /// Into how many shares what is at rest is split.
 const SHARES: usize = 2;
 
