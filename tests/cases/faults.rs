@@ -33,6 +33,12 @@ done 2>/dev/null";
 const EMPTY: &str =
     "rm -f /var/lib/transship/checkpoints/.fill; umount /var/lib/transship/checkpoints";
 
+/// Brings to its end what has been cut off, and says who is still at work.
+pub(crate) const RECOVER: &str = "transship recover --once 2>&1 || true
+    pgrep -af '[f]reeze-guard|[r]eceive|checkpoint --image-pat[h]|criu swr[k]' || true";
+/// What tells that of somebody.
+const AT_WORK: [&str; 4] = ["-guard", "receive", "checkpoint --image-path", "criu swrk"];
+
 /// Where something breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -44,7 +50,7 @@ pub(crate) enum Side {
 pub(crate) enum Fault {
     /// The command there, and not its guard.
     Command(Side),
-    /// The command and its guard.
+    /// All that is called transship: the command, and what it has started by its name, but not its guards.
     All(Side),
     /// The connection, for longer than it may be silent.
     Link,
@@ -192,6 +198,11 @@ impl Fault {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether [`RECOVER`] has found somebody at work.
+pub(crate) fn is_at_work(said: &str) -> bool {
+    AT_WORK.iter().any(|work| said.contains(work))
 }
 
 /// What the last migration from this node has said.

@@ -93,7 +93,8 @@ fn a_fifo_for_a_token_blocks_nobody(bed: &Testbed) -> anyhow::Result<()> {
         journey::ask(&node, &cri.pod_ip(&pod)?)?;
         node.shell(
             "timeout -s KILL 60 transship checkpoint --pod shop/fifo --name fifo
-             ! grep service_account /var/lib/transship/checkpoints/fifo/transship.json
+             test -s /var/lib/transship/checkpoints/fifo/transship.json
+             ! grep service_account /var/lib/transship/checkpoints/fifo/transship.json || exit 1
              transship rm fifo",
         )
         .run()?;

@@ -251,7 +251,7 @@ fn encrypt(node: &Node) -> anyhow::Result<()> {
     fails_with(node, &import("/root/cut"), 1, "has no identity")?;
     node.shell(
         "cp /root/secret /root/flipped
-         printf x | dd of=/root/flipped bs=1 seek=300000 conv=notrunc status=none
+         printf not-random | dd of=/root/flipped bs=1 seek=300000 conv=notrunc status=none
          head -c 200000 /root/secret >/root/short",
     )
     .run()?;

@@ -234,7 +234,7 @@ fn damaged(node: &Node) -> anyhow::Result<()> {
         .run()?;
     for (spoil, said) in [
         (
-            "printf x | dd of=sealed.age bs=1 seek=300000 conv=notrunc status=none",
+            "printf not-random | dd of=sealed.age bs=1 seek=300000 conv=notrunc status=none",
             "cannot be opened",
         ),
         ("truncate -s 200000 sealed.age", "cannot be opened"),

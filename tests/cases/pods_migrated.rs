@@ -13,7 +13,7 @@ use crate::Case;
 use crate::moments::{paced_front, tells_how_it_ended};
 use crate::package_image::PUBLIC_KEY;
 use crate::pods_shared::{
-    ROLES, fill_scratch, run_mates, run_mates_of, steps, volume_dir, wait_for,
+    Lines, ROLES, fill_scratch, run_mates, run_mates_of, steps, steps_with, volume_dir, wait_for,
 };
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -369,22 +369,63 @@ pub(crate) fn one_copy(runs: &Node, ended: &Node) -> Result<(), String> {
 
 /// Each container of the one copy goes on, and has missed nothing since its first step.
 pub(crate) fn runs_only(runs: &Node, ended: &Node, pod: &Pod) -> anyhow::Result<()> {
+    runs_only_with(Lines::AllThere, runs, ended, pod)
+}
+
+/// The same, and what its log has to say of that.
+pub(crate) fn runs_only_with(
+    lines: Lines,
+    runs: &Node,
+    ended: &Node,
+    pod: &Pod,
+) -> anyhow::Result<()> {
+    let of_role = |role| steps_with(lines, runs, pod, role);
+    let last = |role| -> Result<u64, String> {
+        let steps = of_role(role).map_err(|error| format!("{error:#}"))?;
+        let last = steps.last().ok_or_else(|| format!("{role} has no log"))?;
+        Ok(last.n)
+    };
+    let all = || -> Result<[u64; 3], String> {
+        let [one, two, three] = ROLES.map(last);
+        Ok([one?, two?, three?])
+    };
     let now = poll_until("one copy", PATIENCE, || {
         one_copy(runs, ended)?;
-        let last = ROLES.map(|role| {
-            let steps = steps(runs, pod, role).map_err(|error| format!("{error:#}"))?;
-            steps
-                .last()
-                .map(|step| step.n)
-                .ok_or_else(|| format!("{role} has no log"))
-        });
-        let [one, two, three] = last;
-        Ok([one?, two?, three?])
+        all()
     })?;
-    wait_for(runs, pod, now.map(|n| n + 10))?;
+    poll_until("the steps of all", PATIENCE, || {
+        let then = all()?;
+        let have = now.iter().zip(then).all(|(now, then)| then >= now + 10);
+        have.then_some(())
+            .ok_or_else(|| format!("{now:?}, and {then:?}"))
+    })?;
     for role in ROLES {
-        let first = steps(runs, pod, role)?[0];
+        let first = of_role(role)?[0];
         ensure!(first.n == 1, "{role} begins with {first:?}");
     }
+    Ok(())
+}
+
+/// How far the containers of the one copy have come, in the memory that they share.
+pub(crate) fn slots(runs: &Node, ended: &Node) -> Result<[u64; 3], String> {
+    one_copy(runs, ended)?;
+    let read = "od -A n -t u8 -N 24 -w24 /proc/$(pgrep -x -o podmate)/root/dev/shm/podmate";
+    let text = runs.shell(read).read().map_err(|error| error.to_string())?;
+    let slots = text.split_whitespace().map(str::parse);
+    let slots = { slots.collect::<Result<Vec<u64>, _>>() }.map_err(|error| error.to_string())?;
+    slots.try_into().map_err(|_| text)
+}
+
+/// All go on from there in that memory. Each of the processes ends at the first step that is missing or there twice, so none
+/// was started anew.
+pub(crate) fn goes_on_from(before: &[u64; 3], runs: &Node, ended: &Node) -> anyhow::Result<()> {
+    let least = poll_until("one copy", PATIENCE, || slots(runs, ended))?;
+    poll_until("all to go on", PATIENCE, || {
+        let now = slots(runs, ended)?;
+        let mut all = before.iter().zip(&least).zip(&now);
+        all.all(|((before, least), now)| now > before && *now > least + 10)
+            .then_some(())
+            .ok_or_else(|| format!("{before:?}, {least:?}, {now:?}"))
+    })?;
     Ok(())
 }

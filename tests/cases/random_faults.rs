@@ -15,7 +15,9 @@ use transship_testbed::{
 };
 
 use crate::Case;
-use crate::faults::{FAULTS, Fault, PATIENCE, Random, Way, begin, prepare, said, wait_for_end};
+use crate::faults::{
+    FAULTS, Fault, PATIENCE, RECOVER, Random, Way, begin, is_at_work, prepare, said, wait_for_end,
+};
 use crate::migration_faults::counts_on;
 use crate::migration_lazy::IS_LOST;
 
@@ -136,10 +138,9 @@ fn settled(way: Way<'_>, fault: Fault) -> anyhow::Result<Ended> {
     let ended = poll_until("one copy", PATIENCE, || {
         let mut said = String::new();
         for node in [from, to] {
-            let recover = node.shell(
-                "transship recover --once 2>&1 || true; pgrep -af '[f]reeze-guard|[r]eceive' || true",
-            );
-            said += &{ recover }.read().map_err(|error| error.to_string())?;
+            said += &{ node.shell(RECOVER) }
+                .read()
+                .map_err(|error| error.to_string())?;
         }
         let tasks = |node: &Node| {
             let tasks = node.ctr(&["tasks", "ls"]);
@@ -147,7 +148,7 @@ fn settled(way: Way<'_>, fault: Fault) -> anyhow::Result<Ended> {
         };
         let (here, there) = (tasks(from)?, tasks(to)?);
         let runs = |tasks: &str| tasks.contains("RUNNING");
-        let busy = said.contains("-guard") || said.contains("receive");
+        let busy = is_at_work(&said);
         match (runs(&here), runs(&there)) {
             (true, true) => Ok(None),
             (true, false) if !busy && !there.contains(ID) => Ok(Some(Ended::Source)),
