@@ -35,8 +35,8 @@ pub mod verify;
 
 pub(crate) use client_files::remove as remove_client_files;
 pub use copy_guard::run as run_guard;
-pub(crate) use held::make_contents_dir;
 pub use held::{Copy, LEASE, Prepared, Restored, hold, hold_in, prepare, settle};
+pub(crate) use held::{fill_upperdir, make_contents_dir};
 pub use plan::{Plan, plan};
 pub use target::{AddressChoice, Target, allowed_by_node};
 

@@ -78,6 +78,9 @@ pub struct Once {
     /// Where its output goes, if that is a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log: Option<PathBuf>,
+    /// Whether the receiver fills its upperdir before it is started.
+    #[serde(default)]
+    pub is_filled: bool,
 }
 
 /// One staged restore.

@@ -25,6 +25,9 @@ const FRONT: &str = "/usr/local/lib/paced/transship-runc";
 /// The moments of the front.
 const MOMENTS: &str = r#"    # The second of the three.
     *" create "*)
+        # What the shim has mounted is filled.
+        bundle=$(echo "$*" | sed 's/.* --bundle \([^ ]*\) .*/\1/')
+        [ ! -e "$bundle/rootfs/own-file" ] || echo >>/run/filled
         # One whose `create` has answered may still be restored.
         held=$(grep -ls ^held /run/transship/pods/*/restore/*/state | wc -l)
         [ "$held" = 0 ] || stop_at create
@@ -86,10 +89,13 @@ fn a_pod_moves_in_one_migration(bed: &Testbed) -> anyhow::Result<()> {
     run_mates(&a, &cri, &pod)?;
     fill_scratch(&a, &pod)?;
     wait_for(&a, &pod, [20; 3])?;
+    a.shell("for pid in $(pgrep -x podmate); do echo content >/proc/$pid/root/own-file; done")
+        .run()?;
 
     all_reasons_at_once(&a, &b, &pod, &to_b)?;
     a_restore_that_fails_leaves_nothing(&a, &b, &pod, &to_b)?;
 
+    b.shell("rm -f /run/filled").run()?;
     let told = { a.command("/usr/local/bin/move") }.arg(&to_b).read()?;
     runs_only(&b, &a, &pod).with_context(|| told.clone())?;
     ensure!(
@@ -104,6 +110,12 @@ fn a_pod_moves_in_one_migration(bed: &Testbed) -> anyhow::Result<()> {
         { content }.read()? == "content\n12:34\n",
         "the emptyDir came along"
     );
+    // Else their mounts would be taken away in the freeze, and the kernel would write out the disk for that.
+    let filled = b.shell(
+        "wc -l </run/filled; cat $(pgrep -x podmate | sed 's,.*,/proc/&/root/own-file,') | sort | uniq -c | xargs",
+    );
+    let filled = { filled }.read()?;
+    ensure!(filled == "3\n3 content\n", "when `create` came: {filled}");
     journey::check_no_pod_left(&a)?;
 
     cut_at(&b, &a, &pod, &to_a, "frozen", Cut::Source, Runs::Here)?;

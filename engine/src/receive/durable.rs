@@ -1,14 +1,25 @@
 //! A copy that a power cut of this node does not lose: its files, records and image are on the disk
 //! before the source is told to remove its own.
+//!
+//! What comes before the freeze is written out as it comes. In the freeze others wait for the disk: containerd's records and
+//! ours are synced, which on ext4 writes out what has been written to other files as well, and a root file system that is unmounted
+//! (front/rootfs.rs) writes out all that its upperdir's has.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
 use transship_containerd::Containerd;
 
 use crate::error::{Context, Result};
+
+/// Between one time and the next: a disk that is quick has little to do then, and one that is slow does nothing else.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Writes out every file system that holds something of the container: that of its upperdir, and
 /// that of containerd's content and metadata.
@@ -16,6 +27,34 @@ pub(super) async fn sync(node: &Containerd, upperdir: &Path) -> Result<()> {
     let mut places = vec![upperdir.to_path_buf()];
     places.extend(node.content_root().await?);
     tokio::task::spawn_blocking(move || sync_file_systems(&places)).await?
+}
+
+/// Writes file systems out, again and again until it is dropped.
+#[derive(Debug)]
+pub(super) struct WriteOut(JoinHandle<()>);
+
+impl WriteOut {
+    /// Begins with those that hold these places.
+    pub(super) fn begin(places: Vec<PathBuf>) -> Self {
+        let places = Arc::new(places);
+        Self(tokio::spawn(async move {
+            loop {
+                let places = Arc::clone(&places);
+                let written = tokio::task::spawn_blocking(move || sync_file_systems(&places));
+                // Whatever is wrong with the disk is told when the copy has to be on it.
+                if !matches!(written.await, Ok(Ok(()))) {
+                    return;
+                }
+                sleep(PAUSE).await;
+            }
+        }))
+    }
+}
+
+impl Drop for WriteOut {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 fn sync_file_systems(places: &[PathBuf]) -> Result<()> {

@@ -12,6 +12,7 @@ use transship_checkpoint::wire::{
     Arriving, Check, ContentsDir, DataPlace, Limits, Message, Offer, unexpected,
 };
 
+use super::durable::WriteOut;
 use super::{Request, image, keep, receive_files};
 use crate::conversation::Conversation;
 use crate::data_channel::{Identity, STREAMS};
@@ -37,6 +38,8 @@ pub(super) async fn receive(
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
     let taken = contents.keys().cloned().collect();
+    let places = contents.values().map(|dir| dir.path().to_path_buf());
+    let _write_out = WriteOut::begin(places.collect());
     if offer.at_once {
         let (dir, bytes) = (store.root().to_path_buf(), offer.estimate);
         // Whatever keeps it from that is told when the files come.

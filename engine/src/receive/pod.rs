@@ -42,7 +42,7 @@ use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::progress::Progress;
 
-use containers::{Made, MadeContainer, check_none_failed, held, largest_first, start_all};
+use containers::{Made, MadeContainer, check_none_failed, held, start_all};
 
 mod admission;
 mod containers;
@@ -675,8 +675,7 @@ async fn agree(
     }
     pod.set_arrival(InSandbox::Arrived)?;
     let cri = CriPods::of(node);
-    let containers = largest_first(made, &checkpoint.manifest);
-    start_all(&cri, &pod, containers, interrupt).await?;
+    start_all(&cri, &pod, (made, checkpoint), interrupt).await?;
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();
     let mut all = Vec::new();

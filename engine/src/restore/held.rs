@@ -176,7 +176,7 @@ async fn make(
     } = prepared;
     let upperdir = stack.top.clone();
     let diff = checkpoint.container_dir(container).join(ROOTFS_DIFF_FILE);
-    tokio::task::spawn_blocking(move || import(&diff, &stack, contents)).await??;
+    tokio::task::spawn_blocking(move || fill_upperdir(&diff, &stack, contents)).await??;
 
     let json = held.to_json();
     let value = serde_json::from_slice(&json).context("our own spec cannot be parsed")?;
@@ -213,7 +213,16 @@ async fn make(
     Ok((pid, upperdir))
 }
 
-fn import(diff: &Path, stack: &OverlayStack, contents: Option<String>) -> Result<()> {
+/// Fills the upperdir of a stack that is not mounted from the layer `diff`, and from the directory `contents` in it, where
+/// contents of files have come before.
+///
+/// # Errors
+/// The layer cannot be read, or not be filled in.
+pub(crate) fn fill_upperdir(
+    diff: &Path,
+    stack: &OverlayStack,
+    contents: Option<String>,
+) -> Result<()> {
     let file = open_last(diff).with_context(|| format!("cannot open {}", diff.display()))?;
     // What is filled in is no larger than what has come, and that has a bound.
     let length = file

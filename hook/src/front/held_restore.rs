@@ -131,7 +131,8 @@ impl Front<'_> {
         }
         // Until the end of this restore, or longer.
         let connections = self.hold_pod_connections(config, pod, &request)?;
-        if config.annotations.rootfs == Rootfs::FromImage {
+        let has_its_files = { staged.once() }.is_some_and(|it| it.id == create.id && it.is_filled);
+        if config.annotations.rootfs == Rootfs::FromImage && !has_its_files {
             let diff = request.images.with_file_name(ROOTFS_DIFF_FILE);
             bundle.fill_rootfs(&diff, &request.checkpoint)?;
         }

@@ -8,7 +8,8 @@
 //! Changing the upperdir of a mounted overlay is undefined (kernel, Documentation/filesystems/
 //! overlayfs.rst), and writing through the mount would copy whole files up. Before the container is
 //! created nobody uses the mount, so it can be taken away for that moment, whichever snapshotter
-//! made it.
+//! made it. The kernel writes out the upperdir's file system for that (`ovl_sync_fs`), so a receiver that knows the upperdir
+//! fills it before the shim mounts it ([`transship_sandbox::Once`]).
 
 use std::fs;
 use std::io::{self, BufReader};

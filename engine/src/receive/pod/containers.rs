@@ -2,20 +2,23 @@
 //!
 //! ```text
 //!  CreateContainer ─> MadeContainer: where its files and its log are, of which layers it is    the source runs
-//!  staged, `once` ─ StartContainer, the largest first ─> Held                                  the source stands still
+//!  staged, `once` ─ upperdir filled ─ StartContainer, the largest first ─> Held                the source stands still
 //! ```
 //!
 //! What containerd has to be asked is asked before the source stands still, of containers that are made here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use transship_checkpoint::manifest::Manifest;
+use transship_checkpoint::manifest::{Manifest, ROOTFS_DIFF_FILE, contents_in_filled};
 use transship_checkpoint::shared_dirs::SharedDir;
 use transship_checkpoint::spec::Spec;
+use transship_checkpoint::store::Checkpoint;
 use transship_containerd::Containerd;
+use transship_layer::OverlayStack;
 use transship_sandbox::shared_dirs::shared_mounts;
 use transship_sandbox::{Once, PodDir, State};
 
@@ -25,6 +28,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::interrupt::Interrupt;
 use crate::machine::at_once;
 use crate::overlay_mounts::overlay_stack;
+use crate::restore::fill_upperdir;
 
 /// So long after another one a container is started. The shim of a pod makes one after the other, in the order in which
 /// they reach it (the mutex of containerd's `service.Create`, 1.6 to 2.1).
@@ -53,7 +57,7 @@ impl Made {
 pub(super) struct MadeContainer {
     pub(super) name: String,
     pub(super) id: String,
-    pub(super) upperdir: PathBuf,
+    stack: OverlayStack,
     /// Where its files are: in its upperdir, and in what it shares with others of the pod.
     pub(super) files: Vec<PathBuf>,
     /// Chain id of the layers below its upperdir.
@@ -83,17 +87,40 @@ impl MadeContainer {
         let spec = spec.with_context(|| format!("the spec of {name:?} is no OCI runtime spec"))?;
         let shared = shared_mounts(&spec, sandbox).into_iter();
         let shared = shared.filter(|it| it.dir != SharedDir::Shm);
-        let upperdir = stack.top;
-        let mut files = vec![upperdir.clone()];
+        let mut files = vec![stack.top.clone()];
         files.extend(shared.map(|it| it.source));
         Ok(Self {
             name: name.to_owned(),
             id: id.to_owned(),
-            upperdir,
+            stack,
             files,
             chain_id,
             log,
         })
+    }
+
+    pub(super) fn upperdir(&self) -> &Path {
+        &self.stack.top
+    }
+
+    /// Whether its upperdir is filled here. Of layers that are mounted with an id mapping the front says why it is not.
+    fn is_filled_here(&self) -> bool {
+        !self.stack.has_idmapped_lowers
+    }
+
+    /// Fills its upperdir from what has come. Nothing is mounted yet: the runtime front would have to unmount what the shim has
+    /// mounted, and for that the kernel writes out the whole file system that the upperdir is on (`ovl_sync_fs`), which on a
+    /// busy node takes seconds, while the source stands still.
+    ///
+    /// # Errors
+    /// As [`fill_upperdir`].
+    fn fill(&self, checkpoint: &Checkpoint) -> Result<()> {
+        if !self.is_filled_here() {
+            return Ok(());
+        }
+        let diff = checkpoint.dir.join(&self.name).join(ROOTFS_DIFF_FILE);
+        let contents = contents_in_filled(&checkpoint.manifest.name);
+        fill_upperdir(&diff, &self.stack, Some(contents))
     }
 
     /// Whether its upperdir lies on the layers that were asked for: what comes is a diff against them.
@@ -115,6 +142,7 @@ impl MadeContainer {
         Once {
             id: self.id.clone(),
             log: self.log.clone(),
+            is_filled: self.is_filled_here(),
         }
     }
 }
@@ -166,7 +194,7 @@ pub(super) fn check_none_failed<'n>(
 
 /// The containers that are made, those with the most files and memory first: their memory is written while the others are
 /// restored.
-pub(super) fn largest_first<'m>(made: &'m Made, manifest: &Manifest) -> Vec<&'m MadeContainer> {
+fn largest_first<'m>(made: &'m Made, manifest: &Manifest) -> Vec<&'m MadeContainer> {
     let bytes_of = |name: &str| -> u64 {
         let mut containers = manifest.containers.iter();
         let files = containers.find(|it| it.name == name).map(|it| &it.files);
@@ -193,10 +221,12 @@ async fn why_not_restored(pod: &PodDir, names: &[&str]) -> Option<Error> {
 pub(super) async fn start_all(
     cri: &CriPods,
     pod: &PodDir,
-    containers: Vec<&MadeContainer>,
+    (made, checkpoint): (&Made, &Checkpoint),
     interrupt: &Interrupt,
 ) -> Result<()> {
     let most = at_once();
+    let containers = largest_first(made, &checkpoint.manifest);
+    let checkpoint = Arc::new(checkpoint.clone());
     let names: Vec<&str> = containers.iter().map(|it| &*it.name).collect();
     let (mut next, mut starts) = (containers.into_iter(), JoinSet::new());
     let mut all = Ok(());
@@ -205,11 +235,15 @@ pub(super) async fn start_all(
             && starts.len() < most
             && let Some(made) = next.next()
         {
-            let (mut cri, name, id) = (cri.clone(), made.name.clone(), made.id.clone());
+            let (mut cri, made, checkpoint) = (cri.clone(), made.clone(), Arc::clone(&checkpoint));
             if !starts.is_empty() {
                 sleep(APART).await;
             }
-            starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
+            starts.spawn(async move {
+                let (name, id) = (made.name.clone(), made.id.clone());
+                tokio::task::spawn_blocking(move || made.fill(&checkpoint)).await??;
+                cri.start(&name, &id).await.map(|()| (name, id))
+            });
         }
         let Some(start) = starts.join_next().await else {
             return match all {

@@ -37,8 +37,8 @@ pub(super) fn make(
     let mut contents = BTreeMap::new();
     // A container that somebody else will make has none yet.
     for container in &made.containers {
-        require_room_for_files(&container.upperdir, offer)?;
-        let dir = make_contents_dir(&container.upperdir, &name)?;
+        require_room_for_files(container.upperdir(), offer)?;
+        let dir = make_contents_dir(container.upperdir(), &name)?;
         contents.insert(format!("{}/{CONTENTS_DIR}", container.name), dir);
     }
     let volumes = volumes_here(offer, &pod_of(locked).uid);
