@@ -39,7 +39,7 @@ const ARGUMENT: &str = "freeze-guard";
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long after that containerd is waited for, whose shim should hear of the runtime's work.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a runtime may work in a draft whose maker is gone, when its CRIU has ended: what CRIU has frozen again waits.
+/// How long a runtime may work in a draft whose maker is gone, with no CRIU: what that has frozen again waits.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(10);
 /// How long after the death of its caller a dump may begin.
 const LATE_DUMP: Duration = Duration::from_secs(3);
@@ -200,16 +200,23 @@ async fn within_patience<T>(asked: impl Future<Output = Result<T>>) -> Result<T>
 /// the last moment begins after its caller's death, and makes its directory.
 async fn remove_draft(draft: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    let (mut gone_since, runtime_deadline) = (Instant::now(), Instant::now() + RUNTIME_PATIENCE);
+    let (mut gone_since, mut runtime_since) = (Instant::now(), None);
     while gone_since.elapsed() < LATE_DUMP {
         if draft.try_exists().unwrap_or(true) {
+            let began = Instant::now();
             stuck_dump::wait_for_end(draft, Vec::new()).await;
+            if began.elapsed() > PAUSE {
+                // Its CRIU has ended now.
+                runtime_since = None;
+            }
             // A runtime that is about to start CRIU would have it begin without its configuration.
             if is_worked_in(draft) {
-                if Instant::now() > runtime_deadline {
+                let since = *runtime_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > RUNTIME_PATIENCE {
                     let message = format!("a runtime still works in {}", draft.display());
                     return Err(Error::failed(message));
                 }
+                gone_since = Instant::now();
                 sleep(PAUSE).await;
                 continue;
             }

@@ -12,12 +12,12 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use transship_checkpoint::store::{DEFAULT_OPENED, Store};
-use transship_sandbox::opened::{Holds, InMemory, remove_all_unused};
+use transship_sandbox::opened::{Holds, InMemory, left_to_runtimes, remove_all_unused};
 use transship_sandbox::{DEFAULT_RUN_DIR, SandboxError};
 
 use crate::error::{Error, Result, one_line};
@@ -167,39 +167,29 @@ pub(crate) async fn remove_when_unused(inside: &Path) {
 
 /// Removes what processes that were killed have left in memory. What cannot be removed keeps nobody from what he does.
 pub fn remove_unused() {
-    drop(remove_left());
+    let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
+    if let Err(error) = remove_all_unused(run_dir, opened) {
+        let error = one_line(&error);
+        tracing::warn!("memory that nobody uses is left in {DEFAULT_OPENED}: {error}");
+    }
 }
 
 /// The same, and what a runtime still works in whose caller was killed, as soon as that one has ended: it sees that nobody
 /// lets it go on. It is waited for a moment, and told of then.
 pub async fn remove_unused_at_last() {
     let deadline = Instant::now() + RUNTIME_PATIENCE;
-    loop {
-        let worked_in = remove_left();
-        if worked_in.is_empty() {
-            return;
-        }
-        if Instant::now() > deadline {
-            for dir in worked_in {
-                tracing::warn!(
-                    "an OCI runtime whose caller was killed still works in {}, which is removed when it has ended",
-                    dir.display()
-                );
-            }
-            return;
-        }
+    let mut left = left_to_runtimes(Path::new(DEFAULT_OPENED));
+    while !left.is_empty() && Instant::now() < deadline {
         sleep(PAUSE).await;
+        left = left_to_runtimes(Path::new(DEFAULT_OPENED));
     }
-}
-
-/// Gives what a runtime still works in.
-fn remove_left() -> Vec<PathBuf> {
-    let (run_dir, opened) = (Path::new(DEFAULT_RUN_DIR), Path::new(DEFAULT_OPENED));
-    remove_all_unused(run_dir, opened).unwrap_or_else(|error| {
-        let error = one_line(&error);
-        tracing::warn!("memory that nobody uses is left in {DEFAULT_OPENED}: {error}");
-        Vec::new()
-    })
+    for dir in left {
+        tracing::warn!(
+            "an OCI runtime whose caller was killed still works in {}, which is removed when it has ended",
+            dir.display()
+        );
+    }
+    remove_unused();
 }
 
 #[cfg(test)]

@@ -174,7 +174,7 @@ impl InMemory {
     pub fn leave(self, run_dir: &Path) -> Result<(), SandboxError> {
         let dir = self.dir.clone();
         drop(self);
-        remove_unused(&dir, &staged_images(run_dir), |_| false).map(drop)
+        remove_unused(&dir, &staged_images(run_dir), |_| false)
     }
 }
 
@@ -188,60 +188,61 @@ pub fn has_arrived(files: &Path) -> bool {
     key.and_then(OsStr::to_str).is_some_and(is_of_migration)
 }
 
-/// Removes all that nobody uses. It is no error when there is nothing. Gives those in which a runtime still works whose caller
-/// was killed.
+/// Removes all that nobody uses. It is no error when there is nothing.
 ///
 /// # Errors
 /// The first that cannot be removed; the others are.
-pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<Vec<PathBuf>, SandboxError> {
+pub fn remove_all_unused(run_dir: &Path, opened: &Path) -> Result<(), SandboxError> {
     remove_forgotten(run_dir);
-    let entries = match fs::read_dir(opened) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.during("list", opened)?,
+    let dirs = match all(opened) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        dirs => dirs.during("list", opened)?,
     };
-    let dirs: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     if dirs.is_empty() {
-        return Ok(Vec::new());
+        return Ok(());
     }
     let images = staged_images(run_dir);
-    let (mut worked_in, mut all) = (Vec::new(), Ok(()));
-    for dir in dirs {
-        match remove_unused(&dir, &images, Store::has_draft_in_use) {
-            Ok(Removed::StillWorkedIn) => worked_in.push(dir),
-            Ok(Removed::OrInUse) => {}
-            Err(error) => all = all.and(Err(error)),
-        }
-    }
-    all.map(|()| worked_in)
+    let removed = dirs
+        .iter()
+        .map(|dir| remove_unused(dir, &images, Store::has_draft_in_use));
+    removed.fold(Ok(()), Result::and)
 }
 
-/// What became of memory that was to be removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Removed {
-    /// It is gone, or somebody uses it.
-    OrInUse,
-    /// It is nobody's, and somebody works in it.
-    StillWorkedIn,
+/// Those that are nobody's any more, and in which a runtime still works whose caller was killed.
+#[must_use]
+pub fn left_to_runtimes(opened: &Path) -> Vec<PathBuf> {
+    let mut dirs = all(opened).unwrap_or_default();
+    dirs.retain(|dir| {
+        let lock = File::open(dir.join(LOCK));
+        lock.is_ok_and(|lock| lock.try_lock().is_ok())
+            && Store::at(dir.join(OPENED_FILES)).has_draft_in_use()
+    });
+    dirs
+}
+
+fn all(opened: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(opened)?;
+    Ok(entries.flatten().map(|entry| entry.path()).collect())
 }
 
 fn remove_unused(
     dir: &Path,
     staged: &[PathBuf],
     is_worked_in: impl Fn(&Store) -> bool,
-) -> Result<Removed, SandboxError> {
+) -> Result<(), SandboxError> {
     let path = dir.join(LOCK);
     let file = match open_lock(&path) {
         // Somebody has been faster.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Removed::OrInUse),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         file => file.during("open", &path)?,
     };
     let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
-        return Ok(Removed::OrInUse);
+        return Ok(());
     };
     if lock.metadata().during("look at", &path)?.nlink() == 0
         || staged.iter().any(|images| images.starts_with(dir))
     {
-        return Ok(Removed::OrInUse);
+        return Ok(());
     }
     let files = dir.join(OPENED_FILES);
     let checkpoints = Store::at(&files).list().map_err(Box::new)?;
@@ -250,17 +251,16 @@ fn remove_unused(
         .iter()
         .any(|(_, it)| it.as_ref().is_ok_and(is_read))
     {
-        return Ok(Removed::OrInUse);
+        return Ok(());
     }
     if is_worked_in(&Store::at(&files)) {
-        return Ok(Removed::StillWorkedIn);
+        return Ok(());
     }
     unmount_all(&files);
     // Under another name, so that who makes it anew meanwhile gets a directory of his own.
     let gone = dir.with_file_name(format!("gone-{}-{}", std::process::id(), unique()));
     fs::rename(dir, &gone).during("remove", dir)?;
-    remove_tree(&gone)?;
-    Ok(Removed::OrInUse)
+    remove_tree(&gone)
 }
 
 /// A number that this process has not had.
@@ -387,11 +387,12 @@ mod tests {
         fs::DirBuilder::new().mode(0o700).create(&draft).unwrap();
         let works = open_to_work(&draft).unwrap();
         drop(memory);
-        let remove = || remove_all_unused(run.path(), &opened).unwrap();
-        assert_eq!(remove(), [dir.as_path()]);
+        remove_all_unused(run.path(), &opened).unwrap();
         assert!(is_mounted(&dir.join(OPENED_FILES)));
+        assert_eq!(left_to_runtimes(&opened), [dir.as_path()]);
         drop(works);
-        assert!(remove().is_empty() && !dir.is_dir());
+        remove_all_unused(run.path(), &opened).unwrap();
+        assert!(left_to_runtimes(&opened).is_empty() && !dir.is_dir());
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub struct Once {
     /// Where its output goes, if that is a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log: Option<PathBuf>,
-    /// Whether the receiver fills its upperdir before it is started.
+    /// Whether the receiver has filled its upperdir.
     #[serde(default)]
     pub is_filled: bool,
 }

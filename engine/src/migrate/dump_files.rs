@@ -112,6 +112,11 @@ impl DumpFiles {
         self.release();
     }
 
+    /// Whether what is there is not whole, and will not be.
+    pub(super) fn has_failed(&self) -> bool {
+        self.state.load(Ordering::Acquire) == FAILED
+    }
+
     /// One image of memory has been sent.
     pub(super) fn memory_sent(&self) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);

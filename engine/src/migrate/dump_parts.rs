@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  containers, several at once: CRIU ──> <draft>/<container>/   DumpFiles ──> sent while it is written, one by one
-//!  beside them: /dev/shm, emptyDirs  ──> <draft>/.shared/       DumpFiles ──> sent at the end
+//!  beside them: /dev/shm, emptyDirs  ──> <draft>/.shared/       DumpFiles ──> sent when all are exported
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -278,6 +278,10 @@ impl DumpParts {
             true => Shared::default(),
             false => self.shared.get()?.clone(),
         };
+        let mut all = containers.iter();
+        if all.any(|part| part.files.has_failed()) {
+            return None;
+        }
         let layers = { containers.iter() }.map(|part| part.files.hold()?.layer());
         let losses = layers.map(|layer| Some(layer?.losses.clone()));
         Some((losses.collect::<Option<_>>()?, shared))

@@ -24,6 +24,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -77,18 +78,17 @@ struct Held {
     known: KnownMemory,
     /// By their ids inside.
     processes: BTreeMap<u32, u32>,
+    /// Whether CRIU waits for those who look.
+    is_waited_for: AtomicBool,
 }
 
 impl FrozenMemory {
     /// That of these processes, by their ids inside, all of which stand still from now on.
     pub(super) fn of(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
-        let held = Arc::new(Held { known, processes });
+        let held = Arc::new(Held::of(known, processes));
         let looking = (0..READERS).map(|reader| {
             let held = Arc::clone(&held);
-            thread::spawn(move || {
-                let_criu_go_first();
-                held.unchanged(reader)
-            })
+            thread::spawn(move || held.unchanged(reader))
         });
         Self {
             looking: Mutex::new(looking.collect()),
@@ -122,7 +122,7 @@ impl FrozenMemory {
     pub(super) fn unsent(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
         let (of_first, for_second) = channel();
         Self {
-            held: Arc::new(Held { known, processes }),
+            held: Arc::new(Held::of(known, processes)),
             looking: Mutex::default(),
             unchanged: OnceLock::new(),
             shares: Some(Shares {
@@ -171,7 +171,9 @@ impl FrozenMemory {
         container: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SentMemory, WireError> {
-        let Held { known, processes } = &*self.held;
+        let Held {
+            known, processes, ..
+        } = &*self.held;
         let dir = format!("{MEMORY_DIR}{}", share + 1);
         let wanted = |at: u64| at / PIECE as u64 % SHARES as u64 == share as u64;
         // Dropped when this share has come to its end, whatever ends it.
@@ -224,7 +226,9 @@ impl FrozenMemory {
         let name = image_name(path).unwrap_or_default();
         let pages = format!("pages-{}.img", pagemap.pages_id);
         let mut dumped = None;
-        let Held { known, processes } = &*self.held;
+        let Held {
+            known, processes, ..
+        } = &*self.held;
         let memory = { name.parse().ok() }
             .and_then(|inside: u32| processes.get(&inside))
             .and_then(|pid| ProcessMemory::of(*pid).ok());
@@ -288,6 +292,7 @@ impl FrozenMemory {
     /// Waits for who looks.
     fn all_unchanged(&self) -> &BTreeMap<String, Vec<Range>> {
         self.unchanged.get_or_init(|| {
+            self.held.is_waited_for.store(true, Ordering::Relaxed);
             let looking = std::mem::take(&mut *lock(&self.looking));
             // Of a thread that has panicked nothing is known: its pages are read again.
             let found = looking.into_iter().filter_map(|it| it.join().ok());
@@ -304,8 +309,18 @@ impl FrozenMemory {
 }
 
 impl Held {
+    fn of(known: KnownMemory, processes: BTreeMap<u32, u32>) -> Self {
+        let is_waited_for = AtomicBool::new(false);
+        Self {
+            known,
+            processes,
+            is_waited_for,
+        }
+    }
+
     /// What has not changed of the share of one of those who read.
     fn unchanged(&self, reader: usize) -> InImages {
+        let mut gives_way = GivesWay::to_criu();
         let (mut found, mut pieces) = (Vec::new(), 0);
         let mut buffer = vec![0; PIECE];
         for (name, hashes) in &self.known.images {
@@ -322,6 +337,9 @@ impl Held {
             for (run, (start, end)) in known {
                 pieces += 1;
                 if pieces % READERS == reader {
+                    if self.is_waited_for.load(Ordering::Relaxed) {
+                        gives_way.no_more();
+                    }
                     let length = usize::try_from(end - start).unwrap_or(PIECE).min(PIECE);
                     let read = memory.read(start, &mut buffer[..length]);
                     let same = self.same_pages(run, start, &buffer[..read]).into_iter();
@@ -351,11 +369,27 @@ impl Held {
 }
 
 /// CRIU has much to do before it waits for us, and we have not: where processors are few, this thread takes what CRIU
-/// leaves.
-fn let_criu_go_first() {
-    // The kernel means by nobody the calling thread. One that has no way back to its priority before ends soon.
-    let niceness = getpriority_process(None).unwrap_or_default();
-    let _ = setpriority_process(None, niceness + STEPS_BACK);
+/// leaves, as long as it does not wait.
+struct GivesWay {
+    /// The niceness before.
+    from: Option<i32>,
+}
+
+impl GivesWay {
+    fn to_criu() -> Self {
+        // The kernel means by nobody the calling thread.
+        let niceness = getpriority_process(None).unwrap_or_default();
+        let _ = setpriority_process(None, niceness + STEPS_BACK);
+        let from = Some(niceness);
+        Self { from }
+    }
+
+    /// Who may not go back to that stays as it is, and ends soon.
+    fn no_more(&mut self) {
+        if let Some(niceness) = self.from.take() {
+            let _ = setpriority_process(None, niceness);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

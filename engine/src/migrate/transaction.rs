@@ -509,10 +509,26 @@ impl Transaction<'_> {
                 None => dumps.wait().await.map(|(dumped, _)| dumped),
             }
         };
-        let handed = self.hand_over(draft, files, losses, shared);
-        let (ended, handed) = tokio::join!(ended, handed);
-        self.tell_dumps(from, ended?);
-        handed?;
+        let dumped = {
+            let handed = self.hand_over(draft, files, losses, shared);
+            tokio::pin!(ended, handed);
+            tokio::select! {
+                // Nobody waits for the copy of what could not be dumped to its end.
+                dumped = &mut ended => match dumped {
+                    Ok(dumped) => handed.await.map(|()| dumped),
+                    Err(error) => Err(error),
+                },
+                // CRIU is waited for, whatever the other node says, and what it says is told.
+                handed = &mut handed => {
+                    let dumped = ended.await;
+                    handed.and(dumped)
+                }
+            }
+        };
+        // Ctrl-C ends the runtimes as well.
+        let dumped =
+            dumped.map_err(|error| self.interrupt.check().err().map_or(error, Error::from));
+        self.tell_dumps(from, dumped?);
         Ok(())
     }
 

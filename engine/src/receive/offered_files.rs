@@ -38,8 +38,6 @@ pub(super) async fn receive(
     progress: &dyn Progress,
 ) -> Result<Checkpoint> {
     let taken = contents.keys().cloned().collect();
-    let places = contents.values().map(|dir| dir.path().to_path_buf());
-    let _write_out = WriteOut::begin(places.collect());
     if offer.at_once {
         let (dir, bytes) = (store.root().to_path_buf(), offer.estimate);
         // Whatever keeps it from that is told when the files come.
@@ -57,12 +55,15 @@ pub(super) async fn receive(
         other => return Err(unexpected("the checkpoint", &other).into()),
     }
     let draft = store.draft(&of_migration(&offer.migration))?;
+    let places = contents.values().map(|dir| dir.path().to_path_buf());
+    let write_out = WriteOut::begin(places.chain([store.root().to_path_buf()]).collect());
     let limits = Limits {
         max_bytes: most_bytes(offer, request),
         keep_free: KEEP_FREE,
     };
     let arriving = Arriving::into_dir(draft.dir(), limits, Check::Xxh3).with_contents(contents);
     let stream = receive_files(conversation, arriving, progress).await?;
+    write_out.end().await?;
     let mut specs = Vec::new();
     for it in &offer.containers {
         let path = draft.dir().join(&it.container.name).join(SPEC_FILE);

@@ -42,7 +42,9 @@ use crate::interrupt::Interrupt;
 use crate::kubelet;
 use crate::progress::Progress;
 
-use containers::{Made, MadeContainer, check_none_failed, held, start_all};
+use containers::{
+    Made, MadeContainer, check_none_failed, fill_all, held, largest_first, start_all,
+};
 
 mod admission;
 mod containers;
@@ -664,6 +666,8 @@ async fn agree(
         Message::Restore => {}
         other => return Err(unexpected("the word to restore", &other).into()),
     }
+    fill_all(made, checkpoint).await?;
+    interrupt.check()?;
     // All of them before the first is restored: what one shares with others is made for all.
     let pod = pod_dir(&made.sandbox)?;
     for container in &checkpoint.manifest.containers {
@@ -675,7 +679,8 @@ async fn agree(
     }
     pod.set_arrival(InSandbox::Arrived)?;
     let cri = CriPods::of(node);
-    start_all(&cri, &pod, (made, checkpoint), interrupt).await?;
+    let containers = largest_first(made, &checkpoint.manifest);
+    start_all(&cri, &pod, containers, interrupt).await?;
     let deadline = Instant::now() + STARTS_PATIENCE;
     let mut asked = Instant::now();
     let mut all = Vec::new();

@@ -432,7 +432,7 @@ pub fn poststop(state: &HookState, run_dir: &Path, consumed: &Path) -> Result<()
             pod.remove()
         })
         .and_then(|()| Consumed::forget(consumed, &Owner::Container(state.id.clone())))
-        .and_then(|()| remove_all_unused(run_dir, &run_dir.join("opened")).map(drop))
+        .and_then(|()| remove_all_unused(run_dir, &run_dir.join("opened")))
         .map_err(|source| HookError::Stage {
             id: state.id.clone(),
             source,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  CreateContainer ─> MadeContainer: where its files and its log are, of which layers it is    the source runs
-//!  staged, `once` ─ upperdir filled ─ StartContainer, the largest first ─> Held                the source stands still
+//!  upperdirs filled ─ staged, `once` ─ StartContainer, the largest first ─> Held               the source stands still
 //! ```
 //!
 //! What containerd has to be asked is asked before the source stands still, of containers that are made here.
@@ -137,7 +137,7 @@ impl MadeContainer {
         }
     }
 
-    /// For the runtime front, which need not ask then.
+    /// For the runtime front, which need not ask then, when its upperdir has its files.
     pub(super) fn once(&self) -> Once {
         Once {
             id: self.id.clone(),
@@ -194,7 +194,7 @@ pub(super) fn check_none_failed<'n>(
 
 /// The containers that are made, those with the most files and memory first: their memory is written while the others are
 /// restored.
-fn largest_first<'m>(made: &'m Made, manifest: &Manifest) -> Vec<&'m MadeContainer> {
+pub(super) fn largest_first<'m>(made: &'m Made, manifest: &Manifest) -> Vec<&'m MadeContainer> {
     let bytes_of = |name: &str| -> u64 {
         let mut containers = manifest.containers.iter();
         let files = containers.find(|it| it.name == name).map(|it| &it.files);
@@ -217,16 +217,37 @@ async fn why_not_restored(pod: &PodDir, names: &[&str]) -> Option<Error> {
     None
 }
 
+/// Fills the upperdirs of all that are made, [`at_once`]. Nobody fills any of them when this returns.
+///
+/// # Errors
+/// The first that cannot be filled.
+pub(super) async fn fill_all(made: &Made, checkpoint: &Checkpoint) -> Result<()> {
+    let checkpoint = Arc::new(checkpoint.clone());
+    let (mut fills, mut all) = (JoinSet::new(), Ok(()));
+    let mut containers = made.containers.iter();
+    loop {
+        while all.is_ok()
+            && fills.len() < at_once()
+            && let Some(container) = containers.next()
+        {
+            let (container, checkpoint) = (container.clone(), Arc::clone(&checkpoint));
+            fills.spawn_blocking(move || container.fill(&checkpoint));
+        }
+        let Some(filled) = fills.join_next().await else {
+            return all;
+        };
+        all = all.and(filled.map_err(Error::from).flatten());
+    }
+}
+
 /// Starts containers, which are restored by that and held, [`at_once`]. Nobody works on any of them when this returns.
 pub(super) async fn start_all(
     cri: &CriPods,
     pod: &PodDir,
-    (made, checkpoint): (&Made, &Checkpoint),
+    containers: Vec<&MadeContainer>,
     interrupt: &Interrupt,
 ) -> Result<()> {
     let most = at_once();
-    let containers = largest_first(made, &checkpoint.manifest);
-    let checkpoint = Arc::new(checkpoint.clone());
     let names: Vec<&str> = containers.iter().map(|it| &*it.name).collect();
     let (mut next, mut starts) = (containers.into_iter(), JoinSet::new());
     let mut all = Ok(());
@@ -235,15 +256,11 @@ pub(super) async fn start_all(
             && starts.len() < most
             && let Some(made) = next.next()
         {
-            let (mut cri, made, checkpoint) = (cri.clone(), made.clone(), Arc::clone(&checkpoint));
+            let (mut cri, name, id) = (cri.clone(), made.name.clone(), made.id.clone());
             if !starts.is_empty() {
                 sleep(APART).await;
             }
-            starts.spawn(async move {
-                let (name, id) = (made.name.clone(), made.id.clone());
-                tokio::task::spawn_blocking(move || made.fill(&checkpoint)).await??;
-                cri.start(&name, &id).await.map(|()| (name, id))
-            });
+            starts.spawn(async move { cri.start(&name, &id).await.map(|()| (name, id)) });
         }
         let Some(start) = starts.join_next().await else {
             return match all {
