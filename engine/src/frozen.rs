@@ -305,7 +305,8 @@ impl Tasks {
         Ok(())
     }
 
-    /// Gives when they were paused, and their processes, each time for at most `most`. One that never is outside is left to CRIU, which says so.
+    /// Gives when they were paused, and their processes, each time for at most `most`. One that never is outside is left to
+    /// CRIU, which says so.
     async fn pause_outside_of_vfork(&self, most: Option<Duration>) -> Result<(Instant, Pids)> {
         let mut tries = 1;
         loop {

@@ -10,7 +10,8 @@
 //!
 //! A process that is killed leaves it mounted. Whoever makes the next one, `transship recover`, `transship serve`, and the
 //! end of each restore remove what nobody uses: no process holds the lock, no restore is staged with its images, none
-//! reads them, and no runtime works in a draft there that its maker has left. The key is a digest of what was opened and its name, so nobody meets another checkpoint.
+//! reads them, and no runtime works in a draft there that its maker has left. The key is a digest of what was opened and
+//! its name, so nobody meets another checkpoint.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
