@@ -17,18 +17,18 @@ mod draft;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag, open};
-use nix::sys::stat::Mode;
+use nix::fcntl::{Flock, FlockArg};
 use serde::Deserialize;
 use transship_path_error::{During as _, PathError};
 
 pub use self::checkpoint::{Checkpoint, digest_files, list_files};
-pub use self::draft::{Aside, Draft, Durability};
+use self::draft::open_own;
+pub use self::draft::{Aside, Draft, Durability, is_worked_in, open_to_work};
 use crate::annotations::is_of_migration;
 use crate::beneath::{Links, open_regular};
 use crate::manifest::{MANIFEST_FILE, MANIFEST_LIMIT, Manifest, ManifestError, check_name};
@@ -485,41 +485,6 @@ fn new_dir(dir: &Path) -> Result<Flock<File>, StoreError> {
     lock(dir, FlockArg::LockSharedNonblock)
 }
 
-/// For a process that works in a draft, as a descriptor that it has as long as it lives: until then nobody but the draft's maker
-/// removes it, also when that one is killed.
-///
-/// # Errors
-/// The draft is gone, or a failing system call.
-pub fn open_to_work(draft: &Path) -> io::Result<File> {
-    let dir = open_own(draft)?;
-    dir.lock_shared()?;
-    match dir.metadata()?.nlink() {
-        0 => Err(io::Error::from(io::ErrorKind::NotFound)),
-        _ => Ok(dir),
-    }
-}
-
-/// Whether a draft has its maker, or somebody who works in it; also where that cannot be told.
-#[must_use]
-pub fn is_worked_in(draft: &Path) -> bool {
-    match open_own(draft) {
-        Ok(dir) => dir.try_lock().is_err(),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    }
-}
-
-/// Opens a directory that is nobody else's: in that of others it may be anything, which opening waits for.
-fn open_own(dir: &Path) -> io::Result<File> {
-    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let opened = File::from(open(dir, flags, Mode::empty())?);
-    let metadata = opened.metadata()?;
-    let is_own = metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0;
-    match is_own {
-        true => Ok(opened),
-        false => Err(io::ErrorKind::PermissionDenied.into()),
-    }
-}
-
 /// Whether there is a draft of the checkpoint that has, or will have, this directory.
 ///
 /// # Errors
@@ -585,6 +550,8 @@ fn lock(dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::Mode;
+
     use super::*;
     use crate::manifest::Container;
 

@@ -1,11 +1,12 @@
 //! A checkpoint in the making: a directory that gets its name when all of it is there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, OFlag, open};
+use nix::sys::stat::Mode;
 use transship_path_error::During as _;
 
 use super::{Checkpoint, Store, StoreError};
@@ -176,5 +177,40 @@ impl Drop for Draft {
             let gone = |_| fs::remove_dir_all(&self.dir).is_ok();
             let _ = (0..3).any(gone);
         }
+    }
+}
+
+/// For a process that works in a draft, as a descriptor that it has as long as it lives: until then nobody but the draft's maker
+/// removes it, also when that one is killed.
+///
+/// # Errors
+/// The draft is gone, or a failing system call.
+pub fn open_to_work(draft: &Path) -> io::Result<File> {
+    let dir = open_own(draft)?;
+    dir.lock_shared()?;
+    match dir.metadata()?.nlink() {
+        0 => Err(io::Error::from(io::ErrorKind::NotFound)),
+        _ => Ok(dir),
+    }
+}
+
+/// Whether a draft has its maker, or somebody who works in it; also where that cannot be told.
+#[must_use]
+pub fn is_worked_in(draft: &Path) -> bool {
+    match open_own(draft) {
+        Ok(dir) => dir.try_lock().is_err(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Opens a directory that is nobody else's: in that of others it may be anything, which opening waits for.
+pub(super) fn open_own(dir: &Path) -> io::Result<File> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let opened = File::from(open(dir, flags, Mode::empty())?);
+    let metadata = opened.metadata()?;
+    let is_own = metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o077 == 0;
+    match is_own {
+        true => Ok(opened),
+        false => Err(io::ErrorKind::PermissionDenied.into()),
     }
 }
